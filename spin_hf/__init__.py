@@ -1,0 +1,45 @@
+"""spin_hf: SPIN (arXiv 2604.26837) for Hugging Face transformers.
+
+    model.generate(**inputs, past_key_values=SpinCache(model))
+
+Importing registers the attention implementation "spin" with transformers, and does nothing else.
+"""
+
+from .attention.partition import Method, PageMethod
+from .attention.shadowkv import ShadowKV
+from .cache import SpinCache
+from .enable import disable, enable
+from .errors import (
+    AttentionError,
+    BatchSizeError,
+    BudgetError,
+    CacheStateError,
+    CapacityError,
+    OptionError,
+    OptionTypeError,
+    SpinError,
+    UnsupportedModelError,
+)
+from .stats import CacheStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionError",
+    "BatchSizeError",
+    "BudgetError",
+    "CacheStateError",
+    "CacheStats",
+    "CapacityError",
+    "Method",
+    "OptionError",
+    "OptionTypeError",
+    "PageMethod",
+    "ShadowKV",
+    "SpinCache",
+    "SpinError",
+    "UnsupportedModelError",
+    "__version__",
+    "disable",
+    "enable",
+]

@@ -1,0 +1,257 @@
+"""The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
+
+    cache.update(k, v)        returns the new keys and values; the keys carry their layer as a Python attribute
+    mask function             reconciles the batch's padding with the cache, returns that of the new tokens only
+    attention function        finds the layer on the keys and calls one opaque op
+    spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
+
+Masks, as attention receives them:
+    None               all tokens are real
+    [B, 1, 1, Q] bool  validity of the Q new tokens; the cache knows the older ones (its shape does not grow)
+    [B, h, Q, n]       any other mask, boolean or additive, over all n tokens: served densely
+
+Keys without a layer (no cache, another cache, layers that the cache keeps densely) go to the implementation that the
+config named before. Importing this module registers both functions and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import AttentionError
+from . import switch
+
+logger = logging.getLogger("spin_hf")
+
+LAYER_TAG = "_spin_layer"
+
+
+class AttentionLayer(Protocol):
+    """What the attention function needs of a layer."""
+
+    handle: int
+
+    def take_pending(self) -> bool:
+        """Whether `update` was called since the last attention: then the tokens are to be appended."""
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+        append: bool, scale: float, softcap: float | None,
+    ) -> None:  # fmt: skip
+        """Append and attend; writes `out` [B, Q, heads, Dv]."""
+
+
+_layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
+_next_handle = 0
+
+
+def register_layer(layer: AttentionLayer) -> int:
+    """A handle under which the custom op finds `layer` for as long as it lives."""
+    global _next_handle
+    _next_handle += 1
+    _layers[_next_handle] = layer
+    return _next_handle
+
+
+@torch.library.custom_op("spin_hf::attend", mutates_args=("out",))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+    handle: int, append: bool, scale: float, softcap: float | None,
+) -> None:  # fmt: skip
+    _layers[handle].run(query, key, value, mask, sinks, out, append, scale, softcap)
+
+
+@_attend.register_fake
+def _attend_fake(*args: Any) -> None:
+    return None
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets inference run without `no_grad`, and turns a backward pass, which would be silently wrong, into an error."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        raise AttentionError("SpinCache: expected inference, got a backward pass; train without a SpinCache")
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+# Model inputs and switches that travel through **kwargs and do not change what attention computes here.
+_HARMLESS = {
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k", "cumulative_seqlens_q",
+    "deterministic", "inputs_embeds", "input_ids", "is_causal", "is_first_iteration", "labels", "layer_idx",
+    "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
+    "position_ids", "return_dict", "sliding_window", "token_type_ids", "training", "use_cache",
+}  # fmt: skip
+# Arguments that change the result and cannot be served from pages.
+_REFUSED = ("position_bias", "indices", "alibi", "head_mask", "block_mask", "attention_bias")
+
+
+def spin_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over what the cache holds and the new tokens. Registered as "spin".
+
+    Args:
+        query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv], as `SpinCache.update` returned them.
+        attention_mask: see the module's head.
+    Returns:
+        [B, Q, heads, Dv] in the query's dtype, and None for the weights.
+    Raises:
+        AttentionError: an argument changes the result and cannot be served.
+    """
+    layer: AttentionLayer | None = getattr(key, LAYER_TAG, None)
+    if layer is None:
+        attention = _previous_attention(module)
+        return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    append = layer.take_pending()
+    _check_arguments(module, attention_mask, query.shape[2], dropout, kwargs)
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = torch.empty(
+        (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
+    )
+    softcap = kwargs.get("softcap")
+    torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
+    if query.requires_grad and torch.is_grad_enabled():
+        out = _InferenceOnly.apply(out, query)
+    return out, None
+
+
+def _check_arguments(
+    module: torch.nn.Module, mask: Tensor | None, num_queries: int, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise AttentionError(f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model")
+    if kwargs.get("output_attentions"):
+        raise AttentionError(
+            "SpinCache cannot return attention weights (expected output_attentions=False, got True); use a DynamicCache "
+            'with attn_implementation="eager"'
+        )
+    if dropout:
+        raise AttentionError(f"SpinCache: expected dropout 0, got {dropout}; call model.eval() first")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal and (mask is None or mask.shape[-2:] == (1, num_queries)) and num_queries > 1:
+        raise AttentionError("SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model")
+    if not torch.compiler.is_compiling():
+        unknown = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
+        if unknown and not _warned.issuperset(unknown):
+            _warned.update(unknown)
+            logger.warning("attention arguments %s are not known to SpinCache and are ignored", ", ".join(unknown))
+
+
+_KNOWN = _HARMLESS | set(_REFUSED) | {"softcap", "s_aux", "sinks"}
+_warned: set[str] = set()
+
+
+def _previous_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module's config named before "spin"."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    name = previous_implementation(module.config)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
+
+
+def previous_implementation(config: Any) -> str:
+    """What `config` named before "spin"; for a config loaded with "spin", what its model class supports."""
+    remembered = switch.previous(config)
+    if remembered is not None:
+        return remembered
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    supports_sdpa = known and getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+    return "sdpa" if supports_sdpa else "eager"
+
+
+# ----------------------------------------------------------------------------------------------------------------- mask
+
+
+class MaskedLength(int):
+    """A number of tokens that remembers whose they are: what `get_mask_sizes` of a paged layer returns.
+
+    transformers hands it to the mask function untouched, which so learns of the cache that the mask is for.
+    """
+
+    reconcile: Callable[[Tensor | None], None]
+
+    @classmethod
+    def of(cls, length: int, reconcile: Callable[[Tensor | None], None]) -> MaskedLength:
+        """`length`, with the function that takes the batch's padding mask."""
+        self = cls(length)
+        self.reconcile = reconcile
+        return self
+
+
+def spin_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward, in the forms listed in the module's head. Registered as "spin".
+
+    Args:
+        kv_length, kv_offset: as the layer's `get_mask_sizes` returned them: a `MaskedLength` marks a paged layer, and,
+            while Dynamo traces, a tensor offset does.
+        attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
+    Returns:
+        None, [B, 1, 1, q_length], or a dense mask. Mutates the cache's padding bits where the mask changed the past.
+    """
+    traced = isinstance(kv_offset, Tensor)
+    if not traced and not isinstance(kv_length, MaskedLength):
+        build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
+        return build(  # type: ignore[no-any-return]
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs,
+        )  # fmt: skip
+    if traced:
+        if mask_function is not causal_mask_function:
+            raise AttentionError("SpinCache: expected a causal mask under torch.compile; run this model without compiling")
+        return None if attention_mask is None else attention_mask[:, None, None, -q_length:]
+    length = int(kv_length)
+    if attention_mask is not None:
+        missing = length - attention_mask.shape[1]
+        if missing > 0:  # as transformers' own masks: what the mask does not cover is padding
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+        attention_mask = attention_mask[:, :length]
+    kv_length.reconcile(attention_mask)  # type: ignore[union-attr]
+    if mask_function is not causal_mask_function:
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return sdpa_mask(  # type: ignore[no-any-return]
+            batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
+            mask_function=mask_function, attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+    return None if attention_mask is None else attention_mask[:, None, None, length - q_length :]
+
+
+AttentionInterface.register(switch.NAME, spin_attention)
+AttentionMaskInterface.register(switch.NAME, spin_mask)

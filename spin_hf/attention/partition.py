@@ -1,0 +1,98 @@
+"""What a method is: how it summarises pages, and which pages a query needs.
+
+    index    keys of pages ----> summaries (kept on the GPU, one row per page and KV head)
+    select   query + summaries ----> pages to attend to, per sequence and KV head
+
+A *partition* is what a method selects as a whole. `Method` leaves its shape open: `select` may return any pages.
+`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest.
+
+Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
+neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
+line in `methods.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+
+Summaries = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query token of every sequence, and what it may select from.
+
+    Attributes:
+        states: [B, H, G, D], float32: the query states of a token, by KV head.
+        candidates: [B, N], bool: the pages that may be selected.
+        budget_tokens: [B], int64: tokens to select per KV head.
+        page_size: tokens per page.
+        scale: factor of the attention scores.
+    """
+
+    states: Tensor
+    candidates: Tensor
+    budget_tokens: Tensor
+    page_size: int
+    scale: float
+
+    @property
+    def budget_pages(self) -> Tensor:
+        """[B], int64: the budget in pages, rounded up."""
+        return torch.div(self.budget_tokens + self.page_size - 1, self.page_size, rounding_mode="floor")
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to choose the pages that a query attends to. Subclasses are frozen and hold their own parameters only."""
+
+    name: ClassVar[str]
+    page_size: ClassVar[int] = 8
+
+    @abstractmethod
+    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the float32 vectors kept of each page, given the size of its keys."""
+
+    @abstractmethod
+    def index(self, keys: Tensor, valid: Tensor) -> Summaries:
+        """Summarise pages.
+
+        Args:
+            keys: [B, H, n, P, D], as cached (after RoPE).
+            valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
+        Returns:
+            name -> [B, H, n, *shape], float32, finite even for pages without a valid token.
+        """
+
+    @abstractmethod
+    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+        """Choose pages.
+
+        Args:
+            query: the query and its budget.
+            summary: gives the summaries [B, H, N, *shape] of a name.
+        Returns:
+            Page numbers [B, H, k], int64, distinct in each row, candidates only; -1 for none.
+        """
+
+
+@dataclass(frozen=True)
+class PageMethod(Method):
+    """A method whose partition is one page: the best-scoring pages up to the budget."""
+
+    @abstractmethod
+    def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+        """Score pages [B, H, N], float32: higher is chosen first, +inf always; non-candidates are ignored."""
+
+    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+        """The `query.budget_pages` best candidates of every KV head."""
+        scores = self.score(query, summary).masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
+        return kernels.select_top_pages(scores, query.budget_pages)

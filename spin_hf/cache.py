@@ -1,0 +1,261 @@
+"""SpinCache: the transformers contract, nothing else.
+
+    SpinCache
+     ├── SharedState   options, method, sequences (directory, padding): one for all paged layers
+     └── layers[i]     SpinLayer where the model has full attention, else transformers' own layer
+
+Everything that changes sequences (crop, reorder, select, reset) is done once on the shared state, and handed to the
+layers that are not paged.
+"""
+
+from __future__ import annotations
+
+import weakref
+from copy import deepcopy
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+from .attention import switch
+from .attention.methods import resolve_method
+from .attention.partition import Method
+from .config import SpinOptions
+from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
+from .layer import SharedState, SpinLayer
+from .layer_kinds import build_layers, check_model
+from .plan import StepPlan
+from .stats import CacheStats
+from .storage.sequences import Sequences
+
+_CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
+
+
+class SpinCache(Cache):
+    """A paged, two-tier, query-aware sparse KV cache for `generate`.
+
+    Keys and values live in pages; attention reads sinks, the recent window and the pages that `method` selects for the
+    query. With `budget >= context` the output equals `DynamicCache`'s.
+
+    Args:
+        model: the model, or its config. Its `_attn_implementation` becomes "spin" while a cache of it exists; calls
+            without a `SpinCache` still get the implementation that stood there.
+        method: a name (`"shadowkv"`) or a method object (`ShadowKV(...)`).
+        budget: tokens selected per KV head and step, beside sinks and recent window: an int, or a float share of the
+            context. Rounded up to whole pages.
+        num_sink_tokens, recent_window: first and last tokens that are always attended to, by whole pages.
+        dense_below: contexts of at most this many tokens are attended to densely.
+        gpu_memory, cpu_memory: caps on the tiers: bytes, or a text such as "8GiB"; "auto" lets the cache choose.
+    Raises:
+        OptionTypeError, OptionError, BudgetError: an option cannot work.
+        UnsupportedModelError: the model cannot be served.
+
+    Source: SPIN, arXiv 2604.26837.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        method: str | Method = "shadowkv",
+        *,
+        budget: int | float = 2048,
+        num_sink_tokens: int = 4,
+        recent_window: int = 64,
+        dense_below: int = 0,
+        gpu_memory: int | str = "auto",
+        cpu_memory: int | str = "auto",
+    ) -> None:
+        options = SpinOptions.parse(
+            budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
+            gpu_memory=gpu_memory, cpu_memory=cpu_memory,
+        )  # fmt: skip
+        resolved = resolve_method(method)
+        config, name = _decoder_config(model)
+        check_model(config, name)
+        sequences = Sequences(resolved.page_size)
+        self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
+        layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
+        self._shared.has_unpaged_layers = any(isinstance(layer, CacheLayerMixin) and not isinstance(layer, SpinLayer) for layer in layers)
+        super().__init__(layers=layers)
+        self._bind(config)
+
+    def __repr__(self) -> str:
+        shared = self._shared
+        return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={shared.committed_length() if shared.layers else 0})"
+
+    # ---------------------------------------------------------------------------------------------------- the contract
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values of a layer, [B, H, n, Dk] and [B, H, n, Dv].
+
+        Returns:
+            What to hand to the attention function: for a paged layer the new states only (it finds the rest).
+        Raises:
+            AttentionError: the config names another attention implementation.
+            BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
+        """
+        if self._config._attn_implementation != switch.NAME:
+            raise AttentionError(
+                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (somebody changed '
+                'it after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
+            )
+        layer = self.layers[layer_idx]
+        if not torch.compiler.is_compiling() and isinstance(layer, SpinLayer):
+            self._check_batch(key_states.shape[0])
+        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
+
+        transformers before 5.18 also passes positive numbers, the length to keep; newer versions do not.
+        """
+        if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
+            raise OptionError(f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n")
+        length = self.get_seq_length()
+        for layer in self.layers:
+            if not isinstance(layer, SpinLayer):
+                layer.crop(tokens_to_remove)
+        if self._shared.layers:
+            keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
+            self._shared.sequences.truncate(keep)
+            self._shared.visible_length.fill_(keep)
+
+    def reset(self) -> None:
+        """Forget all tokens. Memory and options are kept; the next batch may have another size."""
+        for layer in self.layers:
+            if not isinstance(layer, SpinLayer):
+                layer.reset()
+        self._shared.sequences.clear()
+        self._shared.pending = None
+        self._shared.visible_length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
+        for layer in self.layers:
+            if not isinstance(layer, SpinLayer):
+                layer.reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (int64, or a bool mask), in that order."""
+        for layer in self.layers:
+            if not isinstance(layer, SpinLayer):
+                layer.batch_select_indices(indices)
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
+        for layer in self.layers:
+            if not isinstance(layer, SpinLayer):
+                layer.batch_repeat_interleave(repeats)
+        self._select([row for row in range(self._shared.sequences.batch_size) for _ in range(repeats)])
+
+    # ------------------------------------------------------------------------------------------------------- our own
+
+    @classmethod
+    def from_cache(
+        cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "shadowkv",
+        *, attention_mask: Tensor | None = None, **options: Any,
+    ) -> SpinCache:  # fmt: skip
+        """A SpinCache that holds what a `DynamicCache` holds, indexed and placed as a prefill would have.
+
+        Args:
+            cache: the source; it is not changed and shares nothing with the result.
+            attention_mask: [B, tokens], the padding mask of what it holds; None for no padding.
+            options: as for `SpinCache`.
+        Raises:
+            OptionTypeError: `cache` is no transformers cache.
+            OptionError: its layers do not match the model's.
+        """
+        if not isinstance(cache, Cache):
+            raise OptionTypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache")
+        made = cls(model, method, **options)
+        if len(cache.layers) not in (0, len(made.layers)):
+            raise OptionError(f"cache: expected {len(made.layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model")
+        valid = None if attention_mask is None else attention_mask.bool()
+        for index, (layer, source) in enumerate(zip(list(made.layers), cache.layers, strict=False)):
+            if not isinstance(layer, SpinLayer):
+                made.layers[index] = deepcopy(source)
+            elif source.keys is not None and source.keys.numel():
+                if source.keys.shape[-2] != source.get_seq_length():
+                    raise OptionError(f"cache: layer {index} holds only a window of its tokens, expected all; pass a DynamicCache(config=model.config)")
+                layer.append(source.keys, source.values, valid)
+        made._shared.visible_length.fill_(made._shared.sequences.length)
+        return made
+
+    def stats(self) -> CacheStats:
+        """What the cache holds and what its steps did so far."""
+        shared = self._shared
+        stores = [layer.store for layer in shared.layers if layer.store is not None]
+        frames = [store.frames for store in stores if store.frames is not None]
+        loads, hits = sum(f.loads for f in frames), sum(f.hits for f in frames)
+        queries = sum(layer.attended_queries for layer in shared.layers)
+        attended = sum(layer.attended_tokens for layer in shared.layers)
+        segments = shared.sequences.segments_in_use
+        return CacheStats(
+            sequences=shared.sequences.batch_size,
+            tokens=self.get_seq_length(),
+            pages=sum(store.pages_held() for store in stores),
+            gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),
+            cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
+            metadata_bytes=shared.sequences.metadata_bytes + sum(f.metadata_bytes for f in frames),
+            loads=loads,
+            evictions=sum(f.evictions for f in frames),
+            hit_rate=hits / (hits + loads) if hits + loads else 1.0,
+            attended_tokens=attended / queries if queries else float("nan"),
+            sparse_queries=queries,
+            paged_layers=len(shared.layers),
+            dense_layers=dict(self._dense_reasons),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests."""
+        self._shared.sequences.check_integrity()
+        for layer in self._shared.layers:
+            layer.check_integrity()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
+        """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, attribute in self.__dict__.items():
+            setattr(twin, name, attribute if name in ("_config", "_finalizer") else deepcopy(attribute, memo))
+        twin._bind(self._config)
+        return twin
+
+    def _bind(self, config: Any) -> None:
+        """Switch the config to "spin" for as long as this cache lives."""
+        self._config = config
+        switch.acquire(config)
+        self._finalizer = weakref.finalize(self, switch.release, config)
+
+    def _select(self, rows: list[int]) -> None:
+        if self._shared.layers and self._shared.sequences.batch_size:
+            self._shared.sequences.truncate(self._shared.committed_length())
+            self._shared.sequences.select(rows)
+
+    def _check_batch(self, batch_size: int) -> None:
+        held = self._shared.sequences.batch_size
+        if held and self._shared.committed_length() and batch_size != held:
+            raise BatchSizeError(
+                f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
+                "cache.batch_select_indices(...) or cache.batch_repeat_interleave(...), or use a new SpinCache"
+            )
+
+
+def _decoder_config(model: Any) -> tuple[Any, str]:
+    """The config that the attention modules read, and the model's name for messages."""
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig):
+        raise OptionTypeError(f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model")
+    name = type(model).__name__ if model is not config else (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        return config, name
+    return config.get_text_config(decoder=True), name

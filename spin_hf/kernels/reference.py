@@ -1,0 +1,241 @@
+"""PyTorch operations of the decode path: the specification of every kernel, and the CPU backend.
+
+All functions take tensors and numbers only. Arrays that grow are passed as a list of equally sized *chunks*; a row id
+counts through the chunks (see `storage/chunked.py`). Dims: B sequences, H KV heads, G query heads per KV head, Q query
+tokens, N pages, P tokens a page, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_BUCKETS = 64
+"""Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""
+
+_SCORE_TILE_ELEMENTS = 1 << 25
+"""Most elements of one float32 score tile in `attend`: 128 MiB."""
+
+
+# ---------------------------------------------------------------------------------------------------- rows of chunks
+
+
+def _per_chunk(chunks: Sequence[Tensor], rows: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (chunk, where `rows` lies in it, the row inside it) for every chunk that `rows` (1-D) touches."""
+    size = chunks[0].shape[0]
+    number = torch.div(rows, size, rounding_mode="floor")
+    for index in number.unique().tolist():
+        here = (number == index).nonzero().squeeze(1)
+        yield chunks[index], here, rows[here] - index * size
+
+
+def take_rows(chunks: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Gather rows of a chunked array.
+
+    Args:
+        chunks: tensors [rows_per_chunk, *row_shape], all alike.
+        rows: int64 ids of any shape, on the chunks' device.
+    Returns:
+        [*rows.shape, *row_shape], a copy.
+    """
+    flat = rows.reshape(-1)
+    row_shape = chunks[0].shape[1:]
+    if len(chunks) == 1:
+        return chunks[0].index_select(0, flat).view(*rows.shape, *row_shape)
+    out = chunks[0].new_empty((flat.shape[0], *row_shape))
+    for chunk, here, inside in _per_chunk(chunks, flat):
+        out[here] = chunk[inside]
+    return out.view(*rows.shape, *row_shape)
+
+
+def put_rows(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> None:
+    """Write `values` [*rows.shape, *row_shape] to distinct rows of a chunked array. Mutates the chunks."""
+    flat = rows.reshape(-1)
+    values = values.reshape(flat.shape[0], *chunks[0].shape[1:])
+    for chunk, here, inside in _per_chunk(chunks, flat):
+        chunk[inside] = values[here]
+
+
+def put_tokens(chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write single tokens into pages. Mutates the chunks.
+
+    Args:
+        chunks: pages [rows_per_chunk, P * (Dk + Dv)]: the keys of a page, then its values.
+        rows: [n], int64, the page of each token.
+        offsets: [n], int64, its place in the page.
+        keys, values: [n, Dk] and [n, Dv].
+    """
+    key_dim, value_dim = keys.shape[-1], values.shape[-1]
+    page_size = chunks[0].shape[1] // (key_dim + value_dim)
+    for chunk, here, inside in _per_chunk(chunks, rows):
+        key_part, value_part = split_pages(chunk, page_size, key_dim)
+        key_part[inside, offsets[here]] = keys[here].to(chunk.dtype)
+        value_part[inside, offsets[here]] = values[here].to(chunk.dtype)
+
+
+def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
+    """Views of the keys [..., P, Dk] and the values [..., P, Dv] of pages [..., P * (Dk + Dv)]."""
+    keys, values = pages.tensor_split([page_size * key_dim], dim=-1)
+    return keys.unflatten(-1, (page_size, key_dim)), values.unflatten(-1, (page_size, -1))
+
+
+# ------------------------------------------------------------------------------------------------------------ select
+
+
+def page_zones(valid_per_page: Tensor, num_sink_tokens: int, recent_window: int) -> tuple[Tensor, Tensor]:
+    """Split the pages of each sequence into those that are always attended and those a method may select.
+
+    A page is always attended if it holds one of the first `num_sink_tokens` or of the last `recent_window` valid
+    tokens; pages without a valid token belong to neither. The query's own token is the last valid one.
+
+    Args:
+        valid_per_page: [B, N], int64: tokens of each page that are no padding and not after the query.
+    Returns:
+        fixed, candidates: [B, N], bool, disjoint.
+    """
+    upto = valid_per_page.cumsum(1)
+    before, after = upto - valid_per_page, upto[:, -1:] - upto
+    filled = valid_per_page > 0
+    fixed = filled & ((before < num_sink_tokens) | (after < recent_window))
+    return fixed, filled & ~fixed
+
+
+def list_pages(chosen: Tensor) -> Tensor:
+    """The page numbers that are True in `chosen` [B, N], as [B, most of any row], ascending, -1 behind the end."""
+    width = int(chosen.sum(1).max())
+    order = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
+    return torch.where(chosen.gather(1, order), order, -1)
+
+
+def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
+    """Choose the highest-scoring pages of every KV head.
+
+    Args:
+        scores: [B, H, N], float32; -inf marks a page that must not be chosen, +inf one that is chosen first.
+        num_pages: [B], int64: how many to choose in each sequence.
+    Returns:
+        Page numbers [B, H, max(num_pages)], int64, best first; -1 where a sequence has fewer candidates or asks for less.
+    """
+    width = min(int(num_pages.max()), scores.shape[-1])
+    best, pages = scores.topk(width, dim=-1)
+    wanted = torch.arange(width, device=scores.device) < num_pages[:, None, None]
+    return torch.where(wanted & (best > float("-inf")), pages, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------- retrieve
+
+
+def admit_pages(
+    page_slot: Tensor, slot_page: Tensor, slot_step: Tensor, pages: Tensor, step: int
+) -> tuple[Tensor, Tensor, int]:
+    """Make pages resident: look-up, miss list, victims by bucketed LRU, new page table. Contents are not moved.
+
+    Slots are taken free ones first, then by age in steps, oldest bucket first; inside a bucket by slot number. Slots of
+    pages asked for now are never victims.
+
+    Args:
+        page_slot: [B, H, N], int32: the slot of each page, -1 where it is not resident. Mutated.
+        slot_page: [B, H, C], int32: the page in each slot, -1 where it is free. Mutated.
+        slot_step: [B, H, C], int64: the step that last touched each slot. Mutated.
+        pages: [B, H, n], int64, distinct in each row, -1 for none; n <= C.
+        step: the present step.
+    Returns:
+        slots: [B, H, n], int64, the slot of each page, -1 for none.
+        missed: [B, H, n], bool, True where the content must be loaded.
+        evicted: how many resident pages lost their slot.
+    """
+    wanted = pages >= 0
+    slots = torch.where(wanted, page_slot.gather(2, pages.clamp(min=0)).long(), -1)
+    missed = wanted & (slots < 0)
+    age = (step - slot_step).clamp(0, NUM_BUCKETS - 1).masked_fill_(slot_page < 0, NUM_BUCKETS)
+    b, h, i = (slots >= 0).nonzero(as_tuple=True)
+    age[b, h, slots[b, h, i]] = -1
+    victims = torch.argsort(age, dim=2, descending=True, stable=True)
+    evicted = 0
+    b, h, i = missed.nonzero(as_tuple=True)
+    if b.numel():
+        slot = victims[b, h, (missed.cumsum(2) - 1)[b, h, i]]
+        old = slot_page[b, h, slot].long()
+        held = old >= 0
+        evicted = int(held.sum())
+        page_slot[b[held], h[held], old[held]] = -1
+        page_slot[b, h, pages[b, h, i]] = slot.int()
+        slot_page[b, h, slot] = pages[b, h, i].int()
+        slots[b, h, i] = slot
+    b, h, i = wanted.nonzero(as_tuple=True)
+    slot_step[b, h, slots[b, h, i]] = step
+    return slots, missed, evicted
+
+
+# ------------------------------------------------------------------------------------------------------------ attend
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention over the given tokens, in float32, with what `merge_attention` needs.
+
+    Args:
+        query: [B, H, G, Q, Dk].
+        keys, values: [B, H, M, Dk] and [B, H, M, Dv].
+        mask: broadcastable to [B, H, G, Q, M]; bool, True where a query may attend, or float, added to the scores.
+            Values of tokens that no query may attend to do not matter, NaN included.
+        scale: factor of the scores, before `softcap`: scores become softcap * tanh(scores / softcap).
+    Returns:
+        out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
+        lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
+    """
+    keys, values = keys.float().unsqueeze(2), values.float().unsqueeze(2)
+    if mask.dtype == torch.bool:
+        values = values.masked_fill(~mask.any(2, keepdim=True).any(3).unsqueeze(-1), 0.0)
+    tile = max(1, _SCORE_TILE_ELEMENTS // max(1, query[..., 0, 0].numel() * keys.shape[-2]))
+    parts = []
+    for start in range(0, query.shape[3], tile):
+        piece = mask[..., start : start + tile, :] if mask.shape[-2] > 1 else mask
+        scores = query[..., start : start + tile, :].float() @ keys.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~piece, float("-inf")) if piece.dtype == torch.bool else scores + piece
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+        parts.append((weights @ values, lse))
+    return torch.cat([out for out, _ in parts], 3), torch.cat([lse for _, lse in parts], 3)
+
+
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint token sets, from (out, lse) of each as `attend` returns them."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    total = torch.logsumexp(lses, dim=0)
+    weights = torch.exp(lses - total.masked_fill(total == float("-inf"), 0.0))
+    out = sum(out * weight.unsqueeze(-1) for (out, _), weight in zip(parts, weights, strict=True))
+    return out, total  # type: ignore[return-value]
+
+
+def apply_attention_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Add one learned logit per query head to the softmax's denominator (gpt-oss): out * e^lse / (e^lse + e^sink).
+
+    Args:
+        out, lse: as `attend` returns them.
+        sinks: [H * G], the logits.
+    """
+    return out * torch.sigmoid(lse - sinks.float().view(out.shape[1], out.shape[2], 1)).unsqueeze(-1)
+
+
+def dense_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Plain attention through torch's fused kernel.
+
+    Args:
+        query: [B, H * G, Q, Dk]; keys, values: [B, H, M, Dk] and [B, H, M, Dv].
+        mask: bool, broadcastable to [B, H * G, Q, M]; None for causal with Q == M.
+    Returns:
+        [B, H * G, Q, Dv], the query's dtype.
+    """
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )  # fmt: skip

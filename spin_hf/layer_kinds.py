@@ -1,0 +1,77 @@
+"""Which layers of a model are paged, and which are left to transformers' own cache layers, and why.
+
+    full attention                  SpinLayer
+    sliding or chunked attention    transformers' own: keeps the window only
+    linear attention, convolution   transformers' own: its state does not grow
+    shared KV, no attention         transformers' own placeholder
+    latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
+    hybrid and indexed attention    transformers' own: their `update` does more than keys and values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from .errors import UnsupportedModelError
+
+# Families that compute attention by themselves and never call the attention interface.
+_OLD_FAMILIES = {
+    "bloom", "codegen", "ctrl", "falcon", "gptj", "gpt_neo", "mpt", "openai-gpt", "reformer", "rwkv", "xglm", "xlnet",
+}  # fmt: skip
+
+
+def check_model(config: Any, name: str) -> None:
+    """Raise UnsupportedModelError where a model cannot be served at all.
+
+    Args:
+        config: the model's decoder config.
+        name: what to call the model in messages.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, expected a decoder-only one; use transformers' EncoderDecoderCache"
+        )
+    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "_attn_implementation"):
+        raise UnsupportedModelError(f"{name}: expected the config of a decoder with attention layers; use a causal language model")
+    if config.model_type in _OLD_FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) computes attention without transformers' attention interface, so no cache can "
+            "choose what it attends to; expected a model that calls it; use a DynamicCache"
+        )
+
+
+def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[list[Any], dict[str, int]]:
+    """The cache layers of a model.
+
+    Args:
+        config: the decoder's config.
+        paged: makes the paged layer of a layer number.
+    Returns:
+        the layers, and reason -> how many layers are not paged.
+    """
+    layers: list[Any] = []
+    reasons: dict[str, int] = {}
+    latent = getattr(config, "kv_lora_rank", None) is not None
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        reason = _reason_not_paged(layer, latent)
+        if reason is None:
+            layers.append(paged(index))
+            continue
+        layers.append(layer)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return layers, reasons
+
+
+def _reason_not_paged(layer: Any, latent: bool) -> str | None:
+    if type(layer) is DynamicLayer:
+        return "latent attention: cached latents are expanded after update, attended densely" if latent else None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding window: only the window is kept"
+    if not isinstance(layer, CacheLayerMixin):
+        linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+        return "linear attention: state of fixed size" if linear else "no cache of its own"
+    return f"{type(layer).__name__}: kept by transformers, attended densely"

@@ -1,0 +1,258 @@
+"""The sequences of a batch: how long they are and which segments hold them. Shared by all layers of a cache.
+
+    directory   sequence 0  [ 3 | 0 | 5 ]       a segment is `SEGMENT_PAGES` pages of every KV head, in every layer
+                sequence 1  [ 3 | 0 | 6 ]       segments 3 and 0 are shared: a common past (beams, copies)
+    refcounts   segment     0:2  3:2  5:1  6:1      free: 1 2 4
+
+    page p of KV head h of sequence b  ->  row (directory[b][p // S] * H + h) * S + p % S,     S = SEGMENT_PAGES
+
+This is the two-level page table of SPIN: a small directory per sequence, segments taken from a shared pool as it
+grows. Pages of a segment are consecutive rows, so a page needs no pointer of its own. All full-attention layers of a
+model grow in step and hold the same tokens, so they share one directory; each layer keeps its own rows.
+
+Shared segments are copied when one of their owners writes (`begin`). Sequences all have the same number of tokens,
+padding included, as transformers' batches do.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import BatchSizeError, CacheStateError
+from .token_mask import TokenMask
+
+SEGMENT_PAGES = 32
+
+
+class SegmentStore(Protocol):
+    """What a layer's storage does when sequences change."""
+
+    length: int
+
+    def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        """Raise BudgetError or CapacityError where that would exceed a cap; changes nothing."""
+
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        """Make room for what `check` allowed."""
+
+    def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy rows of each (source, destination) segment."""
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from `length` on."""
+
+    def select(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was."""
+
+    def clear(self) -> None:
+        """Forget all."""
+
+
+class Sequences:
+    """Lengths, directory, reference counts and padding of a batch.
+
+    Args:
+        page_size: tokens per page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.directory: list[list[int]] = []
+        self.refcounts: list[int] = []
+        self.free: list[int] = []
+        self.mask = TokenMask()
+        self.stores: list[SegmentStore] = []
+        self.start = 0
+        """Tokens held before the present step."""
+        self.length = 0
+        """Tokens held, the present step's included."""
+        self.step = 0
+        """Steps taken; the clock of the residency."""
+        self._rows: dict[tuple[int, torch.device], Tensor] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return len(self.directory)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of one KV head of one sequence, the last perhaps partly filled."""
+        return -(-self.length // self.page_size)
+
+    @property
+    def segments_in_use(self) -> int:
+        """Segments that some sequence refers to."""
+        return len(self.refcounts) - len(self.free)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of directory, reference counts (8 each) and padding bits."""
+        entries = sum(len(row) for row in self.directory) + len(self.refcounts)
+        return 8 * entries + (0 if self.mask.valid is None else self.mask.valid.nbytes)
+
+    def attach(self, store: SegmentStore) -> None:
+        """Let `store` follow every change; it gets room for what is already held."""
+        store.check(self.batch_size, len(self.refcounts), self.num_pages)
+        store.reserve(self.batch_size, len(self.refcounts), self.num_pages)
+        self.stores.append(store)
+
+    def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+        """Start a step that appends `num_tokens` to every sequence: take segments, unshare those that will be written.
+
+        Args:
+            new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
+        Raises:
+            BatchSizeError: the cache holds another number of sequences.
+            CapacityError, BudgetError: from the stores; nothing has changed.
+        """
+        if self.length and batch_size != self.batch_size:
+            raise BatchSizeError(
+                f"the cache holds {self.batch_size} sequences, got a batch of {batch_size}; call cache.reset(), "
+                "cache.batch_select_indices(...) or cache.batch_repeat_interleave(...), or use a new SpinCache"
+            )
+        directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
+        refcounts, free = list(self.refcounts), list(self.free)
+        length = self.length + num_tokens
+        copies = _take_segments(directory, refcounts, free, self.length // self.page_size, -(-length // self.page_size))
+        self._make_room(batch_size, len(refcounts), -(-length // self.page_size))
+        for store in self.stores:
+            store.copy_segments(copies)
+        if (directory, refcounts) != (self.directory, self.refcounts):
+            self.directory, self.refcounts, self.free = directory, refcounts, free
+            self._rows.clear()
+        self.mask.append(batch_size, self.length, new_valid, num_tokens)
+        self.start, self.length = self.length, length
+        self.step += 1
+
+    def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
+        """Row ids [B, num_heads, pages of all segments] of every page, int64; pages beyond `num_pages` are unused."""
+        rows = self._rows.get((num_heads, device))
+        if rows is None:
+            segments = torch.tensor(self.directory, dtype=torch.int64).view(self.batch_size, 1, -1, 1)
+            heads = torch.arange(num_heads).view(1, -1, 1, 1)
+            rows = ((segments * num_heads + heads) * SEGMENT_PAGES + torch.arange(SEGMENT_PAGES)).flatten(2).to(device)
+            self._rows[num_heads, device] = rows
+        return rows
+
+    def unshare(self, sequence: int, pages: range) -> None:
+        """Give a sequence its own copy of the segments of `pages`, where others share them."""
+        directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
+        copies = []
+        for index in range(pages.start // SEGMENT_PAGES, -(-pages.stop // SEGMENT_PAGES)):
+            copies += _own_segment(directory[sequence], index, refcounts, free)
+        self._make_room(self.batch_size, len(refcounts), self.num_pages)
+        for store in self.stores:
+            store.copy_segments(copies)
+        self.directory, self.refcounts, self.free = directory, refcounts, free
+        self._rows.clear()
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on and release segments that no sequence needs any more."""
+        keep = -(-(-(-length // self.page_size)) // SEGMENT_PAGES)
+        for row in self.directory:
+            for segment in row[keep:]:
+                self._release(segment)
+            del row[keep:]
+        self.mask.truncate(length)
+        self.start = self.length = length
+        self._rows.clear()
+        for store in self.stores:
+            store.truncate(length)
+
+    def select(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
+        bad = [row for row in rows if not 0 <= row < self.batch_size]
+        if bad:
+            raise BatchSizeError(f"indices {bad} are outside the {self.batch_size} sequences held; pass 0 to {self.batch_size - 1}")
+        for store in self.stores:
+            store.check(len(rows), len(self.refcounts), self.num_pages)
+        old = self.directory
+        self.directory = [list(old[row]) for row in rows]
+        for row in self.directory:
+            for segment in row:
+                self.refcounts[segment] += 1
+        for row in old:
+            for segment in row:
+                self._release(segment)
+        self.mask.select(torch.tensor(rows, dtype=torch.int64))
+        self._rows.clear()
+        for store in self.stores:
+            store.select(rows)
+
+    def clear(self) -> None:
+        """Forget all sequences; the memory of their rows is kept for the next ones."""
+        for row in self.directory:
+            for segment in row:
+                self._release(segment)
+        self.directory, self.mask = [], TokenMask()
+        self.start = self.length = 0
+        self._rows.clear()
+        for store in self.stores:
+            store.clear()
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
+        counts = [0] * len(self.refcounts)
+        needed = -(-self.num_pages // SEGMENT_PAGES)
+        for row in self.directory:
+            _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
+            for segment in row:
+                counts[segment] += 1
+        _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
+        unused = [segment for segment, count in enumerate(counts) if not count]
+        _check(sorted(self.free) == unused, f"free segments are {sorted(self.free)}, unused are {unused}")
+        valid = self.mask.valid
+        expected = (self.batch_size, self.length)
+        _check(valid is None or tuple(valid.shape) == expected, f"padding mask is not {expected}")
+
+    def _make_room(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        for store in self.stores:
+            store.check(batch_size, num_segments, num_pages)
+        for store in self.stores:
+            store.reserve(batch_size, num_segments, num_pages)
+
+    def _release(self, segment: int) -> None:
+        self.refcounts[segment] -= 1
+        if not self.refcounts[segment]:
+            self.free.append(segment)
+
+
+def _take_segments(
+    directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
+) -> list[tuple[int, int]]:
+    """Extend every sequence to `num_pages` and unshare the segment of `first_page`; returns (source, copy) pairs."""
+    copies: list[tuple[int, int]] = []
+    for row in directory:
+        if first_page // SEGMENT_PAGES < len(row):
+            copies += _own_segment(row, first_page // SEGMENT_PAGES, refcounts, free)
+        while len(row) * SEGMENT_PAGES < num_pages:
+            row.append(_new_segment(refcounts, free))
+    return copies
+
+
+def _own_segment(row: list[int], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
+    """Replace a shared segment of one sequence by a new one; returns the (source, copy) pair, if any."""
+    source = row[index]
+    if refcounts[source] == 1:
+        return []
+    refcounts[source] -= 1
+    row[index] = _new_segment(refcounts, free)
+    return [(source, row[index])]
+
+
+def _new_segment(refcounts: list[int], free: list[int]) -> int:
+    if free:
+        segment = free.pop()
+        refcounts[segment] = 1
+        return segment
+    refcounts.append(1)
+    return len(refcounts) - 1
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CacheStateError(f"integrity: {message}; please report this as a bug")
