@@ -19,17 +19,18 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention import switch
 from .attention.methods import resolve_method
 from .attention.partition import Method
 from .config import SpinOptions
-from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
-from .layer import SharedState, SpinLayer
-from .layer_kinds import build_layers, check_model
+from .errors import AttentionError, OptionError, OptionTypeError
+from .layer import SpinLayer
+from .layer_kinds import PLACEHOLDER, build_layers, check_model
 from .plan import StepPlan
+from .shared import SharedState
 from .stats import CacheStats
 from .storage.sequences import Sequences
 
@@ -80,13 +81,13 @@ class SpinCache(Cache):
         sequences = Sequences(resolved.page_size)
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
-        self._shared.has_unpaged_layers = any(isinstance(layer, CacheLayerMixin) and not isinstance(layer, SpinLayer) for layer in layers)
+        self._shared.has_unpaged_layers = any(reason != PLACEHOLDER for reason in self._dense_reasons)
         super().__init__(layers=layers)
         self._bind(config)
 
     def __repr__(self) -> str:
-        shared = self._shared
-        return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={shared.committed_length() if shared.layers else 0})"
+        shared, tokens = self._shared, self._shared.committed_length()
+        return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={tokens})"
 
     # ---------------------------------------------------------------------------------------------------- the contract
 
@@ -103,13 +104,13 @@ class SpinCache(Cache):
         """
         if self._config._attn_implementation != switch.NAME:
             raise AttentionError(
-                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (somebody changed '
-                'it after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
+                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (changed '
+                'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
             )
         layer = self.layers[layer_idx]
         if not torch.compiler.is_compiling() and isinstance(layer, SpinLayer):
-            self._check_batch(key_states.shape[0])
-        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            self._shared.check_batch(key_states.shape[0])
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
@@ -117,45 +118,44 @@ class SpinCache(Cache):
         transformers before 5.18 also passes positive numbers, the length to keep; newer versions do not.
         """
         if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
-            raise OptionError(f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n")
+            raise OptionError(
+                f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n"
+            )
         length = self.get_seq_length()
         for layer in self.layers:
             if not isinstance(layer, SpinLayer):
                 layer.crop(tokens_to_remove)
         if self._shared.layers:
             keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
-            self._shared.sequences.truncate(keep)
-            self._shared.visible_length.fill_(keep)
+            self._shared.truncate(keep)
 
     def reset(self) -> None:
         """Forget all tokens. Memory and options are kept; the next batch may have another size."""
         for layer in self.layers:
             if not isinstance(layer, SpinLayer):
                 layer.reset()
-        self._shared.sequences.clear()
-        self._shared.pending = None
-        self._shared.visible_length.zero_()
+        self._shared.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
         for layer in self.layers:
             if not isinstance(layer, SpinLayer):
                 layer.reorder_cache(beam_idx)
-        self._select(beam_idx.tolist())
+        self._shared.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (int64, or a bool mask), in that order."""
         for layer in self.layers:
             if not isinstance(layer, SpinLayer):
                 layer.batch_select_indices(indices)
-        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        self._shared.select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
         for layer in self.layers:
             if not isinstance(layer, SpinLayer):
                 layer.batch_repeat_interleave(repeats)
-        self._select([row for row in range(self._shared.sequences.batch_size) for _ in range(repeats)])
+        self._shared.select([row for row in range(self._shared.sequences.batch_size) for _ in range(repeats)])
 
     # ------------------------------------------------------------------------------------------------------- our own
 
@@ -175,17 +175,25 @@ class SpinCache(Cache):
             OptionError: its layers do not match the model's.
         """
         if not isinstance(cache, Cache):
-            raise OptionTypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache")
+            raise OptionTypeError(
+                f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache"
+            )
         made = cls(model, method, **options)
         if len(cache.layers) not in (0, len(made.layers)):
-            raise OptionError(f"cache: expected {len(made.layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model")
+            raise OptionError(
+                f"cache: expected {len(made.layers)} layers as the model has, got {len(cache.layers)}; "
+                "pass a cache of this model"
+            )
         valid = None if attention_mask is None else attention_mask.bool()
         for index, (layer, source) in enumerate(zip(list(made.layers), cache.layers, strict=False)):
             if not isinstance(layer, SpinLayer):
                 made.layers[index] = deepcopy(source)
             elif source.keys is not None and source.keys.numel():
                 if source.keys.shape[-2] != source.get_seq_length():
-                    raise OptionError(f"cache: layer {index} holds only a window of its tokens, expected all; pass a DynamicCache(config=model.config)")
+                    raise OptionError(
+                        f"cache: layer {index} holds only a window of its tokens, expected all; "
+                        "pass a DynamicCache(config=model.config)"
+                    )
                 layer.append(source.keys, source.values, valid)
         made._shared.visible_length.fill_(made._shared.sequences.length)
         return made
@@ -236,25 +244,14 @@ class SpinCache(Cache):
         switch.acquire(config)
         self._finalizer = weakref.finalize(self, switch.release, config)
 
-    def _select(self, rows: list[int]) -> None:
-        if self._shared.layers and self._shared.sequences.batch_size:
-            self._shared.sequences.truncate(self._shared.committed_length())
-            self._shared.sequences.select(rows)
-
-    def _check_batch(self, batch_size: int) -> None:
-        held = self._shared.sequences.batch_size
-        if held and self._shared.committed_length() and batch_size != held:
-            raise BatchSizeError(
-                f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
-                "cache.batch_select_indices(...) or cache.batch_repeat_interleave(...), or use a new SpinCache"
-            )
-
 
 def _decoder_config(model: Any) -> tuple[Any, str]:
     """The config that the attention modules read, and the model's name for messages."""
     config = getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
-        raise OptionTypeError(f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model")
+        raise OptionTypeError(
+            f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model"
+        )
     name = type(model).__name__ if model is not config else (config.architectures or [type(config).__name__])[0]
     if config.is_encoder_decoder:
         return config, name

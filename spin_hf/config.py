@@ -35,7 +35,9 @@ def parse_bytes(name: str, value: int | str) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         unit = _BYTE_UNITS.get(match[2].lower() or "b") if match else None
         if match is None or unit is None:
-            raise OptionError(f"{name}: expected a size such as '8GiB' (units {', '.join(_BYTE_UNITS)}), got {value!r}; {remedy}")
+            raise OptionError(
+                f"{name}: expected a size such as '8GiB' (units {', '.join(_BYTE_UNITS)}), got {value!r}; {remedy}"
+            )
         value = int(float(match[1]) * unit)
     if value <= 0:
         raise OptionError(f"{name}: expected more than 0 bytes, got {value}; {remedy}")
@@ -58,7 +60,8 @@ class SpinOptions:
     Attributes:
         budget: tokens that a method selects per KV head and step, beside sinks and recent window: an int, or a float
             share (0, 1] of the tokens that the sequence holds. Rounded up to whole pages.
-        num_sink_tokens: the first tokens of each sequence (padding not counted) that are always attended, by whole pages.
+        num_sink_tokens: the first tokens of each sequence (padding not counted) that are always attended, by whole
+            pages.
         recent_window: the last tokens (padding not counted, the query's own included) that are always attended, by
             whole pages. At least 1: a token always attends to itself.
         dense_below: a query whose sequence holds at most this many tokens attends to all of them.

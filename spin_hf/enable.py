@@ -41,7 +41,9 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
         what `SpinCache` raises, at once.
     """
     if not hasattr(model, "generate"):
-        raise OptionTypeError(f"model: expected a model with generate(), got {type(model).__name__}; pass a causal language model")
+        raise OptionTypeError(
+            f"model: expected a model with generate(), got {type(model).__name__}; pass a causal language model"
+        )
     SpinCache(model, **options)  # refuses bad options now, not at the first call
     disable(model)
     generate = model.generate
@@ -50,11 +52,15 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
     def generate_with_spin(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or model.generation_config
         asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
-        if kwargs.get("past_key_values") is None and asked["use_cache"] is not False and asked["cache_implementation"] is None:
+        if (
+            kwargs.get("past_key_values") is None
+            and asked["use_cache"] is not False
+            and asked["cache_implementation"] is None
+        ):
             kwargs["past_key_values"] = SpinCache(model, **options)
         return generate(*args, **kwargs)
 
-    model.generate = generate_with_spin  # type: ignore[method-assign]
+    model.generate = generate_with_spin
     setattr(model, _ORIGINAL, generate)
     return Enabled(model)
 

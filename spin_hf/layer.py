@@ -17,22 +17,21 @@ Which queries attend to what:
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import kernels
+from .attend import Call, attend_masked, attend_pages, attend_prompt, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
-from .attention.partition import Method, Query
-from .config import SpinOptions
+from .attention.partition import Summaries
 from .errors import AttentionError, CacheStateError
-from .plan import StepPlan, pages_of
-from .storage.budget import TierBudget, auto_gpu_memory
+from .plan import pages_of
+from .shared import SharedState
+from .storage.budget import TierBudget
 from .storage.pages import PageStore
-from .storage.sequences import Sequences
 
 logger = logging.getLogger("spin_hf")
 
@@ -41,42 +40,6 @@ MAX_SPARSE_QUERIES = 16
 
 _INDEX_PAGES = 4096
 """Pages indexed at a time, which bounds the temporary memory of a long prefill."""
-
-
-@dataclass
-class SharedState:
-    """What the paged layers of a cache have in common."""
-
-    options: SpinOptions
-    method: Method
-    sequences: Sequences
-    plan: StepPlan
-    model_name: str
-    layers: list[SpinLayer] = field(default_factory=list)
-    pending: SpinLayer | None = None
-    has_unpaged_layers: bool = False
-    visible_length: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    """Tokens held, for code that Dynamo traces: advanced by `update`, never read by the custom op."""
-    warned_waves: bool = False
-
-    def committed_length(self) -> int:
-        """Tokens that every layer holds: what an interrupted forward added is not counted."""
-        store = self.layers[-1].store
-        return min(self.sequences.length, store.length) if store is not None else 0
-
-    def reconcile(self, mask: Tensor | None) -> None:
-        """Take the padding mask [B, >= tokens held] of a batch: tokens held may have become padding, or real again."""
-        sequences, length = self.sequences, self.committed_length()
-        changed = sequences.mask.changed_tokens(mask, length) if length and (mask is None or mask.shape[0] == sequences.batch_size) else None
-        if changed is None:
-            return
-        tokens = changed.any(0).nonzero()
-        pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
-        for row in changed.any(1).nonzero().flatten().tolist():
-            sequences.unshare(row, pages)
-        sequences.mask.replace(mask, length)
-        for layer in self.layers:
-            layer.index(pages.start, min(pages.stop, length // sequences.page_size))
 
 
 class SpinLayer(CacheLayerMixin):
@@ -102,12 +65,12 @@ class SpinLayer(CacheLayerMixin):
     # ------------------------------------------------------------------------------------ what transformers asks for
 
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    def is_initialized(self) -> bool:
         """Whether the layer has seen tokens."""
         return self.store is not None
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         """Whether `generate` may compile the decode step by itself."""
         return False
 
@@ -119,12 +82,12 @@ class SpinLayer(CacheLayerMixin):
         return self.shared.sequences.batch_size
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All keys [B, H, tokens, Dk] in order (a copy), or None; for inspection and hand-over."""
         return self._dense()[0]
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All values [B, H, tokens, Dv] in order (a copy), or None."""
         return self._dense()[1]
 
@@ -139,7 +102,7 @@ class SpinLayer(CacheLayerMixin):
             num_heads=num_heads,
             page_bytes=page_size * (key_dim + value_dim) * key_states.element_size(),
             summary_bytes=sum(4 * torch.Size(shape).numel() for shape in shapes.values()),
-            gpu_memory=options.gpu_memory if options.gpu_memory is not None else auto_gpu_memory(device),
+            gpu_memory=shared.gpu_memory(device),
             cpu_memory=options.cpu_memory,
             min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         )
@@ -166,17 +129,24 @@ class SpinLayer(CacheLayerMixin):
         self.shared.pending = None
         return pending
 
-    def get_seq_length(self) -> int:
-        """Tokens held; a device tensor while Dynamo traces, so that no length is compiled in."""
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
+        """Tokens held; a tensor while Dynamo traces, so that no length is compiled in."""
         if torch.compiler.is_compiling():
-            return self.shared.visible_length  # type: ignore[return-value]
+            return self.shared.visible_length
         return self.shared.committed_length()
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask, which both lead the mask function here (see `attention/interface.py`)."""
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
+        """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
+
+        Raises:
+            BudgetError, CapacityError: there is no room for the tokens to come; nothing has changed.
+        """
+        shared = self.shared
         if torch.compiler.is_compiling():
-            return query_length, self.shared.visible_length  # type: ignore[return-value]
-        return MaskedLength.of(self.get_seq_length() + query_length, self.shared.reconcile), 0
+            return query_length, shared.visible_length
+        length = shared.committed_length()
+        shared.sequences.check_room(length, query_length)
+        return MaskedLength.of(length + query_length, shared.reconcile), 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -186,7 +156,7 @@ class SpinLayer(CacheLayerMixin):
         """Layers of a cache change together."""
         raise CacheStateError("expected a call on the cache, got one on a layer; call the cache's own method")
 
-    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = reset  # type: ignore[assignment]
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = reset
 
     # ---------------------------------------------------------------------------------------------- the five operations
 
@@ -202,28 +172,43 @@ class SpinLayer(CacheLayerMixin):
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
         Raises:
-            BatchSizeError, BudgetError, CapacityError: before anything changes.
+            BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
-        num_queries = query.shape[2]
-        dense_mask = None if mask is None or mask.shape[-2:] == (1, num_queries) else mask
-        if append:
-            self.append(key, value, mask[:, 0, 0] if mask is not None and dense_mask is None else None)
-        sequences = self.shared.sequences
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        if dense_mask is not None:
-            result = self._attend_masked(grouped, dense_mask, sinks, scale, softcap)
-        elif sequences.start == 0 and num_queries > 1:
-            result = self._attend_prompt(grouped, key, value, sinks, scale, softcap)
-        elif num_queries > MAX_SPARSE_QUERIES or self.shared.plan.attends_all():
-            allowed = self.shared.plan.allowed_all(num_queries, query.device)
-            result = self._attend_masked(grouped, allowed, sinks, scale, softcap)
-        else:
-            parts = [
-                self._attend_selected(grouped[:, :, :, i : i + 1], sequences.start + i, sinks, scale, softcap)
-                for i in range(num_queries)
-            ]
-            result = torch.cat(parts, 3)
+        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
+        try:
+            result = self._run(call, key, value, mask, append)
+        except BaseException:
+            self.shared.failed = True
+            raise
         out.copy_(result.flatten(1, 2).transpose(1, 2))
+
+    def _run(self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool) -> Tensor:
+        shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
+        is_padding = mask is not None and mask.shape[-2:] == (1, num_queries)
+        if mask is not None and not is_padding:
+            _check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
+        if append:
+            self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
+        store = self._store()
+        if mask is not None and not is_padding:
+            return attend_masked(call, mask, store)
+        if sequences.start == 0 and num_queries > 1:
+            return attend_prompt(call, key, value, shared.plan)
+        if num_queries > MAX_SPARSE_QUERIES or shared.plan.attends_all():
+            return attend_masked(call, shared.plan.allowed_all(num_queries, key.device), store)
+        return torch.cat([self._attend_selected(call.token(i), sequences.start + i) for i in range(num_queries)], 3)
+
+    def _attend_selected(self, call: Call, position: int) -> Tensor:
+        """One query of every sequence, at `position`."""
+        shared, store = self.shared, self._store()
+        pages = select_pages(call, position, store, shared.plan, shared.method)
+        allowed = shared.plan.allowed(pages, position)
+        self.attended_tokens += int(allowed.sum())
+        self.attended_queries += allowed.shape[0] * allowed.shape[1]
+        if store.frames is not None and pages.shape[2] > store.frames.num_slots and not shared.warned_waves:
+            shared.warned_waves = True
+            logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
+        return attend_pages(call, pages, allowed, store)
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
         """Store new tokens and index the pages they complete.
@@ -233,35 +218,38 @@ class SpinLayer(CacheLayerMixin):
             new_valid: [B, n], bool, False for padding; None for all valid.
         """
         sequences = self.shared.sequences
-        if self is self.shared.layers[0]:
-            self._begin(key.shape[0], key.shape[2], new_valid)
+        if self._is_first:
+            self.shared.begin(key.shape[0], key.shape[2], new_valid)
         if self.store is None:
             self.lazy_initialization(key, value)
         store = self.store
         assert store is not None
         if store.length != sequences.start or sequences.length - sequences.start != key.shape[2]:
             raise CacheStateError(
-                f"layer {self.layer_idx} holds {store.length} tokens and got {key.shape[2]} more, the cache's step goes "
-                f"from {sequences.start} to {sequences.length}; call cache.reset()"
+                f"layer {self.layer_idx} holds {store.length} tokens and got {key.shape[2]} more, the cache's step "
+                f"goes from {sequences.start} to {sequences.length}; call cache.reset()"
             )
         store.append(key, value)
         self.index(sequences.start // store.page_size, sequences.length // store.page_size)
 
     def index(self, first: int, stop: int) -> None:
         """Summarise the complete pages [first, stop) of all sequences."""
-        store, valid = self.store, self.shared.sequences.mask.valid
-        if store is None:
+        if self.store is None:
             return
         for start in range(first, stop, _INDEX_PAGES):
-            end = min(start + _INDEX_PAGES, stop)
-            keys, _, rows = store.pages(start, end)
-            tokens = slice(start * store.page_size, end * store.page_size)
-            flat = keys.new_ones((keys.shape[0], (end - start) * store.page_size), dtype=torch.bool)
-            if valid is not None:
-                flat = valid[:, tokens].to(keys.device)
-            summaries = self.shared.method.index(keys, flat.view(keys.shape[0], 1, end - start, store.page_size))
+            rows, summaries = self._summarise(start, min(start + _INDEX_PAGES, stop))
             for name, vectors in summaries.items():
-                store.summaries[name].put(rows, vectors)
+                self._store().summaries[name].put(rows, vectors)
+
+    def _summarise(self, first: int, stop: int) -> tuple[Tensor, Summaries]:
+        """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
+        store, valid = self._store(), self.shared.sequences.mask.valid
+        keys, _, rows = store.pages(first, stop)
+        shape = (keys.shape[0], 1, stop - first, store.page_size)
+        if valid is None:
+            return rows, self.shared.method.index(keys, keys.new_ones(shape, dtype=torch.bool))
+        tokens = slice(first * store.page_size, stop * store.page_size)
+        return rows, self.shared.method.index(keys, valid[:, tokens].to(keys.device).reshape(shape))
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
@@ -269,100 +257,16 @@ class SpinLayer(CacheLayerMixin):
         if store is None or not sequences.length:
             return
         store.check_integrity()
-        complete = sequences.length // store.page_size
-        keys, _, rows = store.pages(0, complete)
-        valid = sequences.mask.valid
-        flat = keys.new_ones((keys.shape[0], complete * store.page_size), dtype=torch.bool)
-        if valid is not None:
-            flat = valid[:, : complete * store.page_size].to(keys.device)
-        expected = self.shared.method.index(keys, flat.view(keys.shape[0], 1, complete, store.page_size))
+        rows, expected = self._summarise(0, sequences.length // store.page_size)
         for name, vectors in expected.items():
             if not torch.equal(store.summaries[name].take(rows), vectors):
                 raise CacheStateError(
                     f"integrity: layer {self.layer_idx} has a stale summary {name!r}; please report this as a bug"
                 )
 
-    def _begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
-        """Start a step, after undoing what an interrupted forward left behind."""
-        shared, sequences = self.shared, self.shared.sequences
-        if sequences.length and any(layer.store is None or layer.store.length != sequences.length for layer in shared.layers):
-            if shared.has_unpaged_layers or shared.layers[-1].store is None:
-                raise CacheStateError(
-                    f"the last forward of {shared.model_name} did not reach all layers of the cache (it was interrupted, or "
-                    "the model does not cache some layer); call cache.reset(), or use a DynamicCache for this model"
-                )
-            sequences.truncate(shared.committed_length())
-        sequences.begin(batch_size, num_tokens, new_valid)
-
-    def _attend_prompt(
-        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
-    ) -> Tensor:
-        """A prompt on an empty cache: dense and causal, on the states at hand."""
-        allowed = None if self.shared.sequences.mask.valid is None else self.shared.plan.allowed_all(query.shape[3], query.device)
-        if softcap is None and sinks is None:
-            return kernels.dense_attention(query.flatten(1, 2), key, value, allowed, scale).view(*query.shape[:4], -1)
-        if allowed is None:
-            allowed = self.shared.plan.allowed_all(query.shape[3], query.device)
-        return _with_sinks(kernels.attend(query, key, value, allowed.unsqueeze(1), scale, softcap), sinks)
-
-    def _attend_masked(
-        self, query: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
-    ) -> Tensor:
-        """All tokens held, by a mask [B, 1 or heads, Q, tokens]: prefill on a filled cache, dense steps, special masks."""
-        store, sequences = self._store(), self.shared.sequences
-        batch_size, num_heads, group = query.shape[:3]
-        if mask.shape[-1] != sequences.length or mask.shape[-2] not in (1, query.shape[3]):
-            raise AttentionError(
-                f"expected a mask over {query.shape[3]} queries and {sequences.length} tokens, got {tuple(mask.shape)}; "
-                "pass a 2-D padding mask, or a 4-D mask over all tokens"
-            )
-        pages = torch.arange(sequences.num_pages, device=query.device).expand(batch_size, num_heads, -1)
-        padding = sequences.num_pages * store.page_size - sequences.length
-        parts = []
-        for part, keys, values in store.read(pages):
-            if store.frames is None and softcap is None and sinks is None:
-                keys, values = keys[:, :, : sequences.length], values[:, :, : sequences.length]
-                mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
-                return kernels.dense_attention(query.flatten(1, 2), keys, values, mask, scale).view(*query.shape[:4], -1)
-            if not parts:
-                fill = 0.0 if mask.dtype == torch.bool else float("-inf")
-                mask = torch.nn.functional.pad(mask, (0, padding), value=fill)
-                mask = mask.unflatten(1, (num_heads, group) if mask.shape[1] > 1 else (1, 1))
-            tokens = slice(part.start * store.page_size, part.stop * store.page_size)
-            parts.append(kernels.attend(query, keys, values, mask[..., tokens], scale, softcap))
-        return _with_sinks(kernels.merge_attention(parts), sinks)
-
-    def _attend_selected(
-        self, query: Tensor, position: int, sinks: Tensor | None, scale: float, softcap: float | None
-    ) -> Tensor:
-        """One query [B, H, G, 1, Dk] per sequence: sinks, recent window and what the method selects."""
-        store, plan = self._store(), self.shared.plan.query(position, query.device)
-        num_heads = query.shape[1]
-        num_pages = plan.candidates.shape[1]
-        asked = Query(query.squeeze(3).float(), plan.candidates, plan.budget_tokens, store.page_size, scale)
-        selected = self.shared.method.select(asked, lambda name: store.summary(name)[:, :, :num_pages])
-        pages = torch.cat([plan.fixed.unsqueeze(1).expand(-1, num_heads, -1), selected], 2)
-        allowed = self.shared.plan.allowed(pages, position)
-        self._warn_of_waves(pages.shape[2])
-        parts = []
-        for part, keys, values in store.read(pages):
-            tokens = slice(part.start * store.page_size, part.stop * store.page_size)
-            mask = allowed[..., tokens][:, :, None, None]
-            parts.append(kernels.attend(query, keys, values, mask, scale, softcap))
-        self.attended_tokens += int(allowed.sum())
-        self.attended_queries += allowed.shape[0] * num_heads
-        return _with_sinks(kernels.merge_attention(parts), sinks)
-
-    def _warn_of_waves(self, num_pages: int) -> None:
-        frames = self._store().frames
-        if frames is not None and num_pages > frames.num_slots and not self.shared.warned_waves:
-            self.shared.warned_waves = True
-            logger.warning(
-                "gpu_memory holds %d of the %d pages that a step reads per KV head, so all of them are loaded again at every "
-                "step; raise gpu_memory or lower budget",
-                frames.num_slots,
-                num_pages,
-            )
+    @property
+    def _is_first(self) -> bool:
+        return self is self.shared.layers[0]
 
     def _store(self) -> PageStore:
         if self.store is None:
@@ -377,8 +281,6 @@ class SpinLayer(CacheLayerMixin):
         return keys.flatten(2, 3)[:, :, :length], values.flatten(2, 3)[:, :, :length]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
-        from copy import deepcopy
-
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
@@ -394,6 +296,15 @@ _LOST_TAG = (
 )
 
 
-def _with_sinks(attention: tuple[Tensor, Tensor], sinks: Tensor | None) -> Tensor:
-    out, lse = attention
-    return out if sinks is None else kernels.apply_attention_sinks(out, lse, sinks)
+_WAVES = (
+    "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
+    "raise gpu_memory or lower budget"
+)
+
+
+def _check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:
+    if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_queries):
+        raise AttentionError(
+            f"expected a mask over {num_queries} queries and {num_tokens} tokens, got {tuple(mask.shape)}; "
+            "pass a 2-D padding mask, or a 4-D mask over all tokens"
+        )

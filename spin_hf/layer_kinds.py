@@ -1,11 +1,11 @@
 """Which layers of a model are paged, and which are left to transformers' own cache layers, and why.
 
-    full attention                  SpinLayer
-    sliding or chunked attention    transformers' own: keeps the window only
-    linear attention, convolution   transformers' own: its state does not grow
-    shared KV, no attention         transformers' own placeholder
-    latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
-    hybrid and indexed attention    transformers' own: their `update` does more than keys and values
+full attention                  SpinLayer
+sliding or chunked attention    transformers' own: keeps the window only
+linear attention, convolution   transformers' own: its state does not grow
+shared KV, no attention         transformers' own placeholder
+latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
+hybrid and indexed attention    transformers' own: their `update` does more than keys and values
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from .errors import UnsupportedModelError
+
+PLACEHOLDER = "no cache of its own"
+"""Why a layer that shares another one's keys, or has no attention, is not paged."""
 
 # Families that compute attention by themselves and never call the attention interface.
 _OLD_FAMILIES = {
@@ -36,11 +44,13 @@ def check_model(config: Any, name: str) -> None:
             f"{name} is an encoder-decoder model, expected a decoder-only one; use transformers' EncoderDecoderCache"
         )
     if not hasattr(config, "num_hidden_layers") or not hasattr(config, "_attn_implementation"):
-        raise UnsupportedModelError(f"{name}: expected the config of a decoder with attention layers; use a causal language model")
+        raise UnsupportedModelError(
+            f"{name}: expected the config of a decoder with attention layers; use a causal language model"
+        )
     if config.model_type in _OLD_FAMILIES:
         raise UnsupportedModelError(
-            f"{name} ({config.model_type}) computes attention without transformers' attention interface, so no cache can "
-            "choose what it attends to; expected a model that calls it; use a DynamicCache"
+            f"{name} ({config.model_type}) computes attention without transformers' attention interface, so no cache "
+            "can choose what it attends to; expected a model that calls it; use a DynamicCache"
         )
 
 
@@ -73,5 +83,5 @@ def _reason_not_paged(layer: Any, latent: bool) -> str | None:
         return "sliding window: only the window is kept"
     if not isinstance(layer, CacheLayerMixin):
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
-        return "linear attention: state of fixed size" if linear else "no cache of its own"
+        return "linear attention: state of fixed size" if linear else PLACEHOLDER
     return f"{type(layer).__name__}: kept by transformers, attended densely"

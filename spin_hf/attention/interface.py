@@ -92,7 +92,8 @@ class _InferenceOnly(torch.autograd.Function):
 
 # Model inputs and switches that travel through **kwargs and do not change what attention computes here.
 _HARMLESS = {
-    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k", "cumulative_seqlens_q",
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k",
+    "cumulative_seqlens_q",
     "deterministic", "inputs_embeds", "input_ids", "is_causal", "is_first_iteration", "labels", "layer_idx",
     "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
@@ -145,18 +146,22 @@ def _check_arguments(
 ) -> None:
     for name in _REFUSED:
         if kwargs.get(name) is not None:
-            raise AttentionError(f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model")
+            raise AttentionError(
+                f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model"
+            )
     if kwargs.get("output_attentions"):
         raise AttentionError(
-            "SpinCache cannot return attention weights (expected output_attentions=False, got True); use a DynamicCache "
-            'with attn_implementation="eager"'
+            "SpinCache cannot return attention weights (expected output_attentions=False, got True); use a "
+            'DynamicCache with attn_implementation="eager"'
         )
     if dropout:
         raise AttentionError(f"SpinCache: expected dropout 0, got {dropout}; call model.eval() first")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if not causal and (mask is None or mask.shape[-2:] == (1, num_queries)) and num_queries > 1:
-        raise AttentionError("SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model")
+        raise AttentionError(
+            "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
+        )
     if not torch.compiler.is_compiling():
         unknown = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
         if unknown and not _warned.issuperset(unknown):
@@ -172,7 +177,7 @@ def _previous_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, 
     """The attention function that the module's config named before "spin"."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     name = previous_implementation(module.config)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
 def previous_implementation(config: Any) -> str:
@@ -229,24 +234,27 @@ def spin_mask(
     traced = isinstance(kv_offset, Tensor)
     if not traced and not isinstance(kv_length, MaskedLength):
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
-        return build(  # type: ignore[no-any-return]
+        return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs,
         )  # fmt: skip
     if traced:
         if mask_function is not causal_mask_function:
-            raise AttentionError("SpinCache: expected a causal mask under torch.compile; run this model without compiling")
+            raise AttentionError(
+                "SpinCache: expected a causal mask under torch.compile; run this model without compiling"
+            )
         return None if attention_mask is None else attention_mask[:, None, None, -q_length:]
+    assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if attention_mask is not None:
         missing = length - attention_mask.shape[1]
         if missing > 0:  # as transformers' own masks: what the mask does not cover is padding
             attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
         attention_mask = attention_mask[:, :length]
-    kv_length.reconcile(attention_mask)  # type: ignore[union-attr]
+    kv_length.reconcile(attention_mask)
     if mask_function is not causal_mask_function:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        return sdpa_mask(  # type: ignore[no-any-return]
+        return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip

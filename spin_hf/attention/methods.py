@@ -21,5 +21,7 @@ def resolve_method(method: str | Method) -> Method:
     if not isinstance(method, str):
         raise OptionTypeError(f"method: expected a name ({known}) or a method object, got {type(method).__name__}")
     if method not in METHODS:
-        raise OptionError(f"method: unknown method {method!r}; pass one of {known}, or a method object such as ShadowKV()")
+        raise OptionError(
+            f"method: unknown method {method!r}; pass one of {known}, or a method object such as ShadowKV()"
+        )
     return METHODS[method]()

@@ -2,7 +2,7 @@
 
     landmark(page)  = mean of its keys (after RoPE)
     score(page)     = max over the query heads of a KV head of  softmax over candidates (scale * q . landmark)
-    outliers        = the pages whose worst key is least like the landmark (lowest min-cosine), 24 per 1,024 budget tokens
+    outliers        = the pages whose worst key is least like the landmark (lowest min-cosine): 24 per 1,024 tokens
 
 Outliers take part of the budget, so every method attends to the same number of tokens. The original keeps low-rank keys
 on the GPU and fetches values only; here, as in SPIN, whole pages move. Generated tokens are indexed like prompt tokens.

@@ -117,7 +117,8 @@ def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
         scores: [B, H, N], float32; -inf marks a page that must not be chosen, +inf one that is chosen first.
         num_pages: [B], int64: how many to choose in each sequence.
     Returns:
-        Page numbers [B, H, max(num_pages)], int64, best first; -1 where a sequence has fewer candidates or asks for less.
+        Page numbers [B, H, max(num_pages)], int64, best first; -1 where a sequence has fewer candidates
+        or asks for less.
     """
     width = min(int(num_pages.max()), scores.shape[-1])
     best, pages = scores.topk(width, dim=-1)
@@ -213,7 +214,7 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     total = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - total.masked_fill(total == float("-inf"), 0.0))
     out = sum(out * weight.unsqueeze(-1) for (out, _), weight in zip(parts, weights, strict=True))
-    return out, total  # type: ignore[return-value]
+    return out, total
 
 
 def apply_attention_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

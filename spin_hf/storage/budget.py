@@ -52,7 +52,10 @@ class TierBudget:
             CapacityError: the pages do not fit `cpu_memory`.
         """
         rows = num_segments * SEGMENT_PAGES * self.num_heads
-        if self.gpu_memory is None or rows * (self.page_bytes + self.summary_bytes) * self.num_layers <= self.gpu_memory:
+        if (
+            self.gpu_memory is None
+            or rows * (self.page_bytes + self.summary_bytes) * self.num_layers <= self.gpu_memory
+        ):
             return None
         if self.cpu_memory is not None and rows * self.page_bytes * self.num_layers > self.cpu_memory:
             raise CapacityError(
@@ -69,8 +72,8 @@ class TierBudget:
             needed = (fixed + self.min_frames * frame + 1) * self.num_layers
             raise BudgetError(
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
-                f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window and "
-                "one selected page); raise gpu_memory, or lower num_sink_tokens, recent_window or the batch size",
+                f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
+                "and one selected page); raise gpu_memory, or lower num_sink_tokens, recent_window or the batch size",
                 needed_bytes=needed,
             )
         return min(frames, table_pages)

@@ -50,7 +50,9 @@ class ChunkedArray:
         """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are."""
         self.used_rows = max(self.used_rows, num_rows)
         while self.num_rows < num_rows:
-            self.chunks.append(torch.empty((self.rows_per_chunk, *self.row_shape), dtype=self.dtype, device=self.device))
+            self.chunks.append(
+                torch.empty((self.rows_per_chunk, *self.row_shape), dtype=self.dtype, device=self.device)
+            )
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""

@@ -90,7 +90,8 @@ class PageStore:
             return
         span = torch.arange(SEGMENT_PAGES * self.num_heads)
         source, destination = (
-            (torch.tensor(side).unsqueeze(1) * SEGMENT_PAGES * self.num_heads + span) for side in zip(*pairs, strict=True)
+            (torch.tensor(side).unsqueeze(1) * SEGMENT_PAGES * self.num_heads + span)
+            for side in zip(*pairs, strict=True)
         )
         for array in (self.home, *self.summaries.values()):
             array.put(destination, array.take(source))

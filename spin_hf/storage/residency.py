@@ -135,7 +135,9 @@ class PageFrames:
         frame, origin = self.frames[(b * self.num_heads + h) * self.num_slots + slot], home.take(rows[b, h, page])
         differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
         if bool((differs & partial.expand(self.slot_page.shape[0], -1, -1)[b, page]).any()):
-            raise CacheStateError("integrity: a frame differs from its page in the cpu tier; please report this as a bug")
+            raise CacheStateError(
+                "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
+            )
 
     def _frame(self, slots: Tensor) -> Tensor:
         """Rows of `frames` for slots [B, H, n]."""

@@ -111,8 +111,7 @@ class Sequences:
         """
         if self.length and batch_size != self.batch_size:
             raise BatchSizeError(
-                f"the cache holds {self.batch_size} sequences, got a batch of {batch_size}; call cache.reset(), "
-                "cache.batch_select_indices(...) or cache.batch_repeat_interleave(...), or use a new SpinCache"
+                f"expected {self.batch_size} sequences, got {batch_size}; begin with as many as are held"
             )
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         refcounts, free = list(self.refcounts), list(self.free)
@@ -127,6 +126,14 @@ class Sequences:
         self.mask.append(batch_size, self.length, new_valid, num_tokens)
         self.start, self.length = self.length, length
         self.step += 1
+
+    def check_room(self, length: int, num_tokens: int) -> None:
+        """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap."""
+        num_pages = -(-(length + num_tokens) // self.page_size)
+        more = self.batch_size * max(0, -(-num_pages // SEGMENT_PAGES) - -(-length // (self.page_size * SEGMENT_PAGES)))
+        num_segments = len(self.refcounts) + max(0, more - len(self.free))
+        for store in self.stores:
+            store.check(self.batch_size, num_segments, num_pages)
 
     def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
         """Row ids [B, num_heads, pages of all segments] of every page, int64; pages beyond `num_pages` are unused."""
@@ -152,7 +159,7 @@ class Sequences:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
-        keep = -(-(-(-length // self.page_size)) // SEGMENT_PAGES)
+        keep = -(-length // (self.page_size * SEGMENT_PAGES))
         for row in self.directory:
             for segment in row[keep:]:
                 self._release(segment)
@@ -167,7 +174,9 @@ class Sequences:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
-            raise BatchSizeError(f"indices {bad} are outside the {self.batch_size} sequences held; pass 0 to {self.batch_size - 1}")
+            raise BatchSizeError(
+                f"indices {bad} are outside the {self.batch_size} sequences held; pass 0 to {self.batch_size - 1}"
+            )
         for store in self.stores:
             store.check(len(rows), len(self.refcounts), self.num_pages)
         old = self.directory

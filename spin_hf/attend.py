@@ -1,0 +1,113 @@
+"""Attention over what a layer holds, in its three forms. The mathematics is in `kernels`, the pages in `storage`.
+
+    prompt     the first tokens of a cache: dense and causal, on the states at hand
+    masked     all tokens held, by a mask: prefill on a filled cache, dense steps, special masks
+    selected   one query per sequence: sinks, recent window and what the method selects
+
+Pages that do not fit the page frames at once are attended to in waves and merged, so that any amount of GPU memory that
+holds one step's fixed pages gives the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .attention.partition import Method, Query
+from .plan import StepPlan
+from .storage.pages import PageStore
+
+
+@dataclass(frozen=True)
+class Call:
+    """The queries of one attention call and how their scores become weights.
+
+    Attributes:
+        query: [B, H, G, Q, Dk], query heads grouped by KV head.
+        scale: factor of the scores.
+        softcap: scores become softcap * tanh(scores / softcap); None for as they are.
+        sinks: [H * G], learned logits in the softmax's denominator; None for none.
+    """
+
+    query: Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's fused attention computes it."""
+        return self.softcap is None and self.sinks is None
+
+    def token(self, index: int) -> Call:
+        """The call of one of the query tokens."""
+        return replace(self, query=self.query[:, :, :, index : index + 1])
+
+    def fused(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Plain attention [B, H, G, Q, Dv]; `mask` [B, 1 or heads, Q, tokens], or None for causal."""
+        out = kernels.dense_attention(self.query.flatten(1, 2), keys, values, mask, self.scale)
+        return out.view(*self.query.shape[:4], -1)
+
+    def in_waves(self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int) -> Tensor:
+        """Attention over `PageStore.read`'s waves; `mask` is broadcastable to [B, H, G, Q, pages * P]."""
+        parts = []
+        for pages, keys, values in waves:
+            tokens = mask[..., pages.start * page_size : pages.stop * page_size]
+            parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
+        out, lse = kernels.merge_attention(parts)
+        return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
+
+
+def attend_prompt(call: Call, key: Tensor, value: Tensor, plan: StepPlan) -> Tensor:
+    """Causal attention among the first tokens of a cache.
+
+    Args:
+        key, value: [B, H, Q, Dk] and [B, H, Q, Dv], all that the cache holds.
+    Returns:
+        [B, H, G, Q, Dv].
+    """
+    num_tokens = key.shape[2]
+    if call.is_plain and plan.sequences.mask.valid is None:
+        return call.fused(key, value, None)
+    allowed = plan.allowed_all(num_tokens, key.device)
+    if call.is_plain:
+        return call.fused(key, value, allowed)
+    return call.in_waves([(slice(0, num_tokens), key, value)], allowed.unsqueeze(1), page_size=1)
+
+
+def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
+    """Attention over all tokens held.
+
+    Args:
+        mask: [B, 1 or heads, 1 or Q, tokens], bool or additive.
+    Returns:
+        [B, H, G, Q, Dv].
+    """
+    batch_size, num_heads, group = call.query.shape[:3]
+    length, num_pages = store.sequences.length, store.sequences.num_pages
+    waves = store.read(torch.arange(num_pages, device=mask.device).expand(batch_size, num_heads, -1))
+    if call.is_plain and store.frames is None:
+        _, keys, values = next(waves)
+        mask = mask if mask.dtype == torch.bool else mask.to(call.query.dtype)
+        return call.fused(keys[:, :, :length], values[:, :, :length], mask)
+    unfilled = 0.0 if mask.dtype == torch.bool else float("-inf")
+    mask = torch.nn.functional.pad(mask, (0, num_pages * store.page_size - length), value=unfilled)
+    return call.in_waves(waves, mask.unflatten(1, (num_heads, group) if mask.shape[1] > 1 else (1, 1)), store.page_size)
+
+
+def select_pages(call: Call, position: int, store: PageStore, plan: StepPlan, method: Method) -> Tensor:
+    """The pages that the single query of `call`, at `position`, attends to: [B, H, n], int64, -1 for none."""
+    zones = plan.query(position, call.query.device)
+    num_pages = zones.candidates.shape[1]
+    query = Query(call.query.squeeze(3).float(), zones.candidates, zones.budget_tokens, store.page_size, call.scale)
+    selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages])
+    return torch.cat([zones.fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
+
+
+def attend_pages(call: Call, pages: Tensor, allowed: Tensor, store: PageStore) -> Tensor:
+    """Attention of one query per sequence over `pages` [B, H, n], where `allowed` [B, H, n * P]: [B, H, G, 1, Dv]."""
+    return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size)
