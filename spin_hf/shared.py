@@ -109,7 +109,7 @@ class SharedState:
         if self.committed_length() and batch_size != self.sequences.batch_size:
             raise BatchSizeError(
                 f"the cache holds {self.sequences.batch_size} sequences, got a batch of {batch_size}; call "
-                "cache.reset(), cache.batch_select_indices(...) or cache.batch_repeat_interleave(...), or use a new SpinCache"
+                "cache.reset(), batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
             )
 
     def reconcile(self, mask: Tensor | None) -> None:

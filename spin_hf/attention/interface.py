@@ -97,10 +97,12 @@ _HARMLESS = {
     "deterministic", "inputs_embeds", "input_ids", "is_causal", "is_first_iteration", "labels", "layer_idx",
     "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
-    "position_ids", "return_dict", "sliding_window", "token_type_ids", "training", "use_cache",
+    "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
 }  # fmt: skip
 # Arguments that change the result and cannot be served from pages.
-_REFUSED = ("position_bias", "indices", "alibi", "head_mask", "block_mask", "attention_bias")
+_REFUSED = (
+    "alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias",
+)  # fmt: skip
 
 
 def spin_attention(

@@ -23,6 +23,7 @@ class _Entry:
         self.config = weakref.ref(config)
         self.previous = previous
         self.users = 0
+        self.announced = False
 
 
 _entries: dict[int, _Entry] = {}
@@ -38,7 +39,9 @@ def acquire(config: Any) -> None:
     entry.users += 1
     if config._attn_implementation != NAME:
         entry.previous = config._attn_implementation
-        logger.info("attention implementation of %s: %r -> %r", type(config).__name__, entry.previous, NAME)
+        if not entry.announced:
+            logger.info("attention implementation of %s: %r -> %r", type(config).__name__, entry.previous, NAME)
+            entry.announced = True
         config._attn_implementation = NAME
 
 

@@ -21,8 +21,9 @@ from .chunked import ChunkedArray
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
 
-_CHUNK_BYTES = 64 << 20
-_MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 8, 1024
+# RAM is committed when it is written, so chunks may be large there; on a GPU they are taken at once.
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
+_MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
 
 
 class PageStore:
@@ -57,7 +58,8 @@ class PageStore:
         """Tokens written to this layer."""
         elements = self.page_size * (key_dim + value_dim)
         segment_bytes = SEGMENT_PAGES * num_heads * elements * dtype.itemsize
-        segments = min(max(_CHUNK_BYTES // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
+        chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+        segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
         rows = segments * SEGMENT_PAGES * num_heads
         self.home = ChunkedArray((elements,), rows, dtype, device)
         self.summaries = {
