@@ -189,20 +189,22 @@ def attend(
         out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
         lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
     """
-    keys, values = keys.float().unsqueeze(2), values.float().unsqueeze(2)
+    keys, values = keys.float(), values.float()
     if mask.dtype == torch.bool:
-        values = values.masked_fill(~mask.any(2, keepdim=True).any(3).unsqueeze(-1), 0.0)
+        values = values.masked_fill(~mask.any(2).any(2).unsqueeze(-1), 0.0)
     tile = max(1, _SCORE_TILE_ELEMENTS // max(1, query[..., 0, 0].numel() * keys.shape[-2]))
     parts = []
     for start in range(0, query.shape[3], tile):
-        piece = mask[..., start : start + tile, :] if mask.shape[-2] > 1 else mask
-        scores = query[..., start : start + tile, :].float() @ keys.transpose(-1, -2) * scale
+        queries = query[..., start : start + tile, :].float()
+        allowed = mask[..., start : start + tile, :] if mask.shape[-2] > 1 else mask
+        heads = queries.shape[2:4]  # query heads and tokens of a KV head are one batch of rows: nothing is repeated
+        scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, heads) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~piece, float("-inf")) if piece.dtype == torch.bool else scores + piece
+        scores = scores.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else scores + allowed
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-        parts.append((weights @ values, lse))
+        parts.append(((weights.flatten(2, 3) @ values).unflatten(2, heads), lse))
     return torch.cat([out for out, _ in parts], 3), torch.cat([lse for _, lse in parts], 3)
 
 
