@@ -92,6 +92,12 @@ class SharedState:
         self.visible_length.zero_()
         self.pending, self.failed = None, False
 
+    def dispose(self) -> None:
+        """Let go of layers and storage, which refer to each other; the cache is gone."""
+        self.layers.clear()
+        self.sequences.stores.clear()
+        self.pending = None
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         self.sequences.truncate(length)
