@@ -184,7 +184,7 @@ class SpinLayer(CacheLayerMixin):
 
     def _run(self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool) -> Tensor:
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
-        is_padding = mask is not None and mask.shape[-2:] == (1, num_queries)
+        is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
         if mask is not None and not is_padding:
             _check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
         if append:

@@ -78,7 +78,8 @@ class StepPlan:
             budget = torch.full_like(held, options.budget)
         else:
             budget = (held * options.budget).ceil().long()
-        budget = torch.where(held <= options.dense_below, held, budget)
+        everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
+        budget = torch.where(everything, num_pages * seq.page_size, budget)
         return QueryPlan(kernels.list_pages(fixed), candidates, budget)
 
     def allowed(self, pages: Tensor, position: int) -> Tensor:

@@ -183,25 +183,28 @@ def attend(
         query: [B, H, G, Q, Dk].
         keys, values: [B, H, M, Dk] and [B, H, M, Dv].
         mask: broadcastable to [B, H, G, Q, M]; bool, True where a query may attend, or float, added to the scores.
-            Values of tokens that no query may attend to do not matter, NaN included.
+            What stands in tokens that no query may attend to (False, -inf) does not matter, NaN included.
         scale: factor of the scores, before `softcap`: scores become softcap * tanh(scores / softcap).
     Returns:
         out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
         lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
     """
     keys, values = keys.float(), values.float()
-    if mask.dtype == torch.bool:
-        values = values.masked_fill(~mask.any(2).any(2).unsqueeze(-1), 0.0)
+    bias = None if mask.dtype == torch.bool else mask
+    mask = mask if bias is None else mask > float("-inf")
+    values = values.masked_fill(~mask.any(2).any(2).unsqueeze(-1), 0.0)
     tile = max(1, _SCORE_TILE_ELEMENTS // max(1, query[..., 0, 0].numel() * keys.shape[-2]))
     parts = []
     for start in range(0, query.shape[3], tile):
         queries = query[..., start : start + tile, :].float()
-        allowed = mask[..., start : start + tile, :] if mask.shape[-2] > 1 else mask
+        tokens = slice(start, start + tile) if mask.shape[-2] > 1 else slice(None)
         heads = queries.shape[2:4]  # query heads and tokens of a KV head are one batch of rows: nothing is repeated
         scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, heads) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else scores + allowed
+        if bias is not None:
+            scores = scores + bias[..., tokens, :]
+        scores = scores.masked_fill(~mask[..., tokens, :], float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
         parts.append(((weights.flatten(2, 3) @ values).unflatten(2, heads), lse))

@@ -128,7 +128,12 @@ class Sequences:
         self.step += 1
 
     def check_room(self, length: int, num_tokens: int) -> None:
-        """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap."""
+        """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.
+
+        An empty cache does not know its batch yet; there `begin` checks.
+        """
+        if not self.batch_size:
+            return
         num_pages = -(-(length + num_tokens) // self.page_size)
         more = self.batch_size * max(0, -(-num_pages // SEGMENT_PAGES) - -(-length // (self.page_size * SEGMENT_PAGES)))
         num_segments = len(self.refcounts) + max(0, more - len(self.free))

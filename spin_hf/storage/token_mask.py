@@ -48,7 +48,7 @@ class TokenMask:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         if self.valid is not None:
-            self.valid = self.valid[:, :length]
+            self.valid = self.valid[:, :length] if length else None
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
