@@ -19,18 +19,19 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention import switch
 from .attention.methods import resolve_method
 from .attention.partition import Method
 from .config import SpinOptions
-from .errors import AttentionError, OptionError, OptionTypeError
+from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
+from .forward import ForwardLog
 from .layer import SpinLayer
-from .layer_kinds import PLACEHOLDER, build_layers, check_model
+from .layer_kinds import build_layers, check_model
 from .plan import StepPlan
-from .shared import SharedState
+from .shared import SharedState, check_batch
 from .stats import CacheStats
 from .storage.sequences import Sequences
 
@@ -81,12 +82,12 @@ class SpinCache(Cache):
         sequences = Sequences(resolved.page_size)
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
-        self._shared.has_unpaged_layers = any(reason != PLACEHOLDER for reason in self._dense_reasons)
         super().__init__(layers=layers)
+        self._log = ForwardLog(self.layers, self._shared)
         self._bind(config)
 
     def __repr__(self) -> str:
-        shared, tokens = self._shared, self._shared.committed_length()
+        shared, tokens = self._shared, self._shared.committed
         return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={tokens})"
 
     # ---------------------------------------------------------------------------------------------------- the contract
@@ -102,15 +103,51 @@ class SpinCache(Cache):
             AttentionError: the config names another attention implementation.
             BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
         """
-        if self._config._attn_implementation != switch.NAME:
-            raise AttentionError(
-                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (changed '
-                'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
-            )
-        layer = self.layers[layer_idx]
-        if not torch.compiler.is_compiling() and isinstance(layer, SpinLayer):
-            self._shared.check_batch(key_states.shape[0])
-        return layer.update(key_states, value_states, *args, **kwargs)
+        self._check_switched()
+        if torch.compiler.is_compiling():
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        self._touch(layer_idx, key_states.shape[0])
+        states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        self._log.touched(layer_idx, self.layers)
+        return states
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers', for linear-attention and convolution layers."""
+        if torch.compiler.is_compiling():
+            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        self._touch(layer_idx, conv_states.shape[0])
+        states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        self._log.touched(layer_idx, self.layers)
+        return states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers', for linear-attention layers."""
+        if torch.compiler.is_compiling():
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        self._touch(layer_idx, recurrent_states.shape[0])
+        states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        self._log.touched(layer_idx, self.layers)
+        return states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by every layer; a forward that was interrupted does not count."""
+        if self._shared.layers:
+            return self._shared.layers[0].get_seq_length()  # type: ignore[return-value]
+        interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
+        return super().get_seq_length(self._log.final if interrupted else layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a layer's mask. transformers asks before a forward, so here is checked what it needs.
+
+        Raises:
+            AttentionError: the config names another attention implementation.
+            BudgetError, CapacityError: there is no room for the tokens to come.
+            CacheStateError: an interrupted forward cannot be taken back.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_switched()
+            self._log.settle(self.layers)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
@@ -121,41 +158,38 @@ class SpinCache(Cache):
             raise OptionError(
                 f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n"
             )
+        self._log.settle(self.layers)
         length = self.get_seq_length()
-        for layer in self.layers:
-            if not isinstance(layer, SpinLayer):
-                layer.crop(tokens_to_remove)
+        for layer in self._unpaged_layers():
+            layer.crop(tokens_to_remove)
         if self._shared.layers:
             keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
             self._shared.truncate(keep)
 
     def reset(self) -> None:
-        """Forget all tokens. Memory and options are kept; the next batch may have another size."""
-        for layer in self.layers:
-            if not isinstance(layer, SpinLayer):
-                layer.reset()
+        """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
+        fresh, _ = build_layers(self._config, lambda index: self.layers[index])
+        self.layers[:] = fresh  # transformers' own layers keep the batch size of their states over a reset
         self._shared.clear()
+        self._log.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
-        for layer in self.layers:
-            if not isinstance(layer, SpinLayer):
-                layer.reorder_cache(beam_idx)
-        self._shared.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
+        for layer in self._unpaged_layers():
+            layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (int64, or a bool mask), in that order."""
-        for layer in self.layers:
-            if not isinstance(layer, SpinLayer):
-                layer.batch_select_indices(indices)
-        self._shared.select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        for layer in self._unpaged_layers():
+            layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
-        for layer in self.layers:
-            if not isinstance(layer, SpinLayer):
-                layer.batch_repeat_interleave(repeats)
-        self._shared.select([row for row in range(self._shared.sequences.batch_size) for _ in range(repeats)])
+        self._select([row for row in range(self._held_batch() or 0) for _ in range(repeats)])
+        for layer in self._unpaged_layers():
+            layer.batch_repeat_interleave(repeats)
 
     # ------------------------------------------------------------------------------------------------------- our own
 
@@ -195,7 +229,8 @@ class SpinCache(Cache):
                         "pass a DynamicCache(config=model.config)"
                     )
                 layer.append(source.keys, source.values, valid)
-        made._shared.visible_length.fill_(made._shared.sequences.length)
+        made._shared.commit()
+        made._shared.visible_length.fill_(made._shared.committed)
         return made
 
     def stats(self) -> CacheStats:
@@ -237,6 +272,41 @@ class SpinCache(Cache):
             setattr(twin, name, attribute if name in ("_config", "_finalizer") else deepcopy(attribute, memo))
         twin._bind(self._config)
         return twin
+
+    def _unpaged_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, SpinLayer)]
+
+    def _check_switched(self) -> None:
+        if self._config._attn_implementation != switch.NAME:
+            raise AttentionError(
+                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (changed '
+                'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
+            )
+
+    def _touch(self, index: int, batch_size: int) -> None:
+        """Before layer `index` changes: note it, and refuse a batch of another size."""
+        held = self._held_batch()
+        if held is not None:
+            check_batch(held, batch_size)
+        self._log.touch(index, self.layers)
+
+    def _held_batch(self) -> int | None:
+        """Sequences held, by whichever layer says so; None while empty."""
+        if self._shared.layers:
+            return self._shared.sequences.batch_size if self._shared.committed else None
+        for layer in self.layers:
+            if isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.get_seq_length():
+                return layer.keys.shape[0]
+        return None
+
+    def _select(self, rows: list[int]) -> None:
+        """Check and select sequences of the paged layers."""
+        self._log.settle(self.layers)
+        held = self._held_batch()
+        bad = [row for row in rows if held is not None and not 0 <= row < held]
+        if bad:
+            raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {(held or 0) - 1}")
+        self._shared.select(rows)
 
     def _bind(self, config: Any) -> None:
         """Switch the config to "spin" for as long as this cache lives."""

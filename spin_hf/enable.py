@@ -46,7 +46,7 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
         )
     SpinCache(model, **options)  # refuses bad options now, not at the first call
     disable(model)
-    generate = model.generate
+    generate, wrapped_before = model.generate, model.__dict__.get("generate")
 
     @functools.wraps(generate)
     def generate_with_spin(*args: Any, **kwargs: Any) -> Any:
@@ -61,11 +61,14 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
         return generate(*args, **kwargs)
 
     model.generate = generate_with_spin
-    setattr(model, _ORIGINAL, generate)
+    setattr(model, _ORIGINAL, wrapped_before)
     return Enabled(model)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable`; nothing happens if it was not called."""
     if _ORIGINAL in model.__dict__:
-        del model.__dict__["generate"], model.__dict__[_ORIGINAL]
+        wrapped_before = model.__dict__.pop(_ORIGINAL)
+        del model.__dict__["generate"]
+        if wrapped_before is not None:
+            model.generate = wrapped_before

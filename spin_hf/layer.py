@@ -133,7 +133,7 @@ class SpinLayer(CacheLayerMixin):
         """Tokens held; a tensor while Dynamo traces, so that no length is compiled in."""
         if torch.compiler.is_compiling():
             return self.shared.visible_length
-        return self.shared.committed_length()
+        return self.shared.committed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
         """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
@@ -144,7 +144,7 @@ class SpinLayer(CacheLayerMixin):
         shared = self.shared
         if torch.compiler.is_compiling():
             return query_length, shared.visible_length
-        length = shared.committed_length()
+        length = shared.committed
         shared.sequences.check_room(length, query_length)
         return MaskedLength.of(length + query_length, shared.reconcile), 0
 
@@ -152,7 +152,7 @@ class SpinLayer(CacheLayerMixin):
         """-1: no maximum."""
         return -1
 
-    def reset(self) -> None:
+    def reset(self, *args: Any, **kwargs: Any) -> None:
         """Layers of a cache change together."""
         raise CacheStateError("expected a call on the cache, got one on a layer; call the cache's own method")
 
@@ -175,12 +175,9 @@ class SpinLayer(CacheLayerMixin):
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
-        try:
-            result = self._run(call, key, value, mask, append)
-        except BaseException:
-            self.shared.failed = True
-            raise
-        out.copy_(result.flatten(1, 2).transpose(1, 2))
+        out.copy_(self._run(call, key, value, mask, append).flatten(1, 2).transpose(1, 2))
+        if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
+            self.shared.commit()
 
     def _run(self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool) -> Tensor:
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
@@ -274,10 +271,10 @@ class SpinLayer(CacheLayerMixin):
         return self.store
 
     def _dense(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.store is None or not self.shared.committed_length():
+        if self.store is None or not self.shared.committed:
             return None, None
         keys, values, _ = self.store.pages(0, self.shared.sequences.num_pages)
-        length = self.shared.committed_length()
+        length = self.shared.committed
         return keys.flatten(2, 3)[:, :, :length], values.flatten(2, 3)[:, :, :length]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:

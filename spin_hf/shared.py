@@ -1,10 +1,9 @@
 """What the paged layers of a cache have in common: options, method, sequences, and the state of the present forward.
 
     forward:   update(0) run(0)  update(1) run(1)  ...  update(n) run(n)
-               begins the step                          commits it: `committed_length` is what the last layer holds
+               begins the step                          commits it: `committed` tokens are what every layer holds
 
-A forward that is interrupted leaves earlier layers with more tokens than the last one; the next `begin` takes them
-back, so the cache is as it was before the call.
+See `forward.py` for a forward that does not reach the last layer.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class SharedState:
 
     Attributes:
         model_name: what to call the model in messages.
-        has_unpaged_layers: whether other layers of the cache change with every forward (windows, linear attention).
         visible_length: tokens held, for code that Dynamo traces: advanced by `update`, never read by the custom op.
         pending: the layer that was updated and has not attended yet.
-        failed: whether a step raised.
+        committed: tokens that every layer holds.
+        commits_with_last_paged: whether no logged layer comes after the last paged one in the present forward.
     """
 
     options: SpinOptions
@@ -44,10 +43,10 @@ class SharedState:
     plan: StepPlan
     model_name: str
     layers: list[SpinLayer] = field(default_factory=list)
-    has_unpaged_layers: bool = False
     visible_length: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     pending: SpinLayer | None = None
-    failed: bool = False
+    committed: int = 0
+    commits_with_last_paged: bool = True
     warned_waves: bool = False
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
@@ -59,38 +58,39 @@ class SharedState:
             self._auto_memory[device] = auto_gpu_memory(device)
         return self._auto_memory[device]
 
-    def committed_length(self) -> int:
-        """Tokens that every layer holds."""
-        store = self.layers[-1].store if self.layers else None
-        return min(self.sequences.length, store.length) if store is not None else 0
-
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
-        """Start a step, after undoing what an interrupted forward left behind.
+        """Start a step.
 
         Args:
             new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
         Raises:
             BatchSizeError, BudgetError, CapacityError: nothing has changed.
-            CacheStateError: an interrupted forward cannot be undone.
+            CacheStateError: an earlier forward never reached the last paged layer and cannot be taken back.
         """
-        sequences, last = self.sequences, self.layers[-1].store
-        behind = any(layer.store is None or layer.store.length != sequences.length for layer in self.layers)
-        interrupted = self.failed or (sequences.length > 0 and behind)
-        if interrupted and (self.has_unpaged_layers or (last is None and num_tokens == 1)):
-            raise CacheStateError(
-                f"the last forward of {self.model_name} did not reach all layers of the cache (it was interrupted, "
-                "or the model does not cache some layer); call cache.reset(), or use a DynamicCache for this model"
-            )
-        if interrupted:
-            sequences.truncate(self.committed_length())
-        self.failed = False
-        sequences.begin(batch_size, num_tokens, new_valid)
+        if self.sequences.length != self.committed:
+            if num_tokens == 1 and not self.committed:
+                raise CacheStateError(
+                    f"no forward of {self.model_name} has reached the last layer of the cache yet, expected every "
+                    "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache for this model"
+                )
+            self.roll_back()
+        self.sequences.begin(batch_size, num_tokens, new_valid)
+
+    def commit(self) -> None:
+        """The forward has reached the last layer: what was appended counts."""
+        self.committed = self.sequences.length
+
+    def roll_back(self) -> None:
+        """Forget what an interrupted forward appended."""
+        self.pending = None
+        if self.sequences.length != self.committed:
+            self.truncate(self.committed)
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.sequences.clear()
         self.visible_length.zero_()
-        self.pending, self.failed = None, False
+        self.pending, self.committed = None, 0
 
     def dispose(self) -> None:
         """Let go of layers and storage, which refer to each other; the cache is gone."""
@@ -102,21 +102,16 @@ class SharedState:
         """Forget the tokens from `length` on."""
         self.sequences.truncate(length)
         self.visible_length.fill_(length)
+        self.committed = self.sequences.length
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was."""
-        if self.committed_length() != self.sequences.length:
-            self.truncate(self.committed_length())
+        """Sequence i becomes what sequence rows[i] was.
+
+        Raises:
+            BudgetError, CapacityError: the new batch does not fit; nothing has changed.
+        """
         if self.sequences.batch_size:
             self.sequences.select(rows)
-
-    def check_batch(self, batch_size: int) -> None:
-        """Raise BatchSizeError where a batch is not the one that the cache holds."""
-        if self.committed_length() and batch_size != self.sequences.batch_size:
-            raise BatchSizeError(
-                f"the cache holds {self.sequences.batch_size} sequences, got a batch of {batch_size}; call "
-                "cache.reset(), batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
-            )
 
     def reconcile(self, mask: Tensor | None) -> None:
         """Take the padding mask of a batch: tokens held may have become padding, or real again.
@@ -124,9 +119,9 @@ class SharedState:
         Args:
             mask: [B, tokens held and new], bool, False for padding; None for none.
         """
-        sequences, length = self.sequences, self.committed_length()
-        if mask is not None:
-            self.check_batch(mask.shape[0])
+        sequences, length = self.sequences, self.committed
+        if mask is not None and length:
+            check_batch(sequences.batch_size, mask.shape[0])
         changed = sequences.mask.changed_tokens(mask, length) if length else None
         if changed is None:
             return
@@ -137,3 +132,12 @@ class SharedState:
         sequences.mask.replace(mask, length)
         for layer in self.layers:
             layer.index(pages.start, min(pages.stop, length // sequences.page_size))
+
+
+def check_batch(held: int, batch_size: int) -> None:
+    """Raise BatchSizeError where a batch is not the one that the cache holds."""
+    if held != batch_size:
+        raise BatchSizeError(
+            f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
+            "batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
+        )

@@ -233,7 +233,7 @@ def spin_mask(
     Returns:
         None, [B, 1, 1, q_length], or a dense mask. Mutates the cache's padding bits where the mask changed the past.
     """
-    traced = isinstance(kv_offset, Tensor)
+    traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
         return build(

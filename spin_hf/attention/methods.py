@@ -19,7 +19,10 @@ def resolve_method(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if not isinstance(method, str):
-        raise OptionTypeError(f"method: expected a name ({known}) or a method object, got {type(method).__name__}")
+        raise OptionTypeError(
+            f"method: expected a name ({known}) or a method object, got {type(method).__name__}; "
+            "pass a name or ShadowKV()"
+        )
     if method not in METHODS:
         raise OptionError(
             f"method: unknown method {method!r}; pass one of {known}, or a method object such as ShadowKV()"

@@ -69,7 +69,7 @@ class TierBudget:
         frame = streams * (self.page_bytes + _SLOT_BYTES)
         frames = (self.gpu_memory // self.num_layers - fixed) // frame
         if frames < self.min_frames:
-            needed = (fixed + self.min_frames * frame + 1) * self.num_layers
+            needed = (fixed + self.min_frames * frame) * self.num_layers
             raise BudgetError(
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
                 f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "

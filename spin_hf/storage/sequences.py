@@ -177,11 +177,6 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
-        bad = [row for row in rows if not 0 <= row < self.batch_size]
-        if bad:
-            raise BatchSizeError(
-                f"indices {bad} are outside the {self.batch_size} sequences held; pass 0 to {self.batch_size - 1}"
-            )
         for store in self.stores:
             store.check(len(rows), len(self.refcounts), self.num_pages)
         old = self.directory
