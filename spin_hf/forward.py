@@ -6,8 +6,8 @@
                                                    linear attention   is overwritten in place: refused until `reset`
 
 The tensors of attention layers are kept by reference: transformers replaces them and does not write into them.
-So a forward either happens to the whole cache or not at all. While Dynamo traces nothing is logged; there the last paged
-layer commits.
+So a forward either happens to the whole cache or not at all. While Dynamo traces nothing is logged; there the last
+paged layer commits.
 """
 
 from __future__ import annotations
@@ -80,8 +80,11 @@ class ForwardLog:
         for index, attributes in self.before.items():
             layers[index].__dict__.clear()
             layers[index].__dict__.update(attributes)
+        lost = self.shared.pending
         self.shared.roll_back()
         self.clear()
+        self.shared.pending = lost
+        self.shared.check_nothing_pending()
 
     def clear(self) -> None:
         """Nothing is in progress."""

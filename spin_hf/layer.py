@@ -113,10 +113,9 @@ class SpinLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] with this layer; attention will append and use them. Nothing is stored yet."""
         shared = self.shared
-        if not torch.compiler.is_compiling() and shared.pending is not None:
-            lost, shared.pending = shared.pending, None
-            raise AttentionError(_LOST_TAG.format(model=shared.model_name, layer=lost.layer_idx))
-        if self is shared.layers[0]:
+        if not torch.compiler.is_compiling():
+            shared.check_nothing_pending()
+        if self is shared.layers[-1]:  # layers before may still ask how many tokens there were
             shared.visible_length.add_(key_states.shape[-2])
         shared.pending = self
         key_states = key_states.view_as(key_states)
@@ -284,13 +283,6 @@ class SpinLayer(CacheLayerMixin):
             setattr(twin, name, deepcopy(attribute, memo))
         twin.handle = register_layer(twin)
         return twin
-
-
-_LOST_TAG = (
-    "{model}: layer {layer} got its keys back from SpinCache.update but did not pass them to the attention function "
-    '"spin": the model changes them in between, or calls another attention implementation; expected '
-    'config._attn_implementation == "spin" and keys handed on as they are; use a DynamicCache for this model'
-)
 
 
 _WAVES = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention.partition import Method
 from .config import SpinOptions
-from .errors import BatchSizeError, CacheStateError
+from .errors import AttentionError, BatchSizeError, CacheStateError
 from .plan import StepPlan
 from .storage.budget import auto_gpu_memory
 from .storage.sequences import Sequences
@@ -71,10 +71,21 @@ class SharedState:
             if num_tokens == 1 and not self.committed:
                 raise CacheStateError(
                     f"no forward of {self.model_name} has reached the last layer of the cache yet, expected every "
-                    "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache for this model"
+                    "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
         self.sequences.begin(batch_size, num_tokens, new_valid)
+
+    def check_nothing_pending(self) -> None:
+        """Raise AttentionError where a layer was updated and its keys never came to the attention function."""
+        lost, self.pending = self.pending, None
+        if lost is not None:
+            raise AttentionError(
+                f"{self.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass them "
+                'to the attention function "spin": the model changes them in between, or calls another attention '
+                'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
+                "DynamicCache for this model"
+            )
 
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
@@ -113,15 +124,16 @@ class SharedState:
         if self.sequences.batch_size:
             self.sequences.select(rows)
 
-    def reconcile(self, mask: Tensor | None) -> None:
+    def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
         """Take the padding mask of a batch: tokens held may have become padding, or real again.
 
         Args:
+            batch_size: of the forward to come.
             mask: [B, tokens held and new], bool, False for padding; None for none.
         """
         sequences, length = self.sequences, self.committed
-        if mask is not None and length:
-            check_batch(sequences.batch_size, mask.shape[0])
+        if length:
+            check_batch(sequences.batch_size, batch_size)
         changed = sequences.mask.changed_tokens(mask, length) if length else None
         if changed is None:
             return

@@ -203,11 +203,11 @@ class MaskedLength(int):
     transformers hands it to the mask function untouched, which so learns of the cache that the mask is for.
     """
 
-    reconcile: Callable[[Tensor | None], None]
+    reconcile: Callable[[int, Tensor | None], None]
 
     @classmethod
-    def of(cls, length: int, reconcile: Callable[[Tensor | None], None]) -> MaskedLength:
-        """`length`, with the function that takes the batch's padding mask."""
+    def of(cls, length: int, reconcile: Callable[[int, Tensor | None], None]) -> MaskedLength:
+        """`length`, with the function that takes the batch's size and padding mask."""
         self = cls(length)
         self.reconcile = reconcile
         return self
@@ -253,7 +253,7 @@ def spin_mask(
         if missing > 0:  # as transformers' own masks: what the mask does not cover is padding
             attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
         attention_mask = attention_mask[:, :length]
-    kv_length.reconcile(attention_mask)
+    kv_length.reconcile(batch_size, attention_mask)
     if mask_function is not causal_mask_function:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return sdpa_mask(

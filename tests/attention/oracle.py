@@ -1,0 +1,108 @@
+"""What ShadowKV must attend to, written again from its documentation with loops over float64: the oracle of the sparse tests.
+
+    zones     a page with one of the first `sinks` or of the last `recent` valid tokens is always attended to
+    choice    of the other pages with valid tokens: outliers (lowest min-cosine of a key to its page's mean) first,
+              then the highest  max over the group of softmax over these pages (scale * q . mean);  ceil(budget / 8) in all
+    budget    tokens, or a share of the valid tokens up to the query; a sequence with no more than that, or no more than
+              `dense_below`, is attended to whole
+
+Nothing here comes from spin_hf. Where float32 could choose otherwise (a near tie) `NearTieError` is raised: the test then
+takes other random data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+PAGE_SIZE = 8
+_MARGIN = 2e-5
+
+
+class NearTieError(Exception):
+    """Two pages are so close that float32 may order them otherwise."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The options and the model's attention arguments."""
+
+    budget: int | float
+    num_sink_tokens: int = 4
+    recent_window: int = 64
+    dense_below: int = 0
+    outliers_per_1024: int = 24
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def budget_tokens(self, held: int) -> int:
+        """Tokens to select for a query whose sequence holds `held` valid tokens."""
+        if isinstance(self.budget, int):
+            return self.budget
+        return math.ceil(Fraction(repr(self.budget)) * held)
+
+
+def attended(rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarray, position: int) -> list[int]:
+    """The tokens that the query at `position` attends to.
+
+    Args:
+        keys: [L, D], of one KV head of one sequence; valid: [L]; query: [G, D], the query heads of that KV head.
+    """
+    seen = [token for token in range(position + 1) if valid[token]]
+    pages: dict[int, list[int]] = {}
+    for token in seen:
+        pages.setdefault(token // PAGE_SIZE, []).append(token)
+    if len(seen) <= max(rules.dense_below, rules.budget_tokens(len(seen))):
+        return seen
+    always = {token // PAGE_SIZE for token in seen[: rules.num_sink_tokens]}
+    always |= {token // PAGE_SIZE for token in seen[max(0, len(seen) - rules.recent_window) :]}
+    candidates = [page for page in sorted(pages) if page not in always]
+    chosen = _choose(rules, keys, pages, candidates, query, rules.budget_tokens(len(seen)))
+    return [token for page in sorted(always | chosen) for token in pages[page]]
+
+
+def _choose(
+    rules: Rules, keys: np.ndarray, pages: dict[int, list[int]], candidates: list[int], query: np.ndarray, budget: int
+) -> set[int]:
+    means = {page: np.mean([keys[token] for token in pages[page]], axis=0) for page in candidates}
+    outliers: list[int] = []
+    if rules.outliers_per_1024:
+        likeness = {page: min(_cosine(keys[token], means[page]) for token in pages[page]) for page in candidates}
+        count = max(1, round(Fraction(rules.outliers_per_1024 * budget, 1024)))
+        outliers = _lowest(likeness, count)
+    scores = dict.fromkeys(candidates, -math.inf)  # logarithms
+    for head in query:
+        logits = {page: rules.scale * float(head @ means[page]) for page in candidates}
+        total = math.log(sum(math.exp(logit) for logit in logits.values())) if logits else 0.0
+        for page in candidates:
+            scores[page] = max(scores[page], logits[page] - total)
+    left = {page: -score for page, score in scores.items() if page not in outliers}
+    room = math.ceil(budget / PAGE_SIZE)
+    return set(outliers[:room]) | set(_lowest(left, max(0, room - len(outliers))))
+
+
+def _lowest(values: dict[int, float], count: int) -> list[int]:
+    order = sorted(values, key=lambda page: values[page])
+    if 0 < count < len(order) and values[order[count]] - values[order[count - 1]] < _MARGIN:
+        raise NearTieError(f"{values[order[count - 1]]} and {values[order[count]]}")
+    return order[:count]
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def attention(
+    rules: Rules, keys: np.ndarray, values: np.ndarray, tokens: list[int], query: np.ndarray, sink_logit: float | None
+) -> np.ndarray:
+    """Softmax attention of one query head [D] over the given tokens of keys [L, D] and values [L, Dv]: [Dv]."""
+    scores = [rules.scale * float(query @ keys[token]) for token in tokens]
+    if rules.softcap is not None:
+        scores = [rules.softcap * math.tanh(score / rules.softcap) for score in scores]
+    top = max([*scores, -math.inf if sink_logit is None else sink_logit])
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights) + (0.0 if sink_logit is None else math.exp(sink_logit - top))
+    return np.sum([weight / total * values[token] for weight, token in zip(weights, tokens, strict=True)], axis=0)

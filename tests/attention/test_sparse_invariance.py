@@ -1,0 +1,175 @@
+"""The same tokens give the same sparse attention, however they came: paged or not, grouped otherwise, cropped and repeated.
+
+The reference of each test is an ordinary run (a prompt, then token by token), whose own right is in
+`test_sparse_oracle.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
+
+from .conversation import Step, play, random_world, single_steps, without_near_ties
+from .oracle import Rules
+
+OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
+SHAPE = Shape(layers=2, kv_heads=2, group=2, value_dim=6)
+LENGTH = 120
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+def holes(batch_size: int, length: int) -> Tensor:
+    """Left padding and a hole; the last row has none."""
+    valid = torch.ones((batch_size, length), dtype=torch.bool)
+    for row in range(batch_size - 1):
+        valid[row, : 5 * row + 3], valid[row, 40 : 45 + 7 * row] = False, False
+    return valid
+
+
+def outputs(world: World, steps: list[Step], first: int, **options: Any) -> list[Tensor]:
+    """The outputs [B, tokens, heads, Dv] of tokens from `first` on, layer by layer."""
+    driver = Driver(world.shape, **(OPTIONS | options))
+    parts: list[list[Tensor]] = [[] for _ in range(world.shape.layers)]
+    start = 0
+    for stop, valid in steps:
+        for layer, out in enumerate(driver.step(world, start, stop, valid)):
+            parts[layer].append(out)
+        start = stop
+    driver.cache.check_integrity()
+    return [torch.cat(layer, 1)[:, first:] for layer in parts]
+
+
+def assert_close(
+    actual: list[Tensor], expected: list[Tensor], valid: Tensor | None = None, tolerance: float = 2e-6
+) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        if valid is not None:
+            ours, theirs = ours[valid[:, -ours.shape[1] :]], theirs[valid[:, -theirs.shape[1] :]]
+        assert torch.isfinite(ours).all()
+        assert float((ours - theirs).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("slack", [1.0, 1.15, 1.5])
+def test_paging_changes_nothing(padded: bool, slack: float) -> None:
+    """The smallest `gpu_memory` that a run accepts, and a little more: pages come and go at every step."""
+    world = random_world(SHAPE, 3, 300, seed=0)
+    valid = holes(3, 300) if padded else None
+    steps = single_steps(270, 280, valid) + [(s, None if valid is None else valid[:, :s]) for s in (285, 299, 300)]
+    rules = Rules(**OPTIONS)
+
+    def run(cap: int) -> None:
+        outputs(world, steps, 0, gpu_memory=cap)
+
+    cap = int(smallest_gpu_memory(run) * slack)
+    assert_close(outputs(world, steps, 270, gpu_memory=cap), outputs(world, steps, 270), valid)
+    if slack == 1.0:
+
+        def against_oracle(seed: int) -> None:
+            driver = play(random_world(SHAPE, 3, 300, seed), rules, steps, gpu_memory=cap)
+            stats = driver.cache.stats()
+            assert stats.evictions > 0
+            assert stats.loads > stats.evictions
+            assert stats.cpu_bytes > 0
+
+        without_near_ties(against_oracle)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [100, *range(101, 121)],
+        [17, 40, 41, 90, 100, *range(101, 121)],
+        [*range(1, 121)],
+        [100, 116, 120],
+        [100, 101, 105, 108, 119, 120],
+        [3, 19, 35, 51, 99, 100, 107, 120],
+    ],
+    ids=["single", "chunks", "all single", "sixteen", "mixed", "small chunks"],
+)
+def test_grouping_changes_nothing(stops: list[int], tight: bool) -> None:
+    """Queries that select pages depend on their position, not on what they were grouped with."""
+    world = random_world(SHAPE, 2, LENGTH, seed=1)
+    valid = holes(2, LENGTH)
+    options = dict(gpu_memory=tight_cap(world, valid)) if tight else {}
+    actual = outputs(world, [(stop, valid[:, :stop]) for stop in stops], 100, **options)
+    assert_close(actual, outputs(world, single_steps(99, LENGTH, valid), 100), valid)
+
+
+def tight_cap(world: World, valid: Tensor | None) -> int:
+    """The smallest `gpu_memory` for the whole of `world`."""
+    return smallest_gpu_memory(lambda cap: outputs(world, single_steps(LENGTH - 1, LENGTH, valid), 0, gpu_memory=cap))
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("removed", [1, 3, 5, 8, 16, 45, 101])
+def test_crop_and_append_again(removed: int, tight: bool) -> None:
+    """Other tokens were there for a while, were attended to and indexed; nothing of them is left."""
+    world, other = random_world(SHAPE, 2, LENGTH, seed=2), random_world(SHAPE, 2, LENGTH, seed=3)
+    options = OPTIONS | (dict(gpu_memory=tight_cap(world, None)) if tight else {})
+    driver = Driver(SHAPE, **options)
+    kept = LENGTH - 9 - removed
+    driver.step(world, 0, max(kept, 1))
+    start = max(kept, 1)
+    while start < LENGTH - 9:
+        stop = min(start + 3, LENGTH - 9)
+        driver.step(other, start, stop)
+        start = stop
+    driver.cache.crop(-removed)
+    assert driver.cache.get_seq_length() == kept
+    driver.cache.check_integrity()
+    parts = []
+    for position in range(kept, LENGTH):
+        parts.append(driver.step(world, position, position + 1))
+        driver.cache.check_integrity()
+    actual = [torch.cat([part[layer] for part in parts], 1) for layer in range(SHAPE.layers)]
+    assert_close(actual, outputs(world, single_steps(kept, LENGTH), kept))
+
+
+def test_crop_and_append_in_one_piece() -> None:
+    """A crop into a page, then all at once: the pages are indexed as a prefill would."""
+    world, other = random_world(SHAPE, 2, LENGTH, seed=4), random_world(SHAPE, 2, LENGTH, seed=5)
+    driver = Driver(SHAPE, **OPTIONS)
+    driver.step(world, 0, 61)
+    driver.step(other, 61, 99)
+    driver.cache.crop(-38)
+    driver.step(world, 61, 100)
+    actual = [driver.step(world, position, position + 1) for position in range(100, LENGTH)]
+    together = [torch.cat([part[layer] for part in actual], 1) for layer in range(SHAPE.layers)]
+    assert_close(together, outputs(world, single_steps(100, LENGTH), 100))
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_generated_tokens_are_indexed(tight: bool) -> None:
+    """A token made while decoding, long out of the recent window, is found by the query that asks for it."""
+    world = random_world(SHAPE, 1, 200, seed=6)
+    needle, asked = 100, 190
+    for layer in range(SHAPE.layers):
+        direction = torch.nn.functional.normalize(torch.randn(SHAPE.key_dim), dim=0)
+        world.keys[layer][:, :, needle - 4 : needle + 4] = 3 * direction
+        world.keys[layer][:, :, needle] = 6 * direction
+        world.values[layer][:, :, needle] = 7.0
+        world.queries[layer][:, :, asked] = 8 * direction
+    assert needle % 8 == 4  # the page is all of the needle's
+    options: dict[str, Any] = {}
+    if tight:
+        steps = single_steps(60, 200)
+        options["gpu_memory"] = smallest_gpu_memory(lambda cap: outputs(world, steps, 0, gpu_memory=cap))
+    for out in outputs(world, single_steps(60, 191), asked, **options):
+        assert float((out - 7.0).abs().max()) < 0.2
+    without = World(world.shape, [k.clone() for k in world.keys], world.values, world.queries)
+    for keys in without.keys:
+        keys[:, :, needle - 4 : needle + 4] = 0.0
+    assert float(outputs(without, single_steps(60, 191), asked)[0].abs().max()) < 3.0

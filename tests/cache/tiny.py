@@ -1,0 +1,140 @@
+"""A cache driven without a model: random queries, keys and values handed over as transformers' layers would.
+
+    World     keys, values, queries of a whole conversation, [layer][B, heads, tokens, D]
+    Driver    one SpinCache; `step` makes the mask as transformers does, then per layer `update` and attention
+
+New memory is poisoned with NaN (`poisoned_memory`), so whatever reads a place that was never written shows it. Storage
+then grows by the smallest chunks that there are, so that a few sequences already lie in several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
+
+from spin_hf import BudgetError, SpinCache
+from spin_hf.attention.interface import spin_attention
+from spin_hf.storage import pages
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a tiny model."""
+
+    layers: int = 1
+    kv_heads: int = 2
+    group: int = 2
+    key_dim: int = 8
+    value_dim: int = 8
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.heads * self.key_dim, intermediate_size=8, vocab_size=32, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=self.key_dim,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that will be fed, by layer: keys and values [B, kv_heads, L, D], queries [B, heads, L, Dk]."""
+
+    shape: Shape
+    keys: list[Tensor]
+    values: list[Tensor]
+    queries: list[Tensor]
+
+    @classmethod
+    def random(cls, shape: Shape, batch_size: int, length: int, seed: int, peak: float = 1.5) -> World:
+        """Normal data; `peak` scales the queries, so that attention is far from uniform."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(heads: int, dim: int) -> list[Tensor]:
+            return [torch.randn((batch_size, heads, length, dim), generator=generator) for _ in range(shape.layers)]
+
+        keys, values = draw(shape.kv_heads, shape.key_dim), draw(shape.kv_heads, shape.value_dim)
+        return cls(shape, keys, values, [peak * q for q in draw(shape.heads, shape.key_dim)])
+
+    def tokens(self, chosen: slice | list[int]) -> World:
+        """The world of some tokens only."""
+        keys, values, queries = ([x[:, :, chosen] for x in xs] for xs in (self.keys, self.values, self.queries))
+        return replace(self, keys=keys, values=values, queries=queries)
+
+    def rows(self, rows: list[int]) -> World:
+        """The world of some sequences, in that order."""
+        keys, values, queries = ([x[rows] for x in xs] for xs in (self.keys, self.values, self.queries))
+        return replace(self, keys=keys, values=values, queries=queries)
+
+
+class Driver:
+    """A SpinCache of a tiny model, fed by hand.
+
+    Args:
+        scale, softcap, sink_logits: what the model would hand to its attention function.
+        options: as for `SpinCache`.
+    """
+
+    def __init__(
+        self, shape: Shape, *, scale: float | None = None, softcap: float | None = None,
+        sink_logits: Tensor | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.shape, self.config = shape, shape.config()
+        self.cache = SpinCache(self.config, **options)
+        self.scale = shape.key_dim**-0.5 if scale is None else scale
+        self.arguments = {"softcap": softcap, "s_aux": sink_logits}
+        self.module = torch.nn.Module()
+
+    @torch.no_grad()
+    def step(self, world: World, start: int, stop: int, valid: Tensor | None = None) -> list[Tensor]:
+        """One forward over tokens [start, stop) of `world`; returns [B, tokens, heads, Dv] of every layer.
+
+        Args:
+            valid: [B, stop] or a 4-D mask, as the user's `attention_mask`; None for none.
+        """
+        embeds = torch.empty((world.keys[0].shape[0], stop - start, 1))
+        mask = create_causal_mask(self.config, embeds, valid, self.cache)
+        outputs = []
+        for layer in range(self.shape.layers):
+            new = slice(start, stop)
+            key, value = self.cache.update(world.keys[layer][:, :, new], world.values[layer][:, :, new], layer)
+            query = world.queries[layer][:, :, new]
+            out, _ = spin_attention(self.module, query, key, value, mask, scaling=self.scale, **self.arguments)
+            outputs.append(out)
+        return outputs
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill all memory that torch hands out uninitialised with NaN (the largest value where there is none)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with patch.object(pages, "_MAX_CHUNK_SEGMENTS", 2):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def smallest_gpu_memory(run: Callable[[int], object]) -> int:
+    """The smallest cap with which `run(cap)` gets through: the refusals themselves say what is needed."""
+    cap = 1
+    while True:
+        try:
+            run(cap)
+            return cap
+        except BudgetError as error:
+            needed = error.needed_bytes
+            assert needed is not None
+            assert needed > cap, f"refused with {cap}, which is {needed} or more: {error}"
+            cap = needed

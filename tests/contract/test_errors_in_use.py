@@ -1,0 +1,250 @@
+"""Errors of a cache that holds something: raised before anything changes, so that it goes on as if nothing had been.
+
+Each wrong call is made between two turns of a conversation, then the second turn has to equal DynamicCache's. Families:
+all layers paged, paged beside sliding layers, paged beside linear layers, none paged (latents), none paged (windows).
+
+A linear-attention layer overwrites its state at every forward. Where an error comes too late for it, the cache may
+refuse to go on (CacheStateError); what it must never do is go on with other tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel
+
+from spin_hf import (
+    AttentionError,
+    BatchSizeError,
+    BudgetError,
+    CacheStateError,
+    OptionError,
+    SpinCache,
+    SpinError,
+)
+from tests.contract.test_errors import check_message
+from tests.support.compare import Trace, assert_same
+from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
+from tests.support.runs import generate
+from tests.support.subjects import SpinSubject, Subject, dense_subject
+from tests.support.zoo import build_model, left_padded, random_tokens, subject_model
+
+FAMILIES = ("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "mistral")
+
+
+def conversation(subject: Subject, between: Callable[[Any], None] | None = None) -> Trace:
+    """Two turns of a padded batch of 2 on one cache, with `between` called on it in between."""
+    trace, cache = Trace(), subject.new()
+    ids, mask = left_padded([61, 50])
+    output = generate(subject, ids, cache, attention_mask=mask, new_tokens=5)
+    if between is not None:
+        between(cache)
+        cache.check_integrity()  # type: ignore[attr-defined]
+    ids = torch.cat([output.sequences, random_tokens(2, 4, seed=1)], dim=1)
+    mask = torch.cat([mask, torch.ones_like(ids[:, mask.shape[1] :])], dim=1)
+    trace.add_generated("after the error", generate(subject, ids, cache, attention_mask=mask, new_tokens=8))
+    return trace
+
+
+def assert_goes_on(subject: SpinSubject, between: Callable[[Any], None], may_refuse: bool = False) -> None:
+    """The conversation is what it would have been; or, if allowed, the cache refuses to go on and says what to do."""
+    try:
+        trace = conversation(subject, between)
+    except CacheStateError as error:
+        assert may_refuse
+        check_message(error, "reset()")
+    else:
+        assert_same(trace, conversation(dense_subject(subject.family)))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A call that must fail, with what its error is and says."""
+
+    call: Callable[[PreTrainedModel, Any], object]
+    error: type[SpinError]
+    builtin: type[Exception]
+    facts: tuple[str, ...]
+
+
+def _forward(rows: int, tokens: int = 1, **kwargs: Any) -> Callable[[PreTrainedModel, Any], object]:
+    return lambda model, cache: model(random_tokens(rows, tokens), past_key_values=cache, **kwargs)
+
+
+def _under_eager(model: PreTrainedModel, cache: Any) -> None:
+    model.set_attn_implementation("eager")
+    try:
+        model(random_tokens(2, 1), past_key_values=cache)
+    finally:
+        model.set_attn_implementation("spin")
+
+
+WRONG: dict[str, Wrong] = {
+    "another attention implementation": Wrong(
+        _under_eager, AttentionError, ValueError, ('"spin"', "'eager'", "set_attn_implementation")
+    ),
+    "more rows": Wrong(_forward(3), BatchSizeError, ValueError, ("2", "3", "reset")),
+    "fewer rows": Wrong(_forward(1, 7), BatchSizeError, ValueError, ("2", "1")),
+    "more rows and a mask": Wrong(
+        _forward(3, attention_mask=torch.ones(3, 66, dtype=torch.long)), BatchSizeError, ValueError, ("2", "3")
+    ),
+    "generate with more rows": Wrong(
+        lambda model, cache: model.generate(random_tokens(4, 66), past_key_values=cache, max_new_tokens=2),
+        BatchSizeError, ValueError, ("2", "4"),
+    ),
+    "attention weights": Wrong(_forward(2, output_attentions=True), AttentionError, ValueError, ("output_attentions",)),
+    "attention weights of generate": Wrong(
+        lambda model, cache: model.generate(
+            random_tokens(2, 66), past_key_values=cache, max_new_tokens=2, output_attentions=True,
+            return_dict_in_generate=True,
+        ),
+        AttentionError, ValueError, ("output_attentions",),
+    ),
+    "a row that is not there": Wrong(
+        lambda model, cache: cache.reorder_cache(torch.tensor([0, 2])), BatchSizeError, ValueError, ("2",)
+    ),
+    "a position bias": Wrong(
+        _forward(2, position_bias=torch.zeros(1, 4, 1, 66)), AttentionError, ValueError, ("position_bias",)
+    ),
+    "a 4-D mask that is too narrow": Wrong(
+        _forward(2, attention_mask=torch.zeros(2, 1, 1, 50)), AttentionError, ValueError, ("50", "66")
+    ),
+}  # fmt: skip
+# Errors of the attention function: raised by a paged layer, when other layers may already have moved on.
+IN_ATTENTION = ("attention weights", "attention weights of generate")
+# Arguments that transformers' own layers take in their own way, where a model has such layers.
+ALL_PAGED_ONLY = ("a position bias", "a 4-D mask that is too narrow")
+
+
+def _cases() -> Iterator[Any]:
+    for name in WRONG:
+        for family in FAMILIES:
+            no_paged_layers = family in ("deepseek_v3", "mistral")
+            if not (name in ALL_PAGED_ONLY and family != "llama") and not (name in IN_ATTENTION and no_paged_layers):
+                yield pytest.param(family, name, id=f"{family}-{name}")
+
+
+@pytest.mark.parametrize(("family", "name"), _cases())
+def test_cache_goes_on_after(family: str, name: str) -> None:
+    wrong, subject = WRONG[name], SpinSubject(family)
+
+    def between(cache: Any) -> None:
+        with pytest.raises(wrong.error) as caught, torch.no_grad():
+            wrong.call(subject.model, cache)
+        assert isinstance(caught.value, wrong.builtin)
+        check_message(caught.value, *wrong.facts)
+
+    recurrent = family == "qwen3_next" and name in IN_ATTENTION
+    assert_goes_on(subject, between, may_refuse=recurrent)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_batch_that_grows_beyond_the_cap(family: str) -> None:
+    """Repeating every sequence 50 times needs more page frames than there are."""
+
+    def run(cap: int) -> None:
+        def between(cache: Any) -> None:
+            with pytest.raises(BudgetError) as caught:
+                cache.batch_repeat_interleave(50)
+            assert caught.value.needed_bytes is not None
+            check_message(caught.value, "gpu_memory", str(cap), str(caught.value.needed_bytes))
+
+        assert_goes_on(SpinSubject(family, gpu_memory=cap, **SMALL_ZONES), between)
+
+    with_tight_gpu_memory(run)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3", "mistral"])
+def test_an_interrupted_forward(family: str, layer: int) -> None:
+    """A forward that dies between layers, or after the last, leaves the cache as it was, or says that it cannot."""
+    subject = SpinSubject(family)
+    last = subject.model.config.num_hidden_layers - 1
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def between(cache: Any) -> None:
+        handle = subject.model.model.layers[layer].mlp.register_forward_pre_hook(stop)
+        try:
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                subject.model(random_tokens(2, 3), past_key_values=cache)
+        finally:
+            handle.remove()
+        if layer % (last + 1) == last:  # every layer took the tokens
+            cache.activate_past_recording()
+            cache.crop(-3)
+
+    if layer % (last + 1) == last and (any(subject.new().is_sliding) or any(subject.new().is_linear)):
+        return  # these have let go of what they would need to take back
+    assert_goes_on(subject, between, may_refuse=True)
+
+
+def test_a_refused_cache_works_after_reset() -> None:
+    subject, oracle = SpinSubject("qwen3_next"), dense_subject("qwen3_next")
+    cache = subject.new()
+    with torch.no_grad():
+        subject.model(random_tokens(2, 50), past_key_values=cache)
+        with pytest.raises(AttentionError):
+            subject.model(random_tokens(2, 1), past_key_values=cache, output_attentions=True)
+    cache.reset()
+    trace, expected = Trace(), Trace()
+    trace.add_generated("reset", generate(subject, random_tokens(2, 40), cache))
+    expected.add_generated("reset", generate(oracle, random_tokens(2, 40), oracle.new()))
+    assert_same(trace, expected)
+
+
+def test_crop_to_a_positive_length() -> None:
+    """transformers took the length to keep before 5.18, and refuses it since; so does SpinCache."""
+    model = subject_model("llama")
+    cache = SpinCache(model)
+    with torch.no_grad():
+        model(random_tokens(1, 30), past_key_values=cache)
+    if Version(transformers.__version__) < Version("5.18"):
+        cache.crop(21)
+        assert cache.get_seq_length() == 21
+        cache.crop(40)
+        assert cache.get_seq_length() == 21
+    else:
+        with pytest.raises(OptionError) as caught:
+            cache.crop(21)
+        assert isinstance(caught.value, ValueError)
+        check_message(caught.value, "21")
+        assert cache.get_seq_length() == 30
+    cache.check_integrity()
+
+
+def test_dropout_is_refused() -> None:
+    model = build_model("gpt2")
+    model.train()  # GPT-2 drops attention weights while it trains
+    with pytest.raises(AttentionError) as caught, torch.no_grad():
+        model(random_tokens(1, 9), past_key_values=SpinCache(model))
+    check_message(caught.value, "dropout", "eval()")
+
+
+def test_training_is_refused() -> None:
+    """Gradients do not flow through the cache: forward works without no_grad, backward does not."""
+    model = build_model("llama")
+    logits = model(random_tokens(1, 9), past_key_values=SpinCache(model)).logits
+    with pytest.raises(AttentionError) as caught:
+        logits.sum().backward()
+    check_message(caught.value, "inference")
+
+
+def test_layers_do_not_change_one_by_one() -> None:
+    model = subject_model("llama")
+    cache = SpinCache(model)
+    with torch.no_grad():
+        model(random_tokens(2, 30), past_key_values=cache)
+    for name, arguments in (("reset", ()), ("crop", (-1,)), ("reorder_cache", (torch.tensor([1, 0]),))):
+        with pytest.raises(CacheStateError) as caught:
+            getattr(cache.layers[0], name)(*arguments)
+        check_message(caught.value, "cache")
+    cache.check_integrity()
+    assert cache.get_seq_length() == 30

@@ -1,0 +1,79 @@
+"""Exactness: whatever `generate` does with a cache, SpinCache gives what DynamicCache gives.
+
+float32, CPU. Every family runs in every mode that transformers itself can run it in (`Family.limits` lists the others):
+
+    resident    budget beyond the context, everything fits: attention over all pages
+    paged       the same with the smallest `gpu_memory` accepted: pages are evicted and loaded again at every step
+    selected    a budget below the context that still covers all candidates: the method selects, and selects everything
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests.support.compare import Trace, assert_same
+from tests.support.families import FAMILIES
+from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
+from tests.support.modes import MODES
+from tests.support.subjects import SpinSubject, dense_subject
+
+RUNNABLE = [(family, mode) for family, entry in FAMILIES.items() for mode in MODES if mode not in entry.limits()]
+PAGED = [(family, mode) for family, mode in RUNNABLE if FAMILIES[family].paged and mode != "compiled"]
+# Selection is the same code for all families but for what these bring: softcap, sinks, shared keys, odd head sizes.
+ALL_MODES = ("llama", "gemma2", "gpt_oss", "gemma3n_text", "qwen3_next", "mimo_v2_flash")
+FEW_MODES = ("greedy", "beam_search", "left_padding", "holes", "multi_turn", "assisted", "crop")
+SELECTED = [(family, mode) for family, mode in PAGED if family in ALL_MODES or mode in FEW_MODES]
+
+
+def cases(pairs: list[tuple[str, str]]) -> Any:
+    return pytest.mark.parametrize(("family", "mode"), [pytest.param(*pair, id="-".join(pair)) for pair in pairs])
+
+
+@functools.cache
+def expected(family: str, mode: str) -> Trace:
+    """What DynamicCache gives."""
+    return MODES[mode](dense_subject(family))
+
+
+def check_caches(subject: SpinSubject) -> None:
+    assert subject.caches, "the mode made no cache"
+    for cache in subject.caches:
+        cache.check_integrity()
+
+
+@cases(RUNNABLE)
+def test_resident(family: str, mode: str) -> None:
+    subject = SpinSubject(family, from_config=mode == "compiled")
+    assert_same(MODES[mode](subject), expected(family, mode))
+    check_caches(subject)
+    for cache in subject.caches:
+        stats = cache.stats()
+        assert (stats.loads, stats.evictions, stats.hit_rate) == (0, 0, 1.0)
+        assert bool(stats.paged_layers) == FAMILIES[family].paged
+
+
+@cases(PAGED)
+def test_paged(family: str, mode: str) -> None:
+    def run(cap: int) -> SpinSubject:
+        subject = SpinSubject(family, gpu_memory=cap, **SMALL_ZONES)
+        assert_same(MODES[mode](subject), expected(family, mode))
+        return subject
+
+    subject = with_tight_gpu_memory(run)
+    check_caches(subject)
+    stats = [cache.stats() for cache in subject.caches]
+    assert sum(each.loads for each in stats) > 0
+    assert sum(each.evictions for each in stats) > 0
+    assert all(each.cpu_bytes > 0 for each in stats)
+
+
+@cases(SELECTED)
+def test_selected(family: str, mode: str) -> None:
+    """Candidates are at most context - sinks - window = 124 - 68 tokens here, so a budget of 56 selects all of them."""
+    subject = SpinSubject(family, budget=56, num_sink_tokens=4, recent_window=64)
+    assert_same(MODES[mode](subject), expected(family, mode))
+    check_caches(subject)
+    assert any(cache.stats().sparse_queries for cache in subject.caches)

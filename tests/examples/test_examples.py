@@ -1,0 +1,133 @@
+"""The example scripts, run as a person runs them, on the small model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PASSKEY = "74213"
+
+
+def run(script, *arguments, expect=0, **environment):
+    """Run one script in a process of its own and return what it printed, stdout and stderr together."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+@pytest.mark.model
+def test_generate():
+    printed = run("generate.py", "--max-new-tokens", 8)
+    assert "Gravity is the force that" in printed
+
+
+@pytest.mark.model
+def test_pipeline_takes_one_prompt_a_batch_and_a_chat():
+    printed = run("pipeline.py", "--max-new-tokens", 8)
+    kinds = [line.split(":")[0] for line in printed.splitlines() if " -> " in line]
+    assert kinds == ["single", "batch", "batch", "batch", "chat"]
+
+
+@pytest.mark.model
+def test_demo_answers_through_both_caches(tmp_path):
+    """A shorter text than the demo's own, so that the test stays quick; the same question and the same two answers."""
+    speech = "Thrice the brinded cat hath mewed. Thrice and once the hedge-pig whined. Round the cauldron go.\n\n"
+    text = tmp_path / "text.txt"
+    text.write_text(speech * 10 + f"The secret passkey of the theatre's back door is {PASSKEY}.\n\n" + speech * 10)
+    question = "What is the secret passkey of the theatre's back door?"
+
+    printed = run("demo.py", "--prompt-file", text, "--question", question, "--budget", 256, "--max-new-tokens", 24)
+
+    assert "prefill: 100%" in printed
+    table = printed[printed.rindex("ms/token") :].splitlines()[1:]
+    assert [row.split()[0] for row in table] == ["SpinCache", "dense"]
+    assert all(PASSKEY in row for row in table)
+
+
+@pytest.mark.model
+def test_demo_works_without_a_chat_template(tmp_path):
+    models = subprocess.run(
+        [sys.executable, str(EXAMPLES / "models.py")], capture_output=True, text=True, check=True, timeout=300
+    )
+    source = Path(models.stdout.strip().splitlines()[-1])
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in source.iterdir():
+        if file.name != "chat_template.jinja":
+            (plain / file.name).symlink_to(file.resolve())
+    config = plain / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)  # the hub's copy keeps it here, the built one in a file of its own
+    config.unlink()  # the link, not what it points to
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. The dog lay by the door.")
+
+    asked = ["--prompt-file", text, "--question", "Where did the cat sit?", "--max-new-tokens", 8]
+    printed = run("demo.py", "--model", plain, *asked)
+
+    assert "Dense attention" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-file", "no/such/file.txt"], "there is no file no/such/file.txt"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        (["--budget", "many"], "argument --budget: invalid"),
+    ],
+)
+def test_demo_refuses_what_cannot_work(arguments, message):
+    assert message in run("demo.py", *arguments, expect=2)
+
+
+def test_demo_refuses_a_folder_without_a_model(tmp_path):
+    assert "could not load" in run("demo.py", "--model", tmp_path, expect=1)
+
+
+def test_demo_refuses_an_empty_prompt_file(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "is empty" in run("demo.py", "--prompt-file", empty, expect=2)
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """The helper module `models`, with a cache folder of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("SPIN_HF_CACHE", str(tmp_path / "cache"))
+    import models
+
+    return models
+
+
+def test_an_interrupted_build_leaves_nothing_half_made(models):
+    def fail(folder):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.build_once("thing", fail)
+    assert not (models.cache_folder() / "thing").exists()
+    assert not list(models.cache_folder().glob(".thing.part-*"))
+
+    folder = models.build_once("thing", lambda folder: (folder / "whole").write_text("whole"))
+    assert [file.name for file in folder.iterdir()] == ["whole"]
+
+
+def test_a_finished_build_is_not_repeated(models):
+    built = []
+    for _ in range(2):
+        models.build_once("thing", built.append)
+    assert len(built) == 1

@@ -1,0 +1,87 @@
+"""Rows of chunked arrays, and the layout of a page, against one flat array indexed with loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spin_hf.kernels.reference import put_rows, put_tokens, split_pages, take_rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int32]
+
+
+def chunked(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Chunks in which every element is another number, so that a wrong row cannot go unnoticed."""
+    total = num_chunks * rows * int(torch.Size(row_shape).numel())
+    flat = torch.arange(total, dtype=torch.float32) % 251  # exact in bfloat16
+    return [chunk.clone() for chunk in flat.to(dtype).view(num_chunks, rows, *row_shape)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_shape", [(), (1,), (5,), (3, 2)])
+@pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (2, 1), (3, 4)])
+def test_take_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    chunks = chunked(num_chunks, rows, row_shape, dtype)
+    ids = torch.randint(0, num_chunks * rows, (2, 3, 5))
+    taken = take_rows(chunks, ids)
+    assert taken.shape == (2, 3, 5, *row_shape)
+    assert taken.dtype == dtype
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in ids.shape)).tolist():
+        row = int(ids[tuple(index)])
+        assert torch.equal(taken[tuple(index)], chunks[row // rows][row % rows])
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_take_rows_copies(num_chunks: int) -> None:
+    chunks = chunked(num_chunks, 4, (2,), torch.float32)
+    before = [chunk.clone() for chunk in chunks]
+    take_rows(chunks, torch.arange(4)).fill_(-1.0)
+    assert all(torch.equal(a, b) for a, b in zip(chunks, before, strict=True))
+    assert take_rows(chunks, torch.empty((2, 0, 3), dtype=torch.int64)).shape == (2, 0, 3, 2)
+
+
+@pytest.mark.parametrize("row_shape", [(), (5,), (3, 2)])
+@pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (2, 3), (4, 2)])
+def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> None:
+    chunks = chunked(num_chunks, rows, row_shape, torch.float32)
+    flat = torch.cat([chunk.clone() for chunk in chunks])
+    ids = torch.randperm(num_chunks * rows)[:6].view(2, 3)
+    values = -torch.rand((2, 3, *row_shape)) - 1
+    addresses = [chunk.data_ptr() for chunk in chunks]
+    put_rows(chunks, ids, values)
+    for i in range(2):
+        for j in range(3):
+            flat[int(ids[i, j])] = values[i, j]
+    assert torch.equal(torch.cat(chunks), flat)  # and no other row was touched
+    assert [chunk.data_ptr() for chunk in chunks] == addresses
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim", "page_size"), [(4, 4, 8), (3, 5, 8), (1, 2, 1), (6, 1, 3)])
+def test_split_pages_is_keys_then_values(key_dim: int, value_dim: int, page_size: int) -> None:
+    pages = torch.arange(2 * page_size * (key_dim + value_dim)).view(2, -1)
+    keys, values = split_pages(pages, page_size, key_dim)
+    assert keys.shape == (2, page_size, key_dim)
+    assert values.shape == (2, page_size, value_dim)
+    assert torch.equal(torch.cat([keys.flatten(1), values.flatten(1)], 1), pages)
+    assert keys.data_ptr() == pages.data_ptr()  # views: what is written to them reaches the page
+    values.fill_(-1)
+    assert int((pages == -1).sum()) == values.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_put_tokens(num_chunks: int, dtype: torch.dtype) -> None:
+    page_size, key_dim, value_dim, rows = 8, 3, 2, 4
+    elements = page_size * (key_dim + value_dim)
+    chunks = [torch.full((rows, elements), float("nan"), dtype=dtype) for _ in range(num_chunks)]
+    places = torch.randperm(num_chunks * rows * page_size)[:20]
+    row, offset = places // page_size, places % page_size
+    keys, values = torch.randn(20, key_dim), torch.randn(20, value_dim)
+    put_tokens(chunks, row, offset, keys, values)
+    expected = torch.full((num_chunks * rows, elements), float("nan"), dtype=dtype)
+    for token in range(20):
+        first_key = int(offset[token]) * key_dim
+        first_value = page_size * key_dim + int(offset[token]) * value_dim
+        expected[row[token], first_key : first_key + key_dim] = keys[token].to(dtype)
+        expected[row[token], first_value : first_value + value_dim] = values[token].to(dtype)
+    assert torch.equal(torch.cat(chunks).nan_to_num(99.0), expected.nan_to_num(99.0))

@@ -1,0 +1,104 @@
+"""TierBudget: the arithmetic of caps, checked by adding up what a layer would hold.
+
+compute tier   rows * summary_bytes + tables (4 bytes a page) + frames * (page_bytes + 12)      per layer
+cpu tier       rows * page_bytes                                                                per layer
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_hf.errors import BudgetError, CapacityError
+from spin_hf.storage.budget import TierBudget
+from spin_hf.storage.sequences import SEGMENT_PAGES
+
+SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, summary_bytes=36, min_frames=5)
+
+
+def budget(gpu_memory: int | None, cpu_memory: int | None = None, **sizes: int) -> TierBudget:
+    return TierBudget(**(SIZES | sizes), gpu_memory=gpu_memory, cpu_memory=cpu_memory)
+
+
+def paged_bytes(sizes: TierBudget, batch_size: int, num_segments: int, num_pages: int, frames: int) -> int:
+    """Bytes of all layers in the compute tier with that many frames."""
+    streams = batch_size * sizes.num_heads
+    table = -(-num_pages // SEGMENT_PAGES) * SEGMENT_PAGES
+    summaries = num_segments * SEGMENT_PAGES * sizes.num_heads * sizes.summary_bytes
+    return sizes.num_layers * (summaries + streams * table * 4 + streams * frames * (sizes.page_bytes + 12))
+
+
+def test_no_cap() -> None:
+    assert budget(None).num_frames(4, 1000, 8000) is None
+
+
+def test_everything_fits_exactly() -> None:
+    whole = 4 * SEGMENT_PAGES * 2 * (512 + 36) * 3
+    assert budget(whole).num_frames(1, 4, 100) is None
+    assert budget(whole - 1).num_frames(1, 4, 100) is not None
+
+
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 4096), st.integers(0, 300), st.integers(1, 12),
+    st.integers(1, 3), st.integers(1, 200), st.integers(1, 10**7),
+)  # fmt: skip
+def test_frames_fill_the_cap(
+    layers: int,
+    heads: int,
+    page_bytes: int,
+    summary_bytes: int,
+    min_frames: int,
+    batch_size: int,
+    num_pages: int,
+    cap: int,
+) -> None:
+    segments = batch_size * -(-num_pages // SEGMENT_PAGES)
+    sizes = budget(
+        cap,
+        num_layers=layers,
+        num_heads=heads,
+        page_bytes=page_bytes,
+        summary_bytes=summary_bytes,
+        min_frames=min_frames,
+    )
+    try:
+        frames = sizes.num_frames(batch_size, segments, num_pages)
+    except BudgetError as error:
+        assert error.needed_bytes is not None
+        assert error.needed_bytes > cap
+        assert str(error.needed_bytes) in str(error)
+        assert "gpu_memory" in str(error)
+        assert cap // layers < paged_bytes(sizes, batch_size, segments, num_pages, min_frames) // layers
+        enough = budget(
+            error.needed_bytes, num_layers=layers, num_heads=heads, page_bytes=page_bytes, summary_bytes=summary_bytes,
+            min_frames=min_frames,
+        )  # fmt: skip
+        allowed = enough.num_frames(batch_size, segments, num_pages)
+        assert allowed is None or allowed >= min(min_frames, num_pages)
+        return
+    if frames is None:
+        assert segments * SEGMENT_PAGES * heads * (page_bytes + summary_bytes) * layers <= cap
+        return
+    table = -(-num_pages // SEGMENT_PAGES) * SEGMENT_PAGES
+    assert min(min_frames, table) <= frames <= table
+    assert paged_bytes(sizes, batch_size, segments, num_pages, frames) <= cap
+    more = paged_bytes(sizes, batch_size, segments, num_pages, frames + 1)
+    assert frames == table or more > cap - layers  # the division among layers may leave less than a byte each
+
+
+def test_cpu_memory() -> None:
+    """It counts only where pages live in the cpu tier, and by whole segments."""
+    needed = 10 * SEGMENT_PAGES * 2 * 512 * 3
+    assert budget(None, 1).num_frames(1, 10, 300) is None
+    assert budget(10**6, needed).num_frames(1, 10, 300) is not None
+    with pytest.raises(CapacityError, match=f"{needed} bytes.*cpu_memory is {needed - 1}.*raise cpu_memory"):
+        budget(10**6, needed - 1).num_frames(1, 10, 300)
+
+
+def test_errors_are_also_standard_ones() -> None:
+    with pytest.raises(ValueError, match="gpu_memory=100"):
+        budget(100).num_frames(1, 1, 10)
+    with pytest.raises(MemoryError):
+        budget(100, 1).num_frames(1, 1, 10)

@@ -1,0 +1,82 @@
+"""TokenMask against lists of booleans."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_hf.storage.token_mask import TokenMask
+
+Rows = list[list[bool]]
+
+
+def held(mask: TokenMask, expected: Rows) -> bool:
+    """Whether the mask says what the lists say; nothing is stored while no padding was seen."""
+    return (all(map(all, expected))) if mask.valid is None else mask.valid.tolist() == expected
+
+
+def test_nothing_is_stored_without_padding() -> None:
+    mask = TokenMask()
+    mask.append(2, 0, None, 5)
+    mask.append(2, 5, torch.ones((2, 3), dtype=torch.bool), 3)
+    assert mask.valid is None
+    assert mask.changed_tokens(None, 8) is None
+    assert mask.changed_tokens(torch.ones((2, 9), dtype=torch.bool), 8) is None
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.data())
+def test_random_histories(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 3))
+    mask, expected = TokenMask(), [[] for _ in range(rows)]
+    bits = st.one_of(st.just(True), st.booleans())
+    for _ in range(data.draw(st.integers(1, 8))):
+        length = len(expected[0])
+        action = data.draw(st.sampled_from(["append", "append none", "append again", "truncate", "select", "replace"]))
+        if action.startswith("append"):
+            start = data.draw(st.integers(0, length)) if action == "append again" else length
+            count = data.draw(st.integers(1, 4))
+            new = [[data.draw(bits) for _ in range(count)] for _ in range(rows)]
+            if action == "append none":
+                new = [[True] * count for _ in range(rows)]
+            mask.append(rows, start, None if action == "append none" else torch.tensor(new), count)
+            expected = [row[:start] + fresh for row, fresh in zip(expected, new, strict=True)]
+        elif action == "truncate":
+            keep = data.draw(st.integers(0, length))
+            mask.truncate(keep)
+            expected = [row[:keep] for row in expected]
+        elif action == "select":
+            order = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
+            mask.select(torch.tensor(order))
+            rows, expected = len(order), [list(expected[i]) for i in order]
+        elif length:
+            wanted = [[data.draw(bits) for _ in range(length + 1)] for _ in range(rows)]
+            given_mask = None if data.draw(st.booleans()) else torch.tensor(wanted)
+            if given_mask is None:
+                wanted = [[True] * (length + 1) for _ in range(rows)]
+            changed = mask.changed_tokens(given_mask, length)
+            differs = [
+                [a != b for a, b in zip(old, new, strict=False)] for old, new in zip(expected, wanted, strict=True)
+            ]
+            assert (changed is None) == (not any(map(any, differs)))
+            assert changed is None or changed.tolist() == differs
+            mask.replace(given_mask, length)
+            expected = [row[:length] for row in wanted]
+        assert held(mask, expected)
+
+
+def test_replace_copies() -> None:
+    mask, given_mask = TokenMask(), torch.tensor([[True, False, True]])
+    mask.replace(given_mask, 3)
+    given_mask.fill_(False)
+    assert held(mask, [[True, False, True]])
+
+
+def test_an_emptied_mask_takes_another_batch() -> None:
+    """All tokens were cropped away; the next batch may have another size."""
+    mask = TokenMask()
+    mask.append(3, 0, torch.zeros((3, 2), dtype=torch.bool), 2)
+    mask.truncate(0)
+    mask.append(2, 0, torch.tensor([[True], [False]]), 1)
+    assert held(mask, [[True], [False]])
