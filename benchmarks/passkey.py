@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +30,32 @@ from texts import play
 
 RESULTS = Path(__file__).resolve().parent / "results" / "passkey.json"
 PASSKEYS = ["70817", "42396", "15928", "83604", "29571", "56143"]
-QUESTION = "What is the pass key?"
+QUESTION = "What is the secret passkey of the theatre's back door?"
+ANSWER = "<|im_start|>assistant\nThe secret passkey of the theatre's back door is"
 NEW_TOKENS = 10
 
 
-def build_prompt(tokenizer: Any, num_tokens: int, depth: float, passkey: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of a chat [1, num_tokens] whose text holds the passkey at `depth` in [0, 1], and of the question after it."""
+def build_prompt(tokenizer: Any, num_tokens: int, depth: float, passkey: str) -> torch.Tensor:
+    """Ids [1, num_tokens] of a chat whose text holds the passkey at `depth` in [0, 1], up to the answer's first words."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    head = ids("<|im_start|>user\nThere is a pass key hidden in the text below. Find and remember it.\n")
-    needle = ids(f"\nThe pass key is {passkey}. Remember it. {passkey} is the pass key.\n")
-    tail = ids(f"\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nThe pass key is")
+    head = ids("<|im_start|>user\nHere is a text.\n\n")
+    needle = ids(f"\n\nThe secret passkey of the theatre's back door is {passkey}.\n\n")
+    tail = ids(f"\n\nAnswer in one short sentence, from the text: {QUESTION}<|im_end|>\n{ANSWER}")
     text = ids(play("macbeth"))[: num_tokens - len(head) - len(needle) - len(tail)]
     cut = round(depth * len(text))
-    return torch.tensor([head + text[:cut] + needle + text[cut:]]), torch.tensor([tail])
+    return torch.tensor([head + text[:cut] + needle + text[cut:] + tail])
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, question: torch.Tensor, cache: Cache) -> tuple[str, float]:
-    """The greedy answer from a prefilled cache, token by token, and seconds per token."""
-    for index in range(question.shape[1]):
-        logits = model(question[:, index : index + 1], past_key_values=cache).logits
-    tokens = [int(logits[0, -1].argmax())]
-    start = time.perf_counter()
-    while len(tokens) < NEW_TOKENS:
+def answer(model: Any, tokenizer: Any, last: int, cache: Cache) -> str:
+    """The greedy answer, token by token, from a cache that holds the prompt but its last token."""
+    tokens = [last]
+    for _ in range(NEW_TOKENS):
         tokens.append(int(model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
-    return tokenizer.decode(tokens), (time.perf_counter() - start) / (NEW_TOKENS - 1)
+    return tokenizer.decode(tokens[1:])
 
 
 def main() -> None:
@@ -80,21 +77,21 @@ def main() -> None:
     with tqdm(total=args.depths * (len(args.budgets) + 1), unit=" answers") as bar:
         for index in range(args.depths):
             depth, passkey = index / max(1, args.depths - 1), PASSKEYS[index % len(PASSKEYS)]
-            prompt, question = build_prompt(tokenizer, args.tokens, depth, passkey)
+            prompt = build_prompt(tokenizer, args.tokens, depth, passkey)
             prefilled = DynamicCache(config=model.config)
             with torch.no_grad():
-                model(prompt, past_key_values=prefilled, logits_to_keep=1)
+                model(prompt[:, :-1], past_key_values=prefilled, logits_to_keep=1)
             caches: dict[str, Cache] = {
                 f"budget {budget}": SpinCache.from_cache(prefilled, model, budget=budget) for budget in args.budgets
             }
             for row, cache in {**caches, "dense": prefilled}.items():  # dense last: answering fills the shared prefill
-                text, seconds = answer(model, tokenizer, question, cache)
+                text = answer(model, tokenizer, int(prompt[0, -1]), cache)
                 entry = rows.setdefault(row, {"found": 0, "asked": 0, "attended_tokens": [], "answers": []})
                 entry["found"] += passkey in text
                 entry["asked"] += 1
                 attended = cache.stats().attended_tokens if isinstance(cache, SpinCache) else cache.get_seq_length()
                 entry["attended_tokens"].append(round(float(attended), 1))
-                entry["answers"].append({"depth": depth, "passkey": passkey, "answer": text, "s_per_token": seconds})
+                entry["answers"].append({"depth": depth, "passkey": passkey, "answer": text})
                 bar.update()
     for entry in rows.values():
         entry["attended_tokens"] = round(sum(entry["attended_tokens"]) / entry["asked"], 1)

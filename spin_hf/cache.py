@@ -259,7 +259,11 @@ class SpinCache(Cache):
         )
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests."""
+        """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
+
+        A forward that was interrupted is taken back first.
+        """
+        self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
         for layer in self._shared.layers:
             layer.check_integrity()

@@ -76,9 +76,13 @@ class PageFrames:
         Returns:
             [B, H, n, page elements]; undefined where `pages` is -1. Mutates tables and frames.
         """
-        slots, missed, evicted = kernels.admit_pages(self.page_slot, self.slot_page, self.slot_step, pages, step)
-        frames = self._frame(slots.clamp(min=0))
-        self.frames[frames[missed]] = home.take(rows[missed])
+        try:
+            slots, missed, evicted = kernels.admit_pages(self.page_slot, self.slot_page, self.slot_step, pages, step)
+            frames = self._frame(slots.clamp(min=0))
+            self.frames[frames[missed]] = home.take(rows[missed])
+        except BaseException:
+            self.forget_all()  # tables may promise pages that were not loaded; the cpu tier has them all
+            raise
         num_loaded = int(missed.sum())
         self.loads += num_loaded
         self.hits += int((pages >= 0).sum()) - num_loaded

@@ -177,6 +177,10 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
+        bad = [row for row in rows if not 0 <= row < self.batch_size]
+        if bad:
+            held = self.batch_size
+            raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {held - 1}")
         for store in self.stores:
             store.check(len(rows), len(self.refcounts), self.num_pages)
         old = self.directory
