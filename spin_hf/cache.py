@@ -154,6 +154,7 @@ class SpinCache(Cache):
 
         transformers before 5.18 also passes positive numbers, the length to keep; newer versions do not.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
         if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
             raise OptionError(
                 f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n"

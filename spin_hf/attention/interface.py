@@ -127,6 +127,11 @@ def spin_attention(
     """
     layer: AttentionLayer | None = getattr(key, LAYER_TAG, None)
     if layer is None:
+        if torch.compiler.is_compiling() and getattr(module, "is_kv_shared_layer", False):
+            raise AttentionError(  # some versions of transformers copy shared keys while Dynamo traces, which loses the layer
+                f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
+                "run this model without compiling, or delete its SpinCache first"
+            )
         attention = _previous_attention(module)
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
