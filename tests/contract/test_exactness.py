@@ -13,6 +13,9 @@ import functools
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from packaging.version import Version
 
 from tests.support.compare import Trace, assert_same
 from tests.support.families import FAMILIES
@@ -20,7 +23,15 @@ from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.modes import MODES
 from tests.support.subjects import SpinSubject, dense_subject
 
-RUNNABLE = [(family, mode) for family, entry in FAMILIES.items() for mode in MODES if mode not in entry.limits()]
+# transformers 5.17 copies shared keys while Dynamo traces, so they lose their layer: an error there, see the last test.
+COPIES_SHARED_KEYS = Version(transformers.__version__) < Version("5.18")
+REFUSED = [("gemma3n_text", "compiled")] if COPIES_SHARED_KEYS else []
+RUNNABLE = [
+    (family, mode)
+    for family, entry in FAMILIES.items()
+    for mode in MODES
+    if mode not in entry.limits() and (family, mode) not in REFUSED
+]
 PAGED = [(family, mode) for family, mode in RUNNABLE if FAMILIES[family].paged and mode != "compiled"]
 # Selection is the same code for all families but for what these bring: softcap, sinks, shared keys, odd head sizes.
 ALL_MODES = ("llama", "gemma2", "gpt_oss", "gemma3n_text", "qwen3_next", "mimo_v2_flash")
@@ -77,3 +88,10 @@ def test_selected(family: str, mode: str) -> None:
     assert_same(MODES[mode](subject), expected(family, mode))
     check_caches(subject)
     assert any(cache.stats().sparse_queries for cache in subject.caches)
+
+
+@cases(REFUSED)
+def test_refused(family: str, mode: str) -> None:
+    """What would be silently wrong with this version of transformers is an error."""
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"AttentionError.*torch\.compile"):
+        MODES[mode](SpinSubject(family, from_config=mode == "compiled"))
