@@ -2,18 +2,20 @@
 #
 #   make demo    a real model answers a question about a long text        (DEMO_ARGS="--model ... --budget ...")
 #   make test    all tests                                                (PYTEST_ARGS="-k crop -n 0")
+#   make bench   finding a passkey with a part of the attention            (writes benchmarks/results/)
 #   make lint    ruff and mypy
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +35,9 @@ demo: $(READY)
 # One thread and one process per core: on small models more threads only wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/passkey.py $(BENCH_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
