@@ -309,6 +309,8 @@ class SpinCache(Cache):
         self._log.settle(self.layers)
         held = self._held_batch()
         bad = [row for row in rows if held is not None and not 0 <= row < held]
+        if held is not None and not rows:
+            raise BatchSizeError(f"expected at least one of the {held} sequences held, got none; call cache.reset()")
         if bad:
             raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {(held or 0) - 1}")
         self._shared.select(rows)

@@ -77,7 +77,7 @@ class StepPlan:
         if isinstance(options.budget, int):
             budget = torch.full_like(held, options.budget)
         else:
-            budget = (held * options.budget).ceil().long()
+            budget = (held.double() * options.budget - 1e-9).ceil().long()  # 0.3 of 400 is 120, not 121
         everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
         return QueryPlan(kernels.list_pages(fixed), candidates, budget)

@@ -132,7 +132,7 @@ class Sequences:
 
         An empty cache does not know its batch yet; there `begin` checks.
         """
-        if not self.batch_size:
+        if not length:
             return
         num_pages = -(-(length + num_tokens) // self.page_size)
         more = self.batch_size * max(0, -(-num_pages // SEGMENT_PAGES) - -(-length // (self.page_size * SEGMENT_PAGES)))

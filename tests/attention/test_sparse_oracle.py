@@ -67,6 +67,16 @@ def test_budgets(budget: int | float) -> None:
     without_near_ties(run)
 
 
+def test_a_share_is_not_rounded_up_by_float32() -> None:
+    """0.3 of 400 tokens are 120, fifteen pages; in float32 the product is a little more."""
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(kv_heads=1, group=1), 1, 401, seed)
+        play(world, Rules(budget=0.3, recent_window=9), single_steps(398, 401))
+
+    without_near_ties(run)
+
+
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (1, 8), (9, 33), (16, 64)])
 def test_zones(sinks: int, recent: int) -> None:
     def run(seed: int) -> None:
