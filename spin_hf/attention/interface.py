@@ -127,7 +127,8 @@ def spin_attention(
     """
     layer: AttentionLayer | None = getattr(key, LAYER_TAG, None)
     if layer is None:
-        if torch.compiler.is_compiling() and getattr(module, "is_kv_shared_layer", False):
+        shares_pages = getattr(module, "is_kv_shared_layer", False) and kwargs.get("sliding_window") is None
+        if shares_pages and torch.compiler.is_compiling():
             raise AttentionError(  # some versions of transformers copy shared keys while Dynamo traces, which loses the layer
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
