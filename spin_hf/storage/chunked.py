@@ -1,10 +1,11 @@
 """An array of rows that grows without ever moving: the storage under pages and summaries.
 
     rows_per_chunk = 4          row 6 = chunk 1, row 2
-    chunks   [ 0 1 2 3 ] [ 4 5 6 7 ] [ 8 ...
-    addresses  (base address of each chunk, for kernels that read through a table)
+    chunks         [ 0 1 2 3 ] [ 4 5 6 7 ] [ 8 ...      on `device`
+    address_table  [ a0, a1, a2, 0, ... 0 ]             address of each chunk; on `compute_device`, MAX_CHUNKS entries
 
-A row never changes its address, so a captured graph or a reader of an old row stays valid while the array grows.
+A row never changes its address, so a captured graph or a reader of an old row stays valid while the array grows. A
+kernel finds the rows through the table, whose own address never changes either, not even when the array moves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..errors import CapacityError
+from .host import RESERVE, Spare, allocate_rows
+
+MAX_CHUNKS = 4096
+"""Chunks that an array can have, and entries of its address table."""
 
 
 class ChunkedArray:
@@ -24,17 +30,28 @@ class ChunkedArray:
         row_shape: shape of one row.
         rows_per_chunk: rows added at a time.
         device: where the chunks live.
+        compute_device: whose kernels read them, `device` unless given. CPU chunks of a CUDA compute device are
+            registered with it (see `storage/host.py`), and the next one is made ahead of need.
     """
 
     def __init__(
-        self, row_shape: tuple[int, ...], rows_per_chunk: int, dtype: torch.dtype, device: torch.device
+        self,
+        row_shape: tuple[int, ...],
+        rows_per_chunk: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        compute_device: torch.device | None = None,
     ) -> None:
         self.row_shape = row_shape
         self.rows_per_chunk = rows_per_chunk
         self.dtype = dtype
         self.device = device
+        self.compute_device = device if compute_device is None else compute_device
         self.chunks: list[Tensor] = []
         self.used_rows = 0
+        self._table: Tensor | None = None
+        self._spare: Spare | None = None
 
     @property
     def num_rows(self) -> int:
@@ -46,13 +63,34 @@ class ChunkedArray:
         """Bytes of one row."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
+    @property
+    def address_table(self) -> Tensor:
+        """[MAX_CHUNKS], int64, on the compute device: the address of each chunk, 0 where there is none.
+
+        One tensor as long as the array lives, made by the first request; growing and moving write to it.
+        """
+        if self._table is None:
+            self._table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
+            self._write_addresses(0)
+        return self._table
+
     def grow(self, num_rows: int) -> None:
-        """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are."""
+        """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are.
+
+        Raises:
+            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that the host cannot lock. Nothing changes.
+        """
+        missing = -(-num_rows // self.rows_per_chunk) - len(self.chunks)
+        if missing > 0:
+            if len(self.chunks) + missing > MAX_CHUNKS:
+                raise CapacityError(
+                    f"{num_rows} rows take {len(self.chunks) + missing} chunks of {self.rows_per_chunk} rows, an array "
+                    f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
+                )
+            self.chunks += self._new_chunks(missing)
+            self._write_addresses(len(self.chunks) - missing)
         self.used_rows = max(self.used_rows, num_rows)
-        while self.num_rows < num_rows:
-            self.chunks.append(
-                torch.empty((self.rows_per_chunk, *self.row_shape), dtype=self.dtype, device=self.device)
-            )
+        self._order_spare()
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
@@ -63,15 +101,65 @@ class ChunkedArray:
         kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
 
     def move(self, device: torch.device) -> None:
-        """Take all chunks to another device (nothing is copied where it is the same one)."""
-        self.chunks = [chunk.to(device) for chunk in self.chunks]
-        self.device = device
+        """Take all chunks to another device (nothing is copied where it is the same one).
+
+        The compute device stays, and so does the address table. Raises CapacityError, before anything changes, where
+        the host cannot lock the memory.
+        """
+        if device.type == self.device.type == "cpu":
+            return
+        if device.type == "cpu":
+            moved = self._allocate(len(self.chunks), device)
+            for copy, chunk in zip(moved, self.chunks, strict=True):
+                copy.copy_(chunk)
+        else:
+            moved = [chunk.to(device) for chunk in self.chunks]
+        self.chunks, self.device, self._spare = moved, device, None
+        self._write_addresses(0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """A copy of the rows in use; the rest of the last chunk is not touched (and so takes no memory on a CPU)."""
-        twin = ChunkedArray(self.row_shape, self.rows_per_chunk, self.dtype, self.device)
+        twin = ChunkedArray(
+            self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
+        )
         twin.grow(self.used_rows)
         for index, (source, copy) in enumerate(zip(self.chunks, twin.chunks, strict=False)):
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             copy[:inside] = source[:inside]
         return twin
+
+    @property
+    def _is_registered(self) -> bool:
+        return self.device.type == "cpu" and self.compute_device.type == "cuda"
+
+    def _new_chunks(self, count: int) -> list[Tensor]:
+        """The spare, where that is all that is needed; else new ones (and the spare is kept for next time)."""
+        if count == 1 and self._spare is not None:
+            chunk, self._spare = self._spare.take(), None
+            if chunk is not None:
+                return [chunk]
+        return self._allocate(count, self.device)
+
+    def _allocate(self, count: int, device: torch.device) -> list[Tensor]:
+        shape = (self.rows_per_chunk, *self.row_shape)
+        if device.type == "cpu":
+            return allocate_rows(count, shape, self.dtype, compute_device=self.compute_device)
+        return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(count)]
+
+    def _order_spare(self) -> None:
+        """Have the next chunk made once half of the last one is used, so that growing by one need not wait for it."""
+        left = self.num_rows - self.used_rows
+        if (
+            self._is_registered
+            and self._spare is None
+            and 0 < len(self.chunks) < MAX_CHUNKS
+            and left <= self.rows_per_chunk // 2
+        ):
+            shape = (self.rows_per_chunk, *self.row_shape)
+            self._spare = RESERVE.ask(shape, self.dtype, compute_device=self.compute_device)
+
+    def _write_addresses(self, first: int) -> None:
+        """Write the addresses of chunks [first, ...) to the table, if there is one."""
+        if self._table is not None:
+            addresses = [chunk.data_ptr() for chunk in self.chunks[first:]]
+            self._table[first : len(self.chunks)] = torch.tensor(addresses, dtype=torch.int64)
