@@ -104,7 +104,7 @@ def select_pages(call: Call, position: int, store: PageStore, plan: StepPlan, me
     zones = plan.query(position, call.query.device)
     num_pages = zones.candidates.shape[1]
     query = Query(call.query.squeeze(3).float(), zones.candidates, zones.budget_tokens, store.page_size, call.scale)
-    selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages])
+    selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages].float())
     return torch.cat([zones.fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
 
 

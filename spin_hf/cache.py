@@ -239,9 +239,10 @@ class SpinCache(Cache):
         shared = self._shared
         stores = [layer.store for layer in shared.layers if layer.store is not None]
         frames = [store.frames for store in stores if store.frames is not None]
-        loads, hits = sum(f.loads for f in frames), sum(f.hits for f in frames)
-        queries = sum(layer.attended_queries for layer in shared.layers)
-        attended = sum(layer.attended_tokens for layer in shared.layers)
+        counted = shared.counted()
+        loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
+        queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
+        attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
         segments = shared.sequences.segments_in_use
         return CacheStats(
             sequences=shared.sequences.batch_size,
@@ -251,7 +252,7 @@ class SpinCache(Cache):
             cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
             metadata_bytes=shared.sequences.metadata_bytes + sum(f.metadata_bytes for f in frames),
             loads=loads,
-            evictions=sum(f.evictions for f in frames),
+            evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
             hit_rate=hits / (hits + loads) if hits + loads else 1.0,
             attended_tokens=attended / queries if queries else float("nan"),
             sparse_queries=queries,

@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import kernels
 from .attention.partition import Method
+from .attention.shadowkv import ShadowKV
 from .config import SpinOptions
+from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
+from .kernels.fields import Counter
 from .plan import StepPlan
 from .storage.budget import auto_gpu_memory
 from .storage.sequences import Sequences
@@ -48,6 +52,7 @@ class SharedState:
     committed: int = 0
     commits_with_last_paged: bool = True
     warned_waves: bool = False
+    _step_kernels: dict[tuple[torch.device, int], StepKernels] = field(default_factory=dict)
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
     def gpu_memory(self, device: torch.device) -> int | None:
@@ -57,6 +62,22 @@ class SharedState:
         if device not in self._auto_memory:
             self._auto_memory[device] = auto_gpu_memory(device)
         return self._auto_memory[device]
+
+    def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
+        """The kernels for the present batch on a device; None where the reference operations serve it."""
+        launch = kernels.launchers(device)
+        if launch is None or type(self.method) is not ShadowKV:
+            return None
+        key, batch_size = (device, num_heads), self.sequences.batch_size
+        found = self._step_kernels.get(key)
+        if found is None or found.batch_size != batch_size:
+            found = self._step_kernels[key] = StepKernels(self, launch, device, batch_size, num_heads, found)
+        return found
+
+    def counted(self) -> dict[str, int]:
+        """What the kernels counted so far, by the names of `Counter`; reads the device."""
+        totals = [step.counters.sum(0).tolist() for step in self._step_kernels.values()]
+        return {counter.name: sum(total[counter] for total in totals) for counter in Counter}
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step.
@@ -107,6 +128,7 @@ class SharedState:
         """Let go of layers and storage, which refer to each other; the cache is gone."""
         self.layers.clear()
         self.sequences.stores.clear()
+        self._step_kernels.clear()
         self.pending = None
 
     def truncate(self, length: int) -> None:
@@ -142,6 +164,7 @@ class SharedState:
         for row in changed.any(1).nonzero().flatten().tolist():
             sequences.unshare(row, pages)
         sequences.mask.replace(mask, length)
+        sequences.events += 1
         for layer in self.layers:
             layer.index(pages.start, min(pages.stop, length // sequences.page_size))
 

@@ -1,12 +1,15 @@
-"""Settings that every test needs: one thread per process, no network, warnings of transformers kept quiet."""
+"""Settings that every test needs: one thread per process, no network, quiet warnings, triton without a GPU."""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if shutil.which("nvidia-smi") is None:  # before anything imports triton: without a GPU its kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"kernels"},
     {"storage", "attention"},
-    {"plan", "layer_kinds", "stats", "shared", "attend", "layer", "forward"},
+    {"plan", "layer_kinds", "stats", "shared", "attend", "decode", "layer", "forward"},
     {"cache"},
     {"graph", "serialization"},
     {"enable"},
@@ -116,7 +116,11 @@ def test_no_import_cycles() -> None:
 def test_who_imports_transformers_and_triton(name: str) -> None:
     libraries = third_party(name)
     assert "transformers" not in libraries or name in MAY_IMPORT_TRANSFORMERS
-    triton_file = name.startswith("kernels.") and name not in ("kernels.__init__", "kernels.reference", "kernels.fields")
+    triton_file = name.startswith("kernels.") and name not in (
+        "kernels.__init__",
+        "kernels.reference",
+        "kernels.fields",
+    )
     assert "triton" not in libraries or triton_file
     if name.split(".")[0] == "kernels":
         assert not own_imports(name) - {module for module in MODULES if module.startswith("kernels.")}, (

@@ -1,8 +1,23 @@
 """The operations of the decode path, by backend.
 
-`reference` is the specification and serves every device; faster twins of its functions are dispatched to from here,
-under the same names and signatures, so that callers import from `spin_hf.kernels` alone.
+`reference` is the specification and serves every device. On a CUDA device with triton, `decode.py` launches kernels for
+steps of up to 16 tokens, and for the storing of all tokens:
+
+    plan.py        plan_step, find_outliers     zones and budget of a step, ShadowKV's outliers
+    score.py       append, score                tokens to pages and summaries; scores of the candidates
+    select.py      rank, choose                 the best pages, exactly, without sorting
+    residency.py   (inside choose)              look-up, bucketed LRU, tables
+    attention.py   attend                       loads on the way, split-KV attention, merge
+    fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any
+
+import torch
 
 from .reference import (
     NUM_BUCKETS,
@@ -20,12 +35,24 @@ from .reference import (
     take_rows,
 )
 
+
+@lru_cache(None)
+def launchers(device: torch.device) -> Any:
+    """The Triton kernels (see `launch.py`) for a device, or None where the reference operations serve it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from .launch import launchers as found
+
+    return found
+
+
 __all__ = [
     "NUM_BUCKETS",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
     "dense_attention",
+    "launchers",
     "list_pages",
     "merge_attention",
     "page_zones",

@@ -21,7 +21,7 @@ from .chunked import ChunkedArray
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
 
-# RAM is committed when it is written, so chunks may be large there; on a GPU they are taken at once.
+# RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
 _MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
 
@@ -33,7 +33,7 @@ class PageStore:
         sequences: the batch that the pages belong to.
         num_heads: KV heads.
         key_dim, value_dim: head sizes.
-        summary_shapes: name -> shape of what the method keeps of one page (float32).
+        summary_shapes: name -> shape of what the method keeps of one page, in the dtype of the keys.
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
     """
@@ -62,9 +62,7 @@ class PageStore:
         segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
         rows = segments * SEGMENT_PAGES * num_heads
         self.home = ChunkedArray((elements,), rows, dtype, device)
-        self.summaries = {
-            name: ChunkedArray(shape, rows, torch.float32, device) for name, shape in summary_shapes.items()
-        }
+        self.summaries = {name: ChunkedArray(shape, rows, dtype, device) for name, shape in summary_shapes.items()}
         self.frames: PageFrames | None = None
         self.num_segments = 0
 

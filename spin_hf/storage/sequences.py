@@ -26,6 +26,9 @@ from .token_mask import TokenMask
 
 SEGMENT_PAGES = 32
 
+_MOST_TICKS = 16
+"""Most ticks of the clock in one step."""
+
 
 class SegmentStore(Protocol):
     """What a layer's storage does when sequences change."""
@@ -70,7 +73,9 @@ class Sequences:
         self.length = 0
         """Tokens held, the present step's included."""
         self.step = 0
-        """Steps taken; the clock of the residency."""
+        """The clock of the residency: counts queries, of prefills one."""
+        self.events = 0
+        """Changes to the past: anything but tokens that follow."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
@@ -124,8 +129,8 @@ class Sequences:
             self.directory, self.refcounts, self.free = directory, refcounts, free
             self._rows.clear()
         self.mask.append(batch_size, self.length, new_valid, num_tokens)
+        self.step += min(max(1, self.length - self.start), _MOST_TICKS)
         self.start, self.length = self.length, length
-        self.step += 1
 
     def check_room(self, length: int, num_tokens: int) -> None:
         """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.
@@ -152,6 +157,7 @@ class Sequences:
 
     def unshare(self, sequence: int, pages: range) -> None:
         """Give a sequence its own copy of the segments of `pages`, where others share them."""
+        self.events += 1
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
         for index in range(pages.start // SEGMENT_PAGES, -(-pages.stop // SEGMENT_PAGES)):
@@ -164,6 +170,7 @@ class Sequences:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
+        self.events += 1
         keep = -(-length // (self.page_size * SEGMENT_PAGES))
         for row in self.directory:
             for segment in row[keep:]:
@@ -177,6 +184,7 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
+        self.events += 1
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
             held = self.batch_size
@@ -198,6 +206,7 @@ class Sequences:
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
+        self.events += 1
         for row in self.directory:
             for segment in row:
                 self._release(segment)

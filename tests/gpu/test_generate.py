@@ -57,7 +57,7 @@ def test_full_budget_equals_dynamic_cache_while_paging() -> None:
     assert torch.equal(actual.sequences, expected.sequences)
     assert _worst(actual, expected) < 1e-4
     stats = cache.stats()
-    assert stats.evictions > 0
+    assert stats.loads > 0  # nothing is evicted: what finds no slot among the step's own pages is read where it is
     assert stats.cpu_bytes > 0
     assert stats.gpu_bytes <= TIGHT
     cache.check_integrity()

@@ -1,0 +1,308 @@
+"""The kernels' side of a step on one device: descriptors and scratch, and the launches of one layer.
+
+    begin     host       position, clock, directory, padding -> step descriptor; scratch grows with the context
+    append    1 launch   prefill and verification: tokens to pages and summaries
+    attend    4 launches per query: score (and append) -> rank -> choose and retrieve -> attend
+              and 2 per step for all layers: plan_step, find_outliers
+
+No launch waits for the host and none allocates. What the kernels compute is what `plan`, `attend` and `kernels.reference`
+specify; `tests/kernels/test_decode.py` holds both against each other.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attend import Call
+from .attention.shadowkv import ShadowKV
+from .kernels.fields import MAX_QUERIES, PART_PAGES, Counter, LayerField, PlanField, StepField
+from .plan import pages_of
+from .storage.sequences import SEGMENT_PAGES
+
+if TYPE_CHECKING:
+    from .layer import SpinLayer
+    from .shared import SharedState
+
+_MIN_PAGES = 512
+_PROGRAMS = 528
+"""Programs that a launch should have: four for each multiprocessor of an H100."""
+
+
+class StepKernels:
+    """Launches for the paged layers of one cache on one device.
+
+    Args:
+        shared: the cache's state.
+        launch: the launchers, `kernels.triton_launchers()`.
+        batch_size: sequences; another batch needs another object.
+        num_heads: KV heads of the layers.
+        before: of another batch size, whose counts go on.
+    """
+
+    def __init__(
+        self,
+        shared: SharedState,
+        launch: Any,
+        device: torch.device,
+        batch_size: int,
+        num_heads: int,
+        before: StepKernels | None = None,
+    ) -> None:
+        self.shared, self.launch, self.device = shared, launch, device
+        self.batch_size, self.num_heads = batch_size, num_heads
+        self.group = self.value_dim = 0
+        self.block_g = 16
+        streams = batch_size * num_heads
+        self.splits = min(64, max(1, _power_of_two(_PROGRAMS // streams)))
+        self.attend_splits = min(32, self.splits)
+        self.rank_programs = max(1, _PROGRAMS // 4 // streams)
+
+        def make(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        self.step = make((len(StepField),), torch.int64)
+        self.plan = make((MAX_QUERIES, batch_size, len(PlanField)), torch.int32)
+        self.outliers = make((len(shared.layers), streams), torch.int64)
+        self.found_for = make((len(shared.layers), streams), torch.int32, -1)
+        self.layer_fields = make((len(shared.layers), len(LayerField)), torch.int64)
+        size = self.layer_fields.shape[1] * 8
+        self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
+        self.counters: Tensor = (
+            make((len(shared.layers), len(Counter)), torch.int64) if before is None else before.counters
+        )
+        self.stats = self.parts = self.part_lse = make((0,), torch.float32)
+        self.arrivals = make((streams,), torch.int32)
+        self.list_count = make((streams,), torch.int32)
+        self.page_capacity, self.padded_capacity = 0, False
+        self.scratch: dict[StepField, Tensor] = {}
+        self.known: dict[str, Any] = {}
+        """What the descriptors were last written from."""
+        self.layer_known: list[Any] = [None] * len(shared.layers)
+        self.padded = False
+
+    # ------------------------------------------------------------------------------------------------------- the host
+
+    def begin(self, layer: SpinLayer) -> None:
+        """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
+        sequences = self.shared.sequences
+        if self.known.get("step") != sequences.step or self.known.get("start") != sequences.start:
+            self._begin_step()
+        store, number = layer.store, self._number(layer)
+        assert store is not None
+        frames = store.frames
+        tables = () if frames is None else (frames.frames, frames.page_slot, frames.slot_page, frames.slot_step)
+        known = (store, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        if self.layer_known[number] != known:
+            fields = [0] * len(LayerField)
+            fields[LayerField.HOME] = store.home.address_table.data_ptr()
+            fields[LayerField.LANDMARK] = store.summaries["landmark"].address_table.data_ptr()
+            fields[LayerField.MIN_COSINE] = store.summaries["min_cosine"].address_table.data_ptr()
+            if frames is not None:
+                fields[LayerField.FRAMES] = frames.frames.data_ptr()
+                fields[LayerField.NUM_SLOTS] = frames.num_slots
+                fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
+                fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
+                fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
+                fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
+            self.layer_fields[number].copy_(torch.tensor(fields))
+            self.layer_known[number] = known
+
+    def _begin_step(self) -> None:
+        sequences = self.shared.sequences
+        follows = self.known.get("length") == sequences.start and self.known.get("events") == sequences.events
+        if not follows:
+            self.found_for.fill_(-1)
+        fields: dict[StepField, int] = {
+            StepField.POSITION: sequences.start, StepField.CLOCK: sequences.step,
+        }  # fmt: skip
+        if self.known.get("directory") is not sequences.directory or not follows:
+            width = max(len(row) for row in sequences.directory)
+            rows = [row + [0] * (width - len(row)) for row in sequences.directory]
+            directory = torch.tensor(rows, dtype=torch.int32).to(self.device)
+            self.scratch[StepField.DIRECTORY] = directory
+            fields |= {StepField.DIRECTORY: directory.data_ptr(), StepField.DIRECTORY_STRIDE: width}
+        valid = sequences.mask.valid
+        self.padded = valid is not None
+        if valid is not None and self.known.get("valid") is not valid:
+            bits = valid.to(self.device, torch.uint8).contiguous()
+            upto = torch.nn.functional.pad(bits.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
+            self.scratch |= {StepField.VALID: bits, StepField.UPTO: upto}
+            fields |= {
+                StepField.VALID: bits.data_ptr(), StepField.BASE_TOKENS: bits.shape[1],
+                StepField.UPTO: upto.data_ptr(),
+            }  # fmt: skip
+        if "share" not in self.known:
+            budget = self.shared.options.budget
+            share = budget if isinstance(budget, float) else 0.0
+            fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", share))[0]
+        index = torch.tensor(list(fields), device=self.device)
+        self.step[index] = torch.tensor(list(fields.values())).to(self.device)
+        self.known = {
+            "step": sequences.step, "start": sequences.start, "length": sequences.length, "events": sequences.events,
+            "directory": sequences.directory, "valid": valid, "share": True, "planned": False,
+        }  # fmt: skip
+
+    def _grow(self, num_pages: int, group: int, value_dim: int) -> None:
+        """Scratch for contexts of `num_pages` pages and more."""
+        self.group, self.value_dim, self.block_g = group, value_dim, max(16, _power_of_two(group))
+        options, page_size = self.shared.options, self.shared.sequences.page_size
+        pages = max(_MIN_PAGES, _power_of_two(num_pages))
+        tokens = max(options.budget, options.dense_below) if isinstance(options.budget, int) else 0
+        chosen = min(pages, -(-tokens // page_size)) if tokens else pages
+        stride = min(chosen, PART_PAGES)
+        parts = -(-pages // PART_PAGES)
+        # every page is listed at most once, and a page with one valid token can be fixed
+        listed = pages if self.padded else min(
+            pages, chosen + pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
+        )  # fmt: skip
+        streams = self.batch_size * self.num_heads
+
+        def make(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((streams, width), dtype=dtype, device=self.device)
+
+        self.scratch |= {
+            StepField.LOGITS: make(self.group * pages, torch.float32),
+            StepField.RANKED_PAGE: make(parts * stride, torch.int32),
+            StepField.RANKED_KEY: make(parts * stride, torch.int32),
+            StepField.RANKED_COUNT: make(parts, torch.int32),
+            StepField.LIST_PAGE: make(listed, torch.int32),
+            StepField.LIST_SOURCE: make(listed, torch.int64),
+            StepField.LIST_TARGET: make(listed, torch.int64),
+            StepField.VICTIMS: make(listed, torch.int32),
+        }
+        numbers = {
+            StepField.PAGE_CAPACITY: pages, StepField.RANKED_PARTS: parts, StepField.RANKED_STRIDE: stride,
+            StepField.LIST_CAPACITY: listed,
+        }  # fmt: skip
+        for field, tensor in self.scratch.items():
+            numbers[field] = tensor.data_ptr()
+        self.step[torch.tensor(list(numbers), device=self.device)] = torch.tensor(list(numbers.values())).to(
+            self.device
+        )
+        self.page_capacity, self.padded_capacity = pages, self.padded
+        self.stats = make(self.splits * 2 * self.block_g, torch.float32)
+        self.parts = make(self.attend_splits * group * value_dim, torch.float32)
+        self.part_lse = make(self.attend_splits * self.block_g, torch.float32)
+
+    def _number(self, layer: SpinLayer) -> int:
+        return self.shared.layers.index(layer)
+
+    # ---------------------------------------------------------------------------------------------------- the launches
+
+    def append(self, layer: SpinLayer, key: Tensor, value: Tensor) -> None:
+        """Write the step's tokens [B, H, n, D] of a layer to its pages and summarise the pages they complete."""
+        self.begin(layer)
+        key, value = _rows(key), _rows(value)
+        sequences, count = self.shared.sequences, key.shape[2]
+        pages = sequences.num_pages - sequences.start // sequences.page_size
+        self.launch.append[(pages, self.batch_size * self.num_heads)](
+            self.step, self._fields(layer), key, value, count, *key.stride()[:3], *value.stride()[:3],
+            **self._shapes(layer), num_warps=1,
+        )  # fmt: skip
+
+    def attend(self, layer: SpinLayer, call: Call, out: Tensor) -> None:
+        """Attend to what each query of the step selects; the step's tokens are in their pages.
+
+        Args:
+            out: [B, Q, heads, Dv]; written.
+        """
+        self.begin(layer)
+        group, value_dim, num_pages = call.query.shape[2], out.shape[-1], self.shared.sequences.num_pages
+        fits = num_pages <= self.page_capacity and (group, value_dim) == (self.group, self.value_dim)
+        if not fits or (self.padded and not self.padded_capacity):
+            self._grow(num_pages, group, value_dim)
+        number, streams = self._number(layer), self.batch_size * self.num_heads
+        method, store, fields = self.shared.method, layer.store, self._fields(layer)
+        assert isinstance(method, ShadowKV)
+        assert store is not None
+        shapes, page_size = self._shapes(layer), self.shared.sequences.page_size
+        common = {name: shapes[name] for name in ("H", "PAGE", "SEGMENT", "ROWS", "PADDED")}
+        query = _rows(call.query.flatten(1, 2))
+        if not self.known["planned"]:
+            self._plan(query.shape[2])
+            if query.shape[2] == 1:  # a page that this step completes is no candidate yet, in any layer
+                mine = [other for other in self.shared.layers if self._serves(other)]
+                for other in mine:
+                    self.begin(other)
+                together = len(mine) == len(self.shared.layers)
+                numbers = [self._number(other) for other in mine]
+                for some in [numbers] if together else [[one] for one in numbers]:
+                    self._find_outliers(self.plan[0], some, common)
+        for i in range(query.shape[2]):
+            one = query[:, :, i : i + 1]
+            plan = self.plan[i]
+            if query.shape[2] > 1:
+                self._find_outliers(plan, [number], common)
+            self.launch.score[(streams, self.splits)](
+                self.step, fields, one, one, one, self.stats, plan, self.splits, *one.stride()[:2], 0, 0, 0, 0,
+                call.scale, APPEND=False, G=self.group, BLOCK_G=self.block_g, TILE=64, **shapes, num_warps=4,
+            )  # fmt: skip
+            self.launch.rank[(streams, self.rank_programs)](
+                self.step, fields, self.stats, plan, self.outliers[number], self.splits,
+                SUMMARY=shapes["SUMMARY"], OUTLIERS=method.outlier_pages_per_1024 > 0, G=self.group,
+                BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES, **common, num_warps=8,
+            )  # fmt: skip
+            self.launch.choose[(streams,)](
+                self.step, fields, plan, self.list_count, self.counters[number], i,
+                PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=4096, LIST_TILE=512,
+                SLOT_TILE=2048, **common, num_warps=8,
+            )  # fmt: skip
+            self.launch.attend[(streams, self.attend_splits)](
+                self.step, one, out[:, i], call.sinks if call.sinks is not None else one, self.list_count, self.parts,
+                self.part_lse, self.arrivals, i, *one.stride()[:2], out.stride(0), out.stride(2), call.scale,
+                call.softcap or 1.0, CAPPED=call.softcap is not None, SINKS=call.sinks is not None, G=self.group,
+                BLOCK_G=self.block_g, TILE_PAGES=64 // page_size, SPLITS=self.attend_splits,
+                DTYPE=self.launch.dtype(store.home.dtype), num_warps=4,
+                **{name: shapes[name] for name in ("H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "PADDED")},
+            )  # fmt: skip
+
+    def _serves(self, layer: SpinLayer) -> bool:
+        store = layer.store
+        return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
+
+    def _plan(self, num_queries: int) -> None:
+        options, method = self.shared.options, self.shared.method
+        assert isinstance(method, ShadowKV)
+        self.launch.plan_step[(self.batch_size, num_queries)](
+            self.step, self.plan, SINKS=options.num_sink_tokens, WINDOW=options.recent_window,
+            BUDGET=options.budget if isinstance(options.budget, int) else 0, DENSE_BELOW=options.dense_below,
+            OUTLIERS_PER_1024=method.outlier_pages_per_1024, PAGE=method.page_size, PADDED=self.padded, TILE=1024,
+        )  # fmt: skip
+        self.known["planned"] = True
+
+    def _find_outliers(self, plan: Tensor, numbers: list[int], common: dict[str, Any]) -> None:
+        """Of consecutive layers, for the query that `plan` is of."""
+        method, store = self.shared.method, self.shared.layers[numbers[0]].store
+        assert isinstance(method, ShadowKV)
+        assert store is not None
+        if method.outlier_pages_per_1024:
+            self.launch.find_outliers[(self.batch_size * self.num_heads, len(numbers))](
+                self.step, self.layer_addresses, plan, self.outliers, self.found_for, numbers[0],
+                SUMMARY=self.launch.dtype(store.summaries["landmark"].dtype), TILE=1024, **common,
+            )  # fmt: skip
+
+    def _fields(self, layer: SpinLayer) -> Tensor:
+        return self.layer_fields[self._number(layer)]
+
+    def _shapes(self, layer: SpinLayer) -> dict[str, Any]:
+        store = layer.store
+        assert store is not None
+        return {
+            "SUMMARY": self.launch.dtype(store.summaries["landmark"].dtype), "H": self.num_heads,
+            "DK": store.key_dim, "DV": store.value_dim, "BLOCK_K": max(16, _power_of_two(store.key_dim)),
+            "BLOCK_V": max(16, _power_of_two(store.value_dim)), "PAGE": store.page_size, "SEGMENT": SEGMENT_PAGES,
+            "ROWS": store.home.rows_per_chunk, "PADDED": self.padded,
+        }  # fmt: skip
+
+
+def _rows(states: Tensor) -> Tensor:
+    """`states` with a contiguous last dimension."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,95 @@
+"""What the Triton kernels share: descriptor fields as constants, addresses of pages, valid tokens, sortable scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fields import LayerField, PlanField, StepField
+
+POSITION = tl.constexpr(int(StepField.POSITION))
+CLOCK = tl.constexpr(int(StepField.CLOCK))
+DIRECTORY = tl.constexpr(int(StepField.DIRECTORY))
+DIRECTORY_STRIDE = tl.constexpr(int(StepField.DIRECTORY_STRIDE))
+VALID = tl.constexpr(int(StepField.VALID))
+BASE_TOKENS = tl.constexpr(int(StepField.BASE_TOKENS))
+UPTO = tl.constexpr(int(StepField.UPTO))
+SHARE = tl.constexpr(int(StepField.SHARE))
+LOGITS = tl.constexpr(int(StepField.LOGITS))
+PAGE_CAPACITY = tl.constexpr(int(StepField.PAGE_CAPACITY))
+RANKED_PAGE = tl.constexpr(int(StepField.RANKED_PAGE))
+RANKED_KEY = tl.constexpr(int(StepField.RANKED_KEY))
+RANKED_COUNT = tl.constexpr(int(StepField.RANKED_COUNT))
+RANKED_PARTS = tl.constexpr(int(StepField.RANKED_PARTS))
+RANKED_STRIDE = tl.constexpr(int(StepField.RANKED_STRIDE))
+LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
+LIST_SOURCE = tl.constexpr(int(StepField.LIST_SOURCE))
+LIST_TARGET = tl.constexpr(int(StepField.LIST_TARGET))
+LIST_CAPACITY = tl.constexpr(int(StepField.LIST_CAPACITY))
+VICTIMS = tl.constexpr(int(StepField.VICTIMS))
+
+HOME = tl.constexpr(int(LayerField.HOME))
+LANDMARK = tl.constexpr(int(LayerField.LANDMARK))
+MIN_COSINE = tl.constexpr(int(LayerField.MIN_COSINE))
+FRAMES = tl.constexpr(int(LayerField.FRAMES))
+NUM_SLOTS = tl.constexpr(int(LayerField.NUM_SLOTS))
+PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
+PAGE_SLOT_STRIDE = tl.constexpr(int(LayerField.PAGE_SLOT_STRIDE))
+SLOT_PAGE = tl.constexpr(int(LayerField.SLOT_PAGE))
+SLOT_STEP = tl.constexpr(int(LayerField.SLOT_STEP))
+
+FIRST = tl.constexpr(int(PlanField.FIRST))
+STOP = tl.constexpr(int(PlanField.STOP))
+NUM_PAGES = tl.constexpr(int(PlanField.NUM_PAGES))
+NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
+NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
+PLAN_FIELDS = tl.constexpr(len(PlanField))
+
+LOWEST = tl.constexpr(-(1 << 31))
+"""The sortable score of what must not be chosen."""
+HIGHEST = tl.constexpr((1 << 31) - 1)
+"""The sortable score of what is chosen first."""
+
+
+@triton.jit
+def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
+    """Rows of pages of one (sequence, KV head): see `storage/sequences.py`."""
+    directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))
+    segments = tl.load(directory + b * tl.load(step + DIRECTORY_STRIDE) + pages // SEGMENT, mask=mask, other=0)
+    return (segments.to(tl.int64) * H + h) * SEGMENT + pages % SEGMENT
+
+
+@triton.jit
+def row_addresses(table, rows, mask, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Addresses of rows of a chunked array; `table` is the address of its table."""
+    bases = tl.load(table.to(tl.pointer_type(tl.int64)) + rows // ROWS, mask=mask, other=0)
+    return bases + (rows % ROWS) * ROW_BYTES
+
+
+@triton.jit
+def tokens_valid(step, b, tokens, mask):
+    """Whether tokens of a sequence are no padding; False where `mask` is."""
+    base = tl.load(step + BASE_TOKENS)
+    known = mask & (tokens < base)
+    table = tl.load(step + VALID).to(tl.pointer_type(tl.int8))
+    return (tl.load(table + b * base + tokens, mask=known, other=1) != 0) & mask
+
+
+@triton.jit
+def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
+    """How many of the first `ends` tokens of a sequence are valid."""
+    if PADDED:
+        base = tl.load(step + BASE_TOKENS)
+        table = tl.load(step + UPTO).to(tl.pointer_type(tl.int32)) + b * (base + 1)
+        known = tl.minimum(ends, base)
+        counted = tl.load(table + known, mask=mask, other=0) + (ends - known).to(tl.int32)
+    else:
+        counted = ends.to(tl.int32)
+    return counted
+
+
+@triton.jit
+def sortable(scores):
+    """float32 scores as int32 that sort alike."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)

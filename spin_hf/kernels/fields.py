@@ -1,0 +1,105 @@
+"""Where the kernels find what grows: two small int64 tensors on the device, read by every kernel of a decode step.
+
+    step descriptor    one per batch and device     position, directory, padding, scratch that grows with the context
+    layer descriptor   one per layer                address tables of pages and summaries, page frames, their tables
+
+A captured graph holds the addresses of the descriptors only. What a field points to may move between replays, as
+long as the field is written before the next one; so a cache grows without capturing again. Addresses are in bytes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class StepField(IntEnum):
+    """Fields of a step descriptor. B sequences, H KV heads, G query heads per KV head, N pages at most."""
+
+    POSITION = 0
+    """Tokens held before the step: the position of its first query."""
+    CLOCK = 1
+    """Queries so far; the clock of the residency."""
+    DIRECTORY = 2
+    """int32 [B, DIRECTORY_STRIDE]: segments of each sequence."""
+    DIRECTORY_STRIDE = 3
+    VALID = 4
+    """uint8 [B, BASE_TOKENS]: 0 for padding; address 0 where nothing is padding."""
+    BASE_TOKENS = 5
+    """Tokens that VALID and UPTO know; all later ones are valid."""
+    UPTO = 6
+    """int32 [B, BASE_TOKENS + 1]: how many of the first i tokens are valid."""
+    SHARE = 7
+    """The budget as a share of the context (the bits of a float64), or 0."""
+    LOGITS = 8
+    """float32 [B, H, G, PAGE_CAPACITY]: query times landmark."""
+    PAGE_CAPACITY = 9
+    """N: pages of a sequence that the scratch has room for."""
+    RANKED_PAGE = 10
+    """int32 [B, H, RANKED_PARTS * RANKED_STRIDE]: best pages of each part of the context."""
+    RANKED_KEY = 11
+    """int32, the same shape: their scores, as integers that sort alike."""
+    RANKED_COUNT = 12
+    """int32 [B, H, RANKED_PARTS]."""
+    RANKED_PARTS = 13
+    RANKED_STRIDE = 14
+    LIST_PAGE = 15
+    """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to; -1 for none."""
+    LIST_SOURCE = 16
+    """int64, the same shape: address to read the page from."""
+    LIST_TARGET = 17
+    """int64, the same shape: page frame to copy it to, or 0."""
+    LIST_CAPACITY = 18
+    VICTIMS = 19
+    """int32, the shape of LIST_PAGE: slots that make room."""
+
+
+class LayerField(IntEnum):
+    """Fields of a layer descriptor."""
+
+    HOME = 0
+    """int64 table: base address of each chunk of pages."""
+    LANDMARK = 1
+    """int64 table: base address of each chunk of landmarks."""
+    MIN_COSINE = 2
+    FRAMES = 3
+    """Page frames [B, H, NUM_SLOTS, page], or 0 where pages are at home in the compute tier."""
+    NUM_SLOTS = 4
+    PAGE_SLOT = 5
+    """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 where it is not resident."""
+    PAGE_SLOT_STRIDE = 6
+    SLOT_PAGE = 7
+    """int32 [B, H, NUM_SLOTS]: slot -> page, -1 where it is free."""
+    SLOT_STEP = 8
+    """int64 [B, H, NUM_SLOTS]: the clock when the slot was last touched."""
+
+
+class PlanField(IntEnum):
+    """What `plan_step` computes for each query and sequence: int32 [Q, B, len(PlanField)]."""
+
+    FIRST = 0
+    """First candidate page; pages before it hold sinks."""
+    STOP = 1
+    """Behind the last candidate page; pages from here on hold the recent window."""
+    NUM_PAGES = 2
+    """Pages up to the query's own."""
+    NUM_SELECTED = 3
+    """Pages to select per KV head."""
+    NUM_OUTLIERS = 4
+    """How many of them go to outliers."""
+
+
+class Counter(IntEnum):
+    """What a layer counts: int64 [len(Counter)]."""
+
+    TOKENS = 0
+    QUERIES = 1
+    HITS = 2
+    LOADS = 3
+    EVICTIONS = 4
+
+
+PART_PAGES = 4096
+"""Pages that one program ranks at a time."""
+
+MAX_QUERIES = 16
+"""Most queries of one step."""

@@ -1,0 +1,21 @@
+"""The Triton kernels under short names, for `decode.py`, which does not import triton."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import triton.language as tl
+
+from .attention import attend_kernel
+from .plan import find_outliers_kernel, plan_step_kernel
+from .score import append_kernel, score_kernel
+from .select import choose_kernel, rank_kernel
+
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+launchers = SimpleNamespace(
+    append=append_kernel, attend=attend_kernel, choose=choose_kernel, find_outliers=find_outliers_kernel,
+    plan_step=plan_step_kernel, rank=rank_kernel, score=score_kernel, dtype=_DTYPES.__getitem__,
+)  # fmt: skip
+"""kernel[grid](...) for each name, and `dtype`, which translates torch's dtypes."""

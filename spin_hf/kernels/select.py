@@ -1,0 +1,242 @@
+"""Selection of pages, exactly, without sorting: two launches behind the scores.
+
+    rank_kernel     every part of the context: scores as sortable integers, its own best pages
+    choose_kernel   every (sequence, KV head): the best of all parts, beside the fixed pages; then retrieve
+
+The k highest of n integers are found by bisection of the value that exactly k reach: each round is one comparison and
+one sum over registers. Pages that tie are taken from the lowest number on. Parts make the work parallel, and keep it in
+registers however long the context is. The specification is `kernels.select_top_pages`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import (
+    FIRST,
+    HIGHEST,
+    LIST_CAPACITY,
+    LIST_PAGE,
+    LOGITS,
+    LOWEST,
+    MIN_COSINE,
+    NUM_OUTLIERS,
+    NUM_PAGES,
+    NUM_SELECTED,
+    PAGE_CAPACITY,
+    PLAN_FIELDS,
+    POSITION,
+    RANKED_COUNT,
+    RANKED_KEY,
+    RANKED_PAGE,
+    RANKED_PARTS,
+    RANKED_STRIDE,
+    STOP,
+    count_valid,
+    page_rows,
+    row_addresses,
+    sortable,
+)
+from .residency import retrieve
+
+
+@triton.jit
+def _reached_by(keys, wanted):
+    """The highest value that at least `wanted` keys reach (more only where keys tie); keys above LOWEST count."""
+    low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), 0).to(tl.int64)  # reached by all
+    high = tl.max(keys, 0).to(tl.int64) + 1  # reached by none
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        count = tl.sum((keys >= middle).to(tl.int32), 0)
+        if count >= wanted:
+            low = middle
+        else:
+            high = middle
+        if count == wanted:
+            high = middle + 1
+    return low
+
+
+@triton.jit
+def rank_kernel(
+    step, layer, stats, plan, outliers, num_splits,
+    SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    SPLITS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, i) ranks parts i, i + num_programs(1), ...
+
+    Args:
+        stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
+        outliers: int64 [B, H]: as `find_outliers_kernel` left them, of this layer.
+    """
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    first = tl.load(row + FIRST)
+    stop = tl.load(row + STOP)
+    wanted = tl.load(row + NUM_SELECTED)
+    num_outliers = tl.load(row + NUM_OUTLIERS)
+    parts = tl.load(step + RANKED_PARTS)
+    stride = tl.load(step + RANKED_STRIDE)
+    ranked_page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+    ranked_key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+    ranked_count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
+    capacity = tl.load(step + PAGE_CAPACITY)
+    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    scored = wanted < stop - first
+    for part in range(tl.program_id(1), tl.cdiv(stop - first, PART), tl.num_programs(1)):
+        pages = first + part * PART + tl.arange(0, PART)
+        inside = pages < stop
+        if PADDED:
+            before = count_valid(step, b, pages * PAGE, inside, PADDED)
+            inside = inside & (count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) > before)
+        keys = tl.zeros([PART], tl.int32)
+        if scored:
+            best = tl.full([PART], float("-inf"), tl.float32)
+            for g in tl.static_range(G):
+                split = tl.arange(0, SPLITS)
+                place = stats + (bh * num_splits + split) * 2 * BLOCK_G + g
+                most = tl.load(place, mask=split < num_splits, other=float("-inf"))
+                sums = tl.load(place + BLOCK_G, mask=split < num_splits, other=0.0)
+                highest = tl.max(most, 0)
+                shift = tl.where(highest == float("-inf"), 0.0, highest)
+                lse = shift + tl.log(tl.sum(sums * tl.exp(most - shift), 0))
+                best = tl.maximum(best, tl.load(logits + g * capacity + pages, mask=inside, other=0.0) - lse)
+            keys = tl.maximum(sortable(best), LOWEST + 1)
+            if OUTLIERS:
+                rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
+                size: tl.constexpr = SUMMARY.primitive_bitwidth // 8
+                address = row_addresses(tl.load(layer + MIN_COSINE), rows, inside, ROWS, size)
+                cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
+                unlike = sortable(cosine).to(tl.int64) * (1 << 32) + pages
+                keys = tl.where((unlike <= tl.load(outliers + bh)) & (num_outliers > 0), HIGHEST, keys)
+        keys = tl.where(inside, keys, LOWEST)
+        here = tl.sum(inside.to(tl.int32), 0)
+        taken = inside
+        if wanted < here:
+            edge = _reached_by(keys, wanted)
+            over = keys > edge
+            ties = keys == edge
+            needed = wanted - tl.sum(over.to(tl.int32), 0)
+            taken = over | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= needed))
+            here = wanted
+        place = part * stride + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(ranked_page + place, pages, mask=taken)
+        tl.store(ranked_key + place, keys, mask=taken)
+        tl.store(ranked_count + part, here)
+
+
+@triton.jit
+def _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts):
+    """Pages and keys at places of the parts' lists; LOWEST where there are none."""
+    part = offsets // stride
+    inside = part < num_parts
+    inside = inside & (offsets % stride < tl.load(ranked_count + part, mask=inside, other=0))
+    pages = tl.load(ranked_page + offsets, mask=inside, other=-1)
+    return pages, tl.load(ranked_key + offsets, mask=inside, other=LOWEST)
+
+
+@triton.jit
+def choose_kernel(
+    step, layer, plan, list_count, counters, query_index,
+    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, LIST_TILE: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+):  # fmt: skip
+    """Program b * H + h lists the pages that its query attends to, and retrieves them.
+
+    Args:
+        list_count: int32 [B, H]: length of each list. Written.
+        counters: int64 [len(Counter)]. Added to.
+    """
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    first = tl.load(row + FIRST)
+    stop = tl.load(row + STOP)
+    wanted = tl.load(row + NUM_SELECTED)
+    num_pages = tl.load(row + NUM_PAGES)
+    position = tl.load(step + POSITION) + query_index
+    capacity = tl.load(step + LIST_CAPACITY)
+    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
+    count = first + num_pages - stop
+    for start in range(0, count, LIST_TILE):
+        offsets = start + tl.arange(0, LIST_TILE)
+        pages = tl.where(offsets < first, offsets, offsets - first + stop)
+        inside = offsets < count
+        if PADDED:
+            before = count_valid(step, b, pages * PAGE, inside, PADDED)
+            upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, position + 1), inside, PADDED)
+            pages = tl.where(upto > before, pages, -1)
+        tl.store(listed + offsets, pages, mask=inside)
+    num_parts = tl.cdiv(stop - first, PART)
+    if num_parts > 0:
+        parts = tl.load(step + RANKED_PARTS)
+        stride = tl.load(step + RANKED_STRIDE).to(tl.int32)
+        ranked_page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+        ranked_key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+        ranked_count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
+        width = num_parts * stride
+        total = tl.zeros([], tl.int32)
+        if num_parts > 1:
+            for part in range(0, num_parts):
+                total += tl.load(ranked_count + part)
+        else:
+            total += tl.load(ranked_count)
+        edge = tl.full([], -(1 << 31), tl.int64)
+        needed = total
+        if wanted < total:
+            if width <= TILE:
+                _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
+                edge = _reached_by(keys, wanted)
+                needed = wanted - tl.sum((keys > edge).to(tl.int32), 0)
+            else:
+                edge = _reached_in_tiles(wanted, width, ranked_page, ranked_key, ranked_count, stride, num_parts, TILE)
+                needed = wanted
+                for start in range(0, width, TILE):
+                    offsets = start + tl.arange(0, TILE)
+                    _, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
+                    needed -= tl.sum((keys > edge).to(tl.int32), 0)
+        ties_before = tl.zeros([], tl.int32)
+        for start in range(0, width, TILE):
+            offsets = start + tl.arange(0, TILE)
+            pages, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
+            ties = (keys == edge) & (keys > LOWEST)
+            tie_rank = ties_before + tl.cumsum(ties.to(tl.int32), 0)
+            taken = ((keys > edge) & (keys > LOWEST)) | (ties & (tie_rank <= needed))
+            place = count + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(listed + place, pages, mask=taken)
+            count += tl.sum(taken.to(tl.int32), 0)
+            ties_before += tl.sum(ties.to(tl.int32), 0)
+    tl.store(list_count + bh, count)
+    tl.debug_barrier()
+    retrieve(
+        step, layer, counters, bh, b, h, position, count, query_index, H, PAGE_BYTES, PAGE, SEGMENT, ROWS,
+        PADDED, LIST_TILE, SLOT_TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reached_in_tiles(
+    wanted, width, ranked_page, ranked_key, ranked_count, stride, num_parts, TILE: tl.constexpr
+):  # fmt: skip
+    """As `_reached_by`, over lists of any length."""
+    low = tl.full([], -(1 << 31), tl.int64)
+    high = tl.full([], (1 << 31), tl.int64)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        count = tl.zeros([], tl.int32)
+        for start in range(0, width, TILE):
+            _, keys = _ranked(start + tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
+            count += tl.sum((keys >= middle).to(tl.int32), 0)
+        if count >= wanted:
+            low = middle
+        else:
+            high = middle
+        if count == wanted:
+            high = middle + 1
+    return low

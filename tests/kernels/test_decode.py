@@ -1,0 +1,75 @@
+"""The Triton kernels, interpreted on the CPU, against the reference path: same tokens, same logits, same selection."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import spin_hf.kernels
+from spin_hf import ShadowKV, SpinCache, decode
+
+from ..support.zoo import PAD_TOKEN_ID, build_model
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the kernels themselves"),
+]
+
+TIGHT = 60_000  # bytes: fewer page frames than the prompt below has pages
+STEPS = 3
+
+
+def _run(model: Any, padded: bool, **options: Any) -> tuple[Any, SpinCache]:
+    ids = torch.randint(3, 100, (2, 61), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
+    cache = SpinCache(model, recent_window=8, **options)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=STEPS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return output, cache
+
+
+@pytest.mark.parametrize(
+    ("family", "padded", "options"),
+    [
+        ("llama", False, {"budget": 24}),
+        ("llama", True, {"budget": 24}),
+        ("llama", True, {"budget": 0.3}),
+        ("llama", False, {"budget": 16, "method": ShadowKV(outlier_pages_per_1024=0)}),
+        ("llama", False, {"budget": 24, "gpu_memory": TIGHT}),
+        ("llama", True, {"budget": 1 << 20, "gpu_memory": TIGHT}),
+        ("gpt_oss", False, {"budget": 16}),
+    ],
+)
+def test_kernels_do_what_the_reference_does(
+    family: str, padded: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(family).eval()
+    expected, reference = _run(model, padded, **options)
+    reference.check_integrity()
+    counted = reference.stats()
+    del reference
+    from spin_hf.kernels.launch import launchers as interpreted
+
+    launched = []
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launched.append(device) or interpreted)
+    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    actual, cache = _run(model, padded, **options)
+    assert launched
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+    stats = cache.stats()
+    cache.check_integrity()
+    if counted.sparse_queries:
+        assert stats.sparse_queries == counted.sparse_queries
+        assert stats.attended_tokens == counted.attended_tokens
+    if "gpu_memory" in options:
+        assert stats.loads > 0
+        assert stats.gpu_bytes <= TIGHT
