@@ -311,6 +311,8 @@ _WAVES = (
 
 def _close(held: Tensor, expected: Tensor) -> bool:
     """Equal but for the rounding of another order of summation."""
+    if not expected.numel():
+        return True
     tolerance = 8 * torch.finfo(held.dtype).eps * float(expected.abs().max())
     return torch.allclose(held.float(), expected, rtol=0, atol=tolerance, equal_nan=True)
 

@@ -123,7 +123,7 @@ def retrieve(
                 tie_rank = ties_before + tl.cumsum(ties.to(tl.int32), 0)
                 taken = ((age > boundary) & (age <= FREE)) | (ties & (tie_rank <= from_boundary))
                 place = found + tl.cumsum(taken.to(tl.int32), 0) - 1
-                tl.store(victims + place, slots, mask=taken)
+                tl.store(victims + place, slots, mask=taken.to(tl.int1))
                 found += tl.sum(taken.to(tl.int32), 0)
                 ties_before += tl.sum(ties.to(tl.int32), 0)
         tl.debug_barrier()
