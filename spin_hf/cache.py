@@ -82,7 +82,6 @@ class SpinCache(Cache):
         sequences = Sequences(resolved.page_size)
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
-        self._shared.all_paged = not self._dense_reasons
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._shared)
         self._bind(config)

@@ -39,8 +39,6 @@ class SharedState:
         pending: the layer that was updated and has not attended yet.
         committed: tokens that every layer holds.
         commits_with_last_paged: whether no logged layer comes after the last paged one in the present forward.
-        all_paged: whether every layer with a cache is paged. Kernels and reference differ on hybrid models after the first
-            decode step, for a reason not found yet, so those are served by the reference.
     """
 
     options: SpinOptions
@@ -54,7 +52,6 @@ class SharedState:
     committed: int = 0
     commits_with_last_paged: bool = True
     warned_waves: bool = False
-    all_paged: bool = True
     _step_kernels: dict[tuple[torch.device, int], StepKernels] = field(default_factory=dict)
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
@@ -69,7 +66,7 @@ class SharedState:
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""
         launch = kernels.launchers(device)
-        if launch is None or type(self.method) is not ShadowKV or not self.all_paged:
+        if launch is None or type(self.method) is not ShadowKV:
             return None
         key, batch_size = (device, num_heads), self.sequences.batch_size
         found = self._step_kernels.get(key)

@@ -118,8 +118,8 @@ def find_outliers_kernel(
     entry = index * tl.num_programs(0) + bh
     if tl.load(found_for + entry) != stop + wanted * (1 << 24):
         layer = tl.load(layers + index).to(tl.pointer_type(tl.int64))
-        low = tl.full([], -(1 << 62), tl.int64)
-        high = tl.full([], (1 << 61), tl.int64)  # the lowest key with `wanted` keys at or below it lies in (low, high]
+        low = tl.full([], -(1 << 62), tl.int64)  # below the key of cosine -1
+        high = tl.full([], (1 << 62) - 1, tl.int64)  # above that of cosine 1; the lowest key with `wanted` keys at or below it lies in (low, high]
         if wanted < stop - first:
             kept = _outlier_keys(step, layer, b, h, first + tl.arange(0, TILE), first, stop, SUMMARY, H, SEGMENT, ROWS,
                                  PAGE, PADDED)  # fmt: skip

@@ -45,6 +45,8 @@ def _run(model: Any, padded: bool, **options: Any) -> tuple[Any, SpinCache]:
         ("llama", False, {"budget": 16, "method": ShadowKV(outlier_pages_per_1024=0)}),
         ("llama", False, {"budget": 24, "gpu_memory": TIGHT}),
         ("llama", True, {"budget": 1 << 20, "gpu_memory": TIGHT}),
+        ("gpt_oss", False, {"budget": 16}),  # attention sinks; outliers of positive cosine
+        ("gemma3_text", False, {"budget": 16}),
     ],
 )
 def test_kernels_do_what_the_reference_does(
