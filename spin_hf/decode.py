@@ -151,14 +151,13 @@ class StepKernels:
         self.group, self.value_dim, self.block_g = group, value_dim, max(16, _power_of_two(group))
         options, page_size = self.shared.options, self.shared.sequences.page_size
         pages = max(_MIN_PAGES, _power_of_two(num_pages))
-        tokens = max(options.budget, options.dense_below) if isinstance(options.budget, int) else 0
-        chosen = min(pages, -(-tokens // page_size)) if tokens else pages
+        chosen = listed = pages
+        if isinstance(options.budget, int) and not self.padded:  # with padding, a page may hold a single valid token
+            chosen = min(pages, -(-max(options.budget, options.dense_below) // page_size))
+            fixed = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
+            listed = min(pages, chosen + fixed)
         stride = min(chosen, PART_PAGES)
         parts = -(-pages // PART_PAGES)
-        # every page is listed at most once, and a page with one valid token can be fixed
-        listed = pages if self.padded else min(
-            pages, chosen + pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
-        )  # fmt: skip
         streams = self.batch_size * self.num_heads
 
         def make(width: int, dtype: torch.dtype) -> Tensor:
