@@ -1,11 +1,11 @@
 """The kernels' side of a step on one device: descriptors and scratch, and the launches of one layer.
 
     begin     host       position, clock, directory, padding -> step descriptor; scratch grows with the context
-    append    1 launch   prefill and verification: tokens to pages and summaries
-    attend    4 launches per query: score (and append) -> rank -> choose and retrieve -> attend
-              and 2 per step for all layers: plan_step, find_outliers
+    append    1 launch              tokens to pages and summaries, of a prefill too
+    attend    4 launches a query    score -> rank -> choose and retrieve -> attend
+              2 a step              for all layers: plan_step, find_outliers
 
-No launch waits for the host and none allocates. What the kernels compute is what `plan`, `attend` and `kernels.reference`
+No launch waits for the host, and no kernel allocates. What the kernels compute is what `plan`, `attend` and `kernels.reference`
 specify; `tests/kernels/test_decode.py` holds both against each other.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attend import Call
 from .attention.shadowkv import ShadowKV
-from .kernels.fields import MAX_QUERIES, PART_PAGES, Counter, LayerField, PlanField, StepField
+from .kernels.fields import MAX_QUERIES, PART_PAGES, LayerField, PlanField, StepField
 from .plan import pages_of
 from .storage.sequences import SEGMENT_PAGES
 
@@ -37,21 +37,12 @@ class StepKernels:
 
     Args:
         shared: the cache's state.
-        launch: the launchers, `kernels.triton_launchers()`.
+        launch: the kernels, from `kernels.launchers`.
         batch_size: sequences; another batch needs another object.
         num_heads: KV heads of the layers.
-        before: of another batch size, whose counts go on.
     """
 
-    def __init__(
-        self,
-        shared: SharedState,
-        launch: Any,
-        device: torch.device,
-        batch_size: int,
-        num_heads: int,
-        before: StepKernels | None = None,
-    ) -> None:
+    def __init__(self, shared: SharedState, launch: Any, device: torch.device, batch_size: int, num_heads: int) -> None:
         self.shared, self.launch, self.device = shared, launch, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.group = self.value_dim = 0
@@ -65,15 +56,17 @@ class StepKernels:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
         self.step = make((len(StepField),), torch.int64)
+        self.step_fields = [0] * len(StepField)
+        """What `step` holds, or will hold once it is uploaded."""
+        budget = shared.options.budget
+        share = budget if isinstance(budget, float) else 0.0
+        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", share))[0]
         self.plan = make((MAX_QUERIES, batch_size, len(PlanField)), torch.int32)
         self.outliers = make((len(shared.layers), streams), torch.int64)
         self.found_for = make((len(shared.layers), streams), torch.int32, -1)
         self.layer_fields = make((len(shared.layers), len(LayerField)), torch.int64)
         size = self.layer_fields.shape[1] * 8
         self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
-        self.counters: Tensor = (
-            make((len(shared.layers), len(Counter)), torch.int64) if before is None else before.counters
-        )
         self.stats = self.parts = self.part_lse = make((0,), torch.float32)
         self.arrivals = make((streams,), torch.int32)
         self.list_count = make((streams,), torch.int32)
@@ -91,7 +84,7 @@ class StepKernels:
         sequences = self.shared.sequences
         if self.known.get("step") != sequences.step or self.known.get("start") != sequences.start:
             self._begin_step()
-        store, number = layer.store, self._number(layer)
+        store, number = layer.store, layer.number
         assert store is not None
         frames = store.frames
         tables = () if frames is None else (frames.frames, frames.page_slot, frames.slot_page, frames.slot_step)
@@ -108,7 +101,7 @@ class StepKernels:
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
                 fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
-            self.layer_fields[number].copy_(torch.tensor(fields))
+            _upload(fields, self.layer_fields[number])
             self.layer_known[number] = known
 
     def _begin_step(self) -> None:
@@ -116,34 +109,25 @@ class StepKernels:
         follows = self.known.get("length") == sequences.start and self.known.get("events") == sequences.events
         if not follows:
             self.found_for.fill_(-1)
-        fields: dict[StepField, int] = {
-            StepField.POSITION: sequences.start, StepField.CLOCK: sequences.step,
-        }  # fmt: skip
+        fields = self.step_fields
+        fields[StepField.POSITION], fields[StepField.CLOCK] = sequences.start, sequences.step
         if self.known.get("directory") is not sequences.directory or not follows:
             width = max(len(row) for row in sequences.directory)
             rows = [row + [0] * (width - len(row)) for row in sequences.directory]
             directory = torch.tensor(rows, dtype=torch.int32).to(self.device)
-            self.scratch[StepField.DIRECTORY] = directory
-            fields |= {StepField.DIRECTORY: directory.data_ptr(), StepField.DIRECTORY_STRIDE: width}
+            self._point({StepField.DIRECTORY: directory})
+            fields[StepField.DIRECTORY_STRIDE] = width
         valid = sequences.mask.valid
         self.padded = valid is not None
         if valid is not None and self.known.get("valid") is not valid:
             bits = valid.to(self.device, torch.uint8).contiguous()
             upto = torch.nn.functional.pad(bits.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
-            self.scratch |= {StepField.VALID: bits, StepField.UPTO: upto}
-            fields |= {
-                StepField.VALID: bits.data_ptr(), StepField.BASE_TOKENS: bits.shape[1],
-                StepField.UPTO: upto.data_ptr(),
-            }  # fmt: skip
-        if "share" not in self.known:
-            budget = self.shared.options.budget
-            share = budget if isinstance(budget, float) else 0.0
-            fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", share))[0]
-        index = torch.tensor(list(fields), device=self.device)
-        self.step[index] = torch.tensor(list(fields.values())).to(self.device)
+            self._point({StepField.VALID: bits, StepField.UPTO: upto})
+            fields[StepField.BASE_TOKENS] = bits.shape[1]
+        _upload(fields, self.step)
         self.known = {
             "step": sequences.step, "start": sequences.start, "length": sequences.length, "events": sequences.events,
-            "directory": sequences.directory, "valid": valid, "share": True, "planned": False,
+            "directory": sequences.directory, "valid": valid, "planned": False,
         }  # fmt: skip
 
     def _grow(self, num_pages: int, group: int, value_dim: int) -> None:
@@ -163,7 +147,7 @@ class StepKernels:
         def make(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((streams, width), dtype=dtype, device=self.device)
 
-        self.scratch |= {
+        self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
             StepField.RANKED_PAGE: make(parts * stride, torch.int32),
             StepField.RANKED_KEY: make(parts * stride, torch.int32),
@@ -172,23 +156,25 @@ class StepKernels:
             StepField.LIST_SOURCE: make(listed, torch.int64),
             StepField.LIST_TARGET: make(listed, torch.int64),
             StepField.VICTIMS: make(listed, torch.int32),
-        }
-        numbers = {
-            StepField.PAGE_CAPACITY: pages, StepField.RANKED_PARTS: parts, StepField.RANKED_STRIDE: stride,
-            StepField.LIST_CAPACITY: listed,
-        }  # fmt: skip
-        for field, tensor in self.scratch.items():
-            numbers[field] = tensor.data_ptr()
-        self.step[torch.tensor(list(numbers), device=self.device)] = torch.tensor(list(numbers.values())).to(
-            self.device
-        )
+        })  # fmt: skip
+        fields = self.step_fields
+        fields[StepField.PAGE_CAPACITY], fields[StepField.LIST_CAPACITY] = pages, listed
+        fields[StepField.RANKED_PARTS], fields[StepField.RANKED_STRIDE] = parts, stride
+        _upload(fields, self.step)
         self.page_capacity, self.padded_capacity = pages, self.padded
         self.stats = make(self.splits * 2 * self.block_g, torch.float32)
         self.parts = make(self.attend_splits * group * value_dim, torch.float32)
         self.part_lse = make(self.attend_splits * self.block_g, torch.float32)
 
-    def _number(self, layer: SpinLayer) -> int:
-        return self.shared.layers.index(layer)
+    def _point(self, tensors: dict[StepField, Tensor]) -> None:
+        """Keep tensors, and their addresses for the next upload."""
+        self.scratch |= tensors
+        for field, tensor in tensors.items():
+            self.step_fields[field] = tensor.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied cache makes its own: descriptors hold the addresses of this one's memory."""
+        return None
 
     # ---------------------------------------------------------------------------------------------------- the launches
 
@@ -214,7 +200,7 @@ class StepKernels:
         fits = num_pages <= self.page_capacity and (group, value_dim) == (self.group, self.value_dim)
         if not fits or (self.padded and not self.padded_capacity):
             self._grow(num_pages, group, value_dim)
-        number, streams = self._number(layer), self.batch_size * self.num_heads
+        streams = self.batch_size * self.num_heads
         method, store, fields = self.shared.method, layer.store, self._fields(layer)
         assert isinstance(method, ShadowKV)
         assert store is not None
@@ -225,28 +211,25 @@ class StepKernels:
             self._plan(query.shape[2])
             if query.shape[2] == 1:  # a page that this step completes is no candidate yet, in any layer
                 mine = [other for other in self.shared.layers if self._serves(other)]
-                for other in mine:
-                    self.begin(other)
-                together = len(mine) == len(self.shared.layers)
-                numbers = [self._number(other) for other in mine]
-                for some in [numbers] if together else [[one] for one in numbers]:
-                    self._find_outliers(self.plan[0], some, common)
+                for layers in [mine] if len(mine) == len(self.shared.layers) else [[other] for other in mine]:
+                    self._find_outliers(self.plan[0], layers, common)
         for i in range(query.shape[2]):
             one = query[:, :, i : i + 1]
             plan = self.plan[i]
             if query.shape[2] > 1:
-                self._find_outliers(plan, [number], common)
+                self._find_outliers(plan, [layer], common)
             self.launch.score[(streams, self.splits)](
-                self.step, fields, one, one, one, self.stats, plan, self.splits, *one.stride()[:2], 0, 0, 0, 0,
-                call.scale, APPEND=False, G=self.group, BLOCK_G=self.block_g, TILE=64, **shapes, num_warps=4,
+                self.step, fields, one, self.stats, plan, self.splits, *one.stride()[:2], call.scale,
+                SUMMARY=shapes["SUMMARY"], G=self.group, BLOCK_G=self.block_g, DK=shapes["DK"],
+                BLOCK_K=shapes["BLOCK_K"], TILE=64, **common, num_warps=4,
             )  # fmt: skip
             self.launch.rank[(streams, self.rank_programs)](
-                self.step, fields, self.stats, plan, self.outliers[number], self.splits,
+                self.step, fields, self.stats, plan, self.outliers[layer.number], self.splits,
                 SUMMARY=shapes["SUMMARY"], OUTLIERS=method.outlier_pages_per_1024 > 0, G=self.group,
                 BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES, **common, num_warps=8,
             )  # fmt: skip
             self.launch.choose[(streams,)](
-                self.step, fields, plan, self.list_count, self.counters[number], i,
+                self.step, fields, plan, self.list_count, layer.counters, i,
                 PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=4096, LIST_TILE=512,
                 SLOT_TILE=2048, **common, num_warps=8,
             )  # fmt: skip
@@ -273,19 +256,20 @@ class StepKernels:
         )  # fmt: skip
         self.known["planned"] = True
 
-    def _find_outliers(self, plan: Tensor, numbers: list[int], common: dict[str, Any]) -> None:
+    def _find_outliers(self, plan: Tensor, layers: list[SpinLayer], common: dict[str, Any]) -> None:
         """Of consecutive layers, for the query that `plan` is of."""
-        method, store = self.shared.method, self.shared.layers[numbers[0]].store
+        method = self.shared.method
         assert isinstance(method, ShadowKV)
-        assert store is not None
         if method.outlier_pages_per_1024:
-            self.launch.find_outliers[(self.batch_size * self.num_heads, len(numbers))](
-                self.step, self.layer_addresses, plan, self.outliers, self.found_for, numbers[0],
-                SUMMARY=self.launch.dtype(store.summaries["landmark"].dtype), TILE=1024, **common,
+            for layer in layers:
+                self.begin(layer)
+            self.launch.find_outliers[(self.batch_size * self.num_heads, len(layers))](
+                self.step, self.layer_addresses, plan, self.outliers, self.found_for, layers[0].number,
+                SUMMARY=self._shapes(layers[0])["SUMMARY"], TILE=1024, **common,
             )  # fmt: skip
 
     def _fields(self, layer: SpinLayer) -> Tensor:
-        return self.layer_fields[self._number(layer)]
+        return self.layer_fields[layer.number]
 
     def _shapes(self, layer: SpinLayer) -> dict[str, Any]:
         store = layer.store
@@ -296,6 +280,11 @@ class StepKernels:
             "BLOCK_V": max(16, _power_of_two(store.value_dim)), "PAGE": store.page_size, "SEGMENT": SEGMENT_PAGES,
             "ROWS": store.home.rows_per_chunk, "PADDED": self.padded,
         }  # fmt: skip
+
+
+def _upload(fields: list[int], descriptor: Tensor) -> None:
+    """Write a descriptor, in stream order. The host does not wait: CUDA copies so little out of the way at once."""
+    descriptor.copy_(torch.tensor(fields), non_blocking=True)
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class SharedState:
     committed: int = 0
     commits_with_last_paged: bool = True
     warned_waves: bool = False
-    _step_kernels: dict[tuple[torch.device, int], StepKernels] = field(default_factory=dict)
+    _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
     def gpu_memory(self, device: torch.device) -> int | None:
@@ -71,13 +71,13 @@ class SharedState:
         key, batch_size = (device, num_heads), self.sequences.batch_size
         found = self._step_kernels.get(key)
         if found is None or found.batch_size != batch_size:
-            found = self._step_kernels[key] = StepKernels(self, launch, device, batch_size, num_heads, found)
+            found = self._step_kernels[key] = StepKernels(self, launch, device, batch_size, num_heads)
         return found
 
     def counted(self) -> dict[str, int]:
         """What the kernels counted so far, by the names of `Counter`; reads the device."""
-        totals = [step.counters.sum(0).tolist() for step in self._step_kernels.values()]
-        return {counter.name: sum(total[counter] for total in totals) for counter in Counter}
+        counted = [layer.counters.tolist() for layer in self.layers if layer.counters is not None]
+        return {counter.name: sum(counts[counter] for counts in counted) for counter in Counter}
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step.

@@ -21,7 +21,8 @@ class CacheStats:
         evictions: resident pages that made room for others so far.
         hit_rate: share of the pages that steps needed and found resident; 1.0 where nothing was ever paged.
         attended_tokens: mean over all sparse queries so far: tokens attended to per KV head; nan before the first one.
-        sparse_queries: queries, counted per sequence and KV head, that selected pages.
+        sparse_queries: queries, counted per sequence and KV head, that selected pages; on a GPU also those of short calls
+            that found everything within their budget.
         paged_layers: layers that select pages.
         dense_layers: reason -> number of layers that the cache keeps as transformers does, whole or by their window.
     """

@@ -4,7 +4,8 @@
 steps of up to 16 tokens, and for the storing of all tokens:
 
     plan.py        plan_step, find_outliers     zones and budget of a step, ShadowKV's outliers
-    score.py       append, score                tokens to pages and summaries; scores of the candidates
+    append.py      append                       tokens to pages and summaries
+    score.py       score                        scores of the candidates
     select.py      rank, choose                 the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge

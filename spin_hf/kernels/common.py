@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fields import LayerField, PlanField, StepField
+from .fields import Counter, LayerField, PlanField, StepField
 
 POSITION = tl.constexpr(int(StepField.POSITION))
 CLOCK = tl.constexpr(int(StepField.CLOCK))
@@ -44,6 +44,12 @@ NUM_PAGES = tl.constexpr(int(PlanField.NUM_PAGES))
 NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
 NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
 PLAN_FIELDS = tl.constexpr(len(PlanField))
+
+TOKENS = tl.constexpr(int(Counter.TOKENS))
+QUERIES = tl.constexpr(int(Counter.QUERIES))
+HITS = tl.constexpr(int(Counter.HITS))
+LOADS = tl.constexpr(int(Counter.LOADS))
+EVICTIONS = tl.constexpr(int(Counter.EVICTIONS))
 
 LOWEST = tl.constexpr(-(1 << 31))
 """The sortable score of what must not be chosen."""
@@ -86,6 +92,26 @@ def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
     else:
         counted = ends.to(tl.int32)
     return counted
+
+
+@triton.jit
+def candidates(step, b, pages, stop, PAGE: tl.constexpr, PADDED: tl.constexpr):
+    """Which pages, none before the first candidate, may be selected: those before `stop` that hold a valid token."""
+    inside = pages < stop
+    if PADDED:
+        before = count_valid(step, b, pages * PAGE, inside, PADDED)
+        inside = inside & (count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) > before)
+    return inside
+
+
+@triton.jit
+def outlier_keys(step, layer, b, h, pages, inside, SUMMARY: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """The lower, the more of an outlier: min-cosine first, page number second. Between -2^62 and 2^62."""
+    rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
+    address = row_addresses(tl.load(layer + MIN_COSINE), rows, inside, ROWS, SUMMARY.primitive_bitwidth // 8)
+    cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
+    return sortable(cosine).to(tl.int64) * (1 << 32) + pages
 
 
 @triton.jit

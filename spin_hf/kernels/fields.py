@@ -102,4 +102,4 @@ PART_PAGES = 4096
 """Pages that one program ranks at a time."""
 
 MAX_QUERIES = 16
-"""Most queries of one step."""
+"""Most tokens of one call whose queries select pages; longer calls are prefill and attend to everything."""

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 import triton.language as tl
 
+from .append import append_kernel
 from .attention import attend_kernel
 from .plan import find_outliers_kernel, plan_step_kernel
-from .score import append_kernel, score_kernel
+from .score import score_kernel
 from .select import choose_kernel, rank_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from .common import (
     FIRST,
-    MIN_COSINE,
     NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
@@ -22,10 +21,9 @@ from .common import (
     POSITION,
     SHARE,
     STOP,
+    candidates,
     count_valid,
-    page_rows,
-    row_addresses,
-    sortable,
+    outlier_keys,
 )
 
 
@@ -81,18 +79,11 @@ def plan_step_kernel(
 
 
 @triton.jit
-def _outlier_keys(step, layer, b, h, pages, first, stop, SUMMARY: tl.constexpr, H: tl.constexpr,
-                  SEGMENT: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """The lower, the more of an outlier: min-cosine first, page number second. Far above all keys for no candidates."""
-    inside = pages < stop
-    if PADDED:
-        before = count_valid(step, b, pages * PAGE, inside, PADDED)
-        inside = inside & (count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) > before)
-    rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
-    table = tl.load(layer + MIN_COSINE)
-    address = row_addresses(table, rows, inside, ROWS, SUMMARY.primitive_bitwidth // 8)
-    cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, sortable(cosine).to(tl.int64) * (1 << 32) + pages, (1 << 62))
+def _candidate_keys(step, layer, b, h, pages, stop, SUMMARY: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
+                    ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+    """`outlier_keys` of candidates, above all keys for other pages."""
+    inside = candidates(step, b, pages, stop, PAGE, PADDED)
+    return tl.where(inside, outlier_keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS), 1 << 62)
 
 
 @triton.jit
@@ -119,16 +110,18 @@ def find_outliers_kernel(
     if tl.load(found_for + entry) != stop + wanted * (1 << 24):
         layer = tl.load(layers + index).to(tl.pointer_type(tl.int64))
         low = tl.full([], -(1 << 62), tl.int64)  # below the key of cosine -1
-        high = tl.full([], (1 << 62) - 1, tl.int64)  # above that of cosine 1; the lowest key with `wanted` keys at or below it lies in (low, high]
+        high = tl.full(
+            [], (1 << 62) - 1, tl.int64
+        )  # above that of cosine 1; the lowest key with `wanted` keys at or below it lies in (low, high]
         if wanted < stop - first:
-            kept = _outlier_keys(step, layer, b, h, first + tl.arange(0, TILE), first, stop, SUMMARY, H, SEGMENT, ROWS,
-                                 PAGE, PADDED)  # fmt: skip
+            kept = _candidate_keys(step, layer, b, h, first + tl.arange(0, TILE), stop, SUMMARY, H, SEGMENT, ROWS, PAGE,
+                                   PADDED)  # fmt: skip
             while high - low > 1:
                 middle = low + (high - low) // 2
                 count = tl.sum((kept <= middle).to(tl.int32), 0)
                 for start in range(first + TILE, stop, TILE):
-                    keys = _outlier_keys(step, layer, b, h, start + tl.arange(0, TILE), first, stop, SUMMARY, H,
-                                         SEGMENT, ROWS, PAGE, PADDED)  # fmt: skip
+                    keys = _candidate_keys(step, layer, b, h, start + tl.arange(0, TILE), stop, SUMMARY, H, SEGMENT,
+                                           ROWS, PAGE, PADDED)  # fmt: skip
                     count += tl.sum((keys <= middle).to(tl.int32), 0)
                 if count >= wanted:
                     high = middle

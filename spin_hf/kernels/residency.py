@@ -18,24 +18,30 @@ import triton.language as tl
 
 from .common import (
     CLOCK,
+    EVICTIONS,
     FRAMES,
+    HITS,
     HOME,
     LIST_CAPACITY,
     LIST_PAGE,
     LIST_SOURCE,
     LIST_TARGET,
+    LOADS,
     NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
+    QUERIES,
     SLOT_PAGE,
     SLOT_STEP,
+    TOKENS,
     VICTIMS,
     count_valid,
     page_rows,
     row_addresses,
 )
+from .reference import NUM_BUCKETS
 
-FREE = tl.constexpr(64)
+FREE = tl.constexpr(NUM_BUCKETS)
 """The bucket of free slots, behind those of 64 ages."""
 NEVER = tl.constexpr(127)
 """The bucket of slots that this query touches."""
@@ -92,11 +98,11 @@ def retrieve(
             missing += tl.sum((inside & (slots < 0)).to(tl.int32), 0)
         tl.store(source + offsets, tl.where(inside, address, 0), mask=offsets < count)
         tl.store(target + offsets, tl.zeros([LIST_TILE], tl.int64), mask=offsets < count)
-    tl.atomic_add(counters + 0, tokens.to(tl.int64))
-    tl.atomic_add(counters + 1, tl.full([], 1, tl.int64))
+    tl.atomic_add(counters + TOKENS, tokens.to(tl.int64))
+    tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64))
     if num_slots > 0:
-        tl.atomic_add(counters + 2, (real - missing).to(tl.int64))
-        tl.atomic_add(counters + 3, missing.to(tl.int64))
+        tl.atomic_add(counters + HITS, (real - missing).to(tl.int64))
+        tl.atomic_add(counters + LOADS, missing.to(tl.int64))
     if missing > 0:
         tl.debug_barrier()
         buckets = tl.zeros([128], tl.int32)
@@ -112,7 +118,7 @@ def retrieve(
         free = tl.sum(tl.where(bucket == FREE, buckets, 0), 0)
         from_boundary = tl.where(boundary > 0, missing - older, 0)
         available = tl.minimum(missing, older + from_boundary)
-        tl.atomic_add(counters + 4, tl.maximum(available - free, 0).to(tl.int64))
+        tl.atomic_add(counters + EVICTIONS, tl.maximum(available - free, 0).to(tl.int64))
         found = tl.zeros([], tl.int32)
         ties_before = tl.zeros([], tl.int32)
         for start in range(0, num_slots, SLOT_TILE):

@@ -20,7 +20,6 @@ from .common import (
     LIST_PAGE,
     LOGITS,
     LOWEST,
-    MIN_COSINE,
     NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
@@ -33,9 +32,9 @@ from .common import (
     RANKED_PARTS,
     RANKED_STRIDE,
     STOP,
+    candidates,
     count_valid,
-    page_rows,
-    row_addresses,
+    outlier_keys,
     sortable,
 )
 from .residency import retrieve
@@ -59,6 +58,17 @@ def _reached_by(keys, wanted):
 
 
 @triton.jit
+def _lists(step, bh):
+    """The ranked pages of one (sequence, KV head): numbers, keys, length of each part's list, and room for each."""
+    parts = tl.load(step + RANKED_PARTS)
+    stride = tl.load(step + RANKED_STRIDE).to(tl.int32)
+    page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+    key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
+    count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
+    return page, key, count, stride
+
+
+@triton.jit
 def rank_kernel(
     step, layer, stats, plan, outliers, num_splits,
     SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -79,20 +89,13 @@ def rank_kernel(
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
     num_outliers = tl.load(row + NUM_OUTLIERS)
-    parts = tl.load(step + RANKED_PARTS)
-    stride = tl.load(step + RANKED_STRIDE)
-    ranked_page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-    ranked_key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-    ranked_count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
+    ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scored = wanted < stop - first
     for part in range(tl.program_id(1), tl.cdiv(stop - first, PART), tl.num_programs(1)):
         pages = first + part * PART + tl.arange(0, PART)
-        inside = pages < stop
-        if PADDED:
-            before = count_valid(step, b, pages * PAGE, inside, PADDED)
-            inside = inside & (count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) > before)
+        inside = candidates(step, b, pages, stop, PAGE, PADDED)
         keys = tl.zeros([PART], tl.int32)
         if scored:
             best = tl.full([PART], float("-inf"), tl.float32)
@@ -107,11 +110,7 @@ def rank_kernel(
                 best = tl.maximum(best, tl.load(logits + g * capacity + pages, mask=inside, other=0.0) - lse)
             keys = tl.maximum(sortable(best), LOWEST + 1)
             if OUTLIERS:
-                rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
-                size: tl.constexpr = SUMMARY.primitive_bitwidth // 8
-                address = row_addresses(tl.load(layer + MIN_COSINE), rows, inside, ROWS, size)
-                cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
-                unlike = sortable(cosine).to(tl.int64) * (1 << 32) + pages
+                unlike = outlier_keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS)
                 keys = tl.where((unlike <= tl.load(outliers + bh)) & (num_outliers > 0), HIGHEST, keys)
         keys = tl.where(inside, keys, LOWEST)
         here = tl.sum(inside.to(tl.int32), 0)
@@ -175,18 +174,11 @@ def choose_kernel(
         tl.store(listed + offsets, pages, mask=inside)
     num_parts = tl.cdiv(stop - first, PART)
     if num_parts > 0:
-        parts = tl.load(step + RANKED_PARTS)
-        stride = tl.load(step + RANKED_STRIDE).to(tl.int32)
-        ranked_page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-        ranked_key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-        ranked_count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
+        ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
         width = num_parts * stride
         total = tl.zeros([], tl.int32)
-        if num_parts > 1:
-            for part in range(0, num_parts):
-                total += tl.load(ranked_count + part)
-        else:
-            total += tl.load(ranked_count)
+        for part in range(0, num_parts):
+            total += tl.load(ranked_count + part)
         edge = tl.full([], -(1 << 31), tl.int64)
         needed = total
         if wanted < total:

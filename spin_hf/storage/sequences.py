@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
+from ..kernels.fields import MAX_QUERIES
 from .token_mask import TokenMask
 
 SEGMENT_PAGES = 32
-
-_MOST_TICKS = 16
-"""Most ticks of the clock in one step."""
 
 
 class SegmentStore(Protocol):
@@ -129,7 +127,7 @@ class Sequences:
             self.directory, self.refcounts, self.free = directory, refcounts, free
             self._rows.clear()
         self.mask.append(batch_size, self.length, new_valid, num_tokens)
-        self.step += min(max(1, self.length - self.start), _MOST_TICKS)
+        self.step += min(max(1, self.length - self.start), MAX_QUERIES)
         self.start, self.length = self.length, length
 
     def check_room(self, length: int, num_tokens: int) -> None:
