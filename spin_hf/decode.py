@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .shared import SharedState
 
 _MIN_PAGES = 512
+_CHOOSE_TILE = 4096
+"""Ranked pages that are chosen from without reading them again."""
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
 
@@ -230,7 +232,7 @@ class StepKernels:
             )  # fmt: skip
             self.launch.choose[(streams,)](
                 self.step, fields, plan, self.list_count, layer.counters, i,
-                PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=4096, LIST_TILE=512,
+                PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=_CHOOSE_TILE, LIST_TILE=512,
                 SLOT_TILE=2048, **common, num_warps=8,
             )  # fmt: skip
             self.launch.attend[(streams, self.attend_splits)](

@@ -97,7 +97,7 @@ def test_the_imports_are_really_read() -> None:
         "plan"
     )
     assert "transformers" in third_party("attention.interface")
-    assert own_imports("storage.chunked") == {"kernels.__init__", "errors", "storage.host"}
+    assert own_imports("storage.chunked") == {"kernels.__init__", "errors", "storage.host", "storage.reserve"}
 
 
 @pytest.mark.parametrize("name", MODULES)

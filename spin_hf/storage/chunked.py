@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CapacityError
-from .host import RESERVE, Spare, allocate_rows
+from .host import allocate_rows
+from .reserve import RESERVE, Spare
 
 MAX_CHUNKS = 4096
 """Chunks that an array can have, and entries of its address table."""

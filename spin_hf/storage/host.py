@@ -1,9 +1,8 @@
-"""Host memory that a CUDA device reads by itself: the cpu tier's chunks, page-locked in slabs and ahead of need.
+"""Host memory that a CUDA device reads by itself: the cpu tier's chunks, page-locked in slabs.
 
     slab     one anonymous mapping, in huge pages, registered with CUDA
              | chunk 0       .| chunk 1       .| chunk 2       .|      each starts at a multiple of 4096 bytes
     tensors  views of the chunks; the last one that dies gives the slab back: GPU idle, unregistered, unmapped
-    spare    one chunk of an array, made by a background thread while the array's last chunk fills
 
 Why not `pin_memory=True`: it lets the driver touch the pages one by one in one thread and rounds up to powers of two.
 Here threads touch the pages, so that what is left to the driver is to lock few huge ones.
@@ -11,7 +10,6 @@ Here threads touch the pages, so that what is left to the driver is to lock few 
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import math
 import mmap
@@ -20,115 +18,24 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from ..errors import CapacityError
+from .registration import CudaRegistrar, Registrar
 
 PAGE = max(4096, mmap.PAGESIZE)
 """Bytes to which slabs and chunks are aligned and rounded up."""
 HUGE_PAGE = 2 << 20
 """Bytes of a transparent huge page; slabs of at least one start at a multiple of it."""
+THREAD_PREFIX = "spin_hf-host-"
+"""How the names of background threads begin."""
 
 _MAX_TOUCH_THREADS = 16
-_THREAD_PREFIX = "spin_hf-host-"
-_PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
-_CAPTURE_RELAXED = 2  # cudaStreamCaptureModeRelaxed
-
-
-# ------------------------------------------------------------------------------------------------------ calls to CUDA
-
-
-class Registrar(Protocol):
-    """What a slab asks of CUDA."""
-
-    def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock [address, address + num_bytes). Raises CapacityError, with nothing locked."""
-
-    def unregister(self, address: int) -> None:
-        """Undo `register`, once no device work is under way that may read the memory."""
-
-    def capturing(self) -> bool:
-        """Whether the calling thread is capturing a CUDA graph, which waiting for the device would spoil."""
-
-
-class CudaRegistrar:
-    """Registers memory for all CUDA devices, through the context of one.
-
-    Args:
-        device: the CUDA device whose kernels read the memory.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock and map [address, address + num_bytes).
-
-        Raises:
-            CapacityError: the driver refused; no memory is locked and CUDA's error state is clear.
-        """
-        cudart = torch.cuda.cudart()
-        # A thread without a current device would make a context on device 0.
-        with torch.cuda.device(self.device), _allowed_during_capture():
-            code = int(cudart.cudaHostRegister(address, num_bytes, _PORTABLE | _MAPPED))
-            if code:
-                _clear_last_error()
-        if code:
-            raise CapacityError(
-                f"page-locking {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of host memory for the cpu tier was "
-                f"refused: CUDA says {cudart.cudaGetErrorString(cudart.cudaError(code))!r} (error {code}); raise the "
-                "limit on locked memory (`ulimit -l`), free host memory, raise gpu_memory, or shorten the context"
-            )
-
-    def unregister(self, address: int) -> None:
-        """Wait for the device, then unlock the memory. Raises RuntimeError where CUDA has failed."""
-        torch.cuda.synchronize(self.device)  # kernels may still read it, and cudaHostUnregister need not wait for them
-        with torch.cuda.device(self.device), _allowed_during_capture():
-            if int(torch.cuda.cudart().cudaHostUnregister(address)):
-                _clear_last_error()
-
-    def capturing(self) -> bool:
-        """Whether the calling thread is capturing a CUDA graph."""
-        return torch.cuda.is_current_stream_capturing()
-
-
-def _runtime_function(name: str) -> Callable[..., int] | None:
-    """A function of the CUDA runtime that torch has loaded but does not wrap; None where it cannot be found."""
-    try:
-        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no name for "this process"
-        return None
-    return function
-
-
-def _clear_last_error() -> None:
-    """Else the next kernel launch of this thread would report an error that has been dealt with."""
-    get_last_error = _runtime_function("cudaGetLastError")
-    if get_last_error is not None:
-        get_last_error()
-
-
-@contextmanager
-def _allowed_during_capture() -> Iterator[None]:
-    """Let this thread page-lock while another one captures a graph; by default CUDA would fail that capture."""
-    exchange = _runtime_function("cudaThreadExchangeStreamCaptureMode")
-    mode = ctypes.c_int(_CAPTURE_RELAXED)
-    if exchange is not None:
-        exchange(ctypes.byref(mode))  # now `mode` is what it was before
-    try:
-        yield
-    finally:
-        if exchange is not None:
-            exchange(ctypes.byref(mode))
-
-
-# -------------------------------------------------------------------------------------------------------------- slabs
 
 _mappings: dict[int, mmap.mmap] = {}
 """The mapping of each registered slab, by the slab's address."""
@@ -230,7 +137,7 @@ def _touch(address: int, num_bytes: int) -> None:
     if len(firsts) == 1:
         ctypes.memset(address, 0, num_bytes)
         return
-    with ThreadPoolExecutor(len(firsts), thread_name_prefix=_THREAD_PREFIX) as pool:
+    with ThreadPoolExecutor(len(firsts), thread_name_prefix=THREAD_PREFIX) as pool:
         # ctypes lets go of the GIL during the call
         for _ in pool.map(lambda first: ctypes.memset(address + first, 0, min(piece, num_bytes - first)), firsts):
             pass  # reading the results raises what a thread raised
@@ -249,7 +156,7 @@ def _give_back_dropped() -> None:
     A thread cannot see whether another one captures; so what the garbage collector finds in a background thread is
     left to the others.
     """
-    if threading.current_thread().name.startswith(_THREAD_PREFIX):
+    if threading.current_thread().name.startswith(THREAD_PREFIX):
         return
     while _dropped:
         try:
@@ -266,7 +173,7 @@ def _give_back_dropped() -> None:
             mapping.close()
 
 
-def _leave_mapped() -> None:
+def leave_mapped() -> None:
     """Neither unregister nor unmap from now on: the process ends, or is a forked child.
 
     At the end the system takes everything back at once, and tensors may still be in use. In a child the addresses are
@@ -276,110 +183,3 @@ def _leave_mapped() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))  # survives the clearing of modules, which would unmap
     _mappings.clear()
     _dropped.clear()
-
-
-# ----------------------------------------------------------------------------------------------------- ahead of need
-
-
-class Spare:
-    """A chunk that is made ahead of need. Whoever lets go of it lets go of the chunk.
-
-    Args:
-        make: makes the chunk.
-    """
-
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
-        self._chunk: Tensor | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def fill(self) -> None:
-        """Make the chunk, unless `take` came first. An error is dropped: the taker makes its own chunk and meets it."""
-        with self._lock:
-            if not self._closed:
-                with suppress(Exception):
-                    self._chunk = self._make()
-
-    def take(self) -> Tensor | None:
-        """The chunk, or None where it could not be made or its making has not begun; waits for a making under way.
-
-        Only the first call can return a chunk.
-        """
-        with self._lock:
-            self._closed = True
-            chunk, self._chunk = self._chunk, None
-            return chunk
-
-
-class SlabReserve:
-    """Fills spares in one background thread, in the order of asking, for all arrays of the process.
-
-    It holds no spare itself, so there are never more than the arrays keep.
-
-    Args:
-        allocate: makes chunks, see `allocate_rows`.
-    """
-
-    def __init__(self, allocate: Callable[..., list[Tensor]] = allocate_rows) -> None:
-        self._allocate = allocate
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew: a forked child has no such thread, and may have a lock that the thread held."""
-        self._asked: deque[weakref.ref[Spare]] = deque()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-
-    def ask(self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device) -> Spare:
-        """A spare that will be filled soon; returns at once and raises nothing of what happens later."""
-        shape = tuple(chunk_shape)
-        spare = Spare(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
-        with self._changed:
-            if not self._stopped:
-                self._asked.append(weakref.ref(spare))
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name=f"{_THREAD_PREFIX}ahead", daemon=True)
-                    self._thread.start()
-                self._changed.notify()
-        return spare
-
-    def stop(self) -> None:
-        """End the thread, after the spare that it is making; later spares stay empty."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._asked or self._stopped)
-                if self._stopped:
-                    return
-                spare = self._asked.popleft()()
-            if spare is not None:
-                spare.fill()
-            del spare  # while the thread waits it must not keep one that nobody wants
-
-
-RESERVE = SlabReserve()
-"""The reserve of this process."""
-
-
-@atexit.register
-def _at_exit() -> None:
-    """No thread of ours may be inside the driver while the process takes itself apart."""
-    RESERVE.stop()
-    _leave_mapped()
-
-
-def _in_child() -> None:
-    RESERVE.reset()
-    _leave_mapped()
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_in_child)

@@ -16,7 +16,9 @@ import torch
 from spin_hf.errors import CapacityError
 from spin_hf.storage import host
 from spin_hf.storage.chunked import ChunkedArray
-from spin_hf.storage.host import CudaRegistrar, HostSlab, SlabReserve, allocate_rows
+from spin_hf.storage.host import HostSlab, allocate_rows
+from spin_hf.storage.registration import CudaRegistrar
+from spin_hf.storage.reserve import SlabReserve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -160,7 +162,8 @@ def test_process_ends_quietly() -> None:
     """With registered memory alive, spares under way and a kernel that still reads."""
     script = """
 import torch
-from spin_hf.storage.host import RESERVE, allocate_rows
+from spin_hf.storage.host import allocate_rows
+from spin_hf.storage.reserve import RESERVE
 device = torch.device("cuda", 0)
 chunks = allocate_rows(3, (1 << 20,), torch.float32, compute_device=device)
 cycle = [allocate_rows(1, (1 << 20,), torch.float32, compute_device=device)]

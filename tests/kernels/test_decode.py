@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -65,11 +66,7 @@ def test_kernels_do_what_the_reference_does(
     reference.check_integrity()
     counted = reference.stats()
     del reference
-    from spin_hf.kernels.launch import launchers as interpreted
-
-    launched = []
-    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launched.append(device) or interpreted)
-    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    launched = _interpret(monkeypatch)
     actual, cache = _run(model, padding, **options)
     assert launched
     assert torch.equal(actual.sequences, expected.sequences)
@@ -82,3 +79,72 @@ def test_kernels_do_what_the_reference_does(
     if "gpu_memory" in options:
         assert stats.loads > 0
         assert stats.gpu_bytes <= TIGHT
+
+
+def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
+    """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
+    from spin_hf.kernels.launch import launchers
+
+    asked: list[torch.device] = []
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
+    for name, number in {"_PROGRAMS": 8, **constants}.items():
+        monkeypatch.setattr(decode, name, number)
+    return asked
+
+
+@torch.no_grad()
+def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torch.Tensor:
+    """Logits of calls of these many tokens behind the prompt."""
+    inputs = _inputs(padding)
+    model(**inputs, past_key_values=cache)
+    mask, logits = inputs["attention_mask"], []
+    tokens = torch.randint(3, 100, (2, sum(sizes)), generator=torch.Generator().manual_seed(2))
+    for part in tokens.split(sizes, 1):
+        mask = torch.cat([mask, torch.ones_like(part)], 1)
+        logits.append(model(input_ids=part, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize(
+    ("padding", "sizes", "options", "constants"),
+    [
+        ("left", [3, 1], {"budget": 16, "recent_window": 1}, {}),  # a page that fills is a candidate in the same call
+        ("none", [1], {"budget": 16, "recent_window": 8}, {"PART_PAGES": 2}),  # the best of several parts
+        ("none", [1], {"budget": 24, "recent_window": 8}, {"PART_PAGES": 2, "_CHOOSE_TILE": 2}),  # in several tiles
+    ],
+)
+def test_steps_do_what_the_reference_does(
+    padding: str, sizes: list[int], options: dict[str, Any], constants: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("llama").eval()
+    expected = _steps(model, SpinCache(model, **options), padding, sizes)
+    _interpret(monkeypatch, **constants)
+    cache = SpinCache(model, **options)
+    torch.testing.assert_close(_steps(model, cache, padding, sizes), expected, rtol=0, atol=1e-4)
+    cache.check_integrity()
+
+
+@torch.no_grad()
+def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama").eval()
+    _interpret(monkeypatch)
+    cache = SpinCache(model, budget=16, recent_window=8)
+    _steps(model, cache, "none", [1])
+    twin = deepcopy(cache)
+    one, other = torch.tensor([[5], [6]]), torch.tensor([[7], [8]])
+    kept = model(input_ids=one, past_key_values=deepcopy(cache)).logits
+    model(input_ids=other, past_key_values=cache)
+    assert torch.equal(model(input_ids=one, past_key_values=twin).logits, kept)
+    for each in (cache, twin):
+        each.check_integrity()
+
+
+def test_pages_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama").eval()
+    _interpret(monkeypatch)
+    cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=TIGHT)
+    _steps(model, cache, "none", [1] * 4)
+    stats = cache.stats()
+    assert stats.evictions > 0
+    assert 0 < stats.hit_rate < 1
+    cache.check_integrity()

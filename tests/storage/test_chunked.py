@@ -15,32 +15,11 @@ import torch
 from spin_hf.errors import CapacityError
 from spin_hf.storage import chunked, host
 from spin_hf.storage.chunked import MAX_CHUNKS, ChunkedArray
-from spin_hf.storage.host import SlabReserve
+from spin_hf.storage.reserve import SlabReserve, Spare
+
+from .conftest import FakeRegistrar
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-class FakeRegistrar:
-    """Knows what is registered, in order of registering; refuses where it is told to."""
-
-    def __init__(self) -> None:
-        self.registered: dict[int, int] = {}
-        self.refuses = False
-
-    def register(self, address: int, num_bytes: int) -> None:
-        if self.refuses:
-            raise CapacityError("refused")
-        self.registered[address] = num_bytes
-
-    def unregister(self, address: int) -> None:
-        del self.registered[address]
-
-    def capturing(self) -> bool:
-        return False
-
-    def has(self, tensor: torch.Tensor) -> bool:
-        first, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        return any(address <= first and stop <= address + size for address, size in self.registered.items())
 
 
 class Reserve(SlabReserve):
@@ -50,16 +29,9 @@ class Reserve(SlabReserve):
         self.asked = 0
         super().__init__(lambda *args, **named: host.allocate_rows(*args, **named))
 
-    def ask(self, *args: object, **named: object) -> host.Spare:
+    def ask(self, *args: object, **named: object) -> Spare:
         self.asked += 1
         return super().ask(*args, **named)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
-    fake = FakeRegistrar()
-    monkeypatch.setattr(host, "CudaRegistrar", lambda device: fake)
-    return fake
 
 
 @pytest.fixture
