@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import LlamaConfig
 
 from spin_hf import SpinCache
 from spin_hf.attend import Call
+from spin_hf.storage.host import HostSlab
+from spin_hf.storage.registration import CudaRegistrar
 
 CASES = [(8192, "auto"), (32768, "auto"), (131072, "auto"), (131072, "256MiB"), (524288, "1GiB")]
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -98,6 +101,21 @@ def measure(num_tokens: int, gpu_memory: str, budget: int, repeats: int) -> dict
     }
 
 
+def page_locking() -> dict[str, float]:
+    """Seconds to get page-locked host memory, ours and torch's."""
+    device, result = torch.device("cuda", torch.cuda.current_device()), {}
+    for gib in (1, 16):
+        started = time.perf_counter()
+        slab = HostSlab(gib << 30, CudaRegistrar(device))
+        result[f"slab_{gib}_gib_s"] = round(time.perf_counter() - started, 3)
+        del slab
+    started = time.perf_counter()
+    pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    result["pin_memory_1_gib_s"] = round(time.perf_counter() - started, 3)
+    del pinned
+    return result
+
+
 def main() -> None:
     """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -107,6 +125,9 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/layer.py: expected a CUDA GPU, found none; run it on a machine with one")
+    torch.zeros(1, device="cuda")
+    locking = page_locking()
+    print(locking, flush=True)
     rows = []
     for num_tokens, gpu_memory in CASES:
         rows.append(measure(num_tokens, gpu_memory, options.budget, options.repeats))
@@ -118,8 +139,9 @@ def main() -> None:
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "batch": 1},
         "budget_tokens": options.budget,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"), "transformers": transformers.__version__,
         },
+        "page_locking": locking,
         "rows": rows,
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)

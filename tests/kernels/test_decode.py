@@ -128,13 +128,16 @@ def test_steps_do_what_the_reference_does(
 def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").eval()
     _interpret(monkeypatch)
-    cache = SpinCache(model, budget=16, recent_window=8)
-    _steps(model, cache, "none", [1])
-    twin = deepcopy(cache)
+    alone, cache = (SpinCache(model, budget=16, recent_window=8) for _ in range(2))
+    for each in (alone, cache):
+        _steps(model, each, "none", [1])
     one, other = torch.tensor([[5], [6]]), torch.tensor([[7], [8]])
-    kept = model(input_ids=one, past_key_values=deepcopy(cache)).logits
-    model(input_ids=other, past_key_values=cache)
-    assert torch.equal(model(input_ids=one, past_key_values=twin).logits, kept)
+    expected = [model(input_ids=token, past_key_values=alone).logits for token in (one, other)]
+    twin = deepcopy(cache)
+    actual = [model(input_ids=one, past_key_values=cache).logits]
+    model(input_ids=other, past_key_values=twin)  # must not write to where `one` stands
+    actual.append(model(input_ids=other, past_key_values=cache).logits)
+    assert torch.equal(torch.cat(actual), torch.cat(expected))
     for each in (cache, twin):
         each.check_integrity()
 
