@@ -139,7 +139,8 @@ def main() -> None:
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "batch": 1},
         "budget_tokens": options.budget,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"), "transformers": transformers.__version__,
+            "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
+            "transformers": transformers.__version__,
         },
         "page_locking": locking,
         "rows": rows,
