@@ -17,17 +17,20 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from . import wrap
 from .attention import switch
+from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method
 from .config import SpinOptions
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
+from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model
 from .plan import StepPlan
@@ -84,7 +87,7 @@ class SpinCache(Cache):
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._shared)
-        self._bind(config)
+        self._bind(config, graph_model(model))
 
     def __repr__(self) -> str:
         shared, tokens = self._shared, self._shared.committed
@@ -147,7 +150,10 @@ class SpinCache(Cache):
         if not torch.compiler.is_compiling():
             self._check_switched()
             self._log.settle(self.layers)
-        return super().get_mask_sizes(query_length, layer_idx)
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
+            return MaskedLength.of(length, None, window=True), 0  # a full window without padding, seen whole
+        return length, offset
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
@@ -275,8 +281,9 @@ class SpinCache(Cache):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
-            setattr(twin, name, attribute if name in ("_config", "_finalizer") else deepcopy(attribute, memo))
-        twin._bind(self._config)
+            if name not in _BOUND:
+                setattr(twin, name, deepcopy(attribute, memo))
+        twin._bind(self._config, None if self.steps is None else self.steps.model())
         return twin
 
     def _unpaged_layers(self) -> list[Any]:
@@ -316,16 +323,23 @@ class SpinCache(Cache):
             raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {(held or 0) - 1}")
         self._shared.select(rows)
 
-    def _bind(self, config: Any) -> None:
-        """Switch the config to "spin" for as long as this cache lives."""
+    def _bind(self, config: Any, model: nn.Module | None) -> None:
+        """For as long as this cache lives: switch the config to "spin", and wrap the forward of `model`."""
         self._config = config
         switch.acquire(config)
-        self._finalizer = weakref.finalize(self, _dispose, config, self._shared)
+        self.steps = None if model is None else DecodeSteps(model, self.layers, self._shared, self._log)
+        wrapped = None if model is None else wrap.acquire(model)
+        self._finalizer = weakref.finalize(self, _dispose, config, wrapped, self._shared)
 
 
-def _dispose(config: Any, shared: SharedState) -> None:
+_BOUND = ("_config", "_finalizer", "steps")
+
+
+def _dispose(config: Any, wrapped: weakref.ref[nn.Module] | None, shared: SharedState) -> None:
     """Give back what a cache held as soon as it is dropped, without waiting for the garbage collector."""
     switch.release(config)
+    if wrapped is not None:
+        wrap.release(wrapped)
     shared.dispose()
 
 

@@ -48,6 +48,8 @@ class StepKernels:
         self.shared, self.launch, self.device = shared, launch, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.group = self.value_dim = 0
+        self.merged_for = (0, 0)
+        """Query heads of a KV head and value size that the merge buffers are for."""
         self.block_g = 16
         streams = batch_size * num_heads
         self.splits = min(64, max(1, _power_of_two(_PROGRAMS // streams)))
@@ -132,6 +134,12 @@ class StepKernels:
             "directory": sequences.directory, "valid": valid, "planned": False,
         }  # fmt: skip
 
+    def make_room(self) -> None:
+        """Scratch for the step that has begun; before the first one its size is unknown."""
+        num_pages = self.shared.sequences.num_pages
+        if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
+            self._grow(num_pages, self.group, self.value_dim)
+
     def _grow(self, num_pages: int, group: int, value_dim: int) -> None:
         """Scratch for contexts of `num_pages` pages and more."""
         self.group, self.value_dim, self.block_g = group, value_dim, max(16, _power_of_two(group))
@@ -164,6 +172,9 @@ class StepKernels:
         fields[StepField.RANKED_PARTS], fields[StepField.RANKED_STRIDE] = parts, stride
         _upload(fields, self.step)
         self.page_capacity, self.padded_capacity = pages, self.padded
+        if (group, value_dim) == self.merged_for:
+            return  # captured launches hold the addresses of these
+        self.merged_for = (group, value_dim)
         self.stats = make(self.splits * 2 * self.block_g, torch.float32)
         self.parts = make(self.attend_splits * group * value_dim, torch.float32)
         self.part_lse = make(self.attend_splits * self.block_g, torch.float32)
@@ -199,9 +210,9 @@ class StepKernels:
         """
         self.begin(layer)
         group, value_dim, num_pages = call.query.shape[2], out.shape[-1], self.shared.sequences.num_pages
-        fits = num_pages <= self.page_capacity and (group, value_dim) == (self.group, self.value_dim)
-        if not fits or (self.padded and not self.padded_capacity):
+        if (group, value_dim) != (self.group, self.value_dim):
             self._grow(num_pages, group, value_dim)
+        self.make_room()
         streams = self.batch_size * self.num_heads
         method, store, fields = self.shared.method, layer.store, self._fields(layer)
         assert isinstance(method, ShadowKV)
@@ -240,6 +251,7 @@ class StepKernels:
                 self.part_lse, self.arrivals, i, *one.stride()[:2], out.stride(0), out.stride(2), call.scale,
                 call.softcap or 1.0, CAPPED=call.softcap is not None, SINKS=call.sinks is not None, G=self.group,
                 BLOCK_G=self.block_g, TILE_PAGES=64 // page_size, SPLITS=self.attend_splits,
+                MERGED_G=_power_of_two(self.group), MERGED_SPLITS=min(self.attend_splits, 8),
                 DTYPE=self.launch.dtype(store.home.dtype), num_warps=4,
                 **{name: shapes[name] for name in ("H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "PADDED")},
             )  # fmt: skip

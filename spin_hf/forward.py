@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from .errors import CacheStateError
 from .layer import SpinLayer
+from .layer_kinds import is_placeholder
 from .shared import SharedState
 
 
@@ -31,7 +32,7 @@ class ForwardLog:
 
     def __init__(self, layers: list[Any], shared: SharedState) -> None:
         self.shared = shared
-        holding = [index for index, layer in enumerate(layers) if not _is_placeholder(layer)]
+        holding = [index for index, layer in enumerate(layers) if not is_placeholder(layer)]
         self.final = holding[-1] if holding else -1
         """The last layer that holds anything; when it has taken the tokens, the forward is committed."""
         self.last = -1
@@ -53,7 +54,7 @@ class ForwardLog:
 
     def touched(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
-        if index == self.final and not isinstance(layers[index], SpinLayer):
+        if index == self.final and not isinstance(layers[index], SpinLayer) and not self.shared.prepared:
             self.shared.commit()
             self.clear()
 
@@ -90,7 +91,3 @@ class ForwardLog:
         """Nothing is in progress."""
         self.last, self.before, self.irreversible = -1, {}, False
         self.shared.commits_with_last_paged = True
-
-
-def _is_placeholder(layer: Any) -> bool:
-    return not isinstance(layer, (SpinLayer, DynamicLayer, LinearAttentionCacheLayerMixin))

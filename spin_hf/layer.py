@@ -133,9 +133,11 @@ class SpinLayer(CacheLayerMixin):
         return pending
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
-        """Tokens held; a tensor while Dynamo traces, so that no length is compiled in."""
+        """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
         if torch.compiler.is_compiling():
             return self.shared.visible_length
+        if self.shared.captured_length is not None:
+            return self.shared.captured_length  # type: ignore[no-any-return, unused-ignore]
         return self.shared.committed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
@@ -147,6 +149,8 @@ class SpinLayer(CacheLayerMixin):
         shared = self.shared
         if torch.compiler.is_compiling():
             return query_length, shared.visible_length
+        if shared.captured_length is not None:
+            return MaskedLength.of(query_length, None), 0
         length = shared.committed
         shared.sequences.check_room(length, query_length)
         return MaskedLength.of(length + query_length, shared.reconcile), 0
@@ -178,11 +182,19 @@ class SpinLayer(CacheLayerMixin):
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
-        out.copy_(self._run(call, key, value, mask, append).flatten(1, 2).transpose(1, 2))
+        if self.shared.prepared:
+            self._launch(call, key, value, append, out)
+            return
+        result = self._run(call, key, value, mask, append, out)
+        if result is not None:
+            out.copy_(result.flatten(1, 2).transpose(1, 2))
         if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
             self.shared.commit()
 
-    def _run(self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool) -> Tensor:
+    def _run(
+        self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
+    ) -> Tensor | None:
+        """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
         is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
         if mask is not None and not is_padding:
@@ -194,15 +206,30 @@ class SpinLayer(CacheLayerMixin):
             return attend_masked(call, mask, store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
-        step = self._kernels(key.shape[1])
-        if step is not None and num_queries <= MAX_QUERIES:
-            batch_size, num_heads, group = call.query.shape[:3]
-            out = call.query.new_empty((batch_size, num_queries, num_heads, group, value.shape[-1]))
-            step.attend(self, call, out.flatten(2, 3))
-            return out.permute(0, 2, 3, 1, 4)
+        if num_queries <= MAX_QUERIES and self.has_kernels:
+            self._launch(call, key, value, False, out)
+            return None
         if num_queries > MAX_QUERIES or shared.plan.attends_all():
             return attend_masked(call, shared.plan.allowed_all(num_queries, key.device), store)
         return torch.cat([self._attend_selected(call.token(i), sequences.start + i) for i in range(num_queries)], 3)
+
+    def _launch(self, call: Call, key: Tensor, value: Tensor, append: bool, out: Tensor) -> None:
+        """The kernels of a step that has begun; nothing happens on the host."""
+        step = self.kernels()
+        assert step is not None
+        if append:
+            step.append(self, key, value)
+        step.attend(self, call, out)
+
+    def prepare(self) -> None:
+        """What this layer's kernels need of the host for the step that has begun."""
+        step = self.kernels()
+        assert step is not None
+        step.begin(self)
+
+    def advance(self) -> None:
+        """The step's tokens are in this layer's pages."""
+        self._store().length = self.shared.sequences.length
 
     def _attend_selected(self, call: Call, position: int) -> Tensor:
         """One query of every sequence, at `position`."""
@@ -235,10 +262,10 @@ class SpinLayer(CacheLayerMixin):
                 f"layer {self.layer_idx} holds {store.length} tokens and got {key.shape[2]} more, the cache's step "
                 f"goes from {sequences.start} to {sequences.length}; call cache.reset()"
             )
-        kernels = self._kernels(key.shape[1])
+        kernels = self.kernels()
         if kernels is not None:
             kernels.append(self, key, value)
-            store.length = sequences.length
+            self.advance()
             return
         store.append(key, value)
         self.index(sequences.start // store.page_size, sequences.length // store.page_size)
@@ -271,14 +298,20 @@ class SpinLayer(CacheLayerMixin):
         rows, expected = self._summarise(0, sequences.length // store.page_size)
         for name, vectors in expected.items():
             held, vectors = store.summaries[name].take(rows), vectors.to(store.home.dtype)
-            if not (torch.equal(held, vectors) or (self._kernels(store.num_heads) and _close(held, vectors))):
+            if not (torch.equal(held, vectors) or (self.has_kernels and _close(held, vectors))):
                 raise CacheStateError(
                     f"integrity: layer {self.layer_idx} has a stale summary {name!r}; please report this as a bug"
                 )
 
-    def _kernels(self, num_heads: int) -> StepKernels | None:
+    def kernels(self) -> StepKernels | None:
         """The kernels of the present batch, or None where the reference serves it."""
-        return self.shared.step_kernels(self._store().device, num_heads)
+        store = self._store()
+        return self.shared.step_kernels(store.device, store.num_heads)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels serve this layer."""
+        return self.kernels() is not None
 
     @property
     def _is_first(self) -> bool:

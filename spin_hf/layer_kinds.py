@@ -76,6 +76,11 @@ def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[
     return layers, reasons
 
 
+def is_placeholder(layer: Any) -> bool:
+    """Whether a cache layer holds nothing of its own."""
+    return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
+
+
 def _reason_not_paged(layer: Any, latent: bool) -> str | None:
     if type(layer) is DynamicLayer:
         return "latent attention: cached latents are expanded after update, attended densely" if latent else None

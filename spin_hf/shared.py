@@ -8,6 +8,8 @@ See `forward.py` for a forward that does not reach the last layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from .attention.shadowkv import ShadowKV
 from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
-from .kernels.fields import Counter
+from .kernels.fields import Counter, StepField
 from .plan import StepPlan
 from .storage.budget import auto_gpu_memory
 from .storage.sequences import Sequences
@@ -39,6 +41,8 @@ class SharedState:
         pending: the layer that was updated and has not attended yet.
         committed: tokens that every layer holds.
         commits_with_last_paged: whether no logged layer comes after the last paged one in the present forward.
+        prepared: whether the step has begun for all layers, which then only launch.
+        captured_length: tokens held before the step, on the device, while a graph is captured.
     """
 
     options: SpinOptions
@@ -51,6 +55,8 @@ class SharedState:
     pending: SpinLayer | None = None
     committed: int = 0
     commits_with_last_paged: bool = True
+    prepared: bool = False
+    captured_length: Tensor | None = None
     warned_waves: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
@@ -97,6 +103,40 @@ class SharedState:
             self.roll_back()
         self.sequences.begin(batch_size, num_tokens, new_valid)
 
+    def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+        """Start a step for all layers at once: after it they only launch, and `finish` ends it.
+
+        Raises:
+            as `begin`.
+        """
+        self.begin(batch_size, num_tokens, new_valid)
+        for layer in self.layers:
+            layer.prepare()
+        for step in self.kernels_in_use():
+            step.make_room()
+        self.prepared = True
+
+    def finish(self) -> None:
+        """The step that was prepared has been launched: its tokens count."""
+        self.prepared, self.pending = False, None
+        for layer in self.layers:
+            layer.advance()
+        self.commit()
+        self.visible_length.fill_(self.committed)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While a graph is captured, lengths are tensors on the device."""
+        self.captured_length = self.kernels_in_use()[0].step[StepField.POSITION]
+        try:
+            yield
+        finally:
+            self.captured_length = None
+
+    def kernels_in_use(self) -> list[StepKernels]:
+        """The kernels of the present batch, one object for each device and number of heads."""
+        return list(dict.fromkeys(step for layer in self.layers if (step := layer.kernels()) is not None))
+
     def check_nothing_pending(self) -> None:
         """Raise AttentionError where a layer was updated and its keys never came to the attention function."""
         lost, self.pending = self.pending, None
@@ -114,7 +154,7 @@ class SharedState:
 
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended."""
-        self.pending = None
+        self.pending, self.prepared = None, False
         if self.sequences.length != self.committed:
             self.truncate(self.committed)
 

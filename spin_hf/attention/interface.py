@@ -209,13 +209,20 @@ class MaskedLength(int):
     transformers hands it to the mask function untouched, which so learns of the cache that the mask is for.
     """
 
-    reconcile: Callable[[int, Tensor | None], None]
+    reconcile: Callable[[int, Tensor | None], None] | None
+    window: bool
 
     @classmethod
-    def of(cls, length: int, reconcile: Callable[[int, Tensor | None], None]) -> MaskedLength:
-        """`length`, with the function that takes the batch's size and padding mask."""
+    def of(
+        cls, length: int, reconcile: Callable[[int, Tensor | None], None] | None, window: bool = False
+    ) -> MaskedLength:
+        """`length`, with the function that takes the batch's size and padding mask.
+
+        While a graph is captured there is none, because padding is taken before; `window` marks a layer of which the
+        one new token sees all that is kept.
+        """
         self = cls(length)
-        self.reconcile = reconcile
+        self.reconcile, self.window = reconcile, window
         return self
 
 
@@ -254,11 +261,11 @@ def spin_mask(
         return None if attention_mask is None else attention_mask[:, None, None, -q_length:]
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
-    if attention_mask is not None:
-        missing = length - attention_mask.shape[1]
-        if missing > 0:  # as transformers' own masks: what the mask does not cover is padding
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-        attention_mask = attention_mask[:, :length]
+    if kv_length.reconcile is None:
+        if mask_function is not causal_mask_function and not kv_length.window:
+            raise AttentionError("SpinCache: expected a causal mask in a captured step, got another one")
+        return None
+    attention_mask = padding_mask_of(attention_mask, length)
     kv_length.reconcile(batch_size, attention_mask)
     if mask_function is not causal_mask_function:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -267,6 +274,14 @@ def spin_mask(
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
     return None if attention_mask is None else attention_mask[:, None, None, length - q_length :]
+
+
+def padding_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
+    """A padding mask [B, n] as bool [B, length]; as in transformers' own masks, what it does not cover is padding."""
+    if mask is None:
+        return None
+    missing = length - mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, missing)).bool()[:, :length] if missing > 0 else mask.bool()[:, :length]
 
 
 AttentionInterface.register(switch.NAME, spin_attention)

@@ -22,7 +22,8 @@ def attend_kernel(
     query_b, query_h, out_b, out_h, scale, softcap,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
-    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, MERGED_G: tl.constexpr, MERGED_SPLITS: tl.constexpr,
+    PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
@@ -101,17 +102,32 @@ def attend_kernel(
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.store(arrivals + bh, 0)
         splits = tl.arange(0, SPLITS)
-        for g in tl.static_range(G):
-            lses = tl.load(part_lse + (bh * SPLITS + splits) * BLOCK_G + g, cache_modifier=".cg")
-            top = tl.max(lses, 0)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            portions = tl.exp(lses - base)
-            denominator = tl.sum(portions, 0)
-            if SINKS:
-                denominator += tl.exp(tl.load(sinks + h * G + g).to(tl.float32) - base)
-            places = parts + ((bh * SPLITS + splits) * G + g)[:, None] * DV + column_v[None, :]
-            outs = tl.load(places, mask=(column_v < DV)[None, :], other=0.0, cache_modifier=".cg")
-            merged = tl.sum(outs * portions[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
-            tl.store(
-                out + b * out_b + (h * G + g) * out_h + column_v, merged.to(out.dtype.element_ty), mask=column_v < DV
+        heads = tl.arange(0, MERGED_G)  # all query heads at once: one latency, and not one for each
+        real = (heads < G)[None, :]
+        places_lse = part_lse + (bh * SPLITS + splits)[:, None] * BLOCK_G + heads[None, :]
+        lses = tl.load(places_lse, mask=real, other=float("-inf"), cache_modifier=".cg")
+        top = tl.max(lses, 0)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        denominator = tl.sum(tl.exp(lses - base[None, :]), 0)
+        if SINKS:
+            logits = tl.load(sinks + h * G + heads, mask=heads < G, other=float("-inf")).to(tl.float32)
+            denominator += tl.exp(logits - base)
+        merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        chunk = tl.arange(0, MERGED_SPLITS)
+        inside = (heads < G)[None, :, None] & (column_v < DV)[None, None, :]
+        for start in tl.static_range(0, SPLITS, MERGED_SPLITS):
+            part = bh * SPLITS + start + chunk
+            lses = tl.load(
+                part_lse + part[:, None] * BLOCK_G + heads[None, :],
+                mask=real,
+                other=float("-inf"),
+                cache_modifier=".cg",
             )
+            places = (part[:, None] * G + heads[None, :])[:, :, None] * DV + column_v[None, None, :]
+            outs = tl.load(parts + places, mask=inside, other=0.0, cache_modifier=".cg")
+            merged += tl.sum(outs * tl.exp(lses - base[None, :])[:, :, None], 0)
+        merged = merged / tl.where(denominator > 0, denominator, 1.0)[:, None]
+        tl.store(
+            out + b * out_b + (h * G + heads)[:, None] * out_h + column_v[None, :], merged.to(out.dtype.element_ty),
+            mask=(heads < G)[:, None] & (column_v < DV)[None, :],
+        )  # fmt: skip

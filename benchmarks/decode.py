@@ -1,0 +1,391 @@
+"""Time per output token (TPOT) against every cache that a user could take instead: `python benchmarks/decode.py`.
+
+    --shape llama-8b | qwen3-0.6b    random weights, synthetic keys and values, bf16, one sequence
+    --tokens 4096 32768 ...          contexts
+
+    spin          SpinCache(model), captured steps, under `generate`
+    spin eager    SpinCache under `generate(disable_compile=True)`, nothing captured
+    dynamic       DynamicCache                       offloaded   DynamicCache(offloading=True)
+    static        StaticCache, compiled by `generate`
+    dense graph   flash decoding over all tokens in a CUDA graph captured by hand: what a serving engine does
+    floor         the same graph, attention left out
+
+TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three; for the two graphs, of replays. How
+much of a step's selection was already selected by the step before is set through the spread of the token embeddings and
+measured: `overlap`. Writes `benchmarks/results/decode-<shape>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+import triton.language as tl
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.initialization import no_init_weights
+
+from spin_hf import SpinCache
+from spin_hf.kernels.fields import StepField
+
+_COMMON: dict[str, Any] = {"max_position_embeddings": 1 << 20, "dtype": torch.bfloat16}
+SHAPES: dict[str, Any] = {
+    "llama-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **_COMMON,
+    ),
+    "qwen3-0.6b": Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **_COMMON,
+    ),
+}  # fmt: skip
+CHUNK = 32768
+FEW, MANY, TIMES = 8, 72, 3
+
+
+def build(shape: str) -> Any:
+    """The model with random weights on the GPU."""
+    config = SHAPES[shape]
+    config._attn_implementation = "sdpa"
+    with torch.device("cuda"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def spread_embeddings(model: Any, spread: float) -> None:
+    """Tokens that differ by `spread` of their length: 0 gives every step the same query but for its position."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    table = model.get_input_embeddings().weight.data
+    base = torch.randn(table.shape[1], device="cuda", generator=generator)
+    for rows in table.split(8192):
+        noise = torch.randn(rows.shape, device="cuda", generator=generator)
+        rows.copy_(0.02 * ((1 - spread**2) ** 0.5 * base + spread * noise))
+
+
+def states(config: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of `count` tokens of one layer."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key = torch.randn(1, config.num_key_value_heads, count, dim, device="cuda", dtype=torch.bfloat16)
+    return key, torch.randn_like(key)
+
+
+def fill_spin(cache: SpinCache, config: Any, num_tokens: int) -> None:
+    """Give a SpinCache `num_tokens` tokens."""
+    for start in range(0, num_tokens, CHUNK):
+        for layer in cache.layers:
+            layer.append(*states(config, min(CHUNK, num_tokens - start)), None)
+        cache._shared.commit()
+    cache._shared.visible_length.fill_(num_tokens)
+
+
+def fill(cache: Cache, config: Any, num_tokens: int) -> None:
+    """Give one of transformers' caches `num_tokens` tokens."""
+    for index in range(config.num_hidden_layers):
+        cache.update(*states(config, num_tokens), index)
+
+
+def tpot(model: Any, cache: Cache, num_tokens: int, **options: Any) -> dict[str, float]:
+    """Milliseconds per token under `generate`, which goes on from where the cache stands."""
+    held, first = num_tokens, None
+
+    def run(count: int) -> float:
+        nonlocal held, first
+        ids = torch.randint(0, 1000, (1, held + 1), device="cuda")
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        model.generate(
+            ids, past_key_values=cache, max_new_tokens=count, do_sample=False,
+            attention_mask=torch.ones_like(ids), **options,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        took = time.perf_counter() - started
+        held += count
+        if first is None:
+            first = took
+        return took
+
+    run(FEW)
+    times = [(run(MANY) - run(FEW)) / (MANY - FEW) * 1e3 for _ in range(TIMES)]
+    return {"tpot_ms": round(statistics.median(times), 3), "spread_ms": round(max(times) - min(times), 3),
+            "first_call_s": round(first or 0, 3)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- dense in a graph
+
+
+@triton.jit
+def _flash_part(
+    query, keys, values, out, lse, length, scale,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    head, part = tl.program_id(0), tl.program_id(1)
+    groups, dims, tile = tl.arange(0, BLOCK_G), tl.arange(0, D), tl.arange(0, TILE)
+    q = tl.load(query + (head * G + groups[:, None]) * D + dims, mask=groups[:, None] < G, other=0.0)
+    per_part = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
+    first = part * per_part
+    best, total = tl.full([BLOCK_G], -float("inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, D], tl.float32)
+    base = head.to(tl.int64) * length * D
+    for start in range(first, min(first + per_part, length), TILE):
+        tokens = start + tile
+        at = base + tokens[:, None].to(tl.int64) * D + dims
+        k = tl.load(keys + at, mask=tokens[:, None] < length, other=0.0)
+        v = tl.load(values + at, mask=tokens[:, None] < length, other=0.0)
+        scores = tl.where(tokens[None, :] < length, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+        new = tl.maximum(best, tl.max(scores, 1))
+        weights, old = tl.exp(scores - new[:, None]), tl.exp(best - new)
+        total = total * old + tl.sum(weights, 1)
+        acc = acc * old[:, None] + tl.dot(weights.to(v.dtype), v)
+        best = new
+    at = (head * SPLITS + part) * BLOCK_G + groups
+    tl.store(out + at[:, None] * D + dims, acc / total[:, None])
+    tl.store(lse + at, best + tl.log(total))
+
+
+class DenseLayer(CacheLayerMixin):
+    """All keys and values at fixed addresses; the last token is written anew by every step."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def flash_decode(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, scaling: float,
+                 **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Split-KV attention of one query over all tokens; `module.attends` False leaves it out (the floor)."""
+    if not flash_decode.attends:  # type: ignore[attr-defined]
+        return query.transpose(1, 2), None
+    heads, dim, splits = keys.shape[1], keys.shape[3], flash_decode.splits  # type: ignore[attr-defined]
+    group = query.shape[1] // heads
+    out = torch.empty(heads, splits, 16, dim, device="cuda")
+    lse = torch.empty(heads, splits, 16, device="cuda")
+    _flash_part[(heads, splits)](
+        query, keys, values, out, lse, keys.shape[2], scaling, G=group, BLOCK_G=16, D=dim, SPLITS=splits, TILE=64,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    weights = lse.softmax(1)[..., None]
+    merged = (out * weights).sum(1)[:, :group].reshape(1, 1, -1, dim)
+    return merged.to(query.dtype), None
+
+
+AttentionInterface.register("bench_flash", flash_decode)
+AttentionMaskInterface.register("bench_flash", lambda *args, **kwargs: None)
+
+
+@torch.no_grad()
+def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool) -> dict[str, float]:
+    """Milliseconds of a replayed step; the number of splits is the best of three."""
+    token, at = torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.full((1, 1), num_tokens, device="cuda")
+    flash_decode.attends = attends  # type: ignore[attr-defined]
+    previous, model.config._attn_implementation = model.config._attn_implementation, "bench_flash"
+    best = float("inf")
+    for splits in (32, 64, 128) if attends else (32,):
+        flash_decode.splits = splits  # type: ignore[attr-defined]
+        call = {"input_ids": token, "position_ids": at, "past_key_values": cache, "logits_to_keep": 1}
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(**call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(**call)
+        best = min(best, triton.testing.do_bench(graph.replay, warmup=30, rep=200, return_mode="median"))
+    model.config._attn_implementation = previous
+    return {"tpot_ms": round(best, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------------------ spin
+
+
+def overlap(model: Any, cache: SpinCache, num_tokens: int, steps: int = 6) -> float:
+    """Share of a step's pages that the step before had selected too, over layers and KV heads; runs eager steps."""
+    shared, seen, shares = cache._shared, {}, []
+    kernels = shared.kernels_in_use()[0]
+    attend, flow = kernels.attend, torch.Generator().manual_seed(0)
+
+    def recording(layer: Any, call: Any, out: torch.Tensor) -> None:
+        attend(layer, call, out)
+        pages, counts = kernels.scratch[StepField.LIST_PAGE].cpu(), kernels.list_count.tolist()
+        for head, count in enumerate(counts):
+            now = set(pages[head, :count].tolist())
+            before = seen.get((layer.number, head))
+            if before is not None:
+                shares.append(len(now & before) / len(now))
+            seen[layer.number, head] = now
+
+    kernels.attend = recording
+    for _ in range(steps):
+        token = torch.randint(0, 1000, (1, 1), generator=flow).cuda()
+        with torch.no_grad():
+            model.model(input_ids=token, past_key_values=cache)
+    del kernels.attend
+    return sum(shares) / len(shares)
+
+
+def find_spread(model: Any, wanted: float, budget: int) -> float:
+    """The spread of embeddings whose steps overlap by `wanted`, by bisection at 32K tokens."""
+    cache = SpinCache(model, budget=budget)
+    fill_spin(cache, model.config, 32768)
+    token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    with torch.no_grad():
+        model(input_ids=token, past_key_values=cache)
+    low, high = 0.0, 1.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        spread_embeddings(model, middle)
+        low, high = (middle, high) if overlap(model, cache, 32768, 4) > wanted else (low, middle)
+    return (low + high) / 2
+
+
+def spin(model: Any, num_tokens: int, budget: int, spreads: dict[str, float], **options: Any) -> list[dict[str, Any]]:
+    """Rows of one context, one for each overlap."""
+    torch.cuda.synchronize()
+    cache = SpinCache(model, budget=budget, **options)
+    started = time.perf_counter()
+    fill_spin(cache, model.config, num_tokens)
+    torch.cuda.synchronize()
+    filled, rows = time.perf_counter() - started, []
+    held = num_tokens
+    for name, spread in spreads.items():
+        spread_embeddings(model, spread)
+        before = cache.stats()
+        times = tpot(model, cache, held)
+        held, after = cache.get_seq_length(), cache.stats()
+        loads = (after.loads - before.loads) / (TIMES * (FEW + MANY) + FEW)
+        rows.append({
+            "cache": "spin", "overlap": name, **times, "fill_s": round(filled, 2),
+            "loads_mib_per_token": round(loads * 8 * 2 * states(model.config, 1)[0].shape[-1] * 2 / 2**20, 3),
+            "hit_rate": round(after.hit_rate, 4), "attended_tokens": round(after.attended_tokens, 1),
+            "gpu_gib": round(after.gpu_bytes / 2**30, 2), "cpu_gib": round(after.cpu_bytes / 2**30, 2),
+            "captured": sum(step is not None for step in cache.steps.captured.values()),
+            "measured_overlap": round(overlap(model, cache, held), 4),
+        })  # fmt: skip
+        held = cache.get_seq_length()
+    return rows
+
+
+def attempt(label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row, or why there is none; frees what the measurement left."""
+    try:
+        row = {"cache": label, **measure()}
+    except torch.cuda.OutOfMemoryError:
+        row = {"cache": label, "tpot_ms": None, "why": "out of GPU memory"}
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]]:
+    """Rows of one context, one for each other cache."""
+    config = model.config
+
+    def filled(cache: Cache, tokens: int = num_tokens) -> Cache:
+        fill(cache, config, tokens)
+        return cache
+
+    def static() -> dict[str, Any]:
+        torch._dynamo.reset()
+        return tpot(model, filled(StaticCache(config=config, max_cache_len=num_tokens + 300)), num_tokens)
+
+    def graph(attends: bool) -> dict[str, Any]:
+        layers = [DenseLayer(*states(config, num_tokens if attends else 16)) for _ in range(config.num_hidden_layers)]
+        return in_graph(model, Cache(layers=layers), num_tokens, attends)
+
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "dynamic": lambda: tpot(model, filled(DynamicCache(config=config)), num_tokens),
+        "offloaded": lambda: tpot(model, filled(DynamicCache(config=config, offloading=True)), num_tokens),
+        "static": static,
+        "dense graph": lambda: graph(True),
+        "floor": lambda: graph(False),
+    }
+    return [attempt(name, ways[name]) for name in names]
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768, 131072, 524288])
+    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--rivals", nargs="*", default=["floor", "dense graph", "dynamic", "offloaded", "static"])
+    parser.add_argument("--overlap", type=float, help="share to replay; default: what benchmarks/traces.py recorded")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/decode.py: expected a CUDA GPU, found none; run it on a machine with one")
+    logging.getLogger("spin_hf").setLevel(logging.INFO)
+    results = Path(__file__).parent / "results"
+    recorded = options.overlap
+    if recorded is None:
+        recorded = json.loads((results / "traces.json").read_text())["overlap"]
+    model = build(options.shape)
+    weights = torch.cuda.memory_allocated()
+    spreads = {"100 %": 0.0, "recorded": find_spread(model, recorded, options.budget), "least": 1.0}
+    print(f"overlap {recorded} at a spread of {spreads['recorded']:.3f}", flush=True)
+    output = options.output or results / f"decode-{options.shape}.json"
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/decode.py --shape {options.shape}",
+        "gpu": torch.cuda.get_device_name(), "shape": options.shape, "dtype": "bfloat16", "batch": 1,
+        "weights_gib": round(weights / 2**30, 2), "budget_tokens": options.budget, "recorded_overlap": recorded,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
+            "transformers": transformers.__version__,
+        },
+        "rows": [],
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for num_tokens in options.tokens:
+        gc.collect()
+        torch.cuda.empty_cache()
+        for row in spin(model, num_tokens, options.budget, spreads) + rivals(model, num_tokens, options.rivals):
+            result["rows"].append({"tokens": num_tokens, **row})
+            print(result["rows"][-1], flush=True)
+            output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Decode steps as CUDA graphs: exact, without synchronisation, several caches at once, and eager where they cannot be."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, TextStreamer
+
+from spin_hf import SpinCache, enable
+
+from ..support.zoo import PAD_TOKEN_ID, build_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+FULL: dict[str, Any] = {"budget": 1 << 20}
+
+
+def _inputs(padded: bool = False, length: int = 90) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 100, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
+    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+
+
+def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> Any:
+    torch.manual_seed(5)
+    return model.generate(
+        **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
+        **{"max_new_tokens": 40, "do_sample": False} | options,
+    )  # fmt: skip
+
+
+def _graphs(cache: SpinCache) -> int:
+    return sum(step is not None for step in cache.steps.captured.values())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"num_beams": 3}),
+        ("llama", {"do_sample": True}),
+        ("llama", {"output_hidden_states": True}),
+        ("qwen3", {}),
+        ("gpt_oss", {}),
+        ("gemma3_text", {}),
+        ("qwen3_next", {}),
+    ],
+)
+def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, Any], padded: bool) -> None:
+    model = build_model(family).cuda().eval()
+    expected = _generate(model, DynamicCache(config=model.config), padded, **options)
+    cache = SpinCache(model, **FULL)
+    actual = _generate(model, cache, padded, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    a, b = torch.stack(actual.logits), torch.stack(expected.logits)
+    finite = torch.isfinite(b)
+    assert float((a - b)[finite].abs().max() / b[finite].abs().max()) < 1e-4
+    assert _graphs(cache) == 1, cache.steps.refused
+    cache.check_integrity()
+
+
+@torch.no_grad()
+def test_no_step_waits_for_the_host() -> None:
+    model = build_model("llama").cuda().eval()
+    cache = SpinCache(model, budget=24, recent_window=8)
+    model(_inputs()["input_ids"], past_key_values=cache)
+    token = torch.full((2, 1), 5, device="cuda")
+    for _ in range(3):
+        model(token, past_key_values=cache)
+    assert _graphs(cache) == 1
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            model(token, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cache.check_integrity()
+
+
+def test_two_thousand_tokens_with_eviction() -> None:
+    model = build_model("llama").cuda().eval()
+    model.config.max_position_embeddings = 1 << 16
+    cache = SpinCache(model, budget=64, recent_window=16, gpu_memory=300_000)
+    output = _generate(model, cache, padded=True, max_new_tokens=2000, min_new_tokens=2000, eos_token_id=None)
+    assert output.sequences.shape == (2, 2090)
+    stats = cache.stats()
+    assert stats.evictions > 2000
+    assert stats.gpu_bytes <= 300_000
+    assert _graphs(cache) == 1
+    cache.check_integrity()
+
+
+def test_captured_and_eager_steps_select_the_same() -> None:
+    model = build_model("llama").cuda().eval()
+    options = {"budget": 24, "recent_window": 8, "gpu_memory": 100_000}
+    eager = SpinCache(model.config, **options)
+    expected = _generate(model, eager, padded=True, disable_compile=True)
+    cache = SpinCache(model, **options)
+    actual = _generate(model, cache, padded=True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert str(cache.stats()) == str(eager.stats())
+
+
+@torch.no_grad()
+def test_caches_side_by_side_and_one_dropped() -> None:
+    model = build_model("llama").cuda().eval()
+    tokens = torch.randint(3, 100, (3, 24), generator=torch.Generator().manual_seed(3)).cuda()
+    prompts = [_inputs()["input_ids"], _inputs(length=70)["input_ids"], _inputs()["input_ids"][:1]]
+
+    def run(caches: list[Any]) -> list[torch.Tensor]:
+        logits: list[list[torch.Tensor]] = [[] for _ in caches]
+        for cache, prompt in zip(caches, prompts, strict=True):
+            model(prompt, past_key_values=cache)
+        for step in range(24):
+            if step == 12 and isinstance(caches[0], SpinCache):
+                caches[0] = None
+                gc.collect()
+            for index, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
+                if index or step < 12:
+                    token = tokens[index, step].expand(prompt.shape[0], 1)
+                    logits[index].append(model(token, past_key_values=cache).logits)
+        return [torch.cat(each, 1) for each in logits]
+
+    expected = run([DynamicCache(config=model.config) for _ in prompts])
+    actual = run([SpinCache(model, **FULL) for _ in prompts])
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_is_leaked() -> None:
+    model = build_model("llama").cuda().eval()
+    _generate(model, SpinCache(model, **FULL))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        _generate(model, SpinCache(model, **FULL))
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+    assert "forward" not in model.__dict__
+
+
+def test_a_forward_that_asks_the_host_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_model("llama").cuda().eval()
+    expected = _generate(model, DynamicCache(config=model.config))
+    mlp, forward = model.model.layers[0].mlp, model.model.layers[0].mlp.forward
+    mlp.forward = lambda states: forward(states) if bool(states.isfinite().all()) else states
+    cache = SpinCache(model, **FULL)
+    with caplog.at_level(logging.WARNING, logger="spin_hf"):
+        actual = _generate(model, cache)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert ["capturing failed" in record.getMessage() for record in caplog.records] == [True]
+    cache.check_integrity()
+    assert torch.equal(_generate(model, DynamicCache(config=model.config)).sequences, expected.sequences)
+
+
+def test_enable_streaming_and_hooks_on_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    class Tokenizer:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return " ".join(map(str, torch.as_tensor(ids).flatten().tolist())) + "\n"
+
+    model = build_model("llama").cuda().eval()
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *args: calls.append(1))
+    row = {name: given[:1] for name, given in _inputs().items()}
+    with enable(model, **FULL):
+        ours = model.generate(**row, max_new_tokens=20, do_sample=False, streamer=TextStreamer(Tokenizer()))
+    handle.remove()
+    theirs = model.generate(**row, max_new_tokens=20, do_sample=False)
+    assert torch.equal(ours, theirs)
+    assert len(calls) == 20
+    assert capsys.readouterr().out

@@ -1,0 +1,45 @@
+"""A stand-in for CUDA graphs on the CPU: what is recorded runs again at every replay, into the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import spin_hf.cache
+from spin_hf import decode, graph
+from spin_hf.kernels import launch
+
+
+class FakeRecorder:
+    """Records by running, so the first replay has nothing to do."""
+
+    replays = 0
+
+    def record(self, step: Callable[[], Any]) -> Any:
+        self.step, self.fresh = step, True
+        self.outputs = step()
+        return self.outputs
+
+    def replay(self) -> None:
+        FakeRecorder.replays += 1
+        if not self.fresh:
+            for static, new in zip(*map(pytree.tree_leaves, (self.outputs, self.step())), strict=True):
+                if isinstance(static, torch.Tensor):
+                    static.copy_(new)
+        self.fresh = False
+
+
+def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
+    """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launch.launchers)
+    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    monkeypatch.setattr(
+        spin_hf.cache, "graph_model", lambda model: model if isinstance(model, torch.nn.Module) else None
+    )
+    monkeypatch.setattr(graph, "Recorder", FakeRecorder)
+    FakeRecorder.replays = 0
+    return FakeRecorder

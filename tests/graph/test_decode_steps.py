@@ -1,0 +1,178 @@
+"""Captured decode steps with a stand-in for the graph: the same tokens and state as eager steps, and when not to capture."""
+
+from __future__ import annotations
+
+import logging
+import os
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from spin_hf import SpinCache
+
+from ..support.zoo import PAD_TOKEN_ID, build_model
+from .recorder import FakeRecorder, capture_on_cpu
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs")
+
+PROMPT = 41
+OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+
+
+def _inputs(padded: bool = False) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 100, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _generate(model: Any, cache: SpinCache, padded: bool = False, **options: Any) -> Any:
+    return model.generate(
+        **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
+        **{"max_new_tokens": 5, "do_sample": False} | options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "padded", "options"),
+    [
+        ("llama", False, {}),
+        ("llama", True, {}),
+        ("llama", False, {"num_beams": 2}),
+        ("gemma3_text", False, {}),  # windows
+        ("qwen3_next", False, {}),  # linear attention
+    ],
+)
+def test_the_same_as_eager(family: str, padded: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(family).eval()
+    recorder = capture_on_cpu(monkeypatch)
+    eager = SpinCache(model.config, **OPTIONS)
+    expected = _generate(model, eager, padded, **options)
+    assert not recorder.replays
+    cache = SpinCache(model, **OPTIONS)
+    actual = _generate(model, cache, padded, **options)
+    assert recorder.replays == 3  # one token by the prefill, one eagerly
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert str(cache.stats()) == str(eager.stats())
+    cache.check_integrity()
+
+
+@torch.no_grad()
+def _loop(model: Any, cache: SpinCache, tokens: torch.Tensor) -> torch.Tensor:
+    """A bare loop without positions or mask: the model derives positions from the cache."""
+    return torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, 1)], 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_bare_loop_with_all_that_changes_the_past(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(family).eval()
+    recorder = capture_on_cpu(monkeypatch)
+    tokens = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for source in (model.config, model):
+        cache = SpinCache(source, **OPTIONS)
+        parts = [_loop(model, cache, tokens[:, :4])] if family == "llama" else []
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=cache) if not parts else model(tokens, past_key_values=cache)
+        parts.append(_loop(model, cache, tokens[:, :4]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        parts.append(_loop(model, cache, tokens[:, 4:8]))
+        if family == "llama":
+            cache.crop(-3)
+        twin = deepcopy(cache)
+        parts += [_loop(model, each, tokens[:, 8:12]) for each in (cache, twin)]
+        cache.batch_select_indices(torch.tensor([1]))
+        parts.append(_loop(model, cache, tokens[:1, 12:16]).expand(2, -1, -1))
+        for each in (cache, twin):
+            each.check_integrity()
+        logits.append(torch.cat(parts, 1))
+    assert torch.equal(*logits)
+    assert recorder.replays >= 12
+
+
+def test_the_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_cpu(monkeypatch)
+    model = build_model("llama").eval()
+    one, other = SpinCache(model), SpinCache(model)
+    assert "forward" in model.__dict__
+    copied = deepcopy(model)
+    copied.lm_head.weight.data.zero_()
+    with torch.no_grad():
+        assert not copied(_inputs()["input_ids"]).logits.any()
+        assert model(_inputs()["input_ids"]).logits.any()
+    del one
+    assert "forward" in model.__dict__
+    del other
+    assert "forward" not in model.__dict__
+
+
+def _replays_of_a_step(model: Any, cache: SpinCache) -> int:
+    before = FakeRecorder.replays
+    _loop(model, cache, torch.full((2, 1), 5))
+    return FakeRecorder.replays - before
+
+
+def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_cpu(monkeypatch)
+    model = build_model("llama").eval()
+    cache, eager = SpinCache(model, **OPTIONS), SpinCache(model.config, **OPTIONS)
+    for each in (cache, eager):
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=each)
+        _loop(model, each, torch.full((2, 3), 5))
+    assert _replays_of_a_step(model, cache) == 1
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    assert _replays_of_a_step(model, cache) == 0  # the first step of a new model is eager
+    assert _replays_of_a_step(model, cache) == 1
+    model.model.layers[0].mlp = torch.nn.Identity()
+    assert _replays_of_a_step(model, cache) == 0
+    for _ in range(4):
+        _replays_of_a_step(model, eager)
+    last = torch.full((2, 1), 9)
+    assert torch.isfinite(_loop(model, cache, last)).all()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda model: model.model.layers[0].register_forward_hook(lambda *args: None), "forward hook"),
+        (lambda model: model.train(), "training mode"),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly_and_says_so(
+    prepare: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = capture_on_cpu(monkeypatch)
+    model = build_model("llama").eval()
+    prepare(model)
+    cache = SpinCache(model, **OPTIONS)
+    with caplog.at_level(logging.WARNING, logger="spin_hf"):
+        _generate(model, cache)
+    assert not recorder.replays
+    assert [record.getMessage() for record in caplog.records if reason in record.getMessage()]
+    assert len(caplog.records) == 1
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_a_capture_that_fails_loses_nothing(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = capture_on_cpu(monkeypatch)
+    model = build_model(family).eval()
+    expected = _generate(model, SpinCache(model.config, **OPTIONS))
+
+    def refuse(self: FakeRecorder, step: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorder, "record", refuse)
+    cache = SpinCache(model, **OPTIONS)
+    with caplog.at_level(logging.WARNING, logger="spin_hf"):
+        actual = _generate(model, cache)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert ["stream is capturing" in record.getMessage() for record in caplog.records] == [True]
+    cache.check_integrity()
