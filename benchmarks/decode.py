@@ -4,15 +4,15 @@
     --tokens 4096 32768 ...          contexts
 
     spin          SpinCache(model), captured steps, under `generate`
-    spin eager    SpinCache under `generate(disable_compile=True)`, nothing captured
+    spin eager    SpinCache(model.config): the same, nothing captured
     dynamic       DynamicCache                       offloaded   DynamicCache(offloading=True)
     static        StaticCache, compiled by `generate`
     dense graph   flash decoding over all tokens in a CUDA graph captured by hand: what a serving engine does
     floor         the same graph, attention left out
 
-TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three; for the two graphs, of replays. How
-much of a step's selection was already selected by the step before is set through the spread of the token embeddings and
-measured: `overlap`. Writes `benchmarks/results/decode-<shape>.json`.
+TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three (fewer tokens for the slow ones); for
+the two graphs, of replays. How much of a step's selection the step before had selected too depends on the weights; it is
+measured with token embeddings that are all alike and with independent ones: `measured_overlap`. Writes `benchmarks/results/decode-<shape>.json`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 CHUNK = 32768
 FEW, MANY, TIMES = 8, 72, 3
+PAGED_FROM, CAP = 131072, "4GiB"
+"""From this context on the cache is measured with a cap on its GPU memory too."""
 
 
 def build(shape: str) -> Any:
@@ -109,7 +111,9 @@ def fill(cache: Cache, config: Any, num_tokens: int) -> None:
         cache.update(*states(config, num_tokens), index)
 
 
-def tpot(model: Any, cache: Cache, num_tokens: int, **options: Any) -> dict[str, float]:
+def tpot(
+    model: Any, cache: Cache, num_tokens: int, many: int = MANY, times: int = TIMES, **options: Any
+) -> dict[str, float]:
     """Milliseconds per token under `generate`, which goes on from where the cache stands."""
     held, first = num_tokens, None
 
@@ -130,8 +134,8 @@ def tpot(model: Any, cache: Cache, num_tokens: int, **options: Any) -> dict[str,
         return took
 
     run(FEW)
-    times = [(run(MANY) - run(FEW)) / (MANY - FEW) * 1e3 for _ in range(TIMES)]
-    return {"tpot_ms": round(statistics.median(times), 3), "spread_ms": round(max(times) - min(times), 3),
+    took = [(run(many) - run(FEW)) / (many - FEW) * 1e3 for _ in range(times)]
+    return {"tpot_ms": round(statistics.median(took), 3), "spread_ms": round(max(took) - min(took), 3),
             "first_call_s": round(first or 0, 3)}  # fmt: skip
 
 
@@ -266,21 +270,6 @@ def overlap(model: Any, cache: SpinCache, num_tokens: int, steps: int = 6) -> fl
     return sum(shares) / len(shares)
 
 
-def find_spread(model: Any, wanted: float, budget: int) -> float:
-    """The spread of embeddings whose steps overlap by `wanted`, by bisection at 32K tokens."""
-    cache = SpinCache(model, budget=budget)
-    fill_spin(cache, model.config, 32768)
-    token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
-    with torch.no_grad():
-        model(input_ids=token, past_key_values=cache)
-    low, high = 0.0, 1.0
-    for _ in range(6):
-        middle = (low + high) / 2
-        spread_embeddings(model, middle)
-        low, high = (middle, high) if overlap(model, cache, 32768, 4) > wanted else (low, middle)
-    return (low + high) / 2
-
-
 def spin(model: Any, num_tokens: int, budget: int, spreads: dict[str, float], **options: Any) -> list[dict[str, Any]]:
     """Rows of one context, one for each overlap."""
     torch.cuda.synchronize()
@@ -297,7 +286,7 @@ def spin(model: Any, num_tokens: int, budget: int, spreads: dict[str, float], **
         held, after = cache.get_seq_length(), cache.stats()
         loads = (after.loads - before.loads) / (TIMES * (FEW + MANY) + FEW)
         rows.append({
-            "cache": "spin", "overlap": name, **times, "fill_s": round(filled, 2),
+            "cache": "spin", "embeddings": name, "gpu_memory": options.get("gpu_memory", "auto"), **times, "fill_s": round(filled, 2),
             "loads_mib_per_token": round(loads * 8 * 2 * states(model.config, 1)[0].shape[-1] * 2 / 2**20, 3),
             "hit_rate": round(after.hit_rate, 4), "attended_tokens": round(after.attended_tokens, 1),
             "gpu_gib": round(after.gpu_bytes / 2**30, 2), "cpu_gib": round(after.cpu_bytes / 2**30, 2),
@@ -335,9 +324,15 @@ def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]
         layers = [DenseLayer(*states(config, num_tokens if attends else 16)) for _ in range(config.num_hidden_layers)]
         return in_graph(model, Cache(layers=layers), num_tokens, attends)
 
+    def eager() -> dict[str, Any]:
+        cache = SpinCache(config)
+        fill_spin(cache, config, num_tokens)
+        return tpot(model, cache, num_tokens, many=24)
+
     ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "dynamic": lambda: tpot(model, filled(DynamicCache(config=config)), num_tokens),
-        "offloaded": lambda: tpot(model, filled(DynamicCache(config=config, offloading=True)), num_tokens),
+        "spin eager": eager,
+        "dynamic": lambda: tpot(model, filled(DynamicCache(config=config)), num_tokens, many=24),
+        "offloaded": lambda: tpot(model, filled(DynamicCache(config=config, offloading=True)), num_tokens, 12, 1),
         "static": static,
         "dense graph": lambda: graph(True),
         "floor": lambda: graph(False),
@@ -351,26 +346,22 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768, 131072, 524288])
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
-    parser.add_argument("--rivals", nargs="*", default=["floor", "dense graph", "dynamic", "offloaded", "static"])
-    parser.add_argument("--overlap", type=float, help="share to replay; default: what benchmarks/traces.py recorded")
+    parser.add_argument(
+        "--rivals", nargs="*", default=["spin eager", "floor", "dense graph", "dynamic", "offloaded", "static"]
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/decode.py: expected a CUDA GPU, found none; run it on a machine with one")
     logging.getLogger("spin_hf").setLevel(logging.INFO)
     results = Path(__file__).parent / "results"
-    recorded = options.overlap
-    if recorded is None:
-        recorded = json.loads((results / "traces.json").read_text())["overlap"]
     model = build(options.shape)
     weights = torch.cuda.memory_allocated()
-    spreads = {"100 %": 0.0, "recorded": find_spread(model, recorded, options.budget), "least": 1.0}
-    print(f"overlap {recorded} at a spread of {spreads['recorded']:.3f}", flush=True)
     output = options.output or results / f"decode-{options.shape}.json"
     result: dict[str, Any] = {
         "command": f"python benchmarks/decode.py --shape {options.shape}",
         "gpu": torch.cuda.get_device_name(), "shape": options.shape, "dtype": "bfloat16", "batch": 1,
-        "weights_gib": round(weights / 2**30, 2), "budget_tokens": options.budget, "recorded_overlap": recorded,
+        "weights_gib": round(weights / 2**30, 2), "budget_tokens": options.budget,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
             "transformers": transformers.__version__,
@@ -381,7 +372,13 @@ def main() -> None:
     for num_tokens in options.tokens:
         gc.collect()
         torch.cuda.empty_cache()
-        for row in spin(model, num_tokens, options.budget, spreads) + rivals(model, num_tokens, options.rivals):
+        rows = [*spin(model, num_tokens, options.budget, {"same token": 0.0, "random tokens": 1.0})]
+        if num_tokens >= PAGED_FROM:
+            rows += spin(model, num_tokens, options.budget, {"same token": 0.0, "random tokens": 1.0}, gpu_memory=CAP)
+        names = (
+            options.rivals if num_tokens <= 131072 else [n for n in options.rivals if n not in ("offloaded", "static")]
+        )
+        for row in rows + rivals(model, num_tokens, names):
             result["rows"].append({"tokens": num_tokens, **row})
             print(result["rows"][-1], flush=True)
             output.write_text(json.dumps(result, indent=1) + "\n")

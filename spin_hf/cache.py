@@ -283,6 +283,7 @@ class SpinCache(Cache):
         for name, attribute in self.__dict__.items():
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))
+        twin._shared.forget_kernels()
         twin._bind(self._config, None if self.steps is None else self.steps.model())
         return twin
 

@@ -9,7 +9,6 @@ A graph replays launches by address and runs no Python: whatever would change wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -63,12 +62,12 @@ class ModelWatch:
         self.handles = RemovableHandle.next_id
         self.hooks = _hooks(modules)
         self.modules = modules
-        self.dicts = [
+        self.dicts: list[dict[str, Any]] = [
             table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
         ]  # fmt: skip
-        self.members = list(self._members())
+        self.members = self._members()
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.adapted = [module for module in modules if hasattr(module, "_disable_adapters")]
         self.adapters = _adapters(self.adapted)
 
@@ -78,17 +77,17 @@ class ModelWatch:
             if self.hooks != _hooks(self.modules):
                 return False
             self.handles = RemovableHandle.next_id
-        members = list(self._members())
+        members = self._members()
         return (
             self.training == self.model.training
             and len(members) == len(self.members)
             and all(map(operator.is_, members, self.members))
-            and self.addresses == [tensor.data_ptr() for tensor in self.tensors]
+            and self.addresses == list(map(Tensor.data_ptr, self.tensors))
             and (not self.adapted or self.adapters == _adapters(self.adapted))
         )
 
-    def _members(self) -> Iterator[Any]:
-        return chain.from_iterable(table.values() for table in self.dicts)
+    def _members(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.dicts)))
 
 
 def _hooks(modules: list[nn.Module]) -> list[int]:

@@ -25,10 +25,11 @@ from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
+    from .storage.pages import PageStore
     from .shared import SharedState
 
 _MIN_PAGES = 512
-_CHOOSE_TILE = 4096
+_CHOOSE_TILE = 8192
 """Ranked pages that are chosen from without reading them again."""
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
@@ -53,7 +54,7 @@ class StepKernels:
         self.block_g = 16
         streams = batch_size * num_heads
         self.splits = min(64, max(1, _power_of_two(_PROGRAMS // streams)))
-        self.attend_splits = min(32, self.splits)
+        self.attend_splits = min(16, self.splits)
         self.rank_programs = max(1, _PROGRAMS // 4 // streams)
 
         def make(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
@@ -73,6 +74,7 @@ class StepKernels:
         self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
         self.stats = self.parts = self.part_lse = make((0,), torch.float32)
         self.arrivals = make((streams,), torch.int32)
+        self.shared_memory = 48 << 10 if device.type != "cuda" else _shared_memory(device)
         self.list_count = make((streams,), torch.int32)
         self.page_capacity, self.padded_capacity = 0, False
         self.scratch: dict[StepField, Tensor] = {}
@@ -85,9 +87,7 @@ class StepKernels:
 
     def begin(self, layer: SpinLayer) -> None:
         """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
-        sequences = self.shared.sequences
-        if self.known.get("step") != sequences.step or self.known.get("start") != sequences.start:
-            self._begin_step()
+        self.begin_step()
         store, number = layer.store, layer.number
         assert store is not None
         frames = store.frames
@@ -108,8 +108,11 @@ class StepKernels:
             _upload(fields, self.layer_fields[number])
             self.layer_known[number] = known
 
-    def _begin_step(self) -> None:
+    def begin_step(self) -> None:
+        """Bring the step descriptor up to the present step."""
         sequences = self.shared.sequences
+        if self.known.get("step") == sequences.step and self.known.get("start") == sequences.start:
+            return
         follows = self.known.get("length") == sequences.start and self.known.get("events") == sequences.events
         if not follows:
             self.found_for.fill_(-1)
@@ -217,7 +220,7 @@ class StepKernels:
         method, store, fields = self.shared.method, layer.store, self._fields(layer)
         assert isinstance(method, ShadowKV)
         assert store is not None
-        shapes, page_size = self._shapes(layer), self.shared.sequences.page_size
+        shapes = self._shapes(layer)
         common = {name: shapes[name] for name in ("H", "PAGE", "SEGMENT", "ROWS", "PADDED")}
         query = _rows(call.query.flatten(1, 2))
         if not self.known["planned"]:
@@ -234,27 +237,34 @@ class StepKernels:
             self.launch.score[(streams, self.splits)](
                 self.step, fields, one, self.stats, plan, self.splits, *one.stride()[:2], call.scale,
                 SUMMARY=shapes["SUMMARY"], G=self.group, BLOCK_G=self.block_g, DK=shapes["DK"],
-                BLOCK_K=shapes["BLOCK_K"], TILE=64, **common, num_warps=4,
+                BLOCK_K=shapes["BLOCK_K"], TILE=64 if store.home.dtype.itemsize > 2 else 128, **common, num_warps=4,
             )  # fmt: skip
             self.launch.rank[(streams, self.rank_programs)](
                 self.step, fields, self.stats, plan, self.outliers[layer.number], self.splits,
                 SUMMARY=shapes["SUMMARY"], OUTLIERS=method.outlier_pages_per_1024 > 0, G=self.group,
-                BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES, **common, num_warps=8,
+                BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES,
+                HEADS=min(4, _power_of_two(self.group)), **common, num_warps=8,
             )  # fmt: skip
             self.launch.choose[(streams,)](
                 self.step, fields, plan, self.list_count, layer.counters, i,
-                PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=_CHOOSE_TILE, LIST_TILE=512,
-                SLOT_TILE=2048, **common, num_warps=8,
+                PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=_CHOOSE_TILE, NARROW=min(_CHOOSE_TILE, 2048),
+                LIST_TILE=512, SLOT_TILE=2048, **common, num_warps=8,
             )  # fmt: skip
             self.launch.attend[(streams, self.attend_splits)](
                 self.step, one, out[:, i], call.sinks if call.sinks is not None else one, self.list_count, self.parts,
                 self.part_lse, self.arrivals, i, *one.stride()[:2], out.stride(0), out.stride(2), call.scale,
                 call.softcap or 1.0, CAPPED=call.softcap is not None, SINKS=call.sinks is not None, G=self.group,
-                BLOCK_G=self.block_g, TILE_PAGES=64 // page_size, SPLITS=self.attend_splits,
+                BLOCK_G=self.block_g, TILE_PAGES=self._tile_pages(store, shapes), SPLITS=self.attend_splits,
                 MERGED_G=_power_of_two(self.group), MERGED_SPLITS=min(self.attend_splits, 8),
-                DTYPE=self.launch.dtype(store.home.dtype), num_warps=4,
+                DTYPE=self.launch.dtype(store.home.dtype), num_warps=4, num_stages=2,
                 **{name: shapes[name] for name in ("H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "PADDED")},
             )  # fmt: skip
+
+    def _tile_pages(self, store: PageStore, shapes: dict[str, Any]) -> int:
+        """Pages of a tile of attention: 64 tokens, or what a program's shared memory holds."""
+        row_bytes = (shapes["BLOCK_K"] + shapes["BLOCK_V"]) * store.home.dtype.itemsize
+        tokens = min(64, _power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
+        return max(16, tokens, store.page_size) // store.page_size
 
     def _serves(self, layer: SpinLayer) -> bool:
         store = layer.store
@@ -294,6 +304,12 @@ class StepKernels:
             "BLOCK_V": max(16, _power_of_two(store.value_dim)), "PAGE": store.page_size, "SEGMENT": SEGMENT_PAGES,
             "ROWS": store.home.rows_per_chunk, "PADDED": self.padded,
         }  # fmt: skip
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - 4096  # some is for reductions
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:

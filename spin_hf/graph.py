@@ -110,7 +110,8 @@ class CapturedStep:
         }
         self.state = FixedState(layers)
         self.recorder = Recorder()
-        self.outputs: Any = None
+        self.outputs: list[Any] = []
+        self.form: Any = None
 
     def capture(self, forward: Callable[..., Any], cache: Any, shared: SharedState) -> None:
         """Record the call; nothing is computed yet."""
@@ -124,7 +125,8 @@ class CapturedStep:
 
         self.state.bind()
         outputs = self.recorder.record(step)
-        self.outputs = pytree.tree_map(lambda leaf: _CACHE if leaf is cache else leaf, outputs)
+        leaves, self.form = pytree.tree_flatten(outputs)
+        self.outputs = [_CACHE if leaf is cache else leaf for leaf in leaves]
 
     def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
         """Run the step with other contents of `inputs`; returns copies of its outputs."""
@@ -133,9 +135,10 @@ class CapturedStep:
                 static.copy_(inputs[name], non_blocking=True)
         self.state.bind()
         self.recorder.replay()
-        return pytree.tree_map(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else cache if leaf is _CACHE else leaf, self.outputs
-        )
+        leaves = [
+            leaf.clone() if isinstance(leaf, Tensor) else cache if leaf is _CACHE else leaf for leaf in self.outputs
+        ]
+        return pytree.tree_unflatten(leaves, self.form)
 
 
 def graph_model(model: Any) -> nn.Module | None:

@@ -59,6 +59,8 @@ class SharedState:
     captured_length: Tensor | None = None
     warned_waves: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
+    _in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
+    _begun: tuple[list[StepKernels], int] | None = None
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
     def gpu_memory(self, device: torch.device) -> int | None:
@@ -110,9 +112,14 @@ class SharedState:
             as `begin`.
         """
         self.begin(batch_size, num_tokens, new_valid)
-        for layer in self.layers:
-            layer.prepare()
-        for step in self.kernels_in_use():
+        in_use = self.kernels_in_use()
+        for step in in_use:
+            step.begin_step()
+        if self._begun != (in_use, self.sequences.layout):
+            for layer in self.layers:
+                layer.prepare()
+            self._begun = (in_use, self.sequences.layout)
+        for step in in_use:
             step.make_room()
         self.prepared = True
 
@@ -135,7 +142,11 @@ class SharedState:
 
     def kernels_in_use(self) -> list[StepKernels]:
         """The kernels of the present batch, one object for each device and number of heads."""
-        return list(dict.fromkeys(step for layer in self.layers if (step := layer.kernels()) is not None))
+        found = self._in_use
+        if found is None or found[0] != (self.sequences.batch_size, len(self.sequences.stores)):
+            steps = list(dict.fromkeys(step for layer in self.layers if (step := layer.kernels()) is not None))
+            found = self._in_use = ((self.sequences.batch_size, len(self.sequences.stores)), steps)
+        return found[1]
 
     def check_nothing_pending(self) -> None:
         """Raise AttentionError where a layer was updated and its keys never came to the attention function."""
@@ -164,11 +175,16 @@ class SharedState:
         self.visible_length.zero_()
         self.pending, self.committed = None, 0
 
+    def forget_kernels(self) -> None:
+        """After a copy: its kernels have descriptors of their own."""
+        self._step_kernels.clear()
+        self._in_use = self._begun = None
+
     def dispose(self) -> None:
         """Let go of layers and storage, which refer to each other; the cache is gone."""
         self.layers.clear()
         self.sequences.stores.clear()
-        self._step_kernels.clear()
+        self.forget_kernels()
         self.pending = None
 
     def truncate(self, length: int) -> None:

@@ -24,6 +24,8 @@ ATTRIBUTE = "steps"
 class WrappedForward:
     """The forward of one model."""
 
+    __signature__: inspect.Signature
+
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
         self.previous: Callable[..., Any] | None = model.__dict__.get("forward")
@@ -59,7 +61,7 @@ _wrapped: weakref.WeakKeyDictionary[nn.Module, WrappedForward] = weakref.WeakKey
 
 def acquire(model: nn.Module) -> weakref.ref[nn.Module]:
     """Count one more cache of `model` and wrap its forward; returns what `release` takes."""
-    wrapped = _wrapped.get(model)
+    wrapped: Any = _wrapped.get(model)
     if wrapped is None or model.__dict__.get("forward") is not wrapped:
         wrapped = WrappedForward(model)
         _wrapped[model] = wrapped
@@ -71,9 +73,9 @@ def acquire(model: nn.Module) -> weakref.ref[nn.Module]:
 def release(reference: weakref.ref[nn.Module]) -> None:
     """Count one cache less; the last one unwraps the forward."""
     model = reference()
-    wrapped = None if model is None else _wrapped.get(model)
-    if model is None or wrapped is None:
+    if model is None or model not in _wrapped:
         return
+    wrapped = _wrapped[model]
     wrapped.users -= 1
     if wrapped.users == 0 and model.__dict__.get("forward") is wrapped:
         del _wrapped[model]

@@ -57,11 +57,12 @@ def attend_kernel(
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    share = tl.cdiv(tl.cdiv(count, SPLITS), TILE_PAGES) * TILE_PAGES
+    share = tl.cdiv(count, SPLITS)
     begin = split * share
-    for start in range(begin, tl.minimum(begin + share, count), TILE_PAGES):
+    stop = tl.minimum(begin + share, count)
+    for start in range(begin, stop, TILE_PAGES):
         entry = start + place // PAGE
-        here = entry < count
+        here = entry < stop
         page = tl.load(listed + entry, mask=here, other=-1)
         address = tl.load(source + entry, mask=here, other=0)
         frame = tl.load(target + entry, mask=here, other=0)
@@ -115,8 +116,8 @@ def attend_kernel(
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         chunk = tl.arange(0, MERGED_SPLITS)
         inside = (heads < G)[None, :, None] & (column_v < DV)[None, None, :]
-        for start in tl.static_range(0, SPLITS, MERGED_SPLITS):
-            part = bh * SPLITS + start + chunk
+        for from_split in tl.static_range(0, SPLITS, MERGED_SPLITS):
+            part = bh * SPLITS + from_split + chunk
             lses = tl.load(
                 part_lse + part[:, None] * BLOCK_G + heads[None, :],
                 mask=real,

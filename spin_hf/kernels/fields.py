@@ -98,7 +98,7 @@ class Counter(IntEnum):
     EVICTIONS = 4
 
 
-PART_PAGES = 4096
+PART_PAGES = 2048
 """Pages that one program ranks at a time."""
 
 MAX_QUERIES = 16

@@ -76,7 +76,7 @@ def rank_kernel(
     step, layer, stats, plan, outliers, num_splits,
     SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    PART: tl.constexpr,
+    PART: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) ranks parts i, i + num_programs(1), ...
 
@@ -102,15 +102,19 @@ def rank_kernel(
         keys = tl.zeros([PART], tl.int32)
         if scored:
             best = tl.full([PART], float("-inf"), tl.float32)
-            for g in tl.static_range(G):
-                split = tl.arange(0, SPLITS)
-                place = stats + (bh * num_splits + split) * 2 * BLOCK_G + g
-                most = tl.load(place, mask=split < num_splits, other=float("-inf"))
-                sums = tl.load(place + BLOCK_G, mask=split < num_splits, other=0.0)
-                highest = tl.max(most, 0)
+            split = tl.arange(0, SPLITS)
+            known = (split < num_splits)[None, :]
+            for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
+                heads = g + tl.arange(0, HEADS)
+                place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
+                most = tl.load(place, mask=known, other=float("-inf"))
+                sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
+                highest = tl.max(most, 1)
                 shift = tl.where(highest == float("-inf"), 0.0, highest)
-                lse = shift + tl.log(tl.sum(sums * tl.exp(most - shift), 0))
-                best = tl.maximum(best, tl.load(logits + g * capacity + pages, mask=inside, other=0.0) - lse)
+                lse = shift + tl.log(tl.sum(sums * tl.exp(most - shift[:, None]), 1))
+                there = inside[None, :] & (heads < G)[:, None]
+                each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
+                best = tl.maximum(best, tl.max(tl.where(there, each - lse[:, None], float("-inf")), 0))
             keys = tl.maximum(sortable(best), LOWEST + 1)
             if OUTLIERS:
                 unlike = outlier_keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS)
@@ -145,8 +149,8 @@ def _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts):
 def choose_kernel(
     step, layer, plan, list_count, counters, query_index,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, LIST_TILE: tl.constexpr,
-    SLOT_TILE: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, NARROW: tl.constexpr,
+    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
@@ -185,7 +189,11 @@ def choose_kernel(
         edge = tl.full([], -(1 << 31), tl.int64)
         needed = total
         if wanted < total:
-            if width <= TILE:
+            if width <= NARROW:
+                _, few = _ranked(tl.arange(0, NARROW), ranked_page, ranked_key, ranked_count, stride, num_parts)
+                edge = _reached_by(few, wanted)
+                needed = wanted - tl.sum((few > edge).to(tl.int32), 0)
+            elif width <= TILE:
                 _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
                 edge = _reached_by(keys, wanted)
                 needed = wanted - tl.sum((keys > edge).to(tl.int32), 0)
@@ -197,8 +205,8 @@ def choose_kernel(
                     _, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
                     needed -= tl.sum((keys > edge).to(tl.int32), 0)
         ties_before = tl.zeros([], tl.int32)
-        for start in range(0, width, TILE):
-            offsets = start + tl.arange(0, TILE)
+        for start in range(0, width, NARROW):
+            offsets = start + tl.arange(0, NARROW)
             pages, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
             ties = (keys == edge) & (keys > LOWEST)
             tie_rank = ties_before + tl.cumsum(ties.to(tl.int32), 0)

@@ -74,6 +74,10 @@ class Sequences:
         """The clock of the residency: counts queries, of prefills one."""
         self.events = 0
         """Changes to the past: anything but tokens that follow."""
+        self.layout = 0
+        """Counts what may have moved or resized memory: new room, and changes to the past."""
+        self._room: tuple[int, ...] | None = None
+        """What room was last made for."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
@@ -102,6 +106,7 @@ class Sequences:
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
         store.reserve(self.batch_size, len(self.refcounts), self.num_pages)
         self.stores.append(store)
+        self.layout += 1
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step that appends `num_tokens` to every sequence: take segments, unshare those that will be written.
@@ -155,7 +160,7 @@ class Sequences:
 
     def unshare(self, sequence: int, pages: range) -> None:
         """Give a sequence its own copy of the segments of `pages`, where others share them."""
-        self.events += 1
+        self._changed()
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
         for index in range(pages.start // SEGMENT_PAGES, -(-pages.stop // SEGMENT_PAGES)):
@@ -168,7 +173,7 @@ class Sequences:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
-        self.events += 1
+        self._changed()
         keep = -(-length // (self.page_size * SEGMENT_PAGES))
         for row in self.directory:
             for segment in row[keep:]:
@@ -182,7 +187,7 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
-        self.events += 1
+        self._changed()
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
             held = self.batch_size
@@ -204,7 +209,7 @@ class Sequences:
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
-        self.events += 1
+        self._changed()
         for row in self.directory:
             for segment in row:
                 self._release(segment)
@@ -229,11 +234,19 @@ class Sequences:
         expected = (self.batch_size, self.length)
         _check(valid is None or tuple(valid.shape) == expected, f"padding mask is not {expected}")
 
-    def _make_room(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+    def _changed(self) -> None:
+        self.events, self.layout, self._room = self.events + 1, self.layout + 1, None
+
+    def _make_room(self, *room: int) -> None:
+        """Let the stores take a batch size, segments and pages; most steps need what the step before needed."""
+        if room == self._room:
+            return
+        self.layout, self._room = self.layout + 1, None
         for store in self.stores:
-            store.check(batch_size, num_segments, num_pages)
+            store.check(*room)
         for store in self.stores:
-            store.reserve(batch_size, num_segments, num_pages)
+            store.reserve(*room)
+        self._room = room
 
     def _release(self, segment: int) -> None:
         self.refcounts[segment] -= 1

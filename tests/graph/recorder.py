@@ -36,7 +36,7 @@ class FakeRecorder:
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launch.launchers)
-    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    monkeypatch.setattr(decode, "_PROGRAMS", 4)
     monkeypatch.setattr(
         spin_hf.cache, "graph_model", lambda model: model if isinstance(model, torch.nn.Module) else None
     )
