@@ -12,7 +12,8 @@
 
 TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three (fewer tokens for the slow ones); for
 the two graphs, of replays. How much of a step's selection the step before had selected too depends on the weights; it is
-measured with token embeddings that are all alike and with independent ones: `measured_overlap`. Writes `benchmarks/results/decode-<shape>.json`.
+measured with token embeddings that are all alike and with independent ones, as `measured_overlap`.
+Writes `benchmarks/results/decode-<shape>.json`.
 """
 
 from __future__ import annotations
@@ -286,7 +287,8 @@ def spin(model: Any, num_tokens: int, budget: int, spreads: dict[str, float], **
         held, after = cache.get_seq_length(), cache.stats()
         loads = (after.loads - before.loads) / (TIMES * (FEW + MANY) + FEW)
         rows.append({
-            "cache": "spin", "embeddings": name, "gpu_memory": options.get("gpu_memory", "auto"), **times, "fill_s": round(filled, 2),
+            "cache": "spin", "embeddings": name, "gpu_memory": options.get("gpu_memory", "auto"), **times,
+            "fill_s": round(filled, 2),
             "loads_mib_per_token": round(loads * 8 * 2 * states(model.config, 1)[0].shape[-1] * 2 / 2**20, 3),
             "hit_rate": round(after.hit_rate, 4), "attended_tokens": round(after.attended_tokens, 1),
             "gpu_gib": round(after.gpu_bytes / 2**30, 2), "cpu_gib": round(after.cpu_bytes / 2**30, 2),

@@ -25,8 +25,8 @@ from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
-    from .storage.pages import PageStore
     from .shared import SharedState
+    from .storage.pages import PageStore
 
 _MIN_PAGES = 512
 _CHOOSE_TILE = 8192

@@ -153,7 +153,7 @@ class DecodeSteps:
     """The decode steps of one cache on one model.
 
     Args:
-        model: whose forward is wrapped; not kept alive.
+        model: whose forward is wrapped; kept alive once a step has run, as a graph reads its parameters.
         layers, shared, log: of the cache.
     """
 
@@ -268,10 +268,9 @@ class DecodeSteps:
         sequences, mask = self.shared.sequences, kwargs.get("attention_mask")
         if mask is None and sequences.mask.valid is None:
             return None
+        mask = padding_mask_of(mask, self.shared.committed + 1)
         if mask is not None and sequences.mask.valid is None and bool(mask.all()):
             return None
-        length = self.shared.committed + 1
-        mask = padding_mask_of(mask, length)
         self.shared.reconcile(sequences.batch_size, mask)
         if mask is None:
             return None
