@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 import spin_hf.cache
 from spin_hf import decode, graph
-from spin_hf.kernels import launch
 
 
 class FakeRecorder:
@@ -35,6 +34,8 @@ class FakeRecorder:
 
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
+    from spin_hf.kernels import launch  # needs triton
+
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launch.launchers)
     monkeypatch.setattr(decode, "_PROGRAMS", 4)
     monkeypatch.setattr(

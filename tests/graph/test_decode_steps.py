@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from copy import deepcopy
 from typing import Any
 
@@ -15,7 +16,10 @@ from spin_hf import SpinCache
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import FakeRecorder, capture_on_cpu
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs"),
+]
 
 PROMPT = 41
 OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
