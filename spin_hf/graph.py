@@ -165,6 +165,8 @@ class DecodeSteps:
         self.watch: ModelWatch | None = None
         self.kernels: list[Any] = []
         self.refused: str | None = None
+        self.running = False
+        """Whether a call is in progress: somebody wrapped a wrapped forward, and the outer wrap has it."""
 
     def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """Call `forward(**kwargs)`, as a replay where that gives the same.
@@ -172,8 +174,15 @@ class DecodeSteps:
         Raises:
             what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
         """
-        if model is not self.model() or not self._is_decode_step(kwargs):
+        if self.running or model is not self.model() or not self._is_decode_step(kwargs):
             return forward(**kwargs)
+        self.running = True
+        try:
+            return self._run(model, forward, kwargs)
+        finally:
+            self.running = False
+
+    def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         self._look_at(model)
         reason = self.refused or self._reason_this_call(model, kwargs)
         if reason is not None:

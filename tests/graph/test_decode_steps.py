@@ -109,6 +109,27 @@ def test_the_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "forward" not in model.__dict__
 
 
+@torch.no_grad()
+def test_a_forward_that_was_wrapped_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_cpu(monkeypatch)
+    model = build_model("llama").eval()
+    expected = _loop_after_prompt(model, SpinCache(model.config, **OPTIONS))
+    first = SpinCache(model)
+    wrapped, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: (calls.append(1), wrapped(*args, **kwargs))[1])
+    cache = SpinCache(model, **OPTIONS)
+    assert torch.equal(_loop_after_prompt(model, cache), expected)
+    assert FakeRecorder.replays == 2
+    assert calls
+    cache.check_integrity()
+    del first
+
+
+def _loop_after_prompt(model: Any, cache: SpinCache) -> torch.Tensor:
+    model(_inputs()["input_ids"], past_key_values=cache)
+    return _loop(model, cache, torch.tensor([[5, 6, 7], [8, 9, 10]]))
+
+
 def _replays_of_a_step(model: Any, cache: SpinCache) -> int:
     before = FakeRecorder.replays
     _loop(model, cache, torch.full((2, 1), 5))
