@@ -43,8 +43,6 @@ def reason_not_captured(model: nn.Module, layers: list[Any], shared: SharedState
                 return f"method {shared.method} has no kernels for its layers"
         elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
             return f"a {type(layer).__name__} of its cache grows with every token"
-        elif getattr(layer, "record_past", False):
-            return "its window or linear-attention layers record the past"
     return None
 
 
@@ -104,8 +102,4 @@ def _adapters(modules: list[Any]) -> list[Any]:
 
 def host_state() -> tuple[Any, ...]:
     """What of the calling thread's torch settings decides which launches a forward makes."""
-    return (
-        torch.is_autocast_enabled("cuda"),
-        torch._C._len_torch_dispatch_stack(),
-        torch.get_float32_matmul_precision(),
-    )
+    return torch._C._len_torch_dispatch_stack(), torch.get_float32_matmul_precision()

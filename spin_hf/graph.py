@@ -65,8 +65,7 @@ class FixedState:
     """
 
     def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        self.windows = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self.windows = _windows(layers)
         self.places = [
             place
             for layer in layers
@@ -86,6 +85,10 @@ class FixedState:
         """After a step: windows count their tokens on the host."""
         for layer in self.windows:
             layer.cumulative_length = length
+
+
+def _windows(layers: list[Any]) -> list[Any]:
+    return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
 
 def _places(layer: Any) -> list[tuple[dict[Any, Any], Any]]:
@@ -117,7 +120,6 @@ class CapturedStep:
         """Record the call; nothing is computed yet."""
 
         def step() -> Any:
-            self.state.bind()
             with shared.capturing():
                 outputs = forward(**self.inputs, past_key_values=cache)
             self.state.bind()
@@ -164,6 +166,8 @@ class DecodeSteps:
         """Key of a call -> its graph; None where it ran once, eagerly."""
         self.watch: ModelWatch | None = None
         self.kernels: list[Any] = []
+        self.held: list[Any] = []
+        """The layers captured; `reset` replaces those that are not paged."""
         self.refused: str | None = None
         self.running = False
         """Whether a call is in progress: somebody wrapped a wrapped forward, and the outer wrap has it."""
@@ -227,33 +231,28 @@ class DecodeSteps:
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: Any) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
             step = CapturedStep(inputs, self.layers)
-            before = [dict(layer.__dict__) for layer in self._windows()]
+            windows = _windows(self.layers)
+            before = [dict(layer.__dict__) for layer in windows]
             try:
                 step.capture(forward, cache, self.shared)
             except BaseException:
-                for layer, attributes in zip(self._windows(), before, strict=True):
+                for layer, attributes in zip(windows, before, strict=True):
                     layer.__dict__.update(attributes)
                 raise
         return step
 
     def _is_decode_step(self, kwargs: dict[str, Any]) -> bool:
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        shared = self.shared
-        return (
-            isinstance(new, Tensor)
-            and new.dim() >= 2
-            and tuple(new.shape[:2]) == (shared.sequences.batch_size, 1)
-            and shared.committed > 0
-            and all(layer.store is not None for layer in shared.layers)
-            and bool(shared.layers)
-        )
+        shape = (self.shared.sequences.batch_size, 1)
+        return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.shared.committed > 0
 
     def _look_at(self, model: nn.Module) -> None:
-        """Start anew where the model or the kernels are others than those captured."""
+        """Start anew where the model, the layers or the kernels are others than those captured."""
         kernels = self.shared.kernels_in_use()
-        if self.watch is None or kernels != self.kernels or not self.watch.unchanged():
+        same = kernels == self.kernels and self.layers == self.held
+        if self.watch is None or not same or not self.watch.unchanged():
             self.captured.clear()
-            self.watch, self.kernels = ModelWatch(model), kernels
+            self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
             self.refused = reason_not_captured(model, self.layers, self.shared)
 
     def _reason_this_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
@@ -261,6 +260,8 @@ class DecodeSteps:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "its attention mask is more than padding"
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            return "its window or linear-attention layers record the past"
         if model.training:
             return "the model is in training mode; call model.eval()"
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
@@ -281,9 +282,7 @@ class DecodeSteps:
         if mask is not None and sequences.mask.valid is None and bool(mask.all()):
             return None
         self.shared.reconcile(sequences.batch_size, mask)
-        if mask is None:
-            return None
-        return mask[:, -1:]
+        return None if mask is None else mask[:, -1:]
 
     def _key(self, inputs: dict[str, Any]) -> Any:
         padded = self.shared.sequences.mask.valid is not None
@@ -296,7 +295,7 @@ class DecodeSteps:
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""
-        windows = self._windows()
+        windows = _windows(self.layers)
         if any(layer.cumulative_length < layer.sliding_window for layer in windows):
             return False
         valid = self.shared.sequences.mask.valid
@@ -304,9 +303,6 @@ class DecodeSteps:
             return True
         widest = max(layer.sliding_window for layer in windows)
         return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
-
-    def _windows(self) -> list[Any]:
-        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
     def _take_back(self) -> None:
         """After a capture that failed: nothing was computed, so nothing but the host's count has changed."""

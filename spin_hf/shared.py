@@ -80,6 +80,7 @@ class SharedState:
         found = self._step_kernels.get(key)
         if found is None or found.batch_size != batch_size:
             found = self._step_kernels[key] = StepKernels(self, launch, device, batch_size, num_heads)
+            self._in_use = None
         return found
 
     def counted(self) -> dict[str, int]:

@@ -33,30 +33,30 @@ def _inputs(padded: bool = False) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _generate(model: Any, cache: SpinCache, padded: bool = False, **options: Any) -> Any:
+def _generate(model: Any, cache: SpinCache, padded: bool = False) -> Any:
     return model.generate(
         **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
-        **{"max_new_tokens": 5, "do_sample": False} | options,
+        max_new_tokens=5, do_sample=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("family", "padded", "options"),
+    ("family", "padded"),
     [
-        ("llama", False, {}),
-        ("llama", True, {}),
-        ("gemma3_text", False, {}),  # windows
-        ("qwen3_next", False, {}),  # linear attention
+        ("llama", False),
+        ("llama", True),
+        ("gemma3_text", False),  # windows
+        ("qwen3_next", False),  # linear attention
     ],
 )
-def test_the_same_as_eager(family: str, padded: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(family).eval()
     recorder = capture_on_cpu(monkeypatch)
     eager = SpinCache(model.config, **OPTIONS)
-    expected = _generate(model, eager, padded, **options)
+    expected = _generate(model, eager, padded)
     assert not recorder.replays
     cache = SpinCache(model, **OPTIONS)
-    actual = _generate(model, cache, padded, **options)
+    actual = _generate(model, cache, padded)
     assert recorder.replays == 3  # one token by the prefill, one eagerly
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
@@ -134,6 +134,37 @@ def _replays_of_a_step(model: Any, cache: SpinCache) -> int:
     before = FakeRecorder.replays
     _loop(model, cache, torch.full((2, 1), 5))
     return FakeRecorder.replays - before
+
+
+def test_kernels_in_use_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_cpu(monkeypatch)
+    model = build_model("llama").eval()
+    cache = SpinCache(model, **OPTIONS)
+    tokens = torch.randint(3, 100, (2, 3), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        model(_inputs()["input_ids"], past_key_values=cache)
+        _loop(model, cache, tokens[:, :2])
+        cache.batch_select_indices(torch.tensor([0]))
+        model(tokens[:1], past_key_values=cache)  # several tokens: not a step to capture, but kernels of another batch
+    cache.batch_repeat_interleave(2)
+    assert _replays_of_a_step(model, cache) == 0
+    assert cache._shared.kernels_in_use() == [cache.layers[0].kernels()]
+    cache.check_integrity()
+
+
+def test_windows_of_a_reset_cache_and_of_one_that_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_cpu(monkeypatch)
+    model = build_model("gemma3_text").eval()
+    with torch.no_grad():
+        expected = _loop_after_prompt(model, SpinCache(model.config, **OPTIONS))
+        cache = SpinCache(model, **OPTIONS)
+        for replays in (2, 4):
+            cache.reset()
+            torch.testing.assert_close(_loop_after_prompt(model, cache), expected, rtol=0, atol=1e-4)
+            assert FakeRecorder.replays == replays
+            assert cache.layers[0].get_seq_length() == PROMPT + 3
+    cache.activate_past_recording()
+    assert _replays_of_a_step(model, cache) == 0
 
 
 def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
