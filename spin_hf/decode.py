@@ -49,8 +49,6 @@ class StepKernels:
         self.shared, self.launch, self.device = shared, launch, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.group = self.value_dim = 0
-        self.merged_for = (0, 0)
-        """Query heads of a KV head and value size that the merge buffers are for."""
         self.block_g = 16
         streams = batch_size * num_heads
         self.splits = min(64, max(1, _power_of_two(_PROGRAMS // streams)))
@@ -141,11 +139,22 @@ class StepKernels:
         """Scratch for the step that has begun; before the first one its size is unknown."""
         num_pages = self.shared.sequences.num_pages
         if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
-            self._grow(num_pages, self.group, self.value_dim)
+            self._grow(num_pages)
 
-    def _grow(self, num_pages: int, group: int, value_dim: int) -> None:
-        """Scratch for contexts of `num_pages` pages and more."""
+    def _fit(self, group: int, value_dim: int) -> None:
+        """Buffers for layers of so many query heads a KV head; captured launches hold their addresses."""
         self.group, self.value_dim, self.block_g = group, value_dim, max(16, _power_of_two(group))
+        streams = self.batch_size * self.num_heads
+        self.stats, self.parts, self.part_lse = (
+            torch.empty((streams, width), dtype=torch.float32, device=self.device)
+            for width in (
+                self.splits * 2 * self.block_g, self.attend_splits * group * value_dim, self.attend_splits * self.block_g
+            )
+        )  # fmt: skip
+        self.page_capacity = 0  # what `_grow` makes is for so many query heads too
+
+    def _grow(self, num_pages: int) -> None:
+        """Scratch for contexts of `num_pages` pages and more."""
         options, page_size = self.shared.options, self.shared.sequences.page_size
         pages = max(_MIN_PAGES, _power_of_two(num_pages))
         chosen = listed = pages
@@ -175,12 +184,6 @@ class StepKernels:
         fields[StepField.RANKED_PARTS], fields[StepField.RANKED_STRIDE] = parts, stride
         _upload(fields, self.step)
         self.page_capacity, self.padded_capacity = pages, self.padded
-        if (group, value_dim) == self.merged_for:
-            return  # captured launches hold the addresses of these
-        self.merged_for = (group, value_dim)
-        self.stats = make(self.splits * 2 * self.block_g, torch.float32)
-        self.parts = make(self.attend_splits * group * value_dim, torch.float32)
-        self.part_lse = make(self.attend_splits * self.block_g, torch.float32)
 
     def _point(self, tensors: dict[StepField, Tensor]) -> None:
         """Keep tensors, and their addresses for the next upload."""
@@ -212,9 +215,9 @@ class StepKernels:
             out: [B, Q, heads, Dv]; written.
         """
         self.begin(layer)
-        group, value_dim, num_pages = call.query.shape[2], out.shape[-1], self.shared.sequences.num_pages
+        group, value_dim = call.query.shape[2], out.shape[-1]
         if (group, value_dim) != (self.group, self.value_dim):
-            self._grow(num_pages, group, value_dim)
+            self._fit(group, value_dim)
         self.make_room()
         streams = self.batch_size * self.num_heads
         method, store, fields = self.shared.method, layer.store, self._fields(layer)

@@ -278,10 +278,7 @@ def spin_mask(
 
 def padding_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
     """A padding mask [B, n] as bool [B, length]; as in transformers' own masks, what it does not cover is padding."""
-    if mask is None:
-        return None
-    missing = length - mask.shape[1]
-    return torch.nn.functional.pad(mask, (0, missing)).bool()[:, :length] if missing > 0 else mask.bool()[:, :length]
+    return None if mask is None else torch.nn.functional.pad(mask, (0, length - mask.shape[1])).bool()
 
 
 AttentionInterface.register(switch.NAME, spin_attention)
