@@ -65,6 +65,9 @@ CHUNK = 32768
 FEW, MANY, TIMES = 8, 72, 3
 PAGED_FROM, CAP = 131072, "4GiB"
 """From this context on the cache is measured with a cap on its GPU memory too."""
+TOO_SLOW = ("offloaded", "static")
+"""What is left out beyond that context."""
+SPREADS = {"same token": 0.0, "random tokens": 1.0}
 
 
 def build(shape: str) -> Any:
@@ -246,7 +249,7 @@ def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool) -> dict[s
 # ------------------------------------------------------------------------------------------------------------------ spin
 
 
-def overlap(model: Any, cache: SpinCache, num_tokens: int, steps: int = 6) -> float:
+def overlap(model: Any, cache: SpinCache, steps: int = 6) -> float:
     """Share of a step's pages that the step before had selected too, over layers and KV heads; runs eager steps."""
     shared, seen, shares = cache._shared, {}, []
     kernels = shared.kernels_in_use()[0]
@@ -271,32 +274,37 @@ def overlap(model: Any, cache: SpinCache, num_tokens: int, steps: int = 6) -> fl
     return sum(shares) / len(shares)
 
 
-def spin(model: Any, num_tokens: int, budget: int, spreads: dict[str, float], **options: Any) -> list[dict[str, Any]]:
-    """Rows of one context, one for each overlap."""
+def spin(model: Any, num_tokens: int, budget: int, **options: Any) -> list[dict[str, Any]]:
+    """Rows of one context, one for each kind of embeddings."""
     torch.cuda.synchronize()
     cache = SpinCache(model, budget=budget, **options)
     started = time.perf_counter()
     fill_spin(cache, model.config, num_tokens)
     torch.cuda.synchronize()
-    filled, rows = time.perf_counter() - started, []
-    held = num_tokens
-    for name, spread in spreads.items():
+    filled, rows, held = time.perf_counter() - started, [], num_tokens
+    row_bytes = cache.layers[0].store.home.row_bytes
+    for name, spread in SPREADS.items():
         spread_embeddings(model, spread)
         before = cache.stats()
         times = tpot(model, cache, held)
         held, after = cache.get_seq_length(), cache.stats()
-        loads = (after.loads - before.loads) / (TIMES * (FEW + MANY) + FEW)
+        loads, hits = after.loads - before.loads, _hits(after) - _hits(before)
         rows.append({
             "cache": "spin", "embeddings": name, "gpu_memory": options.get("gpu_memory", "auto"), **times,
             "fill_s": round(filled, 2),
-            "loads_mib_per_token": round(loads * 8 * 2 * states(model.config, 1)[0].shape[-1] * 2 / 2**20, 3),
-            "hit_rate": round(after.hit_rate, 4), "attended_tokens": round(after.attended_tokens, 1),
+            "loads_mib_per_token": round(loads * row_bytes / (TIMES * (FEW + MANY) + FEW) / 2**20, 3),
+            "hit_rate": round(hits / (hits + loads), 4) if hits + loads else 1.0,
+            "attended_tokens": round(after.attended_tokens, 1),
             "gpu_gib": round(after.gpu_bytes / 2**30, 2), "cpu_gib": round(after.cpu_bytes / 2**30, 2),
             "captured": sum(step is not None for step in cache.steps.captured.values()),
-            "measured_overlap": round(overlap(model, cache, held), 4),
+            "measured_overlap": round(overlap(model, cache), 4),
         })  # fmt: skip
         held = cache.get_seq_length()
     return rows
+
+
+def _hits(stats: Any) -> float:
+    return stats.loads * stats.hit_rate / (1 - stats.hit_rate) if stats.loads else 0.0
 
 
 def attempt(label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -314,8 +322,8 @@ def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]
     """Rows of one context, one for each other cache."""
     config = model.config
 
-    def filled(cache: Cache, tokens: int = num_tokens) -> Cache:
-        fill(cache, config, tokens)
+    def filled(cache: Cache) -> Cache:
+        fill(cache, config, num_tokens)
         return cache
 
     def static() -> dict[str, Any]:
@@ -374,12 +382,10 @@ def main() -> None:
     for num_tokens in options.tokens:
         gc.collect()
         torch.cuda.empty_cache()
-        rows = [*spin(model, num_tokens, options.budget, {"same token": 0.0, "random tokens": 1.0})]
+        rows = spin(model, num_tokens, options.budget)
         if num_tokens >= PAGED_FROM:
-            rows += spin(model, num_tokens, options.budget, {"same token": 0.0, "random tokens": 1.0}, gpu_memory=CAP)
-        names = (
-            options.rivals if num_tokens <= 131072 else [n for n in options.rivals if n not in ("offloaded", "static")]
-        )
+            rows += spin(model, num_tokens, options.budget, gpu_memory=CAP)
+        names = [name for name in options.rivals if num_tokens <= PAGED_FROM or name not in TOO_SLOW]
         for row in rows + rivals(model, num_tokens, names):
             result["rows"].append({"tokens": num_tokens, **row})
             print(result["rows"][-1], flush=True)
