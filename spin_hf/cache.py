@@ -22,17 +22,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import wrap
+from . import kernels, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method
+from .attention.shadowkv import ShadowKV
+from .compiled import pool_of
 from .config import SpinOptions
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
-from .layer_kinds import build_layers, check_model
+from .layer_kinds import build_layers, check_model, is_placeholder
 from .plan import StepPlan
 from .shared import SharedState, check_batch
 from .stats import CacheStats
@@ -87,6 +89,8 @@ class SpinCache(Cache):
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._shared)
+        if isinstance(model, PreTrainedConfig) and self._may_be_compiled():
+            self._shared.pool = pool_of(config)
         self._bind(config, graph_model(model))
 
     def __repr__(self) -> str:
@@ -131,6 +135,11 @@ class SpinCache(Cache):
         states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         self._log.touched(layer_idx, self.layers)
         return states
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the decode step: with a cache made from a config, on a GPU."""
+        return self._shared.pool is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer; a forward that was interrupted does not count."""
@@ -243,6 +252,7 @@ class SpinCache(Cache):
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
         shared = self._shared
+        shared.settle()
         stores = [layer.store for layer in shared.layers if layer.store is not None]
         frames = [store.frames for store in stores if store.frames is not None]
         counted = shared.counted()
@@ -278,17 +288,23 @@ class SpinCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
+        self._log.settle(self.layers)
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))
-        twin._shared.forget_kernels()
+        twin._shared.forget_kernels(self._shared.counted())
         twin._bind(self._config, None if self.steps is None else self.steps.model())
         return twin
 
     def _unpaged_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, SpinLayer)]
+
+    def _may_be_compiled(self) -> bool:
+        """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph."""
+        served = kernels.on_gpu() and isinstance(self._shared.method, ShadowKV)
+        return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
 
     def _check_switched(self) -> None:
         if self._config._attn_implementation != switch.NAME:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attend import Call
 from .attention.shadowkv import ShadowKV
-from .kernels.fields import MAX_QUERIES, PART_PAGES, LayerField, PlanField, StepField
+from .kernels.fields import MAX_QUERIES, PART_PAGES, Counter, LayerField, PlanField, StepField
 from .plan import pages_of
 from .storage.sequences import SEGMENT_PAGES
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _MIN_PAGES = 512
 _CHOOSE_TILE = 8192
 """Ranked pages that are chosen from without reading them again."""
+_ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES, _MERGED_SPLITS = 128, 8, 1, 32
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
 
@@ -52,12 +53,15 @@ class StepKernels:
         self.block_g = 16
         streams = batch_size * num_heads
         self.splits = min(64, max(1, _power_of_two(_PROGRAMS // streams)))
-        self.attend_splits = min(16, self.splits)
+        self.attend_splits = self._attend_splits(streams)
         self.rank_programs = max(1, _PROGRAMS // 4 // streams)
 
         def make(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
+        overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.overlap: dict[str, Any] = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+        """Programmatic dependent launch: a kernel begins while the one before ends."""
         self.step = make((len(StepField),), torch.int64)
         self.step_fields = [0] * len(StepField)
         """What `step` holds, or will hold once it is uploaded."""
@@ -73,7 +77,9 @@ class StepKernels:
         self.stats = self.parts = self.part_lse = make((0,), torch.float32)
         self.arrivals = make((streams,), torch.int32)
         self.shared_memory = 48 << 10 if device.type != "cuda" else _shared_memory(device)
-        self.list_count = make((streams,), torch.int32)
+        self.list_count = make((streams, 2), torch.int32)
+        self.counters = make((len(shared.layers), len(Counter)), torch.int64)
+        """What the kernels count, for each layer."""
         self.page_capacity, self.padded_capacity = 0, False
         self.scratch: dict[StepField, Tensor] = {}
         self.known: dict[str, Any] = {}
@@ -119,13 +125,13 @@ class StepKernels:
         if self.known.get("directory") is not sequences.directory or not follows:
             width = max(len(row) for row in sequences.directory)
             rows = [row + [0] * (width - len(row)) for row in sequences.directory]
-            directory = torch.tensor(rows, dtype=torch.int32).to(self.device)
+            directory = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
             self._point({StepField.DIRECTORY: directory})
             fields[StepField.DIRECTORY_STRIDE] = width
         valid = sequences.mask.valid
         self.padded = valid is not None
         if valid is not None and self.known.get("valid") is not valid:
-            bits = valid.to(self.device, torch.uint8).contiguous()
+            bits = valid.to(torch.uint8).contiguous().to(self.device, non_blocking=True)
             upto = torch.nn.functional.pad(bits.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
             self._point({StepField.VALID: bits, StepField.UPTO: upto})
             fields[StepField.BASE_TOKENS] = bits.shape[1]
@@ -141,8 +147,10 @@ class StepKernels:
         if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
             self._grow(num_pages)
 
-    def _fit(self, group: int, value_dim: int) -> None:
+    def fit(self, group: int, value_dim: int) -> None:
         """Buffers for layers of so many query heads a KV head; captured launches hold their addresses."""
+        if (group, value_dim) == (self.group, self.value_dim) or not group:
+            return
         self.group, self.value_dim, self.block_g = group, value_dim, max(16, _power_of_two(group))
         streams = self.batch_size * self.num_heads
         self.stats, self.parts, self.part_lse = (
@@ -191,6 +199,43 @@ class StepKernels:
         for field, tensor in tensors.items():
             self.step_fields[field] = tensor.data_ptr()
 
+    def _attend_splits(self, streams: int) -> int:
+        """Programs that share a list of pages: one for each tile of what an int budget lists, if there is room."""
+        most, options = min(64, max(1, _PROGRAMS // streams)), self.shared.options
+        if isinstance(options.budget, float):
+            return most
+        page_size = self.shared.method.page_size
+        zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
+        listed = max(options.budget, options.dense_below) + zones * page_size
+        return min(most, -(-listed // _ATTEND_TOKENS))
+
+    def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
+        """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""
+        tensors = (
+            self.step, self.plan, self.outliers, self.found_for, self.layer_fields, self.layer_addresses, self.counters,
+            self.stats, self.parts, self.part_lse, self.arrivals, self.list_count,
+        )  # fmt: skip
+        store, shared = layer.store, self.shared
+        assert store is not None
+        shapes = tuple(str(value) for value in self._shapes(layer).values())
+        numbers = (
+            self.batch_size,
+            self.group,
+            layer.number,
+            len(shared.layers),
+            store.home.row_bytes,
+            store.home.dtype,
+        )
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        return *addresses, *shapes, *numbers, repr(shared.options), repr(shared.method)
+
+    def release(self) -> None:
+        """The cache is gone: keep what graphs hold addresses of, and nothing else of it."""
+        del self.shared
+        self.scratch, self.known, self.layer_known = {}, {}, [None] * len(self.layer_known)
+        self.page_capacity, self.padded_capacity = 0, False
+        self.counters.zero_()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache makes its own: descriptors hold the addresses of this one's memory."""
         return None
@@ -205,7 +250,7 @@ class StepKernels:
         pages = sequences.num_pages - sequences.start // sequences.page_size
         self.launch.append[(pages, self.batch_size * self.num_heads)](
             self.step, self._fields(layer), key, value, count, *key.stride()[:3], *value.stride()[:3],
-            **self._shapes(layer), num_warps=1,
+            **self._shapes(layer), **self.overlap, num_warps=1,
         )  # fmt: skip
 
     def attend(self, layer: SpinLayer, call: Call, out: Tensor) -> None:
@@ -215,9 +260,7 @@ class StepKernels:
             out: [B, Q, heads, Dv]; written.
         """
         self.begin(layer)
-        group, value_dim = call.query.shape[2], out.shape[-1]
-        if (group, value_dim) != (self.group, self.value_dim):
-            self._fit(group, value_dim)
+        self.fit(call.query.shape[2], out.shape[-1])
         self.make_room()
         streams = self.batch_size * self.num_heads
         method, store, fields = self.shared.method, layer.store, self._fields(layer)
@@ -240,33 +283,36 @@ class StepKernels:
             self.launch.score[(streams, self.splits)](
                 self.step, fields, one, self.stats, plan, self.splits, *one.stride()[:2], call.scale,
                 SUMMARY=shapes["SUMMARY"], G=self.group, BLOCK_G=self.block_g, DK=shapes["DK"],
-                BLOCK_K=shapes["BLOCK_K"], TILE=64 if store.home.dtype.itemsize > 2 else 128, **common, num_warps=4,
+                BLOCK_K=shapes["BLOCK_K"], TILE=64 if store.home.dtype.itemsize > 2 else 128, **common, **self.overlap,
+                num_warps=4,
             )  # fmt: skip
             self.launch.rank[(streams, self.rank_programs)](
                 self.step, fields, self.stats, plan, self.outliers[layer.number], self.splits,
                 SUMMARY=shapes["SUMMARY"], OUTLIERS=method.outlier_pages_per_1024 > 0, G=self.group,
                 BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES,
-                HEADS=min(4, _power_of_two(self.group)), **common, num_warps=8,
+                HEADS=min(4, _power_of_two(self.group)), **common, **self.overlap, num_warps=8,
             )  # fmt: skip
             self.launch.choose[(streams,)](
-                self.step, fields, plan, self.list_count, layer.counters, i,
+                self.step, fields, plan, self.list_count, self.counters[layer.number], i,
                 PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=_CHOOSE_TILE, NARROW=min(_CHOOSE_TILE, 2048),
-                LIST_TILE=512, SLOT_TILE=2048, **common, num_warps=8,
+                LIST_TILE=512, SLOT_TILE=2048, **common, **self.overlap, num_warps=8,
             )  # fmt: skip
             self.launch.attend[(streams, self.attend_splits)](
                 self.step, one, out[:, i], call.sinks if call.sinks is not None else one, self.list_count, self.parts,
-                self.part_lse, self.arrivals, i, *one.stride()[:2], out.stride(0), out.stride(2), call.scale,
+                self.part_lse, self.arrivals, i, query.shape[2], *one.stride()[:2], out.stride(0), out.stride(2), call.scale,
                 call.softcap or 1.0, CAPPED=call.softcap is not None, SINKS=call.sinks is not None, G=self.group,
                 BLOCK_G=self.block_g, TILE_PAGES=self._tile_pages(store, shapes), SPLITS=self.attend_splits,
-                MERGED_G=_power_of_two(self.group), MERGED_SPLITS=min(self.attend_splits, 8),
-                DTYPE=self.launch.dtype(store.home.dtype), num_warps=4, num_stages=2,
+                ALL_SPLITS=_power_of_two(self.attend_splits), MERGED_G=_power_of_two(self.group),
+                MERGED_SPLITS=min(_power_of_two(self.attend_splits), _MERGED_SPLITS),
+                DTYPE=self.launch.dtype(store.home.dtype), **self.overlap, num_warps=_ATTEND_WARPS,
+                num_stages=_ATTEND_STAGES,
                 **{name: shapes[name] for name in ("H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "PADDED")},
             )  # fmt: skip
 
     def _tile_pages(self, store: PageStore, shapes: dict[str, Any]) -> int:
-        """Pages of a tile of attention: 64 tokens, or what a program's shared memory holds."""
+        """Pages of a tile of attention, or fewer if a program's shared memory does not hold them."""
         row_bytes = (shapes["BLOCK_K"] + shapes["BLOCK_V"]) * store.home.dtype.itemsize
-        tokens = min(64, _power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
+        tokens = min(_ATTEND_TOKENS, _power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
         return max(16, tokens, store.page_size) // store.page_size
 
     def _serves(self, layer: SpinLayer) -> bool:

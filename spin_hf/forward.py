@@ -64,6 +64,7 @@ class ForwardLog:
         Raises:
             CacheStateError: it cannot be taken back.
         """
+        self.shared.settle()
         if self.last < 0:
             return
         if (

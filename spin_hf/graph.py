@@ -195,7 +195,7 @@ class DecodeSteps:
         cache = kwargs["past_key_values"]
         inputs = {name: given for name, given in kwargs.items() if name != "attention_mask"}
         self.log.settle(self.layers)
-        new_valid = self._take_padding(kwargs)
+        new_valid = self.shared.take_padding(padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
         if not self._windows_are_full(new_valid):
             return forward(**kwargs)
         key = self._key(inputs)
@@ -272,17 +272,6 @@ class DecodeSteps:
             if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != "past_key_values":
                 return f"its argument {name} is a {type(given).__name__}"
         return None
-
-    def _take_padding(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Reconcile the cache with the call's padding mask; returns the validity [B, 1] of the new tokens, or None."""
-        sequences, mask = self.shared.sequences, kwargs.get("attention_mask")
-        if mask is None and sequences.mask.valid is None:
-            return None
-        mask = padding_mask_of(mask, self.shared.committed + 1)
-        if mask is not None and sequences.mask.valid is None and bool(mask.all()):
-            return None
-        self.shared.reconcile(sequences.batch_size, mask)
-        return None if mask is None else mask[:, -1:]
 
     def _key(self, inputs: dict[str, Any]) -> Any:
         padded = self.shared.sequences.mask.valid is not None

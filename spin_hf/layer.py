@@ -29,7 +29,7 @@ from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.partition import Summaries
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
-from .kernels.fields import MAX_QUERIES, Counter
+from .kernels.fields import MAX_QUERIES
 from .plan import pages_of
 from .shared import SharedState
 from .storage.budget import TierBudget
@@ -58,8 +58,6 @@ class SpinLayer(CacheLayerMixin):
         self.store: PageStore | None = None
         self.attended_tokens = 0
         self.attended_queries = 0
-        self.counters: Tensor | None = None
-        """What the kernels count, int64 [len(Counter)], on the compute device."""
         self.number = len(shared.layers)
         """Its place among the paged layers."""
         self.handle = register_layer(self)
@@ -75,7 +73,7 @@ class SpinLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile the decode step by itself."""
-        return False
+        return self.shared.pool is not None
 
     @property
     def batch_size(self) -> int:
@@ -111,16 +109,23 @@ class SpinLayer(CacheLayerMixin):
         )
         store = PageStore(shared.sequences, num_heads, key_dim, value_dim, shapes, budget, key_states.dtype, device)
         shared.sequences.attach(store)
-        self.counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] with this layer; attention will append and use them. Nothing is stored yet."""
-        shared = self.shared
-        if not torch.compiler.is_compiling():
+        shared, traced = self.shared, torch.compiler.is_compiling()
+        if self.number == 0 and shared.launched is not None and (shared.launched or key_states.shape[-2] != 1):
+            if traced:  # not the forward that was prepared: the op, which finds it prepared still, settles that
+                shared.prepared = False
+            else:
+                shared.settle()
+        if not traced:
             shared.check_nothing_pending()
         if self is shared.layers[-1]:  # layers before may still ask how many tokens there were
-            shared.visible_length.add_(key_states.shape[-2])
+            if not shared.prepared:
+                shared.visible_length.add_(key_states.shape[-2])
+            elif traced:
+                shared.launched = True  # set as the compiled call returns, of a replay too
         shared.pending = self
         key_states = key_states.view_as(key_states)
         setattr(key_states, LAYER_TAG, self)
@@ -135,10 +140,18 @@ class SpinLayer(CacheLayerMixin):
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
         if torch.compiler.is_compiling():
-            return self.shared.visible_length
+            return self._traced_length()
         if self.shared.captured_length is not None:
             return self.shared.captured_length  # type: ignore[no-any-return, unused-ignore]
+        if self.shared.launched:
+            self.shared.finish()
         return self.shared.committed
+
+    def _traced_length(self) -> Tensor:
+        shared = self.shared
+        if not shared.prepared or shared.step_length is None:
+            return shared.visible_length
+        return shared.step_length + 1 if shared.launched else shared.step_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
         """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
@@ -148,12 +161,13 @@ class SpinLayer(CacheLayerMixin):
         """
         shared = self.shared
         if torch.compiler.is_compiling():
-            return query_length, shared.visible_length
+            return query_length, self._traced_length()
         if shared.captured_length is not None:
             return MaskedLength.of(query_length, None), 0
         length = shared.committed
         shared.sequences.check_room(length, query_length)
-        return MaskedLength.of(length + query_length, shared.reconcile), 0
+        expected = query_length == 1 and self.is_compileable
+        return MaskedLength.of(length + query_length, shared.expect if expected else shared.reconcile), 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -181,15 +195,28 @@ class SpinLayer(CacheLayerMixin):
         Raises:
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
+        self.shared.settle()
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
-        if self.shared.prepared:
-            self._launch(call, key, value, append, out)
-            return
         result = self._run(call, key, value, mask, append, out)
         if result is not None:
             out.copy_(result.flatten(1, 2).transpose(1, 2))
         if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
             self.shared.commit()
+
+    @property
+    def step_handle(self) -> int | None:
+        """What the op of prepared steps is called with, if the present step is one."""
+        return self.shared.handle if self.shared.prepared else None
+
+    def launch(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
+        softcap: float | None,
+    ) -> None:  # fmt: skip
+        """As `run`, of the one token of a step that was prepared: nothing is done on the host."""
+        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
+        self._launch(call, key, value, append, out)
+        if append and self is self.shared.layers[-1] and self.shared.launched is not None:
+            self.shared.finish()  # of a compiled forward that is replayed, `settle` does it
 
     def _run(
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
@@ -201,12 +228,14 @@ class SpinLayer(CacheLayerMixin):
             _check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
         if append:
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
-        store = self._store()
+        store, kernels = self._store(), self.kernels()
+        if kernels is not None:
+            kernels.fit(call.query.shape[2], out.shape[-1])
         if mask is not None and not is_padding:
             return attend_masked(call, mask, store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
-        if num_queries <= MAX_QUERIES and self.has_kernels:
+        if num_queries <= MAX_QUERIES and kernels is not None:
             self._launch(call, key, value, False, out)
             return None
         if num_queries > MAX_QUERIES or shared.plan.attends_all():
@@ -226,6 +255,12 @@ class SpinLayer(CacheLayerMixin):
         step = self.kernels()
         assert step is not None
         step.begin(self)
+
+    def recorded(self) -> tuple[Any, ...]:
+        """All that a graph of this layer's launches holds, beside tensors of the model."""
+        step = self.kernels()
+        assert step is not None
+        return step.recorded(self)
 
     def advance(self) -> None:
         """The step's tokens are in this layer's pages."""

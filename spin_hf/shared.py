@@ -3,12 +3,18 @@
     forward:   update(0) run(0)  update(1) run(1)  ...  update(n) run(n)
                begins the step                          commits it: `committed` tokens are what every layer holds
 
+    prepared:  prepare   update(0) launch(0)  ...  update(n) launch(n)   finish
+               the host's part, once                                     commits it
+
+A prepared step is one that `graph.py` captures or replays, or the one token that a compiled forward will take: that is
+prepared by the mask function (`expect`) and finished by whoever looks at the cache next (`settle`).
+
 See `forward.py` for a forward that does not reach the last layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,8 +23,10 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .attention.interface import register_step
 from .attention.partition import Method
 from .attention.shadowkv import ShadowKV
+from .compiled import KernelPool, handle_of
 from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
@@ -38,11 +46,15 @@ class SharedState:
     Attributes:
         model_name: what to call the model in messages.
         visible_length: tokens held, for code that Dynamo traces: advanced by `update`, never read by the custom op.
+        step_length: the same before a step that was prepared, on the device.
         pending: the layer that was updated and has not attended yet.
         committed: tokens that every layer holds.
         commits_with_last_paged: whether no logged layer comes after the last paged one in the present forward.
         prepared: whether the step has begun for all layers, which then only launch.
-        captured_length: tokens held before the step, on the device, while a graph is captured.
+        captured_length: `step_length`, while a graph is captured.
+        launched: None, or whether the compiled forward that a step was prepared for has run.
+        handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
+        pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
     """
 
     options: SpinOptions
@@ -57,10 +69,16 @@ class SharedState:
     commits_with_last_paged: bool = True
     prepared: bool = False
     captured_length: Tensor | None = None
+    step_length: Tensor | None = None
+    launched: bool | None = None
+    handle: int = 0
+    pool: KernelPool | None = None
     warned_waves: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
     _in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
-    _begun: tuple[list[StepKernels], int] | None = None
+    _begun: tuple[list[StepKernels], int, bool] | None = None
+    _counted: dict[str, int] = field(default_factory=dict)
+    """What kernels counted that are gone."""
     _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
 
     def gpu_memory(self, device: torch.device) -> int | None:
@@ -79,14 +97,30 @@ class SharedState:
         key, batch_size = (device, num_heads), self.sequences.batch_size
         found = self._step_kernels.get(key)
         if found is None or found.batch_size != batch_size:
-            found = self._step_kernels[key] = StepKernels(self, launch, device, batch_size, num_heads)
+            taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
+            if taken is None:
+                taken = StepKernels(self, launch, device, batch_size, num_heads)
+            taken.shared = self
+            if found is not None:
+                taken.fit(found.group, found.value_dim)
+                for counter, count in zip(Counter, found.counters.sum(0).tolist(), strict=True):
+                    self._counted[counter.name] = self._counted.get(counter.name, 0) + count
+                self._put_back(found)
+            found = self._step_kernels[key] = taken
             self._in_use = None
         return found
 
+    def _pool_key(self, device: torch.device, batch_size: int, num_heads: int) -> tuple[Hashable, ...]:
+        return device, batch_size, num_heads, len(self.layers), repr(self.method), repr(self.options)
+
+    def _put_back(self, step: StepKernels | None) -> None:
+        if step is not None and self.pool is not None:
+            self.pool.put(self._pool_key(step.device, step.batch_size, step.num_heads), step)
+
     def counted(self) -> dict[str, int]:
         """What the kernels counted so far, by the names of `Counter`; reads the device."""
-        counted = [layer.counters.tolist() for layer in self.layers if layer.counters is not None]
-        return {counter.name: sum(counts[counter] for counts in counted) for counter in Counter}
+        counts = [step.counters.sum(0).tolist() for step in self._step_kernels.values() if step is not None]
+        return {c.name: self._counted.get(c.name, 0) + sum(count[c] for count in counts) for c in Counter}
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step.
@@ -116,17 +150,21 @@ class SharedState:
         in_use = self.kernels_in_use()
         for step in in_use:
             step.begin_step()
-        if self._begun != (in_use, self.sequences.layout):
-            for layer in self.layers:
-                layer.prepare()
-            self._begun = (in_use, self.sequences.layout)
+        padded = self.sequences.mask.valid is not None
         for step in in_use:
             step.make_room()
+        if self._begun != (in_use, self.sequences.layout, padded):
+            for layer in self.layers:
+                layer.prepare()
+            self.handle = handle_of(tuple(layer.recorded() for layer in self.layers))
+            self.step_length = in_use[0].step[StepField.POSITION]
+            self._begun = (in_use, self.sequences.layout, padded)
+        register_step(self.handle, self)
         self.prepared = True
 
     def finish(self) -> None:
         """The step that was prepared has been launched: its tokens count."""
-        self.prepared, self.pending = False, None
+        self.prepared, self.pending, self.launched = False, None, None
         for layer in self.layers:
             layer.advance()
         self.commit()
@@ -135,11 +173,36 @@ class SharedState:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """While a graph is captured, lengths are tensors on the device."""
-        self.captured_length = self.kernels_in_use()[0].step[StepField.POSITION]
+        self.captured_length = self.step_length
         try:
             yield
         finally:
             self.captured_length = None
+
+    def expect(self, batch_size: int, mask: Tensor | None) -> None:
+        """A forward of one token a sequence comes, and may be a compiled one: prepare its step if it can be.
+
+        Args:
+            mask: as for `reconcile`.
+        Raises:
+            as `begin`.
+        """
+        held = self.sequences.batch_size
+        if not self.committed or batch_size != held or not self._can_prepare():
+            self.reconcile(batch_size, mask)
+            return
+        self.prepare(batch_size, 1, self.take_padding(mask))
+        self.launched = False
+
+    def _can_prepare(self) -> bool:
+        return all(layer.has_kernels for layer in self.layers) and all(step.group for step in self.kernels_in_use())
+
+    def settle(self) -> None:
+        """End the step that `expect` prepared: its tokens count if the forward ran, else they are taken back."""
+        if self.launched:
+            self.finish()
+        elif self.launched is not None:
+            self.roll_back()
 
     def kernels_in_use(self) -> list[StepKernels]:
         """The kernels of the present batch, one object for each device and number of heads."""
@@ -166,7 +229,7 @@ class SharedState:
 
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended."""
-        self.pending, self.prepared = None, False
+        self.pending, self.prepared, self.launched = None, False, None
         if self.sequences.length != self.committed:
             self.truncate(self.committed)
 
@@ -174,19 +237,26 @@ class SharedState:
         """Forget all sequences."""
         self.sequences.clear()
         self.visible_length.zero_()
-        self.pending, self.committed = None, 0
+        self.pending, self.prepared, self.launched, self.committed = None, False, None, 0
 
-    def forget_kernels(self) -> None:
-        """After a copy: its kernels have descriptors of their own."""
+    def forget_kernels(self, counted: dict[str, int]) -> None:
+        """After a copy, whose kernels have descriptors of their own.
+
+        Args:
+            counted: what the copied kernels had counted.
+        """
+        self._counted = counted
         self._step_kernels.clear()
         self._in_use = self._begun = None
 
     def dispose(self) -> None:
         """Let go of layers and storage, which refer to each other; the cache is gone."""
+        for step in self._step_kernels.values():
+            self._put_back(step)
+        self._step_kernels.clear()
+        self._in_use = self._begun = self.pending = None
         self.layers.clear()
         self.sequences.stores.clear()
-        self.forget_kernels()
-        self.pending = None
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -202,6 +272,20 @@ class SharedState:
         """
         if self.sequences.batch_size:
             self.sequences.select(rows)
+
+    def take_padding(self, mask: Tensor | None) -> Tensor | None:
+        """Reconcile the cache with the padding mask of a step of one token.
+
+        Args:
+            mask: [B, tokens], bool; None for no padding.
+        Returns:
+            validity [B, 1] of the new tokens, or None where nothing is padding.
+        """
+        sequences = self.sequences
+        if sequences.mask.valid is None and (mask is None or bool(mask.all())):
+            return None
+        self.reconcile(sequences.batch_size, mask)
+        return None if mask is None else mask[:, -1:]
 
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
         """Take the padding mask of a batch: tokens held may have become padding, or real again.

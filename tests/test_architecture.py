@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"kernels"},
     {"storage", "attention"},
-    {"plan", "layer_kinds", "stats", "shared", "attend", "decode", "layer", "forward"},
+    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "decode", "layer", "forward"},
     {"wrap", "capturable", "graph"},
     {"cache"},
     {"serialization"},

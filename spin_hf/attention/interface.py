@@ -4,6 +4,8 @@
     mask function             reconciles the batch's padding with the cache, returns that of the new tokens only
     attention function        finds the layer on the keys and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
+    spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
+                              have it, inside a compiled forward too
 
 Masks, as attention receives them:
     None               all tokens are real
@@ -40,6 +42,11 @@ class AttentionLayer(Protocol):
     """What the attention function needs of a layer."""
 
     handle: int
+    number: int
+
+    @property
+    def step_handle(self) -> int | None:
+        """What the op of prepared steps, of one token a sequence, is called with; None if the present one is not."""
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
@@ -49,6 +56,19 @@ class AttentionLayer(Protocol):
         append: bool, scale: float, softcap: float | None,
     ) -> None:  # fmt: skip
         """Append and attend; writes `out` [B, Q, heads, Dv]."""
+
+    def launch(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
+        softcap: float | None,
+    ) -> None:  # fmt: skip
+        """The same of a prepared step."""
+
+
+class Step(Protocol):
+    """What the op of prepared steps needs of a cache."""
+
+    handle: int
+    layers: list[Any]
 
 
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
@@ -63,7 +83,16 @@ def register_layer(layer: AttentionLayer) -> int:
     return _next_handle
 
 
-@torch.library.custom_op("spin_hf::attend", mutates_args=("out",))
+_steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
+
+
+def register_step(handle: int, step: Step) -> None:
+    """Let the op of prepared steps find the cache whose step was prepared under `handle`."""
+    if _steps.get(handle) is not step:
+        _steps[handle] = step
+
+
+@torch.library.custom_op("spin_hf::attend", mutates_args=("out",), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
     handle: int, append: bool, scale: float, softcap: float | None,
@@ -71,6 +100,15 @@ def _attend(
     _layers[handle].run(query, key, value, mask, sinks, out, append, scale, softcap)
 
 
+@torch.library.custom_op("spin_hf::attend_prepared", mutates_args=("out",))
+def _attend_prepared(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor,
+    handle: int, number: int, append: bool, scale: float, softcap: float | None,
+) -> None:  # fmt: skip
+    _steps[handle].layers[number].launch(query, key, value, sinks, out, append, scale, softcap)
+
+
+@_attend_prepared.register_fake
 @_attend.register_fake
 def _attend_fake(*args: Any) -> None:
     return None
@@ -143,7 +181,11 @@ def spin_attention(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
     )
     softcap = kwargs.get("softcap")
-    torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
+    handle = layer.step_handle
+    if handle is not None and (attention_mask is None or attention_mask.shape[-1] == 1):  # the cache took the padding
+        torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
+    else:
+        torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
     if query.requires_grad and torch.is_grad_enabled():
         out = _InferenceOnly.apply(out, query)
     return out, None

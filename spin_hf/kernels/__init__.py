@@ -47,6 +47,11 @@ def launchers(device: torch.device) -> Any:
     return found
 
 
+def on_gpu() -> bool:
+    """Whether there is a GPU that the Triton kernels serve."""
+    return torch.cuda.is_available() and launchers(torch.device("cuda")) is not None
+
+
 __all__ = [
     "NUM_BUCKETS",
     "admit_pages",
@@ -56,6 +61,7 @@ __all__ = [
     "launchers",
     "list_pages",
     "merge_attention",
+    "on_gpu",
     "page_zones",
     "put_rows",
     "put_tokens",

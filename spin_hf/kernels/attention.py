@@ -13,22 +13,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LIST_CAPACITY, LIST_PAGE, LIST_SOURCE, LIST_TARGET, POSITION, tokens_valid
+from .common import LIST_CAPACITY, LIST_PAGE, LIST_SOURCE, LIST_TARGET, POSITION, tokens_valid, wait_for_launch_before
 
 
 @triton.jit
 def attend_kernel(
-    step, query, out, sinks, list_count, parts, part_lse, arrivals, query_index,
+    step, query, out, sinks, list_count, parts, part_lse, arrivals, query_index, num_queries,
     query_b, query_h, out_b, out_h, scale, softcap,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
-    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, MERGED_G: tl.constexpr, MERGED_SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, MERGED_G: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
+    PADDED: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
     Args:
-        query: [B, H * G, 1, DK]; the last dimension is contiguous.
+        query: [B, H * G, 1, DK], one of the step's `num_queries`; the last dimension is contiguous.
+        list_count: as `choose_kernel` left it.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator, read where SINKS.
         parts: float32 [B * H, SPLITS, G, DV]; part_lse: float32 [B * H, SPLITS, BLOCK_G]. Scratch.
@@ -39,12 +41,15 @@ def attend_kernel(
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    position = tl.load(step + POSITION) + query_index
+    start = tl.load(step + POSITION)
+    position, length = start + query_index, start + num_queries
     capacity = tl.load(step + LIST_CAPACITY)
-    count = tl.load(list_count + bh)
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
     source = tl.load(step + LIST_SOURCE).to(tl.pointer_type(tl.int64)) + bh * capacity
     target = tl.load(step + LIST_TARGET).to(tl.pointer_type(tl.int64)) + bh * capacity
+    wait_for_launch_before(OVERLAP)
+    count = tl.load(list_count + bh * 2)
+    missing = tl.load(list_count + bh * 2 + 1)
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
@@ -57,32 +62,34 @@ def attend_kernel(
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    share = tl.cdiv(count, SPLITS)
+    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES
     begin = split * share
     stop = tl.minimum(begin + share, count)
-    for start in range(begin, stop, TILE_PAGES):
-        entry = start + place // PAGE
+    for first in range(begin, stop, TILE_PAGES):
+        entry = first + place // PAGE
         here = entry < stop
         page = tl.load(listed + entry, mask=here, other=-1)
         address = tl.load(source + entry, mask=here, other=0)
-        frame = tl.load(target + entry, mask=here, other=0)
         here = page >= 0
-        pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-        place_k = within[:, None] * DK + column_k[None, :]
-        place_v = PAGE * DK + within[:, None] * DV + column_v[None, :]
-        inside_k = here[:, None] & (column_k < DK)[None, :]
-        inside_v = here[:, None] & (column_v < DV)[None, :]
-        keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
-        values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
-        loaded = frame != 0
-        resident = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
-        tl.store(resident[:, None] + place_k, keys, mask=inside_k & loaded[:, None])
-        tl.store(resident[:, None] + place_v, values, mask=inside_v & loaded[:, None])
         token = page.to(tl.int64) * PAGE + within
         allowed = here & (token <= position)
         if PADDED:
             allowed = tokens_valid(step, b, token, allowed)
-        values = tl.where(allowed[:, None], values, 0.0)  # what stands in unfilled places may be NaN
+        pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        place_k = within[:, None] * DK + column_k[None, :]
+        place_v = PAGE * DK + within[:, None] * DV + column_v[None, :]
+        filled = here & (token < length)  # what stands in other places may be NaN
+        inside_k = filled[:, None] & (column_k < DK)[None, :]
+        inside_v = filled[:, None] & (column_v < DV)[None, :]
+        keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
+        values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
+        if missing > 0:
+            frame = tl.load(target + entry, mask=here, other=0)
+            resident = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
+            tl.store(resident[:, None] + place_k, keys, mask=inside_k & (frame != 0)[:, None])
+            tl.store(resident[:, None] + place_v, values, mask=inside_v & (frame != 0)[:, None])
+        if PADDED:
+            values = tl.where(allowed[:, None], values, 0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         if CAPPED:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # softcap * tanh(scores / softcap)
@@ -102,11 +109,12 @@ def attend_kernel(
     tl.debug_barrier()  # all of this program's part is written before its arrival is
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.store(arrivals + bh, 0)
-        splits = tl.arange(0, SPLITS)
+        splits = tl.arange(0, ALL_SPLITS)
         heads = tl.arange(0, MERGED_G)  # all query heads at once: one latency, and not one for each
         real = (heads < G)[None, :]
         places_lse = part_lse + (bh * SPLITS + splits)[:, None] * BLOCK_G + heads[None, :]
-        lses = tl.load(places_lse, mask=real, other=float("-inf"), cache_modifier=".cg")
+        there = (splits < SPLITS)[:, None] & real
+        lses = tl.load(places_lse, mask=there, other=float("-inf"), cache_modifier=".cg")
         top = tl.max(lses, 0)
         base = tl.where(top == float("-inf"), 0.0, top)
         denominator = tl.sum(tl.exp(lses - base[None, :]), 0)
@@ -115,17 +123,14 @@ def attend_kernel(
             denominator += tl.exp(logits - base)
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         chunk = tl.arange(0, MERGED_SPLITS)
-        inside = (heads < G)[None, :, None] & (column_v < DV)[None, None, :]
-        for from_split in tl.static_range(0, SPLITS, MERGED_SPLITS):
+        elements = (heads < G)[None, :, None] & (column_v < DV)[None, None, :]
+        for from_split in range(0, SPLITS, MERGED_SPLITS):
+            inside = from_split + chunk < SPLITS
             part = bh * SPLITS + from_split + chunk
-            lses = tl.load(
-                part_lse + part[:, None] * BLOCK_G + heads[None, :],
-                mask=real,
-                other=float("-inf"),
-                cache_modifier=".cg",
-            )
+            places_lse = part_lse + part[:, None] * BLOCK_G + heads[None, :]
+            lses = tl.load(places_lse, mask=inside[:, None] & real, other=float("-inf"), cache_modifier=".cg")
             places = (part[:, None] * G + heads[None, :])[:, :, None] * DV + column_v[None, None, :]
-            outs = tl.load(parts + places, mask=inside, other=0.0, cache_modifier=".cg")
+            outs = tl.load(parts + places, mask=inside[:, None, None] & elements, other=0.0, cache_modifier=".cg")
             merged += tl.sum(outs * tl.exp(lses - base[None, :])[:, :, None], 0)
         merged = merged / tl.where(denominator > 0, denominator, 1.0)[:, None]
         tl.store(

@@ -58,6 +58,17 @@ HIGHEST = tl.constexpr((1 << 31) - 1)
 
 
 @triton.jit
+def wait_for_launch_before(OVERLAP: tl.constexpr):
+    """With programmatic dependent launch a kernel begins while the one before still runs: wait until that is done.
+
+    Before this only descriptors may be read. Afterwards the launch that follows may begin.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
     """Rows of pages of one (sequence, KV head): see `storage/sequences.py`."""
     directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))

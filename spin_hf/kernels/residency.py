@@ -65,7 +65,11 @@ def retrieve(
     PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Fill sources and targets of the `count` listed pages of one (sequence, KV head), and update its tables."""
+    """Fill sources and targets of the `count` listed pages of one (sequence, KV head), and update its tables.
+
+    Returns:
+        how many of the pages were missing.
+    """
     capacity = tl.load(step + LIST_CAPACITY)
     clock = tl.load(step + CLOCK) + query_index
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
@@ -148,3 +152,4 @@ def retrieve(
             tl.store(slot_page + slots, pages, mask=admitted)
             tl.store(slot_step + slots, clock + tl.zeros([LIST_TILE], tl.int64), mask=admitted)
             tl.store(target + offsets, frames + slots.to(tl.int64) * PAGE_BYTES, mask=admitted)
+    return missing

@@ -16,6 +16,7 @@ from .common import (
     candidates,
     page_rows,
     row_addresses,
+    wait_for_launch_before,
 )
 
 
@@ -24,7 +25,7 @@ def score_kernel(
     step, layer, query, stats, plan, num_splits, query_b, query_h, scale,
     SUMMARY: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr,
     BLOCK_K: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the candidates.
 
@@ -37,6 +38,10 @@ def score_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
+    capacity = tl.load(step + PAGE_CAPACITY)
+    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    table = tl.load(layer + LANDMARK)
+    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     group = tl.arange(0, BLOCK_G)
@@ -48,9 +53,6 @@ def score_kernel(
             query + b * query_b + (h * G + group)[:, None] * query_h + column[None, :],
             mask=(group < G)[:, None] & (column < DK)[None, :], other=0.0,
         ).to(SUMMARY)  # fmt: skip
-        capacity = tl.load(step + PAGE_CAPACITY)
-        logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-        table = tl.load(layer + LANDMARK)
         share = tl.cdiv(tl.cdiv(stop - first, num_splits), TILE) * TILE
         begin = first + split * share
         for start in range(begin, tl.minimum(begin + share, stop), TILE):

@@ -3,9 +3,10 @@
     rank_kernel     every part of the context: scores as sortable integers, its own best pages
     choose_kernel   every (sequence, KV head): the best of all parts, beside the fixed pages; then retrieve
 
-The k highest of n integers are found by bisection of the value that exactly k reach: each round is one comparison and
-one sum over registers. Pages that tie are taken from the lowest number on. Parts make the work parallel, and keep it in
-registers however long the context is. The specification is `kernels.select_top_pages`.
+The k highest of n integers are found by search for the value that exactly k reach. A round counts how many keys reach three
+values: two about where k would be if the keys in question were evenly spread, and the middle, so that it halves at worst.
+Pages that tie are taken from the lowest number on. Parts make the work parallel, and keep it in registers however long the
+context is. The specification is `kernels.select_top_pages`.
 """
 
 from __future__ import annotations
@@ -36,27 +37,47 @@ from .common import (
     count_valid,
     outlier_keys,
     sortable,
+    wait_for_launch_before,
 )
 from .residency import retrieve
 
 
 @triton.jit
-def _reached_by(keys, wanted):
-    """The highest value that at least `wanted` keys reach (more only where keys tie); keys above LOWEST count."""
+def _reached_by(keys, wanted, held):
+    """The highest value that at least `wanted` keys reach (more only where keys tie); the `held` keys above LOWEST count."""
+    outliers = tl.sum((keys == HIGHEST).to(tl.int32), 0)
     low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), 0).to(tl.int64)  # reached by all
-    high = tl.max(keys, 0).to(tl.int64) + 1  # reached by none
+    high = tl.max(tl.where(keys < HIGHEST, keys, LOWEST), 0).to(tl.int64) + 1  # reached by outliers only
+    if outliers >= wanted:
+        low = tl.full([], HIGHEST, tl.int64)
+    reach_low, reach_high = held, outliers
     while high - low > 1:  # a round costs a reduction, whose latency is all: three values a round, counted in one
-        quarter = tl.maximum((high - low) // 4, 1)
-        first, second = low + quarter, low + 2 * quarter
-        third = low + 3 * quarter
-        reached = (keys >= first).to(tl.int64) + ((keys >= second).to(tl.int64) << 20)
-        counts = tl.sum(reached + ((keys >= third).to(tl.int64) << 40), 0)
-        one, two, three = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
-        upper = tl.where(one < wanted, first, tl.where(two < wanted, second, tl.where(three < wanted, third, high)))
-        low = tl.where(three >= wanted, third, tl.where(two >= wanted, second, tl.where(one >= wanted, first, low)))
-        high = tl.minimum(upper, high)
-        exact = (one == wanted) | (two == wanted) | (three == wanted)
-        high = tl.where(exact, low + 1, high)
+        width = high - low
+        share = (reach_low - wanted + 0.5) / (reach_low - reach_high)
+        guess = low + (share * width.to(tl.float32)).to(tl.int64)
+        margin = width // 16
+        under = tl.minimum(tl.maximum(guess - margin, low + 1), high - 1)
+        over = tl.maximum(tl.minimum(guess + margin, high - 1), under)
+        middle = low + width // 2
+        first, third = tl.minimum(under, middle), tl.maximum(over, middle)
+        second = tl.minimum(tl.maximum(under, middle), over)
+        reached = (keys >= first.to(tl.int32)).to(tl.int32) + ((keys >= second.to(tl.int32)).to(tl.int32) << 15)
+        counts = tl.sum(reached.to(tl.int64) + ((keys >= third.to(tl.int32)).to(tl.int64) << 32), 0)
+        one, two, three = (
+            (counts & 0x7FFF).to(tl.int32),
+            ((counts >> 15) & 0x7FFF).to(tl.int32),
+            (counts >> 32).to(tl.int32),
+        )
+        if three >= wanted:
+            low, reach_low = third, three
+        elif two >= wanted:
+            low, reach_low, high, reach_high = second, two, third, three
+        elif one >= wanted:
+            low, reach_low, high, reach_high = first, one, second, two
+        else:
+            high, reach_high = first, one
+        if reach_low == wanted:
+            high = low + 1
     return low
 
 
@@ -76,7 +97,7 @@ def rank_kernel(
     step, layer, stats, plan, outliers, num_splits,
     SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    PART: tl.constexpr, HEADS: tl.constexpr,
+    PART: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) ranks parts i, i + num_programs(1), ...
 
@@ -88,13 +109,14 @@ def rank_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
+    ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
+    capacity = tl.load(step + PAGE_CAPACITY)
+    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
     num_outliers = tl.load(row + NUM_OUTLIERS)
-    ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
-    capacity = tl.load(step + PAGE_CAPACITY)
-    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scored = wanted < stop - first
     for part in range(tl.program_id(1), tl.cdiv(stop - first, PART), tl.num_programs(1)):
         pages = first + part * PART + tl.arange(0, PART)
@@ -123,7 +145,7 @@ def rank_kernel(
         here = tl.sum(inside.to(tl.int32), 0)
         taken = inside
         if wanted < here:
-            edge = _reached_by(keys, wanted)
+            edge = _reached_by(keys, wanted, here)
             over = keys > edge
             ties = keys == edge
             needed = wanted - tl.sum(over.to(tl.int32), 0)
@@ -150,25 +172,26 @@ def choose_kernel(
     step, layer, plan, list_count, counters, query_index,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, NARROW: tl.constexpr,
-    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
     Args:
-        list_count: int32 [B, H]: length of each list. Written.
+        list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
         counters: int64 [len(Counter)]. Added to.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
+    position = tl.load(step + POSITION) + query_index
+    capacity = tl.load(step + LIST_CAPACITY)
+    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
+    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
     num_pages = tl.load(row + NUM_PAGES)
-    position = tl.load(step + POSITION) + query_index
-    capacity = tl.load(step + LIST_CAPACITY)
-    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
     count = first + num_pages - stop
     for start in range(0, count, LIST_TILE):
         offsets = start + tl.arange(0, LIST_TILE)
@@ -191,11 +214,11 @@ def choose_kernel(
         if wanted < total:
             if width <= NARROW:
                 _, few = _ranked(tl.arange(0, NARROW), ranked_page, ranked_key, ranked_count, stride, num_parts)
-                edge = _reached_by(few, wanted)
+                edge = _reached_by(few, wanted, total)
                 needed = wanted - tl.sum((few > edge).to(tl.int32), 0)
             elif width <= TILE:
                 _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
-                edge = _reached_by(keys, wanted)
+                edge = _reached_by(keys, wanted, total)
                 needed = wanted - tl.sum((keys > edge).to(tl.int32), 0)
             else:
                 edge = _reached_in_tiles(wanted, width, ranked_page, ranked_key, ranked_count, stride, num_parts, TILE)
@@ -215,12 +238,13 @@ def choose_kernel(
             tl.store(listed + place, pages, mask=taken)
             count += tl.sum(taken.to(tl.int32), 0)
             ties_before += tl.sum(ties.to(tl.int32), 0)
-    tl.store(list_count + bh, count)
+    tl.store(list_count + bh * 2, count)
     tl.debug_barrier()
-    retrieve(
+    missing = retrieve(
         step, layer, counters, bh, b, h, position, count, query_index, H, PAGE_BYTES, PAGE, SEGMENT, ROWS,
         PADDED, LIST_TILE, SLOT_TILE,
     )  # fmt: skip
+    tl.store(list_count + bh * 2 + 1, missing)
 
 
 @triton.jit

@@ -1,0 +1,176 @@
+"""`generate` compiles the forward: one graph for all steps and caches, in whose replays no Python of the package runs.
+
+The backend stands in for CUDA graphs: from the second call on it runs the compiled forward with every op as its launches alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import spin_hf.kernels
+from spin_hf import SpinCache
+from spin_hf.layer import SpinLayer
+
+from ..support.zoo import PAD_TOKEN_ID, build_model
+from .recorder import capture_on_cpu
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu compiles for a GPU"),
+]
+
+PROMPT = 25
+OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+
+
+class Replays:
+    """A backend whose graphs launch and do nothing else, once they have run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        capture_on_cpu(monkeypatch)
+        monkeypatch.setattr(spin_hf.cache, "graph_model", lambda model: None)
+        monkeypatch.setattr(spin_hf.kernels, "on_gpu", lambda: True)
+        self.patch, self.count, self.graphs = monkeypatch, 0, 0
+        torch._dynamo.reset()
+        counters.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
+        return self
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        calls = 0
+
+        def run(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                return module(*args)
+            self.count += 1
+            with self.patch.context() as patch:
+                patch.setattr(SpinLayer, "launch", _only_launch)
+                return module(*args)
+
+        return run
+
+    @property
+    def config(self) -> CompileConfig:
+        config = CompileConfig(fullgraph=True, backend=self, mode=None)
+        config._compile_all_devices = True
+        return config
+
+
+def _only_launch(
+    self: SpinLayer, query: Any, key: Any, value: Any, sinks: Any, out: Any, append: Any, *rest: Any
+) -> None:
+    call = spin_hf.layer.Call(query.unflatten(1, (key.shape[1], -1)), *rest, sinks)
+    self._launch(call, key, value, append, out)
+
+
+def _inputs(padded: bool = False) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 100, (1 + padded, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :9], mask[0, :9] = PAD_TOKEN_ID, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _model() -> Any:
+    model = build_model("llama").eval()
+    del model.model.layers[2:]  # interpreted kernels are slow
+    model.config.num_hidden_layers = 2
+    return model
+
+
+def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> Any:
+    return model.generate(
+        **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
+        max_new_tokens=4, do_sample=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_compiles_once(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, model = Replays(monkeypatch), _model()
+    caches, outputs = [], []
+    for options in ({"disable_compile": True}, {"compile_config": replays.config}):
+        cache = SpinCache(model.config, **OPTIONS)
+        assert cache.is_compileable
+        outputs.append(_generate(model, cache, padded, **options))
+        cache.check_integrity()
+        caches.append(cache)
+    assert (replays.graphs, replays.count) == (1, 2)
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
+    assert str(caches[0].stats()) == str(caches[1].stats())
+    assert caches[1].get_seq_length() == PROMPT + 3
+
+
+def test_one_graph_serves_one_cache_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, model = Replays(monkeypatch), _model()
+    sequences = []
+    for _ in range(3):
+        cache = SpinCache(model.config, **OPTIONS)
+        sequences.append(_generate(model, cache, compile_config=replays.config).sequences)
+        cache.check_integrity()
+        del cache
+    assert replays.graphs == 1
+    assert replays.count == 3 * 3 - 1
+    assert torch.equal(sequences[0], sequences[1])
+    assert torch.equal(sequences[0], sequences[2])
+
+
+def _mask(model: Any, cache: SpinCache) -> Any:
+    """What `generate` does before a step: the mask of one more token."""
+    ones = torch.ones((1, cache.get_seq_length() + 1), dtype=torch.int64)
+    inputs = model.prepare_inputs_for_generation(TOKEN, past_key_values=cache, attention_mask=ones, use_cache=True)
+    return inputs["attention_mask"]
+
+
+TOKEN = torch.tensor([[7]])
+
+
+@torch.no_grad()
+def test_what_a_compiled_forward_did_counts_only_if_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches in turn, a forward that fails, one that never comes, one that comes twice, and one of several tokens."""
+    replays, model = Replays(monkeypatch), _model()
+    forward = torch.compile(model.forward, fullgraph=True, backend=replays)
+    ids = _inputs()["input_ids"]
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name in ("eager", "compiled"):
+        step = forward if name == "compiled" else model.forward
+        one, two = SpinCache(model.config, **OPTIONS), SpinCache(model.config, **OPTIONS)
+        logits = [model(prompt, past_key_values=cache).logits for cache, prompt in ((one, ids), (two, ids.flip(1)))]
+        for cache in (one, two, one, two):
+            logits.append(step(TOKEN, attention_mask=_mask(model, cache), past_key_values=cache).logits)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
+            patch.setattr(SpinLayer, "_launch", _fail)
+            step(TOKEN, attention_mask=_mask(model, one), past_key_values=one)
+        assert one.get_seq_length() == PROMPT + 2
+        _mask(model, one)
+        mask = _mask(model, one)  # the one before was for nothing
+        logits.append(step(TOKEN, attention_mask=mask, past_key_values=one).logits)
+        logits.append(step(TOKEN, attention_mask=mask, past_key_values=one).logits)
+        _mask(model, two)
+        two.crop(-1)
+        assert two.get_seq_length() == PROMPT + 1
+        _mask(model, two)
+        logits.append(model(ids[:, :3], past_key_values=two).logits)
+        for cache, length in ((one, PROMPT + 4), (two, PROMPT + 4)):
+            assert cache.get_seq_length() == length
+            cache.check_integrity()
+        parts[name] = logits
+    for call, (ours, theirs) in enumerate(zip(parts["compiled"], parts["eager"], strict=True)):
+        assert torch.equal(ours, theirs), call
+    assert replays.count > 0
+
+
+def _fail(*args: Any) -> None:
+    raise RuntimeError("in the middle")
