@@ -26,7 +26,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,11 @@ CHUNK = 32768
 FEW, MANY, TIMES = 8, 72, 3
 PAGED_FROM, CAP = 131072, "4GiB"
 """From this context on the cache is measured with a cap on its GPU memory too."""
-TOO_SLOW = ("offloaded", "static")
-"""What is left out beyond that context."""
+ONLY_AT = {
+    "offloaded": (32768, 131072), "static": (4096, 32768, 131072), "spin compiled": (8192, 131072),
+    "spin eager": (8192, 131072),
+}  # fmt: skip
+"""Contexts of the rows that take long."""
 SPREADS = {"same token": 0.0, "random tokens": 1.0}
 
 
@@ -258,7 +261,7 @@ def overlap(model: Any, cache: SpinCache, steps: int = 6) -> float:
 
     def recording(layer: Any, call: Any, out: torch.Tensor) -> None:
         attend(layer, call, out)
-        pages, counts = kernels.scratch[StepField.LIST_PAGE].cpu(), kernels.list_count.tolist()
+        pages, counts = kernels.scratch[StepField.LIST_PAGE].cpu(), kernels.list_count[:, 0].tolist()
         for head, count in enumerate(counts):
             now = set(pages[head, :count].tolist())
             before = seen.get((layer.number, head))
@@ -319,7 +322,7 @@ def attempt(label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]
     return row
 
 
-def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]]:
+def rivals(model: Any, num_tokens: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one context, one for each other cache."""
     config = model.config
 
@@ -336,7 +339,6 @@ def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]
         return in_graph(model, Cache(layers=layers), num_tokens, attends)
 
     def from_config(**options: Any) -> dict[str, Any]:
-        torch._dynamo.reset()
         cache = SpinCache(config)
         fill_spin(cache, config, num_tokens)
         return tpot(model, cache, num_tokens, **options)
@@ -350,14 +352,22 @@ def rivals(model: Any, num_tokens: int, names: list[str]) -> list[dict[str, Any]
         "dense graph": lambda: graph(True),
         "floor": lambda: graph(False),
     }
-    return [attempt(name, ways[name]) for name in names]
+    return (attempt(name, ways[name]) for name in names)
+
+
+def measured(model: Any, num_tokens: int, budget: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    """All rows of one context, each as soon as it is there."""
+    yield from spin(model, num_tokens, budget)
+    if num_tokens >= PAGED_FROM:
+        yield from spin(model, num_tokens, budget, gpu_memory=CAP)
+    yield from rivals(model, num_tokens, names)
 
 
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768, 131072, 524288])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[131072, 8192, 524288, 32768, 4096])
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument(
         "--rivals",
@@ -387,13 +397,11 @@ def main() -> None:
     for num_tokens in options.tokens:
         gc.collect()
         torch.cuda.empty_cache()
-        rows = spin(model, num_tokens, options.budget)
-        if num_tokens >= PAGED_FROM:
-            rows += spin(model, num_tokens, options.budget, gpu_memory=CAP)
-        names = [name for name in options.rivals if num_tokens <= PAGED_FROM or name not in TOO_SLOW]
-        for row in rows + rivals(model, num_tokens, names):
+        names = [name for name in options.rivals if num_tokens in ONLY_AT.get(name, (num_tokens,))]
+        for row in measured(model, num_tokens, options.budget, names):
             result["rows"].append({"tokens": num_tokens, **row})
-            print(result["rows"][-1], flush=True)
+            print(json.dumps(result["rows"][-1]), flush=True)
+            result["rows"].sort(key=lambda row: row["tokens"])
             output.write_text(json.dumps(result, indent=1) + "\n")
 
 

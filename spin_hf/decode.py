@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MIN_PAGES = 512
 _CHOOSE_TILE = 8192
 """Ranked pages that are chosen from without reading them again."""
-_ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES, _MERGED_SPLITS = 128, 8, 1, 32
+_ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES, _MERGED_SPLITS = 128, 4, 1, 16
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
 
@@ -59,9 +59,6 @@ class StepKernels:
         def make(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
-        overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.overlap: dict[str, Any] = {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
-        """Programmatic dependent launch: a kernel begins while the one before ends."""
         self.step = make((len(StepField),), torch.int64)
         self.step_fields = [0] * len(StepField)
         """What `step` holds, or will hold once it is uploaded."""
@@ -170,7 +167,7 @@ class StepKernels:
             chosen = min(pages, -(-max(options.budget, options.dense_below) // page_size))
             fixed = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
             listed = min(pages, chosen + fixed)
-        stride = min(chosen, PART_PAGES)
+        stride = min(_power_of_two(chosen), PART_PAGES)
         parts = -(-pages // PART_PAGES)
         streams = self.batch_size * self.num_heads
 
@@ -189,7 +186,7 @@ class StepKernels:
         })  # fmt: skip
         fields = self.step_fields
         fields[StepField.PAGE_CAPACITY], fields[StepField.LIST_CAPACITY] = pages, listed
-        fields[StepField.RANKED_PARTS], fields[StepField.RANKED_STRIDE] = parts, stride
+        fields[StepField.RANKED_PARTS], fields[StepField.RANKED_SHIFT] = parts, stride.bit_length() - 1
         _upload(fields, self.step)
         self.page_capacity, self.padded_capacity = pages, self.padded
 
@@ -250,7 +247,7 @@ class StepKernels:
         pages = sequences.num_pages - sequences.start // sequences.page_size
         self.launch.append[(pages, self.batch_size * self.num_heads)](
             self.step, self._fields(layer), key, value, count, *key.stride()[:3], *value.stride()[:3],
-            **self._shapes(layer), **self.overlap, num_warps=1,
+            **self._shapes(layer), num_warps=1,
         )  # fmt: skip
 
     def attend(self, layer: SpinLayer, call: Call, out: Tensor) -> None:
@@ -283,19 +280,19 @@ class StepKernels:
             self.launch.score[(streams, self.splits)](
                 self.step, fields, one, self.stats, plan, self.splits, *one.stride()[:2], call.scale,
                 SUMMARY=shapes["SUMMARY"], G=self.group, BLOCK_G=self.block_g, DK=shapes["DK"],
-                BLOCK_K=shapes["BLOCK_K"], TILE=64 if store.home.dtype.itemsize > 2 else 128, **common, **self.overlap,
+                BLOCK_K=shapes["BLOCK_K"], TILE=64 if store.home.dtype.itemsize > 2 else 128, **common,
                 num_warps=4,
             )  # fmt: skip
             self.launch.rank[(streams, self.rank_programs)](
                 self.step, fields, self.stats, plan, self.outliers[layer.number], self.splits,
                 SUMMARY=shapes["SUMMARY"], OUTLIERS=method.outlier_pages_per_1024 > 0, G=self.group,
                 BLOCK_G=self.block_g, SPLITS=self.splits, PART=PART_PAGES,
-                HEADS=min(4, _power_of_two(self.group)), **common, **self.overlap, num_warps=8,
+                HEADS=min(4, _power_of_two(self.group)), **common, num_warps=8,
             )  # fmt: skip
             self.launch.choose[(streams,)](
                 self.step, fields, plan, self.list_count, self.counters[layer.number], i,
                 PAGE_BYTES=store.home.row_bytes, PART=PART_PAGES, TILE=_CHOOSE_TILE, NARROW=min(_CHOOSE_TILE, 2048),
-                LIST_TILE=512, SLOT_TILE=2048, **common, **self.overlap, num_warps=8,
+                LIST_TILE=512, SLOT_TILE=2048, **common, num_warps=8,
             )  # fmt: skip
             self.launch.attend[(streams, self.attend_splits)](
                 self.step, one, out[:, i], call.sinks if call.sinks is not None else one, self.list_count, self.parts,
@@ -304,7 +301,7 @@ class StepKernels:
                 BLOCK_G=self.block_g, TILE_PAGES=self._tile_pages(store, shapes), SPLITS=self.attend_splits,
                 ALL_SPLITS=_power_of_two(self.attend_splits), MERGED_G=_power_of_two(self.group),
                 MERGED_SPLITS=min(_power_of_two(self.attend_splits), _MERGED_SPLITS),
-                DTYPE=self.launch.dtype(store.home.dtype), **self.overlap, num_warps=_ATTEND_WARPS,
+                DTYPE=self.launch.dtype(store.home.dtype), num_warps=_ATTEND_WARPS,
                 num_stages=_ATTEND_STAGES,
                 **{name: shapes[name] for name in ("H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "PADDED")},
             )  # fmt: skip

@@ -19,7 +19,6 @@ from .common import (
     POSITION,
     page_rows,
     tokens_valid,
-    wait_for_launch_before,
 )
 
 
@@ -28,7 +27,6 @@ def append_kernel(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
     SUMMARY: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (page, b * H + h) writes those of `count` tokens, from POSITION on, that
     belong to one page, and its summaries if they complete it.
@@ -40,7 +38,6 @@ def append_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     start = tl.load(step + POSITION)
-    wait_for_launch_before(OVERLAP)
     page = start // PAGE + tl.program_id(0)
     dtype: tl.constexpr = key.dtype.element_ty
     item: tl.constexpr = key.dtype.element_ty.primitive_bitwidth // 8

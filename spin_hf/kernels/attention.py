@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LIST_CAPACITY, LIST_PAGE, LIST_SOURCE, LIST_TARGET, POSITION, tokens_valid, wait_for_launch_before
+from .common import LIST_CAPACITY, LIST_PAGE, LIST_SOURCE, LIST_TARGET, POSITION, tokens_valid
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, MERGED_G: tl.constexpr,
     MERGED_SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr,
+    PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
@@ -47,7 +47,6 @@ def attend_kernel(
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
     source = tl.load(step + LIST_SOURCE).to(tl.pointer_type(tl.int64)) + bh * capacity
     target = tl.load(step + LIST_TARGET).to(tl.pointer_type(tl.int64)) + bh * capacity
-    wait_for_launch_before(OVERLAP)
     count = tl.load(list_count + bh * 2)
     missing = tl.load(list_count + bh * 2 + 1)
     group = tl.arange(0, BLOCK_G)
@@ -127,11 +126,11 @@ def attend_kernel(
         for from_split in range(0, SPLITS, MERGED_SPLITS):
             inside = from_split + chunk < SPLITS
             part = bh * SPLITS + from_split + chunk
-            places_lse = part_lse + part[:, None] * BLOCK_G + heads[None, :]
-            lses = tl.load(places_lse, mask=inside[:, None] & real, other=float("-inf"), cache_modifier=".cg")
+            chunk_lse = part_lse + part[:, None] * BLOCK_G + heads[None, :]
+            shares = tl.load(chunk_lse, mask=inside[:, None] & real, other=float("-inf"), cache_modifier=".cg")
             places = (part[:, None] * G + heads[None, :])[:, :, None] * DV + column_v[None, None, :]
             outs = tl.load(parts + places, mask=inside[:, None, None] & elements, other=0.0, cache_modifier=".cg")
-            merged += tl.sum(outs * tl.exp(lses - base[None, :])[:, :, None], 0)
+            merged += tl.sum(outs * tl.exp(shares - base[None, :])[:, :, None], 0)
         merged = merged / tl.where(denominator > 0, denominator, 1.0)[:, None]
         tl.store(
             out + b * out_b + (h * G + heads)[:, None] * out_h + column_v[None, :], merged.to(out.dtype.element_ty),

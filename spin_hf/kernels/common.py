@@ -21,7 +21,7 @@ RANKED_PAGE = tl.constexpr(int(StepField.RANKED_PAGE))
 RANKED_KEY = tl.constexpr(int(StepField.RANKED_KEY))
 RANKED_COUNT = tl.constexpr(int(StepField.RANKED_COUNT))
 RANKED_PARTS = tl.constexpr(int(StepField.RANKED_PARTS))
-RANKED_STRIDE = tl.constexpr(int(StepField.RANKED_STRIDE))
+RANKED_SHIFT = tl.constexpr(int(StepField.RANKED_SHIFT))
 LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
 LIST_SOURCE = tl.constexpr(int(StepField.LIST_SOURCE))
 LIST_TARGET = tl.constexpr(int(StepField.LIST_TARGET))
@@ -55,17 +55,6 @@ LOWEST = tl.constexpr(-(1 << 31))
 """The sortable score of what must not be chosen."""
 HIGHEST = tl.constexpr((1 << 31) - 1)
 """The sortable score of what is chosen first."""
-
-
-@triton.jit
-def wait_for_launch_before(OVERLAP: tl.constexpr):
-    """With programmatic dependent launch a kernel begins while the one before still runs: wait until that is done.
-
-    Before this only descriptors may be read. Afterwards the launch that follows may begin.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

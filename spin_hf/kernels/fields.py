@@ -41,7 +41,8 @@ class StepField(IntEnum):
     RANKED_COUNT = 12
     """int32 [B, H, RANKED_PARTS]."""
     RANKED_PARTS = 13
-    RANKED_STRIDE = 14
+    RANKED_SHIFT = 14
+    """Room of one part's list, as a power of two: RANKED_STRIDE = 1 << RANKED_SHIFT."""
     LIST_PAGE = 15
     """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to; -1 for none."""
     LIST_SOURCE = 16

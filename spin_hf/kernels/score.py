@@ -16,7 +16,6 @@ from .common import (
     candidates,
     page_rows,
     row_addresses,
-    wait_for_launch_before,
 )
 
 
@@ -25,7 +24,7 @@ def score_kernel(
     step, layer, query, stats, plan, num_splits, query_b, query_h, scale,
     SUMMARY: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr,
     BLOCK_K: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the candidates.
 
@@ -41,7 +40,6 @@ def score_kernel(
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     table = tl.load(layer + LANDMARK)
-    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     group = tl.arange(0, BLOCK_G)

@@ -31,13 +31,12 @@ from .common import (
     RANKED_KEY,
     RANKED_PAGE,
     RANKED_PARTS,
-    RANKED_STRIDE,
+    RANKED_SHIFT,
     STOP,
     candidates,
     count_valid,
     outlier_keys,
     sortable,
-    wait_for_launch_before,
 )
 from .residency import retrieve
 
@@ -83,13 +82,14 @@ def _reached_by(keys, wanted, held):
 
 @triton.jit
 def _lists(step, bh):
-    """The ranked pages of one (sequence, KV head): numbers, keys, length of each part's list, and room for each."""
+    """The ranked pages of one (sequence, KV head): numbers, keys, length of each part's list, and log2 of its room."""
     parts = tl.load(step + RANKED_PARTS)
-    stride = tl.load(step + RANKED_STRIDE).to(tl.int32)
+    room = tl.load(step + RANKED_SHIFT).to(tl.int32)
+    stride = 1 << room
     page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
     key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
     count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
-    return page, key, count, stride
+    return page, key, count, room
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def rank_kernel(
     step, layer, stats, plan, outliers, num_splits,
     SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    PART: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    PART: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) ranks parts i, i + num_programs(1), ...
 
@@ -109,10 +109,9 @@ def rank_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
-    ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
+    ranked_page, ranked_key, ranked_count, room = _lists(step, bh)
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -151,18 +150,18 @@ def rank_kernel(
             needed = wanted - tl.sum(over.to(tl.int32), 0)
             taken = over | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= needed))
             here = wanted
-        place = part * stride + tl.cumsum(taken.to(tl.int32), 0) - 1
+        place = (part << room) + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(ranked_page + place, pages, mask=taken)
         tl.store(ranked_key + place, keys, mask=taken)
         tl.store(ranked_count + part, here)
 
 
 @triton.jit
-def _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts):
+def _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts):
     """Pages and keys at places of the parts' lists; LOWEST where there are none."""
-    part = offsets // stride
+    part = offsets >> room
     inside = part < num_parts
-    inside = inside & (offsets % stride < tl.load(ranked_count + part, mask=inside, other=0))
+    inside = inside & (offsets - (part << room) < tl.load(ranked_count + part, mask=inside, other=0))
     pages = tl.load(ranked_page + offsets, mask=inside, other=-1)
     return pages, tl.load(ranked_key + offsets, mask=inside, other=LOWEST)
 
@@ -172,7 +171,7 @@ def choose_kernel(
     step, layer, plan, list_count, counters, query_index,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, NARROW: tl.constexpr,
-    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
@@ -187,7 +186,6 @@ def choose_kernel(
     position = tl.load(step + POSITION) + query_index
     capacity = tl.load(step + LIST_CAPACITY)
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
-    wait_for_launch_before(OVERLAP)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -204,33 +202,34 @@ def choose_kernel(
         tl.store(listed + offsets, pages, mask=inside)
     num_parts = tl.cdiv(stop - first, PART)
     if num_parts > 0:
-        ranked_page, ranked_key, ranked_count, stride = _lists(step, bh)
-        width = num_parts * stride
+        ranked_page, ranked_key, ranked_count, room = _lists(step, bh)
+        width = num_parts << room
         total = tl.zeros([], tl.int32)
-        for part in range(0, num_parts):
-            total += tl.load(ranked_count + part)
+        for start in range(0, num_parts, 64):
+            parts = start + tl.arange(0, 64)
+            total += tl.sum(tl.load(ranked_count + parts, mask=parts < num_parts, other=0), 0)
         edge = tl.full([], -(1 << 31), tl.int64)
         needed = total
         if wanted < total:
             if width <= NARROW:
-                _, few = _ranked(tl.arange(0, NARROW), ranked_page, ranked_key, ranked_count, stride, num_parts)
+                _, few = _ranked(tl.arange(0, NARROW), ranked_page, ranked_key, ranked_count, room, num_parts)
                 edge = _reached_by(few, wanted, total)
                 needed = wanted - tl.sum((few > edge).to(tl.int32), 0)
             elif width <= TILE:
-                _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
+                _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, room, num_parts)
                 edge = _reached_by(keys, wanted, total)
                 needed = wanted - tl.sum((keys > edge).to(tl.int32), 0)
             else:
-                edge = _reached_in_tiles(wanted, width, ranked_page, ranked_key, ranked_count, stride, num_parts, TILE)
+                edge = _reached_in_tiles(wanted, width, ranked_page, ranked_key, ranked_count, room, num_parts, TILE)
                 needed = wanted
                 for start in range(0, width, TILE):
                     offsets = start + tl.arange(0, TILE)
-                    _, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
+                    _, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts)
                     needed -= tl.sum((keys > edge).to(tl.int32), 0)
         ties_before = tl.zeros([], tl.int32)
         for start in range(0, width, NARROW):
             offsets = start + tl.arange(0, NARROW)
-            pages, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, stride, num_parts)
+            pages, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts)
             ties = (keys == edge) & (keys > LOWEST)
             tie_rank = ties_before + tl.cumsum(ties.to(tl.int32), 0)
             taken = ((keys > edge) & (keys > LOWEST)) | (ties & (tie_rank <= needed))
@@ -249,7 +248,7 @@ def choose_kernel(
 
 @triton.jit
 def _reached_in_tiles(
-    wanted, width, ranked_page, ranked_key, ranked_count, stride, num_parts, TILE: tl.constexpr
+    wanted, width, ranked_page, ranked_key, ranked_count, room, num_parts, TILE: tl.constexpr
 ):  # fmt: skip
     """As `_reached_by`, over lists of any length."""
     low = tl.full([], -(1 << 31), tl.int64)
@@ -258,7 +257,7 @@ def _reached_in_tiles(
         middle = low + (high - low) // 2
         count = tl.zeros([], tl.int32)
         for start in range(0, width, TILE):
-            _, keys = _ranked(start + tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, stride, num_parts)
+            _, keys = _ranked(start + tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, room, num_parts)
             count += tl.sum((keys >= middle).to(tl.int32), 0)
         if count >= wanted:
             low = middle

@@ -1,0 +1,62 @@
+"""The interpreted kernels against float64: see `tests/support/judge.py`; a GPU's are judged on many more cases."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import spin_hf.kernels
+from spin_hf import decode
+
+from ..cache.tiny import Shape, poisoned_memory
+from ..support.judge import ALL, SOME, Case, judge
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu judges the compiled kernels"),
+]
+
+
+def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as bits; it multiplies these as integers in `tl.dot`, and cuts off instead of rounding."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def dot_of_floats(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    def rounded(data: np.ndarray, old: Any, new: Any, mode: Any) -> np.ndarray:
+        if new != tl.bfloat16 or old != tl.float32:
+            return convert(data, old, new, mode)
+        return torch.from_numpy(np.array(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_floats)
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+CASES = {
+    "bfloat16": Case(Shape(kv_heads=1, group=7, key_dim=80, value_dim=64), torch.bfloat16, lengths=(9,)),
+    "softcap": Case(Shape(kv_heads=1, key_dim=192, value_dim=128), torch.float16, replace(ALL, softcap=2.0), (1, 3)),
+    "selecting": Case(Shape(key_dim=64, value_dim=64), torch.float32, SOME, (1, 2), (123, 100)),
+    "sinks": Case(Shape(key_dim=64, value_dim=64), torch.float16, ALL, (1,), (43, 31), (0.5, -1.0, 3.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spin_hf.kernels.launch import launchers
+
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
+    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    _teach_bfloat16(monkeypatch)
+    with poisoned_memory():
+        judge(CASES[name], torch.device("cpu"))
