@@ -25,6 +25,7 @@ import json
 import logging
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -64,8 +65,8 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 CHUNK = 32768
 FEW, MANY, TIMES = 8, 72, 3
-PAGED_FROM, CAP = 131072, "4GiB"
-"""From this context on the cache is measured with a cap on its GPU memory too."""
+CAPS = {131072: "4GiB", 524288: "8GiB"}
+"""Contexts at which the cache is measured with a cap on its GPU memory too; at 512K the summaries alone take 4.1 GiB."""
 ONLY_AT = {
     "offloaded": (32768, 131072), "static": (4096, 32768, 131072), "spin compiled": (8192, 131072),
     "spin eager": (8192, 131072),
@@ -238,6 +239,7 @@ def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool) -> dict[s
         flash_decode.splits = splits  # type: ignore[attr-defined]
         call = {"input_ids": token, "position_ids": at, "past_key_values": cache, "logits_to_keep": 1}
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 model(**call)
@@ -358,8 +360,8 @@ def rivals(model: Any, num_tokens: int, names: list[str]) -> Iterator[dict[str, 
 def measured(model: Any, num_tokens: int, budget: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of one context, each as soon as it is there."""
     yield from spin(model, num_tokens, budget)
-    if num_tokens >= PAGED_FROM:
-        yield from spin(model, num_tokens, budget, gpu_memory=CAP)
+    if num_tokens in CAPS:
+        yield from spin(model, num_tokens, budget, gpu_memory=CAPS[num_tokens])
     yield from rivals(model, num_tokens, names)
 
 
@@ -384,7 +386,7 @@ def main() -> None:
     weights = torch.cuda.memory_allocated()
     output = options.output or results / f"decode-{options.shape}.json"
     result: dict[str, Any] = {
-        "command": f"python benchmarks/decode.py --shape {options.shape}",
+        "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
         "gpu": torch.cuda.get_device_name(), "shape": options.shape, "dtype": "bfloat16", "batch": 1,
         "weights_gib": round(weights / 2**30, 2), "budget_tokens": options.budget,
         "versions": {
