@@ -6,6 +6,7 @@ Importing registers the attention implementation "spin" with transformers, and d
 """
 
 from .attention.partition import Method, PageMethod
+from .attention.quest import Quest
 from .attention.shadowkv import ShadowKV
 from .cache import SpinCache
 from .enable import disable, enable
@@ -35,6 +36,7 @@ __all__ = [
     "OptionError",
     "OptionTypeError",
     "PageMethod",
+    "Quest",
     "ShadowKV",
     "SpinCache",
     "SpinError",

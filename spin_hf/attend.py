@@ -99,11 +99,14 @@ def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
     return call.in_waves(waves, mask.unflatten(1, (num_heads, group) if mask.shape[1] > 1 else (1, 1)), store.page_size)
 
 
-def select_pages(call: Call, position: int, store: PageStore, plan: StepPlan, method: Method) -> Tensor:
-    """The pages that the single query of `call`, at `position`, attends to: [B, H, n], int64, -1 for none."""
+def select_pages(
+    call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int
+) -> Tensor:  # fmt: skip
+    """The pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none."""
     zones = plan.query(position, call.query.device)
     num_pages = zones.candidates.shape[1]
-    query = Query(call.query.squeeze(3).float(), zones.candidates, zones.budget_tokens, store.page_size, call.scale)
+    states = call.query.squeeze(3).float()
+    query = Query(states, zones.candidates, zones.budget_tokens, store.page_size, call.scale, layer)
     selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages].float())
     return torch.cat([zones.fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
 

@@ -269,7 +269,7 @@ class SpinLayer(CacheLayerMixin):
     def _attend_selected(self, call: Call, position: int) -> Tensor:
         """One query of every sequence, at `position`."""
         shared, store = self.shared, self._store()
-        pages = select_pages(call, position, store, shared.plan, shared.method)
+        pages = select_pages(call, position, store, shared.plan, shared.method, self.number)
         allowed = shared.plan.allowed(pages, position)
         self.attended_tokens += int(allowed.sum())
         self.attended_queries += allowed.shape[0] * allowed.shape[1]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ..errors import OptionError, OptionTypeError
 from .partition import Method
+from .quest import Quest
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Quest)}
 
 
 def resolve_method(method: str | Method) -> Method:

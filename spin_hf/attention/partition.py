@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -36,6 +36,7 @@ class Query:
         budget_tokens: [B], int64: tokens to select per KV head.
         page_size: tokens per page.
         scale: factor of the attention scores.
+        layer: number of the layer among the paged ones.
     """
 
     states: Tensor
@@ -43,6 +44,11 @@ class Query:
     budget_tokens: Tensor
     page_size: int
     scale: float
+    layer: int = 0
+
+    def with_budget(self, tokens: Tensor) -> Query:
+        """The same query with another budget [B]."""
+        return replace(self, budget_tokens=tokens)
 
     @property
     def budget_pages(self) -> Tensor:

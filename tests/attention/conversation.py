@@ -63,7 +63,7 @@ def expected_step(
                 if is_dense(rules, start, stop):
                     tokens = [token for token in range(position + 1) if real[token]]
                 else:
-                    tokens = attended(rules, keys[b, h], np.array(real), queries[b, heads, position], position)
+                    tokens = attended(rules, keys[b, h], np.array(real), queries[b, heads, position], position, layer)
                     count.tokens, count.queries = count.tokens + len(tokens), count.queries + 1
                 if not real[position]:
                     continue
@@ -80,12 +80,12 @@ def play(world: World, rules: Rules, steps: list[Step], *, sink_logits: Tensor |
     Args:
         options: more options of the cache (`gpu_memory`, ...).
     """
-    from spin_hf import ShadowKV
+    from spin_hf import Quest, ShadowKV
 
     rules = replace(rules, scale=world.shape.key_dim**-0.5)
+    method = Quest(rules.dense_layers) if rules.quest else ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024)
     driver = Driver(
-        world.shape, softcap=rules.softcap, sink_logits=sink_logits,
-        method=ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024), budget=rules.budget,
+        world.shape, softcap=rules.softcap, sink_logits=sink_logits, method=method, budget=rules.budget,
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, dense_below=rules.dense_below, **options,
     )  # fmt: skip
     start, count = 0, Count()

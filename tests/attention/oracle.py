@@ -1,8 +1,10 @@
-"""What ShadowKV must attend to, written again from its documentation with loops over float64: the oracle of the sparse tests.
+"""What a cache must attend to, written again from the documentation with loops over float64: the oracle of the sparse tests.
 
     zones     a page with one of the first `sinks` or of the last `recent` valid tokens is always attended to
-    choice    of the other pages with valid tokens: outliers (lowest min-cosine of a key to its page's mean) first,
+    choice    ShadowKV: of the other pages with valid tokens, outliers (lowest min-cosine of a key to its page's mean) first,
               then the highest  max over the group of softmax over these pages (scale * q . mean);  ceil(budget / 8) in all
+              Quest: the highest  max over the group of the largest q . k of any k in the box of the page's keys;
+              ceil(budget / 16) pages of 16, and all in the first `dense_layers`
     budget    tokens, or a share of the valid tokens up to the query; a sequence with no more than that, or no more than
               `dense_below`, is attended to whole
 
@@ -37,6 +39,12 @@ class Rules:
     outliers_per_1024: int = 24
     scale: float = 1.0
     softcap: float | None = None
+    quest: bool = False
+    dense_layers: int = 0
+
+    @property
+    def page_size(self) -> int:
+        return 16 if self.quest else PAGE_SIZE
 
     def budget_tokens(self, held: int) -> int:
         """Tokens to select for a query whose sequence holds `held` valid tokens."""
@@ -45,7 +53,9 @@ class Rules:
         return math.ceil(Fraction(repr(self.budget)) * held)
 
 
-def attended(rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarray, position: int) -> list[int]:
+def attended(
+    rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarray, position: int, layer: int = 0
+) -> list[int]:
     """The tokens that the query at `position` attends to.
 
     Args:
@@ -54,13 +64,14 @@ def attended(rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarra
     seen = [token for token in range(position + 1) if valid[token]]
     pages: dict[int, list[int]] = {}
     for token in seen:
-        pages.setdefault(token // PAGE_SIZE, []).append(token)
-    if len(seen) <= max(rules.dense_below, rules.budget_tokens(len(seen))):
+        pages.setdefault(token // rules.page_size, []).append(token)
+    if layer < rules.dense_layers or len(seen) <= max(rules.dense_below, rules.budget_tokens(len(seen))):
         return seen
-    always = {token // PAGE_SIZE for token in seen[: rules.num_sink_tokens]}
-    always |= {token // PAGE_SIZE for token in seen[max(0, len(seen) - rules.recent_window) :]}
+    always = {token // rules.page_size for token in seen[: rules.num_sink_tokens]}
+    always |= {token // rules.page_size for token in seen[max(0, len(seen) - rules.recent_window) :]}
     candidates = [page for page in sorted(pages) if page not in always]
-    chosen = _choose(rules, keys, pages, candidates, query, rules.budget_tokens(len(seen)))
+    choose = _choose_quest if rules.quest else _choose
+    chosen = choose(rules, keys, pages, candidates, query, rules.budget_tokens(len(seen)))
     return [token for page in sorted(always | chosen) for token in pages[page]]
 
 
@@ -82,6 +93,18 @@ def _choose(
     left = {page: -score for page, score in scores.items() if page not in outliers}
     room = math.ceil(budget / PAGE_SIZE)
     return set(outliers[:room]) | set(_lowest(left, max(0, room - len(outliers))))
+
+
+def _choose_quest(
+    rules: Rules, keys: np.ndarray, pages: dict[int, list[int]], candidates: list[int], query: np.ndarray, budget: int
+) -> set[int]:
+    scores = {}
+    for page in candidates:
+        box = [(min(channel), max(channel)) for channel in zip(*(keys[token] for token in pages[page]), strict=True)]
+        scores[page] = -max(
+            sum(max(q * low, q * high) for q, (low, high) in zip(head, box, strict=True)) for head in query
+        )
+    return set(_lowest(scores, math.ceil(budget / 16)))
 
 
 def _lowest(values: dict[int, float], count: int) -> list[int]:
