@@ -6,11 +6,15 @@ import functools
 from types import TracebackType
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from .cache import SpinCache
 from .errors import OptionTypeError
+from .wrap import CACHE_NAMES
 
+_CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 _ORIGINAL = "_spin_hf_generate"
 
 
@@ -32,7 +36,7 @@ class Enabled:
 def enable(model: PreTrainedModel, **options: Any) -> Enabled:
     """Give every later `model.generate(...)` (so every `pipeline` call too) a fresh `SpinCache(model, **options)`.
 
-    A call that brings its own `past_key_values` or `cache_implementation`, or says `use_cache=False`, is left alone.
+    A call that brings its own cache or `cache_implementation`, or says `use_cache=False`, is left alone.
     Calling it again replaces the options.
 
     Args:
@@ -53,11 +57,11 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
         config = kwargs.get("generation_config") or model.generation_config
         asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
         if (
-            kwargs.get("past_key_values") is None
+            all(kwargs.get(name) is None for name in CACHE_NAMES)
             and asked["use_cache"] is not False
             and asked["cache_implementation"] is None
         ):
-            kwargs["past_key_values"] = SpinCache(model, **options)
+            kwargs[_CACHE_NAME] = SpinCache(model, **options)
         return generate(*args, **kwargs)
 
     model.generate = generate_with_spin

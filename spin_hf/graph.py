@@ -106,29 +106,26 @@ class CapturedStep:
     """One captured call of a forward."""
 
     def __init__(self, inputs: dict[str, Any], layers: list[Any]) -> None:
-        self.inputs = {
-            name: given.clone() if isinstance(given, Tensor) else given
-            for name, given in inputs.items()
-            if name != "past_key_values"
-        }
+        self.inputs = {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
         self.state = FixedState(layers)
         self.recorder = Recorder()
         self.outputs: list[Any] = []
         self.form: Any = None
 
-    def capture(self, forward: Callable[..., Any], cache: Any, shared: SharedState) -> None:
-        """Record the call; nothing is computed yet."""
+    def capture(self, forward: Callable[..., Any], cache: dict[str, Any], shared: SharedState) -> None:
+        """Record the call, with the cache under its name; nothing is computed yet."""
 
         def step() -> Any:
             with shared.capturing():
-                outputs = forward(**self.inputs, past_key_values=cache)
+                outputs = forward(**self.inputs, **cache)
             self.state.bind()
             return outputs
 
         self.state.bind()
         outputs = self.recorder.record(step)
         leaves, self.form = pytree.tree_flatten(outputs)
-        self.outputs = [_CACHE if leaf is cache else leaf for leaf in leaves]
+        (held,) = cache.values()
+        self.outputs = [_CACHE if leaf is held else leaf for leaf in leaves]
 
     def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
         """Run the step with other contents of `inputs`; returns copies of its outputs."""
@@ -172,8 +169,8 @@ class DecodeSteps:
         self.running = False
         """Whether a call is in progress: somebody wrapped a wrapped forward, and the outer wrap has it."""
 
-    def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """Call `forward(**kwargs)`, as a replay where that gives the same.
+    def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
+        """Call `forward(**kwargs)`, as a replay where that gives the same; the cache is `kwargs[name]`.
 
         Raises:
             what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
@@ -182,18 +179,17 @@ class DecodeSteps:
             return forward(**kwargs)
         self.running = True
         try:
-            return self._run(model, forward, kwargs)
+            return self._run(model, forward, kwargs, name)
         finally:
             self.running = False
 
-    def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
         self._look_at(model)
-        reason = self.refused or self._reason_this_call(model, kwargs)
+        reason = self.refused or self._reason_this_call(model, kwargs, name)
         if reason is not None:
             _warn(model, reason)
             return forward(**kwargs)
-        cache = kwargs["past_key_values"]
-        inputs = {name: given for name, given in kwargs.items() if name != "attention_mask"}
+        inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
         self.log.settle(self.layers)
         new_valid = self.shared.take_padding(padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
         if not self._windows_are_full(new_valid):
@@ -208,7 +204,7 @@ class DecodeSteps:
         self.shared.prepare(self.shared.sequences.batch_size, 1, new_valid)
         if step is None:
             try:
-                step = self._capture(forward, inputs, cache)
+                step = self._capture(forward, inputs, {name: kwargs[name]})
             except Exception as error:
                 self._take_back()
                 self.refused = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
@@ -219,7 +215,7 @@ class DecodeSteps:
                 raise
             self.captured[key] = step
         try:
-            outputs = step.replay(inputs, cache)
+            outputs = step.replay(inputs, kwargs[name])
         except BaseException:
             self._take_back()
             raise
@@ -228,7 +224,7 @@ class DecodeSteps:
         step.state.advance(self.shared.committed)
         return outputs
 
-    def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: Any) -> CapturedStep:
+    def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
             step = CapturedStep(inputs, self.layers)
             windows = _windows(self.layers)
@@ -255,7 +251,7 @@ class DecodeSteps:
             self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
             self.refused = reason_not_captured(model, self.layers, self.shared)
 
-    def _reason_this_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    def _reason_this_call(self, model: nn.Module, kwargs: dict[str, Any], cache_name: str) -> str | None:
         """Why a call that could else be captured runs eagerly."""
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -269,7 +265,7 @@ class DecodeSteps:
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on; convert the model to the dtype instead"
         for name, given in kwargs.items():
-            if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != "past_key_values":
+            if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != cache_name:
                 return f"its argument {name} is a {type(given).__name__}"
         return None
 
@@ -278,7 +274,6 @@ class DecodeSteps:
         given = tuple(
             (name, (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
-            if name != "past_key_values"
         )
         return given, padded, host_state()
 

@@ -18,7 +18,10 @@ import torch
 from torch import nn
 
 ATTRIBUTE = "steps"
-"""Where a cache keeps what runs its calls: `run(model, forward, kwargs)`."""
+"""Where a cache keeps what runs its calls: `run(model, forward, kwargs, name)`."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the cache among a forward's arguments: from 5.24 on, and before."""
 
 
 class WrappedForward:
@@ -37,14 +40,15 @@ class WrappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
-        steps = getattr(kwargs.get("past_key_values"), ATTRIBUTE, None)
+        name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), CACHE_NAMES[0])
+        steps = getattr(kwargs.get(name), ATTRIBUTE, None)
         assert model is not None
         forward = self.previous or functools.partial(type(model).forward, model)
         if steps is None or len(args) > 1 or torch.compiler.is_compiling() or _is_compiled(forward):
             return forward(*args, **kwargs)
         if args:
             kwargs["input_ids"] = args[0]
-        return steps.run(model, forward, kwargs)
+        return steps.run(model, forward, kwargs, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """A copied model calls its own forward."""

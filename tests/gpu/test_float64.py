@@ -32,21 +32,19 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (256, 256), (192, 128)])
 def test_head_sizes(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     judge(Case(Shape(kv_heads=1, group=4, key_dim=key_dim, value_dim=value_dim), dtype), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 4, 7])
-def test_groups(group: int, dtype: torch.dtype, device: torch.device) -> None:
-    judge(Case(Shape(group=group, key_dim=64, value_dim=64), dtype), device)
+def test_groups(group: int, device: torch.device) -> None:
+    judge(Case(Shape(group=group, key_dim=128, value_dim=128), torch.bfloat16), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prompt", [PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 63, 200])
-def test_context_lengths(prompt: int, dtype: torch.dtype, device: torch.device) -> None:
-    judge(Case(Shape(kv_heads=1, key_dim=64, value_dim=64), dtype, lengths=(prompt,)), device)
+def test_context_lengths(prompt: int, device: torch.device) -> None:
+    judge(Case(Shape(kv_heads=1, key_dim=64, value_dim=64), torch.bfloat16, lengths=(prompt,)), device)
 
 
 @pytest.mark.parametrize("rules", [ALL, SOME])
@@ -60,8 +58,8 @@ def test_several_queries(sizes: tuple[int, ...], rules: Rules, device: torch.dev
     without_near_ties(run)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (50.0, False), (None, True), (1.5, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(50.0, False), (None, True), (1.5, True)])
 def test_softcap_and_sinks(softcap: float | None, with_sinks: bool, dtype: torch.dtype, device: torch.device) -> None:
     logits = (0.5, -1.0, 3.0, 1.0) if with_sinks else ()
     shape = Shape(key_dim=64, value_dim=64)
@@ -91,7 +89,7 @@ def test_paging(rules: Rules, dtype: torch.dtype, device: torch.device, monkeypa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (192, 128), (256, 256)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(80, 80), (192, 128)])
 def test_summaries(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     """Landmarks and lowest cosines of complete pages, of a prompt and of single tokens, padding left out."""
     case = Case(Shape(key_dim=key_dim, value_dim=value_dim), dtype, sizes=(1, 3), lengths=(43, 31))
