@@ -11,6 +11,7 @@ play the model knows by heart.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import textwrap
 import time
@@ -110,21 +111,21 @@ def ask(model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], cache: Cach
     `generate` then finds all but the last token of the prompt in the cache and goes on from there.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    renamed = "cache" in inspect.signature(model.forward).parameters  # from transformers 5.24 on
+    given = {"cache" if renamed else "past_key_values": cache}
     last = ids.shape[1] - 1
     start = time.perf_counter()
     with torch.no_grad(), tqdm(total=last, desc="  prefill", unit=" tokens", file=sys.stdout) as bar:
         for begin in range(0, last, args.chunk):
             end = min(begin + args.chunk, last)
-            model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, begin:end], attention_mask=mask[:, :end], **given, logits_to_keep=1)
             bar.update(end - begin)
     prefill_s = time.perf_counter() - start
 
     print("  answer:  ", end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
-    output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer
-    )
+    output = model.generate(**inputs, **given, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
     decode_s = time.perf_counter() - start
     new = output[0, ids.shape[1] :]
     return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), prefill_s, decode_s)
