@@ -12,6 +12,7 @@ cache is dropped, its kernels, with the small buffers that graphs know, wait for
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Hashable
@@ -23,12 +24,20 @@ if TYPE_CHECKING:
 _MAX_WAITING = 8
 """Kernels kept for a config; beyond that the oldest go, and a graph is recorded anew when their like returns."""
 
+_numbers = itertools.count(1)
 _handles: dict[Hashable, int] = {}
+
+
+def new_handle() -> int:
+    """A number for a cache whose graphs serve no other."""
+    return next(_numbers)
 
 
 def handle_of(recorded: Hashable) -> int:
     """The number of what a graph holds: equal for equal addresses and compile-time numbers, and for nothing else."""
-    return _handles.setdefault(recorded, len(_handles) + 1)
+    if recorded not in _handles:
+        _handles[recorded] = new_handle()
+    return _handles[recorded]
 
 
 class KernelPool:

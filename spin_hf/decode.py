@@ -231,7 +231,11 @@ class StepKernels:
         del self.shared
         self.scratch, self.known, self.layer_known = {}, {}, [None] * len(self.layer_known)
         self.page_capacity, self.padded_capacity = 0, False
-        self.counters.zero_()
+
+    def serve(self, shared: SharedState) -> None:
+        """Take up another cache, after `release`."""
+        self.shared = shared
+        self.counters.zero_()  # not by `release`, which the garbage collector may call while somebody captures
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache makes its own: descriptors hold the addresses of this one's memory."""

@@ -26,7 +26,7 @@ from . import kernels
 from .attention.interface import register_step
 from .attention.partition import Method
 from .attention.shadowkv import ShadowKV
-from .compiled import KernelPool, handle_of
+from .compiled import KernelPool, handle_of, new_handle
 from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
@@ -100,7 +100,8 @@ class SharedState:
             taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
             if taken is None:
                 taken = StepKernels(self, launch, device, batch_size, num_heads)
-            taken.shared = self
+            else:
+                taken.serve(self)
             if found is not None:
                 taken.fit(found.group, found.value_dim)
                 for counter, count in zip(Counter, found.counters.sum(0).tolist(), strict=True):
@@ -156,7 +157,10 @@ class SharedState:
         if self._begun != (in_use, self.sequences.layout, padded):
             for layer in self.layers:
                 layer.prepare()
-            self.handle = handle_of(tuple(layer.recorded() for layer in self.layers))
+            if self.pool is not None:
+                self.handle = handle_of(tuple(layer.recorded() for layer in self.layers))
+            elif not self.handle:
+                self.handle = new_handle()
             self.step_length = in_use[0].step[StepField.POSITION]
             self._begun = (in_use, self.sequences.layout, padded)
         register_step(self.handle, self)
@@ -245,7 +249,7 @@ class SharedState:
         Args:
             counted: what the copied kernels had counted.
         """
-        self._counted = counted
+        self._counted, self.handle = counted, 0
         self._step_kernels.clear()
         self._in_use = self._begun = None
 
