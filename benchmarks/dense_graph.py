@@ -1,0 +1,112 @@
+"""Dense flash decoding in a CUDA graph captured by hand: what a serving engine does, and the floor with attention left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@triton.jit
+def _flash_part(
+    query, keys, values, out, lse, length, scale,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    head, part = tl.program_id(0), tl.program_id(1)
+    groups, dims, tile = tl.arange(0, BLOCK_G), tl.arange(0, D), tl.arange(0, TILE)
+    q = tl.load(query + (head * G + groups[:, None]) * D + dims, mask=groups[:, None] < G, other=0.0)
+    per_part = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
+    first = part * per_part
+    best, total = tl.full([BLOCK_G], -float("inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, D], tl.float32)
+    base = head.to(tl.int64) * length * D
+    for start in range(first, min(first + per_part, length), TILE):
+        tokens = start + tile
+        at = base + tokens[:, None].to(tl.int64) * D + dims
+        k = tl.load(keys + at, mask=tokens[:, None] < length, other=0.0)
+        v = tl.load(values + at, mask=tokens[:, None] < length, other=0.0)
+        scores = tl.where(tokens[None, :] < length, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+        new = tl.maximum(best, tl.max(scores, 1))
+        weights, old = tl.exp(scores - new[:, None]), tl.exp(best - new)
+        total = total * old + tl.sum(weights, 1)
+        acc = acc * old[:, None] + tl.dot(weights.to(v.dtype), v)
+        best = new
+    at = (head * SPLITS + part) * BLOCK_G + groups
+    tl.store(out + at[:, None] * D + dims, acc / total[:, None])
+    tl.store(lse + at, best + tl.log(total))
+
+
+class DenseLayer(CacheLayerMixin):
+    """All keys and values at fixed addresses; the last token is written anew by every step."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def flash_decode(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, scaling: float,
+                 **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Split-KV attention of one query over all tokens; `module.attends` False leaves it out (the floor)."""
+    if not flash_decode.attends:  # type: ignore[attr-defined]
+        return query.transpose(1, 2), None
+    heads, dim, splits = keys.shape[1], keys.shape[3], flash_decode.splits  # type: ignore[attr-defined]
+    group = query.shape[1] // heads
+    out = torch.empty(heads, splits, 16, dim, device="cuda")
+    lse = torch.empty(heads, splits, 16, device="cuda")
+    _flash_part[(heads, splits)](
+        query, keys, values, out, lse, keys.shape[2], scaling, G=group, BLOCK_G=16, D=dim, SPLITS=splits, TILE=64,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    weights = lse.softmax(1)[..., None]
+    merged = (out * weights).sum(1)[:, :group].reshape(1, 1, -1, dim)
+    return merged.to(query.dtype), None
+
+
+AttentionInterface.register("bench_flash", flash_decode)
+AttentionMaskInterface.register("bench_flash", lambda *args, **kwargs: None)
+
+
+@torch.no_grad()
+def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool) -> dict[str, float]:
+    """Milliseconds of a replayed step; the number of splits is the best of three."""
+    token, at = torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.full((1, 1), num_tokens, device="cuda")
+    flash_decode.attends = attends  # type: ignore[attr-defined]
+    previous, model.config._attn_implementation = model.config._attn_implementation, "bench_flash"
+    best = float("inf")
+    for splits in (32, 64, 128) if attends else (32,):
+        flash_decode.splits = splits  # type: ignore[attr-defined]
+        call = {"input_ids": token, "position_ids": at, "past_key_values": cache, "logits_to_keep": 1}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(**call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(**call)
+        best = min(best, triton.testing.do_bench(graph.replay, warmup=30, rep=200, return_mode="median"))
+    model.config._attn_implementation = previous
+    return {"tpot_ms": round(best, 3)}
