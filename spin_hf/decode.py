@@ -32,6 +32,7 @@ _MIN_PAGES = 512
 _CHOOSE_TILE = 8192
 """Ranked pages that are chosen from without reading them again."""
 _ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES, _MERGED_SPLITS = 128, 4, 1, 16
+"""Of a program of attention: tokens of a tile, warps, pipeline stages, and parts that are merged at a time."""
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
 
@@ -160,13 +161,11 @@ class StepKernels:
 
     def _grow(self, num_pages: int) -> None:
         """Scratch for contexts of `num_pages` pages and more."""
-        options, page_size = self.shared.options, self.shared.sequences.page_size
         pages = max(_MIN_PAGES, _power_of_two(num_pages))
         chosen = listed = pages
-        if isinstance(options.budget, int) and not self.padded:  # with padding, a page may hold a single valid token
-            chosen = min(pages, -(-max(options.budget, options.dense_below) // page_size))
-            fixed = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
-            listed = min(pages, chosen + fixed)
+        most = None if self.padded else self._most_pages()  # with padding, a page may hold a single valid token
+        if most is not None:
+            chosen, listed = (min(pages, count) for count in most)
         stride = min(_power_of_two(chosen), PART_PAGES)
         parts = -(-pages // PART_PAGES)
         streams = self.batch_size * self.num_heads
@@ -198,13 +197,17 @@ class StepKernels:
 
     def _attend_splits(self, streams: int) -> int:
         """Programs that share a list of pages: one for each tile of what an int budget lists, if there is room."""
-        most, options = min(64, max(1, _PROGRAMS // streams)), self.shared.options
+        room, most = min(64, max(1, _PROGRAMS // streams)), self._most_pages()
+        return room if most is None else min(room, -(-most[1] * self.shared.method.page_size // _ATTEND_TOKENS))
+
+    def _most_pages(self) -> tuple[int, int] | None:
+        """Pages that a query selects at most, and lists with sinks and window, without padding; None for a share."""
+        options, page_size = self.shared.options, self.shared.method.page_size
         if isinstance(options.budget, float):
-            return most
-        page_size = self.shared.method.page_size
+            return None
+        chosen = -(-max(options.budget, options.dense_below) // page_size)
         zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
-        listed = max(options.budget, options.dense_below) + zones * page_size
-        return min(most, -(-listed // _ATTEND_TOKENS))
+        return chosen, chosen + zones
 
     def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
         """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""

@@ -168,7 +168,7 @@ class SharedState:
 
     def finish(self) -> None:
         """The step that was prepared has been launched: its tokens count."""
-        self.prepared, self.pending, self.launched = False, None, None
+        self._end_step()
         for layer in self.layers:
             layer.advance()
         self.commit()
@@ -233,15 +233,19 @@ class SharedState:
 
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended."""
-        self.pending, self.prepared, self.launched = None, False, None
+        self._end_step()
         if self.sequences.length != self.committed:
             self.truncate(self.committed)
+
+    def _end_step(self) -> None:
+        self.pending, self.prepared, self.launched = None, False, None
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.sequences.clear()
         self.visible_length.zero_()
-        self.pending, self.prepared, self.launched, self.committed = None, False, None, 0
+        self._end_step()
+        self.committed = 0
 
     def forget_kernels(self, counted: dict[str, int]) -> None:
         """After a copy, whose kernels have descriptors of their own.

@@ -67,7 +67,6 @@ class AttentionLayer(Protocol):
 class Step(Protocol):
     """What the op of prepared steps needs of a cache."""
 
-    handle: int
     layers: list[Any]
 
 

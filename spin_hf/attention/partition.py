@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,10 +45,6 @@ class Query:
     page_size: int
     scale: float
     layer: int = 0
-
-    def with_budget(self, tokens: Tensor) -> Query:
-        """The same query with another budget [B]."""
-        return replace(self, budget_tokens=tokens)
 
     @property
     def budget_pages(self) -> Tensor:

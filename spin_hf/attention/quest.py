@@ -10,7 +10,7 @@ all pages. The original chooses for each query head; here, as in SPIN, the heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -63,5 +63,5 @@ class Quest(PageMethod):
         """The best candidates up to the budget; all of them in the first layers."""
         if query.layer < self.dense_layers:
             everything = torch.full_like(query.budget_tokens, query.candidates.shape[1] * query.page_size)
-            query = query.with_budget(everything)
+            query = replace(query, budget_tokens=everything)
         return super().select(query, summary)
