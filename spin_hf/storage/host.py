@@ -1,16 +1,22 @@
 """Host memory that a CUDA device reads by itself: the cpu tier's chunks, page-locked in slabs.
 
-    slab     one anonymous mapping, in huge pages, registered with CUDA
-             | chunk 0       .| chunk 1       .| chunk 2       .|      each starts at a multiple of 4096 bytes
+    slab     one anonymous mapping, in huge pages
+             | chunk 0       .| chunk 1       .| chunk 2       .| chunk 3  .|    each starts at a multiple of 4096 bytes
+    pieces   [ 0                               ] [ 1                        ]    each registered with CUDA by itself
+    threads  populate ------------------------> populate ->                      in tasks, in the order of addresses
+    caller        register 0 ------------------> register 1                      a piece as soon as its tasks are done
     tensors  views of the chunks; the last one that dies gives the slab back: GPU idle, unregistered, unmapped
 
 Why not `pin_memory=True`: it lets the driver touch the pages one by one in one thread and rounds up to powers of two.
-Here threads touch the pages, so that what is left to the driver is to lock few huge ones.
+Here threads have the kernel clear the pages, while what is left to the driver is to lock few huge ones.
+
+A kernel reads across pieces, as it uses addresses; one copy by CUDA must stay inside a piece. So a chunk does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -32,15 +38,20 @@ PAGE = max(4096, mmap.PAGESIZE)
 """Bytes to which slabs and chunks are aligned and rounded up."""
 HUGE_PAGE = 2 << 20
 """Bytes of a transparent huge page; slabs of at least one start at a multiple of it."""
+PIECE_BYTES = 512 << 20
+"""Bytes registered at a time: a larger piece overlaps less with touching, a smaller one costs more calls of the driver."""
 THREAD_PREFIX = "spin_hf-host-"
 """How the names of background threads begin."""
 
+_TASK_BYTES = 32 << 20
+"""Bytes that a thread touches at a time."""
 _MAX_TOUCH_THREADS = 16
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 _mappings: dict[int, mmap.mmap] = {}
 """The mapping of each registered slab, by the slab's address."""
-_dropped: deque[tuple[Registrar, int]] = deque()
-"""Slabs that no tensor views any more, to be given back as soon as that may be done."""
+_dropped: deque[tuple[Registrar, int, list[int]]] = deque()
+"""Slabs, with their registered pieces, that no tensor views any more: to be given back as soon as that may be done."""
 
 
 class HostSlab:
@@ -51,31 +62,37 @@ class HostSlab:
 
     Args:
         num_bytes: its size, > 0.
-        registrar: registers it.
+        registrar: registers it, in pieces of about PIECE_BYTES.
+        unit_bytes: a multiple of PAGE; pieces end at multiples of it, so that what lies inside a unit can be copied by CUDA.
 
     Attributes:
         tensor: [num_bytes], uint8, on the CPU; its content is undefined.
 
     Raises:
-        CapacityError: there is not so much memory, or the registrar refused; nothing stays mapped.
+        CapacityError: there is not so much memory, or the registrar refused; nothing stays mapped or registered (while a
+            CUDA graph is captured: until the next slab comes or goes).
     """
 
-    def __init__(self, num_bytes: int, registrar: Registrar) -> None:
+    def __init__(self, num_bytes: int, registrar: Registrar, unit_bytes: int = PAGE) -> None:
         _give_back_dropped()
         size = _round_up(num_bytes, PAGE)
         alignment = HUGE_PAGE if size >= HUGE_PAGE else PAGE
         mapping = _map(size + alignment - PAGE)
+        address = _round_up(ctypes.addressof(ctypes.c_char.from_buffer(mapping)), alignment)
+        pieces: list[int] = []
         try:
-            address = _round_up(ctypes.addressof(ctypes.c_char.from_buffer(mapping)), alignment)
-            _touch(address, size)
-            registrar.register(address, size)
+            _touch_and_register(address, size, unit_bytes, registrar, pieces)
         except BaseException:
-            mapping.close()
+            if pieces:  # they go the way of a slab, which spoils no capture
+                _mappings[address] = mapping
+                _drop(registrar, address, pieces)
+            else:
+                mapping.close()
             raise
         _mappings[address] = mapping
         # The array only borrows the memory. A finalizer of the mapping itself would run after it has unmapped.
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        weakref.finalize(memory, _drop, registrar, address).atexit = False
+        weakref.finalize(memory, _drop, registrar, address, pieces).atexit = False
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -100,7 +117,7 @@ def allocate_rows(
     if compute_device.type != "cuda" or num_chunks * chunk_bytes == 0:
         return [torch.empty(tuple(chunk_shape), dtype=dtype) for _ in range(num_chunks)]
     stride = _round_up(chunk_bytes, PAGE)
-    memory = HostSlab(num_chunks * stride, CudaRegistrar(compute_device)).tensor
+    memory = HostSlab(num_chunks * stride, CudaRegistrar(compute_device), stride).tensor
     parts = (memory[first : first + chunk_bytes] for first in range(0, num_chunks * stride, stride))
     return [part.view(dtype).view(tuple(chunk_shape)) for part in parts]
 
@@ -129,24 +146,70 @@ def _map(num_bytes: int) -> mmap.mmap:
     return mapping
 
 
-def _touch(address: int, num_bytes: int) -> None:
-    """Write all of the memory, in pieces of whole huge pages: the time goes into clearing pages, in the kernel."""
+def _touch_and_register(address: int, size: int, unit_bytes: int, registrar: Registrar, pieces: list[int]) -> None:
+    """Have all pages there and registered. Threads touch them in the order of addresses; this one registers behind them.
+
+    Args:
+        pieces: takes the address of each piece that was registered, also where a later one fails.
+    """
     threads = min(_MAX_TOUCH_THREADS, os.cpu_count() or 1)
-    piece = _round_up(-(-num_bytes // threads), HUGE_PAGE)
-    firsts = range(0, num_bytes, piece)
-    if len(firsts) == 1:
-        ctypes.memset(address, 0, num_bytes)
+    task = min(_TASK_BYTES, _round_up(-(-size // threads), HUGE_PAGE))
+    piece = unit_bytes * max(1, PIECE_BYTES // unit_bytes)
+    if size <= task:
+        _touch(address, size)
+        _register(address, size, size, registrar, pieces)
         return
-    with ThreadPoolExecutor(len(firsts), thread_name_prefix=THREAD_PREFIX) as pool:
-        # ctypes lets go of the GIL during the call
-        for _ in pool.map(lambda first: ctypes.memset(address + first, 0, min(piece, num_bytes - first)), firsts):
-            pass  # reading the results raises what a thread raised
+    with ThreadPoolExecutor(threads, thread_name_prefix=THREAD_PREFIX) as pool:
+        try:
+            touching = pool.map(lambda first: _touch(address + first, min(task, size - first)), range(0, size, task))
+            touched = 0
+            for first in range(0, size, piece):
+                while touched < min(first + piece, size):
+                    next(touching)  # raises what a thread raised
+                    touched += task
+                _register(address + first, min(piece, size - first), size, registrar, pieces)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # waits: nobody may touch what will be unmapped
+            raise
 
 
-def _drop(registrar: Registrar, address: int) -> None:
+def _register(address: int, num_bytes: int, size: int, registrar: Registrar, pieces: list[int]) -> None:
+    """Register the next piece of a slab of `size` bytes."""
+    pieces.append(address)  # before the call: an interrupt may come between it and whatever follows
+    try:
+        registrar.register(address, num_bytes)
+    except Exception as error:
+        pieces.pop()
+        if not pieces or not isinstance(error, CapacityError):
+            raise
+        raise CapacityError(
+            f"the cpu tier needs {size} bytes ({size / 2**30:.2f} GiB) of page-locked host memory at once, and got "
+            f"{address - pieces[0]} of them: {error}"
+        ) from error
+
+
+def _touch(address: int, num_bytes: int) -> None:
+    """Have the kernel provide pages; the time goes into clearing them. The GIL is free meanwhile.
+
+    Raises:
+        CapacityError: there are no more.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE) == 0:
+            return
+        if ctypes.get_errno() == errno.ENOMEM:
+            raise CapacityError(
+                f"the system has not the {num_bytes} bytes more of host memory that the cpu tier needs; free host memory, "
+                "raise gpu_memory, or shorten the context"
+            )
+    ctypes.memset(address, 0, num_bytes)  # no such advice here: a page is there once it is written
+
+
+def _drop(registrar: Registrar, address: int, pieces: list[int]) -> None:
     """No tensor views the slab any more. Takes no lock: the garbage collector may call it anywhere."""
     if address in _mappings:
-        _dropped.append((registrar, address))
+        _dropped.append((registrar, address, pieces))
         _give_back_dropped()
 
 
@@ -160,14 +223,15 @@ def _give_back_dropped() -> None:
         return
     while _dropped:
         try:
-            registrar, address = _dropped.popleft()
+            registrar, address, pieces = _dropped.popleft()
         except IndexError:  # another thread was faster
             return
         with suppress(RuntimeError):  # CUDA has failed for good: there is nothing left to wait for
             if registrar.capturing():
-                _dropped.append((registrar, address))
+                _dropped.append((registrar, address, pieces))
                 return
-            registrar.unregister(address)
+            for piece in pieces:
+                registrar.unregister(piece)
         mapping = _mappings.pop(address, None)
         if mapping is not None:
             mapping.close()

@@ -123,6 +123,54 @@ def test_refusal_by_the_driver(cuda: torch.device) -> None:
     assert slab.tensor.is_pinned()
 
 
+class RefusesLater(CudaRegistrar):
+    """The driver has enough after two pieces."""
+
+    pieces = 0
+
+    def register(self, address: int, num_bytes: int) -> None:
+        self.pieces += 1
+        if self.pieces == 3:
+            raise CapacityError("refused")
+        super().register(address, num_bytes)
+
+
+def test_refusal_of_a_later_piece(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before it are unlocked: the same addresses can be registered again."""
+    monkeypatch.setattr(host, "PIECE_BYTES", 4 * MIB)
+    for _ in range(3):
+        with pytest.raises(CapacityError, match=f"got {8 * MIB} of them: refused"):
+            HostSlab(20 * MIB, RefusesLater(cuda))
+        assert not host._mappings
+    assert HostSlab(20 * MIB, CudaRegistrar(cuda)).tensor.is_pinned()
+    assert cuda_is_in_order(cuda)
+
+
+def test_slab_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read across their borders; CUDA copies what lies inside of a piece, at once and asynchronously."""
+    monkeypatch.setattr(host, "PIECE_BYTES", 4 * MIB)
+    tensor = HostSlab(18 * MIB, CudaRegistrar(cuda)).tensor
+    rows = numbers(18 * 1024, 256)
+    tensor.copy_(rows.view(-1).view(torch.uint8))
+    table, out = torch.tensor([tensor.data_ptr()], device=cuda), torch.empty_like(rows, device=cuda)
+    _gather[(len(rows),)](table, torch.arange(len(rows), device=cuda), out, ROWS=1 << 30, WIDTH=256)
+    assert torch.equal(out.cpu(), rows)
+    target = torch.zeros_like(tensor, device=cuda)
+    for to, source in zip(target.split(4 * MIB), tensor.split(4 * MIB), strict=True):
+        assert source.is_pinned()
+        to.copy_(source, non_blocking=True)
+    assert torch.equal(target.cpu(), tensor)
+    tensor.zero_()
+    for to, source in zip(tensor.split(4 * MIB), target.split(4 * MIB), strict=True):
+        to.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(tensor.view(torch.float32).view_as(rows), rows)
+    address = tensor.data_ptr()
+    del tensor, to
+    assert address not in host._mappings
+    assert cuda_is_in_order(cuda)
+
+
 def test_registering_while_another_thread_captures(cuda: torch.device) -> None:
     """In CUDA's strictest capture mode, which is torch's default."""
     source, out = torch.ones(8, device=cuda), torch.zeros(8, device=cuda)
@@ -214,6 +262,25 @@ def test_kernels_read_through_the_table(cuda: torch.device) -> None:
     assert torch.equal(gather(twin, torch.arange(59)).cpu(), numbers(59, 16))
 
 
+def test_array_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chunk lies in two pieces (three to a piece here), so an array moves, is copied and read as ever."""
+    monkeypatch.setattr(host, "PIECE_BYTES", 5 * MIB)
+    array = ChunkedArray((256,), 1536, torch.float32, cuda)
+    values, rows = numbers(20 * 1536, 256), torch.arange(20 * 1536)
+    array.grow(len(rows))
+    array.put(rows, values)
+    array.move(CPU)
+    assert all(chunk.is_pinned() and chunk[-1:].is_pinned() for chunk in array.chunks)
+    assert torch.equal(gather(array, rows).cpu(), values)
+    assert torch.equal(array.take(rows.to(cuda)).cpu(), values)
+    twin = deepcopy(array)
+    array.put(rows, -values)
+    assert torch.equal(gather(array, rows).cpu(), -values)
+    twin.move(cuda)
+    assert torch.equal(gather(twin, rows).cpu(), values)
+    assert cuda_is_in_order(cuda)
+
+
 # ------------------------------------------------------------------------------------------------------------- speed
 
 
@@ -225,7 +292,7 @@ def test_report_speed(cuda: torch.device, capsys: pytest.CaptureFixture[str]) ->
     slab = seconds(lambda: made.append(HostSlab(num_bytes, CudaRegistrar(cuda)).tensor))
     pinned = seconds(lambda: made.append(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)))
     target = torch.empty(num_bytes, dtype=torch.uint8, device=cuda)
-    rates = [num_bytes / seconds(lambda s=s: target.copy_(s, non_blocking=True)) / 1e9 for s in made]
+    rates = [num_bytes / seconds(lambda s=s: _copy(target, s)) / 1e9 for s in made]
     one = seconds(lambda: made.extend(allocate_rows(1, (64 * MIB,), torch.uint8, compute_device=cuda)))
     give_back = seconds(lambda: made.pop(0))
     longest = _longest_pause(lambda: made.extend(allocate_rows(4, (256 * MIB,), torch.uint8, compute_device=cuda)))
@@ -236,6 +303,12 @@ def test_report_speed(cuda: torch.device, capsys: pytest.CaptureFixture[str]) ->
             f"made in the background, Python waits at most {longest * 1e3:.1f} ms at a time"
         )
     assert made
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Piece by piece, as a slab must be."""
+    for to, part in zip(target.split(host.PIECE_BYTES), source.split(host.PIECE_BYTES), strict=True):
+        to.copy_(part, non_blocking=True)
 
 
 def _longest_pause(work: Callable[[], object]) -> float:

@@ -38,7 +38,8 @@ class FakeRegistrar:
         self.history.append(("register", address))
 
     def unregister(self, address: int) -> None:
-        self.open_when_unregistered.append(not host._mappings[address].closed)
+        slab = max(first for first in host._mappings if first <= address)
+        self.open_when_unregistered.append(not host._mappings[slab].closed)
         if self.breaks:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         del self.registered[address]
