@@ -1,6 +1,7 @@
 """How much of dense attention the methods keep at equal budgets: `python benchmarks/quality.py`.
 
-    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --methods shadowkv quest     --shares 64 32 16 8
+    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --shares 64 32 16 8
+    --methods shadowkv shadowkv:model quest     ":model" keeps summaries in the model's dtype instead of int8
 
 Real text is prefilled once, densely, and its next lines are decoded from a `SpinCache` built from that prefill (teacher
 forcing: every row sees the same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64
@@ -99,8 +100,10 @@ def measure(
     model: Any, prefilled: DynamicCache, dense: Tensor, tokens: list[int], method: str, budget: int
 ) -> dict[str, Any]:
     """One row."""
+    method, _, dtype = method.partition(":")
     cache = SpinCache.from_cache(
-        prefilled, model, method, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT
+        prefilled, model, method, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
+        summary_dtype=dtype or "auto",
     )  # fmt: skip
     with Mass() as mass:
         sparse = forced(model, cache, tokens)
@@ -118,7 +121,7 @@ def main() -> None:
     """Measure what is missing, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", default=["shadowkv", "quest"])
+    parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "quest"])
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )

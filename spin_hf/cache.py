@@ -58,6 +58,8 @@ class SpinCache(Cache):
         num_sink_tokens, recent_window: first and last tokens that are always attended to, by whole pages.
         dense_below: contexts of at most this many tokens are attended to densely.
         gpu_memory, cpu_memory: caps on the tiers: bytes, or a text such as "8GiB"; "auto" lets the cache choose.
+        summary_dtype: in which the vectors that pages are chosen by are kept: "int8" with a scale each, "model" for the
+            dtype of the keys, or "auto": int8 where keys have 16 bits.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -76,10 +78,11 @@ class SpinCache(Cache):
         dense_below: int = 0,
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
+        summary_dtype: str = "auto",
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
-            gpu_memory=gpu_memory, cpu_memory=cpu_memory,
+            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = _decoder_config(model)
@@ -88,6 +91,8 @@ class SpinCache(Cache):
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
         super().__init__(layers=layers)
+        heads = getattr(config, "num_attention_heads", 0)
+        self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list
         self._log = ForwardLog(self.layers, self._shared)
         if isinstance(model, PreTrainedConfig) and self._may_be_compiled():
             self._shared.pool = pool_of(config)

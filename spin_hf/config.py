@@ -14,6 +14,8 @@ from .errors import BudgetError, OptionError, OptionTypeError
 _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
+SUMMARY_DTYPES = ("auto", "int8", "model")
+
 
 def parse_bytes(name: str, value: int | str) -> int | None:
     """Bytes of a memory cap.
@@ -53,6 +55,15 @@ def require_count(name: str, value: Any, minimum: int) -> int:
     return value
 
 
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise OptionTypeError or OptionError, naming the option, unless `value` is one of `choices`."""
+    message = f'{name}: expected one of {", ".join(map(repr, choices))}, got {value!r}; pass {name}="{choices[0]}"'
+    if not isinstance(value, str):
+        raise OptionTypeError(message)
+    if value not in choices:
+        raise OptionError(message)
+
+
 @dataclass(frozen=True)
 class SpinOptions:
     """What a user may choose, beside the method.
@@ -67,6 +78,7 @@ class SpinOptions:
         dense_below: a query whose sequence holds at most this many tokens attends to all of them.
         gpu_memory: cap in bytes on what the cache holds in the compute tier; None for automatic.
         cpu_memory: cap in bytes on the cpu tier; None for no cap.
+        summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 where keys have 16 bits.
     """
 
     budget: int | float = 2048
@@ -75,6 +87,7 @@ class SpinOptions:
     dense_below: int = 0
     gpu_memory: int | None = None
     cpu_memory: int | None = None
+    summary_dtype: str = "auto"
 
     @classmethod
     def parse(
@@ -86,6 +99,7 @@ class SpinOptions:
         dense_below: int = 0,
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
+        summary_dtype: str = "auto",
     ) -> SpinOptions:
         """Validate what the user wrote.
 
@@ -109,6 +123,7 @@ class SpinOptions:
                 f"budget={budget} is below num_sink_tokens={num_sink_tokens} (and must be at least 1); "
                 "raise budget or lower num_sink_tokens"
             )
+        require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
         return cls(
             budget=budget,
             num_sink_tokens=num_sink_tokens,
@@ -116,4 +131,9 @@ class SpinOptions:
             dense_below=dense_below,
             gpu_memory=parse_bytes("gpu_memory", gpu_memory),
             cpu_memory=parse_bytes("cpu_memory", cpu_memory),
+            summary_dtype=summary_dtype,
         )
+
+    def quantizes(self, item_bytes: int) -> bool:
+        """Whether vectors of summaries are int8 where keys have items of so many bytes."""
+        return self.summary_dtype == "int8" or (self.summary_dtype == "auto" and item_bytes == 2)

@@ -82,6 +82,19 @@ def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Te
     return keys.unflatten(-1, (page_size, key_dim)), values.unflatten(-1, (page_size, -1))
 
 
+def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors as whole numbers and a scale each: vectors ~ values * scale, off by half a scale at most.
+
+    Args:
+        vectors: [..., D], float32, finite.
+    Returns:
+        values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0.
+    """
+    largest = vectors.abs().amax(-1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
+
+
 # ------------------------------------------------------------------------------------------------------------ select
 
 

@@ -1,7 +1,7 @@
 """The pages of one layer, in whichever tier they are, and the summaries made from them.
 
     home       ChunkedArray of pages [P * (Dk + Dv)]: keys then values.  compute tier if all fits, else cpu tier
-    summaries  ChunkedArrays of the method's vectors, one row per page, always in the compute tier
+    summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
     frames     PageFrames, only while the home is the cpu tier
 
 Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
@@ -20,6 +20,7 @@ from .budget import TierBudget
 from .chunked import ChunkedArray
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
+from .summaries import SummaryArray
 
 # RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
@@ -33,7 +34,8 @@ class PageStore:
         sequences: the batch that the pages belong to.
         num_heads: KV heads.
         key_dim, value_dim: head sizes.
-        summary_shapes: name -> shape of what the method keeps of one page, in the dtype of the keys.
+        summary_shapes: name -> shape of what the method keeps of one page.
+        quantized: whether vectors among it are kept as int8.
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
     """
@@ -45,6 +47,7 @@ class PageStore:
         key_dim: int,
         value_dim: int,
         summary_shapes: dict[str, tuple[int, ...]],
+        quantized: bool,
         budget: TierBudget,
         dtype: torch.dtype,
         device: torch.device,
@@ -62,7 +65,9 @@ class PageStore:
         segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
         rows = segments * SEGMENT_PAGES * num_heads
         self.home = ChunkedArray((elements,), rows, dtype, device)
-        self.summaries = {name: ChunkedArray(shape, rows, dtype, device) for name, shape in summary_shapes.items()}
+        self.summaries = {
+            name: SummaryArray(shape, rows, dtype, device, quantized) for name, shape in summary_shapes.items()
+        }
         self.frames: PageFrames | None = None
         self.num_segments = 0
 
@@ -80,7 +85,7 @@ class PageStore:
                 self.home.move(torch.device("cpu"))
                 self.frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
             self.frames.resize(batch_size, num_frames, num_pages)
-        for array in (self.home, *self.summaries.values()):
+        for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
 
@@ -93,7 +98,7 @@ class PageStore:
             (torch.tensor(side).unsqueeze(1) * SEGMENT_PAGES * self.num_heads + span)
             for side in zip(*pairs, strict=True)
         )
-        for array in (self.home, *self.summaries.values()):
+        for array in self._arrays():
             array.put(destination, array.take(source))
 
     def truncate(self, length: int) -> None:
@@ -177,7 +182,7 @@ class PageStore:
     def gpu_bytes(self, num_segments: int) -> int:
         """Bytes that `num_segments` segments take in the compute tier: pages or page frames, and summaries."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
-        summaries = rows * sum(array.row_bytes for array in self.summaries.values())
+        summaries = rows * sum(array.row_bytes for array in self._arrays()[1:])
         return summaries + (rows * self.home.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
@@ -192,6 +197,9 @@ class PageStore:
             filled = filled.view(num_pages, self.page_size, 1)
             sides = [filled.expand(-1, -1, dim).flatten(1) for dim in (self.key_dim, self.value_dim)]
             self.frames.check_integrity(num_pages, self._rows(), self.home, torch.cat(sides, 1).unsqueeze(0))
+
+    def _arrays(self) -> list[ChunkedArray]:
+        return [self.home, *(array for summary in self.summaries.values() for array in summary.arrays)]
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)

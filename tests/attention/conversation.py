@@ -86,7 +86,8 @@ def play(world: World, rules: Rules, steps: list[Step], *, sink_logits: Tensor |
     method = Quest(rules.dense_layers) if rules.quest else ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024)
     driver = Driver(
         world.shape, softcap=rules.softcap, sink_logits=sink_logits, method=method, budget=rules.budget,
-        num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, dense_below=rules.dense_below, **options,
+        num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, dense_below=rules.dense_below,
+        summary_dtype="int8" if rules.int8 else "auto", **options,
     )  # fmt: skip
     start, count = 0, Count()
     for stop, given in steps:

@@ -5,6 +5,7 @@
               then the highest  max over the group of softmax over these pages (scale * q . mean);  ceil(budget / 8) in all
               Quest: the highest  max over the group of the largest q . k of any k in the box of the page's keys;
               ceil(budget / 16) pages of 16, and all in the first `dense_layers`
+              with `int8`, of the mean that scores the page every number is rounded to 127 steps of either sign
     budget    tokens, or a share of the valid tokens up to the query; a sequence with no more than that, or no more than
               `dense_below`, is attended to whole
 
@@ -40,6 +41,7 @@ class Rules:
     scale: float = 1.0
     softcap: float | None = None
     quest: bool = False
+    int8: bool = False
     dense_layers: int = 0
 
     @property
@@ -78,10 +80,11 @@ def attended(
 def _choose(
     rules: Rules, keys: np.ndarray, pages: dict[int, list[int]], candidates: list[int], query: np.ndarray, budget: int
 ) -> set[int]:
-    means = {page: np.mean([keys[token] for token in pages[page]], axis=0) for page in candidates}
+    exact = {page: np.mean([keys[token] for token in pages[page]], axis=0) for page in candidates}
+    means = {page: _in_127_steps(mean) if rules.int8 else mean for page, mean in exact.items()}
     outliers: list[int] = []
     if rules.outliers_per_1024:
-        likeness = {page: min(_cosine(keys[token], means[page]) for token in pages[page]) for page in candidates}
+        likeness = {page: min(_cosine(keys[token], exact[page]) for token in pages[page]) for page in candidates}
         count = max(1, round(Fraction(rules.outliers_per_1024 * budget, 1024)))
         outliers = _lowest(likeness, count)
     scores = dict.fromkeys(candidates, -math.inf)  # logarithms
@@ -93,6 +96,12 @@ def _choose(
     left = {page: -score for page, score in scores.items() if page not in outliers}
     room = math.ceil(budget / PAGE_SIZE)
     return set(outliers[:room]) | set(_lowest(left, max(0, room - len(outliers))))
+
+
+def _in_127_steps(vector: np.ndarray) -> np.ndarray:
+    """Each number as the nearest of -127, ..., 127 steps, of which the largest number has 127."""
+    step = max(abs(number) for number in vector) / 127
+    return np.array([round(number / step) * step for number in vector]) if step else vector
 
 
 def _choose_quest(

@@ -96,6 +96,21 @@ def test_outlier_pages(outliers: int, budget: int) -> None:
     without_near_ties(run)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_int8_summaries(offset: float) -> None:
+    """An offset that queries do not see makes the steps so large that they decide what is chosen."""
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(kv_heads=2, group=2), 2, 140, seed)
+        world.keys[0][..., 0] += offset
+        if offset:
+            world.queries[0][..., 0] = 0
+        rules = Rules(budget=32, recent_window=8, outliers_per_1024=0, int8=True)
+        play(world, rules, single_steps(131, 140, left_padding([120, 140], 140)))
+
+    without_near_ties(run)
+
+
 def test_dense_below() -> None:
     """Row 0 holds 40 real tokens and stays dense up to 44; row 1 is past that from the start."""
 

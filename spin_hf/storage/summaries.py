@@ -1,0 +1,67 @@
+"""What a method keeps of each page, by row: vectors as int8 with a scale each, or all as they are in the model's dtype.
+
+    int8      values  ChunkedArray of int8 [D]       vector = values * scale;  scale = largest absolute value / 127
+              scale   ChunkedArray of float32 []
+    as is     values  ChunkedArray of the model's dtype;  scalars are always kept so
+
+Scoring reads every vector of the context at every step, so their bytes are its time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .chunked import ChunkedArray
+
+
+class SummaryArray:
+    """The summaries of one name.
+
+    Args:
+        shape: of one page's summary.
+        rows_per_chunk, device: as for `ChunkedArray`.
+        dtype: of what is kept as it is.
+        quantized: whether vectors are kept as int8.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], rows_per_chunk: int, dtype: torch.dtype, device: torch.device, quantized: bool
+    ) -> None:
+        self.quantized = quantized and bool(shape)
+        self.values = ChunkedArray(shape, rows_per_chunk, torch.int8 if self.quantized else dtype, device)
+        self.scale = ChunkedArray((), rows_per_chunk, torch.float32, device) if self.quantized else None
+
+    @property
+    def arrays(self) -> list[ChunkedArray]:
+        """All that is stored, for whoever grows, copies or counts it."""
+        return [self.values] if self.scale is None else [self.values, self.scale]
+
+    def put(self, rows: Tensor, summaries: Tensor) -> None:
+        """Keep `summaries` [*rows.shape, *shape], float32."""
+        if self.scale is None:
+            self.values.put(rows, summaries)
+            return
+        values, scale = kernels.quantize(summaries)
+        self.values.put(rows, values)
+        self.scale.put(rows, scale)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """What is kept, [*rows.shape, *shape]: in the model's dtype, or float32 where it was int8."""
+        values = self.values.take(rows)
+        return values if self.scale is None else values.float() * self.scale.take(rows).unsqueeze(-1)
+
+    def rounded(self, summaries: Tensor) -> Tensor:
+        """What `take` gives after `put`."""
+        if self.scale is None:
+            return summaries.to(self.values.dtype)
+        values, scale = kernels.quantize(summaries)
+        return values.float() * scale.unsqueeze(-1)
+
+
+def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:
+    """Bytes that a summary of this shape takes."""
+    return math.prod(shape) + 4 if quantized and shape else math.prod(shape) * dtype.itemsize
