@@ -3,10 +3,12 @@
 `reference` is the specification and serves every device. On a CUDA device with triton, `decode.py` launches kernels for
 steps of up to 16 tokens, and for the storing of all tokens:
 
-    plan.py        plan_step, find_outliers     zones and budget of a step, ShadowKV's outliers
+    plan.py        plan_step                    zones and budget of a step
+    outliers.py    find_outliers                ShadowKV's outliers, marked by page
     append.py      append                       tokens to pages and summaries
-    score.py       score                        scores of the candidates
-    select.py      rank, choose                 the best pages, exactly, without sorting
+    score.py       score                        logits of the candidates; appends the step's token
+    rate.py        rate                         scores of the candidates, counted in bins
+    select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
@@ -31,6 +33,7 @@ from .reference import (
     page_zones,
     put_rows,
     put_tokens,
+    quantize,
     select_top_pages,
     split_pages,
     take_rows,
@@ -65,6 +68,7 @@ __all__ = [
     "page_zones",
     "put_rows",
     "put_tokens",
+    "quantize",
     "select_top_pages",
     "split_pages",
     "take_rows",

@@ -1,6 +1,9 @@
 """New tokens to their pages: home page, page frame if it is resident, and ShadowKV's summaries of complete pages.
 
-The specification is `PageStore.append` and `ShadowKV.index`.
+    append_page     the tokens of a call that belong to one page; `score_kernel` has it done for the one token of a step
+    append_kernel   all pages of a call
+
+The specification is `PageStore.append`, `ShadowKV.index` and `reference.quantize`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from .common import (
     FRAMES,
     HOME,
     LANDMARK,
+    LANDMARK_SCALE,
     MIN_COSINE,
     NUM_SLOTS,
     PAGE_SLOT,
@@ -23,22 +27,21 @@ from .common import (
 
 
 @triton.jit
-def append_kernel(
-    step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
-    SUMMARY: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+def append_page(
+    step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, bh,
+    SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (page, b * H + h) writes those of `count` tokens, from POSITION on, that
-    belong to one page, and its summaries if they complete it.
+    """Write those of `count` tokens, from POSITION on, that belong to `page`, and its summaries if they complete it.
 
     Args:
         key, value: [B, H, count, D]; the last dimension is contiguous.
+        SUMMARY: dtype of the lowest cosines, and of landmarks unless they are QUANTIZED.
     """
-    bh = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     start = tl.load(step + POSITION)
-    page = start // PAGE + tl.program_id(0)
     dtype: tl.constexpr = key.dtype.element_ty
     item: tl.constexpr = key.dtype.element_ty.primitive_bitwidth // 8
     tokens = page * PAGE + tl.arange(0, PAGE)
@@ -82,9 +85,35 @@ def append_kernel(
         cosine = tl.sum(everything * landmark[None, :], 1) / (norms * norm)
         worst = tl.min(tl.where(valid, cosine, 1.0), 0)
         size: tl.constexpr = SUMMARY.primitive_bitwidth // 8
-        table = tl.load(layer + LANDMARK).to(tl.pointer_type(tl.int64))
-        address = tl.load(table + row // ROWS) + (row % ROWS) * (DK * size)
-        tl.store(address.to(tl.pointer_type(SUMMARY)) + column_k, landmark.to(SUMMARY), mask=column_k < DK)
-        table = tl.load(layer + MIN_COSINE).to(tl.pointer_type(tl.int64))
-        address = tl.load(table + row // ROWS) + (row % ROWS) * size
-        tl.store(address.to(tl.pointer_type(SUMMARY)), worst.to(SUMMARY))
+        chunk = row // ROWS
+        inside = row % ROWS
+        base = tl.load(tl.load(layer + LANDMARK).to(tl.pointer_type(tl.int64)) + chunk)
+        if QUANTIZED:
+            largest = tl.max(tl.abs(landmark), 0)
+            unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
+            whole = (landmark / unit + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds halves to even
+            tl.store(
+                (base + inside * DK).to(tl.pointer_type(tl.int8)) + column_k, whole.to(tl.int8), mask=column_k < DK
+            )
+            scales = tl.load(tl.load(layer + LANDMARK_SCALE).to(tl.pointer_type(tl.int64)) + chunk)
+            tl.store((scales + inside * 4).to(tl.pointer_type(tl.float32)), unit)
+        else:
+            address = (base + inside * (DK * size)).to(tl.pointer_type(SUMMARY))
+            tl.store(address + column_k, landmark.to(SUMMARY), mask=column_k < DK)
+        cosines = tl.load(tl.load(layer + MIN_COSINE).to(tl.pointer_type(tl.int64)) + chunk)
+        tl.store((cosines + inside * size).to(tl.pointer_type(SUMMARY)), worst.to(SUMMARY))
+
+
+@triton.jit
+def append_kernel(
+    step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
+    SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b * H + h) does as `append_page` for the i-th page of a call."""
+    page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
+    append_page(
+        step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),
+        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Split-KV attention over the list of pages, with the loads on the way and the merge at the end: one launch.
 
-    program (b * H + h, split)   reads its share of the list: tiles of pages, by address
-                                 a missing page comes from host memory, is used, and is stored to its page frame
+    program (b * H + h, split)   reads its share of the list: tiles of pages, from page frames or from their homes
+                                 a marked page comes from host memory, is used, and is stored to its page frame
                                  writes its part; the last program of a (sequence, KV head) merges all parts
 
 Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
@@ -13,18 +13,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LIST_CAPACITY, LIST_PAGE, LIST_SOURCE, LIST_TARGET, POSITION, tokens_valid
+from .common import (
+    FRAMES,
+    HOME,
+    LIST_CAPACITY,
+    LIST_PAGE,
+    LOAD,
+    NUM_SLOTS,
+    PAGE_SLOT,
+    PAGE_SLOT_STRIDE,
+    POSITION,
+    page_rows,
+    row_addresses,
+    tokens_valid,
+)
 
 
 @triton.jit
 def attend_kernel(
-    step, query, out, sinks, list_count, parts, part_lse, arrivals, query_index, num_queries,
+    step, layer, query, out, sinks, list_count, parts, arrivals, query_index, num_queries,
     query_b, query_h, out_b, out_h, scale, softcap,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
-    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr, MERGED_G: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, MERGED_G: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
@@ -33,7 +45,7 @@ def attend_kernel(
         list_count: as `choose_kernel` left it.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator, read where SINKS.
-        parts: float32 [B * H, SPLITS, G, DV]; part_lse: float32 [B * H, SPLITS, BLOCK_G]. Scratch.
+        parts: float32 [B * H, SPLITS, 2, G, DV]. Scratch.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: of the pages.
     """
@@ -45,8 +57,6 @@ def attend_kernel(
     position, length = start + query_index, start + num_queries
     capacity = tl.load(step + LIST_CAPACITY)
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
-    source = tl.load(step + LIST_SOURCE).to(tl.pointer_type(tl.int64)) + bh * capacity
-    target = tl.load(step + LIST_TARGET).to(tl.pointer_type(tl.int64)) + bh * capacity
     count = tl.load(list_count + bh * 2)
     missing = tl.load(list_count + bh * 2 + 1)
     group = tl.arange(0, BLOCK_G)
@@ -58,6 +68,8 @@ def attend_kernel(
     ).to(DTYPE)  # fmt: skip
     place = tl.arange(0, TILE_PAGES * PAGE)
     within = place % PAGE
+    num_slots = tl.load(layer + NUM_SLOTS)
+    table = tl.load(layer + HOME)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
@@ -66,10 +78,24 @@ def attend_kernel(
     stop = tl.minimum(begin + share, count)
     for first in range(begin, stop, TILE_PAGES):
         entry = first + place // PAGE
-        here = entry < stop
-        page = tl.load(listed + entry, mask=here, other=-1)
-        address = tl.load(source + entry, mask=here, other=0)
+        page = tl.load(listed + entry, mask=entry < stop, other=-1)
         here = page >= 0
+        frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
+        if num_slots > 0:
+            away = page >= LOAD
+            page = tl.where(away, page - LOAD, page)
+            page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
+            page_slot += bh.to(tl.int64) * tl.load(layer + PAGE_SLOT_STRIDE)
+            slot = tl.load(page_slot + page, mask=here, other=0)
+            frame = tl.load(layer + FRAMES) + (bh.to(tl.int64) * num_slots + slot) * PAGE_BYTES
+            address = frame
+            if missing > 0:
+                rows = page_rows(step, b, h, page, away, H, SEGMENT)
+                address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
+                frame = tl.where(away & (slot >= 0), frame, 0)
+        else:
+            rows = page_rows(step, b, h, page, here, H, SEGMENT)
+            address = row_addresses(table, rows, here, ROWS, PAGE_BYTES)
         token = page.to(tl.int64) * PAGE + within
         allowed = here & (token <= position)
         if PADDED:
@@ -83,7 +109,6 @@ def attend_kernel(
         keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
         values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
         if missing > 0:
-            frame = tl.load(target + entry, mask=here, other=0)
             resident = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
             tl.store(resident[:, None] + place_k, keys, mask=inside_k & (frame != 0)[:, None])
             tl.store(resident[:, None] + place_v, values, mask=inside_v & (frame != 0)[:, None])
@@ -102,37 +127,33 @@ def attend_kernel(
         most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]
-    tl.store(part_lse + (bh * SPLITS + split) * BLOCK_G + group, lse)
-    spot = parts + ((bh * SPLITS + split) * G + group)[:, None] * DV + column_v[None, :]
-    tl.store(spot, acc, mask=(group < G)[:, None] & (column_v < DV)[None, :])
+    # The lse stands beside each value, so that the merge needs no exchange between threads.
+    mine = parts + (((bh * SPLITS + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
+    inside = (group < G)[:, None] & (column_v < DV)[None, :]
+    tl.store(mine, acc, mask=inside)
+    tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
     tl.debug_barrier()  # all of this program's part is written before its arrival is
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.store(arrivals + bh, 0)
-        splits = tl.arange(0, ALL_SPLITS)
-        heads = tl.arange(0, MERGED_G)  # all query heads at once: one latency, and not one for each
-        real = (heads < G)[None, :]
-        places_lse = part_lse + (bh * SPLITS + splits)[:, None] * BLOCK_G + heads[None, :]
-        there = (splits < SPLITS)[:, None] & real
-        lses = tl.load(places_lse, mask=there, other=float("-inf"), cache_modifier=".cg")
-        top = tl.max(lses, 0)
+        heads = tl.arange(0, MERGED_G)[:, None]
+        there = (heads < G) & (column_v < DV)[None, :]
+        outs = parts + bh * SPLITS * 2 * G * DV + heads * DV + column_v[None, :]
+        top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
+        for part in tl.range(0, SPLITS, loop_unroll_factor=8):  # a latency is paid once for several parts
+            lses = outs + (part * 2 + 1) * G * DV
+            top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
         base = tl.where(top == float("-inf"), 0.0, top)
-        denominator = tl.sum(tl.exp(lses - base[None, :]), 0)
+        denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        for part in tl.range(0, SPLITS, loop_unroll_factor=8):
+            lses = outs + (part * 2 + 1) * G * DV
+            weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
+            denominator += weight
+            merged += weight * tl.load(outs + part * 2 * G * DV, mask=there, other=0.0, cache_modifier=".cg")
         if SINKS:
             logits = tl.load(sinks + h * G + heads, mask=heads < G, other=float("-inf")).to(tl.float32)
             denominator += tl.exp(logits - base)
-        merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
-        chunk = tl.arange(0, MERGED_SPLITS)
-        elements = (heads < G)[None, :, None] & (column_v < DV)[None, None, :]
-        for from_split in range(0, SPLITS, MERGED_SPLITS):
-            inside = from_split + chunk < SPLITS
-            part = bh * SPLITS + from_split + chunk
-            chunk_lse = part_lse + part[:, None] * BLOCK_G + heads[None, :]
-            shares = tl.load(chunk_lse, mask=inside[:, None] & real, other=float("-inf"), cache_modifier=".cg")
-            places = (part[:, None] * G + heads[None, :])[:, :, None] * DV + column_v[None, None, :]
-            outs = tl.load(parts + places, mask=inside[:, None, None] & elements, other=0.0, cache_modifier=".cg")
-            merged += tl.sum(outs * tl.exp(shares - base[None, :])[:, :, None], 0)
-        merged = merged / tl.where(denominator > 0, denominator, 1.0)[:, None]
+        merged = merged / tl.where(denominator > 0, denominator, 1.0)
         tl.store(
-            out + b * out_b + (h * G + heads)[:, None] * out_h + column_v[None, :], merged.to(out.dtype.element_ty),
-            mask=(heads < G)[:, None] & (column_v < DV)[None, :],
-        )  # fmt: skip
+            out + b * out_b + (h * G + heads) * out_h + column_v[None, :], merged.to(out.dtype.element_ty), mask=there
+        )

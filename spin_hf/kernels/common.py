@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fields import Counter, LayerField, PlanField, StepField
+from .fields import LOAD_MARK, Counter, LayerField, PlanField, StepField
 
 POSITION = tl.constexpr(int(StepField.POSITION))
 CLOCK = tl.constexpr(int(StepField.CLOCK))
@@ -17,19 +17,19 @@ UPTO = tl.constexpr(int(StepField.UPTO))
 SHARE = tl.constexpr(int(StepField.SHARE))
 LOGITS = tl.constexpr(int(StepField.LOGITS))
 PAGE_CAPACITY = tl.constexpr(int(StepField.PAGE_CAPACITY))
-RANKED_PAGE = tl.constexpr(int(StepField.RANKED_PAGE))
-RANKED_KEY = tl.constexpr(int(StepField.RANKED_KEY))
-RANKED_COUNT = tl.constexpr(int(StepField.RANKED_COUNT))
-RANKED_PARTS = tl.constexpr(int(StepField.RANKED_PARTS))
-RANKED_SHIFT = tl.constexpr(int(StepField.RANKED_SHIFT))
+SCORES = tl.constexpr(int(StepField.SCORES))
+OUTLIER = tl.constexpr(int(StepField.OUTLIER))
+KEPT_PAGE = tl.constexpr(int(StepField.KEPT_PAGE))
+KEPT_SCORE = tl.constexpr(int(StepField.KEPT_SCORE))
+KEPT_COUNT = tl.constexpr(int(StepField.KEPT_COUNT))
+TIED = tl.constexpr(int(StepField.TIED))
 LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
-LIST_SOURCE = tl.constexpr(int(StepField.LIST_SOURCE))
-LIST_TARGET = tl.constexpr(int(StepField.LIST_TARGET))
 LIST_CAPACITY = tl.constexpr(int(StepField.LIST_CAPACITY))
 VICTIMS = tl.constexpr(int(StepField.VICTIMS))
 
 HOME = tl.constexpr(int(LayerField.HOME))
 LANDMARK = tl.constexpr(int(LayerField.LANDMARK))
+LANDMARK_SCALE = tl.constexpr(int(LayerField.LANDMARK_SCALE))
 MIN_COSINE = tl.constexpr(int(LayerField.MIN_COSINE))
 FRAMES = tl.constexpr(int(LayerField.FRAMES))
 NUM_SLOTS = tl.constexpr(int(LayerField.NUM_SLOTS))
@@ -51,10 +51,8 @@ HITS = tl.constexpr(int(Counter.HITS))
 LOADS = tl.constexpr(int(Counter.LOADS))
 EVICTIONS = tl.constexpr(int(Counter.EVICTIONS))
 
-LOWEST = tl.constexpr(-(1 << 31))
-"""The sortable score of what must not be chosen."""
-HIGHEST = tl.constexpr((1 << 31) - 1)
-"""The sortable score of what is chosen first."""
+LOAD = tl.constexpr(LOAD_MARK)
+"""The mark of a listed page that is to be loaded."""
 
 
 @triton.jit
@@ -95,9 +93,9 @@ def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
 
 
 @triton.jit
-def candidates(step, b, pages, stop, PAGE: tl.constexpr, PADDED: tl.constexpr):
-    """Which pages, none before the first candidate, may be selected: those before `stop` that hold a valid token."""
-    inside = pages < stop
+def candidates(step, b, pages, first, stop, PAGE: tl.constexpr, PADDED: tl.constexpr):
+    """Which pages may be selected: those in [first, stop) that hold a valid token."""
+    inside = (pages >= first) & (pages < stop)
     if PADDED:
         before = count_valid(step, b, pages * PAGE, inside, PADDED)
         inside = inside & (count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) > before)
@@ -105,13 +103,10 @@ def candidates(step, b, pages, stop, PAGE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def outlier_keys(step, layer, b, h, pages, inside, SUMMARY: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """The lower, the more of an outlier: min-cosine first, page number second. Between -2^62 and 2^62."""
-    rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
-    address = row_addresses(tl.load(layer + MIN_COSINE), rows, inside, ROWS, SUMMARY.primitive_bitwidth // 8)
-    cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
-    return sortable(cosine).to(tl.int64) * (1 << 32) + pages
+def score_bins(scores, BINS: tl.constexpr, PER_NAT: tl.constexpr):
+    """The bin of each score, the best first: 0 for infinity, then equal steps downward, the last without a bottom."""
+    depth = tl.minimum(tl.maximum(-scores, 0.0) * PER_NAT, BINS - 2.0)
+    return tl.where(scores == float("inf"), 0, 1 + depth.to(tl.int32))
 
 
 @triton.jit

@@ -31,26 +31,25 @@ class StepField(IntEnum):
     SHARE = 7
     """The budget as a share of the context (the bits of a float64), or 0."""
     LOGITS = 8
-    """float32 [B, H, G, PAGE_CAPACITY]: query times landmark."""
+    """float32 [B, H, G, PAGE_CAPACITY]: scale times query times landmark."""
     PAGE_CAPACITY = 9
     """N: pages of a sequence that the scratch has room for."""
-    RANKED_PAGE = 10
-    """int32 [B, H, RANKED_PARTS * RANKED_STRIDE]: best pages of each part of the context."""
-    RANKED_KEY = 11
-    """int32, the same shape: their scores, as integers that sort alike."""
-    RANKED_COUNT = 12
-    """int32 [B, H, RANKED_PARTS]."""
-    RANKED_PARTS = 13
-    RANKED_SHIFT = 14
-    """Room of one part's list, as a power of two: RANKED_STRIDE = 1 << RANKED_SHIFT."""
-    LIST_PAGE = 15
-    """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to; -1 for none."""
-    LIST_SOURCE = 16
-    """int64, the same shape: address to read the page from."""
-    LIST_TARGET = 17
-    """int64, the same shape: page frame to copy it to, or 0."""
-    LIST_CAPACITY = 18
-    VICTIMS = 19
+    SCORES = 10
+    """float32 [B, H, PAGE_CAPACITY]: what a page is worth to its KV head: infinity for outliers, -infinity for no candidate."""
+    OUTLIER = 11
+    """uint8 [L, B, H, PAGE_CAPACITY]: 1 for the outliers among the candidates of a layer."""
+    KEPT_PAGE = 12
+    """int32 [B, H, PAGE_CAPACITY]: of each part of the pages those that may be chosen, at the part's beginning."""
+    KEPT_SCORE = 13
+    """float32, the same shape: their scores."""
+    KEPT_COUNT = 14
+    """int32 [B, H, parts]: how many they are."""
+    TIED = 15
+    """int64 [B, H, PAGE_CAPACITY]: pages of the bin in which the budget ends, as keys that sort by score, then by page."""
+    LIST_PAGE = 16
+    """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to, those to be loaded marked; -1 for none."""
+    LIST_CAPACITY = 17
+    VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots that make room."""
 
 
@@ -61,16 +60,18 @@ class LayerField(IntEnum):
     """int64 table: base address of each chunk of pages."""
     LANDMARK = 1
     """int64 table: base address of each chunk of landmarks."""
-    MIN_COSINE = 2
-    FRAMES = 3
+    LANDMARK_SCALE = 2
+    """int64 table of their float32 scales, or 0 where landmarks are no int8."""
+    MIN_COSINE = 3
+    FRAMES = 4
     """Page frames [B, H, NUM_SLOTS, page], or 0 where pages are at home in the compute tier."""
-    NUM_SLOTS = 4
-    PAGE_SLOT = 5
+    NUM_SLOTS = 5
+    PAGE_SLOT = 6
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 where it is not resident."""
-    PAGE_SLOT_STRIDE = 6
-    SLOT_PAGE = 7
+    PAGE_SLOT_STRIDE = 7
+    SLOT_PAGE = 8
     """int32 [B, H, NUM_SLOTS]: slot -> page, -1 where it is free."""
-    SLOT_STEP = 8
+    SLOT_STEP = 9
     """int64 [B, H, NUM_SLOTS]: the clock when the slot was last touched."""
 
 
@@ -99,8 +100,17 @@ class Counter(IntEnum):
     EVICTIONS = 4
 
 
-PART_PAGES = 2048
-"""Pages that one program ranks at a time."""
+NUM_BINS = 2048
+"""Bins of scores: the first for outliers, the last for all below the others."""
+
+BINS_PER_NAT = 64
+"""Scores are logarithms of probabilities, so bins reach down to exp(-32)."""
+
+PART_PAGES = 1024
+"""Pages that are rated together, and whose kept pages stand together."""
+
+LOAD_MARK = 1 << 30
+"""Added to a listed page that is to be loaded."""
 
 MAX_QUERIES = 16
 """Most tokens of one call whose queries select pages; longer calls are prefill and attend to everything."""

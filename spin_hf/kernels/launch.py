@@ -9,14 +9,16 @@ import triton.language as tl
 
 from .append import append_kernel
 from .attention import attend_kernel
-from .plan import find_outliers_kernel, plan_step_kernel
+from .outliers import find_outliers_kernel
+from .plan import plan_step_kernel
+from .rate import rate_kernel
 from .score import score_kernel
-from .select import choose_kernel, rank_kernel
+from .select import choose_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 launchers = SimpleNamespace(
     append=append_kernel, attend=attend_kernel, choose=choose_kernel, find_outliers=find_outliers_kernel,
-    plan_step=plan_step_kernel, rank=rank_kernel, score=score_kernel, dtype=_DTYPES.__getitem__,
+    plan_step=plan_step_kernel, rate=rate_kernel, score=score_kernel, dtype=_DTYPES.__getitem__,
 )  # fmt: skip
 """kernel[grid](...) for each name, and `dtype`, which translates torch's dtypes."""

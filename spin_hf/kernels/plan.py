@@ -1,10 +1,6 @@
-"""The zones of a step, on the device: one launch for all layers. The specification is `plan.StepPlan`.
+"""The zones of a step, on the device: fixed pages, candidates and budget of every query. One launch for all layers.
 
-    plan_step       fixed pages, candidates and budget of every query     page_zones, QueryPlan.budget_tokens
-    find_outliers   ShadowKV's outliers, as the largest key that is one   ShadowKV.outlier_pages
-
-Outliers do not depend on the query. They change only when a page becomes a candidate, so their key is kept and found
-again when the plan differs from the one it was found for.
+The specification is `plan.StepPlan`.
 """
 
 from __future__ import annotations
@@ -21,9 +17,7 @@ from .common import (
     POSITION,
     SHARE,
     STOP,
-    candidates,
     count_valid,
-    outlier_keys,
 )
 
 
@@ -76,58 +70,3 @@ def plan_step_kernel(
     tl.store(row + NUM_PAGES, num_pages.to(tl.int32))
     tl.store(row + NUM_SELECTED, (budget + PAGE - 1) // PAGE)
     tl.store(row + NUM_OUTLIERS, outliers.to(tl.int32))
-
-
-@triton.jit
-def _candidate_keys(step, layer, b, h, pages, stop, SUMMARY: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
-                    ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """`outlier_keys` of candidates, above all keys for other pages."""
-    inside = candidates(step, b, pages, stop, PAGE, PADDED)
-    return tl.where(inside, outlier_keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS), 1 << 62)
-
-
-@triton.jit
-def find_outliers_kernel(
-    step, layers, plan, outliers, found_for, first_layer, SUMMARY: tl.constexpr, H: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Program (b * H + h, layer, i) finds the key of the last outlier of query i.
-
-    Args:
-        layers: int64 [L]: addresses of the layers' descriptors.
-        outliers: int64 [L, B, H]: the keys. Written.
-        found_for: int32 [L, B, H]: the `stop` that a key was found for; -1 for none. Written.
-    """
-    bh = tl.program_id(0)
-    index = tl.program_id(1) + first_layer
-    b = bh // H
-    h = bh % H
-    row = plan + b * PLAN_FIELDS
-    first = tl.load(row + FIRST)
-    stop = tl.load(row + STOP)
-    wanted = tl.load(row + NUM_OUTLIERS)
-    entry = index * tl.num_programs(0) + bh
-    if tl.load(found_for + entry) != stop + wanted * (1 << 24):
-        layer = tl.load(layers + index).to(tl.pointer_type(tl.int64))
-        low = tl.full([], -(1 << 62), tl.int64)  # below the key of cosine -1
-        high = tl.full(
-            [], (1 << 62) - 1, tl.int64
-        )  # above that of cosine 1; the lowest key with `wanted` keys at or below it lies in (low, high]
-        if wanted < stop - first:
-            kept = _candidate_keys(step, layer, b, h, first + tl.arange(0, TILE), stop, SUMMARY, H, SEGMENT, ROWS, PAGE,
-                                   PADDED)  # fmt: skip
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                count = tl.sum((kept <= middle).to(tl.int32), 0)
-                for start in range(first + TILE, stop, TILE):
-                    keys = _candidate_keys(step, layer, b, h, start + tl.arange(0, TILE), stop, SUMMARY, H, SEGMENT,
-                                           ROWS, PAGE, PADDED)  # fmt: skip
-                    count += tl.sum((keys <= middle).to(tl.int32), 0)
-                if count >= wanted:
-                    high = middle
-                else:
-                    low = middle
-                if count == wanted:
-                    low = middle - 1
-        tl.store(outliers + entry, high)
-        tl.store(found_for + entry, stop + wanted * (1 << 24))

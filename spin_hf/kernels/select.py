@@ -1,12 +1,11 @@
-"""Selection of pages, exactly, without sorting: two launches behind the scores.
+"""Selection of pages, exactly, without sorting: what `rate_kernel` counted says in which bin the budget ends.
 
-    rank_kernel     every part of the context: scores as sortable integers, its own best pages
-    choose_kernel   every (sequence, KV head): the best of all parts, beside the fixed pages; then retrieve
+    histogram      2  0  5  9 | 7 | 12 ...        pages of better bins are chosen
+    budget 19      2  2  7 16  23                 of the boundary bin the best 3 of 7: a search among these few alone
 
-The k highest of n integers are found by search for the value that exactly k reach. A round counts how many keys reach three
-values: two about where k would be if the keys in question were evenly spread, and the middle, so that it halves at worst.
-Pages that tie are taken from the lowest number on. Parts make the work parallel, and keep it in registers however long the
-context is. The specification is `kernels.select_top_pages`.
+Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`residency.py`). It
+looks at the pages that were kept; should they be too few, it counts the others and looks at all. Which of pages that tie are
+taken is always the same. The specification is `kernels.select_top_pages`.
 """
 
 from __future__ import annotations
@@ -16,176 +15,64 @@ import triton.language as tl
 
 from .common import (
     FIRST,
-    HIGHEST,
+    KEPT_COUNT,
+    KEPT_PAGE,
+    KEPT_SCORE,
     LIST_CAPACITY,
     LIST_PAGE,
-    LOGITS,
-    LOWEST,
-    NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
     PAGE_CAPACITY,
     PLAN_FIELDS,
     POSITION,
-    RANKED_COUNT,
-    RANKED_KEY,
-    RANKED_PAGE,
-    RANKED_PARTS,
-    RANKED_SHIFT,
+    SCORES,
     STOP,
-    candidates,
+    TIED,
     count_valid,
-    outlier_keys,
+    score_bins,
     sortable,
 )
 from .residency import retrieve
 
-
-@triton.jit
-def _reached_by(keys, wanted, held):
-    """The highest value that at least `wanted` keys reach (more only where keys tie); the `held` keys above LOWEST count."""
-    outliers = tl.sum((keys == HIGHEST).to(tl.int32), 0)
-    low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), 0).to(tl.int64)  # reached by all
-    high = tl.max(tl.where(keys < HIGHEST, keys, LOWEST), 0).to(tl.int64) + 1  # reached by outliers only
-    if outliers >= wanted:
-        low = tl.full([], HIGHEST, tl.int64)
-    reach_low, reach_high = held, outliers
-    while high - low > 1:  # a round costs a reduction, whose latency is all: three values a round, counted in one
-        width = high - low
-        share = (reach_low - wanted + 0.5) / (reach_low - reach_high)
-        guess = low + (share * width.to(tl.float32)).to(tl.int64)
-        margin = width // 16
-        under = tl.minimum(tl.maximum(guess - margin, low + 1), high - 1)
-        over = tl.maximum(tl.minimum(guess + margin, high - 1), under)
-        middle = low + width // 2
-        first, third = tl.minimum(under, middle), tl.maximum(over, middle)
-        second = tl.minimum(tl.maximum(under, middle), over)
-        reached = (keys >= first.to(tl.int32)).to(tl.int32) + ((keys >= second.to(tl.int32)).to(tl.int32) << 15)
-        counts = tl.sum(reached.to(tl.int64) + ((keys >= third.to(tl.int32)).to(tl.int64) << 32), 0)
-        one, two, three = (
-            (counts & 0x7FFF).to(tl.int32),
-            ((counts >> 15) & 0x7FFF).to(tl.int32),
-            (counts >> 32).to(tl.int32),
-        )
-        if three >= wanted:
-            low, reach_low = third, three
-        elif two >= wanted:
-            low, reach_low, high, reach_high = second, two, third, three
-        elif one >= wanted:
-            low, reach_low, high, reach_high = first, one, second, two
-        else:
-            high, reach_high = first, one
-        if reach_low == wanted:
-            high = low + 1
-    return low
-
-
-@triton.jit
-def _lists(step, bh):
-    """The ranked pages of one (sequence, KV head): numbers, keys, length of each part's list, and log2 of its room."""
-    parts = tl.load(step + RANKED_PARTS)
-    room = tl.load(step + RANKED_SHIFT).to(tl.int32)
-    stride = 1 << room
-    page = tl.load(step + RANKED_PAGE).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-    key = tl.load(step + RANKED_KEY).to(tl.pointer_type(tl.int32)) + bh * parts * stride
-    count = tl.load(step + RANKED_COUNT).to(tl.pointer_type(tl.int32)) + bh * parts
-    return page, key, count, room
-
-
-@triton.jit
-def rank_kernel(
-    step, layer, stats, plan, outliers, num_splits,
-    SUMMARY: tl.constexpr, OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
-    SPLITS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    PART: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Program (b * H + h, i) ranks parts i, i + num_programs(1), ...
-
-    Args:
-        stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
-        outliers: int64 [B, H]: as `find_outliers_kernel` left them, of this layer.
-    """
-    bh = tl.program_id(0)
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    row = plan + b * PLAN_FIELDS
-    ranked_page, ranked_key, ranked_count, room = _lists(step, bh)
-    capacity = tl.load(step + PAGE_CAPACITY)
-    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    first = tl.load(row + FIRST)
-    stop = tl.load(row + STOP)
-    wanted = tl.load(row + NUM_SELECTED)
-    num_outliers = tl.load(row + NUM_OUTLIERS)
-    scored = wanted < stop - first
-    for part in range(tl.program_id(1), tl.cdiv(stop - first, PART), tl.num_programs(1)):
-        pages = first + part * PART + tl.arange(0, PART)
-        inside = candidates(step, b, pages, stop, PAGE, PADDED)
-        keys = tl.zeros([PART], tl.int32)
-        if scored:
-            best = tl.full([PART], float("-inf"), tl.float32)
-            split = tl.arange(0, SPLITS)
-            known = (split < num_splits)[None, :]
-            for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
-                heads = g + tl.arange(0, HEADS)
-                place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
-                most = tl.load(place, mask=known, other=float("-inf"))
-                sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
-                highest = tl.max(most, 1)
-                shift = tl.where(highest == float("-inf"), 0.0, highest)
-                lse = shift + tl.log(tl.sum(sums * tl.exp(most - shift[:, None]), 1))
-                there = inside[None, :] & (heads < G)[:, None]
-                each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
-                best = tl.maximum(best, tl.max(tl.where(there, each - lse[:, None], float("-inf")), 0))
-            keys = tl.maximum(sortable(best), LOWEST + 1)
-            if OUTLIERS:
-                unlike = outlier_keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS)
-                keys = tl.where((unlike <= tl.load(outliers + bh)) & (num_outliers > 0), HIGHEST, keys)
-        keys = tl.where(inside, keys, LOWEST)
-        here = tl.sum(inside.to(tl.int32), 0)
-        taken = inside
-        if wanted < here:
-            edge = _reached_by(keys, wanted, here)
-            over = keys > edge
-            ties = keys == edge
-            needed = wanted - tl.sum(over.to(tl.int32), 0)
-            taken = over | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= needed))
-            here = wanted
-        place = (part << room) + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(ranked_page + place, pages, mask=taken)
-        tl.store(ranked_key + place, keys, mask=taken)
-        tl.store(ranked_count + part, here)
-
-
-@triton.jit
-def _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts):
-    """Pages and keys at places of the parts' lists; LOWEST where there are none."""
-    part = offsets >> room
-    inside = part < num_parts
-    inside = inside & (offsets - (part << room) < tl.load(ranked_count + part, mask=inside, other=0))
-    pages = tl.load(ranked_page + offsets, mask=inside, other=-1)
-    return pages, tl.load(ranked_key + offsets, mask=inside, other=LOWEST)
+LAST = tl.constexpr(0x7FFFFFFF)
+NO_KEY = tl.constexpr(-(1 << 63))
+"""Below the key of every page."""
 
 
 @triton.jit
 def choose_kernel(
-    step, layer, plan, list_count, counters, query_index,
-    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, NARROW: tl.constexpr,
-    LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    step, layer, plan, histogram, list_count, counters, floors, hand, query_index,
+    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
+    FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
     Args:
+        histogram: as `rate_kernel` left it; zeros again afterwards.
         list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
         counters: int64 [len(Counter)]. Added to.
+        PARTS: parts whose kept pages are looked at together.
+        FEW: tied pages up to this number are compared each with each.
+        KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
+            bin a step, and anywhere after a step that kept too few.
+        floors: int32 [B, H]: the last bin whose pages are kept at the next step. Written.
+        hand: int32 [B, H]: the slot from which victims are looked for. Written.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram + bh * BINS + bins)
+    floor = tl.load(floors + bh)
     position = tl.load(step + POSITION) + query_index
-    capacity = tl.load(step + LIST_CAPACITY)
-    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
+    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
+    capacity = tl.load(step + PAGE_CAPACITY)
+    scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    tied = tl.load(step + TIED).to(tl.pointer_type(tl.int64)) + bh.to(tl.int64) * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -200,69 +87,153 @@ def choose_kernel(
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, position + 1), inside, PADDED)
             pages = tl.where(upto > before, pages, -1)
         tl.store(listed + offsets, pages, mask=inside)
-    num_parts = tl.cdiv(stop - first, PART)
-    if num_parts > 0:
-        ranked_page, ranked_key, ranked_count, room = _lists(step, bh)
-        width = num_parts << room
-        total = tl.zeros([], tl.int32)
-        for start in range(0, num_parts, 64):
-            parts = start + tl.arange(0, 64)
-            total += tl.sum(tl.load(ranked_count + parts, mask=parts < num_parts, other=0), 0)
-        edge = tl.full([], -(1 << 31), tl.int64)
-        needed = total
-        if wanted < total:
-            if width <= NARROW:
-                _, few = _ranked(tl.arange(0, NARROW), ranked_page, ranked_key, ranked_count, room, num_parts)
-                edge = _reached_by(few, wanted, total)
-                needed = wanted - tl.sum((few > edge).to(tl.int32), 0)
-            elif width <= TILE:
-                _, keys = _ranked(tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, room, num_parts)
-                edge = _reached_by(keys, wanted, total)
-                needed = wanted - tl.sum((keys > edge).to(tl.int32), 0)
-            else:
-                edge = _reached_in_tiles(wanted, width, ranked_page, ranked_key, ranked_count, room, num_parts, TILE)
-                needed = wanted
-                for start in range(0, width, TILE):
-                    offsets = start + tl.arange(0, TILE)
-                    _, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts)
-                    needed -= tl.sum((keys > edge).to(tl.int32), 0)
-        ties_before = tl.zeros([], tl.int32)
-        for start in range(0, width, NARROW):
-            offsets = start + tl.arange(0, NARROW)
-            pages, keys = _ranked(offsets, ranked_page, ranked_key, ranked_count, room, num_parts)
-            ties = (keys == edge) & (keys > LOWEST)
-            tie_rank = ties_before + tl.cumsum(ties.to(tl.int32), 0)
-            taken = ((keys > edge) & (keys > LOWEST)) | (ties & (tie_rank <= needed))
-            place = count + tl.cumsum(taken.to(tl.int32), 0) - 1
-            tl.store(listed + place, pages, mask=taken)
-            count += tl.sum(taken.to(tl.int32), 0)
-            ties_before += tl.sum(ties.to(tl.int32), 0)
+    boundary = tl.full([], BINS, tl.int32)
+    needed = tl.zeros([], tl.int32)
+    too_few = wanted < 0
+    if wanted < stop - first:
+        boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
+        too_few = boundary == BINS  # or there are no more candidates than wanted
+        if too_few:
+            for start in range(0, stop, TILE):
+                _, score, inside = _all_pages(scores, start, first, stop, TILE)
+                bin_of = score_bins(score, BINS, PER_NAT)
+                uncounted = inside & (bin_of > floor)
+                tl.atomic_add(histogram + bh * BINS + bin_of, tl.full([TILE], 1, tl.int32), mask=uncounted)
+            tl.debug_barrier()
+            counts = tl.load(histogram + bh * BINS + bins, cache_modifier=".cg")  # where the atomics were
+            tl.debug_barrier()
+            boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
+        tl.store(histogram + bh * BINS + bins, tl.zeros([BINS], tl.int32))
+        tl.store(floors + bh, tl.where(too_few, enough, tl.minimum(enough, floor + 1)))
+    num_tied = tl.zeros([], tl.int32)
+    if too_few:
+        for start in range(0, stop, TILE):
+            pages, score, inside = _all_pages(scores, start, first, stop, TILE)
+            count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
+    else:
+        for part in range(0, tl.cdiv(stop, PART), PARTS):
+            mine = part + tl.arange(0, PARTS)
+            held = tl.load(kept_count + mine, mask=mine < tl.cdiv(stop, PART), other=0)
+            for start in range(0, tl.max(held, 0), TILE // PARTS):
+                rank = start + tl.arange(0, TILE // PARTS)
+                inside = tl.reshape(rank[None, :] < held[:, None], [TILE])
+                place = tl.reshape(mine[:, None] * PART + rank[None, :], [TILE])
+                pages = tl.load(kept_page + place, mask=inside, other=0)
+                score = tl.load(kept_score + place, mask=inside, other=0.0)
+                count, num_tied = _sort_out(
+                    listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT
+                )
+    if num_tied > 0:
+        tl.debug_barrier()
+        count = _take_best(listed, count, tied, num_tied, needed, FEW, TIED_TILE)
     tl.store(list_count + bh * 2, count)
     tl.debug_barrier()
     missing = retrieve(
-        step, layer, counters, bh, b, h, position, count, query_index, H, PAGE_BYTES, PAGE, SEGMENT, ROWS,
-        PADDED, LIST_TILE, SLOT_TILE,
+        step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES, PAGE, PADDED,
+        LIST_TILE, SLOT_TILE,
     )  # fmt: skip
     tl.store(list_count + bh * 2 + 1, missing)
 
 
 @triton.jit
-def _reached_in_tiles(
-    wanted, width, ranked_page, ranked_key, ranked_count, room, num_parts, TILE: tl.constexpr
+def _boundary(counts, wanted, BINS: tl.constexpr, KEPT: tl.constexpr):
+    """The bin with the last of the `wanted` pages, how many are wanted of it, and the bin that would keep KEPT times as many.
+
+    Bins are BINS where not so many pages were counted.
+    """
+    upto = tl.cumsum(counts, 0)
+    below = tl.sum(
+        (upto < wanted).to(tl.int32) + ((upto < KEPT * wanted).to(tl.int32) << 16), 0
+    )  # both in one exchange
+    needed = wanted - tl.max(tl.where(upto < wanted, upto, 0), 0)
+    return below & 0xFFFF, needed, below >> 16
+
+
+@triton.jit
+def _all_pages(scores, start, first, stop, TILE: tl.constexpr):
+    """A tile of pages, their scores, and which of them are candidates."""
+    pages = start + tl.arange(0, TILE)
+    score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
+    return pages, score, score > float("-inf")
+
+
+@triton.jit
+def _sort_out(
+    listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr
 ):  # fmt: skip
-    """As `_reached_by`, over lists of any length."""
-    low = tl.full([], -(1 << 31), tl.int64)
-    high = tl.full([], (1 << 31), tl.int64)
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        count = tl.zeros([], tl.int32)
-        for start in range(0, width, TILE):
-            _, keys = _ranked(start + tl.arange(0, TILE), ranked_page, ranked_key, ranked_count, room, num_parts)
-            count += tl.sum((keys >= middle).to(tl.int32), 0)
-        if count >= wanted:
-            low = middle
+    """Append pages of better bins to the list, and those of the boundary bin to the tied; returns the new lengths."""
+    bin_of = score_bins(score, BINS, PER_NAT)
+    better = inside & (bin_of < boundary)
+    equal = inside & (bin_of == boundary)
+    ranks = tl.cumsum(better.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # of both kinds in one scan
+    tl.store(listed + count + (ranks & 0xFFFF) - 1, pages, mask=better)
+    tl.store(tied + num_tied + (ranks >> 16) - 1, sortable(score).to(tl.int64) * (1 << 32) + (LAST - pages), mask=equal)
+    last = tl.max(ranks, 0)
+    return count + (last & 0xFFFF), num_tied + (last >> 16)
+
+
+@triton.jit
+def _take_best(listed, count, tied, num_tied, needed, FEW: tl.constexpr, TILE: tl.constexpr):
+    """Append the best `needed` of the tied pages, which are at least so many, to the list; returns its new length."""
+    if num_tied <= FEW:
+        keys = _keys(tied, tl.arange(0, FEW), num_tied)
+        rank = tl.sum((_keys(tied, tl.arange(0, FEW)[None, :], num_tied) > keys[:, None]).to(tl.int32), 1)
+        tl.store(listed + count + rank, _page(keys), mask=(rank < needed) & (keys != NO_KEY))
+    else:
+        edge = _reached_by(tied, num_tied, needed, TILE)
+        place = count - 1
+        for start in range(0, num_tied, TILE):
+            keys = _keys(tied, start + tl.arange(0, TILE), num_tied)
+            ranks = tl.cumsum((keys >= edge).to(tl.int32), 0)
+            tl.store(listed + place + ranks, _page(keys), mask=keys >= edge)
+            place += tl.max(ranks, 0)
+    return count + needed
+
+
+@triton.jit
+def _keys(tied, offsets, num_tied):
+    """Keys of tied pages; NO_KEY behind the end."""
+    return tl.load(tied + offsets, mask=offsets < num_tied, other=NO_KEY)
+
+
+@triton.jit
+def _page(keys):
+    """The page that a key is of."""
+    return LAST - (keys & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _reached_by(tied, num_tied, wanted, TILE: tl.constexpr):
+    """A number that exactly `wanted` of the `num_tied` keys reach; no two keys are equal.
+
+    A search between the lowest and the highest key. A round counts how many keys reach two numbers: one where the wanted one
+    would be if the keys were evenly spread, and the middle, so that it halves at worst.
+    """
+    low = tl.full([], (1 << 63) - 1, tl.int64)
+    high = tl.full([], NO_KEY, tl.int64)
+    first_keys = _keys(tied, tl.arange(0, TILE), num_tied)
+    for start in range(0, num_tied, TILE):
+        keys = _keys(tied, start + tl.arange(0, TILE), num_tied)
+        low = tl.minimum(low, tl.min(tl.where(keys != NO_KEY, keys, (1 << 63) - 1), 0))
+        high = tl.maximum(high, tl.max(keys, 0))
+    high += 1
+    reach_low, reach_high = num_tied, tl.zeros([], tl.int32)
+    while reach_low != wanted:
+        width = high - low  # of scores in one bin: no overflow
+        share = (reach_low - wanted + 0.5) / (reach_low - reach_high)
+        guess = tl.minimum(tl.maximum(low + (share * width.to(tl.float32)).to(tl.int64), low + 1), high - 1)
+        middle = low + width // 2
+        first, second = tl.minimum(guess, middle), tl.maximum(guess, middle)
+        one = tl.sum((first_keys >= first).to(tl.int32), 0)
+        two = tl.sum((first_keys >= second).to(tl.int32), 0)
+        for start in range(TILE, num_tied, TILE):
+            keys = _keys(tied, start + tl.arange(0, TILE), num_tied)
+            one += tl.sum((keys >= first).to(tl.int32), 0)
+            two += tl.sum((keys >= second).to(tl.int32), 0)
+        if two >= wanted:
+            low, reach_low = second, two
+        elif one >= wanted:
+            low, reach_low, high, reach_high = first, one, second, two
         else:
-            high = middle
-        if count == wanted:
-            high = middle + 1
+            high, reach_high = first, one
     return low

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf import ShadowKV, SpinCache, decode
+from spin_hf import ShadowKV, SpinCache, decode, descriptors
 
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
@@ -89,6 +89,8 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
         monkeypatch.setattr(decode, name, number)
+        if name == "PART_PAGES":
+            monkeypatch.setattr(descriptors, name, number)
     return asked
 
 
@@ -109,8 +111,14 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
     ("padding", "sizes", "options", "constants"),
     [
         ("left", [3, 1], {"budget": 16, "recent_window": 1}, {}),  # a page that fills is a candidate in the same call
-        ("none", [1], {"budget": 16, "recent_window": 8}, {"PART_PAGES": 2}),  # the best of several parts
-        ("none", [1], {"budget": 24, "recent_window": 8}, {"PART_PAGES": 2, "_CHOOSE_TILE": 2}),  # in several tiles
+        ("none", [1], {"budget": 16, "recent_window": 8}, {"PART_PAGES": 2, "_CHOOSE_TILE": 2}),  # several tiles
+        ("left", [1, 1], {"budget": 24, "recent_window": 8}, {"_KEPT": 0, "_CHOOSE_TILE": 4}),  # too few are kept
+        (
+            "none",
+            [1],
+            {"budget": 24, "recent_window": 8},
+            {"_FEW_TIED": 1, "_TIED_TILE": 2, "NUM_BINS": 4},
+        ),  # many in one bin
     ],
 )
 def test_steps_do_what_the_reference_does(

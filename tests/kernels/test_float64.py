@@ -46,6 +46,9 @@ def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = {
     "bfloat16": Case(Shape(kv_heads=1, group=7, key_dim=80, value_dim=64), torch.bfloat16, lengths=(9,)),
     "softcap": Case(Shape(kv_heads=1, key_dim=192, value_dim=128), torch.float16, replace(ALL, softcap=2.0), (1, 3)),
+    "int8": Case(
+        Shape(kv_heads=1, key_dim=64, value_dim=64), torch.float32, replace(SOME, int8=True), (1, 2), (100, 123)
+    ),
     "selecting": Case(Shape(key_dim=64, value_dim=64), torch.float32, SOME, (1, 2), (123, 100)),
     "sinks": Case(Shape(key_dim=64, value_dim=64), torch.float16, ALL, (1,), (43, 31), (0.5, -1.0, 3.0, 1.0)),
 }

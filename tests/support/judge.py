@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf.attention.interface import spin_attention
 from spin_hf.kernels import split_pages
-from spin_hf.kernels.fields import StepField
+from spin_hf.kernels.fields import LOAD_MARK, StepField
 from spin_hf.layer import SpinLayer
 
 from ..attention.oracle import PAGE_SIZE, Rules, attended, attention
@@ -90,19 +90,20 @@ def _far_apart(world: World, seed: int) -> World:
 
 def judge(case: Case, device: torch.device, seed: int = 0, **options: Any) -> Driver:
     """Play the case; every output of its decode steps must be as near to float64 as eager attention."""
-    rules, world = replace(case.rules, scale=case.shape.key_dim**-0.5), case.world(seed, device)
+    int8 = case.rules.int8 or case.dtype.itemsize == 2
+    rules, world = replace(case.rules, scale=case.shape.key_dim**-0.5, int8=int8), case.world(seed, device)
     sinks = torch.tensor(case.sink_logits, dtype=case.dtype, device=device) if case.sink_logits else None
     driver = Driver(
         case.shape, softcap=rules.softcap, sink_logits=sinks, budget=rules.budget,
-        num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, **options,
+        num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window,
+        summary_dtype="int8" if int8 else "auto", **options,
     )  # fmt: skip
     _step(driver, world, case, 0, case.prompt)
     layer, start, tokens = driver.cache.layers[0], case.prompt, []
     assert isinstance(layer, SpinLayer)
     for size in case.sizes:
-        kept = _poison(layer)
+        _poison(layer)
         out = _step(driver, world, case, start, start + size)
-        del kept
         assert bool(out.isfinite().all())
         tokens += _compare(case, rules, world, sinks, out, start)
         start += size
@@ -163,11 +164,11 @@ def _eager(query: Tensor, keys: Tensor, values: Tensor, rules: Rules, sinks: Ten
 
 # -------------------------------------------------------------------------------------------------------------- poison
 
-_NO_SCRATCH = (StepField.DIRECTORY, StepField.VALID, StepField.UPTO)
+_NO_SCRATCH = (StepField.DIRECTORY, StepField.VALID, StepField.UPTO, StepField.OUTLIER)
 
 
-def _poison(layer: SpinLayer) -> list[Tensor]:
-    """Fill all that the next step must not read; what it returns has to live as long as the step."""
+def _poison(layer: SpinLayer) -> None:
+    """Fill all that the next step must not read."""
     store, sequences, step = layer.store, layer.shared.sequences, layer.kernels()
     assert store is not None
     assert step is not None
@@ -178,27 +179,25 @@ def _poison(layer: SpinLayer) -> list[Tensor]:
     pages = store.home.take(rows)
     for part in split_pages(pages, PAGE_SIZE, store.key_dim):
         part[:, :, complete:, length % PAGE_SIZE :] = nan
-    held = {name: array.take(rows[:, :, :complete]) for name, array in store.summaries.items()}
-    for array in (store.home, *store.summaries.values()):
+    arrays = [array for summary in store.summaries.values() for array in summary.arrays]
+    held = [array.take(rows[:, :, :complete]) for array in arrays]
+    for array in (store.home, *arrays):
         for chunk in array.chunks:
-            chunk.fill_(nan)
+            chunk.fill_(nan if chunk.is_floating_point() else 127)
     store.home.put(rows, pages)
-    for name, array in store.summaries.items():
-        array.put(rows[:, :, :complete], held[name])
+    for array, content in zip(arrays, held, strict=True):
+        array.put(rows[:, :, :complete], content)
     if store.frames is not None:
         table = store.frames.slot_page
         b, h, slot = (table >= 0).nonzero(as_tuple=True)
         frames = store.frames.frames.view(*table.shape, -1)
         frames.fill_(nan)
         frames[b, h, slot] = pages[b, h, table[b, h, slot].long()]
-    nowhere = torch.full((2, *store.home.row_shape), nan, dtype=store.home.dtype, device=store.device)
-    for tensor in (step.stats, step.parts, step.part_lse):
+    for tensor in (step.stats, step.parts):
         tensor.fill_(nan)
-    junk = {StepField.LOGITS: nan, StepField.RANKED_KEY: (1 << 31) - 1, StepField.RANKED_COUNT: 1}
-    junk |= {StepField.LIST_SOURCE: nowhere[0].data_ptr(), StepField.LIST_TARGET: nowhere[1].data_ptr()}
+    junk = {StepField.LOGITS: nan, StepField.SCORES: nan, StepField.LIST_PAGE: LOAD_MARK}
     for field, tensor in step.scratch.items():
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
     step.plan.fill_(1)
     step.list_count.fill_(1)
-    return [nowhere]
