@@ -4,9 +4,15 @@
     second                    captured, then replayed
     later ones                host: room for the token, descriptors, inputs  ->  replay  ->  host: the token counts
 
-What a call needs of the host happens before the replay (`SharedState.prepare`) and after it (`commit`); between them the
+What a call needs of the host happens before the replay (`SharedState.prepare`) and after it (`finish`); between them the
 layers only launch. Inputs are copied into static tensors, outputs are handed back as copies. Tensors of layers that are not
 paged (windows, linear attention) get fixed addresses: what the step makes of them is written back as its last launches.
+
+Until the replay is launched the device has nothing to do. So where all layers are paged the step is launched on trust and
+verified behind that (`verify.py`); what does not hold is taken back:
+
+    on trust      addresses  ->  replay  ->  model, mask  ->  done, or back to where the step began and
+    looking       model, mask  ->  replay, capture or eager forward
 
 While capturing, `get_seq_length` gives a tensor on the device instead of a number, so positions that a model derives from
 it are right in every replay; a model that asks the host for it, or for anything else, cannot be captured and runs eagerly,
@@ -24,12 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .attention.interface import padding_mask_of
-from .capturable import ModelWatch, host_state, reason_not_captured
+from .capturable import ModelWatch, host_state, reason_not_captured, reason_not_replayed
+from .fixed_state import FixedState, overwritten, windows_of
 from .forward import ForwardLog
 from .shared import SharedState
+from .verify import Verification
 
 logger = logging.getLogger("spin_hf")
 
@@ -39,6 +46,8 @@ _MAX_SHAPES = 8
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _CACHE = object()
 """Stands for the cache in what a graph keeps, so that the graph does not keep the cache alive."""
+_NOT_TRUSTED = object()
+"""Instead of outputs: a step was not replayed on trust, or was and has been taken back."""
 
 
 class Recorder:
@@ -55,51 +64,6 @@ class Recorder:
     def replay(self) -> None:
         """Launch what was captured, on the current stream."""
         self.graph.replay()
-
-
-class FixedState:
-    """Tensors of the unpaged layers, at addresses that stay.
-
-    Args:
-        layers: the cache's layers.
-    """
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.windows = _windows(layers)
-        self.places = [
-            place
-            for layer in layers
-            if isinstance(layer, (DynamicSlidingWindowLayer, LinearAttentionLayer))
-            for place in _places(layer)
-        ]
-        self.tensors = [table[name].clone(memory_format=torch.contiguous_format) for table, name in self.places]
-
-    def bind(self) -> None:
-        """Before a step: what the layers hold now, at the fixed addresses."""
-        for (table, name), tensor in zip(self.places, self.tensors, strict=True):
-            if table[name] is not tensor:
-                tensor.copy_(table[name])
-                table[name] = tensor
-
-    def advance(self, length: int) -> None:
-        """After a step: windows count their tokens on the host."""
-        for layer in self.windows:
-            layer.cumulative_length = length
-
-
-def _windows(layers: list[Any]) -> list[Any]:
-    return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-
-
-def _places(layer: Any) -> list[tuple[dict[Any, Any], Any]]:
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return [(layer.__dict__, "keys"), (layer.__dict__, "values")]
-    return [
-        (table, index)
-        for table in (layer.conv_states, layer.recurrent_states)
-        for index, tensor in table.items()
-        if tensor is not None
-    ]
 
 
 class CapturedStep:
@@ -162,9 +126,12 @@ class DecodeSteps:
         self.captured: dict[Any, CapturedStep | None] = {}
         """Key of a call -> its graph; None where it ran once, eagerly."""
         self.watch: ModelWatch | None = None
+        self.verification = Verification()
         self.kernels: list[Any] = []
         self.held: list[Any] = []
         """The layers captured; `reset` replaces those that are not paged."""
+        self.unpaged: list[Any] = []
+        """Those of them whose tensors a step overwrites."""
         self.refused: str | None = None
         self.running = False
         """Whether a call is in progress: somebody wrapped a wrapped forward, and the outer wrap has it."""
@@ -184,17 +151,21 @@ class DecodeSteps:
             self.running = False
 
     def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
-        self._look_at(model)
-        reason = self.refused or self._reason_this_call(model, kwargs, name)
+        inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
+        if self._trusts():
+            outputs = self._replay_on_trust(inputs, kwargs, name)
+            if outputs is not _NOT_TRUSTED:
+                return outputs
+        watch = self._look_at(model)
+        reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
         if reason is not None:
             _warn(model, reason)
             return forward(**kwargs)
-        inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
         self.log.settle(self.layers)
         new_valid = self.shared.take_padding(padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
         if not self._windows_are_full(new_valid):
             return forward(**kwargs)
-        key = self._key(inputs)
+        key = self._key(inputs, new_valid)
         if key not in self.captured:
             while len(self.captured) >= _MAX_SHAPES:
                 del self.captured[next(iter(self.captured))]
@@ -219,15 +190,60 @@ class DecodeSteps:
         except BaseException:
             self._take_back()
             raise
+        self._finish(step)
+        return outputs
+
+    def _trusts(self) -> bool:
+        """Whether to replay before the model is looked at: nothing seen so far is against it, nothing is overwritten."""
+        return (
+            self.watch is not None
+            and self.refused is None
+            and not self.unpaged
+            and self.layers == self.held
+            and self.kernels == self.shared.kernels_in_use()
+            and self.watch.is_safe()
+        )
+
+    def _replay_on_trust(self, inputs: dict[str, Any], kwargs: dict[str, Any], name: str) -> Any:
+        """Replay a step that is captured, then verify it; `_NOT_TRUSTED` if that fails, and the step is taken back.
+
+        It has then written to the place of its token alone, which is written again before it is read, and has had pages
+        loaded, which are what they are. What the kernels count (`stats`), they count twice.
+        """
+        watch, shared, mask = self.watch, self.shared, kwargs.get("attention_mask")
+        assert watch is not None
+        if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
+            return _NOT_TRUSTED
+        self.log.settle(self.layers)
+        length, new_valid = shared.committed + 1, None
+        if shared.sequences.mask.valid is not None:  # with padding in the cache it cannot be taken for granted
+            new_valid, mask = shared.take_padding(padding_mask_of(mask, length)), None
+        step = self.captured.get(self._key(inputs, new_valid))
+        if step is None or not self.verification.assume(mask, length):
+            return _NOT_TRUSTED
+        shared.prepare(shared.sequences.batch_size, 1, new_valid)
+        try:
+            outputs = step.replay(inputs, kwargs[name])
+            holds = self.verification.holds(watch)
+        except BaseException:
+            self._take_back()
+            raise
+        if not holds:
+            self._take_back()
+            return _NOT_TRUSTED
+        self._finish(step)
+        return outputs
+
+    def _finish(self, step: CapturedStep) -> None:
         self.log.clear()
         self.shared.finish()
+        self.shared.foresee()
         step.state.advance(self.shared.committed)
-        return outputs
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
             step = CapturedStep(inputs, self.layers)
-            windows = _windows(self.layers)
+            windows = windows_of(self.layers)
             before = [dict(layer.__dict__) for layer in windows]
             try:
                 step.capture(forward, cache, self.shared)
@@ -242,44 +258,28 @@ class DecodeSteps:
         shape = (self.shared.sequences.batch_size, 1)
         return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.shared.committed > 0
 
-    def _look_at(self, model: nn.Module) -> None:
-        """Start anew where the model, the layers or the kernels are others than those captured."""
+    def _look_at(self, model: nn.Module) -> ModelWatch:
+        """The watch over the model; starts anew where the model, the layers or the kernels are others than those captured."""
         kernels = self.shared.kernels_in_use()
         same = kernels == self.kernels and self.layers == self.held
         if self.watch is None or not same or not self.watch.unchanged():
             self.captured.clear()
             self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
+            self.unpaged = overwritten(self.layers)
             self.refused = reason_not_captured(model, self.layers, self.shared)
+        return self.watch
 
-    def _reason_this_call(self, model: nn.Module, kwargs: dict[str, Any], cache_name: str) -> str | None:
-        """Why a call that could else be captured runs eagerly."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            return "its attention mask is more than padding"
-        if any(getattr(layer, "record_past", False) for layer in self.layers):
-            return "its window or linear-attention layers record the past"
-        if model.training:
-            return "the model is in training mode; call model.eval()"
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
-            return "gradients are recorded; call it under torch.no_grad()"
-        if torch.is_autocast_enabled("cuda"):
-            return "autocast is on; convert the model to the dtype instead"
-        for name, given in kwargs.items():
-            if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != cache_name:
-                return f"its argument {name} is a {type(given).__name__}"
-        return None
-
-    def _key(self, inputs: dict[str, Any]) -> Any:
-        padded = self.shared.sequences.mask.valid is not None
+    def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
+        padded = self.shared.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))
         given = tuple(
-            (name, (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value)
+            (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
         return given, padded, host_state()
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""
-        windows = _windows(self.layers)
+        windows = windows_of(self.unpaged)
         if any(layer.cumulative_length < layer.sliding_window for layer in windows):
             return False
         valid = self.shared.sequences.mask.valid
@@ -289,7 +289,7 @@ class DecodeSteps:
         return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
 
     def _take_back(self) -> None:
-        """After a capture that failed: nothing was computed, so nothing but the host's count has changed."""
+        """After a step that failed, or should not have been: only the host's count makes its tokens count."""
         self.log.clear()
         self.shared.roll_back()
 

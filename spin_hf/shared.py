@@ -54,6 +54,7 @@ class SharedState:
         captured_length: `step_length`, while a graph is captured.
         launched: None, or whether the compiled forward that a step was prepared for has run.
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
+        query_heads: of each layer, by the model's config; 0 where that does not say.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
     """
 
@@ -72,6 +73,7 @@ class SharedState:
     step_length: Tensor | None = None
     launched: bool | None = None
     handle: int = 0
+    query_heads: int = 0
     pool: KernelPool | None = None
     warned_waves: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
@@ -174,6 +176,11 @@ class SharedState:
         self.commit()
         self.visible_length.fill_(self.committed)
 
+    def foresee(self) -> None:
+        """Prepare what can be of a step like the one that was just launched, behind it."""
+        for step in self.kernels_in_use():
+            step.foresee()
+
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """While a graph is captured, lengths are tensors on the device."""
@@ -199,7 +206,18 @@ class SharedState:
         self.launched = False
 
     def _can_prepare(self) -> bool:
-        return all(layer.has_kernels for layer in self.layers) and all(step.group for step in self.kernels_in_use())
+        for layer in self.layers:
+            step, store = layer.kernels(), layer.store
+            if step is None or store is None:
+                return False
+            if not step.group and self.query_heads % step.num_heads == 0:
+                # Nobody has attended yet, as the tokens were taken over. Where the config is wrong, attention says so.
+                step.fit(self.query_heads // step.num_heads, store.value_dim)
+        return all(step.group for step in self.kernels_in_use())
+
+    def forget_recorded(self) -> None:
+        """Kernels got other buffers: what graphs hold is not what the next step uses, and so has another handle."""
+        self._begun = None
 
     def settle(self) -> None:
         """End the step that `expect` prepared: its tokens count if the forward ran, else they are taken back."""

@@ -25,8 +25,8 @@ ORDER: list[set[str]] = [
     {"config"},
     {"kernels"},
     {"storage", "attention"},
-    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "decode", "layer", "forward"},
-    {"wrap", "capturable", "graph"},
+    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "descriptors", "decode", "layer", "forward"},
+    {"wrap", "capturable", "fixed_state", "verify", "graph"},
     {"cache"},
     {"serialization"},
     {"enable"},
@@ -42,6 +42,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "layer_kinds",
     "enable",
     "capturable",
+    "fixed_state",
     "graph",
     "attention.interface",
 }

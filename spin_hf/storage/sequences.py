@@ -104,7 +104,9 @@ class Sequences:
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
-        store.reserve(self.batch_size, len(self.refcounts), self.num_pages)
+        store.reserve(
+            self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
+        )
         self.stores.append(store)
         self.layout += 1
 
@@ -125,7 +127,7 @@ class Sequences:
         refcounts, free = list(self.refcounts), list(self.free)
         length = self.length + num_tokens
         copies = _take_segments(directory, refcounts, free, self.length // self.page_size, -(-length // self.page_size))
-        self._make_room(batch_size, len(refcounts), -(-length // self.page_size))
+        self._make_room(batch_size, len(refcounts), len(directory[0]) * SEGMENT_PAGES)  # so that layouts change seldom
         for store in self.stores:
             store.copy_segments(copies)
         if (directory, refcounts) != (self.directory, self.refcounts):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import spin_hf.kernels
 from spin_hf import SpinCache
@@ -170,6 +171,38 @@ def test_what_a_compiled_forward_did_counts_only_if_it_ran(monkeypatch: pytest.M
     for call, (ours, theirs) in enumerate(zip(parts["compiled"], parts["eager"], strict=True)):
         assert torch.equal(ours, theirs), call
     assert replays.count > 0
+
+
+def _dense(mask: torch.Tensor) -> torch.Tensor:
+    """As `generate` hands a mask to a compiled forward: with strides that stay."""
+    return mask.clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "graphs"), [("right", 1), ("wrong", 2), ("unknown", 2)])
+def test_a_cache_that_was_taken_over_or_copied(heads: str, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first step is compiled as all later ones; a config that is wrong about its heads costs another graph, no more."""
+    replays, model = Replays(monkeypatch), _model()
+    forward = torch.compile(model.forward, fullgraph=True, backend=replays)
+    source = DynamicCache(config=model.config)
+    model(_inputs()["input_ids"], past_key_values=source)
+    logits = []
+    for step in (forward, model.forward):  # in this order: kernels that an earlier cache leaves behind have buffers
+        cache = SpinCache.from_cache(source, model.config, **OPTIONS)
+        if step is forward:
+            cache._shared.query_heads *= {"right": 1, "wrong": 2, "unknown": 0}[heads]
+        parts = [
+            step(TOKEN, attention_mask=_dense(_mask(model, cache)), past_key_values=cache).logits for _ in range(4)
+        ]
+        if step is forward:
+            assert replays.graphs == graphs
+        cache.check_integrity()
+        twin = deepcopy(cache)
+        parts += [step(TOKEN, attention_mask=_dense(_mask(model, twin)), past_key_values=twin).logits for _ in range(2)]
+        twin.check_integrity()
+        logits.append(torch.cat(parts, 1))
+        del cache, twin
+    assert torch.equal(*logits)
 
 
 def _fail(*args: Any) -> None:

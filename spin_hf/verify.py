@@ -1,0 +1,89 @@
+"""What a captured step takes for granted, and what of it is looked at only behind its launch.
+
+    before    assume(mask)     its shape; a mark in the stream
+    launch    of the step, as if nothing were padded and the model were what it was
+    behind    holds(watch)     mask     on a stream of its own: wait for the mark -> all ones? -> a flag on the host
+                               model    on the host: modules, parameters, hooks, adapters
+
+All of that costs the host more time than it has while the device waits for work, and behind the launch it costs none: the
+device is busy for longer. It hardly ever fails. Where it does, the caller takes the step back and does the call again,
+looking first. So this is for steps that can be done twice at one place, which those that write to pages only can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .capturable import ModelWatch
+
+
+class Verification:
+    """Of the captured steps of one cache, one at a time."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        """The mask [B, tokens] that the step under way takes for all ones."""
+        self.beside: StreamBeside | None = None
+
+    def assume(self, mask: Tensor | None, length: int) -> bool:
+        """Take `mask` [B, n] (None: no padding) for one without padding; nothing waits.
+
+        Args:
+            length: tokens held and new; what a mask does not cover is padding.
+        Returns:
+            False where the shape shows padding; then there is nothing to assume.
+        """
+        self.mask = None
+        if mask is None:
+            return True
+        if mask.shape[1] < length:
+            return False
+        self.mask = mask if mask.shape[1] == length else mask[:, :length]
+        if mask.is_cuda:
+            if self.beside is None or self.beside.device != mask.device:
+                self.beside = StreamBeside(mask.device)
+            self.beside.mark()
+        return True
+
+    def holds(self, watch: ModelWatch) -> bool:
+        """Whether all that was assumed is so. Waits for the mask, and not for the step."""
+        mask, self.mask = self.mask, None
+        if mask is None:
+            return watch.unchanged()
+        if not mask.is_cuda or self.beside is None:
+            return watch.unchanged() and bool(mask.all())
+        self.beside.ask(mask)
+        unchanged = watch.unchanged()  # while the device looks at the mask
+        return self.beside.answer() and unchanged
+
+
+class StreamBeside:
+    """Asks whether a mask is all ones beside the work that the current stream got since `mark`.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=-1)  # before the blocks of the step, which may fill the device
+        self.marked, self.answered = torch.cuda.Event(), torch.cuda.Event()
+        with torch.inference_mode(False):  # it outlives an inference mode
+            self.flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+
+    def mark(self) -> None:
+        """What the current stream has now is what `ask` waits for: the mask is part of it."""
+        self.marked.record(torch.cuda.current_stream(self.device))
+
+    def ask(self, mask: Tensor) -> None:
+        """Let the device look; `mask` must live until the answer."""
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.marked)
+            self.flag.copy_(mask.all(), non_blocking=True)
+            self.answered.record(self.stream)
+
+    def answer(self) -> bool:
+        """Whether the mask was all ones; waits for that and nothing else."""
+        self.answered.synchronize()
+        return bool(self.flag)
