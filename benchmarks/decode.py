@@ -1,303 +1,238 @@
 """Time per output token (TPOT) against every cache that a user could take instead: `python benchmarks/decode.py`.
 
     --shape llama-8b | qwen3-0.6b    random weights, synthetic keys and values, bf16, one sequence
-    --tokens 4096 32768 ...          contexts
+    --tokens 131072 8192 ...         contexts                         --rivals floor dynamic ...    see `rivals.py`
+    --seconds 540                    starts nothing that would end later; most important rows first
+    --missing                        only what the results file lacks, beside the rows of SpinCache that ratios need
+    --plan                           says what would be measured, and about how long it takes
 
-    spin          SpinCache(model), captured steps, under `generate`
-    spin compiled SpinCache(model.config), compiled by `generate`; `first_call_s` is mostly the compilation
-    spin eager    the same with `disable_compile`
-    dynamic       DynamicCache                       offloaded   DynamicCache(offloading=True)
-    static        StaticCache, compiled by `generate`
-    dense graph   flash decoding over all tokens in a CUDA graph captured by hand: what a serving engine does
-    floor         the same graph, attention left out
+    spin     SpinCache(model), captured steps, under `generate`, selecting with the overlap of a real model (`replayed`),
+             with the lowest and with the highest possible; see `overlap.py`
+    rivals   see `rivals.py`;  kernels   see `step_profile.py`: at the end, when all times per token have been taken
 
-TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three (fewer tokens for the slow ones); for
-the two graphs, of replays. How much of a step's selection the step before had selected too depends on the weights; it is
-measured with token embeddings that are all alike and with independent ones, as `measured_overlap`.
-Writes `benchmarks/results/decode-<shape>.json`.
+TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three (of two, or with fewer tokens, for slow ones
+and for the lowest and highest overlap); for `floor` and `dense graph`, of replays. Where pages are loaded, 144 tokens are
+generated first, so that the buffer is warm. Rows are added to those of earlier runs of the same package sources, machine
+and versions (`record.py`). Writes `benchmarks/results/decode-<shape>.json`; `table.py` and `plot.py` show it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import logging
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from dense_graph import DenseLayer, in_graph
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    Qwen3Config,
-    StaticCache,
-)
-from transformers.cache_utils import Cache
-from transformers.initialization import no_init_weights
+from link import bursts, copies
+from record import RESULTS, MixedError, Record, fingerprint, newest
+from rivals import FAST, ONLY_AT, SLOW, measure_rival
+from shapes import SHAPES, build
+from spin_rows import SELECTIONS, spin_rows
+from step_profile import kernel_row
+from timing import attempt, failure, free, with_memory
 
-from spin_hf import SpinCache
-from spin_hf.kernels.fields import StepField
-
-_COMMON: dict[str, Any] = {"max_position_embeddings": 1 << 20, "dtype": torch.bfloat16}
-SHAPES: dict[str, Any] = {
-    "llama-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **_COMMON,
-    ),
-    "qwen3-0.6b": Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **_COMMON,
-    ),
-}  # fmt: skip
-CHUNK = 32768
-FEW, MANY, TIMES = 8, 72, 3
 CAPS = {131072: "4GiB", 524288: "8GiB"}
-"""Contexts at which the cache is measured with a cap on its GPU memory too; at 512K the summaries alone take 4.1 GiB."""
-ONLY_AT = {
-    "offloaded": (32768, 131072), "static": (4096, 32768, 131072), "spin compiled": (8192, 131072),
-    "spin eager": (8192, 131072),
-}  # fmt: skip
-"""Contexts of the rows that take long."""
-SPREADS = {"same token": 0.0, "random tokens": 1.0}
+"""Contexts at which the cache is measured with a cap on its GPU memory too."""
+TOKENS = [131072, 8192, 524288, 32768, 4096]
 
 
-def build(shape: str) -> Any:
-    """The model with random weights on the GPU."""
-    config = SHAPES[shape]
-    config._attn_implementation = "sdpa"
-    with torch.device("cuda"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
+@dataclass(frozen=True)
+class Task:
+    """Rows that are measured together.
+
+    Attributes:
+        name: "spin", a rival, or "kernels".
+        gpu_memory: the cap of SpinCache; None for rivals.
+        selections: the rows of "spin".
+    """
+
+    tokens: int
+    name: str
+    gpu_memory: str | None = None
+    selections: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes with the Llama-3.1-8B shape on one H100, from earlier runs."""
+        share = self.tokens / 131072
+        paged = self.gpu_memory is not None and (self.gpu_memory != "auto" or share > 2)
+        fill = share * (5 if paged else 3)
+        match self.name:
+            case "spin":
+                return 7 + fill + len(self.selections) * ((7 + 2 * share) if paged else 2.5)
+            case "kernels":
+                return 4 + fill + (4 if paged else 0)
+            case "floor":
+                return 2
+            case "dense graph":
+                return 5
+            case "dynamic":
+                return 9
+            case "offloaded":
+                return 3 + 42 * share
+            case "static":
+                return 46 + 12 * share if share <= 1 else 8
+            case _:
+                return (40 if self.name == "spin compiled" else 7) + fill
+
+    def is_in(self, record: Record) -> bool:
+        """Whether some run has measured all of it."""
+        rows = record.kernels if self.name == "kernels" else record.rows
+        cache = "spin" if self.name == "kernels" else self.name
+        wanted = [{"overlap": name} for name in self.selections] or [{}]
+        return all(
+            newest(rows, tokens=self.tokens, cache=cache, gpu_memory=self.gpu_memory, **row) is not None
+            for row in wanted
+        )
 
 
-def spread_embeddings(model: Any, spread: float) -> None:
-    """Tokens that differ by `spread` of their length: 0 gives every step the same query but for its position."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    table = model.get_input_embeddings().weight.data
-    base = torch.randn(table.shape[1], device="cuda", generator=generator)
-    for rows in table.split(8192):
-        noise = torch.randn(rows.shape, device="cuda", generator=generator)
-        rows.copy_(0.02 * ((1 - spread**2) ** 0.5 * base + spread * noise))
+def plan(tokens: list[int], rivals: list[str], kernels: bool = True) -> list[Task]:
+    """All tasks, the most important ones first."""
+    everything, replayed = tuple(SELECTIONS), ("replayed",)
+    caps = {count: CAPS[count] for count in tokens if count in CAPS}
+    tasks = []
+    for count in tokens:
+        tasks.append(Task(count, "spin", "auto", everything))
+        if count in caps:  # at 512K "auto" is a cap already
+            tasks.append(Task(count, "spin", caps[count], everything if count <= 131072 else replayed))
+        tasks += [Task(count, name) for name in FAST if name in rivals]
+    if kernels:
+        tasks += [Task(count, "kernels", "auto") for count in tokens]
+        tasks += [Task(count, "kernels", caps[count]) for count in tokens if count in caps and count <= 131072]
+    slow = [Task(count, name) for name in SLOW if name in rivals for count in tokens]
+    return tasks + [task for task in slow if task.tokens in ONLY_AT.get(task.name, (task.tokens,))]
 
 
-def states(config: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of `count` tokens of one layer."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key = torch.randn(1, config.num_key_value_heads, count, dim, device="cuda", dtype=torch.bfloat16)
-    return key, torch.randn_like(key)
+def left_to_do(tasks: list[Task], record: Record) -> list[Task]:
+    """Without what the file has; a context whose rivals are missing is measured again with SpinCache, for their ratios."""
+    missing = [task for task in tasks if not task.is_in(record)]
+    spin = {task.tokens for task in missing if task.name == "spin" and task.gpu_memory == "auto"}
+    for_ratios = dict.fromkeys(task.tokens for task in missing if task.name not in ("spin", "kernels"))
+    return [Task(count, "spin", "auto", ("replayed",)) for count in for_ratios if count not in spin] + missing
 
 
-def fill_spin(cache: SpinCache, config: Any, num_tokens: int) -> None:
-    """Give a SpinCache `num_tokens` tokens."""
-    for start in range(0, num_tokens, CHUNK):
-        for layer in cache.layers:
-            layer.append(*states(config, min(CHUNK, num_tokens - start)), None)
-        cache._shared.commit()
-    cache._shared.visible_length.fill_(num_tokens)
+def within(tasks: list[Task], seconds: float) -> list[Task]:
+    """Those that fit, by priority; in the order in which they are run, the profiler's last."""
+    chosen = []
+    for task in tasks:
+        if task.seconds <= seconds:
+            chosen.append(task)
+            seconds -= task.seconds
+    return [task for task in chosen if task.name != "kernels"] + [task for task in chosen if task.name == "kernels"]
 
 
-def fill(cache: Cache, config: Any, num_tokens: int) -> None:
-    """Give one of transformers' caches `num_tokens` tokens."""
-    for index in range(config.num_hidden_layers):
-        cache.update(*states(config, num_tokens), index)
-
-
-def tpot(
-    model: Any, cache: Cache, num_tokens: int, many: int = MANY, times: int = TIMES, **options: Any
-) -> dict[str, float]:
-    """Milliseconds per token under `generate`, which goes on from where the cache stands."""
-    held, first = num_tokens, None
-
-    def run(count: int) -> float:
-        nonlocal held, first
-        ids = torch.randint(0, 1000, (1, held + 1), device="cuda")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        model.generate(
-            ids, past_key_values=cache, max_new_tokens=count, do_sample=False,
-            attention_mask=torch.ones_like(ids), **options,
-        )  # fmt: skip
-        torch.cuda.synchronize()
-        took = time.perf_counter() - started
-        held += count
-        if first is None:
-            first = took
-        return took
-
-    run(FEW)
-    took = [(run(many) - run(FEW)) / (many - FEW) * 1e3 for _ in range(times)]
-    return {"tpot_ms": round(statistics.median(took), 3), "spread_ms": round(max(took) - min(took), 3),
-            "first_call_s": round(first or 0, 3)}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------------ spin
-
-
-def overlap(model: Any, cache: SpinCache, steps: int = 6) -> float:
-    """Share of a step's pages that the step before had selected too, over layers and KV heads; runs eager steps."""
-    shared, seen, shares = cache._shared, {}, []
-    kernels = shared.kernels_in_use()[0]
-    attend, flow = kernels.attend, torch.Generator().manual_seed(0)
-
-    def recording(layer: Any, call: Any, out: torch.Tensor) -> None:
-        attend(layer, call, out)
-        pages, counts = kernels.scratch[StepField.LIST_PAGE].cpu(), kernels.list_count[:, 0].tolist()
-        for head, count in enumerate(counts):
-            now = set(pages[head, :count].tolist())
-            before = seen.get((layer.number, head))
-            if before is not None:
-                shares.append(len(now & before) / len(now))
-            seen[layer.number, head] = now
-
-    kernels.attend = recording
-    for _ in range(steps):
-        token = torch.randint(0, 1000, (1, 1), generator=flow).cuda()
-        with torch.no_grad():
-            model.model(input_ids=token, past_key_values=cache)
-    del kernels.attend
-    return sum(shares) / len(shares)
-
-
-def spin(model: Any, num_tokens: int, budget: int, **options: Any) -> list[dict[str, Any]]:
-    """Rows of one context, one for each kind of embeddings."""
-    torch.cuda.synchronize()
-    cache = SpinCache(model, budget=budget, **options)
-    started = time.perf_counter()
-    fill_spin(cache, model.config, num_tokens)
-    torch.cuda.synchronize()
-    filled, rows, held = time.perf_counter() - started, [], num_tokens
-    row_bytes = cache.layers[0].store.home.row_bytes
-    for name, spread in SPREADS.items():
-        spread_embeddings(model, spread)
-        before = cache.stats()
-        times = tpot(model, cache, held)
-        held, after = cache.get_seq_length(), cache.stats()
-        loads, hits = after.loads - before.loads, _hits(after) - _hits(before)
-        rows.append({
-            "cache": "spin", "embeddings": name, "gpu_memory": options.get("gpu_memory", "auto"), **times,
-            "fill_s": round(filled, 2),
-            "loads_mib_per_token": round(loads * row_bytes / (TIMES * (FEW + MANY) + FEW) / 2**20, 3),
-            "hit_rate": round(hits / (hits + loads), 4) if hits + loads else 1.0,
-            "attended_tokens": round(after.attended_tokens, 1),
-            "gpu_gib": round(after.gpu_bytes / 2**30, 2), "cpu_gib": round(after.cpu_bytes / 2**30, 2),
-            "captured": sum(step is not None for step in cache.steps.captured.values()),
-            "measured_overlap": round(overlap(model, cache), 4),
-        })  # fmt: skip
-        held = cache.get_seq_length()
-    return rows
-
-
-def _hits(stats: Any) -> float:
-    return stats.loads * stats.hit_rate / (1 - stats.hit_rate) if stats.loads else 0.0
-
-
-def attempt(label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row, or why there is none; frees what the measurement left."""
+def rows_of(task: Task, model: Any, record: Record, budget: int, weights: int) -> Iterator[dict[str, Any]]:
+    """The rows of a task, each as soon as it is there; what fails becomes a row that says why."""
     try:
-        row = {"cache": label, **measure()}
-    except torch.cuda.OutOfMemoryError:
-        row = {"cache": label, "tpot_ms": None, "why": "out of GPU memory"}
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
+        if task.name == "spin":
+            assert task.gpu_memory is not None
+            yield from spin_rows(
+                model, task.tokens, budget, task.gpu_memory, list(task.selections), record.spread(task.tokens), weights
+            )
+        elif task.name == "kernels":
+            spread = record.spread(task.tokens)
+            if spread is None:
+                raise RuntimeError("expected a replayed row of this context before its kernels")
+            yield attempt(lambda: kernel_row(model, task.tokens, budget, str(task.gpu_memory), spread))
+        else:
+            measured = attempt(
+                lambda: with_memory(lambda: measure_rival(model, task.name, task.tokens, budget), weights)
+            )
+            yield {"cache": task.name, **measured}
+    except Exception as error:
+        yield {"cache": task.name, "tpot_ms": None, **failure(error)}
+    free()
 
 
-def rivals(model: Any, num_tokens: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of one context, one for each other cache."""
-    config = model.config
-
-    def filled(cache: Cache) -> Cache:
-        fill(cache, config, num_tokens)
-        return cache
-
-    def static() -> dict[str, Any]:
-        torch._dynamo.reset()
-        return tpot(model, filled(StaticCache(config=config, max_cache_len=num_tokens + 300)), num_tokens)
-
-    def graph(attends: bool) -> dict[str, Any]:
-        layers = [DenseLayer(*states(config, num_tokens if attends else 16)) for _ in range(config.num_hidden_layers)]
-        return in_graph(model, Cache(layers=layers), num_tokens, attends)
-
-    def from_config(**options: Any) -> dict[str, Any]:
-        cache = SpinCache(config)
-        fill_spin(cache, config, num_tokens)
-        return tpot(model, cache, num_tokens, **options)
-
-    ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "spin compiled": from_config,
-        "spin eager": lambda: from_config(many=24, disable_compile=True),
-        "dynamic": lambda: tpot(model, filled(DynamicCache(config=config)), num_tokens, many=24),
-        "offloaded": lambda: tpot(model, filled(DynamicCache(config=config, offloading=True)), num_tokens, 12, 1),
-        "static": static,
-        "dense graph": lambda: graph(True),
-        "floor": lambda: graph(False),
-    }
-    return (attempt(name, ways[name]) for name in names)
+def line(task: Task, row: dict[str, Any]) -> str:
+    """What is printed of a row."""
+    shown = [f"{task.tokens >> 10}K", task.name, task.gpu_memory or "", row.get("overlap", "")]
+    wanted = ("tpot_ms", "spread_ms", "overlap_at_1", "overlap_at_16", "hit_rate", "loads_mib_per_token", "first_call_s",
+              "peak_gpu_gib", "splits", "us_per_layer", "spin_us_per_layer", "others_us_per_layer", "step_ms", "gb_s",
+              "why", "failed")  # fmt: skip
+    return " ".join([part for part in shown if part] + [f"{key}={row[key]}" for key in wanted if key in row])
 
 
-def measured(model: Any, num_tokens: int, budget: int, names: list[str]) -> Iterator[dict[str, Any]]:
-    """All rows of one context, each as soon as it is there."""
-    yield from spin(model, num_tokens, budget)
-    if num_tokens in CAPS:
-        yield from spin(model, num_tokens, budget, gpu_memory=CAPS[num_tokens])
-    yield from rivals(model, num_tokens, names)
-
-
-def main() -> None:
-    """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[131072, 8192, 524288, 32768, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--rivals", nargs="*", choices=[*FAST, *SLOW], default=[*FAST, *SLOW])
+    parser.add_argument("--no-kernels", action="store_true", help="leave the profiler out")
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it, from the start of the process")
+    parser.add_argument("--missing", action="store_true", help="only what the results file lacks")
+    parser.add_argument("--append", action="store_true", help="refuse to begin a new file where results do not mix")
+    parser.add_argument("--plan", action="store_true", help="print the tasks and measure nothing")
     parser.add_argument(
-        "--rivals",
-        nargs="*",
-        default=["spin compiled", "spin eager", "floor", "dense graph", "dynamic", "offloaded", "static"],
+        "--source", type=Path, help="results to add to (default: benchmarks/results/decode-<shape>.json)"
     )
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/decode.py: expected a CUDA GPU, found none; run it on a machine with one")
-    logging.getLogger("spin_hf").setLevel(logging.INFO)
-    results = Path(__file__).parent / "results"
-    model = build(options.shape)
-    weights = torch.cuda.memory_allocated()
-    output = options.output or results / f"decode-{options.shape}.json"
-    result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name(), "shape": options.shape, "dtype": "bfloat16", "batch": 1,
-        "weights_gib": round(weights / 2**30, 2), "budget_tokens": options.budget,
+    parser.add_argument("--output", type=Path, help="where to write (default: the source)")
+    options = parser.parse_args(arguments)
+    options.source = options.source or RESULTS / f"decode-{options.shape}.json"
+    options.output = options.output or options.source
+    return options
+
+
+def common(options: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a file have in common."""
+    return {
+        "shape": options.shape, "dtype": "bfloat16", "batch": 1, "budget_tokens": options.budget,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "sources": fingerprint(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
             "transformers": transformers.__version__,
         },
-        "rows": [],
     }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for num_tokens in options.tokens:
-        gc.collect()
-        torch.cuda.empty_cache()
-        names = [name for name in options.rivals if num_tokens in ONLY_AT.get(name, (num_tokens,))]
-        for row in measured(model, num_tokens, options.budget, names):
-            result["rows"].append({"tokens": num_tokens, **row})
-            print(json.dumps(result["rows"][-1]), flush=True)
-            result["rows"].sort(key=lambda row: row["tokens"])
-            output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure and write the results."""
+    started, options = time.perf_counter(), parse()
+    command = " ".join(["python benchmarks/decode.py", *sys.argv[1:]])
+    try:
+        record = Record(common(options), command, options.source, options.output, options.append)
+    except MixedError as error:
+        raise SystemExit(f"benchmarks/decode.py: {error}; leave --append out to begin anew") from None
+    if record.left_behind:
+        print(f"begins anew: {options.source.name} differs in {', '.join(record.left_behind)}")
+    tasks = plan(options.tokens, options.rivals, not options.no_kernels)
+    tasks = left_to_do(tasks, record) if options.missing else tasks
+    chosen = within(tasks, options.seconds - 45)  # imports, weights, the link, first compilation of the kernels
+    later = [f"{task.tokens >> 10}K {task.name}" for task in tasks if task not in chosen]
+    about = sum(task.seconds for task in chosen) + 45
+    print(f"{len(chosen)} tasks, about {about:.0f} s; left for another run: {', '.join(later) or 'none'}", flush=True)
+    if options.plan:
+        for task in chosen:
+            print(f"{task.seconds:6.0f} s  {task.tokens >> 10}K {task.name} {task.gpu_memory or ''}")
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/decode.py: expected a CUDA GPU, found none; run it on a machine with one")
+    logging.getLogger("spin_hf").setLevel(logging.WARNING)
+    record.about_run(**copies(), burst_gb_s=bursts())
+    model = build(options.shape)
+    weights = torch.cuda.memory_allocated()
+    record.about_run(weights_gib=round(weights / 2**30, 2))
+    print(record.runs[record.run], flush=True)
+    for task in chosen:
+        if time.perf_counter() - started + task.seconds > options.seconds + 20:  # estimates are no promises
+            print(f"no time left for {task.tokens >> 10}K {task.name}", flush=True)
+            continue
+        for row in rows_of(task, model, record, options.budget, weights):
+            row = {"tokens": task.tokens, **row}
+            print(f"{time.perf_counter() - started:4.0f} s {line(task, row)}", flush=True)
+            if "failed" not in row:
+                record.add(row, kernels=task.name == "kernels")
+        torch.cuda.synchronize()  # raises where a kernel has broken the process
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""One layer's decode attention on a CUDA GPU, kernel by kernel: `python benchmarks/layer.py`.
+"""One layer's decode attention on a CUDA GPU, and the host link under it: `python benchmarks/layer.py`, two minutes.
 
-Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random keys, values and queries,
-budget 2,048 tokens. `graph_us` replays a captured step whose query stays the same (all selected pages resident after the
-first), `all_new_us` replays it with a fresh random query each time, which is the least overlap that a step can have.
+Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random keys, values and queries. A
+captured step of one layer, its token stored, on the GPU's clock:
+
+    same     the same query again: all that it selects is resident
+    new      an unrelated query each time, the least overlap that steps can have, once the buffer is warm; what it takes
+             longer than `same` is what the loads take: `load_gb_s`, the link as the package itself uses it
+    kernels  microseconds of each kernel by torch.profiler, in a second pass, as it slows down later launches of graphs
+
+Besides: bursts of random pages by a plain kernel (`link.py`), and the seconds to get page-locked host memory.
+Writes `benchmarks/results/layer.json`.
 """
 
 from __future__ import annotations
@@ -18,91 +25,110 @@ from typing import Any
 
 import torch
 import transformers
+from link import bursts, copies, gpu_us
+from record import RESULTS, fingerprint
+from shapes import SHAPES, fill_spin, states
+from step_profile import kernel_names, per_layer
+from timing import free
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
 
 from spin_hf import SpinCache
-from spin_hf.attend import Call
+from spin_hf.kernels.fields import StepField
 from spin_hf.storage.host import HostSlab
 from spin_hf.storage.registration import CudaRegistrar
 
-CASES = [(8192, "auto"), (32768, "auto"), (131072, "auto"), (131072, "256MiB"), (524288, "1GiB")]
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+CASES = [
+    (8192, "auto", 2048), (32768, "auto", 2048), (131072, "auto", 2048), (131072, "256MiB", 2048), (131072, "256MiB", 8192),
+    (131072, "256MiB", 32768), (524288, "1GiB", 2048),
+]  # fmt: skip
+"""Tokens, cap of one layer, and budget: larger budgets load larger bursts."""
+WARM, PROFILED = 60, 10
 
 
-def measure(num_tokens: int, gpu_memory: str, budget: int, repeats: int) -> dict[str, Any]:
-    """Times of one layer that holds `num_tokens`, in microseconds."""
-    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
-    config = LlamaConfig(
-        hidden_size=HEADS * HEAD_DIM, num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-        max_position_embeddings=1 << 20,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    cache = SpinCache(config, budget=budget, gpu_memory=gpu_memory)
-    layer, shared = cache.layers[0], cache._shared
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for start in range(0, num_tokens, 32768):
-        count = min(32768, num_tokens - start)
-        key = torch.randn(1, KV_HEADS, count, HEAD_DIM, device=device, dtype=dtype)
-        layer.append(key, torch.randn_like(key), None)
-        shared.commit()
-    torch.cuda.synchronize()
-    filled = time.perf_counter() - started
-    token = torch.randn(1, KV_HEADS, 1, HEAD_DIM, device=device, dtype=dtype)
-    layer.append(token, token, None)
-    shared.commit()
-    step = shared.step_kernels(layer._store().device, KV_HEADS)
-    query = torch.randn(1, HEADS, 1, HEAD_DIM, device=device, dtype=dtype)
-    call = Call(query.unflatten(1, (KV_HEADS, -1)), HEAD_DIM**-0.5, None, None)
-    out = torch.empty(1, 1, HEADS, HEAD_DIM, device=device, dtype=dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step.attend(layer, call, out)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.attend(layer, call, out)
+class Case:
+    """One layer that holds `num_tokens`, and its captured step."""
 
-    def replay() -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
+    def __init__(self, num_tokens: int, gpu_memory: str, budget: int) -> None:
+        config = type(SHAPES["llama-8b"])(**{**SHAPES["llama-8b"].to_dict(), "num_hidden_layers": 1})
+        config.dtype, config._attn_implementation = torch.bfloat16, "sdpa"
+        self.about = {"tokens": num_tokens, "gpu_memory": gpu_memory, "budget_tokens": budget}
+        self.cache = SpinCache(config, budget=budget, gpu_memory=gpu_memory)
         torch.cuda.synchronize()
-        return first.elapsed_time(last) * 1e3
-
-    replay()
-    same = [replay() for _ in range(repeats)]
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(10):
-            graph.replay()
+        started = time.perf_counter()
+        fill_spin(self.cache, config, num_tokens)
         torch.cuda.synchronize()
-    kernels = {
-        event.key: round(event.self_device_time_total / event.count, 1)
-        for event in profiled.key_averages()
-        if event.self_device_time_total
-    }
-    new = []
-    loads_before = cache.stats().loads
-    for _ in range(repeats):
-        query.normal_()
-        new.append(replay())
-    return {
-        "tokens": num_tokens,
-        "gpu_memory": gpu_memory,
-        "fill_s": round(filled, 3),
-        "graph_us": round(statistics.median(same), 1),
-        "all_new_us": round(statistics.median(new), 1),
-        "all_new_loads_mib": round((cache.stats().loads - loads_before) / repeats * 8 * 2 * HEAD_DIM * 2 / 2**20, 3),
-        "kernels_us": kernels,
-    }
+        self.about["fill_s"] = round(time.perf_counter() - started, 3)
+        layer: Any = self.cache.layers[0]
+        key, value = states(config, 1)
+        layer.append(key, value, None)
+        self.cache._shared.commit()
+        shape = (1, config.num_attention_heads, 1, config.head_dim)
+        self.query = torch.randn(shape, device=key.device, dtype=key.dtype)
+        out = torch.empty((1, 1, *shape[1::2]), device=key.device, dtype=key.dtype)
+
+        def step() -> None:
+            layer.launch(self.query, key, value, None, out, True, config.head_dim**-0.5, None)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
+
+    def tick(self) -> None:
+        """The clock of the residency goes on, as between steps."""
+        self.cache._shared.kernels_in_use()[0].step[StepField.CLOCK] += 1
+
+    def other_query(self) -> None:
+        """The next step asks something unrelated."""
+        self.query.normal_()
+        self.tick()
+
+    def measure(self, repeats: int) -> dict[str, Any]:
+        """Microseconds with the same and with other queries, and the rate of the loads."""
+        store = self.cache._shared.layers[0].store
+        assert store is not None
+        if store.frames is not None:
+            for _ in range(WARM):
+                self.other_query()
+                self.graph.replay()
+        gpu_us(self.graph.replay, before=self.tick, repeats=3)
+        same = statistics.median(gpu_us(self.graph.replay, before=self.tick, repeats=repeats))
+        took, loaded = [], []
+        for _ in range(repeats):
+            before = self.cache._shared.counted()["LOADS"]
+            took += gpu_us(self.graph.replay, before=self.other_query, repeats=1)
+            loaded.append((self.cache._shared.counted()["LOADS"] - before) * store.home.row_bytes)
+        row = {
+            **self.about, "same_us": round(same, 1), "new_us": round(statistics.median(took), 1),
+            "new_loads_mib": round(statistics.mean(loaded) / 2**20, 3),
+        }  # fmt: skip
+        if sum(loaded):
+            rates = [size / max(us - same, 1e-3) / 1e3 for us, size in zip(took, loaded, strict=True)]
+            row["load_gb_s"] = round(statistics.median(rates), 1)
+        return row
+
+    def kernels(self) -> dict[str, dict[str, float]]:
+        """Microseconds of each kernel of the package with the same query, and with other ones."""
+        result = {}
+        for name, before in (("same", self.tick), ("new", self.other_query)):
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                for _ in range(PROFILED):
+                    before()
+                    self.graph.replay()
+                torch.cuda.synchronize()
+            events = [(event.key, event.count, event.self_device_time_total) for event in profiled.key_averages()]
+            took, _, _ = per_layer(events, kernel_names(), PROFILED, 1)
+            result[f"{name}_kernels_us"] = {kernel: round(us, 2) for kernel, us in sorted(took.items())}
+        return result
 
 
 def page_locking() -> dict[str, float]:
-    """Seconds to get page-locked host memory, ours and torch's."""
+    """Seconds to get page-locked host memory: the package's (touched and registered), and torch's."""
     device, result = torch.device("cuda", torch.cuda.current_device()), {}
     for gib in (1, 16):
         started = time.perf_counter()
@@ -118,35 +144,40 @@ def page_locking() -> dict[str, float]:
 
 def main() -> None:
     """Measure all cases and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "layer.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "layer.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/layer.py: expected a CUDA GPU, found none; run it on a machine with one")
     torch.zeros(1, device="cuda")
-    locking = page_locking()
-    print(locking, flush=True)
-    rows = []
-    for num_tokens, gpu_memory in CASES:
-        rows.append(measure(num_tokens, gpu_memory, options.budget, options.repeats))
-        print(rows[-1], flush=True)
-        torch.cuda.empty_cache()
-    result = {
-        "command": "python benchmarks/layer.py",
-        "gpu": torch.cuda.get_device_name(),
-        "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "batch": 1},
-        "budget_tokens": options.budget,
+    result: dict[str, Any] = {
+        "command": "python benchmarks/layer.py", "gpu": torch.cuda.get_device_name(), "sources": fingerprint(),
+        "shape": {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "batch": 1},
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
             "transformers": transformers.__version__,
         },
-        "page_locking": locking,
-        "rows": rows,
+        "page_locking": page_locking(), **copies(), "burst_gb_s": bursts(), "rows": [],
     }  # fmt: skip
+    print({key: result[key] for key in ("page_locking", "copy_gb_s", "link_gb_s", "burst_gb_s")}, flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write() -> None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    cases = []
+    for tokens, gpu_memory, budget in CASES:
+        case = Case(tokens, gpu_memory, budget)
+        result["rows"].append(case.measure(options.repeats))
+        print(result["rows"][-1], flush=True)
+        cases.append(case)
+        write()
+    for row, case in zip(result["rows"], cases, strict=True):
+        row |= case.kernels()
+        print({key: row[key] for key in row if key not in ("fill_s", "same_us", "new_us")}, flush=True)
+        write()
+    free()
 
 
 if __name__ == "__main__":

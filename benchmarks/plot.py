@@ -1,52 +1,65 @@
 """The figure of the README from the results of `decode.py`: `python benchmarks/plot.py` (needs matplotlib).
 
-Writes `benchmarks/results/decode-llama-8b.svg`.
+Writes `benchmarks/results/decode-<shape>.svg` beside the results that it is given (`decode-llama-8b.json` unless said).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from record import RESULTS, newest
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "spin_hf"  # the same file for the same figures
 from matplotlib import pyplot  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-CURVES = {
-    "spin": ("SpinCache(model)", "o-"),
-    "dense graph": ("dense attention in a CUDA graph", "s--"),
-    "dynamic": ("DynamicCache", "^:"),
-    "floor": ("no attention at all", "-"),
+CURVES: dict[str, tuple[dict[str, str], str, str]] = {
+    "SpinCache(model)": ({"cache": "spin", "overlap": "replayed", "gpu_memory": "auto"}, "o-", "C0"),
+    "dense attention in a CUDA graph": ({"cache": "dense graph"}, "s--", "C1"),
+    "StaticCache, compiled": ({"cache": "static"}, "v--", "C2"),
+    "DynamicCache": ({"cache": "dynamic"}, "^:", "C3"),
+    "DynamicCache(offloading=True)": ({"cache": "offloaded"}, "d:", "C4"),
+    "no attention at all": ({"cache": "floor"}, "-", "0.6"),
 }
-"""Rows of the results, and how to draw them."""
+"""What to look for in the rows, and how to draw it."""
 
 
-def main() -> None:
-    """Draw time per token over the context, both axes logarithmic."""
-    result = json.loads((RESULTS / "decode-llama-8b.json").read_text())
-    figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    for name, (label, style) in CURVES.items():
-        best: dict[int, float] = {}
-        for row in result["rows"]:
-            if row["cache"] == name and row["tpot_ms"] and row.get("gpu_memory", "auto") == "auto":
-                best[row["tokens"]] = max(row["tpot_ms"], best.get(row["tokens"], 0.0))  # the slower of two embeddings
-        axes.plot(list(best), list(best.values()), style, label=label, color="0.6" if name == "floor" else None)
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Draw time per token over the context, both axes logarithmic; what does not fit has no point."""
+    figure, axes = pyplot.subplots(figsize=(8.4, 3.8))
     ticks = sorted({row["tokens"] for row in result["rows"]})
+    for label, (wanted, style, color) in CURVES.items():
+        found = [(tokens, newest(result["rows"], tokens=tokens, **wanted)) for tokens in ticks]
+        points = [(tokens, row["tpot_ms"]) for tokens, row in found if row is not None and row["tpot_ms"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, color=color, markersize=5)
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per token")
     axes.set_xticks(ticks, [f"{tokens >> 10}K" for tokens in ticks])
-    axes.set_yticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
+    low, high = axes.get_ylim()
+    marks = [mark for mark in (1 << power for power in range(11)) if low <= mark <= high]
+    axes.set_yticks(marks, [str(mark) for mark in marks])
     axes.minorticks_off()
+    axes.grid(axis="y", color="0.9")
     axes.set_title(
         f"{result['gpu']}, {result['shape']}, {result['dtype']}, budget {result['budget_tokens']} tokens", fontsize=9
     )
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     metadata: dict[str, Any] = {"Date": None}
-    figure.savefig(RESULTS / "decode-llama-8b.svg", metadata=metadata)
+    figure.savefig(target, metadata=metadata)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Draw the figure of a results file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "decode-llama-8b.json")
+    source: Path = parser.parse_args().results
+    draw(json.loads(source.read_text()), source.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""The models that are measured, with random weights, and the tokens that their caches are given.
+
+weights    bf16, normal; the token decides the query, and what attention and MLPs add to it is small, so that
+           `overlap.py` can set how much of a step's selection the next one repeats; shapes, dtypes and launches are
+           the real model's, and so is the speed
+tokens     keys and values drawn from a normal distribution, 32,768 tokens at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
+
+from spin_hf import SpinCache
+
+_COMMON: dict[str, Any] = {"max_position_embeddings": 1 << 20, "dtype": torch.bfloat16}
+SHAPES: dict[str, Any] = {
+    "llama-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **_COMMON,
+    ),
+    "qwen3-0.6b": Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **_COMMON,
+    ),
+}  # fmt: skip
+CHUNK = 32768
+"""Tokens that a SpinCache is given at a time."""
+_STD, _FAINT_STD, _ROWS = 0.02, 4e-5, 8192
+_LANDMARK = 8**-0.5
+"""Length of the mean of eight random keys, where each has 1."""
+
+
+def build(shape: str) -> Any:
+    """The model with random weights on the GPU."""
+    config = SHAPES[shape]
+    config._attn_implementation = "sdpa"
+    with torch.device("cuda"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return condition(model)
+
+
+@torch.no_grad()
+def condition(model: Any) -> Any:
+    """Give a model its weights, in place; embeddings and query projections are `overlap.set_spread`'s.
+
+    Half of a token's channels is common to all tokens and half its own. The last norm looks at the latter only, where row i
+    of the head is what token i + 1 has; a head that shares the embedding's memory begins one row later for this.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = head.weight is embedding.weight
+    if shared:
+        table = torch.empty((len(head.weight) + 1, head.weight.shape[1]), dtype=head.weight.dtype, device=model.device)
+        embedding.weight, head.weight = (nn.Parameter(rows, requires_grad=False) for rows in (table[:-1], table[1:]))
+    generator = torch.Generator(model.device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            faint = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0, _FAINT_STD if faint else _STD, generator=generator)
+    for layer in model.model.layers:  # pages of generated tokens, whose keys are alike, are chosen no more than others
+        norm = getattr(layer.self_attn, "k_norm", None)
+        (layer.self_attn.k_proj if norm is None else norm).weight.mul_(_LANDMARK)
+    half = head.weight.shape[1] // 2
+    model.model.norm.weight[:half] = 0
+    if not shared:
+        for first, own in own_halves(head.weight):
+            start = first - 1 if first else 0
+            head.weight[start : first + len(own) - 1, half:] = _STD * (own if first else own[1:])
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def own_halves(table: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """What each token has for itself, [rows, channels / 2], float32, the same each time; a part of the rows at a time."""
+    generator = torch.Generator(table.device)
+    for first in range(0, len(table), _ROWS):
+        shape = (min(_ROWS, len(table) - first), table.shape[1] - table.shape[1] // 2)
+        yield first, torch.randn(shape, device=table.device, generator=generator.manual_seed(1 + first))
+
+
+def head_dim(config: Any) -> int:
+    """Length of a key."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def states(config: Any, count: int, device: str = "cuda") -> tuple[Tensor, Tensor]:
+    """Keys and values of `count` tokens of one layer."""
+    shape = (1, config.num_key_value_heads, count, head_dim(config))
+    key = torch.randn(shape, device=device, dtype=config.dtype)
+    return key, torch.randn_like(key)
+
+
+def fill_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "cuda") -> None:
+    """Give a SpinCache `num_tokens` tokens."""
+    for start in range(0, num_tokens, CHUNK):
+        for layer in cache.layers:
+            layer.append(*states(config, min(CHUNK, num_tokens - start), device), None)
+        cache._shared.commit()
+    cache._shared.visible_length.fill_(num_tokens)
+
+
+def fill(cache: Cache, config: Any, num_tokens: int) -> Cache:
+    """Give one of transformers' caches `num_tokens` tokens."""
+    for index in range(config.num_hidden_layers):
+        cache.update(*states(config, num_tokens), index)
+    return cache
