@@ -5,7 +5,8 @@ captured step of one layer, its token stored, on the GPU's clock:
 
     same     the same query again: all that it selects is resident
     new      an unrelated query each time, the least overlap that steps can have, once the buffer is warm; what it takes
-             longer than `same` is what the loads take: `load_gb_s`, the link as the package itself uses it
+             longer than `same` is what the loads take: `load_gb_s`, with the search for page frames; `attend_load_gb_s`
+             by what the attention kernel alone takes longer, which does the loading
     kernels  microseconds of each kernel by torch.profiler, in a second pass, as it slows down later launches of graphs
 
 Besides: bursts of random pages by a plain kernel (`link.py`), and the seconds to get page-locked host memory.
@@ -43,6 +44,7 @@ CASES = [
 ]  # fmt: skip
 """Tokens, cap of one layer, and budget: larger budgets load larger bursts."""
 WARM, PROFILED = 60, 10
+NAMES = ("same", "new")
 
 
 class Case:
@@ -66,6 +68,8 @@ class Case:
         self.query = torch.randn(shape, device=key.device, dtype=key.dtype)
         out = torch.empty((1, 1, *shape[1::2]), device=key.device, dtype=key.dtype)
 
+        self.other_memory = torch.empty(256 << 20, dtype=torch.uint8, device=key.device)
+
         def step() -> None:
             layer.launch(self.query, key, value, None, out, True, config.head_dim**-0.5, None)
 
@@ -80,7 +84,8 @@ class Case:
             step()
 
     def tick(self) -> None:
-        """The clock of the residency goes on, as between steps."""
+        """The clock of the residency goes on, and nothing is in the GPU's caches, as between steps of a model."""
+        self.other_memory.zero_()
         self.cache._shared.kernels_in_use()[0].step[StepField.CLOCK] += 1
 
     def other_query(self) -> None:
@@ -112,10 +117,12 @@ class Case:
             row["load_gb_s"] = round(statistics.median(rates), 1)
         return row
 
-    def kernels(self) -> dict[str, dict[str, float]]:
-        """Microseconds of each kernel of the package with the same query, and with other ones."""
-        result = {}
-        for name, before in (("same", self.tick), ("new", self.other_query)):
+    def kernels(self) -> dict[str, Any]:
+        """Microseconds of each kernel of the package with the same query and with other ones, and the rate of the loads."""
+        result: dict[str, Any] = {}
+        counted, loaded = self.cache._shared.counted, 0
+        for name, before in zip(NAMES, (self.tick, self.other_query), strict=True):
+            loaded = counted()["LOADS"]
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 for _ in range(PROFILED):
                     before()
@@ -124,16 +131,24 @@ class Case:
             events = [(event.key, event.count, event.self_device_time_total) for event in profiled.key_averages()]
             took, _, _ = per_layer(events, kernel_names(), PROFILED, 1)
             result[f"{name}_kernels_us"] = {kernel: round(us, 2) for kernel, us in sorted(took.items())}
+            loaded = counted()["LOADS"] - loaded
+        if loaded:  # of the queries profiled last, the new ones
+            attend = {
+                name: sum(us for kernel, us in result[f"{name}_kernels_us"].items() if "attend" in kernel)
+                for name in NAMES
+            }
+            burst = loaded * self.cache._shared.layers[0].store.home.row_bytes / PROFILED
+            result["attend_load_gb_s"] = round(burst / (attend["new"] - attend["same"]) / 1e3, 1)
         return result
 
 
 def page_locking() -> dict[str, float]:
     """Seconds to get page-locked host memory: the package's (touched and registered), and torch's."""
     device, result = torch.device("cuda", torch.cuda.current_device()), {}
-    for gib in (1, 16):
+    for name, gib in (("slab_1_gib_s", 1), ("slab_16_gib_s", 16), ("slab_16_gib_again_s", 16)):
         started = time.perf_counter()
         slab = HostSlab(gib << 30, CudaRegistrar(device))
-        result[f"slab_{gib}_gib_s"] = round(time.perf_counter() - started, 3)
+        result[name] = round(time.perf_counter() - started, 3)
         del slab
     started = time.perf_counter()
     pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)

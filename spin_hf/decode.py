@@ -160,9 +160,10 @@ class StepKernels(Descriptors):
             "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, **_some(shapes, "H", "PAGE", "PADDED")
         }  # fmt: skip
         self.launch.score[(self.streams, self.splits + (new is not None))](
-            self.step, fields, query, self.stats, plan, self.splits, *query.stride()[:2], scale, key, value,
+            self.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
             *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=self.group,
-            BLOCK_G=block_g, TILE=self._score_tile(shapes), **shapes, num_warps=_SCORE_WARPS, num_stages=_SCORE_STAGES,
+            BLOCK_G=block_g, BINS=NUM_BINS, TILE=self._score_tile(shapes), **shapes, num_warps=_SCORE_WARPS,
+            num_stages=_SCORE_STAGES,
         )  # fmt: skip
         self.launch.rate[(self.streams, self.rate_programs)](
             self.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits,

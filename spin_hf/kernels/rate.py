@@ -42,7 +42,7 @@ def rate_kernel(
 
     Args:
         stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
-        histogram: int32 [B * H, BINS]: zeros. Added to, where pages have to be left out.
+        histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
         floors: int32 [B * H]: the last bin whose pages are kept.
         number: of the layer.
         HEADS: query heads that are looked at together.

@@ -43,18 +43,19 @@ def _two_digits(queries, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def score_kernel(
-    step, layer, query, stats, plan, num_splits, query_b, query_h, scale,
+    step, layer, query, stats, plan, histogram, num_splits, query_b, query_h, scale,
     key, value, key_b, key_h, value_b, value_h,
     APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr,
+    BINS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the candidates; program (b * H + h, num_splits) appends, if APPEND.
 
     Args:
         query: [B, H * G, 1, DK]; the last dimension is contiguous.
         stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each share. Written.
+        histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
         key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
         DIGITS: whether int8 landmarks are multiplied as such, which devices before Ampere cannot do.
     """
@@ -66,6 +67,8 @@ def score_kernel(
             SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED,
         )  # fmt: skip
     else:
+        if split == 0:
+            tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         b = (bh // H).to(tl.int64)
         h = (bh % H).to(tl.int64)
         row = plan + b * PLAN_FIELDS

@@ -49,7 +49,7 @@ def choose_kernel(
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
     Args:
-        histogram: as `rate_kernel` left it; zeros again afterwards.
+        histogram: as `rate_kernel` left it. Added to where too few pages were kept.
         list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
         counters: int64 [len(Counter)]. Added to.
         PARTS: parts whose kept pages are looked at together.
@@ -103,7 +103,6 @@ def choose_kernel(
             counts = tl.load(histogram + bh * BINS + bins, cache_modifier=".cg")  # where the atomics were
             tl.debug_barrier()
             boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
-        tl.store(histogram + bh * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(floors + bh, tl.where(too_few, enough, tl.minimum(enough, floor + 1)))
     num_tied = tl.zeros([], tl.int32)
     if too_few:

@@ -195,6 +195,7 @@ def _poison(layer: SpinLayer) -> None:
         frames[b, h, slot] = pages[b, h, table[b, h, slot].long()]
     for tensor in (step.stats, step.parts):
         tensor.fill_(nan)
+    step.histogram.fill_(1)
     junk = {StepField.LOGITS: nan, StepField.SCORES: nan, StepField.LIST_PAGE: LOAD_MARK}
     for field, tensor in step.scratch.items():
         if field not in _NO_SCRATCH:
