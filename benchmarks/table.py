@@ -14,9 +14,14 @@ from typing import Any
 from record import RESULTS, newest
 
 RIVALS = {
-    "spin compiled": "compiled by `generate`", "spin eager": "neither", "dynamic": "`DynamicCache`", "offloaded": "`DynamicCache(offloading=True)`", "static": "`StaticCache`",
-    "dense graph": "dense attention in a CUDA graph", "floor": "no attention at all",
-}  # fmt: skip
+    "spin compiled": "compiled by `generate`",
+    "spin eager": "neither",
+    "dynamic": "`DynamicCache`",
+    "offloaded": "`DynamicCache(offloading=True)`",
+    "static": "`StaticCache`",
+    "dense graph": "dense attention in a CUDA graph",
+    "floor": "no attention at all",
+}
 """Other rows of the results, and what to call them beside `SpinCache(model)`, whose steps are captured."""
 NAMES = {"llama-8b": "Llama-3.1-8B shape", "qwen3-0.6b": "Qwen3-0.6B shape"}
 
