@@ -195,10 +195,21 @@ def common(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _without_files(arguments: list[str]) -> list[str]:
+    """The command line as it would be in any folder, quoted."""
+    files = ("--output", "--source")
+    kept = [
+        given
+        for before, given in zip(["", *arguments], arguments, strict=False)
+        if given not in files and before not in files
+    ]
+    return [shlex.quote(given) for given in kept]
+
+
 def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
-    command = " ".join(["python benchmarks/decode.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/decode.py", *_without_files(sys.argv[1:])])
     try:
         record = Record(common(options), command, options.source, options.output, options.append)
     except MixedError as error:

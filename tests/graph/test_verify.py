@@ -9,66 +9,25 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spin_hf import SpinCache, graph
+from spin_hf import SpinCache
 from spin_hf.capturable import ModelWatch
-from spin_hf.verify import Verification
 
 from ..support.zoo import build_model
 from .recorder import FakeRecorder, capture_on_cpu
+from .stale import OPTIONS, StaleRecorder, assert_same, capture_stale, small_model
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs"),
 ]
 
-OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
 TWO_TIERS: dict[str, Any] = {"gpu_memory": 36_000}
-
-
-class StaleRecorder(FakeRecorder):
-    """What was recorded before `age` grew is stale: a replay writes wrong keys and values, and returns NaN."""
-
-    now = 0
-    model: Any = None
-
-    def record(self, step: Callable[[], Any]) -> Any:
-        self.made = StaleRecorder.now
-        return super().record(step)
-
-    def replay(self) -> None:
-        if self.made == StaleRecorder.now:
-            return super().replay()
-        embedding = StaleRecorder.model.get_input_embeddings().weight
-        with torch.no_grad():
-            embedding.copy_(embedding.flip(0))
-            super().replay()
-            embedding.copy_(embedding.flip(0))
-            for leaf in graph.pytree.tree_leaves(self.outputs):
-                if isinstance(leaf, Tensor):
-                    leaf.fill_(float("nan"))
-
-
-def _capture_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(graph, "Recorder", StaleRecorder)
-
-
-def _assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def _model() -> Any:
-    model = build_model("llama").eval()
-    del model.model.layers[2:]  # interpreted kernels are slow
-    model.config.num_hidden_layers = 2
-    return model
 
 
 class Adapted(nn.Module):
@@ -156,12 +115,12 @@ def test_a_hook_on_all_modules_is_called_and_one_that_is_removed_is_forgotten(mo
             handles.pop().remove()
 
     expected, _ = run("config")
-    _capture_stale(monkeypatch)
+    capture_stale(monkeypatch)
     actual, replays = run("model")
-    _assert_same(actual, expected)
+    assert_same(actual, expected)
     assert replays == [0, 1, 1, 0, 0, 0]
 
-    model = _model()
+    model = small_model()
     handle = model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: output)
     cache = SpinCache(model, **OPTIONS)
     with torch.no_grad():
@@ -182,7 +141,7 @@ def _conversation(
 ) -> tuple[Tensor, SpinCache, list[int]]:
     """A prompt, three tokens, a change, and three tokens: the logits, and the replays of each of the six."""
     torch.manual_seed(3)
-    model = _model()
+    model = small_model()
     model.model.layers[0].self_attn.v_proj = Adapted(model.model.layers[0].self_attn.v_proj)
     StaleRecorder.model = model
     ids = torch.randint(3, 100, (1, prompt + 6), generator=torch.Generator().manual_seed(1))
@@ -207,10 +166,10 @@ def test_a_changed_model_gives_what_it_gives_eagerly(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _, none = _conversation("config", 38, change)
-    _capture_stale(monkeypatch)
+    capture_stale(monkeypatch)
     actual, _, replays = _conversation("model", 38, change)
     assert not any(none)
-    _assert_same(actual, expected)
+    assert_same(actual, expected)
     caught_behind = int(change in BEHIND)
     again = 0 if change in (_hook, _train) else 1  # those keep it from being captured
     assert replays == [0, 1, 1, caught_behind, again, again]
@@ -233,9 +192,9 @@ def test_a_step_that_is_taken_back_leaves_nothing(
 ) -> None:
     prompt = place - 3  # the fourth token is taken back
     expected, eager, _ = _conversation("config", prompt, _replace_parameter, **options)
-    _capture_stale(monkeypatch)
+    capture_stale(monkeypatch)
     actual, cache, replays = _conversation("model", prompt, _replace_parameter, **options)
-    _assert_same(actual, expected)
+    assert_same(actual, expected)
     assert replays[3] == 1
     assert (cache.stats().cpu_bytes > 0) == bool(options)
     assert (cache.stats().tokens, cache.stats().pages) == (eager.stats().tokens, eager.stats().pages)
@@ -246,8 +205,8 @@ def test_every_cache_of_a_model_sees_the_change(monkeypatch: pytest.MonkeyPatch)
     logits = []
     for source in ("config", "model"):
         if source == "model":
-            _capture_stale(monkeypatch)
-        model = StaleRecorder.model = _model()
+            capture_stale(monkeypatch)
+        model = StaleRecorder.model = small_model()
         ids = torch.randint(3, 100, (1, 30), generator=torch.Generator().manual_seed(1))
         caches = [SpinCache(model if source == "model" else model.config, **OPTIONS) for _ in range(2)]
         for cache, prompt in zip(caches, (ids, ids.flip(1)), strict=True):
@@ -260,73 +219,7 @@ def test_every_cache_of_a_model_sees_the_change(monkeypatch: pytest.MonkeyPatch)
             for cache in caches:
                 logits.append(model(torch.full((1, 1), token), past_key_values=cache).logits)
                 cache.check_integrity()
-    _assert_same(torch.cat(logits[4:]), torch.cat(logits[:4]))
-
-
-# ----------------------------------------------------------------------------------------------------------- padding
-
-
-def _left(mask: Tensor) -> None:
-    mask[0, :11] = 0
-
-
-def _middle(mask: Tensor) -> None:
-    mask[1, 20:23] = 0
-
-
-def _new_token(mask: Tensor) -> None:
-    mask[0, -1] = 0
-
-
-@torch.no_grad()
-def _padded_from(source: str, paint: Callable[[Tensor], None], prompt: int, short: int = 0) -> tuple[Tensor, list[int]]:
-    """Three tokens with a full mask, then three with padding that was not there before."""
-    model = _model()
-    ids = torch.randint(3, 100, (2, prompt + 6), generator=torch.Generator().manual_seed(1))
-    cache = SpinCache(model if source == "model" else model.config, **OPTIONS)
-    mask = torch.ones((2, prompt), dtype=torch.int64)
-    logits, replays = [model(ids[:, :prompt], past_key_values=cache, attention_mask=mask).logits[:, -1:]], []
-    for place in range(prompt, prompt + 6):
-        before = FakeRecorder.replays
-        mask = torch.cat([mask, mask.new_ones((2, 1))], 1)
-        if place == prompt + 3:
-            paint(mask)
-        given = mask[:, : mask.shape[1] - short] if place == prompt + 3 else mask
-        positions = torch.full((2, 1), place)
-        options = {"attention_mask": given, "position_ids": positions}
-        logits.append(model(ids[:, place : place + 1], past_key_values=cache, **options).logits)
-        replays.append(FakeRecorder.replays - before)
-        cache.check_integrity()
-    return torch.cat(logits, 1), replays
-
-
-@pytest.mark.parametrize("prompt", [38, 36], ids=["inside a page", "fills a page"])
-@pytest.mark.parametrize("paint", [_left, _middle, _new_token])
-def test_padding_that_appears_later(paint: Any, prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = _padded_from("config", paint, prompt)
-    capture_on_cpu(monkeypatch)
-    actual, replays = _padded_from("model", paint, prompt)
-    _assert_same(actual, expected)
-    assert replays == [0, 1, 1, 1, 1, 1]  # the fourth is taken back, and eager; the next has a graph for padding
-
-
-def test_a_mask_that_is_too_short_shows_it_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = _padded_from("config", lambda mask: None, 38, short=1)
-    capture_on_cpu(monkeypatch)
-    actual, replays = _padded_from("model", lambda mask: None, 38, short=1)
-    _assert_same(actual, expected)
-    assert replays[3] == 0
-
-
-def test_a_mask_longer_than_the_context_is_looked_at_as_far_as_that() -> None:
-    verification, unchanged = Verification(), SimpleNamespace(unchanged=lambda: True)
-    mask = torch.ones((2, 9), dtype=torch.int64)
-    mask[0, 7] = 0
-    for length, holds in ((7, True), (8, False), (9, False)):
-        assert verification.assume(mask, length)
-        assert verification.holds(unchanged) == holds  # type: ignore[arg-type]
-    assert not verification.assume(mask, 10)
-    assert verification.holds(unchanged)  # type: ignore[arg-type]  # nothing is assumed any more
+    assert_same(torch.cat(logits[4:]), torch.cat(logits[:4]))
 
 
 # ------------------------------------------------------------------------------------------------- waits and failures
@@ -335,7 +228,7 @@ def test_a_mask_longer_than_the_context_is_looked_at_as_far_as_that() -> None:
 @torch.no_grad()
 def test_nothing_waits_for_the_device_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_on_cpu(monkeypatch)
-    model = _model()
+    model = small_model()
     cache = SpinCache(model, **OPTIONS)
     ids = torch.randint(3, 100, (1, 30), generator=torch.Generator().manual_seed(1))
     model(ids, past_key_values=cache)
@@ -378,7 +271,7 @@ def _only_after(launched: list[int], name: str, original: Any) -> Any:
 @torch.no_grad()
 def test_nothing_but_addresses_is_looked_at_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_on_cpu(monkeypatch)
-    model = _model()
+    model = small_model()
     cache = SpinCache(model, **OPTIONS)
     model(torch.full((1, 30), 5), past_key_values=cache)
     order: list[str] = []
@@ -424,7 +317,7 @@ def test_a_failure_on_trust_loses_nothing(
     for source in ("config", "model"):
         if source == "model":
             capture_on_cpu(monkeypatch)
-        model = _model()
+        model = small_model()
         cache = SpinCache(model if source == "model" else model.config, **OPTIONS)
         model(ids[:, :32], past_key_values=cache)
         parts = [model(token, past_key_values=cache).logits for token in ids[:, 32:35].split(1, 1)]
@@ -439,4 +332,4 @@ def test_a_failure_on_trust_loses_nothing(
             cache.check_integrity()
         assert cache.get_seq_length() == 38
         logits.append(torch.cat(parts, 1))
-    _assert_same(logits[1], logits[0])
+    assert_same(logits[1], logits[0])
