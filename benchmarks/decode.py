@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
