@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
+from spin_hf.descriptors import Descriptors
 
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import FakeRecorder, capture_on_cpu
@@ -225,3 +226,20 @@ def test_a_capture_that_fails_loses_nothing(
     assert torch.equal(actual.sequences, expected.sequences)
     assert ["stream is capturing" in record.getMessage() for record in caplog.records] == [True]
     cache.check_integrity()
+
+
+@torch.no_grad()
+def test_the_next_descriptor_is_written_behind_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama").eval()
+    recorder = capture_on_cpu(monkeypatch)
+    cache = SpinCache(model, **OPTIONS)
+    model(_inputs()["input_ids"], past_key_values=cache)
+    written: list[int] = []
+    upload = Descriptors._upload_step
+    monkeypatch.setattr(
+        Descriptors, "_upload_step", lambda self, fields: (written.append(recorder.replays), upload(self, fields))[1]
+    )
+    for _ in range(4):
+        model(torch.full((2, 1), 5), past_key_values=cache)
+    assert recorder.replays == 3
+    assert [replays for replays in written if replays] == [1, 2, 3]  # once a step, and behind its launch

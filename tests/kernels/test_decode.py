@@ -12,7 +12,9 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import ShadowKV, SpinCache, decode, descriptors
+from spin_hf.kernels.fields import PlanField, StepField
 
+from ..cache.tiny import Driver, Shape, World
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [
@@ -112,7 +114,12 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
     [
         ("left", [3, 1], {"budget": 16, "recent_window": 1}, {}),  # a page that fills is a candidate in the same call
         ("none", [1], {"budget": 16, "recent_window": 8}, {"PART_PAGES": 2, "_CHOOSE_TILE": 2}),  # several tiles
-        ("left", [1, 1], {"budget": 24, "recent_window": 8}, {"_KEPT": 0, "_CHOOSE_TILE": 4}),  # too few are kept
+        (
+            "left",
+            [1, 1],
+            {"budget": 24, "recent_window": 8},
+            {"_KEPT": 0, "_CHOOSE_TILE": 4, "BINS_PER_NAT": 2},
+        ),  # too few are kept
         (
             "none",
             [1],
@@ -148,6 +155,30 @@ def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat(actual), torch.cat(expected))
     for each in (cache, twin):
         each.check_integrity()
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_products_with_int8_landmarks_are_exact(digits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries as two digits of base 256 are off by a thousandth of a percent of their largest number."""
+    driver, world = _int8_driver(monkeypatch)
+    driver.step(world, 0, 300)
+    layer = driver.cache.layers[0]
+    step, store = layer.kernels(), layer.store
+    step.multiplies_int8 = digits
+    driver.step(world, 300, 301)
+    query = world.queries[0][:, :, 300].unflatten(1, (world.shape.kv_heads, -1))
+    exact = query.double() @ store.summary("landmark").double().transpose(-1, -2) * driver.scale
+    first, stop = step.plan[0, 0, PlanField.FIRST], step.plan[0, 0, PlanField.STOP]
+    held = step.scratch[StepField.LOGITS].view(*query.shape[:3], -1)[..., first:stop].double()
+    largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale
+    assert stop - first > 20
+    assert bool(((held - exact[..., first:stop]).abs() <= largest[..., first:stop] * 2e-5).all())
+
+
+def _int8_driver(monkeypatch: pytest.MonkeyPatch) -> tuple[Driver, World]:
+    _interpret(monkeypatch)
+    shape = Shape(kv_heads=2, group=3, key_dim=64, value_dim=64)
+    return Driver(shape, budget=32, recent_window=8, summary_dtype="int8"), World.random(shape, 1, 301, seed=4)
 
 
 def test_pages_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
