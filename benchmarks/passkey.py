@@ -50,10 +50,10 @@ def build_prompt(tokenizer: Any, num_tokens: int, depth: float, passkey: str) ->
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, last: int, cache: Cache) -> str:
+def answer(model: Any, tokenizer: Any, last: int, cache: Cache, new_tokens: int = NEW_TOKENS) -> str:
     """The greedy answer, token by token, from a cache that holds the prompt but its last token."""
     tokens = [last]
-    for _ in range(NEW_TOKENS):
+    for _ in range(new_tokens):
         tokens.append(int(model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
     return tokenizer.decode(tokens[1:])
 

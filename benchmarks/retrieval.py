@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from passkey import answer
 from record import RESULTS, fingerprint
 from tasks import TASKS, Example, example, prompt
 from tqdm import tqdm
@@ -48,13 +49,9 @@ def sparse(prefilled: DynamicCache, model: Any, method: str, budget: int) -> Spi
     )  # fmt: skip
 
 
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, last: int, cache: Cache) -> str:
-    """The greedy answer from a cache that holds the prompt but its last token; one line of it."""
-    tokens = [last]
-    for _ in range(NEW_TOKENS):
-        tokens.append(int(model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
-    text: str = tokenizer.decode(tokens[1:])
+def one_line(model: Any, tokenizer: Any, last: int, cache: Cache) -> str:
+    """The greedy answer from a cache that holds the prompt but its last token, as far as it is one line."""
+    text = answer(model, tokenizer, last, cache, NEW_TOKENS)
     return text.split("<|im_end|>")[0].split("\n")[0]
 
 
@@ -66,10 +63,10 @@ def ask(model: Any, tokenizer: Any, asked: Example, ids: list[int], cells: list[
     found = {}
     for method, share in cells:
         cache = sparse(prefilled, model, method, len(ids) // share)
-        text = answer(model, tokenizer, ids[-1], cache)
+        text = one_line(model, tokenizer, ids[-1], cache)
         attended = round(float(cache.stats().attended_tokens), 1)
         found[f"{method}, 1/{share}"] = {"score": asked.score(text), "answer": text, "attended_tokens": attended}
-    text = answer(model, tokenizer, ids[-1], prefilled)  # last: answering fills the prefill
+    text = one_line(model, tokenizer, ids[-1], prefilled)  # last: answering fills the prefill
     found["dense"] = {"score": asked.score(text), "answer": text, "attended_tokens": len(ids)}
     return found
 
