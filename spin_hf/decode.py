@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from .shared import SharedState
     from .storage.pages import PageStore
 
-_SCORE_BYTES, _SCORE_WARPS, _SCORE_STAGES, _SCORE_SPLITS = 16 << 10, 4, 3, 64
-"""Of a program of scoring: bytes of landmarks of a tile, warps, pipeline stages, and programs at most for each KV head."""
+_SCORE_BYTES, _SCORE_WARPS, _SCORE_SPLITS = 16 << 10, 4, 64
+"""Of a program of scoring: bytes of landmarks at a time, warps, and programs at most for each KV head."""
 _RATE_WARPS = 8
-_CHOOSE_TILE, _CHOOSE_WARPS, _SLOT_TILE = 1024, 8, 2048
-"""Of a program that chooses: pages of a tile, warps, slots of a tile."""
+_CHOOSE_TILE, _CHOOSE_PARTS, _CHOOSE_WARPS, _HAND_TILE, _SLOT_TILE = 1024, 128, 8, 512, 2048
+"""Of a program that chooses: pages and parts of a tile, warps, slots of a tile at the hand and where all are looked at."""
 _FEW_TIED, _TIED_TILE = 64, 512
 """Pages of one bin that are compared each with each, or at a time in a search."""
 _KEPT = 3
@@ -155,15 +155,14 @@ class StepKernels(Descriptors):
         assert store is not None
         key, value = (query, query) if new is None else map(_rows, new)
         digits = shapes["QUANTIZED"] and self.multiplies_int8
-        block_g = max(8 if digits else 16, power_of_two(self.group))
+        block_g = max(4 if digits else 8, power_of_two(self.group))  # columns of a product: eight at least
         common = {
             "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, **_some(shapes, "H", "PAGE", "PADDED")
         }  # fmt: skip
         self.launch.score[(self.streams, self.splits + (new is not None))](
             self.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
             *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=self.group,
-            BLOCK_G=block_g, BINS=NUM_BINS, TILE=self._score_tile(shapes), **shapes, num_warps=_SCORE_WARPS,
-            num_stages=_SCORE_STAGES,
+            BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._score_runs(shapes), **shapes, num_warps=_SCORE_WARPS, num_stages=1,
         )  # fmt: skip
         self.launch.rate[(self.streams, self.rate_programs)](
             self.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits,
@@ -173,8 +172,8 @@ class StepKernels(Descriptors):
         self.launch.choose[(self.streams,)](
             self.step, fields, plan, self.histogram, self.list_count, self.counters[number], self.floors[number],
             self.hands[number], index, PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE,
-            PARTS=min(64, _CHOOSE_TILE, power_of_two(-(-self.page_capacity // PART_PAGES))), KEPT=_KEPT, FEW=_FEW_TIED,
-            TIED_TILE=_TIED_TILE, LIST_TILE=512, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
+            PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED, TIED_TILE=_TIED_TILE,
+            LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
         )  # fmt: skip
 
     def _attend(
@@ -194,11 +193,12 @@ class StepKernels(Descriptors):
             **_some(shapes, "H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "SEGMENT", "ROWS", "PADDED"),
         )  # fmt: skip
 
-    def _score_tile(self, shapes: dict[str, Any]) -> int:
-        """Pages of a tile of scoring, by the bytes of their landmarks, or fewer where a program's shared memory is small."""
+    def _score_runs(self, shapes: dict[str, Any]) -> int:
+        """Segments that a program scores at a time, by the bytes of their landmarks; fewer where shared memory is small."""
         item = 1 if shapes["QUANTIZED"] else shapes["SUMMARY"].primitive_bitwidth // 8
-        most = self.shared_memory // (4 * shapes["BLOCK_K"] * max(2, item))
-        return max(16, min(_SCORE_BYTES // (shapes["BLOCK_K"] * item), 1 << (most.bit_length() - 1)))
+        segment = SEGMENT_PAGES * shapes["BLOCK_K"]
+        room = self.shared_memory // (4 * segment * max(2, item))  # landmarks may be converted
+        return power_of_two(max(1, min(_SCORE_BYTES // (segment * item), room)) + 1) // 2
 
     def _tile_pages(self, store: PageStore, shapes: dict[str, Any]) -> int:
         """Pages of a tile of attention, or fewer if a program's shared memory does not hold them."""

@@ -39,7 +39,7 @@ class StepField(IntEnum):
     OUTLIER = 11
     """uint8 [L, B, H, PAGE_CAPACITY]: 1 for the outliers among the candidates of a layer."""
     KEPT_PAGE = 12
-    """int32 [B, H, PAGE_CAPACITY]: of each part of the pages those that may be chosen, at the part's beginning."""
+    """int32 [B, H, PAGE_CAPACITY]: the pages that may be chosen, the i-th of part j of `parts` at i * parts + j."""
     KEPT_SCORE = 13
     """float32, the same shape: their scores."""
     KEPT_COUNT = 14
@@ -107,7 +107,7 @@ BINS_PER_NAT = 64
 """Scores are logarithms of probabilities, so bins reach down to exp(-32)."""
 
 PART_PAGES = 1024
-"""Pages that are rated together, and whose kept pages stand together."""
+"""Pages that are rated together: a part."""
 
 LOAD_MARK = 1 << 30
 """Added to a listed page that is to be loaded."""

@@ -56,9 +56,10 @@ def _age(slot_page, slot_step, slots, inside, clock):
 
 
 @triton.jit
-def _victims_from_hand(slot_page, slot_step, victims, hand, missing, num_slots, clock, SLOT_TILE: tl.constexpr):
-    """List up to `missing` free or oldest slots; returns how many there are, and moves the hand behind the last one."""
-    origin = tl.load(hand)
+def _victims_from_hand(
+    slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr
+):  # fmt: skip
+    """List up to `missing` free or oldest slots from `origin` on; returns how many, and moves the hand behind the last one."""
     origin = tl.where(origin < num_slots, origin, 0)
     found = tl.zeros([], tl.int32)
     scanned = tl.zeros([], tl.int32)
@@ -112,9 +113,38 @@ def _victims_by_age(slot_page, slot_step, victims, missing, num_slots, clock, SL
 
 
 @triton.jit
+def _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE: tl.constexpr):
+    """A tile of listed pages, whose slots are touched; which of them are missing, and the how many-th missing page each is."""
+    offsets = start + tl.arange(0, LIST_TILE)
+    pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
+    slots = tl.load(page_slot + pages, mask=pages >= 0, other=0)
+    miss = (pages >= 0) & (slots < 0)
+    tl.store(slot_step + slots, clock + tl.zeros([LIST_TILE], tl.int64), mask=(pages >= 0) & (slots >= 0))
+    return pages, miss, tl.cumsum(miss.to(tl.int32), 0)
+
+
+@triton.jit
+def _admit(
+    listed, page_slot, slot_page, slot_step, victims, clock, start, pages, miss, rank, available, LIST_TILE: tl.constexpr
+):  # fmt: skip
+    """Mark a tile's missing pages, put those of rank 1 to `available` into the victims' slots; returns how many this evicts."""
+    tl.store(listed + start + tl.arange(0, LIST_TILE), pages + LOAD, mask=miss)
+    admitted = miss & (rank <= available)
+    slots = tl.load(victims + rank - 1, mask=admitted, other=0)
+    old = tl.load(slot_page + slots, mask=admitted, other=-1)
+    evicted = admitted & (old >= 0)
+    tl.store(page_slot + old, tl.full([LIST_TILE], -1, tl.int32), mask=evicted)
+    tl.store(page_slot + pages, slots, mask=admitted)
+    tl.store(slot_page + slots, pages, mask=admitted)
+    tl.store(slot_step + slots, clock + tl.zeros([LIST_TILE], tl.int64), mask=admitted)
+    return tl.sum(evicted.to(tl.int32), 0)
+
+
+@triton.jit
 def retrieve(
     step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Mark those of the `count` listed pages of one (sequence, KV head) that are missing, and update its tables.
 
@@ -143,42 +173,38 @@ def retrieve(
         page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32)) + bh * tl.load(layer + PAGE_SLOT_STRIDE)
         slot_page = tl.load(layer + SLOT_PAGE).to(tl.pointer_type(tl.int32)) + bh * num_slots
         slot_step = tl.load(layer + SLOT_STEP).to(tl.pointer_type(tl.int64)) + bh * num_slots
-        real = tl.zeros([], tl.int32)
-        for start in range(0, count, LIST_TILE):
-            offsets = start + tl.arange(0, LIST_TILE)
-            pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
-            inside = pages >= 0
-            slots = tl.load(page_slot + pages, mask=inside, other=0)
-            tl.store(slot_step + slots, clock + tl.zeros([LIST_TILE], tl.int64), mask=inside & (slots >= 0))
-            real += tl.sum(inside.to(tl.int32), 0)
-            missing += tl.sum((inside & (slots < 0)).to(tl.int32), 0)
+        origin = tl.load(hand + bh)
+        pages, miss, rank = _look_up(listed, page_slot, slot_step, clock, 0, count, LIST_TILE)
+        missing = tl.max(rank, 0)
+        real = count
+        if PADDED:
+            real = tl.sum((pages >= 0).to(tl.int32), 0)
+        for start in range(LIST_TILE, count, LIST_TILE):  # few lists are longer
+            more, _, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
+            missing += tl.max(more_rank, 0)
+            if PADDED:
+                real += tl.sum((more >= 0).to(tl.int32), 0)
         tl.atomic_add(counters + HITS, (real - missing).to(tl.int64))
         tl.atomic_add(counters + LOADS, missing.to(tl.int64))
         if missing > 0:
             tl.debug_barrier()
             available = _victims_from_hand(
-                slot_page, slot_step, victims, hand + bh, missing, num_slots, clock, SLOT_TILE
+                slot_page, slot_step, victims, hand + bh, origin, missing, num_slots, clock, HAND_TILE
             )
             if available < missing:
                 tl.debug_barrier()
                 available = _victims_by_age(slot_page, slot_step, victims, missing, num_slots, clock, SLOT_TILE)
             tl.debug_barrier()
-            evicted = tl.zeros([], tl.int32)
-            misses_before = tl.zeros([], tl.int32)
-            for start in range(0, count, LIST_TILE):
-                offsets = start + tl.arange(0, LIST_TILE)
-                pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
-                miss = (pages >= 0) & (tl.load(page_slot + pages, mask=pages >= 0, other=0) < 0)
-                rank = misses_before + tl.cumsum(miss.to(tl.int32), 0) - 1
-                misses_before += tl.sum(miss.to(tl.int32), 0)
-                tl.store(listed + offsets, pages + LOAD, mask=miss)
-                admitted = miss & (rank < available)
-                slots = tl.load(victims + rank, mask=admitted, other=0)
-                old = tl.load(slot_page + slots, mask=admitted, other=-1)
-                tl.store(page_slot + old, tl.full([LIST_TILE], -1, tl.int32), mask=admitted & (old >= 0))
-                tl.store(page_slot + pages, slots, mask=admitted)
-                tl.store(slot_page + slots, pages, mask=admitted)
-                tl.store(slot_step + slots, clock + tl.zeros([LIST_TILE], tl.int64), mask=admitted)
-                evicted += tl.sum((admitted & (old >= 0)).to(tl.int32), 0)
+            evicted = _admit(
+                listed, page_slot, slot_page, slot_step, victims, clock, 0, pages, miss, rank, available, LIST_TILE
+            )
+            before = tl.max(rank, 0)
+            for start in range(LIST_TILE, count, LIST_TILE):
+                more, more_miss, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
+                evicted += _admit(
+                    listed, page_slot, slot_page, slot_step, victims, clock, start, more, more_miss, before + more_rank,
+                    available, LIST_TILE,
+                )  # fmt: skip
+                before += tl.max(more_rank, 0)
             tl.atomic_add(counters + EVICTIONS, evicted.to(tl.int64))
     return missing

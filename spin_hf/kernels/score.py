@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .append import append_page
 from .common import (
+    DIRECTORY,
+    DIRECTORY_STRIDE,
     FIRST,
     LANDMARK,
     LANDMARK_SCALE,
@@ -21,24 +23,55 @@ from .common import (
     POSITION,
     STOP,
     candidates,
-    page_rows,
-    row_addresses,
 )
 
 
 @triton.jit
-def _two_digits(queries, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries [BLOCK_G, BLOCK_K] as whole numbers of two digits of base 256, and the unit [BLOCK_G] of each query.
+def _digits(rows, BLOCK_R: tl.constexpr):
+    """Queries [BLOCK_R, K], each in two rows, as whole numbers of two digits of base 256: the high one above the low one.
 
-    So int8 landmarks are multiplied as they are, exactly. The digits [2 * BLOCK_G, BLOCK_K] stand one below the other: rows
-    of a matrix instruction that would be empty.
+    So int8 landmarks are multiplied as they are, exactly; of a product the same thread holds both digits. Also returns the
+    unit [BLOCK_R] of each row's whole number.
     """
-    unit = tl.maximum(tl.max(tl.abs(queries), 1), 1e-30) / 32512.0
-    whole = (queries / unit[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds
+    unit = tl.maximum(tl.max(tl.abs(rows), 1), 1e-30) / 32512.0
+    whole = (rows / unit[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds
     high = tl.floor((whole + 128.0) / 256.0)
-    first = (tl.arange(0, 2) == 0)[:, None, None]
-    digits = tl.where(first, high[None, :, :], (whole - high * 256.0)[None, :, :])
-    return tl.reshape(digits, (2 * BLOCK_G, BLOCK_K)).to(tl.int8), unit
+    digit = tl.where((tl.arange(0, BLOCK_R) % 2 == 0)[:, None], high, whole - high * 256.0)
+    return digit.to(tl.int8), unit
+
+
+@triton.jit
+def _read(
+    directory, table, units, h, segment, end, stop,
+    dtype: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Landmarks [RUNS * SEGMENT, BLOCK_K] of RUNS segments, of which those from `end` on are not read, and their units.
+
+    Rows of a segment are consecutive, so one address serves them: each thread knows beforehand of which segment its rows are.
+    """
+    row_bytes: tl.constexpr = DK * (dtype.primitive_bitwidth // 8)
+    quantized: tl.constexpr = dtype == tl.int8
+    lane = tl.arange(0, RUNS * SEGMENT)
+    column = tl.arange(0, BLOCK_K)
+    address = tl.zeros([RUNS * SEGMENT], tl.int64)
+    place = tl.zeros([RUNS * SEGMENT], tl.int64)
+    for run in tl.static_range(RUNS):
+        row = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.int64) * H + h) * SEGMENT
+        inside = row % ROWS + lane - run * SEGMENT
+        mine = lane >= run * SEGMENT
+        chunk = tl.load(table.to(tl.pointer_type(tl.int64)) + row // ROWS)
+        address = tl.where(mine, chunk + inside * row_bytes, address)
+        if quantized:
+            chunk = tl.load(units.to(tl.pointer_type(tl.int64)) + row // ROWS)
+            place = tl.where(mine, chunk + inside * 4, place)
+    there = segment * SEGMENT + lane < stop
+    pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    landmarks = tl.load(pointer[:, None] + column[None, :], mask=there[:, None] & (column < DK)[None, :], other=0)
+    unit = tl.full([RUNS * SEGMENT], 1.0, tl.float32)
+    if quantized:
+        unit = tl.load(place.to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
+    return landmarks, unit
 
 
 @triton.jit
@@ -48,9 +81,9 @@ def score_kernel(
     APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BINS: tl.constexpr, TILE: tl.constexpr,
+    BINS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, split) scores its share of the candidates; program (b * H + h, num_splits) appends, if APPEND.
+    """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
 
     Args:
         query: [B, H * G, 1, DK]; the last dimension is contiguous.
@@ -58,6 +91,7 @@ def score_kernel(
         histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
         key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
         DIGITS: whether int8 landmarks are multiplied as such, which devices before Ampere cannot do.
+        RUNS: segments at a time.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -74,58 +108,61 @@ def score_kernel(
         row = plan + b * PLAN_FIELDS
         capacity = tl.load(step + PAGE_CAPACITY)
         logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-        table = tl.load(layer + LANDMARK)
         first = tl.load(row + FIRST)
         stop = tl.load(row + STOP)
         group = tl.arange(0, BLOCK_G)
         column = tl.arange(0, BLOCK_K)
+        lane = tl.arange(0, RUNS * SEGMENT)
         most = tl.full(
-            [BLOCK_G, TILE], float("-inf"), tl.float32
+            [RUNS * SEGMENT, BLOCK_G], float("-inf"), tl.float32
         )  # by place in the tile: exchanged between threads at the end
-        total = tl.zeros([BLOCK_G, TILE], tl.float32)
-        if tl.load(row + NUM_SELECTED) < stop - first:
+        total = tl.zeros([RUNS * SEGMENT, BLOCK_G], tl.float32)
+        share = tl.cdiv(tl.cdiv(stop, SEGMENT * RUNS), num_splits) * RUNS
+        begin = split * share
+        end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
+        if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
+            copies: tl.constexpr = 2 if DIGITS else 1
+            copy = tl.arange(0, copies * BLOCK_G)
             queries = tl.load(
-                query + b * query_b + (h * G + group)[:, None] * query_h + column[None, :],
-                mask=(group < G)[:, None] & (column < DK)[None, :], other=0.0,
+                query + b * query_b + (h * G + copy // copies)[:, None] * query_h + column[None, :],
+                mask=(copy < copies * G)[:, None] & (column < DK)[None, :], other=0.0,
             )  # fmt: skip
+            factor = tl.full([BLOCK_G], 1.0, tl.float32) * scale
             if DIGITS:
-                digits, query_unit = _two_digits(queries.to(tl.float32), BLOCK_G, BLOCK_K)
-            share = tl.cdiv(tl.cdiv(stop, num_splits), TILE) * TILE
-            begin = split * share
-            for start in range(begin, tl.minimum(begin + share, stop), TILE):
-                pages = start + tl.arange(0, TILE)
-                inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
-                rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
-                there = inside[:, None] & (column < DK)[None, :]
-                if QUANTIZED:
-                    address = row_addresses(table, rows, inside, ROWS, DK)
-                    pointer = tl.multiple_of(address.to(tl.pointer_type(tl.int8)), 16)
-                    landmarks = tl.load(pointer[:, None] + column[None, :], mask=there, other=0)
-                    units = row_addresses(tl.load(layer + LANDMARK_SCALE), rows, inside, ROWS, 4)
-                    unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=inside, other=0.0) * scale
-                    if DIGITS:
-                        products = tl.dot(digits, tl.trans(landmarks), out_dtype=tl.int32)
-                        weight = tl.where(tl.arange(0, 2) == 0, 256, 1)[:, None, None]
-                        whole = tl.sum(tl.reshape(products, (2, BLOCK_G, TILE)) * weight, 0)
-                        scores = whole.to(tl.float32) * (query_unit[:, None] * unit[None, :])
-                    else:
-                        scores = tl.dot(queries, tl.trans(landmarks.to(queries.dtype))) * unit[None, :]
+                queries, query_unit = _digits(queries.to(tl.float32), 2 * BLOCK_G)
+                factor *= tl.max(tl.reshape(query_unit, (BLOCK_G, 2)), 1)
+            elif not QUANTIZED:
+                queries = queries.to(SUMMARY)
+            queries = tl.trans(queries)
+            table = tl.load(layer + LANDMARK)
+            units = tl.load(layer + LANDMARK_SCALE)
+            directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
+            for segment in range(begin, end, RUNS):
+                pages = segment * SEGMENT + lane
+                landmarks, unit = _read(
+                    directory, table, units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H, DK, BLOCK_K,
+                    SEGMENT, ROWS, RUNS,
+                )  # fmt: skip
+                if DIGITS:
+                    products = tl.dot(landmarks, queries, out_dtype=tl.int32)
+                    products = tl.reshape(products, (RUNS * SEGMENT, BLOCK_G, 2))
+                    scores = tl.sum(products * tl.where(tl.arange(0, 2) == 0, 256, 1), 2).to(tl.float32)
+                elif QUANTIZED:
+                    scores = tl.dot(landmarks.to(queries.dtype), queries)
                 else:
-                    address = row_addresses(table, rows, inside, ROWS, DK * (SUMMARY.primitive_bitwidth // 8))
-                    pointer = tl.multiple_of(address.to(tl.pointer_type(SUMMARY)), 16)
-                    landmarks = tl.load(pointer[:, None] + column[None, :], mask=there, other=0.0)
-                    scores = tl.dot(queries.to(SUMMARY), tl.trans(landmarks), input_precision="ieee") * scale
-                scores = tl.where(inside[None, :], scores, float("-inf"))
+                    scores = tl.dot(landmarks, queries, input_precision="ieee")
+                inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
+                scores = tl.where(inside[:, None], scores * (unit[:, None] * factor[None, :]), float("-inf"))
                 tl.store(
-                    logits + group[:, None] * capacity + pages[None, :], scores,
-                    mask=(group < G)[:, None] & (pages < stop)[None, :],
+                    logits + group[None, :] * capacity + pages[:, None], scores,
+                    mask=(group < G)[None, :] & (pages < stop)[:, None],
                 )  # fmt: skip
                 higher = tl.maximum(most, scores)
                 shift = tl.where(higher == float("-inf"), 0.0, higher)
                 total = total * tl.exp(most - shift) + tl.exp(scores - shift)
                 most = higher
-        highest = tl.max(most, 1)
+        highest = tl.max(most, 0)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         place = stats + ((bh * num_splits + split) * 2) * BLOCK_G + group
         tl.store(place, highest)
-        tl.store(place + BLOCK_G, tl.sum(total * tl.exp(most - shift[:, None]), 1))
+        tl.store(place + BLOCK_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))

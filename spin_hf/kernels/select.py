@@ -44,7 +44,7 @@ def choose_kernel(
     step, layer, plan, histogram, list_count, counters, floors, hand, query_index,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
-    FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
@@ -52,7 +52,7 @@ def choose_kernel(
         histogram: as `rate_kernel` left it. Added to where too few pages were kept.
         list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
         counters: int64 [len(Counter)]. Added to.
-        PARTS: parts whose kept pages are looked at together.
+        PARTS: parts whose numbers of kept pages are looked at together.
         FEW: tied pages up to this number are compared each with each.
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
             bin a step, and anywhere after a step that kept too few.
@@ -110,18 +110,19 @@ def choose_kernel(
             pages, score, inside = _all_pages(scores, start, first, stop, TILE)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     else:
-        for part in range(0, tl.cdiv(stop, PART), PARTS):
-            mine = part + tl.arange(0, PARTS)
-            held = tl.load(kept_count + mine, mask=mine < tl.cdiv(stop, PART), other=0)
-            for start in range(0, tl.max(held, 0), TILE // PARTS):
-                rank = start + tl.arange(0, TILE // PARTS)
-                inside = tl.reshape(rank[None, :] < held[:, None], [TILE])
-                place = tl.reshape(mine[:, None] * PART + rank[None, :], [TILE])
-                pages = tl.load(kept_page + place, mask=inside, other=0)
-                score = tl.load(kept_score + place, mask=inside, other=0.0)
-                count, num_tied = _sort_out(
-                    listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT
-                )
+        parts = tl.cdiv(stop, PART)
+        most = tl.zeros([], tl.int32)
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            most = tl.maximum(most, tl.max(tl.load(kept_count + part, mask=part < parts, other=0), 0))
+        places = most * parts
+        for start in range(0, places, TILE):
+            place = start + tl.arange(0, TILE)
+            held = tl.load(kept_count + place % parts, mask=place < places, other=0)
+            inside = place // parts < held
+            pages = tl.load(kept_page + place, mask=inside, other=0)
+            score = tl.load(kept_score + place, mask=inside, other=0.0)
+            count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     if num_tied > 0:
         tl.debug_barrier()
         count = _take_best(listed, count, tied, num_tied, needed, FEW, TIED_TILE)
@@ -129,7 +130,7 @@ def choose_kernel(
     tl.debug_barrier()
     missing = retrieve(
         step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES, PAGE, PADDED,
-        LIST_TILE, SLOT_TILE,
+        LIST_TILE, HAND_TILE, SLOT_TILE,
     )  # fmt: skip
     tl.store(list_count + bh * 2 + 1, missing)
 

@@ -1,7 +1,7 @@
 """Bytes to pages: which tier a layer's pages live in, and how many page frames it gets.
 
     everything fits the cap      pages live in the compute tier, nothing is ever loaded
-    otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames
+    otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames + room to grow
                                  frames = mandatory pages of a step + buffer pages
 
 A cache's cap is divided evenly among its paged layers.
@@ -65,18 +65,32 @@ class TierBudget:
             )
         streams = batch_size * self.num_heads
         table_pages = -(-num_pages // SEGMENT_PAGES) * SEGMENT_PAGES
-        fixed = rows * self.summary_bytes + streams * table_pages * _PAGE_TABLE_BYTES
         frame = streams * (self.page_bytes + _SLOT_BYTES)
-        frames = (self.gpu_memory // self.num_layers - fixed) // frame
+
+        cap = self.gpu_memory // self.num_layers
+
+        def fixed(rows: int, table_pages: int) -> int:
+            return rows * self.summary_bytes + streams * table_pages * _PAGE_TABLE_BYTES
+
+        # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
+        frames = (cap - fixed(coarsely(rows), coarsely(table_pages))) // frame
         if frames < self.min_frames:
-            needed = (fixed + self.min_frames * frame) * self.num_layers
+            frames = (cap - fixed(rows, table_pages)) // frame
+        if frames < self.min_frames:
+            needed = (fixed(rows, table_pages) + self.min_frames * frame) * self.num_layers
             raise BudgetError(
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
                 f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
                 "and one selected page); raise gpu_memory, or lower num_sink_tokens, recent_window or the batch size",
                 needed_bytes=needed,
             )
-        return min(frames, table_pages)
+        return min(frames, coarsely(table_pages))
+
+
+def coarsely(number: int) -> int:
+    """`number` or a little more, at most a sixteenth and a segment: the same for most of a growing context's steps."""
+    unit = max(SEGMENT_PAGES, 1 << max(0, number.bit_length() - 5))
+    return -(-number // unit) * unit
 
 
 def auto_gpu_memory(device: torch.device) -> int | None:

@@ -123,19 +123,31 @@ class Sequences:
             raise BatchSizeError(
                 f"expected {self.batch_size} sequences, got {batch_size}; begin with as many as are held"
             )
+        length = self.length + num_tokens
+        if not self._owns(self.length // self.page_size, -(-length // self.page_size)):
+            self._take(batch_size, self.length // self.page_size, -(-length // self.page_size))
+        self.mask.append(batch_size, self.length, new_valid, num_tokens)
+        self.step += min(max(1, self.length - self.start), MAX_QUERIES)
+        self.start, self.length = self.length, length
+
+    def _owns(self, first: int, stop: int) -> bool:
+        """Whether every sequence has the segments of pages [first, stop) to itself, with room made: most steps take none."""
+        if self._room is None or self._room[0] != len(self.directory):
+            return False
+        indices = range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES))
+        return all(index < len(row) and self.refcounts[row[index]] == 1 for row in self.directory for index in indices)
+
+    def _take(self, batch_size: int, first: int, stop: int) -> None:
+        """Have every sequence own the segments of pages [first, stop): new ones, and copies of those that others share."""
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         refcounts, free = list(self.refcounts), list(self.free)
-        length = self.length + num_tokens
-        copies = _take_segments(directory, refcounts, free, self.length // self.page_size, -(-length // self.page_size))
+        copies = _take_segments(directory, refcounts, free, first, stop)
         self._make_room(batch_size, len(refcounts), len(directory[0]) * SEGMENT_PAGES)  # so that layouts change seldom
         for store in self.stores:
             store.copy_segments(copies)
         if (directory, refcounts) != (self.directory, self.refcounts):
             self.directory, self.refcounts, self.free = directory, refcounts, free
             self._rows.clear()
-        self.mask.append(batch_size, self.length, new_valid, num_tokens)
-        self.step += min(max(1, self.length - self.start), MAX_QUERIES)
-        self.start, self.length = self.length, length
 
     def check_room(self, length: int, num_tokens: int) -> None:
         """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.

@@ -47,6 +47,13 @@ def test_context_lengths(prompt: int, device: torch.device) -> None:
     judge(Case(Shape(kv_heads=1, key_dim=64, value_dim=64), torch.bfloat16, lengths=(prompt,)), device)
 
 
+@pytest.mark.parametrize("prompt", [1300, 9000])
+def test_contexts_of_several_segments(prompt: int, device: torch.device) -> None:
+    """And of several parts, shares and tiles of all kernels."""
+    shape = Shape(kv_heads=2, group=3, key_dim=128, value_dim=128)
+    without_near_ties(lambda seed: judge(Case(shape, torch.float16, SOME, (1, 1), lengths=(prompt,)), device, seed))
+
+
 @pytest.mark.parametrize("rules", [ALL, SOME])
 @pytest.mark.parametrize("sizes", [(1, 3), (16,), (1, 16)])
 def test_several_queries(sizes: tuple[int, ...], rules: Rules, device: torch.device) -> None:

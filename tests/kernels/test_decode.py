@@ -113,7 +113,12 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
     ("padding", "sizes", "options", "constants"),
     [
         ("left", [3, 1], {"budget": 16, "recent_window": 1}, {}),  # a page that fills is a candidate in the same call
-        ("none", [1], {"budget": 16, "recent_window": 8}, {"PART_PAGES": 2, "_CHOOSE_TILE": 2}),  # several tiles
+        (
+            "none",
+            [1],
+            {"budget": 16, "recent_window": 8},
+            {"PART_PAGES": 2, "_CHOOSE_TILE": 2, "_CHOOSE_PARTS": 2},
+        ),  # several tiles
         (
             "left",
             [1, 1],
@@ -157,33 +162,42 @@ def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
         each.check_integrity()
 
 
+@pytest.mark.parametrize(("length", "programs"), [(300, 8), (1300, 2), (1300, 8)])
 @pytest.mark.parametrize("digits", [True, False])
-def test_products_with_int8_landmarks_are_exact(digits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries as two digits of base 256 are off by a thousandth of a percent of their largest number."""
-    driver, world = _int8_driver(monkeypatch)
-    driver.step(world, 0, 300)
+def test_products_with_int8_landmarks_are_exact(
+    digits: bool, length: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries as two digits of base 256 are off by a thousandth of a percent of their largest number.
+
+    Contexts of a segment and of several, in one share and in some.
+    """
+    _interpret(monkeypatch, _PROGRAMS=programs)
+    shape = Shape(kv_heads=2, group=3, key_dim=64, value_dim=64)
+    driver = Driver(shape, budget=32, recent_window=8, summary_dtype="int8")
+    world = World.random(shape, 1, length + 1, seed=4)
+    driver.step(world, 0, length)
     layer = driver.cache.layers[0]
     step, store = layer.kernels(), layer.store
     step.multiplies_int8 = digits
-    driver.step(world, 300, 301)
-    query = world.queries[0][:, :, 300].unflatten(1, (world.shape.kv_heads, -1))
+    driver.step(world, length, length + 1)
+    query = world.queries[0][:, :, length].unflatten(1, (world.shape.kv_heads, -1))
     exact = query.double() @ store.summary("landmark").double().transpose(-1, -2) * driver.scale
     first, stop = step.plan[0, 0, PlanField.FIRST], step.plan[0, 0, PlanField.STOP]
+    exact = exact[..., first:stop]
     held = step.scratch[StepField.LOGITS].view(*query.shape[:3], -1)[..., first:stop].double()
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale
     assert stop - first > 20
-    assert bool(((held - exact[..., first:stop]).abs() <= largest[..., first:stop] * 2e-5).all())
+    assert bool(((held - exact).abs() <= largest[..., first:stop] * 2e-5).all())
+    used = step.stats.numel() // step.block_g * (4 if digits else 8)  # rows of a group, as the kernel packs them
+    most, total = step.stats.flatten()[:used].view(shape.kv_heads, step.splits, 2, -1)[..., : shape.group].double().unbind(2)
+    sums = (most + total.log()).logsumexp(1)
+    torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)
 
 
-def _int8_driver(monkeypatch: pytest.MonkeyPatch) -> tuple[Driver, World]:
-    _interpret(monkeypatch)
-    shape = Shape(kv_heads=2, group=3, key_dim=64, value_dim=64)
-    return Driver(shape, budget=32, recent_window=8, summary_dtype="int8"), World.random(shape, 1, 301, seed=4)
-
-
-def test_pages_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [2, 512])
+def test_pages_are_evicted(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").eval()
-    _interpret(monkeypatch)
+    _interpret(monkeypatch, _HAND_TILE=tile, _SLOT_TILE=max(4, tile))
     cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=TIGHT)
     _steps(model, cache, "none", [1] * 4)
     stats = cache.stats()

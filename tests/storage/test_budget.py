@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.errors import BudgetError, CapacityError
-from spin_hf.storage.budget import TierBudget
+from spin_hf.storage.budget import TierBudget, coarsely
 from spin_hf.storage.sequences import SEGMENT_PAGES
 
 SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, summary_bytes=36, min_frames=5)
@@ -82,10 +82,26 @@ def test_frames_fill_the_cap(
         assert segments * SEGMENT_PAGES * heads * (page_bytes + summary_bytes) * layers <= cap
         return
     table = -(-num_pages // SEGMENT_PAGES) * SEGMENT_PAGES
-    assert min(min_frames, table) <= frames <= table
+    assert min(min_frames, table) <= frames <= coarsely(table)
     assert paged_bytes(sizes, batch_size, segments, num_pages, frames) <= cap
-    more = paged_bytes(sizes, batch_size, segments, num_pages, frames + 1)
-    assert frames == table or more > cap - layers  # the division among layers may leave less than a byte each
+    # What is left is for a context a little longer; the division among layers may leave less than a byte each.
+    room = coarsely(segments * SEGMENT_PAGES * heads) // heads - segments * SEGMENT_PAGES + SEGMENT_PAGES
+    longer = coarsely(table)
+    more = paged_bytes(sizes, batch_size, segments, longer, frames + 1) + layers * heads * room * summary_bytes
+    assert frames >= table or more > cap - layers
+
+
+def test_frames_stay_as_many_while_a_context_grows() -> None:
+    """Their contents are copied when their number changes: seldom, and not with every segment."""
+    sizes = budget(10**8, page_bytes=4096)
+    numbers = [sizes.num_frames(1, segments, segments * SEGMENT_PAGES) for segments in range(1024, 2048)]
+    assert len(set(numbers)) <= 1 + 16
+
+
+@given(st.integers(1, 10**7))
+def test_coarse_numbers(number: int) -> None:
+    assert number <= coarsely(number) <= number + max(SEGMENT_PAGES - 1, number // 16)
+    assert coarsely(coarsely(number)) == coarsely(number)
 
 
 def test_cpu_memory() -> None:
