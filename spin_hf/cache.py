@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import kernels, wrap
+from . import defer, kernels, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
@@ -185,7 +185,8 @@ class SpinCache(Cache):
             layer.crop(tokens_to_remove)
         if self._shared.layers:
             keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
-            self._shared.truncate(keep)
+            if keep < length:
+                self._shared.truncate(keep)
 
     def reset(self) -> None:
         """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
@@ -351,6 +352,8 @@ class SpinCache(Cache):
         switch.acquire(config)
         self.steps = None if model is None else DecodeSteps(model, self.layers, self._shared, self._log)
         wrapped = None if model is None else wrap.acquire(model)
+        if wrapped is not None:
+            defer.acquire()
         self._finalizer = weakref.finalize(self, _dispose, config, wrapped, self._shared)
 
 
@@ -362,6 +365,7 @@ def _dispose(config: Any, wrapped: weakref.ref[nn.Module] | None, shared: Shared
     switch.release(config)
     if wrapped is not None:
         wrap.release(wrapped)
+        defer.release()
     shared.dispose()
 
 

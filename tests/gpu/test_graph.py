@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from spin_hf import SpinCache, enable
+from spin_hf import SpinCache, defer, enable
 
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
@@ -179,3 +179,32 @@ def test_enable_streaming_and_hooks_on_the_model(capsys: pytest.CaptureFixture[s
     assert torch.equal(ours, theirs)
     assert len(calls) == 20
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With evictions all the time, an end of the sequence and another turn, as if every step had been waited for."""
+    model = build_model("llama").cuda().eval()
+    options: dict[str, Any] = {"do_sample": sampling, "max_new_tokens": 60, "pad_token_id": PAD_TOKEN_ID}
+    asked: list[bool] = []
+    supports = defer.supports
+    monkeypatch.setattr(defer, "supports", lambda *args: asked.append(supports(*args)) or asked[-1])
+    results, eos = [], None
+    for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
+        monkeypatch.setattr(defer, "_DEVICES", devices)
+        cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=120_000)
+        first = _generate(model, cache, eos_token_id=eos, **options).sequences
+        held = cache.get_seq_length()
+        cache.check_integrity()
+        ids = torch.cat([first, first[:, :5]], 1)
+        second = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=20,
+            pad_token_id=PAD_TOKEN_ID,
+        )  # fmt: skip
+        assert cache.stats().evictions
+        cache.check_integrity()
+        results.append((first.tolist(), held, second.tolist(), cache.get_seq_length()))
+        eos = eos or [int(first[0, 110]), int(first[1, 121])]
+    assert results[1] == results[2]
+    assert results[1][1] < results[0][1]
+    assert asked == [False] * 4 + [True] * 2

@@ -189,7 +189,9 @@ def test_products_with_int8_landmarks_are_exact(
     assert stop - first > 20
     assert bool(((held - exact).abs() <= largest[..., first:stop] * 2e-5).all())
     used = step.stats.numel() // step.block_g * (4 if digits else 8)  # rows of a group, as the kernel packs them
-    most, total = step.stats.flatten()[:used].view(shape.kv_heads, step.splits, 2, -1)[..., : shape.group].double().unbind(2)
+    most, total = (
+        step.stats.flatten()[:used].view(shape.kv_heads, step.splits, 2, -1)[..., : shape.group].double().unbind(2)
+    )
     sums = (most + total.log()).logsumexp(1)
     torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)
 

@@ -1,0 +1,35 @@
+"""What `spin_hf/defer.py` relies on: transformers can read late whether to stop, and asks a static method whether it may."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.generation import utils
+
+from spin_hf import defer
+from tests.support.zoo import build_model, random_tokens
+
+
+def test_it_is_there() -> None:
+    """Else `generate` would wait for every step, and nobody would notice."""
+    assert defer._CHECK is utils.DeferredStopCheck
+    assert {"device", "cache", "is_assistant"} <= set(inspect.signature(defer._CHECK.is_supported).parameters)
+
+
+def test_generate_asks_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = build_model("llama"), []
+    cache = DynamicCache(config=model.config)
+
+    def noting(*args: Any, original: Any = defer._CHECK.is_supported, **kwargs: Any) -> bool:
+        seen.append(inspect.signature(original).bind(*args, **kwargs).arguments)
+        return bool(original(*args, **kwargs))
+
+    monkeypatch.setattr(defer._CHECK, "is_supported", staticmethod(noting))
+    model.generate(random_tokens(1, 9), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert [given["cache"] is cache for given in seen] == [True]
+    assert seen[0]["device"] == torch.device("cpu")
+    assert not seen[0]["is_assistant"]
