@@ -40,7 +40,7 @@ ORDER: list[set[str]] = [
     },
     {"wrap", "capturable", "fixed_state", "verify", "graph"},
     {"cache"},
-    {"serialization"},
+    {"serialization", "teacher", "released", "distill"},
     {"enable"},
     {"__init__"},
 ]
@@ -56,6 +56,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "capturable",
     "fixed_state",
     "graph",
+    "teacher",
+    "distill",
     "attention.interface",
 }
 

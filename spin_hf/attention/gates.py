@@ -119,7 +119,7 @@ class Gates:
     def save(self, path: Path) -> None:
         """Write a file, at once: a reader sees the old one or the new one."""
         tensors = {
-            f"layers.{number}.{name}": getattr(gate, name).detach().float().cpu().contiguous()
+            f"layers.{number}.{name}": getattr(gate, name).detach().float().cpu().contiguous().clone()
             for number, gate in self.layers.items()
             for name in _TENSORS
         }

@@ -67,8 +67,8 @@ class SeerAttention(PageMethod):
     uses_positions: ClassVar[bool] = True
     index_rounds: ClassVar[bool] = True
     gates: str | os.PathLike[str] | None = None
-    page_size: int = 32  # type: ignore[misc]  # a parameter here, a constant of other methods
-    threshold: float | None = None
+    page_size: int = field(default=32, kw_only=True)  # type: ignore[misc]  # a parameter here, a constant of other methods
+    threshold: float | None = field(default=None, kw_only=True)
     bound: BoundGates | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
