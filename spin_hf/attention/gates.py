@@ -152,8 +152,8 @@ class Gates:
 
 def describe(config: Any) -> dict[str, Any]:
     """What of a model's config gates depend on: its type, sizes, and rope parameters (None where it has none)."""
-    about = {name: getattr(config, name, None) for name in ("model_type", *_SIZES)}
-    return {**about, "rope": getattr(config, "rope_parameters", None)}
+    fields = config.to_dict()  # attributes of a config whose layers differ refuse to be read
+    return {**{name: fields.get(name) for name in ("model_type", *_SIZES)}, "rope": fields.get("rope_parameters")}
 
 
 def load_gates(path: str | Path) -> Gates:

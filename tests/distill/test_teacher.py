@@ -25,7 +25,9 @@ def test_page_attention_is_the_largest_weight_of_a_page_and_group() -> None:
         for i, position in enumerate(positions.tolist()):
             expected = [0.0] * 4
             for g in range(3):
-                scores = [float(queries[h, g, position].double() @ keys[h, t].double()) * 0.7 for t in range(position + 1)]
+                scores = [
+                    float(queries[h, g, position].double() @ keys[h, t].double()) * 0.7 for t in range(position + 1)
+                ]
                 weights = [math.exp(4.0 * math.tanh(score / 4.0)) for score in scores]
                 for page in range(4):
                     inside = weights[16 * page : 16 * page + 16]
