@@ -45,7 +45,7 @@ class Settings:
     """What a training run does; a run goes on only with the same.
 
     Attributes:
-        steps: windows to train on.
+        steps: windows to train on; 0 gives the gates to begin with.
         tokens: of a window.
         lr: Adam's step size at its highest.
         block: tokens of a page.
@@ -66,7 +66,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("steps", 1), ("queries", 1), ("num_sink_tokens", 0), ("recent_window", 1)):
+        for name, minimum in (("steps", 0), ("queries", 1), ("num_sink_tokens", 0), ("recent_window", 1)):
             require_count(name, getattr(self, name), minimum)
         if self.block not in PAGE_SIZES:
             raise OptionError(f"block: expected one of {PAGE_SIZES}, got {self.block}; pass 32")
@@ -166,13 +166,23 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
     made = Gates(gates, settings.block, describe(teacher.config))
     parameters = {f"{layer}.{n}": getattr(gate, n) for layer, gate in gates.items() for n in ("key", "query")}
     adam = torch.optim.Adam(parameters.values(), lr=settings.lr)
-    losses: list[float] = run.get("losses", [])
-    step = _load(output / _STATE, parameters, adam) if run else 0
-    losses = losses[:step]
-    before = run.get("held_out", {}).get("before")
     training, measured = ids[: len(ids) - held_out], ids[len(ids) - held_out :]
-    if before is None:
-        before = _measure(teacher, gates, measured, settings)
+    if run:
+        step = _load(output / _STATE, parameters, adam)
+        losses, before = run["losses"][:step], run["held_out"]["before"]
+    else:
+        step, losses, before = 0, [], _measure(teacher, gates, measured, settings)
+
+    def save() -> None:  # the state last: what it says was reached is on the disk
+        after = _measure(teacher, gates, measured, settings) if step == settings.steps else None
+        report = {**asked, "held_out": {"before": before, "after": after}, "losses": losses}
+        _write(output / _REPORT, json.dumps(report, indent=1) + "\n")
+        _write(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
+        made.save(output / FILE_NAME)
+        _save(output / _STATE, parameters, adam, step)
+
+    if not run:
+        save()
     with tqdm(total=settings.steps, initial=step, unit=" steps") as bar:
         while step < settings.steps:
             window, positions = _draw(training, settings, step)
@@ -185,12 +195,7 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             if step % save_every == 0 or step == settings.steps:
-                after = _measure(teacher, gates, measured, settings) if step == settings.steps else None
-                report = {**asked, "held_out": {"before": before, "after": after}, "losses": losses}
-                _write(output / _REPORT, json.dumps(report, indent=1) + "\n")
-                _write(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
-                made.save(output / FILE_NAME)
-                _save(output / _STATE, parameters, adam, step)
+                save()
     return made
 
 
@@ -251,7 +256,7 @@ def _gate_frequencies(frequencies: Tensor, dim: int, width: int) -> Tensor:
 def _save(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam, step: int) -> None:
     tensors = {f"{name}.weights": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
-        tensors |= {f"{name}.{key}": adam.state[value][key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        tensors |= {f"{name}.{key}": moment for key, moment in adam.state.get(value, {}).items()}
     unfinished = path.with_name(path.name + ".part")
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, unfinished, {"step": str(step)})
     os.replace(unfinished, path)
@@ -259,11 +264,13 @@ def _save(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam, ste
 
 def _load(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam) -> int:
     with safe_open(path, "pt") as opened, torch.no_grad():
+        step = int(opened.metadata()["step"])
         for name, value in parameters.items():
             value.copy_(opened.get_tensor(f"{name}.weights"))
-            moments = {key: opened.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            adam.state[value] = {key: t if key == "step" else t.to(value.device) for key, t in moments.items()}
-        return int(opened.metadata()["step"])
+            if step:  # else Adam has no moments yet
+                moments = {key: opened.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
+                adam.state[value] = {key: t if key == "step" else t.to(value.device) for key, t in moments.items()}
+        return step
 
 
 def _write(path: Path, text: str) -> None:

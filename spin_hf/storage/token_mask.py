@@ -61,7 +61,7 @@ class TokenMask:
 
     def _with_positions(self, start: int, fresh: Tensor) -> Tensor:
         held = self._all_positions(fresh.shape[0], start, fresh.device)
-        return torch.cat([held[:, :start], self.next_positions(start, fresh)], dim=1)
+        return torch.cat([held[:, :start].to(fresh.device), self.next_positions(start, fresh)], dim=1)
 
     def _all_positions(self, batch_size: int, length: int, device: torch.device) -> Tensor:
         if self.positions is not None:

@@ -172,6 +172,20 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(made.layers[1].key.detach(), load_gates(tmp_path).layers[1].key)
 
 
+def test_no_steps_give_the_gates_to_begin_with(tmp_path: Path) -> None:
+    model = build_model("llama")
+    distill(model, text(), tmp_path, replace(SETTINGS, steps=0))
+    teacher = Teacher(model)
+    expected = untrained(teacher, teacher.find_rotations(3), SETTINGS, 3)
+    for layer, gate in load_gates(tmp_path).layers.items():
+        assert torch.equal(gate.key, expected[layer].key.detach())
+        assert torch.equal(gate.query, expected[layer].query.detach())
+    found = report(tmp_path)
+    assert found["losses"] == []
+    assert found["held_out"]["before"] == found["held_out"]["after"]
+    distill(model, text(), tmp_path, replace(SETTINGS, steps=0))  # finished already
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "glm4", "smollm3", "gemma4_text"])
 def test_gates_serve_the_model_they_were_made_for(family: str, tmp_path: Path) -> None:
     """From training to generation: sliding layers, layers without rotation, neighbouring pairs, gates of another width."""
@@ -240,7 +254,7 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(block=8), "block: expected one of"), (dict(steps=0), "steps: expected at least 1, got 0"),
+        (dict(block=8), "block: expected one of"), (dict(steps=-1), "steps: expected at least 0, got -1"),
         (dict(tokens=100), "tokens: expected at least 160, got 100"), (dict(lr=0.0), "lr: expected more than 0"),
         (dict(gate_dim=5), "gate_dim: expected an even number"),
     ],
