@@ -60,13 +60,8 @@ class TokenMask:
         return (held + fresh.long().cumsum(1) - 1).clamp(min=0)
 
     def _with_positions(self, start: int, fresh: Tensor) -> Tensor:
-        held = self._all_positions(fresh.shape[0], start, fresh.device)
-        return torch.cat([held[:, :start].to(fresh.device), self.next_positions(start, fresh)], dim=1)
-
-    def _all_positions(self, batch_size: int, length: int, device: torch.device) -> Tensor:
-        if self.positions is not None:
-            return self.positions
-        return torch.arange(length, device=device).expand(batch_size, -1)
+        held = torch.arange(start).expand(len(fresh), -1) if self.positions is None else self.positions[:, :start]
+        return torch.cat([held.to(fresh.device), self.next_positions(start, fresh)], dim=1)
 
     def changed_tokens(self, mask: Tensor | None, length: int) -> Tensor | None:
         """Tokens [B, length] whose validity differs from `mask` [B, >= length] (None: all valid); None if none does."""
@@ -79,8 +74,6 @@ class TokenMask:
 
     def replace(self, mask: Tensor | None, length: int) -> None:
         """Take `mask` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
-        if self.keeps_positions and mask is not None:
-            self.positions = self._all_positions(mask.shape[0], length, mask.device)
         self.valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
 
     def truncate(self, length: int) -> None:

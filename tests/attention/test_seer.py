@@ -160,6 +160,21 @@ def test_crop_and_append_again(tmp_path: Path) -> None:
     assert float((rest(cropped) - rest(straight)).abs().max()) <= 2e-6
 
 
+def test_a_cache_that_was_reset(tmp_path: Path) -> None:
+    """Positions are kept for the next batch too, which has padding where the first had none."""
+    shape = Shape(kv_heads=1)
+    world = random_world(shape, 2, 120, 0)
+    valid = torch.ones((2, 120), dtype=torch.bool)
+    valid[0, :21] = False
+    options: dict[str, Any] = dict(method=method_of(rules_for(shape, tmp_path), tmp_path), budget=32, recent_window=10)
+    used, fresh = Driver(shape, **options), Driver(shape, **options)
+    used.step(world, 0, 100)
+    used.cache.reset()
+    for start, stop in ((0, 110), (110, 111), (111, 120)):
+        ours, theirs = (driver.step(world, start, stop, valid[:, :stop])[0] for driver in (used, fresh))
+        assert torch.equal(ours, theirs)
+
+
 def test_positions_stay_when_tokens_before_become_padding(tmp_path: Path) -> None:
     """The keys were rotated when they came: a mask that changes later does not change what undoes that."""
     shape = Shape(kv_heads=1, group=1)

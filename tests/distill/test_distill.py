@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from spin_hf import OptionError, SeerAttention, SpinCache
 from spin_hf.attention.gates import load_gates
-from spin_hf.distill import Settings, distill, gate_loss, main, untrained
+from spin_hf.distill import Settings, _draw, distill, gate_loss, main, untrained
 from spin_hf.teacher import Seen, Teacher
 from tests.attention.oracle import _turn
 from tests.support.zoo import build_model
@@ -132,6 +132,16 @@ def test_training_lowers_the_loss_on_text_that_is_held_out(gate_dim: int | None,
     lines = (tmp_path / "loss.csv").read_text().splitlines()
     assert lines[0] == "step,loss"
     assert len(lines) == 61
+
+
+def test_every_step_has_its_own_window_and_queries() -> None:
+    draws = [_draw(torch.arange(3000), SETTINGS, step) for step in range(-2, 20)]
+    assert len({int(window[0]) for window, _ in draws}) > 18
+    assert len({tuple(positions.tolist()) for _, positions in draws}) == 22
+    for window, positions in draws:
+        assert len(window) == SETTINGS.tokens
+        assert len(set(positions.tolist())) == SETTINGS.queries
+        assert SETTINGS.first_position <= int(positions[0]) <= int(positions[-1]) < SETTINGS.tokens
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
