@@ -2,6 +2,7 @@
 
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --shares 64 32 16 8
     --methods shadowkv shadowkv:model quest     ":model" keeps summaries in the model's dtype instead of int8
+    --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
 
 Real text is prefilled once, densely, and its next lines are decoded from a `SpinCache` built from that prefill (teacher
 forcing: every row sees the same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64
@@ -34,7 +35,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import spin_hf.layer
-from spin_hf import SpinCache, __version__
+from spin_hf import SeerAttention, SpinCache, __version__
+from spin_hf.attention.gates import load_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from models import default_model
@@ -97,12 +99,20 @@ def forced(model: Any, cache: Any, tokens: list[int]) -> Tensor:
 
 
 def measure(
-    model: Any, prefilled: DynamicCache, dense: Tensor, tokens: list[int], method: str, budget: int
+    model: Any,
+    prefilled: DynamicCache,
+    dense: Tensor,
+    tokens: list[int],
+    method: str,
+    budget: int,
+    gates: dict[str, str],
 ) -> dict[str, Any]:
     """One row."""
     method, _, dtype = method.partition(":")
+    folder = gates.get(method)
+    chosen = method if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
     cache = SpinCache.from_cache(
-        prefilled, model, method, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
+        prefilled, model, chosen, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
         summary_dtype=dtype or "auto",
     )  # fmt: skip
     with Mass() as mass:
@@ -122,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "quest"])
+    parser.add_argument("--gates", nargs="+", default=[], metavar="NAME=DIR", help="gates by name of a method")
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )
@@ -131,7 +142,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
-    name = args.model or default_model()
+    name, gates = args.model or default_model(), dict(entry.split("=", 1) for entry in args.gates)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
     output = args.output or RESULTS / f"quality-{Path(name).name}.json"
@@ -159,7 +170,7 @@ def main() -> None:
             following = ids[args.tokens :]
             dense = forced(model, deepcopy(prefilled), following)
             for method, share in missing:
-                row = measure(model, prefilled, dense, following, method, args.tokens // share)
+                row = measure(model, prefilled, dense, following, method, args.tokens // share, gates)
                 rows[f"{method}, 1/{share}, {title}"] = row
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -106,7 +106,9 @@ def select_pages(
     zones = plan.query(position, call.query.device)
     num_pages = zones.candidates.shape[1]
     states = call.query.squeeze(3).float()
-    query = Query(states, zones.candidates, zones.budget_tokens, store.page_size, call.scale, layer)
+    query = Query(
+        states, zones.candidates, zones.budget_tokens, store.page_size, call.scale, layer, zones.positions
+    )  # fmt: skip
     selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages].float())
     return torch.cat([zones.fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
 

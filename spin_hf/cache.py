@@ -87,9 +87,10 @@ class SpinCache(Cache):
         resolved = resolve_method(method)
         config, name = _decoder_config(model)
         check_model(config, name)
-        sequences = Sequences(resolved.page_size)
+        sequences = Sequences(resolved.page_size, resolved.uses_positions)
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
+        self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
         super().__init__(layers=layers)
         heads = getattr(config, "num_attention_heads", 0)
         self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list

@@ -26,9 +26,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attend import Call, attend_masked, attend_pages, attend_prompt, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
-from .attention.partition import Summaries
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
+from .indexing import check_summaries, index_pages
 from .kernels.fields import MAX_QUERIES
 from .plan import pages_of
 from .shared import SharedState
@@ -37,9 +37,6 @@ from .storage.pages import PageStore
 from .storage.summaries import bytes_per_page
 
 logger = logging.getLogger("spin_hf")
-
-_INDEX_PAGES = 4096
-"""Pages indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
 class SpinLayer(CacheLayerMixin):
@@ -140,6 +137,16 @@ class SpinLayer(CacheLayerMixin):
         pending = self.shared.pending is self
         self.shared.pending = None
         return pending
+
+    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Raise AttentionError where a method counts on positions that the model does not rotate by.
+
+        Args:
+            position_ids: [..., Q] of the new tokens, if the model hands them on.
+            mask: as for `run`.
+        """
+        if position_ids is not None and self._is_first and self.shared.method.uses_positions:
+            self.shared.check_positions(position_ids, mask)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
@@ -309,22 +316,8 @@ class SpinLayer(CacheLayerMixin):
 
     def index(self, first: int, stop: int) -> None:
         """Summarise the complete pages [first, stop) of all sequences."""
-        if self.store is None:
-            return
-        for start in range(first, stop, _INDEX_PAGES):
-            rows, summaries = self._summarise(start, min(start + _INDEX_PAGES, stop))
-            for name, vectors in summaries.items():
-                self._store().summaries[name].put(rows, vectors)
-
-    def _summarise(self, first: int, stop: int) -> tuple[Tensor, Summaries]:
-        """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
-        store, valid = self._store(), self.shared.sequences.mask.valid
-        keys, _, rows = store.pages(first, stop)
-        shape = (keys.shape[0], 1, stop - first, store.page_size)
-        if valid is None:
-            return rows, self.shared.method.index(keys, keys.new_ones(shape, dtype=torch.bool))
-        tokens = slice(first * store.page_size, stop * store.page_size)
-        return rows, self.shared.method.index(keys, valid[:, tokens].to(keys.device).reshape(shape))
+        if self.store is not None:
+            index_pages(self.store, self.shared.method, self.number, first, stop)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
@@ -332,14 +325,9 @@ class SpinLayer(CacheLayerMixin):
         if store is None or not sequences.length:
             return
         store.check_integrity()
-        rows, expected = self._summarise(0, sequences.length // store.page_size)
-        for name, vectors in expected.items():
-            summary = store.summaries[name]
-            held, vectors = summary.take(rows), summary.rounded(vectors)
-            if not (torch.equal(held, vectors) or (self.has_kernels and _close(held, vectors, summary.quantized))):
-                raise CacheStateError(
-                    f"integrity: layer {self.layer_idx} has a stale summary {name!r}; please report this as a bug"
-                )
+        method = self.shared.method
+        exact = not (self.has_kernels or method.index_rounds)
+        check_summaries(store, method, self.number, self.layer_idx, exact)
 
     def kernels(self) -> StepKernels | None:
         """The kernels of the present batch, or None where the reference serves it."""
@@ -380,12 +368,6 @@ _WAVES = (
     "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
     "raise gpu_memory or lower budget"
 )
-
-
-def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:
-    """Equal but for the rounding of another order of summation, which kernels have: one step of int8 at most."""
-    tolerance = (1 / 126 if quantized else 8 * torch.finfo(held.dtype).eps) * float(expected.abs().max())
-    return torch.allclose(held.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:

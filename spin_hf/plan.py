@@ -29,11 +29,13 @@ class QueryPlan:
         fixed: [B, F], int64: pages always attended to; -1 for none.
         candidates: [B, N], bool: pages a method may select.
         budget_tokens: [B], int64: how many tokens it may select per KV head.
+        positions: [B], int64: real tokens before the query; None where no method asks for it.
     """
 
     fixed: Tensor
     candidates: Tensor
     budget_tokens: Tensor
+    positions: Tensor | None
 
 
 class StepPlan:
@@ -80,7 +82,8 @@ class StepPlan:
             budget = (held.double() * options.budget - 1e-9).ceil().long()  # 0.3 of 400 is 120, not 121
         everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
-        return QueryPlan(kernels.list_pages(fixed), candidates, budget)
+        stands = seq.positions(position, position + 1, device)[:, 0] if seq.mask.keeps_positions else None
+        return QueryPlan(kernels.list_pages(fixed), candidates, budget, stands)
 
     def allowed(self, pages: Tensor, position: int) -> Tensor:
         """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool."""

@@ -245,6 +245,24 @@ class SharedState:
                 "DynamicCache for this model"
             )
 
+    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
+        """Raise AttentionError where new tokens do not stand where real tokens are counted to. Reads the device.
+
+        Args:
+            position_ids: [B or 1, Q], or [axes, B or 1, Q].
+            mask: of the new tokens, [B, 1, 1, Q]; any other, or None, for all real.
+        """
+        num_tokens = position_ids.shape[-1]
+        padded = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_tokens)
+        fresh = mask[:, 0, 0] if mask is not None and padded else position_ids.new_ones((1, num_tokens)).bool()
+        counted = self.sequences.mask.next_positions(self.committed, fresh)
+        if bool(((position_ids != counted) & fresh).any()):
+            raise AttentionError(
+                f"{self.model_name} with {type(self.method).__name__}: expected position ids that count the real tokens of "
+                f"each sequence, here {counted.tolist()[0][:4]}... in the first one, got {position_ids.flatten().tolist()[:4]}"
+                "...; pass position_ids=attention_mask.cumsum(-1) - 1 (of the new tokens) as generate does, or use ShadowKV"
+            )
+
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
         self.committed = self.sequences.length

@@ -25,10 +25,22 @@ ORDER: list[set[str]] = [
     {"config"},
     {"kernels"},
     {"storage", "attention"},
-    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "descriptors", "decode", "layer", "forward"},
+    {
+        "plan",
+        "layer_kinds",
+        "stats",
+        "compiled",
+        "shared",
+        "attend",
+        "indexing",
+        "descriptors",
+        "decode",
+        "layer",
+        "forward",
+    },
     {"wrap", "capturable", "defer", "fixed_state", "verify", "graph"},
     {"cache"},
-    {"serialization"},
+    {"serialization", "teacher", "released", "distill"},
     {"enable"},
     {"__init__"},
 ]
@@ -45,6 +57,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "defer",
     "fixed_state",
     "graph",
+    "teacher",
+    "distill",
     "attention.interface",
 }
 

@@ -51,6 +51,9 @@ class AttentionLayer(Protocol):
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
 
+    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Raise AttentionError where the new tokens do not stand where the layer's method takes them to."""
+
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
         append: bool, scale: float, softcap: float | None,
@@ -174,6 +177,8 @@ def spin_attention(
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
     _check_arguments(module, attention_mask, query.shape[2], dropout, kwargs)
+    if append and not torch.compiler.is_compiling():
+        layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.empty(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..errors import OptionError, OptionTypeError
 from .partition import Method
 from .quest import Quest
+from .seer import SeerAttention
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Quest)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Quest, SeerAttention)}
 
 
 def resolve_method(method: str | Method) -> Method:

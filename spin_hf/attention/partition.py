@@ -9,6 +9,11 @@ A *partition* is what a method selects as a whole. `Method` leaves its shape ope
 Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
 neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
 line in `methods.py`.
+
+Methods that need more than keys override, beside `index` or instead of it:
+
+    bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
+    index_pages      as `index`, with the layer and, of a method that `uses_positions`, where each token stands
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +42,7 @@ class Query:
         page_size: tokens per page.
         scale: factor of the attention scores.
         layer: number of the layer among the paged ones.
+        positions: [B], int64: real tokens before the query, of a method that `uses_positions`; else None.
     """
 
     states: Tensor
@@ -45,6 +51,7 @@ class Query:
     page_size: int
     scale: float
     layer: int = 0
+    positions: Tensor | None = None
 
     @property
     def budget_pages(self) -> Tensor:
@@ -53,19 +60,60 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Pages:
+    """Pages of every sequence to summarise, and where they are from.
+
+    Attributes:
+        keys: [B, H, n, P, D], as cached (after RoPE).
+        valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
+        layer: number of the layer among the paged ones.
+        positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
+            by; meaningless for padding. None unless the method `uses_positions`.
+    """
+
+    keys: Tensor
+    valid: Tensor
+    layer: int
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Method(ABC):
-    """A way to choose the pages that a query attends to. Subclasses are frozen and hold their own parameters only."""
+    """A way to choose the pages that a query attends to. Subclasses are frozen and hold their own parameters only.
+
+    Attributes:
+        uses_positions: whether `Pages.positions` and `Query.positions` are wanted; a model whose position ids do not count
+            real tokens is then refused.
+        index_rounds: whether a page's summary may differ in its last bits with the pages it is indexed among, as sums of
+            matrix products do.
+    """
 
     name: ClassVar[str]
     page_size: ClassVar[int] = 8
+    uses_positions: ClassVar[bool] = False
+    index_rounds: ClassVar[bool] = False
+
+    def bind(self, config: Any, layers: list[int]) -> Method:
+        """The method for one model; called once per cache, before anything is stored.
+
+        Args:
+            config: the model's decoder config.
+            layers: the paged layers' numbers in the model; `Query.layer` and `Pages.layer` count in this list.
+        Raises:
+            OptionError: the method cannot serve that model.
+        """
+        return self
 
     @abstractmethod
     def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of the float32 vectors kept of each page, given the size of its keys."""
 
-    @abstractmethod
+    def index_pages(self, pages: Pages) -> Summaries:
+        """Summarise pages, as `index`. What does not depend on layers or positions overrides that instead."""
+        return self.index(pages.keys, pages.valid)
+
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:
-        """Summarise pages.
+        """Summarise pages. Every method has this or `index_pages`.
 
         Args:
             keys: [B, H, n, P, D], as cached (after RoPE).
@@ -73,6 +121,9 @@ class Method(ABC):
         Returns:
             name -> [B, H, n, *shape], float32, finite even for pages without a valid token.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected index or index_pages, got neither; write one of them"
+        )
 
     @abstractmethod
     def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:

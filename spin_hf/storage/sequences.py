@@ -57,14 +57,15 @@ class Sequences:
 
     Args:
         page_size: tokens per page.
+        keeps_positions: whether `positions` is asked for; it costs 8 bytes a token where there is padding.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, keeps_positions: bool = False) -> None:
         self.page_size = page_size
         self.directory: list[list[int]] = []
         self.refcounts: list[int] = []
         self.free: list[int] = []
-        self.mask = TokenMask()
+        self.mask = TokenMask(keeps_positions)
         self.stores: list[SegmentStore] = []
         self.start = 0
         """Tokens held before the present step."""
@@ -97,9 +98,19 @@ class Sequences:
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of directory, reference counts (8 each) and padding bits."""
+        """Bytes of directory, reference counts (8 each), padding bits and positions."""
         entries = sum(len(row) for row in self.directory) + len(self.refcounts)
-        return 8 * entries + (0 if self.mask.valid is None else self.mask.valid.nbytes)
+        return 8 * entries + self.mask.nbytes
+
+    def positions(self, first: int, stop: int, device: torch.device) -> Tensor:
+        """Where tokens [first, stop) stood when they came, [B, stop - first], int64: real tokens before each; padding has any.
+
+        Of sequences made with `keeps_positions`.
+        """
+        held = self.mask.positions
+        if held is None:
+            return torch.arange(first, stop, device=device).expand(self.batch_size, -1)
+        return held[:, first:stop].to(device)
 
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""
@@ -227,7 +238,7 @@ class Sequences:
         for row in self.directory:
             for segment in row:
                 self._release(segment)
-        self.directory, self.mask = [], TokenMask()
+        self.directory, self.mask = [], TokenMask(self.mask.keeps_positions)
         self.start = self.length = 0
         self._rows.clear()
         for store in self.stores:
@@ -247,6 +258,8 @@ class Sequences:
         valid = self.mask.valid
         expected = (self.batch_size, self.length)
         _check(valid is None or tuple(valid.shape) == expected, f"padding mask is not {expected}")
+        positions = self.mask.positions
+        _check(positions is None or tuple(positions.shape) == expected, f"positions are not {expected}")
 
     def _changed(self) -> None:
         self.events, self.layout, self._room = self.events + 1, self.layout + 1, None

@@ -5,6 +5,11 @@
 
 Padding is a bit per token and no length: a batch that finished early and goes on has holes in the middle. While no
 padding was ever seen nothing is stored (`valid` is None) and nothing is computed.
+
+    positions   row 0  [ 0 0 0 1 2 3 4 5 6 6 6 7 8 ]      real tokens before each, when it came
+
+A method may need to know where a key was rotated to. That is settled when a token comes, and stays when a later mask says
+otherwise of tokens before it.
 """
 
 from __future__ import annotations
@@ -14,10 +19,22 @@ from torch import Tensor
 
 
 class TokenMask:
-    """Validity of tokens [B, length]; None while all of them are valid."""
+    """Validity of tokens [B, length]; None while all of them are valid.
 
-    def __init__(self) -> None:
+    Args:
+        keeps_positions: whether `positions` is kept.
+    """
+
+    def __init__(self, keeps_positions: bool = False) -> None:
         self.valid: Tensor | None = None
+        self.keeps_positions = keeps_positions
+        self.positions: Tensor | None = None
+        """[B, length], int64, meaningless for padding; None while each token stands where it is counted."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(0 if held is None else held.nbytes for held in (self.valid, self.positions))
 
     def append(self, batch_size: int, start: int, new: Tensor | None, count: int) -> None:
         """Set the validity of tokens [start, start + count).
@@ -25,12 +42,26 @@ class TokenMask:
         Args:
             new: [B, count], bool, or None for all valid.
         """
+        if self.valid is None and (new is None or bool(new.all())):
+            if self.positions is not None:
+                self.positions = self._with_positions(start, self.positions.new_ones((batch_size, count)))
+            return
         if self.valid is None:
-            if new is None or bool(new.all()):
-                return
+            assert new is not None
             self.valid = torch.ones((batch_size, start), dtype=torch.bool, device=new.device)
         fresh = self.valid.new_ones((batch_size, count)) if new is None else new.to(self.valid.device)
+        if self.keeps_positions:
+            self.positions = self._with_positions(start, fresh)
         self.valid = torch.cat([self.valid[:, :start], fresh], dim=1)
+
+    def next_positions(self, start: int, fresh: Tensor) -> Tensor:
+        """Positions [B, count] of tokens of validity `fresh` [B, count] that would come at `start`; padding has any."""
+        held = start if self.valid is None else self.valid[:, :start].to(fresh.device).sum(1, keepdim=True)
+        return (held + fresh.long().cumsum(1) - 1).clamp(min=0)
+
+    def _with_positions(self, start: int, fresh: Tensor) -> Tensor:
+        held = torch.arange(start).expand(len(fresh), -1) if self.positions is None else self.positions[:, :start]
+        return torch.cat([held.to(fresh.device), self.next_positions(start, fresh)], dim=1)
 
     def changed_tokens(self, mask: Tensor | None, length: int) -> Tensor | None:
         """Tokens [B, length] whose validity differs from `mask` [B, >= length] (None: all valid); None if none does."""
@@ -49,8 +80,12 @@ class TokenMask:
         """Forget the tokens from `length` on."""
         if self.valid is not None:
             self.valid = self.valid[:, :length] if length else None
+        if self.positions is not None:
+            self.positions = self.positions[:, :length] if length else None
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         if self.valid is not None:
             self.valid = self.valid.index_select(0, rows.to(self.valid.device))
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows.to(self.positions.device))

@@ -63,7 +63,8 @@ def expected_step(
                 if is_dense(rules, start, stop):
                     tokens = [token for token in range(position + 1) if real[token]]
                 else:
-                    tokens = attended(rules, keys[b, h], np.array(real), queries[b, heads, position], position, layer)
+                    asked = queries[b, heads, position]
+                    tokens = attended(rules, keys[b, h], np.array(real), asked, position, layer, h)
                     count.tokens, count.queries = count.tokens + len(tokens), count.queries + 1
                 if not real[position]:
                     continue
@@ -74,16 +75,20 @@ def expected_step(
     return result
 
 
-def play(world: World, rules: Rules, steps: list[Step], *, sink_logits: Tensor | None = None, **options: Any) -> Driver:
+def play(
+    world: World, rules: Rules, steps: list[Step], *, sink_logits: Tensor | None = None, method: Any = None, **options: Any
+) -> Driver:  # fmt: skip
     """Play `steps` both ways and compare; returns the driver as it ends.
 
     Args:
+        method: the method that `rules` describe; None for what they name.
         options: more options of the cache (`gpu_memory`, ...).
     """
     from spin_hf import Quest, ShadowKV
 
     rules = replace(rules, scale=world.shape.key_dim**-0.5)
-    method = Quest(rules.dense_layers) if rules.quest else ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024)
+    if method is None:
+        method = Quest(rules.dense_layers) if rules.quest else ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024)
     driver = Driver(
         world.shape, softcap=rules.softcap, sink_logits=sink_logits, method=method, budget=rules.budget,
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, dense_below=rules.dense_below,

@@ -5,6 +5,9 @@
               then the highest  max over the group of softmax over these pages (scale * q . mean);  ceil(budget / 8) in all
               Quest: the highest  max over the group of the largest q . k of any k in the box of the page's keys;
               ceil(budget / 16) pages of 16, and all in the first `dense_layers`
+              SeerAttention: the highest  q' . k' / sqrt(E), k' of the largest, smallest and mean key before RoPE and q' of the
+              group's queries before RoPE, each by a matrix and rotated again; ceil(budget / 32) pages of 32, with a
+              threshold those of them whose softmax over these pages is above it
               with `int8`, of the mean that scores the page every number is rounded to 127 steps of either sign
     budget    tokens, or a share of the valid tokens up to the query; a sequence with no more than that, or no more than
               `dense_below`, is attended to whole
@@ -30,6 +33,19 @@ class NearTieError(Exception):
 
 
 @dataclass(frozen=True)
+class SeerRules:
+    """Gates as plain numbers: [layer][KV head] matrices key [3 D, E] and query [G, D, E], and angles per position."""
+
+    key: np.ndarray
+    query: np.ndarray
+    angles: list[float]
+    gate_angles: list[float]
+    interleaved: bool = False
+    page_size: int = 32
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
 class Rules:
     """The options and the model's attention arguments."""
 
@@ -43,9 +59,12 @@ class Rules:
     quest: bool = False
     int8: bool = False
     dense_layers: int = 0
+    seer: SeerRules | None = None
 
     @property
     def page_size(self) -> int:
+        if self.seer is not None:
+            return self.seer.page_size
         return 16 if self.quest else PAGE_SIZE
 
     def budget_tokens(self, held: int) -> int:
@@ -56,7 +75,7 @@ class Rules:
 
 
 def attended(
-    rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarray, position: int, layer: int = 0
+    rules: Rules, keys: np.ndarray, valid: np.ndarray, query: np.ndarray, position: int, layer: int = 0, head: int = 0
 ) -> list[int]:
     """The tokens that the query at `position` attends to.
 
@@ -72,8 +91,12 @@ def attended(
     always = {token // rules.page_size for token in seen[: rules.num_sink_tokens]}
     always |= {token // rules.page_size for token in seen[max(0, len(seen) - rules.recent_window) :]}
     candidates = [page for page in sorted(pages) if page not in always]
-    choose = _choose_quest if rules.quest else _choose
-    chosen = choose(rules, keys, pages, candidates, query, rules.budget_tokens(len(seen)))
+    budget = rules.budget_tokens(len(seen))
+    if rules.seer is not None:
+        chosen = _choose_seer(rules.seer, keys, seen, pages, candidates, query, budget, layer, head)
+    else:
+        choose = _choose_quest if rules.quest else _choose
+        chosen = choose(rules, keys, pages, candidates, query, budget)
     return [token for page in sorted(always | chosen) for token in pages[page]]
 
 
@@ -114,6 +137,42 @@ def _choose_quest(
             sum(max(q * low, q * high) for q, (low, high) in zip(head, box, strict=True)) for head in query
         )
     return set(_lowest(scores, math.ceil(budget / 16)))
+
+
+def _choose_seer(
+    seer: SeerRules, keys: np.ndarray, seen: list[int], pages: dict[int, list[int]], candidates: list[int],
+    query: np.ndarray, budget: int, layer: int, head: int,
+) -> set[int]:  # fmt: skip
+    stands = {token: count for count, token in enumerate(seen)}
+    before = np.array([_turn(state, -stands[seen[-1]], seer.angles, seer.interleaved) for state in query])
+    asked = sum(state @ matrix for state, matrix in zip(before, seer.query[layer, head], strict=True))
+    asked = _turn(asked, stands[seen[-1]], seer.gate_angles, False)
+    logits = {}
+    for page in candidates:
+        inside = np.array([_turn(keys[token], -stands[token], seer.angles, seer.interleaved) for token in pages[page]])
+        pooled = np.concatenate([inside.max(0), inside.min(0), inside.mean(0)])
+        gate_key = _turn(pooled @ seer.key[layer, head], stands[pages[page][0]], seer.gate_angles, False)
+        logits[page] = float(gate_key @ asked) / math.sqrt(len(gate_key))
+    chosen = _lowest({page: -logit for page, logit in logits.items()}, math.ceil(budget / seer.page_size))
+    if seer.threshold is None:
+        return set(chosen)
+    total = sum(math.exp(logit) for logit in logits.values())
+    shares = {page: math.exp(logits[page]) / total for page in chosen}
+    if any(abs(share - seer.threshold) < _MARGIN for share in shares.values()):
+        raise NearTieError(f"{shares} near {seer.threshold}")
+    if len(chosen) == len(candidates):
+        return set(chosen)
+    return {page for page in chosen if shares[page] > seer.threshold}
+
+
+def _turn(state: np.ndarray, position: int, angles: list[float], interleaved: bool) -> np.ndarray:
+    """One state [D], each pair of channels turned as a complex number by its angle, `position` times."""
+    turned, count = np.array(state, dtype=float), len(angles)
+    for i, angle in enumerate(angles):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, count + i)
+        number = complex(state[a], state[b]) * complex(math.cos(position * angle), math.sin(position * angle))
+        turned[a], turned[b] = number.real, number.imag
+    return turned
 
 
 def _lowest(values: dict[int, float], count: int) -> list[int]:

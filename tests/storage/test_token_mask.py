@@ -80,3 +80,55 @@ def test_an_emptied_mask_takes_another_batch() -> None:
     mask.truncate(0)
     mask.append(2, 0, torch.tensor([[True], [False]]), 1)
     assert held(mask, [[True], [False]])
+
+
+def held_positions(mask: TokenMask, rows: int, length: int) -> Rows:
+    places = torch.arange(length).expand(rows, -1) if mask.positions is None else mask.positions
+    return places.tolist()
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.data())
+def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
+    """Each token's is the number of tokens before it that are real as it comes, whatever later masks say."""
+    rows = data.draw(st.integers(1, 3))
+    mask = TokenMask(keeps_positions=True)
+    valid: Rows = [[] for _ in range(rows)]
+    expected: list[list[int | None]] = [[] for _ in range(rows)]  # None: came as padding, stands nowhere
+    bits = st.one_of(st.just(True), st.booleans())
+    for _ in range(data.draw(st.integers(1, 8))):
+        length = len(valid[0])
+        action = data.draw(st.sampled_from(["append", "append", "append none", "truncate", "select", "replace"]))
+        if action.startswith("append"):
+            count = data.draw(st.integers(1, 4))
+            new = [[action == "append none" or data.draw(bits) for _ in range(count)] for _ in range(rows)]
+            mask.append(rows, length, None if action == "append none" else torch.tensor(new), count)
+            for row in range(rows):
+                for bit in new[row]:
+                    expected[row].append(sum(valid[row]) if bit else None)
+                    valid[row].append(bit)
+        elif action == "truncate" and length:
+            keep = data.draw(st.integers(0, length))
+            mask.truncate(keep)
+            valid, expected = [row[:keep] for row in valid], [row[:keep] for row in expected]
+        elif action == "select":
+            chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
+            mask.select(torch.tensor(chosen))
+            valid, expected = [list(valid[row]) for row in chosen], [list(expected[row]) for row in chosen]
+            rows = len(chosen)
+        elif action == "replace" and length:
+            valid = [[data.draw(bits) for _ in range(length)] for _ in range(rows)]
+            mask.replace(torch.tensor(valid), length)
+        found = held_positions(mask, rows, len(valid[0]))
+        for row in range(rows):
+            assert len(found[row]) == len(expected[row])
+            for ours, theirs in zip(found[row], expected[row], strict=True):
+                assert theirs is None or ours == theirs
+
+
+def test_no_positions_are_kept_unless_asked_for() -> None:
+    mask = TokenMask()
+    mask.append(1, 0, torch.tensor([[False, True]]), 2)
+    mask.replace(torch.tensor([[True, False]]), 2)
+    assert mask.positions is None
+    assert mask.nbytes == 2

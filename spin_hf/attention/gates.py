@@ -1,0 +1,208 @@
+"""SeerAttention's gates: what they compute from the keys and queries of one layer, and the file that they are kept in.
+
+    keys of a page    RoPE undone -> max | min | mean [3 D]    x key   [H, 3 D, E] -> RoPE at the page's first token -> [E]
+    queries of a group RoPE undone -> side by side    [G, D]   x query [H, G, D, E] -> RoPE at the query's position  -> [E]
+
+    gates.safetensors    layers.<number in the model>.key, .query, .frequencies [R], .gate_frequencies [E / 2]; float32
+                         metadata "about": JSON of model type and sizes, page size, rotation
+
+Whether a model's rotation is undone by these frequencies is measured when gates are made (`teacher.py`), not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import OptionError
+
+FILE_NAME = "gates.safetensors"
+REMEDY = "make some with `python -m spin_hf.distill MODEL --text FILE --output DIR`, and pass SeerAttention(gates=DIR)"
+_FORMAT = "spin_hf seer gates 1"
+_TENSORS = ("key", "query", "frequencies", "gate_frequencies")
+_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+
+
+def rotate(states: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bool, undo: bool = False) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the first 2 R channels, or its inverse.
+
+    Args:
+        states: [..., D], float32; positions: [...], broadcastable to states.shape[:-1].
+        frequencies: [R], radians per position.
+        interleaved: whether channels 2 i and 2 i + 1 are a pair; else i and R + i are.
+    Returns:
+        [..., D], float32.
+    """
+    turned = 2 * len(frequencies)
+    if not turned:
+        return states
+    angle = positions.unsqueeze(-1).float() * (-frequencies if undo else frequencies)
+    cos, sin = angle.cos(), angle.sin()
+    head, rest = states[..., :turned], states[..., turned:]
+    a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1), rest], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGate:
+    """The gate of one layer.
+
+    Attributes:
+        key: [H, 3 D, E], float32.
+        query: [H, G, D, E], float32.
+        frequencies: [R], float32: by which the model rotates this layer's keys and queries; R = 0 where it does not.
+        gate_frequencies: [E / 2], float32: by which the gate rotates its own, as two halves.
+        interleaved: how the model pairs channels, see `rotate`.
+    """
+
+    key: Tensor
+    query: Tensor
+    frequencies: Tensor
+    gate_frequencies: Tensor
+    interleaved: bool
+
+    def to(self, device: torch.device) -> LayerGate:
+        """The same on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    def of_pages(self, keys: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
+        """Gate keys of pages.
+
+        Args:
+            keys: [B, H, n, P, D], after RoPE; valid, positions: [B, 1, n, P], bool and int64.
+        Returns:
+            [B, H, n, E], float32; zeros for pages without a valid token.
+        """
+        keys = rotate(keys.float(), positions, self.frequencies, interleaved=self.interleaved, undo=True)
+        hidden, count = ~valid.unsqueeze(-1), valid.sum(-1, keepdim=True)
+        largest = keys.masked_fill(hidden, float("-inf")).amax(-2)
+        smallest = keys.masked_fill(hidden, float("inf")).amin(-2)
+        mean = keys.masked_fill(hidden, 0.0).sum(-2) / count.clamp(min=1)
+        pooled = torch.cat([largest, smallest, mean], -1).where(count > 0, 0.0)
+        first = positions.masked_fill(~valid, torch.iinfo(torch.int64).max).amin(-1)
+        first = first.where(count.squeeze(-1) > 0, 0)
+        projected = torch.einsum("bhni,hio->bhno", pooled, self.key)
+        return rotate(projected, first, self.gate_frequencies, interleaved=False)
+
+    def of_queries(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Gate queries [B, H, E], float32, of query states [B, H, G, D], after RoPE, at positions [B]."""
+        states = rotate(
+            states.float(), positions[:, None, None], self.frequencies, interleaved=self.interleaved, undo=True
+        )
+        projected = torch.einsum("bhgi,hgio->bho", states, self.query)
+        return rotate(projected, positions[:, None], self.gate_frequencies, interleaved=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """The gates of a model.
+
+    Attributes:
+        layers: number in the model -> gate.
+        page_size: tokens of a page.
+        about: model type, sizes and rotation of the model they were made for, from `describe`.
+    """
+
+    layers: dict[int, LayerGate]
+    page_size: int
+    about: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write a file, at once: a reader sees the old one or the new one."""
+        tensors = {
+            f"layers.{number}.{name}": getattr(gate, name).detach().float().cpu().contiguous().clone()
+            for number, gate in self.layers.items()
+            for name in _TENSORS
+        }
+        interleaved = {number: gate.interleaved for number, gate in self.layers.items()}
+        about = {**self.about, "page_size": self.page_size, "interleaved": interleaved}
+        unfinished = path.with_name(path.name + ".part")
+        save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        unfinished.replace(path)
+
+    def check(self, config: Any, layers: list[int], page_size: int) -> None:
+        """Raise OptionError where these are not for such a model or pages of that size."""
+        now, made_for = describe(config), {name: self.about.get(name) for name in describe(config)}
+        if made_for["rope"] is not None and now["rope"] is not None and not _agree(made_for["rope"], now["rope"]):
+            raise OptionError(
+                f"gates: expected a model with rope parameters {made_for['rope']}, got {now['rope']}; set them so, or {REMEDY}"
+            )
+        differing = [name for name in now if name != "rope" and now[name] != made_for[name]]
+        if differing:
+            wanted, found = (", ".join(f"{n}={about[n]}" for n in differing) for about in (now, made_for))
+            raise OptionError(f"gates: expected gates for a model with {wanted}, got gates for {found}; {REMEDY}")
+        missing = [number for number in layers if number not in self.layers]
+        if missing:
+            raise OptionError(f"gates: expected gates for layers {layers}, got none for {missing}; {REMEDY}")
+        if page_size != self.page_size:
+            raise OptionError(
+                f"gates: expected gates for pages of {page_size} tokens, got gates for {self.page_size}; "
+                f"pass SeerAttention(..., page_size={self.page_size}), or distill with --block {page_size}"
+            )
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """What of a model's config gates depend on: its type, sizes, and rope parameters (None where it has none)."""
+    fields = config.to_dict()  # attributes of a config whose layers differ refuse to be read
+    return {**{name: fields.get(name) for name in ("model_type", *_SIZES)}, "rope": fields.get("rope_parameters")}
+
+
+def load_gates(path: str | Path) -> Gates:
+    """Gates from a file, or from `gates.safetensors` in a folder. Kept in memory until the file changes.
+
+    Raises:
+        OptionError: there is none, or it is no file of gates.
+    """
+    file = Path(path).expanduser()
+    file = file / FILE_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise OptionError(f"gates: expected a file of gates or a folder with {FILE_NAME}, got {str(path)!r}; {REMEDY}")
+    return _load(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _load(file: Path, modified_ns: int) -> Gates:
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise OptionError(f"gates: expected a safetensors file, got {str(file)!r} ({error}); {REMEDY}") from error
+    if metadata.get("format") != _FORMAT:
+        raise OptionError(
+            f"gates: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r} in {str(file)!r}; {REMEDY}"
+        )
+    about = json.loads(metadata["about"])
+    page_size, interleaved = about.pop("page_size"), about.pop("interleaved")
+    layers = {}
+    for number, flag in interleaved.items():
+        parts = {name: tensors.get(f"layers.{number}.{name}") for name in _TENSORS}
+        layers[int(number)] = _checked(parts, flag, f"{str(file)!r}, layer {number}")
+    return Gates(layers, page_size, about)
+
+
+def _checked(parts: dict[str, Tensor | None], interleaved: bool, where: str) -> LayerGate:
+    shapes = {name: None if part is None else tuple(part.shape) for name, part in parts.items()}
+    key, query, turned, own = (shapes[name] or () for name in _TENSORS)
+    fits = len(key) == 3 and len(query) == 4 and len(turned) == len(own) == 1
+    if not (fits and key == (query[0], 3 * query[2], query[3]) and 2 * turned[0] <= query[2] and 2 * own[0] == key[2]):
+        expected = "key [H, 3 D, E], query [H, G, D, E], frequencies [R <= D / 2], gate_frequencies [E / 2]"
+        raise OptionError(f"gates: {where}: expected {expected}, got {shapes}; {REMEDY}")
+    return LayerGate(
+        **{name: part.float() for name, part in parts.items() if part is not None}, interleaved=interleaved
+    )
+
+
+def _agree(saved: Any, now: Any) -> bool:
+    """Whether two sets of rope parameters agree in what both name; versions of transformers add defaults."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(_agree(saved[name], now[name]) for name in saved.keys() & now.keys())
+    return bool(saved == now)

@@ -1,0 +1,141 @@
+"""SeerAttention-R (arXiv 2506.08889): pages of 32 tokens, chosen by small gates that were trained on the model's own attention.
+
+    k'(page)      = RoPE at the page's first token of  (max | min | mean of its keys before RoPE) x W_k      per KV head
+    q'            = RoPE at the query's position of  (the group's queries before RoPE, side by side) x W_q   per KV head
+    score(page)   = softmax over candidates (k' . q' / sqrt(E))
+    choice        = the best pages up to the budget; with a threshold only those that score above it
+
+`python -m spin_hf.distill` makes the gates. The cache holds keys after RoPE; as rotations are undone where positions are
+known, nothing else needs to be kept. The original scores the last block too and always attends to it; here that is the recent
+window. It takes the threshold's softmax over all complete blocks; here over those that are neither sinks nor recent.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import OptionError, OptionTypeError
+from .gates import REMEDY, Gates, LayerGate, load_gates
+from .partition import PageMethod, Pages, Query, Summaries
+
+PAGE_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundGates:
+    """Gates by number among the paged layers, on the devices where they were asked for."""
+
+    gates: Gates
+    numbers: tuple[int, ...]
+    _placed: dict[tuple[int, torch.device], LayerGate] = field(default_factory=dict)
+
+    def layer(self, number: int, device: torch.device) -> LayerGate:
+        """The gate of the paged layer `number` on a device."""
+        found = self._placed.get((number, device))
+        if found is None:
+            found = self._placed[number, device] = self.gates.layers[self.numbers[number]].to(device)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundGates:
+        return self  # nothing in it changes
+
+
+@dataclass(frozen=True)
+class SeerAttention(PageMethod):
+    """Pages by distilled gates.
+
+    Args:
+        gates: a folder or file that `python -m spin_hf.distill` wrote, for this very model. The authors' release (a pickle of
+            `attn_gate` weights) is read by its option `--convert`, which writes such a folder.
+        page_size: tokens of a page: 32, 64 or 16, as the gates were made for.
+        threshold: choose only pages whose score is above it, a number in (0, 1), and at most the budget; a budget that covers
+            the context still chooses everything. None for as many as the budget allows.
+    Raises:
+        OptionTypeError, OptionError: a parameter cannot work. A cache without gates for its model raises OptionError.
+    """
+
+    name: ClassVar[str] = "seer"
+    uses_positions: ClassVar[bool] = True
+    index_rounds: ClassVar[bool] = True
+    gates: str | os.PathLike[str] | None = None
+    page_size: int = field(default=32, kw_only=True)  # type: ignore[misc]  # a parameter here, a constant of other methods
+    threshold: float | None = field(default=None, kw_only=True)
+    bound: BoundGates | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        gates, size, threshold = self.gates, self.page_size, self.threshold
+        if gates is not None and not isinstance(gates, (str, os.PathLike)):
+            raise OptionTypeError(
+                f"gates: expected a path, got {type(gates).__name__}; pass the folder that distill wrote"
+            )
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise OptionTypeError(f"page_size: expected an int, got {type(size).__name__}; pass 32")
+        if size not in PAGE_SIZES:
+            raise OptionError(f"page_size: expected one of {PAGE_SIZES}, got {size}; pass 32")
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+            raise OptionTypeError(f"threshold: expected a float or None, got {type(threshold).__name__}; pass 0.005")
+        if threshold is not None and not 0.0 < threshold < 1.0:
+            raise OptionError(f"threshold: expected a number in (0, 1), got {threshold}; pass 0.005")
+
+    def bind(self, config: Any, layers: list[int]) -> SeerAttention:
+        """Read the gates and check that they are for this model."""
+        if self.gates is None:
+            raise OptionError(
+                f"SeerAttention: expected gates that were distilled from the model, got gates=None; {REMEDY}"
+            )
+        gates = load_gates(Path(self.gates))
+        gates.check(config, layers, self.page_size)
+        bound = replace(self)
+        object.__setattr__(bound, "bound", BoundGates(gates, tuple(layers)))
+        return bound
+
+    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """`gate_key` [E]."""
+        return {"gate_key": (next(iter(self._bound().gates.layers.values())).key.shape[2],)}
+
+    def index_pages(self, pages: Pages) -> Summaries:
+        """Gate keys of the pages."""
+        assert pages.positions is not None
+        gate = self._bound().layer(pages.layer, pages.keys.device)
+        heads, _, head_dim = gate.query.shape[0], *gate.query.shape[1:3]
+        if (pages.keys.shape[1], pages.keys.shape[-1]) != (heads, head_dim):
+            raise OptionError(
+                f"gates: expected gates for {pages.keys.shape[1]} KV heads of {pages.keys.shape[-1]}, "
+                f"got {heads} of {head_dim}; {REMEDY}"
+            )
+        return {"gate_key": gate.of_pages(pages.keys, pages.valid, pages.positions)}
+
+    def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+        """Softmax over candidates of the products of gate queries and gate keys."""
+        assert query.positions is not None
+        gate = self._bound().layer(query.layer, query.states.device)
+        keys = summary("gate_key")
+        asked = gate.of_queries(query.states, query.positions)
+        logits = (keys @ asked.unsqueeze(-1)).squeeze(-1) / math.sqrt(keys.shape[-1])
+        return torch.softmax(logits.masked_fill(~query.candidates.unsqueeze(1), float("-inf")), dim=-1).nan_to_num(0.0)
+
+    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+        """The best candidates of every KV head up to the budget, above the threshold if there is one."""
+        if self.threshold is None:
+            return super().select(query, summary)
+        scores = self.score(query, summary).masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
+        pages = kernels.select_top_pages(scores, query.budget_pages)
+        whole = query.budget_pages >= query.candidates.sum(1)
+        high = scores.gather(2, pages.clamp(min=0)) > self.threshold
+        return torch.where(high | whole[:, None, None], pages, -1)
+
+    def _bound(self) -> BoundGates:
+        if self.bound is None:
+            raise OptionError(
+                "SeerAttention: expected a method bound to a model, got one by itself; pass it to a SpinCache"
+            )
+        return self.bound
