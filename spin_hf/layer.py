@@ -24,22 +24,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attend import Call, attend_masked, attend_pages, attend_prompt, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
-from .attention.partition import Summaries
+from .attention.regrouping import Regrouping
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
+from .indexing import check_summaries, index_pages
 from .kernels.fields import MAX_QUERIES
 from .plan import pages_of
 from .shared import SharedState
 from .storage.budget import TierBudget
 from .storage.pages import PageStore
+from .storage.regrouped import bytes_for_regrouping
 from .storage.summaries import bytes_per_page
 
 logger = logging.getLogger("spin_hf")
-
-_INDEX_PAGES = 4096
-"""Pages indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
 class SpinLayer(CacheLayerMixin):
@@ -98,19 +97,29 @@ class SpinLayer(CacheLayerMixin):
         shared, (_, num_heads, _, key_dim) = self.shared, key_states.shape
         device, options = key_states.device, shared.options
         page_size, value_dim = shared.sequences.page_size, value_states.shape[-1]
-        shapes = shared.method.summary_shapes(key_dim)
+        shapes, regroups = shared.method.summary_shapes(key_dim, value_dim), isinstance(shared.method, Regrouping)
         quantized = options.quantizes(key_states.element_size())
         budget = TierBudget(
             num_layers=len(shared.layers),
             num_heads=num_heads,
             page_bytes=page_size * (key_dim + value_dim) * key_states.element_size(),
-            summary_bytes=sum(bytes_per_page(shape, key_states.dtype, quantized) for shape in shapes.values()),
+            summary_bytes=sum(bytes_per_page(shape, key_states.dtype, quantized) for shape in shapes.values())
+            + (bytes_for_regrouping(page_size) if regroups else 0),
             gpu_memory=shared.gpu_memory(device),
             cpu_memory=options.cpu_memory,
             min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         )
         store = PageStore(
-            shared.sequences, num_heads, key_dim, value_dim, shapes, quantized, budget, key_states.dtype, device
+            shared.sequences,
+            num_heads,
+            key_dim,
+            value_dim,
+            shapes,
+            quantized,
+            budget,
+            key_states.dtype,
+            device,
+            regroups,
         )
         shared.sequences.attach(store)
         self.store = store
@@ -236,7 +245,7 @@ class SpinLayer(CacheLayerMixin):
         if kernels is not None:
             kernels.fit(call.query.shape[2], out.shape[-1])
         if mask is not None and not is_padding:
-            return attend_masked(call, mask, store)
+            return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
         if num_queries <= MAX_QUERIES and kernels is not None:
@@ -278,7 +287,8 @@ class SpinLayer(CacheLayerMixin):
         if store.frames is not None and pages.shape[2] > store.frames.num_slots and not shared.warned_waves:
             shared.warned_waves = True
             logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
-        return attend_pages(call, pages, allowed, store)
+        rest = estimate_rest(call, position, store, shared.plan, shared.method, self.number, pages)
+        return attend_pages(call, pages, allowed, store, rest)
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
         """Store new tokens and index the pages they complete.
@@ -309,37 +319,14 @@ class SpinLayer(CacheLayerMixin):
 
     def index(self, first: int, stop: int) -> None:
         """Summarise the complete pages [first, stop) of all sequences."""
-        if self.store is None:
-            return
-        for start in range(first, stop, _INDEX_PAGES):
-            rows, summaries = self._summarise(start, min(start + _INDEX_PAGES, stop))
-            for name, vectors in summaries.items():
-                self._store().summaries[name].put(rows, vectors)
-
-    def _summarise(self, first: int, stop: int) -> tuple[Tensor, Summaries]:
-        """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
-        store, valid = self._store(), self.shared.sequences.mask.valid
-        keys, _, rows = store.pages(first, stop)
-        shape = (keys.shape[0], 1, stop - first, store.page_size)
-        if valid is None:
-            return rows, self.shared.method.index(keys, keys.new_ones(shape, dtype=torch.bool))
-        tokens = slice(first * store.page_size, stop * store.page_size)
-        return rows, self.shared.method.index(keys, valid[:, tokens].to(keys.device).reshape(shape))
+        if self.store is not None:
+            index_pages(self.shared.method, self.store, first, stop)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
-        store, sequences = self.store, self.shared.sequences
-        if store is None or not sequences.length:
-            return
-        store.check_integrity()
-        rows, expected = self._summarise(0, sequences.length // store.page_size)
-        for name, vectors in expected.items():
-            summary = store.summaries[name]
-            held, vectors = summary.take(rows), summary.rounded(vectors)
-            if not (torch.equal(held, vectors) or (self.has_kernels and _close(held, vectors, summary.quantized))):
-                raise CacheStateError(
-                    f"integrity: layer {self.layer_idx} has a stale summary {name!r}; please report this as a bug"
-                )
+        if self.store is not None and self.shared.sequences.length:
+            self.store.check_integrity()
+            check_summaries(self.shared.method, self.store, not self.has_kernels, f"layer {self.layer_idx}")
 
     def kernels(self) -> StepKernels | None:
         """The kernels of the present batch, or None where the reference serves it."""
@@ -365,7 +352,8 @@ class SpinLayer(CacheLayerMixin):
             return None, None
         keys, values, _ = self.store.pages(0, self.shared.sequences.num_pages)
         length = self.shared.committed
-        return keys.flatten(2, 3)[:, :, :length], values.flatten(2, 3)[:, :, :length]
+        keys, values = (self.store.in_order(states.flatten(2, 3)[:, :, :length]) for states in (keys, values))
+        return keys, values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
         twin = object.__new__(type(self))
@@ -380,12 +368,6 @@ _WAVES = (
     "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
     "raise gpu_memory or lower budget"
 )
-
-
-def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:
-    """Equal but for the rounding of another order of summation, which kernels have: one step of int8 at most."""
-    tolerance = (1 / 126 if quantized else 8 * torch.finfo(held.dtype).eps) * float(expected.abs().max())
-    return torch.allclose(held.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:

@@ -29,11 +29,13 @@ class QueryPlan:
         fixed: [B, F], int64: pages always attended to; -1 for none.
         candidates: [B, N], bool: pages a method may select.
         budget_tokens: [B], int64: how many tokens it may select per KV head.
+        page_tokens: [B, N], int64: tokens of each page that are no padding and not after the query.
     """
 
     fixed: Tensor
     candidates: Tensor
     budget_tokens: Tensor
+    page_tokens: Tensor
 
 
 class StepPlan:
@@ -80,10 +82,13 @@ class StepPlan:
             budget = (held.double() * options.budget - 1e-9).ceil().long()  # 0.3 of 400 is 120, not 121
         everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
-        return QueryPlan(kernels.list_pages(fixed), candidates, budget)
+        return QueryPlan(kernels.list_pages(fixed), candidates, budget, per_page)
 
     def allowed(self, pages: Tensor, position: int) -> Tensor:
-        """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool."""
+        """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool.
+
+        Regrouped pages hold other tokens than their place says, but like those none is padding or after the query.
+        """
         page_size, valid = self.sequences.page_size, self.sequences.mask.valid
         tokens = pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)
         allowed = (tokens >= 0) & (tokens <= position)
@@ -93,7 +98,10 @@ class StepPlan:
         return allowed.flatten(2)
 
     def allowed_all(self, num_queries: int, device: torch.device) -> Tensor:
-        """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool."""
+        """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool.
+
+        It holds for tokens in the order of the pages too: regrouped ones are before all these queries, and no padding.
+        """
         seq = self.sequences
         tokens = torch.arange(seq.length, device=device)
         causal = tokens <= tokens[seq.length - num_queries :].unsqueeze(1)

@@ -25,7 +25,8 @@ ORDER: list[set[str]] = [
     {"config"},
     {"kernels"},
     {"storage", "attention"},
-    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "descriptors", "decode", "layer", "forward"},
+    {"plan", "layer_kinds", "stats", "compiled", "shared", "attend", "descriptors", "decode", "layer", "forward"}
+    | {"indexing", "regroup"},
     {"wrap", "capturable", "fixed_state", "verify", "graph"},
     {"cache"},
     {"serialization"},

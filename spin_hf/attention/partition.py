@@ -2,9 +2,11 @@
 
     index    keys of pages ----> summaries (kept on the GPU, one row per page and KV head)
     select   query + summaries ----> pages to attend to, per sequence and KV head
+    estimate query + summaries ----> what stands for (some of) the other pages in the softmax; most methods have nothing
 
 A *partition* is what a method selects as a whole. `Method` leaves its shape open: `select` may return any pages.
-`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest.
+`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest. What tokens make a page is a
+method's business too if it is `Regrouping`; pages are else runs of positions.
 
 Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
 neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
@@ -37,6 +39,9 @@ class Query:
         page_size: tokens per page.
         scale: factor of the attention scores.
         layer: number of the layer among the paged ones.
+        page_tokens: [B, N], int64: tokens of each page that the query may attend to; None where nobody asks.
+        partition_pages: [B, H, N], int64: pages of the partition that each page begins, 0 where it continues one; None
+            where every page is a partition by itself. The pages of a partition follow each other.
     """
 
     states: Tensor
@@ -45,11 +50,29 @@ class Query:
     page_size: int
     scale: float
     layer: int = 0
+    page_tokens: Tensor | None = None
+    partition_pages: Tensor | None = None
 
     @property
     def budget_pages(self) -> Tensor:
         """[B], int64: the budget in pages, rounded up."""
         return torch.div(self.budget_tokens + self.page_size - 1, self.page_size, rounding_mode="floor")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Pseudo-tokens that stand for tokens which are not attended to: they enter the same softmax.
+
+    Attributes:
+        keys: [B, H, M, D], float32.
+        values: [B, H, M, Dv], float32.
+        log_tokens: [B, H, M], float32: logarithm of how many tokens each stands for, which is added to its score; -inf
+            where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,8 +83,8 @@ class Method(ABC):
     page_size: ClassVar[int] = 8
 
     @abstractmethod
-    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the float32 vectors kept of each page, given the size of its keys."""
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the float32 vectors kept of each page, given the sizes of its keys and values."""
 
     @abstractmethod
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:
@@ -84,6 +107,15 @@ class Method(ABC):
         Returns:
             Page numbers [B, H, k], int64, distinct in each row, candidates only; -1 for none.
         """
+
+    def estimate(self, query: Query, summary: Callable[[str], Tensor], pages: Tensor) -> Estimate | None:
+        """What stands for candidates that were not selected; None for nothing.
+
+        Args:
+            query, summary: as for `select`.
+            pages: [B, H, k], what `select` returned.
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""The index operation on the pages of a layer: summaries from what the pages hold.
+
+    pages [first, stop)  --method-->  summaries  -->  rows of the store
+
+Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention.partition import Method, Summaries
+from .attention.regrouping import Regrouping
+from .errors import CacheStateError
+from .storage.pages import PageStore
+
+_INDEX_PAGES = 4096
+"""Pages indexed at a time, which bounds the temporary memory of a long prefill."""
+
+
+def index_pages(method: Method, store: PageStore, first: int, stop: int) -> None:
+    """Summarise the complete pages [first, stop) of all sequences. Partitions of several pages must lie inside."""
+    whole = min(stop, max(first, store.sequences.stretches.num_pages))
+    for start, end in [
+        (first, whole),
+        *((at, min(at + _INDEX_PAGES, stop)) for at in range(whole, stop, _INDEX_PAGES)),
+    ]:
+        if start < end:
+            rows, summaries = _summarise(method, store, start, end)
+            for name, vectors in summaries.items():
+                store.summaries[name].put(rows, vectors)
+
+
+def check_summaries(method: Method, store: PageStore, exact: bool, place: str) -> None:
+    """Raise CacheStateError where a summary is not what its page or partition gives.
+
+    Args:
+        exact: False where kernels wrote them, which add in another order.
+        place: of the store, for the message.
+    """
+    stop = store.sequences.length // store.page_size
+    rows, expected = _summarise(method, store, 0, stop)
+    if store.regrouped is not None:
+        begins = store.regrouped.partition_pages(0, stop) > 0
+    for name, vectors in expected.items():
+        summary = store.summaries[name]
+        held, vectors = summary.take(rows), summary.rounded(vectors)
+        if store.regrouped is not None:
+            held, vectors = held[begins], vectors[begins]
+        if not (torch.equal(held, vectors) or (not exact and _close(held, vectors, summary.quantized))):
+            raise CacheStateError(f"integrity: {place} has a stale summary {name!r}; please report this as a bug")
+
+
+def _summarise(method: Method, store: PageStore, first: int, stop: int) -> tuple[Tensor, Summaries]:
+    """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
+    keys, values, rows = store.pages(first, stop)
+    shape = (keys.shape[0], 1, stop - first, store.page_size)
+    valid = store.sequences.mask.valid
+    if valid is None:
+        valid = keys.new_ones(shape, dtype=torch.bool)
+    else:
+        valid = valid[:, first * store.page_size : stop * store.page_size].to(keys.device).reshape(shape)
+    if isinstance(method, Regrouping):
+        assert store.regrouped is not None
+        return rows, method.index_partitions(keys, values, valid, store.regrouped.partition_pages(first, stop))
+    return rows, method.index(keys, valid)
+
+
+def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:
+    """Equal but for the rounding of another order of summation, which kernels have: one step of int8 at most."""
+    if not expected.numel():
+        return True
+    tolerance = (1 / 126 if quantized else 8 * torch.finfo(held.dtype).eps) * float(expected.abs().max())
+    return torch.allclose(held.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
