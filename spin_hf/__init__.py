@@ -7,6 +7,7 @@ Importing registers the attention implementation "spin" with transformers, and d
 
 from .attention.partition import Method, PageMethod
 from .attention.quest import Quest
+from .attention.retroinfer import RetroInfer
 from .attention.shadowkv import ShadowKV
 from .cache import SpinCache
 from .enable import disable, enable
@@ -37,6 +38,7 @@ __all__ = [
     "OptionTypeError",
     "PageMethod",
     "Quest",
+    "RetroInfer",
     "ShadowKV",
     "SpinCache",
     "SpinError",

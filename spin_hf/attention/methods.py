@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..errors import OptionError, OptionTypeError
 from .partition import Method
 from .quest import Quest
+from .retroinfer import RetroInfer
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Quest)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, RetroInfer, Quest)}
 
 
 def resolve_method(method: str | Method) -> Method:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 
-from spin_hf import regroup
+from spin_hf import RetroInfer, regroup
 from tests.cache.regrouping import Clumped, little_slack
 from tests.support.compare import Trace, assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
@@ -24,6 +25,12 @@ FAMILIES = ("llama", "gemma2", "gpt_oss", "gemma3n_text")
 FEW_MODES = ("greedy", "holes", "beam_search", "crop", "mask_4d")
 CASES = [(family, mode) for family in FAMILIES for mode in MODES if family == "llama" or mode in FEW_MODES]
 LOADING = [mode for mode in MODES if mode != "compiled"]
+
+
+@dataclass(frozen=True)
+class SmallRetroInfer(RetroInfer):
+    stretch_tokens: ClassVar[int] = 64
+    growth_tokens: ClassVar[int] = 24
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +70,15 @@ def test_everything_attended_to(family: str, mode: str, stretches: list[int]) ->
 def test_everything_selected(mode: str, stretches: list[int]) -> None:
     """Below the context, and above what lies between sinks and window: the method is asked, and says all."""
     subject = SpinSubject("llama", method=Clumped(), budget=110, num_sink_tokens=4, recent_window=16)
+    assert_same(MODES[mode](subject), expected("llama", mode))
+    check(subject, stretches)
+
+
+@pytest.mark.parametrize("mode", [*FEW_MODES, "assisted", "multi_turn", "from_cache", "left_padding", "compiled"])
+@pytest.mark.parametrize("budget", [110, 1 << 20])
+def test_retroinfer(mode: str, budget: int, stretches: list[int]) -> None:
+    """With room for all clusters nothing is left to be estimated."""
+    subject = SpinSubject("llama", method=SmallRetroInfer(), budget=budget, num_sink_tokens=4, recent_window=16)
     assert_same(MODES[mode](subject), expected("llama", mode))
     check(subject, stretches)
 
