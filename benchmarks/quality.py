@@ -1,15 +1,16 @@
 """How much of dense attention the methods keep at equal budgets: `python benchmarks/quality.py`.
 
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --shares 64 32 16 8
-    --methods shadowkv shadowkv:model quest     ":model" keeps summaries in the model's dtype instead of int8
     --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
+    --methods shadowkv retroinfer quest ...     ":model" behind a name keeps summaries in the model's dtype instead of int8
 
 Real text is prefilled once, densely, and its next lines are decoded from a `SpinCache` built from that prefill (teacher
 forcing: every row sees the same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64
 recent tokens.
 
     KL           of the next-token distribution against the dense one, mean over steps, in nats
-    mass         share of the softmax of all tokens that falls on those attended to, mean over steps, layers and query heads
+    mass         share of the softmax of all tokens that falls on those attended to, mean over steps, layers and query heads;
+                 what a method estimates besides does not count
     of oracle    that mass over the mass of the best tokens: for each KV head the same number beside sinks and recent window,
                  by their weight summed over the head's group. Pages can reach 1 only if weights lie side by side.
 
@@ -71,6 +72,7 @@ class Mass:
             logits = call.query[:, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
             weights = logits.softmax(-1).sum(2)[0]  # [H, tokens]: what every token gets from the group
             group = call.query.shape[2]
+            # Places in the pages, whatever tokens stand there, as of `keys`; sinks and recent tokens are never moved.
             tokens = (pages[0].unsqueeze(-1) * store.page_size + torch.arange(store.page_size)).flatten(1)
             for head, row in enumerate(weights):
                 chosen = tokens[head][allowed[0, head]]
@@ -131,8 +133,8 @@ def main() -> None:
     """Measure what is missing, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "quest"])
     parser.add_argument("--gates", nargs="+", default=[], metavar="NAME=DIR", help="gates by name of a method")
+    parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "retroinfer", "quest"])
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )

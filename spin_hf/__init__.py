@@ -7,6 +7,7 @@ Importing registers the attention implementation "spin" with transformers, and d
 
 from .attention.partition import Method, PageMethod
 from .attention.quest import Quest
+from .attention.retroinfer import RetroInfer
 from .attention.seer import SeerAttention
 from .attention.shadowkv import ShadowKV
 from .cache import SpinCache
@@ -38,6 +39,7 @@ __all__ = [
     "OptionTypeError",
     "PageMethod",
     "Quest",
+    "RetroInfer",
     "SeerAttention",
     "ShadowKV",
     "SpinCache",

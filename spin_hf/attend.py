@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .attention.partition import Method, Query
+from .attention.partition import Estimate, Method, Query
 from .plan import StepPlan
 from .storage.pages import PageStore
 
@@ -52,12 +52,21 @@ class Call:
         out = kernels.dense_attention(self.query.flatten(1, 2), keys, values, mask, self.scale)
         return out.view(*self.query.shape[:4], -1)
 
-    def in_waves(self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int) -> Tensor:
-        """Attention over `PageStore.read`'s waves; `mask` is broadcastable to [B, H, G, Q, pages * P]."""
+    def in_waves(
+        self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int, rest: Estimate | None = None
+    ) -> Tensor:
+        """Attention over `PageStore.read`'s waves, and over what stands for the rest.
+
+        Args:
+            mask: broadcastable to [B, H, G, Q, pages * P].
+        """
         parts = []
         for pages, keys, values in waves:
             tokens = mask[..., pages.start * page_size : pages.stop * page_size]
             parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
+        if rest is not None:
+            weight = rest.log_tokens[:, :, None, None]
+            parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap))
         out, lse = kernels.merge_attention(parts)
         return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
 
@@ -83,7 +92,7 @@ def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
     """Attention over all tokens held.
 
     Args:
-        mask: [B, 1 or heads, 1 or Q, tokens], bool or additive.
+        mask: [B, 1 or heads, 1 or Q, tokens], bool or additive; the tokens as they stand in the pages.
     Returns:
         [B, H, G, Q, Dv].
     """
@@ -102,17 +111,47 @@ def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
 def select_pages(
     call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int
 ) -> Tensor:  # fmt: skip
-    """The pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none."""
+    """The pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none.
+
+    The plan's fixed pages come first, then what the method selects.
+    """
+    query, fixed = _query(call, position, store, plan, layer)
+    selected = method.select(query, lambda name: _summary(store, name, query))
+    return torch.cat([fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
+
+
+def estimate_rest(
+    call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int, pages: Tensor
+) -> Estimate | None:  # fmt: skip
+    """What stands for pages that are not among `pages`, as `select_pages` returned them, in the softmax of its query."""
+    if type(method).estimate is Method.estimate:
+        return None
+    query, fixed = _query(call, position, store, plan, layer)
+    return method.estimate(query, lambda name: _summary(store, name, query), pages[:, :, fixed.shape[1] :])
+
+
+def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: int) -> tuple[Query, Tensor]:
+    """What a method is asked, and the pages [B, F] that are attended to anyway."""
     zones = plan.query(position, call.query.device)
-    num_pages = zones.candidates.shape[1]
-    states = call.query.squeeze(3).float()
     query = Query(
-        states, zones.candidates, zones.budget_tokens, store.page_size, call.scale, layer, zones.positions
+        states=call.query.squeeze(3).float(), candidates=zones.candidates, budget_tokens=zones.budget_tokens,
+        page_size=store.page_size, scale=call.scale, layer=layer, page_tokens=zones.page_tokens,
+        partition_pages=store.partition_pages(zones.candidates.shape[1]), positions=zones.positions,
     )  # fmt: skip
-    selected = method.select(query, lambda name: store.summary(name)[:, :, :num_pages].float())
-    return torch.cat([zones.fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
+    return query, zones.fixed
 
 
-def attend_pages(call: Call, pages: Tensor, allowed: Tensor, store: PageStore) -> Tensor:
-    """Attention of one query per sequence over `pages` [B, H, n], where `allowed` [B, H, n * P]: [B, H, G, 1, Dv]."""
-    return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size)
+def _summary(store: PageStore, name: str, query: Query) -> Tensor:
+    return store.summary(name)[:, :, : query.candidates.shape[1]].float()
+
+
+def attend_pages(
+    call: Call, pages: Tensor, allowed: Tensor, store: PageStore, rest: Estimate | None = None
+) -> Tensor:  # fmt: skip
+    """Attention of one query per sequence: [B, H, G, 1, Dv].
+
+    Args:
+        pages: [B, H, n]; allowed: [B, H, n * P], their tokens.
+        rest: what stands for other pages.
+    """
+    return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size, rest)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attend import Call, attend_masked, attend_pages, attend_prompt, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
+from .attention.regrouping import Regrouping
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
 from .indexing import check_summaries, index_pages
@@ -34,6 +35,7 @@ from .plan import pages_of
 from .shared import SharedState
 from .storage.budget import TierBudget
 from .storage.pages import PageStore
+from .storage.regrouped import bytes_for_regrouping
 from .storage.summaries import bytes_per_page
 
 logger = logging.getLogger("spin_hf")
@@ -95,19 +97,29 @@ class SpinLayer(CacheLayerMixin):
         shared, (_, num_heads, _, key_dim) = self.shared, key_states.shape
         device, options = key_states.device, shared.options
         page_size, value_dim = shared.sequences.page_size, value_states.shape[-1]
-        shapes = shared.method.summary_shapes(key_dim)
+        shapes, regroups = shared.method.summary_shapes(key_dim, value_dim), isinstance(shared.method, Regrouping)
         quantized = options.quantizes(key_states.element_size())
         budget = TierBudget(
             num_layers=len(shared.layers),
             num_heads=num_heads,
             page_bytes=page_size * (key_dim + value_dim) * key_states.element_size(),
-            summary_bytes=sum(bytes_per_page(shape, key_states.dtype, quantized) for shape in shapes.values()),
+            summary_bytes=sum(bytes_per_page(shape, key_states.dtype, quantized) for shape in shapes.values())
+            + (bytes_for_regrouping(page_size) if regroups else 0),
             gpu_memory=shared.gpu_memory(device),
             cpu_memory=options.cpu_memory,
             min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         )
         store = PageStore(
-            shared.sequences, num_heads, key_dim, value_dim, shapes, quantized, budget, key_states.dtype, device
+            shared.sequences,
+            num_heads,
+            key_dim,
+            value_dim,
+            shapes,
+            quantized,
+            budget,
+            key_states.dtype,
+            device,
+            regroups,
         )
         shared.sequences.attach(store)
         self.store = store
@@ -243,7 +255,7 @@ class SpinLayer(CacheLayerMixin):
         if kernels is not None:
             kernels.fit(call.query.shape[2], out.shape[-1])
         if mask is not None and not is_padding:
-            return attend_masked(call, mask, store)
+            return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
         if num_queries <= MAX_QUERIES and kernels is not None:
@@ -285,7 +297,8 @@ class SpinLayer(CacheLayerMixin):
         if store.frames is not None and pages.shape[2] > store.frames.num_slots and not shared.warned_waves:
             shared.warned_waves = True
             logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
-        return attend_pages(call, pages, allowed, store)
+        rest = estimate_rest(call, position, store, shared.plan, shared.method, self.number, pages)
+        return attend_pages(call, pages, allowed, store, rest)
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
         """Store new tokens and index the pages they complete.
@@ -353,7 +366,8 @@ class SpinLayer(CacheLayerMixin):
             return None, None
         keys, values, _ = self.store.pages(0, self.shared.sequences.num_pages)
         length = self.shared.committed
-        return keys.flatten(2, 3)[:, :, :length], values.flatten(2, 3)[:, :, :length]
+        keys, values = (self.store.in_order(states.flatten(2, 3)[:, :, :length]) for states in (keys, values))
+        return keys, values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
         twin = object.__new__(type(self))

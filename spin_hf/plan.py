@@ -30,12 +30,14 @@ class QueryPlan:
         candidates: [B, N], bool: pages a method may select.
         budget_tokens: [B], int64: how many tokens it may select per KV head.
         positions: [B], int64: real tokens before the query; None where no method asks for it.
+        page_tokens: [B, N], int64: tokens of each page that are no padding and not after the query.
     """
 
     fixed: Tensor
     candidates: Tensor
     budget_tokens: Tensor
     positions: Tensor | None
+    page_tokens: Tensor
 
 
 class StepPlan:
@@ -83,10 +85,13 @@ class StepPlan:
         everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
         stands = seq.positions(position, position + 1, device)[:, 0] if seq.mask.keeps_positions else None
-        return QueryPlan(kernels.list_pages(fixed), candidates, budget, stands)
+        return QueryPlan(kernels.list_pages(fixed), candidates, budget, stands, per_page)
 
     def allowed(self, pages: Tensor, position: int) -> Tensor:
-        """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool."""
+        """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool.
+
+        Regrouped pages hold other tokens than their place says, but like those none is padding or after the query.
+        """
         page_size, valid = self.sequences.page_size, self.sequences.mask.valid
         tokens = pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)
         allowed = (tokens >= 0) & (tokens <= position)
@@ -96,7 +101,10 @@ class StepPlan:
         return allowed.flatten(2)
 
     def allowed_all(self, num_queries: int, device: torch.device) -> Tensor:
-        """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool."""
+        """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool.
+
+        It holds for tokens in the order of the pages too: regrouped ones are before all these queries, and no padding.
+        """
         seq = self.sequences
         tokens = torch.arange(seq.length, device=device)
         causal = tokens <= tokens[seq.length - num_queries :].unsqueeze(1)

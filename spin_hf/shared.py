@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, regroup
 from .attention.interface import register_step
 from .attention.partition import Method
 from .attention.shadowkv import ShadowKV
@@ -76,6 +76,7 @@ class SharedState:
     query_heads: int = 0
     pool: KernelPool | None = None
     warned_waves: bool = False
+    warned_regrouping: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
     _in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
     _begun: tuple[list[StepKernels], int, bool] | None = None
@@ -141,6 +142,7 @@ class SharedState:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
+        regroup.grow(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
@@ -304,6 +306,7 @@ class SharedState:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
+        regroup.restore(self, self.sequences.mask.valid, length)
         self.sequences.truncate(length)
         self.visible_length.fill_(length)
         self.committed = self.sequences.length
@@ -344,10 +347,11 @@ class SharedState:
         changed = sequences.mask.changed_tokens(mask, length) if length else None
         if changed is None:
             return
+        regroup.restore(self, mask, length)
         tokens = changed.any(0).nonzero()
         pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
         for row in changed.any(1).nonzero().flatten().tolist():
-            sequences.unshare(row, pages)
+            sequences.unshare([row], pages)
         sequences.mask.replace(mask, length)
         sequences.events += 1
         for layer in self.layers:

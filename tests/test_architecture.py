@@ -33,6 +33,7 @@ ORDER: list[set[str]] = [
         "shared",
         "attend",
         "indexing",
+        "regroup",
         "descriptors",
         "decode",
         "layer",

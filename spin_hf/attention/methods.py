@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..errors import OptionError, OptionTypeError
 from .partition import Method
 from .quest import Quest
+from .retroinfer import RetroInfer
 from .seer import SeerAttention
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Quest, SeerAttention)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, RetroInfer, SeerAttention, Quest)}
 
 
 def resolve_method(method: str | Method) -> Method:

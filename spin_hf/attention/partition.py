@@ -2,9 +2,11 @@
 
     index    keys of pages ----> summaries (kept on the GPU, one row per page and KV head)
     select   query + summaries ----> pages to attend to, per sequence and KV head
+    estimate query + summaries ----> what stands for (some of) the other pages in the softmax; most methods have nothing
 
 A *partition* is what a method selects as a whole. `Method` leaves its shape open: `select` may return any pages.
-`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest.
+`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest. What tokens make a page is a
+method's business too if it is `Regrouping`; pages are else runs of positions.
 
 Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
 neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
@@ -43,6 +45,9 @@ class Query:
         scale: factor of the attention scores.
         layer: number of the layer among the paged ones.
         positions: [B], int64: real tokens before the query, of a method that `uses_positions`; else None.
+        page_tokens: [B, N], int64: tokens of each page that the query may attend to; None where nobody asks.
+        partition_pages: [B, H, N], int64: pages of the partition that each page begins, 0 where it continues one; None
+            where every page is a partition by itself. The pages of a partition follow each other.
     """
 
     states: Tensor
@@ -52,6 +57,8 @@ class Query:
     scale: float
     layer: int = 0
     positions: Tensor | None = None
+    page_tokens: Tensor | None = None
+    partition_pages: Tensor | None = None
 
     @property
     def budget_pages(self) -> Tensor:
@@ -75,6 +82,22 @@ class Pages:
     valid: Tensor
     layer: int
     positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Pseudo-tokens that stand for tokens which are not attended to: they enter the same softmax.
+
+    Attributes:
+        keys: [B, H, M, D], float32.
+        values: [B, H, M, Dv], float32.
+        log_tokens: [B, H, M], float32: logarithm of how many tokens each stands for, which is added to its score; -inf
+            where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,8 +128,8 @@ class Method(ABC):
         return self
 
     @abstractmethod
-    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the float32 vectors kept of each page, given the size of its keys."""
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the float32 vectors kept of each page, given the sizes of its keys and values."""
 
     def index_pages(self, pages: Pages) -> Summaries:
         """Summarise pages, as `index`. What does not depend on layers or positions overrides that instead."""
@@ -135,6 +158,15 @@ class Method(ABC):
         Returns:
             Page numbers [B, H, k], int64, distinct in each row, candidates only; -1 for none.
         """
+
+    def estimate(self, query: Query, summary: Callable[[str], Tensor], pages: Tensor) -> Estimate | None:
+        """What stands for candidates that were not selected; None for nothing.
+
+        Args:
+            query, summary: as for `select`.
+            pages: [B, H, k], what `select` returned.
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Quest(PageMethod):
         if count < 0:
             raise OptionError(f"dense_layers: expected 0 or more, got {count}; pass 2")
 
-    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`low` [D] and `high` [D]."""
         return {"low": (head_dim,), "high": (head_dim,)}
 

@@ -98,7 +98,7 @@ class SeerAttention(PageMethod):
         object.__setattr__(bound, "bound", BoundGates(gates, tuple(layers)))
         return bound
 
-    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`gate_key` [E]."""
         return {"gate_key": (next(iter(self._bound().gates.layers.values())).key.shape[2],)}
 

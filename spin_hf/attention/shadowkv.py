@@ -41,7 +41,7 @@ class ShadowKV(PageMethod):
         if not 0 <= count <= 128:
             raise OptionError(f"outlier_pages_per_1024: expected 0 to 128, got {count}; pass 24")
 
-    def summary_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`landmark` [D] and `min_cosine` []."""
         return {"landmark": (head_dim,), "min_cosine": ()}
 

@@ -3,6 +3,7 @@
     home       ChunkedArray of pages [P * (Dk + Dv)]: keys then values.  compute tier if all fits, else cpu tier
     summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
     frames     PageFrames, only while the home is the cpu tier
+    regrouped  RegroupedPages, only for methods that regroup: whose tokens they are; always in the compute tier
 
 Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
 segment shares or copies both.
@@ -10,7 +11,7 @@ segment shares or copies both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import kernels
 from .budget import TierBudget
 from .chunked import ChunkedArray
+from .regrouped import RegroupedPages
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
 from .summaries import SummaryArray
@@ -38,6 +40,7 @@ class PageStore:
         quantized: whether vectors among it are kept as int8.
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
+        regroups: whether the method regroups pages, whose positions are then kept.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PageStore:
         budget: TierBudget,
         dtype: torch.dtype,
         device: torch.device,
+        regroups: bool = False,
     ) -> None:
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -68,6 +72,7 @@ class PageStore:
         self.summaries = {
             name: SummaryArray(shape, rows, dtype, device, quantized) for name, shape in summary_shapes.items()
         }
+        self.regrouped = RegroupedPages(sequences, num_heads, rows, device) if regroups else None
         self.frames: PageFrames | None = None
         self.num_segments = 0
 
@@ -151,6 +156,50 @@ class PageStore:
         rows = self._rows()[:, :, first:stop]
         return *kernels.split_pages(self.home.take(rows), self.page_size, self.key_dim), rows
 
+    def rearrange(self, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> Callable[[], None]:
+        """Let the tokens of pages [first, stop) of all sequences trade places. Summaries are not brought up to that.
+
+        Args:
+            order: [B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
+                for sequences that share these pages.
+            partition_pages: [B, H, n], as `RegroupedPages` keeps it.
+        Returns:
+            What puts everything back as it was.
+        """
+        regrouped, rows = self.regrouped, self._rows()[:, :, first:stop]
+        assert regrouped is not None
+        content, positions = self.home.take(rows), regrouped.positions(first, stop)
+        partitions = regrouped.partition_pages(first, stop)
+        keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
+        moved = [_take_tokens(part, order) for part in (keys, values, positions.unsqueeze(-1))]
+
+        def write(content: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
+            if self.frames is not None:
+                self.frames.forget(first, stop)
+            self.home.put(rows, content)
+            regrouped.write(rows, positions, partition_pages)
+
+        try:
+            write(torch.cat([moved[0].flatten(3), moved[1].flatten(3)], 3), moved[2].squeeze(-1), partition_pages)
+        except BaseException:
+            write(content, positions, partitions)
+            raise
+        return lambda: write(content, positions, partitions)
+
+    def partition_pages(self, num_pages: int) -> Tensor | None:
+        """Pages [B, H, num_pages] of the partition that each page begins, 0 for none; None where each is one by itself."""
+        return None if self.regrouped is None else self.regrouped.partition_pages(0, num_pages)
+
+    def in_order(self, states: Tensor) -> Tensor:
+        """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
+        return states if self.regrouped is None else self.regrouped.in_order(states)
+
+    def by_place(self, mask: Tensor, group: int) -> Tensor:
+        """A mask [B, 1 or heads, Q, tokens] over positions, as one over the tokens as they stand in the pages."""
+        if self.regrouped is None or not self.sequences.stretches.num_pages:
+            return mask
+        return self.regrouped.by_place(mask, group)
+
     def read(self, pages: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Retrieve pages for attention, in as many waves as the page frames make necessary (one, if all fit).
 
@@ -191,6 +240,8 @@ class PageStore:
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables disagree or tiers differ."""
+        if self.regrouped is not None:
+            self.regrouped.check_integrity()
         if self.frames is not None and self.sequences.batch_size and self.sequences.length:
             num_pages = self.sequences.num_pages
             filled = torch.arange(num_pages * self.page_size, device=self.device) < self.sequences.length
@@ -199,7 +250,14 @@ class PageStore:
             self.frames.check_integrity(num_pages, self._rows(), self.home, torch.cat(sides, 1).unsqueeze(0))
 
     def _arrays(self) -> list[ChunkedArray]:
-        return [self.home, *(array for summary in self.summaries.values() for array in summary.arrays)]
+        summaries = [array for summary in self.summaries.values() for array in summary.arrays]
+        return [self.home, *summaries, *([] if self.regrouped is None else self.regrouped.arrays)]
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)
+
+
+def _take_tokens(states: Tensor, order: Tensor) -> Tensor:
+    """Tokens `order` [B, H, tokens] of pages [B, H, n, P, D], as pages."""
+    index = order.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
+    return states.flatten(2, 3).gather(2, index).unflatten(2, states.shape[2:4])

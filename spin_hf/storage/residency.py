@@ -104,6 +104,11 @@ class PageFrames:
         key_part[frames, first_offset:stop] = keys[b, h].to(self.frames.dtype)
         value_part[frames, first_offset:stop] = values[b, h].to(self.frames.dtype)
 
+    def forget(self, first: int, stop: int) -> None:
+        """Drop pages [first, stop) from the tables."""
+        self.page_slot[:, :, first:stop] = -1
+        self.slot_page.masked_fill_((self.slot_page >= first) & (self.slot_page < stop), -1)
+
     def forget_from(self, page: int) -> None:
         """Drop pages `page` and later from the tables."""
         self.page_slot[:, :, page:] = -1

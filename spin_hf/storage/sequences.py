@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
+from .stretches import Stretches
 from .token_mask import TokenMask
 
 SEGMENT_PAGES = 32
@@ -53,7 +54,7 @@ class SegmentStore(Protocol):
 
 
 class Sequences:
-    """Lengths, directory, reference counts and padding of a batch.
+    """Lengths, directory, reference counts, padding and regrouped pages of a batch.
 
     Args:
         page_size: tokens per page.
@@ -66,6 +67,7 @@ class Sequences:
         self.refcounts: list[int] = []
         self.free: list[int] = []
         self.mask = TokenMask(keeps_positions)
+        self.stretches = Stretches()
         self.stores: list[SegmentStore] = []
         self.start = 0
         """Tokens held before the present step."""
@@ -98,9 +100,9 @@ class Sequences:
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of directory, reference counts (8 each), padding bits and positions."""
+        """Bytes of directory, reference counts (8 each), padding bits, positions, and which pages are regrouped."""
         entries = sum(len(row) for row in self.directory) + len(self.refcounts)
-        return 8 * entries + self.mask.nbytes
+        return 8 * entries + self.mask.nbytes + self.stretches.grouped.nbytes
 
     def positions(self, first: int, stop: int, device: torch.device) -> Tensor:
         """Where tokens [first, stop) stood when they came, [B, stop - first], int64: real tokens before each; padding has any.
@@ -183,13 +185,21 @@ class Sequences:
             self._rows[num_heads, device] = rows
         return rows
 
-    def unshare(self, sequence: int, pages: range) -> None:
-        """Give a sequence its own copy of the segments of `pages`, where others share them."""
-        self._changed()
+    def unshare(self, sequences: list[int], pages: range) -> None:
+        """Give sequences their own copy of the segments of `pages`, where others share them.
+
+        Those of `sequences` that hold the same segment go on sharing one.
+
+        Raises:
+            BudgetError, CapacityError: there is no room for copies; nothing has changed.
+        """
+        self.changed()
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
         for index in range(pages.start // SEGMENT_PAGES, -(-pages.stop // SEGMENT_PAGES)):
-            copies += _own_segment(directory[sequence], index, refcounts, free)
+            for source in dict.fromkeys(directory[row][index] for row in sequences):
+                holders = [directory[row] for row in sequences if directory[row][index] == source]
+                copies += _own_segment(holders, index, refcounts, free)
         self._make_room(self.batch_size, len(refcounts), self.num_pages)
         for store in self.stores:
             store.copy_segments(copies)
@@ -198,7 +208,7 @@ class Sequences:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
-        self._changed()
+        self.changed()
         keep = -(-length // (self.page_size * SEGMENT_PAGES))
         for row in self.directory:
             for segment in row[keep:]:
@@ -212,7 +222,7 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
-        self._changed()
+        self.changed()
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
             held = self.batch_size
@@ -228,17 +238,18 @@ class Sequences:
             for segment in row:
                 self._release(segment)
         self.mask.select(torch.tensor(rows, dtype=torch.int64))
+        self.stretches.select(torch.tensor(rows, dtype=torch.int64))
         self._rows.clear()
         for store in self.stores:
             store.select(rows)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
-        self._changed()
+        self.changed()
         for row in self.directory:
             for segment in row:
                 self._release(segment)
-        self.directory, self.mask = [], TokenMask(self.mask.keeps_positions)
+        self.directory, self.mask, self.stretches = [], TokenMask(self.mask.keeps_positions), Stretches()
         self.start = self.length = 0
         self._rows.clear()
         for store in self.stores:
@@ -260,8 +271,11 @@ class Sequences:
         _check(valid is None or tuple(valid.shape) == expected, f"padding mask is not {expected}")
         positions = self.mask.positions
         _check(positions is None or tuple(positions.shape) == expected, f"positions are not {expected}")
+        stretches = self.stretches
+        _check(stretches.num_pages * self.page_size <= self.length, f"stretches reach to page {stretches.num_pages}")
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Note that the past is not what it was."""
         self.events, self.layout, self._room = self.events + 1, self.layout + 1, None
 
     def _make_room(self, *room: int) -> None:
@@ -288,20 +302,23 @@ def _take_segments(
     copies: list[tuple[int, int]] = []
     for row in directory:
         if first_page // SEGMENT_PAGES < len(row):
-            copies += _own_segment(row, first_page // SEGMENT_PAGES, refcounts, free)
+            copies += _own_segment([row], first_page // SEGMENT_PAGES, refcounts, free)
         while len(row) * SEGMENT_PAGES < num_pages:
             row.append(_new_segment(refcounts, free))
     return copies
 
 
-def _own_segment(row: list[int], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
-    """Replace a shared segment of one sequence by a new one; returns the (source, copy) pair, if any."""
-    source = row[index]
-    if refcounts[source] == 1:
+def _own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
+    """Replace a segment that others share by a new one, in all of `holders`; returns the (source, copy) pair, if any."""
+    source = holders[0][index]
+    if refcounts[source] == len(holders):
         return []
-    refcounts[source] -= 1
-    row[index] = _new_segment(refcounts, free)
-    return [(source, row[index])]
+    refcounts[source] -= len(holders)
+    copy = _new_segment(refcounts, free)
+    refcounts[copy] = len(holders)
+    for row in holders:
+        row[index] = copy
+    return [(source, copy)]
 
 
 def _new_segment(refcounts: list[int], free: list[int]) -> int:

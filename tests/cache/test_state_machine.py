@@ -30,8 +30,9 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from spin_hf import BudgetError, ShadowKV
+from spin_hf import BudgetError, Method, ShadowKV
 
+from .regrouping import ShuffledWhole, little_slack
 from .tiny import Driver, Shape, World, poisoned_memory
 
 SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=4, value_dim=3)
@@ -83,10 +84,11 @@ class Histories(RuleBasedStateMachine):
     """Without a cap."""
 
     options: dict[str, Any] = {}
+    method: Method = SelectAll()
 
     @initialize()
     def start(self) -> None:
-        self.driver = Driver(SHAPE, method=SelectAll(), budget=8, num_sink_tokens=3, recent_window=5, **self.options)
+        self.driver = Driver(SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options)
         self.rows: Rows = []
         self.saved: tuple[Any, Rows] | None = None
 
@@ -266,6 +268,18 @@ class HistoriesUnderACap(Histories):
     options = {"gpu_memory": 60_000}
 
 
+class RegroupedHistories(Histories):
+    """Tokens trade places as soon as there are enough of them, and go back for crops and padding that changes."""
+
+    method = ShuffledWhole()
+
+
+class RegroupedHistoriesUnderACap(RegroupedHistories):
+    """A page keeps 36 bytes more."""
+
+    options = {"gpu_memory": 90_000}
+
+
 def run(machine: type[Histories]) -> None:
     fixed = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=20, database=None)
     logger = logging.getLogger("spin_hf")  # it would say a thousand times that the cap is small
@@ -279,3 +293,13 @@ def test_histories() -> None:
 
 def test_histories_under_a_cap() -> None:
     run(HistoriesUnderACap)
+
+
+def test_regrouped_histories() -> None:
+    with little_slack():
+        run(RegroupedHistories)
+
+
+def test_regrouped_histories_under_a_cap() -> None:
+    with little_slack():
+        run(RegroupedHistoriesUnderACap)

@@ -97,7 +97,7 @@ def test_random_histories(data: st.DataObject) -> None:
             expected = [row[:keep] for row in expected]
         elif action == "unshare" and length:
             row, page = data.draw(st.integers(0, len(expected) - 1)), data.draw(st.integers(0, length - 1))
-            sequences.unshare(row, range(page, data.draw(st.integers(page + 1, length))))
+            sequences.unshare([row], range(page, data.draw(st.integers(page + 1, length))))
             assert sequences.refcounts[sequences.directory[row][page // SEGMENT_PAGES]] == 1
         elif action == "clear":
             sequences.clear()

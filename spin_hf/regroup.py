@@ -1,0 +1,195 @@
+"""Regrouping: when tokens trade places, in all layers at once, and when they go back.
+
+    grow       before a step: enough tokens have left the recent window      ->  a stretch, or several
+    restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
+
+Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
+always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right.
+Sequences that share segments are arranged once; where they share a part of a stretch only, each gets its own copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention.regrouping import Regrouping
+from .errors import BudgetError, CacheStateError, CapacityError
+from .indexing import index_pages
+from .storage.pages import PageStore
+from .storage.regrouped import RegroupedPages
+from .storage.sequences import SEGMENT_PAGES
+from .storage.stretches import pages_that_may_move
+
+if TYPE_CHECKING:
+    from .layer import SpinLayer
+    from .shared import SharedState
+
+logger = logging.getLogger("spin_hf")
+
+SLACK_TOKENS = 64
+"""Tokens behind the recent window that stay where they are, so that a verification may take some back."""
+
+Runs = list[tuple[int, int]]
+
+
+def grow(shared: SharedState) -> None:
+    """Regroup what has become old enough, if that is enough. Cheap where it is not.
+
+    Raises:
+        CacheStateError: the method's arrangement is no permutation. That layer and those behind it are as before.
+    """
+    sequences, method, options = shared.sequences, shared.method, shared.options
+    if not isinstance(method, Regrouping):
+        return
+    window = options.recent_window + SLACK_TOKENS
+    first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
+    tokens = (stop - first) * sequences.page_size
+    if tokens < method.growth_tokens or not sequences.batch_size:
+        return
+    may_move = pages_that_may_move(
+        sequences.mask.valid,
+        sequences.batch_size,
+        sequences.length,
+        sequences.page_size,
+        options.num_sink_tokens,
+        window,
+    )
+    parts = -(-tokens // method.stretch_tokens)
+    for part in range(parts):
+        end = first + (stop - first) * (part + 1) // parts
+        start = sequences.stretches.num_pages
+        _add_stretch(shared, method, end, may_move[:, start:end])
+
+
+def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
+    """Put tokens back in order that may not be out of it once `length` tokens are left, with padding as in `valid`.
+
+    Args:
+        valid: [B, >= length], bool; None for no padding.
+    """
+    sequences, options = shared.sequences, shared.options
+    stretches = sequences.stretches
+    left = length - stretches.num_pages * sequences.page_size
+    if not stretches.stops or (valid is None and left >= options.recent_window):
+        return
+    may_move = pages_that_may_move(
+        valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
+    )
+    must_go = stretches.grouped.clone()
+    must_go[:, : may_move.shape[1]] &= ~may_move[:, : must_go.shape[1]]
+    touched = must_go.any(0).nonzero().flatten()
+    lowest = int(touched[0]) if touched.numel() else stretches.num_pages
+    while stretches.num_pages > min(lowest, length // sequences.page_size):
+        first, stop = stretches.bounds[-1]
+        if first * sequences.page_size < length:  # else none of it is left
+            for layer in shared.layers:
+                _put_back(layer, first, stop)
+        stretches.drop_last()
+        sequences.changed()
+
+
+def _add_stretch(shared: SharedState, method: Regrouping, stop: int, may_move: Tensor) -> None:
+    """Regroup the pages `may_move` [B, n] of the stretch that ends at `stop`."""
+    sequences = shared.sequences
+    first = sequences.stretches.num_pages
+    runs = [_runs_of(row) for row in may_move.tolist()]
+    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES)), runs)
+    try:
+        for rows in groups:
+            if runs[rows[0]]:
+                sequences.unshare(rows, range(first, stop))
+    except (BudgetError, CapacityError) as error:
+        if not shared.warned_regrouping:
+            shared.warned_regrouping = True
+            logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
+        may_move, groups = torch.zeros_like(may_move), []
+    layers = [layer for layer in shared.layers if layer.store is not None]
+    for layer in layers:
+        _regrouped(layer).write_runs(first, stop)
+    sequences.stretches.append(stop, may_move)
+    sequences.changed()
+    for layer in layers:
+        order, partition_pages = _arrange(method, layer, first, stop, {tuple(rows): runs[rows[0]] for rows in groups})
+        _rearrange(layer, first, stop, order, partition_pages)
+
+
+def _alike(directory: list[list[int]], segments: range, runs: list[Runs]) -> list[list[int]]:
+    """Sequences in groups that hold the same segments, and may move the same pages."""
+    groups: dict[object, list[int]] = {}
+    for row, held in enumerate(directory):
+        groups.setdefault((tuple(held[index] for index in segments), tuple(runs[row])), []).append(row)
+    return list(groups.values())
+
+
+def _runs_of(may_move: list[bool]) -> Runs:
+    """First page and the page behind, of each run of two or more pages that may move."""
+    runs, start = [], 0
+    for page, moves in enumerate([*may_move, False]):
+        if not moves:
+            if page - start > 1:
+                runs.append((start, page))
+            start = page + 1
+    return runs
+
+
+def _arrange(
+    method: Regrouping, layer: SpinLayer, first: int, stop: int, groups: dict[tuple[int, ...], Runs]
+) -> tuple[Tensor, Tensor]:
+    """Order [B, H, tokens] and partition_pages [B, H, n] of a stretch, in which pages outside of runs stay."""
+    store = _store(layer)
+    keys, _, rows = store.pages(first, stop)
+    size = store.page_size
+    order = torch.arange((stop - first) * size, device=keys.device).expand(*rows.shape[:2], -1).clone()
+    partition_pages = torch.ones_like(rows)
+    for sequences, runs in groups.items():
+        for start, end in runs:
+            inside = keys[sequences[0] : sequences[0] + 1, :, start:end].flatten(2, 3)
+            made = method.arrange(inside)
+            _check_permutation(method, made.order, inside.shape[:3])
+            order[list(sequences), :, start * size : end * size] = made.order + start * size
+            if made.partition_pages is not None:
+                partition_pages[list(sequences), :, start:end] = made.partition_pages
+    return order, partition_pages
+
+
+def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
+    """Let a stretch be runs of positions again."""
+    if layer.store is not None:
+        order = _regrouped(layer).positions(first, stop).flatten(2).argsort(2)
+        _rearrange(layer, first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
+
+
+def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> None:
+    """Rearrange and index a stretch of one layer, or leave it as it was."""
+    store = _store(layer)
+    undo = store.rearrange(first, stop, order, partition_pages)
+    try:
+        index_pages(store, layer.shared.method, layer.number, first, stop)
+    except BaseException:
+        undo()
+        index_pages(store, layer.shared.method, layer.number, first, stop)
+        raise
+
+
+def _check_permutation(method: Regrouping, order: Tensor, shape: torch.Size) -> None:
+    places = torch.arange(shape[2], device=order.device).expand(shape)
+    if order.shape != shape or not torch.equal(order.sort(2).values, places):
+        raise CacheStateError(
+            f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
+            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
+        )
+
+
+def _store(layer: SpinLayer) -> PageStore:
+    assert layer.store is not None
+    return layer.store
+
+
+def _regrouped(layer: SpinLayer) -> RegroupedPages:
+    regrouped = _store(layer).regrouped
+    assert regrouped is not None
+    return regrouped

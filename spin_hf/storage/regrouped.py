@@ -1,0 +1,116 @@
+"""Where the tokens of one layer's regrouped pages are from, and which pages make one partition.
+
+    row of a page   ->  positions  [P], int32    the tokens in it           page 5: [40 41 .. 47] before, [96 41 .. 77] after
+                    ->  partition  [], int32     how many pages the partition has that it begins; 0 where it continues one
+
+The rows are those of the pages and the summaries, so sequences that share or copy a segment share or copy this too. Only
+rows of pages in stretches (`stretches.py`) are read: all others are runs of positions, and partitions by themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheStateError
+from .chunked import ChunkedArray
+from .sequences import Sequences
+
+
+class RegroupedPages:
+    """Positions and partitions of one layer.
+
+    Args:
+        sequences: the batch.
+        num_heads, rows_per_chunk, device: as of the pages.
+    """
+
+    def __init__(self, sequences: Sequences, num_heads: int, rows_per_chunk: int, device: torch.device) -> None:
+        self.sequences, self.num_heads, self.device = sequences, num_heads, device
+        self.page_size = sequences.page_size
+        self._positions = ChunkedArray((self.page_size,), rows_per_chunk, torch.int32, device)
+        self._partition = ChunkedArray((), rows_per_chunk, torch.int32, device)
+
+    @property
+    def arrays(self) -> list[ChunkedArray]:
+        """All that is stored, for whoever grows, copies or counts it."""
+        return [self._positions, self._partition]
+
+    def positions(self, first: int, stop: int) -> Tensor:
+        """Tokens of pages [first, stop), of all sequences and heads: [B, H, n, P], int64."""
+        held = self._positions.take(self._rows(first, stop)).long()
+        return torch.cat([held, self._runs(first + held.shape[2], stop)], 2)
+
+    def partition_pages(self, first: int, stop: int) -> Tensor:
+        """Pages of the partition that each of pages [first, stop) begins, 0 for none: [B, H, n], int64."""
+        held = self._partition.take(self._rows(first, stop)).long()
+        return torch.cat([held, held.new_ones((*held.shape[:2], stop - first - held.shape[2]))], 2)
+
+    def write(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
+        """Note what rows [B, H, n] now hold: positions [B, H, n, P] and partition_pages [B, H, n]."""
+        self._positions.put(rows, positions)
+        self._partition.put(rows, partition_pages)
+
+    def write_runs(self, first: int, stop: int) -> None:
+        """Pages [first, stop) of all sequences are runs, and partitions by themselves."""
+        rows = self.sequences.page_rows(self.num_heads, self.device)[:, :, first:stop]
+        self.write(rows, self._runs(first, stop), torch.ones_like(rows))
+
+    def in_order(self, states: Tensor) -> Tensor:
+        """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
+        places = self._places()
+        moved = states[:, :, : places.shape[2]]
+        ordered = torch.empty_like(moved).scatter_(2, places.unsqueeze(-1).expand_as(moved), moved)
+        return torch.cat([ordered, states[:, :, places.shape[2] :]], 2)
+
+    def by_place(self, mask: Tensor, group: int) -> Tensor:
+        """A mask over positions [B, 1 or H * group, Q, tokens] as one over the tokens as they stand in the pages.
+
+        Returns:
+            [B, H * group, Q, tokens], with the columns of each KV head in its order.
+        """
+        places = self._places()
+        batch_size, num_heads, count = places.shape
+        mask = mask.expand(batch_size, num_heads * group, -1, -1).unflatten(1, (num_heads, group))
+        index = places[:, :, None, None].expand(-1, -1, group, mask.shape[3], -1)
+        return torch.cat([mask[..., :count].gather(-1, index), mask[..., count:]], -1).flatten(1, 2)
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError where a stretch does not hold its tokens, or partitions do not tile it."""
+        for first, stop in self.sequences.stretches.bounds:
+            positions, pages = self.positions(first, stop), self.partition_pages(first, stop)
+            runs = self._runs(first, stop)
+            _check(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a stretch lost tokens")
+            grouped = self.sequences.stretches.grouped[:, None, first:stop].to(positions.device)
+            moved = (positions != runs).any(3) | (pages != 1)
+            _check(not bool((moved & ~grouped).any()), "a page was regrouped that must stay as it is")
+            begins = torch.arange(stop - first, device=pages.device).expand_as(pages)
+            last = torch.where(pages > 0, begins + pages, 0).cummax(2).values  # the page behind the latest partition
+            _check(bool(((pages > 0) == (begins == last.roll(1, 2).index_fill(2, begins[0, 0, :1], 0))).all()), _TILES)
+            _check(bool((last[:, :, -1] == stop - first).all()), _TILES)
+
+    def _places(self) -> Tensor:
+        """Position of each place in the stretches: [B, H, pages * P], int64."""
+        return self.positions(0, self.sequences.stretches.num_pages).flatten(2)
+
+    def _rows(self, first: int, stop: int) -> Tensor:
+        """Rows of those of pages [first, stop) that lie in stretches."""
+        rows = self.sequences.page_rows(self.num_heads, self.device)
+        return rows[:, :, first : max(first, min(stop, self.sequences.stretches.num_pages))]
+
+    def _runs(self, first: int, stop: int) -> Tensor:
+        tokens = torch.arange(first * self.page_size, stop * self.page_size, device=self.device)
+        return tokens.view(-1, self.page_size).expand(self.sequences.batch_size, self.num_heads, -1, -1)
+
+
+def bytes_for_regrouping(page_size: int) -> int:
+    """Bytes that positions and partition of a page take."""
+    return 4 * page_size + 4
+
+
+_TILES = "partitions of a stretch overlap or leave pages out"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CacheStateError(f"integrity: {message}; please report this as a bug")

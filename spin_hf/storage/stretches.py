@@ -1,0 +1,72 @@
+"""Which pages of a batch were regrouped: their tokens stand in an order that a method chose.
+
+    pages     [  stretch 0  |  stretch 1  ][        runs of positions        ]      stops  [14, 28]
+    grouped     . x x x x x x x x . . x x x                                         [B, 28], a row per sequence
+                . left as they were: sinks, padding, the recent window of that sequence
+
+Tokens trade places inside a stretch only, so the past behind it is never touched. A grouped page is full, without padding,
+and before every query to come: masks by position or padding are the same for all its tokens. What would end that (a crop,
+padding that changes) puts the stretch's tokens back in order first, and all stretches behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+
+
+class Stretches:
+    """Stretches of a batch, from the first page on without gaps; which of their pages are grouped, by sequence."""
+
+    def __init__(self) -> None:
+        self.stops: list[int] = []
+        """The page behind each stretch, ascending."""
+        self.grouped = torch.zeros((0, 0), dtype=torch.bool)
+        """[B, num_pages], on the CPU."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in stretches; those from there on are runs of positions."""
+        return self.stops[-1] if self.stops else 0
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First page and the page behind, of each stretch."""
+        return list(zip([0, *self.stops], self.stops, strict=False))
+
+    def append(self, stop: int, grouped: Tensor) -> None:
+        """A stretch up to page `stop`, of which the pages `grouped` [B, stop - num_pages] are regrouped."""
+        before = self.grouped if self.stops else grouped.new_zeros((grouped.shape[0], 0))
+        self.grouped = torch.cat([before, grouped], 1)
+        self.stops.append(stop)
+
+    def drop_last(self) -> None:
+        """The last stretch's pages are runs again."""
+        self.stops.pop()
+        self.grouped = self.grouped[:, : self.num_pages]
+
+    def select(self, rows: Tensor) -> None:
+        """Sequence i becomes what sequence `rows[i]` was."""
+        if self.stops:
+            self.grouped = self.grouped.index_select(0, rows.to(self.grouped.device))
+
+
+def pages_that_may_move(
+    valid: Tensor | None, batch_size: int, length: int, page_size: int, num_sink_tokens: int, window: int
+) -> Tensor:
+    """Pages that are full, free of padding, no sinks, and not among the last `window` valid tokens.
+
+    Args:
+        valid: [batch_size, >= length], bool, False for padding; None for none.
+        length: tokens held.
+    Returns:
+        [batch_size, length // page_size], bool, on the CPU.
+    """
+    num_pages = -(-length // page_size)
+    tokens = torch.zeros((batch_size, num_pages * page_size), dtype=torch.bool)
+    tokens[:, :length] = True if valid is None else valid[:, :length].cpu()
+    per_page = tokens.view(batch_size, num_pages, page_size).sum(2)
+    _, others = kernels.page_zones(per_page, num_sink_tokens, window)
+    return (others & (per_page == page_size))[:, : length // page_size]

@@ -1,0 +1,304 @@
+"""When pages are regrouped and when they go back, what sequences share of them, and what happens if that fails.
+
+What regrouped pages give is in `tests/contract/test_regrouping.py`, random histories in `test_state_machine.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from spin_hf import CacheStateError, ShadowKV, regroup
+from spin_hf.attention.regrouping import Arrangement
+from spin_hf.storage.regrouped import RegroupedPages
+
+from .regrouping import Backwards, Clumped, Shuffled, little_slack
+from .tiny import Driver, Shape, World, poisoned_memory
+
+SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
+OPTIONS: dict[str, Any] = dict(budget=1000, num_sink_tokens=4, recent_window=9)
+LENGTH = 400
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory(), little_slack():
+        yield
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World.random(SHAPE, 3, LENGTH, seed=0)
+
+
+def new_driver(**options: Any) -> Driver:
+    return Driver(SHAPE, **({"method": Clumped()} | OPTIONS | options))
+
+
+def stops(driver: Driver) -> list[int]:
+    """Where the stretches end, in pages."""
+    return driver.cache._shared.sequences.stretches.stops
+
+
+def regrouped(driver: Driver, layer: int = 0) -> RegroupedPages:
+    found = driver.cache.layers[layer].store.regrouped
+    assert found is not None
+    return found
+
+
+def moved(driver: Driver, layer: int = 0) -> Tensor:
+    """Pages [B, N] that are no runs, in any head."""
+    pages = driver.cache._shared.sequences.num_pages
+    positions = regrouped(driver, layer).positions(0, pages)
+    return (positions != torch.arange(pages * 8).view(pages, 8)).any(3).any(1)
+
+
+def test_stretches_of_a_growing_context(world: World) -> None:
+    """At 200 tokens 17 are recent: 22 pages in equal parts of at most 64 tokens. Then 24 tokens, three pages, at a time."""
+    driver = new_driver(method=Backwards())
+    driver.step(world, 0, 200)
+    assert stops(driver) == []
+    driver.step(world, 200, 201)
+    assert stops(driver) == [7, 14, 22]
+    positions = regrouped(driver).positions(0, 26)
+    assert positions[0, 0, 1].tolist() == list(range(55, 47, -1))  # page 0 has the sinks
+    assert torch.equal(positions[:, :, 22:], torch.arange(176, 208).view(4, 8).expand(3, 2, -1, -1))
+    for position in range(201, 250):
+        driver.step(world, position, position + 1)
+        driver.cache.check_integrity()
+    assert stops(driver) == [7, 14, 22, 25, 28]
+
+
+def test_stretches_of_the_default_sizes() -> None:
+    """A prompt of 4,000 tokens is one stretch; what stays is the recent window, 64 tokens, and less than 1,024 tokens."""
+
+    @dataclass(frozen=True)
+    class Ordinary(Backwards):
+        stretch_tokens, growth_tokens = 8192, 1024
+
+    shape = Shape(layers=1, kv_heads=1, group=1)
+    world = World.random(shape, 1, 4800, seed=1)
+    driver = Driver(shape, method=Ordinary(), budget=64)
+    with patch.object(regroup, "SLACK_TOKENS", 64):
+        driver.step(world, 0, 4000)
+        driver.step(world, 4000, 4001)
+        assert stops(driver) == [(4000 - 128) // 8]
+        driver.step(world, 4001, 4800)
+        assert len(stops(driver)) == 1
+
+
+@pytest.mark.parametrize(
+    ("removed", "left"),
+    [(1, [7, 14, 22]), (16, [7, 14, 22]), (17, [7, 14]), (80, [7, 14]), (81, [7]), (190, []), (201, [])],
+)
+def test_crops(world: World, removed: int, left: list[int]) -> None:
+    """The slack of 8 tokens spares a stretch; what reaches into its pages, or moves the window there, does not."""
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    assert stops(driver) == [7, 14, 22]
+    driver.cache.crop(-removed)
+    driver.cache.check_integrity()
+    assert stops(driver) == left
+    kept = 201 - removed
+    if kept:
+        assert torch.equal(driver.cache.layers[2].keys, world.keys[2][:, :, :kept])
+    for stop in range(kept + 1, kept + 4):
+        driver.step(world, stop - 1, stop)
+        driver.cache.check_integrity()
+
+
+def test_what_stays_in_its_place(world: World) -> None:
+    """Sinks behind left padding, padded pages, and the recent window of a row that ended early."""
+    valid = torch.ones((3, LENGTH), dtype=torch.bool)
+    valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
+    driver = new_driver(num_sink_tokens=5)
+    driver.step(world, 0, 220, valid[:, :220])
+    driver.step(world, 220, 221, valid[:, :221])
+    pages = driver.cache._shared.sequences.stretches.num_pages
+    assert pages == (220 - 17) // 8
+    stays = ~moved(driver)
+    assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
+    assert stays[1].nonzero().flatten().tolist() == [0, 10, 11, 25, 26, 27]
+    # Tokens 103 to 119 are the last 17 of row 2: page 13 is left alone in its stretch, pages 14 to 27 are padding
+    assert stays[2].nonzero().flatten().tolist() == [0, *range(12, 28)]
+    driver.cache.check_integrity()
+
+
+def test_padding_that_changes(world: World) -> None:
+    """A token in page 9 turns into padding: the stretch [7, 14) and the one behind it go back, and are made anew."""
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[1, 75] = False
+    driver.step(world, 201, 202, valid)
+    assert stops(driver) == [7, 15, 23]
+    assert not moved(driver)[1, 9]
+    driver.cache.check_integrity()
+    assert torch.equal(driver.cache.layers[1].values, world.values[1][:, :, :202])
+
+
+def test_sinks_that_move(world: World) -> None:
+    """The first tokens turn into padding, so that later ones become sinks: they must not lie in regrouped pages."""
+    driver = new_driver(num_sink_tokens=16)
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    assert moved(driver)[0, 2]
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[0, :8] = False
+    driver.step(world, 201, 202, valid)
+    assert not moved(driver)[0, :3].any()
+    driver.cache.check_integrity()
+
+
+def test_what_sequences_share_is_arranged_once(world: World) -> None:
+    """Three beams of one prompt: regrouping copies nothing that they share whole."""
+    driver = new_driver()
+    sequences = driver.cache._shared.sequences
+    one = world.rows([0])
+    driver.step(one, 0, 300)
+    driver.cache.reorder_cache(torch.tensor([0]))
+    driver.cache.batch_repeat_interleave(3)
+    assert sequences.segments_in_use == 2
+    with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
+        driver.step(world.rows([0, 0, 0]), 300, 301)
+    assert arrange.call_count == SHAPE.layers * len(stops(driver))
+    assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
+    driver.cache.check_integrity()
+
+
+def test_beams_that_differ_do_not_disturb_each_other(world: World) -> None:
+    """A stretch over a segment that they share and one that they do not: both go their own ways."""
+    driver = new_driver(method=Shuffled(), dense_below=1000)
+    with patch.object(regroup, "grow", lambda shared: None):  # until they differ
+        driver.step(world.rows([0]), 0, 250)
+        driver.cache.batch_repeat_interleave(2)
+        both = World(SHAPE, *([x.clone() for x in xs[:3]] for xs in (world.keys, world.values, world.queries)))
+        for states in (both.keys, both.values):
+            for layer in range(SHAPE.layers):
+                states[layer][1, :, :250] = states[layer][0, :, :250]
+        both = both.rows([0, 1])
+        driver.step(both, 250, 330)
+        driver.cache.check_integrity()
+    assert driver.cache._shared.sequences.segments_in_use == 4
+    with patch.object(Backwards, "stretch_tokens", 400):
+        driver.step(both, 330, 331)
+    assert stops(driver) == [(330 - 17) // 8]
+    driver.cache.check_integrity()
+    for layer in range(SHAPE.layers):
+        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :331])
+
+
+def test_no_room_for_copies(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A stretch that beams share in part stays as it is where they may not be given copies, and one warning says so."""
+    driver = new_driver()
+    with patch.object(regroup, "grow", lambda shared: None):
+        driver.step(world.rows([0]), 0, 250)
+        driver.cache.batch_repeat_interleave(2)
+        driver.step(world.rows([0, 0]), 250, 330)
+    used = driver.cache._shared.sequences.segments_in_use
+    for layer in driver.cache.layers:
+        object.__setattr__(layer.store.budget, "gpu_memory", 1)
+    with patch.object(Clumped, "stretch_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
+        regroup.grow(driver.cache._shared)
+    assert "no room" in caplog.text
+    assert stops(driver) == [(330 - 17) // 8]
+    assert not moved(driver).any()
+    assert driver.cache._shared.sequences.segments_in_use == used
+    driver.cache.check_integrity()
+
+
+class InjectedError(Exception):
+    """What the tests raise."""
+
+
+@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["arrange", "index_partitions"])
+@pytest.mark.parametrize("call", [1, 4, 8])
+def test_interrupted(world: World, where: str, call: int, error: type[BaseException]) -> None:
+    """In the first layer, in the second, in another stretch: every layer is what it was or regrouped, and all is right."""
+    driver = new_driver(method=Shuffled())
+    driver.step(world, 0, 200)
+    before = getattr(Shuffled, where)
+    calls = 0
+
+    def failing(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return before(self, *args)
+
+    with patch.object(Shuffled, where, failing), pytest.raises(error):
+        driver.step(world, 200, 201)
+    driver.cache.check_integrity()
+    assert driver.cache.get_seq_length() == 200
+    for layer in range(SHAPE.layers):
+        assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :200])
+    twin = new_driver(method=ShadowKV())
+    twin.step(world, 0, 200)
+    outputs = [d.step(world, 200, 201) for d in (driver, twin)]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-5
+    driver.cache.check_integrity()
+
+
+@pytest.mark.parametrize("order", ["twice", "short"])
+def test_a_method_that_loses_tokens(world: World, order: str) -> None:
+    @dataclass(frozen=True)
+    class Losing(Backwards):
+        def arrange(self, keys: Tensor) -> Arrangement:
+            places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
+            return Arrangement(places // 2 if order == "twice" else places[:, :, 1:])
+
+    driver = new_driver(method=Losing())
+    driver.step(world, 0, 200)
+    with pytest.raises(CacheStateError, match="permutation"):
+        driver.step(world, 200, 201)
+    driver.cache.check_integrity()
+
+
+def test_copies_are_independent(world: World) -> None:
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    twin = deepcopy(driver.cache)
+    twin.crop(-150)
+    driver.cache.check_integrity()
+    twin.check_integrity()
+    assert stops(driver) == [7, 14, 22]
+    assert torch.equal(driver.cache.layers[0].keys, world.keys[0][:, :, :201])
+    assert torch.equal(twin.layers[0].keys, world.keys[0][:, :, :51])
+
+
+def test_integrity_sees_lost_positions(world: World) -> None:
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    for name in ("_positions", "_partition"):
+        broken = deepcopy(driver.cache)
+        array = getattr(broken.layers[1].store.regrouped, name)
+        array.chunks[0][3] += 1
+        with pytest.raises(CacheStateError, match="integrity"):
+            broken.check_integrity()
+    driver.cache.check_integrity()
+
+
+def test_other_methods_keep_no_positions(world: World) -> None:
+    driver, twin = new_driver(method=ShadowKV()), new_driver()
+    for each in (driver, twin):
+        each.step(world, 0, 200)
+        each.step(world, 200, 201)
+    assert driver.cache.layers[0].store.regrouped is None
+    rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
+    assert twin.cache.stats().gpu_bytes - driver.cache.stats().gpu_bytes == rows * 36
+    assert twin.cache.layers[0].store.budget.summary_bytes - driver.cache.layers[0].store.budget.summary_bytes == 36
