@@ -131,7 +131,8 @@ class Teacher:
         for buffer, values in self.model.named_buffers():
             if buffer.endswith("inv_freq") and "original" not in buffer:
                 options += [Rotation(values.detach().float().clone(), interleaved) for interleaved in (False, True)]
-        tolerance = 1e-2 if self.model.dtype == torch.float32 else 0.1
+        # Keys with a large bias differ little whatever is undone: in bfloat16 0.2 % by the right rotation, 1.2 % by the next.
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-3
         found = {}
         for layer in self.layers:
             spread = [_spread(keys[layer], option) for option in options]
@@ -139,7 +140,8 @@ class Teacher:
             if not spread[best] < tolerance:
                 raise UnsupportedModelError(
                     f"{name}: expected keys that rotary embeddings of the model's frequencies explain, got keys of layer "
-                    f"{layer} that differ by {spread[best]:.0%} without them; use ShadowKV, which needs no gates"
+                    f"{layer} that differ by {spread[best]:.2%} without them (at most {tolerance:.2%} is rounding); load the "
+                    "model in float32, or use ShadowKV, which needs no gates"
                 )
             found[layer] = options[best]
         return found
