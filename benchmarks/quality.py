@@ -123,7 +123,9 @@ def main() -> None:
     """Measure what is missing, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "retroinfer", "quest"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["shadowkv", "shadowkv:model", "bisection", "retroinfer", "quest"]
+    )
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..errors import OptionError, OptionTypeError
+from .bisection import Bisection
 from .partition import Method
 from .quest import Quest
 from .retroinfer import RetroInfer
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, RetroInfer, Quest)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, Bisection, RetroInfer, Quest)}
 
 
 def resolve_method(method: str | Method) -> Method:
