@@ -180,38 +180,39 @@ def test_beams_that_differ_do_not_disturb_each_other(world: World) -> None:
     """A stretch over a segment that they share and one that they do not: both go their own ways."""
     driver = new_driver(method=Shuffled(), dense_below=1000)
     with patch.object(regroup, "grow", lambda shared: None):  # until they differ
-        driver.step(world.rows([0]), 0, 250)
+        driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         both = World(SHAPE, *([x.clone() for x in xs[:3]] for xs in (world.keys, world.values, world.queries)))
         for states in (both.keys, both.values):
             for layer in range(SHAPE.layers):
-                states[layer][1, :, :250] = states[layer][0, :, :250]
+                states[layer][1, :, :270] = states[layer][0, :, :270]
         both = both.rows([0, 1])
-        driver.step(both, 250, 330)
+        driver.step(both, 270, 380)
         driver.cache.check_integrity()
-    assert driver.cache._shared.sequences.segments_in_use == 4
+    assert driver.cache._shared.sequences.segments_in_use == 3
     with patch.object(Backwards, "stretch_tokens", 400):
-        driver.step(both, 330, 331)
-    assert stops(driver) == [(330 - 17) // 8]
+        driver.step(both, 380, 381)
+    assert stops(driver) == [(380 - 17) // 8]
+    assert driver.cache._shared.sequences.segments_in_use == 4
     driver.cache.check_integrity()
     for layer in range(SHAPE.layers):
-        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :331])
+        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :381])
 
 
 def test_no_room_for_copies(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A stretch that beams share in part stays as it is where they may not be given copies, and one warning says so."""
     driver = new_driver()
     with patch.object(regroup, "grow", lambda shared: None):
-        driver.step(world.rows([0]), 0, 250)
+        driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
-        driver.step(world.rows([0, 0]), 250, 330)
+        driver.step(world.rows([0, 0]), 270, 380)
     used = driver.cache._shared.sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
     with patch.object(Clumped, "stretch_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
         regroup.grow(driver.cache._shared)
     assert "no room" in caplog.text
-    assert stops(driver) == [(330 - 17) // 8]
+    assert stops(driver) == [(380 - 17) // 8]
     assert not moved(driver).any()
     assert driver.cache._shared.sequences.segments_in_use == used
     driver.cache.check_integrity()
@@ -241,6 +242,11 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
     with patch.object(Shuffled, where, failing), pytest.raises(error):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
+    if where == "index_partitions":
+        stretch, layer = divmod(call - 1, SHAPE.layers)
+        first, stop = driver.cache._shared.sequences.stretches.bounds[stretch]
+        assert not moved(driver, layer)[:, first:stop].any()
+        assert moved(driver, 0)[:, 1:first].all()
     assert driver.cache.get_seq_length() == 200
     for layer in range(SHAPE.layers):
         assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :200])
