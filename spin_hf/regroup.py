@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention.regrouping import Regrouping
+from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
 from .indexing import index_pages
 from .storage.pages import PageStore
-from .storage.regrouped import RegroupedPages
+from .storage.regrouped import RegroupedPages, tiles
 from .storage.sequences import SEGMENT_PAGES
 from .storage.stretches import pages_that_may_move
 
@@ -40,7 +40,7 @@ def grow(shared: SharedState) -> None:
     """Regroup what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
-        CacheStateError: the method's arrangement is no permutation. That layer and those behind it are as before.
+        CacheStateError: the method's arrangement loses tokens or pages. That layer and those behind it are as before.
     """
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
@@ -149,7 +149,7 @@ def _arrange(
         for start, end in runs:
             inside = keys[sequences[0] : sequences[0] + 1, :, start:end].flatten(2, 3)
             made = method.arrange(inside)
-            _check_permutation(method, made.order, inside.shape[:3])
+            _check_arrangement(method, made, inside.shape[:3], size)
             order[list(sequences), :, start * size : end * size] = made.order + start * size
             if made.partition_pages is not None:
                 partition_pages[list(sequences), :, start:end] = made.partition_pages
@@ -175,12 +175,18 @@ def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition
         raise
 
 
-def _check_permutation(method: Regrouping, order: Tensor, shape: torch.Size) -> None:
-    places = torch.arange(shape[2], device=order.device).expand(shape)
-    if order.shape != shape or not torch.equal(order.sort(2).values, places):
+def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:
+    places = torch.arange(shape[2], device=made.order.device).expand(shape)
+    if made.order.shape != shape or not torch.equal(made.order.sort(2).values, places):
         raise CacheStateError(
             f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
-            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
+            f"heads, got {tuple(made.order.shape)} with other numbers; correct the method"
+        )
+    pages, expected = made.partition_pages, (*shape[:2], shape[2] // page_size)
+    if pages is not None and not (pages.shape == expected and tiles(pages)):
+        raise CacheStateError(
+            f"method {method}: expected partition_pages of arrange, {expected}, to cover every page once, got "
+            f"{tuple(pages.shape)} that leaves out some, or has them twice; correct the method"
         )
 
 

@@ -258,17 +258,24 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
     driver.cache.check_integrity()
 
 
-@pytest.mark.parametrize("order", ["twice", "short"])
-def test_a_method_that_loses_tokens(world: World, order: str) -> None:
+@pytest.mark.parametrize("wrong", ["twice", "short", "gap", "overlap", "beyond", "few"])
+def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
         def arrange(self, keys: Tensor) -> Arrangement:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
-            return Arrangement(places // 2 if order == "twice" else places[:, :, 1:])
+            if wrong in ("twice", "short"):
+                return Arrangement(places // 2 if wrong == "twice" else places[:, :, 1:])
+            pages = torch.ones((*keys.shape[:2], keys.shape[2] // 8), dtype=torch.int64)
+            if wrong == "few":
+                return Arrangement(places, pages[:, :, 1:])
+            at, number = {"gap": (2, 0), "overlap": (2, 2), "beyond": (-1, 2)}[wrong]
+            pages[:, 1, at] = number
+            return Arrangement(places, pages)
 
     driver = new_driver(method=Losing())
     driver.step(world, 0, 200)
-    with pytest.raises(CacheStateError, match="permutation"):
+    with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
 
