@@ -71,17 +71,12 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
     Args:
         valid: [B, >= length], bool; None for no padding.
     """
-    sequences, options = shared.sequences, shared.options
+    sequences = shared.sequences
     stretches = sequences.stretches
     left = length - stretches.num_pages * sequences.page_size
-    if not stretches.stops or (valid is None and left >= options.recent_window):
+    if not stretches.stops or (valid is None and left >= shared.options.recent_window):
         return
-    may_move = pages_that_may_move(
-        valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
-    )
-    must_go = stretches.grouped.clone()
-    must_go[:, : may_move.shape[1]] &= ~may_move[:, : must_go.shape[1]]
-    touched = must_go.any(0).nonzero().flatten()
+    touched = _misplaced(shared, valid, length).any(0).nonzero().flatten()
     lowest = int(touched[0]) if touched.numel() else stretches.num_pages
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
@@ -90,6 +85,24 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
                 _put_back(layer, first, stop)
         stretches.drop_last()
         sequences.changed()
+
+
+def check_integrity(shared: SharedState) -> None:
+    """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
+    sequences = shared.sequences
+    if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
+        raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
+
+
+def _misplaced(shared: SharedState, valid: Tensor | None, length: int) -> Tensor:
+    """Regrouped pages that may not be, once `length` tokens are left: [B, pages in stretches], bool."""
+    sequences, options = shared.sequences, shared.options
+    may_move = pages_that_may_move(
+        valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
+    )
+    misplaced = sequences.stretches.grouped.clone()
+    misplaced[:, : may_move.shape[1]] &= ~may_move[:, : misplaced.shape[1]]
+    return misplaced
 
 
 def _add_stretch(shared: SharedState, method: Regrouping, stop: int, may_move: Tensor) -> None:

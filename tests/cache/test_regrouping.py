@@ -306,6 +306,16 @@ def test_integrity_sees_lost_positions(world: World) -> None:
     driver.cache.check_integrity()
 
 
+def test_integrity_sees_a_regrouped_page_in_the_recent_window(world: World) -> None:
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    with patch.object(regroup, "restore", lambda shared, valid, length: None):
+        driver.cache.crop(-20)
+    with pytest.raises(CacheStateError, match="run of positions"):
+        driver.cache.check_integrity()
+
+
 def test_other_methods_keep_no_positions(world: World) -> None:
     driver, twin = new_driver(method=ShadowKV()), new_driver()
     for each in (driver, twin):
