@@ -134,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--gates", nargs="+", default=[], metavar="NAME=DIR", help="gates by name of a method")
-    parser.add_argument("--methods", nargs="+", default=["shadowkv", "shadowkv:model", "retroinfer", "quest"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["shadowkv", "shadowkv:model", "bisection", "retroinfer", "quest"]
+    )
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )

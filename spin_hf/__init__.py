@@ -5,6 +5,7 @@
 Importing registers the attention implementation "spin" with transformers, and does nothing else.
 """
 
+from .attention.bisection import Bisection
 from .attention.partition import Method, PageMethod
 from .attention.quest import Quest
 from .attention.retroinfer import RetroInfer
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionError",
     "BatchSizeError",
+    "Bisection",
     "BudgetError",
     "CacheStateError",
     "CacheStats",

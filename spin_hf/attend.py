@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def select_pages(
     The plan's fixed pages come first, then what the method selects.
     """
     query, fixed = _query(call, position, store, plan, layer)
-    selected = method.select(query, lambda name: _summary(store, name, query))
+    selected = method.select(query, partial(_summary, store, query))
     return torch.cat([fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
 
 
@@ -127,7 +128,7 @@ def estimate_rest(
     if type(method).estimate is Method.estimate:
         return None
     query, fixed = _query(call, position, store, plan, layer)
-    return method.estimate(query, lambda name: _summary(store, name, query), pages[:, :, fixed.shape[1] :])
+    return method.estimate(query, partial(_summary, store, query), pages[:, :, fixed.shape[1] :])
 
 
 def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: int) -> tuple[Query, Tensor]:
@@ -141,8 +142,10 @@ def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: i
     return query, zones.fixed
 
 
-def _summary(store: PageStore, name: str, query: Query) -> Tensor:
-    return store.summary(name)[:, :, : query.candidates.shape[1]].float()
+def _summary(store: PageStore, query: Query, name: str, pages: Tensor | None = None) -> Tensor:
+    kept = store.summary(name, pages)
+    kept = kept[:, :, : query.candidates.shape[1]] if pages is None else kept
+    return kept.float() if kept.is_floating_point() else kept
 
 
 def attend_pages(

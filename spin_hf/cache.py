@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import defer, kernels, wrap
+from . import defer, kernels, regroup, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
@@ -290,6 +290,7 @@ class SpinCache(Cache):
         """
         self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
+        regroup.check_integrity(self._shared)
         for layer in self._shared.layers:
             layer.check_integrity()
 

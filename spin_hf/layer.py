@@ -36,7 +36,7 @@ from .shared import SharedState
 from .storage.budget import TierBudget
 from .storage.pages import PageStore
 from .storage.regrouped import bytes_for_regrouping
-from .storage.summaries import bytes_per_page
+from .storage.summaries import bytes_per_page, kept_as
 
 logger = logging.getLogger("spin_hf")
 
@@ -97,30 +97,26 @@ class SpinLayer(CacheLayerMixin):
         shared, (_, num_heads, _, key_dim) = self.shared, key_states.shape
         device, options = key_states.device, shared.options
         page_size, value_dim = shared.sequences.page_size, value_states.shape[-1]
-        shapes, regroups = shared.method.summary_shapes(key_dim, value_dim), isinstance(shared.method, Regrouping)
+        shapes, dtypes = shared.method.summary_shapes(key_dim, value_dim), shared.method.summary_dtypes()
+        regroups = isinstance(shared.method, Regrouping)
         quantized = options.quantizes(key_states.element_size())
         budget = TierBudget(
             num_layers=len(shared.layers),
             num_heads=num_heads,
             page_bytes=page_size * (key_dim + value_dim) * key_states.element_size(),
-            summary_bytes=sum(bytes_per_page(shape, key_states.dtype, quantized) for shape in shapes.values())
+            summary_bytes=sum(
+                bytes_per_page(shape, *kept_as(name, key_states.dtype, quantized, dtypes))
+                for name, shape in shapes.items()
+            )
             + (bytes_for_regrouping(page_size) if regroups else 0),
             gpu_memory=shared.gpu_memory(device),
             cpu_memory=options.cpu_memory,
             min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         )
         store = PageStore(
-            shared.sequences,
-            num_heads,
-            key_dim,
-            value_dim,
-            shapes,
-            quantized,
-            budget,
-            key_states.dtype,
-            device,
-            regroups,
-        )
+            shared.sequences, num_heads, key_dim, value_dim, shapes, quantized, budget, key_states.dtype, device,
+            regroups=regroups, summary_dtypes=dtypes,
+        )  # fmt: skip
         shared.sequences.attach(store)
         self.store = store
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention.regrouping import Regrouping
+from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
 from .indexing import index_pages
 from .storage.pages import PageStore
-from .storage.regrouped import RegroupedPages
+from .storage.regrouped import RegroupedPages, tiles
 from .storage.sequences import SEGMENT_PAGES
 from .storage.stretches import pages_that_may_move
 
@@ -40,7 +40,7 @@ def grow(shared: SharedState) -> None:
     """Regroup what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
-        CacheStateError: the method's arrangement is no permutation. That layer and those behind it are as before.
+        CacheStateError: the method's arrangement loses tokens or pages. That layer and those behind it are as before.
     """
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
@@ -71,17 +71,12 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
     Args:
         valid: [B, >= length], bool; None for no padding.
     """
-    sequences, options = shared.sequences, shared.options
+    sequences = shared.sequences
     stretches = sequences.stretches
     left = length - stretches.num_pages * sequences.page_size
-    if not stretches.stops or (valid is None and left >= options.recent_window):
+    if not stretches.stops or (valid is None and left >= shared.options.recent_window):
         return
-    may_move = pages_that_may_move(
-        valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
-    )
-    must_go = stretches.grouped.clone()
-    must_go[:, : may_move.shape[1]] &= ~may_move[:, : must_go.shape[1]]
-    touched = must_go.any(0).nonzero().flatten()
+    touched = _misplaced(shared, valid, length).any(0).nonzero().flatten()
     lowest = int(touched[0]) if touched.numel() else stretches.num_pages
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
@@ -90,6 +85,24 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
                 _put_back(layer, first, stop)
         stretches.drop_last()
         sequences.changed()
+
+
+def check_integrity(shared: SharedState) -> None:
+    """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
+    sequences = shared.sequences
+    if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
+        raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
+
+
+def _misplaced(shared: SharedState, valid: Tensor | None, length: int) -> Tensor:
+    """Regrouped pages that may not be, once `length` tokens are left: [B, pages in stretches], bool."""
+    sequences, options = shared.sequences, shared.options
+    may_move = pages_that_may_move(
+        valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
+    )
+    misplaced = sequences.stretches.grouped.clone()
+    misplaced[:, : may_move.shape[1]] &= ~may_move[:, : misplaced.shape[1]]
+    return misplaced
 
 
 def _add_stretch(shared: SharedState, method: Regrouping, stop: int, may_move: Tensor) -> None:
@@ -149,7 +162,7 @@ def _arrange(
         for start, end in runs:
             inside = keys[sequences[0] : sequences[0] + 1, :, start:end].flatten(2, 3)
             made = method.arrange(inside)
-            _check_permutation(method, made.order, inside.shape[:3])
+            _check_arrangement(method, made, inside.shape[:3], size)
             order[list(sequences), :, start * size : end * size] = made.order + start * size
             if made.partition_pages is not None:
                 partition_pages[list(sequences), :, start:end] = made.partition_pages
@@ -175,12 +188,18 @@ def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition
         raise
 
 
-def _check_permutation(method: Regrouping, order: Tensor, shape: torch.Size) -> None:
-    places = torch.arange(shape[2], device=order.device).expand(shape)
-    if order.shape != shape or not torch.equal(order.sort(2).values, places):
+def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:
+    places = torch.arange(shape[2], device=made.order.device).expand(shape)
+    if made.order.shape != shape or not torch.equal(made.order.sort(2).values, places):
         raise CacheStateError(
             f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
-            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
+            f"heads, got {tuple(made.order.shape)} with other numbers; correct the method"
+        )
+    pages, expected = made.partition_pages, (*shape[:2], shape[2] // page_size)
+    if pages is not None and not (pages.shape == expected and tiles(pages)):
+        raise CacheStateError(
+            f"method {method}: expected partition_pages of arrange, {expected}, to cover every page once, got "
+            f"{tuple(pages.shape)} that leaves out some, or has them twice; correct the method"
         )
 
 

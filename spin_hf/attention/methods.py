@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from ..errors import OptionError, OptionTypeError
+from .bisection import Bisection
 from .partition import Method
 from .quest import Quest
 from .retroinfer import RetroInfer
 from .seer import SeerAttention
 from .shadowkv import ShadowKV
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ShadowKV, RetroInfer, SeerAttention, Quest)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ShadowKV, Bisection, RetroInfer, SeerAttention, Quest)
+}
 
 
 def resolve_method(method: str | Method) -> Method:

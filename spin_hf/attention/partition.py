@@ -131,6 +131,10 @@ class Method(ABC):
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of the float32 vectors kept of each page, given the sizes of its keys and values."""
 
+    def summary_dtypes(self) -> dict[str, torch.dtype]:
+        """Names of those that are kept in a dtype of their own, whatever the cache is told; the others are its choice."""
+        return {}
+
     def index_pages(self, pages: Pages) -> Summaries:
         """Summarise pages, as `index`. What does not depend on layers or positions overrides that instead."""
         return self.index(pages.keys, pages.valid)
@@ -142,24 +146,24 @@ class Method(ABC):
             keys: [B, H, n, P, D], as cached (after RoPE).
             valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
         Returns:
-            name -> [B, H, n, *shape], float32, finite even for pages without a valid token.
+            name -> [B, H, n, *shape], float32 or the dtype of its own, finite even for pages without a valid token.
         """
         raise NotImplementedError(
             f"{type(self).__name__}: expected index or index_pages, got neither; write one of them"
         )
 
     @abstractmethod
-    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+    def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """Choose pages.
 
         Args:
             query: the query and its budget.
-            summary: gives the summaries [B, H, N, *shape] of a name.
+            summary: gives the summaries [B, H, N, *shape] of a name; with pages [B, H, k], those of these only.
         Returns:
             Page numbers [B, H, k], int64, distinct in each row, candidates only; -1 for none.
         """
 
-    def estimate(self, query: Query, summary: Callable[[str], Tensor], pages: Tensor) -> Estimate | None:
+    def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
         """What stands for candidates that were not selected; None for nothing.
 
         Args:
@@ -174,10 +178,10 @@ class PageMethod(Method):
     """A method whose partition is one page: the best-scoring pages up to the budget."""
 
     @abstractmethod
-    def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+    def score(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """Score pages [B, H, N], float32: higher is chosen first, +inf always; non-candidates are ignored."""
 
-    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+    def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The `query.budget_pages` best candidates of every KV head."""
         scores = self.score(query, summary).masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
         return kernels.select_top_pages(scores, query.budget_pages)

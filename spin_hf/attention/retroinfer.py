@@ -94,7 +94,7 @@ class RetroInfer(Regrouping, Method):
 
     # --------------------------------------------------------------------------------------------- select and estimate
 
-    def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
+    def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The pages of the best clusters up to the budget."""
         _, clusters, pages = self._ranked(query, summary)
         place = torch.arange(min(int(query.budget_pages.max()), clusters.shape[2]), device=clusters.device)
@@ -104,7 +104,7 @@ class RetroInfer(Regrouping, Method):
         rank = rank.clamp(max=upto.shape[2] - 1)
         return torch.where(inside, clusters.gather(2, rank) + place - (upto - pages).gather(2, rank), -1)
 
-    def estimate(self, query: Query, summary: Callable[[str], Tensor], pages: Tensor) -> Estimate | None:
+    def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
         """Clusters behind those that were selected, and what the budget cut off the last of these."""
         if not self.estimated_share:
             return None
@@ -127,7 +127,7 @@ class RetroInfer(Regrouping, Method):
         log_tokens = tokens.float().log().masked_fill(~chosen.gather(2, places), float("-inf"))
         return Estimate(_rows(centroids, rows), _rows(summary("value"), rows), log_tokens)
 
-    def _ranked(self, query: Query, summary: Callable[[str], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _ranked(self, query: Query, summary: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Centroids [B, H, N, D]; first page and number of pages [B, H, N] of the clusters, best first, 0 pages for none."""
         assert query.partition_pages is not None
         pages = query.partition_pages * query.candidates.unsqueeze(1)

@@ -22,7 +22,7 @@ from .chunked import ChunkedArray
 from .regrouped import RegroupedPages
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
-from .summaries import SummaryArray
+from .summaries import SummaryArray, kept_as
 
 # RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
@@ -41,6 +41,7 @@ class PageStore:
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
         regroups: whether the method regroups pages, whose positions are then kept.
+        summary_dtypes: name -> dtype of those that are kept as they are in any case.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         regroups: bool = False,
+        summary_dtypes: dict[str, torch.dtype] | None = None,
     ) -> None:
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -69,9 +71,10 @@ class PageStore:
         segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
         rows = segments * SEGMENT_PAGES * num_heads
         self.home = ChunkedArray((elements,), rows, dtype, device)
-        self.summaries = {
-            name: SummaryArray(shape, rows, dtype, device, quantized) for name, shape in summary_shapes.items()
-        }
+        self.summaries = {}
+        for name, shape in summary_shapes.items():
+            kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
+            self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
         self.regrouped = RegroupedPages(sequences, num_heads, rows, device) if regroups else None
         self.frames: PageFrames | None = None
         self.num_segments = 0
@@ -219,9 +222,11 @@ class PageStore:
             keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
 
-    def summary(self, name: str) -> Tensor:
-        """The method's vectors [B, H, N, ...] of all pages of all sequences."""
-        return self.summaries[name].take(self._rows()[:, :, : self.sequences.num_pages])
+    def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
+        """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
+        rows = self._rows()
+        rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
+        return self.summaries[name].take(rows)
 
     def pages_held(self) -> int:
         """Pages of all KV heads that hold tokens; pages that sequences share count once."""

@@ -84,10 +84,7 @@ class RegroupedPages:
             grouped = self.sequences.stretches.grouped[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
             _check(not bool((moved & ~grouped).any()), "a page was regrouped that must stay as it is")
-            begins = torch.arange(stop - first, device=pages.device).expand_as(pages)
-            last = torch.where(pages > 0, begins + pages, 0).cummax(2).values  # the page behind the latest partition
-            _check(bool(((pages > 0) == (begins == last.roll(1, 2).index_fill(2, begins[0, 0, :1], 0))).all()), _TILES)
-            _check(bool((last[:, :, -1] == stop - first).all()), _TILES)
+            _check(tiles(pages), "partitions of a stretch overlap or leave pages out")
 
     def _places(self) -> Tensor:
         """Position of each place in the stretches: [B, H, pages * P], int64."""
@@ -103,12 +100,18 @@ class RegroupedPages:
         return tokens.view(-1, self.page_size).expand(self.sequences.batch_size, self.num_heads, -1, -1)
 
 
+def tiles(partition_pages: Tensor) -> bool:
+    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap."""
+    places = torch.arange(partition_pages.shape[2], device=partition_pages.device)
+    upto = torch.where(partition_pages > 0, places + partition_pages, 0).cummax(2).values  # behind the latest partition
+    before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
+    begins = (partition_pages > 0) == (before == places)
+    return bool(begins.all()) and bool((upto[:, :, -1] == places.numel()).all())
+
+
 def bytes_for_regrouping(page_size: int) -> int:
     """Bytes that positions and partition of a page take."""
     return 4 * page_size + 4
-
-
-_TILES = "partitions of a stretch overlap or leave pages out"
 
 
 def _check(condition: bool, message: str) -> None:

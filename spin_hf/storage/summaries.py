@@ -3,6 +3,7 @@
     int8      values  ChunkedArray of int8 [D]       vector = values * scale;  scale = largest absolute value / 127
               scale   ChunkedArray of float32 []
     as is     values  ChunkedArray of the model's dtype;  scalars are always kept so
+    own       values  ChunkedArray of the dtype that the method names, such as bytes of codes
 
 Scoring reads every vector of the context at every step, so their bytes are its time.
 """
@@ -60,6 +61,18 @@ class SummaryArray:
             return summaries.to(self.values.dtype)
         values, scale = kernels.quantize(summaries)
         return values.float() * scale.unsqueeze(-1)
+
+
+def kept_as(
+    name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]
+) -> tuple[torch.dtype, bool]:  # fmt: skip
+    """Dtype of what is kept as it is, and whether vectors become int8, for a summary of this name.
+
+    Args:
+        dtype, quantized: what the cache chose.
+        own: name -> dtype, where the method chose.
+    """
+    return (own[name], False) if name in own else (dtype, quantized)
 
 
 def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:

@@ -24,10 +24,11 @@ from spin_hf.attention.retroinfer import fill_clusters
 from tests.cache.regrouping import little_slack
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 
-from .conversation import Step, is_dense, random_world, single_steps, without_near_ties
+from .conversation import random_world, single_steps, without_near_ties
 from .oracle import NearTieError, Rules
+from .regrouped import Head, compare, play, softmax_over, stretches, zones_of
 
-TOLERANCE, MARGIN = 1e-5, 1e-6
+MARGIN = 1e-6
 RULES = Rules(budget=24, num_sink_tokens=4, recent_window=10)
 
 
@@ -52,38 +53,10 @@ def _poison() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Head:
-    """One KV head of one sequence: keys [L, D], values [L, Dv], is_real [L], tokens of pages, pages of clusters."""
-
-    keys: np.ndarray
-    values: np.ndarray
-    is_real: np.ndarray
-    pages: list[list[int]]
-    clusters: list[list[int]]
-
-
-def head_of(driver: Driver, world: World, layer: int, b: int, h: int, valid: torch.Tensor) -> Head:
-    store = driver.cache.layers[layer].store
-    num_pages = store.sequences.num_pages
-    tokens = store.regrouped.positions(0, num_pages)[b, h].tolist()
-    sizes = store.regrouped.partition_pages(0, num_pages)[b, h].tolist()
-    clusters = [list(range(page, page + size)) for page, size in enumerate(sizes) if size]
-    assert sorted(page for cluster in clusters for page in cluster) == list(range(num_pages))
-    keys, values = (x[layer][b, h].double().numpy() for x in (world.keys, world.values))
-    return Head(keys, values, valid[b].numpy(), tokens, clusters)
-
-
-def expected_output(rules: Rules, share: float, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
-    """[G, Dv] for the queries [G, D] at token `at`."""
-    seen = [token for token in range(at + 1) if head.is_real[token]]
-    held = [[token for token in page if token <= at and head.is_real[token]] for page in head.pages[: at // 8 + 1]]
-    always = {token // 8 for token in seen[: rules.num_sink_tokens]}
-    always |= {token // 8 for token in seen[max(0, len(seen) - rules.recent_window) :]}
-    firsts = {page for page in range(len(held)) if held[page] and page not in always}
-    clusters = [cluster for cluster in head.clusters if cluster[0] in firsts]
-    assert not any(page in always for cluster in clusters for page in cluster)
-    inside = [[token for page in cluster for token in held[page]] for cluster in clusters]
+def expect(rules: Rules, method: RetroInfer, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
+    zones = zones_of(rules, head, at)
+    clusters, room = zones.clusters, zones.room
+    inside = [[token for page in cluster for token in zones.held[page]] for cluster in clusters]
     mean_key, mean_value = ([np.mean(x[tokens], axis=0) for tokens in inside] for x in (head.keys, head.values))
     scores = np.zeros(len(clusters))
     for q in query:
@@ -91,17 +64,14 @@ def expected_output(rules: Rules, share: float, head: Head, query: np.ndarray, a
         if len(clusters):
             scores += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = sorted(range(len(clusters)), key=lambda i: -scores[i])
-    room = math.ceil(rules.budget_tokens(len(seen)) / 8)
-    if len(seen) <= rules.budget_tokens(len(seen)):
-        room = len(held)
-    exact, estimated = [token for page in always for token in held[page]], []
-    most, edges = math.ceil(Fraction(repr(share)) * len(clusters)), []
+    exact, estimated = [token for page in zones.always for token in zones.held[page]], []
+    most, edges = math.ceil(Fraction(repr(method.estimated_share)) * len(clusters)), []
     for rank, i in enumerate(order):
         now, rest = clusters[i][:room], clusters[i][room:]
-        exact += [token for page in now for token in held[page]]
+        exact += [token for page in now for token in zones.held[page]]
         room -= len(now)
         if rest and len(estimated) < most:
-            estimated.append((i, sum(len(held[page]) for page in rest)))
+            estimated.append((sum(len(zones.held[page]) for page in rest), mean_key[i], mean_value[i]))
             edges += [rank] if len(estimated) in (1, most) else []
         if room == 0 and now:
             edges.append(rank)
@@ -109,62 +79,8 @@ def expected_output(rules: Rules, share: float, head: Head, query: np.ndarray, a
         for one, two in ((rank - 1, rank), (rank, rank + 1)):
             if one >= 0 and two < len(order) and scores[order[one]] - scores[order[two]] < MARGIN:
                 raise NearTieError("clusters")
-    result = []
-    for g, q in enumerate(query):
-        logits = [rules.scale * float(q @ head.keys[token]) for token in exact]
-        logits += [rules.scale * float(q @ mean_key[i]) for i, _ in estimated]
-        if rules.softcap is not None:
-            logits = [rules.softcap * math.tanh(logit / rules.softcap) for logit in logits]
-        counts = [1] * len(exact) + [count for _, count in estimated]
-        states = [head.values[token] for token in exact] + [mean_value[i] for i, _ in estimated]
-        weights = [count * math.exp(logit) for count, logit in zip(counts, logits, strict=True)]
-        total = sum(weights) + (0.0 if sinks is None else math.exp(sinks[g]))
-        result.append(np.sum([weight / total * state for weight, state in zip(weights, states, strict=True)], axis=0))
-    return np.array(result)
-
-
-def compare(driver: Driver, world: World, rules: Rules, start: int, stop: int, given: Any, sinks: Any = None) -> int:
-    """One step both ways; returns the number of queries that left something out."""
-    method, sparse = driver.cache._shared.method, 0
-    outputs = driver.step(world, start, stop, given)
-    valid = torch.ones((world.keys[0].shape[0], stop), dtype=torch.bool) if given is None else given
-    for layer, out in enumerate(outputs):
-        for b, h in np.ndindex(out.shape[0], world.shape.kv_heads):
-            head = head_of(driver, world, layer, b, h, valid)
-            heads = slice(h * world.shape.group, (h + 1) * world.shape.group)
-            for at in range(start, stop):
-                if not valid[b, at]:
-                    continue
-                dense = is_dense(rules, start, stop)
-                sparse += not dense
-                own = rules if not dense else Rules(**(vars(rules) | {"budget": 1 << 30}))
-                queries = world.queries[layer][b, heads, at].double().numpy()
-                logits = None if sinks is None else sinks[heads].tolist()
-                expected = expected_output(own, method.estimated_share, head, queries, at, logits)
-                worst = float(np.abs(out[b, at - start, heads].double().numpy() - expected).max())
-                assert worst <= TOLERANCE, f"token {at} of sequence {b}, layer {layer}, KV head {h}: off by {worst:.1e}"
-    driver.cache.check_integrity()
-    return sparse
-
-
-def play(
-    world: World, rules: Rules, steps: list[Step], sinks: Any = None, method: Any = None, **options: Any
-) -> Driver:
-    rules = Rules(**(vars(rules) | {"scale": world.shape.key_dim**-0.5}))
-    driver = Driver(
-        world.shape, softcap=rules.softcap, sink_logits=sinks, method=method or Small(), budget=rules.budget,
-        num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, **options,
-    )  # fmt: skip
-    start = sparse = 0
-    for stop, given in steps:
-        sparse += compare(driver, world, rules, start, stop, given, sinks)
-        start = stop
-    assert sparse > 0
-    return driver
-
-
-def stretches(driver: Driver) -> list[int]:
-    return driver.cache._shared.sequences.stretches.stops
+    sinks = [None] * len(query) if sinks is None else sinks
+    return np.array([softmax_over(rules, head, q, exact, estimated, s) for q, s in zip(query, sinks, strict=True)])
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -172,7 +88,7 @@ def stretches(driver: Driver) -> list[int]:
 def test_choice_and_estimate(group: int, share: float) -> None:
     def run(seed: int) -> None:
         world = random_world(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = play(world, RULES, single_steps(180, 190), method=Small(estimated_share=share))
+        driver = play(expect, Small(estimated_share=share), world, RULES, single_steps(180, 190))
         assert len(stretches(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
@@ -183,7 +99,7 @@ def test_incremental_clusters() -> None:
     """From the first token on: clusters are made as tokens leave the recent window, 32 at a time."""
 
     def run(seed: int) -> None:
-        driver = play(random_world(Shape(kv_heads=1), 1, 150, seed), RULES, single_steps(0, 150))
+        driver = play(expect, Small(), random_world(Shape(kv_heads=1), 1, 150, seed), RULES, single_steps(0, 150))
         assert stretches(driver) == [4, 8, 12, 16]
 
     without_near_ties(run)
@@ -195,7 +111,7 @@ def test_budgets(budget: int | float) -> None:
 
     def run(seed: int) -> None:
         rules = Rules(budget=budget, num_sink_tokens=2, recent_window=12)
-        play(random_world(Shape(), 1, 170, seed), rules, single_steps(164, 170))
+        play(expect, Small(), random_world(Shape(), 1, 170, seed), rules, single_steps(164, 170))
 
     without_near_ties(run)
 
@@ -218,20 +134,20 @@ def test_a_mask_that_changes_and_crops() -> None:
         world, other = (random_world(Shape(), 2, 180, seed + offset) for offset in (0, 500))
         rules = Rules(**(vars(RULES) | {"scale": Shape().key_dim ** -0.5}))
         driver = Driver(Shape(), method=Small(), budget=24, num_sink_tokens=4, recent_window=10)
-        compare(driver, world, rules, 0, 150, None)
-        compare(driver, world, rules, 150, 151, None)
+        compare(expect, driver, world, rules, 0, 150, None)
+        compare(expect, driver, world, rules, 150, 151, None)
         assert stretches(driver)
         valid = torch.ones((2, 180), dtype=torch.bool)
         valid[1, 50:53] = False
-        compare(driver, world, rules, 151, 153, valid[:, :153])
+        compare(expect, driver, world, rules, 151, 153, valid[:, :153])
         driver.step(other, 153, 160, valid[:, :160])
         driver.cache.crop(-7)
-        compare(driver, world, rules, 153, 154, valid[:, :154])
+        compare(expect, driver, world, rules, 153, 154, valid[:, :154])
         driver.step(other, 154, 158, valid[:, :158])
         driver.cache.crop(-60)
-        compare(driver, other_after(world, other, 98), rules, 98, 99, valid[:, :99])
+        compare(expect, driver, other_after(world, other, 98), rules, 98, 99, valid[:, :99])
         for at in range(99, 150):
-            compare(driver, other_after(world, other, 98), rules, at, at + 1, valid[:, : at + 1])
+            compare(expect, driver, other_after(world, other, 98), rules, at, at + 1, valid[:, : at + 1])
         assert stretches(driver)[-1] * 8 > 98
 
     without_near_ties(run)
@@ -255,9 +171,9 @@ def test_paged() -> None:
         steps = single_steps(190, 200)
 
         def with_cap(cap: int) -> None:
-            play(world, RULES, steps, gpu_memory=cap)
+            play(expect, Small(), world, RULES, steps, gpu_memory=cap)
 
-        driver = play(world, RULES, steps, gpu_memory=smallest_gpu_memory(with_cap))
+        driver = play(expect, Small(), world, RULES, steps, gpu_memory=smallest_gpu_memory(with_cap))
         assert driver.cache.stats().evictions > 0
 
     without_near_ties(run)
@@ -267,7 +183,7 @@ def test_softcap_and_attention_sinks() -> None:
     def run(seed: int) -> None:
         sinks = torch.tensor([0.5, -1.0, 3.0, 1.0])
         rules = Rules(budget=24, recent_window=10, softcap=1.5)
-        play(random_world(Shape(), 2, 160, seed), rules, single_steps(154, 160), sinks=sinks)
+        play(expect, Small(), random_world(Shape(), 2, 160, seed), rules, single_steps(154, 160), sinks=sinks)
 
     without_near_ties(run)
 

@@ -180,38 +180,39 @@ def test_beams_that_differ_do_not_disturb_each_other(world: World) -> None:
     """A stretch over a segment that they share and one that they do not: both go their own ways."""
     driver = new_driver(method=Shuffled(), dense_below=1000)
     with patch.object(regroup, "grow", lambda shared: None):  # until they differ
-        driver.step(world.rows([0]), 0, 250)
+        driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         both = World(SHAPE, *([x.clone() for x in xs[:3]] for xs in (world.keys, world.values, world.queries)))
         for states in (both.keys, both.values):
             for layer in range(SHAPE.layers):
-                states[layer][1, :, :250] = states[layer][0, :, :250]
+                states[layer][1, :, :270] = states[layer][0, :, :270]
         both = both.rows([0, 1])
-        driver.step(both, 250, 330)
+        driver.step(both, 270, 380)
         driver.cache.check_integrity()
-    assert driver.cache._shared.sequences.segments_in_use == 4
+    assert driver.cache._shared.sequences.segments_in_use == 3
     with patch.object(Backwards, "stretch_tokens", 400):
-        driver.step(both, 330, 331)
-    assert stops(driver) == [(330 - 17) // 8]
+        driver.step(both, 380, 381)
+    assert stops(driver) == [(380 - 17) // 8]
+    assert driver.cache._shared.sequences.segments_in_use == 4
     driver.cache.check_integrity()
     for layer in range(SHAPE.layers):
-        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :331])
+        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :381])
 
 
 def test_no_room_for_copies(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A stretch that beams share in part stays as it is where they may not be given copies, and one warning says so."""
     driver = new_driver()
     with patch.object(regroup, "grow", lambda shared: None):
-        driver.step(world.rows([0]), 0, 250)
+        driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
-        driver.step(world.rows([0, 0]), 250, 330)
+        driver.step(world.rows([0, 0]), 270, 380)
     used = driver.cache._shared.sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
     with patch.object(Clumped, "stretch_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
         regroup.grow(driver.cache._shared)
     assert "no room" in caplog.text
-    assert stops(driver) == [(330 - 17) // 8]
+    assert stops(driver) == [(380 - 17) // 8]
     assert not moved(driver).any()
     assert driver.cache._shared.sequences.segments_in_use == used
     driver.cache.check_integrity()
@@ -241,6 +242,11 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
     with patch.object(Shuffled, where, failing), pytest.raises(error):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
+    if where == "index_partitions":
+        stretch, layer = divmod(call - 1, SHAPE.layers)
+        first, stop = driver.cache._shared.sequences.stretches.bounds[stretch]
+        assert not moved(driver, layer)[:, first:stop].any()
+        assert moved(driver, 0)[:, 1:first].all()
     assert driver.cache.get_seq_length() == 200
     for layer in range(SHAPE.layers):
         assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :200])
@@ -252,17 +258,24 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
     driver.cache.check_integrity()
 
 
-@pytest.mark.parametrize("order", ["twice", "short"])
-def test_a_method_that_loses_tokens(world: World, order: str) -> None:
+@pytest.mark.parametrize("wrong", ["twice", "short", "gap", "overlap", "beyond", "few"])
+def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
         def arrange(self, keys: Tensor) -> Arrangement:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
-            return Arrangement(places // 2 if order == "twice" else places[:, :, 1:])
+            if wrong in ("twice", "short"):
+                return Arrangement(places // 2 if wrong == "twice" else places[:, :, 1:])
+            pages = torch.ones((*keys.shape[:2], keys.shape[2] // 8), dtype=torch.int64)
+            if wrong == "few":
+                return Arrangement(places, pages[:, :, 1:])
+            at, number = {"gap": (2, 0), "overlap": (2, 2), "beyond": (-1, 2)}[wrong]
+            pages[:, 1, at] = number
+            return Arrangement(places, pages)
 
     driver = new_driver(method=Losing())
     driver.step(world, 0, 200)
-    with pytest.raises(CacheStateError, match="permutation"):
+    with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
 
@@ -291,6 +304,16 @@ def test_integrity_sees_lost_positions(world: World) -> None:
         with pytest.raises(CacheStateError, match="integrity"):
             broken.check_integrity()
     driver.cache.check_integrity()
+
+
+def test_integrity_sees_a_regrouped_page_in_the_recent_window(world: World) -> None:
+    driver = new_driver()
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    with patch.object(regroup, "restore", lambda shared, valid, length: None):
+        driver.cache.crop(-20)
+    with pytest.raises(CacheStateError, match="run of positions"):
+        driver.cache.check_integrity()
 
 
 def test_other_methods_keep_no_positions(world: World) -> None:

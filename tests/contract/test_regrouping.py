@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from spin_hf import RetroInfer, regroup
+from spin_hf import Bisection, Method, RetroInfer, regroup
 from tests.cache.regrouping import Clumped, little_slack
 from tests.support.compare import Trace, assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
@@ -29,6 +29,12 @@ LOADING = [mode for mode in MODES if mode != "compiled"]
 
 @dataclass(frozen=True)
 class SmallRetroInfer(RetroInfer):
+    stretch_tokens: ClassVar[int] = 64
+    growth_tokens: ClassVar[int] = 24
+
+
+@dataclass(frozen=True)
+class SmallBisection(Bisection):
     stretch_tokens: ClassVar[int] = 64
     growth_tokens: ClassVar[int] = 24
 
@@ -76,9 +82,10 @@ def test_everything_selected(mode: str, stretches: list[int]) -> None:
 
 @pytest.mark.parametrize("mode", [*FEW_MODES, "assisted", "multi_turn", "from_cache", "left_padding", "compiled"])
 @pytest.mark.parametrize("budget", [110, 1 << 20])
-def test_retroinfer(mode: str, budget: int, stretches: list[int]) -> None:
-    """With room for all clusters nothing is left to be estimated."""
-    subject = SpinSubject("llama", method=SmallRetroInfer(), budget=budget, num_sink_tokens=4, recent_window=16)
+@pytest.mark.parametrize("method", [SmallRetroInfer(), SmallBisection()], ids=lambda method: method.name)
+def test_methods_that_estimate(method: Method, mode: str, budget: int, stretches: list[int]) -> None:
+    """With room for everything nothing is left to be estimated."""
+    subject = SpinSubject("llama", method=method, budget=budget, num_sink_tokens=4, recent_window=16)
     assert_same(MODES[mode](subject), expected("llama", mode))
     check(subject, stretches)
 

@@ -1,0 +1,216 @@
+"""Bisection against an oracle with loops over float64, written from its documentation.
+
+    rate       log of tokens * exp(scale * q . mean); for the 4 x budget best by the shares of that, log of the sum over their
+               tokens of exp(scale * q . (mean + key in four bits)); shares among all candidates, summed over the group
+    estimate   every other page: tokens * exp(scale * q . mean key), mean value
+
+Where the tokens stand is read back from the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from spin_hf import Bisection, OptionError, OptionTypeError
+from spin_hf.attention import lowbit
+from spin_hf.attention.bisection import bisect
+from tests.cache.regrouping import little_slack
+from tests.cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
+
+from .conversation import random_world, single_steps, without_near_ties
+from .oracle import NearTieError, Rules
+from .regrouped import Head, play, softmax_over, stretches, zones_of
+
+MARGIN = 1e-6
+RULES = Rules(budget=24, num_sink_tokens=4, recent_window=10)
+
+
+@dataclass(frozen=True)
+class Small(Bisection):
+    """Regroups often."""
+
+    stretch_tokens: ClassVar[int] = 96
+    growth_tokens: ClassVar[int] = 32
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory(), little_slack():
+        yield
+
+
+def in_four_bits(vector: np.ndarray) -> np.ndarray:
+    """The best of six roundings of `vector` to odd multiples of half a step, by squared error; the step kept as bfloat16."""
+    size, best = math.sqrt(float(np.mean(vector**2))), None
+    if not size:
+        return vector
+    for multiple in (0.25, 0.3, 0.335, 0.4, 0.5, 0.65):
+        step = size * multiple
+        levels = np.clip(np.round(vector / step + 7.5), 0, 15) - 7.5
+        error = float(((levels * step - vector) ** 2).sum())
+        if best is None or error < best[0]:
+            best = error, levels, step
+    assert best is not None
+    return best[1] * float(torch.tensor(best[2]).bfloat16())
+
+
+def shares(log_weights: np.ndarray) -> np.ndarray:
+    """[G, N] to [N]."""
+    weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
+    return (weights / weights.sum(1, keepdims=True)).sum(0)
+
+
+def best(scores: dict[int, float], count: int) -> list[int]:
+    order = sorted(scores, key=lambda page: -scores[page])
+    if 0 < count < len(order) and scores[order[count - 1]] - scores[order[count]] < MARGIN:
+        raise NearTieError("pages")
+    return order[:count]
+
+
+def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
+    zones = zones_of(rules, head, at)
+    assert all(len(cluster) == 1 for cluster in zones.clusters)
+    pages = [page for (page,) in zones.clusters]
+    exact, estimated = [token for page in zones.always for token in zones.held[page]], []
+    if pages:
+        tokens = {page: zones.held[page] for page in pages}
+        mean = {page: np.mean(head.keys[tokens[page]], axis=0) for page in pages}
+        basis = lowbit.rotate(torch.eye(head.keys.shape[1])).double().numpy()
+        rated = np.array([[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in pages] for q in query])
+        looked_at = best(dict(zip(pages, shares(rated), strict=True)), method.looked_at * zones.room)
+        for page in looked_at:
+            keys = [mean[page] + in_four_bits((head.keys[t] - mean[page]) @ basis) @ basis.T for t in tokens[page]]
+            for g, q in enumerate(query):
+                rated[g, pages.index(page)] = math.log(sum(math.exp(rules.scale * float(q @ key)) for key in keys))
+        found = dict(zip(pages, shares(rated), strict=True))
+        chosen = best({page: found[page] for page in looked_at}, zones.room)
+        exact += [token for page in chosen for token in tokens[page]]
+        for page in pages:
+            if page not in chosen:
+                estimated.append((len(tokens[page]), mean[page], np.mean(head.values[tokens[page]], axis=0)))
+    sinks = [None] * len(query) if sinks is None else sinks
+    return np.array([softmax_over(rules, head, q, exact, estimated, s) for q, s in zip(query, sinks, strict=True)])
+
+
+@pytest.mark.parametrize("looked_at", [1, 2, 4])
+@pytest.mark.parametrize("group", [1, 3])
+def test_choice_and_estimate(group: int, looked_at: int) -> None:
+    def run(seed: int) -> None:
+        world = random_world(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
+        driver = play(expect, Small(looked_at), world, RULES, single_steps(182, 190))
+        assert len(stretches(driver)) == 2
+        assert driver.cache.stats().attended_tokens < 60
+
+    without_near_ties(run)
+
+
+def test_growing_padded_in_several_queries() -> None:
+    def run(seed: int) -> None:
+        valid = torch.ones((3, 150), dtype=torch.bool)
+        valid[0, 33:70], valid[1, 20:130:3], valid[2, :21], valid[2, 146] = False, False, False, False
+        steps = [(stop, valid[:, :stop]) for stop in (90, 91, 106, 122, 138, 150)]
+        driver = play(expect, Small(), random_world(Shape(key_dim=12), 3, 150, seed), RULES, steps)
+        assert stretches(driver) == [9, 13]
+
+    without_near_ties(run)
+
+
+def test_paged_softcap_and_sinks() -> None:
+    def run(seed: int) -> None:
+        world, sinks = random_world(Shape(kv_heads=1, key_dim=6), 2, 200, seed), torch.tensor([0.5, 2.0])
+        rules, steps = Rules(budget=0.2, recent_window=10, softcap=1.5), single_steps(194, 200)
+
+        def with_cap(cap: int) -> None:
+            play(expect, Small(), world, rules, steps, sinks, gpu_memory=cap)
+
+        driver = play(expect, Small(), world, rules, steps, sinks, gpu_memory=smallest_gpu_memory(with_cap))
+        assert driver.cache.stats().evictions > 0
+
+    without_near_ties(run)
+
+
+# ------------------------------------------------------------------------------------------------ bisection, four bits
+
+
+def halved(points: np.ndarray, rows: list[int]) -> list[int]:
+    """Twelve lines for `bisect`: the same axis, one part at a time."""
+    if len(rows) <= 8:
+        return rows
+    x = points[rows] - points[rows].mean(0)
+    axis = x[np.argmax((x**2).sum(1))]
+    for _ in range(6):
+        axis = x.T @ (x @ axis)
+        axis = axis / np.linalg.norm(axis)
+    order = np.argsort(x @ axis, kind="stable")
+    middle = len(rows) // 8 // 2 * 8
+    return [i for part in (order[:middle], order[middle:]) for i in halved(points, [rows[j] for j in part])]
+
+
+@pytest.mark.parametrize("count", [8, 16, 24, 56, 72, 400])
+def test_bisect(count: int) -> None:
+    stretch = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2])  # axes of different lengths, so that there is a first one
+    points = torch.randn((3, count, 5), generator=torch.Generator().manual_seed(count)) * stretch
+    order = bisect(points, 8)
+    for h in range(3):
+        pages = [sorted(page) for page in order[h].view(-1, 8).tolist()]
+        expected = np.array(halved(points[h].double().numpy(), list(range(count)))).reshape(-1, 8)
+        assert pages == [sorted(page) for page in expected.tolist()]
+
+
+def test_bisect_brings_what_lies_together_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(32).repeat_interleave(8)[torch.randperm(256, generator=generator)]
+    centres = 10 * torch.randn((32, 6), generator=generator)
+    points = centres[label] + 0.01 * torch.randn((1, 256, 6), generator=generator)
+    pages = label[bisect(points, 8)[0]].view(-1, 8)
+    assert torch.tensor([len(page.unique()) for page in pages]).float().mean() < 2
+    same = bisect(torch.zeros((1, 40, 3)), 8)
+    assert torch.equal(same.sort(1).values[0], torch.arange(40))
+
+
+@pytest.mark.parametrize("dim", [1, 5, 12, 64, 96])
+def test_rotation_keeps_products(dim: int) -> None:
+    a, b = torch.randn((2, 50, dim), generator=torch.Generator().manual_seed(dim))
+    torch.testing.assert_close(lowbit.rotate(a) @ lowbit.rotate(b).T, a @ b.T, rtol=0, atol=1e-4)
+    if dim == 64:
+        assert float(lowbit.rotate(torch.eye(64)).abs().max()) == pytest.approx(1 / 8)  # one number goes to all
+
+
+@pytest.mark.parametrize("dim", [1, 5, 12, 64])
+def test_four_bits(dim: int) -> None:
+    vectors = torch.randn((30, dim), generator=torch.Generator().manual_seed(dim)) * torch.logspace(-3, 3, 30)[:, None]
+    codes, scale = lowbit.encode(vectors)
+    assert (codes.dtype, codes.shape) == (torch.uint8, (30, -(-dim // 2)))
+    found = lowbit.decode(codes, dim) * scale.unsqueeze(-1)
+    for row in range(30):
+        exact = in_four_bits(vectors[row].double().numpy())
+        np.testing.assert_allclose(found[row].numpy(), exact, rtol=5e-3)  # there the step is rounded
+    assert torch.isfinite(lowbit.encode(torch.zeros(2, dim))[1]).all()
+
+
+def test_codes_are_kept_as_they_are() -> None:
+    """Also where vectors become int8: bytes of codes and bfloat16 scales, and the budget knows their size."""
+    from tests.cache.tiny import Driver
+
+    world = random_world(Shape(key_dim=6), 1, 100, 0)
+    driver = Driver(world.shape, method=Small(), budget=16, recent_window=10, summary_dtype="int8")
+    driver.step(world, 0, 100)
+    store = driver.cache.layers[0].store
+    kept = {name: summary.values.dtype for name, summary in store.summaries.items()}
+    assert kept == {"mean": torch.int8, "value": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16}
+    assert store.budget.summary_bytes == (6 + 4) + (8 + 4) + 8 * 3 + 8 * 2 + 36
+    assert store.budget.summary_bytes == sum(array.row_bytes for array in store._arrays()[1:])
+    driver.cache.check_integrity()
+
+
+@pytest.mark.parametrize(("given", "error"), [(0, OptionError), (True, OptionTypeError), (1.5, OptionTypeError)])
+def test_parameters(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"looked_at: expected .*; pass 4"):
+        Bisection(given)
