@@ -114,7 +114,7 @@ class Text:
     """One play: what is prefilled, and what is forced behind it. Prefilled when it is first asked for."""
 
     def __init__(self, model: Any, tokenizer: Any, title: str, num_tokens: int, steps: int) -> None:
-        ids = tokenizer(play(title), add_special_tokens=False).input_ids[: num_tokens + steps]
+        ids = tokenizer(play(title)).input_ids[: num_tokens + steps]  # begins as the model's texts do
         if len(ids) < num_tokens + steps:
             raise ValueError(f"expected at most {len(ids)} tokens and steps for {title}, got {num_tokens + steps}")
         self.ids, self.following = ids[:num_tokens], ids[num_tokens:]
@@ -171,6 +171,8 @@ def main() -> None:
     name = args.model or default_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
+    if args.kvpress and set(getattr(model.config, "layer_types", ())) - {"full_attention"}:
+        parser.error("--kvpress: expected a model whose layers all attend to everything; its presses are for those")
     about = {
         "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": "bfloat16", "device": "cpu",
         "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
