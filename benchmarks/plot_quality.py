@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
-from quality_tables import of_texts, task_means
+from quality_tables import kl_lines, score_lines
 from record import RESULTS
 
 matplotlib.use("svg")
@@ -27,29 +26,6 @@ STYLES = {
     "kvpress snapkv unseen": ("v:", "C2"),
 }  # fmt: skip
 """How to draw a method; others (`shadowkv:model`, kvpress's StreamingLLM) lie on one of these."""
-Lines = dict[str, dict[int, float]]
-"""By method, a value for each share."""
-
-
-def kl_lines(rows: dict[str, Any]) -> Lines:
-    """KL by method and share, of those with all texts."""
-    found = of_texts(rows, "kl")
-    texts = set().union(*(values for values in found.values()))
-    lines: Lines = {}
-    for (method, share), values in found.items():
-        if set(values) == texts:
-            lines.setdefault(method, {})[share] = fmean(values.values())
-    return lines
-
-
-def score_lines(rows: dict[str, Any]) -> Lines:
-    """The mean score over tasks by method and share."""
-    lines: Lines = {}
-    for cell, means in task_means(rows).items():
-        if cell != "dense":
-            method, share = cell.split(", 1/")
-            lines.setdefault(method, {})[int(share)] = means["mean"]
-    return lines
 
 
 def draw(results: list[dict[str, Any]], target: Path) -> None:
@@ -65,8 +41,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
                 xs, ys = [1 / share for share, _ in points], [value for _, value in points]
                 (handles[method],) = axes.plot(xs, ys, style, color=color, markersize=4)
         if answers:
-            dense = task_means(result["rows"])["dense"]["mean"]
-            handles["dense"] = axes.axhline(dense, color="k", linewidth=0.8)
+            handles["dense"] = axes.axhline(lines.pop("dense")[1], color="k", linewidth=0.8)
             axes.set(ylim=(-0.03, 1.03), ylabel="answered")
         else:
             axes.set(yscale="log", ylabel="KL from dense, nats")

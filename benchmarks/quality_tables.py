@@ -1,4 +1,4 @@
-"""Tables of the results of `quality.py` and `retrieval.py`: `python benchmarks/quality_tables.py [results.json ...]`.
+"""Tables of the results of `quality.py` and `retrieval.py`, and one of all: `python benchmarks/quality_tables.py [file ...]`.
 
 Rows of a method at a budget are averaged over texts or examples; a mean is only printed where all methods have the same ones.
 """
@@ -13,6 +13,9 @@ from typing import Any
 
 from record import RESULTS
 from tasks import TASKS
+
+Lines = dict[str, dict[int, float]]
+"""By method, a value for each share."""
 
 
 def of_texts(rows: dict[str, Any], value: str) -> dict[tuple[str, int], dict[str, float]]:
@@ -76,6 +79,44 @@ def task_table(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
+def kl_lines(rows: dict[str, Any]) -> Lines:
+    """KL by method and share, of those with all texts."""
+    found = of_texts(rows, "kl")
+    texts = set().union(*(values for values in found.values()))
+    lines: Lines = {}
+    for (method, share), values in found.items():
+        if set(values) == texts:
+            lines.setdefault(method, {})[share] = fmean(values.values())
+    return lines
+
+
+def score_lines(rows: dict[str, Any]) -> Lines:
+    """The mean score over tasks by method and share; of `dense`, share 1."""
+    lines: Lines = {}
+    for cell, means in task_means(rows).items():
+        method, _, share = cell.partition(", 1/")
+        lines.setdefault(method, {})[int(share or 1)] = means["mean"]
+    return lines
+
+
+def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -> list[str]:
+    """The README's table: a method a row, KL or the mean score at some budgets of every result a column."""
+    answers = ["new_tokens" in result for result in results]
+    lines = [(score_lines if asked else kl_lines)(r["rows"]) for r, asked in zip(results, answers, strict=True)]
+    titles = [f"{'answered' if asked else 'KL'}, {r['model']}" for r, asked in zip(results, answers, strict=True)]
+    heads = [f"{title}: 1/{share}" for title in titles for share in shares]
+    table = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for method in dict.fromkeys(method for found in lines for method in found):
+        cells = []
+        for found, asked in zip(lines, answers, strict=True):
+            values = found.get(method, {})
+            for share in shares:
+                value = values.get(1 if method == "dense" else share)
+                cells.append("" if value is None else f"{value:.0%}" if asked else f"{value:.3f}")
+        table.append(f"| {method} | " + " | ".join(cells) + " |")
+    return table
+
+
 def _order(cell: str) -> tuple[bool, str, int]:
     method, share = cell.split(", 1/")
     return method.startswith("kvpress"), method, -int(share)
@@ -86,8 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     found = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
     parser.add_argument("results", type=Path, nargs="*", default=found)
-    for file in parser.parse_args().results:
-        result = json.loads(file.read_text())
+    results = {file: json.loads(file.read_text()) for file in parser.parse_args().results}
+    print("\n".join(summary(list(results.values()))))
+    for file, result in results.items():
         about = f"{file.stem}: {result['tokens']:,} tokens, {len(result['rows'])} rows"
         table = task_table if "new_tokens" in result else kl_table
         print(f"\n{about}\n\n" + "\n".join(table(result["rows"])))

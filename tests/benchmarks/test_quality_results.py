@@ -13,7 +13,7 @@ import pytest
 import retrieval
 import torch
 from divergence import divergence
-from quality_tables import kl_table, task_means, task_table
+from quality_tables import kl_lines, kl_table, score_lines, summary, task_means, task_table
 from rows_file import Rows, command_line
 
 ABOUT = {"model": "m", "tokens": 4000, "versions": {"torch": "1"}}
@@ -121,18 +121,22 @@ def test_an_answer_ends_at_the_end_of_its_line() -> None:
     assert retrieval.one_line(Words(), [4, 3, 0]) == "c"
 
 
-def test_the_figure_has_a_line_for_every_method(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    import plot_quality
-
+def test_one_table_and_one_figure_of_all_results(tmp_path: Path) -> None:
     methods = ("shadowkv", "kvpress snapkv")
     rows = {f"{method}, 1/{share}, macbeth": {"kl": 0.1 * share} for method in methods for share in (64, 16)}
     scores = {f"{method}, 1/{share}": {"score": 0.5} for method in methods for share in (64, 16)}
     answers = {"passkey, 0": {"dense": {"score": 1.0}, **scores}}
     about = {"model": "m", "tokens": 4000}
-    lines = plot_quality.kl_lines(rows)
-    assert lines["shadowkv"] == pytest.approx({64: 6.4, 16: 1.6})
-    assert plot_quality.score_lines(answers) == {"shadowkv": {64: 0.5, 16: 0.5}, "kvpress snapkv": {64: 0.5, 16: 0.5}}
     results = [{**about, "rows": rows}, {**about, "new_tokens": 28, "rows": answers}]
+    assert kl_lines(rows)["shadowkv"] == pytest.approx({64: 6.4, 16: 1.6})
+    assert score_lines(answers) == {"dense": {1: 1.0}, **{method: {64: 0.5, 16: 0.5} for method in methods}}
+    assert summary(results)[2:] == [
+        "| shadowkv | 6.400 | 1.600 | 50% | 50% |",
+        "| kvpress snapkv | 6.400 | 1.600 | 50% | 50% |",
+        "| dense |  |  | 100% | 100% |",
+    ]
+    pytest.importorskip("matplotlib")
+    import plot_quality
+
     plot_quality.draw(results, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 5000
