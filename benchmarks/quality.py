@@ -1,12 +1,15 @@
 """How much of dense attention the methods keep at equal budgets: `python benchmarks/quality.py`.
 
-    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --shares 64 32 16 8
+    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4000     --shares 64 32 16 8     --kvpress
+    --methods shadowkv shadowkv:model bisection retroinfer quest oracle window
+                                                ":model" keeps summaries in the model's dtype, not int8
     --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
-    --methods shadowkv retroinfer quest ...     ":model" behind a name keeps summaries in the model's dtype instead of int8
 
-Real text is prefilled once, densely, and its next lines are decoded from a `SpinCache` built from that prefill (teacher
-forcing: every row sees the same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64
-recent tokens.
+Real text is prefilled once, densely, and its next lines are decoded from that prefill (teacher forcing: every row sees the
+same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64 recent tokens: from a
+`SpinCache` built from the prefill, or from the prefill itself by a mask inside attention (`oracle` and `window`, see
+`chosen_tokens.py`), or by kvpress (`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as `shadowkv` attends
+to at the same budget.
 
     KL           of the next-token distribution against the dense one, mean over steps, in nats
     mass         share of the softmax of all tokens that falls on those attended to, mean over steps, layers and query heads;
@@ -14,23 +17,31 @@ recent tokens.
     of oracle    that mass over the mass of the best tokens: for each KV head the same number beside sinks and recent window,
                  by their weight summed over the head's group. Pages can reach 1 only if weights lie side by side.
 
-Finished rows are kept in the results file and not measured again, so a run that was stopped goes on; `--again` starts anew.
-Writes `benchmarks/results/quality-<model>.json` and prints a table.
+The file has mass and that of the best tokens for every layer and KV head. Finished rows are not measured again, so a run that
+was stopped goes on; `--again` starts anew. Writes `benchmarks/results/quality-<model>.json` and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
+import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import kvpress_rivals
 import torch
 import transformers
+from chosen_tokens import RECENT, SINKS, Chosen, Mass, chooser
+from divergence import divergence
+from quality_tables import kl_table
+from record import RESULTS, fingerprint
+from rows_file import Rows, command_line
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -43,53 +54,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from models import default_model
 from texts import play
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PLAYS = ["macbeth", "hamlet", "othello"]
-SINKS, RECENT = 4, 64
+PLAYS = ("macbeth", "hamlet", "othello")
+METHODS = ["shadowkv", "shadowkv:model", "bisection", "retroinfer", "quest", "oracle", "window"]
 EVERY = 8
 """Mass is measured at every so many tokens, as it takes all keys; KL at all of them."""
 
 
-class Mass:
-    """Records what part of the attention a cache's selections keep, while it is the context.
+def recording(mass: Mass) -> Any:
+    """A context in which a SpinCache's selections are recorded: `select_pages` is called by every layer for every step."""
+    original = spin_hf.layer.select_pages
 
-    `select_pages` is called by every layer for every step; its pages, queries and the layer's keys say it all.
-    """
-
-    def __init__(self) -> None:
-        self.kept: list[float] = []
-        self.best: list[float] = []
-
-    def __enter__(self) -> Mass:
-        original = spin_hf.layer.select_pages
-
-        def recording(call: Any, position: int, store: Any, plan: Any, *args: Any) -> Tensor:
-            pages = original(call, position, store, plan, *args)
-            if position % EVERY:
-                return pages
-            allowed = plan.allowed(pages, position)
-            keys = store.pages(0, store.sequences.num_pages)[0].flatten(2, 3)[:, :, : position + 1].float()
-            logits = call.query[:, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
-            weights = logits.softmax(-1).sum(2)[0]  # [H, tokens]: what every token gets from the group
-            group = call.query.shape[2]
+    def select_pages(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int) -> Tensor:
+        pages = original(call, position, store, plan, method, layer)
+        if position % EVERY == 0:
+            keys = store.pages(0, store.sequences.num_pages)[0].flatten(2, 3)[0, :, : position + 1].float()
+            logits = call.query[0, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
+            shares = logits.softmax(-1).mean(1)  # [H, tokens]: what every token gets from the group
             # Places in the pages, whatever tokens stand there, as of `keys`; sinks and recent tokens are never moved.
             tokens = (pages[0].unsqueeze(-1) * store.page_size + torch.arange(store.page_size)).flatten(1)
-            for head, row in enumerate(weights):
-                chosen = tokens[head][allowed[0, head]]
-                self.kept.append(float(row[chosen].sum()) / group)
-                always = torch.zeros_like(row, dtype=torch.bool)
-                always[:SINKS], always[-RECENT:] = True, True
-                others = row.masked_fill(always, 0.0)
-                room = min(len(chosen) - int(always.sum()), len(row))
-                self.best.append(float(row[always].sum() + others.topk(max(0, room)).values.sum()) / group)
-            return pages
+            chosen = torch.zeros_like(shares, dtype=torch.bool)
+            for head, allowed in enumerate(plan.allowed(pages, position)[0]):
+                chosen[head, tokens[head][allowed]] = True
+            mass.add(layer, shares, chosen)
+        return pages
 
-        self.patch = patch.object(spin_hf.layer, "select_pages", recording)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.patch.stop()
+    return patch.object(spin_hf.layer, "select_pages", select_pages)
 
 
 @torch.no_grad()
@@ -107,87 +96,131 @@ def measure(
     tokens: list[int],
     method: str,
     budget: int,
+    equal: int | None,
     gates: dict[str, str],
 ) -> dict[str, Any]:
-    """One row."""
-    method, _, dtype = method.partition(":")
-    folder = gates.get(method)
-    chosen = method if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
-    cache = SpinCache.from_cache(
-        prefilled, model, chosen, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
-        summary_dtype=dtype or "auto",
-    )  # fmt: skip
-    with Mass() as mass:
-        sparse = forced(model, cache, tokens)
-    kl = (dense.exp() * (dense - sparse)).sum(-1)
-    kept, best = sum(mass.kept) / len(mass.kept), sum(mass.best) / len(mass.best)
+    """One row; `equal` is how many tokens a method that is no SpinCache's attends to."""
+    mass = Mass()
+    if method in ("oracle", "window"):
+        assert equal is not None, "shadowkv comes first"
+        with Chosen(model, chooser(method, equal), mass, EVERY):
+            sparse, attended = forced(model, deepcopy(prefilled), tokens), float(equal)
+    else:
+        name, _, dtype = method.partition(":")
+        folder = gates.get(name)
+        chosen = name if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
+        cache = SpinCache.from_cache(
+            prefilled, model, chosen, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
+            summary_dtype=dtype or "auto",
+        )  # fmt: skip
+        with recording(mass):
+            sparse = forced(model, cache, tokens)
+        attended = float(cache.stats().attended_tokens)
+    kept, best = float(mass.kept.mean()), float(mass.best.mean())
     return {
-        "kl": round(float(kl.mean()), 5), "kl_p90": round(float(kl.quantile(0.9)), 5),
-        "top1_agrees": round(float((dense.argmax(-1) == sparse.argmax(-1)).float().mean()), 4),
-        "mass": round(kept, 4), "oracle_mass": round(best, 4), "of_oracle": round(kept / best, 4),
-        "attended_tokens": round(float(cache.stats().attended_tokens), 1),
+        **divergence(dense, sparse), "mass": round(kept, 4), "oracle_mass": round(best, 4),
+        "of_oracle": round(kept / best, 4), "attended_tokens": round(attended, 1),
+        "mass_by_head": [[round(value, 3) for value in layer] for layer in mass.kept.tolist()],
+        "oracle_mass_by_head": [[round(value, 3) for value in layer] for layer in mass.best.tolist()],
     }  # fmt: skip
+
+
+class Text:
+    """One play: what is prefilled, and what is forced behind it. Prefilled when it is first asked for."""
+
+    def __init__(self, model: Any, tokenizer: Any, title: str, num_tokens: int, steps: int) -> None:
+        ids = tokenizer(play(title)).input_ids[: num_tokens + steps]  # begins as the model's texts do
+        if len(ids) < num_tokens + steps:
+            raise ValueError(f"expected at most {len(ids)} tokens and steps for {title}, got {num_tokens + steps}")
+        self.ids, self.following = ids[:num_tokens], ids[num_tokens:]
+        self.prefilled = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.tensor([self.ids]), past_key_values=self.prefilled, logits_to_keep=1)
+        self.dense = forced(model, deepcopy(self.prefilled), self.following)
+
+
+def equal_tokens(rows: Rows, share: int, title: str) -> int | None:
+    """How many tokens `shadowkv` attends to at this budget; None if that is not measured."""
+    name = f"shadowkv, 1/{share}, {title}"
+    return round(rows[name]["attended_tokens"]) if name in rows else None
+
+
+def ask_kvpress(name: str, texts: Iterator[tuple[str, Text]], rows: Rows, shares: list[int], bar: Any) -> None:
+    """Add the rows of kvpress that are missing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = []
+        for title, text in texts:
+            dense = Path(scratch) / f"{title}.safetensors"
+            save_file({"dense": text.dense}, dense)
+            kept = {
+                (press, share): equal_tokens(rows, share, title) or 0
+                for press in kvpress_rivals.PRESSES for share in shares
+                if f"{kvpress_rivals.cell(press, share)}, {title}" not in rows
+            }  # fmt: skip
+            ids = [*text.ids, text.following[0]]
+            task = {"following": text.following[1:], "dense": str(dense)}
+            cases.append(kvpress_rivals.case(title, ids, len(ids), kept, **task))
+        for title, cell, reply in kvpress_rivals.ask(name, cases):
+            rows.put(f"{cell}, {title}", reply)
+            bar.update()
 
 
 def main() -> None:
     """Measure what is missing, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--gates", nargs="+", default=[], metavar="NAME=DIR", help="gates by name of a method")
-    parser.add_argument(
-        "--methods", nargs="+", default=["shadowkv", "shadowkv:model", "bisection", "retroinfer", "quest"]
-    )
+    parser.add_argument("--kvpress", action="store_true", help="kvpress too, in an environment of its own")
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
     )
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--plays", nargs="+", default=list(PLAYS))
     parser.add_argument("--again", action="store_true", help="measure finished rows again")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.methods[0] != "shadowkv":
+        parser.error("--methods: expected shadowkv first, as others get as many tokens as it attends to")
 
     name, gates = args.model or default_model(), dict(entry.split("=", 1) for entry in args.gates)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
-    output = args.output or RESULTS / f"quality-{Path(name).name}.json"
+    if args.kvpress and set(getattr(model.config, "layer_types", ())) - {"full_attention"}:
+        parser.error("--kvpress: expected a model whose layers all attend to everything; its presses are for those")
     about = {
         "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": "bfloat16", "device": "cpu",
-        "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT,
-        "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
+        "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                     "kvpress": kvpress_rivals.VERSION},
     }  # fmt: skip
-    before = json.loads(output.read_text()) if output.exists() and not args.again else {}
-    same = {key: before.get(key) for key in about} == about
-    rows: dict[str, dict[str, Any]] = before.get("rows", {}) if same else {}
+    output = args.output or RESULTS / f"quality-{Path(name).name}.json"
+    rows = Rows(output, about, command_line("quality.py", args.model), args.again)
     cells = [(method, share) for method in args.methods for share in args.shares]
-    with tqdm(total=len(PLAYS) * len(cells), unit=" rows") as bar:
-        for title in PLAYS:
-            missing = [cell for cell in cells if f"{cell[0]}, 1/{cell[1]}, {title}" not in rows]
-            bar.update(len(cells) - len(missing))
-            if not missing:
-                continue
-            ids = tokenizer(play(title), add_special_tokens=False).input_ids[: args.tokens + args.steps]
-            if len(ids) < args.tokens + args.steps:
-                parser.error(f"--tokens and --steps: expected at most {len(ids)} together for {title}")
-            prefilled = DynamicCache(config=model.config)
-            with torch.no_grad():
-                model(torch.tensor([ids[: args.tokens]]), past_key_values=prefilled, logits_to_keep=1)
-            following = ids[args.tokens :]
-            dense = forced(model, deepcopy(prefilled), following)
-            for method, share in missing:
-                row = measure(model, prefilled, dense, following, method, args.tokens // share, gates)
-                rows[f"{method}, 1/{share}, {title}"] = row
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    presses = [kvpress_rivals.cell(p, s) for p in kvpress_rivals.PRESSES for s in args.shares if args.kvpress]
+    texts: dict[str, Text] = {}
+
+    def text(title: str) -> Text:
+        if title not in texts:
+            texts.clear()  # one prefill at a time
+            texts[title] = Text(model, tokenizer, title, args.tokens, args.steps)
+        return texts[title]
+
+    with tqdm(total=len(args.plays) * (len(cells) + len(presses)), unit=" rows") as bar:
+        for title in args.plays:
+            for method, share in cells:
+                key = f"{method}, 1/{share}, {title}"
+                if key not in rows:
+                    of, equal = text(title), equal_tokens(rows, share, title)
+                    budget = args.tokens // share
+                    rows.put(key, measure(model, of.prefilled, of.dense, of.following, method, budget, equal, gates))
                 bar.update()
-    print("\n| method | " + " | ".join(f"1/{share}: KL, mass, of oracle" for share in args.shares) + " |")
-    print("|---" * (len(args.shares) + 1) + "|")
-    for method in args.methods:
-        entries = []
-        for share in args.shares:
-            found = [rows[f"{method}, 1/{share}, {title}"] for title in PLAYS]
-            mean = {key: sum(row[key] for row in found) / len(found) for key in ("kl", "mass", "of_oracle")}
-            entries.append(f"{mean['kl']:.3f}, {mean['mass']:.3f}, {mean['of_oracle']:.1%}")
-        print(f"| {method} | " + " | ".join(entries) + " |")
+            bar.update(sum(f"{cell}, {title}" in rows for cell in presses))
+        open_for = [title for title in args.plays if any(f"{cell}, {title}" not in rows for cell in presses)]
+        if open_for:
+            ask_kvpress(name, ((title, text(title)) for title in open_for), rows, args.shares, bar)
+    print("\n" + "\n".join(kl_table(rows.rows)))
 
 
 if __name__ == "__main__":

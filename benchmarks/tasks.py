@@ -98,24 +98,30 @@ def example(task: str, index: int) -> Example:
     return TASKS[task](random.Random(f"{task} {index}"))
 
 
+def _ids(tokenizer: Any, part: str) -> list[int]:
+    found: list[int] = tokenizer(part, add_special_tokens=False).input_ids
+    return found
+
+
+def question(tokenizer: Any, hidden: Example) -> list[int]:
+    """The ids that stand behind the text: the question, and the answer's first words."""
+    return _ids(
+        tokenizer,
+        f"\n\nAnswer in one short sentence, from the text: {hidden.question}<|im_end|>\n"
+        f"<|im_start|>assistant\n{hidden.answer}",
+    )
+
+
 def prompt(tokenizer: Any, hidden: Example, text: str, num_tokens: int, index: int) -> list[int]:
     """`num_tokens` ids of a chat whose text holds the sentences at depths that `index` decides, up to the answer's first words.
 
     Raises:
         ValueError: the text is too short, or there is no room for one.
     """
-
-    def ids(part: str) -> list[int]:
-        found: list[int] = tokenizer(part, add_special_tokens=False).input_ids
-        return found
-
-    head = ids("<|im_start|>user\nHere is a text.\n\n")
-    tail = ids(
-        f"\n\nAnswer in one short sentence, from the text: {hidden.question}<|im_end|>\n"
-        f"<|im_start|>assistant\n{hidden.answer}"
-    )
-    needles = [ids(f"\n\n{sentence}\n\n") for sentence in hidden.sentences]
-    room, filler = num_tokens - len(head) - len(tail) - sum(map(len, needles)), ids(text)
+    head = _ids(tokenizer, "<|im_start|>user\nHere is a text.\n\n")
+    tail = question(tokenizer, hidden)
+    needles = [_ids(tokenizer, f"\n\n{sentence}\n\n") for sentence in hidden.sentences]
+    room, filler = num_tokens - len(head) - len(tail) - sum(map(len, needles)), _ids(tokenizer, text)
     if not 0 < room <= len(filler):
         raise ValueError(f"expected a text of {room} tokens, more than 0, got one of {len(filler)}")
     draw = random.Random(f"depths {index}")

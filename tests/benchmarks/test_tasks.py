@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tasks import TASKS, example, prompt
+from tasks import TASKS, example, prompt, question
 
 
 class Characters:
@@ -24,6 +24,8 @@ def test_what_is_asked_for_stands_in_the_prompt(task: str, index: int) -> None:
     text = "".join(map(chr, ids))
     assert len(ids) == 3000
     assert text.endswith(hidden.answer)
+    assert ids[-len(question(Characters(), hidden)) :] == question(Characters(), hidden)
+    assert "".join(map(chr, question(Characters(), hidden))).count(hidden.question) == 1
     places = [text.index(sentence) for sentence in hidden.sentences]
     assert places == sorted(places)
     assert all(text.count(sentence) == 1 for sentence in hidden.sentences)

@@ -1,0 +1,142 @@
+"""Rows that go on after a stop and never mix, their tables and figure, and KL by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import retrieval
+import torch
+from divergence import divergence
+from quality_tables import kl_lines, kl_table, score_lines, summary, task_means, task_table
+from rows_file import Rows, command_line
+
+ABOUT = {"model": "m", "tokens": 4000, "versions": {"torch": "1"}}
+
+
+def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "rows.json"
+    first = Rows(file, ABOUT, "first")
+    first.put("shadowkv, 1/64, macbeth", {"kl": 0.1, "mass_by_head": [[0.5]]})
+    second = Rows(file, ABOUT, "second")
+    assert "shadowkv, 1/64, macbeth" in second
+    assert second["shadowkv, 1/64, macbeth"]["kl"] == 0.1
+    assert second.commands == ["first"]  # it has measured nothing yet
+    second.put("quest, 1/64, macbeth", {"kl": 0.2})
+    held = json.loads(file.read_text())
+    assert held["commands"] == ["first", "second"]
+    assert list(held["rows"]) == ["shadowkv, 1/64, macbeth", "quest, 1/64, macbeth"]
+    assert {key: held[key] for key in ABOUT} == ABOUT
+    assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize("changed", [{"tokens": 8000}, {"versions": {"torch": "2"}}, {"sources": "abc"}])
+def test_rows_of_something_else_are_left_behind(tmp_path: Path, changed: dict[str, Any]) -> None:
+    file = tmp_path / "rows.json"
+    Rows(file, ABOUT, "first").put("a", {"kl": 0.1})
+    other = Rows(file, {**ABOUT, **changed}, "second")
+    assert not other.rows
+    assert not other.commands
+    assert not Rows(file, ABOUT, "third", again=True).rows
+
+
+def test_a_command_names_the_model_and_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["/some/where/retrieval.py", "--model", "/some/where/smol", "--tasks", "one of six"]
+    )
+    assert command_line("retrieval.py", "/some/where/smol") == (
+        'python benchmarks/retrieval.py --model smol --tasks "one of six"'
+    )
+
+
+def test_divergence_by_hand() -> None:
+    dense = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]).log()
+    sparse = torch.tensor([[0.5, 0.5], [0.6, 0.4], [0.7, 0.3]]).log()
+    found = divergence(dense, sparse)
+    second = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
+    third = 0.2 * math.log(0.2 / 0.7) + 0.8 * math.log(0.8 / 0.3)
+    assert found["kl"] == pytest.approx((second + third) / 3, abs=1e-5)
+    assert found["kl_p90"] == pytest.approx(second + 0.8 * (third - second), abs=1e-5)
+    assert found["top1_agrees"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_kl_is_averaged_over_texts_and_left_out_where_one_is_missing() -> None:
+    rows = {
+        "shadowkv, 1/64, macbeth": {"kl": 0.1, "of_oracle": 0.7},
+        "shadowkv, 1/64, hamlet": {"kl": 0.3, "of_oracle": 0.9},
+        "shadowkv, 1/16, macbeth": {"kl": 0.1, "of_oracle": 0.7},
+        "kvpress snapkv, 1/64, macbeth": {"kl": 0.2},
+        "kvpress snapkv, 1/64, hamlet": {"kl": 0.4},
+    }
+    assert kl_table(rows)[:1] + kl_table(rows)[2:] == [
+        "| budget | 1/64 | 1/16 |",
+        "| shadowkv | 0.200, 80.0% |  |",
+        "| kvpress snapkv | 0.300 |  |",
+    ]
+
+
+def test_scores_are_averaged_over_tasks_of_cells_that_were_asked_all() -> None:
+    rows = {
+        "passkey, 0": {"dense": {"score": 1.0}, "quest, 1/64": {"score": 1.0}, "window, 1/64": {"score": 0.0}},
+        "passkey, 1": {"dense": {"score": 1.0}, "quest, 1/64": {"score": 0.0}, "window, 1/64": {"score": 0.0}},
+        "one of six, 0": {"dense": {"score": 0.5}, "quest, 1/64": {"score": 0.0}},
+    }
+    means = task_means(rows)
+    assert means == {
+        "dense": {"passkey": 1.0, "one of six": 0.5, "mean": 0.75},
+        "quest, 1/64": {"passkey": 0.5, "one of six": 0.0, "mean": 0.25},
+    }
+    assert task_table(rows)[2:] == ["| dense | 100% | 50% | 75% |", "| quest, 1/64 | 50% | 0% | 25% |"]
+
+
+def test_an_answer_ends_at_the_end_of_its_line() -> None:
+    words = ["a", "b", ".\n", "<|im_end|>", "c"]
+
+    class Words:
+        def __len__(self) -> int:
+            return len(words)
+
+        def batch_decode(self, rows: list[list[int]]) -> list[str]:
+            return [self.decode(row) for row in rows]
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(words[token] for token in tokens)
+
+    def model(tokens: torch.Tensor, past_key_values: Any) -> Any:
+        following = int(tokens[0, 0]) + 1
+        return SimpleNamespace(logits=torch.eye(5)[following % 5].view(1, 1, 5))
+
+    stop = retrieval.ending(Words())
+    assert stop == [2, 3]
+    cache: Any = None
+    assert retrieval.answer(model, 0, cache, stop) == [1, 2]
+    assert retrieval.answer(model, 2, cache, stop) == [3]  # the prompt's last token ends nothing
+    assert len(retrieval.answer(model, 0, cache, [])) == retrieval.NEW_TOKENS
+    assert retrieval.one_line(Words(), [0, 1, 2, 3]) == "ab."
+    assert retrieval.one_line(Words(), [4, 3, 0]) == "c"
+
+
+def test_one_table_and_one_figure_of_all_results(tmp_path: Path) -> None:
+    methods = ("shadowkv", "kvpress snapkv")
+    rows = {f"{method}, 1/{share}, macbeth": {"kl": 0.1 * share} for method in methods for share in (64, 16)}
+    scores = {f"{method}, 1/{share}": {"score": 0.5} for method in methods for share in (64, 16)}
+    answers = {"passkey, 0": {"dense": {"score": 1.0}, **scores}}
+    about = {"model": "m", "tokens": 4000}
+    results = [{**about, "rows": rows}, {**about, "new_tokens": 28, "rows": answers}]
+    assert kl_lines(rows)["shadowkv"] == pytest.approx({64: 6.4, 16: 1.6})
+    assert score_lines(answers) == {"dense": {1: 1.0}, **{method: {64: 0.5, 16: 0.5} for method in methods}}
+    assert summary(results)[2:] == [
+        "| shadowkv | 6.400 | 1.600 | 50% | 50% |",
+        "| kvpress snapkv | 6.400 | 1.600 | 50% | 50% |",
+        "| dense |  |  | 100% | 100% |",
+    ]
+    pytest.importorskip("matplotlib")
+    import plot_quality
+
+    plot_quality.draw(results, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 5000
