@@ -83,9 +83,10 @@ class Bisection(Regrouping, Method):
         budget = query.budget_pages
         pages = kernels.select_top_pages(self._shares(query, coarse), budget * self.looked_at)
         rows, none = pages.clamp(min=0), pages < 0
-        fine = self._fine(query, summary, rows).masked_fill(none.unsqueeze(2), float("-inf"))
-        index = rows.unsqueeze(2).expand_as(fine)
-        rated = coarse.scatter(3, index, fine.where(~none.unsqueeze(2), coarse.gather(3, index)))
+        fine = self._fine(query, summary, rows)
+        spare = coarse.shape[3]  # a column for the places of no page
+        index = pages.masked_fill(none, spare).unsqueeze(2).expand_as(fine)
+        rated = torch.nn.functional.pad(coarse, (0, 1)).scatter(3, index, fine)[..., :spare]
         shares = self._shares(query, rated).gather(2, rows).masked_fill(none, float("-inf"))
         best = kernels.select_top_pages(shares, budget)
         return torch.where(best >= 0, pages.gather(2, best.clamp(min=0)), -1)

@@ -122,6 +122,21 @@ def test_growing_padded_in_several_queries() -> None:
     without_near_ties(run)
 
 
+def test_rows_of_other_lengths_without_sinks() -> None:
+    """A share of the context: short rows look at fewer pages. Page 0 is a candidate, and has to be rated like any other."""
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(group=1), 3, 130, seed)
+        world.keys[0][:, :, :8] *= 0.3
+        world.queries[0][:, :, 120:] += 4 * world.keys[0][:, :, 3:4]  # page 0 is wanted
+        valid = torch.arange(130) >= torch.tensor([[0], [60], [0]])
+        valid[2, 30:90] = False
+        rules = Rules(budget=0.15, num_sink_tokens=0, recent_window=10)
+        play(expect, Small(2), world, rules, single_steps(124, 130, valid))
+
+    without_near_ties(run)
+
+
 def test_paged_softcap_and_sinks() -> None:
     def run(seed: int) -> None:
         world, sinks = random_world(Shape(kv_heads=1, key_dim=6), 2, 200, seed), torch.tensor([0.5, 2.0])

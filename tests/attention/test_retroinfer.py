@@ -121,7 +121,11 @@ def test_padding_several_queries_and_many() -> None:
         valid = torch.ones((3, 170), dtype=torch.bool)
         valid[0, 33:70], valid[1, 20:150:3], valid[2, :21], valid[2, 166] = False, False, False, False
         play(
-            random_world(Shape(), 3, 170, seed), RULES, [(stop, valid[:, :stop]) for stop in (130, 131, 135, 160, 170)]
+            expect,
+            Small(),
+            random_world(Shape(), 3, 170, seed),
+            RULES,
+            [(stop, valid[:, :stop]) for stop in (130, 131, 135, 160, 170)],
         )
 
     without_near_ties(run)

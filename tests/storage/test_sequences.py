@@ -96,9 +96,13 @@ def test_random_histories(data: st.DataObject) -> None:
             sequences.truncate(keep)
             expected = [row[:keep] for row in expected]
         elif action == "unshare" and length:
-            row, page = data.draw(st.integers(0, len(expected) - 1)), data.draw(st.integers(0, length - 1))
-            sequences.unshare([row], range(page, data.draw(st.integers(page + 1, length))))
-            assert sequences.refcounts[sequences.directory[row][page // SEGMENT_PAGES]] == 1
+            rows = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, unique=True))
+            page = data.draw(st.integers(0, length - 1))
+            before = [row[page // SEGMENT_PAGES] for row in sequences.directory]
+            sequences.unshare(rows, range(page, data.draw(st.integers(page + 1, length))))
+            after = [row[page // SEGMENT_PAGES] for row in sequences.directory]
+            assert not {after[row] for row in rows} & {after[row] for row in range(len(after)) if row not in rows}
+            assert len({after[row] for row in rows}) == len({before[row] for row in rows})
         elif action == "clear":
             sequences.clear()
             expected = []
