@@ -106,7 +106,8 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
     titles = [f"{'answered' if asked else 'KL'}, {r['model']}" for r, asked in zip(results, answers, strict=True)]
     heads = [f"{title}: 1/{share}" for title in titles for share in shares]
     table = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for method in dict.fromkeys(method for found in lines for method in found):
+    methods = dict.fromkeys(method for found in lines for method in found)
+    for method in sorted(methods, key=lambda method: method != "dense"):
         cells = []
         for found, asked in zip(lines, answers, strict=True):
             values = found.get(method, {})
