@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from quality_tables import kl_lines, score_lines
+from quality_tables import found_results, has_rivals, kl_lines, score_lines
 from record import RESULTS
 
 matplotlib.use("svg")
@@ -61,9 +61,9 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
 def main() -> None:
     """Draw the figure of all results files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    found = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
-    parser.add_argument("results", type=Path, nargs="*", default=found)
-    draw([json.loads(file.read_text()) for file in parser.parse_args().results], RESULTS / "quality.svg")
+    parser.add_argument("results", type=Path, nargs="*", help="default: all that kvpress was asked for")
+    results = [json.loads(file.read_text()) for file in parser.parse_args().results]
+    draw(results or [result for result in found_results().values() if has_rivals(result)], RESULTS / "quality.svg")
 
 
 if __name__ == "__main__":

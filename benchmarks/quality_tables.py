@@ -106,7 +106,8 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
     titles = [f"{'answered' if asked else 'KL'}, {r['model']}" for r, asked in zip(results, answers, strict=True)]
     heads = [f"{title}: 1/{share}" for title in titles for share in shares]
     table = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for method in dict.fromkeys(method for found in lines for method in found):
+    methods = dict.fromkeys(method for found in lines for method in found)
+    for method in sorted(methods, key=lambda method: method != "dense"):
         cells = []
         for found, asked in zip(lines, answers, strict=True):
             values = found.get(method, {})
@@ -117,6 +118,18 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
     return table
 
 
+def found_results() -> dict[Path, dict[str, Any]]:
+    """The results files that there are, by their names."""
+    files = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
+    return {file: json.loads(file.read_text()) for file in files}
+
+
+def has_rivals(result: dict[str, Any]) -> bool:
+    """Whether kvpress was asked for a result."""
+    rows = result["rows"]
+    return any("kvpress" in name for name in ([cell for row in rows.values() for cell in row] + list(rows)))
+
+
 def _order(cell: str) -> tuple[bool, str, int]:
     method, share = cell.split(", 1/")
     return method.startswith("kvpress"), method, -int(share)
@@ -125,10 +138,10 @@ def _order(cell: str) -> tuple[bool, str, int]:
 def main() -> None:
     """Print the table of every results file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    found = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
-    parser.add_argument("results", type=Path, nargs="*", default=found)
-    results = {file: json.loads(file.read_text()) for file in parser.parse_args().results}
-    print("\n".join(summary(list(results.values()))))
+    parser.add_argument("results", type=Path, nargs="*")
+    files = parser.parse_args().results
+    results = {file: json.loads(file.read_text()) for file in files} or found_results()
+    print("\n".join(summary([result for result in results.values() if has_rivals(result)])))
     for file, result in results.items():
         about = f"{file.stem}: {result['tokens']:,} tokens, {len(result['rows'])} rows"
         table = task_table if "new_tokens" in result else kl_table

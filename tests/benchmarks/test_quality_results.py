@@ -13,7 +13,7 @@ import pytest
 import retrieval
 import torch
 from divergence import divergence
-from quality_tables import kl_lines, kl_table, score_lines, summary, task_means, task_table
+from quality_tables import has_rivals, kl_lines, kl_table, score_lines, summary, task_means, task_table
 from rows_file import Rows, command_line
 
 ABOUT = {"model": "m", "tokens": 4000, "versions": {"torch": "1"}}
@@ -130,10 +130,12 @@ def test_one_table_and_one_figure_of_all_results(tmp_path: Path) -> None:
     results = [{**about, "rows": rows}, {**about, "new_tokens": 28, "rows": answers}]
     assert kl_lines(rows)["shadowkv"] == pytest.approx({64: 6.4, 16: 1.6})
     assert score_lines(answers) == {"dense": {1: 1.0}, **{method: {64: 0.5, 16: 0.5} for method in methods}}
+    assert all(map(has_rivals, results))
+    assert not has_rivals({"rows": {"shadowkv, 1/64, macbeth": {"kl": 0.1}}})
     assert summary(results)[2:] == [
+        "| dense |  |  | 100% | 100% |",
         "| shadowkv | 6.400 | 1.600 | 50% | 50% |",
         "| kvpress snapkv | 6.400 | 1.600 | 50% | 50% |",
-        "| dense |  |  | 100% | 100% |",
     ]
     pytest.importorskip("matplotlib")
     import plot_quality
