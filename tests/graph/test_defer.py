@@ -71,7 +71,7 @@ def _generate(model: Any, cache: Any, prompt: torch.Tensor, streamer: Any = None
 
 
 def test_who_gets_it(checks: list[Any]) -> None:
-    cpu, before = torch.device("cpu"), utils.DeferredStopCheck.is_supported
+    cpu, users = torch.device("cpu"), defer._users  # other tests may still hold caches
     model = small_model()
     cache = SpinCache(model, **OPTIONS)
     windows = SpinCache(build_model("gemma3_text"), **OPTIONS)
@@ -86,10 +86,35 @@ def test_who_gets_it(checks: list[Any]) -> None:
     assert not supported(DynamicCache(config=model.config))
     assert not supported(None)
     assert not defer.supports(cache, torch.device("meta"))
-    del cache
-    assert utils.DeferredStopCheck.is_supported is not before
-    del windows
-    assert utils.DeferredStopCheck.is_supported is before
+    assert defer._users == users + 2
+    del cache, windows
+    assert defer._users == users
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_last_cache_puts_back_what_stood_there(changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody else has put something there since."""
+
+    class Check:
+        @staticmethod
+        def is_supported(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
+            return cache == "theirs"
+
+    original = Check.is_supported
+    monkeypatch.setattr(defer, "_CHECK", Check)
+    monkeypatch.setattr(defer, "_users", 0)
+    monkeypatch.setattr(defer, "_previous", None)
+    for _ in range(2):
+        defer.acquire()
+    assert Check.is_supported is not original
+    assert Check.is_supported(torch.device("cpu"), "theirs", True, is_assistant=False)
+    assert not Check.is_supported(torch.device("cpu"), "another", True, is_assistant=False)
+    defer.release()
+    assert Check.is_supported is not original
+    if changed:
+        Check.is_supported = staticmethod(foreign := lambda *args, **kwargs: True)
+    defer.release()
+    assert Check.is_supported is (foreign if changed else original)
 
 
 @pytest.mark.parametrize(
