@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .attention.partition import Method, Pages, Summaries
-from .attention.regrouping import Regrouping
 from .errors import CacheStateError
 from .storage.pages import PageStore
 
@@ -24,10 +23,8 @@ def index_pages(store: PageStore, method: Method, layer: int, first: int, stop: 
 
     Partitions of several pages must lie inside.
     """
-    whole, at_once = (
-        min(stop, max(first, store.sequences.stretches.num_pages)),
-        max(1, _INDEX_TOKENS // store.page_size),
-    )
+    whole = min(stop, max(first, store.sequences.stretches.num_pages))
+    at_once = max(1, _INDEX_TOKENS // store.page_size)
     parts = [(first, whole), *((start, min(start + at_once, stop)) for start in range(whole, stop, at_once))]
     for start, end in parts:
         if start < end:
@@ -67,15 +64,13 @@ def _summarise(store: PageStore, method: Method, layer: int, first: int, stop: i
         valid = keys.new_ones(shape, dtype=torch.bool)
     else:
         valid = valid[:, first * store.page_size : stop * store.page_size].to(keys.device).reshape(shape)
-    if isinstance(method, Regrouping):
-        assert store.regrouped is not None
-        return rows, method.index_partitions(keys, values, valid, store.regrouped.partition_pages(first, stop))
-    positions = None
+    positions = partition_pages = None
     if store.sequences.mask.keeps_positions:
-        positions = store.sequences.positions(first * store.page_size, stop * store.page_size, keys.device).reshape(
-            shape
-        )
-    return rows, method.index_pages(Pages(keys, valid, layer, positions))
+        tokens = first * store.page_size, stop * store.page_size
+        positions = store.sequences.positions(*tokens, keys.device).reshape(shape)
+    if store.regrouped is not None:
+        partition_pages = store.regrouped.partition_pages(first, stop)
+    return rows, method.index_pages(Pages(keys, valid, layer, values, positions, partition_pages))
 
 
 def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:

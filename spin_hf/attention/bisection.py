@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..errors import OptionError, OptionTypeError
+from ..config import require_count
 from . import lowbit
-from .partition import Estimate, Method, Query, Summaries
+from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping
 
 _ITERATIONS = 6
@@ -46,11 +46,7 @@ class Bisection(Regrouping, Method):
     looked_at: int = 4
 
     def __post_init__(self) -> None:
-        times = self.looked_at
-        if isinstance(times, bool) or not isinstance(times, int):
-            raise OptionTypeError(f"looked_at: expected an int, got {type(times).__name__}; pass 4")
-        if times < 1:
-            raise OptionError(f"looked_at: expected 1 or more, got {times}; pass 4")
+        require_count("looked_at", self.looked_at, 1)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`mean` [D], `value` [Dv], `codes` [P, D / 2] and `scale` [P]."""
@@ -68,10 +64,11 @@ class Bisection(Regrouping, Method):
         codes, scale = lowbit.encode(lowbit.rotate(keys - mean.unsqueeze(-2)))
         return {"mean": mean, "codes": codes, "scale": scale.masked_fill(~valid, -1.0)}
 
-    def index_partitions(self, keys: Tensor, values: Tensor, valid: Tensor, partition_pages: Tensor) -> Summaries:
+    def index_pages(self, pages: Pages) -> Summaries:
         """As `index`, and means of the values."""
-        values = values.float().masked_fill(~valid.unsqueeze(-1), 0.0)
-        return {**self.index(keys, valid), "value": values.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)}
+        values = pages.values.float().masked_fill(~pages.valid.unsqueeze(-1), 0.0)
+        count = pages.valid.sum(-1, keepdim=True).clamp(min=1)
+        return {**self.index(pages.keys, pages.valid), "value": values.sum(-2) / count}
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Page by page, each of tokens that no halving has parted."""

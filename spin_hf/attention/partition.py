@@ -15,7 +15,7 @@ line in `methods.py`.
 Methods that need more than keys override, beside `index` or instead of it:
 
     bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
-    index_pages      as `index`, with the layer and, of a method that `uses_positions`, where each token stands
+    index_pages      as `index`, with the layer, the values and, of a method that `uses_positions`, where each token stands
 """
 
 from __future__ import annotations
@@ -74,14 +74,18 @@ class Pages:
         keys: [B, H, n, P, D], as cached (after RoPE).
         valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
         layer: number of the layer among the paged ones.
+        values: [B, H, n, P, Dv].
         positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
             by; meaningless for padding. None unless the method `uses_positions`.
+        partition_pages: [B, H, n], int64, as `Query` has it; partitions are whole. None unless the method regroups tokens.
     """
 
     keys: Tensor
     valid: Tensor
     layer: int
+    values: Tensor
     positions: Tensor | None = None
+    partition_pages: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Method(ABC):
         return {}
 
     def index_pages(self, pages: Pages) -> Summaries:
-        """Summarise pages, as `index`. What does not depend on layers or positions overrides that instead."""
+        """Summarise pages, as `index`; a partition of several in the row of its first. By keys alone: override `index`."""
         return self.index(pages.keys, pages.valid)
 
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:

@@ -1,7 +1,7 @@
 """What a method adds to choose which tokens make a page: tokens that queries want together should lie together.
 
     arrange            keys of a stretch, of one sequence ----> their order, and which pages then make a partition
-    index_partitions   pages in that order               ----> summaries
+    index_pages        pages in that order               ----> summaries
 
 A partition is a run of pages. Its summary stands in the row of its first page; rows of the others are not read. Tokens that
 were not arranged yet (fewer than `growth_tokens`, besides sinks and recent window) lie in pages of consecutive tokens, each a
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-from .partition import Summaries
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,6 @@ class Regrouping(ABC):
     growth_tokens: ClassVar[int] = 1024
     """How many tokens there must be to be arranged, which is how often it happens as a context grows."""
 
-    if TYPE_CHECKING:  # what `Method` has
-
-        def index(self, keys: Tensor, valid: Tensor) -> Summaries: ...
-
     @abstractmethod
     def arrange(self, keys: Tensor) -> Arrangement:
         """Order tokens.
@@ -53,18 +47,6 @@ class Regrouping(ABC):
         Args:
             keys: [1, H, n, D] of consecutive tokens, as cached; n is a multiple of the page size, none is padding.
         """
-
-    def index_partitions(self, keys: Tensor, values: Tensor, valid: Tensor, partition_pages: Tensor) -> Summaries:
-        """Summarise pages; by default each by itself, by `index`.
-
-        Args:
-            keys, values: [B, H, n, P, D] and [B, H, n, P, Dv].
-            valid: [B, 1, n, P], bool: False for padding, which only pages that are a partition by themselves have.
-            partition_pages: [B, H, n], int64, as `Arrangement` has it; partitions are whole.
-        Returns:
-            name -> [B, H, n, *shape], float32, finite; of a partition in the row of its first page.
-        """
-        return self.index(keys, valid)
 
 
 def merge_pages(means: Tensor, partition_pages: Tensor) -> Tensor:

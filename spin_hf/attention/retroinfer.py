@@ -25,8 +25,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..config import require_count
 from ..errors import OptionError, OptionTypeError
-from .partition import Estimate, Method, Query, Summaries
+from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping, merge_pages
 
 _ITERATIONS = 10
@@ -46,21 +47,16 @@ class RetroInfer(Regrouping, Method):
     """
 
     name: ClassVar[str] = "retroinfer"
-    stretch_tokens: ClassVar[int] = 8192
-    growth_tokens: ClassVar[int] = 1024
     estimated_share: float = 0.232
     cluster_tokens: int = 16
 
     def __post_init__(self) -> None:
-        share, tokens = self.estimated_share, self.cluster_tokens
+        share = self.estimated_share
         if isinstance(share, bool) or not isinstance(share, (int, float)):
             raise OptionTypeError(f"estimated_share: expected a float, got {type(share).__name__}; pass 0.232")
         if not 0 <= share <= 1:
             raise OptionError(f"estimated_share: expected a share of the clusters in [0, 1], got {share}; pass 0.232")
-        if isinstance(tokens, bool) or not isinstance(tokens, int):
-            raise OptionTypeError(f"cluster_tokens: expected an int, got {type(tokens).__name__}; pass 16")
-        if tokens < self.page_size:
-            raise OptionError(f"cluster_tokens: expected at least a page of {self.page_size}, got {tokens}; pass 16")
+        require_count("cluster_tokens", self.cluster_tokens, self.page_size)
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -68,14 +64,11 @@ class RetroInfer(Regrouping, Method):
         """`centroid` [D] and `value` [Dv]."""
         return {"centroid": (head_dim,), "value": (value_dim,)}
 
-    def index(self, keys: Tensor, valid: Tensor) -> Summaries:
-        """The centroid of every page by itself: the mean of its valid keys."""
-        return {"centroid": _mean(keys, valid)}
-
-    def index_partitions(self, keys: Tensor, values: Tensor, valid: Tensor, partition_pages: Tensor) -> Summaries:
+    def index_pages(self, pages: Pages) -> Summaries:
         """Means of the keys and values of clusters."""
-        pages = {**self.index(keys, valid), "value": _mean(values, valid)}
-        return {name: merge_pages(means, partition_pages) for name, means in pages.items()}
+        assert pages.partition_pages is not None
+        means = {"centroid": _mean(pages.keys, pages.valid), "value": _mean(pages.values, pages.valid)}
+        return {name: merge_pages(mean, pages.partition_pages) for name, mean in means.items()}
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Cluster by cluster, in each the tokens nearest to the centroid first."""

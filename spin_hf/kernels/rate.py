@@ -95,9 +95,8 @@ def rate_kernel(
             tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
         tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
         rank = tl.cumsum(kept.to(tl.int32), 0)
-        place = (
-            rank - 1
-        ) * parts + part  # by rank, then by part: all parts keep about as many, so few places stay empty
+        # By rank, then by part: all parts keep about as many, so few places stay empty.
+        place = (rank - 1) * parts + part
         tl.store(kept_page + place, pages, mask=kept)
         tl.store(kept_score + place, best, mask=kept)
         tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)

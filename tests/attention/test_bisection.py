@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import torch
 from spin_hf import Bisection, OptionError, OptionTypeError
 from spin_hf.attention import lowbit
 from spin_hf.attention.bisection import bisect
-from tests.cache.regrouping import little_slack
+from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
 
 from .conversation import random_world, single_steps, without_near_ties
@@ -32,12 +31,7 @@ MARGIN = 1e-6
 RULES = Rules(budget=24, num_sink_tokens=4, recent_window=10)
 
 
-@dataclass(frozen=True)
-class Small(Bisection):
-    """Regroups often."""
-
-    stretch_tokens: ClassVar[int] = 96
-    growth_tokens: ClassVar[int] = 32
+Small = regrouping_often(Bisection, 96, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -227,5 +221,5 @@ def test_codes_are_kept_as_they_are() -> None:
 
 @pytest.mark.parametrize(("given", "error"), [(0, OptionError), (True, OptionTypeError), (1.5, OptionTypeError)])
 def test_parameters(given: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"looked_at: expected .*; pass 4"):
+    with pytest.raises(error, match=r"looked_at: expected .*; pass looked_at=1 or more"):
         Bisection(given)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import torch
 
 from spin_hf import OptionError, OptionTypeError, RetroInfer
 from spin_hf.attention.retroinfer import fill_clusters
-from tests.cache.regrouping import little_slack
+from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 
 from .conversation import random_world, single_steps, without_near_ties
@@ -32,19 +31,10 @@ MARGIN = 1e-6
 RULES = Rules(budget=24, num_sink_tokens=4, recent_window=10)
 
 
-@dataclass(frozen=True)
-class Small(RetroInfer):
-    """Regroups often."""
-
-    stretch_tokens: ClassVar[int] = 96
-    growth_tokens: ClassVar[int] = 32
+Small = regrouping_often(RetroInfer, 96, 32)
 
 
-@dataclass(frozen=True)
-class Whole(Small):
-    """One stretch for all."""
-
-    stretch_tokens: ClassVar[int] = 8192
+Whole = regrouping_often(RetroInfer, 8192, 32)
 
 
 @pytest.fixture(autouse=True)

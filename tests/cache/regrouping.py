@@ -49,14 +49,25 @@ class Clumped(Shuffled):
         return Arrangement(super().arrange(keys).order, pages)
 
 
-@dataclass(frozen=True)
-class ShuffledWhole(Clumped):
-    """Every page that may be selected is, whatever the budget."""
+class SelectingAll:
+    """Mixed into a method: every page that may be selected is, whatever the budget."""
 
     def select(self, query: Any, summary: Any) -> Tensor:
-        super().select(query, summary)
+        super().select(query, summary)  # type: ignore[misc]
         pages = torch.arange(query.candidates.shape[1]).expand(query.states.shape[0], query.states.shape[1], -1)
         return torch.where(query.candidates.unsqueeze(1), pages, -1)
+
+
+@dataclass(frozen=True)
+class ShuffledWhole(SelectingAll, Clumped):
+    """In regrouped pages."""
+
+
+def regrouping_often(method: type[Any], stretch_tokens: int, growth_tokens: int) -> type[Any]:
+    """`method` with shorter stretches, so that a short context has several."""
+    return type(
+        f"Small{method.__name__}", (method,), {"stretch_tokens": stretch_tokens, "growth_tokens": growth_tokens}
+    )
 
 
 @contextmanager

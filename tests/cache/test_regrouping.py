@@ -223,7 +223,7 @@ class InjectedError(Exception):
 
 
 @pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["arrange", "index_partitions"])
+@pytest.mark.parametrize("where", ["arrange", "index_pages"])
 @pytest.mark.parametrize("call", [1, 4, 8])
 def test_interrupted(world: World, where: str, call: int, error: type[BaseException]) -> None:
     """In the first layer, in the second, in another stretch: every layer is what it was or regrouped, and all is right."""
@@ -242,7 +242,7 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
     with patch.object(Shuffled, where, failing), pytest.raises(error):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
-    if where == "index_partitions":
+    if where == "index_pages":
         stretch, layer = divmod(call - 1, SHAPE.layers)
         first, stop = driver.cache._shared.sequences.stretches.bounds[stretch]
         assert not moved(driver, layer)[:, first:stop].any()

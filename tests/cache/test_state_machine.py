@@ -32,7 +32,7 @@ from torch import Tensor
 
 from spin_hf import BudgetError, Method, ShadowKV
 
-from .regrouping import ShuffledWhole, little_slack
+from .regrouping import SelectingAll, ShuffledWhole, little_slack
 from .tiny import Driver, Shape, World, poisoned_memory
 
 SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=4, value_dim=3)
@@ -41,13 +41,8 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class SelectAll(ShadowKV):
-    """Every page that may be selected is, whatever the budget."""
-
-    def select(self, query: Any, summary: Any) -> Tensor:
-        super().select(query, summary)
-        pages = torch.arange(query.candidates.shape[1]).expand(query.states.shape[0], query.states.shape[1], -1)
-        return torch.where(query.candidates.unsqueeze(1), pages, -1)
+class SelectAll(SelectingAll, ShadowKV):
+    """In pages that are runs of positions."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from spin_hf import Bisection, Method, RetroInfer, regroup
-from tests.cache.regrouping import Clumped, little_slack
+from tests.cache.regrouping import Clumped, little_slack, regrouping_often
 from tests.support.compare import Trace, assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.modes import MODES
@@ -27,16 +26,8 @@ CASES = [(family, mode) for family in FAMILIES for mode in MODES if family == "l
 LOADING = [mode for mode in MODES if mode != "compiled"]
 
 
-@dataclass(frozen=True)
-class SmallRetroInfer(RetroInfer):
-    stretch_tokens: ClassVar[int] = 64
-    growth_tokens: ClassVar[int] = 24
-
-
-@dataclass(frozen=True)
-class SmallBisection(Bisection):
-    stretch_tokens: ClassVar[int] = 64
-    growth_tokens: ClassVar[int] = 24
+SmallRetroInfer = regrouping_often(RetroInfer, 64, 24)
+SmallBisection = regrouping_often(Bisection, 64, 24)
 
 
 @pytest.fixture(autouse=True)
