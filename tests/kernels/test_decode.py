@@ -117,7 +117,7 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
             "none",
             [1],
             {"budget": 16, "recent_window": 8},
-            {"PART_PAGES": 2, "_CHOOSE_TILE": 2, "_CHOOSE_PARTS": 2},
+            {"PART_PAGES": 2, "_CHOOSE_TILE": 2, "_CHOOSE_PARTS": 1},
         ),  # several tiles
         (
             "left",
