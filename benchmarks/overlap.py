@@ -109,7 +109,7 @@ def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None])
             kernels = shared.kernels_in_use()[0]
             fixed = shared.plan.query(shared.sequences.start, kernels.device).fixed[0]
             record(number, chosen_pages(
-                kernels.scratch[StepField.LIST_PAGE], kernels.list_count[:, 0], fixed, shared.sequences.num_pages
+                kernels.scratch[StepField.LIST_PAGE], kernels.selection.list_count[:, 0], fixed, shared.sequences.num_pages
             ))  # fmt: skip
             return result
 

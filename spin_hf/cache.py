@@ -26,8 +26,7 @@ from . import defer, kernels, regroup, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
-from .attention.partition import Method
-from .attention.shadowkv import ShadowKV
+from .attention.partition import Method, recipe_of
 from .compiled import pool_of
 from .config import SpinOptions
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
@@ -311,7 +310,7 @@ class SpinCache(Cache):
 
     def _may_be_compiled(self) -> bool:
         """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph."""
-        served = kernels.on_gpu() and isinstance(self._shared.method, ShadowKV)
+        served = kernels.on_gpu() and recipe_of(self._shared.method) is not None
         return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
 
     def _check_switched(self) -> None:

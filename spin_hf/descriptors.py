@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .attention.partition import recipe_of
 from .kernels.fields import PART_PAGES, LayerField, StepField
 from .plan import pages_of
 
@@ -36,6 +37,9 @@ class Descriptors:
     """
 
     def __init__(self, shared: SharedState, device: torch.device, batch_size: int, num_heads: int) -> None:
+        recipe = recipe_of(shared.method)
+        assert recipe is not None
+        self.recipe = recipe
         self.shared, self.device = shared, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.streams = batch_size * num_heads
@@ -77,11 +81,9 @@ class Descriptors:
         if self.layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.HOME] = store.home.address_table.data_ptr()
-            landmark = store.summaries["landmark"]
-            fields[LayerField.LANDMARK] = landmark.values.address_table.data_ptr()
-            if landmark.scale is not None:
-                fields[LayerField.LANDMARK_SCALE] = landmark.scale.address_table.data_ptr()
-            fields[LayerField.MIN_COSINE] = store.summaries["min_cosine"].values.address_table.data_ptr()
+            for i, summary in enumerate(store.summaries.values()):
+                for j, array in enumerate(summary.arrays):
+                    fields[LayerField.SUMMARY_0 + 2 * i + j] = array.address_table.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
                 fields[LayerField.NUM_SLOTS] = frames.num_slots
@@ -170,11 +172,13 @@ class Descriptors:
         def make(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
+        outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.looked_at > 0
         self.found_for.fill_(-1)
         self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
             StepField.SCORES: make(pages, torch.float32),
-            StepField.OUTLIER: make(len(self.shared.layers) * pages, torch.uint8),
+            StepField.OUTLIER: make(len(self.shared.layers) * pages * outliers, torch.uint8),
+            StepField.CLOSER: make(self.group * pages * closer, torch.float32),
             StepField.KEPT_PAGE: make(pages, torch.int32),
             StepField.KEPT_SCORE: make(pages, torch.float32),
             StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),

@@ -249,7 +249,7 @@ class SpinLayer(CacheLayerMixin):
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
-            kernels.fit(call.query.shape[2], out.shape[-1])
+            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.home.dtype)
         if mask is not None and not is_padding:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
@@ -319,8 +319,10 @@ class SpinLayer(CacheLayerMixin):
         if kernels is not None:
             kernels.append(self, key, value)
             self.advance()
-            return
-        store.append(key, value)
+            if kernels.recipe.summarised_by_append:
+                return
+        else:
+            store.append(key, value)
         self.index(sequences.start // store.page_size, sequences.length // store.page_size)
 
     def index(self, first: int, stop: int) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from . import kernels, regroup
 from .attention.interface import register_step
-from .attention.partition import Method
-from .attention.shadowkv import ShadowKV
+from .attention.partition import Method, recipe_of
 from .compiled import KernelPool, handle_of, new_handle
+from .completed import index_completed
 from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
@@ -95,7 +95,7 @@ class SharedState:
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""
         launch = kernels.launchers(device)
-        if launch is None or type(self.method) is not ShadowKV:
+        if launch is None or recipe_of(self.method) is None:
             return None
         key, batch_size = (device, num_heads), self.sequences.batch_size
         found = self._step_kernels.get(key)
@@ -106,7 +106,8 @@ class SharedState:
             else:
                 taken.serve(self)
             if found is not None:
-                taken.fit(found.group, found.value_dim)
+                if found.fits:
+                    taken.fit(*found.fits)
                 for counter, count in zip(Counter, found.counters.sum(0).tolist(), strict=True):
                     self._counted[counter.name] = self._counted.get(counter.name, 0) + count
                 self._put_back(found)
@@ -176,6 +177,9 @@ class SharedState:
         for layer in self.layers:
             layer.advance()
         self.commit()
+        if self.committed % self.sequences.page_size == 0:
+            for step in self.kernels_in_use():
+                index_completed(step, self.layers)
         self.visible_length.fill_(self.committed)
 
     def foresee(self) -> None:
@@ -214,7 +218,7 @@ class SharedState:
                 return False
             if not step.group and self.query_heads % step.num_heads == 0:
                 # Nobody has attended yet, as the tokens were taken over. Where the config is wrong, attention says so.
-                step.fit(self.query_heads // step.num_heads, store.value_dim)
+                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.home.dtype)
         return all(step.group for step in self.kernels_in_use())
 
     def forget_recorded(self) -> None:

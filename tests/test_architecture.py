@@ -32,6 +32,8 @@ ORDER: list[set[str]] = [
         "compiled",
         "shared",
         "attend",
+        "completed",
+        "selection",
         "indexing",
         "regroup",
         "descriptors",

@@ -1,9 +1,9 @@
 """Bisection, this project's own method: pages of tokens that lie together, rated by low-bit keys, and means for all others.
 
     arrange    halve the tokens at the median along their main axis, and the halves again, down to full pages
-    select     4 x budget pages   by  tokens * exp(scale * q . mean key)
+    select     4 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
                of them the budget by  sum over tokens of exp(scale * q . key in four bits)
-               both as shares of all candidates, summed over the query heads of a KV head
+               both as shares of all candidates, mean over the query heads of a KV head
     estimate   all other pages enter the softmax by their mean key, mean value and number of tokens
 
     row of a page   mean [D]  value [Dv]           as int8, or as the cache is told
@@ -16,6 +16,7 @@ principal one of the keys, by six power iterations, which is what splits their s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import require_count
+from ..kernels.fields import Rating
+from ..kernels.recipe import Recipe
 from . import lowbit
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping
@@ -37,7 +40,7 @@ class Bisection(Regrouping, Method):
     """Bisected pages, chosen in two stages.
 
     Args:
-        looked_at: how many times the budget is looked at in the second stage.
+        looked_at: how many times the budget is looked at in the second stage, at least.
     Raises:
         OptionTypeError, OptionError: not an int of 1 or more.
     """
@@ -47,6 +50,11 @@ class Bisection(Regrouping, Method):
 
     def __post_init__(self) -> None:
         require_count("looked_at", self.looked_at, 1)
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of it by kernels, but what regroups and summarises."""
+        return Recipe(Rating.SHARE, weighs_tokens=True, looked_at=self.looked_at, estimated_share=1.0)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`mean` [D], `value` [Dv], `codes` [P, D / 2] and `scale` [P]."""
@@ -78,7 +86,8 @@ class Bisection(Regrouping, Method):
         """The best pages by their low-bit keys, among the best by their means."""
         coarse = self._coarse(query, summary)
         budget = query.budget_pages
-        pages = kernels.select_top_pages(self._shares(query, coarse), budget * self.looked_at)
+        looked_at = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at)
+        pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
         rows, none = pages.clamp(min=0), pages < 0
         fine = self._fine(query, summary, rows)
         spare = coarse.shape[3]  # a column for the places of no page
@@ -117,8 +126,9 @@ class Bisection(Regrouping, Method):
         return logits.masked_fill((scale < 0).unsqueeze(2), float("-inf")).logsumexp(-1)
 
     def _shares(self, query: Query, log_weights: Tensor) -> Tensor:
-        """Share of each candidate, summed over the group: [B, H, N]; -inf for others."""
-        shares = log_weights.softmax(-1).nan_to_num(0.0).sum(2)
+        """Logarithm of the share of each candidate, mean over the group: [B, H, N]; -inf for others."""
+        total = log_weights.logsumexp(-1, keepdim=True)
+        shares = (log_weights - total).logsumexp(2) - math.log(log_weights.shape[2])
         return shares.masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
 
 

@@ -26,6 +26,13 @@ def rotate(vectors: Tensor) -> Tensor:
     return ((vectors * signs).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
 
 
+def basis(dim: int, device: torch.device) -> Tensor:
+    """[dim, dim], float32, whole numbers: a vector times it, over the length of a column, is what `rotate` gives."""
+    block = dim & -dim
+    signs, matrix = _rotation(dim, block, device)
+    return torch.block_diag(*[(matrix * math.sqrt(block)).round()] * (dim // block)) * signs.unsqueeze(1)
+
+
 def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
     """Four bits for each number of vectors [..., D].
 

@@ -16,6 +16,7 @@ Methods that need more than keys override, beside `index` or instead of it:
 
     bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
     index_pages      as `index`, with the layer, the values and, of a method that `uses_positions`, where each token stands
+    recipe           how the Triton kernels serve it; without, it decodes by its formulas on a GPU too
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.recipe import Recipe
 
 Summaries = dict[str, Tensor]
 
@@ -111,6 +113,7 @@ class Method(ABC):
     Attributes:
         uses_positions: whether `Pages.positions` and `Query.positions` are wanted; a model whose position ids do not count
             real tokens is then refused.
+        layers_alike: whether `index_pages` does the same for every layer, so that pages of several may be summarised at once.
         index_rounds: whether a page's summary may differ in its last bits with the pages it is indexed among, as sums of
             matrix products do.
     """
@@ -118,6 +121,7 @@ class Method(ABC):
     name: ClassVar[str]
     page_size: ClassVar[int] = 8
     uses_positions: ClassVar[bool] = False
+    layers_alike: ClassVar[bool] = True
     index_rounds: ClassVar[bool] = False
 
     def bind(self, config: Any, layers: list[int]) -> Method:
@@ -130,6 +134,11 @@ class Method(ABC):
             OptionError: the method cannot serve that model.
         """
         return self
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the Triton kernels serve the method; None if they do not."""
+        return None
 
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
@@ -175,6 +184,19 @@ class Method(ABC):
             pages: [B, H, k], what `select` returned.
         """
         return None
+
+
+_FORMULAS = ("index", "index_pages", "select", "score", "estimate", "summary_shapes", "summary_dtypes")
+
+
+def recipe_of(method: Method) -> Recipe | None:
+    """The recipe of a method, unless its class changes formulas that the recipe was written for."""
+    for kind in type(method).__mro__:
+        if "recipe" in vars(kind):
+            return method.recipe
+        if any(name in vars(kind) for name in _FORMULAS):
+            return None
+    return None
 
 
 @dataclass(frozen=True)

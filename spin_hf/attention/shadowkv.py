@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, OptionTypeError
+from ..kernels.fields import Rating
+from ..kernels.recipe import Recipe
 from .partition import PageMethod, Query, Summaries
 
 
@@ -40,6 +42,11 @@ class ShadowKV(PageMethod):
             raise OptionTypeError(f"outlier_pages_per_1024: expected an int, got {type(count).__name__}; pass 24")
         if not 0 <= count <= 128:
             raise OptionError(f"outlier_pages_per_1024: expected 0 to 128, got {count}; pass 24")
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of it by kernels."""
+        return Recipe(Rating.LIKELIEST, summarised_by_append=True, outliers_per_1024=self.outlier_pages_per_1024)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`landmark` [D] and `min_cosine` []."""

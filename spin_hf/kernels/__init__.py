@@ -3,11 +3,15 @@
 `reference` is the specification and serves every device. On a CUDA device with triton, `decode.py` launches kernels for
 steps of up to 16 tokens, and for the storing of all tokens:
 
+    recipe.py      which of these serve a method, and with which numbers
     plan.py        plan_step                    zones and budget of a step
     outliers.py    find_outliers                ShadowKV's outliers, marked by page
     append.py      append                       tokens to pages and summaries
     score.py       score                        logits of the candidates; appends the step's token
     rate.py        rate                         scores of the candidates, counted in bins
+    closer.py      closer, rate_closer          the best of them again, by keys in four bits;  rotate.py  queries for these
+    estimate.py    estimate                     what stands for pages that were not chosen
+    index.py       take_pages, put_summaries    a page of many layers at once, for formulas in PyTorch
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
@@ -31,9 +35,11 @@ from .reference import (
     list_pages,
     merge_attention,
     page_zones,
+    pages_down_to,
     put_rows,
     put_tokens,
     quantize,
+    score_bins,
     select_top_pages,
     split_pages,
     take_rows,
@@ -66,9 +72,11 @@ __all__ = [
     "merge_attention",
     "on_gpu",
     "page_zones",
+    "pages_down_to",
     "put_rows",
     "put_tokens",
     "quantize",
+    "score_bins",
     "select_top_pages",
     "split_pages",
     "take_rows",

@@ -14,13 +14,13 @@ import triton.language as tl
 from .common import (
     FRAMES,
     HOME,
-    LANDMARK,
-    LANDMARK_SCALE,
-    MIN_COSINE,
     NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
+    SCALE_0,
+    SUMMARY_0,
+    SUMMARY_1,
     page_rows,
     tokens_valid,
 )
@@ -31,9 +31,9 @@ def append_page(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, bh,
     SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
-    """Write those of `count` tokens, from POSITION on, that belong to `page`, and its summaries if they complete it.
+    """Write those of `count` tokens, from POSITION on, that belong to `page`; its summaries if it is complete and SUMMARISE.
 
     Args:
         key, value: [B, H, count, D]; the last dimension is contiguous.
@@ -72,7 +72,7 @@ def append_page(
             resident = tl.multiple_of(frame.to(tl.pointer_type(dtype)), 16)
             tl.store(resident + place_k, keys, mask=inside_k)
             tl.store(resident + place_v, values, mask=inside_v)
-    if (page + 1) * PAGE <= start + count:
+    if SUMMARISE and (page + 1) * PAGE <= start + count:
         old = (tokens < start)[:, None] & (column_k < DK)[None, :]
         everything = tl.load(pointer + place_k, mask=old, other=0.0).to(tl.float32) + keys.to(tl.float32)
         valid = tokens >= 0
@@ -87,7 +87,7 @@ def append_page(
         size: tl.constexpr = SUMMARY.primitive_bitwidth // 8
         chunk = row // ROWS
         inside = row % ROWS
-        base = tl.load(tl.load(layer + LANDMARK).to(tl.pointer_type(tl.int64)) + chunk)
+        base = tl.load(tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64)) + chunk)
         if QUANTIZED:
             largest = tl.max(tl.abs(landmark), 0)
             unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
@@ -95,12 +95,12 @@ def append_page(
             tl.store(
                 (base + inside * DK).to(tl.pointer_type(tl.int8)) + column_k, whole.to(tl.int8), mask=column_k < DK
             )
-            scales = tl.load(tl.load(layer + LANDMARK_SCALE).to(tl.pointer_type(tl.int64)) + chunk)
+            scales = tl.load(tl.load(layer + SCALE_0).to(tl.pointer_type(tl.int64)) + chunk)
             tl.store((scales + inside * 4).to(tl.pointer_type(tl.float32)), unit)
         else:
             address = (base + inside * (DK * size)).to(tl.pointer_type(SUMMARY))
             tl.store(address + column_k, landmark.to(SUMMARY), mask=column_k < DK)
-        cosines = tl.load(tl.load(layer + MIN_COSINE).to(tl.pointer_type(tl.int64)) + chunk)
+        cosines = tl.load(tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64)) + chunk)
         tl.store((cosines + inside * size).to(tl.pointer_type(SUMMARY)), worst.to(SUMMARY))
 
 
@@ -109,11 +109,11 @@ def append_kernel(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
     SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H + h) does as `append_page` for the i-th page of a call."""
     page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
     append_page(
         step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),
-        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED,
+        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, SUMMARISE,
     )  # fmt: skip

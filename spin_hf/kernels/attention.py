@@ -35,7 +35,7 @@ def attend_kernel(
     query_b, query_h, out_b, out_h, scale, softcap,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
-    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, MERGED_G: tl.constexpr,
+    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
@@ -45,7 +45,7 @@ def attend_kernel(
         list_count: as `choose_kernel` left it.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator, read where SINKS.
-        parts: float32 [B * H, SPLITS, 2, G, DV]. Scratch.
+        parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch; the last ESTIMATED parts as `estimate_kernel` left them.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: of the pages.
     """
@@ -128,7 +128,7 @@ def attend_kernel(
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]
     # The lse stands beside each value, so that the merge needs no exchange between threads.
-    mine = parts + (((bh * SPLITS + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
+    mine = parts + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
     inside = (group < G)[:, None] & (column_v < DV)[None, :]
     tl.store(mine, acc, mask=inside)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
@@ -137,15 +137,15 @@ def attend_kernel(
         tl.store(arrivals + bh, 0)
         heads = tl.arange(0, MERGED_G)[:, None]
         there = (heads < G) & (column_v < DV)[None, :]
-        outs = parts + bh * SPLITS * 2 * G * DV + heads * DV + column_v[None, :]
+        outs = parts + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
         top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
-        for part in tl.range(0, SPLITS, loop_unroll_factor=8):  # a latency is paid once for several parts
+        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=8):  # a latency is paid once for several parts
             lses = outs + (part * 2 + 1) * G * DV
             top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
         base = tl.where(top == float("-inf"), 0.0, top)
         denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
-        for part in tl.range(0, SPLITS, loop_unroll_factor=8):
+        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=8):
             lses = outs + (part * 2 + 1) * G * DV
             weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
             denominator += weight

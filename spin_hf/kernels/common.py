@@ -26,11 +26,15 @@ TIED = tl.constexpr(int(StepField.TIED))
 LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
 LIST_CAPACITY = tl.constexpr(int(StepField.LIST_CAPACITY))
 VICTIMS = tl.constexpr(int(StepField.VICTIMS))
+CLOSER = tl.constexpr(int(StepField.CLOSER))
 
 HOME = tl.constexpr(int(LayerField.HOME))
-LANDMARK = tl.constexpr(int(LayerField.LANDMARK))
-LANDMARK_SCALE = tl.constexpr(int(LayerField.LANDMARK_SCALE))
-MIN_COSINE = tl.constexpr(int(LayerField.MIN_COSINE))
+SUMMARY_0 = tl.constexpr(int(LayerField.SUMMARY_0))
+SCALE_0 = tl.constexpr(int(LayerField.SCALE_0))
+SUMMARY_1 = tl.constexpr(int(LayerField.SUMMARY_1))
+SCALE_1 = tl.constexpr(int(LayerField.SCALE_1))
+SUMMARY_2 = tl.constexpr(int(LayerField.SUMMARY_2))
+SUMMARY_3 = tl.constexpr(int(LayerField.SUMMARY_3))
 FRAMES = tl.constexpr(int(LayerField.FRAMES))
 NUM_SLOTS = tl.constexpr(int(LayerField.NUM_SLOTS))
 PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
@@ -90,6 +94,77 @@ def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
     else:
         counted = ends.to(tl.int32)
     return counted
+
+
+@triton.jit
+def log_tokens(step, b, pages, inside, PAGE: tl.constexpr, PADDED: tl.constexpr):
+    """Logarithm of how many tokens of complete pages are valid; 0 where `inside` is False."""
+    if PADDED:
+        before = count_valid(step, b, pages * PAGE, inside, PADDED)
+        tokens = count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) - before
+        counted = tl.log(tl.where(inside, tl.maximum(tokens, 1), 1).to(tl.float32))
+    else:
+        counted = tl.where(inside, tl.log(tl.full([], PAGE, tl.float32)), 0.0)
+    return counted
+
+
+@triton.jit
+def log_total(most, sums):
+    """Log of the sum of exponentials of each row, whose parts (along 1) have these maxima and sums over them."""
+    highest = tl.max(most, 1)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    return shift + tl.log(tl.sum(sums * tl.exp(most - shift[:, None]), 1))
+
+
+@triton.jit
+def segment_vectors(
+    directory, table, units, h, segment, end, stop,
+    dtype: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Vectors [RUNS * SEGMENT, BLOCK] of the pages of RUNS segments, those before `end`, and their units.
+
+    Rows of a segment are consecutive, so one address serves them: each thread knows beforehand of which segment its rows are.
+
+    Args:
+        table, units: addresses of the tables of the vectors and of their scales, which are read if `dtype` is int8.
+    """
+    row_bytes: tl.constexpr = D * (dtype.primitive_bitwidth // 8)
+    quantized: tl.constexpr = dtype == tl.int8
+    lane = tl.arange(0, RUNS * SEGMENT)
+    column = tl.arange(0, BLOCK)
+    address = tl.zeros([RUNS * SEGMENT], tl.int64)
+    place = tl.zeros([RUNS * SEGMENT], tl.int64)
+    for run in tl.static_range(RUNS):
+        row = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.int64) * H + h) * SEGMENT
+        inside = row % ROWS + lane - run * SEGMENT
+        mine = lane >= run * SEGMENT
+        chunk = tl.load(table.to(tl.pointer_type(tl.int64)) + row // ROWS)
+        address = tl.where(mine, chunk + inside * row_bytes, address)
+        if quantized:
+            chunk = tl.load(units.to(tl.pointer_type(tl.int64)) + row // ROWS)
+            place = tl.where(mine, chunk + inside * 4, place)
+    there = segment * SEGMENT + lane < stop
+    pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    vectors = tl.load(pointer[:, None] + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0)
+    unit = tl.full([RUNS * SEGMENT], 1.0, tl.float32)
+    if quantized:
+        unit = tl.load(place.to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
+    return vectors, unit
+
+
+@triton.jit
+def digits(rows, BLOCK_R: tl.constexpr):
+    """Queries [BLOCK_R, K], each in two rows, as whole numbers of two digits of base 256: the high one above the low one.
+
+    So int8 vectors are multiplied as they are, exactly; of a product the same thread holds both digits. Also returns the
+    unit [BLOCK_R] of each row's whole number.
+    """
+    unit = tl.maximum(tl.max(tl.abs(rows), 1), 1e-30) / 32512.0
+    whole = (rows / unit[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds
+    high = tl.floor((whole + 128.0) / 256.0)
+    digit = tl.where((tl.arange(0, BLOCK_R) % 2 == 0)[:, None], high, whole - high * 256.0)
+    return digit.to(tl.int8), unit
 
 
 @triton.jit

@@ -51,6 +51,8 @@ class StepField(IntEnum):
     LIST_CAPACITY = 17
     VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots that make room."""
+    CLOSER = 19
+    """float32 [B, H, G, PAGE_CAPACITY]: log weights of the pages that were looked at closer, by place in KEPT_PAGE."""
 
 
 class LayerField(IntEnum):
@@ -58,20 +60,25 @@ class LayerField(IntEnum):
 
     HOME = 0
     """int64 table: base address of each chunk of pages."""
-    LANDMARK = 1
-    """int64 table: base address of each chunk of landmarks."""
-    LANDMARK_SCALE = 2
-    """int64 table of their float32 scales, or 0 where landmarks are no int8."""
-    MIN_COSINE = 3
-    FRAMES = 4
+    SUMMARY_0 = 1
+    """int64 table: base address of each chunk of the first of the method's summaries, in the order of `summary_shapes`."""
+    SCALE_0 = 2
+    """int64 table of its float32 scales, or 0 where it is no int8."""
+    SUMMARY_1 = 3
+    SCALE_1 = 4
+    SUMMARY_2 = 5
+    SCALE_2 = 6
+    SUMMARY_3 = 7
+    SCALE_3 = 8
+    FRAMES = 9
     """Page frames [B, H, NUM_SLOTS, page], or 0 where pages are at home in the compute tier."""
-    NUM_SLOTS = 5
-    PAGE_SLOT = 6
+    NUM_SLOTS = 10
+    PAGE_SLOT = 11
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 where it is not resident."""
-    PAGE_SLOT_STRIDE = 7
-    SLOT_PAGE = 8
+    PAGE_SLOT_STRIDE = 12
+    SLOT_PAGE = 13
     """int32 [B, H, NUM_SLOTS]: slot -> page, -1 where it is free."""
-    SLOT_STEP = 9
+    SLOT_STEP = 14
     """int64 [B, H, NUM_SLOTS]: the clock when the slot was last touched."""
 
 
@@ -98,6 +105,15 @@ class Counter(IntEnum):
     HITS = 2
     LOADS = 3
     EVICTIONS = 4
+
+
+class Rating(IntEnum):
+    """What the logits of a group make of a page, always a logarithm of at most about 0."""
+
+    LIKELIEST = 0
+    """The largest of the shares that the query heads of a KV head give it."""
+    SHARE = 1
+    """The mean of these shares (as good as their sum)."""
 
 
 NUM_BINS = 2048

@@ -18,12 +18,12 @@ import triton.language as tl
 
 from .common import (
     FIRST,
-    MIN_COSINE,
     NUM_OUTLIERS,
     OUTLIER,
     PAGE_CAPACITY,
     PLAN_FIELDS,
     STOP,
+    SUMMARY_1,
     candidates,
     page_rows,
     row_addresses,
@@ -41,7 +41,7 @@ def _keys(step, layer, b, h, pages, inside, SUMMARY: tl.constexpr, H: tl.constex
           ROWS: tl.constexpr):  # fmt: skip
     """Keys of pages; NO_KEY where `inside` is False."""
     rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
-    address = row_addresses(tl.load(layer + MIN_COSINE), rows, inside, ROWS, SUMMARY.primitive_bitwidth // 8)
+    address = row_addresses(tl.load(layer + SUMMARY_1), rows, inside, ROWS, SUMMARY.primitive_bitwidth // 8)
     cosine = tl.load(address.to(tl.pointer_type(SUMMARY)), mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, sortable(cosine).to(tl.int64) * (1 << 32) + pages, NO_KEY)
 

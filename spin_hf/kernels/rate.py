@@ -5,7 +5,7 @@
 
 The histogram says where the budget ends, so nothing has to be sorted or searched (see `select.py`). The floor is where it
 ended at the step before, and a margin: a few hundred pages are kept of however many there are. The specification of the scores
-is `ShadowKV.score`, whose logarithm they are.
+is `ShadowKV.score`, whose logarithm they are, and `kernels.group_shares`; see `Rating`.
 """
 
 from __future__ import annotations
@@ -27,76 +27,106 @@ from .common import (
     SCORES,
     STOP,
     candidates,
+    log_tokens,
+    log_total,
     score_bins,
 )
+from .fields import Rating
+from .rotate import rotate_queries
+
+LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
+SHARE = tl.constexpr(int(Rating.SHARE))
 
 
 @triton.jit(do_not_specialize=["number"])
 def rate_kernel(
-    step, stats, plan, histogram, floors, number, num_splits,
-    OUTLIERS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
+    step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, second_histogram,
+    RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROTATED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
+    DK: tl.constexpr, BLOCK_K: tl.constexpr,
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) rates parts i, i + num_programs(1), ... of the pages.
+    """Program (b * H + h, i) rates parts i, i + num_programs(1) - ROTATED, ... of the pages; the last one rotates, if ROTATED.
 
     Args:
         stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
         histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
-        floors: int32 [B * H]: the last bin whose pages are kept.
+        floors: int32 [B * H]: the last bin whose pages are kept, unless EVERYTHING is.
         number: of the layer.
+        query, query_b, query_h, basis, rotated: as for `rotate_queries`, and
+        second_histogram: int32 [B * H, BINS]: made zeros; used where ROTATED.
+        RATING: see `Rating`.
+        LISTED: whether pages are kept; else they are only rated and counted.
+        WEIGHTED: whether a page weighs as often as it has valid tokens.
         HEADS: query heads that are looked at together.
         RUN: pages in a row; each part has every so many runs, so that neighbours, which are often chosen together, are
             spread over all parts.
     """
     bh = tl.program_id(0)
-    b = (bh // H).to(tl.int64)
-    row = plan + b * PLAN_FIELDS
-    capacity = tl.load(step + PAGE_CAPACITY)
-    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    stream = number.to(tl.int64) * tl.num_programs(0) + bh
-    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
-    floor = tl.load(floors + bh)
-    outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
-    first = tl.load(row + FIRST)
-    stop = tl.load(row + STOP)
-    scored = tl.load(row + NUM_SELECTED) < stop - first
-    num_outliers = tl.load(row + NUM_OUTLIERS)
-    split = tl.arange(0, SPLITS)
-    known = (split < num_splits)[None, :]
-    parts = tl.cdiv(stop, PART)
-    lane = tl.arange(0, PART)
-    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
-        pages = (lane // RUN * parts + part) * RUN + lane % RUN
-        inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
-        best = tl.zeros([PART], tl.float32)
-        kept = inside
-        if scored:
-            best = tl.full([PART], -3.0e38, tl.float32)
-            for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
-                heads = g + tl.arange(0, HEADS)
-                place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
-                most = tl.load(place, mask=known, other=float("-inf"))
-                sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
-                highest = tl.max(most, 1)
-                shift = tl.where(highest == float("-inf"), 0.0, highest)
-                lse = shift + tl.log(tl.sum(sums * tl.exp(most - shift[:, None]), 1))
-                there = inside[None, :] & (heads < G)[:, None]
-                each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
-                best = tl.maximum(best, tl.max(tl.where(there, each - lse[:, None], float("-inf")), 0))
-            if OUTLIERS:
-                marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
-                best = tl.where(marks != 0, float("inf"), best)
-            bins = score_bins(best, BINS, PER_NAT)
-            kept = inside & (bins <= floor)
-            tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
-        tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
-        rank = tl.cumsum(kept.to(tl.int32), 0)
-        # By rank, then by part: all parts keep about as many, so few places stay empty.
-        place = (rank - 1) * parts + part
-        tl.store(kept_page + place, pages, mask=kept)
-        tl.store(kept_score + place, best, mask=kept)
-        tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+    programs = tl.num_programs(1) - ROTATED
+    if ROTATED and tl.program_id(1) == programs:
+        tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        rotate_queries(query, query_b, query_h, basis, rotated, bh, H, G, DK, BLOCK_K)
+    else:
+        b = (bh // H).to(tl.int64)
+        row = plan + b * PLAN_FIELDS
+        capacity = tl.load(step + PAGE_CAPACITY)
+        logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+        scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        stream = number.to(tl.int64) * tl.num_programs(0) + bh
+        kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+        kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+        if EVERYTHING:
+            floor = BINS
+        else:
+            floor = tl.load(floors + bh)
+        outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
+        first = tl.load(row + FIRST)
+        stop = tl.load(row + STOP)
+        scored = tl.load(row + NUM_SELECTED) < stop - first
+        num_outliers = tl.load(row + NUM_OUTLIERS)
+        split = tl.arange(0, SPLITS)
+        known = (split < num_splits)[None, :]
+        parts = tl.cdiv(stop, PART)
+        lane = tl.arange(0, PART)
+        for part in range(tl.program_id(1), parts, programs):
+            pages = (lane // RUN * parts + part) * RUN + lane % RUN
+            inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
+            best = tl.zeros([PART], tl.float32)
+            kept = inside
+            if scored:
+                best = tl.full([PART], -3.0e38, tl.float32)
+                total = tl.zeros([PART], tl.float32)
+                for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
+                    heads = g + tl.arange(0, HEADS)
+                    place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
+                    most = tl.load(place, mask=known, other=float("-inf"))
+                    sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
+                    lse = log_total(most, sums)
+                    there = inside[None, :] & (heads < G)[:, None]
+                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
+                    each = tl.where(there, each - lse[:, None], float("-inf"))
+                    if RATING == LIKELIEST:
+                        best = tl.maximum(best, tl.max(each, 0))
+                    else:  # no logit is far above the logarithm of the sum that it is in
+                        total += tl.sum(tl.exp(each), 0)
+                if RATING == SHARE:
+                    best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
+                    if WEIGHTED and PADDED:
+                        best += log_tokens(step, b, pages, inside, PAGE, PADDED)
+                if OUTLIERS:
+                    marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
+                    best = tl.where(marks != 0, float("inf"), best)
+                bins = score_bins(best, BINS, PER_NAT)
+                kept = inside & (bins <= floor)
+                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
+            tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
+            if LISTED:
+                rank = tl.cumsum(kept.to(tl.int32), 0)
+                # By rank, then by part: all parts keep about as many, so few places stay empty.
+                place = (rank - 1) * parts + part
+                tl.store(kept_page + place, pages, mask=kept)
+                tl.store(kept_score + place, best, mask=kept)
+                tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)

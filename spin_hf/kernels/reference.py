@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fields import BINS_PER_NAT, NUM_BINS
+
 NUM_BUCKETS = 64
 """Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""
 
@@ -137,6 +139,34 @@ def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
     best, pages = scores.topk(width, dim=-1)
     wanted = torch.arange(width, device=scores.device) < num_pages[:, None, None]
     return torch.where(wanted & (best > float("-inf")), pages, -1)
+
+
+def score_bins(log_scores: Tensor) -> Tensor:
+    """Bins of scores, which are logarithms of about 0 at most, best first: 0 for infinity, then 64 for each nat downward.
+
+    Args:
+        log_scores: any shape.
+    Returns:
+        int64, the same shape, in [0, NUM_BINS).
+    """
+    depth = ((-log_scores).clamp(min=0) * BINS_PER_NAT).clamp(max=NUM_BINS - 2).long()
+    return torch.where(log_scores == float("inf"), 0, 1 + depth)
+
+
+def pages_down_to(log_scores: Tensor, num_pages: Tensor) -> Tensor:
+    """The best pages of every KV head, and all that score in the same bin as the last of them.
+
+    Args:
+        log_scores: [B, H, N], as for `score_bins`; -inf marks a page that must not be chosen.
+        num_pages: [B], int64: how many are wanted at least.
+    Returns:
+        [B, H, N], bool; all that may be chosen where there are no more.
+    """
+    bins = score_bins(log_scores).masked_fill(log_scores == float("-inf"), NUM_BINS)
+    ranked = bins.sort(-1).values
+    last = (num_pages - 1).clamp(0, bins.shape[-1] - 1)[:, None, None].expand(*bins.shape[:2], 1)
+    edge = ranked.gather(2, last)
+    return (bins <= edge) & (bins < NUM_BINS) & (num_pages > 0)[:, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- retrieve

@@ -1,7 +1,8 @@
-"""Scores of all candidate pages, and what the softmax over them needs. The specification is `ShadowKV.score`.
+"""Products of the query with one vector of every candidate page, and what the softmax over them needs.
 
-Landmarks are by far the most that a step reads of a long context: here they are read once, at the speed of memory. One more
-program of each (sequence, KV head) appends the step's token meanwhile: its page is no candidate yet.
+The vector is the first that the method keeps: ShadowKV's landmark, the mean of other methods. Vectors are by far the most that
+a step reads of a long context: here they are read once, at the speed of memory. One more program of each (sequence, KV head)
+appends the step's token meanwhile: its page is no candidate yet.
 """
 
 from __future__ import annotations
@@ -14,64 +15,19 @@ from .common import (
     DIRECTORY,
     DIRECTORY_STRIDE,
     FIRST,
-    LANDMARK,
-    LANDMARK_SCALE,
     LOGITS,
     NUM_SELECTED,
     PAGE_CAPACITY,
     PLAN_FIELDS,
     POSITION,
+    SCALE_0,
     STOP,
+    SUMMARY_0,
     candidates,
+    digits,
+    log_tokens,
+    segment_vectors,
 )
-
-
-@triton.jit
-def _digits(rows, BLOCK_R: tl.constexpr):
-    """Queries [BLOCK_R, K], each in two rows, as whole numbers of two digits of base 256: the high one above the low one.
-
-    So int8 landmarks are multiplied as they are, exactly; of a product the same thread holds both digits. Also returns the
-    unit [BLOCK_R] of each row's whole number.
-    """
-    unit = tl.maximum(tl.max(tl.abs(rows), 1), 1e-30) / 32512.0
-    whole = (rows / unit[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds
-    high = tl.floor((whole + 128.0) / 256.0)
-    digit = tl.where((tl.arange(0, BLOCK_R) % 2 == 0)[:, None], high, whole - high * 256.0)
-    return digit.to(tl.int8), unit
-
-
-@triton.jit
-def _read(
-    directory, table, units, h, segment, end, stop,
-    dtype: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """Landmarks [RUNS * SEGMENT, BLOCK_K] of RUNS segments, of which those from `end` on are not read, and their units.
-
-    Rows of a segment are consecutive, so one address serves them: each thread knows beforehand of which segment its rows are.
-    """
-    row_bytes: tl.constexpr = DK * (dtype.primitive_bitwidth // 8)
-    quantized: tl.constexpr = dtype == tl.int8
-    lane = tl.arange(0, RUNS * SEGMENT)
-    column = tl.arange(0, BLOCK_K)
-    address = tl.zeros([RUNS * SEGMENT], tl.int64)
-    place = tl.zeros([RUNS * SEGMENT], tl.int64)
-    for run in tl.static_range(RUNS):
-        row = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.int64) * H + h) * SEGMENT
-        inside = row % ROWS + lane - run * SEGMENT
-        mine = lane >= run * SEGMENT
-        chunk = tl.load(table.to(tl.pointer_type(tl.int64)) + row // ROWS)
-        address = tl.where(mine, chunk + inside * row_bytes, address)
-        if quantized:
-            chunk = tl.load(units.to(tl.pointer_type(tl.int64)) + row // ROWS)
-            place = tl.where(mine, chunk + inside * 4, place)
-    there = segment * SEGMENT + lane < stop
-    pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-    landmarks = tl.load(pointer[:, None] + column[None, :], mask=there[:, None] & (column < DK)[None, :], other=0)
-    unit = tl.full([RUNS * SEGMENT], 1.0, tl.float32)
-    if quantized:
-        unit = tl.load(place.to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
-    return landmarks, unit
 
 
 @triton.jit
@@ -81,7 +37,7 @@ def score_kernel(
     APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BINS: tl.constexpr, RUNS: tl.constexpr,
+    BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
 
@@ -90,15 +46,16 @@ def score_kernel(
         stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each share. Written.
         histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
         key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
-        DIGITS: whether int8 landmarks are multiplied as such, which devices before Ampere cannot do.
+        DIGITS: whether int8 vectors are multiplied as such, which devices before Ampere cannot do.
         RUNS: segments at a time.
+        WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
     if APPEND and split == num_splits:
         append_page(
             step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
-            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED,
+            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, SUMMARISE,
         )  # fmt: skip
     else:
         if split == 0:
@@ -129,34 +86,36 @@ def score_kernel(
             )  # fmt: skip
             factor = tl.full([BLOCK_G], 1.0, tl.float32) * scale
             if DIGITS:
-                queries, query_unit = _digits(queries.to(tl.float32), 2 * BLOCK_G)
+                queries, query_unit = digits(queries.to(tl.float32), 2 * BLOCK_G)
                 factor *= tl.max(tl.reshape(query_unit, (BLOCK_G, 2)), 1)
             elif not QUANTIZED:
                 queries = queries.to(SUMMARY)
             queries = tl.trans(queries)
-            table = tl.load(layer + LANDMARK)
-            units = tl.load(layer + LANDMARK_SCALE)
+            table = tl.load(layer + SUMMARY_0)
+            units = tl.load(layer + SCALE_0)
             directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
             for segment in range(begin, end, RUNS):
                 pages = segment * SEGMENT + lane
-                landmarks, unit = _read(
+                vectors, unit = segment_vectors(
                     directory, table, units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H, DK, BLOCK_K,
                     SEGMENT, ROWS, RUNS,
                 )  # fmt: skip
                 if DIGITS:
-                    products = tl.dot(landmarks, queries, out_dtype=tl.int32)
+                    products = tl.dot(vectors, queries, out_dtype=tl.int32)
                     products = tl.reshape(products, (RUNS * SEGMENT, BLOCK_G, 2))
                     scores = tl.sum(products * tl.where(tl.arange(0, 2) == 0, 256, 1), 2).to(tl.float32)
                 elif QUANTIZED:
-                    scores = tl.dot(landmarks.to(queries.dtype), queries)
+                    scores = tl.dot(vectors.to(queries.dtype), queries)
                 else:
-                    scores = tl.dot(landmarks, queries, input_precision="ieee")
+                    scores = tl.dot(vectors, queries, input_precision="ieee")
                 inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
                 scores = tl.where(inside[:, None], scores * (unit[:, None] * factor[None, :]), float("-inf"))
                 tl.store(
                     logits + group[None, :] * capacity + pages[:, None], scores,
                     mask=(group < G)[None, :] & (pages < stop)[:, None],
                 )  # fmt: skip
+                if WEIGHTED and PADDED:  # else all have as many
+                    scores += log_tokens(step, b, pages, inside, PAGE, PADDED)[:, None]
                 higher = tl.maximum(most, scores)
                 shift = tl.where(higher == float("-inf"), 0.0, higher)
                 total = total * tl.exp(most - shift) + tl.exp(scores - shift)

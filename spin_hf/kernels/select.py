@@ -20,6 +20,7 @@ from .common import (
     KEPT_SCORE,
     LIST_CAPACITY,
     LIST_PAGE,
+    LOGITS,
     NUM_PAGES,
     NUM_SELECTED,
     PAGE_CAPACITY,
@@ -41,7 +42,8 @@ NO_KEY = tl.constexpr(-(1 << 63))
 
 @triton.jit
 def choose_kernel(
-    step, layer, plan, histogram, list_count, counters, floors, hand, query_index,
+    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
+    ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
@@ -52,6 +54,9 @@ def choose_kernel(
         histogram: as `rate_kernel` left it. Added to where too few pages were kept.
         list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
         counters: int64 [len(Counter)]. Added to.
+        edges: int32 [B, H]: the bin in which the zone ends that is estimated: `share` billionths of the candidates, behind
+            those that are chosen. Written, if ZONE; `histogram` then counts all candidates.
+        ESTIMATES: whether `estimate_kernel` follows: then the logits of what is listed become -infinity.
         PARTS: parts whose numbers of kept pages are looked at together.
         FEW: tied pages up to this number are compared each with each.
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
@@ -123,11 +128,25 @@ def choose_kernel(
             pages = tl.load(kept_page + place, mask=inside, other=0)
             score = tl.load(kept_score + place, mask=inside, other=0.0)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
+    if ZONE:
+        upto = tl.cumsum(counts, 0)
+        number = tl.max(upto, 0).to(tl.int64)
+        last = tl.minimum(number, wanted + (number * share + 999999999) // 1000000000)
+        tl.store(edges + bh, tl.sum((upto < last).to(tl.int32), 0))
     if num_tied > 0:
         tl.debug_barrier()
         count = _take_best(listed, count, tied, num_tied, needed, FEW, TIED_TILE)
     tl.store(list_count + bh * 2, count)
     tl.debug_barrier()
+    if ESTIMATES:
+        logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+        for start in range(0, count, LIST_TILE):
+            offsets = start + tl.arange(0, LIST_TILE)
+            pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
+            for g in tl.static_range(G):
+                nothing = tl.full([LIST_TILE], float("-inf"), tl.float32)
+                tl.store(logits + g * capacity + pages, nothing, mask=pages >= 0)
+        tl.debug_barrier()  # retrieval marks pages in the list
     missing = retrieve(
         step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES, PAGE, PADDED,
         LIST_TILE, HAND_TILE, SLOT_TILE,

@@ -1,7 +1,8 @@
 """Bisection against an oracle with loops over float64, written from its documentation.
 
-    rate       log of tokens * exp(scale * q . mean); for the 4 x budget best by the shares of that, log of the sum over their
-               tokens of exp(scale * q . (mean + key in four bits)); shares among all candidates, summed over the group
+    rate       log of tokens * exp(scale * q . mean); for the 4 x budget best by the shares of that, and what is in the
+               same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
+               shares among all candidates, summed over the group
     estimate   every other page: tokens * exp(scale * q . mean key), mean value
 
 Where the tokens stand is read back from the cache.
@@ -68,6 +69,16 @@ def best(scores: dict[int, float], count: int) -> list[int]:
     return order[:count]
 
 
+def down_to(scores: dict[int, float], count: int, group: int) -> list[int]:
+    """The best, and those whose mean share lies in the same of 64 steps of a nat as the last of them."""
+    steps = {page: -64 * math.log(score / group) for page, score in scores.items()}
+    order = sorted(steps, key=lambda page: steps[page])
+    edge = math.floor(steps[order[min(count, len(order)) - 1]]) + 1
+    if count < len(order) and any(abs(step - bound) < 1e-3 for step in steps.values() for bound in (edge - 1, edge)):
+        raise NearTieError("bins")
+    return [page for page in order if steps[page] < edge]
+
+
 def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
     zones = zones_of(rules, head, at)
     assert all(len(cluster) == 1 for cluster in zones.clusters)
@@ -78,7 +89,7 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
         mean = {page: np.mean(head.keys[tokens[page]], axis=0) for page in pages}
         basis = lowbit.rotate(torch.eye(head.keys.shape[1])).double().numpy()
         rated = np.array([[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in pages] for q in query])
-        looked_at = best(dict(zip(pages, shares(rated), strict=True)), method.looked_at * zones.room)
+        looked_at = down_to(dict(zip(pages, shares(rated), strict=True)), method.looked_at * zones.room, len(query))
         for page in looked_at:
             keys = [mean[page] + in_four_bits((head.keys[t] - mean[page]) @ basis) @ basis.T for t in tokens[page]]
             for g, q in enumerate(query):

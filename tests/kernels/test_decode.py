@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf import ShadowKV, SpinCache, decode, descriptors
+from spin_hf import Bisection, ShadowKV, SpinCache, decode, descriptors, selection
 from spin_hf.kernels.fields import PlanField, StepField
 
+from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
@@ -24,6 +25,7 @@ pytestmark = [
 
 TIGHT = 60_000  # bytes: fewer page frames than the prompt below has pages
 STEPS = 3
+OFTEN = regrouping_often(Bisection, 32, 16)(2)
 
 
 def _inputs(padding: str) -> dict[str, torch.Tensor]:
@@ -83,6 +85,41 @@ def test_kernels_do_what_the_reference_does(
         assert stats.gpu_bytes <= TIGHT
 
 
+@pytest.mark.parametrize(
+    ("family", "padding", "options"),
+    [
+        ("llama", "none", {"budget": 16, "method": OFTEN}),
+        ("llama", "left", {"budget": 0.2, "method": OFTEN}),
+        ("llama", "holes", {"budget": 8, "recent_window": 1, "num_sink_tokens": 1, "method": OFTEN}),
+        ("llama", "left", {"budget": 16, "gpu_memory": 140_000, "method": OFTEN}),
+        ("gpt_oss", "none", {"budget": 8, "method": regrouping_often(Bisection, 32, 16)(1)}),  # sink logits
+        ("gemma2", "left", {"budget": 8, "method": OFTEN}),  # softcap
+    ],
+)
+def test_kernels_of_methods_that_regroup(
+    family: str, padding: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
+    model = build_model(family).eval()
+    steps = [1] * 20 if options.get("recent_window") == 1 else [1] * 10 + [3] + [1] * 8
+    with little_slack():
+        cache = SpinCache(model, **{"recent_window": 8, **options})
+        expected = _steps(model, cache, padding, steps)
+        counted = cache.stats()
+        assert cache._shared.sequences.stretches.num_pages > 3
+        launched = _interpret(monkeypatch)
+        cache = SpinCache(model, **{"recent_window": 8, **options})
+        torch.testing.assert_close(_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)
+    assert launched
+    stats = cache.stats()
+    cache.check_integrity()
+    assert counted.sparse_queries
+    assert stats.sparse_queries == counted.sparse_queries
+    assert stats.attended_tokens == counted.attended_tokens
+    if "gpu_memory" in options:
+        assert stats.loads > 0
+
+
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
     from spin_hf.kernels.launch import launchers
@@ -90,9 +127,10 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
-        monkeypatch.setattr(decode, name, number)
-        if name == "PART_PAGES":
-            monkeypatch.setattr(descriptors, name, number)
+        modules = [module for module in (decode, selection, descriptors) if hasattr(module, name)]
+        assert modules
+        for module in modules:
+            monkeypatch.setattr(module, name, number)
     return asked
 
 
@@ -188,9 +226,14 @@ def test_products_with_int8_landmarks_are_exact(
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale
     assert stop - first > 20
     assert bool(((held - exact).abs() <= largest[..., first:stop] * 2e-5).all())
-    used = step.stats.numel() // step.block_g * (4 if digits else 8)  # rows of a group, as the kernel packs them
+    used = (
+        step.selection.stats.numel() // step.block_g * (4 if digits else 8)
+    )  # rows of a group, as the kernel packs them
     most, total = (
-        step.stats.flatten()[:used].view(shape.kv_heads, step.splits, 2, -1)[..., : shape.group].double().unbind(2)
+        step.selection.stats.flatten()[:used]
+        .view(shape.kv_heads, step.selection.splits, 2, -1)[..., : shape.group]
+        .double()
+        .unbind(2)
     )
     sums = (most + total.log()).logsumexp(1)
     torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)

@@ -193,12 +193,12 @@ def _poison(layer: SpinLayer) -> None:
         frames = store.frames.frames.view(*table.shape, -1)
         frames.fill_(nan)
         frames[b, h, slot] = pages[b, h, table[b, h, slot].long()]
-    for tensor in (step.stats, step.parts):
+    for tensor in (*step.selection.scratch, step.parts):
         tensor.fill_(nan)
-    step.histogram.fill_(1)
+    step.selection.histogram.fill_(1)
     junk = {StepField.LOGITS: nan, StepField.SCORES: nan, StepField.LIST_PAGE: LOAD_MARK}
     for field, tensor in step.scratch.items():
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
     step.plan.fill_(1)
-    step.list_count.fill_(1)
+    step.selection.list_count.fill_(1)

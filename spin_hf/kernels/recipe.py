@@ -1,0 +1,35 @@
+"""How the Triton kernels serve a method: which of them, with which numbers. A method without a recipe decodes by its formulas.
+
+score      product of the query with the first vector that the method keeps of a page
+rate       what the products of a group make of the page
+closer     with `looked_at`: so many times the budget is rated again, by keys in four bits (third and fourth summary)
+choose     the best pages up to the budget
+estimate   with `estimated_share`: what is not chosen enters the softmax by its means (first and second summary)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .fields import Rating
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """See the module's head.
+
+    Attributes:
+        rating: what the logits of a group make of a page.
+        summarised_by_append: whether the kernel that appends summarises complete pages too (ShadowKV's vectors).
+        outliers_per_1024: pages of 1,024 budget tokens that go to outliers.
+        weighs_tokens: whether a page counts in the softmax as often as it has tokens.
+        looked_at: how many times the budget is looked at closer; 0 for not at all.
+        estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.
+    """
+
+    rating: Rating
+    summarised_by_append: bool = False
+    outliers_per_1024: int = 0
+    weighs_tokens: bool = False
+    looked_at: int = 0
+    estimated_share: float = 0.0

@@ -1,0 +1,185 @@
+"""The launches that choose the pages of one query of a step, by the recipe of the method, and retrieve them.
+
+    find_outliers    ShadowKV only; once a step for all layers
+    score, rate      one vector of every candidate                                 -> histogram of scores
+    closer, rate     with `looked_at`: the best by that, by their keys in four bits -> histogram of new scores
+    choose           the best up to the budget, and their page frames
+
+The specification is the method's `select`; `tests/kernels` holds both against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import lowbit
+from .descriptors import power_of_two
+from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from .storage.sequences import SEGMENT_PAGES
+
+if TYPE_CHECKING:
+    from .decode import StepKernels
+    from .layer import SpinLayer
+
+_SCORE_BYTES, _SCORE_WARPS, _SCORE_SPLITS = 16 << 10, 4, 64
+"""Of a program of scoring: bytes of vectors at a time, warps, and programs at most for each KV head."""
+_RATE_WARPS = 8
+_CLOSER_TOKENS, _CLOSER_WARPS = 128, 4
+"""Of a program that looks closer: tokens at a time, warps."""
+_CHOOSE_TILE, _CHOOSE_PARTS, _CHOOSE_WARPS, _HAND_TILE, _SLOT_TILE = 1024, 128, 8, 512, 2048
+"""Of a program that chooses: pages and parts of a tile, warps, slots of a tile at the hand and where all are looked at."""
+_FEW_TIED, _TIED_TILE = 64, 512
+"""Pages of one bin that are compared each with each, or at a time in a search."""
+_KEPT = 3
+"""So many times the pages that are chosen are looked at, if scores are spread as they were at the last step."""
+
+
+class Selection:
+    """Buffers and launches of one cache's choices on one device.
+
+    Args:
+        step: the kernels it belongs to.
+        programs: that a launch should have for each (sequence, KV head).
+    """
+
+    def __init__(self, step: StepKernels, programs: int) -> None:
+        self.step, self.recipe = step, step.recipe
+        layers, streams = len(step.shared.layers), step.streams
+        self.programs = programs
+        self.splits = min(_SCORE_SPLITS, power_of_two(programs))
+        self.edges = step.new((layers, streams), torch.int64)
+        self.histogram = step.new((streams, NUM_BINS), torch.int32)
+        self.second_histogram = step.new((streams if self.recipe.looked_at else 0, NUM_BINS), torch.int32)
+        self.floors = step.new((layers, streams), torch.int32, NUM_BINS)
+        self.hands = step.new((layers, streams), torch.int32)
+        self.zone_edges = step.new((streams,), torch.int32)
+        self.list_count = step.new((streams, 2), torch.int32)
+        self.stats = self.rotated = self.closer_stats = step.new((0,), torch.float32)
+        self.basis = step.new((0,), torch.float32)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What captured launches hold the addresses of."""
+        return (
+            self.edges, self.histogram, self.second_histogram, self.floors, self.hands, self.zone_edges, self.list_count,
+            self.stats, self.rotated, self.closer_stats, self.basis,
+        )  # fmt: skip
+
+    @property
+    def scratch(self) -> tuple[Tensor, ...]:
+        """Of these, what a step writes before it reads it."""
+        return self.stats, self.rotated, self.closer_stats
+
+    def fit(self, group: int, key_dim: int, dtype: torch.dtype) -> None:
+        """Buffers for so many query heads a KV head, of this size."""
+        streams, looks = self.step.streams, self.programs
+        self.stats = self._scratch(streams, self.splits * 2 * max(16, power_of_two(group)))
+        if self.recipe.looked_at:
+            self.rotated = self._scratch(streams, group * key_dim)
+            self.closer_stats = self._scratch(streams, looks * 3 * max(16, power_of_two(group)))
+            self.basis = lowbit.basis(key_dim, self.step.device).to(dtype)
+
+    def find_outliers(self, plan: Tensor, layers: list[SpinLayer]) -> None:
+        """Of consecutive layers, for the query that `plan` is of."""
+        step = self.step
+        if not self.recipe.outliers_per_1024:
+            return
+        for layer in layers:
+            step.begin(layer)
+        step.launch.find_outliers[(step.streams, len(layers))](
+            step.step, step.layer_addresses, plan, self.edges, step.found_for, layers[0].number, TILE=1024,
+            **some(step.shapes(layers[0]), "SUMMARY", "H", "SEGMENT", "ROWS", "PAGE", "PADDED"),
+        )  # fmt: skip
+
+    def select(
+        self, layer: SpinLayer, query: Tensor, index: int, scale: float, new: tuple[Tensor, Tensor] | None,
+        shapes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """List the pages of one query [B, heads, 1, Dk] of the step, and retrieve them; `new` as for `StepKernels.attend`."""
+        step, recipe, number, plan = self.step, self.recipe, layer.number, self.step.plan[index]
+        store, fields, group = layer.store, step.fields(layer), step.group
+        assert store is not None
+        key, value = (query, query) if new is None else new
+        digits = shapes["QUANTIZED"] and step.multiplies_int8
+        block_g = max(4 if digits else 8, power_of_two(group))  # columns of a product: eight at least
+        closer, everything = recipe.looked_at > 0, recipe.looked_at > 0 or recipe.estimated_share > 0
+        bins = {"BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT}
+        common = {"PART": PART_PAGES, **bins, **some(shapes, "H", "PAGE", "PADDED")}
+        run = min(PART_PAGES, 32)
+        step.launch.score[(step.streams, self.splits + (new is not None))](
+            step.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
+            *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=group,
+            BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._runs(shapes), SUMMARISE=recipe.summarised_by_append,
+            WEIGHTED=recipe.weighs_tokens, **shapes, num_warps=_SCORE_WARPS, num_stages=1,
+        )  # fmt: skip
+        step.launch.rate[(step.streams, self.programs + closer)](
+            step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,
+            *query.stride()[:2], self.basis, self.rotated, self.second_histogram, RATING=int(recipe.rating),
+            OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=everything, LISTED=not closer,
+            WEIGHTED=recipe.weighs_tokens, ROTATED=closer, G=group, BLOCK_G=block_g, SPLITS=power_of_two(self.splits),
+            HEADS=min(4, power_of_two(group)), RUN=run, DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **common,
+            num_warps=_RATE_WARPS,
+        )  # fmt: skip
+        if closer:
+            self._look_closer(layer, scale, plan, block_g, {**common, "SPLITS": power_of_two(self.splits)}, shapes, run)
+        share = round(recipe.estimated_share * 1e9)
+        step.launch.choose[(step.streams,)](
+            step.step, fields, plan, self.second_histogram if closer else self.histogram, self.list_count,
+            step.counters[number], self.floors[number], self.hands[number], self.zone_edges, share, index,
+            ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group, PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE,
+            PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED, TIED_TILE=_TIED_TILE,
+            LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
+        )  # fmt: skip
+
+    @property
+    def estimates_zone(self) -> bool:
+        """Whether only some of what is not chosen is estimated."""
+        return 0 < self.recipe.estimated_share < 1
+
+    def _look_closer(
+        self, layer: SpinLayer, scale: float, plan: Tensor, block_g: int, common: dict[str, Any], shapes: dict[str, Any],
+        run: int,
+    ) -> None:  # fmt: skip
+        """Rate the pages again that are best by one vector."""
+        step, store = self.step, layer.store
+        assert store is not None
+        exact = store.home.dtype == torch.float32
+        digits = step.multiplies_int8 and not exact
+        closer_g = max(4 if digits else 8, power_of_two(step.group))
+        groups = {"G": step.group, "BLOCK_G": block_g, "CLOSER_G": closer_g}
+        step.launch.closer[(step.streams, self.programs)](
+            step.step, step.fields(layer), self.rotated, plan, self.histogram, self.stats, self.closer_stats, self.splits,
+            scale / math.sqrt(store.key_dim & -store.key_dim), DIGITS=digits, LOOKED_AT=self.recipe.looked_at,
+            CODE_DTYPE=step.launch.dtype(store.home.dtype),
+            HALF=max(32 if digits else 16, power_of_two(-(-store.key_dim // 2))), DK=store.key_dim, RUN=run,
+            TILE=max(1, _CLOSER_TOKENS // store.page_size), **groups, **common, **some(shapes, "SEGMENT", "ROWS"),
+            num_warps=_CLOSER_WARPS, num_stages=1,
+        )  # fmt: skip
+        step.launch.rate_closer[(step.streams, self.programs)](
+            step.step, plan, self.second_histogram, self.stats, self.closer_stats, self.splits, self.programs,
+            LOOKS=power_of_two(self.programs), TILE=256, **groups, **common, num_warps=4,
+        )  # fmt: skip
+
+    def _runs(self, shapes: dict[str, Any]) -> int:
+        """Segments that a program scores at a time, by the bytes of their vectors; fewer where shared memory is small."""
+        item = 1 if shapes["QUANTIZED"] else shapes["SUMMARY"].primitive_bitwidth // 8
+        return segments_at_a_time(shapes["BLOCK_K"], item, self.step.shared_memory)
+
+    def _scratch(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.step.device)
+
+
+def segments_at_a_time(width: int, item: int, shared_memory: int) -> int:
+    """Segments whose vectors, of so many numbers of so many bytes, a program reads at a time."""
+    segment = SEGMENT_PAGES * width
+    room = shared_memory // (4 * segment * max(2, item))  # vectors may be converted
+    return power_of_two(max(1, min(_SCORE_BYTES // (segment * item), room)) + 1) // 2
+
+
+def some(shapes: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Those with these names."""
+    return {name: shapes[name] for name in names}
