@@ -1,5 +1,6 @@
 """Time per output token (TPOT) against every cache that a user could take instead: `python benchmarks/decode.py`.
 
+    --method bisection               another method, into a file of its own: decode-<shape>-<method>.json
     --shape llama-8b | qwen3-0.6b    random weights, synthetic keys and values, bf16, one sequence
     --tokens 131072 8192 ...         contexts                         --rivals floor dynamic ...    see `rivals.py`
     --seconds 540                    starts nothing that would end later; most important rows first
@@ -39,6 +40,8 @@ from shapes import SHAPES, build
 from spin_rows import SELECTIONS, spin_rows
 from step_profile import kernel_row
 from timing import attempt, failure, free, with_memory
+
+from spin_hf.attention.methods import METHODS
 
 CAPS = {131072: "4GiB", 524288: "8GiB"}
 """Contexts at which the cache is measured with a cap on its GPU memory too."""
@@ -130,19 +133,26 @@ def within(tasks: list[Task], seconds: float) -> list[Task]:
     return [task for task in chosen if task.name != "kernels"] + [task for task in chosen if task.name == "kernels"]
 
 
-def rows_of(task: Task, model: Any, record: Record, budget: int, weights: int) -> Iterator[dict[str, Any]]:
+def rows_of(task: Task, model: Any, record: Record, budget: int, method: str, weights: int) -> Iterator[dict[str, Any]]:
     """The rows of a task, each as soon as it is there; what fails becomes a row that says why."""
     try:
         if task.name == "spin":
             assert task.gpu_memory is not None
             yield from spin_rows(
-                model, task.tokens, budget, task.gpu_memory, list(task.selections), record.spread(task.tokens), weights
+                model,
+                task.tokens,
+                budget,
+                task.gpu_memory,
+                method,
+                list(task.selections),
+                record.spread(task.tokens),
+                weights,
             )
         elif task.name == "kernels":
             spread = record.spread(task.tokens)
             if spread is None:
                 raise RuntimeError("expected a replayed row of this context before its kernels")
-            yield attempt(lambda: kernel_row(model, task.tokens, budget, str(task.gpu_memory), spread))
+            yield attempt(lambda: kernel_row(model, task.tokens, budget, str(task.gpu_memory), method, spread))
         else:
             measured = attempt(
                 lambda: with_memory(lambda: measure_rival(model, task.name, task.tokens, budget), weights)
@@ -166,6 +176,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--method", choices=sorted(METHODS), default="shadowkv")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--rivals", nargs="*", choices=[*FAST, *SLOW], default=[*FAST, *SLOW])
@@ -179,7 +190,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="where to write (default: the source)")
     options = parser.parse_args(arguments)
-    options.source = options.source or RESULTS / f"decode-{options.shape}.json"
+    options.source = (
+        options.source
+        or RESULTS / f"decode-{options.shape}{'' if options.method == 'shadowkv' else '-' + options.method}.json"
+    )
     options.output = options.output or options.source
     return options
 
@@ -188,6 +202,7 @@ def common(options: argparse.Namespace) -> dict[str, Any]:
     """What all rows of a file have in common."""
     return {
         "shape": options.shape, "dtype": "bfloat16", "batch": 1, "budget_tokens": options.budget,
+        "method": options.method,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "sources": fingerprint(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
@@ -239,7 +254,7 @@ def main() -> None:
         if time.perf_counter() - started + task.seconds > options.seconds + 20:  # estimates are no promises
             print(f"no time left for {task.tokens >> 10}K {task.name}", flush=True)
             continue
-        for row in rows_of(task, model, record, options.budget, weights):
+        for row in rows_of(task, model, record, options.budget, options.method, weights):
             row = {"tokens": task.tokens, **row}
             print(f"{time.perf_counter() - started:4.0f} s {line(task, row)}", flush=True)
             if "failed" not in row:

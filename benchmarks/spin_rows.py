@@ -23,10 +23,10 @@ WARM = 144
 """Tokens generated before what is timed where pages are loaded, so that the buffer holds what it will go on holding."""
 
 
-def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str) -> tuple[SpinCache, float]:
+def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: str) -> tuple[SpinCache, float]:
     """A cache of so many tokens, and the seconds that filling it took."""
     free()
-    cache = SpinCache(model, budget=budget, gpu_memory=gpu_memory)
+    cache = SpinCache(model, budget=budget, gpu_memory=gpu_memory, method=method)
     torch.cuda.synchronize()
     started = time.perf_counter()
     fill_spin(cache, model.config, num_tokens)
@@ -73,15 +73,22 @@ class Traffic:
 
 
 def spin_rows(
-    model: Any, num_tokens: int, budget: int, gpu_memory: str, selections: list[str], spread: float | None, weights: int
+    model: Any,
+    num_tokens: int,
+    budget: int,
+    gpu_memory: str,
+    method: str,
+    selections: list[str],
+    spread: float | None,
+    weights: int,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one context and cap.
+    """Rows of one context, cap and method.
 
     Args:
         spread: which replays a real model's overlap, if that is known; else it is looked for.
         weights: bytes of the model.
     """
-    cache, filled = filled_cache(model, num_tokens, budget, gpu_memory)
+    cache, filled = filled_cache(model, num_tokens, budget, gpu_memory, method)
     started = time.perf_counter()
     measure(model, cache, steps=2)
     torch.cuda.synchronize()

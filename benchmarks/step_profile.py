@@ -5,7 +5,7 @@ for the rest of the process, so `decode.py` comes here after all times per token
 
     per layer    a kernel's time over steps and layers; kernels of the package by the names in `kernels.launch`, one launched
                  once a step for all layers counts its share; all others as a sum (matrix products, norms, RoPE, sampling)
-    summaries    read by scoring: landmarks of all pages of the context
+    summaries    read by scoring: the first that the method keeps, of all pages of the context
     attended     pages that attention reads, wherever they are;  loaded: those of them that come over the link
 """
 
@@ -67,8 +67,8 @@ def bytes_per_layer(cache: SpinCache, counts: dict[str, int], steps: int) -> dic
     shared = cache._shared
     layers, store = len(shared.layers), shared.layers[0].store
     assert store is not None
-    landmark: Any = store.summaries["landmark"]
-    row_bytes = sum(array.row_bytes for array in getattr(landmark, "arrays", [landmark]))
+    scored: Any = next(iter(store.summaries.values()))
+    row_bytes = sum(array.row_bytes for array in scored.arrays)
     pages = shared.sequences.length // store.page_size
     return {
         "summaries": pages * row_bytes * store.num_heads,
@@ -88,10 +88,10 @@ def rates(took: dict[str, float], moved: dict[str, int]) -> dict[str, float]:
     return result
 
 
-def kernel_row(model: Any, num_tokens: int, budget: int, gpu_memory: str, spread: float) -> dict[str, Any]:
+def kernel_row(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: str, spread: float) -> dict[str, Any]:
     """Times, bytes and rates of one context and cap, at the replayed overlap."""
     set_spread(model, spread)
-    cache, _ = filled_cache(model, num_tokens, budget, gpu_memory)
+    cache, _ = filled_cache(model, num_tokens, budget, gpu_memory, method)
     for count in [FEW] + [WARM // 2] * (2 if is_paged(cache) else 0):
         generate(model, cache, cache.get_seq_length(), count)
     traffic, held = Traffic(cache), cache.get_seq_length()

@@ -95,10 +95,12 @@ class ChunkedArray:
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
+        self._wait_for_kernels()
         return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
+        self._wait_for_kernels()
         kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
 
     def move(self, device: torch.device) -> None:
@@ -124,6 +126,7 @@ class ChunkedArray:
             self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
         )
         twin.grow(self.used_rows)
+        self._wait_for_kernels()
         for index, (source, copy) in enumerate(zip(self.chunks, twin.chunks, strict=False)):
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             copy[:inside] = source[:inside]
@@ -132,6 +135,11 @@ class ChunkedArray:
     @property
     def _is_registered(self) -> bool:
         return self.device.type == "cpu" and self.compute_device.type == "cuda"
+
+    def _wait_for_kernels(self) -> None:
+        """Before the host touches memory that kernels read and write by themselves."""
+        if self._is_registered:
+            torch.cuda.synchronize(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
         """The spare, where that is all that is needed; else new ones (and the spare is kept for next time)."""

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import SpinCache
+from spin_hf import Bisection, SpinCache
 from spin_hf.descriptors import Descriptors
 
+from ..cache.regrouping import little_slack, regrouping_often
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import FakeRecorder, capture_on_cpu
 
@@ -63,6 +64,30 @@ def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.Monkey
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     assert str(cache.stats()) == str(eager.stats())
     cache.check_integrity()
+
+
+@pytest.mark.parametrize(("padded", "gpu_memory"), [(False, "auto"), (True, "auto"), (False, "140kB")])
+def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stretches grow between captured steps, and pages that these complete are summarised behind them."""
+    model = build_model("llama").eval()
+    options = {**OPTIONS, "method": regrouping_often(Bisection, 32, 16)(2), "gpu_memory": gpu_memory}
+    recorder = capture_on_cpu(monkeypatch)
+    caches = eager, cache = [SpinCache(source, **options) for source in (model.config, model)]
+    with little_slack():
+        expected, actual = (
+            model.generate(
+                **_inputs(padded), past_key_values=each, return_dict_in_generate=True, output_logits=True,
+                max_new_tokens=26, do_sample=False,
+            )
+            for each in caches
+        )  # fmt: skip
+    assert recorder.replays >= 20  # where frames move to make room for more tokens it is captured anew
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+    assert str(cache.stats()) == str(eager.stats())
+    assert len(cache._shared.sequences.stretches.stops) > 1
+    for each in caches:
+        each.check_integrity()
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""Every method that kernels serve, on a GPU: captured steps against the formulas of the same method, and against dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+import spin_hf.kernels
+from spin_hf import Bisection, Quest, RetroInfer, SpinCache
+from spin_hf.attention.interface import spin_attention
+from spin_hf.attention.partition import recipe_of
+
+from ..cache.regrouping import little_slack, regrouping_often
+from ..cache.tiny import Driver, Shape, World
+from ..support.zoo import PAD_TOKEN_ID, build_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+METHODS = [
+    method
+    for method in (
+        regrouping_often(Bisection, 64, 32)(2), regrouping_often(RetroInfer, 64, 32)(), Quest(dense_layers=1),
+        Quest(dense_layers=0),
+    )
+    if recipe_of(method) is not None
+]  # fmt: skip
+OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8}
+
+
+def _generate(model: Any, cache: Any, padded: bool, count: int = 60) -> Any:
+    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
+    return model.generate(
+        input_ids=ids.cuda(), attention_mask=mask.cuda(), past_key_values=cache, max_new_tokens=count,
+        min_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("gpu_memory", ["auto", 220_000])
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_captured_steps_do_what_the_formulas_do(
+    method: Any, gpu_memory: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("llama").cuda().eval()
+    options = {**OPTIONS, "method": method, "gpu_memory": gpu_memory}
+    with little_slack():
+        with monkeypatch.context() as patch:
+            patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
+            reference = SpinCache(model.config, **options)
+            expected = _generate(model, reference, padded)
+            counted = reference.stats()
+        cache = SpinCache(model, **options)
+        actual = _generate(model, cache, padded)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
+    assert sum(step is not None for step in cache.steps.captured.values()) >= 1, cache.steps.refused
+    stats = cache.stats()
+    cache.check_integrity()
+    assert stats.sparse_queries == counted.sparse_queries > 0
+    assert stats.attended_tokens == counted.attended_tokens
+    if gpu_memory != "auto":
+        assert stats.loads > 0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_budget_for_all_is_exact(method: Any) -> None:
+    model = build_model("llama").cuda().eval()
+    expected = _generate(model, DynamicCache(config=model.config), True)
+    with little_slack():
+        cache = SpinCache(model, budget=1 << 20, recent_window=8, method=method)
+        actual = _generate(model, cache, True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
+    cache.check_integrity()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_no_step_waits_for_the_host(method: Any) -> None:
+    """But for those before which tokens are regrouped, of which there is none here."""
+    model = build_model("llama").cuda().eval()
+    cache = SpinCache(model, budget=24, recent_window=8, method=method)
+    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1)).cuda()
+    model(ids, past_key_values=cache)
+    token = torch.full((2, 1), 5, device="cuda")
+    for _ in range(4):
+        model(token, past_key_values=cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            model(token, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cache.check_integrity()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key_dim", [128, 64, 80])
+@pytest.mark.parametrize("method", [Bisection(), RetroInfer(), Quest(0)], ids=repr)
+def test_real_sizes_in_sixteen_bits(
+    method: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 summaries, several segments and stretches. Ties may fall either way, so outputs are only nearly the same."""
+    if recipe_of(method) is None:
+        pytest.skip("no kernels serve it")
+    shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
+    world = World.random(shape, 1, length + 4, seed=7)
+    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
+    outputs = []
+    for by_kernels in (False, True):
+        with monkeypatch.context() as patch:
+            if not by_kernels:
+                patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
+            driver = Driver(shape, method=method, budget=512, recent_window=64)
+            outputs.append(_steps(driver, parts, [length, *range(length + 1, length + 5)]))
+            driver.cache.check_integrity()
+    expected, actual = (torch.cat(each[1:], 1).float() for each in outputs)
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(error.mean()) < 0.02
+    assert float(error.max()) < 0.15
+
+
+def _steps(driver: Driver, parts: list[list[torch.Tensor]], stops: list[int]) -> list[torch.Tensor]:
+    outputs, start = [], 0
+    for stop in stops:
+        keys, values, queries = (part[0][:, :, start:stop] for part in parts)
+        embeds = torch.empty((1, stop - start, 1), dtype=keys.dtype, device=keys.device)
+        mask = create_causal_mask(driver.config, embeds, None, driver.cache)
+        keys, values = driver.cache.update(keys, values, 0)
+        outputs.append(
+            spin_attention(driver.module, queries, keys, values, mask, scaling=driver.scale, **driver.arguments)[0]
+        )
+        start = stop
+    return outputs
