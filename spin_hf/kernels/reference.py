@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fields import BINS_PER_NAT, NUM_BINS
+
 NUM_BUCKETS = 64
 """Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""
 
@@ -137,6 +139,12 @@ def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
     best, pages = scores.topk(width, dim=-1)
     wanted = torch.arange(width, device=scores.device) < num_pages[:, None, None]
     return torch.where(wanted & (best > float("-inf")), pages, -1)
+
+
+def score_bins(log_scores: Tensor) -> Tensor:
+    """Bins of logarithms of scores, in steps of 1/64: int64, 0 for infinity, 1 for all from 0 on, 2047 for the lowest."""
+    depth = (-log_scores).clamp(min=0).mul(BINS_PER_NAT).clamp(max=NUM_BINS - 2)
+    return torch.where(log_scores == float("inf"), 0, 1 + depth.long())
 
 
 # ---------------------------------------------------------------------------------------------------------- retrieve
