@@ -137,7 +137,7 @@ def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: i
     query = Query(
         states=call.query.squeeze(3).float(), candidates=zones.candidates, budget_tokens=zones.budget_tokens,
         page_size=store.page_size, scale=call.scale, layer=layer, page_tokens=zones.page_tokens,
-        partition_pages=store.partition_pages(zones.candidates.shape[1]), positions=zones.positions,
+        positions=zones.positions,
     )  # fmt: skip
     return query, zones.fixed
 

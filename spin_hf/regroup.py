@@ -11,7 +11,9 @@ Sequences that share segments are arranged once; where they share a part of a st
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +35,18 @@ logger = logging.getLogger("spin_hf")
 SLACK_TOKENS = 64
 """Tokens behind the recent window that stay where they are, so that a verification may take some back."""
 
-Runs = list[tuple[int, int]]
+_TOKENS_AT_ONCE = 32768
+"""Most tokens of a sequence that are regrouped at a time, and of all that a method arranges: bounds temporary memory."""
+
+Pages = list[tuple[int, int]]
+
+
+class Run(NamedTuple):
+    """Pages [first, stop) of sequences that hold the same there, to be arranged as one."""
+
+    sequences: list[int]
+    first: int
+    stop: int
 
 
 def grow(shared: SharedState) -> None:
@@ -58,11 +71,10 @@ def grow(shared: SharedState) -> None:
         options.num_sink_tokens,
         window,
     )
-    parts = -(-tokens // method.stretch_tokens)
-    for part in range(parts):
-        end = first + (stop - first) * (part + 1) // parts
-        start = sequences.stretches.num_pages
-        _add_stretch(shared, method, end, may_move[:, start:end])
+    stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
+    at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
+    for part in range(0, len(stops), at_once):
+        _add_stretches(shared, method, [first + stop for stop in stops[part : part + at_once]], may_move)
 
 
 def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
@@ -105,32 +117,55 @@ def _misplaced(shared: SharedState, valid: Tensor | None, length: int) -> Tensor
     return misplaced
 
 
-def _add_stretch(shared: SharedState, method: Regrouping, stop: int, may_move: Tensor) -> None:
-    """Regroup the pages `may_move` [B, n] of the stretch that ends at `stop`."""
+def _cut(may_move: list[bool], most: int) -> list[int]:
+    """Where to cut pages into stretches: equal parts of `most` pages or fewer, the first one with what must stay before it.
+
+    What is then left, fewer pages than there are parts, waits for the next time.
+    """
+    lead = may_move.index(True) if True in may_move else 0
+    parts = -(-(len(may_move) - lead) // most)
+    each = (len(may_move) - lead) // parts
+    return [lead + each * (part + 1) for part in range(parts)]
+
+
+def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor) -> None:
+    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer."""
     sequences = shared.sequences
-    first = sequences.stretches.num_pages
-    runs = [_runs_of(row) for row in may_move.tolist()]
-    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES)), runs)
+    first, stop = sequences.stretches.num_pages, stops[-1]
+    grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
+    layers = [layer for layer in shared.layers if layer.store is not None]
+    for layer in layers:
+        _regrouped(layer).write_runs(first, stop)
+    for end, (moves, _) in zip(stops, grouped, strict=True):
+        sequences.stretches.append(end, moves)
+    sequences.changed()
+    runs = [run for _, found in grouped for run in found]
+    for layer in layers:
+        _rearrange(layer, first, stop, *_arrange(method, layer, first, stop, runs))
+
+
+def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> tuple[Tensor, list[Run]]:
+    """Copies of what sequences share in part of a stretch.
+
+    Returns:
+        `may_move` [B, n], or nothing where there is no room for copies; the runs that are to be arranged.
+    """
+    sequences = shared.sequences
+    pages = [_runs_of(row) for row in may_move.tolist()]
+    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES)), pages)
     try:
         for rows in groups:
-            if runs[rows[0]]:
+            if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
     except (BudgetError, CapacityError) as error:
         if not shared.warned_regrouping:
             shared.warned_regrouping = True
             logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
-        may_move, groups = torch.zeros_like(may_move), []
-    layers = [layer for layer in shared.layers if layer.store is not None]
-    for layer in layers:
-        _regrouped(layer).write_runs(first, stop)
-    sequences.stretches.append(stop, may_move)
-    sequences.changed()
-    for layer in layers:
-        order, partition_pages = _arrange(method, layer, first, stop, {tuple(rows): runs[rows[0]] for rows in groups})
-        _rearrange(layer, first, stop, order, partition_pages)
+        return torch.zeros_like(may_move), []
+    return may_move, [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 
-def _alike(directory: list[list[int]], segments: range, runs: list[Runs]) -> list[list[int]]:
+def _alike(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
     """Sequences in groups that hold the same segments, and may move the same pages."""
     groups: dict[object, list[int]] = {}
     for row, held in enumerate(directory):
@@ -138,7 +173,7 @@ def _alike(directory: list[list[int]], segments: range, runs: list[Runs]) -> lis
     return list(groups.values())
 
 
-def _runs_of(may_move: list[bool]) -> Runs:
+def _runs_of(may_move: list[bool]) -> Pages:
     """First page and the page behind, of each run of two or more pages that may move."""
     runs, start = [], 0
     for page, moves in enumerate([*may_move, False]):
@@ -150,23 +185,35 @@ def _runs_of(may_move: list[bool]) -> Runs:
 
 
 def _arrange(
-    method: Regrouping, layer: SpinLayer, first: int, stop: int, groups: dict[tuple[int, ...], Runs]
-) -> tuple[Tensor, Tensor]:
-    """Order [B, H, tokens] and partition_pages [B, H, n] of a stretch, in which pages outside of runs stay."""
+    method: Regrouping, layer: SpinLayer, first: int, stop: int, runs: list[Run]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Order [B, H, tokens] and partition_pages [B, H, n] of pages [first, stop), in which those outside of runs stay."""
     store = _store(layer)
     keys, _, rows = store.pages(first, stop)
     size = store.page_size
     order = torch.arange((stop - first) * size, device=keys.device).expand(*rows.shape[:2], -1).clone()
     partition_pages = torch.ones_like(rows)
-    for sequences, runs in groups.items():
-        for start, end in runs:
-            inside = keys[sequences[0] : sequences[0] + 1, :, start:end].flatten(2, 3)
-            made = method.arrange(inside)
-            _check_arrangement(method, made, inside.shape[:3], size)
-            order[list(sequences), :, start * size : end * size] = made.order + start * size
-            if made.partition_pages is not None:
-                partition_pages[list(sequences), :, start:end] = made.partition_pages
+    for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
+        inside = torch.stack([keys[run.sequences[0], :, run.first - first : run.stop - first] for run in alike])
+        made = method.arrange(inside.flatten(2, 3))
+        _check_arrangement(method, made, torch.Size((*inside.shape[:2], inside.shape[2] * size)), size)
+        for index, run in enumerate(alike):
+            start, end = run.first - first, run.stop - first
+            for row in run.sequences:
+                order[row, :, start * size : end * size] = made.order[index] + start * size
+                if made.partition_pages is not None:
+                    partition_pages[row, :, start:end] = made.partition_pages[index]
     return order, partition_pages
+
+
+def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
+    """Runs of as many pages each, `most_pages` in all or a single one."""
+    by_length: dict[int, list[Run]] = {}
+    for run in runs:
+        by_length.setdefault(run.stop - run.first, []).append(run)
+    for length, alike in by_length.items():
+        at_once = max(1, most_pages // length)
+        yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
 
 
 def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
@@ -189,11 +236,11 @@ def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition
 
 
 def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:
-    places = torch.arange(shape[2], device=made.order.device).expand(shape)
-    if made.order.shape != shape or not torch.equal(made.order.sort(2).values, places):
+    order = made.order
+    if order.shape != shape or not bool((_times_each(order).eq(1)).all()):
         raise CacheStateError(
             f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
-            f"heads, got {tuple(made.order.shape)} with other numbers; correct the method"
+            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
         )
     pages, expected = made.partition_pages, (*shape[:2], shape[2] // page_size)
     if pages is not None and not (pages.shape == expected and tiles(pages)):
@@ -201,6 +248,15 @@ def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size,
             f"method {method}: expected partition_pages of arrange, {expected}, to cover every page once, got "
             f"{tuple(pages.shape)} that leaves out some, or has them twice; correct the method"
         )
+
+
+def _times_each(order: Tensor) -> Tensor:
+    """How often an order [..., n] has each of the n places, and at the end one more than it has other numbers: [..., n + 1]."""
+    count = order.shape[-1]
+    places = torch.where((order >= 0) & (order < count), order, count)
+    times = order.new_zeros((*order.shape[:-1], count + 1))
+    times[..., -1] = 1
+    return times.scatter_add_(-1, places, torch.ones_like(places))
 
 
 def _store(layer: SpinLayer) -> PageStore:

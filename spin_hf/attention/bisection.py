@@ -1,6 +1,6 @@
 """Bisection, this project's own method: pages of tokens that lie together, rated by low-bit keys, and means for all others.
 
-    arrange    halve the tokens at the median along their main axis, and the halves again, down to full pages
+    arrange    part the tokens along their main axis, and the parts again, down to full pages
     select     4 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
                of them the budget by  sum over tokens of exp(scale * q . key in four bits)
                both as shares of all candidates, mean over the query heads of a KV head
@@ -10,8 +10,12 @@
                     codes [P, D / 2]  scale [P]    keys less their mean, rotated, four bits a number (`lowbit.py`);
                                                    the scale is -1 where there is no token
 
-Halving at the median keeps all pages full and all parts of one size, so a level is one batched operation. The axis is the first
-principal one of the keys, by six power iterations, which is what splits their spread best.
+A cut leaves before it the most pages that are a power of two, and one behind it at least: so all parts are halved at the median
+and are of one size, but for the last, and a level is one batched operation. The axis is the first principal one of the keys,
+by nine power iterations, which is what splits their spread best.
+
+Cost of an arrangement: about 20 launches a level, ten levels for 8K tokens, whatever the number of heads and stretches. A level
+reads or writes the keys seven times, in bfloat16 on a GPU: 67 MB each time for 8 heads of 32K tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +35,6 @@ from ..kernels.recipe import Recipe
 from . import lowbit
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping
-
-_ITERATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Bisection(Regrouping, Method):
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Page by page, each of tokens that no halving has parted."""
-        return Arrangement(bisect(keys[0].float(), self.page_size).unsqueeze(0))
+        fast = keys.is_cuda and keys.element_size() == 2
+        points = keys.to(torch.bfloat16 if fast else torch.float32).flatten(0, 1)
+        return Arrangement(bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The best pages by their low-bit keys, among the best by their means."""
@@ -136,36 +140,40 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     """Order points so that pages of them lie together.
 
     Args:
-        points: [H, n, D], float32; n is a multiple of `page_size`.
+        points: [R, n, D], in the dtype of all products; n is a multiple of `page_size`.
     Returns:
-        order: [H, n], int64.
+        order: [R, n], int64.
     """
-    heads, count, dim = points.shape
-    device = points.device
-    order = torch.arange(count, device=device).expand(heads, -1).clone()
-    parts = [(0, count // page_size)]
-    while parts := [(first, stop) for first, stop in parts if stop - first > 1]:
-        begin, end = torch.tensor(parts, device=device).mul(page_size).unbind(1)
-        most = max(stop - first for first, stop in parts) * page_size
-        places = begin.unsqueeze(1) + torch.arange(most, device=device)
-        inside = places < end.unsqueeze(1)
-        token = order[:, places.clamp(max=count - 1)]  # [H, parts, most]
-        x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).view(*token.shape, dim)
-        x = x * inside.unsqueeze(-1)
-        x = (x - x.sum(2, keepdim=True) / (end - begin).view(1, -1, 1, 1)) * inside.unsqueeze(-1)
-        along = (x @ _main_axis(x)).squeeze(-1).masked_fill(~inside, float("inf"))
-        token = token.gather(2, along.argsort(dim=2, stable=True))
-        order[:, places[inside]] = token[:, inside]
-        middles = [(first + stop) // 2 for first, stop in parts]
-        parts = [half for (a, c), b in zip(parts, middles, strict=True) for half in ((a, b), (b, c))]
+    rows, count, dim = points.shape
+    order = torch.arange(count, device=points.device).expand(rows, -1)
+    size = page_size
+    while size < count:
+        size *= 2
+    while size > page_size:
+        parts = -(-count // size)
+        filled = count - (parts - 1) * size  # of the last part; all others are full
+        token = torch.nn.functional.pad(order, (0, size - filled)).unflatten(1, (parts, size))
+        x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).unflatten(1, (parts, size))
+        x[:, -1, filled:] = 0
+        x -= x.sum(2, keepdim=True) / (count - torch.arange(0, count, size, device=x.device)).clamp(max=size).view(
+            -1, 1, 1
+        )
+        x[:, -1, filled:] = 0
+        along = _along_main_axis(x)
+        along[:, -1, filled:] = float("inf")
+        order = token.gather(2, along.argsort(dim=2, stable=True)).flatten(1)[:, :count]
+        size //= 2
     return order
 
 
-def _main_axis(centred: Tensor) -> Tensor:
-    """About the first principal axis [..., D, 1] of centred rows [..., n, D], from the longest row on."""
-    longest = centred.square().sum(-1).argmax(-1)
-    axis = centred.gather(-2, longest[..., None, None].expand(*longest.shape, 1, centred.shape[-1])).transpose(-1, -2)
-    for _ in range(_ITERATIONS):
-        axis = centred.transpose(-1, -2) @ (centred @ axis)
-        axis = axis / axis.norm(dim=-2, keepdim=True).clamp(min=1e-20)
-    return axis
+def _along_main_axis(centred: Tensor) -> Tensor:
+    """Where rows [..., m, D] lie along about their first principal axis, in some unit: [..., m]."""
+    wide = centred.shape[-1] >= centred.shape[-2]
+    gram = centred @ centred.mT if wide else centred.mT @ centred
+    size = gram.diagonal(dim1=-2, dim2=-1)
+    gram = gram / size.sum(-1).clamp(min=1e-20)[..., None, None]
+    largest = size.argmax(-1)[..., None, None].expand(*gram.shape[:-1], 1)
+    fourth = gram @ gram
+    fourth = fourth @ fourth
+    along = fourth @ (fourth @ gram.gather(-1, largest))
+    return (along if wide else centred @ along).squeeze(-1)

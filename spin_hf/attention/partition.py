@@ -48,8 +48,6 @@ class Query:
         layer: number of the layer among the paged ones.
         positions: [B], int64: real tokens before the query, of a method that `uses_positions`; else None.
         page_tokens: [B, N], int64: tokens of each page that the query may attend to; None where nobody asks.
-        partition_pages: [B, H, N], int64: pages of the partition that each page begins, 0 where it continues one; None
-            where every page is a partition by itself. The pages of a partition follow each other.
     """
 
     states: Tensor
@@ -60,7 +58,6 @@ class Query:
     layer: int = 0
     positions: Tensor | None = None
     page_tokens: Tensor | None = None
-    partition_pages: Tensor | None = None
 
     @property
     def budget_pages(self) -> Tensor:
@@ -79,7 +76,8 @@ class Pages:
         values: [B, H, n, P, Dv].
         positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
             by; meaningless for padding. None unless the method `uses_positions`.
-        partition_pages: [B, H, n], int64, as `Query` has it; partitions are whole. None unless the method regroups tokens.
+        partition_pages: [B, H, n], int64: pages of the partition that each page begins, 0 where it continues one; partitions
+            are whole, and their pages follow each other. None unless the method regroups tokens.
     """
 
     keys: Tensor
@@ -149,7 +147,10 @@ class Method(ABC):
         return {}
 
     def index_pages(self, pages: Pages) -> Summaries:
-        """Summarise pages, as `index`; a partition of several in the row of its first. By keys alone: override `index`."""
+        """Summarise pages, as `index`; what is common to a partition in the row of each of its pages.
+
+        By keys alone: override `index`.
+        """
         return self.index(pages.keys, pages.valid)
 
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:

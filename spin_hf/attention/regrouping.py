@@ -1,11 +1,11 @@
 """What a method adds to choose which tokens make a page: tokens that queries want together should lie together.
 
-    arrange            keys of a stretch, of one sequence ----> their order, and which pages then make a partition
-    index_pages        pages in that order               ----> summaries
+    arrange            keys of stretches, all of one length  ----> their order, and which pages then make a partition
+    index_pages        pages in that order                   ----> summaries
 
-A partition is a run of pages. Its summary stands in the row of its first page; rows of the others are not read. Tokens that
-were not arranged yet (fewer than `growth_tokens`, besides sinks and recent window) lie in pages of consecutive tokens, each a
-partition by itself, and may be selected like any other.
+A partition is a run of pages, and the row of each of them holds what is known of it as a whole: selecting page by page, best
+rows first, takes partitions whole, but for the last. Tokens that were not arranged yet (fewer than `growth_tokens`, besides
+sinks and recent window) lie in pages of consecutive tokens, each a partition by itself, and may be selected like any other.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A new order of tokens, by KV head.
+    """A new order of tokens, by stretch and KV head.
 
     Attributes:
-        order: [B, H, n], int64: which token stands at each place, a permutation in each row.
-        partition_pages: [B, H, n / P], int64: how many pages the partition has that begins at a page, 0 where none does;
+        order: [S, H, n], int64: which token stands at each place, a permutation in each row.
+        partition_pages: [S, H, n / P], int64: how many pages the partition has that begins at a page, 0 where none does;
             None where every page is a partition by itself.
     """
 
@@ -42,10 +42,10 @@ class Regrouping(ABC):
 
     @abstractmethod
     def arrange(self, keys: Tensor) -> Arrangement:
-        """Order tokens.
+        """Order the tokens of each of S stretches, of one sequence or several.
 
         Args:
-            keys: [1, H, n, D] of consecutive tokens, as cached; n is a multiple of the page size, none is padding.
+            keys: [S, H, n, D] of consecutive tokens, as cached; n is a multiple of the page size, none is padding.
         """
 
 
@@ -55,10 +55,10 @@ def merge_pages(means: Tensor, partition_pages: Tensor) -> Tensor:
     Args:
         means: [B, H, n, D]; partition_pages: [B, H, n], which tile the n pages.
     Returns:
-        [B, H, n, D], in the rows where partitions begin; zeros in the others.
+        [B, H, n, D]: the same, to the last bit, in all rows of a partition.
     """
-    begins = partition_pages > 0
     places = torch.arange(means.shape[2], device=means.device)
-    first = torch.where(begins, places, 0).cummax(2).values
-    sums = torch.zeros_like(means).scatter_add_(2, first.unsqueeze(-1).expand_as(means), means)
-    return sums / partition_pages.clamp(min=1).unsqueeze(-1)
+    first = torch.where(partition_pages > 0, places, 0).cummax(2).values
+    rows = first.unsqueeze(-1).expand_as(means)
+    sums = torch.zeros_like(means).scatter_add_(2, rows, means) / partition_pages.clamp(min=1).unsqueeze(-1)
+    return sums.gather(2, rows)

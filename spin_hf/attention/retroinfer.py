@@ -2,22 +2,29 @@
 
     arrange    segmented spherical k-means per KV head, about 16 tokens a cluster; tokens trade places so that a cluster is a
                run of full pages
-    score      sum over the query heads of a KV head of  softmax over clusters (scale * q . centroid)
-    select     the best clusters up to the budget
-    estimate   the next 23.2 % of the clusters: each enters the softmax as its number of tokens times exp(scale * q . centroid),
-               with the mean of its values
+    score      of a page: log of the sum over the query heads of a KV head of  softmax over pages (scale * q . centroid)
+    select     the best pages up to the budget; equal ones, as those of a cluster are, in their order
+    estimate   the next 23.2 % of the pages: each enters the softmax as its number of tokens times exp(scale * q . centroid),
+               with the mean value of its cluster
 
-    row of a page   centroid [D], value [Dv]    means over the cluster that begins there; not read where one continues
+    row of a page   centroid [D], value [Dv]    means over the cluster that the page belongs to
 
 Differences to the original. A cluster keeps a multiple of 8 of its tokens, those nearest to its centroid; those left over are
-clustered again among themselves, until all pages are full. Tokens not clustered yet (up to 1,024 and a little, and pages left
-in place) are clusters of one page of consecutive tokens: they compete for the budget, where the original reads all of them.
-The cluster that exceeds the budget is cut, nearest tokens first, and what is left of it is the first to be estimated.
-Instead of the sum of the values their mean is kept, which int8 summaries suit better.
+clustered again among themselves, twice, and what is then left fills pages in the order of its clusters. Tokens not clustered
+yet (up to 1,024 and a little, and pages left in place) are clusters of one page of consecutive tokens: they compete for the
+budget, where the original reads all of them. A cluster counts in the softmax of the scores as often as it has pages. The
+cluster that exceeds the budget is cut, nearest tokens first, and what is left of it is the first to be estimated. The zone of
+those estimated ends at a score, in steps of 1/64 nat: the step in which the last of 23.2 % lies belongs to it as a whole, so
+that nothing need be sorted; scores that differ by rounding may fall to either side of an edge. Instead of the sum of the
+values their mean is kept, which int8 summaries suit better.
+
+Cost of an arrangement: about 200 launches, whatever the number of rows. The matrix [tokens, clusters] of likeness is written
+and read five times, half of all bytes: 264 MB in bfloat16 for 8 heads of 32K tokens in stretches of 8K.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,14 +32,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import require_count
 from ..errors import OptionError, OptionTypeError
+from ..kernels.fields import NUM_BINS, Rating
+from ..kernels.recipe import Recipe
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping, merge_pages
 
-_ITERATIONS = 10
-_MOST_ROUNDS = 8
-"""Of clustering what was left over; then pages are filled as tokens come."""
+_ROUNDS = (4, 2, 2)
+"""Iterations of k-means: over all tokens, then twice over what was left over; then pages are filled as tokens come."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class RetroInfer(Regrouping, Method):
     """Clusters, read or estimated.
 
     Args:
-        estimated_share: share of a context's clusters that are estimated, beside those that are read; 0 turns that off.
+        estimated_share: share of a context's pages that are estimated, beside those that are read; 0 turns that off.
         cluster_tokens: mean number of tokens of a cluster.
     Raises:
         OptionTypeError, OptionError: not a number in [0, 1]; not an int of 8 or more.
@@ -55,8 +64,13 @@ class RetroInfer(Regrouping, Method):
         if isinstance(share, bool) or not isinstance(share, (int, float)):
             raise OptionTypeError(f"estimated_share: expected a float, got {type(share).__name__}; pass 0.232")
         if not 0 <= share <= 1:
-            raise OptionError(f"estimated_share: expected a share of the clusters in [0, 1], got {share}; pass 0.232")
+            raise OptionError(f"estimated_share: expected a share of the pages in [0, 1], got {share}; pass 0.232")
         require_count("cluster_tokens", self.cluster_tokens, self.page_size)
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of it by kernels, but what regroups and summarises."""
+        return Recipe(Rating.SHARE, estimated_share=float(self.estimated_share))
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -72,132 +86,115 @@ class RetroInfer(Regrouping, Method):
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Cluster by cluster, in each the tokens nearest to the centroid first."""
-        centred = keys[0].float()
-        centred = centred - centred.mean(1, keepdim=True)
-        cluster, rank = fill_clusters(
-            torch.nn.functional.normalize(centred, dim=-1), self.cluster_tokens, self.page_size
-        )
-        order = (cluster * keys.shape[2] + rank).argsort(1)
-        of_page = cluster.gather(1, order)[:, :: self.page_size]
-        begins = torch.ones_like(of_page, dtype=torch.bool)
-        begins[:, 1:] = of_page[:, 1:] != of_page[:, :-1]
-        number = begins.cumsum(1) - 1
-        pages = torch.zeros_like(of_page).scatter_add_(1, number, torch.ones_like(of_page))
-        return Arrangement(order.unsqueeze(0), torch.where(begins, pages.gather(1, number), 0).unsqueeze(0))
+        points = torch.nn.functional.normalize(keys - keys.mean(2, keepdim=True, dtype=torch.float32), dim=-1)
+        likened = keys.dtype if keys.is_cuda and keys.element_size() == 2 else torch.float32
+        order, pages = fill_clusters(points.flatten(0, 1), likened, self.cluster_tokens, self.page_size)
+        return Arrangement(order.unflatten(0, keys.shape[:2]), pages.unflatten(0, keys.shape[:2]))
 
     # --------------------------------------------------------------------------------------------- select and estimate
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """The pages of the best clusters up to the budget."""
-        _, clusters, pages = self._ranked(query, summary)
-        place = torch.arange(min(int(query.budget_pages.max()), clusters.shape[2]), device=clusters.device)
-        upto = pages.cumsum(2)
-        rank = torch.searchsorted(upto, place.expand(*upto.shape[:2], -1).contiguous(), right=True)
-        inside = (rank < upto.shape[2]) & (place < query.budget_pages[:, None, None])
-        rank = rank.clamp(max=upto.shape[2] - 1)
-        return torch.where(inside, clusters.gather(2, rank) + place - (upto - pages).gather(2, rank), -1)
+        """The best pages up to the budget, so the best clusters."""
+        scores = self._scores(query, summary("centroid"))
+        width = min(int(query.budget_pages.max()), scores.shape[2])
+        pages = scores.argsort(dim=2, descending=True, stable=True)[:, :, :width]
+        wanted = torch.arange(width, device=pages.device) < query.budget_pages[:, None, None]
+        return torch.where(wanted & (scores.gather(2, pages) > float("-inf")), pages, -1)
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
-        """Clusters behind those that were selected, and what the budget cut off the last of these."""
+        """The zone behind the pages that were selected, and what the budget left of it before."""
         if not self.estimated_share:
             return None
-        centroids, clusters, sizes = self._ranked(query, summary)
-        taken = query.budget_pages[:, None, None]
-        left = (sizes.cumsum(2) - taken).clamp(min=0).minimum(sizes)
-        some = left > 0
-        wanted = ((sizes > 0).sum(2, keepdim=True).double() * self.estimated_share - 1e-9).ceil()
-        chosen = some & (some.cumsum(2) <= wanted)
+        assert query.page_tokens is not None
+        centroids, candidates = summary("centroid"), query.candidates.unsqueeze(1)
+        scores = self._scores(query, centroids)
+        bins = kernels.score_bins(scores - math.log(query.states.shape[2])).masked_fill(~candidates, NUM_BINS)
+        count = query.candidates.sum(1)
+        wanted = query.budget_pages + (count.double() * self.estimated_share - 1e-9).ceil().long()
+        last = (wanted.minimum(count) - 1).clamp(min=0)[:, None, None].expand(-1, bins.shape[1], -1)
+        chosen = (bins <= bins.sort(dim=2).values.gather(2, last)) & candidates
+        selected = torch.zeros_like(bins).scatter_add_(2, pages.clamp(min=0), (pages >= 0).long())
+        chosen &= selected == 0
         width = int(chosen.sum(2).max())
         if not width:
             return None
-        places = chosen.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :width]
-        rows = clusters.gather(2, places)
-        assert query.page_tokens is not None
-        single = (
-            query.page_tokens[:, None].expand(-1, rows.shape[1], -1).gather(2, rows)
-        )  # padding may leave fewer than 8
-        tokens = torch.where(sizes.gather(2, places) > 1, left.gather(2, places) * query.page_size, single)
-        log_tokens = tokens.float().log().masked_fill(~chosen.gather(2, places), float("-inf"))
-        return Estimate(_rows(centroids, rows), _rows(summary("value"), rows), log_tokens)
+        rows = chosen.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :width]
+        log_tokens = query.page_tokens.float().log().unsqueeze(1).masked_fill(~chosen, float("-inf"))
+        return Estimate(_rows(centroids, rows), _rows(summary("value"), rows), log_tokens.gather(2, rows))
 
-    def _ranked(self, query: Query, summary: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Centroids [B, H, N, D]; first page and number of pages [B, H, N] of the clusters, best first, 0 pages for none."""
-        assert query.partition_pages is not None
-        pages = query.partition_pages * query.candidates.unsqueeze(1)
-        centroids = summary("centroid")
+    def _scores(self, query: Query, centroids: Tensor) -> Tensor:
+        """Logarithms of the scores of pages [B, H, N]; -inf for what may not be selected."""
         logits = query.states @ centroids.transpose(-1, -2) * query.scale
-        scores = logits.masked_fill((pages == 0).unsqueeze(2), float("-inf")).softmax(-1).nan_to_num(0.0).sum(2)
-        clusters = scores.masked_fill(pages == 0, -1.0).argsort(dim=2, descending=True, stable=True)
-        return centroids, clusters, pages.gather(2, clusters)
+        logits = logits.masked_fill(~query.candidates[:, None, None], float("-inf"))
+        total = logits.logsumexp(3, keepdim=True)
+        return (logits - total.masked_fill(total == float("-inf"), 0.0)).logsumexp(2)
 
 
-def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
-    """Clusters of whole pages.
+def fill_clusters(points: Tensor, likened: torch.dtype, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
+    """Order points cluster by cluster, in each the nearest to the centroid first; a cluster is a run of full pages.
 
     Args:
-        points: [H, n, D], float32, unit vectors; n is a multiple of `page_size`.
+        points: [R, n, D], float32, unit vectors; n is a multiple of `page_size`.
+        likened: dtype of products of points and centroids.
     Returns:
-        cluster, rank: [H, n], int64: the cluster of each point, and its place in it, nearest to the centroid first. The
-        number of points in every cluster is a multiple of `page_size`.
+        order [R, n] and partition_pages [R, n / P], int64, as `Arrangement` has them.
     """
-    heads, count, _ = points.shape
-    cluster = torch.zeros((heads, count), dtype=torch.int64, device=points.device)
-    rank, first = torch.zeros_like(cluster), 0
-    left = torch.arange(count, device=points.device).expand(heads, -1)
-    alive = torch.ones_like(left, dtype=torch.bool)
-    for turn in range(_MOST_ROUNDS + 1):
-        own, place, size, num_clusters = _cluster_once(_rows(points, left), alive, cluster_tokens)
-        kept = alive & (place < size - size % page_size)
-        if turn == _MOST_ROUNDS:  # tokens of one page are then only as alike as their clusters
-            place = (own * count + place).masked_fill(~alive, heads * count * count).argsort(1).argsort(1)
-            own, place = place // page_size, place % page_size
-            kept, num_clusters = alive, count
-        at = (*kept.nonzero(as_tuple=True),)
-        cluster[at[0], left[at]], rank[at[0], left[at]] = own[at] + first, place[at]
-        first += num_clusters
-        remaining = alive & ~kept
-        width = int(remaining.sum(1).max())
-        if not width:
-            break
-        order = remaining.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
-        left, alive = left.gather(1, order), remaining.gather(1, order)
-    return cluster, rank
+    rows, count, _ = points.shape
+    token = torch.arange(count, device=points.device).expand(rows, -1)
+    order, pages = token.new_zeros((rows, count + 1)), token.new_zeros((rows, count // page_size + 1))  # the last: none
+    done = token.new_zeros((rows, 1))
+    for iterations in _ROUNDS:
+        own, likeness, num_clusters = _cluster(points, count - done, likened, cluster_tokens, iterations)
+        index = (own - likeness / 4).argsort(dim=1, stable=True)
+        own = own.gather(1, index)
+        sizes = own.new_zeros((rows, num_clusters + 1)).scatter_add_(1, own, torch.ones_like(own))
+        place = torch.arange(own.shape[1], device=own.device) - (sizes.cumsum(1) - sizes).gather(1, own)
+        whole = torch.div(sizes, page_size, rounding_mode="floor").gather(1, own)
+        alive = own < num_clusters
+        kept = alive & (place < whole * page_size)
+        to = torch.where(kept, done + kept.cumsum(1) - 1, count)
+        order.scatter_(1, to, token.gather(1, index))
+        begins = kept & (place == 0)
+        pages.scatter_(1, torch.where(begins, to, count).div(page_size, rounding_mode="floor"), whole)
+        done = done + kept.sum(1, keepdim=True)
+        left, width = alive & ~kept, min(own.shape[1], num_clusters * (page_size - 1))
+        to = torch.where(left, left.cumsum(1) - 1, width)
+        index = index.new_zeros((rows, width + 1)).scatter_(1, to, index)[:, :width]
+        token, points = token.gather(1, index), _rows(points, index)
+    places = torch.arange(token.shape[1], device=token.device)
+    order.scatter_(1, torch.where(places < count - done, done + places, count), token)
+    single = torch.arange(0, count, page_size, device=pages.device) >= done
+    return order[:, :count], pages[:, :-1].masked_fill(single, 1)
 
 
-def _cluster_once(points: Tensor, alive: Tensor, cluster_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _cluster(
+    points: Tensor, alive: Tensor, likened: torch.dtype, cluster_tokens: int, iterations: int
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Spherical k-means, from points at equal distances in their order.
 
     Args:
-        points: [H, m, D]; alive: [H, m], bool, which of them count, the first ones of each head.
+        points: [R, m, D]; alive: [R, 1], how many count, the first ones of each row.
     Returns:
-        cluster, place in it by falling similarity, size of the cluster, all [H, m], and how many clusters there are.
+        cluster [R, m], int64, one behind the last where a point does not count; likeness to its centroid [R, m], float32;
+        how many clusters there are.
     """
-    heads, count, dim = points.shape
-    alive_count = alive.sum(1, keepdim=True)
-    num_clusters = torch.div(alive_count, cluster_tokens, rounding_mode="floor").clamp(min=1)
-    most = int(num_clusters.max())
-    index = torch.arange(most, device=points.device).expand(heads, -1)
-    exists = index < num_clusters
-    start = (index * 2 + 1) * alive_count // (2 * num_clusters)
-    centroids = _rows(points, start.clamp(max=count - 1))
-    weighted = points * alive.unsqueeze(-1)
-    for step in range(_ITERATIONS + 1):
-        likeness = (points @ centroids.transpose(1, 2)).masked_fill(~exists.unsqueeze(1), float("-inf"))
-        best, own = likeness.max(2)
-        if step == _ITERATIONS:
-            break
-        sums = torch.zeros_like(centroids).scatter_add_(1, own.unsqueeze(-1).expand(-1, -1, dim), weighted)
-        empty = sums.abs().amax(2, keepdim=True) == 0
-        centroids = torch.where(empty, centroids, torch.nn.functional.normalize(sums, dim=-1))
-    own = own.masked_fill(~alive, most)
-    by_likeness = best.argsort(dim=1, descending=True, stable=True)
-    order = by_likeness.gather(1, own.gather(1, by_likeness).argsort(dim=1, stable=True))
-    sizes = torch.zeros((heads, most + 1), dtype=torch.int64, device=points.device)
-    sizes.scatter_add_(1, own, torch.ones_like(own))
-    begin = sizes.cumsum(1) - sizes
-    places = torch.arange(count, device=points.device).expand(heads, -1)
-    place = torch.empty_like(own).scatter_(1, order, places - begin.gather(1, own.gather(1, order)))
-    return own, place, sizes.gather(1, own), most
+    rows, count, dim = points.shape
+    most = max(1, count // cluster_tokens)
+    wanted = torch.div(alive, cluster_tokens, rounding_mode="floor").clamp(min=1)
+    spread = torch.div((torch.arange(most, device=points.device) * 2 + 1) * alive, 2 * wanted, rounding_mode="floor")
+    compared = points.to(likened)
+    centroids = _rows(compared, spread.minimum(alive - 1).clamp(min=0))  # behind those wanted: equal, and soon empty
+    dead = torch.arange(count, device=points.device) >= alive
+    first = torch.arange(rows, device=points.device).unsqueeze(1) * (most + 1)
+    for step in range(iterations + 1):
+        likeness, own = (compared @ centroids.transpose(1, 2)).max(2)
+        own = own.masked_fill(dead, most)
+        if step < iterations:
+            sums = points.new_zeros((rows * (most + 1), dim)).index_add_(
+                0, (own + first).view(-1), points.flatten(0, 1)
+            )
+            centroids = torch.nn.functional.normalize(sums.view(rows, most + 1, dim)[:, :most], dim=-1).to(likened)
+    return own, likeness.float().nan_to_num(0.0), most
 
 
 def _mean(states: Tensor, valid: Tensor) -> Tensor:

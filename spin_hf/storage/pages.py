@@ -189,10 +189,6 @@ class PageStore:
             raise
         return lambda: write(content, positions, partitions)
 
-    def partition_pages(self, num_pages: int) -> Tensor | None:
-        """Pages [B, H, num_pages] of the partition that each page begins, 0 for none; None where each is one by itself."""
-        return None if self.regrouped is None else self.regrouped.partition_pages(0, num_pages)
-
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
         return states if self.regrouped is None else self.regrouped.in_order(states)

@@ -160,23 +160,30 @@ def test_paged_softcap_and_sinks() -> None:
 
 
 def halved(points: np.ndarray, rows: list[int]) -> list[int]:
-    """Twelve lines for `bisect`: the same axis, one part at a time."""
+    """A dozen lines for `bisect`: the same axis, one part at a time."""
     if len(rows) <= 8:
         return rows
     x = points[rows] - points[rows].mean(0)
-    axis = x[np.argmax((x**2).sum(1))]
-    for _ in range(6):
+    if len(rows) > x.shape[1]:  # from the channel that spreads most, else from the token that lies farthest out
+        axis = np.eye(x.shape[1])[np.argmax((x**2).sum(0))]
+    else:
+        axis = x[np.argmax((x**2).sum(1))]
+    for _ in range(9 if len(rows) > x.shape[1] else 8):
         axis = x.T @ (x @ axis)
         axis = axis / np.linalg.norm(axis)
     order = np.argsort(x @ axis, kind="stable")
-    middle = len(rows) // 8 // 2 * 8
+    middle = 8
+    while 2 * middle < len(rows):
+        middle *= 2
     return [i for part in (order[:middle], order[middle:]) for i in halved(points, [rows[j] for j in part])]
 
 
 @pytest.mark.parametrize("count", [8, 16, 24, 56, 72, 400])
-def test_bisect(count: int) -> None:
-    stretch = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2])  # axes of different lengths, so that there is a first one
-    points = torch.randn((3, count, 5), generator=torch.Generator().manual_seed(count)) * stretch
+@pytest.mark.parametrize("dim", [5, 40])
+def test_bisect(count: int, dim: int) -> None:
+    """Parts of more tokens than channels, and of fewer."""
+    stretch = torch.logspace(0.5, -0.7, dim)  # axes of different lengths, so that there is a first one
+    points = torch.randn((3, count, dim), generator=torch.Generator().manual_seed(count)) * stretch
     order = bisect(points, 8)
     for h in range(3):
         pages = [sorted(page) for page in order[h].view(-1, 8).tolist()]

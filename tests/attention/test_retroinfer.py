@@ -1,10 +1,12 @@
 """RetroInfer against an oracle with loops over float64: clusters read back from the cache, all else from its documentation.
 
 zones      as for every method, by pages that were not regrouped
-clusters   the mean key and the mean value of their tokens; a page that was not regrouped is a cluster by itself
-choice     highest sum over the group of softmax over the clusters (scale * q . mean key), page by page up to the budget
-estimate   the ceil(share * clusters) next ones, and the cut off end of the last one chosen is the first of them:
-               tokens * exp(scale * q . mean key) is their weight, the mean value their value
+rows       a page's key and value are the means over the tokens of its cluster; a page not regrouped is a cluster by itself
+score      of a page: log of the sum over the group of softmax over all candidate pages (scale * q . mean key)
+choice     the highest scores up to the budget, equal ones by page number
+estimate   depth of a page: log of the group's size, less its score, in whole steps of 1/64. The budget and ceil(share * pages)
+           more make the zone, by depth; whoever is as deep as the last of it belongs to it; those not chosen are estimated:
+               tokens of the page * exp(scale * q . mean key) is their weight, the mean value their value
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch
 
 from spin_hf import OptionError, OptionTypeError, RetroInfer
 from spin_hf.attention.retroinfer import fill_clusters
+from spin_hf.kernels import score_bins
+from spin_hf.storage.regrouped import tiles
 from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 
@@ -27,7 +31,7 @@ from .conversation import random_world, single_steps, without_near_ties
 from .oracle import NearTieError, Rules
 from .regrouped import Head, compare, play, softmax_over, stretches, zones_of
 
-MARGIN = 1e-6
+MARGIN = 1e-5
 RULES = Rules(budget=24, num_sink_tokens=4, recent_window=10)
 
 
@@ -45,32 +49,47 @@ def _poison() -> Iterator[None]:
 
 def expect(rules: Rules, method: RetroInfer, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
     zones = zones_of(rules, head, at)
-    clusters, room = zones.clusters, zones.room
-    inside = [[token for page in cluster for token in zones.held[page]] for cluster in clusters]
-    mean_key, mean_value = ([np.mean(x[tokens], axis=0) for tokens in inside] for x in (head.keys, head.values))
-    scores = np.zeros(len(clusters))
-    for q in query:
-        logits = np.array([rules.scale * float(q @ key) for key in mean_key])
-        if len(clusters):
-            scores += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    order = sorted(range(len(clusters)), key=lambda i: -scores[i])
     exact, estimated = [token for page in zones.always for token in zones.held[page]], []
-    most, edges = math.ceil(Fraction(repr(method.estimated_share)) * len(clusters)), []
-    for rank, i in enumerate(order):
-        now, rest = clusters[i][:room], clusters[i][room:]
-        exact += [token for page in now for token in zones.held[page]]
-        room -= len(now)
-        if rest and len(estimated) < most:
-            estimated.append((sum(len(zones.held[page]) for page in rest), mean_key[i], mean_value[i]))
-            edges += [rank] if len(estimated) in (1, most) else []
-        if room == 0 and now:
-            edges.append(rank)
-    for rank in edges:
-        for one, two in ((rank - 1, rank), (rank, rank + 1)):
-            if one >= 0 and two < len(order) and scores[order[one]] - scores[order[two]] < MARGIN:
-                raise NearTieError("clusters")
+    row = {}
+    for cluster in zones.clusters:
+        tokens = [token for page in cluster for token in zones.held[page]]
+        for page in cluster:
+            row[page] = np.mean(head.keys[tokens], axis=0), np.mean(head.values[tokens], axis=0)
+    if row:
+        score = scores({page: key for page, (key, _) in row.items()}, rules.scale, query)
+        order = sorted(row, key=lambda page: (-score[page], page))
+        chosen = order[: zones.room]
+        if 0 < len(chosen) < len(order) and 0 < score[chosen[-1]] - score[order[len(chosen)]] < MARGIN:
+            raise NearTieError("pages")
+        exact += [token for page in chosen for token in zones.held[page]]
+        zone = zone_of({page: math.log(len(query)) - score[page] for page in row}, zones.room, method.estimated_share)
+        estimated = [(len(zones.held[page]), *row[page]) for page in zone if page not in chosen]
     sinks = [None] * len(query) if sinks is None else sinks
     return np.array([softmax_over(rules, head, q, exact, estimated, s) for q, s in zip(query, sinks, strict=True)])
+
+
+def scores(keys: dict[int, np.ndarray], scale: float, query: np.ndarray) -> dict[int, float]:
+    """Of pages, by their mean keys."""
+    shares = dict.fromkeys(keys, 0.0)
+    for q in query:
+        logits = {page: scale * float(q @ key) for page, key in keys.items()}
+        total = math.log(sum(math.exp(logit) for logit in logits.values()))
+        for page, logit in logits.items():
+            shares[page] += math.exp(logit - total)
+    return {page: math.log(share) for page, share in shares.items()}
+
+
+def zone_of(depth: dict[int, float], room: int, share: float) -> list[int]:
+    """The pages that are chosen or estimated, of which `room` are chosen."""
+    if not share:
+        return []
+    steps = {page: min(int(64 * max(0.0, nats)), 2046) for page, nats in depth.items()}
+    most = min(len(depth), room + math.ceil(Fraction(repr(share)) * len(depth)))
+    last = sorted(steps.values())[most - 1]
+    for edge in (last, last + 1):
+        if 0 < edge < 2046 and any(abs(64 * nats - edge) < 64 * MARGIN for nats in depth.values()):
+            raise NearTieError("edge of the zone")
+    return [page for page, step in steps.items() if step <= last]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -159,6 +178,11 @@ def other_after(world: World, other: World, length: int) -> World:
     return World(world.shape, keys, values, queries)
 
 
+def test_score_bins() -> None:
+    nats = torch.tensor([float("inf"), 3.0, 0.0, -1 / 128, -1 / 64, -1.0, -31.96, -31.97, -1e6, float("-inf")])
+    assert score_bins(nats).tolist() == [0, 1, 1, 1, 2, 65, 2046, 2047, 2047, 2047]
+
+
 def test_paged() -> None:
     def run(seed: int) -> None:
         world = random_world(Shape(kv_heads=1), 2, 200, seed)
@@ -223,16 +247,45 @@ def unit(points: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(points, dim=-1)
 
 
+def ordered(points: torch.Tensor, cluster_tokens: int = 16) -> tuple[torch.Tensor, list[list[list[int]]]]:
+    """Order [R, n], and the points of each cluster of each row."""
+    order, pages = fill_clusters(points, torch.float32, cluster_tokens, 8)
+    assert torch.equal(order.sort(1).values, torch.arange(points.shape[1]).expand_as(order))
+    assert tiles(pages.unsqueeze(0))
+    sizes = [[8 * size for size in row if size] for row in pages.tolist()]
+    return order, [[part.tolist() for part in row.split(size)] for row, size in zip(order, sizes, strict=True)]
+
+
 @pytest.mark.parametrize("count", [8, 16, 24, 160, 1000])
-def test_clusters_are_whole_pages(count: int) -> None:
+@pytest.mark.parametrize("cluster_tokens", [8, 16, 40])
+def test_clusters_are_whole_pages(count: int, cluster_tokens: int) -> None:
     points = unit(torch.randn((3, count, 6), generator=torch.Generator().manual_seed(count)))
-    cluster, rank = fill_clusters(points, 16, 8)
-    for h in range(3):
-        for number in cluster[h].unique():
-            ranks = rank[h][cluster[h] == number]
-            assert len(ranks) % 8 == 0
-            assert sorted(ranks.tolist()) == list(range(len(ranks)))
-        assert count < 160 or 10 <= count / len(cluster[h].unique()) <= 20
+    for clusters in ordered(points, cluster_tokens)[1]:
+        assert count < 160 or cluster_tokens != 16 or 10 <= count / len(clusters) <= 20
+
+
+def test_rows_do_not_disturb_each_other() -> None:
+    """Stretches are arranged together as they are by themselves."""
+    points = unit(torch.randn((5, 400, 6), generator=torch.Generator().manual_seed(4)).double())
+    together = fill_clusters(points, torch.float64, 16, 8)
+    for row in range(5):
+        alone = fill_clusters(points[row : row + 1], torch.float64, 16, 8)
+        for one, all_rows in zip(alone, together, strict=True):
+            assert torch.equal(one[0], all_rows[row])
+
+
+def test_products_in_bfloat16_make_clusters_as_good() -> None:
+    """As on a GPU: the mean of a page is nearly as long."""
+    directions = torch.randn((40, 16), generator=torch.Generator().manual_seed(5))
+    label = torch.randint(0, 40, (2, 800), generator=torch.Generator().manual_seed(6))
+    points = unit(directions[label] + torch.randn((2, 800, 16), generator=torch.Generator().manual_seed(7)))
+    lengths = []
+    for likened in (torch.float32, torch.bfloat16):
+        order, _ = fill_clusters(points, likened, 16, 8)
+        pages = points.gather(1, order.unsqueeze(-1).expand_as(points)).unflatten(1, (-1, 8))
+        lengths.append(float(pages.mean(2).norm(dim=-1).mean()))
+    consecutive = float(points.unflatten(1, (-1, 8)).mean(2).norm(dim=-1).mean())
+    assert abs(lengths[0] - lengths[1]) < 0.03 * (lengths[0] - consecutive)
 
 
 def test_planted_clusters_are_found() -> None:
@@ -242,8 +295,7 @@ def test_planted_clusters_are_found() -> None:
     label = torch.cat([torch.full((32 if i % 2 else 40,), i) for i in range(12)])
     label = label[torch.randperm(len(label), generator=generator)]
     noise = 0.02 * torch.randn((1, len(label), 12), generator=generator)
-    cluster, rank = fill_clusters(unit(directions[label] + noise), 16, 8)
-    pages = label[(cluster[0] * 1000 + rank[0]).argsort()].view(-1, 8)
+    pages = label[ordered(unit(directions[label] + noise))[0][0]].view(-1, 8)
     kinds = torch.tensor([len(page.unique()) for page in pages])
     assert (kinds == 1).float().mean() > 0.9
     assert torch.tensor([len(page.unique()) for page in label.view(-1, 8)]).float().mean() > 5
@@ -254,34 +306,31 @@ def test_points_left_over_are_clustered_among_themselves() -> None:
     generator = torch.Generator().manual_seed(2)
     label = torch.tensor([0] * 11 + [1] * 13)
     points = unit(torch.eye(2)[label] + 0.1 * torch.randn((1, 24, 2), generator=generator))
-    cluster, rank = fill_clusters(points, 12, 8)
-    (kept, others) = (
-        [n for n in cluster[0].unique().tolist() if len(label[cluster[0] == n].unique()) == k] for k in (1, 2)
-    )
-    assert (len(kept), len(others)) == (2, 1)
-    for number in kept:
-        inside = cluster[0] == number
-        centre = unit(points[0][label == label[inside][0]].sum(0))
-        likeness = points[0] @ centre
-        outside = (label == label[inside][0]) & ~inside
-        assert likeness[inside].min() > likeness[outside].max()
-        assert (likeness[inside][rank[0][inside].argsort()].diff() <= 0).all()
+    clusters = ordered(points, 12)[1][0]
+    assert [len(label[cluster].unique()) for cluster in clusters] == [1, 1, 2]
+    for cluster in clusters[:2]:
+        same = label == label[cluster[0]]
+        likeness = points[0] @ unit(points[0][same].sum(0))
+        outside = same.clone()
+        outside[cluster] = False
+        assert likeness[cluster].min() > likeness[outside].max()
+        assert (likeness[cluster].diff() <= 0).all()
 
 
 def test_equal_points_are_one_cluster() -> None:
-    cluster, rank = fill_clusters(torch.zeros((1, 64, 4)), 16, 8)
-    assert len(cluster.unique()) == 1
-    assert sorted(rank[0].tolist()) == list(range(64))
+    assert ordered(torch.zeros((1, 64, 4)))[1][0] == [list(range(64))]
+
+
+def test_points_that_are_no_numbers_keep_their_pages() -> None:
+    """As those of a head with an infinite key."""
+    ordered(torch.full((1, 160, 4), float("nan")))
 
 
 def test_hopeless_points_end_up_on_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the last round pages are filled as tokens come."""
-    monkeypatch.setattr("spin_hf.attention.retroinfer._MOST_ROUNDS", 0)
+    monkeypatch.setattr("spin_hf.attention.retroinfer._ROUNDS", ())
     points = unit(torch.randn((2, 80, 3), generator=torch.Generator().manual_seed(3)))
-    cluster, rank = fill_clusters(points, 16, 8)
-    for h in range(2):
-        assert torch.equal(cluster[h].bincount(), torch.full((10,), 8))
-        assert torch.equal((cluster[h] * 8 + rank[h]).sort().values, torch.arange(80))
+    assert ordered(points)[1] == [[list(range(i, i + 8)) for i in range(0, 80, 8)]] * 2
 
 
 @pytest.mark.parametrize(

@@ -62,19 +62,19 @@ def moved(driver: Driver, layer: int = 0) -> Tensor:
 
 
 def test_stretches_of_a_growing_context(world: World) -> None:
-    """At 200 tokens 17 are recent: 22 pages in equal parts of at most 64 tokens. Then 24 tokens, three pages, at a time."""
+    """At 200 tokens 17 are recent: 21 pages behind the sinks in equal parts of 64 tokens or less. Then three at a time."""
     driver = new_driver(method=Backwards())
     driver.step(world, 0, 200)
     assert stops(driver) == []
     driver.step(world, 200, 201)
-    assert stops(driver) == [7, 14, 22]
+    assert stops(driver) == [8, 15, 22]
     positions = regrouped(driver).positions(0, 26)
-    assert positions[0, 0, 1].tolist() == list(range(55, 47, -1))  # page 0 has the sinks
+    assert positions[0, 0, 1].tolist() == list(range(63, 55, -1))  # page 0 has the sinks
     assert torch.equal(positions[:, :, 22:], torch.arange(176, 208).view(4, 8).expand(3, 2, -1, -1))
     for position in range(201, 250):
         driver.step(world, position, position + 1)
         driver.cache.check_integrity()
-    assert stops(driver) == [7, 14, 22, 25, 28]
+    assert stops(driver) == [8, 15, 22, 25, 28]
 
 
 def test_stretches_of_the_default_sizes() -> None:
@@ -97,14 +97,14 @@ def test_stretches_of_the_default_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("removed", "left"),
-    [(1, [7, 14, 22]), (16, [7, 14, 22]), (17, [7, 14]), (80, [7, 14]), (81, [7]), (190, []), (201, [])],
+    [(1, [8, 15, 22]), (16, [8, 15, 22]), (17, [8, 15]), (72, [8, 15]), (73, [8]), (190, []), (201, [])],
 )
 def test_crops(world: World, removed: int, left: list[int]) -> None:
     """The slack of 8 tokens spares a stretch; what reaches into its pages, or moves the window there, does not."""
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.step(world, 200, 201)
-    assert stops(driver) == [7, 14, 22]
+    assert stops(driver) == [8, 15, 22]
     driver.cache.crop(-removed)
     driver.cache.check_integrity()
     assert stops(driver) == left
@@ -127,21 +127,40 @@ def test_what_stays_in_its_place(world: World) -> None:
     assert pages == (220 - 17) // 8
     stays = ~moved(driver)
     assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
-    assert stays[1].nonzero().flatten().tolist() == [0, 10, 11, 25, 26, 27]
-    # Tokens 103 to 119 are the last 17 of row 2: page 13 is left alone in its stretch, pages 14 to 27 are padding
+    assert stays[1].nonzero().flatten().tolist() == [0, 9, 10, 11, 25, 26, 27]  # page 9 is left alone in its stretch
+    # Tokens 103 to 119 are the last 17 of row 2, and pages 15 to 27 are padding
     assert stays[2].nonzero().flatten().tolist() == [0, *range(12, 28)]
     driver.cache.check_integrity()
 
 
+def test_how_many_tokens_at_once_does_not_matter(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of several lengths, of several rows and stretches, are arranged together or one by one."""
+    valid = torch.ones((3, LENGTH), dtype=torch.bool)
+    valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
+    found = []
+    for tokens in (1 << 15, 300, 8):
+        monkeypatch.setattr(regroup, "_TOKENS_AT_ONCE", tokens)
+        driver = new_driver(method=Backwards())
+        driver.step(world, 0, 390, valid[:, :390])
+        with patch.object(Backwards, "arrange", autospec=True, side_effect=Backwards.arrange) as arrange:
+            driver.step(world, 390, 391, valid[:, :391])
+        driver.cache.check_integrity()
+        shapes = [call.args[1].shape for call in arrange.call_args_list]
+        assert all(shape[0] == 1 or shape[0] * shape[2] <= tokens for shape in shapes)
+        found.append((len(shapes), stops(driver), regrouped(driver, 2).positions(0, 46).tolist()))
+    assert found[0][0] < found[1][0] < found[2][0]
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+
+
 def test_padding_that_changes(world: World) -> None:
-    """A token in page 9 turns into padding: the stretch [7, 14) and the one behind it go back, and are made anew."""
+    """A token in page 9 turns into padding: the stretch [8, 15) and the one behind it go back, and are made anew."""
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.step(world, 200, 201)
     valid = torch.ones((3, 202), dtype=torch.bool)
     valid[1, 75] = False
     driver.step(world, 201, 202, valid)
-    assert stops(driver) == [7, 15, 23]
+    assert stops(driver) == [8, 15, 22]
     assert not moved(driver)[1, 9]
     driver.cache.check_integrity()
     assert torch.equal(driver.cache.layers[1].values, world.values[1][:, :, :202])
@@ -171,7 +190,7 @@ def test_what_sequences_share_is_arranged_once(world: World) -> None:
     assert sequences.segments_in_use == 2
     with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
         driver.step(world.rows([0, 0, 0]), 300, 301)
-    assert arrange.call_count == SHAPE.layers * len(stops(driver))
+    assert [call.args[1].shape[0] for call in arrange.call_args_list] == SHAPE.layers * [len(stops(driver))]
     assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
     driver.cache.check_integrity()
 
@@ -224,9 +243,17 @@ class InjectedError(Exception):
 
 @pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["arrange", "index_pages"])
-@pytest.mark.parametrize("call", [1, 4, 8])
-def test_interrupted(world: World, where: str, call: int, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(("tokens_at_once", "call"), [(1 << 15, 1), (1 << 15, 2), (72, 1), (72, 4), (72, 8)])
+def test_interrupted(
+    world: World,
+    where: str,
+    tokens_at_once: int,
+    call: int,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In the first layer, in the second, in another stretch: every layer is what it was or regrouped, and all is right."""
+    monkeypatch.setattr(regroup, "_TOKENS_AT_ONCE", tokens_at_once)
     driver = new_driver(method=Shuffled())
     driver.step(world, 0, 200)
     before = getattr(Shuffled, where)
@@ -243,9 +270,10 @@ def test_interrupted(world: World, where: str, call: int, error: type[BaseExcept
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
     if where == "index_pages":
-        stretch, layer = divmod(call - 1, SHAPE.layers)
-        first, stop = driver.cache._shared.sequences.stretches.bounds[stretch]
+        before_it, layer = divmod(call - 1, SHAPE.layers)
+        first, stop = [0, 8, 15, 22][before_it], stops(driver)[-1]
         assert not moved(driver, layer)[:, first:stop].any()
+        assert layer == 0 or moved(driver, layer - 1)[:, max(1, first) : stop].all()
         assert moved(driver, 0)[:, 1:first].all()
     assert driver.cache.get_seq_length() == 200
     for layer in range(SHAPE.layers):
@@ -288,7 +316,7 @@ def test_copies_are_independent(world: World) -> None:
     twin.crop(-150)
     driver.cache.check_integrity()
     twin.check_integrity()
-    assert stops(driver) == [7, 14, 22]
+    assert stops(driver) == [8, 15, 22]
     assert torch.equal(driver.cache.layers[0].keys, world.keys[0][:, :, :201])
     assert torch.equal(twin.layers[0].keys, world.keys[0][:, :, :51])
 

@@ -34,14 +34,14 @@ SmallBisection = regrouping_often(Bisection, 64, 24)
 def stretches() -> Iterator[list[int]]:
     """The stretches that were made: where each ended."""
     made: list[int] = []
-    add = regroup._add_stretch
+    add = regroup._add_stretches
 
-    def adding(shared: Any, method: Any, stop: int, may_move: Any) -> None:
-        made.append(stop)
+    def adding(shared: Any, method: Any, stops: list[int], may_move: Any) -> None:
+        made.extend(stops)
         assert bool(may_move.any())
-        add(shared, method, stop, may_move)
+        add(shared, method, stops, may_move)
 
-    with little_slack(), patch.object(regroup, "_add_stretch", adding):
+    with little_slack(), patch.object(regroup, "_add_stretches", adding):
         yield made
 
 

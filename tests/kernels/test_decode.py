@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf import Bisection, ShadowKV, SpinCache, decode, descriptors, selection
+from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache, decode, descriptors, selection
 from spin_hf.kernels.fields import PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
@@ -93,6 +93,8 @@ def test_kernels_do_what_the_reference_does(
         ("llama", "holes", {"budget": 8, "recent_window": 1, "num_sink_tokens": 1, "method": OFTEN}),
         ("llama", "left", {"budget": 16, "gpu_memory": 140_000, "method": OFTEN}),
         ("gpt_oss", "none", {"budget": 8, "method": regrouping_often(Bisection, 32, 16)(1)}),  # sink logits
+        ("llama", "holes", {"budget": 16, "method": regrouping_often(RetroInfer, 32, 16)()}),
+        ("gemma2", "none", {"budget": 0.2, "method": regrouping_often(RetroInfer, 32, 16)(1.0)}),
         ("gemma2", "left", {"budget": 8, "method": OFTEN}),  # softcap
     ],
 )
