@@ -106,7 +106,7 @@ class Selection:
         key, value = (query, query) if new is None else new
         digits = shapes["QUANTIZED"] and step.multiplies_int8
         block_g = max(4 if digits else 8, power_of_two(group))  # columns of a product: eight at least
-        closer, everything = recipe.looked_at > 0, recipe.looked_at > 0 or recipe.estimated_share > 0
+        closer = recipe.looked_at > 0
         bins = {"BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT}
         common = {"PART": PART_PAGES, **bins, **some(shapes, "H", "PAGE", "PADDED")}
         run = min(PART_PAGES, 32)
@@ -119,7 +119,7 @@ class Selection:
         step.launch.rate[(step.streams, self.programs + closer)](
             step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,
             *query.stride()[:2], self.basis, self.rotated, self.second_histogram, RATING=int(recipe.rating),
-            OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=everything, LISTED=not closer,
+            OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=closer or self.estimates_zone, LISTED=not closer,
             WEIGHTED=recipe.weighs_tokens, ROTATED=closer, G=group, BLOCK_G=block_g, SPLITS=power_of_two(self.splits),
             HEADS=min(4, power_of_two(group)), RUN=run, DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **common,
             num_warps=_RATE_WARPS,
@@ -130,7 +130,7 @@ class Selection:
         step.launch.choose[(step.streams,)](
             step.step, fields, plan, self.second_histogram if closer else self.histogram, self.list_count,
             step.counters[number], self.floors[number], self.hands[number], self.zone_edges, share, index,
-            ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group, PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE,
+            COMPLETE=closer, COUNTED=self.estimates_zone, ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group, PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE,
             PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED, TIED_TILE=_TIED_TILE,
             LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
         )  # fmt: skip

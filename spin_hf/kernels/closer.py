@@ -56,7 +56,7 @@ def closer_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) looks at parts i, i + num_programs(1), ... of the pages.
+    """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
 
     Args:
         rotated: float32 [B * H, G, DK]: the queries in the basis of the codes.
@@ -112,7 +112,9 @@ def closer_kernel(
     most = tl.full([TILE, CLOSER_G], float("-inf"), tl.float32)
     total = tl.zeros([TILE, CLOSER_G], tl.float32)
     before = tl.zeros([TILE, CLOSER_G], tl.float32)
-    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)  # programs of a part; all of them list its pages
+    for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
+        part = turn % parts
         pages = (lane // RUN * parts + part) * RUN + lane % RUN
         score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
         kept = score > float("-inf")
@@ -124,7 +126,7 @@ def closer_kernel(
         count = tl.max(rank, 0)
         if scored:
             tl.debug_barrier()
-            for start in range(0, count, TILE):
+            for start in range(turn // parts * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)
                 there = ranks < count
                 page = tl.load(kept_page + ranks * parts + part, mask=there, other=0)

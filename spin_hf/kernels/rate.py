@@ -52,11 +52,12 @@ def rate_kernel(
     Args:
         stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
         histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
-        floors: int32 [B * H]: the last bin whose pages are kept, unless EVERYTHING is.
+        floors: int32 [B * H]: the last bin whose pages are kept.
         number: of the layer.
         query, query_b, query_h, basis, rotated: as for `rotate_queries`, and
         second_histogram: int32 [B * H, BINS]: made zeros; used where ROTATED.
         RATING: see `Rating`.
+        EVERYTHING: whether all candidates are counted; else those that are kept.
         LISTED: whether pages are kept; else they are only rated and counted.
         WEIGHTED: whether a page weighs as often as it has valid tokens.
         HEADS: query heads that are looked at together.
@@ -78,10 +79,7 @@ def rate_kernel(
         kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
         kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
         kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
-        if EVERYTHING:
-            floor = BINS
-        else:
-            floor = tl.load(floors + bh)
+        floor = tl.load(floors + bh)
         outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
         first = tl.load(row + FIRST)
         stop = tl.load(row + STOP)
@@ -121,7 +119,12 @@ def rate_kernel(
                     best = tl.where(marks != 0, float("inf"), best)
                 bins = score_bins(best, BINS, PER_NAT)
                 kept = inside & (bins <= floor)
-                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
+                if EVERYTHING:  # many share a bin: counted among themselves first
+                    every = tl.arange(0, BINS)
+                    counts = tl.histogram(bins, BINS, mask=inside)
+                    tl.atomic_add(histogram + bh * BINS + every, counts, mask=counts > 0, sem="relaxed")
+                else:
+                    tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
                 rank = tl.cumsum(kept.to(tl.int32), 0)

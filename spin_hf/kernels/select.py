@@ -43,7 +43,7 @@ NO_KEY = tl.constexpr(-(1 << 63))
 @triton.jit
 def choose_kernel(
     step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
-    ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
+    COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
@@ -57,6 +57,8 @@ def choose_kernel(
         edges: int32 [B, H]: the bin in which the zone ends that is estimated: `share` billionths of the candidates, behind
             those that are chosen. Written, if ZONE; `histogram` then counts all candidates.
         ESTIMATES: whether `estimate_kernel` follows: then the logits of what is listed become -infinity.
+        COMPLETE: whether all pages that may be chosen were kept, however they score.
+        COUNTED: whether `histogram` counts all candidates, and not only those that were kept.
         PARTS: parts whose numbers of kept pages are looked at together.
         FEW: tied pages up to this number are compared each with each.
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
@@ -98,7 +100,11 @@ def choose_kernel(
     if wanted < stop - first:
         boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
         too_few = boundary == BINS  # or there are no more candidates than wanted
-        if too_few:
+        if COMPLETE:
+            too_few = wanted < 0
+        elif COUNTED:
+            too_few = boundary > floor
+        elif too_few:
             for start in range(0, stop, TILE):
                 _, score, inside = _all_pages(scores, start, first, stop, TILE)
                 bin_of = score_bins(score, BINS, PER_NAT)
