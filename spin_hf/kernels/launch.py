@@ -12,13 +12,15 @@ from .attention import attend_kernel
 from .outliers import find_outliers_kernel
 from .plan import plan_step_kernel
 from .rate import rate_kernel
+from .rows import copy_rows
 from .score import score_kernel
 from .select import choose_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 launchers = SimpleNamespace(
-    append=append_kernel, attend=attend_kernel, choose=choose_kernel, find_outliers=find_outliers_kernel,
-    plan_step=plan_step_kernel, rate=rate_kernel, score=score_kernel, dtype=_DTYPES.__getitem__,
+    append=append_kernel, attend=attend_kernel, choose=choose_kernel, copy_rows=copy_rows,
+    find_outliers=find_outliers_kernel, plan_step=plan_step_kernel, rate=rate_kernel, score=score_kernel,
+    dtype=_DTYPES.__getitem__,
 )  # fmt: skip
-"""kernel[grid](...) for each name, and `dtype`, which translates torch's dtypes."""
+"""kernel[grid](...) for each name; `copy_rows`, which launches by itself; `dtype`, which translates torch's dtypes."""

@@ -11,6 +11,7 @@ kernel finds the rows through the table, whose own address never changes either,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,11 +96,21 @@ class ChunkedArray:
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
-        return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
+        copy = self._copy_rows
+        if copy is None:
+            return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
+        taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.device)
+        copy(self.address_table, self.rows_per_chunk, rows.to(self.device).contiguous(), taken, put=False)
+        return taken.to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
-        kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+        values, copy = values.to(self.device, self.dtype), self._copy_rows
+        if copy is None:
+            kernels.put_rows(self.chunks, rows.to(self.device), values)
+        else:
+            rows = rows.to(self.device).contiguous()
+            copy(self.address_table, self.rows_per_chunk, rows, values.contiguous(), put=True)
 
     def move(self, device: torch.device) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one).
@@ -128,6 +139,12 @@ class ChunkedArray:
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             copy[:inside] = source[:inside]
         return twin
+
+    @property
+    def _copy_rows(self) -> Any:
+        """The kernel that copies rows where they are on a GPU, else None."""
+        launch = kernels.launchers(self.device) if self.device.type == "cuda" else None
+        return None if launch is None else launch.copy_rows
 
     @property
     def _is_registered(self) -> bool:
