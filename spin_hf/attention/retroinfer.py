@@ -192,9 +192,9 @@ def _cluster(
 
 
 def _mean(states: Tensor, valid: Tensor) -> Tensor:
-    """Mean [..., D] of the valid tokens of pages [..., P, D]; zeros where there are none."""
-    weight = valid.unsqueeze(-1).float()
-    return (states.float() * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+    """Mean [..., D], float32, of the valid tokens of pages [..., P, D]; zeros where there are none."""
+    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
+    return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:
