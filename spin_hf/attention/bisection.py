@@ -14,7 +14,7 @@ A cut leaves before it the most pages that are a power of two, and one behind it
 and are of one size, but for the last, and a level is one batched operation. The axis is the first principal one of the keys,
 by nine power iterations, which is what splits their spread best.
 
-Cost of an arrangement: about 20 launches a level, ten levels for 8K tokens, whatever the number of heads and stretches. A level
+Cost of an arrangement: about 24 launches a level, ten levels for 8K tokens, whatever the number of heads and stretches. A level
 reads or writes the keys seven times, in bfloat16 on a GPU: 67 MB each time for 8 heads of 32K tokens.
 """
 

@@ -10,16 +10,18 @@
     row of a page   centroid [D], value [Dv]    means over the cluster that the page belongs to
 
 Differences to the original. A cluster keeps a multiple of 8 of its tokens, those nearest to its centroid; those left over are
-clustered again among themselves, twice, and what is then left fills pages in the order of its clusters. Tokens not clustered
-yet (up to 1,024 and a little, and pages left in place) are clusters of one page of consecutive tokens: they compete for the
-budget, where the original reads all of them. A cluster counts in the softmax of the scores as often as it has pages. The
-cluster that exceeds the budget is cut, nearest tokens first, and what is left of it is the first to be estimated. The zone of
-those estimated ends at a score, in steps of 1/64 nat: the step in which the last of 23.2 % lies belongs to it as a whole, so
-that nothing need be sorted; scores that differ by rounding may fall to either side of an edge. Instead of the sum of the
-values their mean is kept, which int8 summaries suit better.
+clustered again among themselves, and what is then left, a token in twenty, fills pages in the order of its clusters. An
+iteration assigns every other token, in turn, which comes as far in half the time. Tokens not clustered yet (up to 1,024 and a
+little, and pages left in place) are clusters of one page of consecutive tokens: they compete for the budget, where the original
+reads all of them. A cluster counts in the softmax of the scores as often as it has pages. The cluster that exceeds the budget
+is cut, nearest tokens first, and what is left of it is the first to be estimated. The zone of those estimated ends at a score,
+in steps of 1/64 nat: the step in which the last of 23.2 % lies belongs to it as a whole, so that nothing need be sorted; scores
+that differ by rounding may fall to either side of an edge. Instead of the sum of the values their mean is kept, which int8
+summaries suit better.
 
-Cost of an arrangement: about 200 launches, whatever the number of rows. The matrix [tokens, clusters] of likeness is written
-and read five times, half of all bytes: 264 MB in bfloat16 for 8 heads of 32K tokens in stretches of 8K.
+Cost of an arrangement of 8 heads of 32K tokens in stretches of 8K: about 270 launches (the number of rows adds few), no waiting
+for the GPU. The matrix [tokens, clusters] of likeness, 264 MB in bfloat16, is most of the bytes: half of it is made and read in
+each of the four iterations, all of it once at the end; tile by tile, so that little of it leaves the second-level cache.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from ..kernels.recipe import Recipe
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping, merge_pages
 
-_ROUNDS = (4, 2, 2)
-"""Iterations of k-means: over all tokens, then twice over what was left over; then pages are filled as tokens come."""
+_ROUNDS = (4, 2)
+"""Iterations of k-means: over all tokens, then over those left over. What is still left fills pages cluster by cluster."""
+_TILE_ELEMENTS = 1 << 24
+"""Most elements of a tile of likeness: 32 MiB in bfloat16, which the second-level cache of a large GPU holds."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def fill_clusters(points: Tensor, likened: torch.dtype, cluster_tokens: int, pag
 def _cluster(
     points: Tensor, alive: Tensor, likened: torch.dtype, cluster_tokens: int, iterations: int
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Spherical k-means, from points at equal distances in their order.
+    """Spherical k-means, from points at equal distances in their order. An iteration assigns every other point, in turn.
 
     Args:
         points: [R, m, D]; alive: [R, 1], how many count, the first ones of each row.
@@ -183,24 +187,33 @@ def _cluster(
     wanted = torch.div(alive, cluster_tokens, rounding_mode="floor").clamp(min=1)
     spread = torch.div((torch.arange(most, device=points.device) * 2 + 1) * alive, 2 * wanted, rounding_mode="floor")
     compared = points.to(likened)
-    centroids = _rows(compared, spread.minimum(alive - 1).clamp(min=0))  # behind those wanted: equal, and soon empty
+    centroids = _rows(compared, spread.minimum(alive - 1).clamp(min=0))  # behind those wanted: equal, and empty
     dead = torch.arange(count, device=points.device) >= alive
     first = torch.arange(rows, device=points.device).unsqueeze(1) * (most + 1)
-    for step in range(iterations + 1):
-        likeness, own = (compared @ centroids.transpose(1, 2)).max(2)
-        own = own.masked_fill(dead, most)
-        if step < iterations:
-            sums = points.new_zeros((rows * (most + 1), dim)).index_add_(
-                0, (own + first).view(-1), points.flatten(0, 1)
-            )
-            centroids = torch.nn.functional.normalize(sums.view(rows, most + 1, dim)[:, :most], dim=-1).to(likened)
-    return own, likeness.float().nan_to_num(0.0), most
+    sums = [points.new_zeros((rows * (most + 1), dim))] * 2
+    for step in range(iterations):
+        half = slice(step % 2, None, 2)
+        own = _nearest(compared[:, half], centroids)[1].masked_fill(dead[:, half], most) + first
+        sums[step % 2] = torch.zeros_like(sums[0]).index_add_(0, own.flatten(), points[:, half].flatten(0, 1))
+        both = (sums[0] + sums[1]).view(rows, most + 1, dim)[:, :most]
+        means = torch.nn.functional.normalize(both, dim=-1).to(likened)
+        centroids = torch.where(means.any(-1, keepdim=True), means, centroids)
+    likeness, own = _nearest(compared, centroids)
+    return own.masked_fill(dead, most), likeness.float().nan_to_num(0.0), most
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Likeness to the most alike of centroids [R, k, D], and which one that is, of points [R, m, D]: [R, m] both."""
+    at_once = max(1, _TILE_ELEMENTS // (points.shape[1] * centroids.shape[1]))
+    tiles = zip(points.split(at_once), centroids.split(at_once), strict=True)
+    likeness, own = zip(*((x @ centroid.mT).max(2) for x, centroid in tiles), strict=True)
+    return torch.cat(likeness), torch.cat(own)
 
 
 def _mean(states: Tensor, valid: Tensor) -> Tensor:
-    """Mean [..., D] of the valid tokens of pages [..., P, D]; zeros where there are none."""
-    weight = valid.unsqueeze(-1).float()
-    return (states.float() * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+    """Mean [..., D], float32, of the valid tokens of pages [..., P, D]; zeros where there are none."""
+    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
+    return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
+    rows.py        copy_rows                    rows of chunked arrays, outside of steps
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
 

@@ -11,6 +11,7 @@ kernel finds the rows through the table, whose own address never changes either,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +96,23 @@ class ChunkedArray:
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
-        self._wait_for_kernels()
-        return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
+        copy = self._copy_rows(rows)
+        if copy is None:
+            self._wait_for_kernels()
+            return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
+        taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.compute_device)
+        copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), taken, put=False)
+        return taken.to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
-        self._wait_for_kernels()
-        kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+        copy = self._copy_rows(rows)
+        if copy is None:
+            self._wait_for_kernels()
+            kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+        else:
+            values = values.to(self.compute_device, self.dtype).contiguous()
+            copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), values, put=True)
 
     def move(self, device: torch.device) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one).
@@ -131,6 +142,13 @@ class ChunkedArray:
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             copy[:inside] = source[:inside]
         return twin
+
+    def _copy_rows(self, rows: Tensor) -> Any:
+        """The kernel that copies rows, in host memory too unless the host asks for them; None where there is none."""
+        if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
+            return None
+        launch = kernels.launchers(self.compute_device)
+        return None if launch is None else launch.copy_rows
 
     @property
     def _is_registered(self) -> bool:

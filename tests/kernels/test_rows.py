@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -54,6 +57,31 @@ def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> Non
             flat[int(ids[i, j])] = values[i, j]
     assert torch.equal(torch.cat(chunks), flat)  # and no other row was touched
     assert [chunk.data_ptr() for chunk in chunks] == addresses
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="arrays on a GPU are copied so by all other tests"
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("row_shape", [(), (3,), (8,), (3, 2), (700,), (4099,)])
+@pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (3, 4), (2, 40)])
+def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from spin_hf.kernels.rows import copy_rows
+
+    chunks, expected = (
+        [chunk.to(dtype) for chunk in chunked(num_chunks, rows, row_shape, torch.int32)] for _ in range(2)
+    )
+    ids = torch.randperm(num_chunks * rows, generator=torch.Generator().manual_seed(0))[:-2]
+    table = torch.tensor([chunk.data_ptr() for chunk in chunks])
+    taken = torch.full((len(ids), *row_shape), 7, dtype=dtype)
+    copy_rows(table, rows, ids, taken, put=False)
+    assert torch.equal(taken, take_rows(expected, ids))
+    taken.neg_()
+    copy_rows(table, rows, ids, taken, put=True)
+    put_rows(expected, ids, taken)
+    assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
+    copy_rows(table, rows, ids[:0], taken[:0], put=True)
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim", "page_size"), [(4, 4, 8), (3, 5, 8), (1, 2, 1), (6, 1, 3)])

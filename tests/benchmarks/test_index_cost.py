@@ -1,0 +1,50 @@
+"""Every method is measured on a prompt that it has to regroup, and a machine without a GPU says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import index_cost
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_hf import regroup
+
+
+def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    regrouped, add = [], regroup._add_stretches
+
+    def adding(shared: Any, method: Any, stops: list[int], may_move: Any) -> None:
+        regrouped.append((method.name, stops))
+        add(shared, method, stops, may_move)
+
+    monkeypatch.setattr(regroup, "_add_stretches", adding)
+    rows: dict[str, dict[str, float]] = {}
+    ids = torch.randint(64, (1, 1400), generator=torch.Generator().manual_seed(0))
+    index_cost.measure_all(model, ids, 1, rows.__setitem__)
+    assert list(rows) == ["dense", *index_cost.METHODS]
+    stop = (1400 - 128) // 8
+    assert regrouped == [(name, [stop]) for name in ("retroinfer", "bisection") for _ in range(2)]
+    assert rows["retroinfer"]["regroup_ms"] > 10 * rows["quest"]["regroup_ms"]
+    assert all(rows[name]["prefill_ms"] > 0 for name in rows)
+    assert "retroinfer" in index_cost.line("retroinfer", rows["retroinfer"])
+
+
+def test_shares() -> None:
+    row = index_cost.share({"prefill_ms": 110.0, "regroup_ms": 5.0}, {"prefill_ms": 100.0})
+    assert (row["regroup_share"], row["share"]) == (0.05, 0.15)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["index_cost.py", "--output", str(tmp_path / "results.json")])
+    with pytest.raises(SystemExit, match="expected a CUDA GPU, found none"):
+        index_cost.main()
+    assert not list(tmp_path.iterdir())
