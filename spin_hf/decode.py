@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES = 128, 4, 1
 """Of a program of attention: tokens of a tile, warps, pipeline stages."""
-_ESTIMATE_WARPS, _ESTIMATE_SPLITS = 8, 32
+_ESTIMATE_WARPS, _ESTIMATE_SPLITS = 4, 64
 """Of a program that estimates: warps, and programs at most for each KV head, as each is one more part to merge."""
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
@@ -147,8 +147,6 @@ class StepKernels(Descriptors):
         quantized = [summary.quantized for summary in store.summaries.values()][1]
         item = 1 if quantized else store.home.dtype.itemsize
         runs = segments_at_a_time(shapes["BLOCK_V"], item, self.shared_memory)
-        if self.shared_memory >= 128 << 10:
-            runs *= 2
         self.launch.estimate[(self.streams, self.estimate_splits)](
             self.step, self.fields(layer), self.plan[index], self.selection.zone_edges, self.parts, softcap or 1.0,
             CAPPED=softcap is not None, ZONE=self.selection.estimates_zone, QUANTIZED=quantized, G=self.group,

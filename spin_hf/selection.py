@@ -130,8 +130,8 @@ class Selection:
         step.launch.choose[(step.streams,)](
             step.step, fields, plan, self.second_histogram if closer else self.histogram, self.list_count,
             step.counters[number], self.floors[number], self.hands[number], self.zone_edges, share, index,
-            COMPLETE=closer, COUNTED=self.estimates_zone, ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group, PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE,
-            PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED, TIED_TILE=_TIED_TILE,
+            COMPLETE=closer, COUNTED=self.estimates_zone, ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group,
+            PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE, PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED, TIED_TILE=_TIED_TILE,
             LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
         )  # fmt: skip
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .. import kernels
+
 _MULTIPLES = (0.25, 0.3, 0.335, 0.4, 0.5, 0.65)
 _MIDDLE = 7.5
 
@@ -39,6 +41,9 @@ def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes: [..., ceil(D / 2)], uint8; scale: [...], float32, > 0: number ~ (code - 7.5) * scale.
     """
+    launch = kernels.launchers(rotated.device)
+    if launch is not None:
+        return launch.encode_rows(rotated, _MULTIPLES)
     size = rotated.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
     best = scale = lowest = torch.empty(0)
     for index, multiple in enumerate(_MULTIPLES):

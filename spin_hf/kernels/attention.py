@@ -139,13 +139,16 @@ def attend_kernel(
         there = (heads < G) & (column_v < DV)[None, :]
         outs = parts + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
         top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
-        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=8):  # a latency is paid once for several parts
+        many: tl.constexpr = 16 if ESTIMATED else 8
+        for part in tl.range(
+            0, SPLITS + ESTIMATED, loop_unroll_factor=many
+        ):  # a latency is paid once for several parts
             lses = outs + (part * 2 + 1) * G * DV
             top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
         base = tl.where(top == float("-inf"), 0.0, top)
         denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
-        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=8):
+        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=many):
             lses = outs + (part * 2 + 1) * G * DV
             weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
             denominator += weight

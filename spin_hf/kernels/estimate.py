@@ -98,10 +98,7 @@ def estimate_kernel(
             weights = tl.exp(each - shift[:, None])
             total = total * decay + tl.sum(weights, 1)
             weights = (weights * unit[None, :]).to(DTYPE)
-            # What a page without valid tokens holds does not matter, NaN included: its weight is 0, and so are its values.
-            some = tl.max((each > float("-inf")).to(tl.int32), 0) > 0
-            values = tl.where(some[:, None], values.to(DTYPE), 0.0)
-            acc = acc * decay[:, None] + tl.dot(weights, values, input_precision="ieee")
+            acc = acc * decay[:, None] + tl.dot(weights, values.to(DTYPE), input_precision="ieee")
             most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]

@@ -119,12 +119,8 @@ def rate_kernel(
                     best = tl.where(marks != 0, float("inf"), best)
                 bins = score_bins(best, BINS, PER_NAT)
                 kept = inside & (bins <= floor)
-                if EVERYTHING:  # many share a bin: counted among themselves first
-                    every = tl.arange(0, BINS)
-                    counts = tl.histogram(bins, BINS, mask=inside)
-                    tl.atomic_add(histogram + bh * BINS + every, counts, mask=counts > 0, sem="relaxed")
-                else:
-                    tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=kept, sem="relaxed")
+                counted = inside if EVERYTHING else kept
+                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=counted, sem="relaxed")
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
                 rank = tl.cumsum(kept.to(tl.int32), 0)

@@ -156,7 +156,7 @@ class ChunkedArray:
 
     def _wait_for_kernels(self) -> None:
         """Before the host touches memory that kernels read and write by themselves."""
-        if self._is_registered:
+        if self._is_registered and torch.cuda.is_initialized():
             torch.cuda.synchronize(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
