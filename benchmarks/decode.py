@@ -1,6 +1,7 @@
 """Time per output token (TPOT) against every cache that a user could take instead: `python benchmarks/decode.py`.
 
-    --method bisection               another method, into a file of its own: decode-<shape>-<method>.json
+    --methods bisection quest ...    other methods than ShadowKV, each into a file of its own: decode-<shape>-<method>.json
+    --overlaps replayed              only these of the selections below
     --shape llama-8b | qwen3-0.6b    random weights, synthetic keys and values, bf16, one sequence
     --tokens 131072 8192 ...         contexts                         --rivals floor dynamic ...    see `rivals.py`
     --seconds 540                    starts nothing that would end later; most important rows first
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 import transformers
 from link import bursts, copies
+from methods import method_of
 from record import RESULTS, MixedError, Record, fingerprint, newest
 from rivals import FAST, ONLY_AT, SLOW, measure_rival
 from shapes import SHAPES, build
@@ -54,12 +56,14 @@ class Task:
 
     Attributes:
         name: "spin", a rival, or "kernels".
+        method: of SpinCache; a rival stands in the file of the method that it is measured beside.
         gpu_memory: the cap of SpinCache; None for rivals.
         selections: the rows of "spin".
     """
 
     tokens: int
     name: str
+    method: str = "shadowkv"
     gpu_memory: str | None = None
     selections: tuple[str, ...] = ()
 
@@ -98,20 +102,28 @@ class Task:
         )
 
 
-def plan(tokens: list[int], rivals: list[str], kernels: bool = True) -> list[Task]:
-    """All tasks, the most important ones first."""
-    everything, replayed = tuple(SELECTIONS), ("replayed",)
-    caps = {count: CAPS[count] for count in tokens if count in CAPS}
+def plan(
+    tokens: list[int], rivals: list[str], kernels: bool = True, method: str = "shadowkv",
+    everything: tuple[str, ...] = tuple(SELECTIONS), capped: bool = True,
+) -> list[Task]:  # fmt: skip
+    """All tasks of a method, the most important ones first.
+
+    Args:
+        everything: the selections.
+        capped: whether contexts are measured with caps on GPU memory too.
+    """
+    replayed = ("replayed",)
+    caps = {count: CAPS[count] for count in tokens if capped and count in CAPS}
     tasks = []
     for count in tokens:
-        tasks.append(Task(count, "spin", "auto", everything))
+        tasks.append(Task(count, "spin", method, "auto", everything))
         if count in caps:  # at 512K "auto" is a cap already
-            tasks.append(Task(count, "spin", caps[count], everything if count <= 131072 else replayed))
-        tasks += [Task(count, name) for name in FAST if name in rivals]
+            tasks.append(Task(count, "spin", method, caps[count], everything if count <= 131072 else replayed))
+        tasks += [Task(count, name, method) for name in FAST if name in rivals]
     if kernels:
-        tasks += [Task(count, "kernels", "auto") for count in tokens]
-        tasks += [Task(count, "kernels", caps[count]) for count in tokens if count in caps and count <= 131072]
-    slow = [Task(count, name) for name in SLOW if name in rivals for count in tokens]
+        tasks += [Task(count, "kernels", method, "auto") for count in tokens]
+        tasks += [Task(count, "kernels", method, caps[count]) for count in tokens if count in caps and count <= 131072]
+    slow = [Task(count, name, method) for name in SLOW if name in rivals for count in tokens]
     return tasks + [task for task in slow if task.tokens in ONLY_AT.get(task.name, (task.tokens,))]
 
 
@@ -120,7 +132,9 @@ def left_to_do(tasks: list[Task], record: Record) -> list[Task]:
     missing = [task for task in tasks if not task.is_in(record)]
     spin = {task.tokens for task in missing if task.name == "spin" and task.gpu_memory == "auto"}
     for_ratios = dict.fromkeys(task.tokens for task in missing if task.name not in ("spin", "kernels"))
-    return [Task(count, "spin", "auto", ("replayed",)) for count in for_ratios if count not in spin] + missing
+    return [
+        Task(count, "spin", missing[0].method, "auto", ("replayed",)) for count in for_ratios if count not in spin
+    ] + missing
 
 
 def within(tasks: list[Task], seconds: float) -> list[Task]:
@@ -133,9 +147,10 @@ def within(tasks: list[Task], seconds: float) -> list[Task]:
     return [task for task in chosen if task.name != "kernels"] + [task for task in chosen if task.name == "kernels"]
 
 
-def rows_of(task: Task, model: Any, record: Record, budget: int, method: str, weights: int) -> Iterator[dict[str, Any]]:
+def rows_of(task: Task, model: Any, record: Record, budget: int, weights: int) -> Iterator[dict[str, Any]]:
     """The rows of a task, each as soon as it is there; what fails becomes a row that says why."""
     try:
+        method = method_of(task.method, model.config)
         if task.name == "spin":
             assert task.gpu_memory is not None
             yield from spin_rows(
@@ -165,7 +180,7 @@ def rows_of(task: Task, model: Any, record: Record, budget: int, method: str, we
 
 def line(task: Task, row: dict[str, Any]) -> str:
     """What is printed of a row."""
-    shown = [f"{task.tokens >> 10}K", task.name, task.gpu_memory or "", row.get("overlap", "")]
+    shown = [f"{task.tokens >> 10}K", task.name, task.method, task.gpu_memory or "", row.get("overlap", "")]
     wanted = ("tpot_ms", "spread_ms", "overlap_at_1", "overlap_at_16", "hit_rate", "loads_mib_per_token", "first_call_s",
               "peak_gpu_gib", "splits", "us_per_layer", "spin_us_per_layer", "others_us_per_layer", "step_ms", "gb_s",
               "why", "failed")  # fmt: skip
@@ -176,7 +191,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--method", choices=sorted(METHODS), default="shadowkv")
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=["shadowkv"])
+    parser.add_argument("--overlaps", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
+    parser.add_argument("--no-caps", action="store_true", help="leave out contexts under a cap on GPU memory")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--rivals", nargs="*", choices=[*FAST, *SLOW], default=[*FAST, *SLOW])
@@ -185,24 +202,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="only what the results file lacks")
     parser.add_argument("--append", action="store_true", help="refuse to begin a new file where results do not mix")
     parser.add_argument("--plan", action="store_true", help="print the tasks and measure nothing")
-    parser.add_argument(
-        "--source", type=Path, help="results to add to (default: benchmarks/results/decode-<shape>.json)"
-    )
-    parser.add_argument("--output", type=Path, help="where to write (default: the source)")
+    parser.add_argument("--source", type=Path, default=RESULTS, help="folder of the results to add to")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: the source)")
     options = parser.parse_args(arguments)
-    options.source = (
-        options.source
-        or RESULTS / f"decode-{options.shape}{'' if options.method == 'shadowkv' else '-' + options.method}.json"
-    )
     options.output = options.output or options.source
     return options
 
 
-def common(options: argparse.Namespace) -> dict[str, Any]:
+def file_name(shape: str, method: str) -> str:
+    """Of the results of a method; ShadowKV's have none of it in their name."""
+    return f"decode-{shape}{'' if method == 'shadowkv' else '-' + method}.json"
+
+
+def common(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """What all rows of a file have in common."""
     return {
         "shape": options.shape, "dtype": "bfloat16", "batch": 1, "budget_tokens": options.budget,
-        "method": options.method,
+        "method": method,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "sources": fingerprint(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
@@ -226,35 +242,44 @@ def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
     command = " ".join(["python benchmarks/decode.py", *_without_files(sys.argv[1:])])
-    try:
-        record = Record(common(options), command, options.source, options.output, options.append)
-    except MixedError as error:
-        raise SystemExit(f"benchmarks/decode.py: {error}; leave --append out to begin anew") from None
-    if record.left_behind:
-        print(f"begins anew: {options.source.name} differs in {', '.join(record.left_behind)}")
-    tasks = plan(options.tokens, options.rivals, not options.no_kernels)
-    tasks = left_to_do(tasks, record) if options.missing else tasks
+    tasks, records = [], {}
+    for method in options.methods:
+        name = file_name(options.shape, method)
+        files = options.source / name, options.output / name
+        try:
+            record = Record(common(options, method), command, *files, options.append)
+        except MixedError as error:
+            raise SystemExit(f"benchmarks/decode.py: {error}; leave --append out to begin anew") from None
+        if record.left_behind:
+            print(f"begins anew: {name} differs in {', '.join(record.left_behind)}")
+        records[method] = record
+        own = plan(
+            options.tokens, options.rivals, not options.no_kernels, method, tuple(options.overlaps), not options.no_caps
+        )
+        tasks += left_to_do(own, record) if options.missing else own
     chosen = within(tasks, options.seconds - 45)  # imports, weights, the link, first compilation of the kernels
-    later = [f"{task.tokens >> 10}K {task.name}" for task in tasks if task not in chosen]
+    later = [f"{task.tokens >> 10}K {task.name} {task.method}" for task in tasks if task not in chosen]
     about = sum(task.seconds for task in chosen) + 45
     print(f"{len(chosen)} tasks, about {about:.0f} s; left for another run: {', '.join(later) or 'none'}", flush=True)
     if options.plan:
         for task in chosen:
-            print(f"{task.seconds:6.0f} s  {task.tokens >> 10}K {task.name} {task.gpu_memory or ''}")
+            print(f"{task.seconds:6.0f} s  {task.tokens >> 10}K {task.name} {task.method} {task.gpu_memory or ''}")
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/decode.py: expected a CUDA GPU, found none; run it on a machine with one")
     logging.getLogger("spin_hf").setLevel(logging.WARNING)
-    record.about_run(**copies(), burst_gb_s=bursts())
+    link = {**copies(), "burst_gb_s": bursts()}
     model = build(options.shape)
     weights = torch.cuda.memory_allocated()
-    record.about_run(weights_gib=round(weights / 2**30, 2))
-    print(record.runs[record.run], flush=True)
+    for record in records.values():
+        record.about_run(**link, weights_gib=round(weights / 2**30, 2))
+    print(link, flush=True)
     for task in chosen:
         if time.perf_counter() - started + task.seconds > options.seconds + 20:  # estimates are no promises
-            print(f"no time left for {task.tokens >> 10}K {task.name}", flush=True)
+            print(f"no time left for {task.tokens >> 10}K {task.name} {task.method}", flush=True)
             continue
-        for row in rows_of(task, model, record, options.budget, options.method, weights):
+        record = records[task.method]
+        for row in rows_of(task, model, record, options.budget, weights):
             row = {"tokens": task.tokens, **row}
             print(f"{time.perf_counter() - started:4.0f} s {line(task, row)}", flush=True)
             if "failed" not in row:

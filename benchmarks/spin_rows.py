@@ -12,6 +12,7 @@ from shapes import fill_spin
 from timing import TIMES, attempt, free, tpot, with_memory
 
 from spin_hf import SpinCache
+from spin_hf.attention.partition import Method
 
 SELECTIONS: dict[str, tuple[float | None, float]] = {
     "replayed": (None, FASTEST), "lowest": (1.0, FASTEST), "highest": (0.0, NEARLY_STILL),
@@ -23,7 +24,7 @@ WARM = 144
 """Tokens generated before what is timed where pages are loaded, so that the buffer holds what it will go on holding."""
 
 
-def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: str) -> tuple[SpinCache, float]:
+def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: Method) -> tuple[SpinCache, float]:
     """A cache of so many tokens, and the seconds that filling it took."""
     free()
     cache = SpinCache(model, budget=budget, gpu_memory=gpu_memory, method=method)
@@ -77,7 +78,7 @@ def spin_rows(
     num_tokens: int,
     budget: int,
     gpu_memory: str,
-    method: str,
+    method: Method,
     selections: list[str],
     spread: float | None,
     weights: int,

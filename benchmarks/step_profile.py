@@ -21,6 +21,7 @@ from timing import FEW, generate
 from torch.profiler import ProfilerActivity, profile
 
 from spin_hf import SpinCache
+from spin_hf.attention.partition import Method
 
 STEPS = 12
 
@@ -88,7 +89,9 @@ def rates(took: dict[str, float], moved: dict[str, int]) -> dict[str, float]:
     return result
 
 
-def kernel_row(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: str, spread: float) -> dict[str, Any]:
+def kernel_row(
+    model: Any, num_tokens: int, budget: int, gpu_memory: str, method: Method, spread: float
+) -> dict[str, Any]:
     """Times, bytes and rates of one context and cap, at the replayed overlap."""
     set_spread(model, spread)
     cache, _ = filled_cache(model, num_tokens, budget, gpu_memory, method)

@@ -52,6 +52,7 @@ class StepKernels(Descriptors):
         if (most := self.most_pages()) is not None:  # one for each tile of what an int budget lists, if there is room
             self.attend_splits = min(self.attend_splits, -(-most * shared.method.page_size // _ATTEND_TOKENS))
         self.estimate_splits = min(_ESTIMATE_SPLITS, programs) if self.recipe.estimated_share else 0
+        self.compiled = device.type == "cuda"
         self.multiplies_int8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
         self.shared_memory = 48 << 10 if device.type != "cuda" else _shared_memory(device)
         self.plan = self.new((MAX_QUERIES, batch_size, len(PlanField)), torch.int32)
@@ -152,7 +153,7 @@ class StepKernels(Descriptors):
             CAPPED=softcap is not None, ZONE=self.selection.estimates_zone, QUANTIZED=quantized, G=self.group,
             BLOCK_G=self.block_g, RUNS=runs, BINS=NUM_BINS,
             PER_NAT=BINS_PER_NAT, SPLITS=self.attend_splits, DTYPE=self.launch.dtype(store.home.dtype),
-            num_warps=_ESTIMATE_WARPS, num_stages=1,
+            COMPILED=self.compiled, num_warps=_ESTIMATE_WARPS, num_stages=1,
             **some(shapes, "SUMMARY", "H", "DV", "BLOCK_V", "PAGE", "SEGMENT", "ROWS", "PADDED"),
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ def closer_kernel(
     BLOCK_G: tl.constexpr, CLOSER_G: tl.constexpr, SPLITS: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr,
     PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
-    BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
 
@@ -67,6 +67,7 @@ def closer_kernel(
         CODE_DTYPE: in which codes are multiplied, if not DIGITS.
         CLOSER_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
         TILE: pages at a time.
+        ALIGNED: bytes that the codes of every token begin at a multiple of.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
@@ -135,9 +136,12 @@ def closer_kernel(
                 rows = page_rows(step, b, h, token_page, token_there, H, SEGMENT)
                 code_row = row_addresses(codes_table, rows, token_there, ROWS, PAGE * ((DK + 1) // 2))
                 scale_row = row_addresses(scale_table, rows, token_there, ROWS, PAGE * 2)
-                pointer = code_row.to(tl.pointer_type(tl.uint8)) + place % PAGE * ((DK + 1) // 2)
+                pointer = (code_row + place % PAGE * ((DK + 1) // 2)).to(tl.pointer_type(tl.uint8))
+                pointer = tl.multiple_of(pointer, ALIGNED)
                 codes = tl.load(
-                    pointer[:, None] + half[None, :], mask=token_there[:, None] & (2 * half < DK)[None, :], other=0
+                    pointer[:, None] + half[None, :],
+                    mask=token_there[:, None] & (half < (DK + 1) // 2)[None, :],
+                    other=0,
                 )
                 unit = tl.load(
                     scale_row.to(tl.pointer_type(tl.bfloat16)) + place % PAGE, mask=token_there, other=-1.0

@@ -37,7 +37,7 @@ def estimate_kernel(
     CAPPED: tl.constexpr, ZONE: tl.constexpr, QUANTIZED: tl.constexpr, SUMMARY: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
-    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
+    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) takes its share of the segments.
 
@@ -48,6 +48,7 @@ def estimate_kernel(
         SUMMARY: dtype of the mean values, unless they are QUANTIZED.
         RUNS: segments at a time.
         DTYPE: in which weights and values are multiplied.
+        COMPILED: whether for a device; else it is interpreted.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -98,6 +99,12 @@ def estimate_kernel(
             weights = tl.exp(each - shift[:, None])
             total = total * decay + tl.sum(weights, 1)
             weights = (weights * unit[None, :]).to(DTYPE)
+            if (
+                QUANTIZED and COMPILED
+            ):  # else Triton moves them through shared memory byte by byte, and converts them then
+                values = tl.inline_asm_elementwise(
+                    "mov.b32 $0, $1;", "=r,r", [values.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+                )
             acc = acc * decay[:, None] + tl.dot(weights, values.to(DTYPE), input_precision="ieee")
             most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
