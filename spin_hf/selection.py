@@ -1,7 +1,7 @@
 """The launches that choose the pages of one query of a step, by the recipe of the method, and retrieve them.
 
     find_outliers    ShadowKV only; once a step for all layers
-    score, rate      one vector of every candidate                                 -> histogram of scores
+    score, rate      one vector of every candidate, or a box                       -> histogram of scores
     closer, rate     with `looked_at`: the best by that, by their keys in four bits -> histogram of new scores
     choose           the best up to the budget, and their page frames
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention import lowbit
 from .descriptors import power_of_two
-from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
 from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Selection:
         shapes: dict[str, Any],
     ) -> None:  # fmt: skip
         """List the pages of one query [B, heads, 1, Dk] of the step, and retrieve them; `new` as for `StepKernels.attend`."""
-        step, recipe, number, plan = self.step, self.recipe, layer.number, self.step.plan[index]
+        step, recipe, number, plan = self.step, self.recipe, layer.number, self.step.plan_of(layer)[index]
         store, fields, group = layer.store, step.fields(layer), step.group
         assert store is not None
         key, value = (query, query) if new is None else new
@@ -114,7 +114,7 @@ class Selection:
             step.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
             *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=group,
             BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._runs(shapes), SUMMARISE=recipe.summarised_by_append,
-            WEIGHTED=recipe.weighs_tokens, **shapes, num_warps=_SCORE_WARPS, num_stages=1,
+            WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, **shapes, num_warps=_SCORE_WARPS, num_stages=1,
         )  # fmt: skip
         step.launch.rate[(step.streams, self.programs + closer)](
             step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,
@@ -167,7 +167,8 @@ class Selection:
     def _runs(self, shapes: dict[str, Any]) -> int:
         """Segments that a program scores at a time, by the bytes of their vectors; fewer where shared memory is small."""
         item = 1 if shapes["QUANTIZED"] else shapes["SUMMARY"].primitive_bitwidth // 8
-        return segments_at_a_time(shapes["BLOCK_K"], item, self.step.shared_memory)
+        vectors = 2 if self.recipe.rating == Rating.BOUND else 1
+        return segments_at_a_time(vectors * shapes["BLOCK_K"], item, self.step.shared_memory)
 
     def _scratch(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.step.device)

@@ -114,6 +114,8 @@ class Rating(IntEnum):
     """The largest of the shares that the query heads of a KV head give it."""
     SHARE = 1
     """The mean of these shares (as good as their sum)."""
+    BOUND = 2
+    """The largest product with a key in the page's box (first summary: low, second: high), less the largest of any page."""
 
 
 NUM_BINS = 2048

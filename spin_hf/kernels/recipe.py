@@ -1,6 +1,6 @@
 """How the Triton kernels serve a method: which of them, with which numbers. A method without a recipe decodes by its formulas.
 
-score      product of the query with the first vector that the method keeps of a page
+score      product of the query with the first vector that the method keeps of a page, or with a box: the first two
 rate       what the products of a group make of the page
 closer     with `looked_at`: so many times the budget is rated again, by keys in four bits (third and fourth summary)
 choose     the best pages up to the budget
@@ -25,6 +25,7 @@ class Recipe:
         weighs_tokens: whether a page counts in the softmax as often as it has tokens.
         looked_at: how many times the budget is looked at closer; 0 for not at all.
         estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.
+        dense_layers: how many of the first paged layers attend to everything.
     """
 
     rating: Rating
@@ -33,3 +34,4 @@ class Recipe:
     weighs_tokens: bool = False
     looked_at: int = 0
     estimated_share: float = 0.0
+    dense_layers: int = 0
