@@ -84,7 +84,7 @@ class StepKernels(Descriptors):
         """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""
         tensors = (
             self.step, self.plan, self.whole_plan, self.found_for, self.layer_fields, self.layer_addresses, self.counters,
-            self.parts, self.arrivals, *self.selection.tensors,
+            self.parts, self.arrivals, *self.selection.tensors, *self.selection.place(layer),
         )  # fmt: skip
         store, shared = layer.store, self.shared
         assert store is not None

@@ -95,6 +95,10 @@ class PlanField(IntEnum):
     """Pages to select per KV head."""
     NUM_OUTLIERS = 4
     """How many of them go to outliers."""
+    HELD = 5
+    """Valid tokens up to the query and with it."""
+    CANDIDATES = 6
+    """Pages in [FIRST, STOP) with a valid token."""
 
 
 class Counter(IntEnum):

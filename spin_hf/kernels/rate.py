@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    CANDIDATES,
     FIRST,
     KEPT_COUNT,
     KEPT_PAGE,
@@ -44,7 +45,7 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, second_histogram,
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROTATED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
     DK: tl.constexpr, BLOCK_K: tl.constexpr,
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
@@ -61,6 +62,7 @@ def rate_kernel(
         RATING: see `Rating`.
         LISTED: whether pages are kept; else they are only rated and counted.
         WEIGHTED: whether a page weighs as often as it has valid tokens.
+        LEAST: logarithm of a share: pages of no larger one are no candidates, unless the budget covers all; 0 for none such.
         HEADS: query heads that are looked at together.
         RUN: pages in a row; each part has every so many runs, so that neighbours, which are often chosen together, are
             spread over all parts.
@@ -129,6 +131,9 @@ def rate_kernel(
                     best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
                     if WEIGHTED and PADDED:
                         best += log_tokens(step, b, pages, inside, PAGE, PADDED)
+                if LEAST < 0.0:
+                    whole = tl.load(row + NUM_SELECTED) >= tl.load(row + CANDIDATES)
+                    inside = inside & ((best > LEAST) | whole)
                 if OUTLIERS:
                     marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
                     best = tl.where(marks != 0, float("inf"), best)

@@ -43,11 +43,12 @@ def score_kernel(
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr, BOXES: tl.constexpr,
+    ASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
 
     Args:
-        query: [B, H * G, 1, DK]; the last dimension is contiguous.
+        query: [B, H * G, 1, D]; the last dimension is contiguous.
         stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each share. Written.
         histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
         key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
@@ -55,6 +56,8 @@ def score_kernel(
         RUNS: segments at a time.
         WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
         BOXES: whether pages have boxes; of these the statistics are maxima only.
+        ASKED: whether queries are a method's own, in float32, so that vectors are converted to that.
+        D: size of vectors; DK, DV: of the token's key and value.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -74,7 +77,7 @@ def score_kernel(
         first = tl.load(row + FIRST)
         stop = tl.load(row + STOP)
         group = tl.arange(0, BLOCK_G)
-        column = tl.arange(0, BLOCK_K)
+        column = tl.arange(0, BLOCK_D)
         lane = tl.arange(0, RUNS * SEGMENT)
         most = tl.full(
             [RUNS * SEGMENT, BLOCK_G], float("-inf"), tl.float32
@@ -85,36 +88,37 @@ def score_kernel(
         end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
         if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
             copies: tl.constexpr = 2 if DIGITS else 1
+            converted: tl.constexpr = QUANTIZED or ASKED
             copy = tl.arange(0, copies * BLOCK_G)
             queries = tl.load(
                 query + b * query_b + (h * G + copy // copies)[:, None] * query_h + column[None, :],
-                mask=(copy < copies * G)[:, None] & (column < DK)[None, :], other=0.0,
+                mask=(copy < copies * G)[:, None] & (column < D)[None, :], other=0.0,
             )  # fmt: skip
             if BOXES:
-                positive, high_factor = _operand(tl.maximum(queries, 0.0), scale, DIGITS, QUANTIZED, SUMMARY, BLOCK_G)
+                positive, high_factor = _operand(tl.maximum(queries, 0.0), scale, DIGITS, converted, SUMMARY, BLOCK_G)
                 high_table = tl.load(layer + SUMMARY_1)
                 high_units = tl.load(layer + SCALE_1)
                 queries = tl.minimum(queries, 0.0)
-            queries, factor = _operand(queries, scale, DIGITS, QUANTIZED, SUMMARY, BLOCK_G)
+            queries, factor = _operand(queries, scale, DIGITS, converted, SUMMARY, BLOCK_G)
             table = tl.load(layer + SUMMARY_0)
             units = tl.load(layer + SCALE_0)
             directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
             for segment in range(begin, end, RUNS):
                 pages = segment * SEGMENT + lane
                 vectors, unit = segment_vectors(
-                    directory, table, units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H, DK, BLOCK_K,
+                    directory, table, units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H, D, BLOCK_D,
                     SEGMENT, ROWS, RUNS,
                 )  # fmt: skip
                 if BOXES:
                     highs, high_unit = segment_vectors(
                         directory, high_table, high_units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H,
-                        DK, BLOCK_K, SEGMENT, ROWS, RUNS,
+                        D, BLOCK_D, SEGMENT, ROWS, RUNS,
                     )  # fmt: skip
-                scores = _products(vectors, queries, DIGITS, QUANTIZED, BLOCK_G)
+                scores = _products(vectors, queries, DIGITS, converted, BLOCK_G)
                 inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
                 scores = scores * (unit[:, None] * factor[None, :])
                 if BOXES:
-                    at_high = _products(highs, positive, DIGITS, QUANTIZED, BLOCK_G)
+                    at_high = _products(highs, positive, DIGITS, converted, BLOCK_G)
                     scores += at_high * (high_unit[:, None] * high_factor[None, :])
                 scores = tl.where(inside[:, None], scores, float("-inf"))
                 tl.store(
@@ -137,27 +141,27 @@ def score_kernel(
 
 @triton.jit
 def _operand(
-    queries, scale, DIGITS: tl.constexpr, QUANTIZED: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_G: tl.constexpr
+    queries, scale, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_G: tl.constexpr
 ):
     """Queries [rows, K], two rows a head if DIGITS, as `_products` takes them, and what products are to be multiplied by."""
     factor = tl.full([BLOCK_G], 1.0, tl.float32) * scale
     if DIGITS:
         queries, query_unit = digits(queries.to(tl.float32), 2 * BLOCK_G)
         factor *= tl.max(tl.reshape(query_unit, (BLOCK_G, 2)), 1)
-    elif not QUANTIZED:
+    elif not CONVERTED:
         queries = queries.to(SUMMARY)
     return tl.trans(queries), factor
 
 
 @triton.jit
-def _products(vectors, queries, DIGITS: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Products [pages, BLOCK_G] of vectors [pages, K] with queries from `_operand`."""
+def _products(vectors, queries, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Products [pages, BLOCK_G] of vectors [pages, K], if need be CONVERTED, with queries from `_operand`."""
     if DIGITS:
         products = tl.dot(vectors, queries, out_dtype=tl.int32)
         products = tl.reshape(products, (vectors.shape[0], BLOCK_G, 2))
         products = tl.sum(products * tl.where(tl.arange(0, 2) == 0, 256, 1), 2).to(tl.float32)
-    elif QUANTIZED:
-        products = tl.dot(vectors.to(queries.dtype), queries)
+    elif CONVERTED:
+        products = tl.dot(vectors.to(queries.dtype), queries, input_precision="ieee")
     else:
         products = tl.dot(vectors, queries, input_precision="ieee")
     return products

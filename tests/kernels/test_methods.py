@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from spin_hf import Quest
 
 from ..attention.conversation import play, random_world, single_steps, without_near_ties
 from ..attention.oracle import Rules
+from ..attention.test_seer import method_of, rules_for
 from ..cache.tiny import Driver, Shape, World, poisoned_memory
 from .test_decode import _interpret
 
@@ -105,3 +107,72 @@ def test_quest_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [(160, None), (161, None), (164, None), *((stop, None) for stop in range(165, 180))]
     options: dict[str, Any] = {"budget": 48, "recent_window": 10, "summary_dtype": "int8"}
     compare(monkeypatch, random_world(shape, 1, 180, 0), steps, method=Quest(0), **options)
+
+
+SEER = Rules(budget=64, num_sink_tokens=4, recent_window=10)
+
+
+@pytest.mark.parametrize(("page_size", "group", "prompt"), [(32, 3, 250), (16, 1, 33), (64, 2, 380)])
+def test_seer(page_size: int, group: int, prompt: int, tmp_path: Path) -> None:
+    """Through pages that the steps complete, in two layers with gates of their own."""
+    shape = Shape(layers=2, kv_heads=1, group=group)
+    rules = rules_for(shape, tmp_path, replace(SEER, budget=2 * page_size), page_size=page_size)
+
+    def run(seed: int) -> None:
+        steps = single_steps(prompt, prompt + 20)
+        served(play(random_world(shape, 2, prompt + 20, seed), rules, steps, method=method_of(rules, tmp_path)))
+
+    without_near_ties(run)
+
+
+@pytest.mark.parametrize(("budget", "threshold"), [(64, None), (0.3, None), (128, 0.2), (96, 0.4)])
+def test_seer_with_padding_and_several_queries(budget: float, threshold: float | None, tmp_path: Path) -> None:
+    """Of the last budget all candidates of a sequence with holes are chosen, whatever the threshold."""
+    shape = Shape(kv_heads=1)
+    rules = rules_for(shape, tmp_path, replace(SEER, budget=budget))
+    assert rules.seer is not None
+    rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
+
+    def run(seed: int) -> None:
+        valid = with_holes(300)
+        valid[0] = True
+        valid[0, 32:192] = False  # five pages of padding, and few candidates
+        steps = [(stop, valid[:, :stop]) for stop in (270, 271, 277, 278, 289, 300)]
+        served(play(random_world(shape, 3, 300, seed), rules, steps, method=method_of(rules, tmp_path)))
+
+    without_near_ties(run)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.2])
+def test_threshold_of_seer(threshold: float, tmp_path: Path) -> None:
+    rules = rules_for(Shape(), tmp_path, replace(SEER, budget=128))
+    assert rules.seer is not None
+    rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
+    counts = []
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(), 1, 405, seed)
+        driver = served(play(world, rules, single_steps(400, 405), method=method_of(rules, tmp_path)))
+        counts.append(driver.cache.stats().attended_tokens)
+
+    without_near_ties(run)
+    assert counts[-1] < 128 + 2 * 32  # what the budget alone would be, beside sinks and recent window
+
+
+def test_seer_paged(tmp_path: Path) -> None:
+    rules = rules_for(Shape(kv_heads=1), tmp_path)
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(kv_heads=1), 2, 408, seed)
+        driver = play(world, rules, single_steps(400, 408), method=method_of(rules, tmp_path), gpu_memory=40_000)
+        assert served(driver).cache.stats().loads > 0
+
+    without_near_ties(run)
+
+
+def test_seer_by_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shape = Shape(kv_heads=2, group=3, key_dim=32, value_dim=16)
+    rules = rules_for(shape, tmp_path, gate_dim=32)
+    steps = [(250, None), (251, None), (254, None), *((stop, None) for stop in range(255, 265))]
+    options: dict[str, Any] = {"budget": 64, "recent_window": 10, "summary_dtype": "int8"}
+    compare(monkeypatch, random_world(shape, 1, 270, 0), steps, method=method_of(rules, tmp_path), **options)
