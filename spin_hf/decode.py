@@ -3,7 +3,7 @@
     append    1 launch              tokens to pages, of a prefill too; ShadowKV's summaries
     attend    4 launches a query    score -> rate -> choose and retrieve (`selection.py`) -> attend; `score` appends the token
                                     of a step; methods that look closer or estimate have up to 3 more
-              2 a step              for all layers: plan_step, find_outliers
+              2 a step              for all layers: plan_step, find_outliers; plan_step twice where some layers attend to all
 
 No launch waits for the host, and no kernel allocates. What the kernels compute is what `plan`, `attend` and `kernels.reference`
 specify; `tests/kernels/test_decode.py` holds both against each other.
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from .shared import SharedState
     from .storage.pages import PageStore
 
+_APPEND_TOKENS = 8
+"""Of a warp that appends."""
 _ATTEND_TOKENS, _ATTEND_WARPS, _ATTEND_STAGES = 128, 4, 1
 """Of a program of attention: tokens of a tile, warps, pipeline stages."""
 _ESTIMATE_WARPS, _ESTIMATE_SPLITS = 4, 64
 """Of a program that estimates: warps, and programs at most for each KV head, as each is one more part to merge."""
+_ANY_LENGTH = (1 << 31) - 1
 _PROGRAMS = 528
 """Programs that a launch should have: four for each multiprocessor of an H100."""
 
@@ -48,14 +51,17 @@ class StepKernels(Descriptors):
         self.launch, self.block_g = launch, 16
         self.fits: tuple[Any, ...] = ()
         layers, programs = len(shared.layers), max(1, _PROGRAMS // self.streams)
-        self.attend_splits = min(64, programs)
+        self.whole_splits = self.attend_splits = min(64, programs)
         if (most := self.most_pages()) is not None:  # one for each tile of what an int budget lists, if there is room
             self.attend_splits = min(self.attend_splits, -(-most * shared.method.page_size // _ATTEND_TOKENS))
         self.estimate_splits = min(_ESTIMATE_SPLITS, programs) if self.recipe.estimated_share else 0
         self.compiled = device.type == "cuda"
         self.multiplies_int8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
         self.shared_memory = 48 << 10 if device.type != "cuda" else _shared_memory(device)
-        self.plan = self.new((MAX_QUERIES, batch_size, len(PlanField)), torch.int32)
+        plans = (MAX_QUERIES, batch_size, len(PlanField))
+        self.plan = self.new(plans, torch.int32)
+        self.whole_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
+        """Of layers that attend to everything."""
         self.arrivals = self.new((self.streams,), torch.int32)
         self.counters = self.new((layers, len(Counter)), torch.int64)
         """What the kernels count, for each layer."""
@@ -68,7 +74,8 @@ class StepKernels(Descriptors):
         if fits == self.fits or not group:
             return
         self.fits, self.group, self.block_g = fits, group, max(16, power_of_two(group))
-        width = (self.attend_splits + self.estimate_splits) * 2 * group * value_dim
+        splits = self.whole_splits if self.recipe.dense_layers else self.attend_splits
+        width = (splits + self.estimate_splits) * 2 * group * value_dim
         self.parts = torch.empty((self.streams, width), dtype=torch.float32, device=self.device)
         self.selection.fit(group, key_dim, dtype)
         self.shared.forget_recorded()
@@ -77,8 +84,8 @@ class StepKernels(Descriptors):
     def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
         """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""
         tensors = (
-            self.step, self.plan, self.found_for, self.layer_fields, self.layer_addresses, self.counters, self.parts,
-            self.arrivals, *self.selection.tensors,
+            self.step, self.plan, self.whole_plan, self.found_for, self.layer_fields, self.layer_addresses, self.counters,
+            self.parts, self.arrivals, *self.selection.tensors, *self.selection.place(layer),
         )  # fmt: skip
         store, shared = layer.store, self.shared
         assert store is not None
@@ -109,7 +116,8 @@ class StepKernels(Descriptors):
         pages = sequences.num_pages - sequences.start // sequences.page_size
         self.launch.append[(pages, self.streams)](
             self.step, self.fields(layer), key, value, count, *key.stride()[:3], *value.stride()[:3],
-            SUMMARISE=self.recipe.summarised_by_append, **self.shapes(layer), num_warps=1,
+            SUMMARISE=self.recipe.summarised_by_append, **self.shapes(layer),
+            num_warps=max(1, self.shared.method.page_size // _APPEND_TOKENS),
         )  # fmt: skip
 
     def attend(self, layer: SpinLayer, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
@@ -161,7 +169,7 @@ class StepKernels(Descriptors):
         self, layer: SpinLayer, query: Tensor, index: int, call: Call, out: Tensor, shapes: dict[str, Any]
     ) -> None:
         """Attend to the pages that `_select` listed, for one query of the step."""
-        store, splits = layer.store, self.attend_splits
+        store, splits = layer.store, self.whole_splits if self.is_whole(layer) else self.attend_splits
         assert store is not None
         out_of = out[:, index]
         self.launch.attend[(self.streams, splits)](
@@ -187,12 +195,24 @@ class StepKernels(Descriptors):
 
     def _plan(self, num_queries: int) -> None:
         options, page_size = self.shared.options, self.shared.method.page_size
-        self.launch.plan_step[(self.batch_size, num_queries)](
-            self.step, self.plan, SINKS=options.num_sink_tokens, WINDOW=options.recent_window,
-            BUDGET=options.budget if isinstance(options.budget, int) else 0, DENSE_BELOW=options.dense_below,
-            OUTLIERS_PER_1024=self.recipe.outliers_per_1024, PAGE=page_size, PADDED=self.padded, TILE=1024,
-        )  # fmt: skip
+        plans = [(self.plan, options.dense_below)]
+        if self.recipe.dense_layers:
+            plans.append((self.whole_plan, _ANY_LENGTH))
+        for plan, dense_below in plans:
+            self.launch.plan_step[(self.batch_size, num_queries)](
+                self.step, plan, SINKS=options.num_sink_tokens, WINDOW=options.recent_window,
+                BUDGET=options.budget if isinstance(options.budget, int) else 0, DENSE_BELOW=dense_below,
+                OUTLIERS_PER_1024=self.recipe.outliers_per_1024, PAGE=page_size, PADDED=self.padded, TILE=1024,
+            )  # fmt: skip
         self.known["planned"] = True
+
+    def is_whole(self, layer: SpinLayer) -> bool:
+        """Whether a layer attends to everything, whatever the budget."""
+        return layer.number < self.recipe.dense_layers
+
+    def plan_of(self, layer: SpinLayer) -> Tensor:
+        """The plan [Q, B, len(PlanField)] that a layer follows."""
+        return self.whole_plan if self.is_whole(layer) else self.plan
 
     def fields(self, layer: SpinLayer) -> Tensor:
         """The descriptor of a layer."""

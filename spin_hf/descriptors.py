@@ -129,7 +129,10 @@ class Descriptors:
             self._grow(num_pages)
 
     def most_pages(self) -> int | None:
-        """Pages that a query lists at most, with sinks and window, where nothing is padding; None for a share."""
+        """Pages that a query lists at most, with sinks and window, where nothing is padding; None for a share.
+
+        In layers that attend to what the budget says.
+        """
         options, page_size = self.shared.options, self.shared.method.page_size
         if isinstance(options.budget, float):
             return None
@@ -166,7 +169,8 @@ class Descriptors:
     def _grow(self, num_pages: int) -> None:
         """Scratch for contexts of `num_pages` pages and more."""
         pages = max(_MIN_PAGES, power_of_two(num_pages))
-        most = None if self.padded else self.most_pages()  # with padding, a page may hold a single valid token
+        # With padding, a page may hold a single valid token.
+        most = None if self.padded or self.recipe.dense_layers else self.most_pages()
         listed = pages if most is None else min(pages, most)
 
         def make(width: int, dtype: torch.dtype) -> Tensor:

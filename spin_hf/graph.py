@@ -163,8 +163,9 @@ class DecodeSteps:
             return forward(**kwargs)
         self.log.settle(self.layers)
         new_valid = self.shared.take_padding(padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
-        if not self._windows_are_full(new_valid):
-            return forward(**kwargs)
+        counts = self.shared.counts_positions(kwargs.get("position_ids"), new_valid)
+        if not counts or not self._windows_are_full(new_valid):
+            return forward(**kwargs)  # which refuses positions that do not count
         key = self._key(inputs, new_valid)
         if key not in self.captured:
             while len(self.captured) >= _MAX_SHAPES:
@@ -211,6 +212,7 @@ class DecodeSteps:
         loaded, which are what they are. What the kernels count (`stats`), they count twice.
         """
         watch, shared, mask = self.watch, self.shared, kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids") if shared.method.uses_positions else None
         assert watch is not None
         if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
             return _NOT_TRUSTED
@@ -218,8 +220,11 @@ class DecodeSteps:
         length, new_valid = shared.committed + 1, None
         if shared.sequences.mask.valid is not None:  # with padding in the cache it cannot be taken for granted
             new_valid, mask = shared.take_padding(padding_mask_of(mask, length)), None
+            if not shared.counts_positions(positions, new_valid):
+                return _NOT_TRUSTED
+            positions = None
         step = self.captured.get(self._key(inputs, new_valid))
-        if step is None or not self.verification.assume(mask, length):
+        if step is None or not self.verification.assume(mask, length, positions):
             return _NOT_TRUSTED
         shared.prepare(shared.sequences.batch_size, 1, new_valid)
         try:

@@ -149,12 +149,17 @@ class SpinLayer(CacheLayerMixin):
     def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Raise AttentionError where a method counts on positions that the model does not rotate by.
 
+        While a graph is captured nothing is looked at: `graph.py` looks before or behind each replay.
+
         Args:
             position_ids: [..., Q] of the new tokens, if the model hands them on.
             mask: as for `run`.
         """
-        if position_ids is not None and self._is_first and self.shared.method.uses_positions:
-            self.shared.check_positions(position_ids, mask)
+        shared = self.shared
+        if shared.captured_length is not None:
+            return
+        if position_ids is not None and self._is_first and shared.method.uses_positions:
+            shared.check_positions(position_ids, mask)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
@@ -272,6 +277,7 @@ class SpinLayer(CacheLayerMixin):
         step = self.kernels()
         assert step is not None
         step.begin(self)
+        step.selection.place(self)
 
     def recorded(self) -> tuple[Any, ...]:
         """All that a graph of this layer's launches holds, beside tensors of the model."""

@@ -1,7 +1,8 @@
 """The launches that choose the pages of one query of a step, by the recipe of the method, and retrieve them.
 
     find_outliers    ShadowKV only; once a step for all layers
-    score, rate      one vector of every candidate                                 -> histogram of scores
+    kernel_queries   of a method that asks, in PyTorch                             -> one query of its own for each KV head
+    score, rate      one vector of every candidate, or a box                       -> histogram of scores
     closer, rate     with `looked_at`: the best by that, by their keys in four bits -> histogram of new scores
     choose           the best up to the budget, and their page frames
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .attention import lowbit
+from .attention.partition import Method
 from .descriptors import power_of_two
-from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, PlanField, Rating
 from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class Selection:
         self.list_count = step.new((streams, 2), torch.int32)
         self.stats = self.rotated = self.closer_stats = step.new((0,), torch.float32)
         self.basis = step.new((0,), torch.float32)
+        self.placed_by: dict[int, Method] = {}
+        """Whose tensors launches for a layer read: they live as long as these launches."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -83,6 +87,13 @@ class Selection:
             self.closer_stats = self._scratch(streams, looks * 3 * max(16, power_of_two(group)))
             self.basis = lowbit.basis(key_dim, self.step.device).to(dtype)
 
+    def place(self, layer: SpinLayer) -> tuple[Tensor, ...]:
+        """Tensors of the method that launches for a layer read, on the device from here on."""
+        method = self.step.shared.method
+        tensors = method.kernel_tensors(layer.number, self.step.device)
+        self.placed_by[layer.number] = method
+        return tensors
+
     def find_outliers(self, plan: Tensor, layers: list[SpinLayer]) -> None:
         """Of consecutive layers, for the query that `plan` is of."""
         step = self.step
@@ -100,9 +111,14 @@ class Selection:
         shapes: dict[str, Any],
     ) -> None:  # fmt: skip
         """List the pages of one query [B, heads, 1, Dk] of the step, and retrieve them; `new` as for `StepKernels.attend`."""
-        step, recipe, number, plan = self.step, self.recipe, layer.number, self.step.plan[index]
+        step, recipe, number, plan = self.step, self.recipe, layer.number, self.step.plan_of(layer)[index]
         store, fields, group = layer.store, step.fields(layer), step.group
         assert store is not None
+        if recipe.asks:
+            states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.HELD] - 1
+            query = step.shared.method.kernel_queries(states, positions, number).contiguous()
+            group, scale = 1, 1.0
+        width = query.shape[-1]
         key, value = (query, query) if new is None else new
         digits = shapes["QUANTIZED"] and step.multiplies_int8
         block_g = max(4 if digits else 8, power_of_two(group))  # columns of a product: eight at least
@@ -113,16 +129,17 @@ class Selection:
         step.launch.score[(step.streams, self.splits + (new is not None))](
             step.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
             *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=group,
-            BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._runs(shapes), SUMMARISE=recipe.summarised_by_append,
-            WEIGHTED=recipe.weighs_tokens, **shapes, num_warps=_SCORE_WARPS, num_stages=1,
+            BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._runs(width, shapes, digits), SUMMARISE=recipe.summarised_by_append,
+            WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, ASKED=recipe.asks, D=width,
+            BLOCK_D=max(32, power_of_two(width)), **shapes, num_warps=_SCORE_WARPS, num_stages=1,
         )  # fmt: skip
         step.launch.rate[(step.streams, self.programs + closer)](
             step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,
             *query.stride()[:2], self.basis, self.rotated, self.second_histogram, RATING=int(recipe.rating),
             OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=closer or self.estimates_zone, LISTED=not closer,
-            WEIGHTED=recipe.weighs_tokens, ROTATED=closer, G=group, BLOCK_G=block_g, SPLITS=power_of_two(self.splits),
-            HEADS=min(4, power_of_two(group)), RUN=run, DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **common,
-            num_warps=_RATE_WARPS,
+            WEIGHTED=recipe.weighs_tokens, ROTATED=closer, LEAST=math.log(recipe.threshold or 1.0), G=group,
+            BLOCK_G=block_g, SPLITS=power_of_two(self.splits), HEADS=min(4, power_of_two(group)), RUN=run,
+            DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **common, num_warps=_RATE_WARPS,
         )  # fmt: skip
         if closer:
             self._look_closer(layer, scale, plan, block_g, {**common, "SPLITS": power_of_two(self.splits)}, shapes, run)
@@ -165,10 +182,13 @@ class Selection:
             LOOKS=power_of_two(self.programs), TILE=256, **groups, **common, num_warps=4,
         )  # fmt: skip
 
-    def _runs(self, shapes: dict[str, Any]) -> int:
+    def _runs(self, width: int, shapes: dict[str, Any], digits: bool) -> int:
         """Segments that a program scores at a time, by the bytes of their vectors; fewer where shared memory is small."""
         item = 1 if shapes["QUANTIZED"] else shapes["SUMMARY"].primitive_bitwidth // 8
-        return segments_at_a_time(shapes["BLOCK_K"], item, self.step.shared_memory)
+        if self.recipe.asks and not digits:
+            item = 4  # vectors are converted
+        vectors = 2 if self.recipe.rating == Rating.BOUND else 1
+        return segments_at_a_time(vectors * max(32, power_of_two(width)), item, self.step.shared_memory)
 
     def _scratch(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.step.device)

@@ -262,12 +262,27 @@ class SharedState:
         padded = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_tokens)
         fresh = mask[:, 0, 0] if mask is not None and padded else position_ids.new_ones((1, num_tokens)).bool()
         counted = self.sequences.mask.next_positions(self.committed, fresh)
-        if bool(((position_ids != counted) & fresh).any()):
+        if bool(_elsewhere(position_ids, counted, fresh)):
             raise AttentionError(
                 f"{self.model_name} with {type(self.method).__name__}: expected position ids that count the real tokens of "
                 f"each sequence, here {counted.tolist()[0][:4]}... in the first one, got {position_ids.flatten().tolist()[:4]}"
                 "...; pass position_ids=attention_mask.cumsum(-1) - 1 (of the new tokens) as generate does, or use ShadowKV"
             )
+
+    def counts_positions(self, position_ids: Tensor | None, new_valid: Tensor | None) -> bool:
+        """Whether a step of one token stands where real tokens are counted to, if the method cares. Reads the device.
+
+        Args:
+            position_ids: [B or 1, 1], or [axes, B or 1, 1]; None where the model counts all tokens.
+            new_valid: [B, 1], bool, False for padding; None for all valid.
+        """
+        if not self.method.uses_positions:
+            return True
+        if position_ids is None:
+            return self.sequences.mask.valid is None and (new_valid is None or bool(new_valid.all()))
+        fresh = position_ids.new_ones((1, 1)).bool() if new_valid is None else new_valid.to(position_ids.device)
+        counted = self.sequences.mask.next_positions(self.committed, fresh)
+        return not bool(_elsewhere(position_ids, counted, fresh))
 
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
@@ -360,6 +375,11 @@ class SharedState:
         sequences.events += 1
         for layer in self.layers:
             layer.index(pages.start, min(pages.stop, length // sequences.page_size))
+
+
+def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:
+    """Whether a token that is `fresh` does not stand where it is counted to."""
+    return ((position_ids != counted) & fresh).any()
 
 
 def check_batch(held: int, batch_size: int) -> None:

@@ -3,6 +3,7 @@
     before    assume(mask)     its shape; a mark in the stream
     launch    of the step, as if nothing were padded and the model were what it was
     behind    holds(watch)     mask     on a stream of its own: wait for the mark -> all ones? -> a flag on the host
+                               positions, of methods that need them: likewise, whether they count the tokens
                                model    on the host: modules, parameters, hooks, adapters
 
 All of that costs the host more time than it has while the device waits for work, and behind the launch it costs none: the
@@ -11,6 +12,8 @@ looking first. So this is for steps that can be done twice at one place, which t
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,42 +27,59 @@ class Verification:
     def __init__(self) -> None:
         self.mask: Tensor | None = None
         """The mask [B, tokens] that the step under way takes for all ones."""
+        self.positions: Tensor | None = None
+        """Position ids of its token, which are taken for `position`."""
+        self.position = 0
         self.beside: StreamBeside | None = None
 
-    def assume(self, mask: Tensor | None, length: int) -> bool:
+    def assume(self, mask: Tensor | None, length: int, positions: Tensor | None = None) -> bool:
         """Take `mask` [B, n] (None: no padding) for one without padding; nothing waits.
 
         Args:
             length: tokens held and new; what a mask does not cover is padding.
+            positions: position ids of the new token, to be taken for its place; None for any.
         Returns:
             False where the shape shows padding; then there is nothing to assume.
         """
-        self.mask = None
-        if mask is None:
-            return True
-        if mask.shape[1] < length:
+        self.mask = self.positions = None
+        if mask is not None and mask.shape[1] < length:
             return False
-        self.mask = mask if mask.shape[1] == length else mask[:, :length]
-        if mask.is_cuda:
-            if self.beside is None or self.beside.device != mask.device:
-                self.beside = StreamBeside(mask.device)
+        if mask is not None and positions is not None and mask.device != positions.device:
+            return False
+        if mask is not None:
+            self.mask = mask if mask.shape[1] == length else mask[:, :length]
+        self.positions, self.position = positions, length - 1
+        given = positions if mask is None else mask
+        if given is not None and given.is_cuda:
+            if self.beside is None or self.beside.device != given.device:
+                self.beside = StreamBeside(given.device)
             self.beside.mark()
         return True
 
     def holds(self, watch: ModelWatch) -> bool:
-        """Whether all that was assumed is so. Waits for the mask, and not for the step."""
-        mask, self.mask = self.mask, None
-        if mask is None:
+        """Whether all that was assumed is so. Waits for mask and positions, and not for the step."""
+        (mask, self.mask), (positions, self.positions), position = (
+            (self.mask, None),
+            (self.positions, None),
+            self.position,
+        )
+        given = positions if mask is None else mask
+        if given is None:
             return watch.unchanged()
-        if not mask.is_cuda or self.beside is None:
-            return watch.unchanged() and bool(mask.all())
-        self.beside.ask(mask)
-        unchanged = watch.unchanged()  # while the device looks at the mask
+
+        def as_assumed() -> Tensor:
+            right = given.new_ones((), dtype=torch.bool) if mask is None else mask.all()
+            return right if positions is None else right & (positions == position).all()
+
+        if not given.is_cuda or self.beside is None:
+            return watch.unchanged() and bool(as_assumed())
+        self.beside.ask(as_assumed)
+        unchanged = watch.unchanged()  # while the device looks at what was given
         return self.beside.answer() and unchanged
 
 
 class StreamBeside:
-    """Asks whether a mask is all ones beside the work that the current stream got since `mark`.
+    """Asks a question about tensors beside the work that the current stream got since `mark`.
 
     Args:
         device: a CUDA device.
@@ -73,17 +93,17 @@ class StreamBeside:
             self.flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
 
     def mark(self) -> None:
-        """What the current stream has now is what `ask` waits for: the mask is part of it."""
+        """What the current stream has now is what `ask` waits for: the tensors are part of it."""
         self.marked.record(torch.cuda.current_stream(self.device))
 
-    def ask(self, mask: Tensor) -> None:
-        """Let the device look; `mask` must live until the answer."""
+    def ask(self, question: Callable[[], Tensor]) -> None:
+        """Let the device look; the tensors that the question is about must live until the answer."""
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.marked)
-            self.flag.copy_(mask.all(), non_blocking=True)
+            self.flag.copy_(question(), non_blocking=True)
             self.answered.record(self.stream)
 
     def answer(self) -> bool:
-        """Whether the mask was all ones; waits for that and nothing else."""
+        """The answer; waits for that and nothing else."""
         self.answered.synchronize()
         return bool(self.flag)

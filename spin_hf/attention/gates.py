@@ -12,10 +12,11 @@ Whether a model's rotation is undone by these frequencies is measured when gates
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,11 @@ class LayerGate:
         """The same on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it computes with."""
+        return self.key, self.query, self.frequencies, self.gate_frequencies
+
     def of_pages(self, keys: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
         """Gate keys of pages.
 
@@ -115,6 +121,14 @@ class Gates:
     layers: dict[int, LayerGate]
     page_size: int
     about: dict[str, Any]
+    _placed: WeakValueDictionary[tuple[int, torch.device], LayerGate] = field(default_factory=WeakValueDictionary)
+
+    def on(self, number: int, device: torch.device) -> LayerGate:
+        """The gate of layer `number` on a device: the same one for all who ask, while somebody keeps it."""
+        found = self._placed.get((number, device))
+        if found is None:
+            found = self._placed[number, device] = self.layers[number].to(device)
+        return found
 
     def save(self, path: Path) -> None:
         """Write a file, at once: a reader sees the old one or the new one."""

@@ -17,6 +17,7 @@ Methods that need more than keys override, beside `index` or instead of it:
     bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
     index_pages      as `index`, with the layer, the values and, of a method that `uses_positions`, where each token stands
     recipe           how the Triton kernels serve it; without, it decodes by its formulas on a GPU too
+    kernel_queries   where its recipe `asks`: what the kernels score pages by; and `kernel_tensors`, which that reads
 """
 
 from __future__ import annotations
@@ -138,6 +139,22 @@ class Method(ABC):
         """How the Triton kernels serve the method; None if they do not."""
         return None
 
+    def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """What the kernels multiply the first summary with, of a method whose recipe `asks`. Never waits for the device.
+
+        Args:
+            states: [B, H, G, D], the query states of a token, by KV head.
+            positions: [B], integers, as `Query.positions`.
+            layer: number of the layer among the paged ones.
+        Returns:
+            [B, H, E], float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected kernel_queries, as its recipe asks; write it")
+
+    def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Tensors on the device that `kernel_queries` reads; they stay where they are for as long as the method lives."""
+        return ()
+
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of the float32 vectors kept of each page, given the sizes of its keys and values."""
@@ -187,7 +204,9 @@ class Method(ABC):
         return None
 
 
-_FORMULAS = ("index", "index_pages", "select", "score", "estimate", "summary_shapes", "summary_dtypes")
+_FORMULAS = (
+    "index", "index_pages", "select", "score", "estimate", "summary_shapes", "summary_dtypes", "kernel_queries",
+)  # fmt: skip
 
 
 def recipe_of(method: Method) -> Recipe | None:

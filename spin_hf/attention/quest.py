@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, OptionTypeError
+from ..kernels.fields import Rating
+from ..kernels.recipe import Recipe
 from .partition import PageMethod, Query, Summaries
 
 
@@ -40,6 +42,11 @@ class Quest(PageMethod):
             raise OptionTypeError(f"dense_layers: expected an int, got {type(count).__name__}; pass 2")
         if count < 0:
             raise OptionError(f"dense_layers: expected 0 or more, got {count}; pass 2")
+
+    @property
+    def recipe(self) -> Recipe:
+        """Bounds by the boxes, and another plan for the first layers."""
+        return Recipe(Rating.BOUND, dense_layers=self.dense_layers)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`low` [D] and `high` [D]."""

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import OptionError, OptionTypeError
+from ..kernels.fields import Rating
+from ..kernels.recipe import Recipe
 from .gates import REMEDY, Gates, LayerGate, load_gates
 from .partition import PageMethod, Pages, Query, Summaries
 
@@ -42,7 +44,7 @@ class BoundGates:
         """The gate of the paged layer `number` on a device."""
         found = self._placed.get((number, device))
         if found is None:
-            found = self._placed[number, device] = self.gates.layers[self.numbers[number]].to(device)
+            found = self._placed[number, device] = self.gates.on(self.numbers[number], device)
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundGates:
@@ -65,6 +67,7 @@ class SeerAttention(PageMethod):
 
     name: ClassVar[str] = "seer"
     uses_positions: ClassVar[bool] = True
+    layers_alike: ClassVar[bool] = False
     index_rounds: ClassVar[bool] = True
     gates: str | os.PathLike[str] | None = None
     page_size: int = field(default=32, kw_only=True)  # type: ignore[misc]  # a parameter here, a constant of other methods
@@ -97,6 +100,20 @@ class SeerAttention(PageMethod):
         bound = replace(self)
         object.__setattr__(bound, "bound", BoundGates(gates, tuple(layers)))
         return bound
+
+    @property
+    def recipe(self) -> Recipe:
+        """The share that the group's one gate query gives a page."""
+        return Recipe(Rating.LIKELIEST, asks=True, threshold=self.threshold or 0.0)
+
+    def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """Gate queries, divided by the square root of their size."""
+        asked = self._bound().layer(layer, states.device).of_queries(states, positions)
+        return asked / math.sqrt(asked.shape[-1])
+
+    def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The gate of the layer."""
+        return self._bound().layer(layer, device).tensors
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`gate_key` [E]."""

@@ -47,6 +47,8 @@ STOP = tl.constexpr(int(PlanField.STOP))
 NUM_PAGES = tl.constexpr(int(PlanField.NUM_PAGES))
 NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
 NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
+HELD = tl.constexpr(int(PlanField.HELD))
+CANDIDATES = tl.constexpr(int(PlanField.CANDIDATES))
 PLAN_FIELDS = tl.constexpr(len(PlanField))
 
 TOKENS = tl.constexpr(int(Counter.TOKENS))

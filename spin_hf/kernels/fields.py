@@ -95,6 +95,10 @@ class PlanField(IntEnum):
     """Pages to select per KV head."""
     NUM_OUTLIERS = 4
     """How many of them go to outliers."""
+    HELD = 5
+    """Valid tokens up to the query and with it."""
+    CANDIDATES = 6
+    """Pages in [FIRST, STOP) with a valid token."""
 
 
 class Counter(IntEnum):
@@ -114,6 +118,8 @@ class Rating(IntEnum):
     """The largest of the shares that the query heads of a KV head give it."""
     SHARE = 1
     """The mean of these shares (as good as their sum)."""
+    BOUND = 2
+    """The largest product with a key in the page's box (first summary: low, second: high), less the largest of any page."""
 
 
 NUM_BINS = 2048

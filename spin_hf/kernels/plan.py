@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from .common import (
+    CANDIDATES,
     FIRST,
+    HELD,
     NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
@@ -37,18 +39,24 @@ def plan_step_kernel(
         held = tl.sum(count_valid(step, b, everything, everything > 0, PADDED), 0)
         first = 0
         stop = 0
+        number = 0
         for start in range(0, num_pages, TILE):
             pages = start + tl.arange(0, TILE)
             inside = pages < num_pages
             before = count_valid(step, b, tl.minimum(pages * PAGE, total), inside, PADDED)
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, total), inside, PADDED)
-            first += tl.sum((inside & (before < SINKS)).to(tl.int32), 0)
-            stop += tl.sum((inside & (held - upto >= WINDOW)).to(tl.int32), 0)
+            sink = inside & (before < SINKS)
+            old = inside & (held - upto >= WINDOW)
+            first += tl.sum(sink.to(tl.int32), 0)
+            stop += tl.sum(old.to(tl.int32), 0)
+            number += tl.sum((old & (before >= SINKS) & (upto > before)).to(tl.int32), 0)
     else:
         held = total.to(tl.int32)
         first = tl.minimum((SINKS + PAGE - 1) // PAGE, num_pages).to(tl.int32)
         stop = (tl.maximum(total - WINDOW, 0) // PAGE).to(tl.int32)
     stop = tl.maximum(first, stop)
+    if not PADDED:
+        number = stop - first
     if BUDGET > 0:
         budget = held * 0 + BUDGET
     else:
@@ -70,3 +78,5 @@ def plan_step_kernel(
     tl.store(row + NUM_PAGES, num_pages.to(tl.int32))
     tl.store(row + NUM_SELECTED, (budget + PAGE - 1) // PAGE)
     tl.store(row + NUM_OUTLIERS, outliers.to(tl.int32))
+    tl.store(row + HELD, held)
+    tl.store(row + CANDIDATES, number)

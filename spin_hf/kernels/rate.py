@@ -1,6 +1,7 @@
 """What each candidate page is worth to its KV head, how many are worth how much, and which may be chosen at all.
 
     logits, statistics of all shares  ->  score = max over the query heads of log softmax  ->  scores, of all pages
+                                          or, of a box, of the logit, less the largest of all
     bin of the score  <=  floor       ->  the page is kept and counted                     ->  kept pages, by part; histogram
 
 The histogram says where the budget ends, so nothing has to be sorted or searched (see `select.py`). The floor is where it
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    CANDIDATES,
     FIRST,
     KEPT_COUNT,
     KEPT_PAGE,
@@ -36,13 +38,14 @@ from .rotate import rotate_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
 SHARE = tl.constexpr(int(Rating.SHARE))
+BOUND = tl.constexpr(int(Rating.BOUND))
 
 
 @triton.jit(do_not_specialize=["number"])
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, second_histogram,
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROTATED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
     DK: tl.constexpr, BLOCK_K: tl.constexpr,
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
@@ -60,6 +63,7 @@ def rate_kernel(
         EVERYTHING: whether all candidates are counted; else those that are kept.
         LISTED: whether pages are kept; else they are only rated and counted.
         WEIGHTED: whether a page weighs as often as it has valid tokens.
+        LEAST: logarithm of a share: pages of no larger one are no candidates, unless the budget covers all; 0 for none such.
         HEADS: query heads that are looked at together.
         RUN: pages in a row; each part has every so many runs, so that neighbours, which are often chosen together, are
             spread over all parts.
@@ -97,23 +101,37 @@ def rate_kernel(
             if scored:
                 best = tl.full([PART], -3.0e38, tl.float32)
                 total = tl.zeros([PART], tl.float32)
+                largest = tl.full([], float("-inf"), tl.float32)
                 for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
                     heads = g + tl.arange(0, HEADS)
                     place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
                     most = tl.load(place, mask=known, other=float("-inf"))
-                    sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
-                    lse = log_total(most, sums)
                     there = inside[None, :] & (heads < G)[:, None]
-                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
-                    each = tl.where(there, each - lse[:, None], float("-inf"))
-                    if RATING == LIKELIEST:
+                    if RATING == BOUND:
+                        largest = tl.maximum(largest, tl.max(tl.where((heads < G)[:, None], most, float("-inf"))))
+                        each = tl.load(
+                            logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf")
+                        )
+                    else:
+                        sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
+                        lse = log_total(most, sums)
+                        each = tl.load(
+                            logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf")
+                        )
+                        each = tl.where(there, each - lse[:, None], float("-inf"))
+                    if RATING != SHARE:
                         best = tl.maximum(best, tl.max(each, 0))
                     else:  # no logit is far above the logarithm of the sum that it is in
                         total += tl.sum(tl.exp(each), 0)
-                if RATING == SHARE:
+                if RATING == BOUND:
+                    best -= tl.where(largest == float("-inf"), 0.0, largest)
+                elif RATING == SHARE:
                     best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
                     if WEIGHTED and PADDED:
                         best += log_tokens(step, b, pages, inside, PAGE, PADDED)
+                if LEAST < 0.0:
+                    whole = tl.load(row + NUM_SELECTED) >= tl.load(row + CANDIDATES)
+                    inside = inside & ((best > LEAST) | whole)
                 if OUTLIERS:
                     marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
                     best = tl.where(marks != 0, float("inf"), best)

@@ -1,7 +1,8 @@
 """How the Triton kernels serve a method: which of them, with which numbers. A method without a recipe decodes by its formulas.
 
-score      product of the query with the first vector that the method keeps of a page
+score      product of the query with the first vector that the method keeps of a page, or with a box: the first two
 rate       what the products of a group make of the page
+           with `asks`, a KV head has one query, which the method makes of its group's (`Method.kernel_queries`)
 closer     with `looked_at`: so many times the budget is rated again, by keys in four bits (third and fourth summary)
 choose     the best pages up to the budget
 estimate   with `estimated_share`: what is not chosen enters the softmax by its means (first and second summary)
@@ -25,6 +26,9 @@ class Recipe:
         weighs_tokens: whether a page counts in the softmax as often as it has tokens.
         looked_at: how many times the budget is looked at closer; 0 for not at all.
         estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.
+        asks: whether the method makes the queries that pages are scored by.
+        threshold: share that a page must exceed to be chosen, unless the budget covers all candidates; 0 for any.
+        dense_layers: how many of the first paged layers attend to everything.
     """
 
     rating: Rating
@@ -33,3 +37,6 @@ class Recipe:
     weighs_tokens: bool = False
     looked_at: int = 0
     estimated_share: float = 0.0
+    asks: bool = False
+    threshold: float = 0.0
+    dense_layers: int = 0

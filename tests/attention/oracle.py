@@ -8,7 +8,7 @@
               SeerAttention: the highest  q' . k' / sqrt(E), k' of the largest, smallest and mean key before RoPE and q' of the
               group's queries before RoPE, each by a matrix and rotated again; ceil(budget / 32) pages of 32, with a
               threshold those of them whose softmax over these pages is above it
-              with `int8`, of the mean that scores the page every number is rounded to 127 steps of either sign
+              with `int8`, of the mean or box that scores the page every number is rounded to 127 steps of either sign
     budget    tokens, or a share of the valid tokens up to the query; a sequence with no more than that, or no more than
               `dense_below`, is attended to whole
 
@@ -132,9 +132,10 @@ def _choose_quest(
 ) -> set[int]:
     scores = {}
     for page in candidates:
-        box = [(min(channel), max(channel)) for channel in zip(*(keys[token] for token in pages[page]), strict=True)]
+        inside = np.array([keys[token] for token in pages[page]])
+        lows, highs = (_in_127_steps(side) if rules.int8 else side for side in (inside.min(0), inside.max(0)))
         scores[page] = -max(
-            sum(max(q * low, q * high) for q, (low, high) in zip(head, box, strict=True)) for head in query
+            sum(max(q * low, q * high) for q, low, high in zip(head, lows, highs, strict=True)) for head in query
         )
     return set(_lowest(scores, math.ceil(budget / 16)))
 

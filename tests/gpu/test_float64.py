@@ -14,7 +14,7 @@ from ..attention import oracle
 from ..attention.conversation import without_near_ties
 from ..attention.oracle import PAGE_SIZE, Rules
 from ..cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
-from ..support.judge import ALL, DTYPES, MARGINS, SOME, Case, judge
+from ..support.judge import ALL, BOXES, DTYPES, MARGINS, SOME, Case, judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -71,6 +71,14 @@ def test_softcap_and_sinks(softcap: float | None, with_sinks: bool, dtype: torch
     logits = (0.5, -1.0, 3.0, 1.0) if with_sinks else ()
     shape = Shape(key_dim=64, value_dim=64)
     judge(Case(shape, dtype, replace(ALL, softcap=softcap), lengths=(43, 31), sink_logits=logits), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("key_dim", [64, 128])
+def test_boxes(key_dim: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "_MARGIN", MARGINS[dtype])
+    case = Case(Shape(group=3, key_dim=key_dim, value_dim=64), dtype, BOXES, (1, 3), lengths=(1300, 1270))
+    without_near_ties(lambda seed: judge(case, device, seed) and None)
 
 
 @pytest.mark.parametrize(("rules", "dtype"), SELECTIONS)

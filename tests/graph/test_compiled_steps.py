@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import spin_hf.kernels
 from spin_hf import SpinCache
 from spin_hf.layer import SpinLayer
 
+from ..attention.test_seer import gates_for
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import capture_on_cpu
 
@@ -126,6 +128,21 @@ def test_one_graph_serves_one_cache_after_another(monkeypatch: pytest.MonkeyPatc
     assert replays.count == 3 * 3 - 1
     assert torch.equal(sequences[0], sequences[1])
     assert torch.equal(sequences[0], sequences[2])
+
+
+def test_one_graph_serves_caches_of_the_same_gates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A graph reads gates where they are: others, in the same file, have another."""
+    replays, model = Replays(monkeypatch), _model()
+    method = gates_for(model, tmp_path)
+    expected = _generate(model, SpinCache(model.config, method), disable_compile=True).sequences
+    for graphs in (1, 1, 2):
+        if graphs == 2:
+            gates_for(model, tmp_path, seed=1)
+        cache = SpinCache(model.config, method)
+        assert torch.equal(_generate(model, cache, compile_config=replays.config).sequences, expected)
+        assert replays.graphs == graphs
+        cache.check_integrity()
+        del cache
 
 
 def _mask(model: Any, cache: SpinCache) -> Any:

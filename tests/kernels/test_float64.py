@@ -15,7 +15,7 @@ import spin_hf.kernels
 from spin_hf import decode
 
 from ..cache.tiny import Shape, poisoned_memory
-from ..support.judge import ALL, SOME, Case, judge
+from ..support.judge import ALL, BOXES, SOME, Case, judge
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -44,6 +44,7 @@ def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = {
+    "boxes": Case(Shape(kv_heads=1, group=3, key_dim=64, value_dim=64), torch.float16, BOXES, (1, 2), (163, 150)),
     "bfloat16": Case(Shape(kv_heads=1, group=7, key_dim=80, value_dim=64), torch.bfloat16, lengths=(9,)),
     "softcap": Case(Shape(kv_heads=1, key_dim=192, value_dim=128), torch.float16, replace(ALL, softcap=2.0), (1, 3)),
     "int8": Case(

@@ -1,6 +1,6 @@
 """The decode kernels judged by float64: no worse than eager attention in the same dtype, whatever stands in unused memory.
 
-    expected   softmax in float64 (`tests/attention/oracle.py`) over the tokens that its own ShadowKV picks
+    expected   softmax in float64 (`tests/attention/oracle.py`) over the tokens that its own ShadowKV or Quest picks
     allowed    the error that eager torch attention in the data's dtype makes on these tokens, and `_ROUNDINGS`
     poison     NaN in outputs, scratch, free page frames, unwritten places of pages, and summaries of unfinished pages
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from spin_hf import Quest, ShadowKV
 from spin_hf.attention.interface import spin_attention
 from spin_hf.kernels import split_pages
 from spin_hf.kernels.fields import LOAD_MARK, StepField
 from spin_hf.layer import SpinLayer
 
-from ..attention.oracle import PAGE_SIZE, Rules, attended, attention
+from ..attention.oracle import Rules, attended, attention
 from ..cache.tiny import Driver, Shape, World
 
 _ROUNDINGS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
@@ -35,6 +36,8 @@ DTYPES = list(MARGINS)
 ALL = Rules(budget=1 << 20, recent_window=8)
 SOME = Rules(budget=32, recent_window=8)
 """Four pages, one of them an outlier."""
+BOXES = Rules(budget=32, recent_window=8, quest=True)
+"""Two pages."""
 
 
 # -------------------------------------------------------------------------------------------------------------- a case
@@ -68,21 +71,21 @@ class Case:
         """Random data; where the budget leaves pages out, data whose pages are far apart."""
         world = World.random(self.shape, len(self.lengths), self.prompt + sum(self.sizes), seed)
         if self.rules.budget == SOME.budget:
-            world = _far_apart(world, seed)
+            world = _far_apart(world, seed, self.rules.page_size)
         parts = ([x.to(device, self.dtype) for x in part] for part in (world.keys, world.values, world.queries))
         return World(self.shape, *parts)
 
 
-def _far_apart(world: World, seed: int) -> World:
+def _far_apart(world: World, seed: int, page_size: int) -> World:
     """Pages along one direction, each 0.3 further than another, in any order; one has a key that points back."""
     generator = torch.Generator().manual_seed(1000 + seed)
     keys, queries, dim = world.keys[0], world.queries[0], world.shape.key_dim
     along = torch.randn((*keys.shape[:2], 1, dim), generator=generator)
     along /= along.norm(dim=-1, keepdim=True)
-    num_pages = -(-keys.shape[2] // PAGE_SIZE)
+    num_pages = -(-keys.shape[2] // page_size)
     steps = torch.rand((*keys.shape[:2], num_pages), generator=generator).argsort(-1)
-    far = (3 + 0.3 * steps).repeat_interleave(PAGE_SIZE, 2)[:, :, : keys.shape[2]].clone()
-    far[:, :, 3 * PAGE_SIZE + 5] *= -1
+    far = (3 + 0.3 * steps).repeat_interleave(page_size, 2)[:, :, : keys.shape[2]].clone()
+    far[:, :, 3 * page_size + 5] *= -1
     strength = torch.linspace(0.7, 1.0, world.shape.group).repeat(world.shape.kv_heads)[:, None, None] * dim**0.5
     query = strength * along.repeat_interleave(world.shape.group, 1) + 0.1 * queries
     return replace(world, keys=[far.unsqueeze(-1) * along + 0.1 * keys], queries=[query])
@@ -95,6 +98,7 @@ def judge(case: Case, device: torch.device, seed: int = 0, **options: Any) -> Dr
     sinks = torch.tensor(case.sink_logits, dtype=case.dtype, device=device) if case.sink_logits else None
     driver = Driver(
         case.shape, softcap=rules.softcap, sink_logits=sinks, budget=rules.budget,
+        method=Quest(rules.dense_layers) if rules.quest else ShadowKV(),
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window,
         summary_dtype="int8" if int8 else "auto", **options,
     )  # fmt: skip
@@ -175,10 +179,10 @@ def _poison(layer: SpinLayer) -> None:
     if store.device.type == "cuda":
         torch.cuda.synchronize()  # pages in host memory are read by kernels under way
     nan, length = float("nan"), sequences.length
-    complete, rows = length // PAGE_SIZE, store.pages(0, sequences.num_pages)[2]
+    complete, rows = length // store.page_size, store.pages(0, sequences.num_pages)[2]
     pages = store.home.take(rows)
-    for part in split_pages(pages, PAGE_SIZE, store.key_dim):
-        part[:, :, complete:, length % PAGE_SIZE :] = nan
+    for part in split_pages(pages, store.page_size, store.key_dim):
+        part[:, :, complete:, length % store.page_size :] = nan
     arrays = [array for summary in store.summaries.values() for array in summary.arrays]
     held = [array.take(rows[:, :, :complete]) for array in arrays]
     for array in (store.home, *arrays):
@@ -201,4 +205,5 @@ def _poison(layer: SpinLayer) -> None:
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
     step.plan.fill_(1)
+    step.whole_plan.fill_(1)
     step.selection.list_count.fill_(1)
