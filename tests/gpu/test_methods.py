@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 import spin_hf.kernels
-from spin_hf import Bisection, Quest, RetroInfer, SpinCache
+from spin_hf import Bisection, Quest, RetroInfer, SeerAttention, SpinCache
 from spin_hf.attention.interface import spin_attention
-from spin_hf.attention.partition import recipe_of
 
+from ..attention.test_seer import gates_for
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
 from ..support.zoo import PAD_TOKEN_ID, build_model
@@ -21,14 +23,24 @@ from ..support.zoo import PAD_TOKEN_ID, build_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 METHODS = [
-    method
-    for method in (
-        regrouping_often(Bisection, 64, 32)(2), regrouping_often(RetroInfer, 64, 32)(), Quest(dense_layers=1),
-        Quest(dense_layers=0),
-    )
-    if recipe_of(method) is not None
+    regrouping_often(Bisection, 64, 32)(2), regrouping_often(RetroInfer, 64, 32)(), Quest(1), Quest(0), SeerAttention(),
+    SeerAttention(threshold=0.25),
 ]  # fmt: skip
 OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8}
+
+
+@pytest.fixture
+def model() -> Any:
+    return build_model("llama").cuda().eval()
+
+
+@pytest.fixture(params=METHODS, ids=repr)
+def method(request: pytest.FixtureRequest, model: Any, tmp_path: Path) -> Any:
+    """A method that kernels serve; SeerAttention with random gates."""
+    if not isinstance(request.param, SeerAttention):
+        return request.param
+    gates_for(model, tmp_path)
+    return replace(request.param, gates=tmp_path)
 
 
 def _generate(model: Any, cache: Any, padded: bool, count: int = 60) -> Any:
@@ -44,11 +56,9 @@ def _generate(model: Any, cache: Any, padded: bool, count: int = 60) -> Any:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("gpu_memory", ["auto", 220_000])
-@pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_captured_steps_do_what_the_formulas_do(
-    method: Any, gpu_memory: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
+    model: Any, method: Any, gpu_memory: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build_model("llama").cuda().eval()
     options = {**OPTIONS, "method": method, "gpu_memory": gpu_memory}
     with little_slack():
         with monkeypatch.context() as patch:
@@ -69,9 +79,7 @@ def test_captured_steps_do_what_the_formulas_do(
         assert stats.loads > 0
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_a_budget_for_all_is_exact(method: Any) -> None:
-    model = build_model("llama").cuda().eval()
+def test_a_budget_for_all_is_exact(model: Any, method: Any) -> None:
     expected = _generate(model, DynamicCache(config=model.config), True)
     with little_slack():
         cache = SpinCache(model, budget=1 << 20, recent_window=8, method=method)
@@ -82,10 +90,8 @@ def test_a_budget_for_all_is_exact(method: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_no_step_waits_for_the_host(method: Any) -> None:
+def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
     """But for those before which tokens are regrouped, of which there is none here."""
-    model = build_model("llama").cuda().eval()
     cache = SpinCache(model, budget=24, recent_window=8, method=method)
     ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1)).cuda()
     model(ids, past_key_values=cache)
@@ -105,13 +111,11 @@ def test_no_step_waits_for_the_host(method: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key_dim", [128, 64, 80])
-@pytest.mark.parametrize("method", [Bisection(), RetroInfer(), Quest(0)], ids=repr)
+@pytest.mark.parametrize("given", [Bisection(), RetroInfer(), Quest(0)], ids=repr)
 def test_real_sizes_in_sixteen_bits(
-    method: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    given: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int8 summaries, several segments and stretches. Ties may fall either way, so outputs are only nearly the same."""
-    if recipe_of(method) is None:
-        pytest.skip("no kernels serve it")
     shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
     world = World.random(shape, 1, length + 4, seed=7)
     parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
@@ -120,7 +124,7 @@ def test_real_sizes_in_sixteen_bits(
         with monkeypatch.context() as patch:
             if not by_kernels:
                 patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-            driver = Driver(shape, method=method, budget=512, recent_window=64)
+            driver = Driver(shape, method=given, budget=512, recent_window=64)
             outputs.append(_steps(driver, parts, [length, *range(length + 1, length + 5)]))
             driver.cache.check_integrity()
     expected, actual = (torch.cat(each[1:], 1).float() for each in outputs)
