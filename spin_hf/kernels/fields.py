@@ -119,7 +119,8 @@ class Rating(IntEnum):
     SHARE = 1
     """The mean of these shares (as good as their sum)."""
     BOUND = 2
-    """The largest product with a key in the page's box (first summary: low, second: high), less the largest of any page."""
+    """The largest product with a key in the page's box (first summary: low, second: high), so moved and stretched that all
+    pages of a KV head lie between -30 and 0: what products spread over is not known beforehand."""
 
 
 NUM_BINS = 2048

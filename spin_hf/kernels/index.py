@@ -12,7 +12,7 @@ import triton.language as tl
 from .common import HOME, page_rows, row_addresses
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page"])
 def take_pages_kernel(
     step, layers, page, out,
     ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
@@ -31,7 +31,7 @@ def take_pages_kernel(
         tl.store(out + place * ROW_BYTES + offset, content, mask=offset < ROW_BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page", "field"])
 def put_summaries_kernel(
     step, layers, page, summaries, field,
     ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,

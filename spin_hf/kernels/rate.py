@@ -102,13 +102,17 @@ def rate_kernel(
                 best = tl.full([PART], -3.0e38, tl.float32)
                 total = tl.zeros([PART], tl.float32)
                 largest = tl.full([], float("-inf"), tl.float32)
+                smallest = tl.full([], float("-inf"), tl.float32)
                 for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
                     heads = g + tl.arange(0, HEADS)
                     place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
                     most = tl.load(place, mask=known, other=float("-inf"))
                     there = inside[None, :] & (heads < G)[:, None]
                     if RATING == BOUND:
-                        largest = tl.maximum(largest, tl.max(tl.where((heads < G)[:, None], most, float("-inf"))))
+                        real = known & (heads < G)[:, None]
+                        largest = tl.maximum(largest, tl.max(tl.where(real, most, float("-inf"))))
+                        lowest = tl.min(tl.load(place + BLOCK_G, mask=real, other=float("inf")), 1)
+                        smallest = tl.maximum(smallest, tl.max(tl.where(heads < G, lowest, float("-inf"))))
                         each = tl.load(
                             logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf")
                         )
@@ -124,7 +128,8 @@ def rate_kernel(
                     else:  # no logit is far above the logarithm of the sum that it is in
                         total += tl.sum(tl.exp(each), 0)
                 if RATING == BOUND:
-                    best -= tl.where(largest == float("-inf"), 0.0, largest)
+                    width = tl.where(largest == float("-inf"), 1.0, tl.maximum(largest - smallest, 1e-20))
+                    best = (best - tl.where(largest == float("-inf"), 0.0, largest)) * (30.0 / width)
                 elif RATING == SHARE:
                     best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
                     if WEIGHTED and PADDED:

@@ -55,7 +55,7 @@ def score_kernel(
         DIGITS: whether int8 vectors are multiplied as such, which devices before Ampere cannot do.
         RUNS: segments at a time.
         WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
-        BOXES: whether pages have boxes; of these the statistics are maxima only.
+        BOXES: whether pages have boxes; of these the statistics are the largest and the smallest logit.
         ASKED: whether queries are a method's own, in float32, so that vectors are converted to that.
         D: size of vectors; DK, DV: of the token's key and value.
     """
@@ -82,7 +82,7 @@ def score_kernel(
         most = tl.full(
             [RUNS * SEGMENT, BLOCK_G], float("-inf"), tl.float32
         )  # by place in the tile: exchanged between threads at the end
-        total = tl.zeros([RUNS * SEGMENT, BLOCK_G], tl.float32)
+        total = tl.full([RUNS * SEGMENT, BLOCK_G], float("inf") if BOXES else 0.0, tl.float32)
         share = tl.cdiv(tl.cdiv(stop, SEGMENT * RUNS), num_splits) * RUNS
         begin = split * share
         end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
@@ -128,7 +128,9 @@ def score_kernel(
                 if WEIGHTED and PADDED:  # else all have as many
                     scores += log_tokens(step, b, pages, inside, PAGE, PADDED)[:, None]
                 higher = tl.maximum(most, scores)
-                if not BOXES:
+                if BOXES:
+                    total = tl.minimum(total, tl.where(inside[:, None], scores, float("inf")))
+                else:
                     shift = tl.where(higher == float("-inf"), 0.0, higher)
                     total = total * tl.exp(most - shift) + tl.exp(scores - shift)
                 most = higher
@@ -136,7 +138,10 @@ def score_kernel(
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         place = stats + ((bh * num_splits + split) * 2) * BLOCK_G + group
         tl.store(place, highest)
-        tl.store(place + BLOCK_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
+        if BOXES:
+            tl.store(place + BLOCK_G, tl.min(total, 0))
+        else:
+            tl.store(place + BLOCK_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
 
 
 @triton.jit
