@@ -17,10 +17,11 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 import spin_hf.kernels
-from spin_hf import SpinCache
+from spin_hf import Bisection, SpinCache
 from spin_hf.layer import SpinLayer
 
 from ..attention.test_seer import gates_for
+from ..cache.regrouping import little_slack, regrouping_often
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import capture_on_cpu
 
@@ -95,8 +96,25 @@ def _model() -> Any:
 def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> Any:
     return model.generate(
         **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
-        max_new_tokens=4, do_sample=False, **options,
+        **{"max_new_tokens": 4, "do_sample": False} | options,
     )  # fmt: skip
+
+
+def test_tokens_are_regrouped_between_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pages that these complete are summarised behind them; one graph serves all of it."""
+    method, model = regrouping_often(Bisection, 16, 8)(2), _model()
+    reference = SpinCache(model.config, method=method, **OPTIONS)
+    with little_slack():
+        expected = _generate(model, reference, max_new_tokens=18)
+        replays = Replays(monkeypatch)
+        cache = SpinCache(model.config, method=method, **OPTIONS)
+        assert cache.is_compileable
+        actual = _generate(model, cache, compile_config=replays.config, max_new_tokens=18)
+    assert (replays.graphs, replays.count) == (1, 16)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+    assert len(cache._shared.sequences.stretches.stops) > 1
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("padded", [False, True])
