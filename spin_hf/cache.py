@@ -26,7 +26,7 @@ from . import defer, kernels, regroup, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
-from .attention.partition import Method, recipe_of
+from .attention.partition import Method, check_recipe, recipe_of
 from .compiled import pool_of
 from .config import SpinOptions
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
@@ -90,6 +90,7 @@ class SpinCache(Cache):
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
         self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
+        check_recipe(self._shared.method)
         super().__init__(layers=layers)
         heads = getattr(config, "num_attention_heads", 0)
         self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.recipe import Recipe
+from ..errors import OptionError
+from ..kernels.recipe import MAX_SUMMARIES, Recipe
 
 Summaries = dict[str, Tensor]
 
@@ -217,6 +218,29 @@ def recipe_of(method: Method) -> Recipe | None:
         if any(name in vars(kind) for name in _FORMULAS):
             return None
     return None
+
+
+def check_recipe(method: Method) -> None:
+    """Raise OptionError where a method's recipe asks for what the kernels cannot do."""
+    recipe = recipe_of(method)
+    if recipe is None:
+        return
+    shapes = list(method.summary_shapes(16, 32).values())
+    if method.page_size & (method.page_size - 1):
+        raise OptionError(
+            f"{method.name}: expected a page_size that is a power of two, as it has a recipe for kernels, got "
+            f"{method.page_size}; take another, or leave recipe out"
+        )
+    if len(shapes) > MAX_SUMMARIES:
+        raise OptionError(
+            f"{method.name}: expected at most {MAX_SUMMARIES} summaries, as it has a recipe for kernels, got {len(shapes)}; "
+            "keep fewer, or leave recipe out"
+        )
+    if (recipe.summarised_by_append or recipe.outliers_per_1024) and shapes != [(16,), ()]:
+        raise OptionError(
+            f"{method.name}: expected a vector [D] and a number as summaries, as its recipe has summarised_by_append or "
+            f"outliers_per_1024, got shapes {shapes} for head sizes 16 and 32; leave these out of the recipe"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """ShadowKV (arXiv 2410.21465): mean landmarks over 8-token pages, and outlier pages that are always attended to.
 
     landmark(page)  = mean of its keys (after RoPE)
-    score(page)     = max over the query heads of a KV head of  softmax over candidates (scale * q . landmark)
+    score(page)     = max over the query heads of a KV head of  log softmax over candidates (scale * q . landmark)
     outliers        = the pages whose worst key is least like the landmark (lowest min-cosine): 24 per 1,024 tokens
 
 Outliers take part of the budget, so every method attends to the same number of tokens. The original keeps low-rank keys
@@ -61,11 +61,11 @@ class ShadowKV(PageMethod):
         return {"landmark": landmark, "min_cosine": cosine.masked_fill(~valid, 1.0).amin(-1)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
-        """Group maximum of the softmax over candidate landmarks; +inf for outliers."""
+        """Group maximum of the logarithm of the softmax over candidate landmarks; +inf for outliers."""
         candidates = query.candidates.unsqueeze(1)
         logits = query.states @ summary("landmark").transpose(-1, -2) * query.scale
         logits = logits.masked_fill(~candidates.unsqueeze(2), float("-inf"))
-        scores = torch.softmax(logits, dim=-1).nan_to_num(0.0).amax(2)
+        scores = torch.log_softmax(logits, dim=-1).amax(2)
         if self.outlier_pages_per_1024 == 0:
             return scores
         outliers = self.num_outlier_pages(query.budget_tokens)

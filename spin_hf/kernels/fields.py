@@ -115,7 +115,7 @@ class Rating(IntEnum):
     """What the logits of a group make of a page, always a logarithm of at most about 0."""
 
     LIKELIEST = 0
-    """The largest of the shares that the query heads of a KV head give it."""
+    """The largest of the shares (softmax over the candidates) that the query heads of a KV head give it."""
     SHARE = 1
     """The mean of these shares (as good as their sum)."""
     BOUND = 2

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from .fields import Rating
 
+MAX_SUMMARIES = 4
+"""Of a page, that a layer descriptor has fields for."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -21,8 +24,9 @@ class Recipe:
 
     Attributes:
         rating: what the logits of a group make of a page.
-        summarised_by_append: whether the kernel that appends summarises complete pages too (ShadowKV's vectors).
-        outliers_per_1024: pages of 1,024 budget tokens that go to outliers.
+        summarised_by_append: whether the kernel that appends summarises complete pages too, whatever `index` says: only for
+            what keeps exactly ShadowKV's two summaries, by its formulas.
+        outliers_per_1024: pages of 1,024 budget tokens that go to outliers; above 0 only with these two.
         weighs_tokens: whether a page counts in the softmax as often as it has tokens.
         looked_at: how many times the budget is looked at closer; 0 for not at all.
         estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.

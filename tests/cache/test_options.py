@@ -10,6 +10,8 @@ import pytest
 from spin_hf import BudgetError, OptionError, OptionTypeError, ShadowKV, SpinCache, SpinError
 from spin_hf.attention.methods import resolve_method
 from spin_hf.config import SpinOptions, parse_bytes
+from spin_hf.kernels.fields import Rating
+from spin_hf.kernels.recipe import Recipe
 
 from .tiny import Shape
 
@@ -126,3 +128,37 @@ def test_parameters_of_shadowkv(count: Any, error: type[SpinError]) -> None:
     with pytest.raises(error, match=r"outlier_pages_per_1024: expected .*, got .*; pass 24"):
         ShadowKV(outlier_pages_per_1024=count)
     assert ShadowKV(outlier_pages_per_1024=128).outlier_pages_per_1024 == 128
+
+
+class MeansOnly:
+    recipe = Recipe(Rating.LIKELIEST, summarised_by_append=True)
+
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"mean": (head_dim,)}
+
+
+class PagesOfTwelve:
+    page_size = 12
+    recipe = Recipe(Rating.LIKELIEST)
+
+
+class FiveVectors:
+    recipe = Recipe(Rating.LIKELIEST)
+
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        return {f"v{i}": (head_dim,) for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (MeansOnly, r"expected a vector \[D\] and a number as summaries"), (FiveVectors, "at most 4 summaries.*got 5"),
+        (PagesOfTwelve, "a power of two.*got 12"),
+    ],
+)  # fmt: skip
+def test_recipes_that_kernels_cannot_follow(changes: type[Any], message: str) -> None:
+    mine = type("Mine", (changes, ShadowKV), {})
+    with pytest.raises(OptionError, match=message):
+        SpinCache(Shape().config(), mine())
+    without = type("Mine", (changes, ShadowKV), {"recipe": None})
+    SpinCache(Shape().config(), without())

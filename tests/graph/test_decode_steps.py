@@ -77,11 +77,11 @@ def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest
         expected, actual = (
             model.generate(
                 **_inputs(padded), past_key_values=each, return_dict_in_generate=True, output_logits=True,
-                max_new_tokens=26, do_sample=False,
+                max_new_tokens=18, do_sample=False,
             )
             for each in caches
         )  # fmt: skip
-    assert recorder.replays >= 20  # where frames move to make room for more tokens it is captured anew
+    assert recorder.replays >= 12  # where frames move to make room for more tokens it is captured anew
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     assert str(cache.stats()) == str(eager.stats())

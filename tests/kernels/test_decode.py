@@ -103,7 +103,7 @@ def test_kernels_of_methods_that_regroup(
 ) -> None:
     """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
     model = build_model(family).eval()
-    steps = [1] * 20 if options.get("recent_window") == 1 else [1] * 10 + [3] + [1] * 8
+    steps = [1] * 6 + [3] + [1] * 3
     with little_slack():
         cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = _steps(model, cache, padding, steps)
