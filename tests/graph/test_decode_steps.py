@@ -17,6 +17,7 @@ from spin_hf.descriptors import Descriptors
 from ..cache.regrouping import little_slack, regrouping_often
 from ..support.zoo import PAD_TOKEN_ID, build_model
 from .recorder import FakeRecorder, capture_on_cpu
+from .stale import small_model
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -69,7 +70,7 @@ def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("padded", "gpu_memory"), [(False, "auto"), (True, "auto"), (False, "140kB")])
 def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches grow between captured steps, and pages that these complete are summarised behind them."""
-    model = build_model("llama").eval()
+    model = small_model()
     options = {**OPTIONS, "method": regrouping_often(Bisection, 32, 16)(2), "gpu_memory": gpu_memory}
     recorder = capture_on_cpu(monkeypatch)
     caches = eager, cache = [SpinCache(source, **options) for source in (model.config, model)]
