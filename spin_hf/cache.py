@@ -34,9 +34,9 @@ from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model, is_placeholder
-from .plan import StepPlan
 from .shared import SharedState, check_batch
 from .stats import CacheStats
+from .step_plan import StepPlan
 from .storage.sequences import Sequences
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")

@@ -31,8 +31,8 @@ from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
 from .indexing import check_summaries, index_pages
 from .kernels.fields import MAX_QUERIES
-from .plan import pages_of
 from .shared import SharedState
+from .step_plan import pages_of
 from .storage.budget import TierBudget
 from .storage.pages import PageStore
 from .storage.regrouped import bytes_for_regrouping

@@ -31,7 +31,7 @@ from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
 from .kernels.fields import Counter, StepField
-from .plan import StepPlan
+from .step_plan import StepPlan
 from .storage.budget import auto_gpu_memory
 from .storage.sequences import Sequences
 

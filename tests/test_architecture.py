@@ -26,7 +26,7 @@ ORDER: list[set[str]] = [
     {"kernels"},
     {"storage", "attention"},
     {
-        "plan",
+        "step_plan",
         "layer_kinds",
         "stats",
         "compiled",
@@ -123,7 +123,7 @@ def rank(name: str) -> int:
 def test_the_imports_are_really_read() -> None:
     assert len(MODULES) >= 20
     assert {"attention.interface", "storage.sequences"} <= own_imports("cache") | own_imports("layer") | own_imports(
-        "plan"
+        "step_plan"
     )
     assert "transformers" in third_party("attention.interface")
     assert own_imports("storage.chunked") == {"kernels.__init__", "errors", "storage.host", "storage.reserve"}
