@@ -40,23 +40,20 @@ def layer_shapes(config: Any, layers: list[int]) -> list[LayerShape] | None:
         layers: their numbers in the model.
     """
     per_layer = getattr(config, "per_layer_config", None)
-    shapes = [_shape(config if per_layer is None else per_layer[index], per_layer is None) for index in layers]
+    shapes = [_shape(config if per_layer is None else per_layer[index]) for index in layers]
     return None if None in shapes else shapes  # type: ignore[return-value]
 
 
-def _shape(config: Any, alone: bool) -> LayerShape | None:
-    """Of one layer; `alone`, where one config stands for all layers: gemma4 then names those of full attention apart."""
+def _shape(config: Any) -> LayerShape | None:
     known = set(inspect.signature(type(config).__init__).parameters)
 
-    def read(*names: str) -> Any:
-        """The first that is set, of what the class knows: a model reads nothing else."""
-        read = (name for name in names if name in known or hasattr(type(config), name) or name in config.attribute_map)
-        return next((found for name in read if (found := getattr(config, name, None))), None)
+    def read(name: str) -> Any:
+        """What the config has under a name that its class knows: a model reads nothing else."""
+        knows = name in known or hasattr(type(config), name) or name in config.attribute_map
+        return getattr(config, name, None) if knows else None
 
-    own = ("global_head_dim",) if alone else ()
-    own_heads = ("num_global_key_value_heads",) if alone else ()
     query_heads, hidden = read("num_attention_heads"), read("hidden_size")
-    heads, key_dim = read(*own_heads, "num_key_value_heads"), read(*own, "head_dim")
+    heads, key_dim = read("num_key_value_heads"), read("head_dim")
     if heads is None:
         heads = 1 if read("multi_query") else query_heads
     if key_dim is None and isinstance(query_heads, int) and isinstance(hidden, int):

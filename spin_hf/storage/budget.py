@@ -63,7 +63,7 @@ class TierBudget:
             raise CapacityError(
                 f"{num_segments * SEGMENT_PAGES} pages of {self.num_heads} KV heads in {self.num_layers} layers need "
                 f"{in_host} bytes in the cpu tier, cpu_memory is {self.cpu_memory}; "
-                f"raise cpu_memory or gpu_memory, shorten the context, or {_use(fitting)}",
+                f"raise cpu_memory or gpu_memory, {_smaller(fitting)}",
                 needed_bytes=in_host,
                 available_bytes=self.cpu_memory,
                 fitting_batch_size=fitting,
@@ -82,7 +82,7 @@ class TierBudget:
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
                 f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
                 "and one selected page, or all pages if that is less); raise gpu_memory, lower num_sink_tokens or "
-                f"recent_window, shorten the context, or {_use(fitting)}",
+                f"recent_window, {_smaller(fitting)}",
                 needed_bytes=needed,
                 available_bytes=self.gpu_memory,
                 fitting_batch_size=fitting,
@@ -179,7 +179,7 @@ def auto_gpu_memory(device: torch.device) -> int | None:
     return int((free + reusable) * AUTO_SHARE_OF_FREE_MEMORY)
 
 
-def _use(fitting_batch_size: int) -> str:
+def _smaller(fitting_batch_size: int) -> str:
     if not fitting_batch_size:
-        return "use a smaller cache: not even one sequence of that length fits"
-    return f"use a batch of {fitting_batch_size}, which fits"
+        return "or shorten the context: not even one sequence of that length fits"
+    return f"shorten the context, or use a batch of {fitting_batch_size}, which fits"
