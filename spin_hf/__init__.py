@@ -24,6 +24,7 @@ from .errors import (
     SpinError,
     UnsupportedModelError,
 )
+from .memory_plan import MemoryPlan, plan
 from .stats import CacheStats
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "CapacityError",
+    "MemoryPlan",
     "Method",
     "OptionError",
     "OptionTypeError",
@@ -50,4 +52,5 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "plan",
 ]

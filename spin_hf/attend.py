@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .attention.partition import Estimate, Method, Query
-from .plan import StepPlan
+from .step_plan import StepPlan
 from .storage.pages import PageStore
 
 

@@ -11,6 +11,7 @@ layers that are not paged.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from copy import deepcopy
 from typing import Any
 
@@ -33,10 +34,10 @@ from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
-from .layer_kinds import build_layers, check_model, is_placeholder
-from .plan import StepPlan
+from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
 from .shared import SharedState, check_batch
 from .stats import CacheStats
+from .step_plan import StepPlan
 from .storage.sequences import Sequences
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
@@ -84,7 +85,7 @@ class SpinCache(Cache):
             gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype,
         )  # fmt: skip
         resolved = resolve_method(method)
-        config, name = _decoder_config(model)
+        config, name = decoder_config(model)
         check_model(config, name)
         sequences = Sequences(resolved.page_size, resolved.uses_positions)
         self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
@@ -94,6 +95,7 @@ class SpinCache(Cache):
         super().__init__(layers=layers)
         heads = getattr(config, "num_attention_heads", 0)
         self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list
+        self._shared.served = weakref.ref(model)
         self._log = ForwardLog(self.layers, self._shared)
         if isinstance(model, PreTrainedConfig) and self._may_be_compiled():
             self._shared.pool = pool_of(config)
@@ -267,13 +269,17 @@ class SpinCache(Cache):
         queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
         attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
         segments = shared.sequences.segments_in_use
+        metadata = Counter(shared.sequences.metadata)
+        for store in stores:
+            metadata.update(store.metadata(segments))
         return CacheStats(
             sequences=shared.sequences.batch_size,
             tokens=self.get_seq_length(),
             pages=sum(store.pages_held() for store in stores),
             gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),
             cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
-            metadata_bytes=shared.sequences.metadata_bytes + sum(f.metadata_bytes for f in frames),
+            metadata_bytes=metadata.total(),
+            metadata=dict(metadata),
             loads=loads,
             evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
             hit_rate=hits / (hits + loads) if hits + loads else 1.0,
@@ -369,16 +375,3 @@ def _dispose(config: Any, wrapped: weakref.ref[nn.Module] | None, shared: Shared
         wrap.release(wrapped)
         defer.release()
     shared.dispose()
-
-
-def _decoder_config(model: Any) -> tuple[Any, str]:
-    """The config that the attention modules read, and the model's name for messages."""
-    config = getattr(model, "config", model)
-    if not isinstance(config, PreTrainedConfig):
-        raise OptionTypeError(
-            f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model"
-        )
-    name = type(model).__name__ if model is not config else (config.architectures or [type(config).__name__])[0]
-    if config.is_encoder_decoder:
-        return config, name
-    return config.get_text_config(decoder=True), name

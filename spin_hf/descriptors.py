@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention.partition import recipe_of
 from .kernels.fields import PART_PAGES, LayerField, StepField
-from .plan import pages_of
+from .step_plan import pages_of
 
 if TYPE_CHECKING:
     from .layer import SpinLayer

@@ -23,16 +23,36 @@ class OptionError(SpinError, ValueError):
     """An option has a value that cannot work."""
 
 
-class BudgetError(OptionError):
+class _NoRoomError(Exception):
+    """What an error knows about a cap that is too small.
+
+    Attributes:
+        needed_bytes: the smallest cap that would do; None where no cap would, or what is short is not counted in bytes.
+        available_bytes: the cap; None with the above.
+        fitting_batch_size: how many sequences of the same length a new cache with these caps holds, 0 if not even one;
+            None with the above.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        needed_bytes: int | None = None,
+        available_bytes: int | None = None,
+        fitting_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
+        self.fitting_batch_size = fitting_batch_size
+
+
+class BudgetError(_NoRoomError, OptionError):
     """A token or byte budget is too small for one step.
 
     Attributes:
-        needed_bytes: the smallest cap that would do, or None where the budget is counted in tokens.
+        needed_bytes: the smallest `gpu_memory` that would do; None where the budget is counted in tokens, as the others.
+        available_bytes: the `gpu_memory` that there is.
+        fitting_batch_size: how many sequences of the same length fit a new cache with these caps; 0 if not even one.
     """
-
-    def __init__(self, message: str, needed_bytes: int | None = None) -> None:
-        super().__init__(message)
-        self.needed_bytes = needed_bytes
 
 
 class OptionTypeError(SpinError, TypeError):
@@ -51,8 +71,14 @@ class BatchSizeError(SpinError, ValueError):
     """The batch does not match the sequences that the cache holds."""
 
 
-class CapacityError(SpinError, MemoryError):
-    """A memory cap would be exceeded."""
+class CapacityError(_NoRoomError, SpinError, MemoryError):
+    """A memory cap would be exceeded, or memory ran out.
+
+    Attributes:
+        needed_bytes: the smallest `cpu_memory` that would do; None where it is no cap that is short, as the others.
+        available_bytes: the `cpu_memory` that there is.
+        fitting_batch_size: how many sequences of the same length fit a new cache with these caps; 0 if not even one.
+    """
 
 
 class CacheStateError(SpinError, RuntimeError):

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .admission import admit
 from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.regrouping import Regrouping
@@ -31,12 +33,9 @@ from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
 from .indexing import check_summaries, index_pages
 from .kernels.fields import MAX_QUERIES
-from .plan import pages_of
+from .layer_budget import LayerShape
 from .shared import SharedState
-from .storage.budget import TierBudget
 from .storage.pages import PageStore
-from .storage.regrouped import bytes_for_regrouping
-from .storage.summaries import bytes_per_page, kept_as
 
 logger = logging.getLogger("spin_hf")
 
@@ -94,28 +93,14 @@ class SpinLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
-        shared, (_, num_heads, _, key_dim) = self.shared, key_states.shape
-        device, options = key_states.device, shared.options
-        page_size, value_dim = shared.sequences.page_size, value_states.shape[-1]
-        shapes, dtypes = shared.method.summary_shapes(key_dim, value_dim), shared.method.summary_dtypes()
-        regroups = isinstance(shared.method, Regrouping)
-        quantized = options.quantizes(key_states.element_size())
-        budget = TierBudget(
-            num_layers=len(shared.layers),
-            num_heads=num_heads,
-            page_bytes=page_size * (key_dim + value_dim) * key_states.element_size(),
-            summary_bytes=sum(
-                bytes_per_page(shape, *kept_as(name, key_states.dtype, quantized, dtypes))
-                for name, shape in shapes.items()
-            )
-            + (bytes_for_regrouping(page_size) if regroups else 0),
-            gpu_memory=shared.gpu_memory(device),
-            cpu_memory=options.cpu_memory,
-            min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
-        )
+        shared, method, device = self.shared, self.shared.method, key_states.device
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        budget = shared.tier_budget(shape, key_states.dtype, device)
         store = PageStore(
-            shared.sequences, num_heads, key_dim, value_dim, shapes, quantized, budget, key_states.dtype, device,
-            regroups=regroups, summary_dtypes=dtypes,
+            shared.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
+            method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
+            budget, key_states.dtype, device,
+            regroups=isinstance(method, Regrouping), summary_dtypes=method.summary_dtypes(),
         )  # fmt: skip
         shared.sequences.attach(store)
         self.store = store
@@ -189,6 +174,8 @@ class SpinLayer(CacheLayerMixin):
         if shared.captured_length is not None:
             return MaskedLength.of(query_length, None), 0
         length = shared.committed
+        if not length:
+            return MaskedLength.of(query_length, partial(admit, shared, query_length)), 0
         shared.sequences.check_room(length, query_length)
         expected = query_length == 1 and self.is_compileable
         return MaskedLength.of(length + query_length, shared.expect if expected else shared.reconcile), 0

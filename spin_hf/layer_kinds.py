@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from .errors import UnsupportedModelError
+from .errors import OptionTypeError, UnsupportedModelError
 
 PLACEHOLDER = "no cache of its own"
 """Why a layer that shares another one's keys, or has no attention, is not paged."""
@@ -30,6 +30,23 @@ PLACEHOLDER = "no cache of its own"
 _OLD_FAMILIES = {
     "bloom", "codegen", "ctrl", "falcon", "gptj", "gpt_neo", "mpt", "openai-gpt", "reformer", "rwkv", "xglm", "xlnet",
 }  # fmt: skip
+
+
+def decoder_config(model: Any) -> tuple[Any, str]:
+    """The config that the attention modules of a model (or of the model of a config) read, and its name for messages.
+
+    Raises:
+        OptionTypeError: it is neither a model nor a config.
+    """
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig):
+        raise OptionTypeError(
+            f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model"
+        )
+    name = type(model).__name__ if model is not config else (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        return config, name
+    return config.get_text_config(decoder=True), name
 
 
 def check_model(config: Any, name: str) -> None:

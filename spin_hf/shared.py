@@ -14,10 +14,11 @@ See `forward.py` for a forward that does not reach the last layer.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, BatchSizeError, CacheStateError
 from .kernels.fields import Counter, StepField
-from .plan import StepPlan
-from .storage.budget import auto_gpu_memory
+from .layer_budget import LayerShape, tier_budget
+from .step_plan import StepPlan
+from .storage.budget import TierBudget, auto_gpu_memory
 from .storage.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class SharedState:
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
+        served: the model or config that the cache was made with, by which a first batch is judged before it computes.
     """
 
     options: SpinOptions
@@ -75,6 +78,7 @@ class SharedState:
     handle: int = 0
     query_heads: int = 0
     pool: KernelPool | None = None
+    served: weakref.ref[Any] | None = None
     warned_waves: bool = False
     warned_regrouping: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
@@ -91,6 +95,10 @@ class SharedState:
         if device not in self._auto_memory:
             self._auto_memory[device] = auto_gpu_memory(device)
         return self._auto_memory[device]
+
+    def tier_budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TierBudget:
+        """What a layer with keys and values of this shape and dtype has."""
+        return tier_budget(shape, dtype, self.method, self.options, self.gpu_memory(device), len(self.layers))
 
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""

@@ -16,7 +16,11 @@ class CacheStats:
         pages: pages held, over all sequences, KV heads and paged layers; shared pages count once.
         gpu_bytes: pages, page frames and summaries in the compute tier (RAM on a machine without a GPU).
         cpu_bytes: pages in the cpu tier; 0 while everything fits the compute tier.
-        metadata_bytes: directories and page tables.
+        metadata_bytes: directories and tables, the sum of `metadata`.
+        metadata: bytes by table, zeros included: directory and reference counts of the sequences; their padding and positions,
+            where there is padding; which page is in which page frame (page_slot, slot_page, slot_step), where pages live in
+            the cpu tier; which pages and tokens were regrouped; addresses of the chunks that kernels read. What a step makes
+            of them for itself is not counted.
         loads: pages loaded from the cpu tier so far.
         evictions: resident pages that made room for others so far.
         hit_rate: share of the pages that steps needed and found resident; 1.0 where nothing was ever paged.
@@ -33,6 +37,7 @@ class CacheStats:
     gpu_bytes: int
     cpu_bytes: int
     metadata_bytes: int
+    metadata: Mapping[str, int]
     loads: int
     evictions: int
     hit_rate: float
@@ -42,18 +47,38 @@ class CacheStats:
     dense_layers: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [(item.name.replace("_", " "), _show(item.name, getattr(self, item.name))) for item in fields(self)]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(["SpinCache", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+        return table("SpinCache", {item.name: getattr(self, item.name) for item in fields(self)})
+
+
+def table(title: str, values: Mapping[str, object]) -> str:
+    """Names and values in two columns under a title.
+
+    Args:
+        values: by name; None is no limit; what ends in "bytes" or "memory" is printed as a size, and so are the values of a
+            mapping whose name ends in "data" or "parts", zeros left out.
+    """
+    width = max(map(len, values))
+    rows = (f"  {name.replace('_', ' '):<{width}}  {_show(name, value)}" for name, value in values.items())
+    return "\n".join([title, *rows])
+
+
+def size(number: int) -> str:
+    """A number of bytes as people read it: `312 B`, `1.5 KiB`, `87.3 MiB`, `1,024.0 GiB`."""
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if number >= 1 << exponent:
+            return f"{number / 2**exponent:,.1f} {unit}"
+    return f"{number} B"
 
 
 def _show(name: str, value: object) -> str:
-    if name.endswith("bytes"):
-        return f"{value / 2**20:,.1f} MiB"  # type: ignore[operator]
-    if name == "hit_rate":
-        return f"{value:.1%}"
-    if isinstance(value, float):
-        return f"{value:,.1f}"
     if isinstance(value, Mapping):
+        if name.endswith(("data", "parts")):
+            return ", ".join(f"{part} {size(number)}" for part, number in value.items() if number) or "none"
         return ", ".join(f"{count} ({reason})" for reason, count in value.items()) or "none"
-    return f"{value:,}"
+    if value is None or isinstance(value, bool):
+        return {None: "no limit", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return size(value) if name.endswith(("bytes", "memory")) else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.1%}" if name == "hit_rate" else f"{value:,.1f}"
+    return str(value)

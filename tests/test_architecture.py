@@ -26,8 +26,10 @@ ORDER: list[set[str]] = [
     {"kernels"},
     {"storage", "attention"},
     {
-        "plan",
+        "step_plan",
         "layer_kinds",
+        "layer_budget",
+        "admission",
         "stats",
         "compiled",
         "shared",
@@ -42,7 +44,7 @@ ORDER: list[set[str]] = [
         "forward",
     },
     {"wrap", "capturable", "defer", "fixed_state", "verify", "graph"},
-    {"cache"},
+    {"cache", "memory_plan"},
     {"serialization", "teacher", "released", "distill"},
     {"enable"},
     {"__init__"},
@@ -55,6 +57,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "forward",
     "layer",
     "layer_kinds",
+    "memory_plan",
     "enable",
     "capturable",
     "defer",
@@ -123,7 +126,7 @@ def rank(name: str) -> int:
 def test_the_imports_are_really_read() -> None:
     assert len(MODULES) >= 20
     assert {"attention.interface", "storage.sequences"} <= own_imports("cache") | own_imports("layer") | own_imports(
-        "plan"
+        "step_plan"
     )
     assert "transformers" in third_party("attention.interface")
     assert own_imports("storage.chunked") == {"kernels.__init__", "errors", "storage.host", "storage.reserve"}

@@ -9,6 +9,7 @@ A cache's cap is divided evenly among its paged layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ from .sequences import SEGMENT_PAGES
 AUTO_SHARE_OF_FREE_MEMORY = 0.8
 """Part of the GPU memory that is free at the first step which `gpu_memory="auto"` may use."""
 
-_SLOT_BYTES, _PAGE_TABLE_BYTES = 4 + 8, 4
+PAGE_SLOT_BYTES, SLOT_PAGE_BYTES, SLOT_STEP_BYTES = 4, 4, 8
+"""Bytes of an entry of the tables in `storage/residency.py`: the first for each page, the others for each page frame."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class TierBudget:
         page_bytes, summary_bytes: of one page of one KV head.
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
         min_frames: page frames per sequence and KV head that a step cannot do without.
+        regrouping_bytes: of one page of one KV head: whose tokens it holds, where a method regroups them.
     """
 
     num_layers: int
@@ -40,6 +43,7 @@ class TierBudget:
     gpu_memory: int | None
     cpu_memory: int | None
     min_frames: int
+    regrouping_bytes: int = 0
 
     def num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         """Frames per (sequence, KV head), or None where all pages may live in the compute tier.
@@ -51,40 +55,113 @@ class TierBudget:
             BudgetError: not even the frames of one step fit `gpu_memory`.
             CapacityError: the pages do not fit `cpu_memory`.
         """
-        rows = num_segments * SEGMENT_PAGES * self.num_heads
-        if (
-            self.gpu_memory is None
-            or rows * (self.page_bytes + self.summary_bytes) * self.num_layers <= self.gpu_memory
-        ):
+        if self.gpu_memory is None or self.resident_bytes(num_segments) <= self.gpu_memory:
             return None
-        if self.cpu_memory is not None and rows * self.page_bytes * self.num_layers > self.cpu_memory:
+        in_host = self.host_bytes(num_segments)
+        if self.cpu_memory is not None and in_host > self.cpu_memory:
+            fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
             raise CapacityError(
                 f"{num_segments * SEGMENT_PAGES} pages of {self.num_heads} KV heads in {self.num_layers} layers need "
-                f"{rows * self.page_bytes * self.num_layers} bytes in the cpu tier, cpu_memory is {self.cpu_memory}; "
-                "raise cpu_memory or gpu_memory, or shorten the context"
+                f"{in_host} bytes in the cpu tier, cpu_memory is {self.cpu_memory}; "
+                f"raise cpu_memory or gpu_memory, {_smaller(fitting)}",
+                needed_bytes=in_host,
+                available_bytes=self.cpu_memory,
+                fitting_batch_size=fitting,
             )
-        streams = batch_size * self.num_heads
-        table_pages = -(-num_pages // SEGMENT_PAGES) * SEGMENT_PAGES
-        frame = streams * (self.page_bytes + _SLOT_BYTES)
-
-        cap = self.gpu_memory // self.num_layers
-
-        def fixed(rows: int, table_pages: int) -> int:
-            return rows * self.summary_bytes + streams * table_pages * _PAGE_TABLE_BYTES
-
+        cap, rows = self.gpu_memory // self.num_layers, self.rows(num_segments)
+        streams, table_pages = batch_size * self.num_heads, whole_segments(num_pages)
+        frame = streams * self._frame_bytes
         # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
-        frames = (cap - fixed(coarsely(rows), coarsely(table_pages))) // frame
+        frames = (cap - self._fixed_bytes(coarsely(rows), streams, coarsely(table_pages))) // frame
         if frames < self.min_frames:
-            frames = (cap - fixed(rows, table_pages)) // frame
+            frames = (cap - self._fixed_bytes(rows, streams, table_pages)) // frame
         if frames < self.min_frames:
-            needed = (fixed(rows, table_pages) + self.min_frames * frame) * self.num_layers
+            needed = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
+            fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
             raise BudgetError(
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
                 f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
-                "and one selected page); raise gpu_memory, or lower num_sink_tokens, recent_window or the batch size",
+                "and one selected page, or all pages if that is less); raise gpu_memory, lower num_sink_tokens or "
+                f"recent_window, {_smaller(fitting)}",
                 needed_bytes=needed,
+                available_bytes=self.gpu_memory,
+                fitting_batch_size=fitting,
             )
         return min(frames, coarsely(table_pages))
+
+    def rows(self, num_segments: int) -> int:
+        """Pages of all KV heads in so many segments."""
+        return num_segments * SEGMENT_PAGES * self.num_heads
+
+    def resident_bytes(self, num_segments: int) -> int:
+        """Bytes of all layers in the compute tier if all pages live there."""
+        return self.rows(num_segments) * (self.page_bytes + self._row_bytes) * self.num_layers
+
+    def host_bytes(self, num_segments: int) -> int:
+        """Bytes of all layers in the cpu tier if all pages live there."""
+        return self.rows(num_segments) * self.page_bytes * self.num_layers
+
+    def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The least `gpu_memory` that `num_frames` accepts, in bytes; arguments as there."""
+        resident = self.resident_bytes(num_segments)
+        if self.cpu_memory is not None and self.host_bytes(num_segments) > self.cpu_memory:
+            return resident
+        streams = batch_size * self.num_heads
+        fixed = self._fixed_bytes(self.rows(num_segments), streams, whole_segments(num_pages))
+        step = fixed + self.min_frames * streams * self._frame_bytes
+        return min(resident, step * self.num_layers)
+
+    def fits(self, batch_size: int, num_segments: int, num_pages: int) -> bool:
+        """Whether `num_frames` accepts that."""
+        smallest = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
+        return self.gpu_memory is None or smallest <= self.gpu_memory
+
+    def fitting_batch_size(self, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The largest batch below `batch_size` that fits, sharing no more than the `num_segments` of that; 0 for none."""
+        each = segments_of(num_pages)
+
+        def fits(smaller: int) -> bool:
+            return self.fits(smaller, min(num_segments, smaller * each), num_pages)
+
+        return largest(fits, batch_size - 1)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.summary_bytes + self.regrouping_bytes
+
+    @property
+    def _frame_bytes(self) -> int:
+        return self.page_bytes + SLOT_PAGE_BYTES + SLOT_STEP_BYTES
+
+    def _fixed_bytes(self, rows: int, streams: int, table_pages: int) -> int:
+        """Of one layer, whatever the number of frames."""
+        return rows * self._row_bytes + streams * table_pages * PAGE_SLOT_BYTES
+
+
+def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int, num_pages: int) -> None:
+    """Raise what `TierBudget.num_frames` raises for the layer that needs most, if for any."""
+    room = batch_size, num_segments, num_pages
+    for budget in sorted(set(budgets), key=lambda budget: budget.smallest_gpu_memory(*room), reverse=True):
+        budget.num_frames(*room)
+
+
+def segments_of(num_pages: int) -> int:
+    """Segments that hold so many pages of a sequence."""
+    return -(-num_pages // SEGMENT_PAGES)
+
+
+def whole_segments(num_pages: int) -> int:
+    """`num_pages`, rounded up to whole segments."""
+    return segments_of(num_pages) * SEGMENT_PAGES
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which `fits` holds, given that it does for all smaller ones; 0 if for none."""
+    low, high = 0, max(0, most) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def coarsely(number: int) -> int:
@@ -100,3 +177,9 @@ def auto_gpu_memory(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int((free + reusable) * AUTO_SHARE_OF_FREE_MEMORY)
+
+
+def _smaller(fitting_batch_size: int) -> str:
+    if not fitting_batch_size:
+        return "or shorten the context: not even one sequence of that length fits"
+    return f"shorten the context, or use a batch of {fitting_batch_size}, which fits"

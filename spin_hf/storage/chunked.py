@@ -66,6 +66,11 @@ class ChunkedArray:
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the address table, if it has been asked for."""
+        return 0 if self._table is None else self._table.nbytes
+
+    @property
     def address_table(self) -> Tensor:
         """[MAX_CHUNKS], int64, on the compute device: the address of each chunk, 0 where there is none.
 

@@ -232,12 +232,19 @@ class PageStore:
     def gpu_bytes(self, num_segments: int) -> int:
         """Bytes that `num_segments` segments take in the compute tier: pages or page frames, and summaries."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
-        summaries = rows * sum(array.row_bytes for array in self._arrays()[1:])
+        summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
         return summaries + (rows * self.home.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
         """Bytes that `num_segments` segments take in the cpu tier."""
         return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.home.row_bytes
+
+    def metadata(self, num_segments: int) -> dict[str, int]:
+        """Bytes of this layer's tables while `num_segments` segments are held, by name; all in the compute tier."""
+        rows = num_segments * SEGMENT_PAGES * self.num_heads
+        tables = {} if self.frames is None else self.frames.metadata
+        regrouped = {} if self.regrouped is None else self.regrouped.metadata(rows)
+        return {**tables, **regrouped, "address tables": sum(array.table_bytes for array in self._arrays())}
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables disagree or tiers differ."""
@@ -251,8 +258,11 @@ class PageStore:
             self.frames.check_integrity(num_pages, self._rows(), self.home, torch.cat(sides, 1).unsqueeze(0))
 
     def _arrays(self) -> list[ChunkedArray]:
-        summaries = [array for summary in self.summaries.values() for array in summary.arrays]
-        return [self.home, *summaries, *([] if self.regrouped is None else self.regrouped.arrays)]
+        regrouped = [] if self.regrouped is None else self.regrouped.arrays
+        return [self.home, *self._summary_arrays(), *regrouped]
+
+    def _summary_arrays(self) -> list[ChunkedArray]:
+        return [array for summary in self.summaries.values() for array in summary.arrays]
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)

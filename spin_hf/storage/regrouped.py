@@ -36,6 +36,11 @@ class RegroupedPages:
         """All that is stored, for whoever grows, copies or counts it."""
         return [self._positions, self._partition]
 
+    def metadata(self, num_rows: int) -> dict[str, int]:
+        """Bytes of `num_rows` rows, by name."""
+        arrays = {"regrouped positions": self._positions, "regrouped partitions": self._partition}
+        return {name: num_rows * array.row_bytes for name, array in arrays.items()}
+
     def positions(self, first: int, stop: int) -> Tensor:
         """Tokens of pages [first, stop), of all sequences and heads: [B, H, n, P], int64."""
         held = self._positions.take(self._rows(first, stop)).long()
@@ -109,9 +114,9 @@ def tiles(partition_pages: Tensor) -> bool:
     return bool(begins.all()) and bool((upto[:, :, -1] == places.numel()).all())
 
 
-def bytes_for_regrouping(page_size: int) -> int:
-    """Bytes that positions and partition of a page take."""
-    return 4 * page_size + 4
+def bytes_for_regrouping(page_size: int) -> dict[str, int]:
+    """Bytes that positions and partition of a page take, named as in `RegroupedPages.metadata`."""
+    return {"regrouped positions": 4 * page_size, "regrouped partitions": 4}
 
 
 def _check(condition: bool, message: str) -> None:

@@ -42,9 +42,10 @@ class PageFrames:
         return self.slot_page.shape[2]
 
     @property
-    def metadata_bytes(self) -> int:
-        """Bytes of the tables."""
-        return self.page_slot.nbytes + self.slot_page.nbytes + self.slot_step.nbytes
+    def metadata(self) -> dict[str, int]:
+        """Bytes of the tables, by name."""
+        tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
+        return {name: table.nbytes for name, table in tables.items()}
 
     def resize(self, batch_size: int, num_slots: int, num_pages: int) -> None:
         """Have `num_slots` slots and a table of at least `num_pages` pages.

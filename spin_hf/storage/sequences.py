@@ -27,6 +27,8 @@ from .stretches import Stretches
 from .token_mask import TokenMask
 
 SEGMENT_PAGES = 32
+ENTRY_BYTES = 8
+"""Bytes of a number in the directory and the reference counts."""
 
 
 class SegmentStore(Protocol):
@@ -99,10 +101,14 @@ class Sequences:
         return len(self.refcounts) - len(self.free)
 
     @property
-    def metadata_bytes(self) -> int:
-        """Bytes of directory, reference counts (8 each), padding bits, positions, and which pages are regrouped."""
-        entries = sum(len(row) for row in self.directory) + len(self.refcounts)
-        return 8 * entries + self.mask.nbytes + self.stretches.grouped.nbytes
+    def metadata(self) -> dict[str, int]:
+        """Bytes of what all layers share, by name; of entries in lists, 8 each."""
+        return {
+            "directory": ENTRY_BYTES * sum(len(row) for row in self.directory),
+            "reference counts": ENTRY_BYTES * len(self.refcounts),
+            **self.mask.metadata,
+            "stretches": self.stretches.grouped.nbytes,
+        }
 
     def positions(self, first: int, stop: int, device: torch.device) -> Tensor:
         """Where tokens [first, stop) stood when they came, [B, stop - first], int64: real tokens before each; padding has any.
@@ -153,7 +159,8 @@ class Sequences:
     def _take(self, batch_size: int, first: int, stop: int) -> None:
         """Have every sequence own the segments of pages [first, stop): new ones, and copies of those that others share."""
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
-        refcounts, free = list(self.refcounts), list(self.free)
+        keeps = self.length or self.stores  # else no store has rows of the segments that a refused batch took
+        refcounts, free = (list(self.refcounts), list(self.free)) if keeps else ([], [])
         copies = _take_segments(directory, refcounts, free, first, stop)
         self._make_room(batch_size, len(refcounts), len(directory[0]) * SEGMENT_PAGES)  # so that layouts change seldom
         for store in self.stores:
@@ -165,7 +172,7 @@ class Sequences:
     def check_room(self, length: int, num_tokens: int) -> None:
         """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.
 
-        An empty cache does not know its batch yet; there `begin` checks.
+        An empty cache does not know its batch yet; see `admission.admit`.
         """
         if not length:
             return
@@ -174,6 +181,12 @@ class Sequences:
         num_segments = len(self.refcounts) + max(0, more - len(self.free))
         for store in self.stores:
             store.check(self.batch_size, num_segments, num_pages)
+
+    def first_room(self, batch_size: int, num_tokens: int) -> tuple[int, int, int]:
+        """Batch size, segments and pages per sequence once the first `num_tokens` of a batch have come."""
+        num_pages = -(-num_tokens // self.page_size)
+        held = len(self.refcounts) if self.stores else 0
+        return batch_size, max(held, batch_size * -(-num_pages // SEGMENT_PAGES)), num_pages
 
     def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
         """Row ids [B, num_heads, pages of all segments] of every page, int64; pages beyond `num_pages` are unused."""

@@ -32,9 +32,10 @@ class TokenMask:
         """[B, length], int64, meaningless for padding; None while each token stands where it is counted."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes stored."""
-        return sum(0 if held is None else held.nbytes for held in (self.valid, self.positions))
+    def metadata(self) -> dict[str, int]:
+        """Bytes stored, by name."""
+        held = {"padding": self.valid, "token positions": self.positions}
+        return {name: 0 if table is None else table.nbytes for name, table in held.items()}
 
     def append(self, batch_size: int, start: int, new: Tensor | None, count: int) -> None:
         """Set the validity of tokens [start, start + count).

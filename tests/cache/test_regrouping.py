@@ -351,5 +351,9 @@ def test_other_methods_keep_no_positions(world: World) -> None:
         each.step(world, 200, 201)
     assert driver.cache.layers[0].store.regrouped is None
     rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
-    assert twin.cache.stats().gpu_bytes - driver.cache.stats().gpu_bytes == rows * 36
-    assert twin.cache.layers[0].store.budget.summary_bytes - driver.cache.layers[0].store.budget.summary_bytes == 36
+    tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
+    assert (tables["regrouped positions"], tables["regrouped partitions"]) == (rows * 32, rows * 4)
+    assert not any("regrouped" in name for name in none)
+    assert (tables["stretches"] > 0, none["stretches"]) == (True, 0)
+    budgets = [each.cache.layers[0].store.budget.regrouping_bytes for each in (twin, driver)]
+    assert budgets == [36, 0]
