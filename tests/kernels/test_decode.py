@@ -16,7 +16,6 @@ from spin_hf.kernels.fields import PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
-from ..graph.stale import small_model
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [
@@ -103,8 +102,8 @@ def test_kernels_of_methods_that_regroup(
     family: str, padding: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
-    model = small_model() if family == "llama" else build_model(family).eval()
-    steps = [1] * 6 + [3] + [1] * 3
+    model = build_model(family).eval()
+    steps = [1] * 4 + [3] + [1] * 3
     with little_slack():
         cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = _steps(model, cache, padding, steps)
