@@ -138,7 +138,7 @@ class StepKernels(Descriptors):
         if not self.known["planned"]:
             self._plan(query.shape[2])
             if query.shape[2] == 1:  # a page that this step completes is no candidate yet, in any layer
-                mine = [other for other in self.shared.layers if self._serves(other)]
+                mine = [other for other in self.shared.layers if self.serves(other)]
                 for layers in [mine] if len(mine) == len(self.shared.layers) else [[other] for other in mine]:
                     choice.find_outliers(self.plan[0], layers)
         for i in range(query.shape[2]):
@@ -189,7 +189,8 @@ class StepKernels(Descriptors):
         tokens = min(_ATTEND_TOKENS, power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
         return max(16, tokens, store.page_size) // store.page_size
 
-    def _serves(self, layer: SpinLayer) -> bool:
+    def serves(self, layer: SpinLayer) -> bool:
+        """Whether a layer has pages on this device and so many KV heads."""
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention.partition import recipe_of
-from .kernels.fields import PART_PAGES, LayerField, StepField
+from .kernels.fields import PART_PAGES, LayerField, StepField, summary_field
 from .step_plan import pages_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Descriptors:
             fields[LayerField.HOME] = store.home.address_table.data_ptr()
             for i, summary in enumerate(store.summaries.values()):
                 for j, array in enumerate(summary.arrays):
-                    fields[LayerField.SUMMARY_0 + 2 * i + j] = array.address_table.data_ptr()
+                    fields[summary_field(i, j)] = array.address_table.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
                 fields[LayerField.NUM_SLOTS] = frames.num_slots

@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention.partition import Method, Pages, Summaries
 from .errors import CacheStateError
 from .storage.pages import PageStore
+from .storage.sequences import Sequences
 
 _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
@@ -54,19 +55,25 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
 def _summarise(store: PageStore, method: Method, layer: int, first: int, stop: int) -> tuple[Tensor, Summaries]:
     """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
     keys, values, rows = store.pages(first, stop)
-    shape = (keys.shape[0], 1, stop - first, store.page_size)
-    valid = store.sequences.mask.valid
-    if valid is None:
-        valid = keys.new_ones(shape, dtype=torch.bool)
-    else:
-        valid = valid[:, first * store.page_size : stop * store.page_size].to(keys.device).reshape(shape)
-    positions = partition_pages = None
-    if store.sequences.mask.keeps_positions:
-        tokens = first * store.page_size, stop * store.page_size
-        positions = store.sequences.positions(*tokens, keys.device).reshape(shape)
+    valid, positions = tokens_of(store.sequences, first, stop, keys.device)
+    partition_pages = None
     if store.regrouped is not None:
         partition_pages = store.regrouped.partition_pages(first, stop)
     return rows, method.index_pages(Pages(keys, valid, layer, values, positions, partition_pages))
+
+
+def tokens_of(sequences: Sequences, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the tokens of pages [first, stop): which are no padding, and where they stand if a method asks: [B, 1, n, P]."""
+    size = sequences.page_size
+    tokens, shape = (first * size, stop * size), (sequences.batch_size, 1, stop - first, size)
+    held, positions = sequences.mask.valid, None
+    if held is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        valid = held[:, slice(*tokens)].to(device, non_blocking=True).reshape(shape)
+    if sequences.mask.keeps_positions:
+        positions = sequences.positions(*tokens, device).reshape(shape)
+    return valid, positions
 
 
 def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:

@@ -82,6 +82,11 @@ class LayerField(IntEnum):
     """int64 [B, H, NUM_SLOTS]: the clock when the slot was last touched."""
 
 
+def summary_field(index: int, array: int) -> LayerField:
+    """The field of a summary's values (array 0) or scales (1), by the summary's place in `summary_shapes`."""
+    return LayerField(LayerField.SUMMARY_0 + 2 * index + array)
+
+
 class PlanField(IntEnum):
     """What `plan_step` computes for each query and sequence: int32 [Q, B, len(PlanField)]."""
 

@@ -11,7 +11,7 @@ from .append import append_kernel
 from .attention import attend_kernel
 from .closer import closer_kernel, rate_closer_kernel
 from .estimate import estimate_kernel
-from .index import put_summaries_kernel, take_pages_kernel
+from .index import copy_page_kernel
 from .lowbit import encode_rows
 from .outliers import find_outliers_kernel
 from .plan import plan_step_kernel
@@ -23,9 +23,9 @@ from .select import choose_kernel
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 launchers = SimpleNamespace(
-    append=append_kernel, attend=attend_kernel, choose=choose_kernel, closer=closer_kernel, copy_rows=copy_rows,
-    encode_rows=encode_rows, estimate=estimate_kernel, find_outliers=find_outliers_kernel, plan_step=plan_step_kernel,
-    put_summaries=put_summaries_kernel, rate=rate_kernel, rate_closer=rate_closer_kernel, score=score_kernel,
-    take_pages=take_pages_kernel, dtype=_DTYPES.__getitem__,
+    append=append_kernel, attend=attend_kernel, choose=choose_kernel, closer=closer_kernel, copy_page=copy_page_kernel,
+    copy_rows=copy_rows, encode_rows=encode_rows, estimate=estimate_kernel, find_outliers=find_outliers_kernel,
+    plan_step=plan_step_kernel, rate=rate_kernel, rate_closer=rate_closer_kernel, score=score_kernel,
+    dtype=_DTYPES.__getitem__,
 )  # fmt: skip
 """kernel[grid](...) for each name; `copy_rows` and `encode_rows` launch by themselves; `dtype` translates torch's dtypes."""

@@ -43,12 +43,12 @@ class SummaryArray:
 
     def put(self, rows: Tensor, summaries: Tensor) -> None:
         """Keep `summaries` [*rows.shape, *shape], float32."""
-        if self.scale is None:
-            self.values.put(rows, summaries)
-            return
-        values, scale = kernels.quantize(summaries)
-        self.values.put(rows, values)
-        self.scale.put(rows, scale)
+        for array, content in zip(self.arrays, self.kept(summaries), strict=True):
+            array.put(rows, content)
+
+    def kept(self, summaries: Tensor) -> list[Tensor]:
+        """What is stored of `summaries` [..., *shape], float32, in each of `arrays`."""
+        return [summaries.to(self.values.dtype)] if self.scale is None else list(kernels.quantize(summaries))
 
     def take(self, rows: Tensor) -> Tensor:
         """What is kept, [*rows.shape, *shape]: in the model's dtype, or float32 where it was int8."""
@@ -57,10 +57,8 @@ class SummaryArray:
 
     def rounded(self, summaries: Tensor) -> Tensor:
         """What `take` gives after `put`."""
-        if self.scale is None:
-            return summaries.to(self.values.dtype)
-        values, scale = kernels.quantize(summaries)
-        return values.float() * scale.unsqueeze(-1)
+        values, *scale = self.kept(summaries)
+        return values.float() * scale[0].unsqueeze(-1) if scale else values
 
 
 def kept_as(
