@@ -33,12 +33,11 @@ from .storage.budget import (
     auto_gpu_memory,
     check_all,
     largest,
-    segments_of,
     whole_segments,
 )
 from .storage.chunked import MAX_CHUNKS
 from .storage.regrouped import bytes_for_regrouping
-from .storage.sequences import ENTRY_BYTES, SEGMENT_PAGES
+from .storage.sequences import ENTRY_BYTES, SEGMENT_PAGES, segments_of
 
 
 @dataclass(frozen=True)

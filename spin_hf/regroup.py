@@ -23,7 +23,7 @@ from .errors import BudgetError, CacheStateError, CapacityError
 from .indexing import index_pages
 from .storage.pages import PageStore
 from .storage.regrouped import RegroupedPages, tiles
-from .storage.sequences import SEGMENT_PAGES
+from .storage.sequences import SEGMENT_PAGES, segments_of
 from .storage.stretches import pages_that_may_move
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) ->
     """
     sequences = shared.sequences
     pages = [_runs_of(row) for row in may_move.tolist()]
-    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES)), pages)
+    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     try:
         for rows in groups:
             if pages[rows[0]]:

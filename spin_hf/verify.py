@@ -58,11 +58,8 @@ class Verification:
 
     def holds(self, watch: ModelWatch) -> bool:
         """Whether all that was assumed is so. Waits for mask and positions, and not for the step."""
-        (mask, self.mask), (positions, self.positions), position = (
-            (self.mask, None),
-            (self.positions, None),
-            self.position,
-        )
+        mask, positions, position = self.mask, self.positions, self.position
+        self.mask = self.positions = None
         given = positions if mask is None else mask
         if given is None:
             return watch.unchanged()

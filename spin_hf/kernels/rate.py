@@ -113,15 +113,11 @@ def rate_kernel(
                         largest = tl.maximum(largest, tl.max(tl.where(real, most, float("-inf"))))
                         lowest = tl.min(tl.load(place + BLOCK_G, mask=real, other=float("inf")), 1)
                         smallest = tl.maximum(smallest, tl.max(tl.where(heads < G, lowest, float("-inf"))))
-                        each = tl.load(
-                            logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf")
-                        )
                     else:
                         sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
                         lse = log_total(most, sums)
-                        each = tl.load(
-                            logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf")
-                        )
+                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
+                    if RATING != BOUND:
                         each = tl.where(there, each - lse[:, None], float("-inf"))
                     if RATING != SHARE:
                         best = tl.maximum(best, tl.max(each, 0))

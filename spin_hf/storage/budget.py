@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BudgetError, CapacityError
-from .sequences import SEGMENT_PAGES
+from .sequences import SEGMENT_PAGES, segments_of
 
 AUTO_SHARE_OF_FREE_MEMORY = 0.8
 """Part of the GPU memory that is free at the first step which `gpu_memory="auto"` may use."""
@@ -143,11 +143,6 @@ def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int,
     room = batch_size, num_segments, num_pages
     for budget in sorted(set(budgets), key=lambda budget: budget.smallest_gpu_memory(*room), reverse=True):
         budget.num_frames(*room)
-
-
-def segments_of(num_pages: int) -> int:
-    """Segments that hold so many pages of a sequence."""
-    return -(-num_pages // SEGMENT_PAGES)
 
 
 def whole_segments(num_pages: int) -> int:

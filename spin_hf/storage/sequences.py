@@ -31,6 +31,11 @@ ENTRY_BYTES = 8
 """Bytes of a number in the directory and the reference counts."""
 
 
+def segments_of(num_pages: int) -> int:
+    """Segments that hold so many pages of a sequence."""
+    return -(-num_pages // SEGMENT_PAGES)
+
+
 class SegmentStore(Protocol):
     """What a layer's storage does when sequences change."""
 
@@ -153,7 +158,7 @@ class Sequences:
         """Whether every sequence has the segments of pages [first, stop) to itself, with room made: most steps take none."""
         if self._room is None or self._room[0] != len(self.directory):
             return False
-        indices = range(first // SEGMENT_PAGES, -(-stop // SEGMENT_PAGES))
+        indices = range(first // SEGMENT_PAGES, segments_of(stop))
         return all(index < len(row) and self.refcounts[row[index]] == 1 for row in self.directory for index in indices)
 
     def _take(self, batch_size: int, first: int, stop: int) -> None:
@@ -177,7 +182,7 @@ class Sequences:
         if not length:
             return
         num_pages = -(-(length + num_tokens) // self.page_size)
-        more = self.batch_size * max(0, -(-num_pages // SEGMENT_PAGES) - -(-length // (self.page_size * SEGMENT_PAGES)))
+        more = self.batch_size * max(0, segments_of(num_pages) - segments_of(-(-length // self.page_size)))
         num_segments = len(self.refcounts) + max(0, more - len(self.free))
         for store in self.stores:
             store.check(self.batch_size, num_segments, num_pages)
@@ -186,7 +191,7 @@ class Sequences:
         """Batch size, segments and pages per sequence once the first `num_tokens` of a batch have come."""
         num_pages = -(-num_tokens // self.page_size)
         held = len(self.refcounts) if self.stores else 0
-        return batch_size, max(held, batch_size * -(-num_pages // SEGMENT_PAGES)), num_pages
+        return batch_size, max(held, batch_size * segments_of(num_pages)), num_pages
 
     def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
         """Row ids [B, num_heads, pages of all segments] of every page, int64; pages beyond `num_pages` are unused."""
@@ -209,7 +214,7 @@ class Sequences:
         self.changed()
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
-        for index in range(pages.start // SEGMENT_PAGES, -(-pages.stop // SEGMENT_PAGES)):
+        for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
                 copies += _own_segment(holders, index, refcounts, free)
@@ -222,7 +227,7 @@ class Sequences:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
         self.changed()
-        keep = -(-length // (self.page_size * SEGMENT_PAGES))
+        keep = segments_of(-(-length // self.page_size))
         for row in self.directory:
             for segment in row[keep:]:
                 self._release(segment)
@@ -271,7 +276,7 @@ class Sequences:
     def check_integrity(self) -> None:
         """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
         counts = [0] * len(self.refcounts)
-        needed = -(-self.num_pages // SEGMENT_PAGES)
+        needed = segments_of(self.num_pages)
         for row in self.directory:
             _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
             for segment in row:

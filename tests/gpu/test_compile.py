@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from spin_hf import SpinCache
 from spin_hf.layer import SpinLayer
 
+from ..support.synchronisation import no_synchronisation
 from ..support.zoo import build_model
 from .test_graph import FULL, _generate, _inputs
 
@@ -76,13 +77,9 @@ def test_no_step_waits_for_the_host_and_what_is_evicted_comes_back() -> None:
 
     for _ in range(5):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in range(300):
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert cache.get_seq_length() == 90 + 305
     assert cache.stats().evictions > 300
     cache.check_integrity()

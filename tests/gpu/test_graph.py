@@ -12,6 +12,7 @@ from transformers import DynamicCache, TextStreamer
 
 from spin_hf import SpinCache, defer, enable
 
+from ..support.synchronisation import no_synchronisation
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -75,13 +76,9 @@ def test_no_step_waits_for_the_host() -> None:
     for _ in range(3):
         model(token, past_key_values=cache)
     assert _graphs(cache) == 1
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in range(50):
             model(token, past_key_values=cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     cache.check_integrity()
 
 

@@ -20,6 +20,7 @@ from spin_hf.attention.interface import spin_attention
 from ..attention.test_seer import gates_for
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
+from ..support.synchronisation import no_synchronisation
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -100,13 +101,9 @@ def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
     token = torch.full((2, 1), 5, device="cuda")
     for _ in range(4):
         model(token, past_key_values=cache)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in range(20):
             model(token, past_key_values=cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     cache.check_integrity()
 
 

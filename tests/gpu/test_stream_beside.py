@@ -10,6 +10,7 @@ import torch
 from spin_hf import SpinCache
 from spin_hf.verify import StreamBeside, Verification
 
+from ..support.synchronisation import no_synchronisation
 from ..support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -44,13 +45,9 @@ def test_steps_with_a_mask_do_not_synchronise() -> None:
     masks = [torch.ones((2, 91 + i), dtype=torch.int64, device="cuda") for i in range(40)]
     for mask in masks[:3]:
         model(token, past_key_values=cache, attention_mask=mask)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for mask in masks[3:]:
             model(token, past_key_values=cache, attention_mask=mask)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert isinstance(cache.steps.verification, Verification)
     assert cache.steps.verification.beside is not None
     cache.check_integrity()
