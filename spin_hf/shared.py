@@ -103,11 +103,9 @@ class SharedState:
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""
         launch = kernels.launchers(device)
-        if launch is None:
-            return None
         key, batch_size = (device, num_heads), self.sequences.batch_size
         found = self._step_kernels.get(key)
-        if found is None and recipe_of(self.method) is None:
+        if launch is None or (found is None and recipe_of(self.method) is None):
             return None
         if found is None or found.batch_size != batch_size:
             taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
