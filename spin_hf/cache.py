@@ -33,12 +33,13 @@ from .config import SpinOptions
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
+from .indexing import index_deferred
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
-from .shared import SharedState, check_batch
+from .shared import SharedState
 from .stats import CacheStats
 from .step_plan import StepPlan
-from .storage.sequences import Sequences
+from .storage.sequences import Sequences, check_batch
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
@@ -295,6 +296,7 @@ class SpinCache(Cache):
         A forward that was interrupted is taken back first.
         """
         self._log.settle(self.layers)
+        index_deferred(self._shared)
         self._shared.sequences.check_integrity()
         regroup.check_integrity(self._shared)
         for layer in self._shared.layers:

@@ -2,10 +2,13 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give.
+Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give. Pages of a
+prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,21 +18,39 @@ from .errors import CacheStateError
 from .storage.pages import PageStore
 from .storage.sequences import Sequences
 
+if TYPE_CHECKING:
+    from .shared import SharedState
+
 _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
-def index_pages(store: PageStore, method: Method, layer: int, first: int, stop: int) -> None:
+def index_deferred(shared: SharedState, done: range = range(0)) -> None:
+    """Summarise, in all layers, the pages that were put off, but for those that are `done`. Writes summaries."""
+    put_off, complete = shared.deferred, shared.sequences.length // shared.sequences.page_size
+    for first, stop in ((put_off.start, min(put_off.stop, done.start)), (max(put_off.start, done.stop), put_off.stop)):
+        for layer in shared.layers:
+            layer.index(first, min(stop, complete))
+    shared.deferred = range(0)
+
+
+def index_pages(
+    store: PageStore, method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
+) -> None:
     """Summarise the complete pages [first, stop) of all sequences of the paged layer number `layer`. Writes summaries.
 
     Partitions of several pages must lie inside.
+
+    Args:
+        content: these pages as they are kept, if somebody has read them already.
     """
     whole = min(stop, max(first, store.sequences.stretches.num_pages))
     at_once = max(1, _INDEX_TOKENS // store.page_size)
     parts = [(first, whole), *((start, min(start + at_once, stop)) for start in range(whole, stop, at_once))]
     for start, end in parts:
         if start < end:
-            rows, summaries = _summarise(store, method, layer, start, end)
+            inside = None if content is None else content[:, :, start - first : end - first]
+            rows, summaries = _summarise(store, method, layer, start, end, inside)
             for name, vectors in summaries.items():
                 store.summaries[name].put(rows, vectors)
 
@@ -52,9 +73,15 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
             )
 
 
-def _summarise(store: PageStore, method: Method, layer: int, first: int, stop: int) -> tuple[Tensor, Summaries]:
+def _summarise(
+    store: PageStore, method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
+) -> tuple[Tensor, Summaries]:
     """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
-    keys, values, rows = store.pages(first, stop)
+    if content is None:
+        content, rows = store.content(first, stop)
+    else:
+        rows = store.rows(first, stop)
+    keys, values = store.parts(content)
     valid, positions = tokens_of(store.sequences, first, stop, keys.device)
     partition_pages = None
     if store.regrouped is not None:

@@ -316,7 +316,11 @@ class SpinLayer(CacheLayerMixin):
                 return
         else:
             store.append(key, value)
-        self.index(sequences.start // store.page_size, sequences.length // store.page_size)
+        first, stop = sequences.start // store.page_size, sequences.length // store.page_size
+        if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
+            self.shared.deferred = range(first, stop)
+        else:
+            self.index(first, stop)
 
     def index(self, first: int, stop: int) -> None:
         """Summarise the complete pages [first, stop) of all sequences."""

@@ -1,6 +1,7 @@
 """Regrouping: when tokens trade places, in all layers at once, and when they go back.
 
-    grow       before a step: enough tokens have left the recent window      ->  a stretch, or several
+    catch_up   before a step: what the last forward put off
+    grow       enough tokens have left the recent window                     ->  a stretch, or several
     restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
 
 Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
-from .indexing import index_pages
+from .indexing import index_deferred, index_pages
 from .storage.pages import PageStore
 from .storage.regrouped import RegroupedPages, tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
@@ -49,11 +50,23 @@ class Run(NamedTuple):
     stop: int
 
 
+def catch_up(shared: SharedState) -> None:
+    """Regroup what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
+
+    Raises:
+        as `grow`; what waits is done by the next step then.
+    """
+    before = shared.sequences.stretches.num_pages
+    grow(shared)
+    if shared.deferred:
+        index_deferred(shared, range(before, shared.sequences.stretches.num_pages))
+
+
 def grow(shared: SharedState) -> None:
     """Regroup what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
-        CacheStateError: the method's arrangement loses tokens or pages. That layer and those behind it are as before.
+        CacheStateError: the method's arrangement loses tokens or pages. Where it does, they stay in order.
     """
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
@@ -140,8 +153,17 @@ def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], ma
         sequences.stretches.append(end, moves)
     sequences.changed()
     runs = [run for _, found in grouped for run in found]
+    flawless = []
     for layer in layers:
-        _rearrange(layer, first, stop, *_arrange(method, layer, first, stop, runs))
+        content, _ = _store(layer).content(first, stop)
+        order, partition_pages, sound = _arrange(method, layer, content, first, runs)
+        _rearrange(layer, first, stop, order, partition_pages, content)
+        flawless += sound
+    if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
+        raise CacheStateError(
+            f"method {method}: expected arrange to return a permutation of the tokens of a stretch in each KV head, and "
+            "partition_pages that cover every page once, got numbers or pages twice or not at all; correct the method"
+        )
 
 
 def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> tuple[Tensor, list[Run]]:
@@ -185,25 +207,32 @@ def _runs_of(may_move: list[bool]) -> Pages:
 
 
 def _arrange(
-    method: Regrouping, layer: SpinLayer, first: int, stop: int, runs: list[Run]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Order [B, H, tokens] and partition_pages [B, H, n] of pages [first, stop), in which those outside of runs stay."""
+    method: Regrouping, layer: SpinLayer, content: Tensor, first: int, runs: list[Run]
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Order [B, H, tokens] and partition_pages [B, H, n] of pages from `first` on, in which those outside of runs stay.
+
+    Args:
+        content: the pages, as they are kept.
+    Returns:
+        Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
+    """
     store = _store(layer)
-    keys, _, rows = store.pages(first, stop)
-    size = store.page_size
-    order = torch.arange((stop - first) * size, device=keys.device).expand(*rows.shape[:2], -1).clone()
-    partition_pages = torch.ones_like(rows)
+    keys, size, sound = store.parts(content)[0], store.page_size, []
+    order = torch.arange(content.shape[2] * size, device=keys.device).expand(*content.shape[:2], -1).clone()
+    partition_pages = order.new_ones(content.shape[:3])
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
         inside = torch.stack([keys[run.sequences[0], :, run.first - first : run.stop - first] for run in alike])
         made = method.arrange(inside.flatten(2, 3))
-        _check_arrangement(method, made, torch.Size((*inside.shape[:2], inside.shape[2] * size)), size)
+        good = _is_sound(method, made, torch.Size((*inside.shape[:2], inside.shape[2] * size)), size)
+        sound.append(good)
         for index, run in enumerate(alike):
             start, end = run.first - first, run.stop - first
             for row in run.sequences:
-                order[row, :, start * size : end * size] = made.order[index] + start * size
+                places = order[row, :, start * size : end * size]
+                places.copy_(torch.where(good, made.order[index] + start * size, places))
                 if made.partition_pages is not None:
-                    partition_pages[row, :, start:end] = made.partition_pages[index]
-    return order, partition_pages
+                    partition_pages[row, :, start:end] = made.partition_pages[index].where(good, 1)
+    return order, partition_pages, sound
 
 
 def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
@@ -223,31 +252,31 @@ def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
         _rearrange(layer, first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
 
 
-def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> None:
+def _rearrange(
+    layer: SpinLayer, first: int, stop: int, order: Tensor, partition_pages: Tensor, content: Tensor | None = None
+) -> None:
     """Rearrange and index a stretch of one layer, or leave it as it was."""
-    store = _store(layer)
-    undo = store.rearrange(first, stop, order, partition_pages)
+    store, method = _store(layer), layer.shared.method
+    undo, moved = store.rearrange(first, stop, order, partition_pages, content)
     try:
-        index_pages(store, layer.shared.method, layer.number, first, stop)
+        index_pages(store, method, layer.number, first, stop, moved)
     except BaseException:
         undo()
-        index_pages(store, layer.shared.method, layer.number, first, stop)
+        index_pages(store, method, layer.number, first, stop)
         raise
 
 
-def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:
-    order = made.order
-    if order.shape != shape or not bool((_times_each(order).eq(1)).all()):
+def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> Tensor:
+    """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
+    order, pages = made.order, made.partition_pages
+    expected = (*shape[:2], shape[2] // page_size)
+    if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
-            f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
-            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
+            f"method {method}: expected arrange to return an order {tuple(shape)} and partition_pages {expected} or None, "
+            f"got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
         )
-    pages, expected = made.partition_pages, (*shape[:2], shape[2] // page_size)
-    if pages is not None and not (pages.shape == expected and tiles(pages)):
-        raise CacheStateError(
-            f"method {method}: expected partition_pages of arrange, {expected}, to cover every page once, got "
-            f"{tuple(pages.shape)} that leaves out some, or has them twice; correct the method"
-        )
+    sound = _times_each(order).eq(1).all()
+    return sound if pages is None else sound & tiles(pages)
 
 
 def _times_each(order: Tensor) -> Tensor:

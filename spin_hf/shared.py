@@ -30,12 +30,12 @@ from .compiled import KernelPool, handle_of, new_handle
 from .completed import index_completed
 from .config import SpinOptions
 from .decode import StepKernels
-from .errors import AttentionError, BatchSizeError, CacheStateError
+from .errors import AttentionError, CacheStateError
 from .kernels.fields import Counter, StepField
 from .layer_budget import LayerShape, tier_budget
 from .step_plan import StepPlan
 from .storage.budget import TierBudget, auto_gpu_memory
-from .storage.sequences import Sequences
+from .storage.sequences import Sequences, check_batch
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -58,6 +58,7 @@ class SharedState:
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
+        deferred: pages whose summaries, in all layers, wait for the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
     """
 
@@ -78,6 +79,7 @@ class SharedState:
     handle: int = 0
     query_heads: int = 0
     pool: KernelPool | None = None
+    deferred: range = range(0)
     served: weakref.ref[Any] | None = None
     warned_waves: bool = False
     warned_regrouping: bool = False
@@ -151,7 +153,7 @@ class SharedState:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
-        regroup.grow(self)
+        regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
@@ -388,12 +390,3 @@ class SharedState:
 def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:
     """Whether a token that is `fresh` does not stand where it is counted to."""
     return ((position_ids != counted) & fresh).any()
-
-
-def check_batch(held: int, batch_size: int) -> None:
-    """Raise BatchSizeError where a batch is not the one that the cache holds."""
-    if held != batch_size:
-        raise BatchSizeError(
-            f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
-            "batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
-        )

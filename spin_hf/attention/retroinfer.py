@@ -85,7 +85,10 @@ class RetroInfer(Regrouping, Method):
     def index_pages(self, pages: Pages) -> Summaries:
         """Means of the keys and values of clusters."""
         assert pages.partition_pages is not None
-        means = {"centroid": _mean(pages.keys, pages.valid), "value": _mean(pages.values, pages.valid)}
+        means = {
+            "centroid": kernels.page_means(pages.keys, pages.valid),
+            "value": kernels.page_means(pages.values, pages.valid),
+        }
         return {name: merge_pages(mean, pages.partition_pages) for name, mean in means.items()}
 
     def arrange(self, keys: Tensor) -> Arrangement:
@@ -208,12 +211,6 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     tiles = zip(points.split(at_once), centroids.split(at_once), strict=True)
     likeness, own = zip(*((x @ centroid.mT).max(2) for x, centroid in tiles), strict=True)
     return torch.cat(likeness), torch.cat(own)
-
-
-def _mean(states: Tensor, valid: Tensor) -> Tensor:
-    """Mean [..., D], float32, of the valid tokens of pages [..., P, D]; zeros where there are none."""
-    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
-    return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:

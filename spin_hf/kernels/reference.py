@@ -97,6 +97,35 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
 
 
+def page_means(states: Tensor, valid: Tensor) -> Tensor:
+    """Means of pages.
+
+    Args:
+        states: [B, H, n, P, D]; valid: [B, 1 or H, n, P], bool.
+    Returns:
+        [B, H, n, D], float32, over the valid tokens; zeros where there are none.
+    """
+    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
+    return total / valid.sum(-1, keepdim=True).clamp(min=1)
+
+
+def move_tokens(content: Tensor, order: Tensor, page_size: int, widths: Sequence[int]) -> Tensor:
+    """Pages whose tokens stand in another order.
+
+    Args:
+        content: [B, H, n, P * sum(widths)]: parts one behind the other, in each of them so many elements a token.
+        order: [B, H, n * P], int64: place i gets the token at place order[i].
+    Returns:
+        As `content`, a copy.
+    """
+    moved = []
+    for part in content.split([page_size * width for width in widths], 3):
+        tokens = part.unflatten(3, (page_size, -1))
+        index = order.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[4])
+        moved.append(tokens.flatten(2, 3).gather(2, index).unflatten(2, tokens.shape[2:4]).flatten(3))
+    return torch.cat(moved, 3)
+
+
 # ------------------------------------------------------------------------------------------------------------ select
 
 

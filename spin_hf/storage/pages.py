@@ -156,25 +156,41 @@ class PageStore:
         Returns:
             keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
         """
-        rows = self._rows()[:, :, first:stop]
-        return *kernels.split_pages(self.home.take(rows), self.page_size, self.key_dim), rows
+        content, rows = self.content(first, stop)
+        return *self.parts(content), rows
 
-    def rearrange(self, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> Callable[[], None]:
+    def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same as they are kept, [B, H, n, page elements], and their rows."""
+        rows = self.rows(first, stop)
+        return self.home.take(rows), rows
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
+        return self._rows()[:, :, first:stop]
+
+    def parts(self, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages as they are kept."""
+        return kernels.split_pages(content, self.page_size, self.key_dim)
+
+    def rearrange(
+        self, first: int, stop: int, order: Tensor, partition_pages: Tensor, content: Tensor | None = None
+    ) -> tuple[Callable[[], None], Tensor]:
         """Let the tokens of pages [first, stop) of all sequences trade places. Summaries are not brought up to that.
 
         Args:
             order: [B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
                 for sequences that share these pages.
             partition_pages: [B, H, n], as `RegroupedPages` keeps it.
+            content: these pages as they are in their home, if somebody has read them already.
         Returns:
-            What puts everything back as it was.
+            What puts everything back as it was; the pages in their new order.
         """
-        regrouped, rows = self.regrouped, self._rows()[:, :, first:stop]
+        regrouped, rows = self.regrouped, self.rows(first, stop)
         assert regrouped is not None
-        content, positions = self.home.take(rows), regrouped.positions(first, stop)
-        partitions = regrouped.partition_pages(first, stop)
-        keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
-        moved = [_take_tokens(part, order) for part in (keys, values, positions.unsqueeze(-1))]
+        content = self.home.take(rows) if content is None else content
+        positions, partitions = regrouped.positions(first, stop), regrouped.partition_pages(first, stop)
+        moved = kernels.move_tokens(content, order, self.page_size, (self.key_dim, self.value_dim))
+        now_at = positions.flatten(2).gather(2, order).unflatten(2, positions.shape[2:])
 
         def write(content: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
             if self.frames is not None:
@@ -183,11 +199,11 @@ class PageStore:
             regrouped.write(rows, positions, partition_pages)
 
         try:
-            write(torch.cat([moved[0].flatten(3), moved[1].flatten(3)], 3), moved[2].squeeze(-1), partition_pages)
+            write(moved, now_at, partition_pages)
         except BaseException:
             write(content, positions, partitions)
             raise
-        return lambda: write(content, positions, partitions)
+        return lambda: write(content, positions, partitions), moved
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
@@ -266,9 +282,3 @@ class PageStore:
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)
-
-
-def _take_tokens(states: Tensor, order: Tensor) -> Tensor:
-    """Tokens `order` [B, H, tokens] of pages [B, H, n, P, D], as pages."""
-    index = order.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
-    return states.flatten(2, 3).gather(2, index).unflatten(2, states.shape[2:4])

@@ -89,7 +89,7 @@ class RegroupedPages:
             grouped = self.sequences.stretches.grouped[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
             _check(not bool((moved & ~grouped).any()), "a page was regrouped that must stay as it is")
-            _check(tiles(pages), "partitions of a stretch overlap or leave pages out")
+            _check(bool(tiles(pages)), "partitions of a stretch overlap or leave pages out")
 
     def _places(self) -> Tensor:
         """Position of each place in the stretches: [B, H, pages * P], int64."""
@@ -105,13 +105,13 @@ class RegroupedPages:
         return tokens.view(-1, self.page_size).expand(self.sequences.batch_size, self.num_heads, -1, -1)
 
 
-def tiles(partition_pages: Tensor) -> bool:
-    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap."""
+def tiles(partition_pages: Tensor) -> Tensor:
+    """On the device: whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap."""
     places = torch.arange(partition_pages.shape[2], device=partition_pages.device)
     upto = torch.where(partition_pages > 0, places + partition_pages, 0).cummax(2).values  # behind the latest partition
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
     begins = (partition_pages > 0) == (before == places)
-    return bool(begins.all()) and bool((upto[:, :, -1] == places.numel()).all())
+    return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
 def bytes_for_regrouping(page_size: int) -> dict[str, int]:

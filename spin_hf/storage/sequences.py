@@ -351,3 +351,12 @@ def _new_segment(refcounts: list[int], free: list[int]) -> int:
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise CacheStateError(f"integrity: {message}; please report this as a bug")
+
+
+def check_batch(held: int, batch_size: int) -> None:
+    """Raise BatchSizeError where a batch is not the one that the cache holds."""
+    if held != batch_size:
+        raise BatchSizeError(
+            f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
+            "batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
+        )
