@@ -12,6 +12,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     closer.py      closer, rate_closer          the best of them again, by keys in four bits;  rotate.py  queries for these
     estimate.py    estimate                     what stands for pages that were not chosen
     lowbit.py      encode_rows                  keys to four bits, outside of steps
+    nearest.py     k-means of points, without their matrix of likeness;  clusters.py  whole pages from it, outside of steps
     index.py       copy_page                    a page of many layers at once, for formulas in PyTorch
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables

@@ -10,6 +10,7 @@ import triton.language as tl
 from .append import append_kernel
 from .attention import attend_kernel
 from .closer import closer_kernel, rate_closer_kernel
+from .clusters import fill_clusters, unit_vectors
 from .estimate import estimate_kernel
 from .index import copy_page_kernel
 from .lowbit import encode_rows
@@ -24,8 +25,9 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 launchers = SimpleNamespace(
     append=append_kernel, attend=attend_kernel, choose=choose_kernel, closer=closer_kernel, copy_page=copy_page_kernel,
-    copy_rows=copy_rows, encode_rows=encode_rows, estimate=estimate_kernel, find_outliers=find_outliers_kernel,
-    plan_step=plan_step_kernel, rate=rate_kernel, rate_closer=rate_closer_kernel, score=score_kernel,
-    dtype=_DTYPES.__getitem__,
+    copy_rows=copy_rows, encode_rows=encode_rows, estimate=estimate_kernel, fill_clusters=fill_clusters,
+    find_outliers=find_outliers_kernel, plan_step=plan_step_kernel, rate=rate_kernel, rate_closer=rate_closer_kernel,
+    score=score_kernel, unit_vectors=unit_vectors, dtype=_DTYPES.__getitem__,
 )  # fmt: skip
-"""kernel[grid](...) for each name; `copy_rows` and `encode_rows` launch by themselves; `dtype` translates torch's dtypes."""
+"""kernel[grid](...) for each name; those that are functions (`copy_rows`, `fill_clusters`, ...) launch by themselves; `dtype`
+translates torch's dtypes."""
