@@ -14,6 +14,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     lowbit.py      quantize, encode_pages       vectors to eight bits, keys to four, outside of steps
     tokens.py      move_tokens, page_means      tokens that change places, and pages of them, outside of steps
     bisect.py      bisect                       the places that Bisection gives to tokens
+    nearest.py     k-means of points, without their matrix of likeness;  clusters.py  whole pages from it, outside of steps
     index.py       copy_page                    a page of many layers at once, for formulas in PyTorch
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
