@@ -2,12 +2,13 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give. Pages of a
-prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
+Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give. The
+pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,17 @@ from torch import Tensor
 
 from .attention.partition import Method, Pages, Summaries
 from .errors import CacheStateError
+from .storage import rearranged
+from .storage.chunked import put_all
 from .storage.pages import PageStore
+from .storage.rearranged import regrouped
 from .storage.sequences import Sequences
 
 if TYPE_CHECKING:
     from .shared import SharedState
+
+_BYTES_AT_ONCE = 1 << 30
+"""Most bytes of pages that are worked on at a time, unless one layer has more: bounds temporary memory."""
 
 _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
@@ -29,30 +36,52 @@ def index_deferred(shared: SharedState, done: range = range(0)) -> None:
     """Summarise, in all layers, the pages that were put off, but for those that are `done`. Writes summaries."""
     put_off, complete = shared.deferred, shared.sequences.length // shared.sequences.page_size
     for first, stop in ((put_off.start, min(put_off.stop, done.start)), (max(put_off.start, done.stop), put_off.stop)):
-        for layer in shared.layers:
-            layer.index(first, min(stop, complete))
+        end = min(stop, complete)
+        if first < end:
+            for number, stores in together(shared, end - first):
+                index_pages(stores, shared.method, number, first, end)
     shared.deferred = range(0)
 
 
+def together(shared: SharedState, num_pages: int) -> Iterator[tuple[int, list[PageStore]]]:
+    """Layers whose pages are worked on in one call, as many as temporary memory allows: the number of one, and the stores."""
+    groups: dict[Hashable, list[tuple[int, PageStore]]] = {}
+    for layer in shared.layers:
+        if layer.store is not None:
+            apart = None if shared.method.layers_alike else layer.number
+            groups.setdefault((apart, rearranged.alike(layer.store)), []).append((layer.number, layer.store))
+    for group in groups.values():
+        store = group[0][1]
+        each = num_pages * shared.sequences.batch_size * store.num_heads * store.home.row_bytes
+        at_once = max(1, _BYTES_AT_ONCE // max(1, each))
+        for start in range(0, len(group), at_once):
+            yield group[start][0], [store for _, store in group[start : start + at_once]]
+
+
 def index_pages(
-    store: PageStore, method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
+    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
 ) -> None:
-    """Summarise the complete pages [first, stop) of all sequences of the paged layer number `layer`. Writes summaries.
+    """Summarise the complete pages [first, stop) of all sequences of paged layers that are alike. Writes summaries.
 
     Partitions of several pages must lie inside.
 
     Args:
-        content: these pages as they are kept, if somebody has read them already.
+        layer: number of the only layer, or of one of those that the method treats alike.
+        content: these pages as they are kept, [L * B, H, n, page elements], if somebody has read them already.
     """
-    whole = min(stop, max(first, store.sequences.stretches.num_pages))
-    at_once = max(1, _INDEX_TOKENS // store.page_size)
+    one = stores[0]
+    whole = min(stop, max(first, one.sequences.stretches.num_pages))
+    at_once = max(1, _INDEX_TOKENS // one.page_size)
     parts = [(first, whole), *((start, min(start + at_once, stop)) for start in range(whole, stop, at_once))]
     for start, end in parts:
         if start < end:
             inside = None if content is None else content[:, :, start - first : end - first]
-            rows, summaries = _summarise(store, method, layer, start, end, inside)
-            for name, vectors in summaries.items():
-                store.summaries[name].put(rows, vectors)
+            rows, made = _summarise(stores, method, layer, start, end, inside)
+            for name, vectors in made.items():
+                summary = one.summaries[name]
+                for which, kept in enumerate(summary.kept(vectors)):
+                    arrays = [store.summaries[name].arrays[which] for store in stores]
+                    put_all(arrays, rows, kept.unflatten(0, (len(stores), -1)))
 
 
 def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:
@@ -63,7 +92,7 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
         exact: whether to the last bit; else up to the rounding of another order of summation.
     """
     stop = store.sequences.length // store.page_size
-    rows, expected = _summarise(store, method, layer, 0, stop)
+    rows, expected = _summarise([store], method, layer, 0, stop)
     for name, vectors in expected.items():
         summary = store.summaries[name]
         held, vectors = summary.take(rows), summary.rounded(vectors)
@@ -74,18 +103,20 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
 
 
 def _summarise(
-    store: PageStore, method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
+    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
 ) -> tuple[Tensor, Summaries]:
-    """Rows [B, H, n] and summaries of the complete pages [first, stop), from their contents."""
+    """Rows [B, H, n] and summaries [L * B, H, n, ...] of the complete pages [first, stop), from their contents."""
+    one, rows = stores[0], stores[0].rows(first, stop)
     if content is None:
-        content, rows = store.content(first, stop)
-    else:
-        rows = store.rows(first, stop)
-    keys, values = store.parts(content)
-    valid, positions = tokens_of(store.sequences, first, stop, keys.device)
+        content = rearranged.content(stores, first, stop)
+    keys, values = one.parts(content)
+    valid, positions = tokens_of(one.sequences, first, stop, keys.device)
+    if len(stores) > 1:
+        valid = valid.repeat(len(stores), 1, 1, 1)
+        positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
     partition_pages = None
-    if store.regrouped is not None:
-        partition_pages = store.regrouped.partition_pages(first, stop)
+    if one.regrouped is not None:
+        partition_pages = torch.cat([regrouped(store).partition_pages(first, stop) for store in stores])
     return rows, method.index_pages(Pages(keys, valid, layer, values, positions, partition_pages))
 
 

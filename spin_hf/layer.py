@@ -325,7 +325,7 @@ class SpinLayer(CacheLayerMixin):
     def index(self, first: int, stop: int) -> None:
         """Summarise the complete pages [first, stop) of all sequences."""
         if self.store is not None:
-            index_pages(self.store, self.shared.method, self.number, first, stop)
+            index_pages([self.store], self.shared.method, self.number, first, stop)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .attention.partition import Method
 from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
-from .indexing import index_deferred, index_pages
+from .indexing import index_deferred, index_pages, together
+from .storage import rearranged
 from .storage.pages import PageStore
-from .storage.regrouped import RegroupedPages, tiles
+from .storage.regrouped import tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
 from .storage.stretches import pages_that_may_move
 
 if TYPE_CHECKING:
-    from .layer import SpinLayer
     from .shared import SharedState
 
 logger = logging.getLogger("spin_hf")
@@ -106,8 +107,11 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
-            for layer in shared.layers:
-                _put_back(layer, first, stop)
+            for number, stores in together(shared, stop - first):
+                order = rearranged.positions(stores, first, stop).flatten(2).argsort(2)
+                partitions = order.new_ones((*order.shape[:2], stop - first))
+                content = rearranged.content(stores, first, stop)
+                _rearrange(stores, shared.method, number, first, stop, order, partitions, content)
         stretches.drop_last()
         sequences.changed()
 
@@ -146,18 +150,17 @@ def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], ma
     sequences = shared.sequences
     first, stop = sequences.stretches.num_pages, stops[-1]
     grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    layers = [layer for layer in shared.layers if layer.store is not None]
-    for layer in layers:
-        _regrouped(layer).write_runs(first, stop)
+    for _, stores in together(shared, stop - first):
+        rearranged.write_runs(stores, first, stop)
     for end, (moves, _) in zip(stops, grouped, strict=True):
         sequences.stretches.append(end, moves)
     sequences.changed()
     runs = [run for _, found in grouped for run in found]
     flawless = []
-    for layer in layers:
-        content, _ = _store(layer).content(first, stop)
-        order, partition_pages, sound = _arrange(method, layer, content, first, runs)
-        _rearrange(layer, first, stop, order, partition_pages, content)
+    for number, stores in together(shared, stop - first):
+        content = rearranged.content(stores, first, stop)
+        order, partitions, sound = _arrange(method, stores, content, first, runs)
+        _rearrange(stores, shared.method, number, first, stop, order, partitions, content)
         flawless += sound
     if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
         raise CacheStateError(
@@ -207,32 +210,38 @@ def _runs_of(may_move: list[bool]) -> Pages:
 
 
 def _arrange(
-    method: Regrouping, layer: SpinLayer, content: Tensor, first: int, runs: list[Run]
+    method: Regrouping, stores: list[PageStore], content: Tensor, first: int, runs: list[Run]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Order [B, H, tokens] and partition_pages [B, H, n] of pages from `first` on, in which those outside of runs stay.
+    """Order [L * B, H, tokens] and partitions [L * B, H, n] of pages from `first` on; those outside of runs stay.
 
     Args:
-        content: the pages, as they are kept.
+        content: the pages, [L * B, H, n, page elements].
     Returns:
         Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
     """
-    store = _store(layer)
-    keys, size, sound = store.parts(content)[0], store.page_size, []
-    order = torch.arange(content.shape[2] * size, device=keys.device).expand(*content.shape[:2], -1).clone()
-    partition_pages = order.new_ones(content.shape[:3])
+    layers, size, sound = len(stores), stores[0].page_size, []
+    keys = stores[0].parts(content)[0].unflatten(0, (layers, -1))
+    order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
+    partitions = order.new_ones(keys.shape[:4])
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
-        inside = torch.stack([keys[run.sequences[0], :, run.first - first : run.stop - first] for run in alike])
-        made = method.arrange(inside.flatten(2, 3))
-        good = _is_sound(method, made, torch.Size((*inside.shape[:2], inside.shape[2] * size)), size)
+        parts = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
+        inside = torch.stack(parts).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
+        made = method.arrange(inside)
+        good = _is_sound(method, made, inside.shape[:3], size)
         sound.append(good)
-        for index, run in enumerate(alike):
+        for run, places, pages in zip(
+            alike,
+            made.order.unflatten(0, (-1, layers)),
+            [None] * len(alike) if made.partition_pages is None else made.partition_pages.unflatten(0, (-1, layers)),
+            strict=True,
+        ):
             start, end = run.first - first, run.stop - first
             for row in run.sequences:
-                places = order[row, :, start * size : end * size]
-                places.copy_(torch.where(good, made.order[index] + start * size, places))
-                if made.partition_pages is not None:
-                    partition_pages[row, :, start:end] = made.partition_pages[index].where(good, 1)
-    return order, partition_pages, sound
+                stay = order[:, row, :, start * size : end * size]
+                stay.copy_(torch.where(good, places + start * size, stay))
+                if pages is not None:
+                    partitions[:, row, :, start:end] = pages.where(good, 1)
+    return order.flatten(0, 1), partitions.flatten(0, 1), sound
 
 
 def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
@@ -245,31 +254,24 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
         yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
 
 
-def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
-    """Let a stretch be runs of positions again."""
-    if layer.store is not None:
-        order = _regrouped(layer).positions(first, stop).flatten(2).argsort(2)
-        _rearrange(layer, first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
-
-
 def _rearrange(
-    layer: SpinLayer, first: int, stop: int, order: Tensor, partition_pages: Tensor, content: Tensor | None = None
-) -> None:
-    """Rearrange and index a stretch of one layer, or leave it as it was."""
-    store, method = _store(layer), layer.shared.method
-    undo, moved = store.rearrange(first, stop, order, partition_pages, content)
+    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, order: Tensor, partitions: Tensor,
+    content: Tensor,
+) -> None:  # fmt: skip
+    """Rearrange and index a stretch of layers, or leave them as they were."""
+    undo, moved = rearranged.rearrange(stores, first, stop, order, partitions, content)
     try:
-        index_pages(store, method, layer.number, first, stop, moved)
+        index_pages(stores, method, layer, first, stop, moved)
     except BaseException:
         undo()
-        index_pages(store, method, layer.number, first, stop)
+        index_pages(stores, method, layer, first, stop)
         raise
 
 
 def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> Tensor:
     """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
     order, pages = made.order, made.partition_pages
-    expected = (*shape[:2], shape[2] // page_size)
+    expected = torch.Size((*shape[:2], shape[2] // page_size))
     if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
             f"method {method}: expected arrange to return an order {tuple(shape)} and partition_pages {expected} or None, "
@@ -286,14 +288,3 @@ def _times_each(order: Tensor) -> Tensor:
     times = order.new_zeros((*order.shape[:-1], count + 1))
     times[..., -1] = 1
     return times.scatter_add_(-1, places, torch.ones_like(places))
-
-
-def _store(layer: SpinLayer) -> PageStore:
-    assert layer.store is not None
-    return layer.store
-
-
-def _regrouped(layer: SpinLayer) -> RegroupedPages:
-    regrouped = _store(layer).regrouped
-    assert regrouped is not None
-    return regrouped

@@ -144,7 +144,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     """
     launch = kernels.launchers(points.device)
     if launch is not None and points.shape[2] <= launch.bisect_max_dim:
-        return launch.bisect(points, page_size)  # type: ignore[no-any-return]
+        return launch.bisect(points, page_size)
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
     size = page_size

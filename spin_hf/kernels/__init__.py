@@ -78,7 +78,7 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, widths: tuple[in
     """`reference.move_tokens`, by a kernel where there is one."""
     launch = launchers(content.device)
     move = reference.move_tokens if launch is None else launch.move_tokens
-    return move(content, order, page_size, widths)  # type: ignore[no-any-return]
+    return move(content, order, page_size, widths)
 
 
 def on_gpu() -> bool:

@@ -7,8 +7,8 @@
     of 128 to 1,024           halve_part      all of this by one program
     of 64 and less            halve_all       all levels at once, by products of the points with each other
 
-A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are matrix
-products too, as only loads for those are fetched ahead. The specification is `attention.bisection.halve`.
+A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
+matrix products too, as only loads for those are fetched ahead. The specification is `attention.bisection.halve`.
 """
 
 from __future__ import annotations

@@ -46,9 +46,6 @@ def encode_pages(
         keys = keys.contiguous()
     valid = valid.expand(batch_size, 1, count, page_size).contiguous()
     steps = torch.tensor(multiples, dtype=torch.float32).to(keys.device, non_blocking=True)
-    exact = (
-        "tf32x3" if torch.cuda.is_available() and torch.cuda.get_device_capability(keys.device) >= (8, 0) else "ieee"
-    )
     with torch.cuda.device_of(keys):
         encode_pages_kernel[(triton.cdiv(count * page_size, _TILE * _TILES), batch_size * num_heads)](
             keys, mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
@@ -85,7 +82,8 @@ def encode_pages_kernel(
 
     Args:
         keys: [B, H, count, PAGE, D] by these strides; mean: float32 [B, H, count, D]; valid: uint8 [B, 1, count, PAGE].
-        basis: [D, D], in the dtype of the keys; `length` of its columns; steps: float32 [STEPS], multiples of the root mean square.
+        basis: [D, D], in the dtype of the keys; `length` of its columns.
+        steps: float32 [STEPS], multiples of the root mean square.
         codes: uint8 [B, H, count, PAGE, ceil(D / 2)]; scale: float32 [B, H, count, PAGE], -1 for padding. Written.
     """
     bh = tl.program_id(1).to(tl.int64)

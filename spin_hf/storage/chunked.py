@@ -106,7 +106,9 @@ class ChunkedArray:
             self._wait_for_kernels()
             return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
         taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.compute_device)
-        copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), taken, put=False)
+        copy(
+            [self.address_table], self.rows_per_chunk, rows.to(self.compute_device).contiguous(), taken[None], put=False
+        )
         return taken.to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
@@ -117,7 +119,13 @@ class ChunkedArray:
             kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
         else:
             values = values.to(self.compute_device, self.dtype).contiguous()
-            copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), values, put=True)
+            copy(
+                [self.address_table],
+                self.rows_per_chunk,
+                rows.to(self.compute_device).contiguous(),
+                values[None],
+                put=True,
+            )
 
     def move(self, device: torch.device) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one).
@@ -195,3 +203,28 @@ class ChunkedArray:
         if self._table is not None:
             addresses = [chunk.data_ptr() for chunk in self.chunks[first:]]
             self._table[first : len(self.chunks)] = torch.tensor(addresses, dtype=torch.int64)
+
+
+def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
+    """The same rows of several arrays that are alike: [arrays, *rows.shape, *row_shape], copies on the ids' device."""
+    first = arrays[0]
+    copy = first._copy_rows(rows)
+    if copy is None or len(arrays) == 1:
+        return torch.stack([array.take(rows) for array in arrays])
+    taken = torch.empty((len(arrays), *rows.shape, *first.row_shape), dtype=first.dtype, device=first.compute_device)
+    tables = [array.address_table for array in arrays]
+    copy(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)
+    return taken.to(rows.device)
+
+
+def put_all(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> None:
+    """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows of several arrays that are alike."""
+    first = arrays[0]
+    copy = first._copy_rows(rows)
+    if copy is None or len(arrays) == 1:
+        for array, content in zip(arrays, values, strict=True):
+            array.put(rows, content)
+        return
+    values = values.to(first.compute_device, first.dtype).contiguous()
+    tables = [array.address_table for array in arrays]
+    copy(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)

@@ -11,7 +11,7 @@ segment shares or copies both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -171,39 +171,6 @@ class PageStore:
     def parts(self, content: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages as they are kept."""
         return kernels.split_pages(content, self.page_size, self.key_dim)
-
-    def rearrange(
-        self, first: int, stop: int, order: Tensor, partition_pages: Tensor, content: Tensor | None = None
-    ) -> tuple[Callable[[], None], Tensor]:
-        """Let the tokens of pages [first, stop) of all sequences trade places. Summaries are not brought up to that.
-
-        Args:
-            order: [B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
-                for sequences that share these pages.
-            partition_pages: [B, H, n], as `RegroupedPages` keeps it.
-            content: these pages as they are in their home, if somebody has read them already.
-        Returns:
-            What puts everything back as it was; the pages in their new order.
-        """
-        regrouped, rows = self.regrouped, self.rows(first, stop)
-        assert regrouped is not None
-        content = self.home.take(rows) if content is None else content
-        positions, partitions = regrouped.positions(first, stop), regrouped.partition_pages(first, stop)
-        moved = kernels.move_tokens(content, order, self.page_size, (self.key_dim, self.value_dim))
-        now_at = positions.flatten(2).gather(2, order).unflatten(2, positions.shape[2:])
-
-        def write(content: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
-            if self.frames is not None:
-                self.frames.forget(first, stop)
-            self.home.put(rows, content)
-            regrouped.write(rows, positions, partition_pages)
-
-        try:
-            write(moved, now_at, partition_pages)
-        except BaseException:
-            write(content, positions, partitions)
-            raise
-        return lambda: write(content, positions, partitions), moved
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""

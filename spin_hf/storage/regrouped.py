@@ -51,16 +51,6 @@ class RegroupedPages:
         held = self._partition.take(self._rows(first, stop)).long()
         return torch.cat([held, held.new_ones((*held.shape[:2], stop - first - held.shape[2]))], 2)
 
-    def write(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
-        """Note what rows [B, H, n] now hold: positions [B, H, n, P] and partition_pages [B, H, n]."""
-        self._positions.put(rows, positions)
-        self._partition.put(rows, partition_pages)
-
-    def write_runs(self, first: int, stop: int) -> None:
-        """Pages [first, stop) of all sequences are runs, and partitions by themselves."""
-        rows = self.sequences.page_rows(self.num_heads, self.device)[:, :, first:stop]
-        self.write(rows, self._runs(first, stop), torch.ones_like(rows))
-
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
         places = self._places()
@@ -106,7 +96,7 @@ class RegroupedPages:
 
 
 def tiles(partition_pages: Tensor) -> Tensor:
-    """On the device: whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap."""
+    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap: []."""
     places = torch.arange(partition_pages.shape[2], device=partition_pages.device)
     upto = torch.where(partition_pages > 0, places + partition_pages, 0).cummax(2).values  # behind the latest partition
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
