@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import campaign
-import torch
 from batch_rows import EXTRA, Filled, guess_spread
 from campaign import Bench
 from record import Record, newest
@@ -90,14 +89,13 @@ def cap_for(config_or_model: Any, tokens: int, batch: int, budget: int, frames: 
         """Page frames, or None where all pages fit."""
         made = spin_hf.plan(
             config_or_model, batch_size=batch, context_length=tokens + EXTRA, budget=budget, gpu_memory=cap,
-            dtype=torch.bfloat16,
         )  # fmt: skip
         if not made.fits:
             return 0
         return made.page_frames or None
 
     config = getattr(config_or_model, "config", config_or_model)
-    low, high = 0, 2 * batch * sequence_bytes(config, tokens + EXTRA)
+    low, high = 0, 4 * batch * sequence_bytes(config, tokens + EXTRA)
     while high - low > 1:
         middle = (low + high) // 2
         found = frames_with(middle)
@@ -118,7 +116,7 @@ def rows_of(task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
         return
     free()
     filled = Filled(
-        bench.model, task.tokens, task.batch, budget=bench.budget, gpu_memory=cap, cpu_memory=max(1, bench.room())
+        bench.model, task.tokens, task.batch, budget=bench.budget, gpu_memory=cap, cpu_memory=bench.cpu_memory()
     )
     spread = filled.settle(guess_spread(bench.record, task.tokens))
     yield {"cache": "spin", "spread": spread, **filled.row(bench.weights), **about, "planned_frames": made.page_frames}

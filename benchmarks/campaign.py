@@ -73,8 +73,12 @@ class Bench:
     host_gib: float | None = None
 
     def room(self) -> int:
-        """Bytes of keys and values that host memory holds now."""
-        return host.room(self.host_gib)
+        """Bytes of keys and values that host memory holds now: what is planned with."""
+        return max(1, host.room(self.host_gib))
+
+    def cpu_memory(self) -> int:
+        """The cap in bytes of a cache that is made now."""
+        return self.room() + host.SLACK_BYTES
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

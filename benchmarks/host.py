@@ -10,7 +10,8 @@ from pathlib import Path
 
 from timing import resident_bytes
 
-MARGIN_BYTES = 8 << 30
+MARGIN_BYTES, SLACK_BYTES = 8 << 30, 2 << 30
+"""What is left of host memory by a plan, and how much of that a cache may use all the same: memory changes between the two."""
 
 
 def room(host_gib: float | None = None) -> int:

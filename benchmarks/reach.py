@@ -109,7 +109,7 @@ def rows_of(task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
     assert cap is not None
     allocated = Allocated(bench.weights)
     filled = Filled(
-        bench.model, tokens, 1, budget=bench.budget, gpu_memory=task.gpu_memory, cpu_memory=max(1, bench.room())
+        bench.model, tokens, 1, budget=bench.budget, gpu_memory=task.gpu_memory, cpu_memory=bench.cpu_memory()
     )
     spread = filled.settle(guess_spread(bench.record, tokens))
     allocated.note("fill")

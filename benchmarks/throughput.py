@@ -207,7 +207,7 @@ def planned(bench: Bench, tokens: int, batch: int, **options: Any) -> MemoryPlan
     """What `spin_hf.plan` says of a batch with all that it will generate; `options` are SpinCache's."""
     free()
     return spin_hf.plan(
-        bench.model, batch_size=batch, context_length=tokens + EXTRA, budget=bench.budget, cpu_memory=max(1, bench.room()),
+        bench.model, batch_size=batch, context_length=tokens + EXTRA, budget=bench.budget, cpu_memory=bench.room(),
         **options,
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ def lengths(tokens: int, batch: int) -> torch.Tensor:
 def spin_rows(task: Task, batches: list[int], bench: Bench, ragged: bool) -> Iterator[dict[str, Any]]:
     """Rows of SpinCache: the first and largest batch is filled, the others are selected from it."""
     padding = task.tokens - lengths(task.tokens, batches[0]) if ragged else None
-    filled = Filled(bench.model, task.tokens, batches[0], padding, budget=bench.budget, cpu_memory=max(1, bench.room()))
+    filled = Filled(bench.model, task.tokens, batches[0], padding, budget=bench.budget, cpu_memory=bench.cpu_memory())
     spread = filled.settle(guess_spread(bench.record, task.tokens))
     for batch in batches:
         filled.shrink(batch)
