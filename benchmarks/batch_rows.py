@@ -27,6 +27,8 @@ from spin_hf import SpinCache
 EXTRA = 768
 """Tokens that a row generates at most behind its context, eager steps included: planned for in host memory."""
 GUESSES = RESULTS / "decode-llama-8b.json"
+OVERLAP_STEPS = 5
+"""Eager steps that the overlap of a row is measured over."""
 _CLOSE = 0.015
 """Overlap is replayed up to this: 0.75 means 0.735 to 0.765."""
 
@@ -79,7 +81,7 @@ class Filled:
             weights: bytes of the model.
             times: the median of so many.
         """
-        overlap = measure(self.model, self.cache, steps=5)[1]
+        overlap = measure(self.model, self.cache, steps=OVERLAP_STEPS)[1]
         measured = attempt(lambda: with_memory(lambda: timed(self.model, self.cache, times, self.padding), weights))
         rate = {"tokens_per_s": round(self.batch / measured["tpot_ms"] * 1e3, 1)} if measured["tpot_ms"] else {}
         return {

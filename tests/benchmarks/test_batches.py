@@ -229,6 +229,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(spin_rows, "tpot", functools.partial(timing.tpot, few=1, many=2))
     monkeypatch.setattr(spin_rows, "WARM", 2)
     monkeypatch.setattr(batch_rows, "EXTRA", 40)
+    monkeypatch.setattr(batch_rows, "OVERLAP_STEPS", 2)
     monkeypatch.setattr(throughput, "EXTRA", 40)
     monkeypatch.setattr(buffers, "EXTRA", 40)
     monkeypatch.setattr(shapes, "CHUNK_IN_ALL", 512)
