@@ -228,7 +228,7 @@ def main() -> None:
             trace, mandatory = record(model, int(prompt[0, -1]), cache, args.steps, follow)
             rows[f"budget {budget}, {text}"] = evaluate(trace, mandatory, model.config.num_hidden_layers, budget)
     result = {
-        "command": command_line("traces.py", args.model),
+        "command": command_line("traces.py", args.model).replace(f" --output {args.output}", ""),
         "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": "bfloat16", "device": "cpu",
         "machine": platform.machine(), "method": "shadowkv", "page_size": ShadowKV.page_size, "num_sink_tokens": 4,
         "recent_window": 64,
