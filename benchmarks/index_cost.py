@@ -35,7 +35,7 @@ from transformers.cache_utils import Cache
 
 from spin_hf import SpinCache, regroup
 
-METHODS = ("shadowkv", "quest", "retroinfer", "bisection")
+METHODS = ("retroinfer", "bisection", "quest", "shadowkv")
 _SHAPE = "llama-8b"
 
 

@@ -191,7 +191,7 @@ def test_what_sequences_share_is_arranged_once(world: World) -> None:
     assert sequences.segments_in_use == 2
     with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
         driver.step(world.rows([0, 0, 0]), 300, 301)
-    assert [call.args[1].shape[0] for call in arrange.call_args_list] == SHAPE.layers * [len(stops(driver))]
+    assert [call.args[1].shape[0] for call in arrange.call_args_list] == [SHAPE.layers * len(stops(driver))]
     assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
     driver.cache.check_integrity()
 
@@ -326,7 +326,7 @@ def test_layers_one_by_one_or_together(world: World, once: int, monkeypatch: pyt
     driver.step(world, 0, 200)
     driver.step(world, 200, 201)
     assert len(arranged) == (1 if once > 1 else SHAPE.layers)
-    assert sum(arranged) == SHAPE.layers * len(stops(driver))
+    assert sum(arranged) == SHAPE.layers * len(world.keys[0]) * len(stops(driver))
     for layer in range(SHAPE.layers):
         assert moved(driver, layer)[:, 1:22].any()
         assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :201])
