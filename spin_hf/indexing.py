@@ -2,10 +2,13 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give.
+Whoever changes a complete page calls `index_pages`, and `index_recoded` where all of them may have changed; `check_summaries`
+holds what is kept against what the pages give.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from .attention.partition import Method, Pages, Summaries
 from .errors import CacheStateError
 from .storage.pages import PageStore
 from .storage.sequences import Sequences
+
+if TYPE_CHECKING:
+    from .shared import SharedState
 
 _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
@@ -32,6 +38,17 @@ def index_pages(store: PageStore, method: Method, layer: int, first: int, stop: 
             rows, summaries = _summarise(store, method, layer, start, end)
             for name, vectors in summaries.items():
                 store.summaries[name].put(rows, vectors)
+
+
+def index_recoded(shared: SharedState) -> None:
+    """Summarise anew where pages went to the cpu tier in another form, so that summaries are of what will be read there."""
+    if not shared.options.host_int8:
+        return
+    for layer in shared.layers:
+        store = layer.store
+        if store is not None and store.recoded:
+            index_pages(store, shared.method, layer.number, 0, store.length // store.page_size)
+            store.recoded = False
 
 
 def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:

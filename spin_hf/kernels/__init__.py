@@ -17,6 +17,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
     rows.py        copy_rows                    rows of chunked arrays, outside of steps
+    page_form.py   in which form pages lie in their homes: as they came, or int8
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .page_form import Int8Form, PageForm, page_forms
 from .reference import (
     NUM_BUCKETS,
     admit_pages,
@@ -65,6 +67,8 @@ def on_gpu() -> bool:
 
 __all__ = [
     "NUM_BUCKETS",
+    "Int8Form",
+    "PageForm",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
@@ -73,6 +77,7 @@ __all__ = [
     "list_pages",
     "merge_attention",
     "on_gpu",
+    "page_forms",
     "page_zones",
     "pages_down_to",
     "put_rows",

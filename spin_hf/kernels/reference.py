@@ -7,7 +7,7 @@ tokens, N pages, P tokens a page, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,21 +61,22 @@ def put_rows(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> None:
         chunk[inside] = values[here]
 
 
-def put_tokens(chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+def put_tokens(
+    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, parts: Sequence[Tensor],
+    split: Callable[[Tensor], Sequence[Tensor]],
+) -> None:  # fmt: skip
     """Write single tokens into pages. Mutates the chunks.
 
     Args:
-        chunks: pages [rows_per_chunk, P * (Dk + Dv)]: the keys of a page, then its values.
+        chunks: pages, one a row.
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
-        keys, values: [n, Dk] and [n, Dv].
+        parts: what is kept of the tokens, each [n, width].
+        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageForm.split`.
     """
-    key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    page_size = chunks[0].shape[1] // (key_dim + value_dim)
     for chunk, here, inside in _per_chunk(chunks, rows):
-        key_part, value_part = split_pages(chunk, page_size, key_dim)
-        key_part[inside, offsets[here]] = keys[here].to(chunk.dtype)
-        value_part[inside, offsets[here]] = values[here].to(chunk.dtype)
+        for place, part in zip(split(chunk), parts, strict=True):
+            place[inside, offsets[here]] = part[here]
 
 
 def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
