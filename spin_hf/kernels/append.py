@@ -73,9 +73,9 @@ def append_page(
         value_codes, value_scale = to_int8(values)
         tl.store(pointer + place_k, key_codes, mask=inside_k)
         tl.store(pointer + place_v, value_codes, mask=inside_v)
-        scales = scale_addresses(home, PAGE, HOME_BYTES) + tl.arange(0, PAGE)
-        tl.store(scales, key_scale, mask=new)
-        tl.store(scales + PAGE, value_scale, mask=new)
+        place = scale_addresses(home, PAGE, HOME_BYTES) + tl.arange(0, PAGE)
+        tl.store(place, key_scale, mask=new)
+        tl.store(place + PAGE, value_scale, mask=new)
         keys = from_int8(key_codes, key_scale, dtype)
         values = from_int8(value_codes, value_scale, dtype)
     else:
@@ -93,9 +93,7 @@ def append_page(
     if SUMMARISE and (page + 1) * PAGE <= start + count:
         old = (tokens < start)[:, None] & (column_k < DK)[None, :]
         if HOME_BYTES:
-            before = tl.load(
-                scale_addresses(home, PAGE, HOME_BYTES) + tl.arange(0, PAGE), mask=tokens < start, other=0.0
-            )
+            before = tl.load(place, mask=tokens < start, other=0.0)
             held = from_int8(tl.load(pointer + place_k, mask=old, other=0), before, dtype)
         else:
             held = tl.load(pointer + place_k, mask=old, other=0.0)
