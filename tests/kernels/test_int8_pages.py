@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the kernels themselves"),
 ]
 
-SHAPE = Shape(kv_heads=2, group=3, key_dim=40, value_dim=24)
+SHAPE = Shape(kv_heads=1, group=3, key_dim=40, value_dim=24)
 METHODS = {
     "shadowkv": ShadowKV(), "quest": Quest(0), "bisection": regrouping_often(Bisection, 32, 16)(2),
     "retroinfer": regrouping_often(RetroInfer, 32, 16)(),
@@ -55,21 +55,21 @@ def pages_of(driver: Driver) -> tuple[Tensor, list[Tensor]]:
 def test_kernels_do_what_the_reference_does(
     method: str, padded: bool, summary_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts, several tokens at once into a partly filled page, single ones, and after a crop into a page."""
+    """A prompt, a single token, a crop into a page, and several tokens at once, which complete it."""
     _interpret(monkeypatch)
-    world, valid = World.random(SHAPE, 2, 180, seed=3), None
+    world, valid = World.random(SHAPE, 2, 160, seed=3), None
     if padded:
-        valid = torch.ones((2, 180), dtype=torch.bool)
+        valid = torch.ones((2, 160), dtype=torch.bool)
         valid[0, :21], valid[1, 60:71] = False, False
     drivers = [
         Driver(
-            SHAPE, method=METHODS[method], budget=32, recent_window=8, summary_dtype=summary_dtype, gpu_memory=200_000,
+            SHAPE, method=METHODS[method], budget=32, recent_window=8, summary_dtype=summary_dtype, gpu_memory=100_000,
             cpu_dtype="int8",
         )
         for _ in range(2)
     ]  # fmt: skip
     start = 0
-    for stop in (141, 142, 145, 146, 147, 148, 158, 159):
+    for stop in (141, 142, 145, 148):
         known = None if valid is None else valid[:, :stop]
         ours = drivers[0].step(world, start, stop, known)
         with monkeypatch.context() as patch:
@@ -80,10 +80,10 @@ def test_kernels_do_what_the_reference_does(
         for mine, theirs in zip(*(pages_of(driver)[1] for driver in drivers), strict=True):
             assert torch.equal(mine, theirs)
         start = stop
-        if stop == 148:
+        if stop == 142:
             for driver in drivers:
-                driver.cache.crop(-6)
-            start = 142
+                driver.cache.crop(-2)
+            start = 140
     stats = drivers[0].cache.stats()
     assert drivers[0].cache._shared.counted()["QUERIES"] == stats.sparse_queries > 0
     assert stats.loads > 0
@@ -98,13 +98,13 @@ def test_rounding_is_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     generator = torch.Generator().manual_seed(0)
 
     def draw(dim: int) -> Tensor:
-        states = torch.randn((1, 2, 90, dim), generator=generator)
-        states *= 10 ** torch.empty((1, 2, 90, 1)).uniform_(-6, 4, generator=generator)
-        states[:, :, 7], states[:, :, 8, 0], states[:, 1, 20, 3], states[:, 0, 33, 5] = 0, 0, float("nan"), float("inf")
+        states = torch.randn((2, 1, 90, dim), generator=generator)
+        states *= 10 ** torch.empty((2, 1, 90, 1)).uniform_(-6, 4, generator=generator)
+        states[:, :, 7], states[:, :, 8, 0], states[1, :, 20, 3], states[0, :, 33, 5] = 0, 0, float("nan"), float("inf")
         states[:, :, 12] = 1e-45
         return states.to(dtype)
 
-    driver = Driver(SHAPE, budget=1 << 20, recent_window=8, gpu_memory=100_000, cpu_dtype="int8")
+    driver = Driver(SHAPE, budget=1 << 20, recent_window=8, gpu_memory=60_000, cpu_dtype="int8")
     keys, values = draw(SHAPE.key_dim), draw(SHAPE.value_dim)
     driver.cache.update(keys, values, 0)
     driver.cache.layers[0].take_pending()
