@@ -61,6 +61,10 @@ class SpinCache(Cache):
         gpu_memory, cpu_memory: caps on the tiers: bytes, or a text such as "8GiB"; "auto" lets the cache choose.
         summary_dtype: in which the vectors that pages are chosen by are kept: "int8" with a scale each, "model" for the
             dtype of the keys, or "auto": int8 where keys have 16 bits.
+        cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with a scale for each key and value,
+            which takes half of 16 bits in host memory and in every load. A page's content is then what its int8 numbers
+            give, wherever it is read, so outputs do not depend on the number of page frames. While all fits the compute tier
+            nothing is int8, and prompts attend to their own keys and values as they are.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -80,10 +84,11 @@ class SpinCache(Cache):
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
         summary_dtype: str = "auto",
+        cpu_dtype: str = "auto",
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
-            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype,
+            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = decoder_config(model)

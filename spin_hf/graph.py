@@ -173,7 +173,8 @@ class DecodeSteps:
             self.captured[key] = None
             return forward(**kwargs)
         step = self.captured[key]
-        self.shared.prepare(self.shared.sequences.batch_size, 1, new_valid)
+        if not self._prepare(new_valid):
+            return forward(**kwargs)
         if step is None:
             try:
                 step = self._capture(forward, inputs, {name: kwargs[name]})
@@ -226,7 +227,8 @@ class DecodeSteps:
         step = self.captured.get(self._key(inputs, new_valid))
         if step is None or not self.verification.assume(mask, length, positions):
             return _NOT_TRUSTED
-        shared.prepare(shared.sequences.batch_size, 1, new_valid)
+        if not self._prepare(new_valid):
+            return _NOT_TRUSTED
         try:
             outputs = step.replay(inputs, kwargs[name])
             holds = self.verification.holds(watch)
@@ -238,6 +240,16 @@ class DecodeSteps:
             return _NOT_TRUSTED
         self._finish(step)
         return outputs
+
+    def _prepare(self, new_valid: Tensor | None) -> bool:
+        """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
+        shared = self.shared
+        before = shared.sequences.recodings
+        shared.prepare(shared.sequences.batch_size, 1, new_valid)
+        if shared.sequences.recodings == before:
+            return True
+        self._take_back()
+        return False
 
     def _finish(self, step: CapturedStep) -> None:
         self.log.clear()
@@ -280,7 +292,7 @@ class DecodeSteps:
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state()
+        return given, padded, host_state(), self.shared.sequences.recodings
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""

@@ -2,8 +2,8 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`; `check_summaries` holds what is kept against what the pages give. The
-pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
+Whoever changes a complete page calls `index_pages`, and `index_recoded` where all of them may have changed; `check_summaries`
+holds what is kept against what the pages give. The pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
 """
 
 from __future__ import annotations
@@ -84,6 +84,17 @@ def index_pages(
                     put_all(arrays, rows, kept.unflatten(0, (len(stores), -1)))
 
 
+def index_recoded(shared: SharedState) -> None:
+    """Summarise anew where pages went to the cpu tier in another form, so that summaries are of what will be read there."""
+    if not shared.options.host_int8:
+        return
+    for layer in shared.layers:
+        store = layer.store
+        if store is not None and store.recoded:
+            index_pages([store], shared.method, layer.number, 0, store.length // store.page_size)
+            store.recoded = False
+
+
 def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:
     """Raise CacheStateError where a summary is not what its page or partition gives.
 
@@ -109,7 +120,7 @@ def _summarise(
     one, rows = stores[0], stores[0].rows(first, stop)
     if content is None:
         content = rearranged.content(stores, first, stop)
-    keys, values = one.parts(content)
+    keys, values = one.home_form.take(content)
     valid, positions = tokens_of(one.sequences, first, stop, keys.device)
     if len(stores) > 1:
         valid = valid.repeat(len(stores), 1, 1, 1)

@@ -31,7 +31,7 @@ from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.regrouping import Regrouping
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
-from .indexing import check_summaries, index_pages
+from .indexing import check_summaries, index_pages, index_recoded
 from .kernels.fields import MAX_QUERIES
 from .layer_budget import LayerShape
 from .shared import SharedState
@@ -101,6 +101,7 @@ class SpinLayer(CacheLayerMixin):
             method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
             budget, key_states.dtype, device,
             regroups=isinstance(method, Regrouping), summary_dtypes=method.summary_dtypes(),
+            host_int8=shared.options.host_int8,
         )  # fmt: skip
         shared.sequences.attach(store)
         self.store = store
@@ -241,7 +242,7 @@ class SpinLayer(CacheLayerMixin):
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
-            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.home.dtype)
+            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
         if mask is not None and not is_padding:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
@@ -332,6 +333,7 @@ class SpinLayer(CacheLayerMixin):
         store, sequences = self.store, self.shared.sequences
         if store is None or not sequences.length:
             return
+        index_recoded(self.shared)
         store.check_integrity()
         method = self.shared.method
         exact = not (self.has_kernels or method.index_rounds)

@@ -17,6 +17,7 @@ import torch
 from .attention.partition import Method
 from .attention.regrouping import Regrouping
 from .config import SpinOptions
+from .kernels import page_forms
 from .step_plan import pages_of
 from .storage.budget import TierBudget
 from .storage.regrouped import bytes_for_regrouping
@@ -84,10 +85,12 @@ def tier_budget(
     """
     page_size, own = method.page_size, method.summary_dtypes()
     quantized = options.quantizes(dtype.itemsize)
+    form, host_form = page_forms(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
     return TierBudget(
         num_layers=num_layers,
         num_heads=shape.num_heads,
-        page_bytes=page_size * (shape.key_dim + shape.value_dim) * dtype.itemsize,
+        page_bytes=form.row_bytes,
+        host_page_bytes=host_form.row_bytes,
         summary_bytes=sum(
             bytes_per_page(vector, *kept_as(name, dtype, quantized, own))
             for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()

@@ -209,10 +209,12 @@ def _sizes(
     for budget in budgets:
         rows, streams, frames = budget.rows(segments), batch_size * budget.num_heads, budget.num_frames(*room)
         parts["summaries"] += rows * budget.summary_bytes
-        parts["pages" if frames is None else "host pages"] += rows * budget.page_bytes
         metadata.update({name: rows * each for name, each in regrouping.items()})
-        if frames is not None:
+        if frames is None:
+            parts["pages"] += rows * budget.page_bytes
+        else:
             numbers.append(frames)
+            parts["host pages"] += rows * budget.host_page_bytes
             parts["page frames"] += streams * frames * budget.page_bytes
             metadata["page_slot"] += streams * whole_segments(pages) * PAGE_SLOT_BYTES
             metadata["slot_page"] += streams * frames * SLOT_PAGE_BYTES

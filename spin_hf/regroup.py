@@ -220,7 +220,7 @@ def _arrange(
         Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
     """
     layers, size, sound = len(stores), stores[0].page_size, []
-    keys = stores[0].parts(content)[0].unflatten(0, (layers, -1))
+    keys = stores[0].home_form.take(content)[0].unflatten(0, (layers, -1))
     order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
     partitions = order.new_ones(keys.shape[:4])
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):

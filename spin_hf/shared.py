@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import kernels, regroup
+from . import indexing, kernels, regroup
 from .attention.interface import register_step
 from .attention.partition import Method, recipe_of
 from .compiled import KernelPool, handle_of, new_handle
@@ -155,6 +155,7 @@ class SharedState:
             self.roll_back()
         regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
+        indexing.index_recoded(self)
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.
@@ -228,7 +229,7 @@ class SharedState:
                 return False
             if not step.group and self.query_heads % step.num_heads == 0:
                 # Nobody has attended yet, as the tokens were taken over. Where the config is wrong, attention says so.
-                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.home.dtype)
+                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.dtype)
         return all(step.group for step in self.kernels_in_use())
 
     def forget_recorded(self) -> None:

@@ -20,6 +20,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
     rows.py        copy_rows                    rows of chunked arrays, outside of steps
+    page_form.py   in which form pages lie in their homes: as they came, or int8
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
 
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .page_form import Int8Form, PageForm, page_forms
 from .reference import (
     NUM_BUCKETS,
     admit_pages,
@@ -74,11 +76,11 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     return reference.page_means(states, valid) if launch is None else launch.page_means(states, valid)
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, widths: tuple[int, ...]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
     """`reference.move_tokens`, by a kernel where there is one."""
     launch = launchers(content.device)
     move = reference.move_tokens if launch is None else launch.move_tokens
-    return move(content, order, page_size, widths)
+    return move(content, order, page_size, parts)
 
 
 def on_gpu() -> bool:
@@ -88,6 +90,8 @@ def on_gpu() -> bool:
 
 __all__ = [
     "NUM_BUCKETS",
+    "Int8Form",
+    "PageForm",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
@@ -97,6 +101,7 @@ __all__ = [
     "merge_attention",
     "move_tokens",
     "on_gpu",
+    "page_forms",
     "page_means",
     "page_zones",
     "pages_down_to",

@@ -77,6 +77,28 @@ def row_addresses(table, rows, mask, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr
 
 
 @triton.jit
+def to_int8(states):
+    """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Form.encode`, to the bit; what is not finite stays so."""
+    exact = states.to(tl.float32)
+    scale = tl.max(tl.abs(exact), 1) * (1 / 127)
+    scale = tl.where(scale == 0.0, 1.0, scale) + tl.sum(exact * 0.0, 1)
+    whole = (tl.div_rn(exact, scale[:, None]) + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds halves to even
+    return whole.to(tl.int8), scale
+
+
+@triton.jit
+def from_int8(codes, scale, dtype: tl.constexpr):
+    """Vectors [n, D] of whole numbers [n, D] and scales [n]: `Int8Form.decode`, to the bit."""
+    return (codes.to(tl.float32) * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def scale_addresses(row, PAGE: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Where the key scales of an int8 page begin, by the address of its row; its value scales begin behind PAGE of them."""
+    return (row + (ROW_BYTES - 8 * PAGE)).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
 def tokens_valid(step, b, tokens, mask):
     """Whether tokens of a sequence are no padding; False where `mask` is."""
     base = tl.load(step + BASE_TOKENS)

@@ -7,7 +7,7 @@ tokens, N pages, P tokens a page, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,21 +61,22 @@ def put_rows(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> None:
         chunk[inside] = values[here]
 
 
-def put_tokens(chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+def put_tokens(
+    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, parts: Sequence[Tensor],
+    split: Callable[[Tensor], Sequence[Tensor]],
+) -> None:  # fmt: skip
     """Write single tokens into pages. Mutates the chunks.
 
     Args:
-        chunks: pages [rows_per_chunk, P * (Dk + Dv)]: the keys of a page, then its values.
+        chunks: pages, one a row.
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
-        keys, values: [n, Dk] and [n, Dv].
+        parts: what is kept of the tokens, each [n, width].
+        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageForm.split`.
     """
-    key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    page_size = chunks[0].shape[1] // (key_dim + value_dim)
     for chunk, here, inside in _per_chunk(chunks, rows):
-        key_part, value_part = split_pages(chunk, page_size, key_dim)
-        key_part[inside, offsets[here]] = keys[here].to(chunk.dtype)
-        value_part[inside, offsets[here]] = values[here].to(chunk.dtype)
+        for place, part in zip(split(chunk), parts, strict=True):
+            place[inside, offsets[here]] = part[here]
 
 
 def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
@@ -109,21 +110,22 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, widths: Sequence[int]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[tuple[int, int]]) -> Tensor:
     """Pages whose tokens stand in another order.
 
     Args:
-        content: [B, H, n, P * sum(widths)]: parts one behind the other, in each of them so many elements a token.
+        content: [B, H, n, row elements].
         order: [B, H, n * P], int64: place i gets the token at place order[i].
+        parts: where in a row each part of the tokens begins, and how many elements of it a token has.
     Returns:
-        As `content`, a copy.
+        As `content`, a copy; what belongs to no part is undefined.
     """
-    moved = []
-    for part in content.split([page_size * width for width in widths], 3):
-        tokens = part.unflatten(3, (page_size, -1))
-        index = order.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[4])
-        moved.append(tokens.flatten(2, 3).gather(2, index).unflatten(2, tokens.shape[2:4]).flatten(3))
-    return torch.cat(moved, 3)
+    moved = torch.empty_like(content)
+    for first, width in parts:
+        tokens = content[..., first : first + page_size * width].unflatten(3, (page_size, width)).flatten(2, 3)
+        index = order.unsqueeze(-1).expand(-1, -1, -1, width)
+        moved[..., first : first + page_size * width] = tokens.gather(2, index).view(*content.shape[:3], -1)
+    return moved
 
 
 # ------------------------------------------------------------------------------------------------------------ select

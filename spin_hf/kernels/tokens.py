@@ -1,6 +1,6 @@
 """Tokens of packed pages, outside of steps: they change places, and pages of them are averaged; one pass over the bytes.
 
-    move_tokens    pages [..., n, P * (Dk + Dv)] with their tokens in another order
+    move_tokens    pages, as they are kept, with their tokens in another order
     page_means     mean of the tokens of each page
 
 The specifications are `reference.move_tokens` and `reference.page_means`.
@@ -16,21 +16,19 @@ from torch import Tensor
 _TILE = 32
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, widths: tuple[int, ...]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
     """As `reference.move_tokens`."""
     content, order = content.contiguous(), order.contiguous()
     moved = torch.empty_like(content)
     count, rows = order.shape[2], order.shape[0] * order.shape[1]
     if not moved.numel():
         return moved
-    first = 0
     with torch.cuda.device_of(content):
-        for width in widths:
+        for first, width in parts:
             move_tokens_kernel[(triton.cdiv(count, _TILE), rows)](
                 content, order, moved, count, FIRST=first, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
                 PAGE=page_size, ELEMENTS=content.shape[3], TILE=_TILE,
             )  # fmt: skip
-            first += page_size * width
     return moved
 
 

@@ -30,7 +30,8 @@ class TierBudget:
 
     Attributes:
         num_layers: paged layers that share the cache's caps.
-        page_bytes, summary_bytes: of one page of one KV head.
+        page_bytes, summary_bytes: of one page of one KV head in the compute tier, be it there for good or in a page frame.
+        host_page_bytes: of one page in the cpu tier.
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
         min_frames: page frames per sequence and KV head that a step cannot do without.
         regrouping_bytes: of one page of one KV head: whose tokens it holds, where a method regroups them.
@@ -39,6 +40,7 @@ class TierBudget:
     num_layers: int
     num_heads: int
     page_bytes: int
+    host_page_bytes: int
     summary_bytes: int
     gpu_memory: int | None
     cpu_memory: int | None
@@ -99,7 +101,7 @@ class TierBudget:
 
     def host_bytes(self, num_segments: int) -> int:
         """Bytes of all layers in the cpu tier if all pages live there."""
-        return self.rows(num_segments) * self.page_bytes * self.num_layers
+        return self.rows(num_segments) * self.host_page_bytes * self.num_layers
 
     def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
         """The least `gpu_memory` that `num_frames` accepts, in bytes; arguments as there."""

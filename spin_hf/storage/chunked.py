@@ -11,7 +11,8 @@ kernel finds the rows through the table, whose own address never changes either,
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ from .reserve import RESERVE, Spare
 
 MAX_CHUNKS = 4096
 """Chunks that an array can have, and entries of its address table."""
+
+_RECODED_BYTES = 16 << 20
+"""Of rows that are recoded at a time: bounds temporary memory."""
+
+
+class Recoding(NamedTuple):
+    """Rows of another shape and dtype, and what makes them of [n, *row_shape] old ones."""
+
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+    recode: Callable[[Tensor], Tensor]
 
 
 class ChunkedArray:
@@ -127,12 +139,15 @@ class ChunkedArray:
                 put=True,
             )
 
-    def move(self, device: torch.device) -> None:
-        """Take all chunks to another device (nothing is copied where it is the same one).
+    def move(self, device: torch.device, recoding: Recoding | None = None) -> None:
+        """Take all chunks to another device (nothing is copied where it is the same one and rows stay as they are).
 
         The compute device stays, and so does the address table. Raises CapacityError, before anything changes, where
         the host cannot lock the memory.
         """
+        if recoding is not None:
+            self._recode(device, recoding)
+            return
         if device.type == self.device.type == "cpu":
             return
         if device.type == "cpu":
@@ -141,6 +156,24 @@ class ChunkedArray:
                 copy.copy_(chunk)
         else:
             moved = [chunk.to(device) for chunk in self.chunks]
+        self.chunks, self.device, self._spare = moved, device, None
+        self._write_addresses(0)
+
+    def _recode(self, device: torch.device, recoding: Recoding) -> None:
+        """As `move`, to rows of another form. Rows that are not in use are not touched."""
+        old, at_once = self.chunks, max(1, _RECODED_BYTES // self.row_bytes)
+        before = self.row_shape, self.dtype
+        self.row_shape, self.dtype = recoding.row_shape, recoding.dtype
+        try:
+            moved = self._allocate(len(old), device)
+        except BaseException:
+            self.row_shape, self.dtype = before
+            raise
+        for index, (copy, chunk) in enumerate(zip(moved, old, strict=True)):
+            inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
+            for first in range(0, inside, at_once):
+                part = slice(first, min(first + at_once, inside))
+                copy[part] = recoding.recode(chunk[part])
         self.chunks, self.device, self._spare = moved, device, None
         self._write_addresses(0)
 

@@ -1,12 +1,13 @@
 """The pages of one layer, in whichever tier they are, and the summaries made from them.
 
-    home       ChunkedArray of pages [P * (Dk + Dv)]: keys then values.  compute tier if all fits, else cpu tier
+    home       ChunkedArray of pages: keys then values.  compute tier if all fits, else cpu tier, there perhaps as int8
     summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
-    frames     PageFrames, only while the home is the cpu tier
+    frames     PageFrames, only while the home is the cpu tier; of the model's dtype, what a load of the home's page gives
     regrouped  RegroupedPages, only for methods that regroup: whose tokens they are; always in the compute tier
 
 Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
-segment shares or copies both.
+segment shares or copies both. Summaries are of what is read of a page, so of decoded keys and values where it is int8: the
+results never depend on which pages are resident, or on how many can be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import kernels
 from .budget import TierBudget
-from .chunked import ChunkedArray
+from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
@@ -42,6 +43,7 @@ class PageStore:
         dtype, device: of the keys and values; `device` is the compute tier.
         regroups: whether the method regroups pages, whose positions are then kept.
         summary_dtypes: name -> dtype of those that are kept as they are in any case.
+        host_int8: whether pages in the cpu tier are int8.
     """
 
     def __init__(
@@ -57,20 +59,25 @@ class PageStore:
         device: torch.device,
         regroups: bool = False,
         summary_dtypes: dict[str, torch.dtype] | None = None,
+        host_int8: bool = False,
     ) -> None:
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
         self.budget = budget
-        self.device = device
+        self.device, self.dtype = device, dtype
+        self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
+        self.home_form = self.form
+        """In which form pages lie where they live now."""
+        self.recoded = False
+        """Whether pages took another form, and summaries are still of what they held before."""
         self.length = 0
         """Tokens written to this layer."""
-        elements = self.page_size * (key_dim + value_dim)
-        segment_bytes = SEGMENT_PAGES * num_heads * elements * dtype.itemsize
+        segment_bytes = SEGMENT_PAGES * num_heads * self.form.row_bytes
         chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
         segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
         rows = segments * SEGMENT_PAGES * num_heads
-        self.home = ChunkedArray((elements,), rows, dtype, device)
+        self.home = ChunkedArray((self.form.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():
             kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
@@ -90,8 +97,8 @@ class PageStore:
         num_frames = self.budget.num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
             if self.frames is None:
-                self.home.move(torch.device("cpu"))
-                self.frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
+                self._move_to_cpu()
+                self.frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
             self.frames.resize(batch_size, num_frames, num_pages)
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
@@ -141,13 +148,14 @@ class PageStore:
         pages = torch.div(positions, self.page_size, rounding_mode="floor")
         rows = self._rows()[:, :, pages].reshape(-1).to(self.home.device)
         offsets = (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.home.device)
-        flat_keys = keys.reshape(-1, self.key_dim).to(self.home.device)
-        flat_values = values.reshape(-1, self.value_dim).to(self.home.device)
-        kernels.put_tokens(self.home.chunks, rows, offsets, flat_keys, flat_values)
+        parts = self.home_form.encode(keys, values)
+        flat = [part.reshape(-1, part.shape[-1]).to(self.home.device) for part in parts]
+        kernels.put_tokens(self.home.chunks, rows, offsets, flat, self.home_form.split)
         offset = start % self.page_size
         if self.frames is not None and offset:  # only a partly filled page can be resident already
             inside = min(count, self.page_size - offset)
-            self.frames.write(start // self.page_size, offset, keys[:, :, :inside], values[:, :, :inside])
+            kept = self.home_form.decode([part[:, :, :inside] for part in parts])
+            self.frames.write(start // self.page_size, offset, *kept)
         self.length = start + count
 
     def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +165,7 @@ class PageStore:
             keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
         """
         content, rows = self.content(first, stop)
-        return *self.parts(content), rows
+        return *self.home_form.take(content), rows
 
     def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """The same as they are kept, [B, H, n, page elements], and their rows."""
@@ -167,10 +175,6 @@ class PageStore:
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
         return self._rows()[:, :, first:stop]
-
-    def parts(self, content: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of pages as they are kept."""
-        return kernels.split_pages(content, self.page_size, self.key_dim)
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
@@ -197,8 +201,8 @@ class PageStore:
             if self.frames is None:
                 content = self.home.take(rows[:, :, part])
             else:
-                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self.home, self.sequences.step)
-            keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
+                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self._load, self.sequences.step)
+            keys, values = self.form.take(content)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
 
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
@@ -238,7 +242,26 @@ class PageStore:
             filled = torch.arange(num_pages * self.page_size, device=self.device) < self.sequences.length
             filled = filled.view(num_pages, self.page_size, 1)
             sides = [filled.expand(-1, -1, dim).flatten(1) for dim in (self.key_dim, self.value_dim)]
-            self.frames.check_integrity(num_pages, self._rows(), self.home, torch.cat(sides, 1).unsqueeze(0))
+            self.frames.check_integrity(num_pages, self._rows(), self._load, torch.cat(sides, 1).unsqueeze(0))
+
+    def _move_to_cpu(self) -> None:
+        """Let pages live in the cpu tier from here on."""
+        host = self._host_form
+        if host == self.form:
+            self.home.move(torch.device("cpu"))
+            return
+
+        def recode(rows: Tensor) -> Tensor:
+            return host.join(host.encode(*self.form.take(rows)))
+
+        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
+        self.home_form, self.recoded = host, self.length > 0
+        self.sequences.recodings += 1
+
+    def _load(self, rows: Tensor) -> Tensor:
+        """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
+        content = self.home.take(rows)
+        return content if self.home_form == self.form else self.form.join(self.home_form.take(content))
 
     def _arrays(self) -> list[ChunkedArray]:
         regrouped = [] if self.regrouped is None else self.regrouped.arrays

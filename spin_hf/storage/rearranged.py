@@ -20,8 +20,7 @@ from .regrouped import RegroupedPages
 
 def alike(store: PageStore) -> Hashable:
     """Equal for stores whose pages can be rearranged in one call."""
-    home = store.home
-    return (store.key_dim, store.value_dim, store.num_heads, home.dtype, home.device, store.device, home.row_shape)
+    return store.home_form, store.num_heads, store.home.device, store.device
 
 
 def content(stores: list[PageStore], first: int, stop: int) -> Tensor:
@@ -62,7 +61,7 @@ def rearrange(
     one = stores[0]
     rows, each = one.rows(first, stop), (len(stores), -1)
     before = positions(stores, first, stop), partition_pages(stores, first, stop)
-    moved = kernels.move_tokens(content, order, one.page_size, (one.key_dim, one.value_dim))
+    moved = kernels.move_tokens(content, order, one.page_size, one.home_form.token_parts)
     now_at = before[0].flatten(2).gather(2, order).unflatten(2, before[0].shape[2:])
 
     def write(content: Tensor, positions: Tensor, partitions: Tensor) -> None:

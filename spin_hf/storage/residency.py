@@ -3,7 +3,7 @@
     page_slot  [B, H, N]   page -> slot, -1 where it is not resident        a resident page is in both tables,
     slot_page  [B, H, C]   slot -> page, -1 where it is free                 page_slot[slot_page[s]] == s
     slot_step  [B, H, C]   the step that last touched the slot
-    frames     [B * H * C, page elements]   contents; the cpu tier holds the same
+    frames     [B * H * C, page elements]   contents, of the model's dtype: what a load of the page from the cpu tier gives
 
 Every (sequence, KV head) has C slots of its own, so the work of a step needs nothing from outside them. Pages of the
 present step are mandatory; what else is resident are buffer pages. Eviction is SPIN's bucketed LRU, see
@@ -12,12 +12,13 @@ present step are mandatory; what else is resident are buffer pages. Eviction is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..errors import CacheStateError
-from .chunked import ChunkedArray
 
 
 class PageFrames:
@@ -68,19 +69,20 @@ class PageFrames:
         if self.page_slot.shape[2] < num_pages:
             self.page_slot = _fit(self.page_slot, max(num_pages, 2 * self.page_slot.shape[2]), -1)
 
-    def bring_in(self, pages: Tensor, rows: Tensor, home: ChunkedArray, step: int) -> Tensor:
+    def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
         """Make pages resident and return their contents.
 
         Args:
             pages: [B, H, n], int64, distinct in each row, -1 for none; n <= num_slots.
-            rows: [B, H, n], int64, their rows in `home`.
+            rows: [B, H, n], int64, their rows in the cpu tier.
+            load: gives the contents [*rows.shape, page elements] of rows there.
         Returns:
             [B, H, n, page elements]; undefined where `pages` is -1. Mutates tables and frames.
         """
         try:
             slots, missed, evicted = kernels.admit_pages(self.page_slot, self.slot_page, self.slot_step, pages, step)
             frames = self._frame(slots.clamp(min=0))
-            self.frames[frames[missed]] = home.take(rows[missed])
+            self.frames[frames[missed]] = load(rows[missed])
         except BaseException:
             self.forget_all()  # tables may promise pages that were not loaded; the cpu tier has them all
             raise
@@ -91,11 +93,11 @@ class PageFrames:
         return self.frames[frames]
 
     def write(self, page: int, first_offset: int, keys: Tensor, values: Tensor) -> None:
-        """Repeat a write to the home tier in the frames that hold `page`.
+        """Repeat a write to the cpu tier in the frames that hold `page`.
 
         Args:
             first_offset: place of the first token in the page.
-            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page.
+            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page, as a load will give them.
         """
         slots = self.page_slot[:, :, page].long()
         b, h = (slots >= 0).nonzero(as_tuple=True)
@@ -129,10 +131,13 @@ class PageFrames:
         self.page_slot[moved] = -1
         self.slot_page[moved] = -1
 
-    def check_integrity(self, num_pages: int, rows: Tensor, home: ChunkedArray, partial: Tensor) -> None:
-        """Raise CacheStateError where tables disagree or a frame differs from its home page.
+    def check_integrity(
+        self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
+    ) -> None:  # fmt: skip
+        """Raise CacheStateError where tables disagree or a frame differs from its page in the cpu tier.
 
         Args:
+            rows, load: as for `bring_in`, of all pages.
             partial: [B, 1, N, page elements] broadcastable, bool: elements that hold tokens.
         """
         b, h, slot = (self.slot_page >= 0).nonzero(as_tuple=True)
@@ -142,7 +147,7 @@ class PageFrames:
             good = self.page_slot[b, h, page] == slot
         if not bool(good.all()) or int((self.page_slot >= 0).sum()) != page.numel():
             raise CacheStateError("integrity: page_slot and slot_page disagree; please report this as a bug")
-        frame, origin = self.frames[(b * self.num_heads + h) * self.num_slots + slot], home.take(rows[b, h, page])
+        frame, origin = self.frames[(b * self.num_heads + h) * self.num_slots + slot], load(rows[b, h, page])
         differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
         if bool((differs & partial.expand(self.slot_page.shape[0], -1, -1)[b, page]).any()):
             raise CacheStateError(

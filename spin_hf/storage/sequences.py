@@ -86,6 +86,8 @@ class Sequences:
         """Changes to the past: anything but tokens that follow."""
         self.layout = 0
         """Counts what may have moved or resized memory: new room, and changes to the past."""
+        self.recodings = 0
+        """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
         self._room: tuple[int, ...] | None = None
         """What room was last made for."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}

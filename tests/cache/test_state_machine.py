@@ -81,6 +81,10 @@ class Histories(RuleBasedStateMachine):
     options: dict[str, Any] = {}
     method: Method = SelectAll()
 
+    def draw(self, rows: int, count: int, seed: int) -> World:
+        """New tokens."""
+        return World.random(SHAPE, rows, count, seed)
+
     @initialize()
     def start(self) -> None:
         self.driver = Driver(SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options)
@@ -124,7 +128,7 @@ class Histories(RuleBasedStateMachine):
         rows = len(self.rows) if self.length else int(torch.randint(1, 4, (), generator=generator))
         old = self.rows if self.length else [empty_row() for _ in range(rows)]
         length = len(old[0])
-        new = World.random(SHAPE, rows, count, seed)
+        new = self.draw(rows, count, seed)
         valid = torch.stack([row.is_real for row in old])
         valid = valid ^ (torch.rand(valid.shape, generator=generator) < changed)
         fresh = torch.rand((rows, count), generator=generator) >= (padding or 0.0)
@@ -275,6 +279,15 @@ class RegroupedHistoriesUnderACap(RegroupedHistories):
     options = {"gpu_memory": 90_000}
 
 
+class RegroupedHistoriesInInt8(RegroupedHistoriesUnderACap):
+    """Pages go to the cpu tier as int8, with tokens that int8 holds exactly."""
+
+    options = {"gpu_memory": 90_000, "cpu_dtype": "int8"}
+
+    def draw(self, rows: int, count: int, seed: int) -> World:
+        return super().draw(rows, count, seed).exact_in_int8()
+
+
 def run(machine: type[Histories]) -> None:
     fixed = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=20, database=None)
     logger = logging.getLogger("spin_hf")  # it would say a thousand times that the cap is small
@@ -298,3 +311,8 @@ def test_regrouped_histories() -> None:
 def test_regrouped_histories_under_a_cap() -> None:
     with little_slack():
         run(RegroupedHistoriesUnderACap)
+
+
+def test_regrouped_histories_in_int8() -> None:
+    with little_slack():
+        run(RegroupedHistoriesInInt8)

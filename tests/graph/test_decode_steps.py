@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,35 @@ def test_a_bare_loop_with_all_that_changes_the_past(monkeypatch: pytest.MonkeyPa
         logits.append(torch.cat(parts, 1))
     assert torch.equal(*logits)
     assert recorder.replays == 1 + 2 + 1 + 1  # but for the first of a cache or a batch size, which is eager
+
+
+def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was captured for pages as they are is not replayed once they are int8: the step is begun again, eagerly."""
+    model = build_model("llama").eval()
+    recorder = capture_on_cpu(monkeypatch)
+    tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2))
+    logits, replays = [], []
+    for source in (model.config, model):
+        cache = SpinCache(source, **OPTIONS, gpu_memory=1 << 20, cpu_dtype="int8")
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=cache)
+        parts = [_loop(model, cache, tokens[:, :4])]
+        assert not cache.stats().cpu_bytes
+        for layer in cache._shared.layers:  # as if the cap were lower, from here on
+            layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
+        cache._shared.sequences.changed()
+        replays.append(recorder.replays)
+        parts.append(_loop(model, cache, tokens[:, 4:5]))
+        replays.append(recorder.replays)
+        assert cache.stats().cpu_bytes
+        parts.append(_loop(model, cache, tokens[:, 5:]))
+        assert cache.stats().loads
+        cache.check_integrity()
+        logits.append(torch.cat(parts, 1))
+    assert torch.equal(*logits)
+    assert replays[2] == 3  # of four
+    assert replays[3] == 3
+    assert recorder.replays == 3 + 7  # that eager step was the first of the new form
 
 
 def test_the_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-@pytest.mark.parametrize("widths", [(8, 8), (5, 3), (16,), (4, 4, 1, 1)])
+@pytest.mark.parametrize("widths", [(8, 8), (5, 3), (16,), (4, 4, 0, 1, 1)])
 @pytest.mark.parametrize(("pages", "page_size"), [(1, 8), (9, 8), (3, 5), (0, 8)])
 def test_move_tokens(pages: int, page_size: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
     from spin_hf.kernels.tokens import move_tokens
@@ -26,9 +26,11 @@ def test_move_tokens(pages: int, page_size: int, widths: tuple[int, ...], dtype:
     content = torch.randint(-99, 99, (2, 3, pages, page_size * sum(widths)), generator=generator).to(dtype)
     order = torch.rand((2, 3, pages * page_size), generator=generator).argsort(2)
     before = content.clone()
-    moved = move_tokens(content, order, page_size, widths)
+    begins = [page_size * sum(widths[:i]) for i in range(len(widths))]
+    parts = tuple((first, width) for first, width in zip(begins, widths, strict=True) if width)
+    moved = move_tokens(content, order, page_size, parts)
     assert torch.equal(content, before)
-    assert torch.equal(moved, reference.move_tokens(content, order, page_size, widths))
+    assert torch.equal(moved, reference.move_tokens(content, order, page_size, parts))
     if pages:
         place, token = 1, int(order[1, 2, 1])
         page = moved[1, 2].view(pages, -1)[place // page_size]

@@ -1,7 +1,7 @@
 """TierBudget: the arithmetic of caps, checked by adding up what a layer would hold.
 
 compute tier   rows * summary_bytes + tables (4 bytes a page) + frames * (page_bytes + 12)      per layer
-cpu tier       rows * page_bytes                                                                per layer
+cpu tier       rows * host_page_bytes                                                                per layer
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from spin_hf.errors import BudgetError, CapacityError
 from spin_hf.storage.budget import TierBudget, coarsely
 from spin_hf.storage.sequences import SEGMENT_PAGES
 
-SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, summary_bytes=36, min_frames=5)
+SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, host_page_bytes=288, summary_bytes=36, min_frames=5)
 
 
 def budget(gpu_memory: int | None, cpu_memory: int | None = None, **sizes: int) -> TierBudget:
@@ -106,7 +106,7 @@ def test_coarse_numbers(number: int) -> None:
 
 def test_cpu_memory() -> None:
     """It counts only where pages live in the cpu tier, and by whole segments."""
-    needed = 10 * SEGMENT_PAGES * 2 * 512 * 3
+    needed = 10 * SEGMENT_PAGES * 2 * 288 * 3
     assert budget(None, 1).num_frames(1, 10, 300) is None
     assert budget(10**6, needed).num_frames(1, 10, 300) is not None
     with pytest.raises(CapacityError, match=f"{needed} bytes.*cpu_memory is {needed - 1}.*raise cpu_memory"):

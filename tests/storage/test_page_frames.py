@@ -38,7 +38,7 @@ class World:
     def bring_in(self, pages: torch.Tensor) -> None:
         self.step += 1
         rows = self.rows().gather(2, pages.clamp(min=0))
-        content = self.frames.bring_in(pages, rows, self.home, self.step)
+        content = self.frames.bring_in(pages, rows, self.home.take, self.step)
         wanted = pages >= 0
         assert torch.equal(content[wanted], self.home.take(rows)[wanted])
 
@@ -62,7 +62,7 @@ class World:
 
     def check(self) -> None:
         everything = torch.ones((1, NUM_PAGES, ELEMENTS), dtype=torch.bool)
-        self.frames.check_integrity(NUM_PAGES, self.rows(), self.home, everything)
+        self.frames.check_integrity(NUM_PAGES, self.rows(), self.home.take, everything)
 
     def resident(self) -> list[list[set[int]]]:
         return [[{page for page in head if page >= 0} for head in row] for row in self.frames.slot_page.tolist()]

@@ -20,7 +20,6 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf import Quest, ShadowKV
 from spin_hf.attention.interface import spin_attention
-from spin_hf.kernels import split_pages
 from spin_hf.kernels.fields import LOAD_MARK, StepField
 from spin_hf.layer import SpinLayer
 
@@ -59,6 +58,8 @@ class Case:
     sizes: tuple[int, ...] = (1, 1)
     lengths: tuple[int, ...] = (43,)
     sink_logits: tuple[float, ...] = ()
+    int8_pages: bool = False
+    """Whether pages in the cpu tier are int8; keys and values are then such as that holds exactly."""
 
     @property
     def prompt(self) -> int:
@@ -73,6 +74,7 @@ class Case:
         world = World.random(self.shape, len(self.lengths), self.prompt + sum(self.sizes), seed)
         if self.rules.budget == SOME.budget:
             world = _far_apart(world, seed, self.rules.page_size)
+        world = world.exact_in_int8() if self.int8_pages else world
         parts = ([x.to(device, self.dtype) for x in part] for part in (world.keys, world.values, world.queries))
         return World(self.shape, *parts)
 
@@ -101,7 +103,7 @@ def judge(case: Case, device: torch.device, seed: int = 0, **options: Any) -> Dr
         case.shape, softcap=rules.softcap, sink_logits=sinks, budget=rules.budget,
         method=Quest(rules.dense_layers) if rules.quest else ShadowKV(),
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window,
-        summary_dtype="int8" if int8 else "auto", **options,
+        summary_dtype="int8" if int8 else "auto", cpu_dtype="int8" if case.int8_pages else "auto", **options,
     )  # fmt: skip
     _step(driver, world, case, 0, case.prompt)
     layer, start, tokens = driver.cache.layers[0], case.prompt, []
@@ -184,8 +186,8 @@ def _poison(layer: SpinLayer) -> None:
     nan, length = float("nan"), sequences.length
     complete, rows = length // store.page_size, store.pages(0, sequences.num_pages)[2]
     pages = store.home.take(rows)
-    for part in split_pages(pages, store.page_size, store.key_dim):
-        part[:, :, complete:, length % store.page_size :] = nan
+    for part in store.home_form.split(pages):
+        part[:, :, complete:, length % store.page_size :] = nan if part.is_floating_point() else 127
     arrays = [array for summary in store.summaries.values() for array in summary.arrays]
     held = [array.take(rows[:, :, :complete]) for array in arrays]
     for array in (store.home, *arrays):
@@ -199,7 +201,7 @@ def _poison(layer: SpinLayer) -> None:
         b, h, slot = (table >= 0).nonzero(as_tuple=True)
         frames = store.frames.frames.view(*table.shape, -1)
         frames.fill_(nan)
-        frames[b, h, slot] = pages[b, h, table[b, h, slot].long()]
+        frames[b, h, slot] = store.form.join(store.home_form.take(pages))[b, h, table[b, h, slot].long()]
     for tensor in (*step.selection.scratch, step.parts):
         tensor.fill_(nan)
     step.selection.histogram.fill_(1)
