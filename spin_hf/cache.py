@@ -29,7 +29,7 @@ from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method, check_recipe, recipe_of
 from .compiled import pool_of
-from .config import SpinOptions
+from .config import SpinOptions, parse_bytes
 from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
@@ -268,7 +268,7 @@ class SpinCache(Cache):
         loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
         queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
         attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
-        segments = shared.sequences.segments_in_use
+        segments, mandatory = shared.sequences.segments_in_use, sum(store.mandatory_frames for store in stores)
         metadata = Counter(shared.sequences.metadata)
         for store in stores:
             metadata.update(store.metadata(segments))
@@ -280,6 +280,8 @@ class SpinCache(Cache):
             cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
             metadata_bytes=metadata.total(),
             metadata=dict(metadata),
+            mandatory_frames=mandatory,
+            buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory,
             loads=loads,
             evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
             hit_rate=hits / (hits + loads) if hits + loads else 1.0,
@@ -288,6 +290,23 @@ class SpinCache(Cache):
             paged_layers=len(shared.layers),
             dense_layers=dict(self._dense_reasons),
         )
+
+    def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
+        """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
+
+        For `except torch.OutOfMemoryError:`, or before something else needs the memory. torch keeps it for reuse until
+        `torch.cuda.empty_cache()`. No token changes; pages are loaded when they are needed. The cache takes memory again, if
+        much is free, at one of its later steps. A forward that was interrupted is taken back first.
+
+        Args:
+            num_bytes: how much is needed, in bytes or as "2GiB"; None for all that no step needs.
+        Returns:
+            bytes given back; less than was asked for where steps need the rest.
+        """
+        wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
+        self._shared.pending = None  # an interrupted forward's keys never come
+        self._log.settle(self.layers)
+        return self._shared.gpu.give_back(wanted)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
@@ -303,6 +322,7 @@ class SpinCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)
+        self._shared.gpu.before_copy()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():

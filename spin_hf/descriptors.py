@@ -77,7 +77,8 @@ class Descriptors:
         assert store is not None
         frames = store.frames
         tables = () if frames is None else (frames.frames, frames.page_slot, frames.slot_page, frames.slot_step)
-        known = (store, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        slots = () if frames is None else frames.slots
+        known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
         if self.layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.HOME] = store.home.address_table.data_ptr()

@@ -59,6 +59,9 @@ class SegmentStore(Protocol):
     def clear(self) -> None:
         """Forget all."""
 
+    def release(self) -> None:
+        """Give back all memory; nothing is held."""
+
 
 class Sequences:
     """Lengths, directory, reference counts, padding and regrouped pages of a batch.
@@ -106,6 +109,11 @@ class Sequences:
         return len(self.refcounts) - len(self.free)
 
     @property
+    def room(self) -> tuple[int, int, int]:
+        """Batch size, segments in the pool, and pages per sequence that the segments have room for."""
+        return self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
+
+    @property
     def metadata(self) -> dict[str, int]:
         """Bytes of what all layers share, by name; of entries in lists, 8 each."""
         return {
@@ -128,9 +136,7 @@ class Sequences:
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
-        store.reserve(
-            self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
-        )
+        store.reserve(*self.room)
         self.stores.append(store)
         self.layout += 1
 
@@ -306,6 +312,19 @@ class Sequences:
         for store in self.stores:
             store.reserve(*room)
         self._room = room
+
+    def fit(self) -> None:
+        """Let the stores take what their budgets, which have changed, allow now."""
+        if self.directory:
+            self._room = None
+            self._make_room(*self.room)
+
+    def release(self) -> None:
+        """Give back the memory that an empty batch's stores have kept."""
+        self.changed()
+        self.refcounts, self.free = [], []
+        for store in self.stores:
+            store.release()
 
     def _release(self, segment: int) -> None:
         self.refcounts[segment] -= 1
