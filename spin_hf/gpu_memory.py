@@ -239,7 +239,7 @@ class GpuMemory:
 
     def _give_back(self, device: torch.device, num_bytes: int | None) -> int:
         held, sequences = self._held(device), self.shared.sequences
-        if not sequences.batch_size:
+        if not sequences.length:
             sequences.release()
         else:
             self.has_given_back, self._steps_left = True, LOOK_STEPS
@@ -328,7 +328,8 @@ class GpuMemory:
 
     def _make_way(self, device: torch.device, wanted: int, least: int) -> None:
         """Ask others to give back what is missing, if they have it."""
-        free = pressure.free_gpu_memory(device) if any(other is not self for other in _live) else None
+        others = _others(self, device)
+        free = pressure.free_gpu_memory(device) if others else None
         if free is None:
             return
         held = self._held(device)
@@ -336,7 +337,6 @@ class GpuMemory:
         if wanted <= cap:
             return
         if self.given is None:
-            others = _others(self, device)
             available = cap + sum(other._givable(device) for other in others)
             wanted = max(least, pressure.fair_share(wanted, available, sum(other._wanted(device) for other in others)))
         if wanted > cap:
@@ -359,7 +359,7 @@ class GpuMemory:
     def _givable(self, device: torch.device) -> int:
         """Bytes that no step needs."""
         stores = self._stores(device)
-        if not stores or not self.shared.sequences.batch_size:
+        if not stores or not self.shared.sequences.length:
             return self._held(device)
         return max(0, self._held(device) - self._least(stores))
 
@@ -377,4 +377,5 @@ class GpuMemory:
 
 def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:
     """Other caches with memory on a device."""
-    return [other for other in list(_live) if other is not one and other._stores(device)]
+    with _lock:
+        return [other for other in list(_live) if other is not one and other._stores(device)]

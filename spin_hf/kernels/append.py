@@ -14,7 +14,6 @@ import triton.language as tl
 from .common import (
     FRAMES,
     HOME,
-    NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
@@ -22,6 +21,7 @@ from .common import (
     SUMMARY_0,
     SUMMARY_1,
     page_rows,
+    slots_of,
     tokens_valid,
 )
 
@@ -63,12 +63,12 @@ def append_page(
     pointer = tl.multiple_of(home.to(tl.pointer_type(dtype)), 16)
     tl.store(pointer + place_k, keys, mask=inside_k)
     tl.store(pointer + place_v, values, mask=inside_v)
-    num_slots = tl.load(layer + NUM_SLOTS)
+    num_slots, first_frame = slots_of(layer, b, h, H)
     if num_slots > 0:
         slots = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
         slot = tl.load(slots + (b * H + h) * tl.load(layer + PAGE_SLOT_STRIDE) + page)
         if slot >= 0:
-            frame = tl.load(layer + FRAMES) + ((b * H + h) * num_slots + slot) * (PAGE * (DK + DV) * item)
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * (PAGE * (DK + DV) * item)
             resident = tl.multiple_of(frame.to(tl.pointer_type(dtype)), 16)
             tl.store(resident + place_k, keys, mask=inside_k)
             tl.store(resident + place_v, values, mask=inside_v)

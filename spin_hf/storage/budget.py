@@ -11,7 +11,7 @@ of the layers with it; pages that went to the cpu tier stay there, as what lies 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import BudgetError, CapacityError
@@ -103,6 +103,23 @@ class TierBudget:
         """Frames per (sequence, KV head) that hold all pages of one step of sequences of so many pages: the mandatory ones."""
         selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
         return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
+
+    def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
+        """Frames of each KV head, by sequence: in proportion to its pages, together no more than if all had `frames`.
+
+        No sequence has fewer than a step needs, if `frames` are as many, nor more than its pages.
+
+        Args:
+            held: pages of each sequence that hold real tokens; None where all are full.
+        """
+        if held is None or frames >= num_pages:
+            return frames
+        least = min(frames, self.step_frames(num_pages))
+        pages = [max(least, min(coarsely(number), num_pages)) for number in held]  # so that shares change seldom
+        left, wanted = (frames - least) * len(pages), sum(pages) - least * len(pages)
+        if left >= wanted:
+            return tuple(pages)
+        return tuple(least + left * (number - least) // wanted for number in pages)
 
     def bytes_with(self, frames: int, batch_size: int, num_segments: int, num_pages: int) -> int:
         """The least `gpu_memory` that gives so many frames, in bytes; arguments as for `num_frames`."""

@@ -105,7 +105,8 @@ class PageStore:
             if self.frames is None:
                 self.home.move(torch.device("cpu"))
                 self.frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
-            self.frames.resize(batch_size, num_frames, num_pages)
+            held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
+            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
@@ -232,15 +233,27 @@ class PageStore:
             which of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
         """
         rows = self._rows().gather(2, pages.clamp(min=0))
-        width = self.frames.num_slots if self.frames is not None else max(1, pages.shape[2])
-        for first in range(0, pages.shape[2], width):
-            part = slice(first, first + width)
+        for part in self._waves(pages):
             if self.frames is None:
                 content = self.home.take(rows[:, :, part])
             else:
                 content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self.home, self.sequences.step)
             keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
+
+    def _waves(self, pages: Tensor) -> Iterator[slice]:
+        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots."""
+        stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
+        if self.frames is None or self.frames.shares is None or stop <= width:
+            yield from (slice(first, first + width) for first in range(0, stop, max(1, width)))
+            return
+        counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
+        slots, first = self.frames.shares[:, :1, None], 0
+        while first < stop:
+            fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
+            end = first + int(fits.sum())
+            yield slice(first, end)
+            first = end
 
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
         """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
@@ -251,7 +264,10 @@ class PageStore:
     @property
     def lacks_frames(self) -> bool:
         """Whether not all pages can be resident."""
-        return self.frames is not None and self.num_frames < self.sequences.num_pages
+        if self.frames is None:
+            return False
+        pages = self.sequences.pages_held() or [self.sequences.num_pages] * len(self.frames.slots)
+        return any(slots < number for slots, number in zip(self.frames.slots, pages, strict=False))
 
     @property
     def mandatory_frames(self) -> int:

@@ -54,7 +54,15 @@ class PageFrames:
         self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
         self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
         self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
+        self.shares: Tensor | None = None
+        """[B, 2], int64: slots and first frame of each sequence, for kernels; None where all have as many slots."""
         self.hits = self.loads = self.evictions = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored."""
+        tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
+        return tables if self.shares is None else (*tables, self.shares)
 
     @property
     def num_slots(self) -> int:
@@ -75,13 +83,14 @@ class PageFrames:
     @property
     def nbytes(self) -> int:
         """Bytes of frames and tables."""
-        return self.frames.nbytes + sum(self.metadata.values())
+        return sum(table.nbytes for table in self.tensors)
 
     @property
     def metadata(self) -> dict[str, int]:
         """Bytes of the tables, by name."""
         tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
-        return {name: table.nbytes for name, table in tables.items()}
+        sizes = {name: table.nbytes for name, table in tables.items()}
+        return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
 
     def held(self, row: int) -> Tensor:
         """The page in each slot of a sequence, -1 where it is free: [H, slots[row]], a view."""
@@ -107,7 +116,7 @@ class PageFrames:
 
     def forget_sequences(self, batch_size: int) -> None:
         """Have so many sequences, without slots; memory is given back."""
-        self.slots = (0,) * batch_size
+        self.slots, self.shares = (0,) * batch_size, None
         self.frames = self.frames.new_empty((0, self.page_elements))
         self.page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
         self.slot_page, self.slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
@@ -133,6 +142,11 @@ class PageFrames:
         frames = self.frames.new_empty((total, self.page_elements))
         slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
         page_slot = torch.full_like(self.page_slot, -1)
+        shares = None
+        if len(set(wanted)) > 1:
+            shares = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
+                frames.device, non_blocking=True
+            )
         for rows, old, new in self._pieces(wanted):
             keep, shape = min(old.num_slots, new.num_slots), (rows.stop - rows.start, self.num_heads)
             pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
@@ -151,7 +165,7 @@ class PageFrames:
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
             page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
         self.frames, self.slot_page, self.slot_step, self.page_slot = frames, slot_page, slot_step, page_slot
-        self.slots = wanted
+        self.slots, self.shares = wanted, shares
 
     def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
         """Runs of sequences that have as many slots each, before and after."""

@@ -92,6 +92,8 @@ class Sequences:
         self._room: tuple[int, ...] | None = None
         """What room was last made for."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._counted: tuple[int, int, list[int]] | None = None
+        """Events, tokens and pages with real tokens, when these were last counted."""
 
     @property
     def batch_size(self) -> int:
@@ -132,6 +134,19 @@ class Sequences:
         if held is None:
             return torch.arange(first, stop, device=device).expand(self.batch_size, -1)
         return held[:, first:stop].to(device)
+
+    def pages_held(self) -> list[int] | None:
+        """Pages of each sequence that hold real tokens; None where nothing is padding. Reads the device, once for each past."""
+        valid = self.mask.valid
+        if valid is None or not self.length:
+            return None
+        if self._counted is None or self._counted[0] != self.events:
+            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
+                1, (-1, self.page_size)
+            )
+            self._counted = self.events, valid.shape[1], filled.any(2).sum(1).tolist()
+        more = self.num_pages - -(-self._counted[1] // self.page_size)
+        return [number + max(0, more) for number in self._counted[2]]
 
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""

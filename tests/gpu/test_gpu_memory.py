@@ -59,6 +59,33 @@ def test_a_cap_is_kept(model: Any, cap: str) -> None:
     cache.check_integrity()
 
 
+@torch.no_grad()
+def test_a_padded_batch_has_shares_by_length(model: Any) -> None:
+    """Page frames in proportion to real tokens; answers are those of a cache that pages nothing."""
+    length, steps = 6000, 8
+    ids = torch.randint(0, 128, (3, length + steps), generator=torch.Generator().manual_seed(3)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :4500], mask[1, :2500] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = []
+    for cap in ("24MiB", "auto"):
+        cache, outputs, stop = SpinCache(model, budget=512, gpu_memory=cap), [], 0
+        for count in (length, *[1] * steps):
+            start, stop = stop, stop + count
+            out = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                past_key_values=cache, logits_to_keep=1,
+            )  # fmt: skip
+            outputs.append(out.logits)
+        cache.check_integrity()
+        logits.append(torch.cat(outputs, 1))
+        if cap != "auto":
+            (short, middle, long) = cache._shared.layers[0].store.frames.slots
+            assert short < middle < long
+            assert cache.stats().evictions + cache.stats().loads > 0
+    torch.testing.assert_close(*logits, rtol=0, atol=0.05)
+
+
 def test_what_is_released_can_be_allocated(model: Any) -> None:
     """By captured steps, whose tokens are those of a cache that was left alone."""
     tokens = []
