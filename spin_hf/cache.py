@@ -29,11 +29,10 @@ from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method, check_recipe, recipe_of
 from .compiled import pool_of
-from .config import SpinOptions
-from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
+from .config import SpinOptions, parse_bytes
+from .errors import BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog
 from .graph import DecodeSteps, graph_model
-from .indexing import index_deferred
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
 from .shared import SharedState
@@ -124,7 +123,7 @@ class SpinCache(Cache):
             AttentionError: the config names another attention implementation.
             BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
         """
-        self._check_switched()
+        switch.check(self._config)
         if torch.compiler.is_compiling():
             return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         self._touch(layer_idx, key_states.shape[0])
@@ -171,7 +170,7 @@ class SpinCache(Cache):
             CacheStateError: an interrupted forward cannot be taken back.
         """
         if not torch.compiler.is_compiling():
-            self._check_switched()
+            switch.check(self._config)
             self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
@@ -274,7 +273,7 @@ class SpinCache(Cache):
         loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
         queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
         attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
-        segments = shared.sequences.segments_in_use
+        segments, mandatory = shared.sequences.segments_in_use, sum(store.mandatory_frames for store in stores)
         metadata = Counter(shared.sequences.metadata)
         for store in stores:
             metadata.update(store.metadata(segments))
@@ -286,6 +285,8 @@ class SpinCache(Cache):
             cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
             metadata_bytes=metadata.total(),
             metadata=dict(metadata),
+            mandatory_frames=mandatory,
+            buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory,
             loads=loads,
             evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
             hit_rate=hits / (hits + loads) if hits + loads else 1.0,
@@ -295,13 +296,29 @@ class SpinCache(Cache):
             dense_layers=dict(self._dense_reasons),
         )
 
+    def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
+        """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
+
+        For `except torch.OutOfMemoryError:`, or before something else needs the memory. torch keeps it for reuse until
+        `torch.cuda.empty_cache()`. No token changes; pages are loaded when they are needed. The cache takes memory again, if
+        much is free, at one of its later steps. A forward that was interrupted is taken back first.
+
+        Args:
+            num_bytes: how much is needed, in bytes or as "2GiB"; None for all that no step needs.
+        Returns:
+            bytes given back; less than was asked for where steps need the rest.
+        """
+        wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
+        self._shared.pending = None  # an interrupted forward's keys never come
+        self._log.settle(self.layers)
+        return self._shared.gpu.give_back(wanted)
+
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
 
         A forward that was interrupted is taken back first.
         """
         self._log.settle(self.layers)
-        index_deferred(self._shared)
         self._shared.sequences.check_integrity()
         regroup.check_integrity(self._shared)
         for layer in self._shared.layers:
@@ -310,6 +327,7 @@ class SpinCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)
+        self._shared.gpu.before_copy()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
@@ -326,13 +344,6 @@ class SpinCache(Cache):
         """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph."""
         served = kernels.on_gpu() and recipe_of(self._shared.method) is not None
         return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
-
-    def _check_switched(self) -> None:
-        if self._config._attn_implementation != switch.NAME:
-            raise AttentionError(
-                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (changed '
-                'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
-            )
 
     def _touch(self, index: int, batch_size: int) -> None:
         """Before layer `index` changes: note it, and refuse a batch of another size."""

@@ -3,7 +3,8 @@
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
 Whoever changes a complete page calls `index_pages`, and `index_recoded` where all of them may have changed; `check_summaries`
-holds what is kept against what the pages give. The pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may regroup them first (`regroup.grow`).
+compares with what the pages give. Pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may
+regroup them first (`regroup.grow`).
 """
 
 from __future__ import annotations

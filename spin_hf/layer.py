@@ -95,7 +95,7 @@ class SpinLayer(CacheLayerMixin):
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
         shared, method, device = self.shared, self.shared.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        budget = shared.tier_budget(shape, key_states.dtype, device)
+        budget = shared.tier_budget(shape, key_states.dtype, device, shared.sequences.room)
         store = PageStore(
             shared.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
@@ -103,6 +103,7 @@ class SpinLayer(CacheLayerMixin):
             regroups=isinstance(method, Regrouping), summary_dtypes=method.summary_dtypes(),
             host_int8=shared.options.host_int8,
         )  # fmt: skip
+        store.ask_for_more = shared.gpu.raise_caps
         shared.sequences.attach(store)
         self.store = store
 

@@ -118,6 +118,7 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
 
 def check_integrity(shared: SharedState) -> None:
     """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
+    index_deferred(shared)
     sequences = shared.sequences
     if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
         raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")

@@ -31,10 +31,11 @@ from .completed import index_completed
 from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
+from .gpu_memory import GpuMemory
 from .kernels.fields import Counter, StepField
 from .layer_budget import LayerShape, tier_budget
 from .step_plan import StepPlan
-from .storage.budget import TierBudget, auto_gpu_memory
+from .storage.budget import TierBudget
 from .storage.sequences import Sequences, check_batch
 
 if TYPE_CHECKING:
@@ -88,19 +89,17 @@ class SharedState:
     _begun: tuple[list[StepKernels], int, bool] | None = None
     _counted: dict[str, int] = field(default_factory=dict)
     """What kernels counted that are gone."""
-    _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
+    gpu: GpuMemory = field(init=False, repr=False, compare=False)
 
-    def gpu_memory(self, device: torch.device) -> int | None:
-        """The cap on the compute tier in bytes; what "auto" means is settled at the first step."""
-        if self.options.gpu_memory is not None:
-            return self.options.gpu_memory
-        if device not in self._auto_memory:
-            self._auto_memory[device] = auto_gpu_memory(device)
-        return self._auto_memory[device]
+    def __post_init__(self) -> None:
+        self.gpu = GpuMemory(self, self.options.gpu_memory)
 
-    def tier_budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TierBudget:
-        """What a layer with keys and values of this shape and dtype has."""
-        return tier_budget(shape, dtype, self.method, self.options, self.gpu_memory(device), len(self.layers))
+    def tier_budget(
+        self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
+    ) -> TierBudget:  # fmt: skip
+        """What a layer with keys and values of this shape and dtype has; `room` as for `GpuMemory.limit`."""
+        uncapped = tier_budget(shape, dtype, self.method, self.options, None, len(self.layers), device)
+        return self.gpu.limit(uncapped, device, room)
 
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""
@@ -153,6 +152,7 @@ class SharedState:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
+        self.gpu.before_step(batch_size, num_tokens)
         regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
         indexing.index_recoded(self)

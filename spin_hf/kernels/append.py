@@ -15,7 +15,6 @@ import triton.language as tl
 from .common import (
     FRAMES,
     HOME,
-    NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
@@ -25,6 +24,7 @@ from .common import (
     from_int8,
     page_rows,
     scale_addresses,
+    slots_of,
     to_int8,
     tokens_valid,
 )
@@ -81,12 +81,12 @@ def append_page(
     else:
         tl.store(pointer + place_k, keys, mask=inside_k)
         tl.store(pointer + place_v, values, mask=inside_v)
-    num_slots = tl.load(layer + NUM_SLOTS)
+    num_slots, first_frame = slots_of(layer, b, h, H)
     if num_slots > 0:
         slots = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
         slot = tl.load(slots + (b * H + h) * tl.load(layer + PAGE_SLOT_STRIDE) + page)
         if slot >= 0:
-            frame = tl.load(layer + FRAMES) + ((b * H + h) * num_slots + slot) * (PAGE * (DK + DV) * item)
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * (PAGE * (DK + DV) * item)
             resident = tl.multiple_of(frame.to(tl.pointer_type(dtype)), 16)
             tl.store(resident + place_k, keys, mask=inside_k)
             tl.store(resident + place_v, values, mask=inside_v)

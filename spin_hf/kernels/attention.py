@@ -20,7 +20,6 @@ from .common import (
     LIST_CAPACITY,
     LIST_PAGE,
     LOAD,
-    NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
@@ -28,6 +27,7 @@ from .common import (
     page_rows,
     row_addresses,
     scale_addresses,
+    slots_of,
     tokens_valid,
 )
 
@@ -73,7 +73,7 @@ def attend_kernel(
     ).to(DTYPE)  # fmt: skip
     place = tl.arange(0, TILE_PAGES * PAGE)
     within = place % PAGE
-    num_slots = tl.load(layer + NUM_SLOTS)
+    num_slots, first_frame = slots_of(layer, b, h, H)
     table = tl.load(layer + HOME)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -94,7 +94,7 @@ def attend_kernel(
             page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
             page_slot += bh.to(tl.int64) * tl.load(layer + PAGE_SLOT_STRIDE)
             slot = tl.load(page_slot + page, mask=here, other=0)
-            frame = tl.load(layer + FRAMES) + (bh.to(tl.int64) * num_slots + slot) * PAGE_BYTES
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * PAGE_BYTES
             address = frame
             if missing > 0:
                 rows = page_rows(step, b, h, page, away, H, SEGMENT)

@@ -41,6 +41,7 @@ PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
 PAGE_SLOT_STRIDE = tl.constexpr(int(LayerField.PAGE_SLOT_STRIDE))
 SLOT_PAGE = tl.constexpr(int(LayerField.SLOT_PAGE))
 SLOT_STEP = tl.constexpr(int(LayerField.SLOT_STEP))
+SHARES = tl.constexpr(int(LayerField.SHARES))
 
 FIRST = tl.constexpr(int(PlanField.FIRST))
 STOP = tl.constexpr(int(PlanField.STOP))
@@ -67,6 +68,18 @@ def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
     directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))
     segments = tl.load(directory + b * tl.load(step + DIRECTORY_STRIDE) + pages // SEGMENT, mask=mask, other=0)
     return (segments.to(tl.int64) * H + h) * SEGMENT + pages % SEGMENT
+
+
+@triton.jit
+def slots_of(layer, b, h, H: tl.constexpr):
+    """How many slots a (sequence, KV head) has, 0 without page frames, and the first of its frames; `b` and `h` are int64."""
+    num_slots = tl.load(layer + NUM_SLOTS)
+    first = (b * H + h) * num_slots
+    if num_slots < 0:  # sequences have shares of their own
+        share = tl.load(layer + SHARES).to(tl.pointer_type(tl.int64)) + b * 2
+        num_slots = tl.load(share)
+        first = tl.load(share + 1) + h * num_slots
+    return num_slots, first
 
 
 @triton.jit

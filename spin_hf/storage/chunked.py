@@ -111,6 +111,13 @@ class ChunkedArray:
         self.used_rows = max(self.used_rows, num_rows)
         self._order_spare()
 
+    def release(self) -> None:
+        """Let go of all rows; the table stays where it is."""
+        self._wait_for_kernels()
+        self.chunks, self.used_rows, self._spare = [], 0, None
+        if self._table is not None:
+            self._table.zero_()
+
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
         copy = self._copy_rows(rows)

@@ -12,12 +12,13 @@ results never depend on which pages are resident, or on how many can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..errors import BudgetError
 from .budget import TierBudget
 from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
@@ -28,6 +29,13 @@ from .summaries import SummaryArray, kept_as
 # RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
 _MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
+
+
+def chunk_segments(num_heads: int, page_bytes: int, device: torch.device) -> int:
+    """Segments by which a layer's arrays grow on a device."""
+    chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
+    return min(max(segments, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
 
 
 class PageStore:
@@ -73,10 +81,7 @@ class PageStore:
         """Whether pages took another form, and summaries are still of what they held before."""
         self.length = 0
         """Tokens written to this layer."""
-        segment_bytes = SEGMENT_PAGES * num_heads * self.form.row_bytes
-        chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
-        segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
-        rows = segments * SEGMENT_PAGES * num_heads
+        rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
         self.home = ChunkedArray((self.form.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():
@@ -84,25 +89,37 @@ class PageStore:
             self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
         self.regrouped = RegroupedPages(sequences, num_heads, rows, device) if regroups else None
         self.frames: PageFrames | None = None
-        self.num_segments = 0
+        self.num_segments = self.num_frames = 0
+        self.ask_for_more: Callable[[int], bool] | None = None
+        """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
 
     # ------------------------------------------------------------------------------- what `Sequences` asks of a store
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Raise BudgetError or CapacityError where `reserve` would exceed a cap."""
-        self.budget.num_frames(batch_size, num_segments, num_pages)
+        try:
+            self._num_frames(batch_size, num_segments, num_pages)
+        except BudgetError as error:
+            if self.ask_for_more is None or not self.ask_for_more(error.needed_bytes or 0):
+                raise
+            self._num_frames(batch_size, num_segments, num_pages)
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Make room for `num_segments` segments and a step over `num_pages` pages."""
-        num_frames = self.budget.num_frames(batch_size, num_segments, num_pages)
+        num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
+            self.num_frames = num_frames
             if self.frames is None:
                 self._move_to_cpu()
                 self.frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
-            self.frames.resize(batch_size, num_frames, num_pages)
+            held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
+            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
+
+    def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
+        return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages and summaries of each (source, destination) segment."""
@@ -133,6 +150,14 @@ class PageStore:
         self.length = 0
         if self.frames is not None:
             self.frames.forget_all()
+
+    def release(self) -> None:
+        """Give back all memory; nothing is held. Pages that went to the cpu tier will be made there again."""
+        self.num_segments = self.num_frames = 0
+        if self.frames is not None:
+            self.frames.forget_sequences(0)
+        for array in self._arrays():
+            array.release()
 
     # --------------------------------------------------------------------------------------------- tokens and pages
 
@@ -195,9 +220,7 @@ class PageStore:
             which of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
         """
         rows = self._rows().gather(2, pages.clamp(min=0))
-        width = self.frames.num_slots if self.frames is not None else max(1, pages.shape[2])
-        for first in range(0, pages.shape[2], width):
-            part = slice(first, first + width)
+        for part in self._waves(pages):
             if self.frames is None:
                 content = self.home.take(rows[:, :, part])
             else:
@@ -205,11 +228,48 @@ class PageStore:
             keys, values = self.form.take(content)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
 
+    def _waves(self, pages: Tensor) -> Iterator[slice]:
+        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots."""
+        stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
+        if self.frames is None or self.frames.shares is None or stop <= width:
+            yield from (slice(first, first + width) for first in range(0, stop, max(1, width)))
+            return
+        counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
+        slots, first = self.frames.shares[:, :1, None], 0
+        while first < stop:
+            fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
+            end = first + int(fits.sum())
+            yield slice(first, end)
+            first = end
+
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
         """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
         rows = self._rows()
         rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
         return self.summaries[name].take(rows)
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether not all pages can be resident."""
+        if self.frames is None:
+            return False
+        pages = self.sequences.pages_held() or [self.sequences.num_pages] * len(self.frames.slots)
+        return any(slots < number for slots, number in zip(self.frames.slots, pages, strict=False))
+
+    @property
+    def mandatory_frames(self) -> int:
+        """Page frames, of all sequences and KV heads, that a step needs; the others hold buffer pages."""
+        if self.frames is None:
+            return 0
+        needed = self.budget.step_frames(self.sequences.num_pages)
+        return self.num_heads * sum(min(needed, slots) for slots in self.frames.slots)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes taken in the compute tier, with the unused ends of chunks where those take memory at once."""
+        arrays, at_once = self._arrays()[self.frames is not None :], self.device.type == "cuda"
+        taken = sum((array.num_rows if at_once else array.used_rows) * array.row_bytes for array in arrays)
+        return taken + (0 if self.frames is None else self.frames.nbytes)
 
     def pages_held(self) -> int:
         """Pages of all KV heads that hold tokens; pages that sequences share count once."""

@@ -59,6 +59,9 @@ class SegmentStore(Protocol):
     def clear(self) -> None:
         """Forget all."""
 
+    def release(self) -> None:
+        """Give back all memory; nothing is held."""
+
 
 class Sequences:
     """Lengths, directory, reference counts, padding and regrouped pages of a batch.
@@ -91,6 +94,8 @@ class Sequences:
         self._room: tuple[int, ...] | None = None
         """What room was last made for."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._counted: tuple[int, int, list[int]] | None = None
+        """Events, tokens and pages with real tokens, when these were last counted."""
 
     @property
     def batch_size(self) -> int:
@@ -106,6 +111,11 @@ class Sequences:
     def segments_in_use(self) -> int:
         """Segments that some sequence refers to."""
         return len(self.refcounts) - len(self.free)
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """Batch size, segments in the pool, and pages per sequence that the segments have room for."""
+        return self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -127,12 +137,23 @@ class Sequences:
             return torch.arange(first, stop, device=device).expand(self.batch_size, -1)
         return held[:, first:stop].to(device)
 
+    def pages_held(self) -> list[int] | None:
+        """Pages of each sequence that hold real tokens; None where nothing is padding. Reads the device, once for each past."""
+        valid = self.mask.valid
+        if valid is None or not self.length:
+            return None
+        if self._counted is None or self._counted[0] != self.events:
+            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
+                1, (-1, self.page_size)
+            )
+            self._counted = self.events, valid.shape[1], filled.any(2).sum(1).tolist()
+        more = self.num_pages - -(-self._counted[1] // self.page_size)
+        return [number + max(0, more) for number in self._counted[2]]
+
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
-        store.reserve(
-            self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
-        )
+        store.reserve(*self.room)
         self.stores.append(store)
         self.layout += 1
 
@@ -308,6 +329,19 @@ class Sequences:
         for store in self.stores:
             store.reserve(*room)
         self._room = room
+
+    def fit(self) -> None:
+        """Let the stores take what their budgets, which have changed, allow now."""
+        if self.directory:
+            self._room = None
+            self._make_room(*self.room)
+
+    def release(self) -> None:
+        """Give back the memory that an empty batch's stores have kept."""
+        self.changed()
+        self.refcounts, self.free = [], []
+        for store in self.stores:
+            store.release()
 
     def _release(self, segment: int) -> None:
         self.refcounts[segment] -= 1

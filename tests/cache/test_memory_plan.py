@@ -231,7 +231,7 @@ def test_it_prints_as_a_table() -> None:
     for line in ("fits", "KiB", "summaries", "largest context length", "2 (sliding window: only the window is kept)"):
         assert line in text
     stats = str(fill(config, 2, 300).stats())
-    assert "metadata bytes   64 B\n  metadata         directory 32 B, reference counts 32 B\n" in stats
+    assert "metadata bytes    64 B\n  metadata          directory 32 B, reference counts 32 B\n" in stats
 
 
 PAGED = [name for name, family in FAMILIES.items() if family.paged]

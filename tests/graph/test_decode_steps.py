@@ -94,6 +94,32 @@ def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest
     cache.check_integrity()
 
 
+@pytest.mark.parametrize("gpu_memory", ["auto", "90kB"])
+def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph is captured anew, a resident context goes to the cpu tier, and tokens are those of a cache left alone."""
+    model = build_model("llama").eval()
+    tokens = torch.randint(3, 100, (2, 14), generator=torch.Generator().manual_seed(2))
+    logits = []
+    recorder = capture_on_cpu(monkeypatch)
+    for disturbed in (False, True):
+        cache = SpinCache(model, gpu_memory=gpu_memory, **OPTIONS)
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=cache)
+        before = recorder.replays
+        parts = [_loop(model, cache, tokens[:, :4])]
+        for step, wanted in ((4, 2000), (6, None), (8, "2kB")):
+            if disturbed:
+                assert cache.release_gpu_memory(wanted) > 0 or step > 4
+                cache._shared.gpu._steps_left = 1  # grows at the next step
+            parts.append(_loop(model, cache, tokens[:, step : step + 2]))
+            cache.check_integrity()
+        assert recorder.replays == before + 9
+        assert len(cache.steps.captured) == 1
+        assert not disturbed or cache.stats().cpu_bytes > 0
+        logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def _loop(model: Any, cache: SpinCache, tokens: torch.Tensor) -> torch.Tensor:
     """A bare loop without positions or mask: the model derives positions from the cache."""

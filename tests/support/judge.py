@@ -197,11 +197,13 @@ def _poison(layer: SpinLayer) -> None:
     for array, content in zip(arrays, held, strict=True):
         array.put(rows[:, :, :complete], content)
     if store.frames is not None:
-        table = store.frames.slot_page
-        b, h, slot = (table >= 0).nonzero(as_tuple=True)
-        frames = store.frames.frames.view(*table.shape, -1)
-        frames.fill_(nan)
-        frames[b, h, slot] = store.form.join(store.home_form.take(pages))[b, h, table[b, h, slot].long()]
+        store.frames.frames.fill_(nan)
+        contents, first = store.form.join(store.home_form.take(pages)), 0
+        for row, slots in enumerate(store.frames.slots):
+            table = store.frames.held(row)
+            h, slot = (table >= 0).nonzero(as_tuple=True)
+            store.frames.frames[first + h * slots + slot] = contents[row, h, table[h, slot].long()]
+            first += table.numel()
     for tensor in (*step.selection.scratch, step.parts):
         tensor.fill_(nan)
     step.selection.histogram.fill_(1)
