@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import BudgetError
-from .budget import TierBudget
+from .budget import TierBudget, whole_segments
 from .chunked import ChunkedArray
 from .regrouped import RegroupedPages
 from .residency import PageFrames
@@ -106,7 +106,7 @@ class PageStore:
                 self.home.move(torch.device("cpu"))
                 self.frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
-            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
+            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), whole_segments(num_pages))
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
