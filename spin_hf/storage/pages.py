@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import BudgetError
-from .budget import TierBudget
+from .budget import TierBudget, whole_segments
 from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
 from .residency import PageFrames
@@ -113,7 +113,7 @@ class PageStore:
                 self._move_to_cpu()
                 self.frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
-            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
+            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), whole_segments(num_pages))
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
