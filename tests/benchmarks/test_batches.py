@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spin_hf.kernels
 import spin_hf.memory_plan
-import spin_hf.shared
 from spin_hf import SpinCache, decode
+from spin_hf.storage import pressure
+
+from ..cache.gpu_of import bytes_of
 
 LLAMA = shapes.SHAPES["llama-8b"]
 K = 1024
@@ -266,8 +268,13 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
 def test_smaller_batches_are_selected_from_the_largest(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (spin_hf.memory_plan, spin_hf.shared):
-        monkeypatch.setattr(module, "auto_gpu_memory", lambda device: 130_000)
+    def free(device: torch.device) -> int:
+        held = [cache for cache in gc.get_objects() if isinstance(cache, SpinCache)]
+        return max(0, 130_000 - sum(map(bytes_of, held)))
+
+    monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
+    for module in (spin_hf.memory_plan, pressure):
+        monkeypatch.setattr(module, "free_gpu_memory", free)
     monkeypatch.setattr(
         host, "room", lambda given: 3 * throughput.sequence_bytes(tiny.config, 256) * 2
     )  # float32, whole segments
