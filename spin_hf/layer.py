@@ -57,6 +57,10 @@ class SpinLayer(CacheLayerMixin):
         self.store: PageStore | None = None
         self.attended_tokens = 0
         self.attended_queries = 0
+        self.arranged = 0
+        """Pages of the stretches that are arranged in this layer; fewer than there are where memory ran out under way."""
+        self.stale: tuple[int, int] | None = None
+        """Pages whose summaries have to be made anew before the next step."""
         self.number = len(shared.layers)
         """Its place among the paged layers."""
         self.handle = register_layer(self)
@@ -322,6 +326,18 @@ class SpinLayer(CacheLayerMixin):
         """Summarise the complete pages [first, stop) of all sequences."""
         if self.store is not None:
             index_pages(self.store, self.shared.method, self.number, first, stop)
+
+    def renew(self, first: int, stop: int) -> None:
+        """Pages [first, stop) have changed: `refresh` shall summarise them."""
+        held, self.shared.any_stale = self.stale or (first, stop), True
+        self.stale = min(first, held[0]), max(stop, held[1])
+
+    def refresh(self) -> None:
+        """Summarise the pages that have changed; those that are not summarised for lack of memory stay stale."""
+        if self.stale is not None:
+            first, stop = self.stale
+            self.index(first, min(stop, self.shared.committed // self.shared.sequences.page_size))
+            self.stale = None
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""

@@ -4,7 +4,8 @@
     restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
 
 Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
-always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right.
+always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right, and
+`grow` goes on where it was, with the layers that have not been `arranged` so far.
 Sequences that share segments are arranged once; where they share a part of a stretch only, each gets its own copy.
 """
 
@@ -20,11 +21,10 @@ from torch import Tensor
 
 from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
-from .indexing import index_pages
 from .storage.pages import PageStore
 from .storage.regrouped import RegroupedPages, tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
-from .storage.stretches import pages_that_may_move
+from .storage.stretches import Plan, pages_that_may_move
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -58,11 +58,14 @@ def grow(shared: SharedState) -> None:
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
         return
+    _arrange_layers(shared, method)  # there is something to do where it was interrupted
     window = options.recent_window + SLACK_TOKENS
     first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
-    tokens = (stop - first) * sequences.page_size
-    if tokens < method.growth_tokens or not sequences.batch_size:
-        return
+    planned = sequences.stretches.planned
+    if planned is None or planned[:2] != (sequences.length, first):
+        tokens = (stop - first) * sequences.page_size
+        if tokens < method.growth_tokens or not sequences.batch_size:
+            return
     may_move = pages_that_may_move(
         sequences.mask.valid,
         sequences.batch_size,
@@ -71,10 +74,13 @@ def grow(shared: SharedState) -> None:
         options.num_sink_tokens,
         window,
     )
-    stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
-    at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
-    for part in range(0, len(stops), at_once):
-        _add_stretches(shared, method, [first + stop for stop in stops[part : part + at_once]], may_move)
+    if planned is None or planned[:2] != (sequences.length, first):
+        stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
+        at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
+        stops = [first + stop for stop in stops]
+        planned = (sequences.length, first, [stops[part : part + at_once] for part in range(0, len(stops), at_once)])
+    for index, stops in enumerate(planned[2]):
+        _add_stretches(shared, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
 
 
 def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
@@ -96,6 +102,8 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
             for layer in shared.layers:
                 _put_back(layer, first, stop)
         stretches.drop_last()
+        for layer in shared.layers:
+            layer.arranged = min(layer.arranged, stretches.num_pages)
         sequences.changed()
 
 
@@ -128,41 +136,69 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (part + 1) for part in range(parts)]
 
 
-def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor) -> None:
-    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer."""
+def _add_stretches(
+    shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor, planned: Plan
+) -> None:  # fmt: skip
+    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer; `planned` is next."""
     sequences = shared.sequences
     first, stop = sequences.stretches.num_pages, stops[-1]
     grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    layers = [layer for layer in shared.layers if layer.store is not None]
-    for layer in layers:
-        _regrouped(layer).write_runs(first, stop)
-    for end, (moves, _) in zip(stops, grouped, strict=True):
-        sequences.stretches.append(end, moves)
+    for layer in shared.layers:
+        if layer.store is not None:
+            _regrouped(layer).write_runs(first, stop)
+            layer.arranged = first
+    stretches = sequences.stretches.copy()
+    for end, moves in zip(stops, grouped, strict=True):
+        stretches.append(end, moves)
+    stretches.planned = planned if planned[2] else None
+    sequences.stretches = stretches
     sequences.changed()
-    runs = [run for _, found in grouped for run in found]
+    _arrange_layers(shared, method)
+
+
+def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
+    """Arrange what the newest stretches hold in the layers where that has not been done."""
+    stretches = shared.sequences.stretches
+    layers = [layer for layer in shared.layers if layer.store is not None and layer.arranged < stretches.num_pages]
+    if not layers:
+        return
+    first, stop = layers[-1].arranged, stretches.num_pages
+    runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(shared, start, end)]
     for layer in layers:
-        _rearrange(layer, first, stop, *_arrange(method, layer, first, stop, runs))
+        _store(layer).rearrange(first, stop, *_arrange(method, layer, first, stop, runs))
+        layer.arranged = stop
+        layer.renew(first, stop)
+        layer.refresh()
 
 
-def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> tuple[Tensor, list[Run]]:
+def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> Tensor:
     """Copies of what sequences share in part of a stretch.
 
     Returns:
-        `may_move` [B, n], or nothing where there is no room for copies; the runs that are to be arranged.
+        `may_move` [B, n], or nothing where the caps have no room for copies.
     """
     sequences = shared.sequences
     pages = [_runs_of(row) for row in may_move.tolist()]
-    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     try:
-        for rows in groups:
+        for rows in _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
             if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
     except (BudgetError, CapacityError) as error:
+        if error.available_bytes is None:  # no cap says so: memory has run out
+            raise
         if not shared.warned_regrouping:
             shared.warned_regrouping = True
             logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
-        return torch.zeros_like(may_move), []
-    return may_move, [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
+        return torch.zeros_like(may_move)
+    return may_move
+
+
+def _runs_in(shared: SharedState, first: int, stop: int) -> list[Run]:
+    """The runs of a stretch that are to be arranged, each once for the sequences that hold the same."""
+    sequences = shared.sequences
+    pages = [_runs_of(row) for row in sequences.stretches.grouped[:, first:stop].tolist()]
+    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
+    return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 
 def _alike(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
@@ -217,22 +253,12 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
 
 
 def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
-    """Let a stretch be runs of positions again."""
+    """Let a stretch be runs of positions again. Where indexing fails, it is done before the next step."""
     if layer.store is not None:
         order = _regrouped(layer).positions(first, stop).flatten(2).argsort(2)
-        _rearrange(layer, first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
-
-
-def _rearrange(layer: SpinLayer, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> None:
-    """Rearrange and index a stretch of one layer, or leave it as it was."""
-    store = _store(layer)
-    undo = store.rearrange(first, stop, order, partition_pages)
-    try:
-        index_pages(store, layer.shared.method, layer.number, first, stop)
-    except BaseException:
-        undo()
-        index_pages(store, layer.shared.method, layer.number, first, stop)
-        raise
+        _store(layer).rearrange(first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
+        layer.renew(first, stop)
+        layer.refresh()
 
 
 def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:

@@ -11,6 +11,8 @@ kernel finds the rows through the table, whose own address never changes either,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CapacityError
+from .allocation import kept
 from .host import allocate_rows
+from .registration import wait_for_device
 from .reserve import RESERVE, Spare
 
 MAX_CHUNKS = 4096
@@ -77,15 +81,17 @@ class ChunkedArray:
         One tensor as long as the array lives, made by the first request; growing and moving write to it.
         """
         if self._table is None:
-            self._table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
-            self._write_addresses(0)
+            with kept("an address table", 8 * MAX_CHUNKS):
+                table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
+                self._write_addresses(table, 0, self.chunks)
+            self._table = table
         return self._table
 
     def grow(self, num_rows: int) -> None:
         """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are.
 
         Raises:
-            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that the host cannot lock. Nothing changes.
+            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that there is not. Nothing changes.
         """
         missing = -(-num_rows // self.rows_per_chunk) - len(self.chunks)
         if missing > 0:
@@ -94,10 +100,20 @@ class ChunkedArray:
                     f"{num_rows} rows take {len(self.chunks) + missing} chunks of {self.rows_per_chunk} rows, an array "
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
-            self.chunks += self._new_chunks(missing)
-            self._write_addresses(len(self.chunks) - missing)
+            made = self._new_chunks(missing)
+            self._write_addresses(self._table, len(self.chunks), made)
+            self.chunks += made
         self.used_rows = max(self.used_rows, num_rows)
         self._order_spare()
+
+    def shrink(self, num_rows: int) -> None:
+        """Give back the chunks that rows [0, num_rows) do not need. Asks for no memory."""
+        needed = -(-num_rows // self.rows_per_chunk)
+        if needed < len(self.chunks):
+            if self._table is not None:
+                self._table[needed : len(self.chunks)].zero_()
+            del self.chunks[needed:]
+        self.used_rows = min(self.used_rows, num_rows)
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
@@ -111,13 +127,17 @@ class ChunkedArray:
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
+        self.writer(rows, values)()
+
+    def writer(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
+        """As `put`, up to the writing: that is done by what is returned, which asks for no more memory."""
         copy = self._copy_rows(rows)
         if copy is None:
             self._wait_for_kernels()
-            kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
-        else:
-            values = values.to(self.compute_device, self.dtype).contiguous()
-            copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), values, put=True)
+            return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+        values = values.to(self.compute_device, self.dtype).contiguous()
+        rows = rows.to(self.compute_device).contiguous()
+        return partial(copy, self.address_table, self.rows_per_chunk, rows, values, put=True)
 
     def move(self, device: torch.device) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one).
@@ -133,8 +153,8 @@ class ChunkedArray:
                 copy.copy_(chunk)
         else:
             moved = [chunk.to(device) for chunk in self.chunks]
+        self._write_addresses(self._table, 0, moved)
         self.chunks, self.device, self._spare = moved, device, None
-        self._write_addresses(0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """A copy of the rows in use; the rest of the last chunk is not touched (and so takes no memory on a CPU)."""
@@ -162,7 +182,7 @@ class ChunkedArray:
     def _wait_for_kernels(self) -> None:
         """Before the host touches memory that kernels read and write by themselves."""
         if self._is_registered and torch.cuda.is_initialized():
-            torch.cuda.synchronize(self.compute_device)
+            wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
         """The spare, where that is all that is needed; else new ones (and the spare is kept for next time)."""
@@ -174,9 +194,10 @@ class ChunkedArray:
 
     def _allocate(self, count: int, device: torch.device) -> list[Tensor]:
         shape = (self.rows_per_chunk, *self.row_shape)
-        if device.type == "cpu":
-            return allocate_rows(count, shape, self.dtype, compute_device=self.compute_device)
-        return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(count)]
+        with kept("pages and what is known of them", count * self.rows_per_chunk * self.row_bytes):
+            if device.type == "cpu":
+                return allocate_rows(count, shape, self.dtype, compute_device=self.compute_device)
+            return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(count)]
 
     def _order_spare(self) -> None:
         """Have the next chunk made once half of the last one is used, so that growing by one need not wait for it."""
@@ -190,8 +211,9 @@ class ChunkedArray:
             shape = (self.rows_per_chunk, *self.row_shape)
             self._spare = RESERVE.ask(shape, self.dtype, compute_device=self.compute_device)
 
-    def _write_addresses(self, first: int) -> None:
-        """Write the addresses of chunks [first, ...) to the table, if there is one."""
-        if self._table is not None:
-            addresses = [chunk.data_ptr() for chunk in self.chunks[first:]]
-            self._table[first : len(self.chunks)] = torch.tensor(addresses, dtype=torch.int64)
+    def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
+        """Write the addresses of chunks [first, first + len(chunks)) to a table, if there is one."""
+        if table is not None and chunks:
+            with kept("addresses of pages", 8 * len(chunks)):
+                addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
+                table[first : first + len(chunks)] = addresses

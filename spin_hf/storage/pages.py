@@ -87,15 +87,25 @@ class PageStore:
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Make room for `num_segments` segments and a step over `num_pages` pages."""
-        num_frames = self.budget.num_frames(batch_size, num_segments, num_pages)
+        num_frames, frames = self.budget.num_frames(batch_size, num_segments, num_pages), self.frames
+        if num_frames is None and frames is not None:
+            num_frames = frames.num_slots  # a step that failed moved the pages, which stay where they are
         if num_frames is not None:
-            if self.frames is None:
-                self.home.move(torch.device("cpu"))
-                self.frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
-            self.frames.resize(batch_size, num_frames, num_pages)
+            if frames is None:
+                self.home.move(torch.device("cpu"))  # first, as that gives back what the frames take
+                frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
+            frames.resize(batch_size, num_frames, num_pages)
+            self.frames = frames
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
+
+    def shrink(self, num_segments: int) -> None:
+        """Give back the room for more segments than these. Asks for no memory."""
+        if num_segments < self.num_segments:
+            self.num_segments = num_segments
+        for array in self._arrays():
+            array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages and summaries of each (source, destination) segment."""
@@ -116,9 +126,10 @@ class PageStore:
             self.frames.forget_from(-(-length // self.page_size))
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was."""
+        """Sequence i becomes what sequence rows[i] was. Where that fails, pages may have to be loaded again."""
         if self.frames is not None:
-            self.frames.select(rows)
+            if len(rows) == self.sequences.batch_size:
+                self.frames.select(rows)
             self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share
 
     def clear(self) -> None:
@@ -159,35 +170,35 @@ class PageStore:
         rows = self._rows()[:, :, first:stop]
         return *kernels.split_pages(self.home.take(rows), self.page_size, self.key_dim), rows
 
-    def rearrange(self, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> Callable[[], None]:
-        """Let the tokens of pages [first, stop) of all sequences trade places. Summaries are not brought up to that.
+    def rearrange(self, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> None:
+        """Let the tokens of pages [first, stop) of all sequences trade places, or none. Summaries are not brought up to that.
 
         Args:
             order: [B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
                 for sequences that share these pages.
             partition_pages: [B, H, n], as `RegroupedPages` keeps it.
-        Returns:
-            What puts everything back as it was.
         """
         regrouped, rows = self.regrouped, self._rows()[:, :, first:stop]
         assert regrouped is not None
         content, positions = self.home.take(rows), regrouped.positions(first, stop)
         partitions = regrouped.partition_pages(first, stop)
+
+        def writers(content: Tensor, positions: Tensor, partition_pages: Tensor) -> list[Callable[[], None]]:
+            return [self.home.writer(rows, content), *regrouped.writers(rows, positions, partition_pages)]
+
+        undo = writers(content, positions, partitions)
         keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
-        moved = [_take_tokens(part, order) for part in (keys, values, positions.unsqueeze(-1))]
-
-        def write(content: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
-            if self.frames is not None:
-                self.frames.forget(first, stop)
-            self.home.put(rows, content)
-            regrouped.write(rows, positions, partition_pages)
-
-        try:
-            write(torch.cat([moved[0].flatten(3), moved[1].flatten(3)], 3), moved[2].squeeze(-1), partition_pages)
+        keys, values, positions = (_take_tokens(part, order) for part in (keys, values, positions.unsqueeze(-1)))
+        redo = writers(torch.cat([keys.flatten(3), values.flatten(3)], 3), positions.squeeze(-1), partition_pages)
+        if self.frames is not None:
+            self.frames.forget(first, stop)
+        try:  # nothing here asks for memory
+            for write in redo:
+                write()
         except BaseException:
-            write(content, positions, partitions)
+            for write in undo:
+                write()
             raise
-        return lambda: write(content, positions, partitions)
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""

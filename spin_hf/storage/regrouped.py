@@ -9,6 +9,8 @@ rows of pages in stretches (`stretches.py`) are read: all others are runs of pos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,12 @@ class RegroupedPages:
 
     def write(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
         """Note what rows [B, H, n] now hold: positions [B, H, n, P] and partition_pages [B, H, n]."""
-        self._positions.put(rows, positions)
-        self._partition.put(rows, partition_pages)
+        for write in self.writers(rows, positions, partition_pages):
+            write()
+
+    def writers(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> list[Callable[[], None]]:
+        """As `write`, up to the writing: that is done by what is returned, which asks for no more memory."""
+        return [self._positions.writer(rows, positions), self._partition.writer(rows, partition_pages)]
 
     def write_runs(self, first: int, stop: int) -> None:
         """Pages [first, stop) of all sequences are runs, and partitions by themselves."""

@@ -12,12 +12,19 @@ present step are mandatory; what else is resident are buffer pages. Eviction is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..errors import CacheStateError
+from .allocation import kept, out_of_memory
 from .chunked import ChunkedArray
+
+NO_PAGE = (1 << 31) - 1
+"""Beyond every page."""
 
 
 class PageFrames:
@@ -51,22 +58,34 @@ class PageFrames:
         """Have `num_slots` slots and a table of at least `num_pages` pages.
 
         The first slots keep their pages, unless the number of sequences changes: then all are forgotten.
+
+        Raises:
+            CapacityError: there is no memory for them. Nothing has changed, or all pages are forgotten.
         """
         if self.slot_page.shape[0] != batch_size:
-            shape = (batch_size, self.num_heads, 0)
-            self.slot_page, self.slot_step = self.slot_page.new_empty(shape), self.slot_step.new_empty(shape)
-            self.page_slot = self.page_slot.new_empty(shape)
-            self.frames = self.frames[:0]
+            self._forget_sequences(batch_size)
+        tables, frames = (self.page_slot, self.slot_page, self.slot_step), self.frames
         if self.num_slots != num_slots:
             keep = min(num_slots, self.num_slots)
-            frames = self.frames.view(batch_size * self.num_heads, self.num_slots, self.page_elements)
-            self.page_slot.masked_fill_(self.page_slot >= keep, -1)
-            self.slot_page, self.slot_step = _fit(self.slot_page, num_slots, -1), _fit(self.slot_step, num_slots, 0)
-            resized = frames.new_empty((frames.shape[0], num_slots, self.page_elements))
-            resized[:, :keep] = frames[:, :keep]
-            self.frames = resized.flatten(0, 1)
-        if self.page_slot.shape[2] < num_pages:
-            self.page_slot = _fit(self.page_slot, max(num_pages, 2 * self.page_slot.shape[2]), -1)
+            held = frames.view(batch_size * self.num_heads, self.num_slots, self.page_elements)
+            with kept("page frames", held.shape[0] * num_slots * self.page_elements * frames.element_size()):
+                page_slot = self.page_slot.masked_fill(self.page_slot >= keep, -1)
+                tables = (page_slot, _fit(self.slot_page, num_slots, -1), _fit(self.slot_step, num_slots, 0))
+                resized = held.new_empty((held.shape[0], num_slots, self.page_elements))
+            resized[:, :keep] = held[:, :keep]
+            frames = resized.flatten(0, 1)
+        if tables[0].shape[2] < num_pages:
+            width = max(num_pages, 2 * tables[0].shape[2])
+            with kept("the table of resident pages", 4 * batch_size * self.num_heads * width):
+                tables = (_fit(tables[0], width, -1), *tables[1:])
+        (self.page_slot, self.slot_page, self.slot_step), self.frames = tables, frames
+
+    def _forget_sequences(self, batch_size: int) -> None:
+        """Begin anew, without slots and without a page."""
+        shape = (batch_size, self.num_heads, 0)
+        tables = [table.new_empty(shape) for table in (self.page_slot, self.slot_page, self.slot_step)]
+        self.page_slot, self.slot_page, self.slot_step = tables
+        self.frames = self.frames.new_empty((0, self.page_elements))
 
     def bring_in(self, pages: Tensor, rows: Tensor, home: ChunkedArray, step: int) -> Tensor:
         """Make pages resident and return their contents.
@@ -106,17 +125,18 @@ class PageFrames:
         value_part[frames, first_offset:stop] = values[b, h].to(self.frames.dtype)
 
     def forget(self, first: int, stop: int) -> None:
-        """Drop pages [first, stop) from the tables."""
-        self.page_slot[:, :, first:stop] = -1
-        self.slot_page.masked_fill_((self.slot_page >= first) & (self.slot_page < stop), -1)
+        """Drop pages [first, stop) from the tables; all, where there is no memory to say which."""
+        with self._all_or_none():
+            dropped = (self.slot_page >= first) & (self.slot_page < stop)
+            self.page_slot[:, :, first:stop] = -1
+            self.slot_page.masked_fill_(dropped, -1)
 
     def forget_from(self, page: int) -> None:
-        """Drop pages `page` and later from the tables."""
-        self.page_slot[:, :, page:] = -1
-        self.slot_page.masked_fill_(self.slot_page >= page, -1)
+        """Drop pages `page` and later from the tables; all, where there is no memory to say which."""
+        self.forget(page, NO_PAGE)
 
     def forget_all(self) -> None:
-        """Drop all pages."""
+        """Drop all pages. Asks for no memory."""
         self.page_slot.fill_(-1)
         self.slot_page.fill_(-1)
 
@@ -126,8 +146,20 @@ class PageFrames:
             self.resize(len(rows), self.num_slots, self.page_slot.shape[2])
             return
         moved = [i for i, row in enumerate(rows) if i != row]
-        self.page_slot[moved] = -1
-        self.slot_page[moved] = -1
+        with self._all_or_none():
+            index = torch.tensor(moved, dtype=torch.int64).to(self.slot_page.device)
+            self.page_slot.index_fill_(0, index, -1)
+            self.slot_page.index_fill_(0, index, -1)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Let tables agree whatever happens inside: no page resident is always right, as the cpu tier has them all."""
+        try:
+            yield
+        except BaseException as error:
+            self.forget_all()
+            if not out_of_memory(error):
+                raise
 
     def check_integrity(self, num_pages: int, rows: Tensor, home: ChunkedArray, partial: Tensor) -> None:
         """Raise CacheStateError where tables disagree or a frame differs from its home page.
