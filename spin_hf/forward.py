@@ -121,6 +121,7 @@ class ForwardLog:
         self.clear()
         self.shared.pending = lost
         self.shared.check_nothing_pending()
+        self.shared.refresh()
 
     def _lost(self) -> CacheStateError:
         return CacheStateError(

@@ -30,7 +30,7 @@ pytestmark = [
 
 OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
 IDS = random_tokens(2, 60, seed=5)
-PROMPT = 38
+PROMPT = 22
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +60,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "prompt": ("llama", 0, {}),
     "first step": ("llama", PROMPT, {}),
     "captured": ("llama", PROMPT + 1, {}),
-    "completes a page": ("llama", PROMPT + 1, {"method": regrouping_often(Bisection, 32, 16)(2)}),
+    "completes a page": ("llama", PROMPT + 9, {"method": regrouping_often(Bisection, 32, 16)(2)}),
     "replayed": ("llama", PROMPT + 3, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("lasting", [False, True])
-def test_memory_runs_out_around_a_step(case: str, lasting: bool) -> None:
+def test_memory_runs_out_around_a_step(case: str) -> None:
     family, tokens, options = CASES[case]
     model = build_model(family)
     count = PROMPT if tokens == 0 else 1
@@ -81,9 +80,8 @@ def test_memory_runs_out_around_a_step(case: str, lasting: bool) -> None:
     points = faults.count
     after = _feed(model, undisturbed, tokens + count)
     cache, failed, places = start(), 0, set()
-    step = max(1, points // 6)
-    for point in [*range(0, points, step), points - 1]:
-        with faults.armed(point, lasting):
+    for turn, point in enumerate([0, points // 4, points // 2, points - points // 4, points - 1]):
+        with faults.armed(point, lasting=bool(turn % 2)):
             try:
                 got = _feed(model, cache, tokens, count)
             except (CapacityError, torch.OutOfMemoryError):
@@ -97,7 +95,7 @@ def test_memory_runs_out_around_a_step(case: str, lasting: bool) -> None:
     torch.testing.assert_close(_feed(model, cache, tokens, count), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(_feed(model, cache, tokens + count), after, rtol=0, atol=1e-5)
     cache.check_integrity()
-    assert failed >= (3 if case != "captured" or lasting else 0), places
+    assert failed >= (3 if case != "captured" else 1), places
 
 
 def test_the_logits_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,12 +164,12 @@ def test_two_caches_in_turn_and_one_goes() -> None:
 
     alone = SpinCache(model, **OPTIONS)
     _feed(model, alone, 0, PROMPT)
-    expected = [run(alone, at) for at in range(PROMPT, PROMPT + 9)]
+    expected = [run(alone, at) for at in range(PROMPT, PROMPT + 5)]
     caches: list[Any] = [SpinCache(model, **OPTIONS) for _ in range(2)]
     for cache in caches:
         _feed(model, cache, 0, PROMPT)
-    for at in range(PROMPT, PROMPT + 9):
-        if at == PROMPT + 5:
+    for at in range(PROMPT, PROMPT + 5):
+        if at == PROMPT + 3:
             caches[0] = None
             caches.append(SpinCache(model, **OPTIONS))
             _feed(model, caches[2], 0, at)
