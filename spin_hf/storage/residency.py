@@ -84,8 +84,8 @@ class PageFrames:
         """Begin anew, without slots and without a page."""
         shape = (batch_size, self.num_heads, 0)
         tables = [table.new_empty(shape) for table in (self.page_slot, self.slot_page, self.slot_step)]
-        self.page_slot, self.slot_page, self.slot_step = tables
-        self.frames = self.frames.new_empty((0, self.page_elements))
+        frames = self.frames.new_empty((0, self.page_elements))
+        (self.page_slot, self.slot_page, self.slot_step), self.frames = tables, frames
 
     def bring_in(self, pages: Tensor, rows: Tensor, home: ChunkedArray, step: int) -> Tensor:
         """Make pages resident and return their contents.

@@ -73,12 +73,12 @@ class Trials:
         """Let one point fail; returns the place that did, or "" where the call did not get that far."""
         called, after = self.expected
         run = self.copy()
-        before, held, frames_before = snapshot(run), run.at, frame_bytes(run)
+        before, held = snapshot(run), run.at
         kept: list[int] = []
         place = ""
         for _ in range(3 if lasting else 1):
             error = self._try(run, point, lasting)
-            if self.faults.failed:
+            if self.faults.failed and not place:
                 place = self.faults.failed[0]
             if error is None:
                 got = self.last
@@ -98,7 +98,7 @@ class Trials:
             run.at = held
             run.cache.check_integrity()
             kept.append(self.faults.held())
-            most = self._may_keep(run, frames_before) if held else 0
+            most = KEPT_BYTES + frame_bytes(run) if held else 0  # page frames may have been made anew
             assert counted or kept[0] <= most, f"{kept} bytes are left after {place}"  # a crop keeps room
         else:
             got = self.scenario.call(run)
@@ -114,10 +114,6 @@ class Trials:
         gc.collect()
         assert not self.faults.held(), f"{self.faults.held()} bytes outlive the cache after {place}"
         return place
-
-    def _may_keep(self, run: Run, frames_before: int) -> int:
-        """Page frames stay where a call that failed has moved the pages out of the compute tier, as they do not move back."""
-        return KEPT_BYTES + max(0, frame_bytes(run) - frames_before)
 
     def _try(self, run: Run, point: int, lasting: bool) -> BaseException | None:
         with self.faults.armed(point, lasting):
