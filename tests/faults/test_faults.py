@@ -95,14 +95,13 @@ def test_failures_of_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     faults = Faults()
     slabs = chunks_in_slabs(faults, monkeypatch)
     trials = {name: Trials(SCENARIOS[name], faults, slabs) for name in IN_SLABS}
-    asked = refused = 0
+    refused = 0
     for each in trials.values():
         each.expected  # noqa: B018
         for point in _questions(each):
-            place = each.fail(point, lasting=bool(asked % 2))
-            asked += 1
+            place = each.fail(point, lasting=bool(point % 2))
             refused += place.startswith(("mmap", "touch", "register"))  # a spare that was made in time is not asked for
-    assert refused >= asked // 2 >= 10
+    assert refused >= 20
     trials.clear()
     del each
     gc.collect()
