@@ -22,21 +22,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import campaign
 import torch
-import transformers
 from link import bursts, copies
 from methods import method_of
-from record import RESULTS, MixedError, Record, fingerprint, newest
+from record import RESULTS, Record, newest
 from rivals import FAST, ONLY_AT, SLOW, measure_rival
 from shapes import SHAPES, build
 from spin_rows import SELECTIONS, spin_rows
@@ -139,11 +135,7 @@ def left_to_do(tasks: list[Task], record: Record) -> list[Task]:
 
 def within(tasks: list[Task], seconds: float) -> list[Task]:
     """Those that fit, by priority; in the order in which they are run, the profiler's last."""
-    chosen = []
-    for task in tasks:
-        if task.seconds <= seconds:
-            chosen.append(task)
-            seconds -= task.seconds
+    chosen = campaign.within(tasks, seconds)
     return [task for task in chosen if task.name != "kernels"] + [task for task in chosen if task.name == "kernels"]
 
 
@@ -214,45 +206,14 @@ def file_name(shape: str, method: str) -> str:
     return f"decode-{shape}{'' if method == 'shadowkv' else '-' + method}.json"
 
 
-def common(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """What all rows of a file have in common."""
-    return {
-        "shape": options.shape, "dtype": "bfloat16", "batch": 1, "budget_tokens": options.budget,
-        "method": method,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "sources": fingerprint(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),
-            "transformers": transformers.__version__,
-        },
-    }  # fmt: skip
-
-
-def _without_files(arguments: list[str]) -> list[str]:
-    """The command line as it would be in any folder, quoted."""
-    files = ("--output", "--source")
-    kept = [
-        given
-        for before, given in zip(["", *arguments], arguments, strict=False)
-        if given not in files and before not in files
-    ]
-    return [shlex.quote(given) for given in kept]
-
-
 def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
-    command = " ".join(["python benchmarks/decode.py", *_without_files(sys.argv[1:])])
     tasks, records = [], {}
     for method in options.methods:
         name = file_name(options.shape, method)
-        files = options.source / name, options.output / name
-        try:
-            record = Record(common(options, method), command, *files, options.append)
-        except MixedError as error:
-            raise SystemExit(f"benchmarks/decode.py: {error}; leave --append out to begin anew") from None
-        if record.left_behind:
-            print(f"begins anew: {name} differs in {', '.join(record.left_behind)}")
-        records[method] = record
+        common = campaign.about(options.shape, options.budget, batch=1, method=method)
+        records[method] = record = campaign.open_record("decode", name, common, options)
         own = plan(
             options.tokens, options.rivals, not options.no_kernels, method, tuple(options.overlaps), not options.no_caps
         )

@@ -1,7 +1,7 @@
 """Dense flash decoding in a CUDA graph captured by hand: what a serving engine does, and the floor with attention left out.
 
-program (KV head, split)   attends to its share of all tokens
-program (KV head)          merges the shares
+program (sequence and KV head, split)   attends to its share of all tokens of one sequence
+program (sequence and query head)       merges the shares
 """
 
 from __future__ import annotations
@@ -87,19 +87,20 @@ class DenseLayer(CacheLayerMixin):
 
 def flash_decode(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, scaling: float,
                  **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of one query [1, heads, 1, D] to all tokens; `flash_decode.attends` False leaves it out (the floor)."""
+    """Attention of one query a sequence [B, heads, 1, D] to all its tokens; the floor: `flash_decode.attends` False."""
     if not flash_decode.attends:  # type: ignore[attr-defined]
         return query.transpose(1, 2), None
-    heads, dim, splits = keys.shape[1], keys.shape[3], flash_decode.splits  # type: ignore[attr-defined]
-    group = query.shape[1] // heads
-    parts = torch.empty(heads, splits, 16, dim, device=query.device)
-    lse = torch.empty(heads, splits, 16, device=query.device)
-    _flash_part[(heads, splits)](
+    batch, heads, dim, splits = *keys.shape[:2], keys.shape[3], flash_decode.splits  # type: ignore[attr-defined]
+    group, streams = query.shape[1] // heads, batch * heads
+    assert query[:, :, 0].is_contiguous()
+    parts = torch.empty(streams, splits, 16, dim, device=query.device)
+    lse = torch.empty(streams, splits, 16, device=query.device)
+    _flash_part[(streams, splits)](
         query, keys, values, parts, lse, keys.shape[2], scaling, G=group, BLOCK_G=16, D=dim, SPLITS=splits, TILE=64,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    out = torch.empty(1, 1, query.shape[1], dim, device=query.device, dtype=query.dtype)
-    _merge_parts[(query.shape[1],)](parts, lse, out, G=group, BLOCK_G=16, D=dim, SPLITS=splits, num_warps=4)
+    out = torch.empty(batch, 1, query.shape[1], dim, device=query.device, dtype=query.dtype)
+    _merge_parts[(batch * query.shape[1],)](parts, lse, out, G=group, BLOCK_G=16, D=dim, SPLITS=splits, num_warps=4)
     return out, None
 
 
@@ -107,16 +108,22 @@ AttentionInterface.register("bench_flash", flash_decode)
 AttentionMaskInterface.register("bench_flash", lambda *args, **kwargs: None)
 
 
+def splits_of(batch: int) -> list[int]:
+    """Numbers of splits that are tried: as many programs for a batch as for one sequence."""
+    return sorted({1 << max(0, (programs // batch).bit_length() - 1) for programs in (32, 64, 128)})
+
+
 @torch.no_grad()
-def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool) -> dict[str, Any]:
-    """Milliseconds of a replayed step; the number of splits is the best of three."""
-    token, at = torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.full((1, 1), num_tokens, device="cuda")
+def in_graph(model: Any, cache: Cache, num_tokens: int, attends: bool, batch: int = 1) -> dict[str, Any]:
+    """Milliseconds of a replayed step of a token of each sequence; the number of splits is the best of three."""
+    token = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
+    at = torch.full((batch, 1), num_tokens, device="cuda")
     flash_decode.attends = attends  # type: ignore[attr-defined]
     call = {"input_ids": token, "position_ids": at, "past_key_values": cache, "logits_to_keep": 1}
     previous, model.config._attn_implementation = model.config._attn_implementation, "bench_flash"
     took: dict[int, float] = {}
     try:
-        for splits in (32, 64, 128) if attends else (32,):
+        for splits in splits_of(batch) if attends else (32,):
             flash_decode.splits = splits  # type: ignore[attr-defined]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

@@ -78,14 +78,14 @@ def pair_weights(config: Any, fastest: float, device: Any = "cpu") -> Tensor:
 
 
 def find_spread(
-    overlap_at: Callable[[float], float], target: float, tolerance: float = 0.012, most: int = 9
+    overlap_at: Callable[[float], float], target: float, tolerance: float = 0.012, most: int = 9, first: float = 0.2
 ) -> tuple[float, float]:
-    """The spread at which `overlap_at`, which falls, comes to `target`, by bisection.
+    """The spread at which `overlap_at`, which falls, comes to `target`, by bisection that begins at `first`.
 
     Returns:
         the spread, and the overlap measured there. Where no spread reaches the target, the end that comes closest.
     """
-    low, high, middle, found = 0.0, 1.0, 0.2, 0.0  # what a long context needs is near 0.2
+    low, high, middle, found = 0.0, 1.0, first, 0.0  # what a long context needs is near 0.2
     for _ in range(most):
         found = overlap_at(middle)
         if abs(found - target) <= tolerance:
@@ -100,14 +100,15 @@ def find_spread(
 
 @contextmanager
 def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None]) -> Any:
-    """While a model runs eager steps, call `record(layer, chosen)`: [KV heads, pages], bool, after each layer."""
+    """While a model runs eager steps, call `record(layer, chosen)` after each layer: [B * KV heads, pages], bool."""
     shared = cache._shared
 
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
             kernels = shared.kernels_in_use()[0]
-            fixed = shared.plan.query(shared.sequences.start, kernels.device).fixed[0]
+            fixed = shared.plan.query(shared.sequences.start, kernels.device).fixed
+            fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
                 kernels.scratch[StepField.LIST_PAGE], kernels.selection.list_count[:, 0], fixed, shared.sequences.num_pages
             ))  # fmt: skip
@@ -125,24 +126,24 @@ def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None])
 
 
 def chosen_pages(listed: Tensor, counts: Tensor, fixed: Tensor, num_pages: int) -> Tensor:
-    """Which pages were chosen: [KV heads, num_pages], bool.
+    """Which pages were chosen: [streams, num_pages], bool; a stream is a KV head of a sequence.
 
     Args:
-        listed: [KV heads, n], int32: the pages attended to, -1 for none.
-        counts: [KV heads]: how many of the entries count.
-        fixed: [F]: pages that every step attends to, -1 for none; left out.
+        listed: [streams, n], int32: the pages attended to, -1 for none.
+        counts: [streams]: how many of the entries count.
+        fixed: [F] or [streams, F]: pages that every step attends to, -1 for none; left out.
     """
     there = (torch.arange(listed.shape[1], device=listed.device) < counts[:, None]) & (listed >= 0)
     pages = (listed & PAGE_BITS).long().where(there, num_pages)
     chosen = torch.zeros((len(listed), num_pages + 1), dtype=torch.bool, device=listed.device)
     chosen.scatter_(1, pages, True)
-    chosen[:, fixed[fixed >= 0]] = False
+    chosen.scatter_(1, fixed.where(fixed >= 0, num_pages).expand(len(chosen), -1), False)
     return chosen[:, :num_pages]
 
 
 @torch.no_grad()
 def measure(model: Any, cache: SpinCache, steps: int = 6, distances: tuple[int, ...] = (1,)) -> dict[int, float]:
-    """Overlap at each distance in steps, over `steps` eager greedy steps behind what the cache holds."""
+    """Overlap at each distance in steps, over `steps` eager greedy steps behind what the cache holds, padding included."""
     past: dict[int, list[Tensor]] = {}
     shares: dict[int, list[Tensor]] = {distance: [] for distance in distances}
 
@@ -157,8 +158,11 @@ def measure(model: Any, cache: SpinCache, steps: int = 6, distances: tuple[int, 
         del earlier[: -max(distances)]
 
     with recorded_selections(cache, record):
-        token = torch.randint(model.config.vocab_size // 2, model.config.vocab_size, (1, 1), device=model.device)
+        vocab, sequences = model.config.vocab_size, cache._shared.sequences
+        token = torch.randint(vocab // 2, vocab, (sequences.batch_size, 1), device=model.device)
         for _ in range(steps):
-            hidden = model.model(input_ids=token, past_key_values=cache).last_hidden_state
+            valid = sequences.mask.valid
+            mask = None if valid is None else torch.nn.functional.pad(valid, (0, 1), value=True).long()
+            hidden = model.model(input_ids=token, attention_mask=mask, past_key_values=cache).last_hidden_state
             token = model.get_output_embeddings()(hidden[:, -1:]).argmax(-1)
     return {distance: float(torch.stack(found).mean()) for distance, found in shares.items()}

@@ -3,6 +3,7 @@
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4000     --shares 64 32 16 8     --kvpress
     --methods shadowkv shadowkv:model bisection retroinfer quest oracle window
                                                 ":model" keeps summaries in the model's dtype, not int8
+                                                "+int8pages" pages everything, in the cpu tier as int8 (cpu_dtype="int8")
     --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
 
 Real text is prefilled once, densely, and its next lines are decoded from that prefill (teacher forcing: every row sees the
@@ -47,7 +48,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import spin_hf.layer
-from spin_hf import SeerAttention, SpinCache, __version__
+from spin_hf import SeerAttention, SpinCache, __version__, plan
 from spin_hf.attention.gates import load_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -89,6 +90,14 @@ def forced(model: Any, cache: Any, tokens: list[int]) -> Tensor:
     )
 
 
+def paged(model: Any, method: Any, length: int, pages: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options for a context of `length` tokens that lives in the cpu tier, with as many page frames as do not hold it."""
+    if pages != "int8pages":
+        raise ValueError(f"expected +int8pages behind a method, got +{pages}")
+    whole = plan(model, context_length=length, method=method, dtype=model.dtype, **options)
+    return {"gpu_memory": whole.gpu_bytes * 3 // 4, "cpu_dtype": "int8"}
+
+
 def measure(
     model: Any,
     prefilled: DynamicCache,
@@ -106,13 +115,17 @@ def measure(
         with Chosen(model, chooser(method, equal), mass, EVERY):
             sparse, attended = forced(model, deepcopy(prefilled), tokens), float(equal)
     else:
-        name, _, dtype = method.partition(":")
+        name, _, pages = method.partition("+")
+        name, _, dtype = name.partition(":")
         folder = gates.get(name)
         chosen = name if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
-        cache = SpinCache.from_cache(
-            prefilled, model, chosen, budget=budget, num_sink_tokens=SINKS, recent_window=RECENT,
-            summary_dtype=dtype or "auto",
-        )  # fmt: skip
+        options: dict[str, Any] = dict(
+            budget=budget, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype=dtype or "auto"
+        )
+        if pages:
+            options |= paged(model, chosen, prefilled.get_seq_length() + len(tokens), pages, options)
+        cache = SpinCache.from_cache(prefilled, model, chosen, **options)
+        assert bool(pages) == (cache.stats().cpu_bytes > 0)
         with recording(mass):
             sparse = forced(model, cache, tokens)
         attended = float(cache.stats().attended_tokens)

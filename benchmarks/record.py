@@ -1,6 +1,6 @@
-"""The results file of `decode.py`: rows of several runs side by side, each saying which run it is from.
+"""The results file of `decode.py`, `throughput.py`, `reach.py` and `buffers.py`: rows of several runs side by side.
 
-    file      what all rows have in common | runs {id: command, time, machine} | rows | kernels
+    file      what all rows have in common | runs {id: command, time, machine} | rows | kernels | what is made of the rows
     common    GPU, shape, dtype, budget, versions, and a hash of the package's sources: results of anything else do not mix
     row       `run` names the process that measured it; a ratio is only made of two rows of one run
 
@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "spin_hf"
 RESULTS = Path(__file__).resolve().parent / "results"
-_SAME_ROW = ("tokens", "cache", "overlap", "gpu_memory")
+_SAME_ROW = ("tokens", "cache", "overlap", "gpu_memory", "batch", "multiple")
 
 
 class MixedError(Exception):
@@ -60,6 +60,8 @@ class Record:
         self.run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         while self.run in self.runs:
             self.run += "+"
+        self.made: dict[str, Any] = {}
+        """What is made of the rows, by name: written behind them, made anew by every run."""
         self.started = time.perf_counter()
         self.runs[self.run] = {"command": command, "seconds": 0.0}
 
@@ -73,10 +75,16 @@ class Record:
         rows = self.kernels if kernels else self.rows
         rows[:] = [old for old in rows if (old["run"], *identity(old)) != (self.run, *identity(row))] + [row]
         rows.sort(key=lambda row: (row["tokens"], row["run"]))
+        self.write()
+
+    def write(self) -> None:
+        """Write the file; under another name first, so that it is always whole."""
         self.runs[self.run]["seconds"] = round(time.perf_counter() - self.started, 1)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {**self.common, "runs": self.runs, "rows": self.rows, "kernels": self.kernels}
-        self.output.write_text(json.dumps(result, indent=1) + "\n")
+        result = {**self.common, "runs": self.runs, "rows": self.rows, "kernels": self.kernels, **self.made}
+        unfinished = self.output.with_suffix(".part")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(self.output)
 
     def spread(self, tokens: int) -> float | None:
         """The spread that replays a real model's overlap at this context, if it has been found."""

@@ -28,16 +28,21 @@ ONLY_AT = {"offloaded": (4096, 8192, 32768, 131072), "spin compiled": (8192, 131
 """Contexts of rows that take long or tell nothing new elsewhere; 512K offloaded needs 4 s a token."""
 
 
-def measure_rival(model: Any, name: str, num_tokens: int, budget: int) -> dict[str, Any]:
-    """The row of one rival at one context. Raises torch.cuda.OutOfMemoryError where it does not fit."""
+def measure_rival(model: Any, name: str, num_tokens: int, budget: int, batch: int = 1) -> dict[str, Any]:
+    """The row of one rival at one context. Raises torch.cuda.OutOfMemoryError where it does not fit.
+
+    Args:
+        batch: sequences, of FAST rivals; others have one.
+    """
     free()
     config = model.config
     if name in ("floor", "dense graph"):
         held = num_tokens if name == "dense graph" else 16
-        layers = [DenseLayer(*states(config, held)) for _ in range(config.num_hidden_layers)]
-        return in_graph(model, Cache(layers=layers), num_tokens, name == "dense graph")
+        layers = [DenseLayer(*states(config, held, batch=batch)) for _ in range(config.num_hidden_layers)]
+        return in_graph(model, Cache(layers=layers), num_tokens, name == "dense graph", batch)
     if name == "dynamic":
-        return tpot(model, fill(DynamicCache(config=config), config, num_tokens), num_tokens, many=24, times=2)
+        cache = fill(DynamicCache(config=config), config, num_tokens, batch)
+        return tpot(model, cache, num_tokens, many=24, times=2, batch=batch)
     if name == "offloaded":
         cache = fill(DynamicCache(config=config, offloading=True), config, num_tokens)
         slow = num_tokens > 65536

@@ -3,7 +3,7 @@
 weights    bf16, normal; the token decides the query, and what attention and MLPs add to it is small, so that
            `overlap.py` can set how much of a step's selection the next one repeats; shapes, dtypes and launches are
            the real model's, and so is the speed
-tokens     keys and values drawn from a normal distribution, 32,768 tokens at a time
+tokens     keys and values drawn from a normal distribution, up to 32,768 tokens of each sequence at a time, and 262,144 in all
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SHAPES: dict[str, Any] = {
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **_COMMON,
     ),
 }  # fmt: skip
-CHUNK = 32768
-"""Tokens that a SpinCache is given at a time."""
+CHUNK, CHUNK_IN_ALL = 32768, 262144
+"""Tokens that a SpinCache is given at a time, of each sequence and of all of them: 1 GiB of an 8B model's layer."""
 _STD, _FAINT_STD, _ROWS = 0.02, 4e-5, 8192
 _LANDMARK = 8**-0.5
 """Length of the mean of eight random keys, where each has 1."""
@@ -93,24 +93,54 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def states(config: Any, count: int, device: str = "cuda") -> tuple[Tensor, Tensor]:
-    """Keys and values of `count` tokens of one layer."""
-    shape = (1, config.num_key_value_heads, count, head_dim(config))
+def states(config: Any, count: int, device: str = "cuda", batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Keys and values of `count` tokens of each sequence, of one layer."""
+    shape = (batch, config.num_key_value_heads, count, head_dim(config))
     key = torch.randn(shape, device=device, dtype=config.dtype)
     return key, torch.randn_like(key)
 
 
-def fill_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "cuda") -> None:
-    """Give a SpinCache `num_tokens` tokens."""
-    for start in range(0, num_tokens, CHUNK):
+def fill_spin(
+    cache: SpinCache, config: Any, num_tokens: int, device: str = "cuda", batch: int = 1, padding: Tensor | None = None
+) -> None:  # fmt: skip
+    """Give each sequence of a SpinCache `num_tokens` tokens.
+
+    Args:
+        padding: [batch], how many of them, in front, are padding; None for none.
+    """
+    chunk = chunk_tokens(batch)
+    for start in range(0, num_tokens, chunk):
+        count = min(chunk, num_tokens - start)
+        valid = None
+        if padding is not None:
+            valid = torch.arange(start, start + count, device=device) >= padding.to(device).unsqueeze(1)
         for layer in cache.layers:
-            layer.append(*states(config, min(CHUNK, num_tokens - start), device), None)
+            layer.append(*states(config, count, device, batch), valid)
         cache._shared.commit()
     cache._shared.visible_length.fill_(num_tokens)
 
 
-def fill(cache: Cache, config: Any, num_tokens: int) -> Cache:
-    """Give one of transformers' caches `num_tokens` tokens."""
+def chunk_tokens(batch: int) -> int:
+    """Tokens of each sequence that a SpinCache is given at a time: whole segments."""
+    return max(256, min(CHUNK, CHUNK_IN_ALL // batch) // 256 * 256)
+
+
+def reserve_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "cuda", batch: int = 1) -> None:
+    """Have an empty SpinCache get the memory for `num_tokens` tokens of each sequence, all at once, before it is filled.
+
+    Page-locked memory comes faster in few large slabs, and pages go to the tier where they will stay.
+    """
+    shared = cache._shared
+    shared.sequences.begin(batch, num_tokens, None)
+    key, value = states(config, 1, device, batch)
+    for layer in shared.layers:
+        layer.lazy_initialization(key, value)
+    shared.sequences.truncate(0)
+    shared.sequences.free.sort(reverse=True)  # taken from the end: sequences lie one after the other, as without this
+
+
+def fill(cache: Cache, config: Any, num_tokens: int, batch: int = 1) -> Cache:
+    """Give each sequence of one of transformers' caches `num_tokens` tokens."""
     for index in range(config.num_hidden_layers):
-        cache.update(*states(config, num_tokens), index)
+        cache.update(*states(config, num_tokens, batch=batch), index)
     return cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from overlap import FASTEST, NEARLY_STILL, find_spread, measure, real_overlap, set_spread
 from shapes import fill_spin
 from timing import TIMES, attempt, free, tpot, with_memory
+from torch import Tensor
 
 from spin_hf import SpinCache
 from spin_hf.attention.partition import Method
@@ -63,7 +64,7 @@ class Traffic:
         return {name: count - self.before[name] for name, count in self.cache._shared.counted().items()}
 
     def row(self, tokens: int) -> dict[str, float]:
-        """Hit rate, MiB loaded per token, and tokens attended to per KV head, of the last `tokens` tokens."""
+        """Hit rate, MiB loaded per token, and tokens attended to per KV head, of the last `tokens` tokens of all sequences."""
         counts = self.since()
         needed = counts["HITS"] + counts["LOADS"]
         return {
@@ -105,35 +106,37 @@ def spin_rows(
         distances = (1, PROFILED) if name == "replayed" else (1,)
         found = measure(model, cache, steps=4 + max(distances), distances=distances)
         row |= {f"overlap_at_{distance}": round(share, 4) for distance, share in found.items()}
-        yield row | attempt(lambda row=row: with_memory(_timed(model, cache, row["overlap"]), weights)) | {
+        times = TIMES if name == "replayed" else 2
+        yield row | attempt(lambda times=times: with_memory(lambda: timed(model, cache, times), weights)) | {
             "fill_s": round(filled, 2), "first_two_eager_steps_s": round(first_steps, 2),
             "captured": sum(step is not None for step in cache.steps.captured.values()) if cache.steps else 0,
         }  # fmt: skip
 
 
-def replaying_spread(model: Any, cache: SpinCache) -> float:
-    """The spread that gives a real model's overlap from step to step."""
+def replaying_spread(model: Any, cache: SpinCache, first: float = 0.2, tolerance: float = 0.012) -> float:
+    """The spread that gives a real model's overlap from step to step; looked for from `first` on."""
 
     def overlap_at(spread: float) -> float:
         set_spread(model, spread)
         return measure(model, cache)[1]
 
-    return find_spread(overlap_at, real_overlap())[0]
+    return find_spread(overlap_at, real_overlap(), tolerance, first=first)[0]
 
 
-def _timed(model: Any, cache: SpinCache, overlap: str) -> Callable[[], dict[str, Any]]:
-    """The time per token of a cache, and what it held and loaded meanwhile."""
+def timed(model: Any, cache: SpinCache, times: int = TIMES, padding: Tensor | None = None) -> dict[str, Any]:
+    """The time per step of a cache, a token of each sequence, and what it held and loaded meanwhile.
 
-    def measured() -> dict[str, Any]:
-        traffic = Traffic(cache)
-        times = tpot(
-            model, cache, cache.get_seq_length(), times=TIMES if overlap == "replayed" else 2,
-            warm=WARM if is_paged(cache) else 0, before_timed=traffic.start,
-        )  # fmt: skip
-        stats = cache.stats()
-        return {
-            **times, **traffic.row(int(times["timed_tokens"])),
-            "gpu_gib": round(stats.gpu_bytes / 2**30, 2), "cpu_gib": round(stats.cpu_bytes / 2**30, 2),
-        }  # fmt: skip
-
-    return measured
+    Args:
+        times: the median of so many.
+        padding: [B], how many tokens in front of each sequence are padding; None for none.
+    """
+    traffic, batch = Traffic(cache), cache._shared.sequences.batch_size
+    took = tpot(
+        model, cache, cache.get_seq_length(), times=times, warm=WARM if is_paged(cache) else 0,
+        before_timed=traffic.start, batch=batch, padding=padding,
+    )  # fmt: skip
+    stats = cache.stats()
+    return {
+        **took, **traffic.row(int(took["timed_tokens"]) * batch),
+        "gpu_gib": round(stats.gpu_bytes / 2**30, 2), "cpu_gib": round(stats.cpu_bytes / 2**30, 2),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Time per output token under `generate`, and the memory that goes with it."""
+"""Time per output token under `generate`, of one sequence or a batch, and the memory that goes with it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 FEW, MANY, TIMES = 8, 72, 3
 
 
-def generate(model: Any, cache: Cache, held: int, count: int, **options: Any) -> float:
-    """Seconds of a call that generates `count` tokens behind the `held` tokens of the cache."""
+def generate(
+    model: Any, cache: Cache, held: int, count: int, *, batch: int = 1, padding: Tensor | None = None, **options: Any
+) -> float:  # fmt: skip
+    """Seconds of a call that generates `count` tokens behind the `held` tokens of each sequence of the cache.
+
+    Args:
+        padding: [batch], how many tokens in front of each sequence are padding; None for none.
+    """
     vocab = model.config.vocab_size
-    ids = torch.randint(vocab // 2, vocab, (1, held + 1), device=model.device)
+    ids = torch.randint(vocab // 2, vocab, (batch, held + 1), device=model.device)
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        mask = (torch.arange(held + 1, device=ids.device) >= padding.to(ids.device).unsqueeze(1)).long()
     _wait()
     started = time.perf_counter()
     model.generate(
-        ids, past_key_values=cache, max_new_tokens=count, do_sample=False,
-        attention_mask=torch.ones_like(ids), **options,
+        ids, past_key_values=cache, max_new_tokens=count, do_sample=False, attention_mask=mask, **options,
     )  # fmt: skip
     _wait()
     return time.perf_counter() - started
@@ -33,7 +42,7 @@ def tpot(
     model: Any, cache: Cache, held: int, *, few: int = FEW, many: int = MANY, times: int = TIMES, warm: int = 0,
     before_timed: Callable[[], object] = lambda: None, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
-    """Milliseconds per token: (time of `generate` with `many` new tokens - with `few`) / their difference.
+    """Milliseconds per step, a token of each sequence: (`generate` with `many` new tokens - with `few`) / their difference.
 
     The first call, of `few` tokens, is timed by itself: it compiles or captures what is to be.
 
@@ -42,6 +51,7 @@ def tpot(
         times: the median of so many.
         warm: tokens generated after the first call and before what counts.
         before_timed: called between the two.
+        options: `batch` and `padding` as for `generate`, and what that is called with.
     """
 
     def run(count: int) -> float:
@@ -67,7 +77,8 @@ def _wait() -> None:
 
 def with_memory(measure: Callable[[], dict[str, Any]], weights_bytes: int) -> dict[str, Any]:
     """A row with the memory that it took: most of the GPU's beside the weights, and the host's as it is afterwards."""
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     row = measure()
     pinned = getattr(torch.cuda, "host_memory_stats", dict)().get("allocated_bytes.current", 0)
     return {

@@ -11,10 +11,11 @@ are mandatory (sinks, recent window, the page being filled), then those that the
     hit rate    share of a step's chosen pages that the buffer holds; mandatory pages pass through it too, as in the cache,
                 and are counted in `hit_rate_with_mandatory` only; the first step finds nothing and is left out
 
-Buffers have 1, 2, 4 and 6 times the most pages of a step, for each layer and KV head. Their victims: exact LRU (brute force,
-a step's pages touched in the order of the list), the package's bucketed LRU (`admit_pages`), and Belady's, which knows the
-future and bounds the others. `share_that_evicts` says how many of the buffers ever fill: where it is small, policies cannot
-differ. Writes `benchmarks/results/traces.json` and prints tables.
+Each layer and KV head has (1 + multiple) times the most pages of a step as page frames: a step's own pages, and `multiple`
+times as many buffer pages, for multiples of 0, 1, 2, 5 and 10. Victims: exact LRU (brute force, a step's pages touched in the
+order of the list), the package's bucketed LRU (`admit_pages`), and Belady's, which knows the future and bounds the others.
+`share_that_evicts` says how many of the buffers ever fill: where it is small, policies cannot differ, and a larger buffer
+gains nothing. `buffers.py` measures the same multiples on a GPU. Writes `benchmarks/results/traces.json` and prints tables.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from rows_file import command_line
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -47,7 +49,10 @@ from texts import play
 
 RESULTS = Path(__file__).resolve().parent / "results" / "traces.json"
 QUESTION = "Continue the text."
-MULTIPLES = [1, 2, 4, 6]
+BUFFERS = [0, 1, 2, 5, 10]
+"""Buffer pages, as multiples of the most pages of a step; these have page frames beside."""
+FOLLOWED = 5
+"""The buffer whose misses are kept step by step."""
 DISTANCES = [1, 4, 16, 64]
 
 
@@ -165,18 +170,18 @@ def evaluate(trace: Tensor, mandatory: int, num_layers: int, budget: int) -> dic
     step_pages = int((trace >= 0).sum(2).max())
     seen = (sets.int().cumsum(0) - sets.int() > 0).gather(2, chosen.clamp(min=0))
     buffers: dict[str, Any] = {}
-    for multiple in MULTIPLES:
-        frames = multiple * step_pages
+    for multiple in BUFFERS:
+        frames = (1 + multiple) * step_pages
         evicts = (sets.any(0).sum(1) > frames).float().mean()
         row: dict[str, Any] = {"frames": frames, "share_that_evicts": round(float(evicts), 4)}
         for name, policy in {"exact_lru": exact_lru, "bucketed_lru": bucketed_lru, "belady": belady}.items():
             missed = policy(trace, frames, num_pages)
             rates = [hit_rate(chosen, missed[..., mandatory:]), hit_rate(trace, missed)]
             row[name] = dict(zip(["hit_rate", "hit_rate_with_mandatory"], rates, strict=True))
-            if name == "bucketed_lru":
+            if name == "bucketed_lru" and multiple == FOLLOWED:
                 new = missed[1:, :, mandatory:].float().mean((1, 2))
         row["bucketed_minus_exact_points"] = round(row["bucketed_lru"]["hit_rate"] - row["exact_lru"]["hit_rate"], 2)
-        buffers[f"{multiple}x"] = row
+        buffers[str(multiple)] = row
     return {
         "pages": num_pages, "step_pages": step_pages, "chosen_pages": chosen.shape[2],
         "outlier_pages": int(ShadowKV().num_outlier_pages(torch.tensor(budget))),
@@ -189,7 +194,8 @@ def evaluate(trace: Tensor, mandatory: int, num_layers: int, budget: int) -> dic
         },
         "buffers": buffers,
         "never_asked_for_before": round(1 - float(seen[1:].float().mean()), 4),
-        "new_pages_6x": {  # misses of the last buffer under bucketed LRU, as a share of the chosen pages
+        "new_pages": {  # misses of the buffer FOLLOWED under bucketed LRU, as a share of the chosen pages
+            "buffer": FOLLOWED,
             "mean": round(float(new.mean()), 4), "mean_second_half": round(float(new[len(new) // 2 :].mean()), 4),
             "per_step": [round(v, 4) for v in new.tolist()],
         },
@@ -222,7 +228,7 @@ def main() -> None:
             trace, mandatory = record(model, int(prompt[0, -1]), cache, args.steps, follow)
             rows[f"budget {budget}, {text}"] = evaluate(trace, mandatory, model.config.num_hidden_layers, budget)
     result = {
-        "command": " ".join(["python benchmarks/traces.py", *sys.argv[1:]]),
+        "command": command_line("traces.py", args.model).replace(f" --output {args.output}", ""),
         "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": "bfloat16", "device": "cpu",
         "machine": platform.machine(), "method": "shadowkv", "page_size": ShadowKV.page_size, "num_sink_tokens": 4,
         "recent_window": 64,
@@ -236,15 +242,18 @@ def main() -> None:
     text = re.sub(r"\[[\d\s.,]+\]", lambda found: " ".join(found[0].split()), json.dumps(result, indent=1))
     args.output.write_text(text + "\n")  # a list of numbers is one line
     print(
-        "\n| chosen pages | overlap | p10 | p50 | p90 | 16 steps apart | new in 6x, second half | never before |\n|"
-        + "---|" * 8
+        f"\n| chosen pages | overlap | p10 | p50 | p90 | 16 steps apart | new with a buffer of {FOLLOWED}, second half | "
+        "never before |\n|" + "---|" * 8
     )
     for label, row in rows.items():
         shares = [row["overlap"][key] for key in ("mean", "p10", "p50", "p90")]
-        shares += [row["overlap"]["mean_at_distance"]["16"], row["new_pages_6x"]["mean_second_half"]]
+        shares += [row["overlap"]["mean_at_distance"]["16"], row["new_pages"]["mean_second_half"]]
         shares += [row["never_asked_for_before"]]
         print(f"| {label}: {row['chosen_pages']} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    print("\n| buffer | frames | of pages | evicting | exact LRU | bucketed LRU | points | Belady |\n|" + "---|" * 8)
+    print(
+        "\n| buffer pages / a step's | frames | of pages | evicting | exact LRU | bucketed LRU | points | Belady |\n|"
+        + "---|" * 8
+    )
     for label, row in rows.items():
         for multiple, entry in row["buffers"].items():
             lru, bucketed, best = (entry[policy]["hit_rate"] for policy in ("exact_lru", "bucketed_lru", "belady"))

@@ -37,11 +37,11 @@ def admit(shared: SharedState, num_tokens: int, batch_size: int, mask: Tensor | 
     for store in sequences.stores:
         store.check(*room)
     if len(sequences.stores) < len(shared.layers):
-        check_all(_budgets(shared), *room)
+        check_all(_budgets(shared, room), *room)
     shared.reconcile(batch_size, mask)
 
 
-def _budgets(shared: SharedState) -> set[TierBudget]:
+def _budgets(shared: SharedState, room: tuple[int, int, int]) -> set[TierBudget]:
     """Of the layers, as far as they are certain; none where there is no cap, or it is not known yet."""
     if shared.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
@@ -50,7 +50,7 @@ def _budgets(shared: SharedState) -> set[TierBudget]:
     if seen is None or (seen.device is None and shared.options.gpu_memory is None):
         return set()
     device = torch.device("cpu") if seen.device is None else seen.device  # an explicit cap is the same on all
-    return {shared.tier_budget(shape, seen.dtype, device) for shape in seen.shapes}
+    return {shared.tier_budget(shape, seen.dtype, device, room) for shape in seen.shapes}
 
 
 @dataclass(frozen=True)

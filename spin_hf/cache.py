@@ -30,16 +30,16 @@ from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method, check_recipe, recipe_of
 from .compiled import pool_of
-from .config import SpinOptions
-from .errors import AttentionError, BatchSizeError, OptionError, OptionTypeError
+from .config import SpinOptions, parse_bytes
+from .errors import BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog, unpaged_or_none
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
-from .shared import SharedState, check_batch
+from .shared import SharedState
 from .stats import CacheStats
 from .step_plan import StepPlan
-from .storage.sequences import Sequences
+from .storage.sequences import Sequences, check_batch
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
@@ -61,6 +61,10 @@ class SpinCache(Cache):
         gpu_memory, cpu_memory: caps on the tiers: bytes, or a text such as "8GiB"; "auto" lets the cache choose.
         summary_dtype: in which the vectors that pages are chosen by are kept: "int8" with a scale each, "model" for the
             dtype of the keys, or "auto": int8 where keys have 16 bits.
+        cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with a scale for each key and value,
+            which takes half of 16 bits in host memory and in every load. A page's content is then what its int8 numbers
+            give, wherever it is read, so outputs do not depend on the number of page frames. While all fits the compute tier
+            nothing is int8, and prompts attend to their own keys and values as they are.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -80,10 +84,11 @@ class SpinCache(Cache):
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
         summary_dtype: str = "auto",
+        cpu_dtype: str = "auto",
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
-            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype,
+            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = decoder_config(model)
@@ -119,7 +124,7 @@ class SpinCache(Cache):
             AttentionError: the config names another attention implementation.
             BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
         """
-        self._check_switched()
+        switch.check(self._config)
         if torch.compiler.is_compiling():
             return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         self._touch(layer_idx, key_states.shape[0])
@@ -166,7 +171,7 @@ class SpinCache(Cache):
             CacheStateError: an interrupted forward cannot be taken back.
         """
         if not torch.compiler.is_compiling():
-            self._check_switched()
+            switch.check(self._config)
             self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
@@ -267,7 +272,7 @@ class SpinCache(Cache):
         loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
         queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
         attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
-        segments = shared.sequences.segments_in_use
+        segments, mandatory = shared.sequences.segments_in_use, sum(store.mandatory_frames for store in stores)
         metadata = Counter(shared.sequences.metadata)
         for store in stores:
             metadata.update(store.metadata(segments))
@@ -279,6 +284,8 @@ class SpinCache(Cache):
             cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
             metadata_bytes=metadata.total(),
             metadata=dict(metadata),
+            mandatory_frames=mandatory,
+            buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory,
             loads=loads,
             evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
             hit_rate=hits / (hits + loads) if hits + loads else 1.0,
@@ -287,6 +294,23 @@ class SpinCache(Cache):
             paged_layers=len(shared.layers),
             dense_layers=dict(self._dense_reasons),
         )
+
+    def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
+        """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
+
+        For `except torch.OutOfMemoryError:`, or before something else needs the memory. torch keeps it for reuse until
+        `torch.cuda.empty_cache()`. No token changes; pages are loaded when they are needed. The cache takes memory again, if
+        much is free, at one of its later steps. A forward that was interrupted is taken back first.
+
+        Args:
+            num_bytes: how much is needed, in bytes or as "2GiB"; None for all that no step needs.
+        Returns:
+            bytes given back; less than was asked for where steps need the rest.
+        """
+        wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
+        self._shared.pending = None  # an interrupted forward's keys never come
+        self._log.settle(self.layers)
+        return self._shared.gpu.give_back(wanted)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
@@ -302,6 +326,7 @@ class SpinCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)
+        self._shared.gpu.before_copy()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
@@ -318,13 +343,6 @@ class SpinCache(Cache):
         """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph."""
         served = kernels.on_gpu() and recipe_of(self._shared.method) is not None
         return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
-
-    def _check_switched(self) -> None:
-        if self._config._attn_implementation != switch.NAME:
-            raise AttentionError(
-                f'expected the attention implementation "spin", got {self._config._attn_implementation!r} (changed '
-                'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
-            )
 
     def _touch(self, index: int, batch_size: int) -> None:
         """Before layer `index` changes: note it, and refuse a batch of another size."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import kernels
 from .attention.partition import Pages
 from .descriptors import power_of_two
 from .indexing import tokens_of
@@ -37,7 +36,7 @@ def index_completed(step: StepKernels, layers: list[SpinLayer]) -> None:
         store = layer.store
         assert store is not None
         apart = None if step.shared.method.layers_alike else layer.number
-        alike.setdefault((store.key_dim, store.value_dim, store.home.dtype, apart), []).append(layer)
+        alike.setdefault((store.home_form, apart), []).append(layer)
     for group in alike.values():
         _index(step, group)
 
@@ -60,7 +59,7 @@ def _index(step: StepKernels, layers: list[SpinLayer]) -> None:
     shape = (count * step.batch_size, step.num_heads, 1, *store.home.row_shape)
     pages = torch.empty(shape, dtype=store.home.dtype, device=step.device)
     copy(LayerField.HOME, pages, put=False)
-    keys, values = kernels.split_pages(pages, store.page_size, store.key_dim)
+    keys, values = store.home_form.take(pages)
     valid, positions = tokens_of(sequences, page, page + 1, step.device)
     single = None
     if store.regrouped is not None:  # a page by itself, until it is regrouped

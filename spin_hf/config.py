@@ -15,6 +15,7 @@ _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 SUMMARY_DTYPES = ("auto", "int8", "model")
+CPU_DTYPES = ("auto", "int8")
 
 
 def parse_bytes(name: str, value: int | str) -> int | None:
@@ -79,6 +80,7 @@ class SpinOptions:
         gpu_memory: cap in bytes on what the cache holds in the compute tier; None for automatic.
         cpu_memory: cap in bytes on the cpu tier; None for no cap.
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 where keys have 16 bits.
+        cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
     """
 
     budget: int | float = 2048
@@ -88,6 +90,7 @@ class SpinOptions:
     gpu_memory: int | None = None
     cpu_memory: int | None = None
     summary_dtype: str = "auto"
+    cpu_dtype: str = "auto"
 
     @classmethod
     def parse(
@@ -100,6 +103,7 @@ class SpinOptions:
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
         summary_dtype: str = "auto",
+        cpu_dtype: str = "auto",
     ) -> SpinOptions:
         """Validate what the user wrote.
 
@@ -124,6 +128,7 @@ class SpinOptions:
                 "raise budget or lower num_sink_tokens"
             )
         require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
+        require_choice("cpu_dtype", cpu_dtype, CPU_DTYPES)
         return cls(
             budget=budget,
             num_sink_tokens=num_sink_tokens,
@@ -132,7 +137,13 @@ class SpinOptions:
             gpu_memory=parse_bytes("gpu_memory", gpu_memory),
             cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype,
+            cpu_dtype=cpu_dtype,
         )
+
+    @property
+    def host_int8(self) -> bool:
+        """Whether pages in the cpu tier are int8."""
+        return self.cpu_dtype == "int8"
 
     def quantizes(self, item_bytes: int) -> bool:
         """Whether vectors of summaries are int8 where keys have items of so many bytes."""

@@ -102,8 +102,7 @@ class StepKernels(Descriptors):
             self.group,
             layer.number,
             len(shared.layers),
-            store.home.row_bytes,
-            store.home.dtype,
+            store.home_form,
         )
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
         return *addresses, *shapes, *numbers, repr(shared.options), repr(shared.method)
@@ -137,7 +136,7 @@ class StepKernels(Descriptors):
         """
         self.begin(layer)
         assert layer.store is not None
-        self.fit(call.query.shape[2], call.query.shape[-1], out.shape[-1], layer.store.home.dtype)
+        self.fit(call.query.shape[2], call.query.shape[-1], out.shape[-1], layer.store.dtype)
         self.make_room()
         shapes, choice = self.shapes(layer), self.selection
         new = None if new is None else (_rows(new[0]), _rows(new[1]))
@@ -161,13 +160,13 @@ class StepKernels(Descriptors):
         store = layer.store
         assert store is not None
         quantized = [summary.quantized for summary in store.summaries.values()][1]
-        item = 1 if quantized else store.home.dtype.itemsize
+        item = 1 if quantized else store.dtype.itemsize
         runs = segments_at_a_time(shapes["BLOCK_V"], item, self.shared_memory)
         self.launch.estimate[(self.streams, self.estimate_splits)](
             self.step, self.fields(layer), self.plan[index], self.selection.zone_edges, self.parts, softcap or 1.0,
             CAPPED=softcap is not None, ZONE=self.selection.estimates_zone, QUANTIZED=quantized, G=self.group,
             BLOCK_G=self.block_g, RUNS=runs, BINS=NUM_BINS,
-            PER_NAT=BINS_PER_NAT, SPLITS=self.attend_splits, DTYPE=self.launch.dtype(store.home.dtype),
+            PER_NAT=BINS_PER_NAT, SPLITS=self.attend_splits, DTYPE=self.launch.dtype(store.dtype),
             COMPILED=self.compiled, num_warps=_ESTIMATE_WARPS, num_stages=1,
             **some(shapes, "SUMMARY", "H", "DV", "BLOCK_V", "PAGE", "SEGMENT", "ROWS", "PADDED"),
         )  # fmt: skip
@@ -185,14 +184,14 @@ class StepKernels(Descriptors):
             self.parts, self.arrivals, index, out.shape[1], *query.stride()[:2], out_of.stride(0),
             out_of.stride(1), call.scale, call.softcap or 1.0, CAPPED=call.softcap is not None,
             SINKS=call.sinks is not None, G=self.group, BLOCK_G=self.block_g, TILE_PAGES=self._tile_pages(store, shapes),
-            SPLITS=splits, ESTIMATED=self.estimate_splits, MERGED_G=power_of_two(self.group), PAGE_BYTES=store.home.row_bytes,
-            DTYPE=self.launch.dtype(store.home.dtype), num_warps=_ATTEND_WARPS, num_stages=_ATTEND_STAGES,
-            **some(shapes, "H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "SEGMENT", "ROWS", "PADDED"),
+            SPLITS=splits, ESTIMATED=self.estimate_splits, MERGED_G=power_of_two(self.group), PAGE_BYTES=store.form.row_bytes,
+            DTYPE=self.launch.dtype(store.dtype), num_warps=_ATTEND_WARPS, num_stages=_ATTEND_STAGES,
+            **some(shapes, "H", "DK", "DV", "BLOCK_K", "BLOCK_V", "PAGE", "SEGMENT", "ROWS", "PADDED", "HOME_BYTES"),
         )  # fmt: skip
 
     def _tile_pages(self, store: PageStore, shapes: dict[str, Any]) -> int:
         """Pages of a tile of attention, or fewer if a program's shared memory does not hold them."""
-        row_bytes = (shapes["BLOCK_K"] + shapes["BLOCK_V"]) * store.home.dtype.itemsize
+        row_bytes = (shapes["BLOCK_K"] + shapes["BLOCK_V"]) * store.dtype.itemsize
         tokens = min(_ATTEND_TOKENS, power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
         return max(16, tokens, store.page_size) // store.page_size
 
@@ -231,11 +230,12 @@ class StepKernels(Descriptors):
         store = layer.store
         assert store is not None
         return {
-            "SUMMARY": self.launch.dtype(store.home.dtype), "QUANTIZED": next(iter(store.summaries.values())).quantized,
+            "SUMMARY": self.launch.dtype(store.dtype), "QUANTIZED": next(iter(store.summaries.values())).quantized,
             "H": self.num_heads,
             "DK": store.key_dim, "DV": store.value_dim, "BLOCK_K": max(32, power_of_two(store.key_dim)),
             "BLOCK_V": max(16, power_of_two(store.value_dim)), "PAGE": store.page_size, "SEGMENT": SEGMENT_PAGES,
             "ROWS": store.home.rows_per_chunk, "PADDED": self.padded,
+            "HOME_BYTES": 0 if store.home_form == store.form else store.home_form.row_bytes,
         }  # fmt: skip
 
 

@@ -79,8 +79,9 @@ class Descriptors:
         store, number = layer.store, layer.number
         assert store is not None
         frames = store.frames
-        tables = () if frames is None else (frames.frames, frames.page_slot, frames.slot_page, frames.slot_step)
-        known = (store, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        tables = () if frames is None else frames.tensors
+        slots = () if frames is None else frames.slots
+        known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
         if self.layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.HOME] = store.home.address_table.data_ptr()
@@ -89,7 +90,8 @@ class Descriptors:
                     fields[summary_field(i, j)] = array.address_table.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
-                fields[LayerField.NUM_SLOTS] = frames.num_slots
+                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.shares is None else -1
+                fields[LayerField.SHARES] = 0 if frames.shares is None else frames.shares.data_ptr()
                 fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()

@@ -101,7 +101,6 @@ class ForwardLog:
         if self.last < 0:
             if self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
                 self.shared.roll_back()  # a step that could not even be prepared
-            self.shared.refresh()
             return
         if (
             self.last == self.final
@@ -109,7 +108,6 @@ class ForwardLog:
             and not self.shared.pending
         ):
             self.clear()
-            self.shared.refresh()
             return
         if self.irreversible:
             raise self._lost()
@@ -121,7 +119,6 @@ class ForwardLog:
         self.clear()
         self.shared.pending = lost
         self.shared.check_nothing_pending()
-        self.shared.refresh()
 
     def _lost(self) -> CacheStateError:
         return CacheStateError(

@@ -194,8 +194,8 @@ class DecodeSteps:
             return self._eager(forward, kwargs)
         step = self.captured[key]
         try:
-            self.shared.prepare(self.shared.sequences.batch_size, 1, new_valid)
-            if step is None:
+            prepared = self._prepare(new_valid)
+            if prepared and step is None:
                 step = self.captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
         except Exception as error:
             self._take_back()
@@ -211,6 +211,8 @@ class DecodeSteps:
         except BaseException:
             self._take_back()
             raise
+        if step is None or not prepared:
+            return self._eager(forward, kwargs)
         return self._replay(step, inputs, kwargs[name])
 
     def _replay(self, step: CapturedStep, inputs: dict[str, Any], cache: Any) -> Any:
@@ -256,7 +258,8 @@ class DecodeSteps:
         if step is None or not self.verification.assume(mask, length, positions):
             return _NOT_TRUSTED
         try:
-            shared.prepare(shared.sequences.batch_size, 1, new_valid)
+            if not self._prepare(new_valid):
+                return _NOT_TRUSTED
             outputs = step.replay(inputs, kwargs[name])
             holds = self.verification.holds(watch)
             if holds:
@@ -268,6 +271,16 @@ class DecodeSteps:
             self._take_back()
             return _NOT_TRUSTED
         return outputs
+
+    def _prepare(self, new_valid: Tensor | None) -> bool:
+        """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
+        shared = self.shared
+        before = shared.sequences.recodings
+        shared.prepare(shared.sequences.batch_size, 1, new_valid)
+        if shared.sequences.recodings == before:
+            return True
+        self._take_back()
+        return False
 
     def _finish(self, step: CapturedStep) -> None:
         self.shared.finish(foresee=True)
@@ -309,7 +322,7 @@ class DecodeSteps:
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state()
+        return given, padded, host_state(), self.shared.sequences.recodings
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""

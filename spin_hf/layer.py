@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, check_mask, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.regrouping import Regrouping
 from .decode import StepKernels
-from .errors import AttentionError, CacheStateError
-from .indexing import check_summaries, index_pages
+from .errors import CacheStateError
+from .indexing import check_summaries, index_pages, index_recoded
 from .kernels.fields import MAX_QUERIES
 from .layer_budget import LayerShape
 from .shared import SharedState
@@ -99,13 +99,15 @@ class SpinLayer(CacheLayerMixin):
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
         shared, method, device = self.shared, self.shared.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        budget = shared.tier_budget(shape, key_states.dtype, device)
+        budget = shared.tier_budget(shape, key_states.dtype, device, shared.sequences.room)
         store = PageStore(
             shared.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
             budget, key_states.dtype, device,
             regroups=isinstance(method, Regrouping), summary_dtypes=method.summary_dtypes(),
+            host_int8=shared.options.host_int8,
         )  # fmt: skip
+        store.ask_for_more = shared.gpu.raise_caps
         shared.sequences.attach(store)
         self.store = store
 
@@ -240,12 +242,12 @@ class SpinLayer(CacheLayerMixin):
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
         is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
         if mask is not None and not is_padding:
-            _check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
+            check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
         if append:
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
-            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.home.dtype)
+            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
         if mask is not None and not is_padding:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
@@ -320,30 +322,30 @@ class SpinLayer(CacheLayerMixin):
                 return
         else:
             store.append(key, value)
-        self.index(sequences.start // store.page_size, sequences.length // store.page_size)
-
-    def index(self, first: int, stop: int) -> None:
-        """Summarise the complete pages [first, stop) of all sequences."""
-        if self.store is not None:
-            index_pages(self.store, self.shared.method, self.number, first, stop)
+        first, stop = sequences.start // store.page_size, sequences.length // store.page_size
+        if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
+            self.renew(first, stop)
+        else:
+            index_pages([store], self.shared.method, self.number, first, stop)
 
     def renew(self, first: int, stop: int) -> None:
-        """Pages [first, stop) have changed: `refresh` shall summarise them."""
+        """Pages [first, stop) have changed: their summaries are stale until the next step (`indexing.refresh`)."""
         held, self.shared.any_stale = self.stale or (first, stop), True
         self.stale = min(first, held[0]), max(stop, held[1])
 
-    def refresh(self) -> None:
-        """Summarise the pages that have changed; those that are not summarised for lack of memory stay stale."""
+    def renewed(self, first: int, stop: int) -> None:
+        """Pages [first, stop) have been summarised."""
         if self.stale is not None:
-            first, stop = self.stale
-            self.index(first, min(stop, self.shared.committed // self.shared.sequences.page_size))
-            self.stale = None
+            start, end = self.stale
+            start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
+            self.stale = (start, end) if start < end else None
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
         store, sequences = self.store, self.shared.sequences
         if store is None or not sequences.length:
             return
+        index_recoded(self.shared)
         store.check_integrity()
         method = self.shared.method
         exact = not (self.has_kernels or method.index_rounds)
@@ -389,11 +391,3 @@ _WAVES = (
     "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
     "raise gpu_memory or lower budget"
 )
-
-
-def _check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:
-    if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_queries):
-        raise AttentionError(
-            f"expected a mask over {num_queries} queries and {num_tokens} tokens, got {tuple(mask.shape)}; "
-            "pass a 2-D padding mask, or a 4-D mask over all tokens"
-        )

@@ -17,8 +17,10 @@ import torch
 from .attention.partition import Method
 from .attention.regrouping import Regrouping
 from .config import SpinOptions
+from .kernels import page_forms
 from .step_plan import pages_of
 from .storage.budget import TierBudget
+from .storage.pages import chunk_segments
 from .storage.regrouped import bytes_for_regrouping
 from .storage.summaries import bytes_per_page, kept_as
 
@@ -73,7 +75,8 @@ def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: S
 
 
 def tier_budget(
-    shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions, gpu_memory: int | None, num_layers: int
+    shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions, gpu_memory: int | None, num_layers: int,
+    device: torch.device,
 ) -> TierBudget:  # fmt: skip
     """The budget of a layer.
 
@@ -81,13 +84,18 @@ def tier_budget(
         dtype: of its keys and values.
         gpu_memory: the cap in bytes, with "auto" settled; None for none.
         num_layers: paged layers of the cache.
+        device: the compute tier.
     """
     page_size, own = method.page_size, method.summary_dtypes()
     quantized = options.quantizes(dtype.itemsize)
+    form, host_form = page_forms(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
+    # Page frames are for what steps select; the few contexts that are attended to whole are read beside them.
+    selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
     return TierBudget(
         num_layers=num_layers,
         num_heads=shape.num_heads,
-        page_bytes=page_size * (shape.key_dim + shape.value_dim) * dtype.itemsize,
+        page_bytes=form.row_bytes,
+        host_page_bytes=host_form.row_bytes,
         summary_bytes=sum(
             bytes_per_page(vector, *kept_as(name, dtype, quantized, own))
             for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
@@ -96,4 +104,6 @@ def tier_budget(
         cpu_memory=options.cpu_memory,
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         regrouping_bytes=sum(bytes_for_regrouping(page_size).values()) if isinstance(method, Regrouping) else 0,
+        selected=selected,
+        chunk_segments=chunk_segments(shape.num_heads, form.row_bytes, device) if device.type == "cuda" else 1,
     )

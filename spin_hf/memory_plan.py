@@ -30,12 +30,12 @@ from .storage.budget import (
     SLOT_PAGE_BYTES,
     SLOT_STEP_BYTES,
     TierBudget,
-    auto_gpu_memory,
     check_all,
     largest,
     whole_segments,
 )
 from .storage.chunked import MAX_CHUNKS
+from .storage.pressure import cap_for_prompts, free_gpu_memory
 from .storage.regrouped import bytes_for_regrouping
 from .storage.sequences import ENTRY_BYTES, SEGMENT_PAGES, segments_of
 
@@ -98,7 +98,8 @@ def plan(
         context_length: tokens of each sequence, those to be generated included.
         batch_size: sequences, beams included.
         dtype: of keys and values; None for the model's, or the one that the config names.
-        method, options: as for `SpinCache`. `"auto"` is settled by the GPU memory that is free now.
+        method, options: as for `SpinCache`. `"auto"` is what a prompt leaves of the GPU memory that is free now; behind the
+            prompt there may be more page frames than planned.
     Returns:
         The plan, also where the batch does not fit.
     Raises:
@@ -121,8 +122,10 @@ def plan(
     model = config_or_model if isinstance(config_or_model, nn.Module) else None
     kept = _dtype(model, config, dtype)
     device = _device(model)
-    cap = auto_gpu_memory(device) if parsed.gpu_memory is None else parsed.gpu_memory
-    budgets = [tier_budget(shape, kept, resolved, parsed, cap, len(layers)) for shape in shapes]
+    free = free_gpu_memory(device)
+    auto = None if free is None else cap_for_prompts(0, free)
+    cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
+    budgets = [tier_budget(shape, kept, resolved, parsed, cap, len(layers), device) for shape in shapes]
     arrays = sum(num_arrays(shape, kept, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
     made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
     return replace(made, dense_layers=dict(reasons))
@@ -209,10 +212,12 @@ def _sizes(
     for budget in budgets:
         rows, streams, frames = budget.rows(segments), batch_size * budget.num_heads, budget.num_frames(*room)
         parts["summaries"] += rows * budget.summary_bytes
-        parts["pages" if frames is None else "host pages"] += rows * budget.page_bytes
         metadata.update({name: rows * each for name, each in regrouping.items()})
-        if frames is not None:
+        if frames is None:
+            parts["pages"] += rows * budget.page_bytes
+        else:
             numbers.append(frames)
+            parts["host pages"] += rows * budget.host_page_bytes
             parts["page frames"] += streams * frames * budget.page_bytes
             metadata["page_slot"] += streams * whole_segments(pages) * PAGE_SLOT_BYTES
             metadata["slot_page"] += streams * frames * SLOT_PAGE_BYTES

@@ -54,4 +54,3 @@ def reconcile(shared: SharedState, mask: Tensor | None) -> None:
     sequences.events += 1
     for layer in shared.layers:
         layer.renew(pages.start, min(pages.stop, length // sequences.page_size))
-    shared.refresh()

@@ -1,6 +1,7 @@
 """Regrouping: when tokens trade places, in all layers at once, and when they go back.
 
-    grow       before a step: enough tokens have left the recent window      ->  a stretch, or several
+    catch_up   before a step: what the last forward put off
+    grow       enough tokens have left the recent window                     ->  a stretch, or several
     restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
 
 Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
+from .indexing import index_pages, refresh, stores_of, together
+from .storage import rearranged
 from .storage.pages import PageStore
-from .storage.regrouped import RegroupedPages, tiles
+from .storage.regrouped import tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
 from .storage.stretches import Plan, pages_that_may_move
 
@@ -49,11 +52,21 @@ class Run(NamedTuple):
     stop: int
 
 
+def catch_up(shared: SharedState) -> None:
+    """Regroup what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
+
+    Raises:
+        as `grow`; what waits is done by the next step then.
+    """
+    grow(shared)
+    refresh(shared)
+
+
 def grow(shared: SharedState) -> None:
     """Regroup what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
-        CacheStateError: the method's arrangement loses tokens or pages. That layer and those behind it are as before.
+        CacheStateError: the method's arrangement loses tokens or pages. Where it does, they stay in order.
     """
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
@@ -99,8 +112,12 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
-            for layer in shared.layers:
-                _put_back(layer, first, stop)
+            for group in together(shared, stop - first):
+                stores = stores_of(group)
+                order = rearranged.positions(stores, first, stop).flatten(2).argsort(2)
+                partitions = order.new_ones((*order.shape[:2], stop - first))
+                content = rearranged.content(stores, first, stop)
+                _rearrange(group, first, stop, order, partitions, content)
         stretches.drop_last()
         for layer in shared.layers:
             layer.arranged = min(layer.arranged, stretches.num_pages)
@@ -109,6 +126,7 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
 
 def check_integrity(shared: SharedState) -> None:
     """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
+    refresh(shared)
     sequences = shared.sequences
     if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
         raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
@@ -143,9 +161,9 @@ def _add_stretches(
     sequences = shared.sequences
     first, stop = sequences.stretches.num_pages, stops[-1]
     grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    for layer in shared.layers:
-        if layer.store is not None:
-            _regrouped(layer).write_runs(first, stop)
+    for group in together(shared, stop - first):
+        rearranged.write_runs(stores_of(group), first, stop)
+        for layer in group:
             layer.arranged = first
     stretches = sequences.stretches.copy()
     for end, moves in zip(stops, grouped, strict=True):
@@ -164,11 +182,17 @@ def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
         return
     first, stop = layers[-1].arranged, stretches.num_pages
     runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(shared, start, end)]
-    for layer in layers:
-        _store(layer).rearrange(first, stop, *_arrange(method, layer, first, stop, runs))
-        layer.arranged = stop
-        layer.renew(first, stop)
-        layer.refresh()
+    flawless = []
+    for group in together(shared, stop - first, layers):
+        content = rearranged.content(stores_of(group), first, stop)
+        order, partitions, sound = _arrange(method, stores_of(group), content, first, runs)
+        _rearrange(group, first, stop, order, partitions, content, stop)
+        flawless += sound
+    if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
+        raise CacheStateError(
+            f"method {method}: expected arrange to return a permutation of the tokens of a stretch in each KV head, and "
+            "partition_pages that cover every page once, got numbers or pages twice or not at all; correct the method"
+        )
 
 
 def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> Tensor:
@@ -221,25 +245,38 @@ def _runs_of(may_move: list[bool]) -> Pages:
 
 
 def _arrange(
-    method: Regrouping, layer: SpinLayer, first: int, stop: int, runs: list[Run]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Order [B, H, tokens] and partition_pages [B, H, n] of pages [first, stop), in which those outside of runs stay."""
-    store = _store(layer)
-    keys, _, rows = store.pages(first, stop)
-    size = store.page_size
-    order = torch.arange((stop - first) * size, device=keys.device).expand(*rows.shape[:2], -1).clone()
-    partition_pages = torch.ones_like(rows)
+    method: Regrouping, stores: list[PageStore], content: Tensor, first: int, runs: list[Run]
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Order [L * B, H, tokens] and partitions [L * B, H, n] of pages from `first` on; those outside of runs stay.
+
+    Args:
+        content: the pages, [L * B, H, n, page elements].
+    Returns:
+        Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
+    """
+    layers, size, sound = len(stores), stores[0].page_size, []
+    keys = stores[0].home_form.take(content)[0].unflatten(0, (layers, -1))
+    order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
+    partitions = order.new_ones(keys.shape[:4])
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
-        inside = torch.stack([keys[run.sequences[0], :, run.first - first : run.stop - first] for run in alike])
-        made = method.arrange(inside.flatten(2, 3))
-        _check_arrangement(method, made, torch.Size((*inside.shape[:2], inside.shape[2] * size)), size)
-        for index, run in enumerate(alike):
+        parts = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
+        inside = torch.stack(parts).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
+        made = method.arrange(inside)
+        good = _is_sound(method, made, inside.shape[:3], size)
+        sound.append(good)
+        for run, places, pages in zip(
+            alike,
+            made.order.unflatten(0, (-1, layers)),
+            [None] * len(alike) if made.partition_pages is None else made.partition_pages.unflatten(0, (-1, layers)),
+            strict=True,
+        ):
             start, end = run.first - first, run.stop - first
             for row in run.sequences:
-                order[row, :, start * size : end * size] = made.order[index] + start * size
-                if made.partition_pages is not None:
-                    partition_pages[row, :, start:end] = made.partition_pages[index]
-    return order, partition_pages
+                stay = order[:, row, :, start * size : end * size]
+                stay.copy_(torch.where(good, places + start * size, stay))
+                if pages is not None:
+                    partitions[:, row, :, start:end] = pages.where(good, 1)
+    return order.flatten(0, 1), partitions.flatten(0, 1), sound
 
 
 def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
@@ -252,28 +289,41 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
         yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
 
 
-def _put_back(layer: SpinLayer, first: int, stop: int) -> None:
-    """Let a stretch be runs of positions again. Where indexing fails, it is done before the next step."""
-    if layer.store is not None:
-        order = _regrouped(layer).positions(first, stop).flatten(2).argsort(2)
-        _store(layer).rearrange(first, stop, order, order.new_ones((*order.shape[:2], stop - first)))
+def _rearrange(
+    layers: list[SpinLayer],
+    first: int,
+    stop: int,
+    order: Tensor,
+    partitions: Tensor,
+    content: Tensor,
+    arranged: int = 0,
+) -> None:
+    """Rearrange a stretch of layers, or leave them as they were, and index it; where that fails, it is left to `refresh`.
+
+    Args:
+        arranged: pages of stretches that are arranged in these layers then, if that is more than before.
+    """
+    stores = stores_of(layers)
+    moved = rearranged.rearrange(stores, first, stop, order, partitions, content)
+    for layer in layers:
+        layer.arranged = max(layer.arranged, arranged)
         layer.renew(first, stop)
-        layer.refresh()
+    index_pages(stores, layers[0].shared.method, layers[0].number, first, stop, moved)
+    for layer in layers:
+        layer.renewed(first, stop)
 
 
-def _check_arrangement(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> None:
-    order = made.order
-    if order.shape != shape or not bool((_times_each(order).eq(1)).all()):
+def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> Tensor:
+    """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
+    order, pages = made.order, made.partition_pages
+    expected = torch.Size((*shape[:2], shape[2] // page_size))
+    if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
-            f"method {method}: expected arrange to return a permutation of {shape[2]} tokens in each of {shape[1]} KV "
-            f"heads, got {tuple(order.shape)} with other numbers; correct the method"
+            f"method {method}: expected arrange to return an order {tuple(shape)} and partition_pages {expected} or None, "
+            f"got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
         )
-    pages, expected = made.partition_pages, (*shape[:2], shape[2] // page_size)
-    if pages is not None and not (pages.shape == expected and tiles(pages)):
-        raise CacheStateError(
-            f"method {method}: expected partition_pages of arrange, {expected}, to cover every page once, got "
-            f"{tuple(pages.shape)} that leaves out some, or has them twice; correct the method"
-        )
+    sound = _times_each(order).eq(1).all()
+    return sound if pages is None else sound & tiles(pages)
 
 
 def _times_each(order: Tensor) -> Tensor:
@@ -283,14 +333,3 @@ def _times_each(order: Tensor) -> Tensor:
     times = order.new_zeros((*order.shape[:-1], count + 1))
     times[..., -1] = 1
     return times.scatter_add_(-1, places, torch.ones_like(places))
-
-
-def _store(layer: SpinLayer) -> PageStore:
-    assert layer.store is not None
-    return layer.store
-
-
-def _regrouped(layer: SpinLayer) -> RegroupedPages:
-    regrouped = _store(layer).regrouped
-    assert regrouped is not None
-    return regrouped

@@ -148,7 +148,7 @@ class Selection:
             step.step, fields, plan, self.second_histogram if closer else self.histogram, self.list_count,
             step.counters[number], self.floors[number], self.hands[number], self.zone_edges, share, index,
             COMPLETE=closer, COUNTED=self.estimates_zone, ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group,
-            PAGE_BYTES=store.home.row_bytes, TILE=_CHOOSE_TILE, PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED,
+            PAGE_BYTES=store.form.row_bytes, TILE=_CHOOSE_TILE, PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED,
             TIED_TILE=_TIED_TILE, LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
         )  # fmt: skip
 
@@ -164,14 +164,14 @@ class Selection:
         """Rate the pages again that are best by one vector."""
         step, store = self.step, layer.store
         assert store is not None
-        exact, code_bytes = store.home.dtype == torch.float32, -(-store.key_dim // 2)
+        exact, code_bytes = store.dtype == torch.float32, -(-store.key_dim // 2)
         digits = step.multiplies_int8 and not exact
         closer_g = max(4 if digits else 8, power_of_two(step.group))
         groups = {"G": step.group, "BLOCK_G": block_g, "CLOSER_G": closer_g}
         step.launch.closer[(step.streams, self.programs)](
             step.step, step.fields(layer), self.rotated, plan, self.histogram, self.stats, self.closer_stats, self.splits,
             scale / math.sqrt(store.key_dim & -store.key_dim), DIGITS=digits, LOOKED_AT=self.recipe.looked_at,
-            CODE_DTYPE=step.launch.dtype(store.home.dtype),
+            CODE_DTYPE=step.launch.dtype(store.dtype),
             HALF=max(32 if digits else 16, power_of_two(code_bytes)), DK=store.key_dim, RUN=run,
             TILE=max(1, _CLOSER_TOKENS // store.page_size), ALIGNED=min(16, code_bytes & -code_bytes), **groups, **common,
             **some(shapes, "SEGMENT", "ROWS"),

@@ -23,19 +23,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import kernels, padding, regroup
+from . import indexing, kernels, padding, regroup
 from .attention.interface import register_step
 from .attention.partition import Method, recipe_of
 from .compiled import KernelPool, handle_of, new_handle
 from .completed import index_completed
 from .config import SpinOptions
 from .decode import StepKernels
-from .errors import AttentionError, BatchSizeError, CacheStateError
+from .errors import AttentionError, CacheStateError
+from .gpu_memory import GpuMemory
 from .kernels.fields import Counter, StepField
 from .layer_budget import LayerShape, tier_budget
 from .step_plan import StepPlan
-from .storage.budget import TierBudget, auto_gpu_memory
-from .storage.sequences import Sequences
+from .storage.budget import TierBudget
+from .storage.sequences import Sequences, check_batch
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -58,7 +59,7 @@ class SharedState:
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
-        any_stale: whether some layer has summaries to make anew before the next step.
+        any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
     """
 
@@ -88,19 +89,17 @@ class SharedState:
     _begun: tuple[list[StepKernels], int, bool] | None = None
     _counted: dict[str, int] = field(default_factory=dict)
     """What kernels counted that are gone."""
-    _auto_memory: dict[torch.device, int | None] = field(default_factory=dict)
+    gpu: GpuMemory = field(init=False, repr=False, compare=False)
 
-    def gpu_memory(self, device: torch.device) -> int | None:
-        """The cap on the compute tier in bytes; what "auto" means is settled at the first step."""
-        if self.options.gpu_memory is not None:
-            return self.options.gpu_memory
-        if device not in self._auto_memory:
-            self._auto_memory[device] = auto_gpu_memory(device)
-        return self._auto_memory[device]
+    def __post_init__(self) -> None:
+        self.gpu = GpuMemory(self, self.options.gpu_memory)
 
-    def tier_budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TierBudget:
-        """What a layer with keys and values of this shape and dtype has."""
-        return tier_budget(shape, dtype, self.method, self.options, self.gpu_memory(device), len(self.layers))
+    def tier_budget(
+        self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
+    ) -> TierBudget:  # fmt: skip
+        """What a layer with keys and values of this shape and dtype has; `room` as for `GpuMemory.limit`."""
+        uncapped = tier_budget(shape, dtype, self.method, self.options, None, len(self.layers), device)
+        return self.gpu.limit(uncapped, device, room)
 
     def step_kernels(self, device: torch.device, num_heads: int) -> StepKernels | None:
         """The kernels for the present batch on a device; None where the reference operations serve it."""
@@ -154,9 +153,10 @@ class SharedState:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
-        self.refresh()
-        regroup.grow(self)
+        self.gpu.before_step(batch_size, num_tokens)
+        regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
+        indexing.index_recoded(self)
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.
@@ -201,13 +201,6 @@ class SharedState:
         self.commit()
         self.visible_length.fill_(self.committed)
 
-    def refresh(self) -> None:
-        """Make the summaries that are stale."""
-        if self.any_stale:
-            for layer in self.layers:
-                layer.refresh()
-            self.any_stale = False
-
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """While a graph is captured, lengths are tensors on the device."""
@@ -239,7 +232,7 @@ class SharedState:
                 return False
             if not step.group and self.query_heads % step.num_heads == 0:
                 # Nobody has attended yet, as the tokens were taken over. Where the config is wrong, attention says so.
-                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.home.dtype)
+                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.dtype)
         return all(step.group for step in self.kernels_in_use())
 
     def forget_recorded(self) -> None:
@@ -326,7 +319,7 @@ class SharedState:
         for layer in self.layers:
             layer.store, layer.stale, layer.arranged = None, None, 0
         self._give_up_kernels()
-        self._auto_memory.clear()
+        self.gpu = GpuMemory(self, self.options.gpu_memory)
 
     def _give_up_kernels(self) -> None:
         for step in self._step_kernels.values():
@@ -389,12 +382,3 @@ class SharedState:
 def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:
     """Whether a token that is `fresh` does not stand where it is counted to."""
     return ((position_ids != counted) & fresh).any()
-
-
-def check_batch(held: int, batch_size: int) -> None:
-    """Raise BatchSizeError where a batch is not the one that the cache holds."""
-    if held != batch_size:
-        raise BatchSizeError(
-            f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
-            "batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
-        )

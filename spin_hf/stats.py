@@ -21,6 +21,9 @@ class CacheStats:
             where there is padding; which page is in which page frame (page_slot, slot_page, slot_step), where pages live in
             the cpu tier; which pages and tokens were regrouped; addresses of the chunks that kernels read. What a step makes
             of them for itself is not counted.
+        mandatory_frames: page frames, over all sequences, KV heads and layers, that hold what one step reads; 0 while all pages
+            are in the compute tier.
+        buffer_frames: page frames beside these: pages kept for later steps. They are what is given back under pressure.
         loads: pages loaded from the cpu tier so far.
         evictions: resident pages that made room for others so far.
         hit_rate: share of the pages that steps needed and found resident; 1.0 where nothing was ever paged.
@@ -38,6 +41,8 @@ class CacheStats:
     cpu_bytes: int
     metadata_bytes: int
     metadata: Mapping[str, int]
+    mandatory_frames: int
+    buffer_frames: int
     loads: int
     evictions: int
     hit_rate: float

@@ -29,6 +29,7 @@ ORDER: list[set[str]] = [
         "step_plan",
         "layer_kinds",
         "layer_budget",
+        "gpu_memory",
         "admission",
         "stats",
         "compiled",

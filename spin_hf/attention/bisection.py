@@ -14,8 +14,9 @@ A cut leaves before it the most pages that are a power of two, and one behind it
 and are of one size, but for the last, and a level is one batched operation. The axis is the first principal one of the keys,
 by nine power iterations, which is what splits their spread best.
 
-Cost of an arrangement: about 24 launches a level, ten levels for 8K tokens, whatever the number of heads and stretches. A level
-reads or writes the keys seven times, in bfloat16 on a GPU: 67 MB each time for 8 heads of 32K tokens.
+Cost of an arrangement on a GPU (`kernels/bisect.py`): 18 launches for 8K tokens, whatever the number of heads and stretches.
+A level of more than 256 tokens reads the keys twice, 67 MB each time for 8 heads of 32K tokens; all levels below read them
+four times in all, mostly from the second-level cache.
 """
 
 from __future__ import annotations
@@ -69,16 +70,13 @@ class Bisection(Regrouping, Method):
 
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:
         """Means, and codes of what the keys differ from them."""
-        keys = keys.float().masked_fill(~valid.unsqueeze(-1), 0.0)
-        mean = keys.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
-        codes, scale = lowbit.encode(lowbit.rotate(keys - mean.unsqueeze(-2)))
-        return {"mean": mean, "codes": codes, "scale": scale.masked_fill(~valid, -1.0)}
+        mean = kernels.page_means(keys, valid)
+        codes, scale = lowbit.encode_pages(keys, mean, valid)
+        return {"mean": mean, "codes": codes, "scale": scale}
 
     def index_pages(self, pages: Pages) -> Summaries:
         """As `index`, and means of the values."""
-        values = pages.values.float().masked_fill(~pages.valid.unsqueeze(-1), 0.0)
-        count = pages.valid.sum(-1, keepdim=True).clamp(min=1)
-        return {**self.index(pages.keys, pages.valid), "value": values.sum(-2) / count}
+        return {**self.index(pages.keys, pages.valid), "value": kernels.page_means(pages.values, pages.valid)}
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Page by page, each of tokens that no halving has parted."""
@@ -144,6 +142,9 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     Returns:
         order: [R, n], int64.
     """
+    launch = kernels.launchers(points.device)
+    if launch is not None and points.shape[2] <= launch.bisect_max_dim:
+        return launch.bisect(points, page_size)
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
     size = page_size
@@ -154,16 +155,30 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
         filled = count - (parts - 1) * size  # of the last part; all others are full
         token = torch.nn.functional.pad(order, (0, size - filled)).unflatten(1, (parts, size))
         x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).unflatten(1, (parts, size))
-        x[:, -1, filled:] = 0
-        x -= x.sum(2, keepdim=True) / (count - torch.arange(0, count, size, device=x.device)).clamp(max=size).view(
-            -1, 1, 1
-        )
-        x[:, -1, filled:] = 0
-        along = _along_main_axis(x)
-        along[:, -1, filled:] = float("inf")
-        order = token.gather(2, along.argsort(dim=2, stable=True)).flatten(1)[:, :count]
+        order = halve(x, filled, token).flatten(1)[:, :count]
         size //= 2
     return order
+
+
+def halve(x: Tensor, filled: int, token: Tensor) -> Tensor:
+    """One level: of each part the half that lies lower along its main axis comes first, in the order that it had.
+
+    Args:
+        x: [R, parts, size, D]; the last part has `filled` points only. Mutated.
+        token: [R, parts, size], which they are.
+    Returns:
+        `token` in the new order.
+    """
+    parts, size = token.shape[1:]
+    x[:, -1, filled:] = 0
+    count = torch.full((parts, 1, 1), size, device=x.device)
+    count[-1] = filled
+    x -= x.sum(2, keepdim=True) / count
+    x[:, -1, filled:] = 0
+    along = _along_main_axis(x)
+    along[:, -1, filled:] = float("inf")
+    sides = along.argsort(dim=2, stable=True).split(size // 2, dim=2)
+    return token.gather(2, torch.cat([side.sort(dim=2).values for side in sides], 2))
 
 
 def _along_main_axis(centred: Tensor) -> Tensor:

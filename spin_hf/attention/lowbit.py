@@ -28,11 +28,28 @@ def rotate(vectors: Tensor) -> Tensor:
     return ((vectors * signs).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
 
 
+@lru_cache(maxsize=64)
 def basis(dim: int, device: torch.device) -> Tensor:
     """[dim, dim], float32, whole numbers: a vector times it, over the length of a column, is what `rotate` gives."""
     block = dim & -dim
     signs, matrix = _rotation(dim, block, device)
     return torch.block_diag(*[(matrix * math.sqrt(block)).round()] * (dim // block)) * signs.unsqueeze(1)
+
+
+def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Four bits for each number of what keys differ from the mean of their page.
+
+    Args:
+        keys: [B, H, n, P, D]; mean: [B, H, n, D], float32; valid: [B, 1 or H, n, P], bool.
+    Returns:
+        codes: [B, H, n, P, ceil(D / 2)], uint8; scale: [B, H, n, P], float32, -1 where a token is not valid.
+    """
+    launch = kernels.launchers(keys.device)
+    if launch is not None:
+        dim = keys.shape[-1]
+        return launch.encode_pages(keys, mean, valid, basis(dim, keys.device), math.sqrt(dim & -dim), _MULTIPLES)
+    codes, scale = encode(rotate(keys.float().masked_fill(~valid.unsqueeze(-1), 0.0) - mean.unsqueeze(-2)))
+    return codes, scale.masked_fill(~valid, -1.0)
 
 
 def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,14 +58,11 @@ def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes: [..., ceil(D / 2)], uint8; scale: [...], float32, > 0: number ~ (code - 7.5) * scale.
     """
-    launch = kernels.launchers(rotated.device)
-    if launch is not None:
-        return launch.encode_rows(rotated, _MULTIPLES)
     size = rotated.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
     best = scale = lowest = torch.empty(0)
     for index, multiple in enumerate(_MULTIPLES):
         step = size * multiple
-        codes = (rotated / step + _MIDDLE).round().clamp(0, 15)
+        codes = (rotated * (1 / step) + _MIDDLE).round().clamp(0, 15)
         error = ((codes - _MIDDLE) * step - rotated).square().sum(-1, keepdim=True)
         if not index:
             best, scale, lowest = codes, step, error

@@ -19,9 +19,9 @@ in steps of 1/64 nat: the step in which the last of 23.2 % lies belongs to it as
 that differ by rounding may fall to either side of an edge. Instead of the sum of the values their mean is kept, which int8
 summaries suit better.
 
-Cost of an arrangement of 8 heads of 32K tokens in stretches of 8K: about 270 launches (the number of rows adds few), no waiting
-for the GPU. The matrix [tokens, clusters] of likeness, 264 MB in bfloat16, is most of the bytes: half of it is made and read in
-each of the four iterations, all of it once at the end; tile by tile, so that little of it leaves the second-level cache.
+On a GPU an arrangement is 21 launches of kernels, two sorts and a few fills, whatever the number of rows, without waiting
+(`kernels/clusters.py`). If keys have 16 bits, points are compared as float16 there. Sums are rounded in another order than
+here, so that a point midway between two clusters may go to the other one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ from .regrouping import Arrangement, Regrouping, merge_pages
 _ROUNDS = (4, 2)
 """Iterations of k-means: over all tokens, then over those left over. What is still left fills pages cluster by cluster."""
 _TILE_ELEMENTS = 1 << 24
-"""Most elements of a tile of likeness: 32 MiB in bfloat16, which the second-level cache of a large GPU holds."""
+"""Most elements of a tile of likeness: 32 MiB in float16, which the second-level cache of a large GPU holds."""
+_LIKENESS_STEPS = 4096
+"""Steps of likeness, from 1 down to -1, by which the points of a cluster lie in order; equal ones as they came."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,17 @@ class RetroInfer(Regrouping, Method):
     def index_pages(self, pages: Pages) -> Summaries:
         """Means of the keys and values of clusters."""
         assert pages.partition_pages is not None
-        means = {"centroid": _mean(pages.keys, pages.valid), "value": _mean(pages.values, pages.valid)}
+        means = {
+            "centroid": kernels.page_means(pages.keys, pages.valid),
+            "value": kernels.page_means(pages.values, pages.valid),
+        }
         return {name: merge_pages(mean, pages.partition_pages) for name, mean in means.items()}
 
     def arrange(self, keys: Tensor) -> Arrangement:
         """Cluster by cluster, in each the tokens nearest to the centroid first."""
-        points = torch.nn.functional.normalize(keys - keys.mean(2, keepdim=True, dtype=torch.float32), dim=-1)
-        likened = keys.dtype if keys.is_cuda and keys.element_size() == 2 else torch.float32
-        order, pages = fill_clusters(points.flatten(0, 1), likened, self.cluster_tokens, self.page_size)
+        sixteen = keys.is_cuda and keys.element_size() == 2
+        points = unit_vectors(keys, torch.float16 if sixteen else torch.float32)
+        order, pages = fill_clusters(points.flatten(0, 1), self.cluster_tokens, self.page_size)
         return Arrangement(order.unflatten(0, keys.shape[:2]), pages.unflatten(0, keys.shape[:2]))
 
     # --------------------------------------------------------------------------------------------- select and estimate
@@ -134,22 +139,37 @@ class RetroInfer(Regrouping, Method):
         return (logits - total.masked_fill(total == float("-inf"), 0.0)).logsumexp(2)
 
 
-def fill_clusters(points: Tensor, likened: torch.dtype, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
+def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys [S, H, n, D] less the mean of each stretch and head, of length 1: [S, H, n, D] in `dtype`, contiguous.
+
+    float16 is finer than bfloat16 for what is never above 1.
+    """
+    launch = kernels.launchers(keys.device)
+    if launch is not None:
+        return launch.unit_vectors(keys, dtype)
+    return torch.nn.functional.normalize(keys - keys.mean(2, keepdim=True, dtype=torch.float32), dim=-1).to(dtype)
+
+
+def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
     """Order points cluster by cluster, in each the nearest to the centroid first; a cluster is a run of full pages.
 
     Args:
-        points: [R, n, D], float32, unit vectors; n is a multiple of `page_size`.
-        likened: dtype of products of points and centroids.
+        points: [R, n, D], unit vectors, contiguous, in the dtype in which they are compared (sums are float32 at least);
+            n is a multiple of `page_size`.
     Returns:
         order [R, n] and partition_pages [R, n / P], int64, as `Arrangement` has them.
     """
+    launch = kernels.launchers(points.device)
+    if launch is not None:
+        return launch.fill_clusters(points, _ROUNDS, cluster_tokens, page_size, _LIKENESS_STEPS)
     rows, count, _ = points.shape
     token = torch.arange(count, device=points.device).expand(rows, -1)
     order, pages = token.new_zeros((rows, count + 1)), token.new_zeros((rows, count // page_size + 1))  # the last: none
     done = token.new_zeros((rows, 1))
     for iterations in _ROUNDS:
-        own, likeness, num_clusters = _cluster(points, count - done, likened, cluster_tokens, iterations)
-        index = (own - likeness / 4).argsort(dim=1, stable=True)
+        own, likeness, num_clusters = _cluster(points, count - done, cluster_tokens, iterations)
+        steps = ((1 - likeness) * (_LIKENESS_STEPS // 2)).clamp(0, _LIKENESS_STEPS - 1).long()
+        index = (own * _LIKENESS_STEPS + steps).argsort(dim=1, stable=True)
         own = own.gather(1, index)
         sizes = own.new_zeros((rows, num_clusters + 1)).scatter_add_(1, own, torch.ones_like(own))
         place = torch.arange(own.shape[1], device=own.device) - (sizes.cumsum(1) - sizes).gather(1, own)
@@ -171,49 +191,44 @@ def fill_clusters(points: Tensor, likened: torch.dtype, cluster_tokens: int, pag
     return order[:, :count], pages[:, :-1].masked_fill(single, 1)
 
 
-def _cluster(
-    points: Tensor, alive: Tensor, likened: torch.dtype, cluster_tokens: int, iterations: int
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+def _cluster(points: Tensor, alive: Tensor, cluster_tokens: int, iterations: int) -> tuple[Tensor, Tensor, int]:
     """Spherical k-means, from points at equal distances in their order. An iteration assigns every other point, in turn.
 
     Args:
         points: [R, m, D]; alive: [R, 1], how many count, the first ones of each row.
     Returns:
-        cluster [R, m], int64, one behind the last where a point does not count; likeness to its centroid [R, m], float32;
-        how many clusters there are.
+        cluster [R, m], int64, one behind the last where a point does not count; likeness to its centroid [R, m], 0 of what
+        is no number; how many clusters there are at most: a row has one for every `cluster_tokens` points that count.
     """
     rows, count, dim = points.shape
     most = max(1, count // cluster_tokens)
     wanted = torch.div(alive, cluster_tokens, rounding_mode="floor").clamp(min=1)
     spread = torch.div((torch.arange(most, device=points.device) * 2 + 1) * alive, 2 * wanted, rounding_mode="floor")
-    compared = points.to(likened)
-    centroids = _rows(compared, spread.minimum(alive - 1).clamp(min=0))  # behind those wanted: equal, and empty
+    centroids = _rows(points, spread.minimum(alive - 1).clamp(min=0))
     dead = torch.arange(count, device=points.device) >= alive
     first = torch.arange(rows, device=points.device).unsqueeze(1) * (most + 1)
-    sums = [points.new_zeros((rows * (most + 1), dim))] * 2
+    wide = torch.promote_types(points.dtype, torch.float32)
+    sums = [points.new_zeros((rows * (most + 1), dim), dtype=wide)] * 2
     for step in range(iterations):
         half = slice(step % 2, None, 2)
-        own = _nearest(compared[:, half], centroids)[1].masked_fill(dead[:, half], most) + first
-        sums[step % 2] = torch.zeros_like(sums[0]).index_add_(0, own.flatten(), points[:, half].flatten(0, 1))
+        own = _nearest(points[:, half], centroids, wanted)[1].masked_fill(dead[:, half], most) + first
+        sums[step % 2] = torch.zeros_like(sums[0]).index_add_(0, own.flatten(), points[:, half].flatten(0, 1).to(wide))
         both = (sums[0] + sums[1]).view(rows, most + 1, dim)[:, :most]
-        means = torch.nn.functional.normalize(both, dim=-1).to(likened)
+        means = torch.nn.functional.normalize(both, dim=-1).to(points.dtype)
         centroids = torch.where(means.any(-1, keepdim=True), means, centroids)
-    likeness, own = _nearest(compared, centroids)
-    return own.masked_fill(dead, most), likeness.float().nan_to_num(0.0), most
+    likeness, own = _nearest(points, centroids, wanted)
+    return own.masked_fill(dead, most), likeness.to(wide).nan_to_num(0.0), most
 
 
-def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Likeness to the most alike of centroids [R, k, D], and which one that is, of points [R, m, D]: [R, m] both."""
+def _nearest(points: Tensor, centroids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Likeness to the most alike of the first `wanted` [R, 1] of centroids [R, k, D], and which one that is, the first of equal
+    ones, of points [R, m, D]: [R, m] both.
+    """  # fmt: skip
+    behind = (torch.arange(centroids.shape[1], device=points.device) >= wanted).unsqueeze(1)
     at_once = max(1, _TILE_ELEMENTS // (points.shape[1] * centroids.shape[1]))
-    tiles = zip(points.split(at_once), centroids.split(at_once), strict=True)
-    likeness, own = zip(*((x @ centroid.mT).max(2) for x, centroid in tiles), strict=True)
+    tiles = zip(*(whole.split(at_once) for whole in (points, centroids, behind)), strict=True)
+    likeness, own = zip(*((x @ c.mT).masked_fill_(none, -torch.inf).max(2) for x, c, none in tiles), strict=True)
     return torch.cat(likeness), torch.cat(own)
-
-
-def _mean(states: Tensor, valid: Tensor) -> Tensor:
-    """Mean [..., D], float32, of the valid tokens of pages [..., P, D]; zeros where there are none."""
-    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
-    return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:

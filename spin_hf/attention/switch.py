@@ -12,6 +12,8 @@ import threading
 import weakref
 from typing import Any
 
+from ..errors import AttentionError
+
 NAME = "spin"
 
 logger = logging.getLogger("spin_hf")
@@ -65,3 +67,12 @@ def previous(config: Any) -> str | None:
     """The remembered implementation of `config`; None if it said "spin" from the start."""
     entry = _entries.get(id(config))
     return entry.previous if entry is not None else None
+
+
+def check(config: Any) -> None:
+    """Raise AttentionError where somebody has switched `config` to another implementation since."""
+    if config._attn_implementation != NAME:
+        raise AttentionError(
+            f'expected the attention implementation "spin", got {config._attn_implementation!r} (changed '
+            'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
+        )

@@ -11,12 +11,16 @@ steps of up to 16 tokens, and for the storing of all tokens:
     rate.py        rate                         scores of the candidates, counted in bins
     closer.py      closer, rate_closer          the best of them again, by keys in four bits;  rotate.py  queries for these
     estimate.py    estimate                     what stands for pages that were not chosen
-    lowbit.py      encode_rows                  keys to four bits, outside of steps
+    lowbit.py      quantize, encode_pages       vectors to eight bits, keys to four, outside of steps
+    tokens.py      move_tokens, page_means      tokens that change places, and pages of them, outside of steps
+    bisect.py      bisect                       the places that Bisection gives to tokens
+    nearest.py     k-means of points, without their matrix of likeness;  clusters.py  whole pages from it, outside of steps
     index.py       copy_page                    a page of many layers at once, for formulas in PyTorch
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
-    rows.py        copy_rows                    rows of chunked arrays, outside of steps
+    rows.py        rows_copier                  rows of chunked arrays, outside of steps
+    page_form.py   in which form pages lie in their homes: as they came, or int8
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
 
@@ -27,7 +31,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from . import reference
+from .page_form import Int8Form, PageForm, page_forms
 from .reference import (
     NUM_BUCKETS,
     admit_pages,
@@ -40,7 +47,6 @@ from .reference import (
     pages_down_to,
     put_rows,
     put_tokens,
-    quantize,
     rows_to_put,
     score_bins,
     select_top_pages,
@@ -59,6 +65,25 @@ def launchers(device: torch.device) -> Any:
     return found
 
 
+def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize`, by a kernel where there is one."""
+    launch = launchers(vectors.device)
+    return reference.quantize(vectors) if launch is None else launch.quantize(vectors)
+
+
+def page_means(states: Tensor, valid: Tensor) -> Tensor:
+    """`reference.page_means`, by a kernel where there is one."""
+    launch = launchers(states.device)
+    return reference.page_means(states, valid) if launch is None else launch.page_means(states, valid)
+
+
+def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
+    """`reference.move_tokens`, by a kernel where there is one."""
+    launch = launchers(content.device)
+    move = reference.move_tokens if launch is None else launch.move_tokens
+    return move(content, order, page_size, parts)
+
+
 def on_gpu() -> bool:
     """Whether there is a GPU that the Triton kernels serve."""
     return torch.cuda.is_available() and launchers(torch.device("cuda")) is not None
@@ -66,6 +91,8 @@ def on_gpu() -> bool:
 
 __all__ = [
     "NUM_BUCKETS",
+    "Int8Form",
+    "PageForm",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
@@ -73,7 +100,10 @@ __all__ = [
     "launchers",
     "list_pages",
     "merge_attention",
+    "move_tokens",
     "on_gpu",
+    "page_forms",
+    "page_means",
     "page_zones",
     "pages_down_to",
     "put_rows",

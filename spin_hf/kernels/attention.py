@@ -5,7 +5,8 @@
                                  writes its part; the last program of a (sequence, KV head) merges all parts
 
 Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
-whose pages are resident go on meanwhile. The specification is `kernels.attend` and `kernels.merge_attention`.
+whose pages are resident go on meanwhile. Homes that are int8 are decoded in registers; the frame gets what came of it. The
+specification is `kernels.attend`, `kernels.merge_attention` and `page_form.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from .common import (
     LIST_CAPACITY,
     LIST_PAGE,
     LOAD,
-    NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
+    from_int8,
     page_rows,
     row_addresses,
+    scale_addresses,
+    slots_of,
     tokens_valid,
 )
 
@@ -37,6 +40,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    HOME_BYTES: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
@@ -47,7 +51,8 @@ def attend_kernel(
         sinks: float [H * G], logits in the denominator, read where SINKS.
         parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch; the last ESTIMATED parts as `estimate_kernel` left them.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
-        DTYPE: of the pages.
+        DTYPE: of the pages; PAGE_BYTES: of a page of that.
+        HOME_BYTES: of a home page that is int8, which then are in host memory; 0 where homes are of DTYPE.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -68,7 +73,7 @@ def attend_kernel(
     ).to(DTYPE)  # fmt: skip
     place = tl.arange(0, TILE_PAGES * PAGE)
     within = place % PAGE
-    num_slots = tl.load(layer + NUM_SLOTS)
+    num_slots, first_frame = slots_of(layer, b, h, H)
     table = tl.load(layer + HOME)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -81,17 +86,22 @@ def attend_kernel(
         page = tl.load(listed + entry, mask=entry < stop, other=-1)
         here = page >= 0
         frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
+        if HOME_BYTES:
+            coded = frame  # address of the page that the token is to be loaded from, 0 for none
         if num_slots > 0:
             away = page >= LOAD
             page = tl.where(away, page - LOAD, page)
             page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
             page_slot += bh.to(tl.int64) * tl.load(layer + PAGE_SLOT_STRIDE)
             slot = tl.load(page_slot + page, mask=here, other=0)
-            frame = tl.load(layer + FRAMES) + (bh.to(tl.int64) * num_slots + slot) * PAGE_BYTES
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * PAGE_BYTES
             address = frame
             if missing > 0:
                 rows = page_rows(step, b, h, page, away, H, SEGMENT)
-                address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
+                if HOME_BYTES:
+                    coded = tl.where(away, row_addresses(table, rows, away, ROWS, HOME_BYTES), 0)
+                else:
+                    address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
                 frame = tl.where(away & (slot >= 0), frame, 0)
         else:
             rows = page_rows(step, b, h, page, here, H, SEGMENT)
@@ -106,8 +116,23 @@ def attend_kernel(
         filled = here & (token < length)  # what stands in other places may be NaN
         inside_k = filled[:, None] & (column_k < DK)[None, :]
         inside_v = filled[:, None] & (column_v < DV)[None, :]
-        keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
-        values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
+        if HOME_BYTES:
+            there = (coded == 0)[:, None]
+            keys = tl.load(pointer[:, None] + place_k, mask=inside_k & there, other=0.0)
+            values = tl.load(pointer[:, None] + place_v, mask=inside_v & there, other=0.0)
+            if missing > 0:  # a tile has pages of both kinds: these are 0 there
+                codes = tl.multiple_of(coded.to(tl.pointer_type(tl.int8)), 16)
+                scales = scale_addresses(coded, PAGE, HOME_BYTES) + within
+                comes = filled & (coded != 0)
+                key_scale = tl.load(scales, mask=comes, other=0.0)
+                value_scale = tl.load(scales + PAGE, mask=comes, other=0.0)
+                key_codes = tl.load(codes[:, None] + place_k, mask=inside_k & comes[:, None], other=0)
+                value_codes = tl.load(codes[:, None] + place_v, mask=inside_v & comes[:, None], other=0)
+                keys = tl.where(there, keys, from_int8(key_codes, key_scale, DTYPE))
+                values = tl.where(there, values, from_int8(value_codes, value_scale, DTYPE))
+        else:
+            keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
+            values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
         if missing > 0:
             resident = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
             tl.store(resident[:, None] + place_k, keys, mask=inside_k & (frame != 0)[:, None])

@@ -41,6 +41,7 @@ PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
 PAGE_SLOT_STRIDE = tl.constexpr(int(LayerField.PAGE_SLOT_STRIDE))
 SLOT_PAGE = tl.constexpr(int(LayerField.SLOT_PAGE))
 SLOT_STEP = tl.constexpr(int(LayerField.SLOT_STEP))
+SHARES = tl.constexpr(int(LayerField.SHARES))
 
 FIRST = tl.constexpr(int(PlanField.FIRST))
 STOP = tl.constexpr(int(PlanField.STOP))
@@ -70,10 +71,44 @@ def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
 
 
 @triton.jit
+def slots_of(layer, b, h, H: tl.constexpr):
+    """How many slots a (sequence, KV head) has, 0 without page frames, and the first of its frames; `b` and `h` are int64."""
+    num_slots = tl.load(layer + NUM_SLOTS)
+    first = (b * H + h) * num_slots
+    if num_slots < 0:  # sequences have shares of their own
+        share = tl.load(layer + SHARES).to(tl.pointer_type(tl.int64)) + b * 2
+        num_slots = tl.load(share)
+        first = tl.load(share + 1) + h * num_slots
+    return num_slots, first
+
+
+@triton.jit
 def row_addresses(table, rows, mask, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
     """Addresses of rows of a chunked array; `table` is the address of its table."""
     bases = tl.load(table.to(tl.pointer_type(tl.int64)) + rows // ROWS, mask=mask, other=0)
     return bases + (rows % ROWS) * ROW_BYTES
+
+
+@triton.jit
+def to_int8(states):
+    """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Form.encode`, to the bit; what is not finite stays so."""
+    exact = states.to(tl.float32)
+    scale = tl.max(tl.abs(exact), 1) * (1 / 127)
+    scale = tl.where(scale == 0.0, 1.0, scale) + tl.sum(exact * 0.0, 1)
+    whole = (tl.div_rn(exact, scale[:, None]) + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds halves to even
+    return whole.to(tl.int8), scale
+
+
+@triton.jit
+def from_int8(codes, scale, dtype: tl.constexpr):
+    """Vectors [n, D] of whole numbers [n, D] and scales [n]: `Int8Form.decode`, to the bit."""
+    return (codes.to(tl.float32) * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def scale_addresses(row, PAGE: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Where the key scales of an int8 page begin, by the address of its row; its value scales begin behind PAGE of them."""
+    return (row + (ROW_BYTES - 8 * PAGE)).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit

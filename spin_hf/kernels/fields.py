@@ -71,15 +71,18 @@ class LayerField(IntEnum):
     SUMMARY_3 = 7
     SCALE_3 = 8
     FRAMES = 9
-    """Page frames [B, H, NUM_SLOTS, page], or 0 where pages are at home in the compute tier."""
+    """Page frames, or 0 where pages are at home in the compute tier: NUM_SLOTS for each (sequence, KV head), in that order."""
     NUM_SLOTS = 10
+    """Slots of each (sequence, KV head), 0 where there are no page frames; -1 where SHARES says how many."""
     PAGE_SLOT = 11
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 where it is not resident."""
     PAGE_SLOT_STRIDE = 12
     SLOT_PAGE = 13
-    """int32 [B, H, NUM_SLOTS]: slot -> page, -1 where it is free."""
+    """int32, one for each frame: slot -> page, -1 where it is free."""
     SLOT_STEP = 14
-    """int64 [B, H, NUM_SLOTS]: the clock when the slot was last touched."""
+    """int64, one for each frame: the clock when the slot was last touched."""
+    SHARES = 15
+    """int64 [B, 2]: slots of each KV head of a sequence, and the first frame of its first head; 0 where all have as many."""
 
 
 def summary_field(index: int, array: int) -> LayerField:

@@ -1,4 +1,8 @@
-"""Vectors in four bits a number, in one pass over them. The specification is `attention/lowbit.py`."""
+"""Vectors in fewer bits, outside of steps, in one pass over them.
+
+quantize        eight bits a number                       the specification is `reference.quantize`
+encode_pages    keys of pages less their means, rotated, in four bits a number              `attention/lowbit.py`
+"""
 
 from __future__ import annotations
 
@@ -7,60 +11,139 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 16
+_TILE, _TILES = 128, 4
 
 
-def encode_rows(rotated: Tensor, multiples: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """As `lowbit.encode`, of vectors [..., D], float32."""
-    rows = rotated.reshape(-1, rotated.shape[-1]).contiguous()
+def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize`."""
+    rows = vectors.reshape(-1, vectors.shape[-1]).contiguous()
     count, dim = rows.shape
-    codes = torch.empty((count, -(-dim // 2)), dtype=torch.uint8, device=rows.device)
+    values = torch.empty((count, dim), dtype=torch.int8, device=rows.device)
     scale = torch.empty((count,), dtype=torch.float32, device=rows.device)
-    steps = torch.tensor(multiples, dtype=torch.float32).to(rows.device, non_blocking=True)
     if count:
         with torch.cuda.device_of(rows):
-            encode_rows_kernel[(triton.cdiv(count, _TILE),)](
-                rows, steps, codes, scale, count, DIM=dim, HALF=triton.next_power_of_2(codes.shape[1]),
-                STEPS=len(multiples), TILE=_TILE,
-            )  # fmt: skip
-    return codes.view(*rotated.shape[:-1], codes.shape[1]), scale.view(rotated.shape[:-1])
+            quantize_kernel[(triton.cdiv(count, _TILE),)](
+                rows, values, scale, count, D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=_TILE
+            )
+    return values.view(vectors.shape), scale.view(vectors.shape[:-1])
+
+
+def encode_pages(
+    keys: Tensor, mean: Tensor, valid: Tensor, basis: Tensor, length: float, multiples: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """As `lowbit.encode_pages`.
+
+    Args:
+        basis: float32 [D, D], whole numbers; its columns have this `length`.
+    """
+    batch_size, num_heads, count, page_size, dim = keys.shape
+    half = -(-dim // 2)
+    codes = torch.empty((*keys.shape[:4], half), dtype=torch.uint8, device=keys.device)
+    scale = torch.empty(keys.shape[:4], dtype=torch.float32, device=keys.device)
+    if not scale.numel():
+        return codes, scale
+    if keys.stride(3) != dim or keys.stride(4) != 1:
+        keys = keys.contiguous()
+    valid = valid.expand(batch_size, 1, count, page_size).contiguous()
+    steps = torch.tensor(multiples, dtype=torch.float32).to(keys.device, non_blocking=True)
+    with torch.cuda.device_of(keys):
+        encode_pages_kernel[(triton.cdiv(count * page_size, _TILE * _TILES), batch_size * num_heads)](
+            keys, mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
+            *keys.stride()[:3],
+            H=num_heads, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), HALF=max(16, triton.next_power_of_2(half)),
+            PAGE=page_size, STEPS=len(multiples), TILE=_TILE, TILES=_TILES, num_warps=8,
+        )  # fmt: skip
+    return codes, scale
 
 
 @triton.jit(do_not_specialize=["count"])
-def encode_rows_kernel(
-    rows, steps, codes, scale, count, DIM: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr
+def quantize_kernel(
+    rows, values, scale, count, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Program i encodes TILE of the rows.
+    """Program i quantizes TILE of the rows, float32 [count, D]. Writes values, int8, and scale, float32 [count]."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < count)[:, None] & (column < D)[None, :]
+    x = tl.load(rows + row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    largest = tl.max(tl.abs(x), 1)
+    unit = tl.where(largest > 0.0, tl.div_rn(largest, tl.full([TILE], 127.0, tl.float32)), 1.0)
+    whole = _whole(tl.div_rn(x, tl.broadcast_to(unit[:, None], x.shape)))
+    tl.store(values + row[:, None] * D + column[None, :], whole.to(tl.int8), mask=inside)
+    tl.store(scale + row, unit, mask=row < count)
+
+
+@triton.jit(do_not_specialize=["count", "stride_b", "stride_h", "stride_n"])
+def encode_pages_kernel(
+    keys, mean, valid, basis, steps, codes, scale, count, length, stride_b, stride_h, stride_n,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+    STEPS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Program (TILES tiles of tokens, b * H + h).
 
     Args:
-        rows: float32 [count, DIM]; steps: float32 [STEPS], multiples of the root mean square.
-        codes: uint8 [count, ceil(DIM / 2)]; scale: float32 [count]. Written.
+        keys: [B, H, count, PAGE, D] by these strides; mean: float32 [B, H, count, D]; valid: uint8 [B, 1, count, PAGE].
+        basis: [D, D], in the dtype of the keys; `length` of its columns.
+        steps: float32 [STEPS], multiples of the root mean square.
+        codes: uint8 [B, H, count, PAGE, ceil(D / 2)]; scale: float32 [B, H, count, PAGE], -1 for padding. Written.
     """
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    there = row < count
-    column = tl.arange(0, HALF)
-    low_in = there[:, None] & (2 * column < DIM)[None, :]
-    high_in = there[:, None] & (2 * column + 1 < DIM)[None, :]
-    low = tl.load(rows + row[:, None] * DIM + 2 * column[None, :], mask=low_in, other=0.0)
-    high = tl.load(rows + row[:, None] * DIM + 2 * column[None, :] + 1, mask=high_in, other=0.0)
-    size = tl.maximum(tl.sqrt_rn(tl.sum(low * low + high * high, 1) * (1.0 / DIM)), 1e-20)
-    lowest = tl.full([TILE], float("inf"), tl.float32)
-    best = size
-    for index in tl.static_range(STEPS):
-        step = size * tl.load(steps + index)
-        error = tl.sum(_error(low, step, low_in) + _error(high, step, high_in), 1)
-        best = tl.where(error < lowest, step, best)
-        lowest = tl.minimum(error, lowest)
-    packed = _level(low, best).to(tl.uint8)
-    upper = tl.where(high_in, _level(high, best), 0.0).to(tl.uint8)
-    tl.store(codes + row[:, None] * ((DIM + 1) // 2) + column[None, :], packed | (upper << 4), mask=low_in)
-    tl.store(scale + row, best, mask=there)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // H
+    column = tl.arange(0, BLOCK_D)
+    pair = tl.arange(0, HALF)
+    inside = (column < D)[:, None]
+    from_low = tl.load(
+        basis + column[:, None] * D + 2 * pair[None, :], mask=inside & (2 * pair < D)[None, :], other=0.0
+    )
+    from_high = tl.load(
+        basis + column[:, None] * D + 2 * pair[None, :] + 1, mask=inside & (2 * pair + 1 < D)[None, :], other=0.0
+    )
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
+        page = (token // PAGE).to(tl.int64)
+        there = token < count * PAGE
+        real = tl.load(valid + b * count * PAGE + token, mask=there, other=0) != 0
+        first = keys + b * stride_b + (bh % H) * stride_h + page * stride_n + token % PAGE * D
+        x = tl.load(first[:, None] + column[None, :], mask=real[:, None] & (column < D)[None, :], other=0.0).to(
+            tl.float32
+        )
+        middle = mean + (bh * count + page) * D
+        x -= tl.load(middle[:, None] + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0)
+        large = x.to(basis.dtype.element_ty)  # and what that leaves out: products with whole numbers are exact
+        low = tl.dot(large, from_low, input_precision="ieee")
+        high = tl.dot(large, from_high, input_precision="ieee")
+        if basis.dtype.element_ty != tl.float32:
+            small = (x - large.to(tl.float32)).to(basis.dtype.element_ty)
+            low = tl.dot(small, from_low, low)
+            high = tl.dot(small, from_high, high)
+        low = low / length
+        high = high / length
+        low_in = there[:, None] & (2 * pair < D)[None, :]
+        high_in = there[:, None] & (2 * pair + 1 < D)[None, :]
+        size = tl.maximum(tl.sqrt_rn(tl.sum(low * low + high * high, 1) * (1.0 / D)), 1e-20)
+        lowest = tl.full([TILE], float("inf"), tl.float32)
+        best = size
+        for index in tl.static_range(STEPS):
+            step = size * tl.load(steps + index)
+            error = tl.sum(_error(low, step, low_in) + _error(high, step, high_in), 1)
+            best = tl.where(error < lowest, step, best)
+            lowest = tl.minimum(error, lowest)
+        packed = _level(low, best).to(tl.uint8)
+        upper = tl.where(high_in, _level(high, best), 0.0).to(tl.uint8)
+        to = bh * count * PAGE + token
+        tl.store(codes + to[:, None] * ((D + 1) // 2) + pair[None, :], packed | (upper << 4), mask=low_in)
+        tl.store(scale + to, tl.where(real, best, -1.0), mask=there)
+
+
+@triton.jit
+def _whole(numbers):
+    """Numbers up to 2^22, rounded, halves to even."""
+    return (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23
 
 
 @triton.jit
 def _level(numbers, step):
-    """Codes, 0 to 15, of numbers [TILE, HALF] in steps [TILE]; halves are rounded to even."""
-    code = (tl.div_rn(numbers, tl.broadcast_to(step[:, None], numbers.shape)) + 7.5 + 12582912.0) - 12582912.0
+    """Codes, 0 to 15, of numbers [TILE, HALF] in steps [TILE]."""
+    code = _whole(numbers * (1.0 / step)[:, None] + 7.5)
     return tl.minimum(tl.maximum(code, 0.0), 15.0)
 
 

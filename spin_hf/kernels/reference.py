@@ -71,21 +71,22 @@ def rows_to_put(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> Calla
     return write
 
 
-def put_tokens(chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+def put_tokens(
+    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, parts: Sequence[Tensor],
+    split: Callable[[Tensor], Sequence[Tensor]],
+) -> None:  # fmt: skip
     """Write single tokens into pages. Mutates the chunks.
 
     Args:
-        chunks: pages [rows_per_chunk, P * (Dk + Dv)]: the keys of a page, then its values.
+        chunks: pages, one a row.
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
-        keys, values: [n, Dk] and [n, Dv].
+        parts: what is kept of the tokens, each [n, width].
+        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageForm.split`.
     """
-    key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    page_size = chunks[0].shape[1] // (key_dim + value_dim)
     for chunk, here, inside in _per_chunk(chunks, rows):
-        key_part, value_part = split_pages(chunk, page_size, key_dim)
-        key_part[inside, offsets[here]] = keys[here].to(chunk.dtype)
-        value_part[inside, offsets[here]] = values[here].to(chunk.dtype)
+        for place, part in zip(split(chunk), parts, strict=True):
+            place[inside, offsets[here]] = part[here]
 
 
 def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
@@ -105,6 +106,36 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     largest = vectors.abs().amax(-1)
     scale = torch.where(largest > 0, largest / 127, 1.0)
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
+
+
+def page_means(states: Tensor, valid: Tensor) -> Tensor:
+    """Means of pages.
+
+    Args:
+        states: [B, H, n, P, D]; valid: [B, 1 or H, n, P], bool.
+    Returns:
+        [B, H, n, D], float32, over the valid tokens; zeros where there are none.
+    """
+    total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
+    return total / valid.sum(-1, keepdim=True).clamp(min=1)
+
+
+def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[tuple[int, int]]) -> Tensor:
+    """Pages whose tokens stand in another order.
+
+    Args:
+        content: [B, H, n, row elements].
+        order: [B, H, n * P], int64: place i gets the token at place order[i].
+        parts: where in a row each part of the tokens begins, and how many elements of it a token has.
+    Returns:
+        As `content`, a copy; what belongs to no part is undefined.
+    """
+    moved = torch.empty_like(content)
+    for first, width in parts:
+        tokens = content[..., first : first + page_size * width].unflatten(3, (page_size, width)).flatten(2, 3)
+        index = order.unsqueeze(-1).expand(-1, -1, -1, width)
+        moved[..., first : first + page_size * width] = tokens.gather(2, index).view(*content.shape[:3], -1)
+    return moved
 
 
 # ------------------------------------------------------------------------------------------------------------ select

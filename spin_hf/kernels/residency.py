@@ -25,7 +25,6 @@ from .common import (
     LIST_PAGE,
     LOAD,
     LOADS,
-    NUM_SLOTS,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     QUERIES,
@@ -34,6 +33,7 @@ from .common import (
     TOKENS,
     VICTIMS,
     count_valid,
+    slots_of,
 )
 from .reference import NUM_BUCKETS
 
@@ -142,8 +142,8 @@ def _admit(
 
 @triton.jit
 def retrieve(
-    step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
+    step, layer, counters, hand, bh, b, position, num_pages, count, query_index, H: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Mark those of the `count` listed pages of one (sequence, KV head) that are missing, and update its tables.
@@ -152,7 +152,8 @@ def retrieve(
         how many of the pages were missing.
     """
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
-    num_slots = tl.load(layer + NUM_SLOTS).to(tl.int32)
+    num_slots, first_frame = slots_of(layer, b, (bh % H).to(tl.int64), H)
+    num_slots = num_slots.to(tl.int32)
     missing = tl.zeros([], tl.int32)
     if PADDED:
         tokens = tl.zeros([], tl.int32)
@@ -171,8 +172,8 @@ def retrieve(
         clock = tl.load(step + CLOCK) + query_index
         victims = tl.load(step + VICTIMS).to(tl.pointer_type(tl.int32)) + bh * capacity
         page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32)) + bh * tl.load(layer + PAGE_SLOT_STRIDE)
-        slot_page = tl.load(layer + SLOT_PAGE).to(tl.pointer_type(tl.int32)) + bh * num_slots
-        slot_step = tl.load(layer + SLOT_STEP).to(tl.pointer_type(tl.int64)) + bh * num_slots
+        slot_page = tl.load(layer + SLOT_PAGE).to(tl.pointer_type(tl.int32)) + first_frame
+        slot_step = tl.load(layer + SLOT_STEP).to(tl.pointer_type(tl.int64)) + first_frame
         origin = tl.load(hand + bh)
         pages, miss, rank = _look_up(listed, page_slot, slot_step, clock, 0, count, LIST_TILE)
         missing = tl.max(rank, 0)

@@ -5,6 +5,8 @@ The specification is `reference.take_rows` and `reference.put_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,40 +16,54 @@ _TILE_WORDS = 1024
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-def copy_rows(table: Tensor, rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool) -> None:
-    """Copy rows of chunks to `packed`, or with `put` from there.
+def rows_copier(
+    tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool
+) -> Callable[[], None]:  # fmt: skip
+    """What copies the same rows of several arrays to `packed`, or with `put` from there, and asks for no memory.
 
     Args:
-        table: [chunks], int64: the address of each chunk.
+        tables: of each array, [chunks], int64: the address of each chunk.
         rows: int64 of any shape, contiguous; distinct with `put`.
-        packed: [*rows.shape, *row_shape], contiguous. Mutated without `put`.
+        packed: [arrays, *rows.shape, *row_shape], contiguous. Mutated by the copying, without `put`.
     """
     if not packed.numel():
-        return
-    row_bytes = packed.numel() // rows.numel() * packed.element_size()
+        return lambda: None
+    row_bytes = packed[0].numel() // rows.numel() * packed.element_size()
     word = next(size for size in _WORDS if row_bytes % size == 0)
     words = row_bytes // word
     columns = min(triton.next_power_of_2(words), _TILE_WORDS)
     tile = _TILE_WORDS // columns
-    with torch.cuda.device_of(packed):
-        copy_rows_kernel[(triton.cdiv(rows.numel(), tile),)](
-            table, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
-            PUT=put, TILE_ROWS=tile, TILE_WORDS=columns,
-        )  # fmt: skip
+    many = len(tables) > 1
+    found = tables[0]
+    if many:
+        found = torch.tensor([table.data_ptr() for table in tables]).to(packed.device, non_blocking=True)
+
+    def copy() -> None:
+        with torch.cuda.device_of(packed):
+            copy_rows_kernel[(triton.cdiv(rows.numel(), tile), len(tables))](
+                found, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
+                PUT=put, MANY=many, TILE_ROWS=tile, TILE_WORDS=columns,
+            )  # fmt: skip
+
+    return copy
 
 
 @triton.jit(do_not_specialize=["count", "words", "rows_per_chunk"])
 def copy_rows_kernel(
-    table, rows, packed, count, words, rows_per_chunk,
-    PUT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    tables, rows, packed, count, words, rows_per_chunk,
+    PUT: tl.constexpr, MANY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Copy `count` rows of so many words."""
+    """Copy `count` rows of so many words; program (tile of rows, array). `tables` holds addresses of tables where MANY."""
+    array = tl.program_id(1).to(tl.int64)
+    table = tables
+    if MANY:
+        table = tl.load(tables + array).to(tl.pointer_type(tl.int64))
     index = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     asked = index < count
     row = tl.load(rows + index, mask=asked, other=0)
     chunk = tl.load(table + row // rows_per_chunk, mask=asked, other=0).to(tl.pointer_type(packed.dtype.element_ty))
     there = chunk + (row % rows_per_chunk) * words
-    here = packed + index * words
+    here = packed + (array * count + index) * words
     for first in range(0, words, TILE_WORDS):
         word = first + tl.arange(0, TILE_WORDS)
         inside = asked[:, None] & (word < words)[None, :]

@@ -42,7 +42,8 @@ def score_kernel(
     APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr, BOXES: tl.constexpr,
+    HOME_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
+    BOXES: tl.constexpr,
     ASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
@@ -64,7 +65,8 @@ def score_kernel(
     if APPEND and split == num_splits:
         append_page(
             step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
-            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, SUMMARISE,
+            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, HOME_BYTES,
+            SUMMARISE,
         )  # fmt: skip
     else:
         if split == 0:

@@ -154,7 +154,7 @@ def choose_kernel(
                 tl.store(logits + g * capacity + pages, nothing, mask=pages >= 0)
         tl.debug_barrier()  # retrieval marks pages in the list
     missing = retrieve(
-        step, layer, counters, hand, bh, b, position, num_pages, count, query_index, PAGE_BYTES, PAGE, PADDED,
+        step, layer, counters, hand, bh, b, position, num_pages, count, query_index, H, PAGE_BYTES, PAGE, PADDED,
         LIST_TILE, HAND_TILE, SLOT_TILE,
     )  # fmt: skip
     tl.store(list_count + bh * 2 + 1, missing)

@@ -4,21 +4,18 @@
     otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames + room to grow
                                  frames = mandatory pages of a step + buffer pages
 
-A cache's cap is divided evenly among its paged layers.
+A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` it changes (`gpu_memory.py`), and the budgets
+of the layers with it; pages that went to the cpu tier stay there, as what lies in the frames is a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from ..errors import BudgetError, CapacityError
 from .sequences import SEGMENT_PAGES, segments_of
-
-AUTO_SHARE_OF_FREE_MEMORY = 0.8
-"""Part of the GPU memory that is free at the first step which `gpu_memory="auto"` may use."""
 
 PAGE_SLOT_BYTES, SLOT_PAGE_BYTES, SLOT_STEP_BYTES = 4, 4, 8
 """Bytes of an entry of the tables in `storage/residency.py`: the first for each page, the others for each page frame."""
@@ -30,32 +27,45 @@ class TierBudget:
 
     Attributes:
         num_layers: paged layers that share the cache's caps.
-        page_bytes, summary_bytes: of one page of one KV head.
+        page_bytes, summary_bytes: of one page of one KV head in the compute tier, be it there for good or in a page frame.
+        host_page_bytes: of one page in the cpu tier.
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
         min_frames: page frames per sequence and KV head that a step cannot do without.
         regrouping_bytes: of one page of one KV head: whose tokens it holds, where a method regroups them.
+        selected: pages per KV head that a step selects, or the share of all pages.
+        chunk_segments: segments by which memory of the compute tier is taken; 1 where it is taken as it is written.
+        most_frames: page frames above which none are made; None while nothing says so.
     """
 
     num_layers: int
     num_heads: int
     page_bytes: int
+    host_page_bytes: int
     summary_bytes: int
     gpu_memory: int | None
     cpu_memory: int | None
     min_frames: int
     regrouping_bytes: int = 0
+    selected: int | float = 0
+    chunk_segments: int = 1
+    most_frames: int | None = None
 
-    def num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
+    def num_frames(
+        self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False
+    ) -> int | None:  # fmt: skip
         """Frames per (sequence, KV head), or None where all pages may live in the compute tier.
 
         Args:
             num_segments: segments in the pool.
             num_pages: pages per sequence.
+            paged: whether the pages are in the cpu tier already, so that there must be frames.
         Raises:
             BudgetError: not even the frames of one step fit `gpu_memory`.
             CapacityError: the pages do not fit `cpu_memory`.
         """
-        if self.gpu_memory is None or self.resident_bytes(num_segments) <= self.gpu_memory:
+        if self.gpu_memory is None:
+            return coarsely(whole_segments(num_pages)) if paged else None
+        if not paged and self.resident_bytes(num_segments) <= self.gpu_memory:
             return None
         in_host = self.host_bytes(num_segments)
         if self.cpu_memory is not None and in_host > self.cpu_memory:
@@ -68,11 +78,11 @@ class TierBudget:
                 available_bytes=self.cpu_memory,
                 fitting_batch_size=fitting,
             )
-        cap, rows = self.gpu_memory // self.num_layers, self.rows(num_segments)
+        cap, rows = self.gpu_memory // self.num_layers, self._taken(self.rows(num_segments))
         streams, table_pages = batch_size * self.num_heads, whole_segments(num_pages)
         frame = streams * self._frame_bytes
         # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
-        frames = (cap - self._fixed_bytes(coarsely(rows), streams, coarsely(table_pages))) // frame
+        frames = (cap - self._fixed_bytes(self._taken(coarsely(rows)), streams, coarsely(table_pages))) // frame
         if frames < self.min_frames:
             frames = (cap - self._fixed_bytes(rows, streams, table_pages)) // frame
         if frames < self.min_frames:
@@ -87,7 +97,37 @@ class TierBudget:
                 available_bytes=self.gpu_memory,
                 fitting_batch_size=fitting,
             )
+        if self.most_frames is not None:
+            frames = min(frames, max(self.most_frames, self.step_frames(num_pages)))
         return min(frames, coarsely(table_pages))
+
+    def step_frames(self, num_pages: int) -> int:
+        """Frames per (sequence, KV head) that hold all pages of one step of sequences of so many pages: the mandatory ones."""
+        selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
+        return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
+
+    def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
+        """Frames of each KV head, by sequence: in proportion to its pages, together no more than if all had `frames`.
+
+        No sequence has fewer than a step needs, if `frames` are as many, nor more than its pages.
+
+        Args:
+            held: pages of each sequence that hold real tokens; None where all are full.
+        """
+        if held is None or frames >= num_pages:
+            return frames
+        least = min(frames, self.step_frames(num_pages))
+        pages = [max(least, min(coarsely(number), num_pages)) for number in held]  # so that shares change seldom
+        left, wanted = (frames - least) * len(pages), sum(pages) - least * len(pages)
+        if left >= wanted:
+            return tuple(pages)
+        return tuple(least + left * (number - least) // wanted for number in pages)
+
+    def bytes_with(self, frames: int, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The least `gpu_memory` that gives so many frames, in bytes; arguments as for `num_frames`."""
+        streams = batch_size * self.num_heads
+        fixed = self._fixed_bytes(self._taken(self.rows(num_segments)), streams, whole_segments(num_pages))
+        return (fixed + frames * streams * self._frame_bytes) * self.num_layers
 
     def rows(self, num_segments: int) -> int:
         """Pages of all KV heads in so many segments."""
@@ -95,21 +135,18 @@ class TierBudget:
 
     def resident_bytes(self, num_segments: int) -> int:
         """Bytes of all layers in the compute tier if all pages live there."""
-        return self.rows(num_segments) * (self.page_bytes + self._row_bytes) * self.num_layers
+        return self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes) * self.num_layers
 
     def host_bytes(self, num_segments: int) -> int:
         """Bytes of all layers in the cpu tier if all pages live there."""
-        return self.rows(num_segments) * self.page_bytes * self.num_layers
+        return self.rows(num_segments) * self.host_page_bytes * self.num_layers
 
     def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
         """The least `gpu_memory` that `num_frames` accepts, in bytes; arguments as there."""
         resident = self.resident_bytes(num_segments)
         if self.cpu_memory is not None and self.host_bytes(num_segments) > self.cpu_memory:
             return resident
-        streams = batch_size * self.num_heads
-        fixed = self._fixed_bytes(self.rows(num_segments), streams, whole_segments(num_pages))
-        step = fixed + self.min_frames * streams * self._frame_bytes
-        return min(resident, step * self.num_layers)
+        return min(resident, self.bytes_with(self.min_frames, batch_size, num_segments, num_pages))
 
     def fits(self, batch_size: int, num_segments: int, num_pages: int) -> bool:
         """Whether `num_frames` accepts that."""
@@ -132,6 +169,11 @@ class TierBudget:
     @property
     def _frame_bytes(self) -> int:
         return self.page_bytes + SLOT_PAGE_BYTES + SLOT_STEP_BYTES
+
+    def _taken(self, rows: int) -> int:
+        """`rows` with what is left of the last chunk."""
+        chunk = self.rows(self.chunk_segments)
+        return -(-rows // chunk) * chunk
 
     def _fixed_bytes(self, rows: int, streams: int, table_pages: int) -> int:
         """Of one layer, whatever the number of frames."""
@@ -163,15 +205,6 @@ def coarsely(number: int) -> int:
     """`number` or a little more, at most a sixteenth and a segment: the same for most of a growing context's steps."""
     unit = max(SEGMENT_PAGES, 1 << max(0, number.bit_length() - 5))
     return -(-number // unit) * unit
-
-
-def auto_gpu_memory(device: torch.device) -> int | None:
-    """The cap that `gpu_memory="auto"` stands for on a device, in bytes; None (no cap) without a GPU."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int((free + reusable) * AUTO_SHARE_OF_FREE_MEMORY)
 
 
 def _smaller(fitting_batch_size: int) -> str:

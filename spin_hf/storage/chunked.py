@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +26,17 @@ from .reserve import RESERVE, Spare
 
 MAX_CHUNKS = 4096
 """Chunks that an array can have, and entries of its address table."""
+
+_RECODED_BYTES = 16 << 20
+"""Of rows that are recoded at a time: bounds temporary memory."""
+
+
+class Recoding(NamedTuple):
+    """Rows of another shape and dtype, and what makes them of [n, *row_shape] old ones."""
+
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+    recode: Callable[[Tensor], Tensor]
 
 
 class ChunkedArray:
@@ -115,14 +125,22 @@ class ChunkedArray:
             del self.chunks[needed:]
         self.used_rows = min(self.used_rows, num_rows)
 
+    def release(self) -> None:
+        """Let go of all rows; the table stays where it is."""
+        self._wait_for_kernels()
+        self.chunks, self.used_rows, self._spare = [], 0, None
+        if self._table is not None:
+            self._table.zero_()
+
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
-        copy = self._copy_rows(rows)
-        if copy is None:
+        copier = self._copier(rows)
+        if copier is None:
             self._wait_for_kernels()
             return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
         taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.compute_device)
-        copy(self.address_table, self.rows_per_chunk, rows.to(self.compute_device).contiguous(), taken, put=False)
+        rows_there = rows.to(self.compute_device).contiguous()
+        copier([self.address_table], self.rows_per_chunk, rows_there, taken[None], put=False)()
         return taken.to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
@@ -131,20 +149,23 @@ class ChunkedArray:
 
     def writer(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
         """As `put`, up to the writing: that is done by what is returned, which asks for no more memory."""
-        copy = self._copy_rows(rows)
-        if copy is None:
+        copier = self._copier(rows)
+        if copier is None:
             self._wait_for_kernels()
             return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
         values = values.to(self.compute_device, self.dtype).contiguous()
         rows = rows.to(self.compute_device).contiguous()
-        return partial(copy, self.address_table, self.rows_per_chunk, rows, values, put=True)
+        return copier([self.address_table], self.rows_per_chunk, rows, values[None], put=True)
 
-    def move(self, device: torch.device) -> None:
-        """Take all chunks to another device (nothing is copied where it is the same one).
+    def move(self, device: torch.device, recoding: Recoding | None = None) -> None:
+        """Take all chunks to another device (nothing is copied where it is the same one and rows stay as they are).
 
         The compute device stays, and so does the address table. Raises CapacityError, before anything changes, where
         the host cannot lock the memory.
         """
+        if recoding is not None:
+            self._recode(device, recoding)
+            return
         if device.type == self.device.type == "cpu":
             return
         if device.type == "cpu":
@@ -154,6 +175,19 @@ class ChunkedArray:
         else:
             moved = [chunk.to(device) for chunk in self.chunks]
         self._write_addresses(self._table, 0, moved)
+        self.chunks, self.device, self._spare = moved, device, None
+
+    def _recode(self, device: torch.device, recoding: Recoding) -> None:
+        """As `move`, to rows of another form. Rows that are not in use are not touched."""
+        old, at_once = self.chunks, max(1, _RECODED_BYTES // self.row_bytes)
+        moved = self._allocate(len(old), device, recoding.row_shape, recoding.dtype)
+        for index, (copy, chunk) in enumerate(zip(moved, old, strict=True)):
+            inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
+            for first in range(0, inside, at_once):
+                part = slice(first, min(first + at_once, inside))
+                copy[part] = recoding.recode(chunk[part])
+        self._write_addresses(self._table, 0, moved)
+        self.row_shape, self.dtype = recoding.row_shape, recoding.dtype
         self.chunks, self.device, self._spare = moved, device, None
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
@@ -168,12 +202,12 @@ class ChunkedArray:
             copy[:inside] = source[:inside]
         return twin
 
-    def _copy_rows(self, rows: Tensor) -> Any:
-        """The kernel that copies rows, in host memory too unless the host asks for them; None where there is none."""
+    def _copier(self, rows: Tensor) -> Any:
+        """What readies the kernel that copies rows, in host memory too unless the host asks for them; None if there is none."""
         if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
             return None
         launch = kernels.launchers(self.compute_device)
-        return None if launch is None else launch.copy_rows
+        return None if launch is None else launch.rows_copier
 
     @property
     def _is_registered(self) -> bool:
@@ -192,12 +226,16 @@ class ChunkedArray:
                 return [chunk]
         return self._allocate(count, self.device)
 
-    def _allocate(self, count: int, device: torch.device) -> list[Tensor]:
-        shape = (self.rows_per_chunk, *self.row_shape)
-        with kept("pages and what is known of them", count * self.rows_per_chunk * self.row_bytes):
+    def _allocate(
+        self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:  # fmt: skip
+        """Chunks on a device, of these rows unless others are asked for."""
+        shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
+        dtype = self.dtype if dtype is None else dtype
+        with kept("pages and what is known of them", count * math.prod(shape) * dtype.itemsize):
             if device.type == "cpu":
-                return allocate_rows(count, shape, self.dtype, compute_device=self.compute_device)
-            return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(count)]
+                return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
 
     def _order_spare(self) -> None:
         """Have the next chunk made once half of the last one is used, so that growing by one need not wait for it."""
@@ -217,3 +255,32 @@ class ChunkedArray:
             with kept("addresses of pages", 8 * len(chunks)):
                 addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
                 table[first : first + len(chunks)] = addresses
+
+
+def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
+    """The same rows of several arrays that are alike: [arrays, *rows.shape, *row_shape], copies on the ids' device."""
+    first = arrays[0]
+    copier = first._copier(rows)
+    if copier is None or len(arrays) == 1:
+        return torch.stack([array.take(rows) for array in arrays])
+    taken = torch.empty((len(arrays), *rows.shape, *first.row_shape), dtype=first.dtype, device=first.compute_device)
+    tables = [array.address_table for array in arrays]
+    copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)()
+    return taken.to(rows.device)
+
+
+def put_all(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> None:
+    """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows of several arrays that are alike."""
+    for write in writers(arrays, rows, values):
+        write()
+
+
+def writers(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> list[Callable[[], None]]:
+    """As `put_all`, up to the writing: that is done by what is returned, which asks for no more memory."""
+    first = arrays[0]
+    copier = first._copier(rows)
+    if copier is None or len(arrays) == 1:
+        return [array.writer(rows, content) for array, content in zip(arrays, values, strict=True)]
+    values = values.to(first.compute_device, first.dtype).contiguous()
+    tables = [array.address_table for array in arrays]
+    return [copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)]

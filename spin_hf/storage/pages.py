@@ -1,12 +1,13 @@
 """The pages of one layer, in whichever tier they are, and the summaries made from them.
 
-    home       ChunkedArray of pages [P * (Dk + Dv)]: keys then values.  compute tier if all fits, else cpu tier
+    home       ChunkedArray of pages: keys then values.  compute tier if all fits, else cpu tier, there perhaps as int8
     summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
-    frames     PageFrames, only while the home is the cpu tier
+    frames     PageFrames, only while the home is the cpu tier; of the model's dtype, what a load of the home's page gives
     regrouped  RegroupedPages, only for methods that regroup: whose tokens they are; always in the compute tier
 
 Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
-segment shares or copies both.
+segment shares or copies both. Summaries are of what is read of a page, so of decoded keys and values where it is int8: the
+results never depend on which pages are resident, or on how many can be.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..errors import BudgetError
 from .budget import TierBudget
-from .chunked import ChunkedArray
+from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
 from .residency import PageFrames
 from .sequences import SEGMENT_PAGES, Sequences
@@ -27,6 +29,13 @@ from .summaries import SummaryArray, kept_as
 # RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
 _MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
+
+
+def chunk_segments(num_heads: int, page_bytes: int, device: torch.device) -> int:
+    """Segments by which a layer's arrays grow on a device."""
+    chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
+    return min(max(segments, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
 
 
 class PageStore:
@@ -42,6 +51,7 @@ class PageStore:
         dtype, device: of the keys and values; `device` is the compute tier.
         regroups: whether the method regroups pages, whose positions are then kept.
         summary_dtypes: name -> dtype of those that are kept as they are in any case.
+        host_int8: whether pages in the cpu tier are int8.
     """
 
     def __init__(
@@ -57,55 +67,66 @@ class PageStore:
         device: torch.device,
         regroups: bool = False,
         summary_dtypes: dict[str, torch.dtype] | None = None,
+        host_int8: bool = False,
     ) -> None:
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
         self.budget = budget
-        self.device = device
+        self.device, self.dtype = device, dtype
+        self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
+        self.home_form = self.form
+        """In which form pages lie where they live now."""
+        self.recoded = False
+        """Whether pages took another form, and summaries are still of what they held before."""
         self.length = 0
         """Tokens written to this layer."""
-        elements = self.page_size * (key_dim + value_dim)
-        segment_bytes = SEGMENT_PAGES * num_heads * elements * dtype.itemsize
-        chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
-        segments = min(max(chunk_bytes // segment_bytes, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
-        rows = segments * SEGMENT_PAGES * num_heads
-        self.home = ChunkedArray((elements,), rows, dtype, device)
+        rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
+        self.home = ChunkedArray((self.form.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():
             kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
             self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
         self.regrouped = RegroupedPages(sequences, num_heads, rows, device) if regroups else None
         self.frames: PageFrames | None = None
-        self.num_segments = 0
+        self.num_segments = self.num_frames = 0
+        self.ask_for_more: Callable[[int], bool] | None = None
+        """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
 
     # ------------------------------------------------------------------------------- what `Sequences` asks of a store
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Raise BudgetError or CapacityError where `reserve` would exceed a cap."""
-        self.budget.num_frames(batch_size, num_segments, num_pages)
+        try:
+            self._num_frames(batch_size, num_segments, num_pages)
+        except BudgetError as error:
+            if self.ask_for_more is None or not self.ask_for_more(error.needed_bytes or 0):
+                raise
+            self._num_frames(batch_size, num_segments, num_pages)
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Make room for `num_segments` segments and a step over `num_pages` pages."""
-        num_frames, frames = self.budget.num_frames(batch_size, num_segments, num_pages), self.frames
-        if num_frames is None and frames is not None:
-            num_frames = frames.num_slots  # a step that failed moved the pages, which stay where they are
+        num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
-            if frames is None:
-                self.home.move(torch.device("cpu"))  # first, as that gives back what the frames take
-                frames = PageFrames(self.num_heads, self.home.row_shape[0], self.home.dtype, self.device)
-            frames.resize(batch_size, num_frames, num_pages)
-            self.frames = frames
+            if self.frames is None:
+                frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
+                self._move_to_cpu()  # first, as that gives back what the frames take
+                self.frames = frames
+            held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
+            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
+            self.num_frames = num_frames
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
 
     def shrink(self, num_segments: int) -> None:
         """Give back the room for more segments than these. Asks for no memory."""
-        if num_segments < self.num_segments:
-            self.num_segments = num_segments
+        self.num_segments = min(self.num_segments, num_segments)
         for array in self._arrays():
             array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
+
+    def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
+        return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages and summaries of each (source, destination) segment."""
@@ -128,8 +149,7 @@ class PageStore:
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was. Where that fails, pages may have to be loaded again."""
         if self.frames is not None:
-            if len(rows) == self.sequences.batch_size:
-                self.frames.select(rows)
+            self.frames.select(rows)
             self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share
 
     def clear(self) -> None:
@@ -137,6 +157,14 @@ class PageStore:
         self.length = 0
         if self.frames is not None:
             self.frames.forget_all()
+
+    def release(self) -> None:
+        """Give back all memory; nothing is held. Pages that went to the cpu tier will be made there again."""
+        self.num_segments = self.num_frames = 0
+        if self.frames is not None:
+            self.frames.forget_sequences(0)
+        for array in self._arrays():
+            array.release()
 
     # --------------------------------------------------------------------------------------------- tokens and pages
 
@@ -152,13 +180,14 @@ class PageStore:
         pages = torch.div(positions, self.page_size, rounding_mode="floor")
         rows = self._rows()[:, :, pages].reshape(-1).to(self.home.device)
         offsets = (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.home.device)
-        flat_keys = keys.reshape(-1, self.key_dim).to(self.home.device)
-        flat_values = values.reshape(-1, self.value_dim).to(self.home.device)
-        kernels.put_tokens(self.home.chunks, rows, offsets, flat_keys, flat_values)
+        parts = self.home_form.encode(keys, values)
+        flat = [part.reshape(-1, part.shape[-1]).to(self.home.device) for part in parts]
+        kernels.put_tokens(self.home.chunks, rows, offsets, flat, self.home_form.split)
         offset = start % self.page_size
         if self.frames is not None and offset:  # only a partly filled page can be resident already
             inside = min(count, self.page_size - offset)
-            self.frames.write(start // self.page_size, offset, keys[:, :, :inside], values[:, :, :inside])
+            kept = self.home_form.decode([part[:, :, :inside] for part in parts])
+            self.frames.write(start // self.page_size, offset, *kept)
         self.length = start + count
 
     def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,38 +196,17 @@ class PageStore:
         Returns:
             keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
         """
-        rows = self._rows()[:, :, first:stop]
-        return *kernels.split_pages(self.home.take(rows), self.page_size, self.key_dim), rows
+        content, rows = self.content(first, stop)
+        return *self.home_form.take(content), rows
 
-    def rearrange(self, first: int, stop: int, order: Tensor, partition_pages: Tensor) -> None:
-        """Let the tokens of pages [first, stop) of all sequences trade places, or none. Summaries are not brought up to that.
+    def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same as they are kept, [B, H, n, page elements], and their rows."""
+        rows = self.rows(first, stop)
+        return self.home.take(rows), rows
 
-        Args:
-            order: [B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
-                for sequences that share these pages.
-            partition_pages: [B, H, n], as `RegroupedPages` keeps it.
-        """
-        regrouped, rows = self.regrouped, self._rows()[:, :, first:stop]
-        assert regrouped is not None
-        content, positions = self.home.take(rows), regrouped.positions(first, stop)
-        partitions = regrouped.partition_pages(first, stop)
-
-        def writers(content: Tensor, positions: Tensor, partition_pages: Tensor) -> list[Callable[[], None]]:
-            return [self.home.writer(rows, content), *regrouped.writers(rows, positions, partition_pages)]
-
-        undo = writers(content, positions, partitions)
-        keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
-        keys, values, positions = (_take_tokens(part, order) for part in (keys, values, positions.unsqueeze(-1)))
-        redo = writers(torch.cat([keys.flatten(3), values.flatten(3)], 3), positions.squeeze(-1), partition_pages)
-        if self.frames is not None:
-            self.frames.forget(first, stop)
-        try:  # nothing here asks for memory
-            for write in redo:
-                write()
-        except BaseException:
-            for write in undo:
-                write()
-            raise
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
+        return self._rows()[:, :, first:stop]
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
@@ -219,21 +227,56 @@ class PageStore:
             which of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
         """
         rows = self._rows().gather(2, pages.clamp(min=0))
-        width = self.frames.num_slots if self.frames is not None else max(1, pages.shape[2])
-        for first in range(0, pages.shape[2], width):
-            part = slice(first, first + width)
+        for part in self._waves(pages):
             if self.frames is None:
                 content = self.home.take(rows[:, :, part])
             else:
-                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self.home, self.sequences.step)
-            keys, values = kernels.split_pages(content, self.page_size, self.key_dim)
+                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self._load, self.sequences.step)
+            keys, values = self.form.take(content)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
+
+    def _waves(self, pages: Tensor) -> Iterator[slice]:
+        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots."""
+        stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
+        if self.frames is None or self.frames.shares is None or stop <= width:
+            yield from (slice(first, first + width) for first in range(0, stop, max(1, width)))
+            return
+        counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
+        slots, first = self.frames.shares[:, :1, None], 0
+        while first < stop:
+            fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
+            end = first + int(fits.sum())
+            yield slice(first, end)
+            first = end
 
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
         """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
         rows = self._rows()
         rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
         return self.summaries[name].take(rows)
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether not all pages can be resident."""
+        if self.frames is None:
+            return False
+        pages = self.sequences.pages_held() or [self.sequences.num_pages] * len(self.frames.slots)
+        return any(slots < number for slots, number in zip(self.frames.slots, pages, strict=False))
+
+    @property
+    def mandatory_frames(self) -> int:
+        """Page frames, of all sequences and KV heads, that a step needs; the others hold buffer pages."""
+        if self.frames is None:
+            return 0
+        needed = self.budget.step_frames(self.sequences.num_pages)
+        return self.num_heads * sum(min(needed, slots) for slots in self.frames.slots)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes taken in the compute tier, with the unused ends of chunks where those take memory at once."""
+        arrays, at_once = self._arrays()[self.frames is not None :], self.device.type == "cuda"
+        taken = sum((array.num_rows if at_once else array.used_rows) * array.row_bytes for array in arrays)
+        return taken + (0 if self.frames is None else self.frames.nbytes)
 
     def pages_held(self) -> int:
         """Pages of all KV heads that hold tokens; pages that sequences share count once."""
@@ -266,7 +309,26 @@ class PageStore:
             filled = torch.arange(num_pages * self.page_size, device=self.device) < self.sequences.length
             filled = filled.view(num_pages, self.page_size, 1)
             sides = [filled.expand(-1, -1, dim).flatten(1) for dim in (self.key_dim, self.value_dim)]
-            self.frames.check_integrity(num_pages, self._rows(), self.home, torch.cat(sides, 1).unsqueeze(0))
+            self.frames.check_integrity(num_pages, self._rows(), self._load, torch.cat(sides, 1).unsqueeze(0))
+
+    def _move_to_cpu(self) -> None:
+        """Let pages live in the cpu tier from here on."""
+        host = self._host_form
+        if host == self.form:
+            self.home.move(torch.device("cpu"))
+            return
+
+        def recode(rows: Tensor) -> Tensor:
+            return host.join(host.encode(*self.form.take(rows)))
+
+        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
+        self.home_form, self.recoded = host, self.length > 0
+        self.sequences.recodings += 1
+
+    def _load(self, rows: Tensor) -> Tensor:
+        """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
+        content = self.home.take(rows)
+        return content if self.home_form == self.form else self.form.join(self.home_form.take(content))
 
     def _arrays(self) -> list[ChunkedArray]:
         regrouped = [] if self.regrouped is None else self.regrouped.arrays
@@ -277,9 +339,3 @@ class PageStore:
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)
-
-
-def _take_tokens(states: Tensor, order: Tensor) -> Tensor:
-    """Tokens `order` [B, H, tokens] of pages [B, H, n, P, D], as pages."""
-    index = order.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
-    return states.flatten(2, 3).gather(2, index).unflatten(2, states.shape[2:4])

@@ -9,8 +9,6 @@ rows of pages in stretches (`stretches.py`) are read: all others are runs of pos
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -53,20 +51,6 @@ class RegroupedPages:
         held = self._partition.take(self._rows(first, stop)).long()
         return torch.cat([held, held.new_ones((*held.shape[:2], stop - first - held.shape[2]))], 2)
 
-    def write(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> None:
-        """Note what rows [B, H, n] now hold: positions [B, H, n, P] and partition_pages [B, H, n]."""
-        for write in self.writers(rows, positions, partition_pages):
-            write()
-
-    def writers(self, rows: Tensor, positions: Tensor, partition_pages: Tensor) -> list[Callable[[], None]]:
-        """As `write`, up to the writing: that is done by what is returned, which asks for no more memory."""
-        return [self._positions.writer(rows, positions), self._partition.writer(rows, partition_pages)]
-
-    def write_runs(self, first: int, stop: int) -> None:
-        """Pages [first, stop) of all sequences are runs, and partitions by themselves."""
-        rows = self.sequences.page_rows(self.num_heads, self.device)[:, :, first:stop]
-        self.write(rows, self._runs(first, stop), torch.ones_like(rows))
-
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
         places = self._places()
@@ -95,7 +79,7 @@ class RegroupedPages:
             grouped = self.sequences.stretches.grouped[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
             _check(not bool((moved & ~grouped).any()), "a page was regrouped that must stay as it is")
-            _check(tiles(pages), "partitions of a stretch overlap or leave pages out")
+            _check(bool(tiles(pages)), "partitions of a stretch overlap or leave pages out")
 
     def _places(self) -> Tensor:
         """Position of each place in the stretches: [B, H, pages * P], int64."""
@@ -111,13 +95,13 @@ class RegroupedPages:
         return tokens.view(-1, self.page_size).expand(self.sequences.batch_size, self.num_heads, -1, -1)
 
 
-def tiles(partition_pages: Tensor) -> bool:
-    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap."""
+def tiles(partition_pages: Tensor) -> Tensor:
+    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap: []."""
     places = torch.arange(partition_pages.shape[2], device=partition_pages.device)
     upto = torch.where(partition_pages > 0, places + partition_pages, 0).cummax(2).values  # behind the latest partition
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
     begins = (partition_pages > 0) == (before == places)
-    return bool(begins.all()) and bool((upto[:, :, -1] == places.numel()).all())
+    return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
 def bytes_for_regrouping(page_size: int) -> dict[str, int]:

@@ -1,19 +1,25 @@
 """The GPU tier of one layer: page frames, and which page is in which.
 
-    page_slot  [B, H, N]   page -> slot, -1 where it is not resident        a resident page is in both tables,
-    slot_page  [B, H, C]   slot -> page, -1 where it is free                 page_slot[slot_page[s]] == s
-    slot_step  [B, H, C]   the step that last touched the slot
-    frames     [B * H * C, page elements]   contents; the cpu tier holds the same
+    page_slot  [B, H, N]   page -> slot, -1 where it is not resident       a resident page is in both tables
+    slot_page  [F]         slot -> page, -1 where it is free
+    slot_step  [F]         the step that last touched the slot
+    frames     [F, page elements]   contents, of the model's dtype: what a load of the page from the cpu tier gives
 
-Every (sequence, KV head) has C slots of its own, so the work of a step needs nothing from outside them. Pages of the
+    F:   sequence 0: H * slots[0]  | sequence 1: H * slots[1] | ...        slot s of KV head h of sequence b is
+         head 0, head 1, ...       | head 0, head 1, ...      |            frame first[b] + h * slots[b] + s
+
+Every (sequence, KV head) has slots of its own, so the work of a step needs nothing from outside them. Pages of the
 present step are mandatory; what else is resident are buffer pages. Eviction is SPIN's bucketed LRU, see
-`kernels.admit_pages`. The cpu tier is always complete (writes go to both), so eviction never copies.
+`kernels.admit_pages`. The cpu tier is always complete (writes go to both), so eviction never copies, and frames may be
+given back and made at any time between two steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +27,19 @@ from torch import Tensor
 from .. import kernels
 from ..errors import CacheStateError
 from .allocation import kept, out_of_memory
-from .chunked import ChunkedArray
+from .budget import coarsely
 
 NO_PAGE = (1 << 31) - 1
 """Beyond every page."""
+
+
+class Group(NamedTuple):
+    """Consecutive sequences [start, stop) that have as many slots each, in frames from `first` on."""
+
+    start: int
+    stop: int
+    first: int
+    num_slots: int
 
 
 class PageFrames:
@@ -37,69 +52,171 @@ class PageFrames:
     def __init__(self, num_heads: int, page_elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_heads = num_heads
         self.page_elements = page_elements
+        self.slots: tuple[int, ...] = ()
+        """Slots of each KV head, by sequence."""
         self.frames = torch.empty((0, page_elements), dtype=dtype, device=device)
         self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
-        self.slot_page = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
-        self.slot_step = torch.empty((0, num_heads, 0), dtype=torch.int64, device=device)
+        self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
+        self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
+        self.shares: Tensor | None = None
+        """[B, 2], int64: slots and first frame of each sequence, for kernels; None where all have as many slots."""
         self.hits = self.loads = self.evictions = 0
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored."""
+        tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
+        return tables if self.shares is None else (*tables, self.shares)
+
+    @property
     def num_slots(self) -> int:
-        """Slots of each (sequence, KV head)."""
-        return self.slot_page.shape[2]
+        """Slots of each KV head in the sequence that has fewest."""
+        return min(self.slots, default=0)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The sequences, by how many slots they have."""
+        found: list[Group] = []
+        for row, (slots, first) in enumerate(zip(self.slots, self._first(self.slots), strict=True)):
+            if found and found[-1].num_slots == slots:
+                found[-1] = found[-1]._replace(stop=row + 1)
+            else:
+                found.append(Group(row, row + 1, first, slots))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of frames and tables."""
+        return sum(table.nbytes for table in self.tensors)
 
     @property
     def metadata(self) -> dict[str, int]:
         """Bytes of the tables, by name."""
         tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
-        return {name: table.nbytes for name, table in tables.items()}
+        sizes = {name: table.nbytes for name, table in tables.items()}
+        return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
 
-    def resize(self, batch_size: int, num_slots: int, num_pages: int) -> None:
-        """Have `num_slots` slots and a table of at least `num_pages` pages.
+    def held(self, row: int) -> Tensor:
+        """The page in each slot of a sequence, -1 where it is free: [H, slots[row]], a view."""
+        first = self._first(self.slots)[row]
+        return self.slot_page[first : first + self.num_heads * self.slots[row]].view(self.num_heads, -1)
 
-        The first slots keep their pages, unless the number of sequences changes: then all are forgotten.
+    def resize(self, batch_size: int, slots: int | Sequence[int], num_pages: int) -> None:
+        """Have so many slots for each KV head, of all sequences or of each, and a table of at least `num_pages` pages.
+
+        Where slots go, the pages touched last stay; where the number of sequences changes, none does. Where there is no
+        memory to copy what stays, it is given up too, and loaded again when it is needed.
 
         Raises:
-            CapacityError: there is no memory for them. Nothing has changed, or all pages are forgotten.
+            CapacityError: there is no memory for more slots; there are as many as before, or none until the next call.
         """
-        if self.slot_page.shape[0] != batch_size:
-            self._forget_sequences(batch_size)
-        tables, frames = (self.page_slot, self.slot_page, self.slot_step), self.frames
-        if self.num_slots != num_slots:
-            keep = min(num_slots, self.num_slots)
-            held = frames.view(batch_size * self.num_heads, self.num_slots, self.page_elements)
-            with kept("page frames", held.shape[0] * num_slots * self.page_elements * frames.element_size()):
-                page_slot = self.page_slot.masked_fill(self.page_slot >= keep, -1)
-                tables = (page_slot, _fit(self.slot_page, num_slots, -1), _fit(self.slot_step, num_slots, 0))
-                resized = held.new_empty((held.shape[0], num_slots, self.page_elements))
-            resized[:, :keep] = held[:, :keep]
-            frames = resized.flatten(0, 1)
-        if tables[0].shape[2] < num_pages:
-            width = max(num_pages, 2 * tables[0].shape[2])
+        wanted = (slots,) * batch_size if isinstance(slots, int) else tuple(slots)
+        if len(self.slots) != batch_size:
+            self.forget_sequences(batch_size)
+        if self.page_slot.shape[2] < num_pages:  # seldom copied, if it grows by little
+            width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
             with kept("the table of resident pages", 4 * batch_size * self.num_heads * width):
-                tables = (_fit(tables[0], width, -1), *tables[1:])
-        (self.page_slot, self.slot_page, self.slot_step), self.frames = tables, frames
+                self.page_slot = _fit(self.page_slot, width, -1)
+        if wanted != self.slots:
+            with kept("page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()):
+                self._take_slots(wanted)
 
-    def _forget_sequences(self, batch_size: int) -> None:
-        """Begin anew, without slots and without a page."""
-        shape = (batch_size, self.num_heads, 0)
-        tables = [table.new_empty(shape) for table in (self.page_slot, self.slot_page, self.slot_step)]
+    def forget_sequences(self, batch_size: int) -> None:
+        """Have so many sequences, without slots; memory is given back."""
         frames = self.frames.new_empty((0, self.page_elements))
-        (self.page_slot, self.slot_page, self.slot_step), self.frames = tables, frames
+        page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
+        slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
+        self.slots, self.shares, self.frames, self.page_slot = (0,) * batch_size, None, frames, page_slot
+        self.slot_page, self.slot_step = slot_page, slot_step
 
-    def bring_in(self, pages: Tensor, rows: Tensor, home: ChunkedArray, step: int) -> Tensor:
+    def _take_slots(self, wanted: tuple[int, ...]) -> None:
+        """Copy what stays to other frames, or give it up where memory is short."""
+        before = self.slots
+        try:
+            self._move_slots(wanted)
+            return
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        width = self.page_slot.shape[2]
+        self.forget_sequences(len(wanted))
+        self.page_slot = _fit(self.page_slot, width, -1)
+        try:
+            self._move_slots(wanted)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            self._move_slots(before)
+            raise
+
+    def _move_slots(self, wanted: tuple[int, ...]) -> None:
+        """As `_take_slots`; raises before anything has changed."""
+        total = self.num_heads * sum(wanted)
+        frames = self.frames.new_empty((total, self.page_elements))
+        slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
+        page_slot = torch.full_like(self.page_slot, -1)
+        shares = None
+        if len(set(wanted)) > 1:
+            shares = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
+                frames.device, non_blocking=True
+            )
+        for rows, old, new in self._pieces(wanted):
+            keep, shape = min(old.num_slots, new.num_slots), (rows.stop - rows.start, self.num_heads)
+            pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
+            if keep < old.num_slots:
+                touched = steps.masked_fill(pages < 0, -1)
+                kept = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
+                pages, steps = pages.gather(2, kept), steps.gather(2, kept)
+                source = self._frame(kept, old).flatten()
+                torch.index_select(self.frames, 0, source, out=frames[new.first : new.first + source.numel()])
+            else:
+                self._view(frames, new, shape)[:, :, :keep] = self._view(self.frames, old, shape)
+            self._view(slot_page, new, shape)[:, :, :keep] = pages
+            self._view(slot_step, new, shape)[:, :, :keep] = steps
+            columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to a column of their own
+            placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
+            slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
+            page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
+        self.frames, self.slot_page, self.slot_step, self.page_slot = frames, slot_page, slot_step, page_slot
+        self.slots, self.shares = wanted, shares
+
+    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
+        """Runs of sequences that have as many slots each, before and after."""
+        old, new = self._first(self.slots), self._first(wanted)
+        start = 0
+        for row in range(1, len(wanted) + 1):
+            same = row < len(wanted) and (self.slots[row], wanted[row]) == (self.slots[start], wanted[start])
+            if not same:
+                yield (
+                    slice(start, row),
+                    Group(start, row, old[start], self.slots[start]),
+                    Group(start, row, new[start], wanted[start]),
+                )
+                start = row
+
+    def _view(self, table: Tensor, group: Group, shape: tuple[int, int]) -> Tensor:
+        """The slots of a group in a table [F, ...], as [sequences, H, slots, ...]."""
+        count = shape[0] * shape[1] * group.num_slots
+        return table[group.first : group.first + count].view(*shape, group.num_slots, *table.shape[1:])
+
+    def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
         """Make pages resident and return their contents.
 
         Args:
-            pages: [B, H, n], int64, distinct in each row, -1 for none; n <= num_slots.
-            rows: [B, H, n], int64, their rows in `home`.
+            pages: [B, H, n], int64, distinct in each row, -1 for none; no more of them than the row has slots.
+            rows: [B, H, n], int64, their rows in the cpu tier.
+            load: gives the contents [*rows.shape, page elements] of rows there.
         Returns:
             [B, H, n, page elements]; undefined where `pages` is -1. Mutates tables and frames.
         """
+        frames, missed = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.bool)
+        evicted = 0
         try:
-            slots, missed, evicted = kernels.admit_pages(self.page_slot, self.slot_page, self.slot_step, pages, step)
-            frames = self._frame(slots.clamp(min=0))
-            self.frames[frames[missed]] = home.take(rows[missed])
+            for group in self.groups:
+                mine, shape = slice(group.start, group.stop), (group.stop - group.start, self.num_heads)
+                page, touched = (self._view(table, group, shape) for table in (self.slot_page, self.slot_step))
+                slots, missed[mine], count = kernels.admit_pages(self.page_slot[mine], page, touched, pages[mine], step)
+                frames[mine] = self._frame(slots.clamp(min=0), group)
+                evicted += count
+            self.frames[frames[missed]] = load(rows[missed])
         except BaseException:
             self.forget_all()  # tables may promise pages that were not loaded; the cpu tier has them all
             raise
@@ -110,25 +227,28 @@ class PageFrames:
         return self.frames[frames]
 
     def write(self, page: int, first_offset: int, keys: Tensor, values: Tensor) -> None:
-        """Repeat a write to the home tier in the frames that hold `page`.
+        """Repeat a write to the cpu tier in the frames that hold `page`.
 
         Args:
             first_offset: place of the first token in the page.
-            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page.
+            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page, as a load will give them.
         """
-        slots = self.page_slot[:, :, page].long()
-        b, h = (slots >= 0).nonzero(as_tuple=True)
         page_size = self.frames.shape[1] // (keys.shape[-1] + values.shape[-1])
         key_part, value_part = kernels.split_pages(self.frames, page_size, keys.shape[-1])
-        frames, stop = self._frame(slots.unsqueeze(2)).squeeze(2)[b, h], first_offset + keys.shape[2]
-        key_part[frames, first_offset:stop] = keys[b, h].to(self.frames.dtype)
-        value_part[frames, first_offset:stop] = values[b, h].to(self.frames.dtype)
+        stop = first_offset + keys.shape[2]
+        for group in self.groups:
+            mine = slice(group.start, group.stop)
+            slots = self.page_slot[mine, :, page].long()
+            b, h = (slots >= 0).nonzero(as_tuple=True)
+            frames = self._frame(slots.unsqueeze(2), group).squeeze(2)[b, h]
+            key_part[frames, first_offset:stop] = keys[mine][b, h].to(self.frames.dtype)
+            value_part[frames, first_offset:stop] = values[mine][b, h].to(self.frames.dtype)
 
     def forget(self, first: int, stop: int) -> None:
         """Drop pages [first, stop) from the tables; all, where there is no memory to say which."""
         with self._all_or_none():
             dropped = (self.slot_page >= first) & (self.slot_page < stop)
-            self.page_slot[:, :, first:stop] = -1
+            self.page_slot[:, :, first:stop].fill_(-1)
             self.slot_page.masked_fill_(dropped, -1)
 
     def forget_from(self, page: int) -> None:
@@ -141,15 +261,17 @@ class PageFrames:
         self.slot_page.fill_(-1)
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was; sequences that change place start with nothing resident."""
-        if len(rows) != self.slot_page.shape[0]:
-            self.resize(len(rows), self.num_slots, self.page_slot.shape[2])
+        """Sequence i becomes what sequence rows[i] was; sequences that change place start with nothing resident.
+
+        Another number of sequences has no slots until `resize`.
+        """
+        if len(rows) != len(self.slots):
+            self.forget_sequences(len(rows))
             return
-        moved = [i for i, row in enumerate(rows) if i != row]
         with self._all_or_none():
-            index = torch.tensor(moved, dtype=torch.int64).to(self.slot_page.device)
-            self.page_slot.index_fill_(0, index, -1)
-            self.slot_page.index_fill_(0, index, -1)
+            for moved in (i for i, row in enumerate(rows) if i != row):
+                self.page_slot.select(0, moved).fill_(-1)
+                self.held(moved).fill_(-1)
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -161,31 +283,47 @@ class PageFrames:
             if not out_of_memory(error):
                 raise
 
-    def check_integrity(self, num_pages: int, rows: Tensor, home: ChunkedArray, partial: Tensor) -> None:
-        """Raise CacheStateError where tables disagree or a frame differs from its home page.
+    def check_integrity(
+        self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
+    ) -> None:  # fmt: skip
+        """Raise CacheStateError where tables disagree or a frame differs from its page in the cpu tier.
 
         Args:
+            rows, load: as for `bring_in`, of all pages.
             partial: [B, 1, N, page elements] broadcastable, bool: elements that hold tokens.
         """
-        b, h, slot = (self.slot_page >= 0).nonzero(as_tuple=True)
-        page = self.slot_page[b, h, slot].long()
-        good = page < num_pages
-        if bool(good.all()):
-            good = self.page_slot[b, h, page] == slot
-        if not bool(good.all()) or int((self.page_slot >= 0).sum()) != page.numel():
-            raise CacheStateError("integrity: page_slot and slot_page disagree; please report this as a bug")
-        frame, origin = self.frames[(b * self.num_heads + h) * self.num_slots + slot], home.take(rows[b, h, page])
-        differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
-        if bool((differs & partial.expand(self.slot_page.shape[0], -1, -1)[b, page]).any()):
-            raise CacheStateError(
-                "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
-            )
+        resident = 0
+        num_sequences = min(len(self.slots), rows.shape[0])  # others, where a change of the batch failed, hold nothing
+        for row in range(num_sequences):
+            h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
+            page = self.held(row)[h, slot].long()
+            resident += page.numel()
+            good = page < num_pages
+            if bool(good.all()):
+                good = self.page_slot[row, h, page] == slot
+            if not bool(good.all()):
+                raise CacheStateError(_DISAGREE)
+            frame = self.frames[self._first(self.slots)[row] + h * self.slots[row] + slot]
+            origin = load(rows[row, h, page])
+            differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
+            if bool((differs & partial.expand(len(self.slots), -1, -1)[row, page]).any()):
+                raise CacheStateError(
+                    "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
+                )
+        if any(int((table >= 0).sum()) != resident for table in (self.page_slot, self.slot_page)):
+            raise CacheStateError(_DISAGREE)
 
-    def _frame(self, slots: Tensor) -> Tensor:
-        """Rows of `frames` for slots [B, H, n]."""
-        batch_size, num_heads, num_slots = self.slot_page.shape
-        first = torch.arange(batch_size * num_heads, device=slots.device).view(batch_size, num_heads, 1) * num_slots
-        return first + slots
+    def _first(self, slots: Sequence[int]) -> list[int]:
+        """The first frame of each sequence."""
+        return list(accumulate((self.num_heads * each for each in slots), initial=0))[:-1]
+
+    def _frame(self, slots: Tensor, group: Group) -> Tensor:
+        """Rows of `frames` for slots [sequences, H, n] of a group."""
+        streams = torch.arange(slots.shape[0] * self.num_heads, device=slots.device)
+        return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
+
+
+_DISAGREE = "integrity: page_slot and slot_page disagree; please report this as a bug"
 
 
 def _fit(table: Tensor, width: int, fill: int) -> Tensor:

@@ -23,17 +23,11 @@ from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
+from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, segments_of, take_segments
 from .stretches import Stretches
 from .token_mask import TokenMask
 
-SEGMENT_PAGES = 32
-ENTRY_BYTES = 8
-"""Bytes of a number in the directory and the reference counts."""
-
-
-def segments_of(num_pages: int) -> int:
-    """Segments that hold so many pages of a sequence."""
-    return -(-num_pages // SEGMENT_PAGES)
+__all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "SegmentStore", "Sequences", "check_batch", "segments_of"]
 
 
 class SegmentStore(Protocol):
@@ -61,6 +55,9 @@ class SegmentStore(Protocol):
 
     def clear(self) -> None:
         """Forget all."""
+
+    def release(self) -> None:
+        """Give back all memory; nothing is held."""
 
 
 class Sequences:
@@ -91,9 +88,13 @@ class Sequences:
         """Counts what may have moved or resized memory: new room, and changes to the past."""
         self._before: tuple[list[list[int]], list[int], list[int]] | None = None
         """Directory, reference counts and free segments before the present step, while it is the last change."""
+        self.recodings = 0
+        """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
         self._room: tuple[int, ...] | None = None
         """What room was last made for."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._counted: tuple[int, int, list[int]] | None = None
+        """Events, tokens and pages with real tokens, when these were last counted."""
 
     @property
     def batch_size(self) -> int:
@@ -109,6 +110,11 @@ class Sequences:
     def segments_in_use(self) -> int:
         """Segments that some sequence refers to."""
         return len(self.refcounts) - len(self.free)
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """Batch size, segments in the pool, and pages per sequence that the segments have room for."""
+        return self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -130,12 +136,23 @@ class Sequences:
             return torch.arange(first, stop, device=device).expand(self.batch_size, -1)
         return held[:, first:stop].to(device)
 
+    def pages_held(self) -> list[int] | None:
+        """Pages of each sequence that hold real tokens; None where nothing is padding. Reads the device, once for each past."""
+        valid = self.mask.valid
+        if valid is None or not self.length:
+            return None
+        if self._counted is None or self._counted[0] != self.events:
+            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
+                1, (-1, self.page_size)
+            )
+            self._counted = self.events, valid.shape[1], filled.any(2).sum(1).tolist()
+        more = self.num_pages - -(-self._counted[1] // self.page_size)
+        return [number + max(0, more) for number in self._counted[2]]
+
     def attach(self, store: SegmentStore) -> None:
         """Let `store` follow every change; it gets room for what is already held."""
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
-        store.reserve(
-            self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
-        )
+        store.reserve(*self.room)
         self.stores.append(store)
         self.layout += 1
 
@@ -173,10 +190,9 @@ class Sequences:
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         keeps = self.length or self.stores  # else no store has rows of the segments that a refused batch took
         refcounts, free = (list(self.refcounts), list(self.free)) if keeps else ([], [])
-        copies = _take_segments(directory, refcounts, free, first, stop)
-        self._prepare(
-            copies, batch_size, len(refcounts), len(directory[0]) * SEGMENT_PAGES
-        )  # so that layouts change seldom
+        copies = take_segments(directory, refcounts, free, first, stop)
+        num_pages = len(directory[0]) * SEGMENT_PAGES  # of whole segments, so that layouts change seldom
+        self._prepare(copies, batch_size, len(refcounts), num_pages)
         if (directory, refcounts) != (self.directory, self.refcounts):
             self.directory, self.refcounts, self.free = directory, refcounts, free
             self._rows.clear()
@@ -224,7 +240,7 @@ class Sequences:
         for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
-                copies += _own_segment(holders, index, refcounts, free)
+                copies += own_segment(holders, index, refcounts, free)
         self._prepare(copies, self.batch_size, len(refcounts), self.num_pages)
         self.directory, self.refcounts, self.free = directory, refcounts, free
         self._rows.clear()
@@ -264,7 +280,7 @@ class Sequences:
         mask, stretches = self.mask.selected(chosen), self.stretches.selected(chosen)
         for store in self.stores:
             store.select(rows)
-        old, self.mask, self.stretches = self.directory, mask, stretches  # from here on nothing can fail
+        old, self.mask, self.stretches, self._counted = self.directory, mask, stretches, None  # now nothing can fail
         self.directory = [list(old[row]) for row in rows]
         for row in self.directory:
             for segment in row:
@@ -335,47 +351,34 @@ class Sequences:
             store.reserve(*room)
         self._room = room
 
+    def fit(self) -> None:
+        """Let the stores take what their budgets, which have changed, allow now."""
+        if self.directory:
+            self._room = None
+            self._make_room(*self.room)
+
+    def release(self) -> None:
+        """Give back the memory that an empty batch's stores have kept."""
+        self.changed()
+        self.refcounts, self.free = [], []
+        for store in self.stores:
+            store.release()
+
     def _release(self, segment: int) -> None:
         self.refcounts[segment] -= 1
         if not self.refcounts[segment]:
             self.free.append(segment)
 
 
-def _take_segments(
-    directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
-) -> list[tuple[int, int]]:
-    """Extend every sequence to `num_pages` and unshare the segment of `first_page`; returns (source, copy) pairs."""
-    copies: list[tuple[int, int]] = []
-    for row in directory:
-        if first_page // SEGMENT_PAGES < len(row):
-            copies += _own_segment([row], first_page // SEGMENT_PAGES, refcounts, free)
-        while len(row) * SEGMENT_PAGES < num_pages:
-            row.append(_new_segment(refcounts, free))
-    return copies
-
-
-def _own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
-    """Replace a segment that others share by a new one, in all of `holders`; returns the (source, copy) pair, if any."""
-    source = holders[0][index]
-    if refcounts[source] == len(holders):
-        return []
-    refcounts[source] -= len(holders)
-    copy = _new_segment(refcounts, free)
-    refcounts[copy] = len(holders)
-    for row in holders:
-        row[index] = copy
-    return [(source, copy)]
-
-
-def _new_segment(refcounts: list[int], free: list[int]) -> int:
-    if free:
-        segment = free.pop()
-        refcounts[segment] = 1
-        return segment
-    refcounts.append(1)
-    return len(refcounts) - 1
-
-
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise CacheStateError(f"integrity: {message}; please report this as a bug")
+
+
+def check_batch(held: int, batch_size: int) -> None:
+    """Raise BatchSizeError where a batch is not the one that the cache holds."""
+    if held != batch_size:
+        raise BatchSizeError(
+            f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "
+            "batch_select_indices(...) or batch_repeat_interleave(...), or use a new SpinCache"
+        )

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from spin_hf import OptionError, OptionTypeError, RetroInfer
-from spin_hf.attention.retroinfer import fill_clusters
+from spin_hf.attention.retroinfer import _LIKENESS_STEPS, fill_clusters
 from spin_hf.kernels import score_bins
 from spin_hf.storage.regrouped import tiles
 from tests.cache.regrouping import little_slack, regrouping_often
@@ -249,7 +249,7 @@ def unit(points: torch.Tensor) -> torch.Tensor:
 
 def ordered(points: torch.Tensor, cluster_tokens: int = 16) -> tuple[torch.Tensor, list[list[list[int]]]]:
     """Order [R, n], and the points of each cluster of each row."""
-    order, pages = fill_clusters(points, torch.float32, cluster_tokens, 8)
+    order, pages = fill_clusters(points, cluster_tokens, 8)
     assert torch.equal(order.sort(1).values, torch.arange(points.shape[1]).expand_as(order))
     assert tiles(pages.unsqueeze(0))
     sizes = [[8 * size for size in row if size] for row in pages.tolist()]
@@ -267,21 +267,21 @@ def test_clusters_are_whole_pages(count: int, cluster_tokens: int) -> None:
 def test_rows_do_not_disturb_each_other() -> None:
     """Stretches are arranged together as they are by themselves."""
     points = unit(torch.randn((5, 400, 6), generator=torch.Generator().manual_seed(4)).double())
-    together = fill_clusters(points, torch.float64, 16, 8)
+    together = fill_clusters(points, 16, 8)
     for row in range(5):
-        alone = fill_clusters(points[row : row + 1], torch.float64, 16, 8)
+        alone = fill_clusters(points[row : row + 1], 16, 8)
         for one, all_rows in zip(alone, together, strict=True):
             assert torch.equal(one[0], all_rows[row])
 
 
-def test_products_in_bfloat16_make_clusters_as_good() -> None:
+def test_products_in_float16_make_clusters_as_good() -> None:
     """As on a GPU: the mean of a page is nearly as long."""
     directions = torch.randn((40, 16), generator=torch.Generator().manual_seed(5))
     label = torch.randint(0, 40, (2, 800), generator=torch.Generator().manual_seed(6))
     points = unit(directions[label] + torch.randn((2, 800, 16), generator=torch.Generator().manual_seed(7)))
     lengths = []
-    for likened in (torch.float32, torch.bfloat16):
-        order, _ = fill_clusters(points, likened, 16, 8)
+    for compared in (torch.float32, torch.float16):
+        order, _ = fill_clusters(points.to(compared), 16, 8)
         pages = points.gather(1, order.unsqueeze(-1).expand_as(points)).unflatten(1, (-1, 8))
         lengths.append(float(pages.mean(2).norm(dim=-1).mean()))
     consecutive = float(points.unflatten(1, (-1, 8)).mean(2).norm(dim=-1).mean())
@@ -314,7 +314,7 @@ def test_points_left_over_are_clustered_among_themselves() -> None:
         outside = same.clone()
         outside[cluster] = False
         assert likeness[cluster].min() > likeness[outside].max()
-        assert (likeness[cluster].diff() <= 0).all()
+        assert (likeness[cluster].diff() <= 2 / _LIKENESS_STEPS).all()  # equal steps lie as they come
 
 
 def test_equal_points_are_one_cluster() -> None:

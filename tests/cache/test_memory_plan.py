@@ -78,6 +78,37 @@ def test_a_cache_holds_what_was_planned(family: str, method: str) -> None:
                     assert made.gpu_bytes <= cap
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_in_int8(method: str, dtype: torch.dtype) -> None:
+    """The cpu tier takes other bytes, to the byte as planned; the compute tier, the same; so do caps and refusals."""
+    config = LlamaConfig(**REAL)
+    batch: dict[str, Any] = dict(batch_size=2, context_length=300, dtype=dtype, method=method, **ZONES)
+    int8: dict[str, Any] = dict(cpu_dtype="int8")
+    whole = plan(config, **batch)
+    assert plan(config, **batch, **int8) == whole
+    options: dict[str, Any] = dict(method=method, gpu_memory=whole.gpu_bytes // 2, **ZONES)
+    as_it_is = plan(config, **batch, gpu_memory=options["gpu_memory"])
+    made = plan(config, **batch, **int8, gpu_memory=options["gpu_memory"])
+    assert (made.gpu_bytes, made.metadata, made.page_frames) == (
+        as_it_is.gpu_bytes,
+        as_it_is.metadata,
+        as_it_is.page_frames,
+    )
+    assert made.smallest_gpu_memory == as_it_is.smallest_gpu_memory
+    numbers = 2 * 128  # of a token: a key and a value
+    assert made.cpu_bytes * numbers * dtype.itemsize == as_it_is.cpu_bytes * (numbers + 8)
+    assert made.cpu_bytes / as_it_is.cpu_bytes <= 0.52 * 2 / dtype.itemsize
+    assert_as_planned(made, fill(config, 2, 300, dtype, **options, **int8))
+    assert plan(config, **batch, **int8, gpu_memory=options["gpu_memory"], cpu_memory=made.cpu_bytes).fits
+    short: dict[str, Any] = dict(**int8, cpu_memory=made.cpu_bytes - 1)
+    refused = plan(config, **batch, **short, gpu_memory=options["gpu_memory"])
+    with pytest.raises(CapacityError) as caught:
+        fill(config, 2, 300, dtype, **options, **short)
+    assert refused.reason == str(caught.value)
+    assert caught.value.needed_bytes == made.cpu_bytes
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_refusal_is_the_same(family: str, method: str) -> None:
@@ -200,7 +231,7 @@ def test_it_prints_as_a_table() -> None:
     for line in ("fits", "KiB", "summaries", "largest context length", "2 (sliding window: only the window is kept)"):
         assert line in text
     stats = str(fill(config, 2, 300).stats())
-    assert "metadata bytes   64 B\n  metadata         directory 32 B, reference counts 32 B\n" in stats
+    assert "metadata bytes    64 B\n  metadata          directory 32 B, reference counts 32 B\n" in stats
 
 
 PAGED = [name for name, family in FAMILIES.items() if family.paged]

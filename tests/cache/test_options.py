@@ -56,6 +56,7 @@ def test_defaults_and_units() -> None:
     [
         dict(budget=1, num_sink_tokens=0), dict(budget=1.0), dict(budget=1e-9), dict(budget=4), dict(recent_window=1),
         dict(num_sink_tokens=0), dict(dense_below=0), dict(dense_below=10**9), dict(budget=10**12),
+        dict(cpu_dtype="int8"), dict(cpu_dtype="auto"),
     ],
 )  # fmt: skip
 def test_edges_that_are_fine(options: dict[str, Any]) -> None:
@@ -85,6 +86,13 @@ WRONG: list[tuple[dict[str, Any], type[SpinError], str]] = [
     (dict(dense_below=-1), OptionError, "dense_below: expected at least 0, got -1"),
     (dict(gpu_memory="lots"), OptionError, "gpu_memory: expected a size"),
     (dict(cpu_memory=None), OptionTypeError, "cpu_memory"),
+    (
+        dict(cpu_dtype="int4"),
+        OptionError,
+        "cpu_dtype: expected one of 'auto', 'int8', got 'int4'; pass cpu_dtype=\"auto\"",
+    ),
+    (dict(cpu_dtype=None), OptionTypeError, "cpu_dtype: expected one of .* got None"),
+    (dict(cpu_dtype="model"), OptionError, "cpu_dtype"),
 ]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import CacheStateError, ShadowKV, regroup
+from spin_hf import CacheStateError, ShadowKV, indexing, regroup
 from spin_hf.attention.regrouping import Arrangement
 from spin_hf.storage.regrouped import RegroupedPages
 
@@ -146,7 +146,8 @@ def test_how_many_tokens_at_once_does_not_matter(world: World, monkeypatch: pyte
             driver.step(world, 390, 391, valid[:, :391])
         driver.cache.check_integrity()
         shapes = [call.args[1].shape for call in arrange.call_args_list]
-        assert all(shape[0] == 1 or shape[0] * shape[2] <= tokens for shape in shapes)
+        runs = [shape[0] // SHAPE.layers for shape in shapes]  # each of all layers
+        assert all(many == 1 or many * shape[2] <= tokens for many, shape in zip(runs, shapes, strict=True))
         found.append((len(shapes), stops(driver), regrouped(driver, 2).positions(0, 46).tolist()))
     assert found[0][0] < found[1][0] < found[2][0]
     assert found[0][1:] == found[1][1:] == found[2][1:]
@@ -190,7 +191,7 @@ def test_what_sequences_share_is_arranged_once(world: World) -> None:
     assert sequences.segments_in_use == 2
     with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
         driver.step(world.rows([0, 0, 0]), 300, 301)
-    assert [call.args[1].shape[0] for call in arrange.call_args_list] == SHAPE.layers * [len(stops(driver))]
+    assert [call.args[1].shape[0] for call in arrange.call_args_list] == [SHAPE.layers * len(stops(driver))]
     assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
     driver.cache.check_integrity()
 
@@ -257,6 +258,7 @@ def test_interrupted(
     The next step goes on with the layers that are missing.
     """
     monkeypatch.setattr(regroup, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", 1)  # layer by layer
     driver = new_driver(method=Shuffled())
     driver.step(world, 0, 200)
     before = getattr(Shuffled, where)
@@ -314,6 +316,33 @@ def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
     with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
         driver.step(world, 200, 201)
     driver.cache.check_integrity()
+
+
+@pytest.mark.parametrize("once", [1, 1 << 30])
+def test_layers_one_by_one_or_together(world: World, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same: what stands where, what is known of it, and what a crop puts back."""
+    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", once)
+    arranged = []
+    arrange = Shuffled.arrange
+
+    def counting(self: Shuffled, keys: Tensor) -> Arrangement:
+        arranged.append(keys.shape[0])
+        return arrange(self, keys)
+
+    monkeypatch.setattr(Shuffled, "arrange", counting)
+    driver = new_driver(method=Shuffled())
+    driver.step(world, 0, 200)
+    driver.step(world, 200, 201)
+    assert len(arranged) == (1 if once > 1 else SHAPE.layers)
+    assert sum(arranged) == SHAPE.layers * len(world.keys[0]) * len(stops(driver))
+    for layer in range(SHAPE.layers):
+        assert moved(driver, layer)[:, 1:22].any()
+        assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :201])
+    driver.cache.check_integrity()
+    driver.cache.crop(-100)
+    driver.cache.check_integrity()
+    for layer in range(SHAPE.layers):
+        assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :101])
 
 
 def test_copies_are_independent(world: World) -> None:

@@ -2,7 +2,7 @@
 
     model    rows[b] = Row      its keys and values in every layer, and which of its tokens are real
     rules    append one, several or many tokens (padding among them, holes that come and go), crop, reorder, select,
-             repeat, reset, copy and go on with either
+             repeat, reset, copy and go on with either; give GPU memory back and take it again, to other caches and the user too
 
 After every rule tables and tiers agree (`check_integrity`) and every layer holds the model's tokens in their order; every
 append compares its attention with softmax over the model. The method selects all there is, so that decode goes through
@@ -12,6 +12,7 @@ selection, residency and paging and must still be exact. With a tight `gpu_memor
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from spin_hf import BudgetError, Method, ShadowKV
 
+from .gpu_of import bytes_of, gpu_of
 from .regrouping import SelectingAll, ShuffledWhole, little_slack
 from .tiny import Driver, Shape, World, poisoned_memory
 
@@ -81,6 +83,10 @@ class Histories(RuleBasedStateMachine):
     options: dict[str, Any] = {}
     method: Method = SelectAll()
 
+    def draw(self, rows: int, count: int, seed: int) -> World:
+        """New tokens."""
+        return World.random(SHAPE, rows, count, seed)
+
     @initialize()
     def start(self) -> None:
         self.driver = Driver(SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options)
@@ -124,7 +130,7 @@ class Histories(RuleBasedStateMachine):
         rows = len(self.rows) if self.length else int(torch.randint(1, 4, (), generator=generator))
         old = self.rows if self.length else [empty_row() for _ in range(rows)]
         length = len(old[0])
-        new = World.random(SHAPE, rows, count, seed)
+        new = self.draw(rows, count, seed)
         valid = torch.stack([row.is_real for row in old])
         valid = valid ^ (torch.rand(valid.shape, generator=generator) < changed)
         fresh = torch.rand((rows, count), generator=generator) >= (padding or 0.0)
@@ -238,6 +244,21 @@ class Histories(RuleBasedStateMachine):
         assert self.saved is not None
         (self.driver.cache, self.rows), self.saved = self.saved, (self.driver.cache, self.rows)
 
+    @rule(share=st.sampled_from([0.1, 0.5, None]))
+    def give_back(self, share: float | None) -> None:
+        """Frames, or all pages to the cpu tier."""
+        cache = self.driver.cache
+        held = bytes_of(cache)
+        given = cache.release_gpu_memory(None if share is None or not held else max(1, int(share * held)))
+        assert given == held - bytes_of(cache)
+        if not self.length and share is None:
+            assert bytes_of(cache) == 0
+
+    @rule()
+    def look(self) -> None:
+        """The next step is one that grows again, or gives back."""
+        self.driver.cache._shared.gpu._steps_left = 1
+
     # ------------------------------------------------------------------------------------------------------ invariants
 
     @invariant()
@@ -263,6 +284,59 @@ class HistoriesUnderACap(Histories):
     options = {"gpu_memory": 60_000}
 
 
+class HistoriesWithOthers(Histories):
+    """On a small GPU with other caches and a user, who take and give."""
+
+    options = {"gpu_memory": "auto"}
+    total = 120_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.gpu = self.stack.enter_context(gpu_of(self.total))
+        self.others: list[Driver] = []
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    @initialize()
+    def start(self) -> None:
+        super().start()
+        self.gpu.caches = [self.driver.cache]
+
+    @rule(share=st.sampled_from([0.0, 0.0, 0.2, 0.5]))
+    def the_user_takes(self, share: float) -> None:
+        self.gpu.user = min(int(share * self.total), self.gpu.user + self.gpu.free)
+
+    @precondition(lambda self: len(self.others) < 2)
+    @rule(seed=seeds, tokens=st.integers(20, 300))
+    def another_cache(self, seed: int, tokens: int) -> None:
+        driver = Driver(SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5)
+        self.gpu.caches.append(driver.cache)
+        self.others.append(driver)
+        world, free = World.random(SHAPE, 1, tokens + 1, seed), self.gpu.free
+        try:
+            driver.step(world, 0, tokens)
+            driver.step(world, tokens, tokens + 1)
+        except BudgetError:
+            pass
+        else:
+            assert self.gpu.free > 0 or free <= 0  # copies ask for no more than half of what they lack
+        driver.cache.check_integrity()
+
+    @precondition(lambda self: self.others)
+    @rule()
+    def another_cache_goes(self) -> None:
+        self.gpu.caches.remove(self.others.pop(0).cache)
+
+    @rule()
+    def copy(self) -> None:
+        super().copy()
+        assert self.saved is not None
+        known = [self.driver.cache, *(driver.cache for driver in self.others)]
+        self.gpu.caches = [*known, self.saved[0]]
+
+
 class RegroupedHistories(Histories):
     """Tokens trade places as soon as there are enough of them, and go back for crops and padding that changes."""
 
@@ -273,6 +347,15 @@ class RegroupedHistoriesUnderACap(RegroupedHistories):
     """A page keeps 36 bytes more."""
 
     options = {"gpu_memory": 90_000}
+
+
+class RegroupedHistoriesInInt8(RegroupedHistoriesUnderACap):
+    """Pages go to the cpu tier as int8, with tokens that int8 holds exactly."""
+
+    options = {"gpu_memory": 90_000, "cpu_dtype": "int8"}
+
+    def draw(self, rows: int, count: int, seed: int) -> World:
+        return super().draw(rows, count, seed).exact_in_int8()
 
 
 def run(machine: type[Histories]) -> None:
@@ -290,6 +373,10 @@ def test_histories_under_a_cap() -> None:
     run(HistoriesUnderACap)
 
 
+def test_histories_with_others() -> None:
+    run(HistoriesWithOthers)
+
+
 def test_regrouped_histories() -> None:
     with little_slack():
         run(RegroupedHistories)
@@ -298,3 +385,8 @@ def test_regrouped_histories() -> None:
 def test_regrouped_histories_under_a_cap() -> None:
     with little_slack():
         run(RegroupedHistoriesUnderACap)
+
+
+def test_regrouped_histories_in_int8() -> None:
+    with little_slack():
+        run(RegroupedHistoriesInInt8)

@@ -71,6 +71,15 @@ class World:
         keys, values, queries = ([x[:, :, chosen] for x in xs] for xs in (self.keys, self.values, self.queries))
         return replace(self, keys=keys, values=values, queries=queries)
 
+    def exact_in_int8(self) -> World:
+        """The world whose keys and values int8 holds exactly: multiples of a power of two, the largest of a vector 127."""
+
+        def rounded(states: Tensor) -> Tensor:
+            step = 2.0 ** (states.abs().amax(-1, keepdim=True) / 127).log2().floor()
+            return (states / step).round().clamp(-127, 127) * step
+
+        return replace(self, keys=[rounded(x) for x in self.keys], values=[rounded(x) for x in self.values])
+
     def rows(self, rows: list[int]) -> World:
         """The world of some sequences, in that order."""
         keys, values, queries = ([x[rows] for x in xs] for xs in (self.keys, self.values, self.queries))

@@ -88,11 +88,14 @@ def test_left_padding(rules: Rules, dtype: torch.dtype, device: torch.device, mo
     without_near_ties(lambda seed: judge(case, device, seed) and None)
 
 
+@pytest.mark.parametrize("int8_pages", [False, True])
 @pytest.mark.parametrize(("rules", "dtype"), SELECTIONS)
-def test_paging(rules: Rules, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paging(
+    rules: Rules, dtype: torch.dtype, int8_pages: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the fewest page frames that a step needs, what is missing is read from its home, and what stands in it is right."""
     monkeypatch.setattr(oracle, "_MARGIN", MARGINS[dtype])
-    case = Case(Shape(key_dim=80, value_dim=64), dtype, rules, (1, 3, 1), lengths=(123, 100))
+    case = Case(Shape(key_dim=80, value_dim=64), dtype, rules, (1, 3, 1), lengths=(123, 100), int8_pages=int8_pages)
 
     def run(seed: int) -> None:
         cap = smallest_gpu_memory(lambda cap: judge(case, device, seed, gpu_memory=cap))

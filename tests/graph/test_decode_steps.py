@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,32 @@ def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest
     cache.check_integrity()
 
 
+@pytest.mark.parametrize("gpu_memory", ["auto", "90kB"])
+def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph is captured anew, a resident context goes to the cpu tier, and tokens are those of a cache left alone."""
+    model = build_model("llama").eval()
+    tokens = torch.randint(3, 100, (2, 14), generator=torch.Generator().manual_seed(2))
+    logits = []
+    recorder = capture_on_cpu(monkeypatch)
+    for disturbed in (False, True):
+        cache = SpinCache(model, gpu_memory=gpu_memory, **OPTIONS)
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=cache)
+        before = recorder.replays
+        parts = [_loop(model, cache, tokens[:, :4])]
+        for step, wanted in ((4, 2000), (6, None), (8, "2kB")):
+            if disturbed:
+                assert cache.release_gpu_memory(wanted) > 0 or step > 4
+                cache._shared.gpu._steps_left = 1  # grows at the next step
+            parts.append(_loop(model, cache, tokens[:, step : step + 2]))
+            cache.check_integrity()
+        assert recorder.replays == before + 9
+        assert len(cache.steps.captured) == 1
+        assert not disturbed or cache.stats().cpu_bytes > 0
+        logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def _loop(model: Any, cache: SpinCache, tokens: torch.Tensor) -> torch.Tensor:
     """A bare loop without positions or mask: the model derives positions from the cache."""
@@ -120,6 +147,35 @@ def test_a_bare_loop_with_all_that_changes_the_past(monkeypatch: pytest.MonkeyPa
         logits.append(torch.cat(parts, 1))
     assert torch.equal(*logits)
     assert recorder.replays == 1 + 2 + 1 + 1  # but for the first of a cache or a batch size, which is eager
+
+
+def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was captured for pages as they are is not replayed once they are int8: the step is begun again, eagerly."""
+    model = build_model("llama").eval()
+    recorder = capture_on_cpu(monkeypatch)
+    tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2))
+    logits, replays = [], []
+    for source in (model.config, model):
+        cache = SpinCache(source, **OPTIONS, gpu_memory=1 << 20, cpu_dtype="int8")
+        with torch.no_grad():
+            model(_inputs()["input_ids"], past_key_values=cache)
+        parts = [_loop(model, cache, tokens[:, :4])]
+        assert not cache.stats().cpu_bytes
+        for layer in cache._shared.layers:  # as if the cap were lower, from here on
+            layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
+        cache._shared.sequences.changed()
+        replays.append(recorder.replays)
+        parts.append(_loop(model, cache, tokens[:, 4:5]))
+        replays.append(recorder.replays)
+        assert cache.stats().cpu_bytes
+        parts.append(_loop(model, cache, tokens[:, 5:]))
+        assert cache.stats().loads
+        cache.check_integrity()
+        logits.append(torch.cat(parts, 1))
+    assert torch.equal(*logits)
+    assert replays[2] == 3  # of four
+    assert replays[3] == 3
+    assert recorder.replays == 3 + 7  # that eager step was the first of the new form
 
 
 def test_the_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

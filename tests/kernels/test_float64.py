@@ -55,6 +55,32 @@ CASES = {
 }
 
 
+CASES_IN_INT8 = {
+    "float16": Case(Shape(kv_heads=1, group=3, key_dim=80, value_dim=64), torch.float16, ALL, (1, 2), (43, 31)),
+    "bfloat16": Case(Shape(kv_heads=1, group=7, key_dim=80, value_dim=64), torch.bfloat16, lengths=(41,)),
+    "selecting": Case(Shape(key_dim=64, value_dim=64), torch.float32, SOME, (1, 2, 1), (123, 100)),
+}
+
+
+@pytest.mark.parametrize("name", CASES_IN_INT8)
+def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that int8 holds exactly: pages that are loaded and such as are resident, side by side."""
+    from spin_hf.kernels.launch import launchers
+
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
+    monkeypatch.setattr(decode, "_PROGRAMS", 8)
+    _teach_bfloat16(monkeypatch)
+    case = replace(CASES_IN_INT8[name], int8_pages=True)
+    with poisoned_memory():
+        page = 8 * (case.shape.key_dim + case.shape.value_dim) * case.dtype.itemsize
+        fixed = 32 * (case.shape.key_dim * case.dtype.itemsize + 16) + 32 * 4
+        cap = len(case.lengths) * case.shape.kv_heads * (fixed + 12 * (page + 12))
+        stats = judge(case, torch.device("cpu"), gpu_memory=cap).cache.stats()
+    assert stats.loads > 0
+    assert stats.hit_rate > 0
+    assert stats.cpu_bytes > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from spin_hf.kernels.launch import launchers

@@ -1,7 +1,7 @@
 """TierBudget: the arithmetic of caps, checked by adding up what a layer would hold.
 
 compute tier   rows * summary_bytes + tables (4 bytes a page) + frames * (page_bytes + 12)      per layer
-cpu tier       rows * page_bytes                                                                per layer
+cpu tier       rows * host_page_bytes                                                                per layer
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from spin_hf.errors import BudgetError, CapacityError
 from spin_hf.storage.budget import TierBudget, coarsely
 from spin_hf.storage.sequences import SEGMENT_PAGES
 
-SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, summary_bytes=36, min_frames=5)
+SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, host_page_bytes=288, summary_bytes=36, min_frames=5)
 
 
 def budget(gpu_memory: int | None, cpu_memory: int | None = None, **sizes: int) -> TierBudget:
@@ -98,6 +98,52 @@ def test_frames_stay_as_many_while_a_context_grows() -> None:
     assert len(set(numbers)) <= 1 + 16
 
 
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 600), st.integers(5, 700), st.lists(st.integers(0, 600), min_size=1, max_size=6))
+def test_shares_by_length(num_pages: int, frames: int, held: list[int]) -> None:
+    """Together no more than before, none below the least or above its pages, and who is longer has no less."""
+    held, sizes = [min(number, num_pages) for number in held], budget(10**6, selected=8)
+    assert sizes.shares(frames, num_pages, None) == frames
+    shares = sizes.shares(frames, num_pages, held)
+    if frames >= num_pages:
+        assert shares == frames
+        return
+    assert isinstance(shares, tuple)
+    assert sum(shares) <= frames * len(held)
+    least = min(frames, sizes.step_frames(num_pages))
+    for share, number in zip(shares, held, strict=True):
+        assert least <= share <= max(least, min(num_pages, coarsely(number)))
+    assert [shares[i] for i in sorted(range(len(held)), key=held.__getitem__)] == sorted(shares)
+    spare = frames * len(held) - sum(shares)
+    full = all(share == max(least, min(num_pages, coarsely(n))) for share, n in zip(shares, held, strict=True))
+    assert full or spare < len(held)
+    even = sizes.shares(frames, num_pages, [num_pages] * len(held))
+    assert even == (frames,) * len(held)
+
+
+def test_frames_of_a_step() -> None:
+    """Sinks and recent window, and what is selected: a number of pages, or a share of them; no more than there are."""
+    assert [budget(1, selected=3).step_frames(pages) for pages in (1, 6, 7, 100)] == [5, 6, 7, 7]
+    assert [budget(1, selected=0.1).step_frames(pages) for pages in (1, 6, 100, 101)] == [5, 5, 14, 15]
+
+
+def test_frames_that_are_made_by_and_by() -> None:
+    """Few while a prompt is read; as many as pages, or as fit, once pages are in the cpu tier."""
+    assert budget(10**6, most_frames=20).num_frames(1, 40, 1280) == 20
+    assert budget(10**6, most_frames=2, selected=8).num_frames(1, 40, 1280) == 12
+    assert budget(10**9).num_frames(1, 4, 100, True) == 128
+    assert budget(None).num_frames(1, 4, 100, True) == 128
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_chunks_are_counted_whole(segments: int, chunk: int) -> None:
+    whole = -(-segments // chunk) * chunk
+    one, other = budget(10**6, chunk_segments=chunk), budget(10**6)
+    assert one.resident_bytes(segments) == other.resident_bytes(whole)
+    assert one.bytes_with(7, 1, segments, 50) == other.bytes_with(7, 1, whole, 50)
+    assert one.host_bytes(segments) == other.host_bytes(segments)
+
+
 @given(st.integers(1, 10**7))
 def test_coarse_numbers(number: int) -> None:
     assert number <= coarsely(number) <= number + max(SEGMENT_PAGES - 1, number // 16)
@@ -106,7 +152,7 @@ def test_coarse_numbers(number: int) -> None:
 
 def test_cpu_memory() -> None:
     """It counts only where pages live in the cpu tier, and by whole segments."""
-    needed = 10 * SEGMENT_PAGES * 2 * 512 * 3
+    needed = 10 * SEGMENT_PAGES * 2 * 288 * 3
     assert budget(None, 1).num_frames(1, 10, 300) is None
     assert budget(10**6, needed).num_frames(1, 10, 300) is not None
     with pytest.raises(CapacityError, match=f"{needed} bytes.*cpu_memory is {needed - 1}.*raise cpu_memory"):

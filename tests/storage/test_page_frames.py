@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_hf.errors import CacheStateError
+from spin_hf.errors import CacheStateError, CapacityError
 from spin_hf.storage.chunked import ChunkedArray
 from spin_hf.storage.residency import PageFrames
 
@@ -38,7 +38,7 @@ class World:
     def bring_in(self, pages: torch.Tensor) -> None:
         self.step += 1
         rows = self.rows().gather(2, pages.clamp(min=0))
-        content = self.frames.bring_in(pages, rows, self.home, self.step)
+        content = self.frames.bring_in(pages, rows, self.home.take, self.step)
         wanted = pages >= 0
         assert torch.equal(content[wanted], self.home.take(rows)[wanted])
 
@@ -62,10 +62,18 @@ class World:
 
     def check(self) -> None:
         everything = torch.ones((1, NUM_PAGES, ELEMENTS), dtype=torch.bool)
-        self.frames.check_integrity(NUM_PAGES, self.rows(), self.home, everything)
+        self.frames.check_integrity(NUM_PAGES, self.rows(), self.home.take, everything)
 
     def resident(self) -> list[list[set[int]]]:
-        return [[{page for page in head if page >= 0} for head in row] for row in self.frames.slot_page.tolist()]
+        held = [self.frames.held(row).tolist() for row in range(len(self.owners))]
+        return [[{page for page in head if page >= 0} for head in row] for row in held]
+
+    def last_touched(self, row: int, head: int, count: int) -> set[int]:
+        """Of the pages in a sequence's slots, those touched last; by the tables, whose oldest slots go first among equals."""
+        first = HEADS * sum(self.frames.slots[:row]) + head * self.frames.slots[row]
+        slots = range(first, first + self.frames.slots[row])
+        held = [(-int(self.frames.slot_step[s]), s, int(self.frames.slot_page[s])) for s in slots]
+        return {page for _, _, page in sorted(entry for entry in held if entry[2] >= 0)[:count]}
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
@@ -85,20 +93,29 @@ def test_random_histories(data: st.DataObject) -> None:
             offset = data.draw(st.integers(0, PAGE_SIZE - 1))
             world.write(data.draw(st.integers(0, NUM_PAGES - 1)), offset, data.draw(st.integers(1, PAGE_SIZE - offset)))
         elif action == "resize":
-            world.frames.resize(batch_size, data.draw(st.integers(2, 8)), NUM_PAGES)
+            slots = data.draw(st.lists(st.integers(2, 8), min_size=batch_size, max_size=batch_size))
+            slots = data.draw(st.sampled_from([slots, slots[:1] * batch_size]))
+            kept = [[world.last_touched(b, h, slots[b]) for h in range(HEADS)] for b in range(batch_size)]
+            world.frames.resize(batch_size, slots, NUM_PAGES)
+            assert world.resident() == kept
         elif action == "forget":
             page = data.draw(st.integers(0, NUM_PAGES))
             world.frames.forget_from(page)
             assert all(held < page for row in world.resident() for head in row for held in head)
         elif action == "select":
             order = data.draw(st.lists(st.integers(0, batch_size - 1), min_size=1, max_size=4, unique=True))
+            slots = world.frames.slots
             world.frames.select(order)
+            if len(order) != batch_size:
+                assert world.frames.frames.numel() == 0  # until it is known what there is room for
+                world.frames.resize(len(order), [slots[i] for i in order], NUM_PAGES)
             world.owners = [world.owners[i] for i in order]
         else:
             world.frames.forget_all()
             assert not any(held for row in world.resident() for held in row)
         world.check()
-        assert world.frames.slot_page.shape == (len(world.owners), HEADS, world.frames.num_slots)
+        assert len(world.frames.slots) == len(world.owners)
+        assert world.frames.frames.shape == (HEADS * sum(world.frames.slots), ELEMENTS)
 
 
 def test_counts() -> None:
@@ -115,18 +132,55 @@ def test_counts() -> None:
         assert [b - a for a, b in zip(before, after, strict=True)] == [HEADS * hits, HEADS * loads, HEADS * evictions]
 
 
-def test_resize_keeps_the_first_slots() -> None:
+def test_resize_keeps_what_was_touched_last() -> None:
     world = World(2, 4)
     world.bring_in(torch.tensor([5, 6, 7, 8]).expand(2, HEADS, 4))
+    world.bring_in(torch.tensor([8, 6]).expand(2, HEADS, 2))
     world.frames.resize(2, 2, NUM_PAGES)
-    assert world.resident() == [[{5, 6}] * HEADS] * 2
+    assert world.resident() == [[{6, 8}] * HEADS] * 2
     world.frames.resize(2, 6, NUM_PAGES)
-    assert world.resident() == [[{5, 6}] * HEADS] * 2
+    assert world.resident() == [[{6, 8}] * HEADS] * 2
     loads = world.frames.loads
-    world.bring_in(torch.tensor([6, 5]).expand(2, HEADS, 2))
+    world.bring_in(torch.tensor([6, 8]).expand(2, HEADS, 2))
     assert world.frames.loads == loads
     world.frames.resize(3, 6, NUM_PAGES)  # another batch: all are forgotten
+    world.owners = [0, 1, 2]
     assert world.resident() == [[set()] * HEADS] * 3
+
+
+def test_sequences_with_slots_of_their_own() -> None:
+    world = World(3, 6)
+    for pages in ([5, 6, 7], [1, 2, 3]):
+        world.bring_in(torch.tensor(pages).expand(3, HEADS, 3))
+    world.frames.resize(3, [2, 6, 4], NUM_PAGES)
+    assert world.resident() == [[{1, 2}] * HEADS, [{1, 2, 3, 5, 6, 7}] * HEADS, [{1, 2, 3, 5}] * HEADS]
+    world.bring_in(torch.tensor([[9, 8, -1, -1], [9, 8, 7, 6], [9, 8, 7, -1]]).unsqueeze(1).expand(3, HEADS, 4))
+    assert [{9, 8} <= held for (held, _) in world.resident()] == [True] * 3
+    world.check()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 8])
+def test_resize_without_memory_for_a_copy(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was resident is given up; if even that is not enough there are as many slots as before."""
+    world = World(2, 4)
+    world.bring_in(torch.tensor([5, 6, 7, 8]).expand(2, HEADS, 4))
+    real, limit = PageFrames._move_slots, 4 * HEADS * 2
+
+    def move(frames: PageFrames, wanted: tuple[int, ...]) -> None:
+        if frames.frames.shape[0] + HEADS * sum(wanted) > limit:
+            raise torch.OutOfMemoryError("as many as there were")
+        real(frames, wanted)
+
+    monkeypatch.setattr(PageFrames, "_move_slots", move)
+    if slots > 4:
+        with pytest.raises(CapacityError):
+            world.frames.resize(2, slots, NUM_PAGES)
+    else:
+        world.frames.resize(2, slots, NUM_PAGES)
+    assert world.frames.slots == (min(4, slots),) * 2
+    world.check()
+    world.bring_in(torch.tensor([5, 6]).expand(2, HEADS, 2))
+    world.check()
 
 
 def test_resize_extends_the_table() -> None:
@@ -157,6 +211,6 @@ def test_integrity_notices(damage: str) -> None:
     elif damage == "page_slot":
         world.frames.page_slot[0, 0, 7] = 0
     else:
-        world.frames.slot_page[0, 0, 3] = 7
+        world.frames.held(0)[0, 3] = 7
     with pytest.raises(CacheStateError, match="integrity"):
         world.check()

@@ -1,0 +1,101 @@
+"""Tokens of several layers' pages that trade places at once: layers that are alike, as all of them have the same rows.
+
+    content [L, B, H, n, page elements]  --order-->  moved  -->  homes, positions, partitions;  frames forget these pages
+
+Launches are what such work costs beside the bytes, so a call serves as many layers as temporary memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .chunked import take_all, writers
+from .pages import PageStore
+from .regrouped import RegroupedPages
+
+
+def alike(store: PageStore) -> Hashable:
+    """Equal for stores whose pages can be rearranged in one call."""
+    return store.home_form, store.num_heads, store.home.device, store.device
+
+
+def content(stores: list[PageStore], first: int, stop: int) -> Tensor:
+    """Pages [first, stop) of all sequences and heads, as they are kept: [L * B, H, n, page elements]."""
+    return take_all([store.home for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+
+
+def positions(stores: list[PageStore], first: int, stop: int) -> Tensor:
+    """Tokens of pages [first, stop), which lie in stretches: [L * B, H, n, P], int32."""
+    return take_all([regrouped(store).arrays[0] for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+
+
+def partition_pages(stores: list[PageStore], first: int, stop: int) -> Tensor:
+    """Pages of the partition that each of pages [first, stop) begins, in stretches: [L * B, H, n], int32."""
+    return take_all([regrouped(store).arrays[1] for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+
+
+def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
+    """Pages [first, stop) of all sequences are runs of positions, and partitions by themselves."""
+    rows, size = stores[0].rows(first, stop), stores[0].page_size
+    tokens = torch.arange(first * size, stop * size, dtype=torch.int32, device=rows.device).view(-1, size)
+    positions = tokens.expand(len(stores), *rows.shape, size)
+    for write in _notes(stores, rows, positions, tokens.new_ones((len(stores), *rows.shape))):
+        write()
+
+
+def rearrange(
+    stores: list[PageStore], first: int, stop: int, order: Tensor, partitions: Tensor, content: Tensor
+) -> Tensor:
+    """Let the tokens of pages [first, stop) of all sequences trade places, in all layers or, where that fails, in none.
+
+    Summaries are not brought up to that.
+
+    Args:
+        order: [L * B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
+            for sequences that share these pages.
+        partitions: [L * B, H, n], as `RegroupedPages` keeps it.
+        content: the pages, as `content` gives them.
+    Returns:
+        the pages in their new order.
+    """
+    one = stores[0]
+    rows, each = one.rows(first, stop), (len(stores), -1)
+    before = positions(stores, first, stop), partition_pages(stores, first, stop)
+    moved = kernels.move_tokens(content, order, one.page_size, one.home_form.token_parts)
+    now_at = before[0].flatten(2).gather(2, order).unflatten(2, before[0].shape[2:])
+
+    def ready(content: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+        notes = _notes(stores, rows, positions.unflatten(0, each), partitions.unflatten(0, each))
+        return [*writers([store.home for store in stores], rows, content.unflatten(0, each)), *notes]
+
+    undo, redo = ready(content, *before), ready(moved, now_at, partitions)
+    for store in stores:
+        if store.frames is not None:
+            store.frames.forget(first, stop)
+    try:  # nothing here asks for memory
+        for write in redo:
+            write()
+    except BaseException:
+        for write in undo:
+            write()
+        raise
+    return moved
+
+
+def regrouped(store: PageStore) -> RegroupedPages:
+    """Whose tokens a store's pages hold."""
+    assert store.regrouped is not None
+    return store.regrouped
+
+
+def _notes(stores: list[PageStore], rows: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+    """What notes that rows [B, H, n] of all stores hold positions [L, B, H, n, P] and partitions [L, B, H, n]."""
+    arrays = [regrouped(store).arrays for store in stores]
+    return [
+        *writers([held for held, _ in arrays], rows, positions),
+        *writers([held for _, held in arrays], rows, partitions),
+    ]

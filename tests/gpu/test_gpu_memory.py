@@ -1,0 +1,162 @@
+"""GPU memory by the allocator's own figures: caps that are kept, "auto" that shares, and what is given back."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_hf import SpinCache
+from spin_hf.gpu_memory import LOOK_STEPS
+from spin_hf.storage import pressure
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+CONFIG = LlamaConfig(
+    vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=128,
+)  # fmt: skip
+TOKEN_BYTES = 4 * 4 * 2 * 128 * 2
+"""Of keys and values of a token."""
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return LlamaForCausalLM(CONFIG).to(torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def read(model: Any, cache: SpinCache, batch_size: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(0, 128, (batch_size, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
+    return model(ids, past_key_values=cache, logits_to_keep=1).logits
+
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("cap", ["256MiB", "512MiB"])
+def test_a_cap_is_kept(model: Any, cap: str) -> None:
+    """Within 2 %, through a prompt, decode steps, growth, and another batch."""
+    most = int(cap[:-3]) << 20
+    read(model, SpinCache(model.config, budget=512), 1, 64)  # what the model itself keeps
+    before = allocated()
+    cache = SpinCache(model.config, budget=512, gpu_memory=cap)
+    for count in (2 * most // TOKEN_BYTES, 1, 1, 900, 1, 1, 3000, 1):
+        read(model, cache, 1, count)
+        assert allocated() - before <= 1.02 * most
+    assert cache.stats().cpu_bytes > most
+    cache.batch_repeat_interleave(2)
+    read(model, cache, 2, 1)
+    assert allocated() - before <= 1.02 * most
+    cache.check_integrity()
+
+
+@torch.no_grad()
+def test_a_padded_batch_has_shares_by_length(model: Any) -> None:
+    """Page frames in proportion to real tokens; answers are those of a cache that pages nothing."""
+    length, steps = 6000, 8
+    ids = torch.randint(0, 128, (3, length + steps), generator=torch.Generator().manual_seed(3)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :4500], mask[1, :2500] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = []
+    for cap in ("24MiB", "auto"):
+        cache, outputs, stop = SpinCache(model, budget=512, gpu_memory=cap), [], 0
+        for count in (length, *[1] * steps):
+            start, stop = stop, stop + count
+            out = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                past_key_values=cache, logits_to_keep=1,
+            )  # fmt: skip
+            outputs.append(out.logits)
+        cache.check_integrity()
+        logits.append(torch.cat(outputs, 1))
+        if cap != "auto":
+            (short, middle, long) = cache._shared.layers[0].store.frames.slots
+            assert short < middle < long
+            assert cache.stats().evictions + cache.stats().loads > 0
+    torch.testing.assert_close(*logits, rtol=0, atol=0.05)
+
+
+def test_what_is_released_can_be_allocated(model: Any) -> None:
+    """By captured steps, whose tokens are those of a cache that was left alone."""
+    tokens = []
+    for disturbed in (False, True):
+        cache = SpinCache(model, budget=512, gpu_memory="256MiB")
+        read(model, cache, 1, 40_000)
+        out = [read(model, cache, 1, 1, seed) for seed in range(6)]
+        for seed in range(6, 12):
+            if disturbed:
+                held = allocated()
+                given = cache.release_gpu_memory("64MiB" if seed % 2 else None)
+                assert given > 0 or seed > 6
+                assert held - allocated() >= 0.98 * given
+                if seed % 3 == 0:
+                    cache._shared.gpu._steps_left = 1
+            out.append(read(model, cache, 1, 1, seed))
+        cache.check_integrity()
+        tokens.append(torch.cat(out, 1))
+    torch.testing.assert_close(*tokens, rtol=0, atol=0.05)
+
+
+def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that seems to have 400 MiB more than now; the user's allocations are real."""
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
+    end = allocated() + (400 << 20)
+    monkeypatch.setattr(pressure, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
+    first = SpinCache(model, budget=512)
+    read(model, first, 1, 60_000)
+    for seed in range(3):
+        read(model, first, 1, 1, seed)
+    frames = first.stats().buffer_frames
+    assert 0 < (end - allocated()) <= 80 << 20
+    taken = torch.empty(30 << 20, dtype=torch.uint8, device="cuda")
+    for seed in range(LOOK_STEPS + 1):
+        read(model, first, 1, 1, seed)
+    assert first.stats().buffer_frames < frames
+    assert end - allocated() > 0
+    del taken
+    for seed in range(LOOK_STEPS + 1):
+        read(model, first, 1, 1, seed)
+    frames = first.stats().buffer_frames
+    second = SpinCache(model, budget=512)
+    read(model, second, 1, 60_000)
+    read(model, second, 1, 1)
+    assert first.stats().buffer_frames < frames
+    assert second.stats().buffer_frames > 0
+    assert end - allocated() > 0
+    for seed in range(3):
+        read(model, first, 1, 1, seed)
+        read(model, second, 1, 1, seed)
+    for cache in (first, second):
+        cache.check_integrity()
+
+
+def test_out_of_memory_is_answered_by_releasing(model: Any) -> None:
+    """The remedy of the documentation."""
+    cache = SpinCache(model, budget=512)
+    read(model, cache, 1, 120_000)
+    assert cache.stats().cpu_bytes == 0
+    held, total = allocated(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((held + (64 << 20)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(700 << 20, dtype=torch.uint8, device="cuda")
+        assert cache.release_gpu_memory("700MiB") >= 700 << 20
+        taken = torch.empty(700 << 20, dtype=torch.uint8, device="cuda")
+        read(model, cache, 1, 1)
+        del taken
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert cache.stats().cpu_bytes > 0
+    cache.check_integrity()

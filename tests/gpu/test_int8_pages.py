@@ -1,0 +1,150 @@
+"""Pages in int8 on a GPU: kernels against the formulas in 16 bits, captured steps, and pages that move between them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+import spin_hf.kernels
+from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
+from spin_hf.kernels import Int8Form
+
+from ..cache.tiny import Driver, Shape, World
+from ..support.synchronisation import no_synchronisation
+from ..support.zoo import PAD_TOKEN_ID, build_model
+from .test_methods import _steps
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8, "cpu_dtype": "int8"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key_dim", [128, 64, 80])
+@pytest.mark.parametrize("method", [ShadowKV(), Quest(0), Bisection(), RetroInfer()], ids=repr)
+def test_real_sizes_in_sixteen_bits(
+    method: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes at home, to the bit, and nearly the same outputs: ties of pages may fall either way."""
+    shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
+    world = World.random(shape, 1, length + 9, seed=7)
+    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
+    whole = plan(
+        shape.config(), context_length=length + 9, dtype=dtype, method=method, budget=512, recent_window=64
+    ).gpu_bytes
+    driver = Driver(shape, method=method, budget=512, recent_window=64, gpu_memory=whole * 6 // 10, cpu_dtype="int8")
+    _steps(driver, parts, 0, [length, length + 1])
+    twin = deepcopy(driver.cache)
+    stops = [length + 2, length + 3, length + 6, length + 7, length + 8, length + 9]
+    actual = torch.cat(_steps(driver, parts, length + 1, stops), 1).float()
+    driver.cache.check_integrity()
+    stats, ours = driver.cache.stats(), _parts(driver)
+    assert driver.cache._shared.counted()["QUERIES"] > 0
+    assert stats.loads > 0
+    assert stats.hit_rate > 0
+    driver.cache = twin
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
+    expected = torch.cat(_steps(driver, parts, length + 1, stops), 1).float()
+    for mine, theirs in zip(ours, _parts(driver), strict=True):
+        assert torch.equal(mine, theirs)
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(error.mean()) < 0.02
+    assert float(error.max()) < 0.15
+
+
+def _parts(driver: Driver) -> list[torch.Tensor]:
+    """The parts of all tokens in their homes."""
+    store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
+    assert isinstance(store.home_form, Int8Form)
+    rows = store.pages(0, store.sequences.num_pages)[2]
+    torch.cuda.synchronize()
+    return [part.flatten(2, 3)[:, :, :length] for part in store.home_form.split(store.home.take(rows))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_number_of_page_frames_changes_nothing(dtype: torch.dtype) -> None:
+    """Bit for bit: a load gives what the frame would hold. Lists of pages are the same, so are sums."""
+    shape, length = Shape(kv_heads=2, group=4, key_dim=128, value_dim=128), 3000
+    world = World.random(shape, 1, length + 20, seed=8)
+    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
+    options: dict[str, Any] = dict(budget=256, recent_window=64)
+    made = plan(shape.config(), context_length=length + 20, dtype=dtype, **options)
+    outputs, loads = [], []
+    for cap in (made.smallest_gpu_memory, made.gpu_bytes // 2, made.gpu_bytes * 3 // 4):
+        driver = Driver(shape, **options, gpu_memory=cap, cpu_dtype="int8")
+        outputs.append(torch.cat(_steps(driver, parts, 0, [length, *range(length + 1, length + 21)])[1:], 1))
+        driver.cache.check_integrity()
+        loads.append(driver.cache.stats().loads)
+    assert loads[0] > loads[1] >= loads[2] > 0
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])
+
+
+@pytest.fixture
+def model() -> Any:
+    return build_model("llama").cuda().eval()
+
+
+def _generate(model: Any, cache: Any, padded: bool, count: int) -> Any:
+    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
+    return model.generate(
+        input_ids=ids.cuda(), attention_mask=mask.cuda(), past_key_values=cache, max_new_tokens=count,
+        min_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("moves", [False, True])
+def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: bool) -> None:
+    """Also where pages move to the cpu tier on the way: a graph captured before is not replayed after."""
+    small = plan(model, context_length=150, batch_size=2, **OPTIONS)
+    cap = small.gpu_bytes * 9 // 10 if not moves else small.gpu_bytes
+    assert plan(model, context_length=350, batch_size=2, gpu_memory=cap, **OPTIONS).cpu_bytes > 0
+    caches = [SpinCache(model, **OPTIONS, gpu_memory=cap) for _ in range(2)]
+    caches[0].steps.refused = "the test wants eager steps"
+    caches[0].steps._look_at = lambda model: None
+    expected, actual = (_generate(model, cache, padded, 180) for cache in caches)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
+    assert not caches[0].steps.captured
+    assert sum(step is not None for step in caches[1].steps.captured.values()) == 1 + moves, caches[1].steps.refused
+    for cache in caches:
+        assert cache.stats().cpu_bytes > 0
+        assert cache.stats().loads > 0
+        cache.check_integrity()
+
+
+@torch.no_grad()
+def test_no_step_waits_for_the_host(model: Any) -> None:
+    made = plan(model, context_length=220, batch_size=2, **OPTIONS)
+    cache = SpinCache(model, **OPTIONS, gpu_memory=made.gpu_bytes * 7 // 10)
+    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1)).cuda()
+    model(ids, past_key_values=cache)
+    token = torch.full((2, 1), 5, device="cuda")
+    for _ in range(4):
+        model(token, past_key_values=cache)
+    with no_synchronisation():
+        for _ in range(20):
+            model(token, past_key_values=cache)
+    assert cache.stats().cpu_bytes > 0
+    cache.check_integrity()
+
+
+def test_compiled_steps(model: Any) -> None:
+    """`generate` compiles the step; pages move on the way. Compiled norms round otherwise, which int8 may show later on."""
+    torch._dynamo.reset()
+    small = plan(model, context_length=150, batch_size=2, **OPTIONS)
+    compiled, captured = (SpinCache(given, **OPTIONS, gpu_memory=small.gpu_bytes) for given in (model.config, model))
+    actual, expected = (_generate(model, cache, False, 130) for cache in (compiled, captured))
+    assert torch.equal(actual.sequences[:, :160], expected.sequences[:, :160])
+    assert compiled.stats().cpu_bytes == captured.stats().cpu_bytes > 0
+    for cache in (compiled, captured):
+        cache.check_integrity()
