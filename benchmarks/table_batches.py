@@ -23,8 +23,12 @@ CACHES = {
 
 
 def latest(result: dict[str, Any], *names: str) -> list[dict[str, Any]]:
-    """The newest row of each combination of these values, sorted by them."""
-    keys = {tuple(entry.get(name) for name in names) for entry in result["rows"]}
+    """The newest row of each combination of these values, sorted by them; a task that failed as a whole has none of them."""
+    keys = {
+        tuple(entry[name] for name in names)
+        for entry in result["rows"]
+        if all(entry.get(name) is not None for name in names)
+    }
     found = [newest(result["rows"], **dict(zip(names, key, strict=True))) for key in keys]
     known = [entry for entry in found if entry is not None]
     return sorted(known, key=lambda entry: tuple(entry[name] for name in names))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import CapacityError
+from .errors import BudgetError, CapacityError
 from .kernels.fields import MAX_QUERIES
 from .storage import pressure
 from .storage.budget import TierBudget
@@ -242,8 +242,11 @@ class GpuMemory:
         if not sequences.length:
             sequences.release()
         else:
-            self.has_given_back, self._steps_left = True, LOOK_STEPS
-            self._resize(device, 1 if num_bytes is None else max(1, held - num_bytes))
+            before = self.caps[device]
+            cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
+            if before is None or cap < before:
+                self.has_given_back, self._steps_left = True, LOOK_STEPS
+                self._resize(device, cap)
         return max(0, held - self._held(device))
 
     def _pay(self) -> None:
@@ -259,7 +262,7 @@ class GpuMemory:
             try:
                 self._set_cap(device, cap)
                 self.shared.sequences.fit()
-            except (CapacityError, torch.OutOfMemoryError):
+            except (BudgetError, CapacityError, torch.OutOfMemoryError):
                 self._set_cap(device, before)
                 self.shared.sequences.fit()
 
@@ -267,7 +270,10 @@ class GpuMemory:
         """Give the layers of a device budgets with a cap, or with what a step needs if that is more."""
         stores = self._stores(device)
         if cap is not None and self.shared.sequences.batch_size:
-            cap = max(cap, self._least(stores))
+            least, free = self._least(stores), pressure.free_gpu_memory(device) if self.given is None else None
+            if least > cap and free is not None:  # room for what is to come only where there is some
+                least = min(least, self._held(device) + max(0, free))
+            cap = max(cap, least)
         if cap is not None and self.given is not None:
             cap = min(cap, self.given)
         self.caps[device] = cap

@@ -143,8 +143,13 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
         order: [R, n], int64.
     """
     launch = kernels.launchers(points.device)
-    if launch is not None and points.shape[2] <= launch.bisect_max_dim:
-        return launch.bisect(points, page_size)
+    if launch is None or points.shape[2] > launch.bisect_max_dim:
+        return bisect_by_formulas(points, page_size)
+    return launch.bisect(points, page_size)  # type: ignore[no-any-return, unused-ignore]
+
+
+def bisect_by_formulas(points: Tensor, page_size: int) -> Tensor:
+    """`bisect` in PyTorch: the specification, and what serves longer keys than the kernels take."""
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
     size = page_size

@@ -44,10 +44,16 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
     Returns:
         codes: [B, H, n, P, ceil(D / 2)], uint8; scale: [B, H, n, P], float32, -1 where a token is not valid.
     """
-    launch = kernels.launchers(keys.device)
-    if launch is not None:
-        dim = keys.shape[-1]
-        return launch.encode_pages(keys, mean, valid, basis(dim, keys.device), math.sqrt(dim & -dim), _MULTIPLES)
+    launch, dim = kernels.launchers(keys.device), keys.shape[-1]
+    if launch is None:
+        return encode_by_formulas(keys, mean, valid)
+    return launch.encode_pages(  # type: ignore[no-any-return, unused-ignore]
+        keys, mean, valid, basis(dim, keys.device), math.sqrt(dim & -dim), _MULTIPLES
+    )
+
+
+def encode_by_formulas(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """`encode_pages` in PyTorch, the specification."""
     codes, scale = encode(rotate(keys.float().masked_fill(~valid.unsqueeze(-1), 0.0) - mean.unsqueeze(-2)))
     return codes, scale.masked_fill(~valid, -1.0)
 

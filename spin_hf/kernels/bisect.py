@@ -43,10 +43,10 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
                 axes = along.new_empty((rows, parts, dim))
                 gram_kernel[(chunks, rows)](points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape)
                 axis_kernel[(parts, rows)](
-                    grams, axes, count, SIZE=size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
+                    grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
                 )
                 along_kernel[(triton.cdiv(count, _TILE), rows)](
-                    points, order, axes, along, count, SIZE=size, TILE=_TILE, num_warps=8, **shape
+                    points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
                 )
                 halve_kernel[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
             else:
@@ -174,39 +174,39 @@ def gram_kernel(
     tl.store(mine + D * D + i, total, mask=i < D)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "size"])
 def axis_kernel(
-    grams, axes, count,
-    SIZE: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    grams, axes, count, size,
+    CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (part, row). Writes axes, float32 [R, parts, D], from `grams` as `gram_kernel` left them."""
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     chunks = tl.cdiv(count, CHUNK)
-    first = part * (SIZE // CHUNK)
+    first = part * (size // CHUNK)
     i = tl.arange(0, BLOCK_D)
     inside = (i < D)[:, None] & (i < D)[None, :]
     gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for chunk in range(first, tl.minimum(first + SIZE // CHUNK, chunks)):
+    for chunk in range(first, tl.minimum(first + size // CHUNK, chunks)):
         theirs = grams + (row * chunks + chunk) * (D + 1) * D
         gram += tl.load(theirs + i[:, None] * D + i[None, :], mask=inside, other=0.0)
         total += tl.load(theirs + D * D + i, mask=i < D, other=0.0)
-    points = tl.minimum(SIZE, count - part * SIZE)
+    points = tl.minimum(size, count - part * size)
     axis = _main_axis(gram, total, points.to(tl.float32), BLOCK_D, DTYPE)
     tl.store(axes + (row * tl.num_programs(0) + part) * D + i, axis, mask=i < D)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "size"])
 def along_kernel(
-    points, order, axes, along, count,
-    SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    points, order, axes, along, count, size,
+    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, row). Writes along, float32 [R, count]: points by the axis of their part."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    mine = axes + (row * tl.cdiv(count, SIZE) + tl.program_id(0) * TILE // SIZE) * D
+    mine = axes + (row * tl.cdiv(count, size) + tl.program_id(0) * TILE // size) * D
     axis = tl.load(mine + column, mask=column < D, other=0.0)
     x = _points(points + row * count * D, order + row * count, place, count, column, D)
     tl.store(along + row * count + place, _project(x, axis, D, BLOCK_D), mask=place < count)

@@ -83,8 +83,8 @@ class TierBudget:
         frame = streams * self._frame_bytes
         # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
         frames = (cap - self._fixed_bytes(self._taken(coarsely(rows)), streams, coarsely(table_pages))) // frame
-        if frames < self.min_frames:
-            frames = (cap - self._fixed_bytes(rows, streams, table_pages)) // frame
+        if frames < self.min_frames:  # no more than that, so that a lower cap never gives more frames
+            frames = min(self.min_frames, (cap - self._fixed_bytes(rows, streams, table_pages)) // frame)
         if frames < self.min_frames:
             needed = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
             fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import BudgetError
-from .budget import TierBudget
+from .budget import TierBudget, whole_segments
 from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
 from .residency import PageFrames
@@ -113,7 +113,8 @@ class PageStore:
                 self._move_to_cpu()  # first, as that gives back what the frames take
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
-            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), num_pages)
+            shares = self.budget.shares(num_frames, num_pages, held)
+            self.frames.resize(batch_size, shares, whole_segments(num_pages))
             self.num_frames = num_frames
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)

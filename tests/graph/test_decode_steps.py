@@ -94,7 +94,7 @@ def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("gpu_memory", ["auto", "90kB"])
+@pytest.mark.parametrize("gpu_memory", ["auto", "140kB"])
 def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph is captured anew, a resident context goes to the cpu tier, and tokens are those of a cache left alone."""
     model = build_model("llama").eval()

@@ -35,7 +35,7 @@ def test_encode_pages(batch_size: int, heads: int, pages: int, page_size: int, d
     keys.masked_fill_(~valid.unsqueeze(-1), float("nan"))
     root = math.sqrt(dim & -dim)
     codes, scale = encode_pages(keys, mean, valid, lowbit.basis(dim, keys.device), root, lowbit._MULTIPLES)
-    expected_codes, expected_scale = lowbit.encode_pages(keys, mean, valid)
+    expected_codes, expected_scale = lowbit.encode_by_formulas(keys, mean, valid)
     assert codes.dtype == torch.uint8
     assert codes.shape == expected_codes.shape
     assert torch.equal(scale < 0, ~valid.expand_as(scale))
