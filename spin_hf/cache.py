@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -31,7 +32,7 @@ from .attention.partition import Method, check_recipe, recipe_of
 from .compiled import pool_of
 from .config import SpinOptions, parse_bytes
 from .errors import BatchSizeError, OptionError, OptionTypeError
-from .forward import ForwardLog
+from .forward import ForwardLog, unpaged_or_none
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
@@ -189,12 +190,13 @@ class SpinCache(Cache):
             )
         self._log.settle(self.layers)
         length = self.get_seq_length()
-        for layer in self._unpaged_layers():
-            layer.crop(tokens_to_remove)
-        if self._shared.layers:
-            keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
-            if keep < length:
-                self._shared.truncate(keep)
+        with unpaged_or_none(self._unpaged_layers()) as unpaged:
+            for layer in unpaged:
+                layer.crop(tokens_to_remove)
+            if self._shared.layers:
+                keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
+                if keep < length:
+                    self._shared.truncate(keep)
 
     def reset(self) -> None:
         """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
@@ -205,21 +207,17 @@ class SpinCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
-        self._select(beam_idx.tolist())
-        for layer in self._unpaged_layers():
-            layer.reorder_cache(beam_idx)
+        self._select(beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (int64, or a bool mask), in that order."""
-        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
-        for layer in self._unpaged_layers():
-            layer.batch_select_indices(indices)
+        rows = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        self._select(rows, lambda layer: layer.batch_select_indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
-        self._select([row for row in range(self._held_batch() or 0) for _ in range(repeats)])
-        for layer in self._unpaged_layers():
-            layer.batch_repeat_interleave(repeats)
+        rows = [row for row in range(self._held_batch() or 0) for _ in range(repeats)]
+        self._select(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     # ------------------------------------------------------------------------------------------------------- our own
 
@@ -266,7 +264,8 @@ class SpinCache(Cache):
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
         shared = self._shared
-        shared.settle()
+        if not (self._log.irreversible or self._log.overwritten):
+            self._log.settle(self.layers)
         stores = [layer.store for layer in shared.layers if layer.store is not None]
         frames = [store.frames for store in stores if store.frames is not None]
         counted = shared.counted()
@@ -361,8 +360,8 @@ class SpinCache(Cache):
                 return layer.keys.shape[0]
         return None
 
-    def _select(self, rows: list[int]) -> None:
-        """Check and select sequences of the paged layers."""
+    def _select(self, rows: list[int], select: Callable[[Any], object]) -> None:
+        """Check and select sequences of all layers; `select` does so in one that is not paged. All or none."""
         self._log.settle(self.layers)
         held = self._held_batch()
         bad = [row for row in rows if held is not None and not 0 <= row < held]
@@ -370,7 +369,10 @@ class SpinCache(Cache):
             raise BatchSizeError(f"expected at least one of the {held} sequences held, got none; call cache.reset()")
         if bad:
             raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {(held or 0) - 1}")
-        self._shared.select(rows)
+        with unpaged_or_none(self._unpaged_layers()) as unpaged:
+            for layer in unpaged:
+                select(layer)
+            self._shared.select(rows)
 
     def _bind(self, config: Any, model: nn.Module | None) -> None:
         """For as long as this cache lives: switch the config to "spin", and wrap the forward of `model`."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -35,37 +36,48 @@ def new_handle() -> int:
 
 def handle_of(recorded: Hashable) -> int:
     """The number of what a graph holds: equal for equal addresses and compile-time numbers, and for nothing else."""
-    if recorded not in _handles:
-        _handles[recorded] = new_handle()
-    return _handles[recorded]
+    return _handles.get(recorded) or _handles.setdefault(recorded, new_handle())
 
 
 class KernelPool:
-    """Kernels of dropped caches of one config."""
+    """Kernels of dropped caches of one config. Threads may share it: a kernel is lent to one cache at a time."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Hashable, StepKernels]] = []
         self.lent: Counter[Hashable] = Counter()
+        self._returned: deque[tuple[Hashable, StepKernels]] = deque()
+        """Put back, and not yet among those waiting: the garbage collector puts back, in any thread at any time."""
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelPool:
         return self
 
     def take(self, key: Hashable) -> StepKernels | None:
         """Kernels that were put back with an equal key, the last ones first; None if there are none."""
-        if self.lent[key] and all(key != other for other, _ in self.waiting):
+        found = self._pop(key)
+        if found is None and self.lent[key]:
             gc.collect()  # Dynamo keeps what it compiled for in reference cycles: a cache that was dropped, and its memory
-        self.lent[key] += 1
-        for index in reversed(range(len(self.waiting))):
-            if self.waiting[index][0] == key:
-                return self.waiting.pop(index)[1]
-        return None
+            found = self._pop(key)
+        with self._lock:
+            self.lent[key] += 1
+        return found
 
     def put(self, key: Hashable, step: StepKernels) -> None:
-        """Keep kernels whose cache is gone."""
+        """Keep kernels whose cache is gone. Waits for nobody."""
         step.release()
-        self.lent[key] -= 1
-        self.waiting.append((key, step))
-        del self.waiting[:-_MAX_WAITING]
+        self._returned.append((key, step))
+
+    def _pop(self, key: Hashable) -> StepKernels | None:
+        with self._lock:
+            while self._returned:
+                returned = self._returned.popleft()
+                self.lent[returned[0]] -= 1
+                self.waiting.append(returned)
+            del self.waiting[:-_MAX_WAITING]
+            for index in reversed(range(len(self.waiting))):
+                if self.waiting[index][0] == key:
+                    return self.waiting.pop(index)[1]
+        return None
 
 
 _pools: dict[int, KernelPool] = {}
@@ -73,7 +85,8 @@ _pools: dict[int, KernelPool] = {}
 
 def pool_of(config: Any) -> KernelPool:
     """The pool of a config, for as long as that lives."""
-    if id(config) not in _pools:
-        _pools[id(config)] = KernelPool()
+    pool = _pools.get(id(config))
+    if pool is None:
+        pool = _pools.setdefault(id(config), KernelPool())
         weakref.finalize(config, _pools.pop, id(config), None)
-    return _pools[id(config)]
+    return pool

@@ -20,6 +20,7 @@ from .attend import Call
 from .descriptors import Descriptors, power_of_two
 from .kernels.fields import BINS_PER_NAT, MAX_QUERIES, NUM_BINS, Counter, PlanField
 from .selection import Selection, segments_at_a_time, some
+from .storage.allocation import kept
 from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
@@ -69,15 +70,21 @@ class StepKernels(Descriptors):
         self.selection = Selection(self, programs)
 
     def fit(self, group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-        """Buffers for layers of so many query heads a KV head; captured launches hold their addresses."""
+        """Buffers for layers of so many query heads a KV head; captured launches hold their addresses.
+
+        Raises:
+            CapacityError: there is no memory for them; the next call asks again.
+        """
         fits = (group, key_dim, value_dim, dtype)
         if fits == self.fits or not group:
             return
-        self.fits, self.group, self.block_g = fits, group, max(16, power_of_two(group))
         splits = self.whole_splits if self.recipe.dense_layers else self.attend_splits
         width = (splits + self.estimate_splits) * 2 * group * value_dim
-        self.parts = torch.empty((self.streams, width), dtype=torch.float32, device=self.device)
-        self.selection.fit(group, key_dim, dtype)
+        with kept("buffers of decode steps", 4 * self.streams * width):
+            parts = torch.empty((self.streams, width), dtype=torch.float32, device=self.device)
+            self.selection.fit(group, key_dim, dtype)
+        self.parts = parts
+        self.fits, self.group, self.block_g = fits, group, max(16, power_of_two(group))
         self.shared.forget_recorded()
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
 

@@ -12,6 +12,7 @@ for as long as a cache lives that may want it and for such caches only.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _CHECK: Any = getattr(utils, "DeferredStopCheck", None)
 
 _users = 0
 _previous: Any = None
+_lock = threading.RLock()
+"""Held while the answer is changed; the garbage collector may drop a cache, and so come here, inside as well."""
 
 
 def supports(cache: Any, device: torch.device) -> bool:
@@ -49,15 +52,17 @@ def _is_supported(*args: Any, **kwargs: Any) -> bool:
 def acquire() -> None:
     """Count one more cache that `generate` may read late for; the first one widens the answer."""
     global _users, _previous
-    _users += 1
-    if _users == 1 and _CHECK is not None:
-        _previous = _CHECK.is_supported
-        _CHECK.is_supported = staticmethod(_is_supported)
+    with _lock:
+        _users += 1
+        if _users == 1 and _CHECK is not None:
+            _previous = _CHECK.is_supported
+            _CHECK.is_supported = staticmethod(_is_supported)
 
 
 def release() -> None:
     """Count one less; the last one puts back what stood there, unless somebody has changed it since."""
     global _users
-    _users -= 1
-    if _users == 0 and _CHECK is not None and _CHECK.is_supported is _is_supported:
-        _CHECK.is_supported = staticmethod(_previous)
+    with _lock:
+        _users -= 1
+        if _users == 0 and _CHECK is not None and _CHECK.is_supported is _is_supported:
+            _CHECK.is_supported = staticmethod(_previous)

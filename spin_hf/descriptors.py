@@ -10,6 +10,7 @@ what stands in it.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .attention.partition import recipe_of
 from .kernels.fields import PART_PAGES, LayerField, StepField, summary_field
 from .step_plan import pages_of
+from .storage.allocation import kept
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -67,8 +69,9 @@ class Descriptors:
         self.padded = False
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
-        """A tensor on the device, filled."""
-        return torch.full(shape, fill, dtype=dtype, device=self.device)
+        """A tensor on the device, filled. Raises CapacityError where there is no memory for it."""
+        with kept("tables of decode steps", math.prod(shape) * dtype.itemsize):
+            return torch.full(shape, fill, dtype=dtype, device=self.device)
 
     def begin(self, layer: SpinLayer) -> None:
         """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
@@ -176,7 +179,8 @@ class Descriptors:
         listed = pages if most is None else min(pages, most)
 
         def make(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((self.streams, width), dtype=dtype, device=self.device)
+            with kept("buffers of decode steps", self.streams * width * dtype.itemsize):
+                return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
         outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.looked_at > 0
         self.found_for.fill_(-1)

@@ -12,6 +12,13 @@
 
 Every message says what was expected, what was found and what to do. An error is raised before the cache changes, so
 what it holds stays usable.
+
+When memory runs out under way, the error says whose it was:
+
+    what the cache keeps            pages, summaries, page frames, tables, buffers of steps    CapacityError, from the refusal
+    what a forward computes with    its own tensors and the model's                         torch.OutOfMemoryError, as it came
+
+Either way the cache is what it was before the call, and the same call works once there is memory.
 """
 
 

@@ -31,11 +31,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from . import padding
 from .attention.interface import padding_mask_of
 from .capturable import ModelWatch, host_state, reason_not_captured, reason_not_replayed
+from .errors import SpinError
 from .fixed_state import FixedState, overwritten, windows_of
 from .forward import ForwardLog
 from .shared import SharedState
+from .storage.host import give_back_dropped
+from .storage.registration import ONE_AT_A_TIME
 from .verify import Verification
 
 logger = logging.getLogger("spin_hf")
@@ -57,9 +61,11 @@ class Recorder:
         self.graph = torch.cuda.CUDAGraph()
 
     def record(self, step: Callable[[], Any]) -> Any:
-        """Capture `step`; returns its result, whose tensors are filled by `replay`."""
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            return step()
+        """Capture `step`; returns its result, whose tensors are filled by `replay`. Other threads may go on launching."""
+        with ONE_AT_A_TIME, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            result = step()
+        give_back_dropped()  # what was dropped meanwhile
+        return result
 
     def replay(self) -> None:
         """Launch what was captured, on the current stream."""
@@ -75,6 +81,8 @@ class CapturedStep:
         self.recorder = Recorder()
         self.outputs: list[Any] = []
         self.form: Any = None
+        self.overwrites = False
+        """Whether the latest replay has been launched and cannot be done again."""
 
     def capture(self, forward: Callable[..., Any], cache: dict[str, Any], shared: SharedState) -> None:
         """Record the call, with the cache under its name; nothing is computed yet."""
@@ -93,14 +101,19 @@ class CapturedStep:
 
     def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
         """Run the step with other contents of `inputs`; returns copies of its outputs."""
+        self.overwrites, copies = False, None
         for name, static in self.inputs.items():
             if isinstance(static, Tensor):
                 static.copy_(inputs[name], non_blocking=True)
         self.state.bind()
+        if self.state.tensors:  # once it is launched nothing more should ask for memory
+            copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
+            self.overwrites = True
         self.recorder.replay()
-        leaves = [
-            leaf.clone() if isinstance(leaf, Tensor) else cache if leaf is _CACHE else leaf for leaf in self.outputs
-        ]
+        leaves = [cache if leaf is _CACHE else leaf for leaf in self.outputs]
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[index] = leaf.clone() if copies is None else copies[index].copy_(leaf)
         return pytree.tree_unflatten(leaves, self.form)
 
 
@@ -142,13 +155,20 @@ class DecodeSteps:
         Raises:
             what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
         """
-        if self.running or model is not self.model() or not self._is_decode_step(kwargs):
+        if self.running or model is not self.model():
             return forward(**kwargs)
         self.running = True
         try:
-            return self._run(model, forward, kwargs, name)
+            if self._is_decode_step(kwargs):
+                return self._run(model, forward, kwargs, name)
+            return self._eager(forward, kwargs)
         finally:
             self.running = False
+
+    def _eager(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward as it is; where it fails, even behind the last layer, the cache is as before."""
+        with self.log.watching(self.layers):
+            return forward(**kwargs)
 
     def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
         inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
@@ -160,39 +180,49 @@ class DecodeSteps:
         reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
         if reason is not None:
             _warn(model, reason)
-            return forward(**kwargs)
+            return self._eager(forward, kwargs)
         self.log.settle(self.layers)
-        new_valid = self.shared.take_padding(padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
+        new_valid = padding.take(self.shared, padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
         counts = self.shared.counts_positions(kwargs.get("position_ids"), new_valid)
         if not counts or not self._windows_are_full(new_valid):
-            return forward(**kwargs)  # which refuses positions that do not count
+            return self._eager(forward, kwargs)  # which refuses positions that do not count
         key = self._key(inputs, new_valid)
         if key not in self.captured:
             while len(self.captured) >= _MAX_SHAPES:
                 del self.captured[next(iter(self.captured))]
             self.captured[key] = None
-            return forward(**kwargs)
+            return self._eager(forward, kwargs)
         step = self.captured[key]
-        if not self._prepare(new_valid):
-            return forward(**kwargs)
-        if step is None:
-            try:
-                step = self._capture(forward, inputs, {name: kwargs[name]})
-            except Exception as error:
-                self._take_back()
-                self.refused = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
-                _warn(model, self.refused)
-                return forward(**kwargs)
-            except BaseException:
-                self._take_back()
-                raise
-            self.captured[key] = step
         try:
-            outputs = step.replay(inputs, kwargs[name])
+            prepared = self._prepare(new_valid)
+            if prepared and step is None:
+                step = self.captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
+        except Exception as error:
+            self._take_back()
+            if step is not None or isinstance(error, (SpinError, MemoryError)):
+                raise
+            reason = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+            if isinstance(error, torch.OutOfMemoryError):
+                del self.captured[key]  # the step after the next one is captured if there is memory
+            else:
+                self.refused = reason
+            _warn(model, reason)
+            return self._eager(forward, kwargs)
         except BaseException:
             self._take_back()
             raise
-        self._finish(step)
+        if step is None or not prepared:
+            return self._eager(forward, kwargs)
+        return self._replay(step, inputs, kwargs[name])
+
+    def _replay(self, step: CapturedStep, inputs: dict[str, Any], cache: Any) -> Any:
+        """Replay a step that was prepared; its tokens count."""
+        try:
+            outputs = step.replay(inputs, cache)
+            self._finish(step)
+        except BaseException:
+            self._take_back(step)
+            raise
         return outputs
 
     def _trusts(self) -> bool:
@@ -220,25 +250,26 @@ class DecodeSteps:
         self.log.settle(self.layers)
         length, new_valid = shared.committed + 1, None
         if shared.sequences.mask.valid is not None:  # with padding in the cache it cannot be taken for granted
-            new_valid, mask = shared.take_padding(padding_mask_of(mask, length)), None
+            new_valid, mask = padding.take(shared, padding_mask_of(mask, length)), None
             if not shared.counts_positions(positions, new_valid):
                 return _NOT_TRUSTED
             positions = None
         step = self.captured.get(self._key(inputs, new_valid))
         if step is None or not self.verification.assume(mask, length, positions):
             return _NOT_TRUSTED
-        if not self._prepare(new_valid):
-            return _NOT_TRUSTED
         try:
+            if not self._prepare(new_valid):
+                return _NOT_TRUSTED
             outputs = step.replay(inputs, kwargs[name])
             holds = self.verification.holds(watch)
+            if holds:
+                self._finish(step)
         except BaseException:
             self._take_back()
             raise
         if not holds:
             self._take_back()
             return _NOT_TRUSTED
-        self._finish(step)
         return outputs
 
     def _prepare(self, new_valid: Tensor | None) -> bool:
@@ -252,9 +283,8 @@ class DecodeSteps:
         return False
 
     def _finish(self, step: CapturedStep) -> None:
+        self.shared.finish(foresee=True)
         self.log.clear()
-        self.shared.finish()
-        self.shared.foresee()
         step.state.advance(self.shared.committed)
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
@@ -305,9 +335,14 @@ class DecodeSteps:
         widest = max(layer.sliding_window for layer in windows)
         return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
 
-    def _take_back(self) -> None:
-        """After a step that failed, or should not have been: only the host's count makes its tokens count."""
+    def _take_back(self, step: CapturedStep | None = None) -> None:
+        """After a step that failed, or should not have been: only the host's count makes its tokens count.
+
+        Args:
+            step: what was replayed, if that may have overwritten states.
+        """
         self.log.clear()
+        self.log.overwritten = step is not None and step.overwrites
         self.shared.roll_back()
 
 

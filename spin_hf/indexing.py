@@ -2,9 +2,9 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`, and `index_recoded` where all of them may have changed; `check_summaries`
-compares with what the pages give. Pages of a prompt wait for the step after it (`SharedState.deferred`), as a method may
-regroup them first (`regroup.grow`).
+Whoever changes a complete page calls `index_pages`, or says that it is stale (`SpinLayer.renew`), which is dealt with before
+the next step: of a prompt all pages are, as a method may regroup them first, and others where memory ran out. `index_recoded`
+is for pages that took another form; `check_summaries` compares with what the pages give.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .storage.rearranged import regrouped
 from .storage.sequences import Sequences
 
 if TYPE_CHECKING:
+    from .layer import SpinLayer
     from .shared import SharedState
 
 _BYTES_AT_ONCE = 1 << 30
@@ -33,30 +34,45 @@ _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
-def index_deferred(shared: SharedState, done: range = range(0)) -> None:
-    """Summarise, in all layers, the pages that were put off, but for those that are `done`. Writes summaries."""
-    put_off, complete = shared.deferred, shared.sequences.length // shared.sequences.page_size
-    for first, stop in ((put_off.start, min(put_off.stop, done.start)), (max(put_off.start, done.stop), put_off.stop)):
-        end = min(stop, complete)
-        if first < end:
-            for number, stores in together(shared, end - first):
-                index_pages(stores, shared.method, number, first, end)
-    shared.deferred = range(0)
-
-
-def together(shared: SharedState, num_pages: int) -> Iterator[tuple[int, list[PageStore]]]:
-    """Layers whose pages are worked on in one call, as many as temporary memory allows: the number of one, and the stores."""
-    groups: dict[Hashable, list[tuple[int, PageStore]]] = {}
+def refresh(shared: SharedState) -> None:
+    """Summarise, in all layers, the pages that are stale; what is not, for lack of memory, stays stale."""
+    if not shared.any_stale:
+        return
+    complete = shared.sequences.length // shared.sequences.page_size
+    waiting: dict[tuple[int, int], list[SpinLayer]] = {}
     for layer in shared.layers:
+        if layer.stale is not None:
+            waiting.setdefault(layer.stale, []).append(layer)
+    for (first, stop), layers in waiting.items():
+        end = min(stop, complete)
+        for group in together(shared, max(1, end - first), layers):
+            if first < end:
+                index_pages(stores_of(group), shared.method, group[0].number, first, end)
+            for layer in group:
+                layer.stale = None
+    shared.any_stale = False
+
+
+def together(
+    shared: SharedState, num_pages: int, layers: list[SpinLayer] | None = None
+) -> Iterator[list[SpinLayer]]:  # fmt: skip
+    """Layers (all, unless some are given) whose pages are worked on in one call, as many as temporary memory allows."""
+    groups: dict[Hashable, list[tuple[SpinLayer, PageStore]]] = {}
+    for layer in shared.layers if layers is None else layers:
         if layer.store is not None:
             apart = None if shared.method.layers_alike else layer.number
-            groups.setdefault((apart, rearranged.alike(layer.store)), []).append((layer.number, layer.store))
+            groups.setdefault((apart, rearranged.alike(layer.store)), []).append((layer, layer.store))
     for group in groups.values():
         store = group[0][1]
         each = num_pages * shared.sequences.batch_size * store.num_heads * store.home.row_bytes
         at_once = max(1, _BYTES_AT_ONCE // max(1, each))
         for start in range(0, len(group), at_once):
-            yield group[start][0], [store for _, store in group[start : start + at_once]]
+            yield [layer for layer, _ in group[start : start + at_once]]
+
+
+def stores_of(layers: list[SpinLayer]) -> list[PageStore]:
+    """The pages of layers that have some."""
+    return [layer.store for layer in layers if layer.store is not None]
 
 
 def index_pages(

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, check_mask, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.regrouping import Regrouping
 from .decode import StepKernels
-from .errors import AttentionError, CacheStateError
+from .errors import CacheStateError
 from .indexing import check_summaries, index_pages, index_recoded
 from .kernels.fields import MAX_QUERIES
 from .layer_budget import LayerShape
@@ -57,6 +57,10 @@ class SpinLayer(CacheLayerMixin):
         self.store: PageStore | None = None
         self.attended_tokens = 0
         self.attended_queries = 0
+        self.arranged = 0
+        """Pages of the stretches that are arranged in this layer; fewer than there are where memory ran out under way."""
+        self.stale: tuple[int, int] | None = None
+        """Pages whose summaries have to be made anew before the next step."""
         self.number = len(shared.layers)
         """Its place among the paged layers."""
         self.handle = register_layer(self)
@@ -238,7 +242,7 @@ class SpinLayer(CacheLayerMixin):
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
         is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
         if mask is not None and not is_padding:
-            _check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
+            check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
         if append:
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
         store, kernels = self._store(), self.kernels()
@@ -320,14 +324,21 @@ class SpinLayer(CacheLayerMixin):
             store.append(key, value)
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
         if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
-            self.shared.deferred = range(first, stop)
+            self.renew(first, stop)
         else:
-            self.index(first, stop)
+            index_pages([store], self.shared.method, self.number, first, stop)
 
-    def index(self, first: int, stop: int) -> None:
-        """Summarise the complete pages [first, stop) of all sequences."""
-        if self.store is not None:
-            index_pages([self.store], self.shared.method, self.number, first, stop)
+    def renew(self, first: int, stop: int) -> None:
+        """Pages [first, stop) have changed: their summaries are stale until the next step (`indexing.refresh`)."""
+        held, self.shared.any_stale = self.stale or (first, stop), True
+        self.stale = min(first, held[0]), max(stop, held[1])
+
+    def renewed(self, first: int, stop: int) -> None:
+        """Pages [first, stop) have been summarised."""
+        if self.stale is not None:
+            start, end = self.stale
+            start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
+            self.stale = (start, end) if start < end else None
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
@@ -380,11 +391,3 @@ _WAVES = (
     "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
     "raise gpu_memory or lower budget"
 )
-
-
-def _check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:
-    if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_queries):
-        raise AttentionError(
-            f"expected a mask over {num_queries} queries and {num_tokens} tokens, got {tuple(mask.shape)}; "
-            "pass a 2-D padding mask, or a 4-D mask over all tokens"
-        )

@@ -5,7 +5,8 @@
     restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
 
 Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
-always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right.
+always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right, and
+`grow` goes on where it was, with the layers that have not been `arranged` so far.
 Sequences that share segments are arranged once; where they share a part of a stretch only, each gets its own copy.
 """
 
@@ -19,17 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention.partition import Method
 from .attention.regrouping import Arrangement, Regrouping
 from .errors import BudgetError, CacheStateError, CapacityError
-from .indexing import index_deferred, index_pages, together
+from .indexing import index_pages, refresh, stores_of, together
 from .storage import rearranged
 from .storage.pages import PageStore
 from .storage.regrouped import tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
-from .storage.stretches import pages_that_may_move
+from .storage.stretches import Plan, pages_that_may_move
 
 if TYPE_CHECKING:
+    from .layer import SpinLayer
     from .shared import SharedState
 
 logger = logging.getLogger("spin_hf")
@@ -57,10 +58,8 @@ def catch_up(shared: SharedState) -> None:
     Raises:
         as `grow`; what waits is done by the next step then.
     """
-    before = shared.sequences.stretches.num_pages
     grow(shared)
-    if shared.deferred:
-        index_deferred(shared, range(before, shared.sequences.stretches.num_pages))
+    refresh(shared)
 
 
 def grow(shared: SharedState) -> None:
@@ -72,11 +71,14 @@ def grow(shared: SharedState) -> None:
     sequences, method, options = shared.sequences, shared.method, shared.options
     if not isinstance(method, Regrouping):
         return
+    _arrange_layers(shared, method)  # there is something to do where it was interrupted
     window = options.recent_window + SLACK_TOKENS
     first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
-    tokens = (stop - first) * sequences.page_size
-    if tokens < method.growth_tokens or not sequences.batch_size:
-        return
+    planned = sequences.stretches.planned
+    if planned is None or planned[:2] != (sequences.length, first):
+        tokens = (stop - first) * sequences.page_size
+        if tokens < method.growth_tokens or not sequences.batch_size:
+            return
     may_move = pages_that_may_move(
         sequences.mask.valid,
         sequences.batch_size,
@@ -85,10 +87,13 @@ def grow(shared: SharedState) -> None:
         options.num_sink_tokens,
         window,
     )
-    stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
-    at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
-    for part in range(0, len(stops), at_once):
-        _add_stretches(shared, method, [first + stop for stop in stops[part : part + at_once]], may_move)
+    if planned is None or planned[:2] != (sequences.length, first):
+        stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
+        at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
+        stops = [first + stop for stop in stops]
+        planned = (sequences.length, first, [stops[part : part + at_once] for part in range(0, len(stops), at_once)])
+    for index, stops in enumerate(planned[2]):
+        _add_stretches(shared, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
 
 
 def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
@@ -107,18 +112,21 @@ def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
-            for number, stores in together(shared, stop - first):
+            for group in together(shared, stop - first):
+                stores = stores_of(group)
                 order = rearranged.positions(stores, first, stop).flatten(2).argsort(2)
                 partitions = order.new_ones((*order.shape[:2], stop - first))
                 content = rearranged.content(stores, first, stop)
-                _rearrange(stores, shared.method, number, first, stop, order, partitions, content)
+                _rearrange(group, first, stop, order, partitions, content)
         stretches.drop_last()
+        for layer in shared.layers:
+            layer.arranged = min(layer.arranged, stretches.num_pages)
         sequences.changed()
 
 
 def check_integrity(shared: SharedState) -> None:
     """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
-    index_deferred(shared)
+    refresh(shared)
     sequences = shared.sequences
     if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
         raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
@@ -146,22 +154,39 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (part + 1) for part in range(parts)]
 
 
-def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor) -> None:
-    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer."""
+def _add_stretches(
+    shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor, planned: Plan
+) -> None:  # fmt: skip
+    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer; `planned` is next."""
     sequences = shared.sequences
     first, stop = sequences.stretches.num_pages, stops[-1]
     grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    for _, stores in together(shared, stop - first):
-        rearranged.write_runs(stores, first, stop)
-    for end, (moves, _) in zip(stops, grouped, strict=True):
-        sequences.stretches.append(end, moves)
+    for group in together(shared, stop - first):
+        rearranged.write_runs(stores_of(group), first, stop)
+        for layer in group:
+            layer.arranged = first
+    stretches = sequences.stretches.copy()
+    for end, moves in zip(stops, grouped, strict=True):
+        stretches.append(end, moves)
+    stretches.planned = planned if planned[2] else None
+    sequences.stretches = stretches
     sequences.changed()
-    runs = [run for _, found in grouped for run in found]
+    _arrange_layers(shared, method)
+
+
+def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
+    """Arrange what the newest stretches hold in the layers where that has not been done."""
+    stretches = shared.sequences.stretches
+    layers = [layer for layer in shared.layers if layer.store is not None and layer.arranged < stretches.num_pages]
+    if not layers:
+        return
+    first, stop = layers[-1].arranged, stretches.num_pages
+    runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(shared, start, end)]
     flawless = []
-    for number, stores in together(shared, stop - first):
-        content = rearranged.content(stores, first, stop)
-        order, partitions, sound = _arrange(method, stores, content, first, runs)
-        _rearrange(stores, shared.method, number, first, stop, order, partitions, content)
+    for group in together(shared, stop - first, layers):
+        content = rearranged.content(stores_of(group), first, stop)
+        order, partitions, sound = _arrange(method, stores_of(group), content, first, runs)
+        _rearrange(group, first, stop, order, partitions, content, stop)
         flawless += sound
     if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
         raise CacheStateError(
@@ -170,25 +195,34 @@ def _add_stretches(shared: SharedState, method: Regrouping, stops: list[int], ma
         )
 
 
-def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> tuple[Tensor, list[Run]]:
+def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> Tensor:
     """Copies of what sequences share in part of a stretch.
 
     Returns:
-        `may_move` [B, n], or nothing where there is no room for copies; the runs that are to be arranged.
+        `may_move` [B, n], or nothing where the caps have no room for copies.
     """
     sequences = shared.sequences
     pages = [_runs_of(row) for row in may_move.tolist()]
-    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     try:
-        for rows in groups:
+        for rows in _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
             if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
     except (BudgetError, CapacityError) as error:
+        if error.available_bytes is None:  # no cap says so: memory has run out
+            raise
         if not shared.warned_regrouping:
             shared.warned_regrouping = True
             logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
-        return torch.zeros_like(may_move), []
-    return may_move, [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
+        return torch.zeros_like(may_move)
+    return may_move
+
+
+def _runs_in(shared: SharedState, first: int, stop: int) -> list[Run]:
+    """The runs of a stretch that are to be arranged, each once for the sequences that hold the same."""
+    sequences = shared.sequences
+    pages = [_runs_of(row) for row in sequences.stretches.grouped[:, first:stop].tolist()]
+    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
+    return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 
 def _alike(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
@@ -256,17 +290,27 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
 
 
 def _rearrange(
-    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, order: Tensor, partitions: Tensor,
+    layers: list[SpinLayer],
+    first: int,
+    stop: int,
+    order: Tensor,
+    partitions: Tensor,
     content: Tensor,
-) -> None:  # fmt: skip
-    """Rearrange and index a stretch of layers, or leave them as they were."""
-    undo, moved = rearranged.rearrange(stores, first, stop, order, partitions, content)
-    try:
-        index_pages(stores, method, layer, first, stop, moved)
-    except BaseException:
-        undo()
-        index_pages(stores, method, layer, first, stop)
-        raise
+    arranged: int = 0,
+) -> None:
+    """Rearrange a stretch of layers, or leave them as they were, and index it; where that fails, it is left to `refresh`.
+
+    Args:
+        arranged: pages of stretches that are arranged in these layers then, if that is more than before.
+    """
+    stores = stores_of(layers)
+    moved = rearranged.rearrange(stores, first, stop, order, partitions, content)
+    for layer in layers:
+        layer.arranged = max(layer.arranged, arranged)
+        layer.renew(first, stop)
+    index_pages(stores, layers[0].shared.method, layers[0].number, first, stop, moved)
+    for layer in layers:
+        layer.renewed(first, stop)
 
 
 def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> Tensor:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import indexing, kernels, regroup
+from . import indexing, kernels, padding, regroup
 from .attention.interface import register_step
 from .attention.partition import Method, recipe_of
 from .compiled import KernelPool, handle_of, new_handle
@@ -59,7 +59,7 @@ class SharedState:
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
-        deferred: pages whose summaries, in all layers, wait for the next step.
+        any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
     """
 
@@ -80,8 +80,8 @@ class SharedState:
     handle: int = 0
     query_heads: int = 0
     pool: KernelPool | None = None
-    deferred: range = range(0)
     served: weakref.ref[Any] | None = None
+    any_stale: bool = False
     warned_waves: bool = False
     warned_regrouping: bool = False
     _step_kernels: dict[tuple[torch.device, int], StepKernels | None] = field(default_factory=dict)
@@ -109,6 +109,7 @@ class SharedState:
         if launch is None or (found is None and recipe_of(self.method) is None):
             return None
         if found is None or found.batch_size != batch_size:
+            counts = [] if found is None else found.counters.sum(0).tolist()
             taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
             if taken is None:
                 taken = StepKernels(self, launch, device, batch_size, num_heads)
@@ -117,7 +118,7 @@ class SharedState:
             if found is not None:
                 if found.fits:
                     taken.fit(*found.fits)
-                for counter, count in zip(Counter, found.counters.sum(0).tolist(), strict=True):
+                for counter, count in zip(Counter, counts, strict=True):
                     self._counted[counter.name] = self._counted.get(counter.name, 0) + count
                 self._put_back(found)
             found = self._step_kernels[key] = taken
@@ -182,21 +183,23 @@ class SharedState:
         register_step(self.handle, self)
         self.prepared = True
 
-    def finish(self) -> None:
-        """The step that was prepared has been launched: its tokens count."""
-        self._end_step()
+    def finish(self, foresee: bool = False) -> None:
+        """The step that was prepared has been launched: its tokens count. Where that fails, it can be done again.
+
+        Args:
+            foresee: whether to prepare what can be of a step like it, behind it.
+        """
+        if self.sequences.length % self.sequences.page_size == 0:
+            for step in self.kernels_in_use():
+                index_completed(step, self.layers)
+        if foresee:
+            for step in self.kernels_in_use():
+                step.foresee()
+        self._end_step()  # from here on nothing can fail
         for layer in self.layers:
             layer.advance()
         self.commit()
-        if self.committed % self.sequences.page_size == 0:
-            for step in self.kernels_in_use():
-                index_completed(step, self.layers)
         self.visible_length.fill_(self.committed)
-
-    def foresee(self) -> None:
-        """Prepare what can be of a step like the one that was just launched, behind it."""
-        for step in self.kernels_in_use():
-            step.foresee()
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -219,7 +222,7 @@ class SharedState:
         if not self.committed or batch_size != held or not self._can_prepare():
             self.reconcile(batch_size, mask)
             return
-        self.prepare(batch_size, 1, self.take_padding(mask))
+        self.prepare(batch_size, 1, padding.take(self, mask))
         self.launched = False
 
     def _can_prepare(self) -> bool:
@@ -300,10 +303,29 @@ class SharedState:
         self.committed = self.sequences.length
 
     def roll_back(self) -> None:
-        """Forget what an interrupted forward appended."""
+        """Forget what an interrupted forward appended, and the room that was made for it."""
         self._end_step()
         if self.sequences.length != self.committed:
-            self.truncate(self.committed)
+            regroup.restore(self, self.sequences.mask.valid, self.committed)
+            self.sequences.roll_back(self.committed)
+            self.plan.forget()
+        self.visible_length.fill_(self.committed)
+        if not self.committed and not self.sequences.refcounts:
+            self._forget_stores()
+
+    def _forget_stores(self) -> None:
+        """As before the first step, which has failed: what was settled by it is settled anew."""
+        self.sequences.stores.clear()
+        for layer in self.layers:
+            layer.store, layer.stale, layer.arranged = None, None, 0
+        self._give_up_kernels()
+        self.gpu = GpuMemory(self, self.options.gpu_memory)
+
+    def _give_up_kernels(self) -> None:
+        for step in self._step_kernels.values():
+            self._put_back(step)
+        self._step_kernels.clear()
+        self._in_use = self._begun = None
 
     def _end_step(self) -> None:
         self.pending, self.prepared, self.launched = None, False, None
@@ -314,6 +336,8 @@ class SharedState:
         self.visible_length.zero_()
         self._end_step()
         self.committed = 0
+        for layer in self.layers:
+            layer.stale, layer.arranged = None, 0
 
     def forget_kernels(self, counted: dict[str, int]) -> None:
         """After a copy, whose kernels have descriptors of their own.
@@ -327,10 +351,8 @@ class SharedState:
 
     def dispose(self) -> None:
         """Let go of layers and storage, which refer to each other; the cache is gone."""
-        for step in self._step_kernels.values():
-            self._put_back(step)
-        self._step_kernels.clear()
-        self._in_use = self._begun = self.pending = None
+        self._give_up_kernels()
+        self.pending = None
         self.layers.clear()
         self.sequences.stores.clear()
 
@@ -350,42 +372,11 @@ class SharedState:
         if self.sequences.batch_size:
             self.sequences.select(rows)
 
-    def take_padding(self, mask: Tensor | None) -> Tensor | None:
-        """Reconcile the cache with the padding mask of a step of one token.
-
-        Args:
-            mask: [B, tokens], bool; None for no padding.
-        Returns:
-            validity [B, 1] of the new tokens, or None where nothing is padding.
-        """
-        sequences = self.sequences
-        if sequences.mask.valid is None and (mask is None or bool(mask.all())):
-            return None
-        self.reconcile(sequences.batch_size, mask)
-        return None if mask is None else mask[:, -1:]
-
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
-        """Take the padding mask of a batch: tokens held may have become padding, or real again.
-
-        Args:
-            batch_size: of the forward to come.
-            mask: [B, tokens held and new], bool, False for padding; None for none.
-        """
-        sequences, length = self.sequences, self.committed
-        if length:
-            check_batch(sequences.batch_size, batch_size)
-        changed = sequences.mask.changed_tokens(mask, length) if length else None
-        if changed is None:
-            return
-        regroup.restore(self, mask, length)
-        tokens = changed.any(0).nonzero()
-        pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
-        for row in changed.any(1).nonzero().flatten().tolist():
-            sequences.unshare([row], pages)
-        sequences.mask.replace(mask, length)
-        sequences.events += 1
-        for layer in self.layers:
-            layer.index(pages.start, min(pages.stop, length // sequences.page_size))
+        """As `padding.reconcile`."""
+        if self.committed:
+            check_batch(self.sequences.batch_size, batch_size)
+            padding.reconcile(self, mask)
 
 
 def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ class StepPlan:
         self._step = -1
         self._plans: dict[tuple[int, torch.device], QueryPlan] = {}
 
+    def forget(self) -> None:
+        """Drop the plans of a step that was taken back."""
+        self._plans = {}
+
     def attends_all(self) -> bool:
         """Whether no query of the step leaves any token out, whatever the padding."""
         budget, length = self.options.budget, self.sequences.length

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -61,32 +62,36 @@ class WrappedForward:
 
 
 _wrapped: weakref.WeakKeyDictionary[nn.Module, WrappedForward] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+"""Held while forwards are wrapped and counted; the garbage collector may drop a cache, and so come here, inside as well."""
 
 
 def acquire(model: nn.Module) -> weakref.ref[nn.Module]:
     """Count one more cache of `model` and wrap its forward; returns what `release` takes."""
-    wrapped: Any = _wrapped.get(model)
-    if wrapped is None or model.__dict__.get("forward") is not wrapped:
-        wrapped = WrappedForward(model)
-        _wrapped[model] = wrapped
-        model.__dict__["forward"] = wrapped
-    wrapped.users += 1
+    with _lock:
+        wrapped: Any = _wrapped.get(model)
+        if wrapped is None or model.__dict__.get("forward") is not wrapped:
+            wrapped = WrappedForward(model)
+            _wrapped[model] = wrapped
+            model.__dict__["forward"] = wrapped
+        wrapped.users += 1
     return weakref.ref(model)
 
 
 def release(reference: weakref.ref[nn.Module]) -> None:
     """Count one cache less; the last one unwraps the forward."""
     model = reference()
-    if model is None or model not in _wrapped:
-        return
-    wrapped = _wrapped[model]
-    wrapped.users -= 1
-    if wrapped.users == 0 and model.__dict__.get("forward") is wrapped:
-        del _wrapped[model]
-        if wrapped.previous is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = wrapped.previous
+    with _lock:
+        if model is None or model not in _wrapped:
+            return
+        wrapped = _wrapped[model]
+        wrapped.users -= 1
+        if wrapped.users == 0 and model.__dict__.get("forward") is wrapped:
+            del _wrapped[model]
+            if wrapped.previous is None:
+                del model.__dict__["forward"]
+            else:
+                model.__dict__["forward"] = wrapped.previous
 
 
 def _is_compiled(forward: Any) -> bool:

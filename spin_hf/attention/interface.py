@@ -18,6 +18,7 @@ config named before. Importing this module registers both functions and nothing 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import weakref
@@ -74,15 +75,14 @@ class Step(Protocol):
 
 
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
-_next_handle = 0
+_handles = itertools.count(1)
 
 
 def register_layer(layer: AttentionLayer) -> int:
     """A handle under which the custom op finds `layer` for as long as it lives."""
-    global _next_handle
-    _next_handle += 1
-    _layers[_next_handle] = layer
-    return _next_handle
+    handle = next(_handles)
+    _layers[handle] = layer
+    return handle
 
 
 _steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()

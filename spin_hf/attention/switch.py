@@ -8,6 +8,7 @@ it since. In between, calls without a `SpinCache` are handed to the remembered i
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from typing import Any
 
@@ -29,32 +30,37 @@ class _Entry:
 
 
 _entries: dict[int, _Entry] = {}
+_lock = threading.RLock()
+"""Held while entries change; the garbage collector may drop a cache, and so come here, inside as well."""
 
 
 def acquire(config: Any) -> None:
     """Count one more cache of `config` and switch it to "spin"."""
-    entry = _entries.get(id(config))
-    if entry is None or entry.config() is not config:
-        current = config._attn_implementation
-        entry = _entries[id(config)] = _Entry(config, None if current == NAME else current)
-        weakref.finalize(config, _entries.pop, id(config), None)
-    entry.users += 1
-    if config._attn_implementation != NAME:
-        entry.previous = config._attn_implementation
-        if not entry.announced:
-            logger.info("attention implementation of %s: %r -> %r", type(config).__name__, entry.previous, NAME)
-            entry.announced = True
-        config._attn_implementation = NAME
+    announced = True
+    with _lock:
+        entry = _entries.get(id(config))
+        if entry is None or entry.config() is not config:
+            current = config._attn_implementation
+            entry = _entries[id(config)] = _Entry(config, None if current == NAME else current)
+            weakref.finalize(config, _entries.pop, id(config), None)
+        entry.users += 1
+        if config._attn_implementation != NAME:
+            entry.previous = config._attn_implementation
+            announced, entry.announced = entry.announced, True
+            config._attn_implementation = NAME
+    if not announced:
+        logger.info("attention implementation of %s: %r -> %r", type(config).__name__, entry.previous, NAME)
 
 
 def release(config: Any) -> None:
     """Count one cache of `config` less; the last one puts the remembered implementation back."""
-    entry = _entries.get(id(config))
-    if entry is None:
-        return
-    entry.users -= 1
-    if entry.users == 0 and entry.previous is not None and config._attn_implementation == NAME:
-        config._attn_implementation = entry.previous
+    with _lock:
+        entry = _entries.get(id(config))
+        if entry is None:
+            return
+        entry.users -= 1
+        if entry.users == 0 and entry.previous is not None and config._attn_implementation == NAME:
+            config._attn_implementation = entry.previous
 
 
 def previous(config: Any) -> str | None:

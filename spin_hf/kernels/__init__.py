@@ -19,7 +19,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
-    rows.py        copy_rows                    rows of chunked arrays, outside of steps
+    rows.py        rows_copier                  rows of chunked arrays, outside of steps
     page_form.py   in which form pages lie in their homes: as they came, or int8
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
 """
@@ -47,6 +47,7 @@ from .reference import (
     pages_down_to,
     put_rows,
     put_tokens,
+    rows_to_put,
     score_bins,
     select_top_pages,
     split_pages,
@@ -108,6 +109,7 @@ __all__ = [
     "put_rows",
     "put_tokens",
     "quantize",
+    "rows_to_put",
     "score_bins",
     "select_top_pages",
     "split_pages",

@@ -18,7 +18,7 @@ from .lowbit import encode_pages, quantize
 from .outliers import find_outliers_kernel
 from .plan import plan_step_kernel
 from .rate import rate_kernel
-from .rows import copy_rows
+from .rows import rows_copier
 from .score import score_kernel
 from .select import choose_kernel
 from .tokens import move_tokens, page_means
@@ -27,9 +27,10 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 launchers = SimpleNamespace(
     append=append_kernel, attend=attend_kernel, bisect=bisect, bisect_max_dim=MAX_DIM, choose=choose_kernel,
-    closer=closer_kernel, copy_page=copy_page_kernel, copy_rows=copy_rows, encode_pages=encode_pages,
+    closer=closer_kernel, copy_page=copy_page_kernel, encode_pages=encode_pages,
     estimate=estimate_kernel, fill_clusters=fill_clusters, find_outliers=find_outliers_kernel, move_tokens=move_tokens,
     page_means=page_means, plan_step=plan_step_kernel, quantize=quantize, rate=rate_kernel,
-    rate_closer=rate_closer_kernel, score=score_kernel, unit_vectors=unit_vectors, dtype=_DTYPES.__getitem__,
+    rate_closer=rate_closer_kernel, rows_copier=rows_copier, score=score_kernel, unit_vectors=unit_vectors,
+    dtype=_DTYPES.__getitem__,
 )  # fmt: skip
 """kernel[grid](...) for each name of a step; what works outside of steps launches by itself; `dtype` translates torch's."""

@@ -55,10 +55,20 @@ def take_rows(chunks: Sequence[Tensor], rows: Tensor) -> Tensor:
 
 def put_rows(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> None:
     """Write `values` [*rows.shape, *row_shape] to distinct rows of a chunked array. Mutates the chunks."""
+    rows_to_put(chunks, rows, values)()
+
+
+def rows_to_put(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> Callable[[], None]:
+    """As `put_rows`, up to the writing: that is done by what is returned, which needs no more memory."""
     flat = rows.reshape(-1)
-    values = values.reshape(flat.shape[0], *chunks[0].shape[1:])
-    for chunk, here, inside in _per_chunk(chunks, flat):
-        chunk[inside] = values[here]
+    values = values.reshape(flat.shape[0], *chunks[0].shape[1:]).to(chunks[0].dtype)
+    parts = [(chunk, inside, values[here]) for chunk, here, inside in _per_chunk(chunks, flat)]
+
+    def write() -> None:
+        for chunk, inside, part in parts:
+            chunk[inside] = part
+
+    return write
 
 
 def put_tokens(

@@ -5,6 +5,8 @@ The specification is `reference.take_rows` and `reference.put_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,16 +16,18 @@ _TILE_WORDS = 1024
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-def copy_rows(tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool) -> None:
-    """Copy the same rows of several arrays to `packed`, or with `put` from there.
+def rows_copier(
+    tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool
+) -> Callable[[], None]:  # fmt: skip
+    """What copies the same rows of several arrays to `packed`, or with `put` from there, and asks for no memory.
 
     Args:
         tables: of each array, [chunks], int64: the address of each chunk.
         rows: int64 of any shape, contiguous; distinct with `put`.
-        packed: [arrays, *rows.shape, *row_shape], contiguous. Mutated without `put`.
+        packed: [arrays, *rows.shape, *row_shape], contiguous. Mutated by the copying, without `put`.
     """
     if not packed.numel():
-        return
+        return lambda: None
     row_bytes = packed[0].numel() // rows.numel() * packed.element_size()
     word = next(size for size in _WORDS if row_bytes % size == 0)
     words = row_bytes // word
@@ -33,11 +37,15 @@ def copy_rows(tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: T
     found = tables[0]
     if many:
         found = torch.tensor([table.data_ptr() for table in tables]).to(packed.device, non_blocking=True)
-    with torch.cuda.device_of(packed):
-        copy_rows_kernel[(triton.cdiv(rows.numel(), tile), len(tables))](
-            found, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
-            PUT=put, MANY=many, TILE_ROWS=tile, TILE_WORDS=columns,
-        )  # fmt: skip
+
+    def copy() -> None:
+        with torch.cuda.device_of(packed):
+            copy_rows_kernel[(triton.cdiv(rows.numel(), tile), len(tables))](
+                found, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
+                PUT=put, MANY=many, TILE_ROWS=tile, TILE_WORDS=columns,
+            )  # fmt: skip
+
+    return copy
 
 
 @triton.jit(do_not_specialize=["count", "words", "rows_per_chunk"])

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CapacityError
+from .allocation import kept
 from .host import allocate_rows
+from .registration import wait_for_device
 from .reserve import RESERVE, Spare
 
 MAX_CHUNKS = 4096
@@ -89,15 +91,17 @@ class ChunkedArray:
         One tensor as long as the array lives, made by the first request; growing and moving write to it.
         """
         if self._table is None:
-            self._table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
-            self._write_addresses(0)
+            with kept("an address table", 8 * MAX_CHUNKS):
+                table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
+                self._write_addresses(table, 0, self.chunks)
+            self._table = table
         return self._table
 
     def grow(self, num_rows: int) -> None:
         """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are.
 
         Raises:
-            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that the host cannot lock. Nothing changes.
+            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that there is not. Nothing changes.
         """
         missing = -(-num_rows // self.rows_per_chunk) - len(self.chunks)
         if missing > 0:
@@ -106,10 +110,20 @@ class ChunkedArray:
                     f"{num_rows} rows take {len(self.chunks) + missing} chunks of {self.rows_per_chunk} rows, an array "
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
-            self.chunks += self._new_chunks(missing)
-            self._write_addresses(len(self.chunks) - missing)
+            made = self._new_chunks(missing)
+            self._write_addresses(self._table, len(self.chunks), made)
+            self.chunks += made
         self.used_rows = max(self.used_rows, num_rows)
         self._order_spare()
+
+    def shrink(self, num_rows: int) -> None:
+        """Give back the chunks that rows [0, num_rows) do not need. Asks for no memory."""
+        needed = -(-num_rows // self.rows_per_chunk)
+        if needed < len(self.chunks):
+            if self._table is not None:
+                self._table[needed : len(self.chunks)].zero_()
+            del self.chunks[needed:]
+        self.used_rows = min(self.used_rows, num_rows)
 
     def release(self) -> None:
         """Let go of all rows; the table stays where it is."""
@@ -120,31 +134,28 @@ class ChunkedArray:
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
-        copy = self._copy_rows(rows)
-        if copy is None:
+        copier = self._copier(rows)
+        if copier is None:
             self._wait_for_kernels()
             return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
         taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.compute_device)
-        copy(
-            [self.address_table], self.rows_per_chunk, rows.to(self.compute_device).contiguous(), taken[None], put=False
-        )
+        rows_there = rows.to(self.compute_device).contiguous()
+        copier([self.address_table], self.rows_per_chunk, rows_there, taken[None], put=False)()
         return taken.to(rows.device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
-        copy = self._copy_rows(rows)
-        if copy is None:
+        self.writer(rows, values)()
+
+    def writer(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
+        """As `put`, up to the writing: that is done by what is returned, which asks for no more memory."""
+        copier = self._copier(rows)
+        if copier is None:
             self._wait_for_kernels()
-            kernels.put_rows(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
-        else:
-            values = values.to(self.compute_device, self.dtype).contiguous()
-            copy(
-                [self.address_table],
-                self.rows_per_chunk,
-                rows.to(self.compute_device).contiguous(),
-                values[None],
-                put=True,
-            )
+            return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+        values = values.to(self.compute_device, self.dtype).contiguous()
+        rows = rows.to(self.compute_device).contiguous()
+        return copier([self.address_table], self.rows_per_chunk, rows, values[None], put=True)
 
     def move(self, device: torch.device, recoding: Recoding | None = None) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one and rows stay as they are).
@@ -163,26 +174,21 @@ class ChunkedArray:
                 copy.copy_(chunk)
         else:
             moved = [chunk.to(device) for chunk in self.chunks]
+        self._write_addresses(self._table, 0, moved)
         self.chunks, self.device, self._spare = moved, device, None
-        self._write_addresses(0)
 
     def _recode(self, device: torch.device, recoding: Recoding) -> None:
         """As `move`, to rows of another form. Rows that are not in use are not touched."""
         old, at_once = self.chunks, max(1, _RECODED_BYTES // self.row_bytes)
-        before = self.row_shape, self.dtype
-        self.row_shape, self.dtype = recoding.row_shape, recoding.dtype
-        try:
-            moved = self._allocate(len(old), device)
-        except BaseException:
-            self.row_shape, self.dtype = before
-            raise
+        moved = self._allocate(len(old), device, recoding.row_shape, recoding.dtype)
         for index, (copy, chunk) in enumerate(zip(moved, old, strict=True)):
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             for first in range(0, inside, at_once):
                 part = slice(first, min(first + at_once, inside))
                 copy[part] = recoding.recode(chunk[part])
+        self._write_addresses(self._table, 0, moved)
+        self.row_shape, self.dtype = recoding.row_shape, recoding.dtype
         self.chunks, self.device, self._spare = moved, device, None
-        self._write_addresses(0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """A copy of the rows in use; the rest of the last chunk is not touched (and so takes no memory on a CPU)."""
@@ -196,12 +202,12 @@ class ChunkedArray:
             copy[:inside] = source[:inside]
         return twin
 
-    def _copy_rows(self, rows: Tensor) -> Any:
-        """The kernel that copies rows, in host memory too unless the host asks for them; None where there is none."""
+    def _copier(self, rows: Tensor) -> Any:
+        """What readies the kernel that copies rows, in host memory too unless the host asks for them; None if there is none."""
         if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
             return None
         launch = kernels.launchers(self.compute_device)
-        return None if launch is None else launch.copy_rows
+        return None if launch is None else launch.rows_copier
 
     @property
     def _is_registered(self) -> bool:
@@ -210,7 +216,7 @@ class ChunkedArray:
     def _wait_for_kernels(self) -> None:
         """Before the host touches memory that kernels read and write by themselves."""
         if self._is_registered and torch.cuda.is_initialized():
-            torch.cuda.synchronize(self.compute_device)
+            wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
         """The spare, where that is all that is needed; else new ones (and the spare is kept for next time)."""
@@ -220,11 +226,16 @@ class ChunkedArray:
                 return [chunk]
         return self._allocate(count, self.device)
 
-    def _allocate(self, count: int, device: torch.device) -> list[Tensor]:
-        shape = (self.rows_per_chunk, *self.row_shape)
-        if device.type == "cpu":
-            return allocate_rows(count, shape, self.dtype, compute_device=self.compute_device)
-        return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(count)]
+    def _allocate(
+        self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:  # fmt: skip
+        """Chunks on a device, of these rows unless others are asked for."""
+        shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
+        dtype = self.dtype if dtype is None else dtype
+        with kept("pages and what is known of them", count * math.prod(shape) * dtype.itemsize):
+            if device.type == "cpu":
+                return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
 
     def _order_spare(self) -> None:
         """Have the next chunk made once half of the last one is used, so that growing by one need not wait for it."""
@@ -238,33 +249,38 @@ class ChunkedArray:
             shape = (self.rows_per_chunk, *self.row_shape)
             self._spare = RESERVE.ask(shape, self.dtype, compute_device=self.compute_device)
 
-    def _write_addresses(self, first: int) -> None:
-        """Write the addresses of chunks [first, ...) to the table, if there is one."""
-        if self._table is not None:
-            addresses = [chunk.data_ptr() for chunk in self.chunks[first:]]
-            self._table[first : len(self.chunks)] = torch.tensor(addresses, dtype=torch.int64)
+    def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
+        """Write the addresses of chunks [first, first + len(chunks)) to a table, if there is one."""
+        if table is not None and chunks:
+            with kept("addresses of pages", 8 * len(chunks)):
+                addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
+                table[first : first + len(chunks)] = addresses
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
     """The same rows of several arrays that are alike: [arrays, *rows.shape, *row_shape], copies on the ids' device."""
     first = arrays[0]
-    copy = first._copy_rows(rows)
-    if copy is None or len(arrays) == 1:
+    copier = first._copier(rows)
+    if copier is None or len(arrays) == 1:
         return torch.stack([array.take(rows) for array in arrays])
     taken = torch.empty((len(arrays), *rows.shape, *first.row_shape), dtype=first.dtype, device=first.compute_device)
     tables = [array.address_table for array in arrays]
-    copy(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)
+    copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)()
     return taken.to(rows.device)
 
 
 def put_all(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> None:
     """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows of several arrays that are alike."""
+    for write in writers(arrays, rows, values):
+        write()
+
+
+def writers(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> list[Callable[[], None]]:
+    """As `put_all`, up to the writing: that is done by what is returned, which asks for no more memory."""
     first = arrays[0]
-    copy = first._copy_rows(rows)
-    if copy is None or len(arrays) == 1:
-        for array, content in zip(arrays, values, strict=True):
-            array.put(rows, content)
-        return
+    copier = first._copier(rows)
+    if copier is None or len(arrays) == 1:
+        return [array.writer(rows, content) for array, content in zip(arrays, values, strict=True)]
     values = values.to(first.compute_device, first.dtype).contiguous()
     tables = [array.address_table for array in arrays]
-    copy(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)
+    return [copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from .registration import CudaRegistrar, Registrar
+from .registration import ONE_AT_A_TIME, CudaRegistrar, Registrar
 
 PAGE = max(4096, mmap.PAGESIZE)
 """Bytes to which slabs and chunks are aligned and rounded up."""
@@ -74,7 +74,7 @@ class HostSlab:
     """
 
     def __init__(self, num_bytes: int, registrar: Registrar, unit_bytes: int = PAGE) -> None:
-        _give_back_dropped()
+        give_back_dropped()
         size = _round_up(num_bytes, PAGE)
         alignment = HUGE_PAGE if size >= HUGE_PAGE else PAGE
         mapping = _map(size + alignment - PAGE)
@@ -210,31 +210,33 @@ def _drop(registrar: Registrar, address: int, pieces: list[int]) -> None:
     """No tensor views the slab any more. Takes no lock: the garbage collector may call it anywhere."""
     if address in _mappings:
         _dropped.append((registrar, address, pieces))
-        _give_back_dropped()
+        give_back_dropped()
 
 
-def _give_back_dropped() -> None:
+def give_back_dropped() -> None:
     """Unregister and unmap what was dropped; nothing is done where waiting for the device could spoil a capture.
 
-    A thread cannot see whether another one captures; so what the garbage collector finds in a background thread is
-    left to the others.
+    The garbage collector may call this in any thread, whatever that holds, so it does not wait for one that captures.
+    Background threads leave it to the others.
     """
     if threading.current_thread().name.startswith(THREAD_PREFIX):
         return
-    while _dropped:
+    while _dropped and ONE_AT_A_TIME.acquire(blocking=False):
         try:
             registrar, address, pieces = _dropped.popleft()
+            with suppress(RuntimeError):  # CUDA has failed for good: there is nothing left to wait for
+                if registrar.capturing():
+                    _dropped.append((registrar, address, pieces))
+                    return
+                for piece in pieces:
+                    registrar.unregister(piece)
+            mapping = _mappings.pop(address, None)
+            if mapping is not None:
+                mapping.close()
         except IndexError:  # another thread was faster
             return
-        with suppress(RuntimeError):  # CUDA has failed for good: there is nothing left to wait for
-            if registrar.capturing():
-                _dropped.append((registrar, address, pieces))
-                return
-            for piece in pieces:
-                registrar.unregister(piece)
-        mapping = _mappings.pop(address, None)
-        if mapping is not None:
-            mapping.close()
+        finally:
+            ONE_AT_A_TIME.release()
 
 
 def leave_mapped() -> None:

@@ -108,15 +108,23 @@ class PageStore:
         """Make room for `num_segments` segments and a step over `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
-            self.num_frames = num_frames
             if self.frames is None:
-                self._move_to_cpu()
-                self.frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
+                frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
+                self._move_to_cpu()  # first, as that gives back what the frames take
+                self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
-            self.frames.resize(batch_size, self.budget.shares(num_frames, num_pages, held), whole_segments(num_pages))
+            shares = self.budget.shares(num_frames, num_pages, held)
+            self.frames.resize(batch_size, shares, whole_segments(num_pages))
+            self.num_frames = num_frames
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
+
+    def shrink(self, num_segments: int) -> None:
+        """Give back the room for more segments than these. Asks for no memory."""
+        self.num_segments = min(self.num_segments, num_segments)
+        for array in self._arrays():
+            array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
 
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
@@ -140,7 +148,7 @@ class PageStore:
             self.frames.forget_from(-(-length // self.page_size))
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was."""
+        """Sequence i becomes what sequence rows[i] was. Where that fails, pages may have to be loaded again."""
         if self.frames is not None:
             self.frames.select(rows)
             self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .chunked import put_all, take_all
+from .chunked import take_all, writers
 from .pages import PageStore
 from .regrouped import RegroupedPages
 
@@ -42,13 +42,17 @@ def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
     """Pages [first, stop) of all sequences are runs of positions, and partitions by themselves."""
     rows, size = stores[0].rows(first, stop), stores[0].page_size
     tokens = torch.arange(first * size, stop * size, dtype=torch.int32, device=rows.device).view(-1, size)
-    _note(stores, rows, tokens.expand(len(stores), *rows.shape, size), tokens.new_ones((len(stores), *rows.shape)))
+    positions = tokens.expand(len(stores), *rows.shape, size)
+    for write in _notes(stores, rows, positions, tokens.new_ones((len(stores), *rows.shape))):
+        write()
 
 
 def rearrange(
     stores: list[PageStore], first: int, stop: int, order: Tensor, partitions: Tensor, content: Tensor
-) -> tuple[Callable[[], None], Tensor]:
-    """Let the tokens of pages [first, stop) of all sequences trade places. Summaries are not brought up to that.
+) -> Tensor:
+    """Let the tokens of pages [first, stop) of all sequences trade places, in all layers or, where that fails, in none.
+
+    Summaries are not brought up to that.
 
     Args:
         order: [L * B, H, tokens], int64, a permutation: place i gets the token at place order[i] of these pages; the same
@@ -56,7 +60,7 @@ def rearrange(
         partitions: [L * B, H, n], as `RegroupedPages` keeps it.
         content: the pages, as `content` gives them.
     Returns:
-        What puts everything back as it was; the pages in their new order.
+        the pages in their new order.
     """
     one = stores[0]
     rows, each = one.rows(first, stop), (len(stores), -1)
@@ -64,19 +68,22 @@ def rearrange(
     moved = kernels.move_tokens(content, order, one.page_size, one.home_form.token_parts)
     now_at = before[0].flatten(2).gather(2, order).unflatten(2, before[0].shape[2:])
 
-    def write(content: Tensor, positions: Tensor, partitions: Tensor) -> None:
-        for store in stores:
-            if store.frames is not None:
-                store.frames.forget(first, stop)
-        put_all([store.home for store in stores], rows, content.unflatten(0, each))
-        _note(stores, rows, positions.unflatten(0, each), partitions.unflatten(0, each))
+    def ready(content: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+        notes = _notes(stores, rows, positions.unflatten(0, each), partitions.unflatten(0, each))
+        return [*writers([store.home for store in stores], rows, content.unflatten(0, each)), *notes]
 
-    try:
-        write(moved, now_at, partitions)
+    undo, redo = ready(content, *before), ready(moved, now_at, partitions)
+    for store in stores:
+        if store.frames is not None:
+            store.frames.forget(first, stop)
+    try:  # nothing here asks for memory
+        for write in redo:
+            write()
     except BaseException:
-        write(content, *before)
+        for write in undo:
+            write()
         raise
-    return lambda: write(content, *before), moved
+    return moved
 
 
 def regrouped(store: PageStore) -> RegroupedPages:
@@ -85,7 +92,10 @@ def regrouped(store: PageStore) -> RegroupedPages:
     return store.regrouped
 
 
-def _note(stores: list[PageStore], rows: Tensor, positions: Tensor, partitions: Tensor) -> None:
-    """What rows [B, H, n] of all stores now hold: positions [L, B, H, n, P] and partitions [L, B, H, n]."""
-    put_all([regrouped(store).arrays[0] for store in stores], rows, positions)
-    put_all([regrouped(store).arrays[1] for store in stores], rows, partitions)
+def _notes(stores: list[PageStore], rows: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+    """What notes that rows [B, H, n] of all stores hold positions [L, B, H, n, P] and partitions [L, B, H, n]."""
+    arrays = [regrouped(store).arrays for store in stores]
+    return [
+        *writers([held for held, _ in arrays], rows, positions),
+        *writers([held for _, held in arrays], rows, partitions),
+    ]

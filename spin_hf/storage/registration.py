@@ -9,6 +9,7 @@ Slabs know a `Registrar` only, so that all they do is tested without a GPU.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,9 @@ from typing import Protocol
 import torch
 
 from ..errors import CapacityError
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by a thread that captures a CUDA graph, or waits for the whole device, which would spoil another's capture."""
 
 _PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 _CAPTURE_RELAXED = 2  # cudaStreamCaptureModeRelaxed
@@ -65,7 +69,7 @@ class CudaRegistrar:
 
     def unregister(self, address: int) -> None:
         """Wait for the device, then unlock the memory. Raises RuntimeError where CUDA has failed."""
-        torch.cuda.synchronize(self.device)  # kernels may still read it, and cudaHostUnregister need not wait for them
+        wait_for_device(self.device)  # kernels may still read it, and cudaHostUnregister need not wait for them
         with torch.cuda.device(self.device), _allowed_during_capture():
             if int(torch.cuda.cudart().cudaHostUnregister(address)):
                 _clear_last_error()
@@ -73,6 +77,12 @@ class CudaRegistrar:
     def capturing(self) -> bool:
         """Whether the calling thread is capturing a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait for all work on a device, but not while another thread captures a graph."""
+    with ONE_AT_A_TIME:
+        torch.cuda.synchronize(device)
 
 
 def _runtime_function(name: str) -> Callable[..., int] | None:

@@ -17,6 +17,7 @@ given back and made at any time between two steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,7 +26,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CacheStateError
+from .allocation import kept, out_of_memory
 from .budget import coarsely
+
+NO_PAGE = (1 << 31) - 1
+"""Beyond every page."""
 
 
 class Group(NamedTuple):
@@ -103,37 +108,44 @@ class PageFrames:
         memory to copy what stays, it is given up too, and loaded again when it is needed.
 
         Raises:
-            torch.OutOfMemoryError: there is no memory for more slots; there are as many as before.
+            CapacityError: there is no memory for more slots; there are as many as before, or none until the next call.
         """
         wanted = (slots,) * batch_size if isinstance(slots, int) else tuple(slots)
         if len(self.slots) != batch_size:
             self.forget_sequences(batch_size)
         if self.page_slot.shape[2] < num_pages:  # seldom copied, if it grows by little
-            self.page_slot = _fit(self.page_slot, coarsely(num_pages) if self.page_slot.shape[2] else num_pages, -1)
+            width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
+            with kept("the table of resident pages", 4 * batch_size * self.num_heads * width):
+                self.page_slot = _fit(self.page_slot, width, -1)
         if wanted != self.slots:
-            self._take_slots(wanted)
+            with kept("page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()):
+                self._take_slots(wanted)
 
     def forget_sequences(self, batch_size: int) -> None:
         """Have so many sequences, without slots; memory is given back."""
-        self.slots, self.shares = (0,) * batch_size, None
-        self.frames = self.frames.new_empty((0, self.page_elements))
-        self.page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
-        self.slot_page, self.slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
+        frames = self.frames.new_empty((0, self.page_elements))
+        page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
+        slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
+        self.slots, self.shares, self.frames, self.page_slot = (0,) * batch_size, None, frames, page_slot
+        self.slot_page, self.slot_step = slot_page, slot_step
 
     def _take_slots(self, wanted: tuple[int, ...]) -> None:
         """Copy what stays to other frames, or give it up where memory is short."""
         before = self.slots
         try:
             self._move_slots(wanted)
-        except torch.OutOfMemoryError:
-            width = self.page_slot.shape[2]
-            self.forget_sequences(len(wanted))
-            self.page_slot = _fit(self.page_slot, width, -1)
-            try:
-                self._move_slots(wanted)
-            except torch.OutOfMemoryError:
-                self._move_slots(before)
+            return
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
+        width = self.page_slot.shape[2]
+        self.forget_sequences(len(wanted))
+        self.page_slot = _fit(self.page_slot, width, -1)
+        try:
+            self._move_slots(wanted)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            self._move_slots(before)
+            raise
 
     def _move_slots(self, wanted: tuple[int, ...]) -> None:
         """As `_take_slots`; raises before anything has changed."""
@@ -233,17 +245,18 @@ class PageFrames:
             value_part[frames, first_offset:stop] = values[mine][b, h].to(self.frames.dtype)
 
     def forget(self, first: int, stop: int) -> None:
-        """Drop pages [first, stop) from the tables."""
-        self.page_slot[:, :, first:stop] = -1
-        self.slot_page.masked_fill_((self.slot_page >= first) & (self.slot_page < stop), -1)
+        """Drop pages [first, stop) from the tables; all, where there is no memory to say which."""
+        with self._all_or_none():
+            dropped = (self.slot_page >= first) & (self.slot_page < stop)
+            self.page_slot[:, :, first:stop].fill_(-1)
+            self.slot_page.masked_fill_(dropped, -1)
 
     def forget_from(self, page: int) -> None:
-        """Drop pages `page` and later from the tables."""
-        self.page_slot[:, :, page:] = -1
-        self.slot_page.masked_fill_(self.slot_page >= page, -1)
+        """Drop pages `page` and later from the tables; all, where there is no memory to say which."""
+        self.forget(page, NO_PAGE)
 
     def forget_all(self) -> None:
-        """Drop all pages."""
+        """Drop all pages. Asks for no memory."""
         self.page_slot.fill_(-1)
         self.slot_page.fill_(-1)
 
@@ -255,9 +268,20 @@ class PageFrames:
         if len(rows) != len(self.slots):
             self.forget_sequences(len(rows))
             return
-        for moved in (i for i, row in enumerate(rows) if i != row):
-            self.page_slot[moved] = -1
-            self.held(moved).fill_(-1)
+        with self._all_or_none():
+            for moved in (i for i, row in enumerate(rows) if i != row):
+                self.page_slot.select(0, moved).fill_(-1)
+                self.held(moved).fill_(-1)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Let tables agree whatever happens inside: no page resident is always right, as the cpu tier has them all."""
+        try:
+            yield
+        except BaseException as error:
+            self.forget_all()
+            if not out_of_memory(error):
+                raise
 
     def check_integrity(
         self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
@@ -269,7 +293,8 @@ class PageFrames:
             partial: [B, 1, N, page elements] broadcastable, bool: elements that hold tokens.
         """
         resident = 0
-        for row in range(len(self.slots)):
+        num_sequences = min(len(self.slots), rows.shape[0])  # others, where a change of the batch failed, hold nothing
+        for row in range(num_sequences):
             h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
             page = self.held(row)[h, slot].long()
             resident += page.numel()
@@ -285,7 +310,7 @@ class PageFrames:
                 raise CacheStateError(
                     "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
                 )
-        if int((self.page_slot >= 0).sum()) != resident:
+        if any(int((table >= 0).sum()) != resident for table in (self.page_slot, self.slot_page)):
             raise CacheStateError(_DISAGREE)
 
     def _first(self, slots: Sequence[int]) -> list[int]:

@@ -23,17 +23,11 @@ from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
+from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, segments_of, take_segments
 from .stretches import Stretches
 from .token_mask import TokenMask
 
-SEGMENT_PAGES = 32
-ENTRY_BYTES = 8
-"""Bytes of a number in the directory and the reference counts."""
-
-
-def segments_of(num_pages: int) -> int:
-    """Segments that hold so many pages of a sequence."""
-    return -(-num_pages // SEGMENT_PAGES)
+__all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "SegmentStore", "Sequences", "check_batch", "segments_of"]
 
 
 class SegmentStore(Protocol):
@@ -46,6 +40,9 @@ class SegmentStore(Protocol):
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Make room for what `check` allowed."""
+
+    def shrink(self, num_segments: int) -> None:
+        """Give back room for more segments than these, without asking for memory."""
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy rows of each (source, destination) segment."""
@@ -89,6 +86,8 @@ class Sequences:
         """Changes to the past: anything but tokens that follow."""
         self.layout = 0
         """Counts what may have moved or resized memory: new room, and changes to the past."""
+        self._before: tuple[list[list[int]], list[int], list[int]] | None = None
+        """Directory, reference counts and free segments before the present step, while it is the last change."""
         self.recodings = 0
         """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
         self._room: tuple[int, ...] | None = None
@@ -171,9 +170,11 @@ class Sequences:
                 f"expected {self.batch_size} sequences, got {batch_size}; begin with as many as are held"
             )
         length = self.length + num_tokens
+        mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
+        before = self.directory, self.refcounts, self.free
         if not self._owns(self.length // self.page_size, -(-length // self.page_size)):
             self._take(batch_size, self.length // self.page_size, -(-length // self.page_size))
-        self.mask.append(batch_size, self.length, new_valid, num_tokens)
+        self.mask, self._before = mask, before
         self.step += min(max(1, self.length - self.start), MAX_QUERIES)
         self.start, self.length = self.length, length
 
@@ -189,10 +190,9 @@ class Sequences:
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         keeps = self.length or self.stores  # else no store has rows of the segments that a refused batch took
         refcounts, free = (list(self.refcounts), list(self.free)) if keeps else ([], [])
-        copies = _take_segments(directory, refcounts, free, first, stop)
-        self._make_room(batch_size, len(refcounts), len(directory[0]) * SEGMENT_PAGES)  # so that layouts change seldom
-        for store in self.stores:
-            store.copy_segments(copies)
+        copies = take_segments(directory, refcounts, free, first, stop)
+        num_pages = len(directory[0]) * SEGMENT_PAGES  # of whole segments, so that layouts change seldom
+        self._prepare(copies, batch_size, len(refcounts), num_pages)
         if (directory, refcounts) != (self.directory, self.refcounts):
             self.directory, self.refcounts, self.free = directory, refcounts, free
             self._rows.clear()
@@ -240,16 +240,16 @@ class Sequences:
         for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
-                copies += _own_segment(holders, index, refcounts, free)
-        self._make_room(self.batch_size, len(refcounts), self.num_pages)
-        for store in self.stores:
-            store.copy_segments(copies)
+                copies += own_segment(holders, index, refcounts, free)
+        self._prepare(copies, self.batch_size, len(refcounts), self.num_pages)
         self.directory, self.refcounts, self.free = directory, refcounts, free
         self._rows.clear()
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
         self.changed()
+        for store in self.stores:
+            store.truncate(length)
         keep = segments_of(-(-length // self.page_size))
         for row in self.directory:
             for segment in row[keep:]:
@@ -258,8 +258,14 @@ class Sequences:
         self.mask.truncate(length)
         self.start = self.length = length
         self._rows.clear()
-        for store in self.stores:
-            store.truncate(length)
+
+    def roll_back(self, length: int) -> None:
+        """Take back the present step, which began at `length` tokens: what was shared is shared, room that was made is gone."""
+        before = self._before
+        self.truncate(length)
+        if before is not None:
+            self.directory, self.refcounts, self.free = before
+        self._shrink()
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
@@ -270,7 +276,11 @@ class Sequences:
             raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {held - 1}")
         for store in self.stores:
             store.check(len(rows), len(self.refcounts), self.num_pages)
-        old = self.directory
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        mask, stretches = self.mask.selected(chosen), self.stretches.selected(chosen)
+        for store in self.stores:
+            store.select(rows)
+        old, self.mask, self.stretches, self._counted = self.directory, mask, stretches, None  # now nothing can fail
         self.directory = [list(old[row]) for row in rows]
         for row in self.directory:
             for segment in row:
@@ -278,11 +288,7 @@ class Sequences:
         for row in old:
             for segment in row:
                 self._release(segment)
-        self.mask.select(torch.tensor(rows, dtype=torch.int64))
-        self.stretches.select(torch.tensor(rows, dtype=torch.int64))
         self._rows.clear()
-        for store in self.stores:
-            store.select(rows)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
@@ -317,7 +323,22 @@ class Sequences:
 
     def changed(self) -> None:
         """Note that the past is not what it was."""
-        self.events, self.layout, self._room = self.events + 1, self.layout + 1, None
+        self.events, self.layout, self._room, self._before = self.events + 1, self.layout + 1, None, None
+
+    def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
+        """Make room, and copies of (source, copy) segments; a failure leaves no more room than there was."""
+        try:
+            self._make_room(*room)
+            for store in self.stores:
+                store.copy_segments(copies)
+        except BaseException:
+            self._room = None
+            self._shrink()
+            raise
+
+    def _shrink(self) -> None:
+        for store in self.stores:
+            store.shrink(len(self.refcounts))
 
     def _make_room(self, *room: int) -> None:
         """Let the stores take a batch size, segments and pages; most steps need what the step before needed."""
@@ -347,41 +368,6 @@ class Sequences:
         self.refcounts[segment] -= 1
         if not self.refcounts[segment]:
             self.free.append(segment)
-
-
-def _take_segments(
-    directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
-) -> list[tuple[int, int]]:
-    """Extend every sequence to `num_pages` and unshare the segment of `first_page`; returns (source, copy) pairs."""
-    copies: list[tuple[int, int]] = []
-    for row in directory:
-        if first_page // SEGMENT_PAGES < len(row):
-            copies += _own_segment([row], first_page // SEGMENT_PAGES, refcounts, free)
-        while len(row) * SEGMENT_PAGES < num_pages:
-            row.append(_new_segment(refcounts, free))
-    return copies
-
-
-def _own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
-    """Replace a segment that others share by a new one, in all of `holders`; returns the (source, copy) pair, if any."""
-    source = holders[0][index]
-    if refcounts[source] == len(holders):
-        return []
-    refcounts[source] -= len(holders)
-    copy = _new_segment(refcounts, free)
-    refcounts[copy] = len(holders)
-    for row in holders:
-        row[index] = copy
-    return [(source, copy)]
-
-
-def _new_segment(refcounts: list[int], free: list[int]) -> int:
-    if free:
-        segment = free.pop()
-        refcounts[segment] = 1
-        return segment
-    refcounts.append(1)
-    return len(refcounts) - 1
 
 
 def _check(condition: bool, message: str) -> None:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .. import kernels
 
+Plan = tuple[int, int, list[list[int]]]
+"""For how many tokens, behind how many pages, and where the stretches end that are made at a time."""
+
 
 class Stretches:
     """Stretches of a batch, from the first page on without gaps; which of their pages are grouped, by sequence."""
@@ -25,6 +28,8 @@ class Stretches:
         """The page behind each stretch, ascending."""
         self.grouped = torch.zeros((0, 0), dtype=torch.bool)
         """[B, num_pages], on the CPU."""
+        self.planned: Plan | None = None
+        """What comes next, where regrouping was interrupted."""
 
     @property
     def num_pages(self) -> int:
@@ -35,6 +40,12 @@ class Stretches:
     def bounds(self) -> list[tuple[int, int]]:
         """First page and the page behind, of each stretch."""
         return list(zip([0, *self.stops], self.stops, strict=False))
+
+    def copy(self) -> Stretches:
+        """The same, to be changed by itself."""
+        made = Stretches()
+        made.stops, made.grouped = list(self.stops), self.grouped
+        return made
 
     def append(self, stop: int, grouped: Tensor) -> None:
         """A stretch up to page `stop`, of which the pages `grouped` [B, stop - num_pages] are regrouped."""
@@ -47,10 +58,12 @@ class Stretches:
         self.stops.pop()
         self.grouped = self.grouped[:, : self.num_pages]
 
-    def select(self, rows: Tensor) -> None:
-        """Sequence i becomes what sequence `rows[i]` was."""
+    def selected(self, rows: Tensor) -> Stretches:
+        """The stretches of sequences of which number i is number `rows[i]` of these."""
+        made = self.copy()
         if self.stops:
-            self.grouped = self.grouped.index_select(0, rows.to(self.grouped.device))
+            made.grouped = self.grouped.index_select(0, rows.to(self.grouped.device))
+        return made
 
 
 def pages_that_may_move(

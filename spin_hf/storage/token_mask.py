@@ -37,23 +37,29 @@ class TokenMask:
         held = {"padding": self.valid, "token positions": self.positions}
         return {name: 0 if table is None else table.nbytes for name, table in held.items()}
 
-    def append(self, batch_size: int, start: int, new: Tensor | None, count: int) -> None:
-        """Set the validity of tokens [start, start + count).
+    def appended(self, batch_size: int, start: int, new: Tensor | None, count: int) -> TokenMask:
+        """The mask that has tokens [start, start + count) of validity `new` behind it; this one is not changed.
 
         Args:
             new: [B, count], bool, or None for all valid.
         """
-        if self.valid is None and (new is None or bool(new.all())):
-            if self.positions is not None:
-                self.positions = self._with_positions(start, self.positions.new_ones((batch_size, count)))
-            return
-        if self.valid is None:
+        unpadded = self.valid is None and (new is None or bool(new.all()))
+        if unpadded and self.positions is None:
+            return self
+        made = TokenMask(self.keeps_positions)
+        if unpadded:
+            assert self.positions is not None
+            made.positions = self._with_positions(start, self.positions.new_ones((batch_size, count)))
+            return made
+        held = self.valid
+        if held is None:
             assert new is not None
-            self.valid = torch.ones((batch_size, start), dtype=torch.bool, device=new.device)
-        fresh = self.valid.new_ones((batch_size, count)) if new is None else new.to(self.valid.device)
+            held = torch.ones((batch_size, start), dtype=torch.bool, device=new.device)
+        fresh = held.new_ones((batch_size, count)) if new is None else new.to(held.device)
         if self.keeps_positions:
-            self.positions = self._with_positions(start, fresh)
-        self.valid = torch.cat([self.valid[:, :start], fresh], dim=1)
+            made.positions = self._with_positions(start, fresh)
+        made.valid = torch.cat([held[:, :start], fresh], dim=1)
+        return made
 
     def next_positions(self, start: int, fresh: Tensor) -> Tensor:
         """Positions [B, count] of tokens of validity `fresh` [B, count] that would come at `start`; padding has any."""
@@ -84,9 +90,11 @@ class TokenMask:
         if self.positions is not None:
             self.positions = self.positions[:, :length] if length else None
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
+    def selected(self, rows: Tensor) -> TokenMask:
+        """The mask whose row i is row `rows[i]` of this one."""
+        made = TokenMask(self.keeps_positions)
         if self.valid is not None:
-            self.valid = self.valid.index_select(0, rows.to(self.valid.device))
+            made.valid = self.valid.index_select(0, rows.to(self.valid.device))
         if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+            made.positions = self.positions.index_select(0, rows.to(self.positions.device))
+        return made

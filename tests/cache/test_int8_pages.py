@@ -141,7 +141,7 @@ def test_pages_that_move_later(method: str) -> None:
     early = Driver(SHAPE, **options, gpu_memory=TIGHT)
     late = Driver(SHAPE, **options, gpu_memory=TIGHT)
     feed(early, world, [250])
-    late.cache._shared.options = replace(late.cache._shared.options, gpu_memory=10**9)
+    late.cache._shared.gpu.given = 10**9
     feed(late, world, [250])
     assert early.cache.stats().cpu_bytes > 0
     assert late.cache.stats().cpu_bytes == 0
@@ -220,7 +220,7 @@ def test_a_frame_that_differs_is_found() -> None:
     feed(driver, world, [300, 301])
     driver.cache.check_integrity()
     frames = driver.cache.layers[0].store.frames
-    b, h, slot = (frames.slot_page >= 0).nonzero()[0].tolist()
-    frames.frames[(b * 2 + h) * frames.num_slots + slot, 0] += 1e-3
+    h, slot = (frames.held(0) >= 0).nonzero()[0].tolist()
+    frames.frames[h * frames.num_slots + slot, 0] += 1e-3
     with pytest.raises(Exception, match="a frame differs"):
         driver.cache.check_integrity()

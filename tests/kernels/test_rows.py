@@ -68,7 +68,7 @@ def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("row_shape", [(), (3,), (8,), (3, 2), (700,), (4099,)])
 @pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (3, 4), (2, 40)])
 def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from spin_hf.kernels.rows import copy_rows
+    from spin_hf.kernels.rows import rows_copier
 
     chunks, expected = (
         [chunk.to(dtype) for chunk in chunked(num_chunks, rows, row_shape, torch.int32)] for _ in range(2)
@@ -76,13 +76,13 @@ def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ..
     ids = torch.randperm(num_chunks * rows, generator=torch.Generator().manual_seed(0))[:-2]
     table = torch.tensor([chunk.data_ptr() for chunk in chunks])
     taken = torch.full((len(ids), *row_shape), 7, dtype=dtype)
-    copy_rows(table, rows, ids, taken, put=False)
+    rows_copier([table], rows, ids, taken[None], put=False)()
     assert torch.equal(taken, take_rows(expected, ids))
     taken.neg_()
-    copy_rows(table, rows, ids, taken, put=True)
+    rows_copier([table], rows, ids, taken[None], put=True)()
     put_rows(expected, ids, taken)
     assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
-    copy_rows(table, rows, ids[:0], taken[:0], put=True)
+    rows_copier([table], rows, ids[:0], taken[None, :0], put=True)()
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim", "page_size"), [(4, 4, 8), (3, 5, 8), (1, 2, 1), (6, 1, 3)])

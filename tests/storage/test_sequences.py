@@ -33,6 +33,9 @@ class Notebook:
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         self.calls.append("reserve")
 
+    def shrink(self, num_segments: int) -> None:
+        pass
+
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         for source, destination in pairs:
             for page in range(SEGMENT_PAGES):

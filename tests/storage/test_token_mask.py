@@ -18,8 +18,8 @@ def held(mask: TokenMask, expected: Rows) -> bool:
 
 def test_nothing_is_stored_without_padding() -> None:
     mask = TokenMask()
-    mask.append(2, 0, None, 5)
-    mask.append(2, 5, torch.ones((2, 3), dtype=torch.bool), 3)
+    mask = mask.appended(2, 0, None, 5)
+    mask = mask.appended(2, 5, torch.ones((2, 3), dtype=torch.bool), 3)
     assert mask.valid is None
     assert mask.changed_tokens(None, 8) is None
     assert mask.changed_tokens(torch.ones((2, 9), dtype=torch.bool), 8) is None
@@ -40,7 +40,7 @@ def test_random_histories(data: st.DataObject) -> None:
             new = [[data.draw(bits) for _ in range(count)] for _ in range(rows)]
             if action == "append none":
                 new = [[True] * count for _ in range(rows)]
-            mask.append(rows, start, None if action == "append none" else torch.tensor(new), count)
+            mask = mask.appended(rows, start, None if action == "append none" else torch.tensor(new), count)
             expected = [row[:start] + fresh for row, fresh in zip(expected, new, strict=True)]
         elif action == "truncate":
             keep = data.draw(st.integers(0, length))
@@ -48,7 +48,7 @@ def test_random_histories(data: st.DataObject) -> None:
             expected = [row[:keep] for row in expected]
         elif action == "select":
             order = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
-            mask.select(torch.tensor(order))
+            mask = mask.selected(torch.tensor(order))
             rows, expected = len(order), [list(expected[i]) for i in order]
         elif length:
             wanted = [[data.draw(bits) for _ in range(length + 1)] for _ in range(rows)]
@@ -76,9 +76,9 @@ def test_replace_copies() -> None:
 def test_an_emptied_mask_takes_another_batch() -> None:
     """All tokens were cropped away; the next batch may have another size."""
     mask = TokenMask()
-    mask.append(3, 0, torch.zeros((3, 2), dtype=torch.bool), 2)
+    mask = mask.appended(3, 0, torch.zeros((3, 2), dtype=torch.bool), 2)
     mask.truncate(0)
-    mask.append(2, 0, torch.tensor([[True], [False]]), 1)
+    mask = mask.appended(2, 0, torch.tensor([[True], [False]]), 1)
     assert held(mask, [[True], [False]])
 
 
@@ -102,7 +102,7 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
         if action.startswith("append"):
             count = data.draw(st.integers(1, 4))
             new = [[action == "append none" or data.draw(bits) for _ in range(count)] for _ in range(rows)]
-            mask.append(rows, length, None if action == "append none" else torch.tensor(new), count)
+            mask = mask.appended(rows, length, None if action == "append none" else torch.tensor(new), count)
             for row in range(rows):
                 for bit in new[row]:
                     expected[row].append(sum(valid[row]) if bit else None)
@@ -113,7 +113,7 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
             valid, expected = [row[:keep] for row in valid], [row[:keep] for row in expected]
         elif action == "select":
             chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
-            mask.select(torch.tensor(chosen))
+            mask = mask.selected(torch.tensor(chosen))
             valid, expected = [list(valid[row]) for row in chosen], [list(expected[row]) for row in chosen]
             rows = len(chosen)
         elif action == "replace" and length:
@@ -128,7 +128,7 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
 
 def test_no_positions_are_kept_unless_asked_for() -> None:
     mask = TokenMask()
-    mask.append(1, 0, torch.tensor([[False, True]]), 2)
+    mask = mask.appended(1, 0, torch.tensor([[False, True]]), 2)
     mask.replace(torch.tensor([[True, False]]), 2)
     assert mask.positions is None
     assert mask.metadata == {"padding": 2, "token positions": 0}

@@ -1,0 +1,53 @@
+"""Segments of a pool: taking new ones, and a sequence's own copy of one that others share. Lists are changed in place.
+
+    directory   sequence 0  [ 3 | 0 | 5 ]       refcounts   segment     0:2  3:2  5:1  6:1       free: 1 2 4
+                sequence 1  [ 3 | 0 | 6 ]
+
+`sequences.py` says what they are for; it works on copies of these lists until all memory is there.
+"""
+
+from __future__ import annotations
+
+SEGMENT_PAGES = 32
+ENTRY_BYTES = 8
+"""Bytes of a number in the directory and the reference counts."""
+
+
+def segments_of(num_pages: int) -> int:
+    """Segments that hold so many pages of a sequence."""
+    return -(-num_pages // SEGMENT_PAGES)
+
+
+def take_segments(
+    directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
+) -> list[tuple[int, int]]:
+    """Extend every sequence to `num_pages` and unshare the segment of `first_page`; returns (source, copy) pairs."""
+    copies: list[tuple[int, int]] = []
+    for row in directory:
+        if first_page // SEGMENT_PAGES < len(row):
+            copies += own_segment([row], first_page // SEGMENT_PAGES, refcounts, free)
+        while len(row) * SEGMENT_PAGES < num_pages:
+            row.append(_new_segment(refcounts, free))
+    return copies
+
+
+def own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
+    """Replace a segment that others share by a new one, in all of `holders`; returns the (source, copy) pair, if any."""
+    source = holders[0][index]
+    if refcounts[source] == len(holders):
+        return []
+    refcounts[source] -= len(holders)
+    copy = _new_segment(refcounts, free)
+    refcounts[copy] = len(holders)
+    for row in holders:
+        row[index] = copy
+    return [(source, copy)]
+
+
+def _new_segment(refcounts: list[int], free: list[int]) -> int:
+    if free:
+        segment = free.pop()
+        refcounts[segment] = 1
+        return segment
+    refcounts.append(1)
+    return len(refcounts) - 1

@@ -1,0 +1,137 @@
+"""Memory that runs out anywhere: at least 200 failures in random order, and the cache goes on as if there had been none.
+
+Each is one point of one call (`scenarios.py`), judged as in `trial.py`. Which points are drawn depends on SEED alone, which a
+failing test prints; SPIN_HF_FAULTS asks for another number of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from spin_hf.storage import host, pages
+
+from ..cache.regrouping import little_slack
+from ..support.faults import Faults, SlabFaults, chunks_in_slabs
+from .scenarios import SCENARIOS
+from .trial import Trials
+
+SEED = int(os.environ.get("SPIN_HF_FAULTS_SEED", "20260"))
+FAILURES = int(os.environ.get("SPIN_HF_FAULTS", "220"))
+IN_SLABS = (
+    "prompt",
+    "prompt, paged",
+    "token that takes a segment",
+    "token that moves pages to the cpu tier",
+    "repeat, paged",
+)
+"""Scenarios whose chunks are slabs: what the system and the driver refuse is among their points."""
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
+    monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 2)
+    monkeypatch.setattr(pages, "_MAX_CHUNK_SEGMENTS", 2)
+    gc.collect()
+    gc.freeze()  # what was there before need not be looked through after each failure
+    with little_slack():
+        yield
+    gc.unfreeze()
+
+
+def _draw(names: list[str], points: dict[str, int], count: int) -> list[tuple[str, int, bool]]:
+    """Failures in random order: scenario, point, and whether memory stays out until the call ends."""
+    generator = random.Random(SEED)
+    everywhere = [
+        (name, point, lasting) for name in names for point in range(points[name]) for lasting in (False, True)
+    ]
+    share = max(1, count // len(names))
+    drawn = [
+        one
+        for name in names
+        for one in generator.sample([other for other in everywhere if other[0] == name], min(share, 2 * points[name]))
+    ]
+    rest = [one for one in everywhere if one not in set(drawn)]
+    drawn += generator.sample(rest, min(len(rest), max(0, count - len(drawn))))
+    generator.shuffle(drawn)
+    return drawn
+
+
+def _run(trials: dict[str, Trials], count: int) -> set[tuple[str, int, bool]]:
+    """Failures of some scenarios; returns those that really failed."""
+    for each in trials.values():
+        each.expected  # noqa: B018  (counts the points)
+    failed = set()
+    for name, point, lasting in _draw(list(trials), {name: each.points for name, each in trials.items()}, count):
+        try:
+            if trials[name].fail(point, lasting):
+                failed.add((name, point, lasting))
+        except BaseException as error:
+            error.add_note(
+                f"scenario {name!r}, point {point}, lasting={lasting}, SPIN_HF_FAULTS_SEED={SEED}"
+            ) if hasattr(error, "add_note") else print(
+                f"scenario {name!r}, point {point}, lasting={lasting}, SPIN_HF_FAULTS_SEED={SEED}"
+            )
+            raise
+    return failed
+
+
+def test_failures_anywhere() -> None:
+    faults = Faults()
+    failed = _run({name: Trials(scenario, faults) for name, scenario in SCENARIOS.items()}, FAILURES)
+    assert len(failed) >= 0.9 * FAILURES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="slabs are populated by Linux")
+def test_failures_of_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question to the system and to the driver is refused once, among others; all is given back in the end."""
+    faults = Faults()
+    slabs = chunks_in_slabs(faults, monkeypatch)
+    trials = {name: Trials(SCENARIOS[name], faults, slabs) for name in IN_SLABS}
+    refused = 0
+    for each in trials.values():
+        each.expected  # noqa: B018
+        for point in _questions(each):
+            place = each.fail(point, lasting=bool(point % 2))
+            refused += place.startswith(("mmap", "touch", "register"))  # a spare that was made in time is not asked for
+    assert refused >= 20
+    trials.clear()
+    del each
+    gc.collect()
+    _assert_given_back(slabs)
+
+
+def _questions(trials: Trials) -> list[int]:
+    """The points of a call at which the system or the driver is asked."""
+    run, faults = trials.copy(), trials.faults
+    asked: list[int] = []
+    reach = faults.reach
+
+    def noted(what: str) -> bool:
+        if what in ("mmap", "touch", "register"):
+            asked.append(faults.count)
+        return reach(what)
+
+    faults.reach = noted  # type: ignore[method-assign]
+    try:
+        with faults.armed(None):
+            trials.scenario.call(run)
+    finally:
+        faults.reach = reach  # type: ignore[method-assign]
+    faults.made.clear()
+    return asked
+
+
+def _assert_given_back(slabs: SlabFaults) -> None:
+    spare: Any = host.HostSlab(host.PAGE, slabs)  # gives back what the reserve's thread was the last to hold
+    del spare
+    gc.collect()
+    assert not slabs.registered
+    assert not slabs.open_bytes
