@@ -18,7 +18,8 @@ When memory runs out under way, the error says whose it was:
     what the cache keeps            pages, summaries, page frames, tables, buffers of steps    CapacityError, from the refusal
     what a forward computes with    its own tensors and the model's                         torch.OutOfMemoryError, as it came
 
-Either way the cache is what it was before the call, and the same call works once there is memory.
+Either way the cache is what it was before the call, and the same call works once there is memory. Pages that went to the cpu
+tier under way stay there, with `cpu_dtype="int8"` as int8.
 """
 
 

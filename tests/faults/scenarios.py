@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from spin_hf import Bisection, SpinCache
+from spin_hf import Bisection, SpinCache, indexing
 
 from ..cache.regrouping import Clumped, regrouping_often
 from ..support.memory import SMALL_ZONES
@@ -91,6 +92,16 @@ def padded(count: int, columns: slice, real_before: bool = False) -> Step:
     return step
 
 
+def layer_by_layer(step: Step) -> Step:
+    """As where temporary memory is for one layer at a time."""
+
+    def alone(run: Run) -> Any:
+        with patch.object(indexing, "_BYTES_AT_ONCE", 1):
+            return step(run)
+
+    return alone
+
+
 _GOES_ON = feed(1, 3)
 
 
@@ -100,6 +111,7 @@ class Scenario:
 
     Attributes:
         forward: whether `call` is a forward of the model.
+        recodes: whether `call` makes pages int8, which stay so where it fails: what they hold is what it would be after it.
     """
 
     call: Step
@@ -108,11 +120,13 @@ class Scenario:
     options: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     forward: bool = True
+    recodes: bool = False
 
 
 _PAGED = {"gpu_memory": "200kB"}
 _MOVES = {"gpu_memory": "400kB"}
 """Two segments of two sequences take 280 kB in both layers, four twice as much."""
+_INT8 = {"cpu_dtype": "int8"}
 _REGROUPS = {"method": regrouping_often(Clumped, 64, 24)()}
 _BISECTS = {"method": regrouping_often(Bisection, 64, 24)(2)}
 _TO_BEAMS = on_cache("reorder_cache", torch.tensor([1, 1]), rows=[1, 1])
@@ -162,6 +176,15 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "regrouped, cropped": Scenario(
         on_cache("crop", -70, removes=70), before=feed(160, 1, 1), options=_REGROUPS, forward=False
+    ),
+    "regrouping, layer by layer": Scenario(layer_by_layer(feed(1)), before=feed(160, 1), options=_REGROUPS),
+    "regrouping of int8 pages": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED, **_INT8}),
+    "regrouping behind a prompt": Scenario(feed(1), before=feed(160), options=_REGROUPS),
+    "second prompt, regrouped": Scenario(feed(30), before=feed(160, 1, 1), options=_REGROUPS),
+    "int8 pages": Scenario(feed(30), before=feed(270, 1), options={**_PAGED, **_INT8}),
+    "token that recodes pages": Scenario(feed(1), before=feed(255, 1), options={**_MOVES, **_INT8}, recodes=True),
+    "padded batch, paged": Scenario(
+        padded(1, slice(0, 200)), before=padded(270, slice(0, 200)), options=_PAGED, after=padded(1, slice(0, 200))
     ),
     "bisection": Scenario(feed(1), before=feed(120, 1), options=_BISECTS),
     "windows": Scenario(feed(1), before=feed(40, 1), family="gemma3_text"),
