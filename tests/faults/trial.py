@@ -140,10 +140,10 @@ class Trials:
 
 
 def frame_bytes(run: Run) -> int:
-    """Bytes of page frames and their tables, of the padding mask and of row ids: new before a step fails."""
+    """Bytes of page frames and their tables, and of what layers share: new before a step fails."""
     frames = [layer.store.frames for layer in run.cache._shared.layers if layer.store is not None]
     sequences = run.cache._shared.sequences
-    common = sum(sequences.mask.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
+    common = sum(sequences.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
     return common + sum(f.frames.nbytes + sum(f.metadata.values()) for f in frames if f is not None)
 
 
