@@ -21,9 +21,9 @@ def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM(config).eval()
     regrouped, add = [], regroup._add_stretches
 
-    def adding(shared: Any, method: Any, stops: list[int], may_move: Any) -> None:
+    def adding(shared: Any, method: Any, stops: list[int], *more: Any) -> None:
         regrouped.append((method.name, stops))
-        add(shared, method, stops, may_move)
+        add(shared, method, stops, *more)
 
     monkeypatch.setattr(regroup, "_add_stretches", adding)
     rows: dict[str, dict[str, float]] = {}
