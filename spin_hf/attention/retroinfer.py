@@ -160,8 +160,15 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
         order [R, n] and partition_pages [R, n / P], int64, as `Arrangement` has them.
     """
     launch = kernels.launchers(points.device)
-    if launch is not None:
-        return launch.fill_clusters(points, _ROUNDS, cluster_tokens, page_size, _LIKENESS_STEPS)
+    if launch is None:
+        return fill_clusters_by_formulas(points, cluster_tokens, page_size)
+    return launch.fill_clusters(  # type: ignore[no-any-return, unused-ignore]
+        points, _ROUNDS, cluster_tokens, page_size, _LIKENESS_STEPS
+    )
+
+
+def fill_clusters_by_formulas(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
+    """`fill_clusters` in PyTorch, the specification."""
     rows, count, _ = points.shape
     token = torch.arange(count, device=points.device).expand(rows, -1)
     order, pages = token.new_zeros((rows, count + 1)), token.new_zeros((rows, count // page_size + 1))  # the last: none

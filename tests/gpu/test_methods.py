@@ -15,12 +15,12 @@ from transformers.masking_utils import create_causal_mask
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, SeerAttention, SpinCache
-from spin_hf.attention import bisection, lowbit
 from spin_hf.attention.interface import spin_attention
 
 from ..attention.test_seer import gates_for
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
+from ..support.formulas import arrange_by_formulas
 from ..support.synchronisation import no_synchronisation
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
@@ -64,9 +64,7 @@ def test_captured_steps_do_what_the_formulas_do(
     model: Any, method: Any, gpu_memory: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "method": method, "gpu_memory": gpu_memory}
-    # What arranges and encodes has tests of its own (`test_regrouping.py`): where numbers tie, rounding decides there.
-    monkeypatch.setattr(bisection, "bisect", bisection.bisect_by_formulas)
-    monkeypatch.setattr(lowbit, "encode_pages", lowbit.encode_by_formulas)
+    arrange_by_formulas(monkeypatch)
     with little_slack():
         with monkeypatch.context() as patch:
             patch.setattr(spin_hf.kernels, "launchers", lambda device: None)

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 import spin_hf.cache
 from spin_hf import decode, graph
 
+from ..support.formulas import arrange_by_formulas
+
 
 class FakeRecorder:
     """Records by running, so the first replay has nothing to do."""
@@ -37,6 +39,7 @@ def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     from spin_hf.kernels import launch  # needs triton
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launch.launchers)
+    arrange_by_formulas(monkeypatch)
     monkeypatch.setattr(decode, "_PROGRAMS", 4)
     monkeypatch.setattr(
         spin_hf.cache, "graph_model", lambda model: model if isinstance(model, torch.nn.Module) else None

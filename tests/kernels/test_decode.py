@@ -16,6 +16,7 @@ from spin_hf.kernels.fields import PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
+from ..support.formulas import arrange_by_formulas
 from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [
@@ -126,6 +127,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
     from spin_hf.kernels.launch import launchers
 
+    arrange_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
