@@ -359,7 +359,7 @@ class RegroupedHistoriesInInt8(RegroupedHistoriesUnderACap):
 
 
 def run(machine: type[Histories]) -> None:
-    fixed = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=20, database=None)
+    fixed = settings(deadline=None, derandomize=True, max_examples=25, stateful_step_count=20, database=None)
     logger = logging.getLogger("spin_hf")  # it would say a thousand times that the cap is small
     with poisoned_memory(), patch.object(logger, "disabled", True):
         run_state_machine_as_test(machine, settings=fixed)
