@@ -36,10 +36,10 @@ def stretches() -> Iterator[list[int]]:
     made: list[int] = []
     add = regroup._add_stretches
 
-    def adding(shared: Any, method: Any, stops: list[int], *more: Any) -> None:
+    def adding(shared: Any, method: Any, stops: list[int], may_move: Any, *more: Any) -> None:
         made.extend(stops)
         assert bool(may_move.any())
-        add(shared, method, stops, *more)
+        add(shared, method, stops, may_move, *more)
 
     with little_slack(), patch.object(regroup, "_add_stretches", adding):
         yield made
