@@ -134,7 +134,9 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[
     for first, width in parts:
         tokens = content[..., first : first + page_size * width].unflatten(3, (page_size, width)).flatten(2, 3)
         index = order.unsqueeze(-1).expand(-1, -1, -1, width)
-        moved[..., first : first + page_size * width] = tokens.gather(2, index).view(*content.shape[:3], -1)
+        moved[..., first : first + page_size * width] = tokens.gather(2, index).view(
+            *content.shape[:3], page_size * width
+        )
     return moved
 
 
