@@ -20,7 +20,6 @@ from .errors import CacheStateError
 from .storage import rearranged
 from .storage.chunked import put_all
 from .storage.pages import PageStore
-from .storage.rearranged import regrouped
 from .storage.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -142,9 +141,7 @@ def _summarise(
     if len(stores) > 1:
         valid = valid.repeat(len(stores), 1, 1, 1)
         positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
-    partition_pages = None
-    if one.regrouped is not None:
-        partition_pages = torch.cat([regrouped(store).partition_pages(first, stop) for store in stores])
+    partition_pages = None if one.regrouped is None else rearranged.partition_pages(stores, first, stop).long()
     return rows, method.index_pages(Pages(keys, valid, layer, values, positions, partition_pages))
 
 

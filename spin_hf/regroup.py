@@ -75,7 +75,9 @@ def grow(shared: SharedState) -> None:
     window = options.recent_window + SLACK_TOKENS
     first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
     planned = sequences.stretches.planned
-    if planned is None or planned[:2] != (sequences.length, first):
+    if planned is not None and planned[:2] != (sequences.length, first):
+        planned = None
+    if planned is None:
         tokens = (stop - first) * sequences.page_size
         if tokens < method.growth_tokens or not sequences.batch_size:
             return
@@ -87,7 +89,7 @@ def grow(shared: SharedState) -> None:
         options.num_sink_tokens,
         window,
     )
-    if planned is None or planned[:2] != (sequences.length, first):
+    if planned is None:
         stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
         at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
         stops = [first + stop for stop in stops]

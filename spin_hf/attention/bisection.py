@@ -15,8 +15,8 @@ and are of one size, but for the last, and a level is one batched operation. The
 by nine power iterations, which is what splits their spread best.
 
 Cost of an arrangement on a GPU (`kernels/bisect.py`): 18 launches for 8K tokens, whatever the number of heads and stretches.
-A level of more than 256 tokens reads the keys twice, 67 MB each time for 8 heads of 32K tokens; all levels below read them
-four times in all, mostly from the second-level cache.
+A level of 128 tokens and more reads the keys twice, 67 MB each time for 8 heads of 32K tokens; those below read them once each,
+mostly from the second-level cache.
 """
 
 from __future__ import annotations

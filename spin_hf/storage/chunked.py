@@ -134,28 +134,11 @@ class ChunkedArray:
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
-        copier = self._copier(rows)
-        if copier is None:
-            self._wait_for_kernels()
-            return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
-        taken = torch.empty((*rows.shape, *self.row_shape), dtype=self.dtype, device=self.compute_device)
-        rows_there = rows.to(self.compute_device).contiguous()
-        copier([self.address_table], self.rows_per_chunk, rows_there, taken[None], put=False)()
-        return taken.to(rows.device)
+        return take_all([self], rows)[0]
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
-        self.writer(rows, values)()
-
-    def writer(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
-        """As `put`, up to the writing: that is done by what is returned, which asks for no more memory."""
-        copier = self._copier(rows)
-        if copier is None:
-            self._wait_for_kernels()
-            return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
-        values = values.to(self.compute_device, self.dtype).contiguous()
-        rows = rows.to(self.compute_device).contiguous()
-        return copier([self.address_table], self.rows_per_chunk, rows, values[None], put=True)
+        put_all([self], rows, values[None])
 
     def move(self, device: torch.device, recoding: Recoding | None = None) -> None:
         """Take all chunks to another device (nothing is copied where it is the same one and rows stay as they are).
@@ -209,6 +192,14 @@ class ChunkedArray:
         launch = kernels.launchers(self.compute_device)
         return None if launch is None else launch.rows_copier
 
+    def _take_by_host(self, rows: Tensor) -> Tensor:
+        self._wait_for_kernels()
+        return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
+
+    def _writer_by_host(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
+        self._wait_for_kernels()
+        return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
+
     @property
     def _is_registered(self) -> bool:
         return self.device.type == "cpu" and self.compute_device.type == "cuda"
@@ -261,8 +252,9 @@ def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
     """The same rows of several arrays that are alike: [arrays, *rows.shape, *row_shape], copies on the ids' device."""
     first = arrays[0]
     copier = first._copier(rows)
-    if copier is None or len(arrays) == 1:
-        return torch.stack([array.take(rows) for array in arrays])
+    if copier is None:
+        each = [array._take_by_host(rows) for array in arrays]
+        return each[0][None] if len(each) == 1 else torch.stack(each)
     taken = torch.empty((len(arrays), *rows.shape, *first.row_shape), dtype=first.dtype, device=first.compute_device)
     tables = [array.address_table for array in arrays]
     copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)()
@@ -279,8 +271,8 @@ def writers(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> list[Ca
     """As `put_all`, up to the writing: that is done by what is returned, which asks for no more memory."""
     first = arrays[0]
     copier = first._copier(rows)
-    if copier is None or len(arrays) == 1:
-        return [array.writer(rows, content) for array, content in zip(arrays, values, strict=True)]
+    if copier is None:
+        return [array._writer_by_host(rows, content) for array, content in zip(arrays, values, strict=True)]
     values = values.to(first.compute_device, first.dtype).contiguous()
     tables = [array.address_table for array in arrays]
     return [copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)]

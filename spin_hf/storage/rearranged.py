@@ -34,8 +34,11 @@ def positions(stores: list[PageStore], first: int, stop: int) -> Tensor:
 
 
 def partition_pages(stores: list[PageStore], first: int, stop: int) -> Tensor:
-    """Pages of the partition that each of pages [first, stop) begins, in stretches: [L * B, H, n], int32."""
-    return take_all([regrouped(store).arrays[1] for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+    """Pages of the partition that each of pages [first, stop) begins, 0 for none: [L * B, H, n], int32."""
+    inside = max(first, min(stop, stores[0].sequences.stretches.num_pages))
+    rows = stores[0].rows(first, inside)
+    held = take_all([regrouped(store).arrays[1] for store in stores], rows).flatten(0, 1)
+    return torch.nn.functional.pad(held, (0, stop - inside), value=1)  # behind the stretches each page is one by itself
 
 
 def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
