@@ -3,8 +3,8 @@
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
 Whoever changes a complete page calls `index_pages`, or says that it is stale (`SpinLayer.renew`), which is dealt with before
-the next step: of a prompt all pages are, as a method may regroup them first, and others where memory ran out. `index_recoded`
-is for pages that took another form; `check_summaries` compares with what the pages give.
+the next step: of a prompt all pages are, as a method may regroup them first, and others where they took another form or memory
+ran out. `check_summaries` compares with what the pages give.
 """
 
 from __future__ import annotations
@@ -98,17 +98,6 @@ def index_pages(
                 for which, kept in enumerate(summary.kept(vectors)):
                     arrays = [store.summaries[name].arrays[which] for store in stores]
                     put_all(arrays, rows, kept.unflatten(0, (len(stores), -1)))
-
-
-def index_recoded(shared: SharedState) -> None:
-    """Summarise anew where pages went to the cpu tier in another form, so that summaries are of what will be read there."""
-    if not shared.options.host_int8:
-        return
-    for layer in shared.layers:
-        store = layer.store
-        if store is not None and store.recoded:
-            index_pages([store], shared.method, layer.number, 0, store.length // store.page_size)
-            store.recoded = False
 
 
 def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:

@@ -31,7 +31,7 @@ from .attention.interface import LAYER_TAG, MaskedLength, register_layer
 from .attention.regrouping import Regrouping
 from .decode import StepKernels
 from .errors import CacheStateError
-from .indexing import check_summaries, index_pages, index_recoded
+from .indexing import check_summaries, index_pages
 from .kernels.fields import MAX_QUERIES
 from .layer_budget import LayerShape
 from .shared import SharedState
@@ -107,7 +107,7 @@ class SpinLayer(CacheLayerMixin):
             regroups=isinstance(method, Regrouping), summary_dtypes=method.summary_dtypes(),
             host_int8=shared.options.host_int8,
         )  # fmt: skip
-        store.ask_for_more = shared.gpu.raise_caps
+        store.ask_for_more, store.renew = shared.gpu.raise_caps, self.renew
         shared.sequences.attach(store)
         self.store = store
 
@@ -345,7 +345,6 @@ class SpinLayer(CacheLayerMixin):
         store, sequences = self.store, self.shared.sequences
         if store is None or not sequences.length:
             return
-        index_recoded(self.shared)
         store.check_integrity()
         method = self.shared.method
         exact = not (self.has_kernels or method.index_rounds)

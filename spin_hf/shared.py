@@ -156,7 +156,7 @@ class SharedState:
         self.gpu.before_step(batch_size, num_tokens)
         regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
-        indexing.index_recoded(self)
+        indexing.refresh(self)  # pages may have taken another form
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.

@@ -77,8 +77,6 @@ class PageStore:
         self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.home_form = self.form
         """In which form pages lie where they live now."""
-        self.recoded = False
-        """Whether pages took another form, and summaries are still of what they held before."""
         self.length = 0
         """Tokens written to this layer."""
         rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
@@ -92,6 +90,8 @@ class PageStore:
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
         """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
+        self.renew: Callable[[int, int], None] | None = None
+        """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
 
     # ------------------------------------------------------------------------------- what `Sequences` asks of a store
 
@@ -323,8 +323,10 @@ class PageStore:
             return host.join(host.encode(*self.form.take(rows)))
 
         self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
-        self.home_form, self.recoded = host, self.length > 0
+        self.home_form = host
         self.sequences.recodings += 1
+        if self.renew is not None:
+            self.renew(0, self.length // self.page_size)
 
     def _load(self, rows: Tensor) -> Tensor:
         """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
