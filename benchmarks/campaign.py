@@ -81,12 +81,13 @@ class Bench:
         return self.room() + host.SLACK_BYTES
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all have."""
+def parser(description: str | None, host_memory: bool = True) -> argparse.ArgumentParser:
+    """The options that all have; not all ask what the host's memory holds."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shape", choices=SHAPES, default="llama-8b")
     made.add_argument("--budget", type=int, default=2048, help="tokens")
-    made.add_argument("--host-memory", type=float, help="GiB of the machine (default: what is available now)")
+    if host_memory:
+        made.add_argument("--host-memory", type=float, help="GiB of the machine (default: what is available now)")
     made.add_argument("--seconds", type=float, default=540, help="for all of it, from the start of the process")
     made.add_argument("--missing", action="store_true", help="only what the results file lacks")
     made.add_argument("--append", action="store_true", help="refuse to begin a new file where results do not mix")

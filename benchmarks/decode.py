@@ -25,16 +25,15 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import campaign
 import torch
 from link import bursts, copies
 from methods import method_of
-from record import RESULTS, Record, newest
+from record import Record, newest
 from rivals import FAST, ONLY_AT, SLOW, measure_rival
-from shapes import SHAPES, build
+from shapes import build
 from spin_rows import SELECTIONS, spin_rows
 from step_profile import kernel_row
 from timing import attempt, failure, free, with_memory
@@ -181,21 +180,13 @@ def line(task: Task, row: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser = campaign.parser(__doc__, host_memory=False)
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=["shadowkv"])
     parser.add_argument("--overlaps", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     parser.add_argument("--no-caps", action="store_true", help="leave out contexts under a cap on GPU memory")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--rivals", nargs="*", choices=[*FAST, *SLOW], default=[*FAST, *SLOW])
     parser.add_argument("--no-kernels", action="store_true", help="leave the profiler out")
-    parser.add_argument("--seconds", type=float, default=540, help="for all of it, from the start of the process")
-    parser.add_argument("--missing", action="store_true", help="only what the results file lacks")
-    parser.add_argument("--append", action="store_true", help="refuse to begin a new file where results do not mix")
-    parser.add_argument("--plan", action="store_true", help="print the tasks and measure nothing")
-    parser.add_argument("--source", type=Path, default=RESULTS, help="folder of the results to add to")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the source)")
     options = parser.parse_args(arguments)
     options.output = options.output or options.source
     return options

@@ -5,17 +5,11 @@ Writes `benchmarks/results/decode-<shape>.svg` beside the results that it is giv
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from record import RESULTS, newest
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "spin_hf"  # the same file for the same figures
-from matplotlib import pyplot  # noqa: E402
+import figures
+from record import newest
 
 CURVES: dict[str, tuple[dict[str, str], str, str]] = {
     "SpinCache(model)": ({"cache": "spin", "overlap": "replayed", "gpu_memory": "auto"}, "o-", "C0"),
@@ -30,7 +24,7 @@ CURVES: dict[str, tuple[dict[str, str], str, str]] = {
 
 def draw(result: dict[str, Any], target: Path) -> None:
     """Draw time per token over the context, both axes logarithmic; what does not fit has no point."""
-    figure, axes = pyplot.subplots(figsize=(8.4, 3.8))
+    figure, axes = figures.pyplot.subplots(figsize=(8.4, 3.8))
     ticks = sorted({row["tokens"] for row in result["rows"]})
     for label, (wanted, style, color) in CURVES.items():
         found = [(tokens, newest(result["rows"], tokens=tokens, **wanted)) for tokens in ticks]
@@ -44,23 +38,11 @@ def draw(result: dict[str, Any], target: Path) -> None:
     axes.set_yticks(marks, [str(mark) for mark in marks])
     axes.minorticks_off()
     axes.grid(axis="y", color="0.9")
-    axes.set_title(
-        f"{result['gpu']}, {result['shape']}, {result['dtype']}, budget {result['budget_tokens']} tokens", fontsize=9
-    )
+    axes.set_title(figures.heading(result), fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
-    metadata: dict[str, Any] = {"Date": None}
-    figure.savefig(target, metadata=metadata)
-    pyplot.close(figure)
-
-
-def main() -> None:
-    """Draw the figure of a results file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "decode-llama-8b.json")
-    source: Path = parser.parse_args().results
-    draw(json.loads(source.read_text()), source.with_suffix(".svg"))
+    figures.save(figure, target)
 
 
 if __name__ == "__main__":
-    main()
+    figures.of_one_file(draw, __doc__, "decode-llama-8b.json")

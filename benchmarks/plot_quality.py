@@ -11,13 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import figures
 from quality_tables import found_results, has_rivals, kl_lines, score_lines
 from record import RESULTS
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "spin_hf"  # the same file for the same figures
-from matplotlib import pyplot  # noqa: E402
 
 STYLES = {
     "shadowkv": ("o-", "C0"), "quest": ("s-", "C1"), "oracle": ("-", "0.5"), "window": (":", "0.5"),
@@ -30,7 +26,7 @@ STYLES = {
 
 def draw(results: list[dict[str, Any]], target: Path) -> None:
     """Draw all panels into `target`."""
-    figure, panels = pyplot.subplots(1, len(results), figsize=(3.6 * len(results) + 1.6, 3.6), squeeze=False)
+    figure, panels = figures.pyplot.subplots(1, len(results), figsize=(3.6 * len(results) + 1.6, 3.6), squeeze=False)
     handles: dict[str, Any] = {}
     for axes, result in zip(panels[0], results, strict=True):
         answers = "new_tokens" in result
@@ -53,9 +49,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
         axes.set_title(f"{result['model']}, {result['tokens']:,} tokens", fontsize=8)
     figure.legend(handles.values(), handles.keys(), fontsize=7, loc="center right")
     figure.tight_layout(rect=(0, 0, 1 - 1.6 / (3.6 * len(results) + 1.6), 1))
-    metadata: dict[str, Any] = {"Date": None}
-    figure.savefig(target, metadata=metadata)
-    pyplot.close(figure)
+    figures.save(figure, target)
 
 
 def main() -> None:

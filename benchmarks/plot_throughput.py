@@ -5,18 +5,11 @@ Needs matplotlib. Writes `benchmarks/results/throughput-<shape>.svg` beside the 
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from record import RESULTS
+import figures
 from table_batches import latest
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "spin_hf"  # the same file for the same figures
-from matplotlib import pyplot  # noqa: E402
 
 CURVES = {
     "spin": ("SpinCache(model)", "o-", "C0"),
@@ -31,7 +24,9 @@ def draw(result: dict[str, Any], target: Path) -> None:
     """Draw rate over batch, a panel for each context, both axes logarithmic; what does not fit has no point."""
     rows = [row for row in latest(result, "tokens", "cache", "batch") if row["tpot_ms"]]
     contexts = sorted({row["tokens"] for row in rows}, reverse=True)
-    figure, panels = pyplot.subplots(1, len(contexts), figsize=(4.2 * len(contexts), 3.6), squeeze=False, sharey=True)
+    figure, panels = figures.pyplot.subplots(
+        1, len(contexts), figsize=(4.2 * len(contexts), 3.6), squeeze=False, sharey=True
+    )
     for tokens, axes in zip(contexts, panels[0], strict=True):
         for cache, (label, style, color) in CURVES.items():
             points = [
@@ -52,22 +47,10 @@ def draw(result: dict[str, Any], target: Path) -> None:
     panels[0][0].set_yticks(marks, [f"{mark:,}" for mark in marks])
     panels[0][0].set_ylabel("tokens a second")
     panels[0][0].legend(fontsize=7, loc="upper left")
-    figure.suptitle(
-        f"{result['gpu']}, {result['shape']}, {result['dtype']}, budget {result['budget_tokens']} tokens", fontsize=9
-    )
+    figure.suptitle(figures.heading(result), fontsize=9)
     figure.tight_layout()
-    metadata: dict[str, Any] = {"Date": None}
-    figure.savefig(target, metadata=metadata)
-    pyplot.close(figure)
-
-
-def main() -> None:
-    """Draw the figure of a results file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "throughput-llama-8b.json")
-    source: Path = parser.parse_args().results
-    draw(json.loads(source.read_text()), source.with_suffix(".svg"))
+    figures.save(figure, target)
 
 
 if __name__ == "__main__":
-    main()
+    figures.of_one_file(draw, __doc__, "throughput-llama-8b.json")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -25,6 +24,7 @@ from spin_hf.storage import host, pages
 
 from ..support.faults import Faults, chunks_in_slabs
 from ..support.memory import SMALL_ZONES
+from ..support.threads import in_threads
 from ..support.zoo import build_model, oracle_model, random_tokens
 
 PROMPTS = [random_tokens(2, 70, seed=1), random_tokens(1, 83, seed=2)]
@@ -116,28 +116,6 @@ def busy_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run `work` with a number each, all at once; raises what any of them raised."""
-    errors: list[BaseException] = []
-    gate = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        try:
-            gate.wait(60)
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.usefixtures("busy_threads")

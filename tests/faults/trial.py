@@ -21,6 +21,7 @@ from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
 
 from ..support.faults import Faults, SlabFaults
+from ..support.refusals import refusal_of
 from ..support.zoo import subject_model
 from .scenarios import BUDGET, Run, Scenario
 
@@ -120,17 +121,11 @@ class Trials:
         return place
 
     def _try(self, run: Run, point: int, lasting: bool) -> BaseException | None:
+        def call() -> None:
+            self.last = self.scenario.call(run)
+
         with self.faults.armed(point, lasting):
-            try:
-                self.last = self.scenario.call(run)
-            except (CapacityError, torch.OutOfMemoryError) as error:
-                caught = error
-            else:
-                return None
-        for each in (caught, caught.__cause__, caught.__context__):
-            if each is not None:
-                each.__traceback__ = None
-        return caught
+            return refusal_of(call)
 
     def _counted(self, run: Run, held: int) -> None:
         """The forward failed behind its last layer, where a cache that was made from a config cannot see it."""

@@ -13,8 +13,9 @@ from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
 from spin_hf.kernels import Int8Form
 
 from ..cache.tiny import Driver, Shape, World
+from ..support.padded_pair import generate
 from ..support.synchronisation import no_synchronisation
-from ..support.zoo import PAD_TOKEN_ID, build_model
+from ..support.zoo import build_model
 from .test_methods import _steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -90,17 +91,6 @@ def model() -> Any:
     return build_model("llama").cuda().eval()
 
 
-def _generate(model: Any, cache: Any, padded: bool, count: int) -> Any:
-    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if padded:
-        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
-    return model.generate(
-        input_ids=ids.cuda(), attention_mask=mask.cuda(), past_key_values=cache, max_new_tokens=count,
-        min_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("moves", [False, True])
 def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: bool) -> None:
@@ -111,7 +101,7 @@ def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: b
     caches = [SpinCache(model, **OPTIONS, gpu_memory=cap) for _ in range(2)]
     caches[0].steps.refused = "the test wants eager steps"
     caches[0].steps._look_at = lambda model: None
-    expected, actual = (_generate(model, cache, padded, 180) for cache in caches)
+    expected, actual = (generate(model, cache, padded, 180) for cache in caches)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
     assert not caches[0].steps.captured
@@ -143,7 +133,7 @@ def test_compiled_steps(model: Any) -> None:
     torch._dynamo.reset()
     small = plan(model, context_length=150, batch_size=2, **OPTIONS)
     compiled, captured = (SpinCache(given, **OPTIONS, gpu_memory=small.gpu_bytes) for given in (model.config, model))
-    actual, expected = (_generate(model, cache, False, 130) for cache in (compiled, captured))
+    actual, expected = (generate(model, cache, False, 130) for cache in (compiled, captured))
     assert torch.equal(actual.sequences[:, :160], expected.sequences[:, :160])
     assert compiled.stats().cpu_bytes == captured.stats().cpu_bytes > 0
     for cache in (compiled, captured):

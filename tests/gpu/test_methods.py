@@ -21,8 +21,9 @@ from ..attention.test_seer import gates_for
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
 from ..support.formulas import arrange_by_formulas
+from ..support.padded_pair import generate
 from ..support.synchronisation import no_synchronisation
-from ..support.zoo import PAD_TOKEN_ID, build_model
+from ..support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -47,17 +48,6 @@ def method(request: pytest.FixtureRequest, model: Any, tmp_path: Path) -> Any:
     return replace(request.param, gates=tmp_path)
 
 
-def _generate(model: Any, cache: Any, padded: bool, count: int = 60) -> Any:
-    ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if padded:
-        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
-    return model.generate(
-        input_ids=ids.cuda(), attention_mask=mask.cuda(), past_key_values=cache, max_new_tokens=count,
-        min_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("gpu_memory", ["auto", 220_000])
 def test_captured_steps_do_what_the_formulas_do(
@@ -69,10 +59,10 @@ def test_captured_steps_do_what_the_formulas_do(
         with monkeypatch.context() as patch:
             patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
             reference = SpinCache(model.config, **options)
-            expected = _generate(model, reference, padded)
+            expected = generate(model, reference, padded)
             counted = reference.stats()
         cache = SpinCache(model, **options)
-        actual = _generate(model, cache, padded)
+        actual = generate(model, cache, padded)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
     assert sum(step is not None for step in cache.steps.captured.values()) >= 1, cache.steps.refused
@@ -85,10 +75,10 @@ def test_captured_steps_do_what_the_formulas_do(
 
 
 def test_a_budget_for_all_is_exact(model: Any, method: Any) -> None:
-    expected = _generate(model, DynamicCache(config=model.config), True)
+    expected = generate(model, DynamicCache(config=model.config), True)
     with little_slack():
         cache = SpinCache(model, budget=1 << 20, recent_window=8, method=method)
-        actual = _generate(model, cache, True)
+        actual = generate(model, cache, True)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
     cache.check_integrity()

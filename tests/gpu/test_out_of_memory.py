@@ -14,6 +14,7 @@ import torch
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
 
+from ..support.refusals import refusal_of
 from ..support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -64,17 +65,8 @@ def _feed(model: Any, cache: SpinCache, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _fails(model: Any, cache: SpinCache, ids: torch.Tensor) -> BaseException | None:
-    """What a forward raised, without the frames that hold tensors; None where it went through."""
-    try:
-        _feed(model, cache, ids)
-    except (CapacityError, torch.OutOfMemoryError) as error:
-        caught = error
-    else:
-        return None
-    for each in (caught, caught.__cause__, caught.__context__):
-        if each is not None:
-            each.__traceback__ = None
-    return caught
+    """What a forward raised; None where it went through."""
+    return refusal_of(lambda: _feed(model, cache, ids))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 
+from ..support.threads import in_threads
 from ..support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -46,29 +46,16 @@ def test_threads_with_their_own_models(options: str) -> None:
         for model, given, tokens in zip(models, inputs, expected, strict=True):
             assert torch.equal(_generate(model, DynamicCache(config=model.config), given), tokens)
     got: dict[int, list[torch.Tensor]] = {number: [] for number in range(count)}
-    errors: list[BaseException] = []
-    gate = threading.Barrier(count)
 
     def work(number: int) -> None:
-        try:
-            gate.wait(60)
-            for _ in range(3):  # each captures anew, while others replay or let go of host memory
-                cache = SpinCache(models[number], **OPTIONS[options])
-                got[number].append(_generate(models[number], cache, inputs[number]))
-                cache.check_integrity()
-                circle: list[Any] = [cache]
-                circle.append(circle)
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(3):  # each captures anew, while others replay or let go of host memory
+            cache = SpinCache(models[number], **OPTIONS[options])
+            got[number].append(_generate(models[number], cache, inputs[number]))
+            cache.check_integrity()
+            circle: list[Any] = [cache]
+            circle.append(circle)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
+    in_threads(count, work)
     for number in range(count):
         for tokens in got[number]:
             assert torch.equal(tokens, expected[number])

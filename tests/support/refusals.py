@@ -1,0 +1,23 @@
+"""What a call raises for lack of memory, kept without the frames that would keep tensors alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from spin_hf import CapacityError
+
+
+def refusal_of(call: Callable[[], object]) -> BaseException | None:
+    """The error of `call`, if memory ran out; None where it went through."""
+    try:
+        call()
+    except (CapacityError, torch.OutOfMemoryError) as error:
+        caught = error
+    else:
+        return None
+    for each in (caught, caught.__cause__, caught.__context__):
+        if each is not None:
+            each.__traceback__ = None
+    return caught
