@@ -1,20 +1,25 @@
 """A GPU that is arithmetic: so many bytes, of which caches on the CPU hold some and a user some more.
 
-What caches hold is counted by the tensors themselves, and not by what the cache believes.
+What caches hold is counted by the tensors themselves, and not by what the cache believes. A `Conversation` is a history on
+such a GPU that a cache without a cap sees too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
 
 from spin_hf import SpinCache, gpu_memory
+from spin_hf.gpu_memory import LOOK_STEPS
 from spin_hf.storage import pressure
 from spin_hf.storage.pages import PageStore
+
+from .tiny import Driver, Shape, World
 
 
 def bytes_of(cache: SpinCache) -> int:
@@ -63,3 +68,54 @@ def gpu_of(total: int) -> Iterator[FakeGpu]:
         patch.object(gpu_memory, "_live", WeakSet()),  # not those that a failed test keeps alive
     ):
         yield gpu
+
+
+SHAPE = Shape(layers=2, kv_heads=2, group=1, key_dim=4, value_dim=4)
+OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
+PAGE = 8 * (4 + 4) * 4
+"""Bytes of a page."""
+
+
+class Conversation:
+    """A cache on a GPU, and one without a cap that sees the same."""
+
+    def __init__(self, gpu: FakeGpu, batch_size: int, prompt: int, seed: int = 0, **options: Any) -> None:
+        self.world = World.random(SHAPE, batch_size, prompt + 6 * LOOK_STEPS, seed)
+        self.driver = Driver(SHAPE, **OPTIONS, **options)
+        self.gpu, self.length, self.prompt = gpu, 0, prompt
+        gpu.caches.append(self.driver.cache)
+        self.expected = Driver(SHAPE, **OPTIONS)
+
+    @property
+    def cache(self) -> SpinCache:
+        return self.driver.cache
+
+    @property
+    def frames(self) -> list[int]:
+        """Page frames of a KV head, of each layer that has any."""
+        stores = [layer.store for layer in self.cache._shared.layers]
+        return [store.frames.num_slots for store in stores if store is not None and store.frames is not None]
+
+    def read(self, count: int) -> None:
+        """One forward over more tokens."""
+        start, self.length = self.length, self.length + count
+        outputs = self.driver.step(self.world, start, self.length)
+        with elsewhere():
+            others = self.expected.step(self.world, start, self.length)
+        for ours, expected in zip(outputs, others, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+        self.cache.check_integrity()
+
+    def decode(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.read(1)
+
+    def begin(self) -> Conversation:
+        self.read(self.prompt)
+        self.decode()
+        return self
+
+
+def whole(batch_size: int, tokens: int) -> int:
+    """Bytes of a batch that is resident."""
+    return batch_size * -(-tokens // 256) * 32 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 5 * 4)
