@@ -23,6 +23,7 @@ from .common import (
     SUMMARY_1,
     from_int8,
     page_rows,
+    rounded,
     scale_addresses,
     slots_of,
     to_int8,
@@ -114,7 +115,7 @@ def append_page(
         if QUANTIZED:
             largest = tl.max(tl.abs(landmark), 0)
             unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
-            whole = (landmark / unit + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds halves to even
+            whole = rounded(landmark / unit)
             tl.store(
                 (base + inside * DK).to(tl.pointer_type(tl.int8)) + column_k, whole.to(tl.int8), mask=column_k < DK
             )

@@ -90,13 +90,18 @@ def row_addresses(table, rows, mask, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr
 
 
 @triton.jit
+def rounded(numbers):
+    """Numbers up to 2^22, rounded, halves to even."""
+    return (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23
+
+
+@triton.jit
 def to_int8(states):
     """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Form.encode`, to the bit; what is not finite stays so."""
     exact = states.to(tl.float32)
     scale = tl.max(tl.abs(exact), 1) * (1 / 127)
     scale = tl.where(scale == 0.0, 1.0, scale) + tl.sum(exact * 0.0, 1)
-    whole = (tl.div_rn(exact, scale[:, None]) + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds halves to even
-    return whole.to(tl.int8), scale
+    return rounded(tl.div_rn(exact, scale[:, None])).to(tl.int8), scale
 
 
 @triton.jit
@@ -198,7 +203,7 @@ def digits(rows, BLOCK_R: tl.constexpr):
     unit [BLOCK_R] of each row's whole number.
     """
     unit = tl.maximum(tl.max(tl.abs(rows), 1), 1e-30) / 32512.0
-    whole = (rows / unit[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds
+    whole = rounded(rows / unit[:, None])
     high = tl.floor((whole + 128.0) / 256.0)
     digit = tl.where((tl.arange(0, BLOCK_R) % 2 == 0)[:, None], high, whole - high * 256.0)
     return digit.to(tl.int8), unit

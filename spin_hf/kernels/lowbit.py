@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import rounded
+
 _TILE, _TILES = 128, 4
 
 
@@ -67,8 +69,8 @@ def quantize_kernel(
     x = tl.load(rows + row[:, None] * D + column[None, :], mask=inside, other=0.0)
     largest = tl.max(tl.abs(x), 1)
     unit = tl.where(largest > 0.0, tl.div_rn(largest, tl.full([TILE], 127.0, tl.float32)), 1.0)
-    whole = _whole(tl.div_rn(x, tl.broadcast_to(unit[:, None], x.shape)))
-    tl.store(values + row[:, None] * D + column[None, :], whole.to(tl.int8), mask=inside)
+    codes = rounded(tl.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))).to(tl.int8)
+    tl.store(values + row[:, None] * D + column[None, :], codes, mask=inside)
     tl.store(scale + row, unit, mask=row < count)
 
 
@@ -135,15 +137,9 @@ def encode_pages_kernel(
 
 
 @triton.jit
-def _whole(numbers):
-    """Numbers up to 2^22, rounded, halves to even."""
-    return (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23
-
-
-@triton.jit
 def _level(numbers, step):
     """Codes, 0 to 15, of numbers [TILE, HALF] in steps [TILE]."""
-    code = _whole(numbers * (1.0 / step)[:, None] + 7.5)
+    code = rounded(numbers * (1.0 / step)[:, None] + 7.5)
     return tl.minimum(tl.maximum(code, 0.0), 15.0)
 
 

@@ -1,4 +1,6 @@
-"""`gpu_memory="auto"`: sized from what is free, shared with the user, and never seen in what comes out. Others: test_gpu_shared.
+"""`gpu_memory="auto"`: sized from what is free, shared with the user, and never seen in what comes out.
+
+Several caches on one GPU: test_gpu_shared.
 
 The GPU is arithmetic (`gpu_of.py`); every history is also run by a cache without a cap, whose outputs must be the same.
 """
