@@ -29,7 +29,6 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,16 +38,17 @@ import torch
 import transformers
 from chosen_tokens import RECENT, SINKS, Chosen, Mass, chooser
 from divergence import divergence
+from prefill import Prefill
 from quality_tables import kl_table
 from record import RESULTS, fingerprint
 from rows_file import Rows, command_line
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spin_hf.layer
-from spin_hf import SeerAttention, SpinCache, __version__, plan
+from spin_hf import SeerAttention, __version__, plan
 from spin_hf.attention.gates import load_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -100,7 +100,7 @@ def paged(model: Any, method: Any, length: int, pages: str, options: dict[str, A
 
 def measure(
     model: Any,
-    prefilled: DynamicCache,
+    prefill: Prefill,
     dense: Tensor,
     tokens: list[int],
     method: str,
@@ -113,7 +113,7 @@ def measure(
     if method in ("oracle", "window"):
         assert equal is not None, "shadowkv comes first"
         with Chosen(model, chooser(method, equal), mass, EVERY):
-            sparse, attended = forced(model, deepcopy(prefilled), tokens), float(equal)
+            sparse, attended = forced(model, prefill.dense(), tokens), float(equal)
     else:
         name, _, pages = method.partition("+")
         name, _, dtype = name.partition(":")
@@ -123,8 +123,8 @@ def measure(
             budget=budget, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype=dtype or "auto"
         )
         if pages:
-            options |= paged(model, chosen, prefilled.get_seq_length() + len(tokens), pages, options)
-        cache = SpinCache.from_cache(prefilled, model, chosen, **options)
+            options |= paged(model, chosen, prefill.whole.get_seq_length() + len(tokens), pages, options)
+        cache = prefill.sparse(chosen, **options)
         assert bool(pages) == (cache.stats().cpu_bytes > 0)
         with recording(mass):
             sparse = forced(model, cache, tokens)
@@ -146,10 +146,8 @@ class Text:
         if len(ids) < num_tokens + steps:
             raise ValueError(f"expected at most {len(ids)} tokens and steps for {title}, got {num_tokens + steps}")
         self.ids, self.following = ids[:num_tokens], ids[num_tokens:]
-        self.prefilled = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(torch.tensor([self.ids]), past_key_values=self.prefilled, logits_to_keep=1)
-        self.dense = forced(model, deepcopy(self.prefilled), self.following)
+        self.prefill = Prefill(model, self.ids)
+        self.dense = forced(model, self.prefill.dense(), self.following)
 
 
 def equal_tokens(rows: Rows, share: int, title: str) -> int | None:
@@ -227,7 +225,7 @@ def main() -> None:
                 if key not in rows:
                     of, equal = text(title), equal_tokens(rows, share, title)
                     budget = args.tokens // share
-                    rows.put(key, measure(model, of.prefilled, of.dense, of.following, method, budget, equal, gates))
+                    rows.put(key, measure(model, of.prefill, of.dense, of.following, method, budget, equal, gates))
                 bar.update()
             bar.update(sum(f"{cell}, {title}" in rows for cell in presses))
         open_for = [title for title in args.plays if any(f"{cell}, {title}" not in rows for cell in presses)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,15 @@ import kvpress_rivals
 import torch
 import transformers
 from chosen_tokens import RECENT, SINKS, Chosen, chooser
+from prefill import Prefill
 from quality_tables import task_table
 from record import RESULTS, fingerprint
 from rows_file import Rows, command_line
 from tasks import TASKS, Example, example, prompt, question
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
-from spin_hf import SpinCache, __version__
+from spin_hf import __version__
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from models import default_model
@@ -93,23 +93,19 @@ class Asker:
         if not missing and "dense" in held:
             return
         asked, ids = self.prompt(task, index)
-        prefilled = DynamicCache(config=self.model.config)
-        with torch.no_grad():
-            self.model(torch.tensor([ids[:-1]]), past_key_values=prefilled, logits_to_keep=1)
+        prefill = Prefill(self.model, ids[:-1])
         for method, share in missing:
             if method in ("oracle", "window"):
                 attended = float(equal_tokens(held, share))
                 with Chosen(self.model, chooser(method, int(attended))):
-                    tokens = answer(self.model, ids[-1], deepcopy(prefilled), self.stop)
+                    tokens = answer(self.model, ids[-1], prefill.dense(), self.stop)
             else:
-                cache = SpinCache.from_cache(
-                    prefilled, self.model, method, budget=len(ids) // share, num_sink_tokens=SINKS, recent_window=RECENT
-                )
+                cache = prefill.sparse(method, budget=len(ids) // share, num_sink_tokens=SINKS, recent_window=RECENT)
                 tokens = answer(self.model, ids[-1], cache, self.stop)
                 attended = float(cache.stats().attended_tokens)
             held[name_of((method, share))] = self.entry(asked, tokens, attended)
-        if "dense" not in held:  # last: answering fills the prefill
-            held["dense"] = self.entry(asked, answer(self.model, ids[-1], prefilled, self.stop), len(ids))
+        if "dense" not in held:
+            held["dense"] = self.entry(asked, answer(self.model, ids[-1], prefill.dense(), self.stop), len(ids))
 
     def case(self, key: str, task: str, index: int, shares: list[int], held: dict[str, Any]) -> dict[str, Any]:
         """What kvpress is still to answer of one example."""

@@ -28,7 +28,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .admission import admit
 from .attend import Call, attend_masked, attend_pages, attend_prompt, check_mask, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
-from .attention.regrouping import Regrouping
+from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
 from .errors import CacheStateError
 from .indexing import check_summaries, index_pages
@@ -61,6 +61,8 @@ class SpinLayer(CacheLayerMixin):
         """Pages of the stretches that are arranged in this layer; fewer than there are where memory ran out under way."""
         self.stale: tuple[int, int] | None = None
         """Pages whose summaries have to be made anew before the next step."""
+        self.asked: Tensor | None = None
+        """What the last tokens of a prompt asked [B, H, G, n, D], until the step behind it (`regroup.catch_up`)."""
         self.number = len(shared.layers)
         """Its place among the paged layers."""
         self.handle = register_layer(self)
@@ -245,6 +247,8 @@ class SpinLayer(CacheLayerMixin):
             check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
         if append:
             self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
+            if num_queries > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
+                self.asked = last_queries(call.query, shared.method.num_asked) * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)

@@ -60,6 +60,8 @@ def catch_up(shared: SharedState) -> None:
     """
     grow(shared)
     refresh(shared)
+    for layer in shared.layers:
+        layer.asked = None  # of tokens to come nobody knows yet what asks for them
 
 
 def grow(shared: SharedState) -> None:
@@ -187,7 +189,7 @@ def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
     flawless = []
     for group in together(shared, stop - first, layers):
         content = rearranged.content(stores_of(group), first, stop)
-        order, partitions, sound = _arrange(method, stores_of(group), content, first, runs)
+        order, partitions, sound = _arrange(method, stores_of(group), content, first, runs, _asked(group))
         _rearrange(group, first, stop, order, partitions, content, stop)
         flawless += sound
     if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
@@ -247,12 +249,13 @@ def _runs_of(may_move: list[bool]) -> Pages:
 
 
 def _arrange(
-    method: Regrouping, stores: list[PageStore], content: Tensor, first: int, runs: list[Run]
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    method: Regrouping, stores: list[PageStore], content: Tensor, first: int, runs: list[Run], asked: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Order [L * B, H, tokens] and partitions [L * B, H, n] of pages from `first` on; those outside of runs stay.
 
     Args:
         content: the pages, [L * B, H, n, page elements].
+        asked: [L, B, H, G, number, D], see `Regrouping.arrange`.
     Returns:
         Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
     """
@@ -263,7 +266,8 @@ def _arrange(
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
         parts = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(parts).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
-        made = method.arrange(inside)
+        queries = None if asked is None else torch.stack([asked[:, run.sequences[0]] for run in alike]).flatten(0, 1)
+        made = method.arrange(inside, queries)
         good = _is_sound(method, made, inside.shape[:3], size)
         sound.append(good)
         for run, places, pages in zip(
@@ -279,6 +283,13 @@ def _arrange(
                 if pages is not None:
                     partitions[:, row, :, start:end] = pages.where(good, 1)
     return order.flatten(0, 1), partitions.flatten(0, 1), sound
+
+
+def _asked(layers: list[SpinLayer]) -> Tensor | None:
+    """What a prompt's end asked, in all of the layers: [L, B, H, G, n, D]; None where some have nothing, or differ."""
+    held = [layer.asked for layer in layers if layer.asked is not None]
+    alike = len(held) == len(layers) and all(queries.shape == held[0].shape for queries in held)
+    return torch.stack(held) if alike else None
 
 
 def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:

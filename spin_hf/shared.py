@@ -32,7 +32,7 @@ from .config import SpinOptions
 from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
 from .gpu_memory import GpuMemory
-from .kernels.fields import Counter, StepField
+from .kernels.fields import MAX_QUERIES, Counter, StepField
 from .layer_budget import LayerShape, tier_budget
 from .step_plan import StepPlan
 from .storage.budget import TierBudget
@@ -154,9 +154,12 @@ class SharedState:
                 )
             self.roll_back()
         self.gpu.before_step(batch_size, num_tokens)
-        regroup.catch_up(self)
+        chooses = num_tokens <= MAX_QUERIES  # more attend to everything, and need neither groups nor summaries
+        if chooses:
+            regroup.catch_up(self)
         self.sequences.begin(batch_size, num_tokens, new_valid)
-        indexing.refresh(self)  # pages may have taken another form
+        if chooses:
+            indexing.refresh(self)  # pages may have taken another form
 
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.
@@ -317,7 +320,7 @@ class SharedState:
         """As before the first step, which has failed: what was settled by it is settled anew."""
         self.sequences.stores.clear()
         for layer in self.layers:
-            layer.store, layer.stale, layer.arranged = None, None, 0
+            layer.store, layer.stale, layer.asked, layer.arranged = None, None, None, 0
         self._give_up_kernels()
         self.gpu = GpuMemory(self, self.options.gpu_memory)
 
@@ -337,7 +340,7 @@ class SharedState:
         self._end_step()
         self.committed = 0
         for layer in self.layers:
-            layer.stale, layer.arranged = None, 0
+            layer.stale, layer.asked, layer.arranged = None, None, 0
 
     def forget_kernels(self, counted: dict[str, int]) -> None:
         """After a copy, whose kernels have descriptors of their own.
@@ -370,7 +373,10 @@ class SharedState:
             BudgetError, CapacityError: the new batch does not fit; nothing has changed.
         """
         if self.sequences.batch_size:
+            asked = [None if layer.asked is None else layer.asked[rows] for layer in self.layers]
             self.sequences.select(rows)
+            for layer, queries in zip(self.layers, asked, strict=True):
+                layer.asked = queries
 
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
         """As `padding.reconcile`."""

@@ -1,6 +1,7 @@
 """Bisection, this project's own method: pages of tokens that lie together, rated by low-bit keys, and means for all others.
 
-    arrange    part the tokens along their main axis, and the parts again, down to full pages
+    arrange    part the tokens along their main axis, and the parts again, down to full pages; what a token is there: its key,
+               and beside it the logarithms of the weights that the queries of the prompt's end give it
     select     4 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
                of them the budget by  sum over tokens of exp(scale * q . key in four bits)
                both as shares of all candidates, mean over the query heads of a KV head
@@ -24,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -37,6 +39,9 @@ from . import lowbit
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping
 
+POINT_DIM = 128
+"""Most numbers of a point, as the kernels keep the products of all of them with each other in registers."""
+
 
 @dataclass(frozen=True)
 class Bisection(Regrouping, Method):
@@ -49,6 +54,7 @@ class Bisection(Regrouping, Method):
     """
 
     name: ClassVar[str] = "bisection"
+    num_asked: ClassVar[int] = 32
     looked_at: int = 4
 
     def __post_init__(self) -> None:
@@ -78,10 +84,10 @@ class Bisection(Regrouping, Method):
         """As `index`, and means of the values."""
         return {**self.index(pages.keys, pages.valid), "value": kernels.page_means(pages.values, pages.valid)}
 
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         """Page by page, each of tokens that no halving has parted."""
         fast = keys.is_cuda and keys.element_size() == 2
-        points = keys.to(torch.bfloat16 if fast else torch.float32).flatten(0, 1)
+        points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), asked).flatten(0, 1)
         return Arrangement(bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
@@ -134,22 +140,62 @@ class Bisection(Regrouping, Method):
         return shares.masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
 
 
+def as_points(keys: Tensor, asked: Tensor | None) -> Tensor:
+    """What tokens are when they are parted: their keys, and how much the queries of the prompt's end want each of them.
+
+    The latter is log(1 + n * weight) for each query, the weight being a softmax over the n tokens, mean over the group; it is
+    scaled to spread as much as the keys. Where both are more than `POINT_DIM` numbers, fewer stand for the keys: some of those
+    in the basis of `lowbit.rotate`, which keep distances but for chance.
+
+    Args:
+        keys: [S, H, n, D], in the dtype of all products; asked: see `Regrouping.arrange`.
+    Returns:
+        [S, H, n, D + num_asked, or `POINT_DIM` if that is less].
+    """
+    if asked is None:
+        return _shortened(keys, POINT_DIM)
+    wanted = keys.new_zeros((), dtype=torch.float32)
+    for queries in asked.to(keys.dtype).unbind(2):  # one after the other, which bounds temporary memory
+        wanted = wanted + (queries @ keys.mT).softmax(-1, dtype=torch.float32)
+    wanted = (wanted * (keys.shape[2] / asked.shape[2])).log1p().mT
+    keys = _shortened(keys, POINT_DIM - asked.shape[3])
+    scale = (_spread(keys) / _spread(wanted).clamp(min=1e-20)).sqrt()
+    return torch.cat([keys, (wanted * scale).to(keys.dtype)], -1)
+
+
+def _shortened(keys: Tensor, most: int) -> Tensor:
+    dim = keys.shape[-1]
+    return keys if dim <= most else keys @ _projection(dim, most, keys.device).to(keys.dtype)
+
+
+@lru_cache(maxsize=64)
+def _projection(dim: int, most: int, device: torch.device) -> Tensor:
+    """[dim, most], float32: columns of the basis, chosen at random once and for all."""
+    chosen = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))[:most]
+    return lowbit.basis(dim, device)[:, chosen.to(device)] * (dim & -dim) ** -0.5
+
+
+def _spread(points: Tensor) -> Tensor:
+    """Variance of points [S, H, n, D], the sum over their numbers: [S, H, 1, 1]."""
+    return points.var(2, keepdim=True, correction=0).sum(-1, keepdim=True, dtype=torch.float32)
+
+
 def bisect(points: Tensor, page_size: int) -> Tensor:
     """Order points so that pages of them lie together.
 
     Args:
-        points: [R, n, D], in the dtype of all products; n is a multiple of `page_size`.
+        points: [R, n, D], in the dtype of all products, D up to `POINT_DIM`; n is a multiple of `page_size`.
     Returns:
         order: [R, n], int64.
     """
     launch = kernels.launchers(points.device)
-    if launch is None or points.shape[2] > launch.bisect_max_dim:
+    if launch is None:
         return bisect_by_formulas(points, page_size)
     return launch.bisect(points, page_size)  # type: ignore[no-any-return, unused-ignore]
 
 
 def bisect_by_formulas(points: Tensor, page_size: int) -> Tensor:
-    """`bisect` in PyTorch: the specification, and what serves longer keys than the kernels take."""
+    """`bisect` in PyTorch: the specification."""
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
     size = page_size

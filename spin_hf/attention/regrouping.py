@@ -1,6 +1,7 @@
 """What a method adds to choose which tokens make a page: tokens that queries want together should lie together.
 
     arrange            keys of stretches, all of one length  ----> their order, and which pages then make a partition
+                       what a prompt's end asked
     index_pages        pages in that order                   ----> summaries
 
 A partition is a run of pages, and the row of each of them holds what is known of it as a whole: selecting page by page, best
@@ -39,14 +40,31 @@ class Regrouping(ABC):
     """Most tokens that trade places with one another; an int, or what a prefill brings is split into equal parts."""
     growth_tokens: ClassVar[int] = 1024
     """How many tokens there must be to be arranged, which is how often it happens as a context grows."""
+    num_asked: ClassVar[int] = 0
+    """How many queries of a prompt's end `arrange` is shown; 0 for none, which are then not kept either."""
 
     @abstractmethod
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         """Order the tokens of each of S stretches, of one sequence or several.
 
         Args:
             keys: [S, H, n, D] of consecutive tokens, as cached; n is a multiple of the page size, none is padding.
+            asked: [S, H, G, num_asked, D], what the last tokens of the prompt asked, times the factor of attention scores;
+                None where no prompt was just read: for tokens that were generated, or taken over from another cache.
         """
+
+
+def last_queries(query: Tensor, number: int) -> Tensor:
+    """A copy of `number` queries, evenly from the last twice as many; some of them repeated where there are fewer.
+
+    Args:
+        query: [B, H, G, Q, D].
+    Returns:
+        [B, H, G, number, D].
+    """
+    count = query.shape[3]
+    back = torch.arange(number, device=query.device) * min(count, 2 * number) // number
+    return query.index_select(3, count - 1 - back)
 
 
 def merge_pages(means: Tensor, partition_pages: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ class RetroInfer(Regrouping, Method):
         }
         return {name: merge_pages(mean, pages.partition_pages) for name, mean in means.items()}
 
-    def arrange(self, keys: Tensor) -> Arrangement:
-        """Cluster by cluster, in each the tokens nearest to the centroid first."""
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        """Cluster by cluster, in each the tokens nearest to the centroid first, whatever was asked."""
         sixteen = keys.is_cuda and keys.element_size() == 2
         points = unit_vectors(keys, torch.float16 if sixteen else torch.float32)
         order, pages = fill_clusters(points.flatten(0, 1), self.cluster_tokens, self.page_size)

@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
-MAX_DIM = 128
-"""Longest key: the products of a longer one's numbers do not fit the registers."""
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """As `attention.bisection.bisect`, of points [R, n, D] with D up to `MAX_DIM`."""
+    """As `attention.bisection.bisect`, of points [R, n, D].
+
+    D is 128 at most: products of all of more numbers with each other do not fit the registers.
+    """
     points = points.contiguous()
     rows, count, dim = points.shape
     order = torch.arange(count, dtype=torch.int32, device=points.device).expand(rows, -1).contiguous()

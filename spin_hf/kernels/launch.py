@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .append import append_kernel
 from .attention import attend_kernel
-from .bisect import MAX_DIM, bisect
+from .bisect import bisect
 from .closer import closer_kernel, rate_closer_kernel
 from .clusters import fill_clusters, unit_vectors
 from .estimate import estimate_kernel
@@ -26,7 +26,7 @@ from .tokens import move_tokens, page_means
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 launchers = SimpleNamespace(
-    append=append_kernel, attend=attend_kernel, bisect=bisect, bisect_max_dim=MAX_DIM, choose=choose_kernel,
+    append=append_kernel, attend=attend_kernel, bisect=bisect, choose=choose_kernel,
     closer=closer_kernel, copy_page=copy_page_kernel, encode_pages=encode_pages,
     estimate=estimate_kernel, fill_clusters=fill_clusters, find_outliers=find_outliers_kernel, move_tokens=move_tokens,
     page_means=page_means, plan_step=plan_step_kernel, quantize=quantize, rate=rate_kernel,

@@ -20,7 +20,7 @@ import torch
 
 from spin_hf import Bisection, OptionError, OptionTypeError
 from spin_hf.attention import lowbit
-from spin_hf.attention.bisection import bisect
+from spin_hf.attention.bisection import POINT_DIM, as_points, bisect
 from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
 
@@ -153,6 +153,65 @@ def test_paged_softcap_and_sinks() -> None:
         assert driver.cache.stats().evictions > 0
 
     without_near_ties(run)
+
+
+# --------------------------------------------------------------------------------------------- what tokens are parted by
+
+
+def test_points() -> None:
+    """Keys, and log(1 + n * weight) for each query, spread as much: by loops over float64."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn((2, 3, 40, 6), generator=generator) * 2 + 1
+    asked = torch.randn((2, 3, 2, 5, 6), generator=generator)
+    points = as_points(keys, asked)
+    assert points.shape == (2, 3, 40, 11)
+    assert torch.equal(points[..., :6], keys)
+    for s in range(2):
+        for h in range(3):
+            k = keys[s, h].double().numpy()
+            wanted = np.zeros((40, 5))
+            for queries in asked[s, h].double().numpy():
+                weights = np.exp(k @ queries.T)
+                wanted += weights / weights.sum(0) / 2
+            wanted = np.log(1 + 40 * wanted)
+            wanted *= math.sqrt(k.var(0).sum() / wanted.var(0).sum())
+            assert np.abs(points[s, h, :, 6:].double().numpy() - wanted).max() < 1e-4
+    assert as_points(keys, None) is keys
+
+
+@pytest.mark.parametrize("dim", [112, 128, 160, 256])
+def test_points_of_long_keys(dim: int) -> None:
+    """As many numbers as kernels take, in which what is far apart stays far apart, also where few channels have all of it."""
+    generator = torch.Generator().manual_seed(dim)
+    keys = torch.randn((1, 2, 64, dim), generator=generator)
+    keys[..., [3, 50]] *= 30
+    asked = torch.randn((1, 2, 4, 32, dim), generator=generator) / dim
+    alone, both = as_points(keys, None), as_points(keys, asked)
+    assert alone.shape[3] == min(dim, POINT_DIM)
+    assert both.shape[3] == POINT_DIM
+    exact = torch.cdist(keys, keys)
+    for points in (alone, both[..., :-32]):
+        ratio = torch.cdist(points, points) / exact * math.sqrt(dim / points.shape[3])
+        assert float(ratio[exact > 0].quantile(0.05)) > 0.75
+        assert float(ratio[exact > 0].quantile(0.95)) < 1.25
+
+
+def test_what_is_wanted_together_lies_together() -> None:
+    """Sixteen of 512 tokens have a little of what the queries ask for, which their keys alone do not show."""
+    generator = torch.Generator().manual_seed(1)
+    keys, direction = torch.randn((1, 1, 512, 32), generator=generator), torch.zeros(32)
+    direction[5] = 1.0
+    wanted = torch.randperm(512, generator=generator)[:16]
+    keys[..., 5] *= 0.1
+    keys[0, 0, wanted] += direction
+    asked = 8 * direction.expand(1, 1, 2, 32, 32) + 0.1 * torch.randn((1, 1, 2, 32, 32), generator=generator)
+
+    def pages_with_wanted(asked: torch.Tensor | None) -> int:
+        order = Bisection().arrange(keys, asked).order[0, 0].view(-1, 8)
+        return int(torch.isin(order, wanted).any(1).sum())
+
+    assert pages_with_wanted(asked) <= 4
+    assert pages_with_wanted(None) >= 9
 
 
 # ------------------------------------------------------------------------------------------------ bisection, four bits

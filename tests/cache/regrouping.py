@@ -25,20 +25,20 @@ class Backwards(Regrouping, ShadowKV):
     stretch_tokens: ClassVar[int] = 64
     growth_tokens: ClassVar[int] = 24
 
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         return Arrangement(torch.arange(keys.shape[2] - 1, -1, -1).expand(keys.shape[:3]))
 
 
 @dataclass(frozen=True)
 class Shuffled(Backwards):
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         generator = torch.Generator().manual_seed(keys.shape[2])
         return Arrangement(torch.rand(keys.shape[:3], generator=generator).argsort(2))
 
 
 @dataclass(frozen=True)
 class Clumped(Shuffled):
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         for head in range(pages.shape[1]):
             begin, size = 0, 1 + head
@@ -46,7 +46,7 @@ class Clumped(Shuffled):
                 size = min(size % 3 + 1, pages.shape[2] - begin)
                 pages[:, head, begin] = size
                 begin += size
-        return Arrangement(super().arrange(keys).order, pages)
+        return Arrangement(super().arrange(keys, asked).order, pages)
 
 
 class SelectingAll:

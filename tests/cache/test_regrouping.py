@@ -300,7 +300,7 @@ def test_interrupted(
 def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
-        def arrange(self, keys: Tensor) -> Arrangement:
+        def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
             if wrong in ("twice", "short"):
                 return Arrangement(places // 2 if wrong == "twice" else places[:, :, 1:])
@@ -325,9 +325,9 @@ def test_layers_one_by_one_or_together(world: World, once: int, monkeypatch: pyt
     arranged = []
     arrange = Shuffled.arrange
 
-    def counting(self: Shuffled, keys: Tensor) -> Arrangement:
+    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> Arrangement:
         arranged.append(keys.shape[0])
-        return arrange(self, keys)
+        return arrange(self, keys, asked)
 
     monkeypatch.setattr(Shuffled, "arrange", counting)
     driver = new_driver(method=Shuffled())

@@ -39,18 +39,18 @@ def test_clusters_are_as_good_as_those_of_the_formulas(
     dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = topics(dtype, dim)
-    made = RetroInfer().arrange(keys)
+    made = RetroInfer().arrange(keys, None)
     places = torch.arange(keys.shape[2], device="cuda").expand(keys.shape[:3])
     assert torch.equal(made.order.sort(2).values, places)
     assert made.partition_pages is not None
     assert tiles(made.partition_pages)
     with monkeypatch.context() as patch:
         patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-        expected = RetroInfer().arrange(keys)
+        expected = RetroInfer().arrange(keys, None)
     found, wanted, consecutive = (alike(keys, order) for order in (made.order, expected.order, places))
     assert wanted > 1.3 * consecutive
     assert abs(found - wanted) < 0.03 * (wanted - consecutive)
-    again = RetroInfer().arrange(keys)
+    again = RetroInfer().arrange(keys, None)
     assert torch.equal(made.order, again.order)
     assert torch.equal(made.partition_pages, again.partition_pages)  # type: ignore[arg-type]
 
@@ -58,9 +58,9 @@ def test_clusters_are_as_good_as_those_of_the_formulas(
 def test_most_points_go_where_the_formulas_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, where hardly a point lies between two clusters."""
     keys = topics(torch.float32, 64, count=512)
-    made = RetroInfer().arrange(keys)
+    made = RetroInfer().arrange(keys, None)
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-    expected = RetroInfer().arrange(keys)
+    expected = RetroInfer().arrange(keys, None)
     assert float((made.order == expected.order).float().mean()) > 0.9
 
 
@@ -71,16 +71,18 @@ def test_strided_keys() -> None:
     apart.copy_(keys)
     made, expected = unit_vectors(apart, torch.float16), unit_vectors(keys, torch.float16)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-3)  # sums may be rounded in another order
-    assert float((RetroInfer().arrange(apart).order == RetroInfer().arrange(keys).order).float().mean()) > 0.5
+    assert (
+        float((RetroInfer().arrange(apart, None).order == RetroInfer().arrange(keys, None).order).float().mean()) > 0.5
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_keys_that_are_no_numbers(bad: float) -> None:
     """Spoil their own head and stretch only."""
     keys = topics(torch.bfloat16, 128)
-    expected = RetroInfer().arrange(keys)
+    expected = RetroInfer().arrange(keys, None)
     keys[0, 1, 3, 5] = bad
-    made = RetroInfer().arrange(keys)
+    made = RetroInfer().arrange(keys, None)
     assert torch.equal(made.order.sort(2).values, torch.arange(keys.shape[2], device="cuda").expand(keys.shape[:3]))
     assert made.partition_pages is not None
     assert tiles(made.partition_pages)
@@ -91,11 +93,11 @@ def test_keys_that_are_no_numbers(bad: float) -> None:
 def test_few_launches_and_no_waiting() -> None:
     """About 21 kernels and two sorts, which take several launches each."""
     keys = topics(torch.bfloat16, 128)
-    RetroInfer().arrange(keys)
+    RetroInfer().arrange(keys, None)
     with no_synchronisation():
-        RetroInfer().arrange(keys)
+        RetroInfer().arrange(keys, None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        RetroInfer().arrange(keys)
+        RetroInfer().arrange(keys, None)
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert 21 <= len(kernels) < 60

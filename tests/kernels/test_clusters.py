@@ -310,7 +310,7 @@ def test_launches_do_not_depend_on_rows(monkeypatch: pytest.MonkeyPatch) -> None
         launched.clear()
         keys = random(stretches, 2, 160, 8)
         with Operations() as operations:
-            RetroInfer().arrange(keys)
+            RetroInfer().arrange(keys, None)
         assert sorted(set(launched)) == ["average", "nearest", "place", "plan", "seed", "unit_vectors"]
         assert len(launched) == 1 + 2 + (4 + 2) * 2 + 2 + 2 * 2
         assert sorted(name for name in operations.names if name != "fill_") == [
