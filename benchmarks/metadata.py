@@ -9,7 +9,7 @@ held    what `stats()` of a cache of the Llama-3.1-8B shape reports after room w
         those that a GPU would have, to the byte, with the addresses of chunks (32 KiB an array, however much it holds)
 flat    one int32 for each page of each sequence, KV head and layer up to `max_position_embeddings`; where pages live in the
         cpu tier, a page number (int32) and a time (int64) for each page frame, as SpinCache has; where a method regroups
-        tokens, their positions and partitions, as SpinCache has, for each of these pages
+        tokens, how far they moved and partitions (int16), as SpinCache has, for each of these pages
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from .errors import BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog, unpaged_or_none
 from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
+from .layer_budget import check_stretches
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
 from .shared import SharedState
 from .stats import CacheStats
@@ -98,6 +99,7 @@ class SpinCache(Cache):
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
         self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
         check_recipe(self._shared.method)
+        check_stretches(self._shared.method)
         super().__init__(layers=layers)
         heads = getattr(config, "num_attention_heads", 0)
         self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list

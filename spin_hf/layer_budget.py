@@ -1,7 +1,8 @@
 """What one layer's pages will take, before there are any: from the model's config, or from the first states.
 
-    layer_shapes   config               -> heads and their sizes of each paged layer
-    tier_budget    shape, dtype, method -> bytes per page, and the caps they are held against (`storage/budget.py`)
+    layer_shapes     config               -> heads and their sizes of each paged layer
+    tier_budget      shape, dtype, method -> bytes per page, and the caps they are held against (`storage/budget.py`)
+    check_stretches  method               -> refused where its stretches are longer than what is noted of a token can say
 
 The layers themselves, the refusal of a batch (`admission.py`) and `memory_plan.plan` count with the same budgets.
 """
@@ -17,11 +18,12 @@ import torch
 from .attention.partition import Method
 from .attention.regrouping import Regrouping
 from .config import SpinOptions
+from .errors import OptionError
 from .kernels import page_forms
 from .step_plan import pages_of
 from .storage.budget import TierBudget
 from .storage.pages import chunk_segments
-from .storage.regrouped import bytes_for_regrouping
+from .storage.regrouped import bytes_for_regrouping, longest_stretch
 from .storage.summaries import bytes_per_page, kept_as
 
 
@@ -72,6 +74,16 @@ def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: S
     shapes = method.summary_shapes(shape.key_dim, shape.value_dim)
     scales = sum(bool(vector) and kept_as(name, dtype, quantized, own)[1] for name, vector in shapes.items())
     return 1 + len(shapes) + scales + (2 if isinstance(method, Regrouping) else 0)
+
+
+def check_stretches(method: Method) -> None:
+    """Raise OptionError where a method that regroups lets more tokens trade places than the cache can note."""
+    longest = longest_stretch(method.page_size)
+    if isinstance(method, Regrouping) and method.stretch_tokens > longest:
+        raise OptionError(
+            f"{method.name}: expected stretch_tokens of at most {longest}, as how far a token moves is kept in 16 bits, got "
+            f"{method.stretch_tokens}; regroup fewer tokens with one another"
+        )
 
 
 def tier_budget(

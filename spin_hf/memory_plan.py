@@ -22,7 +22,7 @@ from .attention.partition import Method
 from .attention.regrouping import Regrouping
 from .config import SpinOptions, require_count
 from .errors import BudgetError, CapacityError, OptionError, OptionTypeError
-from .layer_budget import layer_shapes, num_arrays, tier_budget
+from .layer_budget import check_stretches, layer_shapes, num_arrays, tier_budget
 from .layer_kinds import build_layers, check_model, decoder_config
 from .stats import table
 from .storage.budget import (
@@ -113,6 +113,7 @@ def plan(
     layers: list[int] = []
     _, reasons = build_layers(config, lambda index: layers.append(index))
     resolved = resolved.bind(config, layers)
+    check_stretches(resolved)
     shapes = layer_shapes(config, layers)
     if shapes is None:
         raise OptionError(

@@ -37,7 +37,7 @@ class Regrouping(ABC):
     """Mixed into a method: `class Mine(Regrouping, Method)`."""
 
     stretch_tokens: ClassVar[int] = 8192
-    """Most tokens that trade places with one another; an int, or what a prefill brings is split into equal parts."""
+    """Most tokens that trade places with one another, 32768 or fewer; what a prefill brings is split into equal parts."""
     growth_tokens: ClassVar[int] = 1024
     """How many tokens there must be to be arranged, which is how often it happens as a context grows."""
     num_asked: ClassVar[int] = 0

@@ -1,6 +1,6 @@
 """Tokens of several layers' pages that trade places at once: layers that are alike, as all of them have the same rows.
 
-    content [L, B, H, n, page elements]  --order-->  moved  -->  homes, positions, partitions;  frames forget these pages
+    content [L, B, H, n, page elements]  --order-->  moved  -->  homes, shifts, partitions;  frames forget these pages
 
 Launches are what such work costs beside the bytes, so a call serves as many layers as temporary memory allows.
 """
@@ -30,11 +30,12 @@ def content(stores: list[PageStore], first: int, stop: int) -> Tensor:
 
 def positions(stores: list[PageStore], first: int, stop: int) -> Tensor:
     """Tokens of pages [first, stop), which lie in stretches: [L * B, H, n, P], int32."""
-    return take_all([regrouped(store).arrays[0] for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+    shifts, size = _shifts(stores, first, stop), stores[0].page_size
+    return shifts + torch.arange(first * size, stop * size, dtype=torch.int32, device=shifts.device).view(-1, size)
 
 
 def partition_pages(stores: list[PageStore], first: int, stop: int) -> Tensor:
-    """Pages of the partition that each of pages [first, stop) begins, 0 for none: [L * B, H, n], int32."""
+    """Pages of the partition that each of pages [first, stop) begins, 0 for none: [L * B, H, n], int16."""
     inside = max(first, min(stop, stores[0].sequences.stretches.num_pages))
     rows = stores[0].rows(first, inside)
     held = take_all([regrouped(store).arrays[1] for store in stores], rows).flatten(0, 1)
@@ -43,10 +44,9 @@ def partition_pages(stores: list[PageStore], first: int, stop: int) -> Tensor:
 
 def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
     """Pages [first, stop) of all sequences are runs of positions, and partitions by themselves."""
-    rows, size = stores[0].rows(first, stop), stores[0].page_size
-    tokens = torch.arange(first * size, stop * size, dtype=torch.int32, device=rows.device).view(-1, size)
-    positions = tokens.expand(len(stores), *rows.shape, size)
-    for write in _notes(stores, rows, positions, tokens.new_ones((len(stores), *rows.shape))):
+    rows = stores[0].rows(first, stop)
+    shifts = torch.zeros((len(stores), *rows.shape, stores[0].page_size), dtype=torch.int16, device=rows.device)
+    for write in _notes(stores, rows, shifts, shifts.new_ones(shifts.shape[:-1])):
         write()
 
 
@@ -67,15 +67,16 @@ def rearrange(
     """
     one = stores[0]
     rows, each = one.rows(first, stop), (len(stores), -1)
-    before = positions(stores, first, stop), partition_pages(stores, first, stop)
+    before = _shifts(stores, first, stop), partition_pages(stores, first, stop)
     moved = kernels.move_tokens(content, order, one.page_size, one.home_form.token_parts)
-    now_at = before[0].flatten(2).gather(2, order).unflatten(2, before[0].shape[2:])
+    shifts = order - torch.arange(order.shape[2], device=order.device)
+    shifts += before[0].flatten(2).gather(2, order)
 
-    def ready(content: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
-        notes = _notes(stores, rows, positions.unflatten(0, each), partitions.unflatten(0, each))
+    def ready(content: Tensor, shifts: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+        notes = _notes(stores, rows, shifts.unflatten(0, each), partitions.unflatten(0, each))
         return [*writers([store.home for store in stores], rows, content.unflatten(0, each)), *notes]
 
-    undo, redo = ready(content, *before), ready(moved, now_at, partitions)
+    undo, redo = ready(content, *before), ready(moved, shifts.unflatten(2, before[0].shape[2:]), partitions)
     for store in stores:
         if store.frames is not None:
             store.frames.forget(first, stop)
@@ -95,10 +96,15 @@ def regrouped(store: PageStore) -> RegroupedPages:
     return store.regrouped
 
 
-def _notes(stores: list[PageStore], rows: Tensor, positions: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
-    """What notes that rows [B, H, n] of all stores hold positions [L, B, H, n, P] and partitions [L, B, H, n]."""
+def _shifts(stores: list[PageStore], first: int, stop: int) -> Tensor:
+    """How far the tokens of pages [first, stop) have come, which lie in stretches: [L * B, H, n, P], int16."""
+    return take_all([regrouped(store).arrays[0] for store in stores], stores[0].rows(first, stop)).flatten(0, 1)
+
+
+def _notes(stores: list[PageStore], rows: Tensor, shifts: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
+    """What notes shifts [L, B, H, n, P] and partitions [L, B, H, n] in rows [B, H, n] of all stores, as int16."""
     arrays = [regrouped(store).arrays for store in stores]
     return [
-        *writers([held for held, _ in arrays], rows, positions),
+        *writers([held for held, _ in arrays], rows, shifts),
         *writers([held for _, held in arrays], rows, partitions),
     ]

@@ -1,10 +1,13 @@
 """Where the tokens of one layer's regrouped pages are from, and which pages make one partition.
 
-    row of a page   ->  positions  [P], int32    the tokens in it           page 5: [40 41 .. 47] before, [96 41 .. 77] after
-                    ->  partition  [], int32     how many pages the partition has that it begins; 0 where it continues one
+    row of a page   ->  shifts     [P], int16    how far the tokens in it have come: position - place, 0 in a run of positions
+                    ->  partition  [], int16     how many pages the partition has that it begins; 0 where it continues one
 
-The rows are those of the pages and the summaries, so sequences that share or copy a segment share or copy this too. Only
-rows of pages in stretches (`stretches.py`) are read: all others are runs of positions, and partitions by themselves.
+    page 5          places 40 41 .. 47      shifts 56 0 .. 30      so it holds tokens 96 41 .. 77
+
+Tokens trade places with those of `longest_stretch` tokens at most, which is what int16 holds; whoever asks gets positions. The
+rows are those of the pages and the summaries, so sequences that share or copy a segment share or copy this too. Only rows of
+pages in stretches (`stretches.py`) are read: all others are runs of positions, and partitions by themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from .sequences import Sequences
 
 
 class RegroupedPages:
-    """Positions and partitions of one layer.
+    """Shifts and partitions of one layer.
 
     Args:
         sequences: the batch.
@@ -28,23 +31,25 @@ class RegroupedPages:
     def __init__(self, sequences: Sequences, num_heads: int, rows_per_chunk: int, device: torch.device) -> None:
         self.sequences, self.num_heads, self.device = sequences, num_heads, device
         self.page_size = sequences.page_size
-        self._positions = ChunkedArray((self.page_size,), rows_per_chunk, torch.int32, device)
-        self._partition = ChunkedArray((), rows_per_chunk, torch.int32, device)
+        self._shifts = ChunkedArray((self.page_size,), rows_per_chunk, torch.int16, device)
+        self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device)
 
     @property
     def arrays(self) -> list[ChunkedArray]:
-        """All that is stored, for whoever grows, copies or counts it."""
-        return [self._positions, self._partition]
+        """All that is stored, for whoever grows, copies or counts it: shifts, and partitions."""
+        return [self._shifts, self._partition]
 
     def metadata(self, num_rows: int) -> dict[str, int]:
         """Bytes of `num_rows` rows, by name."""
-        arrays = {"regrouped positions": self._positions, "regrouped partitions": self._partition}
+        arrays = {"regrouped shifts": self._shifts, "regrouped partitions": self._partition}
         return {name: num_rows * array.row_bytes for name, array in arrays.items()}
 
     def positions(self, first: int, stop: int) -> Tensor:
         """Tokens of pages [first, stop), of all sequences and heads: [B, H, n, P], int64."""
-        held = self._positions.take(self._rows(first, stop)).long()
-        return torch.cat([held, self._runs(first + held.shape[2], stop)], 2)
+        shifts = self._shifts.take(self._rows(first, stop))
+        tokens = self._runs(first, stop).contiguous()
+        tokens[:, :, : shifts.shape[2]] += shifts
+        return tokens
 
     def partition_pages(self, first: int, stop: int) -> Tensor:
         """Pages of the partition that each of pages [first, stop) begins, 0 for none: [B, H, n], int64."""
@@ -104,9 +109,15 @@ def tiles(partition_pages: Tensor) -> Tensor:
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
+def longest_stretch(page_size: int) -> int:
+    """Most tokens that may trade places with one another: shifts, and the pages of a partition, are int16."""
+    most = torch.iinfo(torch.int16).max
+    return min(most + 1, most * page_size)
+
+
 def bytes_for_regrouping(page_size: int) -> dict[str, int]:
-    """Bytes that positions and partition of a page take, named as in `RegroupedPages.metadata`."""
-    return {"regrouped positions": 4 * page_size, "regrouped partitions": 4}
+    """Bytes that shifts and partition of a page take, named as in `RegroupedPages.metadata`."""
+    return {"regrouped shifts": 2 * page_size, "regrouped partitions": 2}
 
 
 def _check(condition: bool, message: str) -> None:

@@ -291,7 +291,7 @@ def test_codes_are_kept_as_they_are() -> None:
     kept = {name: summary.values.dtype for name, summary in store.summaries.items()}
     assert kept == {"mean": torch.int8, "value": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16}
     assert store.budget.summary_bytes == (6 + 4) + (8 + 4) + 8 * 3 + 8 * 2
-    assert store.budget.regrouping_bytes == 36
+    assert store.budget.regrouping_bytes == 18
     assert store.budget.summary_bytes + store.budget.regrouping_bytes == sum(
         array.row_bytes for array in store._arrays()[1:]
     )

@@ -362,7 +362,7 @@ def test_integrity_sees_lost_positions(world: World) -> None:
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.step(world, 200, 201)
-    for name in ("_positions", "_partition"):
+    for name in ("_shifts", "_partition"):
         broken = deepcopy(driver.cache)
         array = getattr(broken.layers[1].store.regrouped, name)
         array.chunks[0][3] += 1
@@ -389,8 +389,8 @@ def test_other_methods_keep_no_positions(world: World) -> None:
     assert driver.cache.layers[0].store.regrouped is None
     rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
     tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
-    assert (tables["regrouped positions"], tables["regrouped partitions"]) == (rows * 32, rows * 4)
+    assert (tables["regrouped shifts"], tables["regrouped partitions"]) == (rows * 16, rows * 2)
     assert not any("regrouped" in name for name in none)
     assert (tables["stretches"] > 0, none["stretches"]) == (True, 0)
     budgets = [each.cache.layers[0].store.budget.regrouping_bytes for each in (twin, driver)]
-    assert budgets == [36, 0]
+    assert budgets == [18, 0]
