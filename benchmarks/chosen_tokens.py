@@ -29,16 +29,16 @@ Choose = Callable[[Tensor], Tensor]
 """From weights [H, tokens], summed over a group, to the tokens attended to [H, tokens], bool."""
 
 
-def always(num_tokens: int) -> Tensor:
+def always(num_tokens: int, device: torch.device | None = None) -> Tensor:
     """Sinks and recent tokens: [tokens], bool."""
-    mask = torch.zeros(num_tokens, dtype=torch.bool)
+    mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     mask[:SINKS], mask[max(0, num_tokens - RECENT) :] = True, True
     return mask
 
 
 def best_tokens(weights: Tensor, kept: Tensor) -> Tensor:
     """Sinks, recent tokens and the heaviest others, `kept` [H] in all, or what is always kept if that is more: [H, tokens]."""
-    fixed = always(weights.shape[1])
+    fixed = always(weights.shape[1], weights.device)
     others = weights.masked_fill(fixed, -1.0)
     rank = others.argsort(1, descending=True).argsort(1)
     return fixed | (rank < (kept.unsqueeze(1) - int(fixed.sum())))
@@ -54,7 +54,7 @@ def recent_tokens(weights: Tensor, kept: int) -> Tensor:
 def chooser(name: str, kept: int) -> Choose:
     """`oracle` or `window`, of this many tokens."""
     if name == "oracle":
-        return lambda weights: best_tokens(weights, torch.full((len(weights),), kept))
+        return lambda weights: best_tokens(weights, torch.full((len(weights),), kept, device=weights.device))
     if name == "window":
         return lambda weights: recent_tokens(weights, kept)
     raise ValueError(f"expected oracle or window, got {name!r}")

@@ -10,16 +10,31 @@ The last tokens attend to everything in either way.
 
 from __future__ import annotations
 
+import argparse
 from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+import spin_hf.kernels
 from spin_hf import SpinCache
 
 LAST = 64
 """Tokens that are read by each cache itself; more than what `SpinCache` takes for a verification, which is 16."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--dtype` and `--device`."""
+    names = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=names, default="bfloat16", help="float32 is much faster on an old CPU")
+    parser.add_argument("--device", default="cpu")
+
+
+def load_model(name: str, dtype: str, device: str) -> Any:
+    """The model of a folder or hub id; it chooses by the formulas of the methods, not by kernels, on a GPU too."""
+    spin_hf.kernels.launchers = lambda device: None
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval().to(device)
 
 
 class Prefill:
@@ -52,4 +67,4 @@ class Prefill:
 
     @torch.no_grad()
     def _read(self, cache: Any, ids: list[int]) -> None:
-        self.model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+        self.model(torch.tensor([ids], device=self.model.device), past_key_values=cache, logits_to_keep=1)

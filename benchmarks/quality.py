@@ -38,14 +38,14 @@ import torch
 import transformers
 from chosen_tokens import RECENT, SINKS, Chosen, Mass, chooser
 from divergence import divergence
-from prefill import Prefill
+from prefill import Prefill, add_model_options, load_model
 from quality_tables import kl_table
 from record import RESULTS, fingerprint
 from rows_file import Rows, command_line
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import spin_hf.layer
 from spin_hf import SeerAttention, __version__, plan
@@ -72,7 +72,9 @@ def recording(mass: Mass) -> Any:
             logits = call.query[0, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
             shares = logits.softmax(-1).mean(1)  # [H, tokens]: what every token gets from the group
             # Places in the pages, whatever tokens stand there, as of `keys`; sinks and recent tokens are never moved.
-            tokens = (pages[0].unsqueeze(-1) * store.page_size + torch.arange(store.page_size)).flatten(1)
+            tokens = (
+                pages[0].unsqueeze(-1) * store.page_size + torch.arange(store.page_size, device=pages.device)
+            ).flatten(1)
             chosen = torch.zeros_like(shares, dtype=torch.bool)
             for head, allowed in enumerate(plan.allowed(pages, position)[0]):
                 chosen[head, tokens[head][allowed]] = True
@@ -86,7 +88,14 @@ def recording(mass: Mass) -> Any:
 def forced(model: Any, cache: Any, tokens: list[int]) -> Tensor:
     """Log-probabilities [steps, vocabulary] after each of `tokens`."""
     return torch.stack(
-        [model(torch.tensor([[t]]), past_key_values=cache).logits[0, -1].float().log_softmax(-1) for t in tokens]
+        [
+            model(torch.tensor([[t]], device=model.device), past_key_values=cache)
+            .logits[0, -1]
+            .float()
+            .log_softmax(-1)
+            .cpu()
+            for t in tokens
+        ]
     )
 
 
@@ -120,7 +129,7 @@ def measure(
         folder = gates.get(name)
         chosen = name if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
         options: dict[str, Any] = dict(
-            budget=budget, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype=dtype or "auto"
+            budget=budget, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype=dtype or "int8"
         )
         if pages:
             options |= paged(model, chosen, prefill.whole.get_seq_length() + len(tokens), pages, options)
@@ -190,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--plays", nargs="+", default=list(PLAYS))
     parser.add_argument("--again", action="store_true", help="measure finished rows again")
+    add_model_options(parser)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.methods[0] != "shadowkv":
@@ -197,11 +207,11 @@ def main() -> None:
 
     name, gates = args.model or default_model(), dict(entry.split("=", 1) for entry in args.gates)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
+    model = load_model(name, args.dtype, args.device)
     if args.kvpress and set(getattr(model.config, "layer_types", ())) - {"full_attention"}:
         parser.error("--kvpress: expected a model whose layers all attend to everything; its presses are for those")
     about = {
-        "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": "bfloat16", "device": "cpu",
+        "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": args.dtype, "device": args.device,
         "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
         "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "kvpress": kvpress_rivals.VERSION},

