@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attend import Call
 from .descriptors import Descriptors, power_of_two
+from .kernels import gpu
 from .kernels.fields import BINS_PER_NAT, MAX_QUERIES, NUM_BINS, Counter, PlanField
 from .selection import Selection, segments_at_a_time, some
 from .storage.allocation import kept
@@ -57,8 +58,7 @@ class StepKernels(Descriptors):
             self.attend_splits = min(self.attend_splits, -(-most * shared.method.page_size // _ATTEND_TOKENS))
         self.estimate_splits = min(_ESTIMATE_SPLITS, programs) if self.recipe.estimated_share else 0
         self.compiled = device.type == "cuda"
-        self.multiplies_int8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-        self.shared_memory = 48 << 10 if device.type != "cuda" else _shared_memory(device)
+        self.multiplies_int8, self.shared_memory = gpu.multiplies(device), gpu.shared_memory(device)
         plans = (MAX_QUERIES, batch_size, len(PlanField))
         self.plan = self.new(plans, torch.int32)
         self.whole_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
@@ -237,12 +237,6 @@ class StepKernels(Descriptors):
             "ROWS": store.home.rows_per_chunk, "PADDED": self.padded,
             "HOME_BYTES": 0 if store.home_form == store.form else store.home_form.row_bytes,
         }  # fmt: skip
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin) - 4096  # some is for reductions
 
 
 def _rows(states: Tensor) -> Tensor:

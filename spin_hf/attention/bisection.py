@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import require_count
+from ..kernels import gpu
 from ..kernels.fields import Rating
 from ..kernels.recipe import Recipe
 from . import lowbit
@@ -189,13 +190,13 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
         order: [R, n], int64.
     """
     launch = kernels.launchers(points.device)
-    if launch is None:
+    if launch is None or not gpu.multiplies(points.device):
         return bisect_by_formulas(points, page_size)
     return launch.bisect(points, page_size)  # type: ignore[no-any-return, unused-ignore]
 
 
 def bisect_by_formulas(points: Tensor, page_size: int) -> Tensor:
-    """`bisect` in PyTorch: the specification."""
+    """`bisect` in PyTorch: the specification, and what serves GPUs before Ampere."""
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
     size = page_size

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import gpu
 
 _MULTIPLES = (0.25, 0.3, 0.335, 0.4, 0.5, 0.65)
 _MIDDLE = 7.5
@@ -45,7 +46,7 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
         codes: [B, H, n, P, ceil(D / 2)], uint8; scale: [B, H, n, P], float32, -1 where a token is not valid.
     """
     launch, dim = kernels.launchers(keys.device), keys.shape[-1]
-    if launch is None:
+    if launch is None or not gpu.multiplies(keys.device):
         return encode_by_formulas(keys, mean, valid)
     return launch.encode_pages(  # type: ignore[no-any-return, unused-ignore]
         keys, mean, valid, basis(dim, keys.device), math.sqrt(dim & -dim), _MULTIPLES
@@ -53,7 +54,7 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 def encode_by_formulas(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_pages` in PyTorch, the specification."""
+    """`encode_pages` in PyTorch: the specification, and what serves GPUs before Ampere."""
     codes, scale = encode(rotate(keys.float().masked_fill(~valid.unsqueeze(-1), 0.0) - mean.unsqueeze(-2)))
     return codes, scale.masked_fill(~valid, -1.0)
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gpu
 from .nearest import average_kernel, nearest_kernel, seed_kernel, unit_vectors_kernel
 
 _HALF = 2
@@ -61,8 +62,7 @@ def fill_clusters(
     done = torch.zeros((len(rounds) + 1, rows), dtype=torch.int32, device=device)
     tokens, count = done, length  # what is not listed is not read
     whole = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), CLUSTER_TOKENS=cluster_tokens)
-    multiplies = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    near, mean = _tiles(multiplies and points.dtype == torch.float16, whole["BLOCK_D"])
+    near, mean = _tiles(gpu.multiplies(device) and points.dtype == torch.float16, whole["BLOCK_D"])
     with torch.cuda.device_of(points):
         for number, iterations in enumerate(rounds):
             most, last = max(1, count // cluster_tokens), number == len(rounds) - 1

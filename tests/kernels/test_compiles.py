@@ -1,0 +1,56 @@
+"""Triton compiles what a generation launches, for GPUs that are not there: the interpreter accepts more than the compiler.
+
+Turing is the oldest that PyTorch serves, and has neither bfloat16 nor, in Triton, products on tensor cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..support.absent_gpu import SHARED_MEMORY
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
+
+BEFORE_AMPERE_BY_FORMULAS = {
+    "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
+    "encode_pages_kernel",
+}  # fmt: skip
+"""Without tensor cores their matrices do not fit the shared memory."""
+
+
+def compiled_for(capability: int, dtype: str, folder: Path) -> dict[str, Any]:
+    """What `absent_gpu` reports, from a process that compiles: nothing is taken from a cache."""
+    report = folder / "report.json"
+    settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report)],
+        cwd=Path(__file__).parents[2], env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    read: dict[str, Any] = json.loads(report.read_text())
+    return read
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (75, "float16")])
+def test_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path) -> None:
+    report = compiled_for(capability, dtype, tmp_path)
+    assert report["failed"] == []
+    kernels, functions, called = (set(report[names]) for names in ("kernels", "functions", "called"))
+    assert len(functions) == len(report["functions"]), "names tell functions apart"
+    assert kernels, "the process compiles"
+    assert functions - called == kernels, "what no other function calls is launched, and is named so"
+    variants = Counter(variant["name"] for variant in report["compiled"])
+    assert set(variants) == (kernels if capability >= 80 else kernels - BEFORE_AMPERE_BY_FORMULAS)
+    binaries = Counter(file.stem for file in (tmp_path / "cache").rglob("*.cubin"))
+    assert binaries == variants
+    limit = SHARED_MEMORY[capability]
+    assert {v["name"]: v["shared"] for v in report["compiled"] if v["shared"] > limit} == {}

@@ -1,0 +1,193 @@
+"""Triton kernels compiled for a GPU that is not there, by the launches of caches on a CPU.
+
+A process of its own, without TRITON_INTERPRET: triton decides when a kernel is defined whether it can be compiled.
+
+    python -m tests.support.absent_gpu 90 bfloat16 FILE
+
+Everything happens as with a GPU, but for `JITFunction.run`, which specialises and compiles and does not launch. What kernels
+would have computed is never written, so numbers are meaningless; what the package checks of them is from formulas. FILE, JSON:
+
+    functions    names of all of the package that triton compiles
+    kernels      of these, those whose names say so
+    called       of these, those that others of them call
+    compiled     name and bytes of shared memory of every variant
+    failed       name of a kernel, and what the compiler says
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import pkgutil
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import spin_hf.kernels
+from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, decode
+from spin_hf.attention import bisection, retroinfer
+from spin_hf.completed import index_completed
+from spin_hf.kernels import gpu
+
+from ..attention.oracle import Rules
+from ..attention.test_seer import method_of, rules_for
+from ..cache.tiny import Driver, Shape, World
+
+SHARED_MEMORY = {75: 64 << 10, 90: 227 << 10}
+"""Bytes that a program may use, by compute capability."""
+SHAPE = Shape(kv_heads=1, group=4, key_dim=128, value_dim=128)
+PAGE_FRAMES = 2_000_000
+"""Bytes, fewer than the prompts below take."""
+PROMPT = 2607
+FEW, SHORT = 128, 32
+"""Points of a part that one program bisects, as there is a variant for each power of two; and their length: both smaller than
+on a GPU, as the compiler takes minutes for long ones."""
+
+ONE_VARIANT = {75: {"choose_kernel"}, 90: set()}
+"""What takes long and multiplies no matrices: the variants that methods make of it are compiled for one of the GPUs."""
+
+
+class Compiler:
+    """Stands for the launching of kernels, on the only GPU."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
+
+        self.compiled: dict[str, dict[str, Any]] = {}
+        self.once: set[str] = ONE_VARIANT[capability]
+        self.failed: list[dict[str, str]] = []
+        self._run: Callable[..., Any] = JITFunction.run
+        target = GPUTarget("cuda", capability, 32)
+        driver.set_active(
+            SimpleNamespace(
+                get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+            )
+        )
+        JITFunction.run = lambda kernel, *args, **options: self.run(kernel, *args, **options)
+
+    def run(self, kernel: Any, *args: Any, **options: Any) -> None:
+        name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
+        if name in self.once and name in known:
+            return
+        try:
+            made = self._run(kernel, *args, **{**options, "warmup": True})
+            self.compiled[made.hash] = {"name": name, "shared": made.metadata.shared}
+        except Exception as error:
+            self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
+
+
+def pretend(capability: int) -> Compiler:
+    """Have caches on a CPU launch as on such a GPU, and launches compile."""
+    compiler = Compiler(capability)
+    from spin_hf.kernels import bisect, clusters
+    from spin_hf.kernels.launch import launchers
+
+    init = decode.StepKernels.__init__
+
+    def compiled(self: decode.StepKernels, *args: Any) -> None:
+        init(self, *args)
+        self.compiled = True
+
+    def bisected(points: Tensor, page_size: int) -> Tensor:
+        bisect.bisect(points[:, : 2 * FEW, :SHORT], page_size)
+        return bisection.bisect_by_formulas(points, page_size)
+
+    def clustered(
+        points: Tensor, rounds: Any, cluster_tokens: int, page_size: int, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        clusters.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
+        return retroinfer.fill_clusters_by_formulas(points, cluster_tokens, page_size)
+
+    decode.StepKernels.__init__ = compiled  # type: ignore[method-assign]
+    bisect._CHUNK = FEW
+    launchers.bisect, launchers.fill_clusters = bisected, clustered  # a method that loses tokens is refused
+    spin_hf.kernels.launchers = lambda device: launchers  # type: ignore[assignment]
+    gpu.multiplies = lambda device: capability >= 80
+    gpu.shared_memory = lambda device: SHARED_MEMORY[capability] - 4096
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment, misc]
+    return compiler
+
+
+# ------------------------------------------------------------------------------------------------------ what is launched
+
+
+def generate(
+    dtype: torch.dtype, method: Any, padded: bool = False, **options: Any
+) -> None:  # fmt: skip
+    """A prompt, a step, and the summary of a page that a captured step completes."""
+    world = World.random(SHAPE, 1, PROMPT + 1, 0)
+    world = World(SHAPE, *([x.to(dtype) for x in part] for part in (world.keys, world.values, world.queries)))
+    driver = Driver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
+    for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
+        driver.step(world, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
+    shared = driver.cache._shared
+    step = shared.step_kernels(torch.device("cpu"), SHAPE.kv_heads)
+    assert step is not None, "kernels serve the method"
+    index_completed(step, shared.layers)
+
+
+def copy_rows(dtype: torch.dtype) -> None:
+    """Of one array and of several, there and back; pages and codes of an odd number of bytes."""
+    from spin_hf.kernels.rows import rows_copier
+
+    rows = torch.arange(4)
+    for many, packed in [(1, torch.empty((1, 4, 2048), dtype=dtype)), (2, torch.empty((2, 4, 3), dtype=torch.int8))]:
+        for put in (False, True):
+            rows_copier([torch.zeros(1, dtype=torch.int64)] * many, 8, rows, packed, put)()
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Every method, and every form of pages, summaries and masks: once each, as all combinations would take very long."""
+    sinks = torch.zeros(SHAPE.heads, dtype=dtype)
+    generate(dtype, ShadowKV())
+    generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
+    generate(dtype, RetroInfer(), gpu_memory=PAGE_FRAMES, cpu_dtype="int8")
+    generate(dtype, Quest(0), padded=True, softcap=30.0, sink_logits=sinks)
+    with tempfile.TemporaryDirectory() as folder:
+        rules = rules_for(SHAPE, Path(folder), Rules(budget=256), gate_dim=128)
+        generate(dtype, method_of(rules, Path(folder)), summary_dtype="model")
+    copy_rows(dtype)
+
+
+# --------------------------------------------------------------------------------------------- what there is to launch
+
+
+def functions() -> list[Any]:
+    """All of the package that triton compiles."""
+    from triton.runtime.jit import JITFunction
+
+    names = [f"spin_hf.kernels.{found.name}" for found in pkgutil.iter_modules(spin_hf.kernels.__path__)]
+    values = [(module, value) for module in map(importlib.import_module, names) for value in vars(module).values()]
+    return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
+
+
+def main(capability: int, dtype: torch.dtype, file: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    compiler, known = pretend(capability), functions()
+    launch_all(dtype)
+    texts = {function.__name__: function.src for function in known}
+    report = {
+        "kernels": [name for name in texts if name.endswith("_kernel")],
+        "called": [
+            name for name in texts if any(re.search(rf"\b{name}\(", texts[other]) for other in texts.keys() - {name})
+        ],
+        "functions": list(texts),
+        "compiled": list(compiler.compiled.values()),
+        "failed": compiler.failed,
+    }
+    file.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]))
