@@ -107,13 +107,16 @@ def test_an_answer_ends_at_the_end_of_its_line() -> None:
         def decode(self, tokens: list[int]) -> str:
             return "".join(words[token] for token in tokens)
 
-    def model(tokens: torch.Tensor, past_key_values: Any) -> Any:
-        following = int(tokens[0, 0]) + 1
-        return SimpleNamespace(logits=torch.eye(5)[following % 5].view(1, 1, 5))
+    class Counting:
+        device = torch.device("cpu")
+
+        def __call__(self, tokens: torch.Tensor, past_key_values: Any) -> Any:
+            following = int(tokens[0, 0]) + 1
+            return SimpleNamespace(logits=torch.eye(5)[following % 5].view(1, 1, 5))
 
     stop = retrieval.ending(Words())
     assert stop == [2, 3]
-    cache: Any = None
+    model, cache = Counting(), None
     assert retrieval.answer(model, 0, cache, stop) == [1, 2]
     assert retrieval.answer(model, 2, cache, stop) == [3]  # the prompt's last token ends nothing
     assert len(retrieval.answer(model, 0, cache, [])) == retrieval.NEW_TOKENS

@@ -27,10 +27,10 @@ class FromEndToEnd(Backwards):
 
     stretch_tokens: ClassVar[int] = 32768
 
-    def arrange(self, keys: Tensor) -> Arrangement:
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         pages[:, :, 0] = pages.shape[2]
-        return Arrangement(super().arrange(keys).order, pages)
+        return Arrangement(super().arrange(keys, asked).order, pages)
 
 
 def with_stretches_of(tokens: int, page_size: int) -> Any:
