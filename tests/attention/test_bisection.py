@@ -108,7 +108,7 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
 def test_choice_and_estimate(group: int, looked_at: int) -> None:
     def run(seed: int) -> None:
         world = random_world(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = play(expect, Small(looked_at), world, RULES, single_steps(182, 190))
+        driver = play(expect, Small(looked_at), world, RULES, single_steps(182, 186))
         assert len(stretches(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
