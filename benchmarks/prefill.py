@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import spin_hf.kernels
 from spin_hf import SpinCache
 
 LAST = 64
@@ -32,8 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:
-    """The model of a folder or hub id; it chooses by the formulas of the methods, not by kernels, on a GPU too."""
-    spin_hf.kernels.launchers = lambda device: None
+    """The model of a folder or hub id."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval().to(device)
 
 

@@ -5,12 +5,13 @@
                                                 ":model" keeps summaries in the model's dtype, not int8
                                                 "+int8pages" pages everything, in the cpu tier as int8 (cpu_dtype="int8")
     --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
+    --dtype bfloat16 (default) float16 float32  --device cpu (default) cuda    on a GPU too methods choose by their formulas
 
 Real text is prefilled once, densely, and its next lines are decoded from that prefill (teacher forcing: every row sees the
 same tokens), for every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64 recent tokens: from a
-`SpinCache` built from the prefill, or from the prefill itself by a mask inside attention (`oracle` and `window`, see
-`chosen_tokens.py`), or by kvpress (`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as `shadowkv` attends
-to at the same budget.
+`SpinCache` made from the prefill (`prefill.py`), or from the prefill itself by a mask inside attention (`oracle` and
+`window`, see `chosen_tokens.py`), or by kvpress (`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as
+`shadowkv` attends to at the same budget.
 
     KL           of the next-token distribution against the dense one, mean over steps, in nats
     mass         share of the softmax of all tokens that falls on those attended to, mean over steps, layers and query heads;
@@ -47,6 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import spin_hf.kernels
 import spin_hf.layer
 from spin_hf import SeerAttention, __version__, plan
 from spin_hf.attention.gates import load_gates
@@ -133,9 +135,9 @@ def measure(
         )
         if pages:
             options |= paged(model, chosen, prefill.whole.get_seq_length() + len(tokens), pages, options)
-        cache = prefill.sparse(chosen, **options)
-        assert bool(pages) == (cache.stats().cpu_bytes > 0)
-        with recording(mass):
+        with patch.object(spin_hf.kernels, "launchers", lambda device: None), recording(mass):  # kernels record nothing
+            cache = prefill.sparse(chosen, **options)
+            assert bool(pages) == (cache.stats().cpu_bytes > 0)
             sparse = forced(model, cache, tokens)
         attended = float(cache.stats().attended_tokens)
     kept, best = float(mass.kept.mean()), float(mass.best.mean())

@@ -4,9 +4,10 @@
     --methods shadowkv quest oracle window     --shares 64 32 16 8     --examples 4     --tasks passkey "one of six" ...
 
 Every example (see `tasks.py`) is prefilled once, densely; its answer is decoded greedily from that prefill, densely and for
-every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64 recent tokens: from a `SpinCache` built from the
-prefill, or from the prefill itself by a mask inside attention (`oracle` and `window`, see `chosen_tokens.py`), or by kvpress
-(`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as `shadowkv` attends to at the same budget.
+every method and budget of 1/64 to 1/8 of the context, beside 4 sinks and 64 recent tokens: from a `SpinCache` made from the
+prefill (`prefill.py`), or from the prefill itself by a mask inside attention (`oracle` and `window`, see `chosen_tokens.py`),
+or by kvpress (`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as `shadowkv` attends to at the same
+budget.
 
 Finished examples are kept in the results file and not asked again, so a run that was stopped goes on; `--again` starts anew.
 Writes `benchmarks/results/retrieval-<model>.json` and prints a table: the share of what was asked for that was answered.

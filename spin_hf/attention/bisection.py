@@ -165,15 +165,16 @@ def as_points(keys: Tensor, asked: Tensor | None) -> Tensor:
 
 
 def _shortened(keys: Tensor, most: int) -> Tensor:
+    """Keys [..., D], of `most` numbers each at most."""
     dim = keys.shape[-1]
     return keys if dim <= most else keys @ _projection(dim, most, keys.device).to(keys.dtype)
 
 
 @lru_cache(maxsize=64)
 def _projection(dim: int, most: int, device: torch.device) -> Tensor:
-    """[dim, most], float32: columns of the basis, chosen at random once and for all."""
+    """[dim, most], float32: numbers of what `lowbit.rotate` gives, chosen at random once and for all."""
     chosen = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))[:most]
-    return lowbit.basis(dim, device)[:, chosen.to(device)] * (dim & -dim) ** -0.5
+    return lowbit.rotate(torch.eye(dim, device=device))[:, chosen.to(device)]
 
 
 def _spread(points: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def test_interrupted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forgotten(world: World) -> None:
-    """By `reset`, and where the first forward fails."""
+    """By `reset`; a batch of another size then has its own."""
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.cache.reset()
