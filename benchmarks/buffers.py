@@ -143,7 +143,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
-    common = campaign.about(options.shape, options.budget, method="shadowkv")
+    limit = campaign.limit_gpu_memory(options.gpu_memory)
+    common = campaign.about(options.shape, options.budget, method="shadowkv", **limit)
     record = campaign.open_record("buffers", f"buffers-{options.shape}.json", common, options)
     tasks = [
         Task(tokens, batch, multiple)

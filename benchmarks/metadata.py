@@ -29,9 +29,8 @@ from shapes import SHAPES
 
 from spin_hf import CacheStats, SpinCache, plan
 from spin_hf.attention.methods import METHODS
-from spin_hf.attention.regrouping import Regrouping
+from spin_hf.layer_budget import regrouping_bytes
 from spin_hf.stats import size
-from spin_hf.storage.regrouped import bytes_for_regrouping
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 LONGEST = 131072
@@ -70,7 +69,7 @@ def flat_bytes(batch_size: int, frames: int, method: str) -> int:
         frames: page frames of a layer.
     """
     shape, made = config(), METHODS[method]
-    of_page = sum(bytes_for_regrouping(made.page_size).values()) if issubclass(made, Regrouping) else 0
+    of_page = sum(regrouping_bytes(made()).values())
     pages = batch_size * shape.num_key_value_heads * (LONGEST // made.page_size)
     return shape.num_hidden_layers * ((4 + of_page) * pages + (4 + 8) * frames)
 

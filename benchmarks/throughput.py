@@ -2,6 +2,7 @@
 
     --tokens 131072 32768        contexts             --batches 14 12 ...    of SpinCache, for all contexts
     --host-memory 256            GiB of the machine, if it does not say what is available
+    --gpu-memory 79              GiB to do with, as if the GPU had no more
     --seconds, --missing, --plan, --source, --output    as for `decode.py`
 
     spin           SpinCache(model), captured steps under `generate`, at the replayed overlap (`overlap.py`), buffer warm
@@ -118,8 +119,10 @@ def largest_in(config: Any, tokens: int, num_bytes: int) -> int:
 
 
 def gpu_bytes() -> int:
-    """GPU memory of the machine, or of an H100."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else PRESUMED_GPU_BYTES
+    """GPU memory of the machine that this process may take, or of an H100."""
+    if not torch.cuda.is_available():
+        return PRESUMED_GPU_BYTES
+    return int(torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction())
 
 
 def batches_of_spin(config: Any, tokens: int, room: int, given: list[int] | None) -> tuple[int, ...]:
@@ -312,7 +315,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results, and print the ratios."""
     started, options = time.perf_counter(), parse()
-    common = campaign.about(options.shape, options.budget, method="shadowkv")
+    limit = campaign.limit_gpu_memory(options.gpu_memory)
+    common = campaign.about(options.shape, options.budget, method="shadowkv", **limit)
     record = campaign.open_record("throughput", f"throughput-{options.shape}.json", common, options)
     tasks = plan(
         SHAPES[options.shape], options.tokens, host.room(options.host_memory), options.batches, tuple(options.rivals),

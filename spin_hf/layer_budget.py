@@ -69,11 +69,16 @@ def _shape(config: Any) -> LayerShape | None:
 
 
 def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions) -> int:
-    """Chunked arrays of a layer: pages, summaries (int8 ones with their scales), and two where a method regroups."""
+    """Chunked arrays of a layer: pages, summaries (int8 ones with their scales), and what a method that regroups notes."""
     quantized, own = options.quantizes(dtype.itemsize), method.summary_dtypes()
     shapes = method.summary_shapes(shape.key_dim, shape.value_dim)
     scales = sum(bool(vector) and kept_as(name, dtype, quantized, own)[1] for name, vector in shapes.items())
-    return 1 + len(shapes) + scales + (2 if isinstance(method, Regrouping) else 0)
+    return 1 + len(shapes) + scales + len(regrouping_bytes(method))
+
+
+def regrouping_bytes(method: Method) -> dict[str, int]:
+    """Bytes of a page that a method which regroups notes of it, by name."""
+    return bytes_for_regrouping(method.page_size, method.several_pages) if isinstance(method, Regrouping) else {}
 
 
 def check_stretches(method: Method) -> None:
@@ -115,7 +120,7 @@ def tier_budget(
         gpu_memory=gpu_memory,
         cpu_memory=options.cpu_memory,
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
-        regrouping_bytes=sum(bytes_for_regrouping(page_size).values()) if isinstance(method, Regrouping) else 0,
+        regrouping_bytes=sum(regrouping_bytes(method).values()),
         selected=selected,
         chunk_segments=chunk_segments(shape.num_heads, form.row_bytes, device) if device.type == "cuda" else 1,
     )

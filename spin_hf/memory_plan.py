@@ -19,10 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention.methods import resolve_method
 from .attention.partition import Method
-from .attention.regrouping import Regrouping
 from .config import SpinOptions, require_count
 from .errors import BudgetError, CapacityError, OptionError, OptionTypeError
-from .layer_budget import check_stretches, layer_shapes, num_arrays, tier_budget
+from .layer_budget import check_stretches, layer_shapes, num_arrays, regrouping_bytes, tier_budget
 from .layer_kinds import build_layers, check_model, decoder_config
 from .stats import table
 from .storage.budget import (
@@ -36,7 +35,6 @@ from .storage.budget import (
 )
 from .storage.chunked import MAX_CHUNKS
 from .storage.pressure import cap_for_prompts, free_gpu_memory
-from .storage.regrouped import bytes_for_regrouping
 from .storage.sequences import ENTRY_BYTES, SEGMENT_PAGES, segments_of
 
 
@@ -142,7 +140,7 @@ class _Planner:
 
     def __init__(self, budgets: list[TierBudget], method: Method, arrays: int) -> None:
         self.budgets, self.arrays, self.page_size = budgets, arrays, method.page_size
-        self.regrouping = bytes_for_regrouping(method.page_size) if isinstance(method, Regrouping) else {}
+        self.regrouping = regrouping_bytes(method)
         self.kinds = set(budgets)
 
     def of(self, batch_size: int, context_length: int) -> MemoryPlan:

@@ -330,6 +330,11 @@ def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_siz
     """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
     order, pages = made.order, made.partition_pages
     expected = torch.Size((*shape[:2], shape[2] // page_size))
+    if pages is not None and not method.several_pages:
+        raise CacheStateError(
+            f"method {method}: expected arrange to return no partition_pages, as several_pages is False, got some; "
+            "correct the method"
+        )
     if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
             f"method {method}: expected arrange to return an order {tuple(shape)} and partition_pages {expected} or None, "

@@ -130,8 +130,8 @@ class Selection:
             step.step, fields, query, self.stats, plan, self.histogram, self.splits, *query.stride()[:2], scale, key, value,
             *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, G=group,
             BLOCK_G=block_g, BINS=NUM_BINS, RUNS=self._runs(width, shapes, digits), SUMMARISE=recipe.summarised_by_append,
-            WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, ASKED=recipe.asks, D=width,
-            BLOCK_D=max(32, power_of_two(width)), **shapes, num_warps=_SCORE_WARPS, num_stages=1,
+            WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=closer, ASKED=recipe.asks,
+            D=width, BLOCK_D=max(32, power_of_two(width)), **shapes, num_warps=_SCORE_WARPS, num_stages=1,
         )  # fmt: skip
         step.launch.rate[(step.streams, self.programs + closer)](
             step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,

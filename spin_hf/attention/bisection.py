@@ -2,14 +2,17 @@
 
     arrange    part the tokens along their main axis, and the parts again, down to full pages; what a token is there: its key,
                and beside it the logarithms of the weights that the queries of the prompt's end give it
-    select     4 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
+    select     8 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
                of them the budget by  sum over tokens of exp(scale * q . key in four bits)
-               both as shares of all candidates, mean over the query heads of a KV head
+               both as shares of all candidates and sinks, mean over the query heads of a KV head
     estimate   all other pages enter the softmax by their mean key, mean value and number of tokens
 
-    row of a page   mean [D]  value [Dv]           as int8, or as the cache is told
-                    codes [P, D / 2]  scale [P]    keys less their mean, rotated, four bits a number (`lowbit.py`);
+    row of a page   mean [D]  value [Dv]           as int8, or as the cache is told; the mean has eight bits in any case
+                    codes [P, D / 2]  scale [P]    keys less that mean, rotated, four bits a number (`lowbit.py`);
                                                    the scale is -1 where there is no token
+
+What of a head's attention its sinks take does not depend on what is chosen: of two heads of a group, the one with more left is
+to decide.
 
 A cut leaves before it the most pages that are a power of two, and one behind it at least: so all parts are halved at the median
 and are of one size, but for the last, and a level is one batched operation. The axis is the first principal one of the keys,
@@ -55,8 +58,10 @@ class Bisection(Regrouping, Method):
     """
 
     name: ClassVar[str] = "bisection"
+    page_size: ClassVar[int] = 4
+    several_pages: ClassVar[bool] = False
     num_asked: ClassVar[int] = 32
-    looked_at: int = 4
+    looked_at: int = 8
 
     def __post_init__(self) -> None:
         require_count("looked_at", self.looked_at, 1)
@@ -76,8 +81,9 @@ class Bisection(Regrouping, Method):
         return {"codes": torch.uint8, "scale": torch.bfloat16}
 
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:
-        """Means, and codes of what the keys differ from them."""
-        mean = kernels.page_means(keys, valid)
+        """Means, and codes of what the keys differ from them: so both together are as exact as if means had more bits."""
+        values, unit = kernels.quantize(kernels.page_means(keys, valid))
+        mean = values * unit.unsqueeze(-1)
         codes, scale = lowbit.encode_pages(keys, mean, valid)
         return {"mean": mean, "codes": codes, "scale": scale}
 
@@ -95,7 +101,9 @@ class Bisection(Regrouping, Method):
         """The best pages by their low-bit keys, among the best by their means."""
         coarse = self._coarse(query, summary)
         budget = query.budget_pages
-        looked_at = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at)
+        looked_at = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at) | _sinks(
+            query
+        ).unsqueeze(1)
         pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
         rows, none = pages.clamp(min=0), pages < 0
         fine = self._fine(query, summary, rows)
@@ -118,11 +126,11 @@ class Bisection(Regrouping, Method):
         return Estimate(summary("mean"), summary("value"), log_tokens)
 
     def _coarse(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """Logarithm of the weight of pages, by their means: [B, H, G, N]; -inf for what may not be selected."""
+        """Logarithm of the weight of candidates and sinks, by their means: [B, H, G, N]; -inf for all others."""
         assert query.page_tokens is not None
         tokens = query.page_tokens.float().log()[:, None, None]
         logits = query.states @ summary("mean").transpose(-1, -2) * query.scale + tokens
-        return logits.masked_fill(~query.candidates[:, None, None], float("-inf"))
+        return logits.masked_fill(~(query.candidates | _sinks(query))[:, None, None], float("-inf"))
 
     def _fine(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Tensor:
         """The same by low-bit keys, of pages [B, H, k]: [B, H, G, k]."""
@@ -135,10 +143,17 @@ class Bisection(Regrouping, Method):
         return logits.masked_fill((scale < 0).unsqueeze(2), float("-inf")).logsumexp(-1)
 
     def _shares(self, query: Query, log_weights: Tensor) -> Tensor:
-        """Logarithm of the share of each candidate, mean over the group: [B, H, N]; -inf for others."""
+        """Logarithm of the share of each candidate in all weights, mean over the group: [B, H, N]; -inf for others."""
         total = log_weights.logsumexp(-1, keepdim=True)
         shares = (log_weights - total).logsumexp(2) - math.log(log_weights.shape[2])
         return shares.masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
+
+
+def _sinks(query: Query) -> Tensor:
+    """Pages with tokens that come before all candidates: [B, N]."""
+    assert query.page_tokens is not None
+    candidates = query.candidates
+    return (candidates.cumsum(1) == 0) & candidates.any(1, keepdim=True) & (query.page_tokens > 0)
 
 
 def as_points(keys: Tensor, asked: Tensor | None) -> Tensor:

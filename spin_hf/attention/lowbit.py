@@ -46,15 +46,16 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
         codes: [B, H, n, P, ceil(D / 2)], uint8; scale: [B, H, n, P], float32, -1 where a token is not valid.
     """
     launch, dim = kernels.launchers(keys.device), keys.shape[-1]
-    if launch is None or not gpu.multiplies(keys.device):
-        return encode_by_formulas(keys, mean, valid)
-    return launch.encode_pages(  # type: ignore[no-any-return, unused-ignore]
-        keys, mean, valid, basis(dim, keys.device), math.sqrt(dim & -dim), _MULTIPLES
-    )
+    if launch is not None and gpu.multiplies(keys.device):
+        root = math.sqrt(dim & -dim)
+        made = launch.encode_pages(keys, mean, valid, basis(dim, keys.device), root, _MULTIPLES)
+        if made is not None:
+            return made  # type: ignore[no-any-return, unused-ignore]
+    return encode_by_formulas(keys, mean, valid)
 
 
 def encode_by_formulas(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_pages` in PyTorch: the specification, and what serves GPUs before Ampere."""
+    """`encode_pages` in PyTorch: the specification, and what serves GPUs before Ampere and keys too long for one."""
     codes, scale = encode(rotate(keys.float().masked_fill(~valid.unsqueeze(-1), 0.0) - mean.unsqueeze(-2)))
     return codes, scale.masked_fill(~valid, -1.0)
 

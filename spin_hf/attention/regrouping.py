@@ -26,7 +26,7 @@ class Arrangement:
     Attributes:
         order: [S, H, n], int64: which token stands at each place, a permutation in each row.
         partition_pages: [S, H, n / P], int64: how many pages the partition has that begins at a page, 0 where none does;
-            None where every page is a partition by itself.
+            None where every page is a partition by itself, as it has to be for methods without `several_pages`.
     """
 
     order: Tensor
@@ -40,6 +40,8 @@ class Regrouping(ABC):
     """Most tokens that trade places with one another, 32768 or fewer; what a prefill brings is split into equal parts."""
     growth_tokens: ClassVar[int] = 1024
     """How many tokens there must be to be arranged, which is how often it happens as a context grows."""
+    several_pages: ClassVar[bool] = True
+    """Whether a partition may have several pages; else nothing is kept of partitions."""
     num_asked: ClassVar[int] = 0
     """How many queries of a prompt's end `arrange` is shown; 0 for none, which are then not kept either."""
 

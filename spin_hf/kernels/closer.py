@@ -1,8 +1,9 @@
 """The second look: pages that score best by one vector are rated again by their keys in four bits, before some are chosen.
 
     edge       the bin down to which pages are looked at: where so many times the budget ends
-    closer     log of the sum over a page's tokens of exp(scale * q . (mean + key in four bits)), of the pages down to the edge
-    rate       shares of these, among all candidates, and counted; what was not looked at keeps the weight it had
+    closer     log of the sum over a page's tokens of exp(scale * q . (mean + key in four bits)), of the pages down to the edge,
+               and of the sinks' pages, before all candidates
+    rate       shares of these, among all candidates and sinks, and counted; what was not looked at keeps the weight it had
 
 Both take the pages in the parts of `rate_kernel`, and leave them where `choose_kernel` finds them. The specification is
 `Bisection.select`; of the four bits `attention/lowbit.py`.
@@ -27,6 +28,7 @@ from .common import (
     STOP,
     SUMMARY_2,
     SUMMARY_3,
+    candidates,
     digits,
     log_tokens,
     log_total,
@@ -61,7 +63,7 @@ def closer_kernel(
     Args:
         rotated: float32 [B * H, G, DK]: the queries in the basis of the codes.
         histogram: as `rate_kernel` left it: all candidates.
-        stats: as `score_kernel` left them, [B * H, num_splits, 2, BLOCK_G].
+        stats: as `score_kernel` left them, with SINKS: [B * H, num_splits, 2, BLOCK_G].
         closer_stats: float32 [B * H, num_programs(1), 3, CLOSER_G]: of the pages looked at, the maximum and the sum of
             exponentials by four bits, and the share that they had before. Written.
         CODE_DTYPE: in which codes are multiplied, if not DIGITS.
@@ -126,6 +128,10 @@ def closer_kernel(
         tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
         count = tl.max(rank, 0)
         if scored:
+            sink = candidates(step, b, pages, first * 0, first, PAGE, PADDED)  # listed behind what may be chosen
+            rank = tl.cumsum(sink.to(tl.int32), 0)
+            tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
+            count += tl.max(rank, 0)
             tl.debug_barrier()
             for start in range(turn // parts * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)

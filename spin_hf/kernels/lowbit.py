@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import rounded
+from . import gpu
+from .common import rounded, to_int8
 
 _TILE, _TILES = 128, 4
 
@@ -32,13 +33,17 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def encode_pages(
     keys: Tensor, mean: Tensor, valid: Tensor, basis: Tensor, length: float, multiples: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """As `lowbit.encode_pages`.
+) -> tuple[Tensor, Tensor] | None:
+    """As `lowbit.encode_pages`; None if the GPU has too little shared memory for keys of this size.
 
     Args:
         basis: float32 [D, D], whole numbers; its columns have this `length`.
     """
     batch_size, num_heads, count, page_size, dim = keys.shape
+    found = tiling(dim, keys.element_size(), gpu.shared_memory(keys.device))
+    if found is None:
+        return None
+    tile, stages = found
     half = -(-dim // 2)
     codes = torch.empty((*keys.shape[:4], half), dtype=torch.uint8, device=keys.device)
     scale = torch.empty(keys.shape[:4], dtype=torch.float32, device=keys.device)
@@ -49,13 +54,26 @@ def encode_pages(
     valid = valid.expand(batch_size, 1, count, page_size).contiguous()
     steps = torch.tensor(multiples, dtype=torch.float32).to(keys.device, non_blocking=True)
     with torch.cuda.device_of(keys):
-        encode_pages_kernel[(triton.cdiv(count * page_size, _TILE * _TILES), batch_size * num_heads)](
+        encode_pages_kernel[(triton.cdiv(count * page_size, tile * _TILES), batch_size * num_heads)](
             keys, mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
             *keys.stride()[:3],
             H=num_heads, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), HALF=max(16, triton.next_power_of_2(half)),
-            PAGE=page_size, STEPS=len(multiples), TILE=_TILE, TILES=_TILES, num_warps=8,
+            PAGE=page_size, STEPS=len(multiples), TILE=tile, TILES=_TILES, num_warps=8, num_stages=stages,
         )  # fmt: skip
     return codes, scale
+
+
+def tiling(dim: int, itemsize: int, room: int) -> tuple[int, int] | None:
+    """Tokens of a tile, and how many tiles are under way at a time, for so many bytes of shared memory; None if none fits.
+
+    It holds the basis, and keys: of 16 bits in two parts.
+    """
+    dim = max(16, triton.next_power_of_2(dim))
+    parts = 2 if itemsize == 2 else 1
+    if dim <= 128 and parts == 2 and room >= 3 * parts * _TILE * dim * itemsize:
+        return _TILE, 3
+    fitting = (tile for tile in (128, 64, 32, 16) if (parts * tile + dim) * dim * itemsize <= room)
+    return next(((tile, 1) for tile in fitting), None)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -67,9 +85,7 @@ def quantize_kernel(
     column = tl.arange(0, BLOCK_D)
     inside = (row < count)[:, None] & (column < D)[None, :]
     x = tl.load(rows + row[:, None] * D + column[None, :], mask=inside, other=0.0)
-    largest = tl.max(tl.abs(x), 1)
-    unit = tl.where(largest > 0.0, tl.div_rn(largest, tl.full([TILE], 127.0, tl.float32)), 1.0)
-    codes = rounded(tl.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))).to(tl.int8)
+    codes, unit = to_int8(x)
     tl.store(values + row[:, None] * D + column[None, :], codes, mask=inside)
     tl.store(scale + row, unit, mask=row < count)
 

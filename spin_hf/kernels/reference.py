@@ -104,7 +104,7 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
         values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0.
     """
     largest = vectors.abs().amax(-1)
-    scale = torch.where(largest > 0, largest / 127, 1.0)
+    scale = torch.where(largest > 0, largest * (1 / 127), 1.0)  # a GPU divides by a number in this way, a CPU does not
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
 
 

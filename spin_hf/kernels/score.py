@@ -43,7 +43,7 @@ def score_kernel(
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     HOME_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
-    BOXES: tl.constexpr,
+    BOXES: tl.constexpr, SINKS: tl.constexpr,
     ASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
@@ -57,6 +57,7 @@ def score_kernel(
         RUNS: segments at a time.
         WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
         BOXES: whether pages have boxes; of these the statistics are the largest and the smallest logit.
+        SINKS: whether the pages before all candidates are scored too.
         ASKED: whether queries are a method's own, in float32, so that vectors are converted to that.
         D: size of vectors; DK, DV: of the token's key and value.
     """
@@ -88,7 +89,10 @@ def score_kernel(
         share = tl.cdiv(tl.cdiv(stop, SEGMENT * RUNS), num_splits) * RUNS
         begin = split * share
         end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
-        if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
+        scored = tl.load(row + NUM_SELECTED) < stop - first
+        if SINKS:
+            first = first * 0
+        if scored & (begin < end):
             copies: tl.constexpr = 2 if DIGITS else 1
             converted: tl.constexpr = QUANTIZED or ASKED
             copy = tl.arange(0, copies * BLOCK_G)

@@ -245,7 +245,7 @@ class ChunkedArray:
         if table is not None and chunks:
             with kept("addresses of pages", 8 * len(chunks)):
                 addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
-                table[first : first + len(chunks)] = addresses
+                table[first : first + len(chunks)].copy_(addresses, non_blocking=True)
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:

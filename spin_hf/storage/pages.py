@@ -50,6 +50,7 @@ class PageStore:
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
         regroups: whether the method regroups pages, whose positions are then kept.
+        several_pages: whether partitions of such a method may have several pages.
         summary_dtypes: name -> dtype of those that are kept as they are in any case.
         host_int8: whether pages in the cpu tier are int8.
     """
@@ -66,6 +67,7 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         regroups: bool = False,
+        several_pages: bool = True,
         summary_dtypes: dict[str, torch.dtype] | None = None,
         host_int8: bool = False,
     ) -> None:
@@ -85,7 +87,7 @@ class PageStore:
         for name, shape in summary_shapes.items():
             kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
             self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
-        self.regrouped = RegroupedPages(sequences, num_heads, rows, device) if regroups else None
+        self.regrouped = RegroupedPages(sequences, num_heads, rows, device, several_pages) if regroups else None
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None

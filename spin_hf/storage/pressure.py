@@ -21,11 +21,17 @@ MARGIN_BYTES = 256 << 20
 
 
 def free_gpu_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device, with what torch keeps for reuse; None where that is not known (no GPU)."""
+    """Bytes that can be allocated on a device, with what torch keeps for reuse; None where that is not known (no GPU).
+
+    No more than `torch.cuda.set_per_process_memory_fraction` leaves to this process.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, share = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
+    if share < 1:
+        free = max(0, min(free, int(share * total) - reserved))
+    return free + reserved - torch.cuda.memory_allocated(device)
 
 
 def margin(pool: int) -> int:

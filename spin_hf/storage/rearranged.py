@@ -37,8 +37,12 @@ def positions(stores: list[PageStore], first: int, stop: int) -> Tensor:
 def partition_pages(stores: list[PageStore], first: int, stop: int) -> Tensor:
     """Pages of the partition that each of pages [first, stop) begins, 0 for none: [L * B, H, n], int16."""
     inside = max(first, min(stop, stores[0].sequences.stretches.num_pages))
-    rows = stores[0].rows(first, inside)
-    held = take_all([regrouped(store).arrays[1] for store in stores], rows).flatten(0, 1)
+    rows, arrays = stores[0].rows(first, inside), [regrouped(store).arrays[1:] for store in stores]
+    if not arrays[0]:  # they are pages
+        return torch.ones(
+            (len(stores) * rows.shape[0], rows.shape[1], stop - first), dtype=torch.int16, device=rows.device
+        )
+    held = take_all([held for (held,) in arrays], rows).flatten(0, 1)
     return torch.nn.functional.pad(held, (0, stop - inside), value=1)  # behind the stretches each page is one by itself
 
 
@@ -103,8 +107,6 @@ def _shifts(stores: list[PageStore], first: int, stop: int) -> Tensor:
 
 def _notes(stores: list[PageStore], rows: Tensor, shifts: Tensor, partitions: Tensor) -> list[Callable[[], None]]:
     """What notes shifts [L, B, H, n, P] and partitions [L, B, H, n] in rows [B, H, n] of all stores, as int16."""
-    arrays = [regrouped(store).arrays for store in stores]
-    return [
-        *writers([held for held, _ in arrays], rows, shifts),
-        *writers([held for _, held in arrays], rows, partitions),
-    ]
+    kinds = zip(*(regrouped(store).arrays for store in stores), strict=True)  # without partitions, shifts alone
+    pairs = zip(kinds, (shifts, partitions), strict=False)
+    return [write for held, noted in pairs for write in writers(list(held), rows, noted)]

@@ -1,7 +1,8 @@
 """Where the tokens of one layer's regrouped pages are from, and which pages make one partition.
 
     row of a page   ->  shifts     [P], int16    how far the tokens in it have come: position - place, 0 in a run of positions
-                    ->  partition  [], int16     how many pages the partition has that it begins; 0 where it continues one
+                    ->  partition  [], int16     how many pages the partition has that it begins; 0 where it continues one;
+                                                 not kept where partitions are pages
 
     page 5          places 40 41 .. 47      shifts 56 0 .. 30      so it holds tokens 96 41 .. 77
 
@@ -26,23 +27,26 @@ class RegroupedPages:
     Args:
         sequences: the batch.
         num_heads, rows_per_chunk, device: as of the pages.
+        several_pages: whether a partition may have several pages.
     """
 
-    def __init__(self, sequences: Sequences, num_heads: int, rows_per_chunk: int, device: torch.device) -> None:
+    def __init__(
+        self, sequences: Sequences, num_heads: int, rows_per_chunk: int, device: torch.device, several_pages: bool
+    ) -> None:
         self.sequences, self.num_heads, self.device = sequences, num_heads, device
         self.page_size = sequences.page_size
         self._shifts = ChunkedArray((self.page_size,), rows_per_chunk, torch.int16, device)
-        self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device)
+        self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device) if several_pages else None
 
     @property
     def arrays(self) -> list[ChunkedArray]:
-        """All that is stored, for whoever grows, copies or counts it: shifts, and partitions."""
-        return [self._shifts, self._partition]
+        """All that is stored, for whoever grows, copies or counts it: shifts, and partitions if they may have several pages."""
+        return [self._shifts] if self._partition is None else [self._shifts, self._partition]
 
     def metadata(self, num_rows: int) -> dict[str, int]:
         """Bytes of `num_rows` rows, by name."""
-        arrays = {"regrouped shifts": self._shifts, "regrouped partitions": self._partition}
-        return {name: num_rows * array.row_bytes for name, array in arrays.items()}
+        each = bytes_for_regrouping(self.page_size, self._partition is not None)
+        return {name: num_rows * row_bytes for name, row_bytes in each.items()}
 
     def positions(self, first: int, stop: int) -> Tensor:
         """Tokens of pages [first, stop), of all sequences and heads: [B, H, n, P], int64."""
@@ -53,6 +57,9 @@ class RegroupedPages:
 
     def partition_pages(self, first: int, stop: int) -> Tensor:
         """Pages of the partition that each of pages [first, stop) begins, 0 for none: [B, H, n], int64."""
+        if self._partition is None:
+            shape = self.sequences.batch_size, self.num_heads, stop - first
+            return torch.ones(shape, dtype=torch.int64, device=self.device)
         held = self._partition.take(self._rows(first, stop)).long()
         return torch.cat([held, held.new_ones((*held.shape[:2], stop - first - held.shape[2]))], 2)
 
@@ -115,9 +122,9 @@ def longest_stretch(page_size: int) -> int:
     return min(most + 1, most * page_size)
 
 
-def bytes_for_regrouping(page_size: int) -> dict[str, int]:
-    """Bytes that shifts and partition of a page take, named as in `RegroupedPages.metadata`."""
-    return {"regrouped shifts": 2 * page_size, "regrouped partitions": 2}
+def bytes_for_regrouping(page_size: int, several_pages: bool) -> dict[str, int]:
+    """Bytes that shifts and, if they may have several pages, the partition of a page take; named as in `stats()`."""
+    return {"regrouped shifts": 2 * page_size, **({"regrouped partitions": 2} if several_pages else {})}
 
 
 def _check(condition: bool, message: str) -> None:

@@ -27,13 +27,14 @@ Expect = Callable[[Rules, Any, "Head", np.ndarray, int, Any], np.ndarray]
 
 @dataclass
 class Head:
-    """One KV head of one sequence: keys [L, D], values [L, Dv], is_real [L], tokens of pages, pages of clusters."""
+    """One KV head of one sequence: keys [L, D], values [L, Dv], is_real [L], tokens of pages (of a size), pages of clusters."""
 
     keys: np.ndarray
     values: np.ndarray
     is_real: np.ndarray
     pages: list[list[int]]
     clusters: list[list[int]]
+    page_size: int
 
 
 def head_of(driver: Driver, world: World, layer: int, b: int, h: int, valid: torch.Tensor) -> Head:
@@ -44,7 +45,7 @@ def head_of(driver: Driver, world: World, layer: int, b: int, h: int, valid: tor
     clusters = [list(range(page, page + size)) for page, size in enumerate(sizes) if size]
     assert sorted(page for cluster in clusters for page in cluster) == list(range(num_pages))
     keys, values = (x[layer][b, h].double().numpy() for x in (world.keys, world.values))
-    return Head(keys, values, valid[b].numpy(), tokens, clusters)
+    return Head(keys, values, valid[b].numpy(), tokens, clusters, store.page_size)
 
 
 @dataclass
@@ -58,15 +59,15 @@ class Zones:
 
 
 def zones_of(rules: Rules, head: Head, at: int) -> Zones:
-    seen = [token for token in range(at + 1) if head.is_real[token]]
-    held = [[token for token in page if token <= at and head.is_real[token]] for page in head.pages[: at // 8 + 1]]
-    always = {token // 8 for token in seen[: rules.num_sink_tokens]}
-    always |= {token // 8 for token in seen[max(0, len(seen) - rules.recent_window) :]}
+    size, seen = head.page_size, [token for token in range(at + 1) if head.is_real[token]]
+    held = [[token for token in page if token <= at and head.is_real[token]] for page in head.pages[: at // size + 1]]
+    always = {token // size for token in seen[: rules.num_sink_tokens]}
+    always |= {token // size for token in seen[max(0, len(seen) - rules.recent_window) :]}
     firsts = {page for page in range(len(held)) if held[page] and page not in always}
     clusters = [cluster for cluster in head.clusters if cluster[0] in firsts]
     assert not any(page in always for cluster in clusters for page in cluster)
     budget = rules.budget_tokens(len(seen))
-    return Zones(held, always, clusters, len(held) if len(seen) <= budget else math.ceil(budget / 8))
+    return Zones(held, always, clusters, len(held) if len(seen) <= budget else math.ceil(budget / size))
 
 
 def softmax_over(

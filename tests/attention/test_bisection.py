@@ -1,9 +1,11 @@
 """Bisection against an oracle with loops over float64, written from its documentation.
 
-    rate       log of tokens * exp(scale * q . mean); for the 4 x budget best by the shares of that, and what is in the
+    rate       log of tokens * exp(scale * q . mean); for the 8 x budget best by the shares of that, and what is in the
                same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
-               shares among all candidates, summed over the group
+               shares among all candidates and sinks, which are rated in both ways, summed over the group
     estimate   every other page: tokens * exp(scale * q . mean key), mean value
+
+The mean of keys has eight bits everywhere.
 
 Where the tokens stand is read back from the cache.
 """
@@ -56,6 +58,15 @@ def in_four_bits(vector: np.ndarray) -> np.ndarray:
     return best[1] * float(torch.tensor(best[2]).bfloat16())
 
 
+def in_eight_bits(vector: np.ndarray) -> np.ndarray:
+    """Whole numbers up to 127 times one unit."""
+    unit = float(np.abs(vector).max()) / 127
+    levels = vector / unit
+    if np.abs(np.abs(levels - np.floor(levels)) - 0.5).min() < 1e-4:
+        raise NearTieError("eight bits")
+    return np.round(levels) * unit
+
+
 def shares(log_weights: np.ndarray) -> np.ndarray:
     """[G, N] to [N]."""
     weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
@@ -85,16 +96,25 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
     pages = [page for (page,) in zones.clusters]
     exact, estimated = [token for page in zones.always for token in zones.held[page]], []
     if pages:
-        tokens = {page: zones.held[page] for page in pages}
-        mean = {page: np.mean(head.keys[tokens[page]], axis=0) for page in pages}
+        rated_pages = [page for page in sorted(zones.always) if page < pages[0]] + pages
+        tokens = {page: zones.held[page] for page in rated_pages if zones.held[page]}
+        rated_pages = list(tokens)
+        mean = {page: in_eight_bits(np.mean(head.keys[tokens[page]], axis=0)) for page in rated_pages}
         basis = lowbit.rotate(torch.eye(head.keys.shape[1])).double().numpy()
-        rated = np.array([[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in pages] for q in query])
-        looked_at = down_to(dict(zip(pages, shares(rated), strict=True)), method.looked_at * zones.room, len(query))
-        for page in looked_at:
+        rated = np.array(
+            [[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in rated_pages] for q in query]
+        )
+        candidates = {page: share for page, share in zip(rated_pages, shares(rated), strict=True) if page in pages}
+        looked_at = down_to(candidates, method.looked_at * zones.room, len(query))
+        for page in rated_pages:
+            if page in pages and page not in looked_at:
+                continue
             keys = [mean[page] + in_four_bits((head.keys[t] - mean[page]) @ basis) @ basis.T for t in tokens[page]]
             for g, q in enumerate(query):
-                rated[g, pages.index(page)] = math.log(sum(math.exp(rules.scale * float(q @ key)) for key in keys))
-        found = dict(zip(pages, shares(rated), strict=True))
+                rated[g, rated_pages.index(page)] = math.log(
+                    sum(math.exp(rules.scale * float(q @ key)) for key in keys)
+                )
+        found = dict(zip(rated_pages, shares(rated), strict=True))
         chosen = best({page: found[page] for page in looked_at}, zones.room)
         exact += [token for page in chosen for token in tokens[page]]
         for page in pages:
@@ -121,7 +141,7 @@ def test_growing_padded_in_several_queries() -> None:
         valid[0, 33:70], valid[1, 20:130:3], valid[2, :21], valid[2, 146] = False, False, False, False
         steps = [(stop, valid[:, :stop]) for stop in (90, 91, 106, 122, 138, 150)]
         driver = play(expect, Small(), random_world(Shape(key_dim=12), 3, 150, seed), RULES, steps)
-        assert stretches(driver) == [9, 13]
+        assert stretches(driver) == [18, 26]
 
     without_near_ties(run)
 
@@ -131,7 +151,7 @@ def test_rows_of_other_lengths_without_sinks() -> None:
 
     def run(seed: int) -> None:
         world = random_world(Shape(group=1), 3, 130, seed)
-        world.keys[0][:, :, :8] *= 0.3
+        world.keys[0][:, :, :4] *= 0.3
         world.queries[0][:, :, 120:] += 4 * world.keys[0][:, :, 3:4]  # page 0 is wanted
         valid = torch.arange(130) >= torch.tensor([[0], [60], [0]])
         valid[2, 30:90] = False
@@ -207,10 +227,10 @@ def test_what_is_wanted_together_lies_together() -> None:
     asked = 8 * direction.expand(1, 1, 2, 32, 32) + 0.1 * torch.randn((1, 1, 2, 32, 32), generator=generator)
 
     def pages_with_wanted(asked: torch.Tensor | None) -> int:
-        order = Bisection().arrange(keys, asked).order[0, 0].view(-1, 8)
+        order = Bisection().arrange(keys, asked).order[0, 0].view(-1, 4)
         return int(torch.isin(order, wanted).any(1).sum())
 
-    assert pages_with_wanted(asked) <= 4
+    assert pages_with_wanted(asked) <= 6
     assert pages_with_wanted(None) >= 9
 
 
@@ -290,8 +310,8 @@ def test_codes_are_kept_as_they_are() -> None:
     store = driver.cache.layers[0].store
     kept = {name: summary.values.dtype for name, summary in store.summaries.items()}
     assert kept == {"mean": torch.int8, "value": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16}
-    assert store.budget.summary_bytes == (6 + 4) + (8 + 4) + 8 * 3 + 8 * 2
-    assert store.budget.regrouping_bytes == 18
+    assert store.budget.summary_bytes == (6 + 4) + (8 + 4) + 4 * 3 + 4 * 2
+    assert store.budget.regrouping_bytes == 8
     assert store.budget.summary_bytes + store.budget.regrouping_bytes == sum(
         array.row_bytes for array in store._arrays()[1:]
     )

@@ -30,8 +30,8 @@ def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(64, (1, 1400), generator=torch.Generator().manual_seed(0))
     index_cost.measure_all(model, ids, 1, rows.__setitem__)
     assert list(rows) == ["dense", *index_cost.METHODS]
-    stop = (1400 - 128) // 8
-    assert regrouped == [(name, [stop]) for name in ("retroinfer", "bisection") for _ in range(2)]
+    pages = {"retroinfer": 8, "bisection": 4}
+    assert regrouped == [(name, [(1400 - 128) // size]) for name, size in pages.items() for _ in range(2)]
     assert all(rows[name]["prefill_ms"] > 0 for name in rows)
     assert all(rows[name]["regroup_ms"] > 0 for name in index_cost.METHODS)
     assert "retroinfer" in index_cost.line("retroinfer", rows["retroinfer"])

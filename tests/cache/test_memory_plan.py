@@ -262,7 +262,8 @@ REAL = dict(vocab_size=32, hidden_size=1024, intermediate_size=8, num_hidden_lay
 def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, capped: bool) -> None:
     """With heads of 128 in 16 bits as real models have; twice the tokens take twice the bytes, whatever may come.
 
-    Where a method regroups tokens what says where they are from is 0.4 % of the keys and values; all else is below 0.5 %.
+    Where a method regroups tokens what says where they are from is 0.4 % of the keys and values; all else is below 0.5 %, for
+    pages of 4 tokens below 0.6 %.
     """
     seen = []
     for maximum in (2048, 1 << 20):
@@ -279,7 +280,8 @@ def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, cap
             keys_and_values = 2 * 2 * length * 256 * 2
             assert (stats.cpu_bytes > 0) == capped
             shifts = stats.metadata.get("regrouped shifts", 0)
-            assert stats.metadata_bytes - shifts <= 0.005 * keys_and_values
+            assert stats.metadata_bytes - shifts <= (0.006 if method == "bisection" else 0.005) * keys_and_values
+            assert stats.metadata_bytes <= 0.01 * keys_and_values
             assert shifts <= 0.004 * keys_and_values  # 2 bytes a token, of 512
             seen.append(stats.metadata_bytes)
     assert seen[:2] == seen[2:]

@@ -296,7 +296,7 @@ def test_interrupted(
     assert all(torch.equal(moved(driver, layer), moved(undisturbed, layer)) for layer in range(SHAPE.layers))
 
 
-@pytest.mark.parametrize("wrong", ["twice", "short", "gap", "overlap", "beyond", "few"])
+@pytest.mark.parametrize("wrong", ["twice", "short", "gap", "overlap", "beyond", "few", "several"])
 def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
@@ -305,12 +305,15 @@ def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
             if wrong in ("twice", "short"):
                 return Arrangement(places // 2 if wrong == "twice" else places[:, :, 1:])
             pages = torch.ones((*keys.shape[:2], keys.shape[2] // 8), dtype=torch.int64)
+            if wrong == "several":
+                return Arrangement(places, pages)
             if wrong == "few":
                 return Arrangement(places, pages[:, :, 1:])
             at, number = {"gap": (2, 0), "overlap": (2, 2), "beyond": (-1, 2)}[wrong]
             pages[:, 1, at] = number
             return Arrangement(places, pages)
 
+    Losing.several_pages = wrong != "several"
     driver = new_driver(method=Losing())
     driver.step(world, 0, 200)
     with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from spin_hf.storage import pages
+from ..support.chunks import segment_by_segment
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A segment at a time, but where the allocator's figures are what is tested."""
-    if request.module.__name__.rpartition(".")[2] != "test_gpu_memory":
-        monkeypatch.setattr(pages, "_GPU_CHUNK_BYTES", 1)
-        monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 1)
+    """A segment at a time, but where what the allocator does is tested."""
+    if request.module.__name__.rpartition(".")[2] not in ("test_gpu_memory", "test_out_of_memory"):
+        segment_by_segment(monkeypatch)

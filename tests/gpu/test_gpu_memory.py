@@ -49,7 +49,10 @@ def allocated() -> int:
 def test_a_cap_is_kept(model: Any, cap: str) -> None:
     """Within 2 %, through a prompt, decode steps, growth, and another batch."""
     most = int(cap[:-3]) << 20
-    read(model, SpinCache(model.config, budget=512), 1, 64)  # what the model itself keeps
+    cache = SpinCache(model.config, budget=512, gpu_memory=cap)
+    for count in (5000, 1, 900, 1):  # what the model and its kernels themselves keep
+        read(model, cache, 1, count)
+    del cache
     before = allocated()
     cache = SpinCache(model.config, budget=512, gpu_memory=cap)
     for count in (2 * most // TOKEN_BYTES, 1, 1, 900, 1, 1, 3000, 1):
@@ -122,11 +125,11 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
     assert 0 < (end - allocated()) <= 80 << 20
-    taken = torch.empty(30 << 20, dtype=torch.uint8, device="cuda")
+    taken = torch.empty(end - allocated() - (4 << 20), dtype=torch.uint8, device="cuda")
     for seed in range(LOOK_STEPS + 1):
         read(model, first, 1, 1, seed)
     assert first.stats().buffer_frames < frames
-    assert end - allocated() > 0
+    assert end - allocated() > 20 << 20
     del taken
     for seed in range(LOOK_STEPS + 1):
         read(model, first, 1, 1, seed)

@@ -14,12 +14,14 @@ import torch
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
 
+from ..support.chunks import segment_by_segment
 from ..support.refusals import refusal_of
 from ..support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-OPTIONS: dict[str, Any] = {"budget": 64, "recent_window": 16}
+OPTIONS: dict[str, Any] = {"budget": 64, "recent_window": 16, "gpu_memory": "64GiB"}
+"""With "auto" there would be less in a GPU that is full, and nothing would fail."""
 MIB = 1 << 20
 
 
@@ -142,6 +144,7 @@ def test_pages_that_move_to_host_memory(model: Any, monkeypatch: pytest.MonkeyPa
     from spin_hf.storage import host
     from spin_hf.storage.registration import CudaRegistrar
 
+    segment_by_segment(monkeypatch)
     ids = random_tokens(2, 3000, seed=6).cuda()
     options = {**OPTIONS, "gpu_memory": "3MB"}
     undisturbed, cache = (SpinCache(model, **options) for _ in range(2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spin_hf.attention import lowbit
-from spin_hf.kernels import reference
+from spin_hf.kernels import gpu, reference
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -20,9 +20,12 @@ pytestmark = [
 
 @pytest.mark.parametrize("dim", [1, 6, 16, 64, 80, 128])
 @pytest.mark.parametrize(("batch_size", "heads", "pages", "page_size"), [(1, 2, 9, 8), (2, 3, 5, 4), (1, 1, 0, 8)])
-def test_encode_pages(batch_size: int, heads: int, pages: int, page_size: int, dim: int) -> None:
+def test_encode_pages(
+    batch_size: int, heads: int, pages: int, page_size: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from spin_hf.kernels.lowbit import encode_pages
 
+    monkeypatch.setattr(gpu, "shared_memory", lambda device: 1 << 20)
     generator = torch.Generator().manual_seed(dim)
     whole = torch.randn((batch_size, heads, pages, page_size * (dim + 3)), generator=generator)
     keys = reference.split_pages(whole, page_size, dim)[0]  # a view, as in a page
@@ -34,7 +37,9 @@ def test_encode_pages(batch_size: int, heads: int, pages: int, page_size: int, d
     mean = reference.page_means(keys, valid)
     keys.masked_fill_(~valid.unsqueeze(-1), float("nan"))
     root = math.sqrt(dim & -dim)
-    codes, scale = encode_pages(keys, mean, valid, lowbit.basis(dim, keys.device), root, lowbit._MULTIPLES)
+    made = encode_pages(keys, mean, valid, lowbit.basis(dim, keys.device), root, lowbit._MULTIPLES)
+    assert made is not None
+    codes, scale = made
     expected_codes, expected_scale = lowbit.encode_by_formulas(keys, mean, valid)
     assert codes.dtype == torch.uint8
     assert codes.shape == expected_codes.shape
@@ -47,6 +52,23 @@ def test_encode_pages(batch_size: int, heads: int, pages: int, page_size: int, d
     levels = [lowbit.decode(packed[real & close], dim) for packed in (codes, expected_codes)]
     assert (levels[0] - levels[1]).abs().max() <= 1
     assert (levels[0] == levels[1]).float().mean() > 0.99
+
+
+def test_keys_too_long_for_the_gpu_are_encoded_by_the_formulas() -> None:
+    from spin_hf.kernels.lowbit import encode_pages, tiling
+
+    keys, valid = torch.randn((1, 2, 5, 8, 256)), torch.ones((1, 1, 5, 8), dtype=torch.bool)
+    mean = reference.page_means(keys, valid)
+    assert encode_pages(keys, mean, valid, lowbit.basis(256, keys.device), 16.0, lowbit._MULTIPLES) is None
+    for found, expected in zip(
+        lowbit.encode_pages(keys, mean, valid), lowbit.encode_by_formulas(keys, mean, valid), strict=True
+    ):
+        assert torch.equal(found, expected)
+    hopper, ada = (227 << 10) - 4096, (99 << 10) - 4096
+    assert tiling(128, 2, hopper) == (128, 3)
+    assert [tiling(dim, 2, hopper) for dim in (64, 80, 256)] == [(128, 3), (128, 3), (64, 1)]
+    assert [tiling(dim, 2, ada) for dim in (64, 128, 256)] == [(128, 1), (64, 1), None]
+    assert [tiling(dim, 4, ada) for dim in (64, 128, 256)] == [(128, 1), (32, 1), None]
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (2, 5, 7), (130, 128), (1, 1), (0, 8)])

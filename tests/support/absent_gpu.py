@@ -41,7 +41,7 @@ from ..attention.oracle import Rules
 from ..attention.test_seer import method_of, rules_for
 from ..cache.tiny import Driver, Shape, World
 
-SHARED_MEMORY = {75: 64 << 10, 90: 227 << 10}
+SHARED_MEMORY = {75: 64 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a program may use, by compute capability."""
 SHAPE = Shape(kv_heads=1, group=4, key_dim=128, value_dim=128)
 PAGE_FRAMES = 2_000_000
@@ -51,7 +51,7 @@ FEW, SHORT = 128, 32
 """Points of a part that one program bisects, as there is a variant for each power of two; and their length: both smaller than
 on a GPU, as the compiler takes minutes for long ones."""
 
-ONE_VARIANT = {75: {"choose_kernel"}, 90: set()}
+ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
 """What takes long and multiplies no matrices: the variants that methods make of it are compiled for one of the GPUs."""
 
 

@@ -1,0 +1,13 @@
+"""Arrays that grow by little, as the caches of tiny models are small."""
+
+from __future__ import annotations
+
+import pytest
+
+from spin_hf.storage import pages
+
+
+def segment_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have arrays in GPU memory grow by a segment at a time."""
+    monkeypatch.setattr(pages, "_GPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 1)
