@@ -153,6 +153,10 @@ class GpuMemory:
                 given += self._give_back(device, None if num_bytes is None else num_bytes - given)
         return given
 
+    def fell_short(self) -> None:
+        """There are fewer frames than a cap allows, as no block of memory is large enough: the looks try again."""
+        self.has_given_back, self._steps_left = True, LOOK_STEPS
+
     def before_copy(self) -> None:
         """The cache is copied, frames too: have room for that, as far as half of them can make it."""
         for device, cap in self.caps.items():

@@ -109,7 +109,7 @@ class SpinLayer(CacheLayerMixin):
             isinstance(method, Regrouping), getattr(method, "several_pages", True), method.summary_dtypes(),
             shared.options.host_int8,
         )  # fmt: skip
-        store.ask_for_more, store.renew = shared.gpu.raise_caps, self.renew
+        store.ask_for_more, store.fell_short, store.renew = shared.gpu.raise_caps, shared.gpu.fell_short, self.renew
         shared.sequences.attach(store)
         self.store = store
 

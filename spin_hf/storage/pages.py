@@ -12,13 +12,14 @@ results never depend on which pages are resident, or on how many can be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..errors import BudgetError
+from ..errors import BudgetError, CapacityError
 from .budget import TierBudget, whole_segments
 from .chunked import ChunkedArray, Recoding
 from .regrouped import RegroupedPages
@@ -92,6 +93,8 @@ class PageStore:
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
         """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
+        self.fell_short: Callable[[], None] | None = None
+        """Called where there is less memory for page frames than the budget allows: to be tried again later."""
         self.renew: Callable[[int, int], None] | None = None
         """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
 
@@ -115,12 +118,27 @@ class PageStore:
                 self._move_to_cpu()  # first, as that gives back what the frames take
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
-            shares = self.budget.shares(num_frames, num_pages, held)
-            self.frames.resize(batch_size, shares, whole_segments(num_pages))
-            self.num_frames = num_frames
+            self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
         for array in self._arrays():
             array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
         self.num_segments = num_segments
+
+    def _take_frames(
+        self, frames: PageFrames, batch_size: int, wanted: int, num_pages: int, held: Sequence[int] | None
+    ) -> int:
+        """As many of `wanted` page frames as there is memory for, a step's at least; what is free may lie in small blocks."""
+        while True:
+            try:
+                frames.resize(batch_size, self.budget.shares(wanted, num_pages, held), whole_segments(num_pages))
+                return wanted
+            except CapacityError:
+                least = self.budget.step_frames(num_pages)
+                if wanted <= least:
+                    raise
+                wanted = max(least, wanted * 3 // 4)
+                self.budget = replace(self.budget, most_frames=wanted)  # until more are asked for
+                if self.fell_short is not None:
+                    self.fell_short()
 
     def shrink(self, num_segments: int) -> None:
         """Give back the room for more segments than these. Asks for no memory."""

@@ -16,6 +16,7 @@ from spin_hf import BudgetError, CapacityError, SpinCache
 from spin_hf.gpu_memory import LOOK_STEPS
 from spin_hf.storage import pressure
 from spin_hf.storage.chunked import ChunkedArray
+from spin_hf.storage.residency import PageFrames
 
 from .gpu_of import OPTIONS, PAGE, SHAPE, Conversation, bytes_of, elsewhere, gpu_of, whole
 from .tiny import Driver, World, smallest_gpu_memory
@@ -172,6 +173,37 @@ def test_a_longer_batch_and_context_share_what_there_is() -> None:
         talk.read(150)
         talk.decode(2)
         assert gpu.free >= pressure.margin(gpu.total) // 2
+
+
+@pytest.mark.parametrize("cap", ["auto", 150_000])
+def test_free_memory_in_small_blocks(cap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer page frames rather than an error, where no block is large enough; more with a look, once one is."""
+    move, largest = PageFrames._move_slots, 10**9
+
+    def moving(frames: PageFrames, wanted: tuple[int, ...]) -> None:
+        if sum(wanted) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        move(frames, wanted)
+
+    monkeypatch.setattr(PageFrames, "_move_slots", moving)
+    with gpu_of(whole(2, 900) if cap == "auto" else 1 << 40) as gpu:
+        talk = Conversation(gpu, 3, 800, gpu_memory=cap).begin()
+        talk.decode(2)
+        frames, largest = talk.frames, 3 * talk.frames[0] // 4
+        talk.cache.batch_select_indices(torch.tensor([0, 2]))
+        with elsewhere():
+            talk.expected.cache.batch_select_indices(torch.tensor([0, 2]))
+        talk.world = talk.world.rows([0, 2])
+        talk.decode(3)
+        fewer = talk.frames
+        assert largest // 4 <= max(fewer) <= largest // 2 < min(frames)
+        largest = 10**9
+        talk.decode(LOOK_STEPS)
+        assert min(talk.frames) > max(fewer)
+        least = [store.mandatory_frames for layer in talk.cache._shared.layers if (store := layer.store) is not None]
+        largest = min(least) // (2 * SHAPE.kv_heads) - 1
+        with pytest.raises(CapacityError, match="page frames"):
+            talk.cache.batch_select_indices(torch.tensor([1]))
 
 
 # --------------------------------------------------------------------------------------------------- asked by the user
