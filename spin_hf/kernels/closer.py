@@ -98,17 +98,24 @@ def closer_kernel(
     real = (copy < copies * G)[:, None]
     even = tl.load(source, mask=real & (2 * half < DK)[None, :], other=0.0)
     odd = tl.load(source + 1, mask=real & (2 * half + 1 < DK)[None, :], other=0.0)
-    even_factor = tl.full([CLOSER_G], 1.0, tl.float32) * (scale * 0.5)  # levels are multiplied as odd numbers
-    odd_factor = even_factor
+    # Of two levels low - 7.5 and high - 7.5 in a byte = low + 16 * high only low is taken out, and the byte less 128 kept:
+    # even * (low - 7.5) + odd * (high - 7.5) = (even - odd / 16) * low + odd / 16 * (byte - 128) + odd / 2 - 7.5 * even.
+    constant = tl.sum(odd * 0.5 - even * 7.5, 1)
+    odd *= 0.0625
+    even -= odd
+    low_factor = tl.full([CLOSER_G], 1.0, tl.float32) * scale
+    byte_factor = low_factor
     if DIGITS:
-        even, even_unit = digits(even, 2 * CLOSER_G)
-        odd, odd_unit = digits(odd, 2 * CLOSER_G)
-        even_factor *= tl.max(tl.reshape(even_unit, (CLOSER_G, 2)), 1)
-        odd_factor *= tl.max(tl.reshape(odd_unit, (CLOSER_G, 2)), 1)
+        even, low_unit = digits(even, 2 * CLOSER_G)
+        odd, byte_unit = digits(odd, 2 * CLOSER_G)
+        low_factor *= tl.max(tl.reshape(low_unit, (CLOSER_G, 2)), 1)
+        byte_factor *= tl.max(tl.reshape(byte_unit, (CLOSER_G, 2)), 1)
+        constant = tl.max(tl.reshape(constant, (CLOSER_G, 2)), 1)
     else:
         even = even.to(CODE_DTYPE)
         odd = odd.to(CODE_DTYPE)
-    even, odd = tl.trans(even), tl.trans(odd)
+    constant *= scale
+    of_low, of_byte = tl.trans(even), tl.trans(odd)
     codes_table = tl.load(layer + SUMMARY_2)
     scale_table = tl.load(layer + SUMMARY_3)
     place = tl.arange(0, TILE * PAGE)
@@ -128,10 +135,13 @@ def closer_kernel(
         tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
         count = tl.max(rank, 0)
         if scored:
-            sink = candidates(step, b, pages, first * 0, first, PAGE, PADDED)  # listed behind what may be chosen
-            rank = tl.cumsum(sink.to(tl.int32), 0)
-            tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
-            count += tl.max(rank, 0)
+            if (
+                first > part * RUN
+            ):  # else the part has none of the sinks' pages; they are listed behind what may be chosen
+                sink = candidates(step, b, pages, first * 0, first, PAGE, PADDED)
+                rank = tl.cumsum(sink.to(tl.int32), 0)
+                tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
+                count += tl.max(rank, 0)
             tl.debug_barrier()
             for start in range(turn // parts * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)
@@ -152,17 +162,18 @@ def closer_kernel(
                 unit = tl.load(
                     scale_row.to(tl.pointer_type(tl.bfloat16)) + place % PAGE, mask=token_there, other=-1.0
                 ).to(tl.float32)
-                low = (codes & 15).to(tl.int8) * 2 - 15
-                high = (codes >> 4).to(tl.int8) * 2 - 15
+                low = (codes & 15).to(tl.int8)
+                byte = (codes ^ 128).to(tl.int8, bitcast=True)
                 if DIGITS:
                     radix = tl.where(tl.arange(0, 2) == 0, 256, 1)
                     shape: tl.constexpr = (TILE * PAGE, CLOSER_G, 2)
-                    one = tl.sum(tl.reshape(tl.dot(low, even, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
-                    two = tl.sum(tl.reshape(tl.dot(high, odd, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
+                    one = tl.sum(tl.reshape(tl.dot(low, of_low, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
+                    two = tl.sum(tl.reshape(tl.dot(byte, of_byte, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
                 else:
-                    one = tl.dot(low.to(CODE_DTYPE), even, input_precision="ieee")
-                    two = tl.dot(high.to(CODE_DTYPE), odd, input_precision="ieee")
-                products = (one * even_factor[None, :] + two * odd_factor[None, :]) * unit[:, None]
+                    one = tl.dot(low.to(CODE_DTYPE), of_low, input_precision="ieee")
+                    two = tl.dot(byte.to(CODE_DTYPE), of_byte, input_precision="ieee")
+                products = one * low_factor[None, :] + two * byte_factor[None, :] + constant[None, :]
+                products *= unit[:, None]
                 products = tl.where((unit >= 0)[:, None], products, float("-inf"))
                 inside = there[:, None] & (group < G)[None, :]
                 coarse = tl.load(logits + group[None, :] * capacity + page[:, None], mask=inside, other=float("-inf"))

@@ -114,10 +114,11 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
 
 
 def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that seems to have 400 MiB more than now; the user's allocations are real."""
+    """On a GPU that seems to have 400 MiB more than now, until others take all but 4 MiB of it."""
+    read(model, SpinCache(model, budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()
-    monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
     end = allocated() + (400 << 20)
+    monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
     monkeypatch.setattr(pressure, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
     first = SpinCache(model, budget=512)
     read(model, first, 1, 60_000)
@@ -125,12 +126,12 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
     assert 0 < (end - allocated()) <= 80 << 20
-    taken = torch.empty(end - allocated() - (4 << 20), dtype=torch.uint8, device="cuda")
+    whole, end = end, allocated() + (4 << 20)
     for seed in range(LOOK_STEPS + 1):
         read(model, first, 1, 1, seed)
     assert first.stats().buffer_frames < frames
-    assert end - allocated() > 20 << 20
-    del taken
+    assert end - allocated() > 16 << 20
+    end = whole
     for seed in range(LOOK_STEPS + 1):
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
