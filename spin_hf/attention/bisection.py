@@ -101,9 +101,8 @@ class Bisection(Regrouping, Method):
         """The best pages by their low-bit keys, among the best by their means."""
         coarse = self._coarse(query, summary)
         budget = query.budget_pages
-        looked_at = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at) | _sinks(
-            query
-        ).unsqueeze(1)
+        best_by_means = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at)
+        looked_at = best_by_means | _sinks(query).unsqueeze(1)
         pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
         rows, none = pages.clamp(min=0), pages < 0
         fine = self._fine(query, summary, rows)
