@@ -143,8 +143,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
-    limit = campaign.limit_gpu_memory(options.gpu_memory)
-    common = campaign.about(options.shape, options.budget, method="shadowkv", **limit)
+    common = campaign.about(options.shape, options.budget, method="shadowkv")
     record = campaign.open_record("buffers", f"buffers-{options.shape}.json", common, options)
     tasks = [
         Task(tokens, batch, multiple)

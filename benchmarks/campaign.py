@@ -88,9 +88,6 @@ def parser(description: str | None, host_memory: bool = True) -> argparse.Argume
     made.add_argument("--budget", type=int, default=2048, help="tokens")
     if host_memory:
         made.add_argument("--host-memory", type=float, help="GiB of the machine (default: what is available now)")
-        made.add_argument(
-            "--gpu-memory", type=float, help="GiB to do with, as if the GPU had no more (default: all of it)"
-        )
     made.add_argument("--seconds", type=float, default=540, help="for all of it, from the start of the process")
     made.add_argument("--missing", action="store_true", help="only what the results file lacks")
     made.add_argument("--append", action="store_true", help="refuse to begin a new file where results do not mix")
@@ -110,16 +107,6 @@ def about(shape: str, budget: int, **more: Any) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }  # fmt: skip
-
-
-def limit_gpu_memory(given: float | None) -> dict[str, float]:
-    """Let this process take no more of the GPU than so many GiB; what a file says of that."""
-    if given is None:
-        return {}
-    if torch.cuda.is_available():
-        total: float = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, given * 2**30 / total))
-    return {"gpu_memory_gib": given}
 
 
 def command(script: str) -> str:

@@ -191,8 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results, and print the targets."""
     started, options = time.perf_counter(), parse()
-    limit = campaign.limit_gpu_memory(options.gpu_memory)
-    common = campaign.about(options.shape, options.budget, method="shadowkv", batch=1, **limit)
+    common = campaign.about(options.shape, options.budget, method="shadowkv", batch=1)
     record = campaign.open_record("reach", f"reach-{options.shape}.json", common, options)
     tasks = plan(SHAPES[options.shape], options.tokens, options.gpu_memory, host.room(options.host_memory))
     tasks = [left for task in tasks if (left := task.left(record)) is not None] if options.missing else tasks

@@ -118,6 +118,16 @@ def largest_in(config: Any, tokens: int, num_bytes: int) -> int:
     return num_bytes // sequence_bytes(config, tokens)
 
 
+def limit_gpu_memory(given: float | None) -> dict[str, float]:
+    """Let this process take no more of the GPU than so many GiB; what a file says of that."""
+    if given is None:
+        return {}
+    if torch.cuda.is_available():
+        total: float = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given * 2**30 / total))
+    return {"gpu_memory_gib": given}
+
+
 def gpu_bytes() -> int:
     """GPU memory of the machine that this process may take, or of an H100."""
     if not torch.cuda.is_available():
@@ -305,6 +315,7 @@ def line(row: dict[str, Any]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = campaign.parser(__doc__)
+    parser.add_argument("--gpu-memory", type=float, help="GiB of the GPU to do with (default: all of it)")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--batches", type=int, nargs="+", help="of SpinCache (default: by context)")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
@@ -315,7 +326,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results, and print the ratios."""
     started, options = time.perf_counter(), parse()
-    limit = campaign.limit_gpu_memory(options.gpu_memory)
+    limit = limit_gpu_memory(options.gpu_memory)
     common = campaign.about(options.shape, options.budget, method="shadowkv", **limit)
     record = campaign.open_record("throughput", f"throughput-{options.shape}.json", common, options)
     tasks = plan(

@@ -357,3 +357,10 @@ def test_splits_shrink_with_the_batch() -> None:
     assert [dense_graph.splits_of(batch) for batch in (1, 2, 3, 15, 64, 200)] == [
         [32, 64, 128], [16, 32, 64], [8, 16, 32], [2, 4, 8], [1, 2], [1],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [throughput, reach, buffers])
+def test_command_lines(module: Any) -> None:
+    """What all have in common goes together with what each one has of its own."""
+    options = module.parse(["--host-memory", "64", "--seconds", "5", "--plan"])
+    assert (options.host_memory, options.seconds, options.plan) == (64, 5, True)
