@@ -114,7 +114,7 @@ def append_page(
         base = tl.load(tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64)) + chunk)
         if QUANTIZED:
             largest = tl.max(tl.abs(landmark), 0)
-            unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
+            unit = tl.where(largest > 0.0, largest * (1 / 127), 1.0)  # as `reference.quantize`
             whole = rounded(landmark / unit)
             tl.store(
                 (base + inside * DK).to(tl.pointer_type(tl.int8)) + column_k, whole.to(tl.int8), mask=column_k < DK
