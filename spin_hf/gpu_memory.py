@@ -154,7 +154,7 @@ class GpuMemory:
         return given
 
     def fell_short(self) -> None:
-        """There are fewer frames than a cap allows, as no block of memory is large enough: the looks try again."""
+        """There are fewer frames than a cap allows, given back or for lack of a block large enough: the looks try again."""
         self.has_given_back, self._steps_left = True, LOOK_STEPS
 
     def before_copy(self) -> None:
@@ -249,7 +249,7 @@ class GpuMemory:
             before = self.caps[device]
             cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
             if before is None or cap < before:
-                self.has_given_back, self._steps_left = True, LOOK_STEPS
+                self.fell_short()
                 self._resize(device, cap)
         return max(0, held - self._held(device))
 

@@ -106,8 +106,8 @@ class SpinLayer(CacheLayerMixin):
             shared.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
             budget, key_states.dtype, device,
-            isinstance(method, Regrouping), getattr(method, "several_pages", True), method.summary_dtypes(),
-            shared.options.host_int8,
+            several_pages=method.several_pages if isinstance(method, Regrouping) else None,
+            summary_dtypes=method.summary_dtypes(), host_int8=shared.options.host_int8,
         )  # fmt: skip
         store.ask_for_more, store.fell_short, store.renew = shared.gpu.raise_caps, shared.gpu.fell_short, self.renew
         shared.sequences.attach(store)

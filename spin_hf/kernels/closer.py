@@ -135,10 +135,8 @@ def closer_kernel(
         tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
         count = tl.max(rank, 0)
         if scored:
-            if (
-                first > part * RUN
-            ):  # else the part has none of the sinks' pages; they are listed behind what may be chosen
-                sink = candidates(step, b, pages, first * 0, first, PAGE, PADDED)
+            if first > part * RUN:  # the part may have pages of the sinks, which are listed behind what may be chosen
+                sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
                 rank = tl.cumsum(sink.to(tl.int32), 0)
                 tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
                 count += tl.max(rank, 0)

@@ -50,8 +50,8 @@ class PageStore:
         quantized: whether vectors among it are kept as int8.
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
-        regroups: whether the method regroups pages, whose positions are then kept.
-        several_pages: whether partitions of such a method may have several pages.
+        several_pages: of a method that regroups tokens, where they are from is kept: whether its partitions may have several
+            pages; None for other methods.
         summary_dtypes: name -> dtype of those that are kept as they are in any case.
         host_int8: whether pages in the cpu tier are int8.
     """
@@ -67,8 +67,7 @@ class PageStore:
         budget: TierBudget,
         dtype: torch.dtype,
         device: torch.device,
-        regroups: bool = False,
-        several_pages: bool = True,
+        several_pages: bool | None = None,
         summary_dtypes: dict[str, torch.dtype] | None = None,
         host_int8: bool = False,
     ) -> None:
@@ -88,7 +87,9 @@ class PageStore:
         for name, shape in summary_shapes.items():
             kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
             self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
-        self.regrouped = RegroupedPages(sequences, num_heads, rows, device, several_pages) if regroups else None
+        self.regrouped: RegroupedPages | None = None
+        if several_pages is not None:
+            self.regrouped = RegroupedPages(sequences, num_heads, rows, device, several_pages)
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
