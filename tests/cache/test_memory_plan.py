@@ -263,7 +263,7 @@ def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, cap
     """With heads of 128 in 16 bits as real models have; twice the tokens take twice the bytes, whatever may come.
 
     Where a method regroups tokens what says where they are from is 0.4 % of the keys and values; all else is below 0.5 %, for
-    pages of 4 tokens below 0.6 %.
+    pages of 4 tokens, which need twice as many numbers, below 0.515 %.
     """
     seen = []
     for maximum in (2048, 1 << 20):
@@ -280,7 +280,7 @@ def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, cap
             keys_and_values = 2 * 2 * length * 256 * 2
             assert (stats.cpu_bytes > 0) == capped
             shifts = stats.metadata.get("regrouped shifts", 0)
-            assert stats.metadata_bytes - shifts <= (0.006 if method == "bisection" else 0.005) * keys_and_values
+            assert stats.metadata_bytes - shifts <= (0.00515 if method == "bisection" else 0.005) * keys_and_values
             assert stats.metadata_bytes <= 0.01 * keys_and_values
             assert shifts <= 0.004 * keys_and_values  # 2 bytes a token, of 512
             seen.append(stats.metadata_bytes)
