@@ -215,10 +215,14 @@ class GpuMemory:
                 self.is_sized = False
 
     def _size(self) -> None:
-        """Page frames for decoding, from what is free now. What is resident stays so unless little is free."""
+        """Page frames for decoding, from what is free now. What is resident stays so unless little is free.
+
+        Of a prompt that was read in parts, others were asked for the first one only.
+        """
         self.is_sized, self.most_frames, self._steps_left = True, None, LOOK_STEPS
         for device in list(self.caps):
             self._remember(device)
+            self._make_way(device, self._wanted(device), self._least(self._stores(device)))
             cap, free = self._decoding_cap(device), pressure.free_gpu_memory(device)
             if cap is not None and free is not None and not pressure.is_low(self._held(device), free):
                 cap = max(cap, self._resident(device))

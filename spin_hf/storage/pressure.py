@@ -27,11 +27,12 @@ def free_gpu_memory(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, share = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved, share = torch.cuda.memory_reserved(index), torch.cuda.get_per_process_memory_fraction(index)
     if share < 1:
         free = max(0, min(free, int(share * total) - reserved))
-    return free + reserved - torch.cuda.memory_allocated(device)
+    return free + reserved - torch.cuda.memory_allocated(index)
 
 
 def margin(pool: int) -> int:

@@ -38,6 +38,24 @@ def test_a_second_cache_gets_its_share() -> None:
         assert first.frames[0] > settled[0][0]
 
 
+def test_a_prompt_in_parts_gets_its_share() -> None:
+    """Its first part fits without anybody giving anything."""
+    with gpu_of(whole(1, 900)) as gpu:
+        first = Conversation(gpu, 1, 800).begin()
+        frames, second = first.frames, Conversation(gpu, 1, 800, seed=1)
+        for _ in range(20):
+            second.read(40)
+        second.decode()
+        assert 0 < first.frames[0] < frames[0]
+        assert 0.4 < bytes_of(second.cache) / bytes_of(first.cache) < 2.5
+        assert gpu.free > 0
+        settled = first.frames, second.frames
+        for _ in range(LOOK_STEPS):
+            first.decode()
+            second.decode()
+        assert (first.frames, second.frames) == settled
+
+
 def test_others_give_in_proportion_to_what_they_can() -> None:
     with gpu_of(3 * whole(1, 900)) as gpu:
         small, large = Conversation(gpu, 1, 250).begin(), Conversation(gpu, 1, 860, seed=1).begin()

@@ -52,6 +52,8 @@ def test_a_cap_is_kept(model: Any, cap: str) -> None:
     cache = SpinCache(model.config, budget=512, gpu_memory=cap)
     for count in (5000, 1, 900, 1):  # what the model and its kernels themselves keep
         read(model, cache, 1, count)
+    cache.batch_repeat_interleave(2)
+    read(model, cache, 2, 1)
     del cache
     before = allocated()
     cache = SpinCache(model.config, budget=512, gpu_memory=cap)

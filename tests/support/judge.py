@@ -190,6 +190,8 @@ def _poison(layer: SpinLayer) -> None:
         part[:, :, complete:, length % store.page_size :] = nan if part.is_floating_point() else 127
     arrays = [array for summary in store.summaries.values() for array in summary.arrays]
     held = [array.take(rows[:, :, :complete]) for array in arrays]
+    if store.device.type == "cuda":
+        torch.cuda.synchronize()  # what was taken is read from there before the host overwrites it
     for array in (store.home, *arrays):
         for chunk in array.chunks:
             chunk.fill_(nan if chunk.is_floating_point() else 127)
