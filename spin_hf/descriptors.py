@@ -173,7 +173,7 @@ class Descriptors:
 
     def _grow(self, num_pages: int) -> None:
         """Scratch for contexts of `num_pages` pages and more."""
-        pages = max(_MIN_PAGES, power_of_two(num_pages))
+        pages = _with_room(num_pages)
         # With padding, a page may hold a single valid token.
         most = None if self.padded or self.recipe.dense_layers else self.most_pages()
         listed = pages if most is None else min(pages, most)
@@ -210,6 +210,15 @@ class Descriptors:
     def _upload_step(self, fields: list[int]) -> None:
         _upload(fields, self.step)
         self.uploaded = list(fields)
+
+
+def _with_room(num_pages: int) -> int:
+    """A capacity for contexts that grow from `num_pages` pages: whole parts, as places of kept pages are by rank, then part."""
+    size = power_of_two(num_pages)
+    if size <= PART_PAGES:
+        return max(_MIN_PAGES, size)
+    unit = max(PART_PAGES, size // 16)
+    return -(-num_pages // unit) * unit
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:

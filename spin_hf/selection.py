@@ -32,12 +32,18 @@ _SCORE_BYTES, _SCORE_WARPS, _SCORE_SPLITS = 16 << 10, 4, 64
 _RATE_WARPS = 8
 _CLOSER_TOKENS, _CLOSER_WARPS = 128, 4
 """Of a program that looks closer: tokens at a time, warps."""
-_CHOOSE_TILE, _CHOOSE_PARTS, _CHOOSE_WARPS, _HAND_TILE, _SLOT_TILE = 1024, 128, 8, 512, 2048
-"""Of a program that chooses: pages and parts of a tile, warps, slots of a tile at the hand and where all are looked at."""
-_FEW_TIED, _TIED_TILE = 64, 512
-"""Pages of one bin that are compared each with each, or at a time in a search."""
+_CHOOSE_TILE, _CHOOSE_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
+"""Of a program that chooses: pages of a tile, warps; pages of a bin that are compared each with each, and how many at a time."""
+_LOOKED_AT_TILE, _LOOKED_AT_WARPS, _LOOKED_AT_TIED, _LOOKED_AT_FEW_TILE = 4096, 16, 512, 32
+"""Likewise where all that were looked at closer are there to choose from: many more."""
+_CHOOSE_PARTS, _TIED_TILE = 128, 512
+"""Parts of a tile; pages of one bin at a time in a search."""
+_LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
+"""Pages of a list at a time, if it may be longer twice as many; slots at the hand, and where all are looked at."""
 _KEPT = 3
 """So many times the pages that are chosen are looked at, if scores are spread as they were at the last step."""
+_COUNTED = 2
+"""Likewise so many times the pages that are looked at closer are counted."""
 
 
 class Selection:
@@ -57,10 +63,12 @@ class Selection:
         self.histogram = step.new((streams, NUM_BINS), torch.int32)
         self.second_histogram = step.new((streams if self.recipe.looked_at else 0, NUM_BINS), torch.int32)
         self.floors = step.new((layers, streams), torch.int32, NUM_BINS)
+        """Of the pages to choose from; and of those to look at."""
+        self.first_floors = step.new((layers if self.recipe.looked_at else 0, streams), torch.int32, NUM_BINS)
         self.hands = step.new((layers, streams), torch.int32)
         self.zone_edges = step.new((streams,), torch.int32)
         self.list_count = step.new((streams, 2), torch.int32)
-        self.stats = self.rotated = self.closer_stats = step.new((0,), torch.float32)
+        self.stats = self.rotated = self.operands = self.factors = self.closer_stats = step.new((0,), torch.float32)
         self.basis = step.new((0,), torch.float32)
         self.placed_by: dict[int, Method] = {}
         """Whose tensors launches for a layer read: they live as long as these launches."""
@@ -69,22 +77,30 @@ class Selection:
     def tensors(self) -> tuple[Tensor, ...]:
         """What captured launches hold the addresses of."""
         return (
-            self.edges, self.histogram, self.second_histogram, self.floors, self.hands, self.zone_edges, self.list_count,
-            self.stats, self.rotated, self.closer_stats, self.basis,
+            self.edges, self.histogram, self.second_histogram, self.floors, self.first_floors, self.hands, self.zone_edges,
+            self.list_count, self.stats, self.rotated, self.operands, self.factors, self.closer_stats, self.basis,
         )  # fmt: skip
 
     @property
     def scratch(self) -> tuple[Tensor, ...]:
         """Of these, what a step writes before it reads it."""
-        return self.stats, self.rotated, self.closer_stats
+        return self.stats, self.rotated, self.operands, self.factors, self.closer_stats
 
     def fit(self, group: int, key_dim: int, dtype: torch.dtype) -> None:
         """Buffers for so many query heads a KV head, of this size."""
         streams, looks = self.step.streams, self.programs
         self.stats = self._scratch(streams, self.splits * 2 * max(16, power_of_two(group)))
         if self.recipe.looked_at:
+            shape = self._closer_shape(group, key_dim, dtype)
+            rows = shape["CLOSER_G"] * (2 if shape["DIGITS"] else 1)
             self.rotated = self._scratch(streams, group * key_dim)
-            self.closer_stats = self._scratch(streams, looks * 3 * max(16, power_of_two(group)))
+            self.operands = torch.empty(
+                (streams, 2 * rows * shape["HALF"]),
+                dtype=torch.int8 if shape["DIGITS"] else dtype,
+                device=self.step.device,
+            )
+            self.factors = self._scratch(streams, 4 * shape["CLOSER_G"])
+            self.closer_stats = self._scratch(streams, looks * 3 * shape["CLOSER_G"])
             self.basis = lowbit.basis(key_dim, self.step.device).to(dtype)
 
     def place(self, layer: SpinLayer) -> tuple[Tensor, ...]:
@@ -123,6 +139,8 @@ class Selection:
         digits = shapes["QUANTIZED"] and step.multiplies_int8
         block_g = max(4 if digits else 8, power_of_two(group))  # columns of a product: eight at least
         closer = recipe.looked_at > 0
+        closer_shape = self._closer_shape(group, store.key_dim, store.dtype)
+        closer_scale = scale / math.sqrt(store.key_dim & -store.key_dim)
         bins = {"BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT}
         common = {"PART": PART_PAGES, **bins, **some(shapes, "H", "PAGE", "PADDED")}
         run = min(PART_PAGES, 32)
@@ -134,22 +152,27 @@ class Selection:
             D=width, BLOCK_D=max(32, power_of_two(width)), **shapes, num_warps=_SCORE_WARPS, num_stages=1,
         )  # fmt: skip
         step.launch.rate[(step.streams, self.programs + closer)](
-            step.step, self.stats, plan, self.histogram, self.floors[number], number, self.splits, query,
-            *query.stride()[:2], self.basis, self.rotated, self.second_histogram, RATING=int(recipe.rating),
-            OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=closer or self.estimates_zone, LISTED=not closer,
-            WEIGHTED=recipe.weighs_tokens, ROTATED=closer, LEAST=math.log(recipe.threshold or 1.0), G=group,
-            BLOCK_G=block_g, SPLITS=power_of_two(self.splits), HEADS=min(4, power_of_two(group)), RUN=run,
-            DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **common, num_warps=_RATE_WARPS,
+            step.step, self.stats, plan, self.histogram, (self.first_floors if closer else self.floors)[number], number,
+            self.splits, query, *query.stride()[:2], self.basis, self.rotated, self.operands, self.factors, closer_scale,
+            self.second_histogram, RATING=int(recipe.rating), OUTLIERS=recipe.outliers_per_1024 > 0,
+            EVERYTHING=self.estimates_zone, LISTED=not closer, WEIGHTED=recipe.weighs_tokens, PREPARED=closer,
+            LEAST=math.log(recipe.threshold or 1.0), G=group, BLOCK_G=block_g, SPLITS=power_of_two(self.splits),
+            HEADS=min(4, power_of_two(group)), RUN=run, DK=shapes["DK"], BLOCK_K=shapes["BLOCK_K"], **closer_shape, **common,
+            num_warps=_RATE_WARPS,
         )  # fmt: skip
         if closer:
-            self._look_closer(layer, scale, plan, block_g, {**common, "SPLITS": power_of_two(self.splits)}, shapes, run)
-        share = round(recipe.estimated_share * 1e9)
+            self._look_closer(layer, plan, {"G": group, **common, "RUN": run}, closer_shape, shapes)
+        share, lists = round(recipe.estimated_share * 1e9), step.most_pages() or 0
+        tile, few, few_tile, warps = _CHOOSE_TILE, _FEW_TIED, _FEW_TILE, _CHOOSE_WARPS
+        if closer:
+            tile, few, few_tile, warps = _LOOKED_AT_TILE, _LOOKED_AT_TIED, _LOOKED_AT_FEW_TILE, _LOOKED_AT_WARPS
         step.launch.choose[(step.streams,)](
             step.step, fields, plan, self.second_histogram if closer else self.histogram, self.list_count,
             step.counters[number], self.floors[number], self.hands[number], self.zone_edges, share, index,
             COMPLETE=closer, COUNTED=self.estimates_zone, ESTIMATES=share > 0, ZONE=self.estimates_zone, G=group,
-            PAGE_BYTES=store.form.row_bytes, TILE=_CHOOSE_TILE, PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=_FEW_TIED,
-            TIED_TILE=_TIED_TILE, LIST_TILE=512, HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE, **common, num_warps=_CHOOSE_WARPS,
+            PAGE_BYTES=store.form.row_bytes, TILE=tile, PARTS=_CHOOSE_PARTS, KEPT=_KEPT, FEW=few, FEW_TILE=few_tile,
+            TIED_TILE=_TIED_TILE, LIST_TILE=2 * _LIST_TILE if lists > _LIST_TILE else _LIST_TILE, HAND_TILE=_HAND_TILE,
+            SLOT_TILE=_SLOT_TILE, **common, num_warps=warps,
         )  # fmt: skip
 
     @property
@@ -158,29 +181,37 @@ class Selection:
         return 0 < self.recipe.estimated_share < 1
 
     def _look_closer(
-        self, layer: SpinLayer, scale: float, plan: Tensor, block_g: int, common: dict[str, Any], shapes: dict[str, Any],
-        run: int,
-    ) -> None:  # fmt: skip
+        self,
+        layer: SpinLayer,
+        plan: Tensor,
+        common: dict[str, Any],
+        closer_shape: dict[str, Any],
+        shapes: dict[str, Any],
+    ) -> None:
         """Rate the pages again that are best by one vector."""
-        step, store = self.step, layer.store
+        step, store, floors = self.step, layer.store, self.first_floors[layer.number]
         assert store is not None
-        exact, code_bytes = store.dtype == torch.float32, -(-store.key_dim // 2)
-        digits = step.multiplies_int8 and not exact
-        closer_g = max(4 if digits else 8, power_of_two(step.group))
-        groups = {"G": step.group, "BLOCK_G": block_g, "CLOSER_G": closer_g}
+        code_bytes, looked_at = -(-store.key_dim // 2), self.recipe.looked_at
         step.launch.closer[(step.streams, self.programs)](
-            step.step, step.fields(layer), self.rotated, plan, self.histogram, self.stats, self.closer_stats, self.splits,
-            scale / math.sqrt(store.key_dim & -store.key_dim), DIGITS=digits, LOOKED_AT=self.recipe.looked_at,
-            CODE_DTYPE=step.launch.dtype(store.dtype),
-            HALF=max(32 if digits else 16, power_of_two(code_bytes)), DK=store.key_dim, RUN=run,
-            TILE=max(1, _CLOSER_TOKENS // store.page_size), ALIGNED=min(16, code_bytes & -code_bytes), **groups, **common,
-            **some(shapes, "SEGMENT", "ROWS"),
+            step.step, step.fields(layer), self.operands, self.factors, plan, self.histogram, floors, self.closer_stats,
+            LOOKED_AT=looked_at, DK=store.key_dim, TILE=max(1, _CLOSER_TOKENS // store.page_size),
+            ALIGNED=min(16, code_bytes & -code_bytes), **closer_shape, **common, **some(shapes, "SEGMENT", "ROWS"),
             num_warps=_CLOSER_WARPS, num_stages=1,
         )  # fmt: skip
+        del common["RUN"]
         step.launch.rate_closer[(step.streams, self.programs)](
-            step.step, plan, self.second_histogram, self.stats, self.closer_stats, self.splits, self.programs,
-            LOOKS=power_of_two(self.programs), TILE=256, **groups, **common, num_warps=4,
+            step.step, plan, self.histogram, floors, self.second_histogram, self.factors, self.closer_stats, self.programs,
+            LOOKED_AT=looked_at, COUNTED=_COUNTED, CLOSER_G=closer_shape["CLOSER_G"], LOOKS=power_of_two(self.programs),
+            TILE=256, **common, num_warps=4,
         )  # fmt: skip
+
+    def _closer_shape(self, group: int, key_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+        """How codes are multiplied: as int8, and how many query heads and bytes of a key an operand is made up to."""
+        digits = self.step.multiplies_int8 and dtype != torch.float32
+        return {
+            "DIGITS": digits, "CLOSER_G": max(4 if digits else 8, power_of_two(group)),
+            "HALF": max(32 if digits else 16, power_of_two(-(-key_dim // 2))),
+        }  # fmt: skip
 
     def _runs(self, width: int, shapes: dict[str, Any], digits: bool) -> int:
         """Segments that a program scores at a time, by the bytes of their vectors; fewer where shared memory is small."""

@@ -29,9 +29,7 @@ from .common import (
     SUMMARY_2,
     SUMMARY_3,
     candidates,
-    digits,
     log_tokens,
-    log_total,
     page_rows,
     row_addresses,
     score_bins,
@@ -39,34 +37,21 @@ from .common import (
 
 
 @triton.jit
-def _log_sums(stats, bh, num_splits, BLOCK_G: tl.constexpr, CLOSER_G: tl.constexpr, SPLITS: tl.constexpr):
-    """Log of the sum of exponentials of all logits of each query head [CLOSER_G]; -infinity behind the last."""
-    split = tl.arange(0, SPLITS)
-    group = tl.arange(0, CLOSER_G)
-    place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + group[:, None]
-    known = (split < num_splits)[None, :] & (group < BLOCK_G)[:, None]
-    most = tl.load(place, mask=known, other=float("-inf"))
-    return log_total(most, tl.load(place + BLOCK_G, mask=known, other=0.0))
-
-
-@triton.jit
 def closer_kernel(
-    step, layer, rotated, plan, histogram, stats, closer_stats, num_splits, scale,
-    DIGITS: tl.constexpr, LOOKED_AT: tl.constexpr, CODE_DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    BLOCK_G: tl.constexpr, CLOSER_G: tl.constexpr, SPLITS: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr,
-    PAGE: tl.constexpr,
+    step, layer, operands, factors, plan, histogram, floors, closer_stats,
+    DIGITS: tl.constexpr, LOOKED_AT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    CLOSER_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
 
     Args:
-        rotated: float32 [B * H, G, DK]: the queries in the basis of the codes.
-        histogram: as `rate_kernel` left it: all candidates.
-        stats: as `score_kernel` left them, with SINKS: [B * H, num_splits, 2, BLOCK_G].
+        operands, factors: as `prepare_queries` left them.
+        histogram, floors: as `rate_kernel` left it and took them: candidates down to the floor.
         closer_stats: float32 [B * H, num_programs(1), 3, CLOSER_G]: of the pages looked at, the maximum and the sum of
             exponentials by four bits, and the share that they had before. Written.
-        CODE_DTYPE: in which codes are multiplied, if not DIGITS.
+        DIGITS: whether codes are multiplied as int8; else in the dtype of `operands`.
         CLOSER_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
         TILE: pages at a time.
         ALIGNED: bytes that the codes of every token begin at a multiple of.
@@ -86,36 +71,22 @@ def closer_kernel(
     wanted = tl.load(row + NUM_SELECTED)
     scored = wanted < stop - first
     upto = tl.cumsum(tl.load(histogram + bh * BINS + tl.arange(0, BINS)), 0)
-    edge = tl.sum((upto < LOOKED_AT * wanted).to(tl.int32), 0)  # BINS, if there are not so many
+    goal = LOOKED_AT * wanted
+    edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS, if so many were not counted
+    if scored & (edge == BINS):
+        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
     parts = tl.cdiv(stop, PART)
     lane = tl.arange(0, PART)
     group = tl.arange(0, CLOSER_G)
-    lse = _log_sums(stats, bh, num_splits, BLOCK_G, CLOSER_G, SPLITS)
     copies: tl.constexpr = 2 if DIGITS else 1
     copy = tl.arange(0, copies * CLOSER_G)
     half = tl.arange(0, HALF)
-    source = rotated + (bh * G + copy // copies)[:, None] * DK + 2 * half[None, :]
-    real = (copy < copies * G)[:, None]
-    even = tl.load(source, mask=real & (2 * half < DK)[None, :], other=0.0)
-    odd = tl.load(source + 1, mask=real & (2 * half + 1 < DK)[None, :], other=0.0)
-    # Of two levels low - 7.5 and high - 7.5 in a byte = low + 16 * high only low is taken out, and the byte less 128 kept:
-    # even * (low - 7.5) + odd * (high - 7.5) = (even - odd / 16) * low + odd / 16 * (byte - 128) + odd / 2 - 7.5 * even.
-    constant = tl.sum(odd * 0.5 - even * 7.5, 1)
-    odd *= 0.0625
-    even -= odd
-    low_factor = tl.full([CLOSER_G], 1.0, tl.float32) * scale
-    byte_factor = low_factor
-    if DIGITS:
-        even, low_unit = digits(even, 2 * CLOSER_G)
-        odd, byte_unit = digits(odd, 2 * CLOSER_G)
-        low_factor *= tl.max(tl.reshape(low_unit, (CLOSER_G, 2)), 1)
-        byte_factor *= tl.max(tl.reshape(byte_unit, (CLOSER_G, 2)), 1)
-        constant = tl.max(tl.reshape(constant, (CLOSER_G, 2)), 1)
-    else:
-        even = even.to(CODE_DTYPE)
-        odd = odd.to(CODE_DTYPE)
-    constant *= scale
-    of_low, of_byte = tl.trans(even), tl.trans(odd)
+    size: tl.constexpr = copies * CLOSER_G * HALF
+    operand = operands + bh * 2 * size + copy[None, :] * HALF + half[:, None]
+    of_low, of_byte = tl.load(operand), tl.load(operand + size)
+    factor = factors + bh * 4 * CLOSER_G + group
+    low_factor, byte_factor = tl.load(factor), tl.load(factor + CLOSER_G)
+    constant, lse = tl.load(factor + 2 * CLOSER_G), tl.load(factor + 3 * CLOSER_G)
     codes_table = tl.load(layer + SUMMARY_2)
     scale_table = tl.load(layer + SUMMARY_3)
     place = tl.arange(0, TILE * PAGE)
@@ -168,8 +139,8 @@ def closer_kernel(
                     one = tl.sum(tl.reshape(tl.dot(low, of_low, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
                     two = tl.sum(tl.reshape(tl.dot(byte, of_byte, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
                 else:
-                    one = tl.dot(low.to(CODE_DTYPE), of_low, input_precision="ieee")
-                    two = tl.dot(byte.to(CODE_DTYPE), of_byte, input_precision="ieee")
+                    one = tl.dot(low.to(of_low.dtype), of_low, input_precision="ieee")
+                    two = tl.dot(byte.to(of_byte.dtype), of_byte, input_precision="ieee")
                 products = one * low_factor[None, :] + two * byte_factor[None, :] + constant[None, :]
                 products *= unit[:, None]
                 products = tl.where((unit >= 0)[:, None], products, float("-inf"))
@@ -199,16 +170,41 @@ def closer_kernel(
 
 
 @triton.jit
+def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr):
+    """The bin down to which `goal` pages are, of which there are less down to `floor`; BINS, if there are not so many at all.
+
+    Whoever needs it searches for it: that is seldom, as the floor follows the scores.
+    """
+    low = tl.minimum(floor + 1, BINS)
+    high = tl.full([], BINS, tl.int32)
+    while low < high:
+        middle = (low + high) // 2
+        count = tl.zeros([], tl.int32)
+        for start in range(0, stop, TILE):
+            pages = start + tl.arange(0, TILE)
+            score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
+            found = (score > float("-inf")) & (score_bins(score, BINS, PER_NAT) <= middle)
+            count += tl.sum(found.to(tl.int32), 0)
+        low = tl.where(count < goal, middle + 1, low)
+        high = tl.where(count < goal, high, middle)
+    return low
+
+
+@triton.jit
 def rate_closer_kernel(
-    step, plan, histogram, stats, closer_stats, num_splits, num_looks,
-    H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, CLOSER_G: tl.constexpr, SPLITS: tl.constexpr,
+    step, plan, first_histogram, floors, histogram, factors, closer_stats, num_looks,
+    LOOKED_AT: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CLOSER_G: tl.constexpr,
     LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) rates what was kept of parts i, i + num_programs(1), ...: the mean share of its heads.
 
     Args:
+        first_histogram: that of the first look.
+        floors: int32 [B * H]: the last bin that `rate_kernel` counts at the next step: of as many pages as COUNTED times those
+            that are looked at, if they score as they do now. It goes down by one bin a step, or to the last. Written.
         histogram: int32 [B * H, BINS]: zeros, by `rate_kernel`. Added to, where pages have to be left out.
+        factors: as `prepare_queries` left them.
         closer_stats: as `closer_kernel` left them, of num_looks programs; LOOKS is that, rounded up to a power of two.
         TILE: kept pages of a part that are rated at a time.
     """
@@ -226,6 +222,12 @@ def rate_closer_kernel(
     group = tl.arange(0, CLOSER_G)
     lane = tl.arange(0, TILE)
     lse = tl.zeros([CLOSER_G], tl.float32)
+    if scored & (tl.program_id(1) == tl.num_programs(1) - 1):
+        goal = LOOKED_AT * tl.load(row + NUM_SELECTED)
+        upto = tl.cumsum(tl.load(first_histogram + bh * BINS + tl.arange(0, BINS)), 0)
+        enough = tl.sum((upto < COUNTED * goal).to(tl.int32), 0)
+        floor = tl.minimum(enough, tl.load(floors + bh) + 1)
+        tl.store(floors + bh, tl.where(tl.max(upto, 0) < goal, BINS, floor))
     if scored:
         looks = tl.arange(0, LOOKS)
         place = closer_stats + (bh * num_looks + looks)[None, :] * 3 * CLOSER_G + group[:, None]
@@ -233,7 +235,7 @@ def rate_closer_kernel(
         most = tl.load(place, mask=known, other=float("-inf"))
         sums = tl.load(place + CLOSER_G, mask=known, other=0.0)
         share = tl.sum(tl.load(place + 2 * CLOSER_G, mask=known, other=0.0), 1)
-        old = _log_sums(stats, bh, num_splits, BLOCK_G, CLOSER_G, SPLITS)
+        old = tl.load(factors + bh * 4 * CLOSER_G + 3 * CLOSER_G + group)
         if not PADDED:  # counted pages instead of tokens
             old += tl.log(tl.full([], PAGE, tl.float32))
         # What was not looked at keeps its weight: a share of 1 - share of exp(old).

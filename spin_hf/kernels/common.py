@@ -159,6 +159,21 @@ def log_total(most, sums):
 
 
 @triton.jit
+def log_sums(stats, bh, num_splits, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr):
+    """Log of the sum of exponentials of all logits, of the first query heads of a KV head: [GROUP]; -infinity behind the last.
+
+    Args:
+        stats: as `score_kernel` left them: [B * H, num_splits, 2, BLOCK_G]; SPLITS is num_splits, up to a power of two.
+    """
+    split = tl.arange(0, SPLITS)
+    group = tl.arange(0, GROUP)
+    place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + group[:, None]
+    known = (split < num_splits)[None, :] & (group < BLOCK_G)[:, None]
+    most = tl.load(place, mask=known, other=float("-inf"))
+    return log_total(most, tl.load(place + BLOCK_G, mask=known, other=0.0))
+
+
+@triton.jit
 def segment_vectors(
     directory, table, units, h, segment, end, stop,
     dtype: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,

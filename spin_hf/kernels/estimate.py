@@ -99,12 +99,8 @@ def estimate_kernel(
             weights = tl.exp(each - shift[:, None])
             total = total * decay + tl.sum(weights, 1)
             weights = (weights * unit[None, :]).to(DTYPE)
-            if (
-                QUANTIZED and COMPILED
-            ):  # else Triton moves them through shared memory byte by byte, and converts them then
-                values = tl.inline_asm_elementwise(
-                    "mov.b32 $0, $1;", "=r,r", [values.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-                )
+            if QUANTIZED and COMPILED:
+                values = _from_int8(values, DTYPE)
             acc = acc * decay[:, None] + tl.dot(weights, values.to(DTYPE), input_precision="ieee")
             most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
@@ -114,3 +110,51 @@ def estimate_kernel(
     there = (group < G)[:, None] & (column < DV)[None, :]
     tl.store(mine, acc, mask=there)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=there)
+
+
+@triton.jit
+def _from_int8(codes, dtype: tl.constexpr):
+    """Whole numbers in a floating dtype, exactly, where they are.
+
+    A GPU converts four of an instruction's 32 numbers at a time; these take two operations each. Triton would also move the
+    codes to where they are multiplied first, byte by byte through shared memory, were it to see a conversion.
+    """
+    if dtype == tl.bfloat16:  # 128 + the low seven bits, less 128 or 256; lop3: (a & b) | c, below (a ^ b) | c
+        made = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 two, one, off, unit;
+            mov.b32 unit, 0x3f803f80;
+            prmt.b32 two, $2, 0, 0x4140;
+            lop3.b32 one, two, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 off, two, 0x00800080, 0xc300c300, 0xea;
+            fma.rn.bf16x2 $0, one, unit, off;
+            prmt.b32 two, $2, 0, 0x4342;
+            lop3.b32 one, two, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 off, two, 0x00800080, 0xc300c300, 0xea;
+            fma.rn.bf16x2 $1, one, unit, off;
+            }
+            """,
+            "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=False, pack=4,
+        )  # fmt: skip
+    elif dtype == tl.float16:  # 1024 + 128 + the number, less that
+        made = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 two, off;
+            mov.b32 off, 0xe480e480;
+            prmt.b32 two, $2, 0, 0x4140;
+            lop3.b32 two, two, 0x00800080, 0x64006400, 0xbe;
+            add.rn.f16x2 $0, two, off;
+            prmt.b32 two, $2, 0, 0x4342;
+            lop3.b32 two, two, 0x00800080, 0x64006400, 0xbe;
+            add.rn.f16x2 $1, two, off;
+            }
+            """,
+            "=r,=r,r", [codes], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        made = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [codes.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        ).to(dtype)
+    return made

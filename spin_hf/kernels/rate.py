@@ -34,7 +34,7 @@ from .common import (
     score_bins,
 )
 from .fields import Rating
-from .rotate import rotate_queries
+from .rotate import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
 SHARE = tl.constexpr(int(Rating.SHARE))
@@ -43,22 +43,25 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 
 @triton.jit(do_not_specialize=["number"])
 def rate_kernel(
-    step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, second_histogram,
+    step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
+    closer_scale, second_histogram,
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROTATED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
-    DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    SPLITS: tl.constexpr, DIGITS: tl.constexpr, CLOSER_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) rates parts i, i + num_programs(1) - ROTATED, ... of the pages; the last one rotates, if ROTATED.
+    """Program (b * H + h, i) rates parts i, i + num_programs(1) - PREPARED, ... of the pages; the last one prepares
+    the closer look, if PREPARED.
 
     Args:
         stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
         histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
         floors: int32 [B * H]: the last bin whose pages are kept.
         number: of the layer.
-        query, query_b, query_h, basis, rotated: as for `rotate_queries`, and
-        second_histogram: int32 [B * H, BINS]: made zeros; used where ROTATED.
+        query to closer_scale, DIGITS and CLOSER_G to HALF: as for `prepare_queries`, and
+        second_histogram: int32 [B * H, BINS]: made zeros; used where PREPARED.
         RATING: see `Rating`.
         EVERYTHING: whether all candidates are counted; else those that are kept.
         LISTED: whether pages are kept; else they are only rated and counted.
@@ -69,10 +72,13 @@ def rate_kernel(
             spread over all parts.
     """
     bh = tl.program_id(0)
-    programs = tl.num_programs(1) - ROTATED
-    if ROTATED and tl.program_id(1) == programs:
+    programs = tl.num_programs(1) - PREPARED
+    if PREPARED and tl.program_id(1) == programs:
         tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        rotate_queries(query, query_b, query_h, basis, rotated, bh, H, G, DK, BLOCK_K)
+        prepare_queries(
+            query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, closer_scale, DIGITS, H, G,
+            BLOCK_G, CLOSER_G, SPLITS, DK, BLOCK_K, HALF,
+        )  # fmt: skip
     else:
         b = (bh // H).to(tl.int64)
         row = plan + b * PLAN_FIELDS

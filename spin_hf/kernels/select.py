@@ -46,7 +46,8 @@ def choose_kernel(
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
-    FEW: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Program b * H + h lists the pages that its query attends to, and retrieves them.
 
@@ -60,7 +61,7 @@ def choose_kernel(
         COMPLETE: whether all pages that may be chosen were kept, however they score.
         COUNTED: whether `histogram` counts all candidates, and not only those that were kept.
         PARTS: parts whose numbers of kept pages are looked at together.
-        FEW: tied pages up to this number are compared each with each.
+        FEW: tied pages up to this number are compared each with each, with FEW_TILE at a time.
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
             bin a step, and anywhere after a step that kept too few.
         floors: int32 [B, H]: the last bin whose pages are kept at the next step. Written.
@@ -141,7 +142,7 @@ def choose_kernel(
         tl.store(edges + bh, tl.sum((upto < last).to(tl.int32), 0))
     if num_tied > 0:
         tl.debug_barrier()
-        count = _take_best(listed, count, tied, num_tied, needed, FEW, TIED_TILE)
+        count = _take_best(listed, count, tied, num_tied, needed, FEW, FEW_TILE, TIED_TILE)
     tl.store(list_count + bh * 2, count)
     tl.debug_barrier()
     if ESTIMATES:
@@ -198,11 +199,14 @@ def _sort_out(
 
 
 @triton.jit
-def _take_best(listed, count, tied, num_tied, needed, FEW: tl.constexpr, TILE: tl.constexpr):
+def _take_best(listed, count, tied, num_tied, needed, FEW: tl.constexpr, FEW_TILE: tl.constexpr, TILE: tl.constexpr):
     """Append the best `needed` of the tied pages, which are at least so many, to the list; returns its new length."""
     if num_tied <= FEW:
         keys = _keys(tied, tl.arange(0, FEW), num_tied)
-        rank = tl.sum((_keys(tied, tl.arange(0, FEW)[None, :], num_tied) > keys[:, None]).to(tl.int32), 1)
+        rank = tl.zeros([FEW], tl.int32)
+        for start in range(0, num_tied, FEW_TILE):
+            others = _keys(tied, start + tl.arange(0, FEW_TILE), num_tied)
+            rank += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), 1)
         tl.store(listed + count + rank, _page(keys), mask=(rank < needed) & (keys != NO_KEY))
     else:
         edge = _reached_by(tied, num_tied, needed, TILE)

@@ -98,7 +98,7 @@ def test_prefill(model: Any) -> None:
         del error
         assert cache.get_seq_length() == cache.stats().tokens == cache.stats().sequences == 0
         cache.check_integrity()
-        assert _held() == before
+        assert _held() <= before
     assert failed >= 2
     for step, logits in zip((ids, token), expected, strict=True):
         torch.testing.assert_close(_feed(model, cache, step), logits, rtol=0, atol=1e-4)

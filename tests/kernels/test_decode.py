@@ -173,6 +173,25 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
             {"budget": 24, "recent_window": 8},
             {"_FEW_TIED": 1, "_TIED_TILE": 2, "NUM_BINS": 4},
         ),  # many in one bin
+        (
+            "left",
+            [1] * 4,
+            {"budget": 8, "recent_window": 8, "method": OFTEN},
+            {"_COUNTED": 0},
+        ),  # too few are counted for a closer look
+        (
+            "none",
+            [1] * 3,
+            {"budget": 8, "recent_window": 8, "method": OFTEN},
+            {
+                "_COUNTED": 1,
+                "PART_PAGES": 4,
+                "_LOOKED_AT_TILE": 4,
+                "_LOOKED_AT_FEW_TILE": 2,
+                "_LIST_TILE": 4,
+                "NUM_BINS": 4,
+            },
+        ),
     ],
 )
 def test_steps_do_what_the_reference_does(

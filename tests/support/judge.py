@@ -207,7 +207,7 @@ def _poison(layer: SpinLayer) -> None:
             store.frames.frames[first + h * slots + slot] = contents[row, h, table[h, slot].long()]
             first += table.numel()
     for tensor in (*step.selection.scratch, step.parts):
-        tensor.fill_(nan)
+        tensor.fill_(nan if tensor.is_floating_point() else 127)
     step.selection.histogram.fill_(1)
     junk = {StepField.LOGITS: nan, StepField.SCORES: nan, StepField.LIST_PAGE: LOAD_MARK}
     for field, tensor in step.scratch.items():
