@@ -33,7 +33,7 @@ _RATE_WARPS = 8
 _CLOSER_TOKENS, _CLOSER_WARPS = 128, 4
 """Of a program that looks closer: tokens at a time, warps."""
 _CHOOSE_TILE, _CHOOSE_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
-"""Of a program that chooses: pages of a tile, warps; pages of a bin that are compared each with each, and how many at a time."""
+"""Of a program that chooses: pages of a tile, warps; pages of a bin that are compared each with each, so many at a time."""
 _LOOKED_AT_TILE, _LOOKED_AT_WARPS, _LOOKED_AT_TIED, _LOOKED_AT_FEW_TILE = 4096, 16, 512, 32
 """Likewise where all that were looked at closer are there to choose from: many more."""
 _CHOOSE_PARTS, _TIED_TILE = 128, 512

@@ -189,7 +189,6 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
                 "_LOOKED_AT_TILE": 4,
                 "_LOOKED_AT_FEW_TILE": 2,
                 "_LIST_TILE": 4,
-                "NUM_BINS": 4,
             },
         ),
     ],
