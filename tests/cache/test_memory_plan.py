@@ -172,7 +172,7 @@ def test_the_largest_batch_and_context(method: str) -> None:
 
 def test_not_even_one() -> None:
     config = build_config("llama")
-    made = plan(config, context_length=300, gpu_memory=100, **ZONES)
+    made = plan(config, method="shadowkv", context_length=300, gpu_memory=100, **ZONES)
     assert (made.fits, made.largest_batch_size, made.largest_context_length) == (False, 0, 0)
     assert "not even one" in made.reason
 
