@@ -54,7 +54,7 @@ class SpinCache(Cache):
     Args:
         model: the model, or its config. Its `_attn_implementation` becomes "spin" while a cache of it exists; calls
             without a `SpinCache` still get the implementation that stood there.
-        method: a name (`"bisection"`, `"shadowkv"`) or a method object (`ShadowKV(...)`).
+        method: a name, `"bisection"` unless you say another, or a method object (`ShadowKV(...)`).
         budget: tokens selected per KV head and step, beside sinks and recent window: an int, or a float share of the
             context. Rounded up to whole pages.
         num_sink_tokens, recent_window: first and last tokens that are always attended to, by whole pages.
