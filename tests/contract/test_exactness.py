@@ -39,7 +39,9 @@ PAGED = [(family, mode) for family, mode in RUNNABLE if FAMILIES[family].paged a
 ALL_MODES = ("llama", "gemma2", "gpt_oss", "gemma3n_text", "qwen3_next", "mimo_v2_flash")
 FEW_MODES = ("greedy", "beam_search", "left_padding", "holes", "multi_turn", "assisted", "crop")
 SELECTED = [(family, mode) for family, mode in PAGED if family in ALL_MODES or mode in FEW_MODES]
-SHADOWKV = [(family, mode) for family, mode in SELECTED if family == "llama" or (family in ALL_MODES and mode in FEW_MODES)]
+SHADOWKV = [
+    (family, mode) for family, mode in SELECTED if family == "llama" or (family in ALL_MODES and mode in FEW_MODES)
+]
 
 
 def cases(pairs: list[tuple[str, str]]) -> Any:
