@@ -24,6 +24,8 @@ from torch import Tensor
 
 from spin_hf import SpinCache
 
+METHOD = "shadowkv"
+"""Of all these rows, and of the plans for them."""
 EXTRA = 768
 """Tokens that a row generates at most behind its context, eager steps included: planned for in host memory."""
 GUESSES = RESULTS / "decode-llama-8b.json"
@@ -37,7 +39,7 @@ class Filled:
     """A cache that holds `num_tokens` of each of `batch` sequences.
 
     Args:
-        options: of SpinCache.
+        options: of SpinCache, but for the method.
         padding: [batch], how many of the tokens, in front, are padding; None for none.
 
     Attributes:
@@ -48,7 +50,7 @@ class Filled:
         free()
         device = model.device.type
         self.model, self.num_tokens, self.batch, self.padding = model, num_tokens, batch, padding
-        self.cache = SpinCache(model, **options)
+        self.cache = SpinCache(model, METHOD, **options)
         started = _now()
         reserve_spin(self.cache, model.config, num_tokens, device, batch)
         self.reserve_s = _now() - started

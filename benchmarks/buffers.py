@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import campaign
-from batch_rows import EXTRA, Filled, guess_spread
+from batch_rows import EXTRA, METHOD, Filled, guess_spread
 from campaign import Bench
 from record import Record, newest
 from shapes import SHAPES
@@ -88,7 +88,8 @@ def cap_for(config_or_model: Any, tokens: int, batch: int, budget: int, frames: 
     def frames_with(cap: int) -> int | None:
         """Page frames, or None where all pages fit."""
         made = spin_hf.plan(
-            config_or_model, batch_size=batch, context_length=tokens + EXTRA, budget=budget, gpu_memory=cap,
+            config_or_model, batch_size=batch, context_length=tokens + EXTRA, method=METHOD, budget=budget,
+            gpu_memory=cap,
         )  # fmt: skip
         if not made.fits:
             return 0
@@ -143,7 +144,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results."""
     started, options = time.perf_counter(), parse()
-    common = campaign.about(options.shape, options.budget, method="shadowkv")
+    common = campaign.about(options.shape, options.budget, method=METHOD)
     record = campaign.open_record("buffers", f"buffers-{options.shape}.json", common, options)
     tasks = [
         Task(tokens, batch, multiple)

@@ -26,7 +26,7 @@ from typing import Any
 import campaign
 import host
 import torch
-from batch_rows import EXTRA, Filled, guess_spread
+from batch_rows import EXTRA, METHOD, Filled, guess_spread
 from campaign import Bench
 from record import Record, newest
 from shapes import SHAPES
@@ -191,7 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results, and print the targets."""
     started, options = time.perf_counter(), parse()
-    common = campaign.about(options.shape, options.budget, method="shadowkv", batch=1)
+    common = campaign.about(options.shape, options.budget, method=METHOD, batch=1)
     record = campaign.open_record("reach", f"reach-{options.shape}.json", common, options)
     tasks = plan(SHAPES[options.shape], options.tokens, options.gpu_memory, host.room(options.host_memory))
     tasks = [left for task in tasks if (left := task.left(record)) is not None] if options.missing else tasks

@@ -54,7 +54,7 @@ def measure_rival(model: Any, name: str, num_tokens: int, budget: int, batch: in
             return tpot(model, cache, num_tokens, many=24 if num_tokens > 65536 else 72, times=2)
         finally:
             torch._dynamo.reset()
-    spin = SpinCache(config, budget=budget)
+    spin = SpinCache(config, "shadowkv", budget=budget)
     fill_spin(spin, config, num_tokens)
     if name == "spin eager":
         return tpot(model, spin, num_tokens, many=24, times=2, disable_compile=True)

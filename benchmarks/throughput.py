@@ -29,7 +29,7 @@ from typing import Any
 import campaign
 import host
 import torch
-from batch_rows import EXTRA, Filled, guess_spread
+from batch_rows import EXTRA, METHOD, Filled, guess_spread
 from campaign import Bench
 from record import Record, newest
 from rivals import measure_rival
@@ -217,11 +217,11 @@ def rows_of(task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def planned(bench: Bench, tokens: int, batch: int, **options: Any) -> MemoryPlan:
-    """What `spin_hf.plan` says of a batch with all that it will generate; `options` are SpinCache's."""
+    """What `spin_hf.plan` says of a batch with all that it will generate; `options` are SpinCache's, but for the method."""
     free()
     return spin_hf.plan(
-        bench.model, batch_size=batch, context_length=tokens + EXTRA, budget=bench.budget, cpu_memory=bench.room(),
-        **options,
+        bench.model, batch_size=batch, context_length=tokens + EXTRA, method=METHOD, budget=bench.budget,
+        cpu_memory=bench.room(), **options,
     )  # fmt: skip
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     """Measure and write the results, and print the ratios."""
     started, options = time.perf_counter(), parse()
     limit = limit_gpu_memory(options.gpu_memory)
-    common = campaign.about(options.shape, options.budget, method="shadowkv", **limit)
+    common = campaign.about(options.shape, options.budget, method=METHOD, **limit)
     record = campaign.open_record("throughput", f"throughput-{options.shape}.json", common, options)
     tasks = plan(
         SHAPES[options.shape], options.tokens, host.room(options.host_memory), options.batches, tuple(options.rivals),

@@ -224,7 +224,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for budget in tqdm(args.budgets, unit=" budgets"):
         for text, follow in {"play": following, "greedy": None}.items():
-            cache = SpinCache.from_cache(prefilled, model, budget=budget)
+            cache = SpinCache.from_cache(prefilled, model, "shadowkv", budget=budget)
             trace, mandatory = record(model, int(prompt[0, -1]), cache, args.steps, follow)
             rows[f"budget {budget}, {text}"] = evaluate(trace, mandatory, model.config.num_hidden_layers, budget)
     result = {

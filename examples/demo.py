@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="hub id or folder of any causal LM (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt-file", type=Path, help="a text file to ask about (default: Macbeth, see above)")
     parser.add_argument("--question", help="asked after the text; without it the prompt file is the whole prompt")
-    parser.add_argument("--method", default="shadowkv", help="how the tokens to attend to are chosen")
+    parser.add_argument("--method", default="bisection", help="how the tokens to attend to are chosen")
     parser.add_argument(
         "--budget", type=budget, default=512, help="tokens attended per KV head and step: 512, or a share such as 0.1"
     )

@@ -54,7 +54,7 @@ class SpinCache(Cache):
     Args:
         model: the model, or its config. Its `_attn_implementation` becomes "spin" while a cache of it exists; calls
             without a `SpinCache` still get the implementation that stood there.
-        method: a name (`"shadowkv"`) or a method object (`ShadowKV(...)`).
+        method: a name, `"bisection"` unless you say another, or a method object (`ShadowKV(...)`).
         budget: tokens selected per KV head and step, beside sinks and recent window: an int, or a float share of the
             context. Rounded up to whole pages.
         num_sink_tokens, recent_window: first and last tokens that are always attended to, by whole pages.
@@ -76,7 +76,7 @@ class SpinCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        method: str | Method = "shadowkv",
+        method: str | Method = "bisection",
         *,
         budget: int | float = 2048,
         num_sink_tokens: int = 4,
@@ -225,7 +225,7 @@ class SpinCache(Cache):
 
     @classmethod
     def from_cache(
-        cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "shadowkv",
+        cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "bisection",
         *, attention_mask: Tensor | None = None, **options: Any,
     ) -> SpinCache:  # fmt: skip
         """A SpinCache that holds what a `DynamicCache` holds, indexed and placed as a prefill would have.

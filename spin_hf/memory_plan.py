@@ -86,7 +86,7 @@ def plan(
     context_length: int,
     batch_size: int = 1,
     dtype: torch.dtype | None = None,
-    method: str | Method = "shadowkv",
+    method: str | Method = "bisection",
     **options: Any,
 ) -> MemoryPlan:
     """What a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.

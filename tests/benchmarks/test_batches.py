@@ -154,7 +154,12 @@ def test_caps_give_so_many_page_frames(multiple: int) -> None:
     cap = buffers.cap_for(LLAMA, 128 * K, 1, 2048, frames)
     for given, expected in ((cap, frames), (cap - 1, frames - 1)):
         made = spin_hf.plan(
-            LLAMA, context_length=128 * K + batch_rows.EXTRA, budget=2048, gpu_memory=given, dtype=torch.bfloat16
+            LLAMA,
+            context_length=128 * K + batch_rows.EXTRA,
+            method="shadowkv",
+            budget=2048,
+            gpu_memory=given,
+            dtype=torch.bfloat16,
         )
         assert made.page_frames == expected
 
@@ -243,7 +248,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("padding", [None, [0, 100, 250]])
 def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding: Any) -> None:
     held = None if padding is None else torch.tensor(padding)
-    cache = SpinCache(tiny, budget=48, gpu_memory=130_000)
+    cache = SpinCache(tiny, "shadowkv", budget=48, gpu_memory=130_000)
     shapes.reserve_spin(cache, tiny.config, 300, "cpu", 3)
     reserved = [len(layer.store.home.chunks) for layer in cache.layers]
     assert all(layer.store.frames is not None for layer in cache.layers)  # at once in the tier where they stay
@@ -253,7 +258,7 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
     cache.check_integrity()
     assert cache.get_seq_length() == 300
     torch.manual_seed(1)
-    plain = SpinCache(tiny, budget=48)
+    plain = SpinCache(tiny, "shadowkv", budget=48)
     shapes.fill_spin(plain, tiny.config, 300, "cpu", 3, held)
     for one, other in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(one.keys, other.keys)

@@ -59,7 +59,7 @@ def test_spread_decides_the_overlap(kind: Any, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = shapes.condition(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    cache = SpinCache(config, budget=96)
+    cache = SpinCache(config, "shadowkv", budget=96)
     shapes.fill_spin(cache, config, 768, "cpu")
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     monkeypatch.setattr(decode, "_PROGRAMS", 4)

@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_pages_and_counters(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     monkeypatch.setattr(decode, "_PROGRAMS", 4)
     model = build_model("llama").eval()
-    cache = SpinCache(model, budget=16, recent_window=8, gpu_memory=60_000)
+    cache = SpinCache(model, "shadowkv", budget=16, recent_window=8, gpu_memory=60_000)
     tokens = torch.randint(3, 100, (1, 201), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(tokens[:, :200], past_key_values=cache)

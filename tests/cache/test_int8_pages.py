@@ -206,7 +206,7 @@ def test_taking_over() -> None:
     world, dynamic = World.random(SHAPE, 2, 350, seed=5), DynamicCache()
     for layer in range(2):
         dynamic.update(world.keys[layer][:, :, :300], world.values[layer][:, :, :300], layer)
-    options: dict[str, Any] = dict(**OPTIONS, gpu_memory=PLENTY, cpu_dtype="int8")
+    options: dict[str, Any] = dict(**OPTIONS, method="shadowkv", gpu_memory=PLENTY, cpu_dtype="int8")
     prefilled, taken = Driver(SHAPE, **options), Driver(SHAPE, **options)
     taken.cache = SpinCache.from_cache(dynamic, taken.config, **options)
     feed(prefilled, world, [300])

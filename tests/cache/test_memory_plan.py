@@ -172,7 +172,7 @@ def test_the_largest_batch_and_context(method: str) -> None:
 
 def test_not_even_one() -> None:
     config = build_config("llama")
-    made = plan(config, context_length=300, gpu_memory=100, **ZONES)
+    made = plan(config, method="shadowkv", context_length=300, gpu_memory=100, **ZONES)
     assert (made.fits, made.largest_batch_size, made.largest_context_length) == (False, 0, 0)
     assert "not even one" in made.reason
 
@@ -180,9 +180,10 @@ def test_not_even_one() -> None:
 def test_growing_token_by_token_ends_the_same() -> None:
     """But for the page table, which is doubled as it grows, so that it is seldom copied."""
     config = build_config("llama")
-    tight = plan(config, context_length=600, batch_size=2, **ZONES).smallest_gpu_memory
-    made = plan(config, context_length=600, batch_size=2, gpu_memory=tight, **ZONES)
-    cache = SpinCache(config, gpu_memory=tight, **ZONES)
+    options: dict[str, Any] = dict(method="shadowkv", **ZONES)
+    tight = plan(config, context_length=600, batch_size=2, **options).smallest_gpu_memory
+    made = plan(config, context_length=600, batch_size=2, gpu_memory=tight, **options)
+    cache = SpinCache(config, gpu_memory=tight, **options)
     for count in (250, 250, 99, 1):
         add(cache, config, 2, count)
     stats = cache.stats()
@@ -226,11 +227,11 @@ def test_wrong_arguments() -> None:
 
 def test_it_prints_as_a_table() -> None:
     config = build_config("gemma3_text")
-    text = str(plan(config, context_length=1000, gpu_memory="1MiB"))
+    text = str(plan(config, method="shadowkv", context_length=1000, gpu_memory="1MiB"))
     assert text.startswith("MemoryPlan\n  batch size")
     for line in ("fits", "KiB", "summaries", "largest context length", "2 (sliding window: only the window is kept)"):
         assert line in text
-    stats = str(fill(config, 2, 300).stats())
+    stats = str(fill(config, 2, 300, method="shadowkv").stats())
     assert "metadata bytes    64 B\n  metadata          directory 32 B, reference counts 32 B\n" in stats
 
 

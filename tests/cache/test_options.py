@@ -6,8 +6,9 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
+from transformers import DynamicCache
 
-from spin_hf import BudgetError, OptionError, OptionTypeError, ShadowKV, SpinCache, SpinError
+from spin_hf import BudgetError, OptionError, OptionTypeError, ShadowKV, SpinCache, SpinError, plan
 from spin_hf.attention.methods import resolve_method
 from spin_hf.config import SpinOptions, parse_bytes
 from spin_hf.kernels.fields import Rating
@@ -116,6 +117,16 @@ def test_refusals_are_standard_errors_too() -> None:
     ]:
         with pytest.raises(standard):
             SpinOptions.parse(**options)  # type: ignore[arg-type]
+
+
+def test_the_default_method() -> None:
+    """The same for a cache, for one that takes over another, and for a plan."""
+    config = Shape().config()
+    taken = SpinCache.from_cache(DynamicCache(config=config), config)
+    assert [cache._shared.method.name for cache in (SpinCache(config), taken)] == ["bisection", "bisection"]
+    planned = plan(config, context_length=4096)
+    assert planned == plan(config, context_length=4096, method="bisection")
+    assert planned != plan(config, context_length=4096, method="shadowkv")
 
 
 def test_methods() -> None:

@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf import BudgetError, SpinCache
 from spin_hf.attention.interface import spin_attention
+from spin_hf.attention.partition import Method
 from spin_hf.storage import pages
 
 
@@ -91,15 +92,15 @@ class Driver:
 
     Args:
         scale, softcap, sink_logits: what the model would hand to its attention function.
-        options: as for `SpinCache`.
+        method, options: as for `SpinCache`; tests that name no method count in pages of 8 tokens.
     """
 
     def __init__(
         self, shape: Shape, *, scale: float | None = None, softcap: float | None = None,
-        sink_logits: Tensor | None = None, **options: Any,
+        sink_logits: Tensor | None = None, method: str | Method = "shadowkv", **options: Any,
     ) -> None:  # fmt: skip
         self.shape, self.config = shape, shape.config()
-        self.cache = SpinCache(self.config, **options)
+        self.cache = SpinCache(self.config, method, **options)
         self.scale = shape.key_dim**-0.5 if scale is None else scale
         self.arguments = {"softcap": softcap, "s_aux": sink_logits}
         self.module = torch.nn.Module()

@@ -31,7 +31,7 @@ PROMPTS = [random_tokens(2, 70, seed=1), random_tokens(1, 83, seed=2)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {"budget": 1 << 20},
     "sparse": {"budget": 32, **SMALL_ZONES},
-    "paged": {"budget": 32, **SMALL_ZONES, "gpu_memory": "100kB"},
+    "paged": {"method": "shadowkv", "budget": 32, **SMALL_ZONES, "gpu_memory": "100kB"},
 }
 
 

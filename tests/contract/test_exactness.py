@@ -5,6 +5,8 @@ float32, CPU. Every family runs in every mode that transformers itself can run i
     resident    budget beyond the context, everything fits: attention over all pages
     paged       the same with the smallest `gpu_memory` accepted: pages are evicted and loaded again at every step
     selected    a budget below the context that still covers all candidates: the method selects, and selects everything
+
+The method is the default one. Some of the last two are also run with ShadowKV, whose pages have 8 tokens.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ PAGED = [(family, mode) for family, mode in RUNNABLE if FAMILIES[family].paged a
 ALL_MODES = ("llama", "gemma2", "gpt_oss", "gemma3n_text", "qwen3_next", "mimo_v2_flash")
 FEW_MODES = ("greedy", "beam_search", "left_padding", "holes", "multi_turn", "assisted", "crop")
 SELECTED = [(family, mode) for family, mode in PAGED if family in ALL_MODES or mode in FEW_MODES]
+SHADOWKV = [
+    (family, mode) for family, mode in SELECTED if family == "llama" or (family in ALL_MODES and mode in FEW_MODES)
+]
 
 
 def cases(pairs: list[tuple[str, str]]) -> Any:
@@ -66,10 +71,9 @@ def test_resident(family: str, mode: str) -> None:
         assert bool(stats.paged_layers) == FAMILIES[family].paged
 
 
-@cases(PAGED)
-def test_paged(family: str, mode: str) -> None:
+def _paged(family: str, mode: str, **options: Any) -> None:
     def run(cap: int) -> SpinSubject:
-        subject = SpinSubject(family, gpu_memory=cap, **SMALL_ZONES)
+        subject = SpinSubject(family, gpu_memory=cap, **SMALL_ZONES, **options)
         assert_same(MODES[mode](subject), expected(family, mode))
         return subject
 
@@ -81,13 +85,32 @@ def test_paged(family: str, mode: str) -> None:
     assert all(each.cpu_bytes > 0 for each in stats)
 
 
-@cases(SELECTED)
-def test_selected(family: str, mode: str) -> None:
+@cases(PAGED)
+def test_paged(family: str, mode: str) -> None:
+    _paged(family, mode)
+
+
+@cases([(family, mode) for family, mode in SHADOWKV if family == "llama"])
+def test_paged_with_shadowkv(family: str, mode: str) -> None:
+    _paged(family, mode, method="shadowkv")
+
+
+def _selected(family: str, mode: str, **options: Any) -> None:
     """Candidates are at most context - sinks - window = 124 - 68 tokens here, so a budget of 56 selects all of them."""
-    subject = SpinSubject(family, budget=56, num_sink_tokens=4, recent_window=64)
+    subject = SpinSubject(family, budget=56, num_sink_tokens=4, recent_window=64, **options)
     assert_same(MODES[mode](subject), expected(family, mode))
     check_caches(subject)
     assert any(cache.stats().sparse_queries for cache in subject.caches)
+
+
+@cases(SELECTED)
+def test_selected(family: str, mode: str) -> None:
+    _selected(family, mode)
+
+
+@cases(SHADOWKV)
+def test_selected_with_shadowkv(family: str, mode: str) -> None:
+    _selected(family, mode, method="shadowkv")
 
 
 @cases(REFUSED)

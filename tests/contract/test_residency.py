@@ -5,6 +5,8 @@ Exactness tests attend to everything; here a small budget makes the method choos
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from tests.support.subjects import SpinSubject
 from tests.support.zoo import random_tokens, subject_model
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss", "gemma3n_text", "mimo_v2_flash", "gpt2")
-SPARSE = dict(budget=16, **SMALL_ZONES)
+SPARSE: dict[str, Any] = dict(budget=16, **SMALL_ZONES)
+SHADOWKV: dict[str, Any] = dict(SPARSE, method="shadowkv")
+"""Pages of 8 tokens."""
 SPARSE_MODES = (
     "greedy", "beam_search", "holes", "multi_turn", "crop", "crop_into_prompt", "reset", "reorder", "select", "repeat",
     "prefix_copy", "from_cache",
@@ -29,11 +33,20 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "mode"), CASES)
 def test_paging_changes_nothing(family: str, mode: str) -> None:
-    roomy = SpinSubject(family, **SPARSE)
+    _paging_changes_nothing(family, mode, SPARSE)
+
+
+@pytest.mark.parametrize("mode", SPARSE_MODES)
+def test_paging_changes_nothing_with_shadowkv(mode: str) -> None:
+    _paging_changes_nothing("llama", mode, SHADOWKV)
+
+
+def _paging_changes_nothing(family: str, mode: str, options: dict[str, Any]) -> None:
+    roomy = SpinSubject(family, **options)
     expected = MODES[mode](roomy)
 
     def run(cap: int) -> SpinSubject:
-        subject = SpinSubject(family, gpu_memory=cap, **SPARSE)
+        subject = SpinSubject(family, gpu_memory=cap, **options)
         assert_same(MODES[mode](subject), expected)
         return subject
 
@@ -51,10 +64,10 @@ def test_paging_changes_nothing(family: str, mode: str) -> None:
 @pytest.mark.parametrize("slack", [0, 1, 2, 4])
 def test_any_cap_between_the_least_and_enough(slack: int) -> None:
     """With more page frames there are fewer loads, and the same tokens."""
-    expected = MODES["greedy"](SpinSubject("llama", **SPARSE))
+    expected = MODES["greedy"](SpinSubject("llama", **SHADOWKV))
 
     def run(cap: int) -> tuple[int, SpinSubject]:
-        subject = SpinSubject("llama", gpu_memory=cap, **SPARSE)
+        subject = SpinSubject("llama", gpu_memory=cap, **SHADOWKV)
         assert_same(MODES["greedy"](subject), expected)
         return cap, subject
 
@@ -68,7 +81,7 @@ def test_any_cap_between_the_least_and_enough(slack: int) -> None:
 def test_stats_add_up() -> None:
     """Counters of a run whose numbers can be told beforehand."""
     model = subject_model("llama")  # 2 layers, 2 KV heads of 16, float32
-    subject = SpinSubject("llama", budget=16, **SMALL_ZONES)
+    subject = SpinSubject("llama", **SHADOWKV)
     cache = subject.new()
     assert cache.stats().tokens == cache.stats().pages == 0
     with torch.no_grad():

@@ -26,7 +26,7 @@ from ..support.memory import SMALL_ZONES
 from ..support.zoo import random_tokens
 
 IDS = random_tokens(4, 400, seed=3)
-BUDGET: dict[str, Any] = {"budget": 48, **SMALL_ZONES}
+BUDGET: dict[str, Any] = {"method": "shadowkv", "budget": 48, **SMALL_ZONES}
 """A budget that leaves tokens out, so that what is selected shows."""
 
 

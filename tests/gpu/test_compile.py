@@ -66,7 +66,7 @@ def test_compiled_generation_equals_dynamic_cache(padded: bool, monkeypatch: pyt
 @torch.no_grad()
 def test_no_step_waits_for_the_host_and_what_is_evicted_comes_back() -> None:
     model = build_model("llama").cuda().eval()
-    cache = SpinCache(model.config, budget=24, recent_window=8, gpu_memory=100_000)
+    cache = SpinCache(model.config, "shadowkv", budget=24, recent_window=8, gpu_memory=100_000)
     model(_inputs()["input_ids"], past_key_values=cache)
     token, embeds = torch.full((2, 1), 5, device="cuda"), torch.empty((2, 1, 0), device="cuda")
     forward = model.get_compiled_call(None)

@@ -42,7 +42,7 @@ def _worst(ours: Any, theirs: Any) -> float:
 def test_full_budget_equals_dynamic_cache(family: str, beams: int) -> None:
     model = build_model(family).cuda().eval()
     expected = _generate(model, DynamicCache(config=model.config), num_beams=beams)
-    cache = SpinCache(model, budget=1 << 20)
+    cache = SpinCache(model, "shadowkv", budget=1 << 20)
     actual = _generate(model, cache, num_beams=beams)
     assert torch.equal(actual.sequences, expected.sequences)
     assert _worst(actual, expected) < 1e-4
@@ -52,7 +52,7 @@ def test_full_budget_equals_dynamic_cache(family: str, beams: int) -> None:
 def test_full_budget_equals_dynamic_cache_while_paging() -> None:
     model = build_model("llama").cuda().eval()
     expected = _generate(model, DynamicCache(config=model.config))
-    cache = SpinCache(model, budget=1 << 20, recent_window=8, gpu_memory=TIGHT)
+    cache = SpinCache(model, "shadowkv", budget=1 << 20, recent_window=8, gpu_memory=TIGHT)
     actual = _generate(model, cache)
     assert torch.equal(actual.sequences, expected.sequences)
     assert _worst(actual, expected) < 1e-4
@@ -65,7 +65,7 @@ def test_full_budget_equals_dynamic_cache_while_paging() -> None:
 
 @pytest.mark.parametrize("gpu_memory", ["auto", TIGHT])
 def test_selects_what_the_cpu_selects(gpu_memory: int | str) -> None:
-    options = {"budget": 24, "recent_window": 8}
+    options: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8}
     model = build_model("llama").eval()
     expected = _generate(model, SpinCache(model, **options))
     cache = SpinCache(model, **options, gpu_memory=gpu_memory)
@@ -78,7 +78,7 @@ def test_selects_what_the_cpu_selects(gpu_memory: int | str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = build_model("llama").cuda().to(dtype).eval()
-    cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=TIGHT // 2)
+    cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=TIGHT // 2)
     output = _generate(model, cache)
     assert bool(torch.isfinite(torch.stack(output.logits)).all())
     assert output.sequences.shape == (2, 114)

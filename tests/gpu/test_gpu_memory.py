@@ -49,14 +49,14 @@ def allocated() -> int:
 def test_a_cap_is_kept(model: Any, cap: str) -> None:
     """Within 2 %, through a prompt, decode steps, growth, and another batch."""
     most = int(cap[:-3]) << 20
-    cache = SpinCache(model.config, budget=512, gpu_memory=cap)
+    cache = SpinCache(model.config, "shadowkv", budget=512, gpu_memory=cap)
     for count in (5000, 1, 900, 1):  # what the model and its kernels themselves keep
         read(model, cache, 1, count)
     cache.batch_repeat_interleave(2)
     read(model, cache, 2, 1)
     del cache
     before = allocated()
-    cache = SpinCache(model.config, budget=512, gpu_memory=cap)
+    cache = SpinCache(model.config, "shadowkv", budget=512, gpu_memory=cap)
     for count in (2 * most // TOKEN_BYTES, 1, 1, 900, 1, 1, 3000, 1):
         read(model, cache, 1, count)
         assert allocated() - before <= 1.02 * most
@@ -77,7 +77,7 @@ def test_a_padded_batch_has_shares_by_length(model: Any) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = []
     for cap in ("24MiB", "auto"):
-        cache, outputs, stop = SpinCache(model, budget=512, gpu_memory=cap), [], 0
+        cache, outputs, stop = SpinCache(model, "shadowkv", budget=512, gpu_memory=cap), [], 0
         for count in (length, *[1] * steps):
             start, stop = stop, stop + count
             out = model(
@@ -98,7 +98,7 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
     """By captured steps, whose tokens are those of a cache that was left alone."""
     tokens = []
     for disturbed in (False, True):
-        cache = SpinCache(model, budget=512, gpu_memory="256MiB")
+        cache = SpinCache(model, "shadowkv", budget=512, gpu_memory="256MiB")
         read(model, cache, 1, 40_000)
         out = [read(model, cache, 1, 1, seed) for seed in range(6)]
         for seed in range(6, 12):
@@ -117,12 +117,12 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
 
 def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that seems to have 400 MiB more than now, until others take all but 4 MiB of it."""
-    read(model, SpinCache(model, budget=512), 1, 3000)  # what the model itself keeps
+    read(model, SpinCache(model, "shadowkv", budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()
     end = allocated() + (400 << 20)
     monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
     monkeypatch.setattr(pressure, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
-    first = SpinCache(model, budget=512)
+    first = SpinCache(model, "shadowkv", budget=512)
     read(model, first, 1, 60_000)
     for seed in range(3):
         read(model, first, 1, 1, seed)
@@ -137,7 +137,7 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
     for seed in range(LOOK_STEPS + 1):
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
-    second = SpinCache(model, budget=512)
+    second = SpinCache(model, "shadowkv", budget=512)
     read(model, second, 1, 60_000)
     read(model, second, 1, 1)
     assert first.stats().buffer_frames < frames
@@ -152,7 +152,7 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
 
 def test_out_of_memory_is_answered_by_releasing(model: Any) -> None:
     """The remedy of the documentation."""
-    cache = SpinCache(model, budget=512)
+    cache = SpinCache(model, "shadowkv", budget=512)
     read(model, cache, 1, 120_000)
     assert cache.stats().cpu_bytes == 0
     held, total = allocated(), torch.cuda.get_device_properties(0).total_memory

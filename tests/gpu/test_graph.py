@@ -17,7 +17,7 @@ from ..support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-FULL: dict[str, Any] = {"budget": 1 << 20}
+FULL: dict[str, Any] = {"method": "shadowkv", "budget": 1 << 20}
 
 
 def _inputs(padded: bool = False, length: int = 90) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, An
 @torch.no_grad()
 def test_no_step_waits_for_the_host() -> None:
     model = build_model("llama").cuda().eval()
-    cache = SpinCache(model, budget=24, recent_window=8)
+    cache = SpinCache(model, "shadowkv", budget=24, recent_window=8)
     model(_inputs()["input_ids"], past_key_values=cache)
     token = torch.full((2, 1), 5, device="cuda")
     for _ in range(3):
@@ -85,7 +85,7 @@ def test_no_step_waits_for_the_host() -> None:
 def test_two_thousand_tokens_with_eviction() -> None:
     model = build_model("llama").cuda().eval()
     model.config.max_position_embeddings = 1 << 16
-    cache = SpinCache(model, budget=64, recent_window=16, gpu_memory=300_000)
+    cache = SpinCache(model, "shadowkv", budget=64, recent_window=16, gpu_memory=300_000)
     output = _generate(model, cache, padded=True, max_new_tokens=2000, min_new_tokens=2000, eos_token_id=None)
     assert output.sequences.shape == (2, 2090)
     stats = cache.stats()
@@ -97,7 +97,7 @@ def test_two_thousand_tokens_with_eviction() -> None:
 
 def test_captured_and_eager_steps_select_the_same() -> None:
     model = build_model("llama").cuda().eval()
-    options = {"budget": 24, "recent_window": 8, "gpu_memory": 100_000}
+    options: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8, "gpu_memory": 100_000}
     eager = SpinCache(model.config, **options)
     expected = _generate(model, eager, padded=True, disable_compile=True)
     cache = SpinCache(model, **options)
@@ -189,7 +189,7 @@ def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest
     results, eos = [], None
     for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
         monkeypatch.setattr(defer, "_DEVICES", devices)
-        cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=120_000)
+        cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=120_000)
         first = _generate(model, cache, eos_token_id=eos, **options).sequences
         held = cache.get_seq_length()
         cache.check_integrity()

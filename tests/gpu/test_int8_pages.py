@@ -20,7 +20,7 @@ from .test_methods import _steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8, "cpu_dtype": "int8"}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8, "cpu_dtype": "int8"}
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_the_number_of_page_frames_changes_nothing(dtype: torch.dtype) -> None:
     shape, length = Shape(kv_heads=2, group=4, key_dim=128, value_dim=128), 3000
     world = World.random(shape, 1, length + 20, seed=8)
     parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
-    options: dict[str, Any] = dict(budget=256, recent_window=64)
+    options: dict[str, Any] = dict(method="shadowkv", budget=256, recent_window=64)
     made = plan(shape.config(), context_length=length + 20, dtype=dtype, **options)
     outputs, loads = [], []
     for cap in (made.smallest_gpu_memory, made.gpu_bytes // 2, made.gpu_bytes * 3 // 4):

@@ -20,7 +20,7 @@ from ..support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-OPTIONS: dict[str, Any] = {"budget": 64, "recent_window": 16, "gpu_memory": "64GiB"}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 64, "recent_window": 16, "gpu_memory": "64GiB"}
 """With "auto" there would be less in a GPU that is full, and nothing would fail."""
 MIB = 1 << 20
 

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT says what merging does
 ]
 
-FULL: dict[str, Any] = {"budget": 1 << 20}
+FULL: dict[str, Any] = {"method": "shadowkv", "budget": 1 << 20}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ..support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8}
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])

@@ -17,9 +17,9 @@ from ..support.zoo import build_model, random_tokens
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "whole": {"budget": 1 << 20},
-    "sparse": {"budget": 64, "recent_window": 16},
-    "paged": {"budget": 64, "recent_window": 16, "gpu_memory": "3MB"},
+    "whole": {"method": "shadowkv", "budget": 1 << 20},
+    "sparse": {"method": "shadowkv", "budget": 64, "recent_window": 16},
+    "paged": {"method": "shadowkv", "budget": 64, "recent_window": 16, "gpu_memory": "3MB"},
 }
 
 

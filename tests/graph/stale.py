@@ -14,7 +14,7 @@ from spin_hf import graph
 from ..support.zoo import build_model
 from .recorder import FakeRecorder, capture_on_cpu
 
-OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 8}
 
 
 class StaleRecorder(FakeRecorder):

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 PROMPT = 25
-OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 8}
 
 
 class Replays:
@@ -103,11 +103,11 @@ def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> A
 def test_tokens_are_regrouped_between_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """And pages that these complete are summarised behind them; one graph serves all of it."""
     method, model = regrouping_often(Bisection, 16, 8)(2), _model()
-    reference = SpinCache(model.config, method=method, **OPTIONS)
+    reference = SpinCache(model.config, **OPTIONS | {"method": method})
     with little_slack():
         expected = _generate(model, reference, max_new_tokens=18)
         replays = Replays(monkeypatch)
-        cache = SpinCache(model.config, method=method, **OPTIONS)
+        cache = SpinCache(model.config, **OPTIONS | {"method": method})
         assert cache.is_compileable
         actual = _generate(model, cache, compile_config=replays.config, max_new_tokens=18)
     assert (replays.graphs, replays.count) == (1, 16)

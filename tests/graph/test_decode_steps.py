@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 PROMPT = 41
-OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 8}
 
 
 def _inputs(padded: bool = False) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs"),
 ]
 
-OPTIONS: dict[str, Any] = {"budget": 16, "recent_window": 8}
+OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 8}
 IDS = random_tokens(2, 60, seed=5)
 PROMPT = 22
 
@@ -50,7 +50,7 @@ def _feed(model: Any, cache: SpinCache, start: int, count: int = 1) -> torch.Ten
 
 def _at(model: Any, tokens: int, **options: Any) -> SpinCache:
     """A cache of so many tokens, of which all behind the prompt came one by one; its next step is replayed, or captured."""
-    cache = SpinCache(model, **OPTIONS, **options)
+    cache = SpinCache(model, **OPTIONS | options)
     _feed(model, cache, 0, PROMPT)
     for at in range(PROMPT, tokens):
         _feed(model, cache, at)
@@ -73,7 +73,7 @@ def test_memory_runs_out_around_a_step(case: str) -> None:
     count = PROMPT if tokens == 0 else 1
 
     def start() -> SpinCache:
-        return _at(model, tokens, **options) if tokens else SpinCache(model, **OPTIONS, **options)
+        return _at(model, tokens, **options) if tokens else SpinCache(model, **OPTIONS | options)
 
     faults, undisturbed = Faults(), start()
     with faults.armed(None):

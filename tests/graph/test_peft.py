@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT says what merging does
 ]
 
-FULL: dict[str, Any] = {"budget": 1 << 20}
+FULL: dict[str, Any] = {"method": "shadowkv", "budget": 1 << 20}
 NOTHING: tuple[Change, Change] = (lambda model, folder: None, lambda model, folder: None)
 
 

@@ -41,7 +41,7 @@ def _inputs(padding: str) -> dict[str, torch.Tensor]:
 
 
 def _run(model: Any, padding: str, **options: Any) -> tuple[Any, SpinCache]:
-    cache = SpinCache(model, **{"recent_window": 8, **options})
+    cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
     output = model.generate(
         **_inputs(padding), past_key_values=cache, max_new_tokens=STEPS, do_sample=False,
         return_dict_in_generate=True, output_logits=True,
@@ -106,12 +106,12 @@ def test_kernels_of_methods_that_regroup(
     model = build_model(family).eval()
     steps = [1] * 4 + [3] + [1] * 3
     with little_slack():
-        cache = SpinCache(model, **{"recent_window": 8, **options})
+        cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
         expected = _steps(model, cache, padding, steps)
         counted = cache.stats()
         assert cache._shared.sequences.stretches.num_pages > 3
         launched = _interpret(monkeypatch)
-        cache = SpinCache(model, **{"recent_window": 8, **options})
+        cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
         torch.testing.assert_close(_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)
     assert launched
     stats = cache.stats()
@@ -197,9 +197,9 @@ def test_steps_do_what_the_reference_does(
     padding: str, sizes: list[int], options: dict[str, Any], constants: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model("llama").eval()
-    expected = _steps(model, SpinCache(model, **options), padding, sizes)
+    expected = _steps(model, SpinCache(model, "shadowkv", **options), padding, sizes)
     _interpret(monkeypatch, **constants)
-    cache = SpinCache(model, **options)
+    cache = SpinCache(model, "shadowkv", **options)
     torch.testing.assert_close(_steps(model, cache, padding, sizes), expected, rtol=0, atol=1e-4)
     cache.check_integrity()
 
@@ -208,7 +208,7 @@ def test_steps_do_what_the_reference_does(
 def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").eval()
     _interpret(monkeypatch)
-    alone, cache = (SpinCache(model, budget=16, recent_window=8) for _ in range(2))
+    alone, cache = (SpinCache(model, "shadowkv", budget=16, recent_window=8) for _ in range(2))
     for each in (alone, cache):
         _steps(model, each, "none", [1])
     one, other = torch.tensor([[5], [6]]), torch.tensor([[7], [8]])
@@ -265,7 +265,7 @@ def test_products_with_int8_landmarks_are_exact(
 def test_pages_are_evicted(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").eval()
     _interpret(monkeypatch, _HAND_TILE=tile, _SLOT_TILE=max(4, tile))
-    cache = SpinCache(model, budget=24, recent_window=8, gpu_memory=TIGHT)
+    cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=TIGHT)
     _steps(model, cache, "none", [1] * 4)
     stats = cache.stats()
     assert stats.evictions > 0

@@ -126,7 +126,7 @@ def test_rounding_is_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 def test_pages_move_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real model, whose cache outgrows its cap: kernels of the other form take over."""
     model = build_model("llama").eval()
-    options: dict[str, Any] = {"budget": 24, "recent_window": 8, "cpu_dtype": "int8"}
+    options: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8, "cpu_dtype": "int8"}
 
     def run() -> tuple[Tensor, SpinCache]:
         cache = SpinCache(model, **options, gpu_memory=1 << 20)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_TOKENS, BUDGET = 2048, 256
 DEPTHS = [0.02, 0.2, 0.4, 0.6, 0.8, 0.97]
+CASES = [*(("shadowkv", depth) for depth in DEPTHS), ("bisection", 0.4)]
 ANSWER_TOKENS = 8
 
 HEAD = "<|im_start|>user\nHere is a text.\n\n"
@@ -83,8 +84,10 @@ def dense_copy(cache: SpinCache, model: PreTrainedModel) -> DynamicCache:
     return dense
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_found_at_every_depth(model: PreTrainedModel, tokenizer: Any, text: list[int], depth: float) -> None:
+@pytest.mark.parametrize(("method", "depth"), CASES)
+def test_found_at_every_depth(
+    model: PreTrainedModel, tokenizer: Any, text: list[int], method: str, depth: float
+) -> None:
     def tokens(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
@@ -95,7 +98,7 @@ def test_found_at_every_depth(model: PreTrainedModel, tokenizer: Any, text: list
     cut = int(depth * room)
     prompt = [*head, *text[:cut], *needle, *text[cut:room], *question]
 
-    sparse = SpinCache(model, budget=BUDGET)
+    sparse = SpinCache(model, method, budget=BUDGET)
     with torch.no_grad():
         model(torch.tensor([prompt[:-1]]), past_key_values=sparse, use_cache=True, logits_to_keep=1)
     dense = dense_copy(sparse, model)
