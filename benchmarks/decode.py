@@ -42,6 +42,8 @@ from spin_hf.attention.methods import METHODS
 
 CAPS = {131072: "4GiB", 524288: "8GiB"}
 """Contexts at which the cache is measured with a cap on its GPU memory too."""
+LARGER_CAPS = {"bisection": {131072: "8GiB", 524288: "24GiB"}}
+"""Likewise of methods whose summaries alone take about as much."""
 TOKENS = [131072, 8192, 524288, 32768, 4096]
 
 
@@ -108,7 +110,8 @@ def plan(
         capped: whether contexts are measured with caps on GPU memory too.
     """
     replayed = ("replayed",)
-    caps = {count: CAPS[count] for count in tokens if capped and count in CAPS}
+    of_method = LARGER_CAPS.get(method, CAPS)
+    caps = {count: of_method[count] for count in tokens if capped and count in of_method}
     tasks = []
     for count in tokens:
         tasks.append(Task(count, "spin", method, "auto", everything))

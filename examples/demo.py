@@ -37,14 +37,27 @@ class Answer:
     """What one way of attending gave, and how long it took."""
 
     text: str
-    new_tokens: int
     prefill_s: float
-    decode_s: float
+    times: list[float]
+    """Seconds from the prefill to each token; with the first one a method may put the prompt in an order of its own."""
 
     @property
     def ms_per_token(self) -> float:
-        """Mean time of one decode step in milliseconds."""
-        return 1000 * self.decode_s / max(1, self.new_tokens)
+        """Mean time of one decode step behind the first in milliseconds."""
+        return 1000 * (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
+
+
+class TimedStreamer(TextStreamer):  # type: ignore[misc]
+    """Prints the answer, and remembers when each of its tokens came."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.start, self.times = time.perf_counter(), list[float]()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Tokens came; the prompt first."""
+        self.times.append(time.perf_counter() - self.start)
+        super().put(value)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -123,22 +136,20 @@ def ask(model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], cache: Cach
     prefill_s = time.perf_counter() - start
 
     print("  answer:  ", end="", flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    start = time.perf_counter()
+    streamer = TimedStreamer(tokenizer)
     output = model.generate(**inputs, **given, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
-    decode_s = time.perf_counter() - start
     new = output[0, ids.shape[1] :]
-    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), prefill_s, decode_s)
+    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), prefill_s, streamer.times[1:])
 
 
 def print_side_by_side(answers: dict[str, Answer]) -> None:
     """One row per way of attending."""
-    print(f"{'':10} {'prefill s':>10} {'ms/token':>9}  answer")
+    print(f"{'':10} {'prefill s':>10} {'first token s':>14} {'ms/token':>9}  answer")
     for name, answer in answers.items():
         lines = textwrap.wrap(answer.text, 84) or ["(nothing)"]
-        print(f"{name:10} {answer.prefill_s:10.2f} {answer.ms_per_token:9.1f}  {lines[0]}")
+        print(f"{name:10} {answer.prefill_s:10.2f} {answer.times[0]:14.2f} {answer.ms_per_token:9.1f}  {lines[0]}")
         for line in lines[1:]:
-            print(f"{'':32}{line}")
+            print(f"{'':47}{line}")
 
 
 def main() -> None:
