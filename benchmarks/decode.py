@@ -42,7 +42,7 @@ from spin_hf.attention.methods import METHODS
 
 CAPS = {131072: "4GiB", 524288: "8GiB"}
 """Contexts at which the cache is measured with a cap on its GPU memory too."""
-LARGER_CAPS = {"bisection": {131072: "8GiB", 524288: "24GiB"}}
+LARGER_CAPS = {"bisection": {131072: "8GiB"}}
 """Likewise of methods whose summaries alone take about as much."""
 TOKENS = [131072, 8192, 524288, 32768, 4096]
 
