@@ -31,10 +31,12 @@ def model() -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def read(model: Any, cache: SpinCache, batch_size: int, tokens: int, seed: int = 0) -> torch.Tensor:
+def read(
+    model: Any, cache: SpinCache, batch_size: int, tokens: int, seed: int = 0, piece_tokens: int = 4096
+) -> torch.Tensor:
     """The last logits; a long prompt is read in pieces, as its activations would take more than its keys and values."""
     ids = torch.randint(0, 128, (batch_size, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
-    for piece in ids.split(4096, 1):
+    for piece in ids.split(piece_tokens, 1):
         logits = model(piece, past_key_values=cache, logits_to_keep=1).logits
     return logits
 
@@ -116,14 +118,17 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
 
 
 def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that seems to have 400 MiB more than now, until others take all but 4 MiB of it."""
+    """On a GPU that seems to have 400 MiB more than now, until others take all but 4 MiB of it.
+
+    Pieces are short: masks of 4,096 tokens over the whole context would take more than is left to it.
+    """
     read(model, SpinCache(model, "shadowkv", budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()
     end = allocated() + (400 << 20)
     monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
     monkeypatch.setattr(pressure, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
     first = SpinCache(model, "shadowkv", budget=512)
-    read(model, first, 1, 60_000)
+    read(model, first, 1, 60_000, piece_tokens=256)
     for seed in range(3):
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
@@ -138,7 +143,7 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
     second = SpinCache(model, "shadowkv", budget=512)
-    read(model, second, 1, 60_000)
+    read(model, second, 1, 60_000, piece_tokens=256)
     read(model, second, 1, 1)
     assert first.stats().buffer_frames < frames
     assert second.stats().buffer_frames > 0
