@@ -248,14 +248,16 @@ class DecodeSteps:
         if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
             return _NOT_TRUSTED
         self.log.settle(self.layers)
-        length, new_valid = shared.committed + 1, None
-        if shared.sequences.mask.valid is not None:  # with padding in the cache it cannot be taken for granted
-            new_valid, mask = padding.take(shared, padding_mask_of(mask, length)), None
+        length, new_valid, held = shared.committed + 1, None, shared.sequences.mask.valid
+        if (
+            held is not None and shared.method.uses_positions
+        ):  # where the token of each sequence stands has to be looked up
+            new_valid, mask, held = padding.take(shared, padding_mask_of(mask, length)), None, None
             if not shared.counts_positions(positions, new_valid):
                 return _NOT_TRUSTED
             positions = None
         step = self.captured.get(self._key(inputs, new_valid))
-        if step is None or not self.verification.assume(mask, length, positions):
+        if step is None or not self.verification.assume(mask, length, positions, held):
             return _NOT_TRUSTED
         try:
             if not self._prepare(new_valid):

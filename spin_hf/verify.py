@@ -1,8 +1,9 @@
 """What a captured step takes for granted, and what of it is looked at only behind its launch.
 
     before    assume(mask)     its shape; a mark in the stream
-    launch    of the step, as if nothing were padded and the model were what it was
-    behind    holds(watch)     mask     on a stream of its own: wait for the mark -> all ones? -> a flag on the host
+    launch    of the step, as if nothing more were padded and the model were what it was
+    behind    holds(watch)     mask     on a stream of its own: wait for the mark -> the padding known so far, and else ones?
+                                        -> a flag on the host
                                positions, of methods that need them: likewise, whether they count the tokens
                                model    on the host: modules, parameters, hooks, adapters
 
@@ -26,29 +27,36 @@ class Verification:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        """The mask [B, tokens] that the step under way takes for all ones."""
+        """The mask [B, tokens] that the step under way takes for ones behind `held`."""
+        self.held: Tensor | None = None
+        """Validity [B, tokens held], as far as there is padding; None for all ones."""
         self.positions: Tensor | None = None
         """Position ids of its token, which are taken for `position`."""
         self.position = 0
         self.beside: StreamBeside | None = None
 
-    def assume(self, mask: Tensor | None, length: int, positions: Tensor | None = None) -> bool:
-        """Take `mask` [B, n] (None: no padding) for one without padding; nothing waits.
+    def assume(
+        self, mask: Tensor | None, length: int, positions: Tensor | None = None, held: Tensor | None = None
+    ) -> bool:
+        """Take `mask` [B, n] (None: no padding) for one without padding but what is `held`; nothing waits.
 
         Args:
             length: tokens held and new; what a mask does not cover is padding.
             positions: position ids of the new token, to be taken for its place; None for any.
+            held: validity [B, length - 1] of the tokens before; None for no padding.
         Returns:
-            False where the shape shows padding; then there is nothing to assume.
+            False where shapes show other padding; then there is nothing to assume.
         """
-        self.mask = self.positions = None
+        self.mask = self.positions = self.held = None
         if mask is not None and mask.shape[1] < length:
+            return False
+        if held is not None and (mask is None or mask.device != held.device):
             return False
         if mask is not None and positions is not None and mask.device != positions.device:
             return False
         if mask is not None:
             self.mask = mask if mask.shape[1] == length else mask[:, :length]
-        self.positions, self.position = positions, length - 1
+        self.positions, self.position, self.held = positions, length - 1, held
         given = positions if mask is None else mask
         if given is not None and given.is_cuda:
             if self.beside is None or self.beside.device != given.device:
@@ -58,14 +66,19 @@ class Verification:
 
     def holds(self, watch: ModelWatch) -> bool:
         """Whether all that was assumed is so. Waits for mask and positions, and not for the step."""
-        mask, positions, position = self.mask, self.positions, self.position
-        self.mask = self.positions = None
+        mask, positions, position, held = self.mask, self.positions, self.position, self.held
+        self.mask = self.positions = self.held = None
         given = positions if mask is None else mask
         if given is None:
             return watch.unchanged()
 
         def as_assumed() -> Tensor:
-            right = given.new_ones((), dtype=torch.bool) if mask is None else mask.all()
+            if mask is None:
+                right = given.new_ones((), dtype=torch.bool)
+            elif held is None:
+                right = mask.all()
+            else:
+                right = (mask[:, :-1].bool() == held).all() & mask[:, -1].all()
             return right if positions is None else right & (positions == position).all()
 
         if not given.is_cuda or self.beside is None:

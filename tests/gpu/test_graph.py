@@ -68,17 +68,25 @@ def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, An
 
 
 @torch.no_grad()
-def test_no_step_waits_for_the_host() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_step_waits_for_the_host(padded: bool) -> None:
     model = build_model("llama").cuda().eval()
     cache = SpinCache(model, "shadowkv", budget=24, recent_window=8)
-    model(_inputs()["input_ids"], past_key_values=cache)
-    token = torch.full((2, 1), 5, device="cuda")
+    inputs = _inputs(padded)
+    model(**inputs, past_key_values=cache)
+    token, mask = torch.full((2, 1), 5, device="cuda"), inputs["attention_mask"]
+
+    def step() -> None:
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        model(token, past_key_values=cache, attention_mask=mask)
+
     for _ in range(3):
-        model(token, past_key_values=cache)
+        step()
     assert _graphs(cache) == 1
     with no_synchronisation():
         for _ in range(50):
-            model(token, past_key_values=cache)
+            step()
     cache.check_integrity()
 
 

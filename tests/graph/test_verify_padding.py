@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import SpinCache
+from spin_hf import SpinCache, padding
 from spin_hf.verify import Verification
 
 from .recorder import FakeRecorder, capture_on_cpu
@@ -36,13 +36,21 @@ def _new_token(mask: Tensor) -> None:
     mask[0, -1] = 0
 
 
+def _real_again(mask: Tensor) -> None:
+    mask[0, 5:11] = 1
+
+
 @torch.no_grad()
-def _padded_from(source: str, paint: Callable[[Tensor], None], prompt: int, short: int = 0) -> tuple[Tensor, list[int]]:
-    """Three tokens with a full mask, then three with padding that was not there before."""
+def _padded_from(
+    source: str, paint: Callable[[Tensor], None], prompt: int, short: int = 0, padded: bool = False
+) -> tuple[Tensor, list[int]]:
+    """Three tokens with a full mask, or one of a prompt that is padded, then three with padding that was not there before."""
     model = small_model()
     ids = torch.randint(3, 100, (2, prompt + 6), generator=torch.Generator().manual_seed(1))
     cache = SpinCache(model if source == "model" else model.config, **OPTIONS)
     mask = torch.ones((2, prompt), dtype=torch.int64)
+    if padded:
+        _left(mask)
     logits, replays = [model(ids[:, :prompt], past_key_values=cache, attention_mask=mask).logits[:, -1:]], []
     for place in range(prompt, prompt + 6):
         before = FakeRecorder.replays
@@ -66,6 +74,32 @@ def test_padding_that_appears_later(paint: Any, prompt: int, monkeypatch: pytest
     actual, replays = _padded_from("model", paint, prompt)
     assert_same(actual, expected)
     assert replays == [0, 1, 1, 1, 1, 1]  # the fourth is taken back, and eager; the next has a graph for padding
+
+
+@pytest.mark.parametrize("paint", [_real_again, _middle, _new_token])
+def test_padding_that_changes_later(paint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = _padded_from("config", paint, 38, padded=True)
+    capture_on_cpu(monkeypatch)
+    actual, replays = _padded_from("model", paint, 38, padded=True)
+    assert_same(actual, expected)
+    assert replays == [0, 1, 1, 2, 1, 1]  # the fourth is taken back, and replayed with what is padding now
+
+
+def test_padding_that_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a step is captured, the mask is compared behind the launch alone."""
+    expected, _ = _padded_from("config", lambda mask: None, 38, padded=True)
+    capture_on_cpu(monkeypatch)
+    looked, take = list[int](), padding.take
+
+    def watched(shared: Any, mask: Tensor | None) -> Tensor | None:
+        looked.append(shared.committed)
+        return take(shared, mask)
+
+    monkeypatch.setattr(padding, "take", watched)
+    actual, replays = _padded_from("model", lambda mask: None, 38, padded=True)
+    assert_same(actual, expected)
+    assert replays == [0, 1, 1, 1, 1, 1]
+    assert looked == [38, 39]  # eager, and captured
 
 
 def test_a_mask_that_is_too_short_shows_it_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
