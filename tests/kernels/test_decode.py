@@ -104,7 +104,7 @@ def test_kernels_of_methods_that_regroup(
 ) -> None:
     """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
     model = build_model(family).eval()
-    steps = [1] * 4 + [3] + [1] * 3
+    steps = [1] * 3 + [3] + [1] * 2
     with little_slack():
         cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
         expected = _steps(model, cache, padding, steps)
