@@ -47,7 +47,7 @@ class Answer:
         return 1000 * (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
 
 
-class TimedStreamer(TextStreamer):  # type: ignore[misc]
+class TimedStreamer(TextStreamer):
     """Prints the answer, and remembers when each of its tokens came."""
 
     def __init__(self, tokenizer: Any) -> None:

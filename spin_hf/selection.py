@@ -161,7 +161,9 @@ class Selection:
             num_warps=_RATE_WARPS,
         )  # fmt: skip
         if closer:
-            self._look_closer(layer, plan, {"G": group, **common, "RUN": run}, closer_shape, shapes)
+            self._look_closer(
+                layer, plan, {"G": group, **common}, run, {**closer_shape, **some(shapes, "SEGMENT", "ROWS")}
+            )
         share, lists = round(recipe.estimated_share * 1e9), step.most_pages() or 0
         tile, few, few_tile, warps = _CHOOSE_TILE, _FEW_TIED, _FEW_TILE, _CHOOSE_WARPS
         if closer:
@@ -181,12 +183,7 @@ class Selection:
         return 0 < self.recipe.estimated_share < 1
 
     def _look_closer(
-        self,
-        layer: SpinLayer,
-        plan: Tensor,
-        common: dict[str, Any],
-        closer_shape: dict[str, Any],
-        shapes: dict[str, Any],
+        self, layer: SpinLayer, plan: Tensor, common: dict[str, Any], run: int, shapes: dict[str, Any]
     ) -> None:
         """Rate the pages again that are best by one vector."""
         step, store, floors = self.step, layer.store, self.first_floors[layer.number]
@@ -194,14 +191,12 @@ class Selection:
         code_bytes, looked_at = -(-store.key_dim // 2), self.recipe.looked_at
         step.launch.closer[(step.streams, self.programs)](
             step.step, step.fields(layer), self.operands, self.factors, plan, self.histogram, floors, self.closer_stats,
-            LOOKED_AT=looked_at, DK=store.key_dim, TILE=max(1, _CLOSER_TOKENS // store.page_size),
-            ALIGNED=min(16, code_bytes & -code_bytes), **closer_shape, **common, **some(shapes, "SEGMENT", "ROWS"),
-            num_warps=_CLOSER_WARPS, num_stages=1,
+            LOOKED_AT=looked_at, DK=store.key_dim, RUN=run, TILE=max(1, _CLOSER_TOKENS // store.page_size),
+            ALIGNED=min(16, code_bytes & -code_bytes), **shapes, **common, num_warps=_CLOSER_WARPS, num_stages=1,
         )  # fmt: skip
-        del common["RUN"]
         step.launch.rate_closer[(step.streams, self.programs)](
             step.step, plan, self.histogram, floors, self.second_histogram, self.factors, self.closer_stats, self.programs,
-            LOOKED_AT=looked_at, COUNTED=_COUNTED, CLOSER_G=closer_shape["CLOSER_G"], LOOKS=power_of_two(self.programs),
+            LOOKED_AT=looked_at, COUNTED=_COUNTED, CLOSER_G=shapes["CLOSER_G"], LOOKS=power_of_two(self.programs),
             TILE=256, **common, num_warps=4,
         )  # fmt: skip
 
