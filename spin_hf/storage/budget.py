@@ -88,11 +88,12 @@ class TierBudget:
         if frames < self.min_frames:
             needed = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
             fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
+            large = 8 * self.summary_bytes > self.page_bytes
             raise BudgetError(
                 f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
                 f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
                 "and one selected page, or all pages if that is less); raise gpu_memory, lower num_sink_tokens or "
-                f"recent_window, {_smaller(fitting)}",
+                f"recent_window, {_SMALLER_SUMMARIES if large else ''}{_smaller(fitting)}",
                 needed_bytes=needed,
                 available_bytes=self.gpu_memory,
                 fitting_batch_size=fitting,
@@ -205,6 +206,9 @@ def coarsely(number: int) -> int:
     """`number` or a little more, at most a sixteenth and a segment: the same for most of a growing context's steps."""
     unit = max(SEGMENT_PAGES, 1 << max(0, number.bit_length() - 5))
     return -(-number // unit) * unit
+
+
+_SMALLER_SUMMARIES = 'take a method with smaller summaries, such as "shadowkv", '
 
 
 def _smaller(fitting_batch_size: int) -> str:
