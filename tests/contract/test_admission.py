@@ -68,7 +68,7 @@ def test_refused_before_anything_is_computed(family: str) -> None:
 @pytest.mark.parametrize(("method", "large"), [("bisection", True), ("shadowkv", False)])
 def test_large_summaries_have_a_remedy_of_their_own(method: str, large: bool) -> None:
     model = subject_model("llama")
-    cap = plan(model, method, context_length=LENGTH, **SMALL_ZONES).smallest_gpu_memory
+    cap = plan(model, method=method, context_length=LENGTH, **SMALL_ZONES).smallest_gpu_memory
     with pytest.raises(BudgetError) as caught:
         prefill(model, SpinCache(model, method, gpu_memory=cap - 1, **SMALL_ZONES), 1)
     assert ('smaller summaries, such as "shadowkv"' in str(caught.value)) == large
