@@ -197,9 +197,9 @@ def test_steps_do_what_the_reference_does(
     padding: str, sizes: list[int], options: dict[str, Any], constants: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model("llama").eval()
-    expected = _steps(model, SpinCache(model, "shadowkv", **options), padding, sizes)
+    expected = _steps(model, SpinCache(model, **{"method": "shadowkv", **options}), padding, sizes)
     _interpret(monkeypatch, **constants)
-    cache = SpinCache(model, "shadowkv", **options)
+    cache = SpinCache(model, **{"method": "shadowkv", **options})
     torch.testing.assert_close(_steps(model, cache, padding, sizes), expected, rtol=0, atol=1e-4)
     cache.check_integrity()
 
