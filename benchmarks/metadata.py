@@ -1,7 +1,8 @@
 """Bytes of tables beside the keys and values, against a flat layout for the longest context: `python benchmarks/metadata.py`.
 
 --tokens 32768        held by each sequence
---share 0.25          `gpu_memory` of the rows whose pages live in the cpu tier, as a share of the keys and values
+--share 0.25          `gpu_memory` of the rows whose pages live in the cpu tier, as a share of the keys and values; twice that
+                      for `bisection`, whose summaries alone take a quarter
 --output FILE         where to write (default: benchmarks/results/metadata.json)
 
 held    what `stats()` of a cache of the Llama-3.1-8B shape reports after room was made for all tokens of all layers. Its
@@ -125,8 +126,8 @@ def main() -> None:
     sequence = (
         2 * options.tokens * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * _DTYPE.itemsize
     )
-    for method in ("shadowkv", "retroinfer"):
-        for share in (None, options.share):
+    for method in ("bisection", "shadowkv", "retroinfer"):
+        for share in (None, options.share * (2 if method == "bisection" else 1)):
             for batch_size in SEQUENCES:
                 cap = "auto" if share is None else int(share * batch_size * sequence)
                 rows.put(f"{method}, {share or 'all'}, {batch_size}", measure(batch_size, options.tokens, method, cap))
