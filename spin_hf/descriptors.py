@@ -21,6 +21,7 @@ from .attention.partition import recipe_of
 from .kernels.fields import PART_PAGES, LayerField, StepField, summary_field
 from .step_plan import pages_of
 from .storage.allocation import kept
+from .storage.budget import coarsely
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -173,7 +174,7 @@ class Descriptors:
 
     def _grow(self, num_pages: int) -> None:
         """Scratch for contexts of `num_pages` pages and more."""
-        pages = _with_room(num_pages)
+        pages = capacity_for(num_pages)
         # With padding, a page may hold a single valid token.
         most = None if self.padded or self.recipe.dense_layers else self.most_pages()
         listed = pages if most is None else min(pages, most)
@@ -212,13 +213,14 @@ class Descriptors:
         self.uploaded = list(fields)
 
 
-def _with_room(num_pages: int) -> int:
-    """A capacity for contexts that grow from `num_pages` pages: whole parts, as places of kept pages are by rank, then part."""
-    size = power_of_two(num_pages)
-    if size <= PART_PAGES:
-        return max(_MIN_PAGES, size)
-    unit = max(PART_PAGES, size // 16)
-    return -(-num_pages // unit) * unit
+def capacity_for(num_pages: int) -> int:
+    """Pages that buffers of a step are made for, where a context has `num_pages` and grows.
+
+    Whole parts, as places of kept pages are by rank, then part, and parts may differ by a run.
+    """
+    if num_pages <= PART_PAGES:
+        return max(_MIN_PAGES, power_of_two(num_pages))
+    return -(-coarsely(num_pages) // PART_PAGES) * PART_PAGES
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:

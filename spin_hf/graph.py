@@ -249,9 +249,8 @@ class DecodeSteps:
             return _NOT_TRUSTED
         self.log.settle(self.layers)
         length, new_valid, held = shared.committed + 1, None, shared.sequences.mask.valid
-        if (
-            held is not None and shared.method.uses_positions
-        ):  # where the token of each sequence stands has to be looked up
+        if held is not None and shared.method.uses_positions:
+            # Where the token of each sequence stands has to be looked up.
             new_valid, mask, held = padding.take(shared, padding_mask_of(mask, length)), None, None
             if not shared.counts_positions(positions, new_valid):
                 return _NOT_TRUSTED

@@ -94,11 +94,8 @@ class Selection:
             shape = self._closer_shape(group, key_dim, dtype)
             rows = shape["CLOSER_G"] * (2 if shape["DIGITS"] else 1)
             self.rotated = self._scratch(streams, group * key_dim)
-            self.operands = torch.empty(
-                (streams, 2 * rows * shape["HALF"]),
-                dtype=torch.int8 if shape["DIGITS"] else dtype,
-                device=self.step.device,
-            )
+            multiplied = torch.int8 if shape["DIGITS"] else dtype
+            self.operands = self._scratch(streams, 2 * rows * shape["HALF"], dtype=multiplied)
             self.factors = self._scratch(streams, 4 * shape["CLOSER_G"])
             self.closer_stats = self._scratch(streams, looks * 3 * shape["CLOSER_G"])
             self.basis = lowbit.basis(key_dim, self.step.device).to(dtype)
@@ -216,8 +213,8 @@ class Selection:
         vectors = 2 if self.recipe.rating == Rating.BOUND else 1
         return segments_at_a_time(vectors * max(32, power_of_two(width)), item, self.step.shared_memory)
 
-    def _scratch(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.step.device)
+    def _scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.step.device)
 
 
 def segments_at_a_time(width: int, item: int, shared_memory: int) -> int:

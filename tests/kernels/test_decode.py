@@ -104,14 +104,14 @@ def test_kernels_of_methods_that_regroup(
 ) -> None:
     """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
     model = build_model(family).eval()
-    steps = [1] * 3 + [3] + [1] * 2
+    steps = [1] * 4 + [3] + [1] * 3
     with little_slack():
-        cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
+        cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = _steps(model, cache, padding, steps)
         counted = cache.stats()
         assert cache._shared.sequences.stretches.num_pages > 3
         launched = _interpret(monkeypatch)
-        cache = SpinCache(model, **{"method": "shadowkv", "recent_window": 8, **options})
+        cache = SpinCache(model, **{"recent_window": 8, **options})
         torch.testing.assert_close(_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)
     assert launched
     stats = cache.stats()

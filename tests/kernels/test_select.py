@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin_hf.descriptors import capacity_for
+from spin_hf.kernels.fields import PART_PAGES
 from spin_hf.kernels.reference import list_pages, page_zones, select_top_pages
 
 PAGE_SIZE = 8
@@ -81,3 +83,17 @@ def test_select_top_pages_without_candidates() -> None:
     scores = torch.full((2, 2, 5), float("-inf"))
     assert bool((select_top_pages(scores, torch.tensor([3, 2])) == -1).all())
     assert select_top_pages(scores[..., :0], torch.tensor([3, 2])).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("num_pages", [1, 31, 512, 513, 1023, 1024, 1025, 2049, 8681, 16_384, 32_785, 200_001])
+def test_a_context_of_kept_pages_has_places(num_pages: int) -> None:
+    """At worst all pages are kept: that of rank r in part p of n stands at r * n + p, and the largest part has most ranks."""
+    parts, run = -(-num_pages // PART_PAGES), 32
+    ranks = max(
+        sum(min(run, num_pages - first) for first in range(part * run, num_pages, parts * run)) for part in range(parts)
+    )
+    capacity = capacity_for(num_pages)
+    assert num_pages <= capacity
+    assert ranks * parts <= capacity
+    assert capacity <= max(1024, 2 * num_pages)
+    assert num_pages < 16 * PART_PAGES or capacity < 1.13 * num_pages
