@@ -100,7 +100,7 @@ def estimate_kernel(
             total = total * decay + tl.sum(weights, 1)
             weights = (weights * unit[None, :]).to(DTYPE)
             if QUANTIZED and COMPILED:
-                values = _from_int8(values, DTYPE)
+                values = whole_numbers(values, DTYPE)
             acc = acc * decay[:, None] + tl.dot(weights, values.to(DTYPE), input_precision="ieee")
             most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
@@ -113,7 +113,7 @@ def estimate_kernel(
 
 
 @triton.jit
-def _from_int8(codes, dtype: tl.constexpr):
+def whole_numbers(codes, dtype: tl.constexpr):
     """Whole numbers in a floating dtype, exactly, where they are.
 
     A GPU converts four of an instruction's 32 numbers at a time; these take two operations each. Triton would also move the

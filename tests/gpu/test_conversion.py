@@ -1,0 +1,30 @@
+"""int8 in a floating dtype by integer operations, which no interpreter runs: every number, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from spin_hf.kernels.estimate import whole_numbers  # noqa: E402
+from spin_hf.kernels.launch import launchers  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@triton.jit
+def convert_kernel(codes: Any, made: Any, dtype: tl.constexpr) -> None:
+    place = tl.arange(0, 256)
+    tl.store(made + place, whole_numbers(tl.load(codes + place), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_number(dtype: torch.dtype) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8, device="cuda")
+    made = torch.empty(256, dtype=dtype, device="cuda")
+    convert_kernel[(1,)](codes, made, launchers.dtype(dtype))
+    assert torch.equal(made, codes.to(dtype))
