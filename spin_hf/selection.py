@@ -1,7 +1,7 @@
 """The launches that choose the pages of one query of a step, by the recipe of the method, and retrieve them.
 
     find_outliers    ShadowKV only; once a step for all layers
-    kernel_queries   of a method that asks, in PyTorch                             -> one query of its own for each KV head
+    kernel_queries   of a method that asks (`attention`)                           -> one query of its own for each KV head
     score, rate      one vector of every candidate, or a box                       -> histogram of scores
     closer, rate     with `looked_at`: the best by that, by their keys in four bits -> histogram of new scores
     choose           the best up to the budget, and their page frames
@@ -128,7 +128,7 @@ class Selection:
         store, fields, group = layer.store, step.fields(layer), step.group
         assert store is not None
         if recipe.asks:
-            states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.HELD] - 1
+            states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
             query = step.shared.method.kernel_queries(states, positions, number).contiguous()
             group, scale = 1, 1.0
         width = query.shape[-1]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import kernels
 from ..errors import OptionError
 
 FILE_NAME = "gates.safetensors"
@@ -106,6 +107,17 @@ class LayerGate:
         )
         projected = torch.einsum("bhgi,hgio->bho", states, self.query)
         return rotate(projected, positions[:, None], self.gate_frequencies, interleaved=False)
+
+    def ask(self, states: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """`of_queries` times `scale`, by a kernel where there is one."""
+        launch = kernels.launchers(states.device)
+        if launch is None:
+            return self.of_queries(states, positions) * scale
+        own = {"interleaved": self.interleaved, "scale": scale}
+        asked: Tensor = launch.gate_queries(
+            states, positions, self.query, self.frequencies, self.gate_frequencies, **own
+        )
+        return asked
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,8 +108,8 @@ class SeerAttention(PageMethod):
 
     def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Gate queries, divided by the square root of their size."""
-        asked = self._bound().layer(layer, states.device).of_queries(states, positions)
-        return asked / math.sqrt(asked.shape[-1])
+        gate = self._bound().layer(layer, states.device)
+        return gate.ask(states, positions, 1.0 / math.sqrt(gate.query.shape[-1]))
 
     def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """The gate of the layer."""

@@ -7,6 +7,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     plan.py        plan_step                    zones and budget of a step
     outliers.py    find_outliers                ShadowKV's outliers, marked by page
     append.py      append                       tokens to pages and summaries
+    gates.py       gate_queries                 what SeerAttention scores pages by
     score.py       score                        logits of the candidates; appends the step's token
     rate.py        rate                         scores of the candidates, counted in bins
     closer.py      closer, rate_closer          the best of them again, by keys in four bits;  rotate.py  queries for these

@@ -48,7 +48,7 @@ STOP = tl.constexpr(int(PlanField.STOP))
 NUM_PAGES = tl.constexpr(int(PlanField.NUM_PAGES))
 NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
 NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
-HELD = tl.constexpr(int(PlanField.HELD))
+OWN_POSITION = tl.constexpr(int(PlanField.OWN_POSITION))
 CANDIDATES = tl.constexpr(int(PlanField.CANDIDATES))
 PLAN_FIELDS = tl.constexpr(len(PlanField))
 

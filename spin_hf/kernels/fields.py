@@ -103,8 +103,8 @@ class PlanField(IntEnum):
     """Pages to select per KV head."""
     NUM_OUTLIERS = 4
     """How many of them go to outliers."""
-    HELD = 5
-    """Valid tokens up to the query and with it."""
+    OWN_POSITION = 5
+    """Valid tokens before the query's own."""
     CANDIDATES = 6
     """Pages in [FIRST, STOP) with a valid token."""
 

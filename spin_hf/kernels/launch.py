@@ -13,6 +13,7 @@ from .bisect import bisect
 from .closer import closer_kernel, rate_closer_kernel
 from .clusters import fill_clusters, unit_vectors
 from .estimate import estimate_kernel
+from .gates import gate_queries
 from .index import copy_page_kernel
 from .lowbit import encode_pages, quantize
 from .outliers import find_outliers_kernel
@@ -28,7 +29,8 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 launchers = SimpleNamespace(
     append=append_kernel, attend=attend_kernel, bisect=bisect, choose=choose_kernel,
     closer=closer_kernel, copy_page=copy_page_kernel, encode_pages=encode_pages,
-    estimate=estimate_kernel, fill_clusters=fill_clusters, find_outliers=find_outliers_kernel, move_tokens=move_tokens,
+    estimate=estimate_kernel, fill_clusters=fill_clusters, find_outliers=find_outliers_kernel,
+    gate_queries=gate_queries, move_tokens=move_tokens,
     page_means=page_means, plan_step=plan_step_kernel, quantize=quantize, rate=rate_kernel,
     rate_closer=rate_closer_kernel, rows_copier=rows_copier, score=score_kernel, unit_vectors=unit_vectors,
     dtype=_DTYPES.__getitem__,

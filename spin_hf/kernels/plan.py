@@ -11,10 +11,10 @@ import triton.language as tl
 from .common import (
     CANDIDATES,
     FIRST,
-    HELD,
     NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
+    OWN_POSITION,
     PLAN_FIELDS,
     POSITION,
     SHARE,
@@ -78,5 +78,5 @@ def plan_step_kernel(
     tl.store(row + NUM_PAGES, num_pages.to(tl.int32))
     tl.store(row + NUM_SELECTED, (budget + PAGE - 1) // PAGE)
     tl.store(row + NUM_OUTLIERS, outliers.to(tl.int32))
-    tl.store(row + HELD, held)
+    tl.store(row + OWN_POSITION, held - 1)
     tl.store(row + CANDIDATES, number)
