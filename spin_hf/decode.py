@@ -52,6 +52,8 @@ class StepKernels(Descriptors):
         super().__init__(shared, device, batch_size, num_heads)
         self.launch, self.block_g = launch, 16
         self.fits: tuple[Any, ...] = ()
+        self.compiled_variants: set[tuple[Any, ...]] = set()
+        """Of the launches that attend: those that were compiled ahead, several at a time."""
         layers, programs = len(shared.layers), max(1, _PROGRAMS // self.streams)
         self.whole_splits = self.attend_splits = min(64, programs)
         if (most := self.most_pages()) is not None:  # one for each tile of what an int budget lists, if there is room
@@ -138,9 +140,22 @@ class StepKernels(Descriptors):
         assert layer.store is not None
         self.fit(call.query.shape[2], call.query.shape[-1], out.shape[-1], layer.store.dtype)
         self.make_room()
-        shapes, choice = self.shapes(layer), self.selection
+        shapes = self.shapes(layer)
         new = None if new is None else (_rows(new[0]), _rows(new[1]))
         query = _rows(call.query.flatten(1, 2))
+        variants = (*shapes.values(), self.is_whole(layer), new is None, query.shape[2] == 1)
+        if variants not in self.compiled_variants:
+            self._compile_ahead(layer, query, call, out, new, shapes)
+            self.compiled_variants.add(variants)
+        self._launches(layer, query, call, out, new, shapes)
+        self.known["planned"] = True
+
+    def _launches(
+        self, layer: SpinLayer, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
+        shapes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """What `attend` launches: for all layers if this is the step's first, and for each query of this layer."""
+        choice = self.selection
         if not self.known["planned"]:
             self._plan(query.shape[2])
             if query.shape[2] == 1:  # a page that this step completes is no candidate yet, in any layer
@@ -154,6 +169,19 @@ class StepKernels(Descriptors):
             if self.estimate_splits:
                 self._estimate(layer, i, call.softcap, shapes)
             self._attend(layer, query[:, :, i : i + 1], i, call, out, shapes)
+
+    def _compile_ahead(self, *launches: Any) -> None:
+        """Compile the `_launches` with these arguments."""
+        found = self.launch
+
+        def compile_by(launch: Any) -> None:
+            self.launch = launch
+            self._launches(*launches)
+
+        try:
+            found.compile_ahead(compile_by)
+        finally:
+            self.launch = found
 
     def _estimate(self, layer: SpinLayer, index: int, softcap: float | None, shapes: dict[str, Any]) -> None:
         """What stands for pages that were not chosen, for one query of the step."""
@@ -211,7 +239,6 @@ class StepKernels(Descriptors):
                 BUDGET=options.budget if isinstance(options.budget, int) else 0, DENSE_BELOW=dense_below,
                 OUTLIERS_PER_1024=self.recipe.outliers_per_1024, PAGE=page_size, PADDED=self.padded, TILE=1024,
             )  # fmt: skip
-        self.known["planned"] = True
 
     def is_whole(self, layer: SpinLayer) -> bool:
         """Whether a layer attends to everything, whatever the budget."""

@@ -21,6 +21,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
     rows.py        rows_copier                  rows of chunked arrays, outside of steps
+    ahead.py       what several launches need, compiled at once before the first of them
     gpu.py         what launches ask of a GPU: whether Triton multiplies on its tensor cores, and its shared memory
     page_form.py   in which form pages lie in their homes: as they came, or int8
     fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share

@@ -8,7 +8,8 @@
     of 64 and less            halve_all       all levels at once, by products of the points with each other
 
 A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
-matrix products too, as only loads for those are fetched ahead. The specification is `attention.bisection.halve`.
+matrix products too, as only loads for those are fetched ahead. Products of float32 are of tf32: an order needs no more, and
+exact ones, without tensor cores, take minutes to compile. The specification is `attention.bisection.halve`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .ahead import Launch, compile_ahead, launched
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
 
@@ -27,6 +30,19 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     D is 128 at most: products of all of more numbers with each other do not fit the registers.
     """
     points = points.contiguous()
+    variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
+    with torch.cuda.device_of(points):
+        if variants not in _compiled:
+            compile_ahead(lambda launch: _launches(launch, points, page_size))
+            _compiled.add(variants)
+        return _launches(launched, points, page_size).long()
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
+    """The order of the points, int32 [R, n]."""
     rows, count, dim = points.shape
     order = torch.arange(count, dtype=torch.int32, device=points.device).expand(rows, -1).contiguous()
     spare = torch.empty_like(order)
@@ -35,31 +51,32 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     size = page_size
     while size < count:
         size *= 2
-    with torch.cuda.device_of(points):
-        while size > max(_GROUP, page_size):
-            parts = triton.cdiv(count, size)
-            if size > _CHUNK:
-                chunks = triton.cdiv(count, _CHUNK)
-                grams = along.new_empty((rows, chunks, dim + 1, dim))
-                axes = along.new_empty((rows, parts, dim))
-                gram_kernel[(chunks, rows)](points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape)
-                axis_kernel[(parts, rows)](
-                    grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
-                )
-                along_kernel[(triton.cdiv(count, _TILE), rows)](
-                    points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
-                )
-                halve_kernel[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
-            else:
-                halve_part_kernel[(parts, rows)](
-                    points, order, along, spare, count, SIZE=size, TILE=_TILE // 2, num_warps=4, **shape
-                )
-            order, spare, size = spare, order, size // 2
-        if size > page_size:
-            halve_all_kernel[(triton.cdiv(count, _GROUP), rows)](
-                points, order, count, FIRST=size, PAGE=page_size, GROUP=_GROUP, num_warps=4, **shape
+    while size > max(_GROUP, page_size):
+        parts = triton.cdiv(count, size)
+        if size > _CHUNK:
+            chunks = triton.cdiv(count, _CHUNK)
+            grams = along.new_empty((rows, chunks, dim + 1, dim))
+            axes = along.new_empty((rows, parts, dim))
+            launch(gram_kernel)[(chunks, rows)](
+                points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
             )
-    return order.long()
+            launch(axis_kernel)[(parts, rows)](
+                grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
+            )
+            launch(along_kernel)[(triton.cdiv(count, _TILE), rows)](
+                points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
+            )
+            launch(halve_kernel)[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
+        else:
+            launch(halve_part_kernel)[(parts, rows)](
+                points, order, along, spare, count, SIZE=size, TILE=_TILE // 2, num_warps=4, **shape
+            )
+        order, spare, size = spare, order, size // 2
+    if size > page_size:
+        launch(halve_all_kernel)[(triton.cdiv(count, _GROUP), rows)](
+            points, order, count, FIRST=size, PAGE=page_size, GROUP=_GROUP, num_warps=4, **shape
+        )
+    return order
 
 
 def _dtype(points: Tensor) -> tl.dtype:
@@ -87,8 +104,8 @@ def _gram(points, order, first, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, TI
     ones = tl.full([TILE, 16], 1.0, dtype)
     for begin in range(first, stop, TILE):
         x = tl.trans(_points(points, order, begin + tl.arange(0, TILE), stop, column, D))
-        gram = tl.dot(x, tl.trans(x), gram, input_precision="ieee")
-        totals = tl.dot(x, ones, totals, input_precision="ieee")
+        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32")
+        totals = tl.dot(x, ones, totals, input_precision="tf32")
     return gram, tl.sum(totals, 1) * (1.0 / 16)
 
 
@@ -96,7 +113,7 @@ def _gram(points, order, first, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, TI
 def _project(x, axis, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Where points [TILE, BLOCK_D] lie along an axis [BLOCK_D]: [TILE]."""
     axes = tl.broadcast_to(axis[:, None], (BLOCK_D, 16)).to(x.dtype)
-    return tl.sum(tl.dot(x, axes, input_precision="ieee"), 1) * (1.0 / 16)
+    return tl.sum(tl.dot(x, axes, input_precision="tf32"), 1) * (1.0 / 16)
 
 
 @triton.jit
@@ -111,7 +128,7 @@ def _main_axis(gram, total, count, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
     for _ in tl.static_range(2):  # two squarings, which make a step four
         trace = tl.sum(tl.sum(gram * gram, 1), 0)
         small = gram.to(DTYPE)
-        gram = tl.dot(small, small, input_precision="ieee") / tl.maximum(trace, 1e-20)
+        gram = tl.dot(small, small, input_precision="tf32") / tl.maximum(trace, 1e-20)
     for _ in tl.static_range(2):
         axis /= tl.maximum(tl.max(tl.abs(axis), 0), 1e-20)
         axis = tl.sum(gram * axis[None, :], 1)
@@ -271,7 +288,7 @@ def halve_all_kernel(
         part = (i // size)[:, None] == j // size
         known = part & there[None, :]
         x = _points(points, order, i, stop, column, D)
-        gram = tl.where(known & there[:, None], tl.dot(x, tl.trans(x), input_precision="ieee"), 0.0)
+        gram = tl.where(known & there[:, None], tl.dot(x, tl.trans(x), input_precision="tf32"), 0.0)
         many = tl.maximum(tl.sum(known.to(tl.float32), 1), 1.0)
         mean = tl.sum(gram, 1) / many  # of products with each point; then of all products of a part
         middle = tl.sum(tl.where(known, mean[None, :], 0.0), 1) / many
@@ -286,7 +303,7 @@ def halve_all_kernel(
             spread = tl.sum(gram * gram, 1)
             total = tl.sum(tl.where(known, spread[None, :], 0.0), 1)
             small = gram.to(dtype)
-            gram = tl.dot(small, small, input_precision="ieee") / tl.maximum(total, 1e-20)[:, None]
+            gram = tl.dot(small, small, input_precision="tf32") / tl.maximum(total, 1e-20)[:, None]
         for _ in tl.static_range(2):
             along = tl.sum(gram * along[None, :], 1)
         along = tl.where(there, along, float("inf"))

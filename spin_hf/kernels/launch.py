@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
+from .ahead import Launch, compile_ahead
 from .append import append_kernel
 from .attention import attend_kernel
 from .bisect import bisect
@@ -26,6 +29,20 @@ from .tokens import move_tokens, page_means
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
+
+def _compile_ahead(launches: Callable[[SimpleNamespace], None]) -> None:
+    """`ahead.compile_ahead` for what a step launches by `launchers`: `launches` is given what stands for these."""
+
+    def by(launch: Launch) -> None:
+        launches(
+            SimpleNamespace(
+                **{n: launch(f) if isinstance(f, KernelInterface) else f for n, f in vars(launchers).items()}
+            )
+        )
+
+    compile_ahead(by)
+
+
 launchers = SimpleNamespace(
     append=append_kernel, attend=attend_kernel, bisect=bisect, choose=choose_kernel,
     closer=closer_kernel, copy_page=copy_page_kernel, encode_pages=encode_pages,
@@ -33,6 +50,6 @@ launchers = SimpleNamespace(
     gate_queries=gate_queries, move_tokens=move_tokens,
     page_means=page_means, plan_step=plan_step_kernel, quantize=quantize, rate=rate_kernel,
     rate_closer=rate_closer_kernel, rows_copier=rows_copier, score=score_kernel, unit_vectors=unit_vectors,
-    dtype=_DTYPES.__getitem__,
+    dtype=_DTYPES.__getitem__, compile_ahead=_compile_ahead,
 )  # fmt: skip
-"""kernel[grid](...) for each name of a step; what works outside of steps launches by itself; `dtype` translates torch's."""
+"""kernel[grid](...) for each name of a step, and functions that launch by themselves; `dtype` translates torch's."""

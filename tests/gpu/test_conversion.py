@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @triton.jit
-def convert_kernel(codes: Any, made: Any, dtype: tl.constexpr) -> None:
+def convert_kernel(codes, made, dtype: tl.constexpr):
     place = tl.arange(0, 256)
     tl.store(made + place, whole_numbers(tl.load(codes + place), dtype))
 

@@ -60,6 +60,7 @@ class Compiler:
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
+        from triton.runtime._async_compile import active_mode
         from triton.runtime.driver import driver
         from triton.runtime.jit import JITFunction
 
@@ -67,6 +68,7 @@ class Compiler:
         self.once: set[str] = ONE_VARIANT[capability]
         self.failed: list[dict[str, str]] = []
         self._run: Callable[..., Any] = JITFunction.run
+        self._active_mode = active_mode
         target = GPUTarget("cuda", capability, 32)
         driver.set_active(
             SimpleNamespace(
@@ -80,8 +82,11 @@ class Compiler:
         if name in self.once and name in known:
             return
         try:
+            ahead = self._active_mode.get() is not None
             made = self._run(kernel, *args, **{**options, "warmup": True})
-            self.compiled[made.hash] = {"name": name, "shared": made.metadata.shared}
+            made = made.result() if hasattr(made, "result") else made  # compiled on another thread
+            variant = {"name": name, "shared": made.metadata.shared, "ahead": ahead}
+            self.compiled.setdefault(made.hash, variant)
         except Exception as error:
             self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
 

@@ -1,0 +1,57 @@
+"""Kernels compiled several at a time, before the first of them is launched.
+
+Triton compiles a kernel when it is first launched, so one after the other: half a minute on a machine that has none of them
+yet, before the first answer. Whoever launches several in a row does it twice, the first time without launching:
+
+    launches(launch)             launch(one_kernel)[grid](...); launch(other_kernel)[grid](...)
+
+    compile_ahead(launches)      what is missing is compiled on threads; nothing runs on the device
+    launches(launched)           now they run
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+Launch = Callable[[Any], Any]
+
+
+def launched(kernel: Any) -> Any:
+    """The kernel itself."""
+    return kernel
+
+
+def compile_ahead(launches: Callable[[Launch], object]) -> None:
+    """Compile what `launches` launches; what is compiled already costs microseconds. Mutates nothing on the device.
+
+    What does not compile is left to the launch, which says why.
+    """
+    copy_context().run(
+        _compile, launches
+    )  # the mode is a context variable, which triton leaves set when it is interrupted
+
+
+def _compile(launches: Callable[[Launch], object]) -> None:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        launches(_Compiled)
+
+
+class _Compiled:
+    """Stands for a kernel."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def compile_(*args: Any, **options: Any) -> None:
+            if isinstance(self._kernel, JITFunction):  # else it is interpreted
+                self._kernel.warmup(*args, grid=grid, **options)
+
+        return compile_
