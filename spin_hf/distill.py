@@ -8,7 +8,9 @@ What a gate is asked for is what a cache asks it: of the pages that are neither 
 each deserves. The target is the largest attention weight of a page's tokens and of the group's heads, normalised over these
 pages (as in arXiv 2506.08889, which leaves out the query's own block only); the loss is the KL divergence from it.
 
-    DIR/gates.safetensors    what SeerAttention(DIR) reads        DIR/distill.json, loss.csv    settings, loss of every step
+    DIR/gates.safetensors    what SeerAttention(DIR) reads
+    DIR/distill.json         settings, device, seconds of all runs together, loss of every step and on text that is held out
+    DIR/loss.csv             loss of every step
     DIR/state.safetensors    weights and Adam's moments: the same command goes on where it stopped, with the same losses
 """
 
@@ -18,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -150,7 +153,7 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
             f"text: expected at least {2 * settings.tokens} tokens, to train on one window and measure on another, "
             f"got {len(ids)}; give more text, or pass fewer --tokens"
         )
-    teacher = Teacher(model)
+    begun, teacher = time.monotonic(), Teacher(model)
     about = {**describe(teacher.config), "text": sha256(ids.numpy().tobytes()).hexdigest()[:16]}
     output.mkdir(parents=True, exist_ok=True)
     run = json.loads((output / _REPORT).read_text()) if (output / _STATE).exists() else {}
@@ -175,7 +178,11 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
 
     def save() -> None:  # the state last: what it says was reached is on the disk
         after = _measure(teacher, gates, measured, settings) if step == settings.steps else None
-        report = {**asked, "held_out": {"before": before, "after": after}, "losses": losses}
+        report = {
+            **asked, "device": _device_name(teacher.device),
+            "seconds": round(run.get("seconds", 0.0) + time.monotonic() - begun, 1),
+            "held_out": {"before": before, "after": after}, "losses": losses,
+        }  # fmt: skip
         _write(output / _REPORT, json.dumps(report, indent=1) + "\n")
         _write(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
         made.save(output / FILE_NAME)
@@ -271,6 +278,11 @@ def _load(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam) -> 
                 moments = {key: opened.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
                 adam.state[value] = {key: t if key == "step" else t.to(value.device) for key, t in moments.items()}
         return step
+
+
+def _device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _write(path: Path, text: str) -> None:

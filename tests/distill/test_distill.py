@@ -174,11 +174,16 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch: pyt
         distill(model, text(), tmp_path / "stopped", SETTINGS, save_every=5)
     monkeypatch.undo()
     assert len(report(tmp_path / "stopped")["losses"]) == 5
+    first = report(tmp_path / "stopped")["seconds"]
     distill(model, text(), tmp_path / "stopped", SETTINGS, save_every=5)
-    assert report(tmp_path / "stopped") == report(tmp_path / "whole")
+    stopped, whole = report(tmp_path / "stopped"), report(tmp_path / "whole")
+    assert stopped.pop("seconds") > first > 0
+    assert whole.pop("seconds") > 0
+    assert stopped == whole
+    assert stopped["device"] == "cpu"
     for name in ("gates.safetensors", "state.safetensors"):  # whose metadata stand in any order
-        stopped, whole = (_contents(tmp_path / run / name) for run in ("stopped", "whole"))
-        assert stopped == whole
+        there, here = (_contents(tmp_path / run / name) for run in ("stopped", "whole"))
+        assert there == here
     assert (tmp_path / "stopped" / "loss.csv").read_bytes() == (tmp_path / "whole" / "loss.csv").read_bytes()
 
 
