@@ -50,6 +50,7 @@ NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
 NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
 OWN_POSITION = tl.constexpr(int(PlanField.OWN_POSITION))
 CANDIDATES = tl.constexpr(int(PlanField.CANDIDATES))
+LEADING = tl.constexpr(int(PlanField.LEADING))
 PLAN_FIELDS = tl.constexpr(len(PlanField))
 
 TOKENS = tl.constexpr(int(Counter.TOKENS))

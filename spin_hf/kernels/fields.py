@@ -47,7 +47,7 @@ class StepField(IntEnum):
     TIED = 15
     """int64 [B, H, PAGE_CAPACITY]: pages of the bin in which the budget ends, as keys that sort by score, then by page."""
     LIST_PAGE = 16
-    """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to, those to be loaded marked; -1 for none."""
+    """int32 [B, H, LIST_CAPACITY]: the pages that the query attends to, those to be loaded marked."""
     LIST_CAPACITY = 17
     VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots that make room."""
@@ -107,6 +107,8 @@ class PlanField(IntEnum):
     """Valid tokens before the query's own."""
     CANDIDATES = 6
     """Pages in [FIRST, STOP) with a valid token."""
+    LEADING = 7
+    """Pages before the first one with a valid token; at most FIRST."""
 
 
 class Counter(IntEnum):

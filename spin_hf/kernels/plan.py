@@ -11,6 +11,7 @@ import triton.language as tl
 from .common import (
     CANDIDATES,
     FIRST,
+    LEADING,
     NUM_OUTLIERS,
     NUM_PAGES,
     NUM_SELECTED,
@@ -34,6 +35,7 @@ def plan_step_kernel(
     i = tl.program_id(1)
     total = tl.load(step + POSITION) + i + 1
     num_pages = (total + PAGE - 1) // PAGE
+    leading = 0
     if PADDED:
         everything = total + tl.zeros([1], tl.int64)
         held = tl.sum(count_valid(step, b, everything, everything > 0, PADDED), 0)
@@ -47,6 +49,7 @@ def plan_step_kernel(
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, total), inside, PADDED)
             sink = inside & (before < SINKS)
             old = inside & (held - upto >= WINDOW)
+            leading += tl.sum((inside & (upto == 0)).to(tl.int32), 0)
             first += tl.sum(sink.to(tl.int32), 0)
             stop += tl.sum(old.to(tl.int32), 0)
             number += tl.sum((old & (before >= SINKS) & (upto > before)).to(tl.int32), 0)
@@ -80,3 +83,4 @@ def plan_step_kernel(
     tl.store(row + NUM_OUTLIERS, outliers.to(tl.int32))
     tl.store(row + OWN_POSITION, held - 1)
     tl.store(row + CANDIDATES, number)
+    tl.store(row + LEADING, leading)

@@ -159,8 +159,8 @@ def retrieve(
         tokens = tl.zeros([], tl.int32)
         for start in range(0, count, LIST_TILE):
             offsets = start + tl.arange(0, LIST_TILE)
-            pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
-            inside = pages >= 0
+            inside = offsets < count
+            pages = tl.load(listed + offsets, mask=inside, other=0)
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, position + 1), inside, PADDED)
             tokens += tl.sum(tl.where(inside, upto - count_valid(step, b, pages * PAGE, inside, PADDED), 0), 0)
     else:  # every page is full, but for that of the query, which is always listed
@@ -177,15 +177,10 @@ def retrieve(
         origin = tl.load(hand + bh)
         pages, miss, rank = _look_up(listed, page_slot, slot_step, clock, 0, count, LIST_TILE)
         missing = tl.max(rank, 0)
-        real = count
-        if PADDED:
-            real = tl.sum((pages >= 0).to(tl.int32), 0)
         for start in range(LIST_TILE, count, LIST_TILE):  # few lists are longer
-            more, _, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
+            _, _, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
             missing += tl.max(more_rank, 0)
-            if PADDED:
-                real += tl.sum((more >= 0).to(tl.int32), 0)
-        tl.atomic_add(counters + HITS, (real - missing).to(tl.int64))
+        tl.atomic_add(counters + HITS, (count - missing).to(tl.int64))
         tl.atomic_add(counters + LOADS, missing.to(tl.int64))
         if missing > 0:
             tl.debug_barrier()

@@ -18,6 +18,7 @@ from .common import (
     KEPT_COUNT,
     KEPT_PAGE,
     KEPT_SCORE,
+    LEADING,
     LIST_CAPACITY,
     LIST_PAGE,
     LOGITS,
@@ -85,16 +86,25 @@ def choose_kernel(
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
     num_pages = tl.load(row + NUM_PAGES)
-    count = first + num_pages - stop
-    for start in range(0, count, LIST_TILE):
+    leading = tl.load(row + LEADING)
+    sinks = first - leading
+    fixed = sinks + num_pages - stop
+    count = fixed
+    if PADDED:  # pages of nothing but padding may stand between them
+        count = tl.zeros([], tl.int32)
+    for start in range(0, fixed, LIST_TILE):
         offsets = start + tl.arange(0, LIST_TILE)
-        pages = tl.where(offsets < first, offsets, offsets - first + stop)
-        inside = offsets < count
+        pages = tl.where(offsets < sinks, offsets + leading, offsets - sinks + stop)
+        inside = offsets < fixed
         if PADDED:
             before = count_valid(step, b, pages * PAGE, inside, PADDED)
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, position + 1), inside, PADDED)
-            pages = tl.where(upto > before, pages, -1)
-        tl.store(listed + offsets, pages, mask=inside)
+            inside = inside & (upto > before)
+            rank = tl.cumsum(inside.to(tl.int32), 0)
+            tl.store(listed + count + rank - 1, pages, mask=inside)
+            count += tl.max(rank, 0)
+        else:
+            tl.store(listed + offsets, pages, mask=inside)
     boundary = tl.full([], BINS, tl.int32)
     needed = tl.zeros([], tl.int32)
     too_few = wanted < 0

@@ -12,7 +12,7 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache, decode, descriptors, selection
-from spin_hf.kernels.fields import PlanField, StepField
+from spin_hf.kernels.fields import LOAD_MARK, PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
@@ -201,6 +201,33 @@ def test_steps_do_what_the_reference_does(
     _interpret(monkeypatch, **constants)
     cache = SpinCache(model, **{"method": "shadowkv", **options})
     torch.testing.assert_close(_steps(model, cache, padding, sizes), expected, rtol=0, atol=1e-4)
+    cache.check_integrity()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"gpu_memory": 2 * TIGHT}], ids=repr)
+@pytest.mark.parametrize("tile", [4, 512])
+def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each listed page is read: those before a short sequence of a long batch would cost as much as real ones."""
+    model = build_model("llama").eval()
+    _interpret(monkeypatch, _LIST_TILE=tile)
+    ids = torch.randint(3, 100, (3, 161), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :130], mask[1, :41], mask[1, 60:99], mask[1, 145:158] = 0, 0, 0, 0
+    cache = SpinCache(model, "shadowkv", budget=16, recent_window=12, **options)
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    mask = torch.cat([mask, mask.new_ones((3, 1))], 1)
+    model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+    assert bool(options) == (cache.stats().cpu_bytes > 0)
+    (step,) = cache._shared.kernels_in_use()
+    real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
+    lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
+    for stream, count in enumerate(step.selection.list_count[:, 0].tolist()):
+        of_sequence, pages = real[stream // step.num_heads], lists[stream, :count]
+        assert len(pages.unique()) == count
+        assert bool(of_sequence[pages].all())
+        assert int(pages.max()) == len(of_sequence) - 1
+        assert count <= 2 + 1 + 6, "what the budget, sinks and the recent window can take"
     cache.check_integrity()
 
 
