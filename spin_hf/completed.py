@@ -35,8 +35,7 @@ def index_completed(step: StepKernels, layers: list[SpinLayer]) -> None:
     for layer in filter(step.serves, layers):
         store = layer.store
         assert store is not None
-        apart = None if step.shared.method.layers_alike else layer.number
-        alike.setdefault((store.home_form, apart), []).append(layer)
+        alike.setdefault(store.home_form, []).append(layer)
     for group in alike.values():
         _index(step, group)
 
@@ -65,7 +64,7 @@ def _index(step: StepKernels, layers: list[SpinLayer]) -> None:
     if store.regrouped is not None:  # a page by itself, until it is regrouped
         single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)
     given = Pages(
-        keys, valid.repeat(count, 1, 1, 1), layers[0].number, values,
+        keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,
         None if positions is None else positions.repeat(count, 1, 1, 1), single,
     )  # fmt: skip
     made = step.shared.method.index_pages(given)

@@ -131,7 +131,7 @@ def _summarise(
         valid = valid.repeat(len(stores), 1, 1, 1)
         positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
     partition_pages = None if one.regrouped is None else rearranged.partition_pages(stores, first, stop).long()
-    return rows, method.index_pages(Pages(keys, valid, layer, values, positions, partition_pages))
+    return rows, method.index_pages(Pages(keys, valid, (layer,), values, positions, partition_pages))
 
 
 def tokens_of(sequences: Sequences, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

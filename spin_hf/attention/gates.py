@@ -59,7 +59,7 @@ class LayerGate:
     """The gate of one layer.
 
     Attributes:
-        key: [H, 3 D, E], float32.
+        key: [H, 3 D, E], float32; [L, H, 3 D, E] of layers that rotate alike, which `of_pages` serves at once.
         query: [H, G, D, E], float32.
         frequencies: [R], float32: by which the model rotates this layer's keys and queries; R = 0 where it does not.
         gate_frequencies: [E / 2], float32: by which the gate rotates its own, as two halves.
@@ -85,7 +85,8 @@ class LayerGate:
         """Gate keys of pages.
 
         Args:
-            keys: [B, H, n, P, D], after RoPE; valid, positions: [B, 1, n, P], bool and int64.
+            keys: [B, H, n, P, D], after RoPE; valid, positions: [B, 1, n, P], bool and int64. Of several layers those of
+                each, one layer after the other: [L * B, ...].
         Returns:
             [B, H, n, E], float32; zeros for pages without a valid token.
         """
@@ -97,8 +98,14 @@ class LayerGate:
         pooled = torch.cat([largest, smallest, mean], -1).where(count > 0, 0.0)
         first = positions.masked_fill(~valid, torch.iinfo(torch.int64).max).amin(-1)
         first = first.where(count.squeeze(-1) > 0, 0)
-        projected = torch.einsum("bhni,hio->bhno", pooled, self.key)
+        weights = self.key if self.key.dim() == 4 else self.key.unsqueeze(0)
+        projected = torch.einsum("lbhni,lhio->lbhno", pooled.unflatten(0, (len(weights), -1)), weights).flatten(0, 1)
         return rotate(projected, first, self.gate_frequencies, interleaved=False)
+
+    def rotates_as(self, other: LayerGate) -> bool:
+        """Whether both undo and apply the same rotations. Compares numbers, so on a GPU it waits."""
+        alike = (torch.equal(getattr(self, name), getattr(other, name)) for name in ("frequencies", "gate_frequencies"))
+        return self.interleaved == other.interleaved and all(alike)
 
     def of_queries(self, states: Tensor, positions: Tensor) -> Tensor:
         """Gate queries [B, H, E], float32, of query states [B, H, G, D], after RoPE, at positions [B]."""

@@ -74,7 +74,8 @@ class Pages:
     Attributes:
         keys: [B, H, n, P, D], as cached (after RoPE).
         valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
-        layer: number of the layer among the paged ones.
+        layers: numbers of their layers among the paged ones: pages of as many sequences from each, one layer after the other.
+            One number only, unless the layers are alike or the pages are those that a captured step completed.
         values: [B, H, n, P, Dv].
         positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
             by; meaningless for padding. None unless the method `uses_positions`.
@@ -84,7 +85,7 @@ class Pages:
 
     keys: Tensor
     valid: Tensor
-    layer: int
+    layers: tuple[int, ...]
     values: Tensor
     positions: Tensor | None = None
     partition_pages: Tensor | None = None
@@ -113,7 +114,7 @@ class Method(ABC):
     Attributes:
         uses_positions: whether `Pages.positions` and `Query.positions` are wanted; a model whose position ids do not count
             real tokens is then refused.
-        layers_alike: whether `index_pages` does the same for every layer, so that pages of several may be summarised at once.
+        layers_alike: whether `index_pages` does the same for every layer, so that prompts may be summarised in several at once.
         index_rounds: whether a page's summary may differ in its last bits with the pages it is indexed among, as sums of
             matrix products do.
     """
@@ -129,7 +130,7 @@ class Method(ABC):
 
         Args:
             config: the model's decoder config.
-            layers: the paged layers' numbers in the model; `Query.layer` and `Pages.layer` count in this list.
+            layers: the paged layers' numbers in the model; `Query.layer` and `Pages.layers` count in this list.
         Raises:
             OptionError: the method cannot serve that model.
         """

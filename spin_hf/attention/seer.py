@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +47,17 @@ class BoundGates:
         if found is None:
             found = self._placed[number, device] = self.gates.on(self.numbers[number], device)
         return found
+
+    @cached_property
+    def rotate_alike(self) -> bool:
+        """Whether the rotations of all layers are the same."""
+        first, *others = (self.gates.layers[number] for number in self.numbers)
+        return all(first.rotates_as(other) for other in others)
+
+    def several(self, numbers: tuple[int, ...], device: torch.device) -> LayerGate:
+        """The keys' gates of layers that rotate alike as one."""
+        gates = [self.layer(number, device) for number in numbers]
+        return gates[0] if len(gates) == 1 else replace(gates[0], key=torch.stack([gate.key for gate in gates]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundGates:
         return self  # nothing in it changes
@@ -122,14 +134,17 @@ class SeerAttention(PageMethod):
     def index_pages(self, pages: Pages) -> Summaries:
         """Gate keys of the pages."""
         assert pages.positions is not None
-        gate = self._bound().layer(pages.layer, pages.keys.device)
-        heads, _, head_dim = gate.query.shape[0], *gate.query.shape[1:3]
+        bound, device = self._bound(), pages.keys.device
+        heads, _, head_dim = bound.layer(pages.layers[0], device).query.shape[:3]
         if (pages.keys.shape[1], pages.keys.shape[-1]) != (heads, head_dim):
             raise OptionError(
                 f"gates: expected gates for {pages.keys.shape[1]} KV heads of {pages.keys.shape[-1]}, "
                 f"got {heads} of {head_dim}; {REMEDY}"
             )
-        return {"gate_key": gate.of_pages(pages.keys, pages.valid, pages.positions)}
+        groups = [pages.layers] if bound.rotate_alike else [(number,) for number in pages.layers]
+        parts = zip(*(given.chunk(len(groups)) for given in (pages.keys, pages.valid, pages.positions)), strict=True)
+        made = [bound.several(group, device).of_pages(*part) for group, part in zip(groups, parts, strict=True)]
+        return {"gate_key": torch.cat(made)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
         """Softmax over candidates of the products of gate queries and gate keys."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spin_hf import AttentionError, Quest, SpinCache
+from spin_hf.attention.gates import load_gates
 
 from ..attention.test_seer import gates_for
 from ..support.zoo import PAD_TOKEN_ID
@@ -23,11 +24,12 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs"),
 ]
 
-STEPS = 24
+STEPS, PROMPT = 24, 121
+"""Of tokens; the steps complete a page of 32."""
 
 
 def _generate(model: Any, cache: SpinCache, padded: bool) -> Any:
-    ids = torch.randint(3, 100, (2, 101), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 100, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
         ids[0, :21], mask[0, :21] = PAD_TOKEN_ID, 0
@@ -60,10 +62,18 @@ def test_quest(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.stats().attended_tokens < 100
 
 
-@pytest.mark.parametrize(("padded", "threshold"), [(False, 0.3), (True, None)])
-def test_seer(padded: bool, threshold: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("padded", "threshold", "alike"), [(False, 0.3, True), (True, None, False)])
+def test_seer(
+    padded: bool, threshold: float | None, alike: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With gates of its own for every layer, that rotate alike or not."""
     model = small_model()
     method = replace(gates_for(model, tmp_path), threshold=threshold)
+    gates = load_gates(tmp_path)
+    assert len(gates.layers) > 1
+    if not alike:
+        gates.layers[1] = replace(gates.layers[1], gate_frequencies=0.5 * gates.layers[1].gate_frequencies)
+        gates.save(tmp_path / "gates.safetensors")
     cache = _compare(model, method, padded, monkeypatch)
     assert cache.stats().attended_tokens < 100
 
