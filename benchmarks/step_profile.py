@@ -3,7 +3,7 @@
 Steps run under `generate` and torch.profiler. Once that has run, launching a CUDA graph takes a millisecond longer on the host
 for the rest of the process, so `decode.py` comes here after all times per token.
 
-    per layer    a kernel's time over steps and layers; kernels of the package by the names in `kernels.launch`, one launched
+    per layer    a kernel's time over steps and layers; kernels of the package by name, one launched
                  once a step for all layers counts its share; all others as a sum (matrix products, norms, RoPE, sampling)
     summaries    read by scoring: the first that the method keeps, of all pages of the context
     attended     pages that attention reads, wherever they are;  loaded: those of them that come over the link
@@ -12,7 +12,8 @@ for the rest of the process, so `decode.py` comes here after all times per token
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from overlap import set_spread
@@ -20,18 +21,20 @@ from spin_rows import WARM, Traffic, filled_cache, is_paged, page_bytes
 from timing import FEW, generate
 from torch.profiler import ProfilerActivity, profile
 
+import spin_hf.kernels
 from spin_hf import SpinCache
 from spin_hf.attention.partition import Method
 
 STEPS = 12
 
 
-def kernel_names(launchers: SimpleNamespace | None = None) -> list[str]:
-    """Names of all Triton kernels that the package launches."""
-    if launchers is None:
-        from spin_hf.kernels.launch import launchers
-    found = (getattr(getattr(kernel, "fn", None), "__name__", None) for kernel in vars(launchers).values())
-    return sorted(name for name in found if name is not None)
+def kernel_names() -> list[str]:
+    """Names of all Triton kernels of the package, those too that methods launch."""
+    modules = (import_module(f"spin_hf.kernels.{found.name}") for found in iter_modules(spin_hf.kernels.__path__))
+    found = {
+        getattr(getattr(value, "fn", None), "__name__", "") for module in modules for value in vars(module).values()
+    }
+    return sorted(name for name in found if name.endswith("_kernel"))
 
 
 def per_layer(

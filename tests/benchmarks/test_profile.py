@@ -37,7 +37,7 @@ def test_kernels_are_told_apart_from_the_model() -> None:
 
 def test_names_are_those_of_the_kernels_that_are_launched() -> None:
     names = step_profile.kernel_names()
-    assert {"score_kernel", "attend_kernel"} <= set(names)
+    assert {"score_kernel", "attend_kernel", "gate_queries_kernel"} <= set(names)
     assert all(name.isidentifier() for name in names)
 
 
