@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,13 +155,14 @@ def _contents(path: Path) -> tuple[dict[str, str] | None, dict[str, bytes]]:
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import spin_hf.distill as command
+
     model = build_model("llama")
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=count(0, 10).__next__))
     distill(model, text(), tmp_path / "whole", SETTINGS, save_every=5)
 
     class StopError(Exception):
         pass
-
-    import spin_hf.distill as command
 
     forward, calls = command._forward, []
 
@@ -169,10 +172,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch: pyt
             raise StopError
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(command, "_forward", stopping)
-    with pytest.raises(StopError):
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(command, "_forward", stopping)
         distill(model, text(), tmp_path / "stopped", SETTINGS, save_every=5)
-    monkeypatch.undo()
     assert len(report(tmp_path / "stopped")["losses"]) == 5
     first = report(tmp_path / "stopped")["seconds"]
     distill(model, text(), tmp_path / "stopped", SETTINGS, save_every=5)

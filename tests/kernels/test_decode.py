@@ -205,8 +205,7 @@ def test_steps_do_what_the_reference_does(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"gpu_memory": 2 * TIGHT}], ids=repr)
-@pytest.mark.parametrize("tile", [4, 512])
+@pytest.mark.parametrize(("tile", "options"), [(512, {}), (4, {"gpu_memory": 2 * TIGHT})])
 def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each listed page is read: those before a short sequence of a long batch would cost as much as real ones."""
     model = build_model("llama").eval()
