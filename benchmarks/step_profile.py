@@ -3,8 +3,8 @@
 Steps run under `generate` and torch.profiler. Once that has run, launching a CUDA graph takes a millisecond longer on the host
 for the rest of the process, so `decode.py` comes here after all times per token.
 
-    per layer    a kernel's time over steps and layers; kernels of the package by name, one launched
-                 once a step for all layers counts its share; all others as a sum (matrix products, norms, RoPE, sampling)
+    per layer    a kernel's time over steps and layers; kernels of the package by name, one launched once a step for all layers
+                 counts its share; all others as a sum (matrix products, norms, RoPE, sampling)
     summaries    read by scoring: the first that the method keeps, of all pages of the context
     attended     pages that attention reads, wherever they are;  loaded: those of them that come over the link
 """

@@ -142,8 +142,8 @@ class SeerAttention(PageMethod):
                 f"got {heads} of {head_dim}; {REMEDY}"
             )
         groups = [pages.layers] if bound.rotate_alike else [(number,) for number in pages.layers]
-        parts = zip(*(given.chunk(len(groups)) for given in (pages.keys, pages.valid, pages.positions)), strict=True)
-        made = [bound.several(group, device).of_pages(*part) for group, part in zip(groups, parts, strict=True)]
+        parts = (given.chunk(len(groups)) for given in (pages.keys, pages.valid, pages.positions))
+        made = [bound.several(group, device).of_pages(*part) for group, *part in zip(groups, *parts, strict=True)]
         return {"gate_key": torch.cat(made)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:

@@ -33,9 +33,8 @@ def compile_ahead(launches: Callable[[Launch], object]) -> None:
 
     What does not compile is left to the launch, which says why.
     """
-    copy_context().run(
-        _compile, launches
-    )  # the mode is a context variable, which triton leaves set when it is interrupted
+    # The mode is a context variable, which triton leaves set when it is interrupted: so in a context of its own.
+    copy_context().run(_compile, launches)
 
 
 def _compile(launches: Callable[[Launch], object]) -> None:

@@ -34,11 +34,9 @@ def _compile_ahead(launches: Callable[[SimpleNamespace], None]) -> None:
     """`ahead.compile_ahead` for what a step launches by `launchers`: `launches` is given what stands for these."""
 
     def by(launch: Launch) -> None:
-        launches(
-            SimpleNamespace(
-                **{n: launch(f) if isinstance(f, KernelInterface) else f for n, f in vars(launchers).items()}
-            )
-        )
+        entries = vars(launchers).items()
+        stand_ins = {name: launch(found) if isinstance(found, KernelInterface) else found for name, found in entries}
+        launches(SimpleNamespace(**stand_ins))
 
     compile_ahead(by)
 

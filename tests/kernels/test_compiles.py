@@ -31,6 +31,7 @@ COMPILED_AHEAD = {
     *(BEFORE_AMPERE_BY_FORMULAS - {"encode_pages_kernel"}), "plan_step_kernel", "find_outliers_kernel", "score_kernel",
     "rate_kernel", "closer_kernel", "rate_closer_kernel", "choose_kernel", "estimate_kernel", "attend_kernel",
 }  # fmt: skip
+"""What a step launches behind its tokens' keys, and what parts tokens."""
 
 
 def compiled_for(capability: int, dtype: str, folder: Path) -> dict[str, Any]:
