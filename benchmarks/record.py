@@ -1,4 +1,4 @@
-"""The results file of `decode.py`, `throughput.py`, `reach.py` and `buffers.py`: rows of several runs side by side.
+"""The results file of the long benchmarks on a GPU: rows of several runs side by side.
 
     file      what all rows have in common | runs {id: command, time, machine} | rows | kernels | what is made of the rows
     common    GPU, shape, dtype, budget, versions, and a hash of the package's sources: results of anything else do not mix
@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "spin_hf"
 RESULTS = Path(__file__).resolve().parent / "results"
-_SAME_ROW = ("tokens", "cache", "overlap", "gpu_memory", "batch", "multiple")
+_SAME_ROW = ("tokens", "cache", "method", "share", "overlap", "gpu_memory", "batch", "multiple")
 
 
 class MixedError(Exception):

@@ -1,4 +1,4 @@
-"""Tables and figure of throughput, reach and buffers from rows made up here, and the files that are kept."""
+"""Tables and figure of throughput, reach, buffers and equal times from rows made up here, and the files that are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import equal_time
 import pytest
 import reach
 import table_batches
@@ -18,7 +19,7 @@ COMMON = {"shape": "llama-8b", "gpu": "H100", "dtype": "bfloat16", "budget_token
 
 
 def _kept(pattern: str) -> list[Path]:
-    return sorted(RESULTS.glob(pattern))
+    return sorted(RESULTS.rglob(pattern))
 
 
 def _spin(tokens: int, batch: int, rate: float, frames: int, **more: Any) -> dict[str, Any]:
@@ -86,6 +87,35 @@ def test_everything_that_is_kept_makes_tables() -> None:
     assert "Hit rates of SmolLM2's traces" in made
 
 
+def test_equal_times_beside_what_is_lost(tmp_path: Path) -> None:
+    def text(kl: float, mass: float | None) -> dict[str, float]:
+        return {"kl": kl} | ({} if mass is None else {"of_oracle": mass})
+
+    for kind, model, rows in (
+        ("bisection", "smollm2", {"quest, 1/64, a": text(0.2, 0.8), "quest, 1/64, b": text(0.4, 0.9)}),
+        ("budgets", "smollm2", {"quest, 1/64, a": text(9.0, 0.1), "quest, 1/4, a": text(0.1, 0.95)}),
+        ("bisection", "qwen2.5-0.5b", {"quest, 1/64, a": text(0.5, 0.7)}), ("budgets", "qwen2.5-0.5b", {}),
+    ):  # fmt: skip
+        (tmp_path / f"quality-{kind}-{model}.json").write_text(json.dumps({"rows": rows}))
+    shares = [equal_time.method_and_share(text) for text in ("quest:64", "quest:4")]
+    tasks = equal_time.tasks_of(shares, [2048, 4096], "1GiB")
+    assert [(task.tokens, task.share, task.gpu_memory) for task in tasks] == [
+        (2048, 64, "auto"), (4096, 64, "auto"), (2048, 4, "auto"), (4096, 4, "auto"), (4096, 64, "1GiB"), (4096, 4, "1GiB"),
+    ]  # fmt: skip
+    measured = [
+        (2048, 64, "auto", 3.0, 0.0, "1"), (4096, 64, "auto", 4.0, 0.0, "1"), (4096, 64, "1GiB", 5.0, 7.4, "1"),
+        (4096, 64, "1GiB", 6.0, 8.4, "2"), (2048, 4, "auto", 9.0, 0.0, "1"),
+    ]  # fmt: skip
+    names = ("tokens", "share", "gpu_memory", "tpot_ms", "loads_mib_per_token", "run")
+    made: list[dict[str, Any]] = [{"method": "quest", **dict(zip(names, row, strict=True))} for row in measured]
+    assert equal_time.table(made, shares, "1GiB", tmp_path) == [
+        "| method | share | 2K | 4K | 4K, 1GiB | MiB loaded | KL, mass, smollm2 | KL, mass, qwen2.5-0.5b |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `quest` | 1/64 | 3.0 | 4.0 | 6.0 | 8 | 0.300, 85.0% | 0.500, 70.0% |",
+        "| `quest` | 1/4 | 9.0 |  |  |  | 0.100, 95.0% |  |",
+    ]
+
+
 def test_the_kept_traces_have_the_buffers_that_are_measured() -> None:
     for row in json.loads((RESULTS / "traces.json").read_text())["rows"].values():
         assert [int(multiple) for multiple in row["buffers"]] == traces.BUFFERS
@@ -98,7 +128,8 @@ def test_the_kept_traces_have_the_buffers_that_are_measured() -> None:
 
 
 def test_kept_rows_are_of_runs_that_are_kept() -> None:
-    for file in (*_kept("throughput-*.json"), *_kept("reach-*.json"), *_kept("buffers-*.json")):
+    kinds = ("throughput", "reach", "buffers", "equal-time")
+    for file in (file for kind in kinds for file in _kept(f"{kind}-*.json")):
         held = json.loads(file.read_text())
         assert held["rows"], file
         for row in held["rows"]:

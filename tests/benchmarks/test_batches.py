@@ -13,6 +13,7 @@ import batch_rows
 import buffers
 import campaign
 import dense_graph
+import equal_time
 import host
 import pytest
 import reach
@@ -364,7 +365,7 @@ def test_splits_shrink_with_the_batch() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [throughput, reach, buffers])
+@pytest.mark.parametrize("module", [throughput, reach, buffers, equal_time])
 def test_command_lines(module: Any) -> None:
     """What all have in common goes together with what each one has of its own."""
     options = module.parse(["--host-memory", "64", "--seconds", "5", "--plan"])
