@@ -67,8 +67,11 @@ class Call:
             tokens = mask[..., pages.start * page_size : pages.stop * page_size]
             parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
         if rest is not None:
-            weight = rest.log_tokens[:, :, None, None]
-            parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap))
+            weight, excess = (
+                rest.log_tokens[:, :, None, None],
+                None if rest.excess is None else rest.excess.unsqueeze(3),
+            )
+            parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, excess))
         out, lse = kernels.merge_attention(parts)
         return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
 

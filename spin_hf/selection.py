@@ -21,6 +21,7 @@ from .attention import lowbit
 from .attention.partition import Method
 from .descriptors import power_of_two
 from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, PlanField, Rating
+from .kernels.recipe import MOST_EXCESS
 from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class Selection:
         step.launch.closer[(step.streams, self.programs)](
             step.step, step.fields(layer), self.operands, self.factors, plan, self.histogram, floors, self.closer_stats,
             LOOKED_AT=looked_at, DK=store.key_dim, RUN=run, TILE=max(1, _CLOSER_TOKENS // store.page_size),
-            ALIGNED=min(16, code_bytes & -code_bytes), **shapes, **common, num_warps=_CLOSER_WARPS, num_stages=1,
+            ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MOST_EXCESS, **shapes, **common, num_warps=_CLOSER_WARPS,
+            num_stages=1,
         )  # fmt: skip
         step.launch.rate_closer[(step.streams, self.programs)](
             step.step, plan, self.histogram, floors, self.second_histogram, self.factors, self.closer_stats, self.programs,

@@ -5,7 +5,8 @@
     select     8 x budget pages   by  tokens * exp(scale * q . mean key), and those in one bin of scores with the last of them
                of them the budget by  sum over tokens of exp(scale * q . key in four bits)
                both as shares of all candidates and sinks, mean over the query heads of a KV head
-    estimate   all other pages enter the softmax by their mean key, mean value and number of tokens
+    estimate   all other pages enter the softmax by their mean value and tokens * exp(scale * q . mean key); those that were
+               looked at closer by what came of that, if it is more, and up to exp(4) times as much
 
     row of a page   mean [D]  value [Dv]           as int8, or as the cache is told; the mean has eight bits in any case
                     codes [P, D / 2]  scale [P]    keys less that mean, rotated, four bits a number (`lowbit.py`);
@@ -13,6 +14,10 @@
 
 What of a head's attention its sinks take does not depend on what is chosen: of two heads of a group, the one with more left is
 to decide.
+
+The exponential of a mean is never more than the mean of exponentials, so by its mean a page counts for too little, and a close
+look says by how much. For less it never counts: a look that finds less is off by its four bits. Where keys have a few huge
+channels these are off by far more than where pages come in an order, which is why there is a bound above.
 
 A cut leaves before it the most pages that are a power of two, and one behind it at least: so all parts are halved at the median
 and are of one size, but for the last, and a level is one batched operation. The axis is the first principal one of the keys,
@@ -38,7 +43,7 @@ from .. import kernels
 from ..config import require_count
 from ..kernels import gpu
 from ..kernels.fields import Rating
-from ..kernels.recipe import Recipe
+from ..kernels.recipe import MOST_EXCESS, Recipe
 from . import lowbit
 from .partition import Estimate, Method, Pages, Query, Summaries
 from .regrouping import Arrangement, Regrouping
@@ -99,18 +104,13 @@ class Bisection(Regrouping, Method):
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The best pages by their low-bit keys, among the best by their means."""
-        coarse = self._coarse(query, summary)
-        budget = query.budget_pages
-        best_by_means = kernels.pages_down_to(self._shares(query, coarse), budget * self.looked_at)
-        looked_at = best_by_means | _sinks(query).unsqueeze(1)
-        pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
+        coarse, pages, fine = self._looked_at(query, summary)
         rows, none = pages.clamp(min=0), pages < 0
-        fine = self._fine(query, summary, rows)
         spare = coarse.shape[3]  # a column for the places of no page
         index = pages.masked_fill(none, spare).unsqueeze(2).expand_as(fine)
         rated = torch.nn.functional.pad(coarse, (0, 1)).scatter(3, index, fine)[..., :spare]
         shares = self._shares(query, rated).gather(2, rows).masked_fill(none, float("-inf"))
-        best = kernels.select_top_pages(shares, budget)
+        best = kernels.select_top_pages(shares, query.budget_pages)
         return torch.where(best >= 0, pages.gather(2, best.clamp(min=0)), -1)
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
@@ -122,7 +122,19 @@ class Bisection(Regrouping, Method):
         if not bool(rest.any()):
             return None
         log_tokens = query.page_tokens.float().log().unsqueeze(1).masked_fill(~rest, float("-inf"))
-        return Estimate(summary("mean"), summary("value"), log_tokens)
+        coarse, looked_at, fine = self._looked_at(query, summary)
+        index = looked_at.clamp(min=0).unsqueeze(2).expand_as(fine)
+        more = (fine - coarse.gather(3, index)).clamp(0.0, MOST_EXCESS).masked_fill((looked_at < 0).unsqueeze(2), 0.0)
+        excess = torch.zeros_like(coarse).scatter_add_(3, index, more)  # places of no page add nothing
+        return Estimate(summary("mean"), summary("value"), log_tokens, excess)
+
+    def _looked_at(self, query: Query, summary: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights [B, H, G, N] by means, the pages that are looked at closer [B, H, k], and theirs [B, H, G, k] by that."""
+        coarse = self._coarse(query, summary)
+        best_by_means = kernels.pages_down_to(self._shares(query, coarse), query.budget_pages * self.looked_at)
+        looked_at = best_by_means | _sinks(query).unsqueeze(1)
+        pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
+        return coarse, pages, self._fine(query, summary, pages.clamp(min=0))
 
     def _coarse(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """Logarithm of the weight of candidates and sinks, by their means: [B, H, G, N]; -inf for all others."""

@@ -100,11 +100,14 @@ class Estimate:
         values: [B, H, M, Dv], float32.
         log_tokens: [B, H, M], float32: logarithm of how many tokens each stands for, which is added to its score; -inf
             where there is none.
+        excess: [B, H, G, M], float32: what is added to its score besides, by query head, and before any softcap; None for
+            nothing.
     """
 
     keys: Tensor
     values: Tensor
     log_tokens: Tensor
+    excess: Tensor | None = None
 
 
 @dataclass(frozen=True)

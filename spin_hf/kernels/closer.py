@@ -2,7 +2,8 @@
 
     edge       the bin down to which pages are looked at: where so many times the budget ends
     closer     log of the sum over a page's tokens of exp(scale * q . (mean + key in four bits)), of the pages down to the edge,
-               and of the sinks' pages, before all candidates
+               and of the sinks' pages, before all candidates; in LOGITS, for `estimate_kernel`, less the logarithm of how many
+               tokens these are, at least what was there and at most EXCESS more
     rate       shares of these, among all candidates and sinks, and counted; what was not looked at keeps the weight it had
 
 Both take the pages in the parts of `rate_kernel`, and leave them where `choose_kernel` finds them. The specification is
@@ -43,6 +44,7 @@ def closer_kernel(
     CLOSER_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    EXCESS: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
 
@@ -153,9 +155,12 @@ def closer_kernel(
                 fine = tl.where(inside, fine, float("-inf"))
                 spot = ranks * parts + part
                 tl.store(closer + group[None, :] * capacity + spot[:, None], fine, mask=inside)
+                tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
+                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
+                tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
                 weighed = coarse
                 if PADDED:  # else all have as many tokens
-                    weighed += log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
+                    weighed += tokens
                 before += tl.where(inside, tl.exp(weighed - lse[None, :]), 0.0)
                 higher = tl.maximum(most, fine)
                 shift = tl.where(higher == float("-inf"), 0.0, higher)

@@ -18,6 +18,10 @@ MAX_SUMMARIES = 4
 """Of a page, that a layer descriptor has fields for."""
 
 
+MOST_EXCESS = 4.0
+"""Nats by which a page that was looked at closer may count for more than by its mean, where its means stand for its tokens."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """See the module's head.
@@ -28,7 +32,8 @@ class Recipe:
             what keeps exactly ShadowKV's two summaries, by its formulas.
         outliers_per_1024: pages of 1,024 budget tokens that go to outliers; above 0 only with these two.
         weighs_tokens: whether a page counts in the softmax as often as it has tokens.
-        looked_at: how many times the budget is looked at closer; 0 for not at all.
+        looked_at: how many times the budget is looked at closer; 0 for not at all. What is not chosen of it is estimated by
+            the weight that came of that.
         estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.
         asks: whether the method makes the queries that pages are scored by.
         threshold: share that a page must exceed to be chosen, unless the budget covers all candidates; 0 for any.

@@ -261,8 +261,9 @@ def admit_pages(
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
+    excess: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Exact softmax attention over the given tokens, in float32, with what `merge_attention` needs.
 
     Args:
@@ -271,6 +272,7 @@ def attend(
         mask: broadcastable to [B, H, G, Q, M]; bool, True where a query may attend, or float, added to the scores.
             What stands in tokens that no query may attend to (False, -inf) does not matter, NaN included.
         scale: factor of the scores, before `softcap`: scores become softcap * tanh(scores / softcap).
+        excess: [B, H, G, 1, M], float32: added to the scores before that; None for nothing.
     Returns:
         out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
         lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
@@ -286,6 +288,8 @@ def attend(
         tokens = slice(start, start + tile) if mask.shape[-2] > 1 else slice(None)
         heads = queries.shape[2:4]  # query heads and tokens of a KV head are one batch of rows: nothing is repeated
         scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, heads) * scale
+        if excess is not None:
+            scores = scores + excess
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if bias is not None:

@@ -77,10 +77,16 @@ def softmax_over(
     exact: list[int],
     estimated: list[tuple[int, np.ndarray, np.ndarray]],
     sink: Any,
+    excess: list[float] | None = None,
 ) -> np.ndarray:
-    """Attention of one query [D] to tokens, and to (tokens, mean key, mean value) that stand for others: [Dv]."""
+    """Attention of one query [D] to tokens, and to (tokens, mean key, mean value) that stand for others: [Dv].
+
+    Args:
+        excess: what is added to the logits of the latter.
+    """
     logits = [rules.scale * float(q @ head.keys[token]) for token in exact]
-    logits += [rules.scale * float(q @ key) for _, key, _ in estimated]
+    excess = excess or [0.0] * len(estimated)
+    logits += [rules.scale * float(q @ key) + more for (_, key, _), more in zip(estimated, excess, strict=True)]
     if rules.softcap is not None:
         logits = [rules.softcap * math.tanh(logit / rules.softcap) for logit in logits]
     counts = [1] * len(exact) + [count for count, _, _ in estimated]

@@ -3,7 +3,8 @@
     rate       log of tokens * exp(scale * q . mean); for the 8 x budget best by the shares of that, and what is in the
                same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
                shares among all candidates and sinks, which are rated in both ways, summed over the group
-    estimate   every other page: tokens * exp(scale * q . mean key), mean value
+    estimate   every other page: tokens * exp(scale * q . mean key), mean value; what was looked at by the weight that came of
+               that, if it is between once and exp(4) times as much
 
 The mean of keys has eight bits everywhere.
 
@@ -90,11 +91,17 @@ def down_to(scores: dict[int, float], count: int, group: int) -> list[int]:
     return [page for page in order if steps[page] < edge]
 
 
+def bounded(more: float) -> float:
+    """What a close look may add to the logarithm of a weight."""
+    return min(max(more, 0.0), 4.0)
+
+
 def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: int, sinks: Any) -> np.ndarray:
     zones = zones_of(rules, head, at)
     assert all(len(cluster) == 1 for cluster in zones.clusters)
     pages = [page for (page,) in zones.clusters]
     exact, estimated = [token for page in zones.always for token in zones.held[page]], []
+    excess: list[list[float]] = [[] for _ in query]
     if pages:
         rated_pages = [page for page in sorted(zones.always) if page < pages[0]] + pages
         tokens = {page: zones.held[page] for page in rated_pages if zones.held[page]}
@@ -104,6 +111,7 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
         rated = np.array(
             [[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in rated_pages] for q in query]
         )
+        by_means = rated.copy()
         candidates = {page: share for page, share in zip(rated_pages, shares(rated), strict=True) if page in pages}
         looked_at = down_to(candidates, method.looked_at * zones.room, len(query))
         for page in rated_pages:
@@ -120,8 +128,12 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
         for page in pages:
             if page not in chosen:
                 estimated.append((len(tokens[page]), mean[page], np.mean(head.values[tokens[page]], axis=0)))
+                more = rated[:, rated_pages.index(page)] - by_means[:, rated_pages.index(page)]
+                for g in range(len(query)):
+                    excess[g].append(bounded(float(more[g])))
     sinks = [None] * len(query) if sinks is None else sinks
-    return np.array([softmax_over(rules, head, q, exact, estimated, s) for q, s in zip(query, sinks, strict=True)])
+    each = zip(query, sinks, excess, strict=True)
+    return np.array([softmax_over(rules, head, q, exact, estimated, sink, more) for q, sink, more in each])
 
 
 @pytest.mark.parametrize(("group", "looked_at"), [(1, 1), (1, 4), (3, 2)])
@@ -133,6 +145,22 @@ def test_choice_and_estimate(group: int, looked_at: int) -> None:
         assert driver.cache.stats().attended_tokens < 60
 
     without_near_ties(run)
+
+
+@pytest.mark.parametrize("length", [0.2, 6.0])
+def test_bounds_of_what_a_close_look_adds(length: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With short keys four bits err by more than tokens of a page differ; with long ones these differ by many nats."""
+    found: list[float] = []
+    monkeypatch.setitem(globals(), "bounded", lambda more, bound=bounded: (found.append(more), bound(more))[1])
+
+    def run(seed: int) -> None:
+        world = random_world(Shape(layers=1), 1, 190, seed)
+        for keys in world.keys:
+            keys *= length
+        play(expect, Small(4), world, RULES, single_steps(182, 185))
+
+    without_near_ties(run)
+    assert min(found) < 0 if length < 1 else max(found) > 4
 
 
 def test_growing_padded_in_several_queries() -> None:

@@ -12,6 +12,7 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache, decode, descriptors, selection
+from spin_hf.attention import bisection
 from spin_hf.kernels.fields import LOAD_MARK, PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
@@ -121,6 +122,23 @@ def test_kernels_of_methods_that_regroup(
     assert stats.attended_tokens == counted.attended_tokens
     if "gpu_memory" in options:
         assert stats.loads > 0
+
+
+def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what stands for pages that are not read, where keys are so long that the tokens of a page differ by many nats."""
+    model = build_model("llama").eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data *= 12
+    options: dict[str, Any] = {"budget": 8, "recent_window": 8, "method": OFTEN}
+    with little_slack():
+        expected = _steps(model, SpinCache(model, **options), "left", [1] * 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(bisection, "MOST_EXCESS", 100.0)
+            unbounded = _steps(model, SpinCache(model, **options), "left", [1] * 3)
+        _interpret(monkeypatch)
+        actual = _steps(model, SpinCache(model, **options), "left", [1] * 3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert float((unbounded - expected).abs().max()) > 1e-3
 
 
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
