@@ -67,10 +67,8 @@ class Call:
             tokens = mask[..., pages.start * page_size : pages.stop * page_size]
             parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
         if rest is not None:
-            weight, excess = (
-                rest.log_tokens[:, :, None, None],
-                None if rest.excess is None else rest.excess.unsqueeze(3),
-            )
+            weight = rest.log_tokens[:, :, None, None]
+            excess = None if rest.excess is None else rest.excess.unsqueeze(3)
             parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, excess))
         out, lse = kernels.merge_attention(parts)
         return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
