@@ -61,7 +61,7 @@ class Bench:
     """What a task is measured with.
 
     Attributes:
-        budget: tokens.
+        budget: tokens; 0 where each task has its own.
         weights: bytes of the model on the GPU.
         host_gib: as for `host.room`.
     """
@@ -81,11 +81,13 @@ class Bench:
         return self.room() + host.SLACK_BYTES
 
 
-def parser(description: str | None, host_memory: bool = True) -> argparse.ArgumentParser:
-    """The options that all have; not all ask what the host's memory holds."""
+def parser(description: str | None, host_memory: bool = True, budget: bool = True) -> argparse.ArgumentParser:
+    """The options that all have; not all ask what the host's memory holds, nor have one budget: then it is 0."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    made.add_argument("--budget", type=int, default=2048, help="tokens")
+    made.set_defaults(budget=0)
+    if budget:
+        made.add_argument("--budget", type=int, default=2048, help="tokens")
     if host_memory:
         made.add_argument("--host-memory", type=float, help="GiB of the machine (default: what is available now)")
     made.add_argument("--seconds", type=float, default=540, help="for all of it, from the start of the process")
@@ -98,9 +100,9 @@ def parser(description: str | None, host_memory: bool = True) -> argparse.Argume
 
 
 def about(shape: str, budget: int, **more: Any) -> dict[str, Any]:
-    """What all rows of a file have in common."""
+    """What all rows of a file have in common; a budget of 0 is none."""
     return {
-        "shape": shape, "dtype": "bfloat16", "budget_tokens": budget, **more,
+        "shape": shape, "dtype": "bfloat16", **({"budget_tokens": budget} if budget else {}), **more,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "sources": fingerprint(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": version("triton"),

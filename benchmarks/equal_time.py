@@ -26,9 +26,11 @@ import campaign
 from campaign import Bench
 from methods import method_of
 from quality_tables import of_texts
-from record import Record, newest
+from record import RESULTS, Record, newest
 from spin_rows import spin_rows
 from table import row as table_row
+
+from spin_hf.attention.methods import METHODS
 
 SHARES = [
     "bisection:64", "shadowkv:4", "bisection:32", "shadowkv:2", "shadowkv:8", "bisection:16", "shadowkv:64",
@@ -123,13 +125,17 @@ def table(rows: list[dict[str, Any]], shares: list[tuple[str, int]], cap: str | 
 
 def method_and_share(text: str) -> tuple[str, int]:
     """`bisection:64` as a method and a share."""
-    method, share = text.split(":")
+    method, _, share = text.partition(":")
+    if method not in METHODS or not share.isdecimal() or int(share) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(sorted(METHODS))}, and a share as in {SHARES[0]}, got {text}"
+        )
     return method, int(share)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = campaign.parser(__doc__)
+    parser = campaign.parser(__doc__, budget=False)
     parser.add_argument(
         "--shares", type=method_and_share, nargs="+", default=[method_and_share(text) for text in SHARES]
     )
@@ -145,7 +151,7 @@ def main() -> None:
     name = f"equal-time-{options.shape}.json"
     if options.table:
         rows = json.loads((options.source / name).read_text())["rows"]
-        print("\n".join(table(rows, options.shares, options.cap, campaign.RESULTS)))
+        print("\n".join(table(rows, options.shares, options.cap, RESULTS)))
         return
     record = campaign.open_record("equal_time", name, campaign.about(options.shape, options.budget), options)
     tasks = tasks_of(options.shares, options.tokens, options.cap)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import equal_time
@@ -13,6 +14,8 @@ import table_batches
 import throughput
 import traces
 from record import RESULTS
+
+from spin_hf import Quest
 
 K = 1024
 COMMON = {"shape": "llama-8b", "gpu": "H100", "dtype": "bfloat16", "budget_tokens": 2048}
@@ -114,6 +117,23 @@ def test_equal_times_beside_what_is_lost(tmp_path: Path) -> None:
         "| `quest` | 1/64 | 3.0 | 4.0 | 6.0 | 8 | 0.300, 85.0% | 0.500, 70.0% |",
         "| `quest` | 1/4 | 9.0 |  |  |  | 0.100, 95.0% |  |",
     ]
+
+
+def test_budgets_are_shares_of_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(equal_time, "spin_rows", lambda *arguments: [asked.append(arguments) or {"tpot_ms": 1.0}])
+    model = SimpleNamespace(config=None)
+    bench = equal_time.Bench(model, record=None, budget=0, weights=7)
+    (made,) = equal_time.rows_of(equal_time.Task(131072, "quest", 32, "8GiB"), bench)
+    assert made == {"method": "quest", "share": 32, "budget": 4096, "tpot_ms": 1.0}
+    assert asked == [(model, 131072, 4096, "8GiB", Quest(), ["replayed"], None, 7)]
+
+
+@pytest.mark.parametrize("text", ["quest", "quest:", "quest:0", "quest:1/4", "best:64"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SystemExit):
+        equal_time.parse(["--shares", "quest:64", text])
+    assert equal_time.parse(["--shares", "quest:64"]).shares == [("quest", 64)]
 
 
 def test_the_kept_traces_have_the_buffers_that_are_measured() -> None:
