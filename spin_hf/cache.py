@@ -11,7 +11,6 @@ layers that are not paged.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -24,21 +23,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import defer, kernels, regroup, wrap
-from .attention import switch
+from . import kernels, regroup
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method, check_recipe, recipe_of
+from .calls import ModelCalls, model_of
 from .compiled import pool_of
 from .config import SpinOptions, parse_bytes
 from .errors import BatchSizeError, OptionError, OptionTypeError
 from .forward import ForwardLog, unpaged_or_none
-from .graph import DecodeSteps, graph_model
 from .layer import SpinLayer
 from .layer_budget import check_stretches
 from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
 from .shared import SharedState
-from .stats import CacheStats
+from .stats import CacheStats, collect
 from .step_plan import StepPlan
 from .storage.sequences import Sequences, check_batch
 
@@ -107,7 +105,7 @@ class SpinCache(Cache):
         self._log = ForwardLog(self.layers, self._shared)
         if isinstance(model, PreTrainedConfig) and self._may_be_compiled():
             self._shared.pool = pool_of(config)
-        self._bind(config, graph_model(model))
+        self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
         shared, tokens = self._shared, self._shared.committed
@@ -126,31 +124,32 @@ class SpinCache(Cache):
             AttentionError: the config names another attention implementation.
             BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
         """
-        switch.check(self._config)
-        if torch.compiler.is_compiling():
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        self._touch(layer_idx, key_states.shape[0])
+        self._before(layer_idx, key_states.shape[0])
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
+        self._after(layer_idx)
         return states
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention and convolution layers."""
-        if torch.compiler.is_compiling():
-            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        self._touch(layer_idx, conv_states.shape[0])
+        self._before(layer_idx, conv_states.shape[0])
         states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
+        self._after(layer_idx)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention layers."""
-        if torch.compiler.is_compiling():
-            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        self._touch(layer_idx, recurrent_states.shape[0])
+        self._before(layer_idx, recurrent_states.shape[0])
         states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
+        self._after(layer_idx)
         return states
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As transformers'. Convolution layers write a single token into what this returns."""
+        return self._writable(layer_idx, super().get_conv_state(layer_idx, *args, **kwargs))
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As transformers'. Layers may write into what this returns."""
+        return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
 
     @property
     def is_compileable(self) -> bool:
@@ -173,7 +172,7 @@ class SpinCache(Cache):
             CacheStateError: an interrupted forward cannot be taken back.
         """
         if not torch.compiler.is_compiling():
-            switch.check(self._config)
+            self.calls.hold()
             self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
@@ -265,37 +264,9 @@ class SpinCache(Cache):
 
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
-        shared = self._shared
-        if not (self._log.irreversible or self._log.overwritten):
+        if self._log.can_settle():
             self._log.settle(self.layers)
-        stores = [layer.store for layer in shared.layers if layer.store is not None]
-        frames = [store.frames for store in stores if store.frames is not None]
-        counted = shared.counted()
-        loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
-        queries = sum(layer.attended_queries for layer in shared.layers) + counted["QUERIES"]
-        attended = sum(layer.attended_tokens for layer in shared.layers) + counted["TOKENS"]
-        segments, mandatory = shared.sequences.segments_in_use, sum(store.mandatory_frames for store in stores)
-        metadata = Counter(shared.sequences.metadata)
-        for store in stores:
-            metadata.update(store.metadata(segments))
-        return CacheStats(
-            sequences=shared.sequences.batch_size,
-            tokens=self.get_seq_length(),
-            pages=sum(store.pages_held() for store in stores),
-            gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),
-            cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
-            metadata_bytes=metadata.total(),
-            metadata=dict(metadata),
-            mandatory_frames=mandatory,
-            buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory,
-            loads=loads,
-            evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
-            hit_rate=hits / (hits + loads) if hits + loads else 1.0,
-            attended_tokens=attended / queries if queries else float("nan"),
-            sparse_queries=queries,
-            paged_layers=len(shared.layers),
-            dense_layers=dict(self._dense_reasons),
-        )
+        return collect(self._shared, self.get_seq_length(), self._dense_reasons)
 
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
         """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
@@ -313,6 +284,19 @@ class SpinCache(Cache):
         self._shared.pending = None  # an interrupted forward's keys never come
         self._log.settle(self.layers)
         return self._shared.gpu.give_back(wanted)
+
+    def roll_back(self) -> None:
+        """Forget the tokens of a forward that was interrupted, if there is one.
+
+        A cache made from a model does so by itself. One made from a config is not told how a forward ended that did not reach
+        the last layer.
+
+        Raises:
+            CacheStateError: the forward has overwritten states that it would need.
+        """
+        self._shared.pending = None
+        if self._log.failed or not self._log.is_complete():
+            self._log.take_back(self.layers)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
@@ -335,7 +319,7 @@ class SpinCache(Cache):
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))
         twin._shared.forget_kernels(self._shared.counted())
-        twin._bind(self._config, None if self.steps is None else self.steps.model())
+        twin._bind(self._config, self.calls.model())
         return twin
 
     def _unpaged_layers(self) -> list[Any]:
@@ -346,12 +330,26 @@ class SpinCache(Cache):
         served = kernels.on_gpu() and recipe_of(self._shared.method) is not None
         return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
 
-    def _touch(self, index: int, batch_size: int) -> None:
-        """Before layer `index` changes: note it, and refuse a batch of another size."""
+    def _before(self, index: int, batch_size: int) -> None:
+        """Layer `index` is about to change: note it, and refuse a batch of another size."""
+        if torch.compiler.is_compiling():
+            self.calls.check_traced()
+            return
+        self.calls.check()
         held = self._held_batch()
         if held is not None:
             check_batch(held, batch_size)
         self._log.touch(index, self.layers)
+
+    def _after(self, index: int) -> None:
+        if not torch.compiler.is_compiling():
+            self._log.touched(index, self.layers)
+
+    def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
+        if state is not None:
+            self._before(index, state.shape[0])
+            self._after(index)
+        return state
 
     def _held_batch(self) -> int | None:
         """Sequences held, by whichever layer says so; None while empty."""
@@ -377,23 +375,10 @@ class SpinCache(Cache):
             self._shared.select(rows)
 
     def _bind(self, config: Any, model: nn.Module | None) -> None:
-        """For as long as this cache lives: switch the config to "spin", and wrap the forward of `model`."""
+        """See the calls of `model` that carry this cache, for as long as it lives."""
         self._config = config
-        switch.acquire(config)
-        self.steps = None if model is None else DecodeSteps(model, self.layers, self._shared, self._log)
-        wrapped = None if model is None else wrap.acquire(model)
-        if wrapped is not None:
-            defer.acquire()
-        self._finalizer = weakref.finalize(self, _dispose, config, wrapped, self._shared)
+        self.calls = ModelCalls(config, model, self.layers, self._shared, self._log)
+        self._finalizer = weakref.finalize(self, self.calls.close)
 
 
-_BOUND = ("_config", "_finalizer", "steps")
-
-
-def _dispose(config: Any, wrapped: weakref.ref[nn.Module] | None, shared: SharedState) -> None:
-    """Give back what a cache held as soon as it is dropped, without waiting for the garbage collector."""
-    switch.release(config)
-    if wrapped is not None:
-        wrap.release(wrapped)
-        defer.release()
-    shared.dispose()
+_BOUND = ("_config", "_finalizer", "calls")

@@ -34,9 +34,8 @@ _lock = threading.RLock()
 
 def supports(cache: Any, device: torch.device) -> bool:
     """Whether `generate` may read late: the cache has captured steps, and can be cropped by a token at any time."""
-    steps = getattr(cache, ATTRIBUTE, None)
     return (
-        steps is not None
+        getattr(getattr(cache, ATTRIBUTE, None), "steps", None) is not None
         and device.type in _DEVICES
         and all(isinstance(layer, SpinLayer) or is_placeholder(layer) for layer in cache.layers)
     )

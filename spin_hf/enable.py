@@ -1,28 +1,54 @@
-"""`enable(model)`: a fresh SpinCache for every `generate` or `pipeline` call, without touching the calls."""
+"""`enable(model)`: a fresh SpinCache for every `generate` or `pipeline` call, without touching the calls.
+
+    model.generate(...)  ->  transformers merges the generation configs
+                         ->  model._prepare_cache_for_generation = wrapped  ->  a SpinCache, if the call asks for no other
+
+Where `generate` makes its cache it knows what a call wants, whoever said it: an argument, the call's config, the model's.
+What is enabled is kept on the instance: a stack of options, the last of which count. So a copy of an enabled model is enabled
+by itself, and a pickled one is a plain model.
+"""
 
 from __future__ import annotations
 
 import functools
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .cache import SpinCache
 from .errors import OptionTypeError
-from .wrap import CACHE_NAMES
+from .wrap import CACHE_NAMES, unwrapped
 
 _CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-_ORIGINAL = "_spin_hf_generate"
+_HOOK = "_prepare_cache_for_generation"
+_STATE = "_spin_hf_enabled"
+
+
+class _Stack:
+    """What is enabled on one instance.
+
+    Attributes:
+        options: of each `enable` that is in force; the last ones count.
+        before: what stood on the instance instead of the class's own hook, if anything did.
+    """
+
+    def __init__(self, before: Any) -> None:
+        self.options: dict[object, dict[str, Any]] = {}
+        self.before = before
+
+    def __reduce__(self) -> Any:
+        return dict, ()  # a pickled model is a plain one
 
 
 class Enabled:
-    """What `enable` returns: leave it alone, or use it as a context manager that calls `disable` at its end."""
+    """What `enable` returns: leave it alone, or use it as a context manager that undoes this one call of `enable`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, token: object) -> None:
         self.model = model
+        self._token = token
 
     def __enter__(self) -> PreTrainedModel:
         return self.model
@@ -30,49 +56,63 @@ class Enabled:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        disable(self.model)
+        target = unwrapped(self.model)
+        stack = target.__dict__.get(_STATE)
+        if isinstance(stack, _Stack):
+            stack.options.pop(self._token, None)
+            if not stack.options:
+                disable(target)
 
 
 def enable(model: PreTrainedModel, **options: Any) -> Enabled:
     """Give every later `model.generate(...)` (so every `pipeline` call too) a fresh `SpinCache(model, **options)`.
 
-    A call that brings its own cache or `cache_implementation`, or says `use_cache=False`, is left alone.
-    Calling it again replaces the options.
+    A call that brings its own cache, or for which an argument or a generation config says `use_cache=False` or names a
+    `cache_implementation`, is left alone. Calling `enable` again replaces the options; as a context manager, until its end.
 
     Args:
+        model: compiled or with adapters, if you like: what counts is the model inside.
         options: as for `SpinCache`, `method` included.
     Raises:
         what `SpinCache` raises, at once.
     """
-    if not hasattr(model, "generate"):
+    target = unwrapped(model)
+    if not hasattr(target, _HOOK):
         raise OptionTypeError(
             f"model: expected a model with generate(), got {type(model).__name__}; pass a causal language model"
         )
-    SpinCache(model, **options)  # refuses bad options now, not at the first call
-    disable(model)
-    generate, wrapped_before = model.generate, model.__dict__.get("generate")
-
-    @functools.wraps(generate)
-    def generate_with_spin(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or model.generation_config
-        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
-        if (
-            all(kwargs.get(name) is None for name in CACHE_NAMES)
-            and asked["use_cache"] is not False
-            and asked["cache_implementation"] is None
-        ):
-            kwargs[_CACHE_NAME] = SpinCache(model, **options)
-        return generate(*args, **kwargs)
-
-    model.generate = generate_with_spin
-    setattr(model, _ORIGINAL, wrapped_before)
-    return Enabled(model)
+    SpinCache(target, **options)  # refuses bad options now, not at the first call
+    stack = target.__dict__.get(_STATE)
+    if not isinstance(stack, _Stack):
+        stack = target.__dict__[_STATE] = _Stack(target.__dict__.get(_HOOK))
+        target.__dict__[_HOOK] = MethodType(_prepare_cache, target)
+    token = object()
+    stack.options[token] = options
+    return Enabled(model, token)
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Undo `enable`; nothing happens if it was not called."""
-    if _ORIGINAL in model.__dict__:
-        wrapped_before = model.__dict__.pop(_ORIGINAL)
-        del model.__dict__["generate"]
-        if wrapped_before is not None:
-            model.generate = wrapped_before
+    """Undo `enable`, however often it was called; nothing happens if it was not."""
+    target = unwrapped(model)
+    stack = getattr(target, "__dict__", {}).pop(_STATE, None)
+    if isinstance(stack, _Stack) and getattr(target.__dict__.get(_HOOK), "__func__", None) is _prepare_cache:
+        del target.__dict__[_HOOK]
+        if stack.before is not None:
+            target.__dict__[_HOOK] = stack.before
+
+
+@functools.wraps(getattr(GenerationMixin, _HOOK))
+def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of transformers' method, which gets the merged config and the model's arguments first."""
+    stack = self.__dict__.get(_STATE)
+    before = stack.before if isinstance(stack, _Stack) else None
+    if (
+        isinstance(stack, _Stack)
+        and all(model_kwargs.get(name) is None for name in CACHE_NAMES)
+        and generation_config.use_cache
+        and generation_config.cache_implementation is None
+    ):
+        *_, options = stack.options.values()
+        model_kwargs[_CACHE_NAME] = SpinCache(self, **options)
+    call = MethodType(getattr(type(self), _HOOK), self) if before is None else before
+    return call(generation_config, model_kwargs, *args, **kwargs)

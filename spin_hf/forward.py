@@ -1,16 +1,16 @@
-"""The present forward: what it has changed so far, and how to take that back if it does not reach the last layer.
+"""The present forward: what it has changed so far, and how to take that back if it does not come to its end.
 
-    update(0) ... update(k)   error, Ctrl-C      the next forward begins with `settle`:
-    └── changed so far ──┘                         paged layers       are cut back to the committed length
-                                                   attention layers   get back the tensors they had
-                                                   linear attention   is overwritten in place: refused until `reset`
+    watched      a call of a model whose `forward` is wrapped (`calls.py`): its return commits, an exception takes back
+    unwatched    a cache made from a config, or layers called by hand: the last layer that holds tokens commits
 
-The tensors of attention layers are kept by reference: transformers replaces them and does not write into them.
-So a forward either happens to the whole cache or not at all. While Dynamo traces nothing is logged; there the last
-paged layer commits.
+    taken back   paged layers        are cut back to the committed length
+                 attention layers    get back the tensors they had: transformers replaces them and does not write into them
+                 linear attention    is overwritten in place: watched, it gets back a copy; else it is refused until `reset`
 
-What fails behind the last layer (logits take much memory) is seen where the model's forward is wrapped, and taken back at
-once (`watching`). Elsewhere the tokens count by then, as in transformers' caches.
+So a forward happens to the whole cache or not at all. A watched forward may leave layers out: a stack that was cut, an early
+exit. These layers then hold fewer tokens, as in transformers' caches. Of an unwatched forward that ends early nobody knows
+whether it was interrupted: what comes next is refused, and `SpinCache.roll_back` says that it was. While Dynamo traces nothing
+is logged; there the last paged layer commits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from .errors import CacheStateError
 from .layer import SpinLayer
 from .layer_kinds import is_placeholder
 from .shared import SharedState
+
+_TABLES = ("conv_states", "recurrent_states")
+"""Where layers of linear attention keep states: number -> tensor, or None."""
 
 
 class ForwardLog:
@@ -38,47 +42,74 @@ class ForwardLog:
     def __init__(self, layers: list[Any], shared: SharedState) -> None:
         self.shared = shared
         holding = [index for index, layer in enumerate(layers) if not is_placeholder(layer)]
-        self.final = holding[-1] if holding else -1
-        """The last layer that holds anything; when it has taken the tokens, the forward is committed."""
+        attending = [index for index in holding if isinstance(layers[index], CacheLayerMixin)]
+        self.final = (attending or holding or [-1])[-1]
+        """The last layer that attends, or the last that holds anything: when it has the tokens, an unwatched forward counts."""
         self.last = -1
+        """The layer that changed last; -1 while nothing is in progress."""
         self.before: dict[int, dict[str, Any]] = {}
+        """Attributes that layers had before."""
+        self.behind: list[tuple[Tensor, int]] = []
+        """States of layers behind the final one before an unwatched forward, with their versions."""
         self.irreversible = False
+        """Whether states were overwritten of which there is no copy."""
         self.overwritten = False
         """Whether a step that failed has overwritten states, and the cache is of no use until `reset`."""
         self.watched = False
         """Whether the end of the forward will be seen."""
+        self.failed = False
+        """Whether the forward is known not to have come to its end."""
 
     @contextmanager
     def watching(self, layers: list[Any]) -> Iterator[None]:
-        """A call of the model: if it fails, wherever that is, the cache is as before.
+        """A call of the model: it happens whole or, if it fails wherever that is, not at all.
 
         What cannot be taken back at once, as memory is short, is taken back before the cache is used again.
         """
         self.settle(layers)
-        held, self.watched = self.shared.committed, True
+        held = self.shared.committed
         try:
+            self.watched = True
+            for index, layer in enumerate(layers):
+                if isinstance(layer, LinearAttentionCacheLayerMixin):
+                    self.before[index] = _with_copies(layer)
             yield
+            self._end()
         except BaseException:
-            self.shared.committed = held
+            self.shared.committed, self.failed = held, True
             self.shared.pending = None  # an error says enough
             with suppress(Exception):
                 self.settle(layers)
             raise
         finally:
             self.watched = False
-        if self.shared.committed == self.shared.sequences.length and not self.shared.pending:
-            self.clear()
+
+    def _end(self) -> None:
+        """The watched forward has returned: what it appended counts, in the layers that it came to."""
+        shared = self.shared
+        if shared.launched is None and not shared.prepared:  # else whoever looks at the cache next ends the step
+            shared.check_nothing_pending()
+            if shared.committed != shared.sequences.length:
+                shared.commit()
+                shared.visible_length.fill_(shared.committed)
+        self.clear()
 
     def touch(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
         layer = layers[index]
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
         if index < self.last or (index == self.last and not linear):
-            self.settle(layers)
+            if self.watched:  # the model runs its layers more than once in a call
+                self.shared.commit()
+                self.shared.sequences.changed()  # so that what is taken back are all its rounds
+            else:
+                self.settle(layers)
+        if self.last < 0 and not self.watched:
+            self.behind = [(state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)]
         self.last = index
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
         if linear:
-            self.irreversible = True
+            self.irreversible |= not self.watched
         elif isinstance(layer, DynamicLayer) and index not in self.before:
             self.before[index] = dict(layer.__dict__)
 
@@ -86,30 +117,52 @@ class ForwardLog:
         """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
         if index == self.final and not isinstance(layers[index], SpinLayer) and not self.shared.prepared:
             self.shared.commit()
-            if not self.watched:
-                self.clear()
 
     def settle(self, layers: list[Any]) -> None:
-        """Take back a forward that did not reach the last layer.
+        """Before the cache is used: a forward that failed is taken back, one that came to its end counts.
 
         Raises:
-            CacheStateError: it cannot be taken back.
+            CacheStateError: it cannot be taken back, or nobody knows whether it came to its end.
         """
         self.shared.settle()
         if self.overwritten:
             raise self._lost()
-        if self.last < 0:
+        if self.last < 0 and not self.failed:
             if self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
                 self.shared.roll_back()  # a step that could not even be prepared
             return
-        if (
-            self.last == self.final
-            and self.shared.committed == self.shared.sequences.length
-            and not self.shared.pending
-        ):
+        if not self.failed and not self.shared.pending:
+            if not self.is_complete():
+                raise CacheStateError(
+                    f"a forward of {self.shared.model_name} ended behind layer {self.last}, expected it to reach layer "
+                    f"{max(self.final, len(layers) - 1)}, and a cache that was made from a config is not told why; call "
+                    "cache.roll_back() if it was interrupted, which forgets its tokens; use SpinCache(model), which is "
+                    "told, with a model that leaves layers out"
+                )
             self.clear()
             return
-        if self.irreversible:
+        self.take_back(layers)
+
+    def can_settle(self) -> bool:
+        """Whether `settle` raises nothing that the log knows of."""
+        return not (self.irreversible or self.overwritten) and (self.failed or self.is_complete())
+
+    def is_complete(self) -> bool:
+        """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
+        if self.last < 0:
+            return True
+        reached = self.last >= self.final and self.shared.committed == self.shared.sequences.length
+        changed = any(version < 0 or _version(state) != version for state, version in self.behind)
+        return reached and (not self.behind or self.last > self.final or changed)
+
+    def take_back(self, layers: list[Any]) -> None:
+        """Take back the forward in progress.
+
+        Raises:
+            CacheStateError: it has overwritten what is needed for that.
+            AttentionError: keys that a layer was given never came to the attention function.
+        """
+        if self.irreversible or self.overwritten:
             raise self._lost()
         for index, attributes in self.before.items():
             layers[index].__dict__.clear()
@@ -128,8 +181,31 @@ class ForwardLog:
 
     def clear(self) -> None:
         """Nothing is in progress."""
-        self.last, self.before, self.irreversible, self.overwritten = -1, {}, False, False
+        self.last, self.before, self.behind = -1, {}, []
+        self.irreversible = self.overwritten = self.failed = False
         self.shared.commits_with_last_paged = True
+
+
+def _states(layer: Any) -> Iterator[Tensor]:
+    """The tensors of a layer of linear attention; none of another layer."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for table in _TABLES:
+            yield from (state for state in getattr(layer, table, {}).values() if isinstance(state, Tensor))
+
+
+def _version(state: Tensor) -> int:
+    """How often `state` was written to, or -1 where torch does not count: under inference mode, and in kernels on a GPU."""
+    return -1 if state.is_inference() or state.is_cuda else state._version
+
+
+def _with_copies(layer: Any) -> dict[str, Any]:
+    """The attributes of a layer of linear attention, with copies of its states, which a forward overwrites."""
+    attributes = {name: _own(held) for name, held in layer.__dict__.items()}
+    for table in _TABLES:
+        for number, state in attributes.get(table, {}).items():
+            if isinstance(state, Tensor):
+                attributes[table][number] = state.clone()
+    return attributes
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
 
 from . import padding
 from .attention.interface import padding_mask_of
@@ -117,14 +116,6 @@ class CapturedStep:
         return pytree.tree_unflatten(leaves, self.form)
 
 
-def graph_model(model: Any) -> nn.Module | None:
-    """The module whose forward `generate` calls, if its decode steps may become CUDA graphs; None for a config."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper generates with it
-    if not isinstance(model, PreTrainedModel) or model.device.type != "cuda":
-        return None
-    return model
-
-
 class DecodeSteps:
     """The decode steps of one cache on one model.
 
@@ -146,8 +137,6 @@ class DecodeSteps:
         self.unpaged: list[Any] = []
         """Those of them whose tensors a step overwrites."""
         self.refused: str | None = None
-        self.running = False
-        """Whether a call is in progress: somebody wrapped a wrapped forward, and the outer wrap has it."""
 
     def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
         """Call `forward(**kwargs)`, as a replay where that gives the same; the cache is `kwargs[name]`.
@@ -155,15 +144,9 @@ class DecodeSteps:
         Raises:
             what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
         """
-        if self.running or model is not self.model():
-            return forward(**kwargs)
-        self.running = True
-        try:
-            if self._is_decode_step(kwargs):
-                return self._run(model, forward, kwargs, name)
-            return self._eager(forward, kwargs)
-        finally:
-            self.running = False
+        if self._is_decode_step(kwargs):
+            return self._run(model, forward, kwargs, name)
+        return self._eager(forward, kwargs)
 
     def _eager(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The forward as it is; where it fails, even behind the last layer, the cache is as before."""

@@ -45,7 +45,7 @@ ORDER: list[set[str]] = [
         "layer",
         "forward",
     },
-    {"wrap", "capturable", "defer", "fixed_state", "verify", "graph"},
+    {"wrap", "capturable", "defer", "fixed_state", "verify", "graph", "calls"},
     {"cache", "memory_plan"},
     {"serialization", "teacher", "released", "distill"},
     {"enable"},
@@ -56,6 +56,7 @@ ORDER: list[set[str]] = [
 STRANGERS = {("storage", "attention"), ("attention", "storage")}
 MAY_IMPORT_TRANSFORMERS = {
     "cache",
+    "calls",
     "forward",
     "layer",
     "layer_kinds",
@@ -66,6 +67,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "fixed_state",
     "graph",
     "teacher",
+    "wrap",
     "distill",
     "attention.interface",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -23,6 +25,11 @@ def model() -> PreTrainedModel:
 def call(model: PreTrainedModel, **kwargs: Any) -> Any:
     ids, mask = left_padded([50, 44])
     return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **kwargs)
+
+
+def is_enabled(model: PreTrainedModel, **kwargs: Any) -> bool:
+    output = model.generate(random_tokens(1, 20), max_new_tokens=1, return_dict_in_generate=True, **kwargs)
+    return isinstance(output.past_key_values, SpinCache)
 
 
 def test_every_call_gets_a_fresh_cache(model: PreTrainedModel) -> None:
@@ -96,12 +103,12 @@ def test_disable_restores(model: PreTrainedModel) -> None:
 def test_the_context_manager_disables_after_an_error(model: PreTrainedModel) -> None:
     def fail(given: PreTrainedModel) -> None:
         assert given is model
-        assert "generate" in model.__dict__
+        assert is_enabled(model)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), enable(model, budget=8) as given:
         fail(given)
-    assert "generate" not in model.__dict__
+    assert not is_enabled(model)
 
 
 def test_a_generate_that_was_wrapped_before_comes_back(model: PreTrainedModel) -> None:
@@ -124,3 +131,131 @@ def test_assisted_decoding(model: PreTrainedModel) -> None:
     expected = oracle_model("llama").generate(ids, max_new_tokens=10, assistant_model=assistant_model("llama"))
     with enable(model, **EVERYTHING):
         assert torch.equal(model.generate(ids, max_new_tokens=10, assistant_model=assistant_model("llama")), expected)
+
+
+# ----------------------------------------------------------------------------------- what the configs say, once merged
+
+
+def config_of(**fields: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, **fields)
+
+
+@pytest.mark.parametrize("fields", [dict(use_cache=False), dict(cache_implementation="static")])
+@pytest.mark.parametrize("said_by", ["argument", "positional config", "keyword config", "the model's config"])
+def test_a_call_that_wants_another_cache(model: PreTrainedModel, fields: dict[str, Any], said_by: str) -> None:
+    ids = random_tokens(1, 50)
+    expected = model.generate(ids, config_of())
+    enable(model, budget=8)
+    if said_by == "argument":
+        tokens = model.generate(ids, config_of(), **fields)
+    elif said_by == "positional config":
+        tokens = model.generate(ids, config_of(**fields))
+    elif said_by == "keyword config":
+        tokens = model.generate(ids, generation_config=config_of(**fields))
+    else:
+        for name, value in fields.items():
+            setattr(model.generation_config, name, value)
+        assert torch.equal(model.generate(ids, generation_config=config_of()), expected)
+        tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, expected)
+
+
+def test_a_config_that_wants_a_cache(model: PreTrainedModel) -> None:
+    model.generation_config.use_cache = False
+    enable(model, **EVERYTHING)
+    assert not is_enabled(model)
+    assert is_enabled(model, use_cache=True)
+
+
+# ------------------------------------------------------------------------------------------- nested, wrapped and copied
+
+
+def test_an_inner_enable_leaves_the_outer_one(model: PreTrainedModel) -> None:
+    with enable(model, budget=16):
+        with enable(model, **EVERYTHING):
+            assert torch.equal(call(model), call(oracle_model("llama")))
+        assert is_enabled(model)
+        cache = call(model, return_dict_in_generate=True).past_key_values
+        assert "budget=16" in repr(cache)
+    assert not is_enabled(model)
+
+
+def test_an_outer_enable_that_ends_first(model: PreTrainedModel) -> None:
+    outer, inner = enable(model, budget=16), enable(model, budget=32)
+    outer.__exit__(None, None, None)
+    assert "budget=32" in repr(call(model, return_dict_in_generate=True).past_key_values)
+    inner.__exit__(None, None, None)
+    assert not is_enabled(model)
+
+
+def test_disable_ends_all(model: PreTrainedModel) -> None:
+    with enable(model, budget=16):
+        enable(model, budget=32)
+        disable(model)
+        assert not is_enabled(model)
+    assert not is_enabled(model)
+
+
+@pytest.mark.parametrize("by", ["compiled", "model"])
+def test_a_compiled_model(model: PreTrainedModel, by: str) -> None:
+    compiled = torch.compile(model, backend="eager")
+    attributes = set(model.__dict__)
+    for given in (compiled, model):
+        enable(given, **EVERYTHING)
+        assert is_enabled(model)
+        assert is_enabled(compiled)
+        disable(compiled if by == "compiled" else model)
+        assert not is_enabled(model)
+    assert set(model.__dict__) == attributes
+
+
+def test_a_generate_that_is_wrapped_later_stays(model: PreTrainedModel) -> None:
+    calls = []
+    enable(model, **EVERYTHING)
+    inner = model.generate
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.generate = wrapper  # type: ignore[method-assign]
+    assert is_enabled(model)
+    disable(model)
+    assert model.generate is wrapper
+    assert not is_enabled(model)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("with_a_cache", [False, True])
+def test_a_copied_model_is_its_own(model: PreTrainedModel, with_a_cache: bool) -> None:
+    """Reference models, averaged weights, `quantize_dynamic`: the copy has its own weights, and is enabled for itself."""
+    cache = SpinCache(model) if with_a_cache else None
+    enable(model, **EVERYTHING)
+    twin = copy.deepcopy(model)
+    expected = call(twin)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(call(twin), expected)
+    assert torch.equal(twin(random_tokens(1, 9)).logits, oracle_model("llama")(random_tokens(1, 9)).logits)
+    disable(model)
+    assert not is_enabled(model)
+    assert is_enabled(twin)
+    disable(twin)
+    assert not is_enabled(twin)
+    assert torch.equal(call(twin), expected)
+    assert twin.config._attn_implementation == "sdpa"
+    del cache
+
+
+@pytest.mark.parametrize("with_a_cache", [False, True])
+def test_a_pickled_model_is_a_plain_one(model: PreTrainedModel, with_a_cache: bool) -> None:
+    cache = SpinCache(model) if with_a_cache else None
+    enable(model, **EVERYTHING)
+    twin = pickle.loads(pickle.dumps(model))
+    assert not is_enabled(twin)
+    assert is_enabled(model)
+    assert torch.equal(call(twin), call(oracle_model("llama")))
+    with enable(twin, **EVERYTHING):
+        assert is_enabled(twin)
+    del cache

@@ -9,6 +9,7 @@ refuse to go on (CacheStateError); what it must never do is go on with other tok
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,18 +78,12 @@ def _forward(rows: int, tokens: int = 1, **kwargs: Any) -> Callable[[PreTrainedM
     return lambda model, cache: model(random_tokens(rows, tokens), past_key_values=cache, **kwargs)
 
 
-def _under_eager(model: PreTrainedModel, cache: Any) -> None:
-    model.set_attn_implementation("eager")
-    try:
-        model(random_tokens(2, 1), past_key_values=cache)
-    finally:
-        model.set_attn_implementation("spin")
+def _of_another_model(model: PreTrainedModel, cache: Any) -> None:
+    copy.deepcopy(model)(random_tokens(2, 1), past_key_values=cache)
 
 
 WRONG: dict[str, Wrong] = {
-    "another attention implementation": Wrong(
-        _under_eager, AttentionError, ValueError, ('"spin"', "'eager'", "set_attn_implementation")
-    ),
+    "another model": Wrong(_of_another_model, AttentionError, ValueError, ("another model", "from_cache")),
     "more rows": Wrong(_forward(3), BatchSizeError, ValueError, ("2", "3", "reset")),
     "fewer rows": Wrong(_forward(1, 7), BatchSizeError, ValueError, ("2", "1")),
     "more rows and a mask": Wrong(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation import ContinuousBatchingConfig
 
-from spin_hf import SpinCache
+from spin_hf import AttentionError, SpinCache
 from tests.support.compare import Trace, assert_identical, assert_same
 from tests.support.runs import advance, generate
 from tests.support.subjects import DenseSubject, SpinSubject, Subject
@@ -58,6 +59,7 @@ def test_beside_and_after_a_spin_cache(family: str, attention: str) -> None:
     assert model.config._attn_implementation == attention
 
     cache = SpinCache(model)
+    assert model.config._attn_implementation == attention
     assert_identical(use_without_spin(family, model), before)
     with_spin = generate(Fixed(family, model, None), random_tokens(2, 49), cache)
     assert with_spin.past_key_values is cache
@@ -106,20 +108,36 @@ def test_loaded_with_spin() -> None:
     assert model.config._attn_implementation == "spin"
 
 
-def test_the_users_choice_while_a_cache_lives_stays() -> None:
+@pytest.mark.parametrize("given", ["model", "config"])
+def test_the_users_choice_while_a_cache_lives_stays(given: str) -> None:
     model = build_model("llama", "sdpa")
-    cache = SpinCache(model)
+    cache = SpinCache(model if given == "model" else model.config)
     model.set_attn_implementation("eager")
     assert_identical(use_without_spin("llama", model), use_without_spin("llama", build_model("llama", "eager")))
     del cache
     gc.collect()
     assert model.config._attn_implementation == "eager"
-    later = SpinCache(model)
-    assert model.config._attn_implementation == "spin"
+    later = SpinCache(model if given == "model" else model.config)
+    assert model.config._attn_implementation == ("eager" if given == "model" else "spin")
     assert_identical(use_without_spin("llama", model), use_without_spin("llama", build_model("llama", "eager")))
     del later
     gc.collect()
     assert model.config._attn_implementation == "eager"
+
+
+def test_an_implementation_chosen_after_a_cache_was_made() -> None:
+    """A cache of the model does not mind; one of the config, which it takes for its own, says so."""
+    model, expected = build_model("llama"), Trace()
+    oracle = DenseSubject("llama")
+    expected.add_generated("spin", generate(oracle, random_tokens(1, 50), oracle.new()))
+    cache, of_config = SpinCache(model, budget=1 << 20), SpinCache(model.config, budget=1 << 20)
+    model.set_attn_implementation("eager")
+    trace = Trace()
+    trace.add_generated("spin", generate(Fixed("llama", model, None), random_tokens(1, 50), cache))
+    assert_same(trace, expected)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(AttentionError, match="'eager'.*set_attn_implementation"):
+        of_config.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 0)
 
 
 def _interleaved(first: Subject, second: Subject) -> Trace:
@@ -154,18 +172,50 @@ def test_a_spin_cache_and_a_dynamic_cache_used_in_turn(family: str) -> None:
     assert_same(_interleaved(dynamic, spin), expected)
 
 
-def test_models_that_share_a_config() -> None:
-    """Two models built from one config object: the switch counts the caches of both."""
+@pytest.mark.parametrize("given", ["models", "their config"])
+def test_models_that_share_a_config(given: str) -> None:
+    """Two models built from one config object: the switch counts what holds it for both."""
     model = build_model("llama")
     twin = type(model)(model.config).eval()
     twin.load_state_dict(model.state_dict())
     assert twin.config is model.config
-    before = use_without_spin("llama", model)
-    first, second = SpinCache(model), SpinCache(twin)
+    before, inside = use_without_spin("llama", model), "sdpa" if given == "models" else "spin"
+    first, second = (SpinCache(each if given == "models" else each.config) for each in (model, twin))
     del first
     gc.collect()
-    assert model.config._attn_implementation == "spin"
+    assert model.config._attn_implementation == inside
     assert_identical(use_without_spin("llama", model), before)
+    with torch.no_grad():
+        twin(random_tokens(1, 20), past_key_values=second)
+    assert model.config._attn_implementation == inside
     del second
     gc.collect()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_continuous_batching_beside_a_cache() -> None:
+    """`generate_batch` puts its own name into the config and refuses others."""
+    model, prompts = build_model("llama"), [[5, 6, 7, 8, 9], [11, 12, 13]]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1)
+
+    def tokens() -> list[list[int]]:
+        batch = ContinuousBatchingConfig(num_blocks=8, block_size=32, max_batch_tokens=32)
+        results = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=batch, progress_bar=False
+        )
+        return [result.generated_tokens for result in results.values()]
+
+    before = tokens()
+    assert [len(each) for each in before] == [4, 4]
+    cache = SpinCache(model, budget=1 << 20)
+    generate(Fixed("llama", model, None), random_tokens(1, 50), cache)
+    assert tokens() == before
+
+
+def test_attention_weights_beside_a_cache() -> None:
+    model = build_model("llama", "eager")
+    before = model(random_tokens(1, 20), output_attentions=True).attentions
+    cache = SpinCache(model, budget=1 << 20)
+    generate(Fixed("llama", model, None), random_tokens(1, 50), cache)
+    for weights, expected in zip(model(random_tokens(1, 20), output_attentions=True).attentions, before, strict=True):
+        assert torch.equal(weights, expected)

@@ -63,7 +63,7 @@ def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, An
     a, b = torch.stack(actual.logits), torch.stack(expected.logits)
     finite = torch.isfinite(b)
     assert float((a - b)[finite].abs().max() / b[finite].abs().max()) < 1e-4
-    assert _graphs(cache) == 1, cache.steps.refused
+    assert _graphs(cache) == 1, cache.calls.steps.refused
     cache.check_integrity()
 
 

@@ -57,7 +57,7 @@ def test_generate(given: str, caller: str) -> None:
     actual = _generate(subjects[caller], past_key_values=cache)
     assert torch.equal(actual.sequences, expected.sequences)
     assert _close(torch.stack(actual.logits), torch.stack(expected.logits))
-    assert _graphs(cache) == 1, cache.steps.refused
+    assert _graphs(cache) == 1, cache.calls.steps.refused
     cache.check_integrity()
 
 
@@ -68,8 +68,8 @@ def test_no_stale_step_is_replayed(name: str, folder: Path) -> None:
     cache, graphs = SpinCache(model, **FULL), []
     actual = play(model, cache, CHANGES[name], folder, lambda: graphs.append(_graphs(cache)))
     assert _close(actual, expected)
-    assert graphs[0] == 1, cache.steps.refused
-    assert graphs[2] >= (name != "hooked"), cache.steps.refused  # of a hook that is gone the watch need not hear
+    assert graphs[0] == 1, cache.calls.steps.refused
+    assert graphs[2] >= (name != "hooked"), cache.calls.steps.refused  # of a hook that is gone the watch need not hear
     cache.check_integrity()
 
 

@@ -132,8 +132,8 @@ def test_capturing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for at in range(PROMPT + 2, PROMPT + 5):
         _feed(model, cache, at)
     assert FakeRecorder.replays
-    assert cache.steps is not None
-    assert cache.steps.refused is None
+    assert cache.calls.steps is not None
+    assert cache.calls.steps.refused is None
 
 
 def test_a_replay_that_overwrote_states_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

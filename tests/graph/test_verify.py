@@ -126,12 +126,12 @@ def test_a_hook_on_all_modules_is_called_and_one_that_is_removed_is_forgotten(mo
     with torch.no_grad():
         model(torch.full((1, 40), 5), past_key_values=cache)
         model(torch.tensor([[5]]), past_key_values=cache)
-        assert cache.steps.refused
+        assert cache.calls.steps.refused
         handle.remove()
         before = FakeRecorder.replays
         for _ in range(3):
             model(torch.tensor([[5]]), past_key_values=cache)
-    assert not cache.steps.refused
+    assert not cache.calls.steps.refused
     assert FakeRecorder.replays == before + 2
 
 
