@@ -111,8 +111,8 @@ class ModelCalls:
             self._drop()
             raise AttentionError(
                 f"expected a call of the {name} that this SpinCache was made from, got states of another model, or of a layer "
-                "that was called by itself; make a SpinCache of the model that is called, SpinCache.from_cache(cache, model) to "
-                "take over its tokens, or SpinCache(model.config) to call layers"
+                "that was called by itself; make a SpinCache of the model that is called, SpinCache.from_cache(cache, model) "
+                "to take over its tokens, or SpinCache(model.config) to call layers"
             )
         switch.check(config)
         caller = None if self.inside else _caller()

@@ -10,6 +10,7 @@ by itself, and a pickled one is a plain model.
 
 from __future__ import annotations
 
+import copy
 import functools
 from types import MethodType, TracebackType
 from typing import Any
@@ -38,6 +39,11 @@ class _Stack:
     def __init__(self, before: Any) -> None:
         self.options: dict[object, dict[str, Any]] = {}
         self.before = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
+        twin = _Stack(copy.deepcopy(self.before, memo))
+        twin.options = copy.deepcopy(self.options, memo)
+        return twin
 
     def __reduce__(self) -> Any:
         return dict, ()  # a pickled model is a plain one

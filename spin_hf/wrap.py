@@ -34,8 +34,9 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 _PREVIOUS = "_spin_hf_forward"
 """Where an instance keeps what stood in its dictionary as `forward`, None for the class's own; numbered if wrapped twice."""
-_MARK = "_spin_hf_key"
 
+_key_of: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Functions that wrap a forward, and under which name what stood there is kept."""
 _users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 """Held while forwards are wrapped and counted; the garbage collector may drop a cache, and so come here, inside as well."""
@@ -90,12 +91,13 @@ def _takes_cache(kind: type[nn.Module]) -> bool:
 
 
 def _is_wrapped(module: nn.Module) -> bool:
-    return hasattr(module.__dict__.get("forward"), _MARK)
+    return getattr(module.__dict__.get("forward"), "__func__", None) in _key_of
 
 
 def _wrap(module: nn.Module) -> None:
     before: Any = module.forward
-    parameters = list(inspect.signature(before).parameters.values())
+    signature = inspect.signature(before)
+    parameters = list(signature.parameters.values())
     by_place = all(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     names = [parameter.name for parameter in parameters] if by_place else []
     key = next(key for key in _keys() if key not in module.__dict__)
@@ -116,9 +118,10 @@ def _wrap(module: nn.Module) -> None:
             return call(*args, **kwargs)
         return calls.run(self, call, given, name)
 
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([me, *parameters])  # type: ignore[attr-defined]
-    setattr(forward, _MARK, key)
+    if not hasattr(before, "__func__"):  # else `inspect` finds it by `__wrapped__`
+        me = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[me, *parameters])  # type: ignore[attr-defined]
+    _key_of[forward] = key
     module.__dict__[key] = module.__dict__.get("forward")
     module.__dict__["forward"] = MethodType(forward, module)
 
@@ -127,7 +130,7 @@ def _unwrap(module: nn.Module) -> None:
     """Put back what stood there; where somebody has wrapped the forward since, it stays inside and changes nothing."""
     if not _is_wrapped(module):
         return
-    before = module.__dict__.pop(getattr(module.__dict__["forward"], _MARK))
+    before = module.__dict__.pop(_key_of[module.__dict__["forward"].__func__])
     if before is None:
         del module.__dict__["forward"]
     else:

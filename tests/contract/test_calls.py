@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spin_hf import AttentionError, CacheStateError, SpinCache, wrap
 from tests.support.compare import Trace, assert_same
 from tests.support.runs import advance, decode, generate
-from tests.support.subjects import DenseSubject, SpinSubject, Subject
+from tests.support.subjects import DenseSubject, SpinSubject
 from tests.support.zoo import assistant_model, build_model, random_tokens
 
 EVERYTHING = dict(budget=1 << 20)

@@ -136,7 +136,7 @@ def test_an_implementation_chosen_after_a_cache_was_made() -> None:
     trace.add_generated("spin", generate(Fixed("llama", model, None), random_tokens(1, 50), cache))
     assert_same(trace, expected)
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(AttentionError, match="'eager'.*set_attn_implementation"):
+    with pytest.raises(AttentionError, match=r"'eager'.*set_attn_implementation"):
         of_config.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 0)
 
 
