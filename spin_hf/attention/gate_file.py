@@ -216,6 +216,6 @@ def _tensor(opened: BufferedReader, at: int, shape: tuple[int, ...], dtype: torc
     """A tensor of the file, float32."""
     raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     opened.seek(at)
-    if raw.numel() and opened.readinto(memoryview(raw.numpy())) != raw.numel():
+    if raw.numel() and opened.readinto(memoryview(raw.numpy())) != raw.numel():  # type: ignore[arg-type]
         raise _OtherError(f"{raw.numel()} bytes of {name}", "fewer (was it cut?)")
     return raw.view(dtype).view(shape).float()

@@ -296,8 +296,8 @@ def test_a_refused_cache_leaves_the_model_alone() -> None:
         (dict(gates=3), OptionTypeError, "gates: expected a path, got int"),
         (dict(page_size=True), OptionTypeError, "page_size: expected an int, got bool"),
         (dict(page_size=8), OptionError, "page_size: expected one of .* got 8"),
-        (dict(threshold="0.1"), OptionTypeError, "threshold: expected a float or None, got str"),
-        (dict(threshold=1.0), OptionError, r"threshold: expected a number in \(0, 1\), got 1.0"),
+        (dict(threshold="0.1"), OptionTypeError, "threshold: expected a float, got str; pass threshold=0.005"),
+        (dict(threshold=1.0), OptionError, r"threshold: expected a number in \(0, 1\) or None, got 1.0"),
     ],
 )
 def test_parameters(given: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -53,7 +53,7 @@ def outputs(**options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("number", [2**31, 2**63, 10**30])
+@pytest.mark.parametrize("number", [2**63])
 @pytest.mark.parametrize("name", TOKENS)
 def test_huge_numbers_of_tokens_mean_the_whole_context(name: str, number: int, method: Callable[[], Method]) -> None:
     """As 1,000 of 210 tokens do."""
@@ -75,7 +75,7 @@ def test_a_huge_budget_is_exact(method: str) -> None:
         assert torch.equal(model.generate(ids, **arguments, past_key_values=cache), expected)
 
 
-@pytest.mark.parametrize("number", [2**31, 2**60, 2**63, 10**30])
+@pytest.mark.parametrize("number", [2**60, 10**30])
 def test_huge_parameters_are_as_large_ones(number: int) -> None:
     options: dict[str, Any] = dict(budget=16, recent_window=8)
     pairs: list[tuple[Method, Method]] = [
