@@ -1,18 +1,28 @@
 """Options of a cache: parsing, validation and messages.
 
-`SpinOptions` is what is left after validation: frozen, in plain units (tokens, bytes), the same for every layer.
+`SpinOptions` is what is left after validation: frozen, in plain units (tokens, bytes), the same for every layer. Numbers of
+any kind (of numpy too) become plain ints and floats here. Those without a bound of their own are cut to one that no context
+reaches, so that nothing behind this file overflows 32 or 64 bits.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from .errors import BudgetError, OptionError, OptionTypeError
 
 _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+MOST_TOKENS = 1 << 30
+"""No context is longer, so a larger number of tokens means all of them and is cut to this. Kernels add up to it in int32."""
+MOST_BYTES = 1 << 60
+"""Likewise of bytes: no machine has more."""
 
 SUMMARY_DTYPES = ("auto", "int8", "model")
 CPU_DTYPES = ("auto", "int8")
@@ -30,39 +40,88 @@ def parse_bytes(name: str, value: int | str) -> int | None:
         OptionTypeError, OptionError: not a size, or not positive.
     """
     remedy = f'pass {name}="8GiB", a number of bytes, or "auto"'
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, str)):
         raise OptionTypeError(f"{name}: expected an int or a text, got {type(value).__name__}; {remedy}")
     if isinstance(value, str):
         if value.strip().lower() == "auto":
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)\s*", value, re.ASCII)
         unit = _BYTE_UNITS.get(match[2].lower() or "b") if match else None
         if match is None or unit is None:
             raise OptionError(
-                f"{name}: expected a size such as '8GiB' (units {', '.join(_BYTE_UNITS)}), got {value!r}; {remedy}"
+                f"{name}: expected a size such as '8GiB' (units {', '.join(_BYTE_UNITS)}), got {shown(value)}; {remedy}"
             )
-        value = int(float(match[1]) * unit)
+        value = int(Fraction(match[1]) * unit)
     if value <= 0:
-        raise OptionError(f"{name}: expected more than 0 bytes, got {value}; {remedy}")
-    return value
+        raise OptionError(f"{name}: expected more than 0 bytes, got {shown(value)}; {remedy}")
+    return min(int(value), MOST_BYTES)
 
 
-def require_count(name: str, value: Any, minimum: int) -> int:
-    """`value` as an int of at least `minimum`; raises OptionTypeError or OptionError that name the option."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionTypeError(f"{name}: expected an int, got {type(value).__name__}; pass {name}={minimum} or more")
-    if value < minimum:
-        raise OptionError(f"{name}: expected at least {minimum}, got {value}; pass {name}={minimum} or more")
-    return value
+def require_count(
+    name: str, value: Any, minimum: int, maximum: int | None = None, *, example: int | None = None
+) -> int:
+    """`value` as an int from `minimum` to `maximum`; raises OptionTypeError or OptionError that name the option.
+
+    Args:
+        maximum: the largest that can work; None for no limit.
+        example: a value that the remedy names; None for `minimum`.
+    """
+    remedy = f"pass {name}={minimum} or more" if example is None else f"pass {name}={example}"
+    count = _require_int(name, value, remedy)
+    if count < minimum:
+        raise OptionError(f"{name}: expected at least {minimum}, got {shown(count)}; {remedy}")
+    if maximum is not None and count > maximum:
+        raise OptionError(f"{name}: expected at most {maximum}, got {shown(count)}; {remedy}")
+    return count
+
+
+def _require_int(name: str, value: Any, remedy: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise OptionTypeError(f"{name}: expected an int, got {type(value).__name__}; {remedy}")
+    return int(value)
+
+
+def require_tokens(name: str, value: Any, minimum: int) -> int:
+    """As `require_count`, cut to `MOST_TOKENS`, which means all tokens."""
+    return min(require_count(name, value, minimum), MOST_TOKENS)
+
+
+def require_one_of(name: str, value: Any, choices: tuple[int, ...], *, example: int) -> int:
+    """`value` as an int that is one of `choices`; raises OptionTypeError or OptionError that name the option."""
+    remedy = f"pass {name}={example}"
+    count = _require_int(name, value, remedy)
+    if count not in choices:
+        raise OptionError(f"{name}: expected one of {choices}, got {shown(value)}; {remedy}")
+    return count
+
+
+def require_real(name: str, value: Any, example: float) -> float:
+    """`value` as a float, infinite where it is too large for one; raises OptionTypeError, naming the option and `example`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise OptionTypeError(f"{name}: expected a float, got {type(value).__name__}; pass {name}={example}")
+    given: Any = value
+    try:
+        return float(given)
+    except OverflowError:
+        return math.inf if int(given) > 0 else -math.inf
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise OptionTypeError or OptionError, naming the option, unless `value` is one of `choices`."""
-    message = f'{name}: expected one of {", ".join(map(repr, choices))}, got {value!r}; pass {name}="{choices[0]}"'
+    message = f'{name}: expected one of {", ".join(map(repr, choices))}, got {shown(value)}; pass {name}="{choices[0]}"'
     if not isinstance(value, str):
         raise OptionTypeError(message)
     if value not in choices:
         raise OptionError(message)
+
+
+def shown(value: Any, most: int = 300) -> str:
+    """`value` as a message shows it: cut where it is long; by its type where Python refuses to write it, as very long ints."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 @dataclass(frozen=True)
@@ -71,7 +130,8 @@ class SpinOptions:
 
     Attributes:
         budget: tokens that a method selects per KV head and step, beside sinks and recent window: an int, or a float
-            share (0, 1] of the tokens that the sequence holds. Rounded up to whole pages.
+            share (0, 1] of the tokens that the sequence holds. Rounded up to whole pages. This and the other numbers of
+            tokens are at most `MOST_TOKENS`.
         num_sink_tokens: the first tokens of each sequence (padding not counted) that are always attended, by whole
             pages.
         recent_window: the last tokens (padding not counted, the query's own included) that are always attended, by
@@ -96,44 +156,46 @@ class SpinOptions:
     def parse(
         cls,
         *,
-        budget: int | float = 2048,
-        num_sink_tokens: int = 4,
-        recent_window: int = 64,
-        dense_below: int = 0,
-        gpu_memory: int | str = "auto",
-        cpu_memory: int | str = "auto",
-        summary_dtype: str = "auto",
-        cpu_dtype: str = "auto",
+        budget: Any = 2048,
+        num_sink_tokens: Any = 4,
+        recent_window: Any = 64,
+        dense_below: Any = 0,
+        gpu_memory: Any = "auto",
+        cpu_memory: Any = "auto",
+        summary_dtype: Any = "auto",
+        cpu_dtype: Any = "auto",
     ) -> SpinOptions:
         """Validate what the user wrote.
 
         Raises:
             OptionTypeError, OptionError, BudgetError: with expected, actual and remedy; nothing has been allocated.
         """
-        require_count("num_sink_tokens", num_sink_tokens, 0)
-        require_count("recent_window", recent_window, 1)
-        require_count("dense_below", dense_below, 0)
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        sinks = require_count("num_sink_tokens", num_sink_tokens, 0)
+        if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
             raise OptionTypeError(
                 f"budget: expected an int (tokens) or a float (share of the context), got {type(budget).__name__}; "
                 "pass budget=2048 or budget=0.02"
             )
-        if isinstance(budget, float) and not 0.0 < budget <= 1.0:
-            raise OptionError(
-                f"budget: a float is a share of the context in (0, 1], got {budget}; pass an int for a number of tokens"
-            )
-        if isinstance(budget, int) and budget < max(1, num_sink_tokens):
-            raise BudgetError(
-                f"budget={budget} is below num_sink_tokens={num_sink_tokens} (and must be at least 1); "
-                "raise budget or lower num_sink_tokens"
-            )
+        if isinstance(budget, numbers.Integral):
+            if int(budget) < max(1, sinks):
+                raise BudgetError(
+                    f"budget={shown(budget)} is below num_sink_tokens={shown(sinks)} (and must be at least 1); "
+                    "raise budget or lower num_sink_tokens"
+                )
+            budget = require_tokens("budget", budget, 1)
+        else:
+            budget = require_real("budget", budget, 0.02)
+            if not 0.0 < budget <= 1.0:
+                raise OptionError(
+                    f"budget: a float is a share of the context in (0, 1], got {budget}; pass an int for a number of tokens"
+                )
         require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
         require_choice("cpu_dtype", cpu_dtype, CPU_DTYPES)
         return cls(
             budget=budget,
-            num_sink_tokens=num_sink_tokens,
-            recent_window=recent_window,
-            dense_below=dense_below,
+            num_sink_tokens=min(sinks, MOST_TOKENS),
+            recent_window=require_tokens("recent_window", recent_window, 1),
+            dense_below=require_tokens("dense_below", dense_below, 0),
             gpu_memory=parse_bytes("gpu_memory", gpu_memory),
             cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype,

@@ -19,27 +19,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .attention.gates import FILE_NAME, Gates, LayerGate, describe
 from .attention.seer import PAGE_SIZES
-from .config import require_count
+from .config import MOST_TOKENS, require_count, require_one_of, require_real, shown
+from .distill_state import DAMAGED, REPORT, STATE, load_state, read_report, save_state, unreadable, write_text
 from .errors import OptionError, SpinError
-from .released import convert
+from .released import read_release
 from .teacher import Rotation, Seen, Teacher, page_attention
 
-_STATE, _REPORT, _CURVE = "state.safetensors", "distill.json", "loss.csv"
+_CURVE = "loss.csv"
+_MOST_SEED, _MOST_GATE_DIM = 2**63 - 1, 4096
 _WARM_UP, _HELD_OUT, _HELD_OUT_WINDOWS = 10, 0.1, 2
 
 
@@ -69,15 +68,22 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain: dict[str, int | float] = {}
         for name, minimum in (("steps", 0), ("queries", 1), ("num_sink_tokens", 0), ("recent_window", 1)):
-            require_count(name, getattr(self, name), minimum)
-        if self.block not in PAGE_SIZES:
-            raise OptionError(f"block: expected one of {PAGE_SIZES}, got {self.block}; pass 32")
-        if self.gate_dim is not None and (self.gate_dim < 2 or self.gate_dim % 2):
-            raise OptionError(f"gate_dim: expected an even number of 2 or more, got {self.gate_dim}; pass 64")
-        if not self.lr > 0:
-            raise OptionError(f"lr: expected more than 0, got {self.lr}; pass 0.001")
-        require_count("tokens", self.tokens, self.first_position + 1)
+            plain[name] = require_count(name, getattr(self, name), minimum, MOST_TOKENS)
+        plain["seed"] = require_count("seed", self.seed, 0, _MOST_SEED)
+        plain["block"] = require_one_of("block", self.block, PAGE_SIZES, example=32)
+        if self.gate_dim is not None:
+            plain["gate_dim"] = require_count("gate_dim", self.gate_dim, 2, _MOST_GATE_DIM, example=64)
+            if plain["gate_dim"] % 2:
+                raise OptionError(f"gate_dim: expected an even number, got {self.gate_dim}; pass gate_dim=64")
+        plain["lr"] = require_real("lr", self.lr, 0.001)
+        if not 0 < plain["lr"] <= 1:
+            raise OptionError(f"lr: expected more than 0 and at most 1, got {plain['lr']}; pass lr=0.001")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        least = self.first_position + 1
+        object.__setattr__(self, "tokens", require_count("tokens", self.tokens, least, max(least, MOST_TOKENS)))
 
     @property
     def first_position(self) -> int:
@@ -144,9 +150,15 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
         output: folder that is written, see the module's head.
         save_every: steps between two states on the disk.
     Raises:
-        OptionError: the text is too short, or `output` holds another run.
+        OptionError: the text is too short, `output` holds another run or one that cannot be read, or training diverges; then
+            the last state that was saved stays.
         UnsupportedModelError: the model's keys are not rotated in a way that can be undone.
     """
+    require_count("save_every", save_every, 1, example=50)
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise OptionError(
+            f"ids: expected [tokens], int64, got {tuple(ids.shape)}, {ids.dtype}; pass one row of token ids"
+        )
     held_out = max(int(len(ids) * _HELD_OUT), settings.tokens)
     if len(ids) - held_out < settings.tokens:
         raise OptionError(
@@ -156,7 +168,7 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
     begun, teacher = time.monotonic(), Teacher(model)
     about = {**describe(teacher.config), "text": sha256(ids.numpy().tobytes()).hexdigest()[:16]}
     output.mkdir(parents=True, exist_ok=True)
-    run = json.loads((output / _REPORT).read_text()) if (output / _STATE).exists() else {}
+    run = read_report(output) if (output / STATE).exists() else {}
     asked = json.loads(json.dumps({"settings": asdict(settings), "about": about}))
     differing = [f"{n}: {run[n]}" for n in asked if run and run[n] != asked[n]]
     if differing:
@@ -171,8 +183,15 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
     adam = torch.optim.Adam(parameters.values(), lr=settings.lr)
     training, measured = ids[: len(ids) - held_out], ids[len(ids) - held_out :]
     if run:
-        step = _load(output / _STATE, parameters, adam)
-        losses, before = run["losses"][:step], run["held_out"]["before"]
+        try:
+            step = load_state(output / STATE, parameters, adam)
+            losses, before = run["losses"][:step], run["held_out"]["before"]
+            if not 0 <= step == len(losses) <= settings.steps:
+                raise ValueError(f"{step} steps, and {len(losses)} losses")
+        except torch.OutOfMemoryError:
+            raise
+        except DAMAGED as error:
+            raise unreadable(output, STATE, error) from error
     else:
         step, losses, before = 0, [], _measure(teacher, gates, measured, settings)
 
@@ -183,10 +202,10 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
             "seconds": round(run.get("seconds", 0.0) + time.monotonic() - begun, 1),
             "held_out": {"before": before, "after": after}, "losses": losses,
         }  # fmt: skip
-        _write(output / _REPORT, json.dumps(report, indent=1) + "\n")
-        _write(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
-        made.save(output / FILE_NAME)
-        _save(output / _STATE, parameters, adam, step)
+        made.save(output / FILE_NAME)  # refused where training has diverged: then the rest stays too
+        write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
+        write_text(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
+        save_state(output / STATE, parameters, adam, step)
 
     if not run:
         save()
@@ -196,7 +215,13 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
             for group in adam.param_groups:
                 group["lr"] = settings.lr * _rate(step, settings.steps)
             adam.zero_grad()
-            losses.append(_forward(teacher, gates, window, positions, settings, backward=True))
+            loss = _forward(teacher, gates, window, positions, settings, backward=True)
+            if not math.isfinite(loss):
+                raise OptionError(
+                    f"lr: expected a finite loss, got {loss} at step {step} with lr={settings.lr}; pass a lower --lr and "
+                    f"another --output; {str(output)!r} holds the last state that was saved"
+                )
+            losses.append(loss)
             adam.step()
             step += 1
             bar.update()
@@ -260,35 +285,29 @@ def _gate_frequencies(frequencies: Tensor, dim: int, width: int) -> Tensor:
     return nn.functional.pad(frequencies, (0, width // 2 - count))
 
 
-def _save(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam, step: int) -> None:
-    tensors = {f"{name}.weights": value.detach() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        tensors |= {f"{name}.{key}": moment for key, moment in adam.state.get(value, {}).items()}
-    unfinished = path.with_name(path.name + ".part")
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, unfinished, {"step": str(step)})
-    os.replace(unfinished, path)
-
-
-def _load(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam) -> int:
-    with safe_open(path, "pt") as opened, torch.no_grad():
-        step = int(opened.metadata()["step"])
-        for name, value in parameters.items():
-            value.copy_(opened.get_tensor(f"{name}.weights"))
-            if step:  # else Adam has no moments yet
-                moments = {key: opened.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
-                adam.state[value] = {key: t if key == "step" else t.to(value.device) for key, t in moments.items()}
-        return step
-
-
 def _device_name(device: torch.device) -> str:
     """What a person calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+def _text(file: Path) -> str:
+    """A text to train on."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise OptionError(f"text: expected UTF-8 in {shown(str(file))}, got {error}; convert it first") from error
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; the GPU if there is one where it is "auto"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f'device: expected "auto", "cpu", "cuda" or "cuda:1", got {name!r} ({error})') from error
+    return device
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -314,25 +333,29 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if (args.text is None) == (args.convert is None):
         parser.error("expected --text FILE (to train) or --convert DIR (to convert), and not both")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else "auto"
     try:
+        device = _device(args.device)
+        dtype = torch.float32 if device.type == "cpu" else "auto"
         settings = Settings(
             args.steps, args.tokens, args.lr, args.block, args.gate_dim, args.queries, args.sinks, args.recent, args.seed
         )  # fmt: skip
+        require_count("save_every", args.save_every, 1, example=50)
+        released = None if args.convert is None else read_release(args.convert)
+        texts = [] if args.text is None else [_text(file) for file in args.text]
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
-        if args.convert is not None:
+        if released is not None:
+            gates = released.gates(Teacher(model))
             args.output.mkdir(parents=True, exist_ok=True)
-            convert(args.convert, Teacher(model)).save(args.output / FILE_NAME)
+            gates.save(args.output / FILE_NAME)
             print(f"wrote {args.output / FILE_NAME}")
             return
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        texts = (tokenizer(p.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False) for p in args.text)
-        ids = torch.cat([torch.tensor(text.input_ids) for text in texts])
+        encoded = (tokenizer(text, add_special_tokens=False, verbose=False) for text in texts)
+        ids = torch.cat([torch.tensor(text.input_ids, dtype=torch.int64) for text in encoded])
         distill(model, ids, args.output, settings, save_every=args.save_every)
     except (SpinError, OSError) as error:
         parser.error(str(error))
-    report = json.loads((args.output / _REPORT).read_text())
+    report = json.loads((args.output / REPORT).read_text())
     print(f"held-out loss {report['held_out']['before']:.4f} untrained, {report['held_out']['after']:.4f} trained")
     print(f"use them with SpinCache(model, SeerAttention({str(args.output)!r}))")
 

@@ -1,6 +1,6 @@
 """What one layer's pages will take, before there are any: from the model's config, or from the first states.
 
-    layer_shapes     config               -> heads and their sizes of each paged layer
+    layer_shapes     config               -> heads and their sizes of each paged layer (`attention/layer_shapes.py`)
     tier_budget      shape, dtype, method -> bytes per page, and the caps they are held against (`storage/budget.py`)
     check_stretches  method               -> refused where its stretches are longer than what is noted of a token can say
 
@@ -9,12 +9,10 @@ The layers themselves, the refusal of a batch (`admission.py`) and `memory_plan.
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
+from .attention.layer_shapes import LayerShape as LayerShape
+from .attention.layer_shapes import layer_shapes as layer_shapes
 from .attention.partition import Method
 from .attention.regrouping import Regrouping
 from .config import SpinOptions
@@ -25,47 +23,6 @@ from .storage.budget import TierBudget
 from .storage.pages import chunk_segments
 from .storage.regrouped import bytes_for_regrouping, longest_stretch
 from .storage.summaries import bytes_per_page, kept_as
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Heads of one layer: KV heads, and elements of a key and of a value."""
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
-
-
-def layer_shapes(config: Any, layers: list[int]) -> list[LayerShape] | None:
-    """Shapes of full-attention layers as the config has them; None where it does not say.
-
-    Args:
-        config: the decoder's config.
-        layers: their numbers in the model.
-    """
-    per_layer = getattr(config, "per_layer_config", None)
-    shapes = [_shape(config if per_layer is None else per_layer[index]) for index in layers]
-    return None if None in shapes else shapes  # type: ignore[return-value]
-
-
-def _shape(config: Any) -> LayerShape | None:
-    known = set(inspect.signature(type(config).__init__).parameters)
-
-    def read(name: str) -> Any:
-        """What the config has under a name that its class knows: a model reads nothing else."""
-        knows = name in known or hasattr(type(config), name) or name in config.attribute_map
-        return getattr(config, name, None) if knows else None
-
-    query_heads, hidden = read("num_attention_heads"), read("hidden_size")
-    heads, key_dim = read("num_key_value_heads"), read("head_dim")
-    if heads is None:
-        heads = 1 if read("multi_query") else query_heads
-    if key_dim is None and isinstance(query_heads, int) and isinstance(hidden, int):
-        key_dim = hidden // query_heads
-    value_dim = read("v_head_dim") or key_dim
-    if not all(isinstance(number, int) for number in (heads, key_dim, value_dim)):
-        return None
-    return LayerShape(heads, key_dim, value_dim)
 
 
 def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions) -> int:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention.methods import resolve_method
 from .attention.partition import Method
-from .config import SpinOptions, require_count
+from .config import MOST_TOKENS, SpinOptions, require_count
 from .errors import BudgetError, CapacityError, OptionError, OptionTypeError
 from .layer_budget import check_stretches, layer_shapes, num_arrays, regrouping_bytes, tier_budget
 from .layer_kinds import build_layers, check_model, decoder_config
@@ -103,8 +103,8 @@ def plan(
     Raises:
         OptionTypeError, OptionError, BudgetError, UnsupportedModelError: as `SpinCache`.
     """
-    require_count("batch_size", batch_size, 1)
-    require_count("context_length", context_length, 1)
+    batch_size = require_count("batch_size", batch_size, 1, MOST_TOKENS, example=1)
+    context_length = require_count("context_length", context_length, 1, MOST_TOKENS, example=4096)
     parsed, resolved = SpinOptions.parse(**options), resolve_method(method)
     config, name = decoder_config(config_or_model)
     check_model(config, name)
@@ -230,6 +230,8 @@ def _dtype(model: nn.Module | None, config: Any, given: Any) -> torch.dtype:
         given = getattr(config if model is None else model, "dtype", None) or torch.get_default_dtype()
     if not isinstance(given, torch.dtype):
         raise OptionTypeError(f"dtype: expected a torch.dtype, got {type(given).__name__}; pass dtype=torch.bfloat16")
+    if not given.is_floating_point:
+        raise OptionError(f"dtype: expected one of floating point, got {given}; pass dtype=torch.bfloat16")
     return given
 
 

@@ -21,7 +21,7 @@ from .attention import lowbit
 from .attention.partition import Method
 from .descriptors import power_of_two
 from .kernels.fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, PlanField, Rating
-from .kernels.recipe import MOST_EXCESS
+from .kernels.recipe import MOST_EXCESS, Recipe
 from .storage.sequences import SEGMENT_PAGES
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Selection:
             self._look_closer(
                 layer, plan, {"G": group, **common}, run, {**closer_shape, **some(shapes, "SEGMENT", "ROWS")}
             )
-        share, lists = round(recipe.estimated_share * 1e9), step.most_pages() or 0
+        share, lists = self.billionths(recipe), step.most_pages() or 0
         tile, few, few_tile, warps = _CHOOSE_TILE, _FEW_TIED, _FEW_TILE, _CHOOSE_WARPS
         if closer:
             tile, few, few_tile, warps = _LOOKED_AT_TILE, _LOOKED_AT_TIED, _LOOKED_AT_FEW_TILE, _LOOKED_AT_WARPS
@@ -174,6 +174,11 @@ class Selection:
             TIED_TILE=_TIED_TILE, LIST_TILE=2 * _LIST_TILE if lists > _LIST_TILE else _LIST_TILE, HAND_TILE=_HAND_TILE,
             SLOT_TILE=_SLOT_TILE, **common, num_warps=warps,
         )  # fmt: skip
+
+    @staticmethod
+    def billionths(recipe: Recipe) -> int:
+        """The share that is estimated, as kernels are told: 0 only where nothing is."""
+        return max(round(recipe.estimated_share * 1e9), int(recipe.estimated_share > 0))
 
     @property
     def estimates_zone(self) -> bool:

@@ -27,6 +27,7 @@ from .layer_kinds import build_layers, check_model
 
 _NAME = "spin_hf_teacher"
 _PROBE_TOKENS = 256
+_MOST_TOKENS_TRIED = 8
 _CHUNK_LOGITS = 1 << 24
 """Attention weights held at a time while targets are computed: 64 MiB."""
 _CHANGING_ROPE = ("dynamic", "longrope")
@@ -109,42 +110,68 @@ class Teacher:
                 f"interface, layers {sorted(wanted)} did not; use ShadowKV, which needs no gates"
             )
 
-    def find_rotations(self, token: int) -> dict[int, Rotation]:
+    def find_rotations(self, token: int = 0) -> dict[int, Rotation]:
         """How each paged layer rotates its keys, by experiment.
 
         In a text of one token repeated all values of a layer are the same, so is what attention gives, and so are all keys
-        before their rotation. Of the model's own inverse frequencies those are taken that make them so again.
+        before their rotation. Of the model's own inverse frequencies those are taken that make them so again. A token whose
+        keys are the same with and without any of them tells nothing, as one whose embedding is zero: then others are tried.
 
         Args:
-            token: the token to repeat; any.
+            token: the token to repeat first; any.
         Raises:
-            UnsupportedModelError: none do, or they depend on the length of the text.
+            UnsupportedModelError: none do, or they depend on the length of the text; or no token tells.
         """
         name, parameters = type(self.model).__name__, getattr(self.config, "rope_parameters", None)
         if any(kind in str(parameters) for kind in _CHANGING_ROPE):
             raise UnsupportedModelError(
                 f"{name}: expected a rotation that does not depend on the length of the text, got {parameters}; use ShadowKV"
             )
-        keys: dict[int, Tensor] = {}
-        self.watch(torch.full((_PROBE_TOKENS,), token), lambda layer, seen: keys.update({layer: seen.keys.float()}))
         options = [Rotation(torch.zeros(0, device=self.device), False)]
         for buffer, values in self.model.named_buffers():
             if buffer.endswith("inv_freq") and "original" not in buffer:
                 options += [Rotation(values.detach().float().clone(), interleaved) for interleaved in (False, True)]
         # Keys with a large bias differ little whatever is undone: in bfloat16 0.2 % by the right rotation, 1.2 % by the next.
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-3
-        found = {}
-        for layer in self.layers:
-            spread = [_spread(keys[layer], option) for option in options]
-            best = min(range(len(options)), key=lambda i, spread=spread: spread[i])  # type: ignore[misc]
-            if not spread[best] < tolerance:
-                raise UnsupportedModelError(
-                    f"{name}: expected keys that rotary embeddings of the model's frequencies explain, got keys of layer "
-                    f"{layer} that differ by {spread[best]:.2%} without them (at most {tolerance:.2%} is rounding); load the "
-                    "model in float32, or use ShadowKV, which needs no gates"
-                )
-            found[layer] = options[best]
-        return found
+        found: dict[int, Rotation] = {}
+        vague: dict[int, Rotation] = {}
+        for tried in self._tokens(token):
+            keys = self._keys_of(tried)
+            for layer in self.layers:
+                if layer in found or not bool(keys[layer].any()):
+                    continue
+                spread = [_spread(keys[layer], option) for option in options]
+                best = min(range(len(options)), key=lambda i, spread=spread: spread[i])  # type: ignore[misc]
+                if not spread[best] < tolerance:
+                    raise UnsupportedModelError(
+                        f"{name}: expected keys that rotary embeddings of the model's frequencies explain, got keys of layer "
+                        f"{layer} that differ by {spread[best]:.2%} without them (at most {tolerance:.2%} is rounding); load "
+                        "the model in float32, or use ShadowKV, which needs no gates"
+                    )
+                by_rotating = [value for value in spread[1:] if value < tolerance]
+                told = not (by_rotating and spread[0] < tolerance)
+                (found if told else vague).setdefault(layer, options[best])
+            if len(found) == len(self.layers):
+                break
+        untold = [layer for layer in self.layers if layer not in found and layer not in vague]
+        if untold:
+            raise UnsupportedModelError(
+                f"{name}: expected keys that tell how they are rotated, got only zeros in layers {untold}, whichever token is "
+                "read; load trained weights, or use ShadowKV, which needs no gates"
+            )
+        return {layer: found.get(layer) or vague[layer] for layer in self.layers}
+
+    def _tokens(self, first: int) -> list[int]:
+        """A token, and others from all over the vocabulary."""
+        embeddings = self.model.get_input_embeddings()
+        number = int(embeddings.weight.shape[0])
+        return list(dict.fromkeys([first, *(number * i // _MOST_TOKENS_TRIED for i in range(1, _MOST_TOKENS_TRIED))]))
+
+    def _keys_of(self, token: int) -> dict[int, Tensor]:
+        """Keys [H, n, D], float32, of each paged layer for a text of one token repeated."""
+        keys: dict[int, Tensor] = {}
+        self.watch(torch.full((_PROBE_TOKENS,), token), lambda layer, seen: keys.update({layer: seen.keys.float()}))
+        return keys
 
 
 def page_attention(seen: Seen, positions: Tensor, page_size: int) -> Tensor:

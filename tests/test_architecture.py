@@ -47,7 +47,7 @@ ORDER: list[set[str]] = [
     },
     {"wrap", "capturable", "defer", "fixed_state", "verify", "graph", "calls"},
     {"cache", "memory_plan"},
-    {"serialization", "teacher", "released", "distill"},
+    {"serialization", "teacher", "released", "distill_state", "distill"},
     {"enable"},
     {"__init__"},
 ]

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import require_count
+from ..config import require_tokens
 from ..kernels import gpu
 from ..kernels.fields import Rating
 from ..kernels.recipe import MOST_EXCESS, Recipe
@@ -57,7 +57,7 @@ class Bisection(Regrouping, Method):
     """Bisected pages, chosen in two stages.
 
     Args:
-        looked_at: how many times the budget is looked at in the second stage, at least.
+        looked_at: how many times the budget is looked at in the second stage, at least; all of the context at most.
     Raises:
         OptionTypeError, OptionError: not an int of 1 or more.
     """
@@ -69,7 +69,7 @@ class Bisection(Regrouping, Method):
     looked_at: int = 8
 
     def __post_init__(self) -> None:
-        require_count("looked_at", self.looked_at, 1)
+        object.__setattr__(self, "looked_at", require_tokens("looked_at", self.looked_at, 1))
 
     @property
     def recipe(self) -> Recipe:

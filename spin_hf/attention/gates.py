@@ -1,4 +1,4 @@
-"""SeerAttention's gates: what they compute from the keys and queries of one layer, and the file that they are kept in.
+"""SeerAttention's gates: what they compute from the keys and queries of one layer, and the file that they are written to.
 
     keys of a page    RoPE undone -> max | min | mean [3 D]    x key   [H, 3 D, E] -> RoPE at the page's first token -> [E]
     queries of a group RoPE undone -> side by side    [G, D]   x query [H, G, D, E] -> RoPE at the query's position  -> [E]
@@ -6,30 +6,34 @@
     gates.safetensors    layers.<number in the model>.key, .query, .frequencies [R], .gate_frequencies [E / 2]; float32
                          metadata "about": JSON of model type and sizes, page size, rotation
 
-Whether a model's rotation is undone by these frequencies is measured when gates are made (`teacher.py`), not assumed.
+`gate_file.py` reads it. Whether a model's rotation is undone by these frequencies is measured when gates are made
+(`teacher.py`), not assumed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import kernels
+from ..config import shown
 from ..errors import OptionError
+from .layer_shapes import layer_shapes
 
 FILE_NAME = "gates.safetensors"
 REMEDY = "make some with `python -m spin_hf.distill MODEL --text FILE --output DIR`, and pass SeerAttention(gates=DIR)"
-_FORMAT = "spin_hf seer gates 1"
-_TENSORS = ("key", "query", "frequencies", "gate_frequencies")
+FORMAT = "spin_hf seer gates 1"
+TENSORS = ("key", "query", "frequencies", "gate_frequencies")
+_LARGEST = 1e6
+"""Of a weight: trained ones are about 1. Products of larger ones overflow where keys have 16 bits."""
 _SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 
 
@@ -74,7 +78,7 @@ class LayerGate:
 
     def to(self, device: torch.device) -> LayerGate:
         """The same on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -150,16 +154,25 @@ class Gates:
         return found
 
     def save(self, path: Path) -> None:
-        """Write a file, at once: a reader sees the old one or the new one."""
+        """Write a file, at once: a reader sees the old one or the new one.
+
+        Raises:
+            OptionError: a gate has shapes or numbers that cannot work; nothing is written.
+        """
+        for number, gate in self.layers.items():
+            parts = {name: getattr(gate, name) for name in TENSORS}
+            check_layer({name: tuple(part.shape) for name, part in parts.items()}, f"layer {number}", _unfit)
+            for name, part in parts.items():
+                check_numbers(part, f"layer {number}, {name}", _unfit)
         tensors = {
             f"layers.{number}.{name}": getattr(gate, name).detach().float().cpu().contiguous().clone()
             for number, gate in self.layers.items()
-            for name in _TENSORS
+            for name in TENSORS
         }
         interleaved = {number: gate.interleaved for number, gate in self.layers.items()}
         about = {**self.about, "page_size": self.page_size, "interleaved": interleaved}
         unfinished = path.with_name(path.name + ".part")
-        save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
         unfinished.replace(path)
 
     def check(self, config: Any, layers: list[int], page_size: int) -> None:
@@ -167,20 +180,34 @@ class Gates:
         now, made_for = describe(config), {name: self.about.get(name) for name in describe(config)}
         if made_for["rope"] is not None and now["rope"] is not None and not _agree(made_for["rope"], now["rope"]):
             raise OptionError(
-                f"gates: expected a model with rope parameters {made_for['rope']}, got {now['rope']}; set them so, or {REMEDY}"
+                f"gates: expected a model with rope parameters {shown(made_for['rope'])}, got {shown(now['rope'])}; "
+                f"set them so, or {REMEDY}"
             )
         differing = [name for name in now if name != "rope" and now[name] != made_for[name]]
         if differing:
-            wanted, found = (", ".join(f"{n}={about[n]}" for n in differing) for about in (now, made_for))
+            wanted, found = (", ".join(f"{n}={_plain(about[n])}" for n in differing) for about in (now, made_for))
             raise OptionError(f"gates: expected gates for a model with {wanted}, got gates for {found}; {REMEDY}")
         missing = [number for number in layers if number not in self.layers]
         if missing:
             raise OptionError(f"gates: expected gates for layers {layers}, got none for {missing}; {REMEDY}")
+        for number, shape in zip(layers, layer_shapes(config, layers) or [], strict=False):
+            heads, group, dim = self.layers[number].query.shape[:3]
+            wanted_shape = (shape.num_heads, group if shape.group is None else shape.group, shape.key_dim)
+            check_heads((heads, group, dim), wanted_shape, number)
         if page_size != self.page_size:
             raise OptionError(
                 f"gates: expected gates for pages of {page_size} tokens, got gates for {self.page_size}; "
                 f"pass SeerAttention(..., page_size={self.page_size}), or distill with --block {page_size}"
             )
+
+
+def check_heads(found: tuple[int, ...], wanted: tuple[int, ...], layer: int) -> None:
+    """Raise OptionError where a gate is for other KV heads, query heads of each, or sizes of keys than the layer has."""
+    if found != wanted:
+        expected, got = (
+            f"{heads} KV heads with {group} query heads each, of {dim} numbers" for heads, group, dim in (wanted, found)
+        )
+        raise OptionError(f"gates: layer {layer}: expected a gate for {expected}, got one for {got}; {REMEDY}")
 
 
 def describe(config: Any) -> dict[str, Any]:
@@ -189,49 +216,26 @@ def describe(config: Any) -> dict[str, Any]:
     return {**{name: fields.get(name) for name in ("model_type", *_SIZES)}, "rope": fields.get("rope_parameters")}
 
 
-def load_gates(path: str | Path) -> Gates:
-    """Gates from a file, or from `gates.safetensors` in a folder. Kept in memory until the file changes.
-
-    Raises:
-        OptionError: there is none, or it is no file of gates.
-    """
-    file = Path(path).expanduser()
-    file = file / FILE_NAME if file.is_dir() else file
-    if not file.is_file():
-        raise OptionError(f"gates: expected a file of gates or a folder with {FILE_NAME}, got {str(path)!r}; {REMEDY}")
-    return _load(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4)
-def _load(file: Path, modified_ns: int) -> Gates:
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise OptionError(f"gates: expected a safetensors file, got {str(file)!r} ({error}); {REMEDY}") from error
-    if metadata.get("format") != _FORMAT:
-        raise OptionError(
-            f"gates: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r} in {str(file)!r}; {REMEDY}"
-        )
-    about = json.loads(metadata["about"])
-    page_size, interleaved = about.pop("page_size"), about.pop("interleaved")
-    layers = {}
-    for number, flag in interleaved.items():
-        parts = {name: tensors.get(f"layers.{number}.{name}") for name in _TENSORS}
-        layers[int(number)] = _checked(parts, flag, f"{str(file)!r}, layer {number}")
-    return Gates(layers, page_size, about)
-
-
-def _checked(parts: dict[str, Tensor | None], interleaved: bool, where: str) -> LayerGate:
-    shapes = {name: None if part is None else tuple(part.shape) for name, part in parts.items()}
-    key, query, turned, own = (shapes[name] or () for name in _TENSORS)
-    fits = len(key) == 3 and len(query) == 4 and len(turned) == len(own) == 1
+def check_layer(
+    shapes: Mapping[str, tuple[int, ...] | None], where: str, error: Callable[[str, str], Exception]
+) -> None:  # fmt: skip
+    """Raise `error(expected, got)` where these are no shapes of a layer's tensors."""
+    key, query, turned, own = (shapes[name] or () for name in TENSORS)
+    fits = len(key) == 3 and len(query) == 4 and len(turned) == len(own) == 1 and min(*query, *own) > 0
     if not (fits and key == (query[0], 3 * query[2], query[3]) and 2 * turned[0] <= query[2] and 2 * own[0] == key[2]):
-        expected = "key [H, 3 D, E], query [H, G, D, E], frequencies [R <= D / 2], gate_frequencies [E / 2]"
-        raise OptionError(f"gates: {where}: expected {expected}, got {shapes}; {REMEDY}")
-    return LayerGate(
-        **{name: part.float() for name, part in parts.items() if part is not None}, interleaved=interleaved
-    )
+        expected = (
+            "key [H, 3 D, E], query [H, G, D, E], frequencies [R <= D / 2], gate_frequencies [E / 2], only R may be 0"
+        )
+        raise error(f"{where}: {expected}", shown(dict(shapes)))
+
+
+def check_numbers(tensor: Tensor, where: str, error: Callable[[str, str], Exception]) -> None:
+    """Raise `error(expected, got)` where a tensor is not floating point, or has numbers that no gate computes with."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        raise error(f"{where}: dense floating-point numbers", f"{tensor.dtype}, {tensor.layout}, {tensor.device}")
+    largest = float(tensor.detach().float().abs().max()) if tensor.numel() else 0.0
+    if not largest <= _LARGEST:
+        raise error(f"{where}: finite numbers of at most {_LARGEST:g} in size", f"{largest:g}")
 
 
 def _agree(saved: Any, now: Any) -> bool:
@@ -239,3 +243,11 @@ def _agree(saved: Any, now: Any) -> bool:
     if isinstance(saved, dict) and isinstance(now, dict):
         return all(_agree(saved[name], now[name]) for name in saved.keys() & now.keys())
     return bool(saved == now)
+
+
+def _plain(value: Any) -> str:
+    return value[:100] if isinstance(value, str) else shown(value)
+
+
+def _unfit(expected: str, got: str) -> OptionError:
+    return OptionError(f"gates: expected {expected}, got {got}; train with a lower --lr, or on other text")

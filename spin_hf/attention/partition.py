@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..config import MOST_TOKENS, require_count, require_real
 from ..errors import OptionError
 from ..kernels.recipe import MAX_SUMMARIES, Recipe
 
@@ -229,6 +230,14 @@ def check_recipe(method: Method) -> None:
     recipe = recipe_of(method)
     if recipe is None:
         return
+    for name in ("outliers_per_1024", "looked_at", "dense_layers"):
+        require_count(f"{method.name}: recipe: {name}", getattr(recipe, name), 0, MOST_TOKENS)
+    for name in ("estimated_share", "threshold"):
+        share = require_real(f"{method.name}: recipe: {name}", getattr(recipe, name), 0.0)
+        if not 0.0 <= share <= 1.0:
+            raise OptionError(
+                f"{method.name}: recipe: {name}: expected a share in [0, 1], got {share}; pass 0.0 for none"
+            )
     shapes = list(method.summary_shapes(16, 32).values())
     if method.page_size & (method.page_size - 1):
         raise OptionError(

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, OptionTypeError
+from ..config import require_tokens
 from ..kernels.fields import Rating
 from ..kernels.recipe import Recipe
 from .partition import PageMethod, Query, Summaries
@@ -37,11 +37,7 @@ class Quest(PageMethod):
     dense_layers: int = 2
 
     def __post_init__(self) -> None:
-        count = self.dense_layers
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise OptionTypeError(f"dense_layers: expected an int, got {type(count).__name__}; pass 2")
-        if count < 0:
-            raise OptionError(f"dense_layers: expected 0 or more, got {count}; pass 2")
+        object.__setattr__(self, "dense_layers", require_tokens("dense_layers", self.dense_layers, 0))
 
     @property
     def recipe(self) -> Recipe:

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import require_count
-from ..errors import OptionError, OptionTypeError
+from ..config import require_real, require_tokens
+from ..errors import OptionError
 from ..kernels.fields import NUM_BINS, Rating
 from ..kernels.recipe import Recipe
 from .partition import Estimate, Method, Pages, Query, Summaries
@@ -56,7 +56,7 @@ class RetroInfer(Regrouping, Method):
 
     Args:
         estimated_share: share of a context's pages that are estimated, beside those that are read; 0 turns that off.
-        cluster_tokens: mean number of tokens of a cluster.
+        cluster_tokens: mean number of tokens of a cluster; a stretch, which is clustered at a time, is one at most.
     Raises:
         OptionTypeError, OptionError: not a number in [0, 1]; not an int of 8 or more.
     """
@@ -66,12 +66,14 @@ class RetroInfer(Regrouping, Method):
     cluster_tokens: int = 16
 
     def __post_init__(self) -> None:
-        share = self.estimated_share
-        if isinstance(share, bool) or not isinstance(share, (int, float)):
-            raise OptionTypeError(f"estimated_share: expected a float, got {type(share).__name__}; pass 0.232")
+        share = require_real("estimated_share", self.estimated_share, 0.232)
         if not 0 <= share <= 1:
-            raise OptionError(f"estimated_share: expected a share of the pages in [0, 1], got {share}; pass 0.232")
-        require_count("cluster_tokens", self.cluster_tokens, self.page_size)
+            raise OptionError(
+                f"estimated_share: expected a share of the pages in [0, 1], got {share}; pass estimated_share=0.232"
+            )
+        tokens = require_tokens("cluster_tokens", self.cluster_tokens, self.page_size)
+        object.__setattr__(self, "estimated_share", share)
+        object.__setattr__(self, "cluster_tokens", min(tokens, self.stretch_tokens))
 
     @property
     def recipe(self) -> Recipe:

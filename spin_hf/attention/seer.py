@@ -17,17 +17,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..config import require_one_of, require_real
 from ..errors import OptionError, OptionTypeError
 from ..kernels.fields import Rating
 from ..kernels.recipe import Recipe
-from .gates import REMEDY, Gates, LayerGate, load_gates
+from .gate_file import load_gates
+from .gates import REMEDY, Gates, LayerGate, check_heads
 from .partition import PageMethod, Pages, Query, Summaries
 
 PAGE_SIZES = (16, 32, 64)
@@ -87,19 +88,19 @@ class SeerAttention(PageMethod):
     bound: BoundGates | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        gates, size, threshold = self.gates, self.page_size, self.threshold
+        gates = self.gates
         if gates is not None and not isinstance(gates, (str, os.PathLike)):
             raise OptionTypeError(
                 f"gates: expected a path, got {type(gates).__name__}; pass the folder that distill wrote"
             )
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise OptionTypeError(f"page_size: expected an int, got {type(size).__name__}; pass 32")
-        if size not in PAGE_SIZES:
-            raise OptionError(f"page_size: expected one of {PAGE_SIZES}, got {size}; pass 32")
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-            raise OptionTypeError(f"threshold: expected a float or None, got {type(threshold).__name__}; pass 0.005")
-        if threshold is not None and not 0.0 < threshold < 1.0:
-            raise OptionError(f"threshold: expected a number in (0, 1), got {threshold}; pass 0.005")
+        object.__setattr__(self, "page_size", require_one_of("page_size", self.page_size, PAGE_SIZES, example=32))
+        if self.threshold is not None:
+            threshold = require_real("threshold", self.threshold, 0.005)
+            if not 0.0 < threshold < 1.0:
+                raise OptionError(
+                    f"threshold: expected a number in (0, 1) or None, got {threshold}; pass threshold=0.005"
+                )
+            object.__setattr__(self, "threshold", threshold)
 
     def bind(self, config: Any, layers: list[int]) -> SeerAttention:
         """Read the gates and check that they are for this model."""
@@ -107,7 +108,7 @@ class SeerAttention(PageMethod):
             raise OptionError(
                 f"SeerAttention: expected gates that were distilled from the model, got gates=None; {REMEDY}"
             )
-        gates = load_gates(Path(self.gates))
+        gates = load_gates(self.gates)
         gates.check(config, layers, self.page_size)
         bound = replace(self)
         object.__setattr__(bound, "bound", BoundGates(gates, tuple(layers)))
@@ -120,7 +121,7 @@ class SeerAttention(PageMethod):
 
     def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Gate queries, divided by the square root of their size."""
-        gate = self._bound().layer(layer, states.device)
+        gate = self._gate(layer, states)
         return gate.ask(states, positions, 1.0 / math.sqrt(gate.query.shape[-1]))
 
     def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -149,7 +150,7 @@ class SeerAttention(PageMethod):
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
         """Softmax over candidates of the products of gate queries and gate keys."""
         assert query.positions is not None
-        gate = self._bound().layer(query.layer, query.states.device)
+        gate = self._gate(query.layer, query.states)
         keys = summary("gate_key")
         asked = gate.of_queries(query.states, query.positions)
         logits = (keys @ asked.unsqueeze(-1)).squeeze(-1) / math.sqrt(keys.shape[-1])
@@ -164,6 +165,13 @@ class SeerAttention(PageMethod):
         whole = query.budget_pages >= query.candidates.sum(1)
         high = scores.gather(2, pages.clamp(min=0)) > self.threshold
         return torch.where(high | whole[:, None, None], pages, -1)
+
+    def _gate(self, layer: int, states: Tensor) -> LayerGate:
+        """The gate of the paged layer `layer`, which is for query states of this shape: its kernel reads by that."""
+        bound = self._bound()
+        gate = bound.layer(layer, states.device)
+        check_heads(tuple(gate.query.shape[:3]), tuple(states.shape[1:4]), bound.numbers[layer])
+        return gate
 
     def _bound(self) -> BoundGates:
         if self.bound is None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, OptionTypeError
+from ..config import require_count
 from ..kernels.fields import Rating
 from ..kernels.recipe import Recipe
 from .partition import PageMethod, Query, Summaries
@@ -37,11 +37,8 @@ class ShadowKV(PageMethod):
     outlier_pages_per_1024: int = 24
 
     def __post_init__(self) -> None:
-        count = self.outlier_pages_per_1024
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise OptionTypeError(f"outlier_pages_per_1024: expected an int, got {type(count).__name__}; pass 24")
-        if not 0 <= count <= 128:
-            raise OptionError(f"outlier_pages_per_1024: expected 0 to 128, got {count}; pass 24")
+        count = require_count("outlier_pages_per_1024", self.outlier_pages_per_1024, 0, 128, example=24)
+        object.__setattr__(self, "outlier_pages_per_1024", count)
 
     @property
     def recipe(self) -> Recipe:

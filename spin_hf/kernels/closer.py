@@ -73,7 +73,7 @@ def closer_kernel(
     wanted = tl.load(row + NUM_SELECTED)
     scored = wanted < stop - first
     upto = tl.cumsum(tl.load(histogram + bh * BINS + tl.arange(0, BINS)), 0)
-    goal = LOOKED_AT * wanted
+    goal = _goal(LOOKED_AT, wanted, stop - first)
     edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS, if so many were not counted
     if scored & (edge == BINS):
         edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
@@ -175,6 +175,12 @@ def closer_kernel(
 
 
 @triton.jit
+def _goal(LOOKED_AT: tl.constexpr, wanted, pages):
+    """Pages to look at for `wanted` of them: `LOOKED_AT` times as many, or one more than there are, which is all; int32."""
+    return tl.minimum(wanted.to(tl.int64) * LOOKED_AT, pages + 1).to(tl.int32)
+
+
+@triton.jit
 def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr):
     """The bin down to which `goal` pages are, of which there are less down to `floor`; BINS, if there are not so many at all.
 
@@ -228,7 +234,7 @@ def rate_closer_kernel(
     lane = tl.arange(0, TILE)
     lse = tl.zeros([CLOSER_G], tl.float32)
     if scored & (tl.program_id(1) == tl.num_programs(1) - 1):
-        goal = LOOKED_AT * tl.load(row + NUM_SELECTED)
+        goal = _goal(LOOKED_AT, tl.load(row + NUM_SELECTED), stop - first)
         upto = tl.cumsum(tl.load(first_histogram + bh * BINS + tl.arange(0, BINS)), 0)
         enough = tl.sum((upto < COUNTED * goal).to(tl.int32), 0)
         floor = tl.minimum(enough, tl.load(floors + bh) + 1)

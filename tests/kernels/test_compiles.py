@@ -34,12 +34,12 @@ COMPILED_AHEAD = {
 """What a step launches behind its tokens' keys, and what parts tokens."""
 
 
-def compiled_for(capability: int, dtype: str, folder: Path) -> dict[str, Any]:
+def compiled_for(capability: int, dtype: str, folder: Path, *more: str) -> dict[str, Any]:
     """What `absent_gpu` reports, from a process that compiles: nothing is taken from a cache."""
     report = folder / "report.json"
     settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report)],
+        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report), *more],
         cwd=Path(__file__).parents[2], env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False,
     )  # fmt: skip
@@ -64,3 +64,16 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path) ->
     assert not late & COMPILED_AHEAD, "these are compiled several at a time, before the first of them is launched"
     limit = SHARED_MEMORY[capability]
     assert {v["name"]: v["shared"] for v in report["compiled"] if v["shared"] > limit} == {}
+
+
+def test_numbers_that_mean_everything_launch_the_same_kernels(tmp_path: Path) -> None:
+    """Budget, window and factor of 2 ** 31 and more: an int beyond 32 bits would be another variant, or none that compiles."""
+    report = compiled_for(90, "bfloat16", tmp_path, "numbers")
+    assert report["failed"] == []
+    assert {variant["name"] for variant in report["compiled"]} == {
+        "plan_step_kernel", "closer_kernel", "rate_closer_kernel",
+    }  # fmt: skip
+    first, wide, *others = report["launches"]
+    assert len(others) == 6
+    for launches, expected in zip(others, [first, wide] * 3, strict=True):
+        assert launches == expected

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import Quest
+from spin_hf import Bisection, Quest
 
 from ..attention.conversation import play, random_world, single_steps, without_near_ties
 from ..attention.oracle import Rules
@@ -176,3 +176,12 @@ def test_seer_by_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     steps = [(250, None), (251, None), (254, None), *((stop, None) for stop in range(255, 265))]
     options: dict[str, Any] = {"budget": 64, "recent_window": 10, "summary_dtype": "int8"}
     compare(monkeypatch, random_world(shape, 1, 270, 0), steps, method=method_of(rules, tmp_path), **options)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bisection_that_looks_at_everything(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages wanted are the budget times that, which is more than 32 bits hold."""
+    shape, valid = Shape(kv_heads=1, group=2, key_dim=16, value_dim=16), torch.arange(113)[None] >= 21
+    steps = [(stop, valid[:, :stop] if padded else None) for stop in (112, 113)]
+    options: dict[str, Any] = {"budget": 16, "recent_window": 10, "method": Bisection(looked_at=2**60)}
+    compare(monkeypatch, random_world(shape, 1, 113, 0), steps, **options)

@@ -12,6 +12,7 @@ would have computed is never written, so numbers are meaningless; what the packa
     called       of these, those that others of them call
     compiled     name and bytes of shared memory of every variant
     failed       name of a kernel, and what the compiler says
+    launches     with `numbers` behind FILE: what variants depend on, by launch, for each of some huge options
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, decode
 from spin_hf.attention import bisection, retroinfer
 from spin_hf.completed import index_completed
+from spin_hf.config import MOST_TOKENS
 from spin_hf.kernels import gpu
 
 from ..attention.oracle import Rules
@@ -67,6 +69,10 @@ class Compiler:
         self.compiled: dict[str, dict[str, Any]] = {}
         self.once: set[str] = ONE_VARIANT[capability]
         self.failed: list[dict[str, str]] = []
+        self.only: set[str] | None = None
+        """Kernels that are compiled; None for all."""
+        self.launched: set[str] = set()
+        """All that a variant depends on, of each launch: kernel, dtypes, ints as triton tells them apart, constants."""
         self._run: Callable[..., Any] = JITFunction.run
         self._active_mode = active_mode
         target = GPUTarget("cuda", capability, 32)
@@ -79,7 +85,9 @@ class Compiler:
 
     def run(self, kernel: Any, *args: Any, **options: Any) -> None:
         name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
-        if name in self.once and name in known:
+        given = [_told_apart(arg) for arg in args], {option: _told_apart(value) for option, value in options.items()}
+        self.launched.add(f"{name} {given}")
+        if (name in self.once and name in known) or (self.only is not None and name not in self.only):
             return
         try:
             ahead = self._active_mode.get() is not None
@@ -89,6 +97,15 @@ class Compiler:
             self.compiled.setdefault(made.hash, variant)
         except Exception as error:
             self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
+
+
+def _told_apart(value: Any) -> str:
+    """What a compiled variant depends on, of an argument."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        return f"int{value.bit_length() // 32} {value}"
+    return repr(value)
 
 
 def pretend(capability: int) -> Compiler:
@@ -141,6 +158,19 @@ def generate(
     index_completed(step, shared.layers)
 
 
+def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
+    """Launches of one generation for each of several numbers that all mean everything. Compiles kernels that read them."""
+    compiler.only, launches = {"plan_step_kernel", "closer_kernel", "rate_closer_kernel"}, []
+    generate(torch.bfloat16, Bisection())  # some kernels are compiled ahead once per process
+    for number in (MOST_TOKENS, 1 << 31, 1 << 63, 10**30):
+        for options in (dict(budget=number), dict(budget=number, recent_window=number, dense_below=number)):
+            torch.manual_seed(0)
+            compiler.launched = set()
+            generate(torch.bfloat16, Bisection(looked_at=number), **options)
+            launches.append(sorted(compiler.launched))
+    return launches
+
+
 def copy_rows(dtype: torch.dtype) -> None:
     """Of one array and of several, there and back; pages and codes of an odd number of bytes."""
     from spin_hf.kernels.rows import rows_copier
@@ -176,11 +206,15 @@ def functions() -> list[Any]:
     return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
 
 
-def main(capability: int, dtype: torch.dtype, file: Path) -> None:
+def main(capability: int, dtype: torch.dtype, file: Path, numbers: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     compiler, known = pretend(capability), functions()
-    launch_all(dtype)
+    launches: list[list[str]] = []
+    if numbers:
+        launches = launch_with_huge_numbers(compiler)
+    else:
+        launch_all(dtype)
     texts = {function.__name__: function.src for function in known}
     report = {
         "kernels": [name for name in texts if name.endswith("_kernel")],
@@ -190,9 +224,10 @@ def main(capability: int, dtype: torch.dtype, file: Path) -> None:
         "functions": list(texts),
         "compiled": list(compiler.compiled.values()),
         "failed": compiler.failed,
+        "launches": launches,
     }
     file.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] == ["numbers"])

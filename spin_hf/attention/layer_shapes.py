@@ -1,0 +1,53 @@
+"""How many heads a model's layers have, and of what sizes, as its config says."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one layer: KV heads, and elements of a key and of a value.
+
+    `group` is how many query heads a KV head has; None where that is not known.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    group: int | None = field(default=None, compare=False)
+
+
+def layer_shapes(config: Any, layers: list[int]) -> list[LayerShape] | None:
+    """Shapes of full-attention layers as the config has them; None where it does not say.
+
+    Args:
+        config: the decoder's config.
+        layers: their numbers in the model.
+    """
+    per_layer = getattr(config, "per_layer_config", None)
+    shapes = [_shape(config if per_layer is None else per_layer[index]) for index in layers]
+    return None if None in shapes else shapes  # type: ignore[return-value]
+
+
+def _shape(config: Any) -> LayerShape | None:
+    known = set(inspect.signature(type(config).__init__).parameters)
+
+    def read(name: str) -> Any:
+        """What the config has under a name that its class knows: a model reads nothing else."""
+        knows = name in known or hasattr(type(config), name) or name in config.attribute_map
+        return getattr(config, name, None) if knows else None
+
+    query_heads, hidden = read("num_attention_heads"), read("hidden_size")
+    heads, key_dim = read("num_key_value_heads"), read("head_dim")
+    if heads is None:
+        heads = 1 if read("multi_query") else query_heads
+    if key_dim is None and isinstance(query_heads, int) and isinstance(hidden, int):
+        key_dim = hidden // query_heads
+    value_dim = read("v_head_dim") or key_dim
+    if not all(isinstance(number, int) for number in (heads, key_dim, value_dim)):
+        return None
+    divides = isinstance(query_heads, int) and heads > 0 and query_heads % heads == 0
+    return LayerShape(heads, key_dim, value_dim, query_heads // heads if divides else None)
