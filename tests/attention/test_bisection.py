@@ -1,4 +1,4 @@
-"""Bisection against an oracle with loops over float64, written from its documentation.
+"""Bisection against an oracle in float64, written from its documentation.
 
     rate       log of tokens * exp(scale * q . mean); for the 8 x budget best by the shares of that, and what is in the
                same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
@@ -53,7 +53,11 @@ def in_four_bits(vectors: np.ndarray) -> np.ndarray:
         tried = np.where(size > 0, size, 1.0) * multiple
         levels = np.clip(np.round(vectors / tried + 7.5), 0, 15) - 7.5
         off = ((levels * tried - vectors) ** 2).sum(1, keepdims=True)
-        best, step, error = np.where(off < error, levels, best), np.where(off < error, tried, step), np.minimum(off, error)
+        best, step, error = (
+            np.where(off < error, levels, best),
+            np.where(off < error, tried, step),
+            np.minimum(off, error),
+        )
     return np.where(size > 0, best * torch.from_numpy(step).bfloat16().double().numpy(), vectors)
 
 
