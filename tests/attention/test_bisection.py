@@ -46,7 +46,7 @@ def _poison() -> Iterator[None]:
 
 
 def in_four_bits(vectors: np.ndarray) -> np.ndarray:
-    """Of each of [N, D], the best of six roundings to odd multiples of half a step, by squared error; steps kept as bfloat16."""
+    """Of each of [N, D], the best of six roundings to odd multiples of half a step, by squared error; bfloat16 steps."""
     size = np.sqrt((vectors**2).mean(1, keepdims=True))
     best, error, step = np.zeros_like(vectors), np.full_like(size, np.inf), np.zeros_like(size)
     for multiple in (0.25, 0.3, 0.335, 0.4, 0.5, 0.65):
