@@ -1,7 +1,8 @@
 # Every target sets itself up on a fresh machine: a virtual environment in .venv, rebuilt when pyproject.toml changes.
 #
 #   make demo    a real model answers a question about a long text        (DEMO_ARGS="--model ... --budget ...")
-#   make test    all tests                                                (PYTEST_ARGS="-k crop -n 0")
+#   make test    every behaviour, in ten minutes on two cores             (PYTEST_ARGS="-k crop -n 0")
+#   make slow    the long sweeps, which make test leaves out              (PYTEST_ARGS as well)
 #   make bench   finding a passkey with a part of the attention            (writes benchmarks/results/)
 #   make lint    ruff and mypy
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test slow lint bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -32,9 +33,15 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# One thread and one process per core: on small models more threads only wait for each other.
+# One thread and one process per core: on small models more threads only wait for each other. Each process starts with a run of
+# neighbours, which share models and what is expected of them, and takes over from the others at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+slow: $(READY)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/passkey.py $(BENCH_ARGS)

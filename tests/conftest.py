@@ -14,9 +14,16 @@ if shutil.which("nvidia-smi") is None:  # before anything imports triton: withou
 import pytest
 import torch
 
+from .support.sweeps import mark_slow
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)

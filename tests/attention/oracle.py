@@ -1,4 +1,4 @@
-"""What a cache must attend to, written again from the documentation with loops over float64: the oracle of the sparse tests.
+"""What a cache must attend to, written again from the documentation, in float64: the oracle of the sparse tests.
 
     zones     a page with one of the first `sinks` or of the last `recent` valid tokens is always attended to
     choice    ShadowKV: of the other pages with valid tokens, outliers (lowest min-cosine of a key to its page's mean) first,
@@ -191,10 +191,10 @@ def attention(
     rules: Rules, keys: np.ndarray, values: np.ndarray, tokens: list[int], query: np.ndarray, sink_logit: float | None
 ) -> np.ndarray:
     """Softmax attention of one query head [D] over the given tokens of keys [L, D] and values [L, Dv]: [Dv]."""
-    scores = [rules.scale * float(query @ keys[token]) for token in tokens]
+    scores = rules.scale * keys[tokens] @ query
     if rules.softcap is not None:
-        scores = [rules.softcap * math.tanh(score / rules.softcap) for score in scores]
-    top = max([*scores, -math.inf if sink_logit is None else sink_logit])
-    weights = [math.exp(score - top) for score in scores]
-    total = sum(weights) + (0.0 if sink_logit is None else math.exp(sink_logit - top))
-    return np.sum([weight / total * values[token] for weight, token in zip(weights, tokens, strict=True)], axis=0)
+        scores = rules.softcap * np.tanh(scores / rules.softcap)
+    top = max(scores.max(), -math.inf if sink_logit is None else sink_logit)
+    weights = np.exp(scores - top)
+    total = weights.sum() + (0.0 if sink_logit is None else math.exp(sink_logit - top))
+    return weights / total @ values[tokens]

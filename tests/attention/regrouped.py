@@ -84,16 +84,17 @@ def softmax_over(
     Args:
         excess: what is added to the logits of the latter.
     """
-    logits = [rules.scale * float(q @ head.keys[token]) for token in exact]
-    excess = excess or [0.0] * len(estimated)
-    logits += [rules.scale * float(q @ key) + more for (_, key, _), more in zip(estimated, excess, strict=True)]
+    more = np.array(excess or [0.0] * len(estimated))
+    keys = np.array([key for _, key, _ in estimated]).reshape(-1, len(q))
+    values = np.array([value for _, _, value in estimated]).reshape(-1, head.values.shape[1])
+    logits = rules.scale * np.concatenate([head.keys[exact] @ q, keys @ q])
+    logits[len(exact) :] += more
     if rules.softcap is not None:
-        logits = [rules.softcap * math.tanh(logit / rules.softcap) for logit in logits]
-    counts = [1] * len(exact) + [count for count, _, _ in estimated]
-    states = [head.values[token] for token in exact] + [value for _, _, value in estimated]
-    weights = [count * math.exp(logit) for count, logit in zip(counts, logits, strict=True)]
-    total = sum(weights) + (0.0 if sink is None else math.exp(sink))
-    return np.sum([weight / total * state for weight, state in zip(weights, states, strict=True)], axis=0)
+        logits = rules.softcap * np.tanh(logits / rules.softcap)
+    weights = np.exp(logits)
+    weights[len(exact) :] *= [count for count, _, _ in estimated]
+    total = weights.sum() + (0.0 if sink is None else math.exp(sink))
+    return weights / total @ np.concatenate([head.values[exact], values])
 
 
 def compare(
@@ -114,8 +115,12 @@ def compare(
                 sparse += not dense
                 queries = world.queries[layer][b, heads, at].double().numpy()
                 logits = None if sinks is None else sinks[heads].tolist()
-                own = replace(rules, budget=1 << 30) if dense else rules
-                expected = expect(own, driver.cache._shared.method, head, queries, at, logits)
+                if dense:
+                    seen = [token for token in range(at + 1) if head.is_real[token]]
+                    each = zip(queries, [None] * len(queries) if logits is None else logits, strict=True)
+                    expected = np.array([softmax_over(rules, head, q, seen, [], sink) for q, sink in each])
+                else:
+                    expected = expect(rules, driver.cache._shared.method, head, queries, at, logits)
                 worst = float(np.abs(out[b, at - start, heads].double().numpy() - expected).max())
                 assert worst <= TOLERANCE, f"token {at} of sequence {b}, layer {layer}, KV head {h}: off by {worst:.1e}"
     driver.cache.check_integrity()

@@ -1,4 +1,4 @@
-"""Bisection against an oracle with loops over float64, written from its documentation.
+"""Bisection against an oracle in float64, written from its documentation.
 
     rate       log of tokens * exp(scale * q . mean); for the 8 x budget best by the shares of that, and what is in the
                same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
@@ -13,6 +13,7 @@ Where the tokens stand is read back from the cache.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -44,19 +45,33 @@ def _poison() -> Iterator[None]:
         yield
 
 
-def in_four_bits(vector: np.ndarray) -> np.ndarray:
-    """The best of six roundings of `vector` to odd multiples of half a step, by squared error; the step kept as bfloat16."""
-    size, best = math.sqrt(float(np.mean(vector**2))), None
-    if not size:
-        return vector
+def in_four_bits(vectors: np.ndarray) -> np.ndarray:
+    """Of each of [N, D], the best of six roundings to odd multiples of half a step, by squared error; bfloat16 steps."""
+    size = np.sqrt((vectors**2).mean(1, keepdims=True))
+    best, error, step = np.zeros_like(vectors), np.full_like(size, np.inf), np.zeros_like(size)
     for multiple in (0.25, 0.3, 0.335, 0.4, 0.5, 0.65):
-        step = size * multiple
-        levels = np.clip(np.round(vector / step + 7.5), 0, 15) - 7.5
-        error = float(((levels * step - vector) ** 2).sum())
-        if best is None or error < best[0]:
-            best = error, levels, step
-    assert best is not None
-    return best[1] * float(torch.tensor(best[2]).bfloat16())
+        tried = np.where(size > 0, size, 1.0) * multiple
+        levels = np.clip(np.round(vectors / tried + 7.5), 0, 15) - 7.5
+        off = ((levels * tried - vectors) ** 2).sum(1, keepdims=True)
+        best, step, error = (
+            np.where(off < error, levels, best),
+            np.where(off < error, tried, step),
+            np.minimum(off, error),
+        )
+    return np.where(size > 0, best * torch.from_numpy(step).bfloat16().double().numpy(), vectors)
+
+
+@functools.cache
+def basis_of(dim: int) -> np.ndarray:
+    return lowbit.rotate(torch.eye(dim)).double().numpy()
+
+
+@functools.lru_cache(1 << 14)  # most pages are looked at by many queries
+def page_of(contents: bytes, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the keys of a page: their mean in eight bits [D], and the keys in four bits around it [n, D]."""
+    keys = np.frombuffer(contents).reshape(-1, dim)
+    mean, basis = in_eight_bits(keys.mean(0)), basis_of(dim)
+    return mean, mean + in_four_bits((keys - mean) @ basis) @ basis.T
 
 
 def in_eight_bits(vector: np.ndarray) -> np.ndarray:
@@ -106,22 +121,17 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
         rated_pages = [page for page in sorted(zones.always) if page < pages[0]] + pages
         tokens = {page: zones.held[page] for page in rated_pages if zones.held[page]}
         rated_pages = list(tokens)
-        mean = {page: in_eight_bits(np.mean(head.keys[tokens[page]], axis=0)) for page in rated_pages}
-        basis = lowbit.rotate(torch.eye(head.keys.shape[1])).double().numpy()
-        rated = np.array(
-            [[rules.scale * float(q @ mean[p]) + math.log(len(tokens[p])) for p in rated_pages] for q in query]
-        )
+        pair = {page: page_of(head.keys[held].tobytes(), head.keys.shape[1]) for page, held in tokens.items()}
+        mean = {page: first for page, (first, _) in pair.items()}
+        counts = np.array([len(tokens[page]) for page in rated_pages])
+        rated = rules.scale * query @ np.array([mean[page] for page in rated_pages]).T + np.log(counts)
         by_means = rated.copy()
         candidates = {page: share for page, share in zip(rated_pages, shares(rated), strict=True) if page in pages}
         looked_at = down_to(candidates, method.looked_at * zones.room, len(query))
         for page in rated_pages:
             if page in pages and page not in looked_at:
                 continue
-            keys = [mean[page] + in_four_bits((head.keys[t] - mean[page]) @ basis) @ basis.T for t in tokens[page]]
-            for g, q in enumerate(query):
-                rated[g, rated_pages.index(page)] = math.log(
-                    sum(math.exp(rules.scale * float(q @ key)) for key in keys)
-                )
+            rated[:, rated_pages.index(page)] = np.log(np.exp(rules.scale * query @ pair[page][1].T).sum(1))
         found = dict(zip(rated_pages, shares(rated), strict=True))
         chosen = best({page: found[page] for page in looked_at}, zones.room)
         exact += [token for page in chosen for token in tokens[page]]
@@ -323,7 +333,7 @@ def test_four_bits(dim: int) -> None:
     assert (codes.dtype, codes.shape) == (torch.uint8, (30, -(-dim // 2)))
     found = lowbit.decode(codes, dim) * scale.unsqueeze(-1)
     for row in range(30):
-        exact = in_four_bits(vectors[row].double().numpy())
+        exact = in_four_bits(vectors[row : row + 1].double().numpy())[0]
         np.testing.assert_allclose(found[row].numpy(), exact, rtol=5e-3)  # there the step is rounded
     assert torch.isfinite(lowbit.encode(torch.zeros(2, dim))[1]).all()
 

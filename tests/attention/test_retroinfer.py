@@ -1,4 +1,4 @@
-"""RetroInfer against an oracle with loops over float64: clusters read back from the cache, all else from its documentation.
+"""RetroInfer against an oracle in float64: clusters read back from the cache, all else from its documentation.
 
 zones      as for every method, by pages that were not regrouped
 rows       a page's key and value are the means over the tokens of its cluster; a page not regrouped is a cluster by itself
@@ -53,8 +53,7 @@ def expect(rules: Rules, method: RetroInfer, head: Head, query: np.ndarray, at: 
     row = {}
     for cluster in zones.clusters:
         tokens = [token for page in cluster for token in zones.held[page]]
-        for page in cluster:
-            row[page] = np.mean(head.keys[tokens], axis=0), np.mean(head.values[tokens], axis=0)
+        row |= dict.fromkeys(cluster, (np.mean(head.keys[tokens], axis=0), np.mean(head.values[tokens], axis=0)))
     if row:
         score = scores({page: key for page, (key, _) in row.items()}, rules.scale, query)
         order = sorted(row, key=lambda page: (-score[page], page))
@@ -70,13 +69,9 @@ def expect(rules: Rules, method: RetroInfer, head: Head, query: np.ndarray, at: 
 
 def scores(keys: dict[int, np.ndarray], scale: float, query: np.ndarray) -> dict[int, float]:
     """Of pages, by their mean keys."""
-    shares = dict.fromkeys(keys, 0.0)
-    for q in query:
-        logits = {page: scale * float(q @ key) for page, key in keys.items()}
-        total = math.log(sum(math.exp(logit) for logit in logits.values()))
-        for page, logit in logits.items():
-            shares[page] += math.exp(logit - total)
-    return {page: math.log(share) for page, share in shares.items()}
+    logits = scale * query @ np.array(list(keys.values())).T
+    weights = np.exp(logits)
+    return dict(zip(keys, np.log((weights / weights.sum(1, keepdims=True)).sum(0)).tolist(), strict=True))
 
 
 def zone_of(depth: dict[int, float], room: int, share: float) -> list[int]:

@@ -124,6 +124,7 @@ FAILURES = [(*point, step) for point in POINTS for step in STEPS if point[1] != 
 """A longer step attends to everything and asks for no summary."""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("layer", [0, 1, 2])

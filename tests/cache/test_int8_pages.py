@@ -82,6 +82,7 @@ def replace_cache(driver: Driver) -> Driver:
     return twin
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_data_is_as_without(method: str, padded: bool) -> None:
@@ -103,6 +104,7 @@ def test_exact_data_is_as_without(method: str, padded: bool) -> None:
         assert torch.equal(ours.values, theirs.values)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("summary_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_number_of_page_frames_changes_nothing(method: str, summary_dtype: str) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -358,35 +359,44 @@ class RegroupedHistoriesInInt8(RegroupedHistoriesUnderACap):
         return super().draw(rows, count, seed).exact_in_int8()
 
 
-def run(machine: type[Histories]) -> None:
-    fixed = settings(deadline=None, derandomize=True, max_examples=25, stateful_step_count=20, database=None)
+each_number = pytest.mark.parametrize("histories", [8, pytest.param(60, marks=pytest.mark.slow)])
+
+
+def run(machine: type[Histories], histories: int) -> None:
+    fixed = settings(deadline=None, derandomize=True, max_examples=histories, stateful_step_count=20, database=None)
     logger = logging.getLogger("spin_hf")  # it would say a thousand times that the cap is small
     with poisoned_memory(), patch.object(logger, "disabled", True):
         run_state_machine_as_test(machine, settings=fixed)
 
 
-def test_histories() -> None:
-    run(Histories)
+@each_number
+def test_histories(histories: int) -> None:
+    run(Histories, histories)
 
 
-def test_histories_under_a_cap() -> None:
-    run(HistoriesUnderACap)
+@each_number
+def test_histories_under_a_cap(histories: int) -> None:
+    run(HistoriesUnderACap, histories)
 
 
-def test_histories_with_others() -> None:
-    run(HistoriesWithOthers)
+@each_number
+def test_histories_with_others(histories: int) -> None:
+    run(HistoriesWithOthers, histories)
 
 
-def test_regrouped_histories() -> None:
+@each_number
+def test_regrouped_histories(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistories)
+        run(RegroupedHistories, histories)
 
 
-def test_regrouped_histories_under_a_cap() -> None:
+@each_number
+def test_regrouped_histories_under_a_cap(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistoriesUnderACap)
+        run(RegroupedHistoriesUnderACap, histories)
 
 
-def test_regrouped_histories_in_int8() -> None:
+@each_number
+def test_regrouped_histories_in_int8(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistoriesInInt8)
+        run(RegroupedHistoriesInInt8, histories)

@@ -7,11 +7,15 @@ float32, CPU. Every family runs in every mode that transformers itself can run i
     selected    a budget below the context that still covers all candidates: the method selects, and selects everything
 
 The method is the default one. Some of the last two are also run with ShadowKV, whose pages have 8 tokens.
+
+The whole product is slow. `make test` runs every mode with four families that differ in their layers, and every family in
+three modes that together pad, leave holes, reorder rows, take several tokens at once and crop.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -43,9 +47,24 @@ SHADOWKV = [
     (family, mode) for family, mode in SELECTED if family == "llama" or (family in ALL_MODES and mode in FEW_MODES)
 ]
 
+# Full attention alone; windows and shared keys; windows and sinks; a recurrent state.
+QUICK_FAMILIES = ("llama", "gemma3n_text", "gpt_oss", "qwen3_next")
+QUICK_MODES = ("holes", "beam_search", "crop")
 
-def cases(pairs: list[tuple[str, str]]) -> Any:
-    return pytest.mark.parametrize(("family", "mode"), [pytest.param(*pair, id="-".join(pair)) for pair in pairs])
+
+def cases(pairs: list[tuple[str, str]], all_modes: Collection[str] = QUICK_FAMILIES) -> Any:
+    """Parameters of a test; those outside of `all_modes` are slow but in a few modes."""
+    return pytest.mark.parametrize(
+        ("family", "mode"),
+        [
+            pytest.param(
+                *pair,
+                id="-".join(pair),
+                marks=() if pair[0] in all_modes or pair[1] in QUICK_MODES else pytest.mark.slow,
+            )
+            for pair in pairs
+        ],
+    )
 
 
 @functools.cache
@@ -85,12 +104,12 @@ def _paged(family: str, mode: str, **options: Any) -> None:
     assert all(each.cpu_bytes > 0 for each in stats)
 
 
-@cases(PAGED)
+@cases(PAGED, ["llama"])
 def test_paged(family: str, mode: str) -> None:
     _paged(family, mode)
 
 
-@cases([(family, mode) for family, mode in SHADOWKV if family == "llama"])
+@cases([(family, mode) for family, mode in SHADOWKV if family == "llama"], [])
 def test_paged_with_shadowkv(family: str, mode: str) -> None:
     _paged(family, mode, method="shadowkv")
 
@@ -103,12 +122,12 @@ def _selected(family: str, mode: str, **options: Any) -> None:
     assert any(cache.stats().sparse_queries for cache in subject.caches)
 
 
-@cases(SELECTED)
+@cases(SELECTED, ["llama"])
 def test_selected(family: str, mode: str) -> None:
     _selected(family, mode)
 
 
-@cases(SHADOWKV)
+@cases(SHADOWKV, [])
 def test_selected_with_shadowkv(family: str, mode: str) -> None:
     _selected(family, mode, method="shadowkv")
 

@@ -56,6 +56,7 @@ def check(subject: SpinSubject, stretches: list[int]) -> None:
         cache.check_integrity()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("family", "mode"), CASES)
 def test_everything_attended_to(family: str, mode: str, stretches: list[int]) -> None:
     subject = SpinSubject(family, method=Clumped(), **SMALL_ZONES)
@@ -71,6 +72,7 @@ def test_everything_selected(mode: str, stretches: list[int]) -> None:
     check(subject, stretches)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", [*FEW_MODES, "assisted", "multi_turn", "from_cache", "left_padding", "compiled"])
 @pytest.mark.parametrize("budget", [110, 1 << 20])
 @pytest.mark.parametrize("method", [SmallRetroInfer(), SmallBisection()], ids=lambda method: method.name)

@@ -31,6 +31,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("family", "mode"), CASES)
 def test_paging_changes_nothing(family: str, mode: str) -> None:
     _paging_changes_nothing(family, mode, SPARSE)

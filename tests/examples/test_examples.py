@@ -1,7 +1,10 @@
-"""The example scripts, run as a person runs them, on the small model."""
+"""The example scripts on the small model: two as a person runs them, the others in this process, which has imported all."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +29,28 @@ def run(script, *arguments, expect=0, **environment):
     return done.stdout
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """As `run`, in this process."""
+
+    def run(script, *arguments, expect=0):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script), *map(str, arguments)])
+        printed, code = io.StringIO(), 0
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+            except SystemExit as stopped:
+                code = stopped.code or 0
+                if isinstance(code, str):  # as the interpreter does
+                    print(code)
+                    code = 1
+        assert code == expect, printed.getvalue()
+        return printed.getvalue()
+
+    return run
+
+
 @pytest.mark.model
 def test_generate():
     printed = run("generate.py", "--max-new-tokens", 8)
@@ -33,8 +58,8 @@ def test_generate():
 
 
 @pytest.mark.model
-def test_pipeline_takes_one_prompt_a_batch_and_a_chat():
-    printed = run("pipeline.py", "--max-new-tokens", 8)
+def test_pipeline_takes_one_prompt_a_batch_and_a_chat(run_here):
+    printed = run_here("pipeline.py", "--max-new-tokens", 8)
     kinds = [line.split(":")[0] for line in printed.splitlines() if " -> " in line]
     assert kinds == ["single", "batch", "batch", "batch", "chat"]
 
@@ -44,10 +69,10 @@ def test_demo_answers_through_both_caches(tmp_path):
     """A shorter text than the demo's own, so that the test stays quick; the same question and the same two answers."""
     speech = "Thrice the brinded cat hath mewed. Thrice and once the hedge-pig whined. Round the cauldron go.\n\n"
     text = tmp_path / "text.txt"
-    text.write_text(speech * 10 + f"The secret passkey of the theatre's back door is {PASSKEY}.\n\n" + speech * 10)
+    text.write_text(speech * 4 + f"The secret passkey of the theatre's back door is {PASSKEY}.\n\n" + speech * 4)
     question = "What is the secret passkey of the theatre's back door?"
 
-    printed = run("demo.py", "--prompt-file", text, "--question", question, "--budget", 256, "--max-new-tokens", 24)
+    printed = run("demo.py", "--prompt-file", text, "--question", question, "--budget", 128, "--max-new-tokens", 24)
 
     assert "prefill: 100%" in printed
     table = printed[printed.rindex("ms/token") :].splitlines()[1:]
@@ -56,7 +81,7 @@ def test_demo_answers_through_both_caches(tmp_path):
 
 
 @pytest.mark.model
-def test_demo_works_without_a_chat_template(tmp_path):
+def test_demo_works_without_a_chat_template(run_here, tmp_path):
     models = subprocess.run(
         [sys.executable, str(EXAMPLES / "models.py")], capture_output=True, text=True, check=True, timeout=300
     )
@@ -75,7 +100,7 @@ def test_demo_works_without_a_chat_template(tmp_path):
     text.write_text("The cat sat on the mat. The dog lay by the door.")
 
     asked = ["--prompt-file", text, "--question", "Where did the cat sit?", "--max-new-tokens", 8]
-    printed = run("demo.py", "--model", plain, *asked)
+    printed = run_here("demo.py", "--model", plain, *asked)
 
     assert "Dense attention" in printed
 
@@ -88,18 +113,18 @@ def test_demo_works_without_a_chat_template(tmp_path):
         (["--budget", "many"], "argument --budget: invalid"),
     ],
 )
-def test_demo_refuses_what_cannot_work(arguments, message):
-    assert message in run("demo.py", *arguments, expect=2)
+def test_demo_refuses_what_cannot_work(run_here, arguments, message):
+    assert message in run_here("demo.py", *arguments, expect=2)
 
 
-def test_demo_refuses_a_folder_without_a_model(tmp_path):
-    assert "could not load" in run("demo.py", "--model", tmp_path, expect=1)
+def test_demo_refuses_a_folder_without_a_model(run_here, tmp_path):
+    assert "could not load" in run_here("demo.py", "--model", tmp_path, expect=1)
 
 
-def test_demo_refuses_an_empty_prompt_file(tmp_path):
+def test_demo_refuses_an_empty_prompt_file(run_here, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert "is empty" in run("demo.py", "--prompt-file", empty, expect=2)
+    assert "is empty" in run_here("demo.py", "--prompt-file", empty, expect=2)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A real model finds a passkey in 2,000 tokens of real text, wherever it stands, though it attends to 256 tokens a step.
+"""A real model finds a passkey in 1,000 and 2,000 tokens of real text, though it attends to 256 tokens a step.
 
 SmolLM2-135M-Instruct, bfloat16, chat prompt, the opening of Macbeth. One prefill per depth, through the SpinCache; from
 the question's last token on all steps are sparse. The dense answer goes on from the very same keys and values, so that a
@@ -23,9 +23,13 @@ from spin_hf import SpinCache
 pytestmark = pytest.mark.model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NUM_TOKENS, BUDGET = 2048, 256
+MOST_TOKENS, BUDGET = 2048, 256
 DEPTHS = [0.02, 0.2, 0.4, 0.6, 0.8, 0.97]
-CASES = [*(("shadowkv", depth) for depth in DEPTHS), ("bisection", 0.4)]
+LONG = [*(("shadowkv", depth) for depth in DEPTHS), ("bisection", 0.4)]
+CASES = [
+    *((1024, method, 0.4) for method in ("shadowkv", "bisection")),
+    *(pytest.param(MOST_TOKENS, *case, marks=pytest.mark.slow) for case in LONG),
+]
 ANSWER_TOKENS = 8
 
 HEAD = "<|im_start|>user\nHere is a text.\n\n"
@@ -63,7 +67,7 @@ def tokenizer(folder: str) -> Any:
 @pytest.fixture(scope="module")
 def text(tokenizer: Any) -> list[int]:
     """Tokens of the text that the passkey is hidden in."""
-    return list(tokenizer(example("texts").play("macbeth")[: 8 * NUM_TOKENS], add_special_tokens=False)["input_ids"])
+    return list(tokenizer(example("texts").play("macbeth")[: 8 * MOST_TOKENS], add_special_tokens=False)["input_ids"])
 
 
 @torch.no_grad()
@@ -84,16 +88,16 @@ def dense_copy(cache: SpinCache, model: PreTrainedModel) -> DynamicCache:
     return dense
 
 
-@pytest.mark.parametrize(("method", "depth"), CASES)
+@pytest.mark.parametrize(("num_tokens", "method", "depth"), CASES)
 def test_found_at_every_depth(
-    model: PreTrainedModel, tokenizer: Any, text: list[int], method: str, depth: float
+    model: PreTrainedModel, tokenizer: Any, text: list[int], num_tokens: int, method: str, depth: float
 ) -> None:
     def tokens(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
     passkey = str(random.Random(round(1000 * depth)).randint(10000, 99999))
     head, needle, question = tokens(HEAD), tokens(NEEDLE.format(passkey)), tokens(QUESTION)
-    room = NUM_TOKENS - len(head) - len(needle) - len(question)
+    room = num_tokens - len(head) - len(needle) - len(question)
     assert len(text) >= room
     cut = int(depth * room)
     prompt = [*head, *text[:cut], *needle, *text[cut:room], *question]

@@ -19,7 +19,7 @@ from spin_hf.layer import SpinLayer
 
 from .test_passkey import example
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]  # quick: tests/attention, on topics instead of a model
 
 NUM_TOKENS, STEPS = 2048, 4
 

@@ -1,0 +1,52 @@
+"""Long sweeps: which of a test's parameter sets are quick, and which are `slow`.
+
+    @pytest.mark.sweep          every value of every parameter has a quick test; the other sets are slow
+    @pytest.mark.sweep(2)       the same for every pair of values of two parameters
+
+A test that is named alone on the command line is a sweep of one, and quick.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+
+def _tokens(item: pytest.Item, strength: int) -> set[Hashable]:
+    """What a quick set of tests has to have: values, or groups of `strength` values, of the parameters of `item`."""
+    call: Any = item.callspec  # type: ignore[attr-defined]
+    values: list[Hashable] = []
+    for name, value in call.params.items():
+        key = value if isinstance(value, Hashable) else call.indices[name]
+        values.append((name, type(value), key))
+    return set(combinations(values, min(strength, len(values))))
+
+
+def quick(wanted: Sequence[set[Hashable]]) -> list[int]:
+    """The indices of few sets that together have all there is in any: each time the one with the most that is missing."""
+    missing = set().union(*wanted)
+    chosen = []
+    while missing:
+        best = max(range(len(wanted)), key=lambda i: (len(wanted[i] & missing), -i))
+        chosen.append(best)
+        missing -= wanted[best]
+    return sorted(chosen)
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Mark what `sweep` does not keep as slow."""
+    sweeps: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sweep") is not None and item.get_closest_marker("slow") is None:
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for swept in sweeps.values():
+        marker = swept[0].get_closest_marker("sweep")
+        strength = marker.args[0] if marker is not None and marker.args else 1
+        kept = set(quick([_tokens(item, strength) for item in swept]))
+        for index, item in enumerate(swept):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
