@@ -45,9 +45,7 @@ class Batch:
 
     def followed_by(self, ids: Tensor, valid: Tensor) -> Batch:
         """With more tokens, [B, n]."""
-        return Batch(
-            torch.cat([self.ids, ids], 1), torch.cat([self.valid, valid], 1), torch.cat([self.fed, valid], 1)
-        )
+        return Batch(torch.cat([self.ids, ids], 1), torch.cat([self.valid, valid], 1), torch.cat([self.fed, valid], 1))
 
     def cut(self, length: int) -> Batch:
         return Batch(self.ids[:, :length], self.valid[:, :length], self.fed[:, :length])

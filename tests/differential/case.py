@@ -1,6 +1,6 @@
 """One case of the differential test, drawn from a seed: a family, a method, options, and what may happen to the cache.
 
-    Case.draw(seed)     the same seed gives the same case, and with `history.py` the same operations
+Case.draw(seed)     the same seed gives the same case, and with `history.py` the same operations
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Case:
             records=dice.random() < 0.6,
             max_rows=dice.choice([1, 2, 3, 4]),
             max_tokens=max_tokens,
-            operations=dice.randint(6, 16),
+            operations=dice.randint(4, 12),
             options=_zones(dice) | {"budget": _budget(dice, method, exact, max_tokens)},
         )
 

@@ -75,7 +75,9 @@ class History:
         self.subject = Side(model, make, make())
         if case.exact:
             oracle = oracle_model(case.family)
-            self.reference = Side(oracle, lambda: DynamicCache(config=oracle.config), DynamicCache(config=oracle.config))
+            self.reference = Side(
+                oracle, lambda: DynamicCache(config=oracle.config), DynamicCache(config=oracle.config)
+            )
         else:
             self.reference = Side(model, lambda: SpinCache(given, **options), SpinCache(given, **options))
         shape = DynamicCache(config=model.config)
@@ -227,18 +229,16 @@ class History:
             HAPPENED where the interrupted call counts, None where it was refused (nothing has changed then), or the cache
             could not be used any longer and both were emptied.
         """
+        disturbed = False
         if kind in INTERRUPTED and self.dice.random() < self.case.interrupts:
             with Interruption(self.dice.randint(1, self.lines[kind])) as interruption:
                 try:
-                    result = call()
+                    result = self._or_refused(call)
                 except KeyboardInterrupt:
-                    result = HAPPENED
-                except BudgetError:
-                    assert self.case.refuses
-                    result = None
+                    disturbed = True
             if not interruption.place:
                 self.lines[kind] = max(1, interruption.lines)
-            if result is not HAPPENED:
+            if not disturbed:
                 return result
             self.note(f"    interrupted in line {interruption.lines}, {interruption.place}")
             if self.dice.random() < 0.5 and not self.linear:
@@ -247,18 +247,23 @@ class History:
                 self.note("    which has happened")
                 return HAPPENED
         try:
-            return call()
-        except BudgetError:
-            assert self.case.refuses, "a cap that plan allows was refused"
-            self.note("    refused")
-            self.check_contents()
-            return None
+            return self._or_refused(call)
         except CacheStateError as error:
-            assert self.linear, "a forward that was interrupted cannot be repeated"
-            assert "reset" in str(error)
+            if not disturbed or not self.linear or "reset()" not in str(error):
+                raise
             self.note("    the states are lost")
             self._empty()
             return None
+
+    def _or_refused(self, call: Callable[[], Any]) -> Any:
+        """The result of a call, or None where there is no room for it, and nothing has changed."""
+        try:
+            return call()
+        except BudgetError as error:
+            assert self.case.refuses, f"a cap that plan allows was refused: {error}"
+            self.note("    refused")
+        self.check_contents()
+        return None
 
     def _empty(self) -> None:
         self.subject.cache.reset()
@@ -272,7 +277,9 @@ class History:
         dice, batch = self.dice, self.batch
         count, new = dice.randint(1, 12) if batch.length else dice.choice([30, 80]), dice.randint(1, 8)
         ways: list[dict[str, Any]] = [{}, {"do_sample": True, "top_k": 20}, {"prefill_chunk_size": dice.randint(2, 9)}]
-        if batch.rows == 1 and not batch.length and "prompt_lookup" not in self.limits:  # else it computes the past again
+        if (
+            batch.rows == 1 and not batch.length and "prompt_lookup" not in self.limits
+        ):  # else it computes the past again
             ways.append({"prompt_lookup_num_tokens": 3})
         way = dice.choice(ways)
         if batch.length + count + new > self.case.max_tokens:

@@ -30,7 +30,6 @@ class Interruption:
         self.place = ""
 
     def __enter__(self) -> Interruption:
-        gc.collect()
         gc.disable()
         self._before = sys.gettrace()
         sys.settrace(self._call)

@@ -1,4 +1,4 @@
-"""Random histories of a cache in a model, at full budget against DynamicCache and with small budgets against a cache without a cap.
+"""Random histories of a cache in a model: at full budget against DynamicCache, sparse against a cache without a cap.
 
 families × methods × operations × tiers × interruptions at random lines. What a case does depends on its seed alone; a failing
 one prints what it did, and how to play it again. SPIN_HF_CASES says how many are played, SPIN_HF_CASES_SEED where they begin:
@@ -27,7 +27,10 @@ def run_case(seed: int) -> str:
     """Play one case; returns what it did."""
     case = Case.draw(seed)
     history = None
-    with little_slack(), patch.object(logging.getLogger("spin_hf"), "disabled", True):  # which would say that caps are small
+    with (
+        little_slack(),
+        patch.object(logging.getLogger("spin_hf"), "disabled", True),
+    ):  # which would say that caps are small
         try:
             history = History(case)
             history.play()
