@@ -8,7 +8,7 @@ attention is then uniform, and a cache that loses half of it passes), windows of
     small       budgets that leave most out: finite logits of the right shapes
     control     a method that leaves tokens out is seen in the logits, so what is compared depends on attention
 
-Here are a tiered greedy run and the control of each family; `test_all_ways.py` has the rest, and is run where that is asked for:
+Here are a tiered greedy run and the control of each family. `test_all_ways.py` has the rest, where that is asked for:
 
     SPIN_HF_GENERATION=all pytest tests/generation
 """
