@@ -1,0 +1,43 @@
+"""`generate` of many families at full budget against DynamicCache, and with small budgets for what must not break.
+
+Prompts of 100 tokens, padded on the left, weights × 15 (transformers' own generation tests have 7 tokens and weights of 0.02:
+attention is then uniform, and a cache that loses half of it passes), windows of 24 tokens:
+
+    untiered    budget beyond the context: as DynamicCache
+    tiered      the same with the smallest `gpu_memory` that `plan` allows
+    small       budgets that leave most out: finite logits of the right shapes
+    control     a method that leaves tokens out is seen in the logits, so what is compared depends on attention
+
+Here are a tiered greedy run and the control of each family. `test_all_ways.py` has the rest, where that is asked for:
+
+    SPIN_HF_GENERATION=all pytest tests/generation
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ..support.compare import RELATIVE_TOLERANCE, difference
+from .ways import FAMILIES, FULL, SMALL, assert_same, expected, smallest, with_spin
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@each_family
+def test_tiered(name: str) -> None:
+    ours, caches = with_spin(name, "greedy", gpu_memory=smallest(name, "greedy", **FULL), **FULL)
+    assert_same(ours, expected(name, "greedy"))
+    for cache in caches:
+        cache.check_integrity()
+        assert cache.stats().evictions, "nothing was evicted: the cap was not tight"
+
+
+@each_family
+def test_control(name: str) -> None:
+    """A tenth of the context is not enough for these models: else the tests above would see nothing."""
+    ours, caches = with_spin(name, "greedy", method="shadowkv", **SMALL)
+    assert caches[0].stats().sparse_queries
+    theirs = expected(name, "greedy")
+    prompts, steps = (difference(ours[0].logits[step], theirs[0].logits[step]) for step in (0, 1))
+    assert prompts <= RELATIVE_TOLERANCE, "a prompt attends to everything"
+    assert steps > 100 * RELATIVE_TOLERANCE, f"a method that leaves most out moves logits by {steps:.1e} only"
