@@ -25,6 +25,7 @@ from .errors import CacheStateError
 from .layer import SpinLayer
 from .layer_kinds import is_placeholder
 from .shared import SharedState
+from .undo import own_attributes
 
 
 class ForwardLog:
@@ -77,10 +78,12 @@ class ForwardLog:
             self.settle(layers)
         self.last = index
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
-        if linear:
+        if index in self.before:
+            return
+        if linear and _holds_states(layer):
             self.irreversible = True
-        elif isinstance(layer, DynamicLayer) and index not in self.before:
-            self.before[index] = dict(layer.__dict__)
+        elif linear or isinstance(layer, DynamicLayer):
+            self.before[index] = own_attributes(layer)
 
     def touched(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
@@ -132,19 +135,7 @@ class ForwardLog:
         self.shared.commits_with_last_paged = True
 
 
-@contextmanager
-def unpaged_or_none(layers: list[Any]) -> Iterator[list[Any]]:
-    """Yield layers that are not paged; they get back what they had if an operation on the cache fails inside."""
-    before = [{name: _own(held) for name, held in layer.__dict__.items()} for layer in layers]
-    try:
-        yield layers
-    except BaseException:
-        for layer, attributes in zip(layers, before, strict=True):
-            layer.__dict__.clear()
-            layer.__dict__.update(attributes)
-        raise
-
-
-def _own(held: Any) -> Any:
-    """Tables of states are changed in place; tensors are not."""
-    return dict(held) if isinstance(held, dict) else held
+def _holds_states(layer: Any) -> bool:
+    """Whether a linear-attention layer has states, which the forward overwrites; what an empty one makes is its own."""
+    initialized = [*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values()]
+    return any(initialized)
