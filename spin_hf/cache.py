@@ -11,7 +11,7 @@ layers that are not paged.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -20,25 +20,31 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import kernels, regroup
+from . import regroup
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
-from .attention.partition import Method, check_recipe, recipe_of
+from .attention.partition import Method, check_recipe
 from .calls import ModelCalls, model_of
-from .compiled import pool_of
+from .compiled import may_be_compiled, pool_of
 from .config import SpinOptions, parse_bytes
-from .errors import BatchSizeError, OptionError, OptionTypeError
-from .forward import ForwardLog, unpaged_or_none
+from .counting import stats_of
+from .errors import OptionError, OptionTypeError
+from .forward import ForwardLog
+from .lasting import lasting
 from .layer import SpinLayer
 from .layer_budget import check_stretches
-from .layer_kinds import build_layers, check_model, decoder_config, is_placeholder
+from .layer_kinds import build_layers, check_model, decoder_config
+from .rows import rows_of, times_of
 from .shared import SharedState
-from .stats import CacheStats, collect
+from .states import check_layer, held_batch
+from .stats import CacheStats
 from .step_plan import StepPlan
 from .storage.sequences import Sequences, check_batch
+from .takeover import check_source, take_over
+from .undo import finished, undone
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
@@ -71,6 +77,7 @@ class SpinCache(Cache):
     Source: SPIN, arXiv 2604.26837.
     """
 
+    @lasting
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
@@ -103,7 +110,7 @@ class SpinCache(Cache):
         self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list
         self._shared.served = weakref.ref(model)
         self._log = ForwardLog(self.layers, self._shared)
-        if isinstance(model, PreTrainedConfig) and self._may_be_compiled():
+        if isinstance(model, PreTrainedConfig) and may_be_compiled(self._shared, self.layers):
             self._shared.pool = pool_of(config)
         self._bind(config, model_of(model))
 
@@ -113,6 +120,7 @@ class SpinCache(Cache):
 
     # ---------------------------------------------------------------------------------------------------- the contract
 
+    @lasting
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -129,6 +137,7 @@ class SpinCache(Cache):
         self._after(layer_idx)
         return states
 
+    @lasting
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention and convolution layers."""
         self._before(layer_idx, conv_states.shape[0])
@@ -136,6 +145,7 @@ class SpinCache(Cache):
         self._after(layer_idx)
         return states
 
+    @lasting
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention layers."""
         self._before(layer_idx, recurrent_states.shape[0])
@@ -163,6 +173,7 @@ class SpinCache(Cache):
         interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
         return super().get_seq_length(self._log.final if interrupted else layer_idx)
 
+    @lasting
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks before a forward, so here is checked what it needs.
 
@@ -179,6 +190,7 @@ class SpinCache(Cache):
             return MaskedLength.of(length, None, window=True), 0  # a full window without padding, seen whole
         return length, offset
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
 
@@ -191,38 +203,53 @@ class SpinCache(Cache):
             )
         self._log.settle(self.layers)
         length = self.get_seq_length()
-        with unpaged_or_none(self._unpaged_layers()) as unpaged:
-            for layer in unpaged:
+        with undone(self._shared, self._unpaged_layers()):
+            for layer in self._unpaged_layers():
                 layer.crop(tokens_to_remove)
             if self._shared.layers:
                 keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
                 if keep < length:
                     self._shared.truncate(keep)
 
+    @lasting
     def reset(self) -> None:
         """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
         fresh, _ = build_layers(self._config, lambda index: self.layers[index])
-        self.layers[:] = fresh  # transformers' own layers keep the batch size of their states over a reset
-        self._shared.clear()
-        self._log.clear()
 
+        def forget() -> None:
+            self.layers[:] = fresh  # transformers' own layers keep the batch size of their states over a reset
+            self._shared.clear()
+            self._log.clear()
+
+        finished(self._shared, forget)
+
+    @lasting
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
-        self._select(beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
+        self._select(beam_idx)
 
+    @lasting
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` (int64, or a bool mask), in that order."""
-        rows = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
-        self._select(rows, lambda layer: layer.batch_select_indices(indices))
+        """Keep the sequences `indices` (whole numbers, or a bool mask), in that order."""
+        self._select(indices)
 
+    @lasting
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
-        rows = [row for row in range(self._held_batch() or 0) for _ in range(repeats)]
-        self._select(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+        times = times_of(repeats)
+        self._log.settle(self.layers)
+        rows = [row for row in range(self._held_batch() or 0) for _ in range(times)]
+        self._select(rows)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """As `DynamicCache`: keys, values and, of a sliding layer, the window; copies of what pages hold."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     # ------------------------------------------------------------------------------------------------------- our own
 
     @classmethod
+    @lasting
     def from_cache(
         cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "bisection",
         *, attention_mask: Tensor | None = None, **options: Any,
@@ -235,39 +262,23 @@ class SpinCache(Cache):
             options: as for `SpinCache`.
         Raises:
             OptionTypeError: `cache` is no transformers cache.
-            OptionError: its layers do not match the model's.
+            OptionError, BatchSizeError: its layers, or the mask, do not match the model's or each other.
         """
         if not isinstance(cache, Cache):
-            raise OptionTypeError(
-                f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache"
-            )
+            check_source(cache, [], None, None)
         made = cls(model, method, **options)
-        if len(cache.layers) not in (0, len(made.layers)):
-            raise OptionError(
-                f"cache: expected {len(made.layers)} layers as the model has, got {len(cache.layers)}; "
-                "pass a cache of this model"
-            )
-        valid = None if attention_mask is None else attention_mask.bool()
-        for index, (layer, source) in enumerate(zip(list(made.layers), cache.layers, strict=False)):
-            if not isinstance(layer, SpinLayer):
-                made.layers[index] = deepcopy(source)
-            elif source.keys is not None and source.keys.numel():
-                if source.keys.shape[-2] != source.get_seq_length():
-                    raise OptionError(
-                        f"cache: layer {index} holds only a window of its tokens, expected all; "
-                        "pass a DynamicCache(config=model.config)"
-                    )
-                layer.append(source.keys, source.values, valid)
-        made._shared.commit()
-        made._shared.visible_length.fill_(made._shared.committed)
+        valid = check_source(cache, made.layers, made._config, attention_mask)
+        take_over(cache, made.layers, made._shared, valid)
         return made
 
+    @lasting
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
         if self._log.can_settle():
             self._log.settle(self.layers)
-        return collect(self._shared, self.get_seq_length(), self._dense_reasons)
+        return stats_of(self._shared, self.get_seq_length(), self._dense_reasons)
 
+    @lasting
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
         """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
 
@@ -285,6 +296,7 @@ class SpinCache(Cache):
         self._log.settle(self.layers)
         return self._shared.gpu.give_back(wanted)
 
+    @lasting
     def roll_back(self) -> None:
         """Forget the tokens of a forward that was interrupted, if there is one.
 
@@ -298,6 +310,7 @@ class SpinCache(Cache):
         if self._log.failed or not self._log.is_complete():
             self._log.take_back(self.layers)
 
+    @lasting
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
 
@@ -309,6 +322,19 @@ class SpinCache(Cache):
         for layer in self._shared.layers:
             layer.check_integrity()
 
+    def __copy__(self) -> SpinCache:
+        """Another object with the same contents, as of transformers' caches: what happens to one happens to both."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _copied=self)  # which lives as long: what it held is given back behind both
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise OptionTypeError(
+            "a SpinCache belongs to a model of this process, expected no pickle of it; pickle DynamicCache(iter(cache)) and "
+            "take that over with SpinCache.from_cache"
+        )
+
+    @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)
@@ -325,11 +351,6 @@ class SpinCache(Cache):
     def _unpaged_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, SpinLayer)]
 
-    def _may_be_compiled(self) -> bool:
-        """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph."""
-        served = kernels.on_gpu() and recipe_of(self._shared.method) is not None
-        return served and all(is_placeholder(layer) for layer in self._unpaged_layers())
-
     def _before(self, index: int, batch_size: int) -> None:
         """Layer `index` is about to change: note it, and refuse a batch of another size."""
         if torch.compiler.is_compiling():
@@ -339,6 +360,7 @@ class SpinCache(Cache):
         held = self._held_batch()
         if held is not None:
             check_batch(held, batch_size)
+        check_layer(index, self.layers, self._shared)
         self._log.touch(index, self.layers)
 
     def _after(self, index: int) -> None:
@@ -352,26 +374,18 @@ class SpinCache(Cache):
         return state
 
     def _held_batch(self) -> int | None:
-        """Sequences held, by whichever layer says so; None while empty."""
-        if self._shared.layers:
-            return self._shared.sequences.batch_size if self._shared.committed else None
-        for layer in self.layers:
-            if isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.get_seq_length():
-                return layer.keys.shape[0]
-        return None
+        return held_batch(self._shared, self.layers)
 
-    def _select(self, rows: list[int], select: Callable[[Any], object]) -> None:
-        """Check and select sequences of all layers; `select` does so in one that is not paged. All or none."""
+    def _select(self, indices: Any) -> None:
+        """Check and select sequences of all layers: all or none."""
         self._log.settle(self.layers)
-        held = self._held_batch()
-        bad = [row for row in rows if held is not None and not 0 <= row < held]
-        if held is not None and not rows:
-            raise BatchSizeError(f"expected at least one of the {held} sequences held, got none; call cache.reset()")
-        if bad:
-            raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {(held or 0) - 1}")
-        with unpaged_or_none(self._unpaged_layers()) as unpaged:
-            for layer in unpaged:
-                select(layer)
+        rows = rows_of(indices, self._held_batch())
+        if not rows:
+            return  # nothing is held
+        chosen = torch.tensor(rows)
+        with undone(self._shared, self._unpaged_layers()):
+            for layer in self._unpaged_layers():
+                layer.reorder_cache(chosen)  # of all kinds of layers, any number of rows
             self._shared.select(rows)
 
     def _bind(self, config: Any, model: nn.Module | None) -> None:
@@ -381,4 +395,4 @@ class SpinCache(Cache):
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 
-_BOUND = ("_config", "_finalizer", "calls")
+_BOUND = ("_config", "_copied", "_finalizer", "calls")

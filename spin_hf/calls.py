@@ -72,7 +72,7 @@ class ModelCalls:
             AttentionError: the cache was made from another model.
             What the forward raises; then the cache is as before the call.
         """
-        if self.inside:  # a part of the model, or a graph that is captured
+        if self.inside and self._runs():  # a part of the model, or a graph that is captured
             return forward(**kwargs)
         if self.wrapped and not any(part() is module for part in self.wrapped):
             raise AttentionError(
@@ -91,6 +91,15 @@ class ModelCalls:
             self.inside = False
             if self.wrapped:
                 self._drop()
+
+    def _runs(self) -> bool:
+        """Whether this thread is inside of `run`, whatever an interruption has left of `inside`."""
+        frame: Any = sys._getframe(2)
+        while frame is not None and not (
+            frame.f_code is ModelCalls.run.__code__ and frame.f_locals.get("self") is self
+        ):
+            frame = frame.f_back
+        return frame is not None
 
     def hold(self) -> None:
         """Keep the config switched: for good, or from a mask that is made before a call to the end of that call."""

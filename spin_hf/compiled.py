@@ -19,14 +19,30 @@ from collections import Counter, deque
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from . import kernels
+from .attention.partition import recipe_of
+from .layer_kinds import is_placeholder
+
 if TYPE_CHECKING:
     from .decode import StepKernels
+    from .shared import SharedState
 
 _MAX_WAITING = 8
 """Kernels kept for a config; beyond that the oldest go, and a graph is recorded anew when their like returns."""
 
 _numbers = itertools.count(1)
 _handles: dict[Hashable, int] = {}
+
+
+def may_be_compiled(shared: SharedState, layers: list[Any]) -> bool:
+    """Whether kernels serve every layer that holds tokens: host work, as of windows, has no place in a graph.
+
+    Args:
+        shared: of the paged layers.
+        layers: of the cache.
+    """
+    served = kernels.on_gpu() and recipe_of(shared.method) is not None
+    return served and all(is_placeholder(layer) or layer in shared.layers for layer in layers)
 
 
 def new_handle() -> int:

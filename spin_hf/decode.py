@@ -85,10 +85,9 @@ class StepKernels(Descriptors):
         with kept("buffers of decode steps", 4 * self.streams * width):
             parts = torch.empty((self.streams, width), dtype=torch.float32, device=self.device)
             self.selection.fit(group, key_dim, dtype)
-        self.parts = parts
-        self.fits, self.group, self.block_g = fits, group, max(16, power_of_two(group))
         self.shared.forget_recorded()
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
+        self.parts, self.fits, self.group, self.block_g = parts, fits, group, max(16, power_of_two(group))
 
     def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
         """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""

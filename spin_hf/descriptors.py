@@ -97,6 +97,7 @@ class Descriptors:
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
                 fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
+            self.layer_known[number] = None  # neither what was nor what will be, if an interruption comes here
             _upload(fields, self.layer_fields[number])
             self.layer_known[number] = known
 
@@ -184,6 +185,7 @@ class Descriptors:
                 return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
         outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.looked_at > 0
+        self.page_capacity = 0  # made anew, if an interruption comes before all is there
         self.found_for.fill_(-1)
         self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
@@ -209,6 +211,7 @@ class Descriptors:
             self.step_fields[field] = tensor.data_ptr()
 
     def _upload_step(self, fields: list[int]) -> None:
+        self.uploaded = []
         _upload(fields, self.step)
         self.uploaded = list(fields)
 

@@ -26,6 +26,7 @@ from .errors import CacheStateError
 from .layer import SpinLayer
 from .layer_kinds import is_placeholder
 from .shared import SharedState
+from .undo import own_attributes
 
 _TABLES = ("conv_states", "recurrent_states")
 """Where layers of linear attention keep states: number -> tensor, or None."""
@@ -101,17 +102,18 @@ class ForwardLog:
         if index < self.last or (index == self.last and not linear):
             if self.watched:  # the model runs its layers more than once in a call
                 self.shared.commit()
-                self.shared.sequences.changed()  # so that what is taken back are all its rounds
             else:
                 self.settle(layers)
         if self.last < 0 and not self.watched:
             self.behind = [(state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)]
         self.last = index
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
-        if linear:
+        if index in self.before:
+            return
+        if linear and _holds_states(layer):
             self.irreversible |= not self.watched
-        elif isinstance(layer, DynamicLayer) and index not in self.before:
-            self.before[index] = dict(layer.__dict__)
+        elif linear or isinstance(layer, DynamicLayer):
+            self.before[index] = own_attributes(layer)
 
     def touched(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
@@ -156,7 +158,7 @@ class ForwardLog:
         return reached and (not self.behind or self.last > self.final or changed)
 
     def take_back(self, layers: list[Any]) -> None:
-        """Take back the forward in progress.
+        """Take back the forward in progress. May be repeated.
 
         Raises:
             CacheStateError: it has overwritten what is needed for that.
@@ -193,6 +195,11 @@ def _states(layer: Any) -> Iterator[Tensor]:
             yield from (state for state in getattr(layer, table, {}).values() if isinstance(state, Tensor))
 
 
+def _holds_states(layer: Any) -> bool:
+    """Whether a linear-attention layer has states, which the forward overwrites; what an empty one makes is its own."""
+    return any(True for _ in _states(layer))
+
+
 def _version(state: Tensor) -> int:
     """How often `state` was written to, or -1 where torch does not count: under inference mode, and in kernels on a GPU."""
     return -1 if state.is_inference() or state.is_cuda else state._version
@@ -200,27 +207,9 @@ def _version(state: Tensor) -> int:
 
 def _with_copies(layer: Any) -> dict[str, Any]:
     """The attributes of a layer of linear attention, with copies of its states, which a forward overwrites."""
-    attributes = {name: _own(held) for name, held in layer.__dict__.items()}
+    attributes = own_attributes(layer)
     for table in _TABLES:
         for number, state in attributes.get(table, {}).items():
             if isinstance(state, Tensor):
                 attributes[table][number] = state.clone()
     return attributes
-
-
-@contextmanager
-def unpaged_or_none(layers: list[Any]) -> Iterator[list[Any]]:
-    """Yield layers that are not paged; they get back what they had if an operation on the cache fails inside."""
-    before = [{name: _own(held) for name, held in layer.__dict__.items()} for layer in layers]
-    try:
-        yield layers
-    except BaseException:
-        for layer, attributes in zip(layers, before, strict=True):
-            layer.__dict__.clear()
-            layer.__dict__.update(attributes)
-        raise
-
-
-def _own(held: Any) -> Any:
-    """Tables of states are changed in place; tensors are not."""
-    return dict(held) if isinstance(held, dict) else held

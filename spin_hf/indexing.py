@@ -112,7 +112,7 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
     for name, vectors in expected.items():
         summary = store.summaries[name]
         held, vectors = summary.take(rows), summary.rounded(vectors)
-        if not (torch.equal(held, vectors) or (not exact and _close(held, vectors, summary.quantized))):
+        if not (_same(held, vectors) or (not exact and _close(held, vectors, summary.quantized))):
             raise CacheStateError(
                 f"integrity: layer {layer_idx} has a stale summary {name!r}; please report this as a bug"
             )
@@ -146,6 +146,11 @@ def tokens_of(sequences: Sequences, first: int, stop: int, device: torch.device)
     if sequences.mask.keeps_positions:
         positions = sequences.positions(*tokens, device).reshape(shape)
     return valid, positions
+
+
+def _same(held: Tensor, expected: Tensor) -> bool:
+    """Equal; what keys that are not numbers give is not a number either."""
+    return torch.equal(held, expected) or bool(((held == expected) | (held.isnan() & expected.isnan())).all())
 
 
 def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:

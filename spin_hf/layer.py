@@ -32,15 +32,18 @@ from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
 from .errors import CacheStateError
 from .indexing import check_summaries, index_pages
+from .inspection import Inspected
 from .kernels.fields import MAX_QUERIES
+from .lasting import lasting
 from .layer_budget import LayerShape
 from .shared import SharedState
+from .states import check_states
 from .storage.pages import PageStore
 
 logger = logging.getLogger("spin_hf")
 
 
-class SpinLayer(CacheLayerMixin):
+class SpinLayer(Inspected, CacheLayerMixin):
     """Pages, summaries and attention of one layer.
 
     Args:
@@ -79,23 +82,6 @@ class SpinLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:
         """Whether `generate` may compile the decode step by itself."""
         return self.shared.pool is not None
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held; AttributeError before the first token, which is how transformers asks."""
-        if self.store is None or not self.shared.sequences.batch_size:
-            raise AttributeError("batch_size")
-        return self.shared.sequences.batch_size
-
-    @property
-    def keys(self) -> Tensor | None:
-        """All keys [B, H, tokens, Dk] in order (a copy), or None; for inspection and hand-over."""
-        return self._dense()[0]
-
-    @property
-    def values(self) -> Tensor | None:
-        """All values [B, H, tokens, Dv] in order (a copy), or None."""
-        return self._dense()[1]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
@@ -162,6 +148,7 @@ class SpinLayer(CacheLayerMixin):
             return self.shared.captured_length  # type: ignore[no-any-return, unused-ignore]
         if self.shared.launched:
             self.shared.finish()
+        self.shared.put_right()
         return self.shared.committed
 
     def _traced_length(self) -> Tensor:
@@ -237,6 +224,7 @@ class SpinLayer(CacheLayerMixin):
         if append and self is self.shared.layers[-1] and self.shared.launched is not None:
             self.shared.finish()  # of a compiled forward that is replayed, `settle` does it
 
+    @lasting
     def _run(
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
     ) -> Tensor | None:
@@ -307,6 +295,7 @@ class SpinLayer(CacheLayerMixin):
             new_valid: [B, n], bool, False for padding; None for all valid.
         """
         sequences = self.shared.sequences
+        check_states(self.shared, self.number, self.layer_idx, key, value)
         if self._is_first:
             self.shared.begin(key.shape[0], key.shape[2], new_valid)
         if self.store is None:
@@ -374,14 +363,6 @@ class SpinLayer(CacheLayerMixin):
         if self.store is None:
             raise CacheStateError(f"layer {self.layer_idx} is attended to before it was updated; call update first")
         return self.store
-
-    def _dense(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.store is None or not self.shared.committed:
-            return None, None
-        keys, values, _ = self.store.pages(0, self.shared.sequences.num_pages)
-        length = self.shared.committed
-        keys, values = (self.store.in_order(states.flatten(2, 3)[:, :, :length]) for states in (keys, values))
-        return keys, values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
         twin = object.__new__(type(self))

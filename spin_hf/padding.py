@@ -13,9 +13,24 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from . import regroup
+from .errors import BatchSizeError
 
 if TYPE_CHECKING:
     from .shared import SharedState
+
+
+def check_mask(batch_size: int, mask: Tensor | None) -> None:
+    """Raise BatchSizeError where a padding mask is not one of this batch. Without padding it says nothing, as in transformers.
+
+    Args:
+        batch_size: sequences of the forward.
+        mask: [B, tokens], bool; None for no padding.
+    """
+    if mask is not None and mask.shape[0] != batch_size and not bool(mask.all()):
+        raise BatchSizeError(
+            f"attention_mask: expected one for {batch_size} sequences, as the input has, got one for {mask.shape[0]}; pass the "
+            "attention_mask that belongs to the input"
+        )
 
 
 def take(shared: SharedState, mask: Tensor | None) -> Tensor | None:
@@ -50,7 +65,6 @@ def reconcile(shared: SharedState, mask: Tensor | None) -> None:
     pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
     for row in changed.any(1).nonzero().flatten().tolist():
         sequences.unshare([row], pages)
-    sequences.mask.replace(mask, length)
-    sequences.events += 1
-    for layer in shared.layers:
+    for layer in shared.layers:  # before the bits are written, so that an interruption does not lose it
         layer.renew(pages.start, min(pages.stop, length // sequences.page_size))
+    sequences.replace_padding(mask, length)

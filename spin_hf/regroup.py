@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +28,7 @@ from .storage import rearranged
 from .storage.pages import PageStore
 from .storage.regrouped import tiles
 from .storage.sequences import SEGMENT_PAGES, segments_of
-from .storage.stretches import Plan, pages_that_may_move
+from .storage.stretches import Plan, Stretches, pages_that_may_move
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -101,31 +102,53 @@ def grow(shared: SharedState) -> None:
 
 
 def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
-    """Put tokens back in order that may not be out of it once `length` tokens are left, with padding as in `valid`.
+    """Put tokens back in order that may not be out of it with padding as in `valid`, where all of them stay.
 
     Args:
         valid: [B, >= length], bool; None for no padding.
+        length: tokens that every layer holds.
     """
-    sequences = shared.sequences
-    stretches = sequences.stretches
+    left = in_order(shared, valid, length)
+    if left is not shared.sequences.stretches:
+        shared.sequences.regrouped(left)
+        forget_arranged(shared)
+
+
+def in_order(shared: SharedState, valid: Tensor | None, length: int) -> Stretches:
+    """Put tokens back in order that may not be out of it once `length` of them are left, with padding as in `valid`.
+
+    Those behind `length` stay where they are, so the stretches are what they were until the others are gone.
+
+    Args:
+        valid: [B, >= length], bool; None for no padding.
+    Returns:
+        The stretches that are left then.
+    """
+    sequences, stretches = shared.sequences, shared.sequences.stretches
     left = length - stretches.num_pages * sequences.page_size
     if not stretches.stops or (valid is None and left >= shared.options.recent_window):
-        return
+        return stretches
     touched = _misplaced(shared, valid, length).any(0).nonzero().flatten()
     lowest = int(touched[0]) if touched.numel() else stretches.num_pages
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
             for group in together(shared, stop - first):
+                for layer in group:  # to be arranged again, where an interruption leaves the stretch as it is
+                    layer.arranged = min(layer.arranged, first)
                 stores = stores_of(group)
                 order = rearranged.positions(stores, first, stop).flatten(2).argsort(2)
                 partitions = order.new_ones((*order.shape[:2], stop - first))
                 content = rearranged.content(stores, first, stop)
                 _rearrange(group, first, stop, order, partitions, content)
-        stretches.drop_last()
-        for layer in shared.layers:
-            layer.arranged = min(layer.arranged, stretches.num_pages)
-        sequences.changed()
+        stretches = stretches.without_last()
+    return stretches
+
+
+def forget_arranged(shared: SharedState) -> None:
+    """Note that no layer has arranged more than there are stretches."""
+    for layer in shared.layers:
+        layer.arranged = min(layer.arranged, shared.sequences.stretches.num_pages)
 
 
 def check_integrity(shared: SharedState) -> None:
@@ -173,8 +196,7 @@ def _add_stretches(
     for end, moves in zip(stops, grouped, strict=True):
         stretches.append(end, moves)
     stretches.planned = planned if planned[2] else None
-    sequences.stretches = stretches
-    sequences.changed()
+    sequences.regrouped(stretches)
     _arrange_layers(shared, method)
 
 
@@ -184,7 +206,7 @@ def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
     layers = [layer for layer in shared.layers if layer.store is not None and layer.arranged < stretches.num_pages]
     if not layers:
         return
-    first, stop = layers[-1].arranged, stretches.num_pages
+    first, stop = min(layer.arranged for layer in layers), stretches.num_pages
     runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(shared, start, end)]
     flawless = []
     for group in together(shared, stop - first, layers):
@@ -316,11 +338,16 @@ def _rearrange(
     Args:
         arranged: pages of stretches that are arranged in these layers then, if that is more than before.
     """
-    stores = stores_of(layers)
-    moved = rearranged.rearrange(stores, first, stop, order, partitions, content)
+    stores, before = stores_of(layers), [layer.arranged for layer in layers]
     for layer in layers:
-        layer.arranged = max(layer.arranged, arranged)
         layer.renew(first, stop)
+
+    def note(pages: list[int]) -> None:
+        for layer, each in zip(layers, pages, strict=True):
+            layer.arranged = each
+
+    marks = partial(note, [max(each, arranged) for each in before]), partial(note, before)
+    moved = rearranged.rearrange(stores, first, stop, order, partitions, content, marks)
     index_pages(stores, layers[0].shared.method, layers[0].number, first, stop, moved)
     for layer in layers:
         layer.renewed(first, stop)

@@ -15,7 +15,7 @@ See `forward.py` for a forward that does not reach the last layer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import indexing, kernels, padding, regroup
+from . import indexing, kernels, padding, positions, regroup
 from .attention.interface import register_step
 from .attention.partition import Method, recipe_of
 from .compiled import KernelPool, handle_of, new_handle
@@ -33,10 +33,12 @@ from .decode import StepKernels
 from .errors import AttentionError, CacheStateError
 from .gpu_memory import GpuMemory
 from .kernels.fields import MAX_QUERIES, Counter, StepField
+from .lasting import lasting
 from .layer_budget import LayerShape, tier_budget
 from .step_plan import StepPlan
 from .storage.budget import TierBudget
 from .storage.sequences import Sequences, check_batch
+from .undo import finished
 
 if TYPE_CHECKING:
     from .layer import SpinLayer
@@ -58,6 +60,7 @@ class SharedState:
         launched: None, or whether the compiled forward that a step was prepared for has run.
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
+        unfinished: what has to be done before the cache is used, as an operation was interrupted (`undo.py`); None for nothing.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
@@ -69,7 +72,7 @@ class SharedState:
     plan: StepPlan
     model_name: str
     layers: list[SpinLayer] = field(default_factory=list)
-    visible_length: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    visible_length: Tensor = field(default_factory=lasting(lambda: torch.zeros((), dtype=torch.int64)))
     pending: SpinLayer | None = None
     committed: int = 0
     commits_with_last_paged: bool = True
@@ -79,6 +82,7 @@ class SharedState:
     launched: bool | None = None
     handle: int = 0
     query_heads: int = 0
+    unfinished: Callable[[], None] | None = None
     pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
     any_stale: bool = False
@@ -112,7 +116,7 @@ class SharedState:
             counts = [] if found is None else found.counters.sum(0).tolist()
             taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
             if taken is None:
-                taken = StepKernels(self, launch, device, batch_size, num_heads)
+                taken = lasting(StepKernels)(self, launch, device, batch_size, num_heads)
             else:
                 taken.serve(self)
             if found is not None:
@@ -161,6 +165,7 @@ class SharedState:
         if chooses:
             indexing.refresh(self)  # pages may have taken another form
 
+    @lasting
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.
 
@@ -186,6 +191,7 @@ class SharedState:
         register_step(self.handle, self)
         self.prepared = True
 
+    @lasting
     def finish(self, foresee: bool = False) -> None:
         """The step that was prepared has been launched: its tokens count. Where that fails, it can be done again.
 
@@ -213,6 +219,7 @@ class SharedState:
         finally:
             self.captured_length = None
 
+    @lasting
     def expect(self, batch_size: int, mask: Tensor | None) -> None:
         """A forward of one token a sequence comes, and may be a compiled one: prepare its step if it can be.
 
@@ -242,12 +249,23 @@ class SharedState:
         """Kernels got other buffers: what graphs hold is not what the next step uses, and so has another handle."""
         self._begun = None
 
+    @lasting
     def settle(self) -> None:
-        """End the step that `expect` prepared: its tokens count if the forward ran, else they are taken back."""
+        """End the step that `expect` prepared: its tokens count if the forward ran, else they are taken back.
+
+        What an interruption left unfinished comes first.
+        """
+        self.put_right()
         if self.launched:
             self.finish()
         elif self.launched is not None:
             self.roll_back()
+
+    def put_right(self) -> None:
+        """Finish or undo what was interrupted, if anything was."""
+        if self.unfinished is not None:
+            self.unfinished()
+            self.unfinished = None
 
     def kernels_in_use(self) -> list[StepKernels]:
         """The kernels of the present batch, one object for each device and number of heads."""
@@ -265,58 +283,38 @@ class SharedState:
                 f"{self.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass them "
                 'to the attention function "spin": the model changes them in between, or calls another attention '
                 'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
-                "DynamicCache for this model"
+                "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
+                "SpinCache.from_cache"
             )
 
     def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
-        """Raise AttentionError where new tokens do not stand where real tokens are counted to. Reads the device.
-
-        Args:
-            position_ids: [B or 1, Q], or [axes, B or 1, Q].
-            mask: of the new tokens, [B, 1, 1, Q]; any other, or None, for all real.
-        """
-        num_tokens = position_ids.shape[-1]
-        padded = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_tokens)
-        fresh = mask[:, 0, 0] if mask is not None and padded else position_ids.new_ones((1, num_tokens)).bool()
-        counted = self.sequences.mask.next_positions(self.committed, fresh)
-        if bool(_elsewhere(position_ids, counted, fresh)):
-            raise AttentionError(
-                f"{self.model_name} with {type(self.method).__name__}: expected position ids that count the real tokens of "
-                f"each sequence, here {counted.tolist()[0][:4]}... in the first one, got {position_ids.flatten().tolist()[:4]}"
-                "...; pass position_ids=attention_mask.cumsum(-1) - 1 (of the new tokens) as generate does, or use ShadowKV"
-            )
+        """As `positions.check_positions`."""
+        positions.check_positions(self, position_ids, mask)
 
     def counts_positions(self, position_ids: Tensor | None, new_valid: Tensor | None) -> bool:
-        """Whether a step of one token stands where real tokens are counted to, if the method cares. Reads the device.
-
-        Args:
-            position_ids: [B or 1, 1], or [axes, B or 1, 1]; None where the model counts all tokens.
-            new_valid: [B, 1], bool, False for padding; None for all valid.
-        """
-        if not self.method.uses_positions:
-            return True
-        if position_ids is None:
-            return self.sequences.mask.valid is None and (new_valid is None or bool(new_valid.all()))
-        fresh = position_ids.new_ones((1, 1)).bool() if new_valid is None else new_valid.to(position_ids.device)
-        counted = self.sequences.mask.next_positions(self.committed, fresh)
-        return not bool(_elsewhere(position_ids, counted, fresh))
+        """As `positions.counts_positions`."""
+        return positions.counts_positions(self, position_ids, new_valid)
 
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
         self.committed = self.sequences.length
 
+    @lasting
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended, and the room that was made for it."""
+        finished(self, self._roll_back)
+
+    def _roll_back(self) -> None:
         self._end_step()
         if self.sequences.length != self.committed:
             regroup.restore(self, self.sequences.mask.valid, self.committed)
-            self.sequences.roll_back(self.committed)
-            self.plan.forget()
+        self.sequences.roll_back(self.committed)
+        self.plan.forget()
         self.visible_length.fill_(self.committed)
         if not self.committed and not self.sequences.refcounts:
-            self._forget_stores()
+            self.forget_stores()
 
-    def _forget_stores(self) -> None:
+    def forget_stores(self) -> None:
         """As before the first step, which has failed: what was settled by it is settled anew."""
         self.sequences.stores.clear()
         for layer in self.layers:
@@ -334,7 +332,7 @@ class SharedState:
         self.pending, self.prepared, self.launched = None, False, None
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Forget all sequences. May be repeated."""
         self.sequences.clear()
         self.visible_length.zero_()
         self._end_step()
@@ -361,8 +359,8 @@ class SharedState:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
-        regroup.restore(self, self.sequences.mask.valid, length)
-        self.sequences.truncate(length)
+        self.sequences.truncate(length, regroup.in_order(self, self.sequences.mask.valid, length))
+        regroup.forget_arranged(self)
         self.visible_length.fill_(length)
         self.committed = self.sequences.length
 
@@ -378,13 +376,14 @@ class SharedState:
             for layer, queries in zip(self.layers, asked, strict=True):
                 layer.asked = queries
 
+    @lasting
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
-        """As `padding.reconcile`."""
+        """As `padding.reconcile`.
+
+        Raises:
+            BatchSizeError: the batch, or its mask, is of other sequences than those held.
+        """
+        padding.check_mask(batch_size, mask)
         if self.committed:
             check_batch(self.sequences.batch_size, batch_size)
             padding.reconcile(self, mask)
-
-
-def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:
-    """Whether a token that is `fresh` does not stand where it is counted to."""
-    return ((position_ids != counted) & fresh).any()

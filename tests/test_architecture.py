@@ -21,7 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
 
 ORDER: list[set[str]] = [
-    {"errors"},
+    {"errors", "lasting"},
+    {"readonly"},
     {"config"},
     {"kernels"},
     {"storage", "attention"},
@@ -33,6 +34,10 @@ ORDER: list[set[str]] = [
         "admission",
         "stats",
         "compiled",
+        "undo",
+        "positions",
+        "inspection",
+        "states",
         "shared",
         "padding",
         "attend",
@@ -44,6 +49,9 @@ ORDER: list[set[str]] = [
         "decode",
         "layer",
         "forward",
+        "takeover",
+        "rows",
+        "counting",
     },
     {"wrap", "capturable", "defer", "fixed_state", "verify", "graph", "calls"},
     {"cache", "memory_plan"},
@@ -61,11 +69,13 @@ MAY_IMPORT_TRANSFORMERS = {
     "layer",
     "layer_kinds",
     "memory_plan",
+    "takeover",
     "enable",
     "capturable",
     "defer",
     "fixed_state",
     "graph",
+    "states",
     "teacher",
     "wrap",
     "distill",
@@ -133,7 +143,7 @@ def test_the_imports_are_really_read() -> None:
         "step_plan"
     )
     assert "transformers" in third_party("attention.interface")
-    assert own_imports("storage.chunked") == {"kernels.__init__", "errors"} | {
+    assert own_imports("storage.chunked") == {"kernels.__init__", "errors", "lasting"} | {
         f"storage.{name}" for name in ("allocation", "host", "registration", "reserve")
     }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CapacityError
+from ..lasting import lasting
 from .allocation import kept
 from .host import allocate_rows
 from .registration import wait_for_device
@@ -66,7 +67,11 @@ class ChunkedArray:
         self.compute_device = device if compute_device is None else compute_device
         self.chunks: list[Tensor] = []
         self.used_rows = 0
+        self.recoded = False
+        """Whether rows have taken another form since the array was made (`move`)."""
         self._table: Tensor | None = None
+        self._table_is_behind = False
+        """Whether the table may not say where the chunks are: set while they move."""
         self._spare: Spare | None = None
 
     @property
@@ -92,7 +97,7 @@ class ChunkedArray:
         """
         if self._table is None:
             with kept("an address table", 8 * MAX_CHUNKS):
-                table = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
+                table = lasting(torch.zeros)(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
                 self._write_addresses(table, 0, self.chunks)
             self._table = table
         return self._table
@@ -103,6 +108,9 @@ class ChunkedArray:
         Raises:
             CapacityError: that takes more than MAX_CHUNKS chunks, or memory that there is not. Nothing changes.
         """
+        if self._table_is_behind:  # a move was interrupted
+            self._write_addresses(self._table, 0, self.chunks)
+            self._table_is_behind = False
         missing = -(-num_rows // self.rows_per_chunk) - len(self.chunks)
         if missing > 0:
             if len(self.chunks) + missing > MAX_CHUNKS:
@@ -119,11 +127,11 @@ class ChunkedArray:
     def shrink(self, num_rows: int) -> None:
         """Give back the chunks that rows [0, num_rows) do not need. Asks for no memory."""
         needed = -(-num_rows // self.rows_per_chunk)
-        if needed < len(self.chunks):
+        held, self.used_rows = len(self.chunks), min(self.used_rows, num_rows)
+        if needed < held:
+            self.chunks = self.chunks[:needed]  # before its address goes: what a chunk has is always said
             if self._table is not None:
-                self._table[needed : len(self.chunks)].zero_()
-            del self.chunks[needed:]
-        self.used_rows = min(self.used_rows, num_rows)
+                self._table[needed:held].zero_()
 
     def release(self) -> None:
         """Let go of all rows; the table stays where it is."""
@@ -157,8 +165,9 @@ class ChunkedArray:
                 copy.copy_(chunk)
         else:
             moved = [chunk.to(device) for chunk in self.chunks]
+        self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        self.chunks, self.device, self._spare = moved, device, None
+        self.chunks, self.device, self._spare, self._table_is_behind = moved, device, None, False
 
     def _recode(self, device: torch.device, recoding: Recoding) -> None:
         """As `move`, to rows of another form. Rows that are not in use are not touched."""
@@ -169,15 +178,17 @@ class ChunkedArray:
             for first in range(0, inside, at_once):
                 part = slice(first, min(first + at_once, inside))
                 copy[part] = recoding.recode(chunk[part])
+        form = {"row_shape": recoding.row_shape, "dtype": recoding.dtype, "recoded": True}
+        self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        self.row_shape, self.dtype = recoding.row_shape, recoding.dtype
-        self.chunks, self.device, self._spare = moved, device, None
+        self.__dict__.update(form, chunks=moved, device=device, _spare=None, _table_is_behind=False)  # at once
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """A copy of the rows in use; the rest of the last chunk is not touched (and so takes no memory on a CPU)."""
         twin = ChunkedArray(
             self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
         )
+        twin.recoded = self.recoded
         twin.grow(self.used_rows)
         self._wait_for_kernels()
         for index, (source, copy) in enumerate(zip(self.chunks, twin.chunks, strict=False)):

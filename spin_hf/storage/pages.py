@@ -77,8 +77,6 @@ class PageStore:
         self.budget = budget
         self.device, self.dtype = device, dtype
         self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
-        self.home_form = self.form
-        """In which form pages lie where they live now."""
         self.length = 0
         """Tokens written to this layer."""
         rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
@@ -98,6 +96,11 @@ class PageStore:
         """Called where there is less memory for page frames than the budget allows: to be tried again later."""
         self.renew: Callable[[int, int], None] | None = None
         """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
+
+    @property
+    def home_form(self) -> kernels.PageForm:
+        """In which form pages lie where they live now."""
+        return self._host_form if self.home.recoded else self.form
 
     # ------------------------------------------------------------------------------- what `Sequences` asks of a store
 
@@ -173,6 +176,11 @@ class PageStore:
         if self.frames is not None:
             self.frames.select(rows)
             self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share
+
+    def forget_resident(self, batch_size: int) -> None:
+        """Have no page in a frame, and frames for no sequence, until the next `reserve`. Right at any time."""
+        if self.frames is not None:
+            self.frames.forget_sequences(batch_size)
 
     def clear(self) -> None:
         """Forget all; memory is kept."""
@@ -336,18 +344,17 @@ class PageStore:
     def _move_to_cpu(self) -> None:
         """Let pages live in the cpu tier from here on."""
         host = self._host_form
-        if host == self.form:
+        if host == self.form or self.home.recoded:
             self.home.move(torch.device("cpu"))
             return
 
         def recode(rows: Tensor) -> Tensor:
             return host.join(host.encode(*self.form.take(rows)))
 
-        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
-        self.home_form = host
-        self.sequences.recodings += 1
+        self.sequences.recodings += 1  # before they are, so that an interruption does not lose it
         if self.renew is not None:
             self.renew(0, self.length // self.page_size)
+        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
 
     def _load(self, rows: Tensor) -> Tensor:
         """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""

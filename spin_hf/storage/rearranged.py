@@ -55,7 +55,13 @@ def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
 
 
 def rearrange(
-    stores: list[PageStore], first: int, stop: int, order: Tensor, partitions: Tensor, content: Tensor
+    stores: list[PageStore],
+    first: int,
+    stop: int,
+    order: Tensor,
+    partitions: Tensor,
+    content: Tensor,
+    marks: tuple[Callable[[], None], Callable[[], None]],
 ) -> Tensor:
     """Let the tokens of pages [first, stop) of all sequences trade places, in all layers or, where that fails, in none.
 
@@ -66,6 +72,7 @@ def rearrange(
             for sequences that share these pages.
         partitions: [L * B, H, n], as `RegroupedPages` keeps it.
         content: the pages, as `content` gives them.
+        marks: note that it is done, and that it is not; neither asks for memory.
     Returns:
         the pages in their new order.
     """
@@ -85,13 +92,13 @@ def rearrange(
         if store.frames is not None:
             store.frames.forget(first, stop)
     try:  # nothing here asks for memory
-        for write in redo:
+        for write in [*redo, marks[0]]:
             write()
+        return moved
     except BaseException:
-        for write in undo:
+        for write in [*undo, marks[1]]:
             write()
         raise
-    return moved
 
 
 def regrouped(store: PageStore) -> RegroupedPages:

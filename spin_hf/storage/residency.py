@@ -126,8 +126,8 @@ class PageFrames:
         frames = self.frames.new_empty((0, self.page_elements))
         page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
         slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
-        self.slots, self.shares, self.frames, self.page_slot = (0,) * batch_size, None, frames, page_slot
-        self.slot_page, self.slot_step = slot_page, slot_step
+        tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
+        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # at once: tables agree
 
     def _take_slots(self, wanted: tuple[int, ...]) -> None:
         """Copy what stays to other frames, or give it up where memory is short."""
@@ -175,8 +175,8 @@ class PageFrames:
             placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
             page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
-        self.frames, self.slot_page, self.slot_step, self.page_slot = frames, slot_page, slot_step, page_slot
-        self.slots, self.shares = wanted, shares
+        tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
+        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # at once: tables agree
 
     def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
         """Runs of sequences that have as many slots each, before and after."""

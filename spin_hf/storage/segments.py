@@ -44,6 +44,14 @@ def own_segment(holders: list[list[int]], index: int, refcounts: list[int], free
     return [(source, copy)]
 
 
+def release_segments(segments: list[int], refcounts: list[int], free: list[int]) -> None:
+    """Let a sequence go without `segments`; those that no other sequence refers to are free."""
+    for segment in segments:
+        refcounts[segment] -= 1
+        if not refcounts[segment]:
+            free.append(segment)
+
+
 def _new_segment(refcounts: list[int], free: list[int]) -> int:
     if free:
         segment = free.pop()

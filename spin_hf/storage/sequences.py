@@ -10,24 +10,32 @@ This is the two-level page table of SPIN: a small directory per sequence, segmen
 grows. Pages of a segment are consecutive rows, so a page needs no pointer of its own. All full-attention layers of a
 model grow in step and hold the same tokens, so they share one directory; each layer keeps its own rows.
 
+Tables are never changed in place: others are made beside them and take their place at once (`_become`), so that an interruption
+finds all of a change or nothing.
+
 Shared segments are copied when one of their owners writes (`begin`). Sequences all have the same number of tokens,
 padding included, as transformers' batches do.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
-from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, segments_of, take_segments
+from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, release_segments, segments_of, take_segments
 from .stretches import Stretches
 from .token_mask import TokenMask
 
 __all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "SegmentStore", "Sequences", "check_batch", "segments_of"]
+
+
+_Tables = tuple[list[list[int]], list[int], list[int]]
+"""Directory, reference counts, free segments."""
 
 
 class SegmentStore(Protocol):
@@ -52,6 +60,9 @@ class SegmentStore(Protocol):
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was."""
+
+    def forget_resident(self, batch_size: int) -> None:
+        """Be as right for any past of a batch: whatever was loaded is loaded again."""
 
     def clear(self) -> None:
         """Forget all."""
@@ -86,7 +97,7 @@ class Sequences:
         """Changes to the past: anything but tokens that follow."""
         self.layout = 0
         """Counts what may have moved or resized memory: new room, and changes to the past."""
-        self._before: tuple[list[list[int]], list[int], list[int]] | None = None
+        self._before: _Tables | None = None
         """Directory, reference counts and free segments before the present step, while it is the last change."""
         self.recodings = 0
         """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
@@ -172,11 +183,11 @@ class Sequences:
         length = self.length + num_tokens
         mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
         before = self.directory, self.refcounts, self.free
+        tables: dict[str, Any] = {}
         if not self._owns(self.length // self.page_size, -(-length // self.page_size)):
-            self._take(batch_size, self.length // self.page_size, -(-length // self.page_size))
-        self.mask, self._before = mask, before
-        self.step += min(max(1, self.length - self.start), MAX_QUERIES)
-        self.start, self.length = self.length, length
+            tables = self._take(batch_size, self.length // self.page_size, -(-length // self.page_size))
+        step = self.step + min(max(1, self.length - self.start), MAX_QUERIES)
+        self.__dict__.update(tables, mask=mask, _before=before, step=step, start=self.length, length=length)
 
     def _owns(self, first: int, stop: int) -> bool:
         """Whether every sequence has the segments of pages [first, stop) to itself, with room made: most steps take none."""
@@ -185,17 +196,17 @@ class Sequences:
         indices = range(first // SEGMENT_PAGES, segments_of(stop))
         return all(index < len(row) and self.refcounts[row[index]] == 1 for row in self.directory for index in indices)
 
-    def _take(self, batch_size: int, first: int, stop: int) -> None:
-        """Have every sequence own the segments of pages [first, stop): new ones, and copies of those that others share."""
+    def _take(self, batch_size: int, first: int, stop: int) -> dict[str, Any]:
+        """Tables in which every sequence owns the segments of pages [first, stop): new ones, and copies of shared ones."""
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         keeps = self.length or self.stores  # else no store has rows of the segments that a refused batch took
         refcounts, free = (list(self.refcounts), list(self.free)) if keeps else ([], [])
         copies = take_segments(directory, refcounts, free, first, stop)
         num_pages = len(directory[0]) * SEGMENT_PAGES  # of whole segments, so that layouts change seldom
         self._prepare(copies, batch_size, len(refcounts), num_pages)
-        if (directory, refcounts) != (self.directory, self.refcounts):
-            self.directory, self.refcounts, self.free = directory, refcounts, free
-            self._rows.clear()
+        if (directory, refcounts) == (self.directory, self.refcounts):
+            return {}
+        return {"directory": directory, "refcounts": refcounts, "free": free, "_rows": {}}
 
     def check_room(self, length: int, num_tokens: int) -> None:
         """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.
@@ -234,7 +245,6 @@ class Sequences:
         Raises:
             BudgetError, CapacityError: there is no room for copies; nothing has changed.
         """
-        self.changed()
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
         for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
@@ -242,34 +252,32 @@ class Sequences:
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
                 copies += own_segment(holders, index, refcounts, free)
         self._prepare(copies, self.batch_size, len(refcounts), self.num_pages)
-        self.directory, self.refcounts, self.free = directory, refcounts, free
-        self._rows.clear()
+        self._become(directory=directory, refcounts=refcounts, free=free)
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on and release segments that no sequence needs any more."""
-        self.changed()
-        for store in self.stores:
-            store.truncate(length)
-        keep = segments_of(-(-length // self.page_size))
-        for row in self.directory:
-            for segment in row[keep:]:
-                self._release(segment)
-            del row[keep:]
-        self.mask.truncate(length)
-        self.start = self.length = length
-        self._rows.clear()
+    def truncate(self, length: int, stretches: Stretches | None = None) -> None:
+        """Forget the tokens from `length` on, and segments that none needs then; `stretches` are left, all unless given."""
+        self._truncate(length, None, stretches)
 
     def roll_back(self, length: int) -> None:
-        """Take back the present step, which began at `length` tokens: what was shared is shared, room that was made is gone."""
-        before = self._before
-        self.truncate(length)
-        if before is not None:
-            self.directory, self.refcounts, self.free = before
+        """Take back what came behind `length` tokens; of the present step also what it unshared, and the room it took."""
+        if self.length != length:
+            self._truncate(length, self._before if self.start == length else None, None)
         self._shrink()
+
+    def _truncate(self, length: int, tables: _Tables | None, stretches: Stretches | None) -> None:
+        for store in self.stores:
+            store.truncate(length)
+        directory, refcounts, free = tables or (self.directory, list(self.refcounts), list(self.free))
+        keep = segments_of(-(-length // self.page_size))
+        if tables is None:
+            for row in directory:
+                release_segments(row[keep:], refcounts, free)
+            directory = [row[:keep] for row in directory]
+        more = {"mask": self.mask.truncate(length), "stretches": stretches or self.stretches}
+        self._become(directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length)
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
-        self.changed()
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
             held = self.batch_size
@@ -280,27 +288,34 @@ class Sequences:
         mask, stretches = self.mask.selected(chosen), self.stretches.selected(chosen)
         for store in self.stores:
             store.select(rows)
-        old, self.mask, self.stretches, self._counted = self.directory, mask, stretches, None  # now nothing can fail
-        self.directory = [list(old[row]) for row in rows]
-        for row in self.directory:
-            for segment in row:
-                self.refcounts[segment] += 1
-        for row in old:
-            for segment in row:
-                self._release(segment)
-        self._rows.clear()
+        directory, refcounts, free = [list(self.directory[row]) for row in rows], list(self.refcounts), list(self.free)
+        for segment in chain.from_iterable(directory):
+            refcounts[segment] += 1
+        release_segments(list(chain.from_iterable(self.directory)), refcounts, free)
+        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, stretches=stretches)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
-        self.changed()
-        for row in self.directory:
-            for segment in row:
-                self._release(segment)
-        self.directory, self.mask, self.stretches = [], TokenMask(self.mask.keeps_positions), Stretches()
-        self.start = self.length = 0
-        self._rows.clear()
+        number, mask = len(self.refcounts), TokenMask(self.mask.keeps_positions)
+        tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": list(range(number))[::-1]}
+        self._become(**tables, mask=mask, stretches=Stretches(), start=0, length=0)
         for store in self.stores:
             store.clear()
+
+    def replace_padding(self, valid: Tensor | None, length: int) -> None:
+        """Take `valid` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
+        self.__dict__.update(mask=self.mask.replaced(valid, length), events=self.events + 1)
+
+    def tables(self) -> dict[str, Any]:
+        """What `restore` goes back to: whose segments are whose, padding, stretches and lengths."""
+        names = ("directory", "refcounts", "free", "mask", "stretches", "start", "length")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, tables: dict[str, Any]) -> None:
+        """Go back to what `tables` gave. May be repeated."""
+        for store in self.stores:
+            store.forget_resident(len(tables["directory"]))
+        self._become(**tables)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
@@ -321,9 +336,14 @@ class Sequences:
         stretches = self.stretches
         _check(stretches.num_pages * self.page_size <= self.length, f"stretches reach to page {stretches.num_pages}")
 
-    def changed(self) -> None:
-        """Note that the past is not what it was."""
-        self.events, self.layout, self._room, self._before = self.events + 1, self.layout + 1, None, None
+    def regrouped(self, stretches: Stretches) -> None:
+        """Let `stretches` say which pages are regrouped."""
+        self._become(stretches=stretches)
+
+    def _become(self, **tables: Any) -> None:
+        """Let other tables take the place of those there are, all at once: the past is not what it was."""
+        known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
+        self.__dict__.update(known, events=self.events + 1, layout=self.layout + 1, **tables)
 
     def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
         """Make room, and copies of (source, copy) segments; a failure leaves no more room than there was."""
@@ -359,15 +379,9 @@ class Sequences:
 
     def release(self) -> None:
         """Give back the memory that an empty batch's stores have kept."""
-        self.changed()
-        self.refcounts, self.free = [], []
+        self._become(refcounts=[], free=[])
         for store in self.stores:
             store.release()
-
-    def _release(self, segment: int) -> None:
-        self.refcounts[segment] -= 1
-        if not self.refcounts[segment]:
-            self.free.append(segment)
 
 
 def _check(condition: bool, message: str) -> None:

@@ -53,10 +53,12 @@ class Stretches:
         self.grouped = torch.cat([before, grouped], 1)
         self.stops.append(stop)
 
-    def drop_last(self) -> None:
-        """The last stretch's pages are runs again."""
-        self.stops.pop()
-        self.grouped = self.grouped[:, : self.num_pages]
+    def without_last(self) -> Stretches:
+        """The same without the last stretch, whose pages are runs again."""
+        made = Stretches()
+        made.stops = self.stops[:-1]
+        made.grouped = self.grouped[:, : made.num_pages]
+        return made
 
     def selected(self, rows: Tensor) -> Stretches:
         """The stretches of sequences of which number i is number `rows[i]` of these."""

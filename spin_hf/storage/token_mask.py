@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class TokenMask:
-    """Validity of tokens [B, length]; None while all of them are valid.
+    """Validity of tokens [B, length]; None while all of them are valid. A change makes another object.
 
     Args:
         keeps_positions: whether `positions` is kept.
@@ -79,16 +79,21 @@ class TokenMask:
         changed = held != wanted
         return changed if bool(changed.any()) else None
 
-    def replace(self, mask: Tensor | None, length: int) -> None:
-        """Take `mask` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
-        self.valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
+    def replaced(self, mask: Tensor | None, length: int) -> TokenMask:
+        """The mask with `mask` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
+        made = TokenMask(self.keeps_positions)
+        made.positions = self.positions
+        made.valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
+        return made
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
+    def truncate(self, length: int) -> TokenMask:
+        """The mask without the tokens from `length` on."""
+        made = TokenMask(self.keeps_positions)
         if self.valid is not None:
-            self.valid = self.valid[:, :length] if length else None
+            made.valid = self.valid[:, :length] if length else None
         if self.positions is not None:
-            self.positions = self.positions[:, :length] if length else None
+            made.positions = self.positions[:, :length] if length else None
+        return made
 
     def selected(self, rows: Tensor) -> TokenMask:
         """The mask whose row i is row `rows[i]` of this one."""

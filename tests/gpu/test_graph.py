@@ -37,7 +37,7 @@ def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> A
 
 
 def _graphs(cache: SpinCache) -> int:
-    return sum(step is not None for step in cache.steps.captured.values())
+    return sum(step is not None for step in cache.calls.steps.captured.values())
 
 
 @pytest.mark.parametrize("padded", [False, True])

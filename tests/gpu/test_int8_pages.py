@@ -99,13 +99,15 @@ def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: b
     cap = small.gpu_bytes * 9 // 10 if not moves else small.gpu_bytes
     assert plan(model, context_length=350, batch_size=2, gpu_memory=cap, **OPTIONS).cpu_bytes > 0
     caches = [SpinCache(model, **OPTIONS, gpu_memory=cap) for _ in range(2)]
-    caches[0].steps.refused = "the test wants eager steps"
-    caches[0].steps._look_at = lambda model: None
+    caches[0].calls.steps.refused = "the test wants eager steps"
+    caches[0].calls.steps._look_at = lambda model: None
     expected, actual = (generate(model, cache, padded, 180) for cache in caches)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
-    assert not caches[0].steps.captured
-    assert sum(step is not None for step in caches[1].steps.captured.values()) == 1 + moves, caches[1].steps.refused
+    assert not caches[0].calls.steps.captured
+    assert sum(step is not None for step in caches[1].calls.steps.captured.values()) == 1 + moves, caches[
+        1
+    ].calls.steps.refused
     for cache in caches:
         assert cache.stats().cpu_bytes > 0
         assert cache.stats().loads > 0

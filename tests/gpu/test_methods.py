@@ -65,7 +65,7 @@ def test_captured_steps_do_what_the_formulas_do(
         actual = generate(model, cache, padded)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)
-    assert sum(step is not None for step in cache.steps.captured.values()) >= 1, cache.calls.steps.refused
+    assert sum(step is not None for step in cache.calls.steps.captured.values()) >= 1, cache.calls.steps.refused
     stats = cache.stats()
     cache.check_integrity()
     assert stats.sparse_queries == counted.sparse_queries > 0

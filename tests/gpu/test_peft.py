@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _graphs(cache: SpinCache) -> int:
-    return sum(step is not None for step in cache.steps.captured.values())
+    return sum(step is not None for step in cache.calls.steps.captured.values())
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -106,6 +106,6 @@ def test_an_adapter_for_each_sequence() -> None:
             names = {"adapter_names": ["other", "__base__"]} if index in (3, 4) else {}
             out.append(subject(token, past_key_values=cache, **names).logits)
             if index == 2 and subject is model:
-                assert _graphs(caches[0]) == 1, caches[0].steps.refused
+                assert _graphs(caches[0]) == 1, caches[0].calls.steps.refused
     assert _close(*(torch.cat(each, 1) for each in logits))
     caches[0].check_integrity()

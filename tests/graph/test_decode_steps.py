@@ -114,7 +114,7 @@ def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeyp
             parts.append(_loop(model, cache, tokens[:, step : step + 2]))
             cache.check_integrity()
         assert recorder.replays == before + 9
-        assert len(cache.steps.captured) == 1
+        assert len(cache.calls.steps.captured) == 1
         assert not disturbed or cache.stats().cpu_bytes > 0
         logits.append(torch.cat(parts, 1))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
@@ -262,12 +262,12 @@ def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert _replays_of_a_step(model, cache) == 1
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
     assert _replays_of_a_step(model, cache) == 1  # taken back: the first step of a new model is eager
-    assert list(cache.steps.captured.values()) == [None]
+    assert list(cache.calls.steps.captured.values()) == [None]
     assert _replays_of_a_step(model, cache) == 1
-    assert None not in cache.steps.captured.values()
+    assert None not in cache.calls.steps.captured.values()
     model.model.layers[0].mlp = torch.nn.Identity()
     assert _replays_of_a_step(model, cache) == 1
-    assert list(cache.steps.captured.values()) == [None]
+    assert list(cache.calls.steps.captured.values()) == [None]
 
 
 @pytest.mark.parametrize(

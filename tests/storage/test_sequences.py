@@ -49,6 +49,9 @@ class Notebook:
     def select(self, rows: list[int]) -> None:
         self.calls.append("select")
 
+    def forget_resident(self, batch_size: int) -> None:
+        pass
+
     def clear(self) -> None:
         self.length = 0
 

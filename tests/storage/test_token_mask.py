@@ -44,7 +44,7 @@ def test_random_histories(data: st.DataObject) -> None:
             expected = [row[:start] + fresh for row, fresh in zip(expected, new, strict=True)]
         elif action == "truncate":
             keep = data.draw(st.integers(0, length))
-            mask.truncate(keep)
+            mask = mask.truncate(keep)
             expected = [row[:keep] for row in expected]
         elif action == "select":
             order = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
@@ -61,14 +61,14 @@ def test_random_histories(data: st.DataObject) -> None:
             ]
             assert (changed is None) == (not any(map(any, differs)))
             assert changed is None or changed.tolist() == differs
-            mask.replace(given_mask, length)
+            mask = mask.replaced(given_mask, length)
             expected = [row[:length] for row in wanted]
         assert held(mask, expected)
 
 
 def test_replace_copies() -> None:
     mask, given_mask = TokenMask(), torch.tensor([[True, False, True]])
-    mask.replace(given_mask, 3)
+    mask = mask.replaced(given_mask, 3)
     given_mask.fill_(False)
     assert held(mask, [[True, False, True]])
 
@@ -77,7 +77,7 @@ def test_an_emptied_mask_takes_another_batch() -> None:
     """All tokens were cropped away; the next batch may have another size."""
     mask = TokenMask()
     mask = mask.appended(3, 0, torch.zeros((3, 2), dtype=torch.bool), 2)
-    mask.truncate(0)
+    mask = mask.truncate(0)
     mask = mask.appended(2, 0, torch.tensor([[True], [False]]), 1)
     assert held(mask, [[True], [False]])
 
@@ -109,7 +109,7 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
                     valid[row].append(bit)
         elif action == "truncate" and length:
             keep = data.draw(st.integers(0, length))
-            mask.truncate(keep)
+            mask = mask.truncate(keep)
             valid, expected = [row[:keep] for row in valid], [row[:keep] for row in expected]
         elif action == "select":
             chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
@@ -118,7 +118,7 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
             rows = len(chosen)
         elif action == "replace" and length:
             valid = [[data.draw(bits) for _ in range(length)] for _ in range(rows)]
-            mask.replace(torch.tensor(valid), length)
+            mask = mask.replaced(torch.tensor(valid), length)
         found = held_positions(mask, rows, len(valid[0]))
         for row in range(rows):
             assert len(found[row]) == len(expected[row])
@@ -129,6 +129,6 @@ def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
 def test_no_positions_are_kept_unless_asked_for() -> None:
     mask = TokenMask()
     mask = mask.appended(1, 0, torch.tensor([[False, True]]), 2)
-    mask.replace(torch.tensor([[True, False]]), 2)
+    mask = mask.replaced(torch.tensor([[True, False]]), 2)
     assert mask.positions is None
     assert mask.metadata == {"padding": 2, "token positions": 0}

@@ -1,0 +1,160 @@
+"""Ctrl-C at any line of the package, in operations on a cache and in forwards: all has happened or nothing, and it goes on.
+
+Which lines are drawn depends on SEED alone, which a failing test prints. SPIN_HF_INTERRUPTIONS asks for another number of lines
+of each scenario; "all" takes every line, the first and the last time that it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from spin_hf import Bisection, CacheStateError, RetroInfer
+from spin_hf.storage import pages
+
+from ..cache.regrouping import little_slack, regrouping_often
+from ..support.interruptions import every_place, interrupted, some_places
+from .interruption import Interruptions, contents, same
+from .scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+
+SEED = int(os.environ.get("SPIN_HF_INTERRUPTIONS_SEED", "20261"))
+LINES = os.environ.get("SPIN_HF_INTERRUPTIONS", "")
+IN_OPERATIONS, IN_FORWARDS = 12, 4
+"""Lines of a scenario, unless it is said otherwise."""
+
+_PAGED = {"gpu_memory": "200kB"}
+_BISECTS = {"method": regrouping_often(Bisection, 64, 24)(2)}
+_CLUSTERS = {"method": regrouping_often(RetroInfer, 64, 24)()}
+
+
+def _reset(run: Run) -> None:
+    run.cache.reset()
+    run.at, run.rows = 0, [0, 1]
+
+
+def _copy(run: Run) -> None:
+    run.kept = deepcopy(run.cache)  # type: ignore[attr-defined]
+
+
+_REPEAT: Step = on_cache("batch_repeat_interleave", 2, rows=[0, 0, 1, 1])
+_CROP: Step = on_cache("crop", -70, removes=70)
+
+OPERATIONS = {name: scenario for name, scenario in SCENARIOS.items() if not scenario.forward} | {
+    name: replace(scenario, forward=False)
+    for name, scenario in {
+        "reset": Scenario(_reset, before=feed(60, 1), after=feed(30, 1, 1)),
+        "reset, padded": Scenario(_reset, before=padded(60, slice(0, 9)), after=feed(30, 1, 1)),
+        "reset, paged": Scenario(_reset, before=feed(270, 1), after=feed(30, 1, 1), options=_PAGED),
+        "reset, clusters": Scenario(_reset, before=feed(160, 1), after=feed(100, 1, 1), options=_CLUSTERS),
+        "windows, reset": Scenario(_reset, before=feed(40, 1), after=feed(30, 1), family="gemma3_text"),
+        "linear attention, reset": Scenario(_reset, before=feed(40, 1), after=feed(30, 1), family="qwen3_next"),
+        "linear attention, repeat": Scenario(_REPEAT, before=feed(40, 1), family="qwen3_next"),
+        "bisection, cropped": Scenario(_CROP, before=feed(160, 1, 1), options=_BISECTS),
+        "bisection, repeated": Scenario(_REPEAT, before=feed(160, 1, 1), options=_BISECTS),
+        "clusters, cropped, paged": Scenario(_CROP, before=feed(270, 1, 1), options={**_CLUSTERS, **_PAGED}),
+        "release of memory": Scenario(on_cache("release_gpu_memory"), before=feed(270, 1), options=_PAGED),
+        "copy": Scenario(_copy, before=feed(270, 1), options=_PAGED),
+    }.items()
+}
+FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.forward} | {
+    "linear attention, prompt": Scenario(feed(50), family="qwen3_next"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks() -> Iterator[None]:
+    """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
+    logging.disable(logging.WARNING)
+    with patch.object(pages, "_MIN_CHUNK_SEGMENTS", 2), patch.object(pages, "_MAX_CHUNK_SEGMENTS", 2), little_slack():
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def _check(name: str, scenario: Scenario, count: int, **options: Any) -> None:
+    trials = Interruptions(scenario, **options)
+    generator = random.Random(SEED ^ zlib.crc32(name.encode()))
+    if LINES == "all":
+        numbers = every_place(trials.lines)
+    else:
+        numbers = some_places(trials.lines, int(LINES or count), generator)
+    for number in numbers:
+        try:
+            trials.at_line(number)
+        except BaseException:
+            print(f"scenario {name!r}, line number {number}, SPIN_HF_INTERRUPTIONS_SEED={SEED}")
+            raise
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name: str) -> None:
+    _check(name, OPERATIONS[name], IN_OPERATIONS)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forwards(name: str) -> None:
+    _check(name, FORWARDS[name], IN_FORWARDS)
+
+
+@pytest.mark.parametrize("name", ["crop, paged", "repeat, paged", "reset, paged", "windows, reorder", "token, paged"])
+def test_a_second_interruption(name: str) -> None:
+    """Ctrl-C while what was interrupted is put right: that is done before the cache is used again."""
+    scenario = (OPERATIONS | FORWARDS)[name]
+    trials, generator = Interruptions(scenario), random.Random(SEED)
+    for number in some_places(trials.lines, 6, generator):
+        trials.at_line(number, again=generator.randrange(60))
+
+
+@pytest.mark.parametrize("again", range(0, 40, 4))
+def test_unfinished_work_comes_first(again: int) -> None:
+    """Interrupted while it is undone, a crop is undone by whatever looks at the cache next."""
+    trials = Interruptions(SCENARIOS["crop, paged"])
+    run = trials.copy()
+    began, shared = contents(run), run.cache._shared
+    put_right = shared.put_right
+
+    def interrupted_too(_: Any) -> None:
+        if shared.unfinished is not None and interrupted(put_right, again) is not None:
+            raise KeyboardInterrupt
+
+    number = trials.lines.index(next(line for line in trials.lines if line[0] == "storage/residency.py"))
+    with patch.object(type(shared), "put_right", interrupted_too):
+        assert interrupted(lambda: trials.scenario.call(run), number) is not None
+    if shared.unfinished is None:
+        return  # it has fewer lines than that
+    assert run.cache.get_seq_length() == began[0]
+    assert same(contents(run), began)
+    run.cache.check_integrity()
+
+
+def test_the_lines_are_really_interrupted() -> None:
+    trials = Interruptions(SCENARIOS["crop"])
+    files = {(trials.at_line(number) or ("nothing",))[0] for number in every_place(trials.lines)[::5]}
+    assert {"cache.py", "undo.py", "storage/sequences.py"} <= files
+    assert trials.at_line(len(trials.lines)) is None
+
+
+def test_a_reset_is_finished() -> None:
+    """Where a reset is interrupted it is done all the same."""
+    trials = Interruptions(OPERATIONS["reset"])
+    run = trials.copy()
+    with (
+        patch.object(type(run.cache._shared.sequences), "clear", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run.cache.reset()
+    assert run.cache.get_seq_length() == 0
+    run.cache.check_integrity()
+    run.at = 0
+    assert torch.isfinite(run.feed(5)).all()
+    with pytest.raises(CacheStateError, match="cache's own method"):
+        run.cache.layers[0].reset()
