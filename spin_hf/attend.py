@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import kernels
 from .attention.partition import Estimate, Method, Query
-from .errors import AttentionError
 from .step_plan import StepPlan
 from .storage.pages import PageStore
 
@@ -160,12 +159,3 @@ def attend_pages(
         rest: what stands for other pages.
     """
     return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size, rest)
-
-
-def check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:
-    """Raise AttentionError where a dense mask is not over these queries and tokens."""
-    if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_queries):
-        raise AttentionError(
-            f"expected a mask over {num_queries} queries and {num_tokens} tokens, got {tuple(mask.shape)}; "
-            "pass a 2-D padding mask, or a 4-D mask over all tokens"
-        )

@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, check_mask, estimate_rest, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
+from .attention.masks import is_own, over_tokens, validity_of
 from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
 from .errors import CacheStateError
@@ -139,20 +140,19 @@ class SpinLayer(CacheLayerMixin):
         self.shared.pending = None
         return pending
 
-    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor | None) -> None:
         """Raise AttentionError where a method counts on positions that the model does not rotate by.
 
         While a graph is captured nothing is looked at: `graph.py` looks before or behind each replay.
 
         Args:
             position_ids: [..., Q] of the new tokens, if the model hands them on.
-            mask: as for `run`.
         """
         shared = self.shared
         if shared.captured_length is not None:
             return
         if position_ids is not None and self._is_first and shared.method.uses_positions:
-            shared.check_positions(position_ids, mask)
+            shared.check_positions(position_ids)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
@@ -208,7 +208,7 @@ class SpinLayer(CacheLayerMixin):
 
         Args:
             query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv].
-            mask: None, validity [B, 1, 1, Q] of the new tokens, or a dense mask [B, h, Q, tokens].
+            mask: None, an own mask or a given one (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
         Raises:
@@ -242,17 +242,19 @@ class SpinLayer(CacheLayerMixin):
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
-        is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
-        if mask is not None and not is_padding:
-            check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
+        new_valid = validity_of(mask) if mask is not None and is_own(mask) else shared.noted_validity(num_queries)
+        if mask is not None:
+            num_tokens = sequences.length + (num_queries if append and self._is_first else 0)
+            num_heads = call.query.shape[1] * call.query.shape[2]
+            mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
-            self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
+            self.append(key, value, new_valid)
             if num_queries > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
                 self.asked = last_queries(call.query, shared.method.num_asked) * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
-        if mask is not None and not is_padding:
+        if mask is not None:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)

@@ -61,6 +61,7 @@ class SharedState:
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
+        noted: of a forward with a padding mask, until it is committed: tokens held before, validity [B, Q] of the new ones.
     """
 
     options: SpinOptions
@@ -81,6 +82,7 @@ class SharedState:
     query_heads: int = 0
     pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
+    noted: tuple[int, Tensor] | None = None
     any_stale: bool = False
     warned_waves: bool = False
     warned_regrouping: bool = False
@@ -268,16 +270,15 @@ class SharedState:
                 "DynamicCache for this model"
             )
 
-    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor) -> None:
         """Raise AttentionError where new tokens do not stand where real tokens are counted to. Reads the device.
 
         Args:
             position_ids: [B or 1, Q], or [axes, B or 1, Q].
-            mask: of the new tokens, [B, 1, 1, Q]; any other, or None, for all real.
         """
-        num_tokens = position_ids.shape[-1]
-        padded = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_tokens)
-        fresh = mask[:, 0, 0] if mask is not None and padded else position_ids.new_ones((1, num_tokens)).bool()
+        noted = self.noted_validity(position_ids.shape[-1])
+        fresh = position_ids.new_ones((1, position_ids.shape[-1])).bool() if noted is None else noted
+        fresh = fresh.to(position_ids.device)
         counted = self.sequences.mask.next_positions(self.committed, fresh)
         if bool(_elsewhere(position_ids, counted, fresh)):
             raise AttentionError(
@@ -303,7 +304,7 @@ class SharedState:
 
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
-        self.committed = self.sequences.length
+        self.committed, self.noted = self.sequences.length, None
 
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended, and the room that was made for it."""
@@ -379,10 +380,17 @@ class SharedState:
                 layer.asked = queries
 
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
-        """As `padding.reconcile`."""
+        """As `padding.reconcile`; notes the validity of the new tokens, which are to come."""
         if self.committed:
             check_batch(self.sequences.batch_size, batch_size)
             padding.reconcile(self, mask)
+        self.noted = None if mask is None else (self.committed, mask[:, self.committed :])
+
+    def noted_validity(self, num_tokens: int) -> Tensor | None:
+        """Validity [B, num_tokens], bool, of the present forward's tokens, by its padding mask; None for all valid."""
+        if self.noted is None or self.noted[0] != self.committed or self.noted[1].shape[1] != num_tokens:
+            return None
+        return self.noted[1]
 
 
 def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:

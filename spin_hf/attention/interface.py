@@ -1,16 +1,16 @@
 """The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
 
     cache.update(k, v)        returns the new keys and values; the keys carry their layer as a Python attribute
-    mask function             reconciles the batch's padding with the cache, returns that of the new tokens only
+    mask function             hands the batch's padding to the cache
     attention function        finds the layer on the keys and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
     spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
                               have it, inside a compiled forward too
 
-Masks, as attention receives them:
-    None               all tokens are real
-    [B, 1, 1, Q] bool  validity of the Q new tokens; the cache knows the older ones (its shape does not grow)
-    [B, h, Q, n]       any other mask, boolean or additive, over all n tokens: served densely
+Masks, as attention receives them (see `masks.py`):
+    None                  causal; the cache knows which tokens are padding, the new ones included
+    [B, 1, 1, 1, Q] bool  the same in traced code, with the validity of the Q new tokens (its shape does not grow)
+    [B, h, Q, n]          a given mask, boolean or additive, over all n tokens: applied as it is, densely
 
 Keys without a layer (no cache, another cache, layers that the cache keeps densely) go to the implementation that the
 config named before. Importing this module registers both functions and nothing else.
@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import switch
+from . import masks, switch
 
 logger = logging.getLogger("spin_hf")
 
@@ -52,7 +52,7 @@ class AttentionLayer(Protocol):
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
 
-    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor | None) -> None:
         """Raise AttentionError where the new tokens do not stand where the layer's method takes them to."""
 
     def run(
@@ -134,7 +134,7 @@ class _InferenceOnly(torch.autograd.Function):
 _HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k",
     "cumulative_seqlens_q",
-    "deterministic", "inputs_embeds", "input_ids", "is_causal", "is_first_iteration", "labels", "layer_idx",
+    "deterministic", "inputs_embeds", "input_ids", "is_first_iteration", "labels", "layer_idx",
     "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
@@ -151,11 +151,15 @@ def spin_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over what the cache holds and the new tokens. Registered as "spin".
+
+    Arguments stand in the order of transformers' own attention functions, as other libraries wrap all that are registered and
+    pass some by position.
 
     Args:
         query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv], as `SpinCache.update` returned them.
@@ -174,11 +178,14 @@ def spin_attention(
                 "run this model without compiling, or delete its SpinCache first"
             )
         attention = _previous_attention(module)
+        if is_causal is not None:
+            kwargs["is_causal"] = is_causal
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
-    _check_arguments(module, attention_mask, query.shape[2], dropout, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _check_arguments(attention_mask, query.shape[2], dropout, causal, kwargs)
     if append and not torch.compiler.is_compiling():
-        layer.check_positions(kwargs.get("position_ids"), attention_mask)
+        layer.check_positions(kwargs.get("position_ids"))
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.empty(
@@ -186,7 +193,7 @@ def spin_attention(
     )
     softcap = kwargs.get("softcap")
     handle = layer.step_handle
-    if handle is not None and (attention_mask is None or attention_mask.shape[-1] == 1):  # the cache took the padding
+    if handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
         torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
@@ -196,8 +203,9 @@ def spin_attention(
 
 
 def _check_arguments(
-    module: torch.nn.Module, mask: Tensor | None, num_queries: int, dropout: float, kwargs: dict[str, Any]
+    mask: Tensor | None, num_queries: int, dropout: float, causal: bool, kwargs: dict[str, Any]
 ) -> None:
+    masks.check_kind(mask)
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise AttentionError(
@@ -210,9 +218,7 @@ def _check_arguments(
         )
     if dropout:
         raise AttentionError(f"SpinCache: expected dropout 0, got {dropout}; call model.eval() first")
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if not causal and (mask is None or mask.shape[-2:] == (1, num_queries)) and num_queries > 1:
+    if not causal and num_queries > 1 and (mask is None or masks.is_own(mask)):
         raise AttentionError(
             "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
         )
@@ -280,6 +286,7 @@ def spin_mask(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    *,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -290,7 +297,10 @@ def spin_mask(
             while Dynamo traces, a tensor offset does.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None, [B, 1, 1, q_length], or a dense mask. Mutates the cache's padding bits where the mask changed the past.
+        None, a dense mask where `mask_function` is not causal, or in traced code an own mask (`masks.own_mask`). Mutates the
+        cache's padding bits where the mask changed the past.
+    Raises:
+        AttentionError, BatchSizeError: the mask is none of this batch; nothing has changed.
     """
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
@@ -304,14 +314,17 @@ def spin_mask(
             raise AttentionError(
                 "SpinCache: expected a causal mask under torch.compile; run this model without compiling"
             )
-        return None if attention_mask is None else attention_mask[:, None, None, -q_length:]
+        if attention_mask is None:
+            return None
+        masks.check_padding(attention_mask)
+        return masks.own_mask(attention_mask[:, -q_length:])
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if kv_length.reconcile is None:
         if mask_function is not causal_mask_function and not kv_length.window:
             raise AttentionError("SpinCache: expected a causal mask in a captured step, got another one")
         return None
-    attention_mask = padding_mask_of(attention_mask, length)
+    attention_mask = masks.padding_mask_of(attention_mask, length, batch_size)
     kv_length.reconcile(batch_size, attention_mask)
     if mask_function is not causal_mask_function:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -319,12 +332,7 @@ def spin_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-    return None if attention_mask is None else attention_mask[:, None, None, length - q_length :]
-
-
-def padding_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
-    """A padding mask [B, n] as bool [B, length]; as in transformers' own masks, what it does not cover is padding."""
-    return None if mask is None else torch.nn.functional.pad(mask, (0, length - mask.shape[1])).bool()
+    return None
 
 
 AttentionInterface.register(switch.NAME, spin_attention)
