@@ -60,7 +60,7 @@ class ForwardLog:
             yield
         except BaseException:
             self.shared.committed = held
-            self.shared.pending = self.shared.noted = None  # an error says enough
+            self.shared.pending = None  # an error says enough
             with suppress(Exception):
                 self.settle(layers)
             raise

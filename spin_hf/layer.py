@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from . import attention_weights, gradients
 from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, held_states, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
-from .attention.masks import is_own, over_tokens, validity_of
+from .attention.masks import is_own, new_validity, over_tokens
 from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
 from .errors import CacheStateError
@@ -140,19 +141,20 @@ class SpinLayer(CacheLayerMixin):
         self.shared.pending = None
         return pending
 
-    def check_positions(self, position_ids: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Raise AttentionError where a method counts on positions that the model does not rotate by.
 
         While a graph is captured nothing is looked at: `graph.py` looks before or behind each replay.
 
         Args:
             position_ids: [..., Q] of the new tokens, if the model hands them on.
+            mask: as for `run`.
         """
         shared = self.shared
         if shared.captured_length is not None:
             return
         if position_ids is not None and self._is_first and shared.method.uses_positions:
-            shared.check_positions(position_ids)
+            shared.check_positions(position_ids, new_validity(mask, shared.noted))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
@@ -202,7 +204,7 @@ class SpinLayer(CacheLayerMixin):
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
-        append: bool, scale: float, softcap: float | None,
+        append: bool, scale: float, softcap: float | None, weights: attention_weights.AttentionWeights | None = None,
     ) -> None:  # fmt: skip
         """Append the new tokens (unless a layer that shares them did) and attend.
 
@@ -211,16 +213,19 @@ class SpinLayer(CacheLayerMixin):
             mask: None, an own mask or a given one (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
+            weights: collects the weights; then the reference operations serve the call.
         Raises:
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
         self.shared.settle()
-        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
+        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks, weights)
         result = self._run(call, key, value, mask, append, out)
         if result is not None:
             out.copy_(result.flatten(1, 2).transpose(1, 2))
         if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
             self.shared.commit()
+
+    run_for_weights, with_gradients = attention_weights.run, gradients.with_gradients
 
     @property
     def step_handle(self) -> int | None:
@@ -242,7 +247,7 @@ class SpinLayer(CacheLayerMixin):
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
-        new_valid = validity_of(mask) if mask is not None and is_own(mask) else shared.noted_validity(num_queries)
+        new_valid = new_validity(mask, shared.noted) if append else None
         if mask is not None:
             num_tokens = sequences.length + (num_queries if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]
@@ -258,7 +263,7 @@ class SpinLayer(CacheLayerMixin):
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
-        if num_queries <= MAX_QUERIES and kernels is not None:
+        if num_queries <= MAX_QUERIES and kernels is not None and call.weights is None:
             self._launch(call, key, value, False, out)
             return None
         if num_queries > MAX_QUERIES or shared.plan.attends_all():
@@ -378,10 +383,7 @@ class SpinLayer(CacheLayerMixin):
     def _dense(self) -> tuple[Tensor | None, Tensor | None]:
         if self.store is None or not self.shared.committed:
             return None, None
-        keys, values, _ = self.store.pages(0, self.shared.sequences.num_pages)
-        length = self.shared.committed
-        keys, values = (self.store.in_order(states.flatten(2, 3)[:, :, :length]) for states in (keys, values))
-        return keys, values
+        return held_states(self.store, self.shared.committed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
         twin = object.__new__(type(self))

@@ -61,7 +61,7 @@ class SharedState:
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
-        noted: of a forward with a padding mask, until it is committed: tokens held before, validity [B, Q] of the new ones.
+        noted: validity [B, Q] of the tokens that the latest padding mask was made for; None if it was no mask.
     """
 
     options: SpinOptions
@@ -82,7 +82,7 @@ class SharedState:
     query_heads: int = 0
     pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
-    noted: tuple[int, Tensor] | None = None
+    noted: Tensor | None = None
     any_stale: bool = False
     warned_waves: bool = False
     warned_regrouping: bool = False
@@ -223,6 +223,7 @@ class SharedState:
         Raises:
             as `begin`.
         """
+        padding.note(self, mask)
         held = self.sequences.batch_size
         if not self.committed or batch_size != held or not self._can_prepare():
             self.reconcile(batch_size, mask)
@@ -270,14 +271,14 @@ class SharedState:
                 "DynamicCache for this model"
             )
 
-    def check_positions(self, position_ids: Tensor) -> None:
+    def check_positions(self, position_ids: Tensor, new_valid: Tensor | None) -> None:
         """Raise AttentionError where new tokens do not stand where real tokens are counted to. Reads the device.
 
         Args:
             position_ids: [B or 1, Q], or [axes, B or 1, Q].
+            new_valid: [B, Q], bool, False for padding; None for all valid.
         """
-        noted = self.noted_validity(position_ids.shape[-1])
-        fresh = position_ids.new_ones((1, position_ids.shape[-1])).bool() if noted is None else noted
+        fresh = position_ids.new_ones((1, position_ids.shape[-1])).bool() if new_valid is None else new_valid
         fresh = fresh.to(position_ids.device)
         counted = self.sequences.mask.next_positions(self.committed, fresh)
         if bool(_elsewhere(position_ids, counted, fresh)):
@@ -304,7 +305,7 @@ class SharedState:
 
     def commit(self) -> None:
         """The forward has reached the last layer: what was appended counts."""
-        self.committed, self.noted = self.sequences.length, None
+        self.committed = self.sequences.length
 
     def roll_back(self) -> None:
         """Forget what an interrupted forward appended, and the room that was made for it."""
@@ -384,13 +385,7 @@ class SharedState:
         if self.committed:
             check_batch(self.sequences.batch_size, batch_size)
             padding.reconcile(self, mask)
-        self.noted = None if mask is None else (self.committed, mask[:, self.committed :])
-
-    def noted_validity(self, num_tokens: int) -> Tensor | None:
-        """Validity [B, num_tokens], bool, of the present forward's tokens, by its padding mask; None for all valid."""
-        if self.noted is None or self.noted[0] != self.committed or self.noted[1].shape[1] != num_tokens:
-            return None
-        return self.noted[1]
+        padding.note(self, mask)
 
 
 def _elsewhere(position_ids: Tensor, counted: Tensor, fresh: Tensor) -> Tensor:

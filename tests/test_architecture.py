@@ -35,7 +35,9 @@ ORDER: list[set[str]] = [
         "compiled",
         "shared",
         "padding",
+        "attention_weights",
         "attend",
+        "gradients",
         "completed",
         "selection",
         "indexing",
@@ -68,6 +70,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "teacher",
     "distill",
     "attention.interface",
+    "attention.returned_weights",
 }
 
 

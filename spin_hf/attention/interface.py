@@ -8,9 +8,9 @@
                               have it, inside a compiled forward too
 
 Masks, as attention receives them (see `masks.py`):
-    None                  causal; the cache knows which tokens are padding, the new ones included
-    [B, 1, 1, 1, Q] bool  the same in traced code, with the validity of the Q new tokens (its shape does not grow)
-    [B, h, Q, n]          a given mask, boolean or additive, over all n tokens: applied as it is, densely
+    None                causal, no padding among the new tokens
+    one of the cache's  causal; the cache knows which tokens are padding (its shape does not grow)
+    [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, densely
 
 Keys without a layer (no cache, another cache, layers that the cache keeps densely) go to the implementation that the
 config named before. Importing this module registers both functions and nothing else.
@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import masks, switch
+from . import masks, returned_weights, switch
 
 logger = logging.getLogger("spin_hf")
 
@@ -52,7 +52,7 @@ class AttentionLayer(Protocol):
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
 
-    def check_positions(self, position_ids: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Raise AttentionError where the new tokens do not stand where the layer's method takes them to."""
 
     def run(
@@ -60,6 +60,18 @@ class AttentionLayer(Protocol):
         append: bool, scale: float, softcap: float | None,
     ) -> None:  # fmt: skip
         """Append and attend; writes `out` [B, Q, heads, Dv]."""
+
+    def run_for_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+        append: bool, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """As `run`; returns the weights [B, heads, Q, tokens held]."""
+
+    def with_gradients(
+        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None,
+        append: bool, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """`out`, which a step has just written, with a backward pass."""
 
     def launch(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
@@ -117,7 +129,7 @@ def _attend_fake(*args: Any) -> None:
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Lets inference run without `no_grad`, and turns a backward pass, which would be silently wrong, into an error."""
+    """Of compiled code: lets it run without `no_grad`, and turns a backward pass, which would be wrong, into an error."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
@@ -125,7 +137,9 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        raise AttentionError("SpinCache: expected inference, got a backward pass; train without a SpinCache")
+        raise AttentionError(
+            "SpinCache: expected inference of a compiled forward, got a backward pass; run the forward without compiling"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -165,7 +179,9 @@ def spin_attention(
         query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv], as `SpinCache.update` returned them.
         attention_mask: see the module's head.
     Returns:
-        [B, Q, heads, Dv] in the query's dtype, and None for the weights.
+        [B, Q, heads, Dv] in the query's dtype; and where they are asked for (`output_attentions=True`) the weights that were
+        used, [B, heads, Q, tokens held] in the query's dtype, zero where nothing was read, else None. Rows sum to 1, to less
+        where learned sinks or a method's estimates have a share of the softmax.
     Raises:
         AttentionError: an argument changes the result and cannot be served.
     """
@@ -177,29 +193,43 @@ def spin_attention(
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
             )
-        attention = _previous_attention(module)
+        if masks.is_own(attention_mask):
+            raise AttentionError(
+                f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask that the cache made; "
+                "gradient checkpointing drops the cache in training mode, so call model.gradient_checkpointing_disable() or "
+                "model.eval(), else use a DynamicCache for this model"
+            )
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
+        attention = _previous_attention(module)
+        if returned_weights.are_wanted(kwargs):
+            attention = returned_weights.attention_of(previous_implementation(module.config), attention)
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _check_arguments(attention_mask, query.shape[2], dropout, causal, kwargs)
     if append and not torch.compiler.is_compiling():
-        layer.check_positions(kwargs.get("position_ids"))
+        layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.empty(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
     )
     softcap = kwargs.get("softcap")
-    handle = layer.step_handle
-    if handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
+    handle, weights = layer.step_handle, None
+    if returned_weights.are_wanted(kwargs):
+        returned_weights.check_eager(module)
+        weights = layer.run_for_weights(query, key, value, attention_mask, sinks, out, append, scale, softcap)
+    elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
         torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
-    if query.requires_grad and torch.is_grad_enabled():
-        out = _InferenceOnly.apply(out, query)
-    return out, None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        if torch.compiler.is_compiling():
+            out = _InferenceOnly.apply(out, query)
+        else:
+            out = layer.with_gradients(out, query, key, value, attention_mask, sinks, append, scale, softcap)
+    return out, weights
 
 
 def _check_arguments(
@@ -211,13 +241,11 @@ def _check_arguments(
             raise AttentionError(
                 f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model"
             )
-    if kwargs.get("output_attentions"):
-        raise AttentionError(
-            "SpinCache cannot return attention weights (expected output_attentions=False, got True); use a "
-            'DynamicCache with attn_implementation="eager"'
-        )
     if dropout:
-        raise AttentionError(f"SpinCache: expected dropout 0, got {dropout}; call model.eval() first")
+        raise AttentionError(
+            f"SpinCache: expected dropout 0, got {dropout}; call model.eval(), or set the config's attention dropout to "
+            "0 (training mode alone is served)"
+        )
     if not causal and num_queries > 1 and (mask is None or masks.is_own(mask)):
         raise AttentionError(
             "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
@@ -297,8 +325,8 @@ def spin_mask(
             while Dynamo traces, a tensor offset does.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None, a dense mask where `mask_function` is not causal, or in traced code an own mask (`masks.own_mask`). Mutates the
-        cache's padding bits where the mask changed the past.
+        None for no padding, an own mask (see `masks.py`), or a dense mask where `mask_function` is not causal. Mutates the
+        cache's padding bits where the mask changed the past, and notes those of the new tokens.
     Raises:
         AttentionError, BatchSizeError: the mask is none of this batch; nothing has changed.
     """
@@ -317,7 +345,7 @@ def spin_mask(
         if attention_mask is None:
             return None
         masks.check_padding(attention_mask)
-        return masks.own_mask(attention_mask[:, -q_length:])
+        return masks.traced_mask(attention_mask[:, -q_length:])
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if kv_length.reconcile is None:
@@ -332,7 +360,7 @@ def spin_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-    return None
+    return None if attention_mask is None else masks.noted_mask(attention_mask, q_length)
 
 
 AttentionInterface.register(switch.NAME, spin_attention)

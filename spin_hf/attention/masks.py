@@ -2,10 +2,11 @@
 
     padding mask [B, tokens]     any dtype, 0 for padding    goes through the mask function; the cache keeps it
     given mask, 4-D              bool or floating point      reaches attention as the user gave it, and is applied as it is
-    own mask [B, 1, 1, 1, Q]     bool, validity of new tokens, only in code that Dynamo traces
+    own mask [B, 1, Q, 0]        says that the cache has noted which of the Q new tokens are padding
+    own mask [B, 1, 1, 1, Q]     bool, the validity itself: of code that Dynamo traces, which cannot leave a note
 
-The mask function notes the padding in the cache and returns None, so outside of traced code every mask that reaches attention
-was given. Traced code cannot leave a note in the cache; its own masks have five dimensions, which no given mask has.
+Own masks have forms that no given mask has: over no tokens, or with five dimensions. A form survives what an attribute of the
+tensor does not: copies between devices, breaks of a traced graph, compiled code that gets its masks from outside.
 
 Given masks are read as torch's scaled_dot_product_attention reads them, whatever implementation the config named before:
 bool is True where a query may attend, floating point is added to the scores, integers are refused, and size 1 or a missing
@@ -21,22 +22,43 @@ from torch import Tensor
 
 from ..errors import AttentionError, BatchSizeError
 
-_OWN_DIMENSIONS = 5
+_TRACED_DIMENSIONS = 5
 
 
-def own_mask(valid: Tensor) -> Tensor:
-    """The mask that traced code hands to attention for validity `valid` [B, Q]."""
+def traced_mask(valid: Tensor) -> Tensor:
+    """The own mask that holds validity `valid` [B, Q] itself."""
     return valid[:, None, None, None]
 
 
+def noted_mask(mask: Tensor, num_queries: int) -> Tensor:
+    """The own mask of a batch whose padding mask [B, tokens] the cache has noted."""
+    return mask.new_empty((mask.shape[0], 1, num_queries, 0), dtype=torch.bool)
+
+
 def is_own(mask: Tensor | None) -> bool:
-    """Whether `mask` was made by `own_mask`."""
-    return mask is not None and mask.dim() == _OWN_DIMENSIONS
+    """Whether `mask` was made by `traced_mask` or `noted_mask`."""
+    return mask is not None and (mask.dim() == _TRACED_DIMENSIONS or mask.shape[-1] == 0)
 
 
-def validity_of(mask: Tensor) -> Tensor:
-    """The validity [B, Q] that an own mask holds."""
-    return mask[:, 0, 0, 0]
+def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
+    """Which of the new tokens are real, [B, Q], bool; None for all.
+
+    Args:
+        mask: as attention received it; a given one says nothing of padding.
+        noted: what the cache has noted of the latest padding mask.
+    Raises:
+        AttentionError: the mask is over no tokens, and none was made for these tokens.
+    """
+    if mask is None or not is_own(mask):
+        return None
+    if mask.dim() == _TRACED_DIMENSIONS:
+        return mask[:, 0, 0, 0]
+    if noted is None or noted.shape != (mask.shape[0], mask.shape[-2]):
+        raise AttentionError(
+            f"attention_mask: expected a mask over the tokens held and new, got one over none, {tuple(mask.shape)}; pass a "
+            "padding mask [B, tokens]"
+        )
+    return noted
 
 
 def check_kind(mask: Any) -> None:

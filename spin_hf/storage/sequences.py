@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
+from .past import Past
 from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, segments_of, take_segments
 from .stretches import Stretches
 from .token_mask import TokenMask
@@ -82,6 +83,7 @@ class Sequences:
         """Tokens held, the present step's included."""
         self.step = 0
         """The clock of the residency: counts queries, of prefills one."""
+        self.past = Past()
         self.events = 0
         """Changes to the past: anything but tokens that follow."""
         self.layout = 0
@@ -248,6 +250,7 @@ class Sequences:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on and release segments that no sequence needs any more."""
         self.changed()
+        self.past.change(length)
         for store in self.stores:
             store.truncate(length)
         keep = segments_of(-(-length // self.page_size))
@@ -289,10 +292,12 @@ class Sequences:
             for segment in row:
                 self._release(segment)
         self._rows.clear()
+        self.past.change(0)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
         self.changed()
+        self.past.change(0)
         for row in self.directory:
             for segment in row:
                 self._release(segment)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from spin_hf import AttentionError, BatchSizeError, SpinCache, SpinError
-from spin_hf.attention.masks import is_own, own_mask
+from spin_hf.attention.masks import is_own, noted_mask, traced_mask
 from tests.support.compare import difference
 from tests.support.zoo import build_model, random_tokens
 
@@ -274,9 +274,18 @@ def test_generate_with_a_given_mask(given: str) -> None:
 
 def test_own_masks_have_a_form_of_their_own() -> None:
     """None of the forms above is taken for one that the cache made."""
-    assert is_own(own_mask(torch.ones(ROWS, PROMPT, dtype=torch.bool)))
+    valid = torch.ones(ROWS, PROMPT, dtype=torch.bool)
+    assert is_own(traced_mask(valid))
+    assert is_own(noted_mask(valid, PROMPT))
     for form in FORMS.values():
         assert not is_own(form(allowed_pairs(PROMPT, PROMPT, False), PROMPT))
+
+
+def test_a_mask_over_no_tokens_is_refused() -> None:
+    """It has the form of the cache's own, and none was made for this forward."""
+    model, ids = build_model("llama"), random_tokens(ROWS, PROMPT)
+    with pytest.raises(AttentionError, match="got one over none"):
+        model(ids, attention_mask=torch.ones(ROWS, 1, PROMPT, 0, dtype=torch.bool), past_key_values=SpinCache(model))
 
 
 @pytest.mark.parametrize("padded", [False, True])
