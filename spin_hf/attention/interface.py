@@ -195,9 +195,9 @@ def spin_attention(
             )
         if masks.is_own(attention_mask):
             raise AttentionError(
-                f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask that the cache made; "
+                f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask of the cache; "
                 "gradient checkpointing drops the cache in training mode, so call model.gradient_checkpointing_disable() or "
-                "model.eval(), else use a DynamicCache for this model"
+                "model.eval(); else use a DynamicCache for this model"
             )
         if is_causal is not None:
             kwargs["is_causal"] = is_causal

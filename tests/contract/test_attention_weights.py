@@ -1,7 +1,7 @@
 """`output_attentions=True`: the weights that were really used, in the order of positions.
 
-At full budget they are those of eager attention on a DynamicCache, whatever kind of layer makes them; of sparse steps the output
-itself says what they must be.
+At full budget they are those of eager attention on a DynamicCache, whatever kind of layer makes them; of sparse steps the
+output itself says what they must be.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def test_tokens_do_not_depend_on_who_looks() -> None:
 
 SHAPE = Shape(layers=1, kv_heads=2, group=2, value_dim=5)
 STOPS = [120, 121, 122, 124, 180, 181, 182]
-METHODS = ["shadowkv", "quest", "retroinfer", "bisection"]
+METHODS: list[Any] = ["shadowkv", Quest(dense_layers=0), "retroinfer", "bisection"]
 
 
 def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -133,8 +133,8 @@ def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("tight", [False, True])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "softcap and sinks"])
-@pytest.mark.parametrize("method", METHODS)
-def test_of_sparse_steps(method: str, extras: bool, tight: bool) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
     """What is read has weight exp(score) over one denominator, and the output is what those weights make of the values."""
     world = random_world(SHAPE, 2, STOPS[-1], seed=3)
     logits = torch.tensor([1.0, -1.0, 0.5, 2.0]) if extras else None
@@ -163,7 +163,7 @@ def test_of_sparse_steps(method: str, extras: bool, tight: bool) -> None:
                 known = share[read[row]]
                 assert float(known.max() - known.min()) < 1e-3, f"tokens [{start}, {stop}), row {row}"
             assert float(total.max()) <= 1 + 1e-5
-            if method in ("shadowkv", "quest"):
+            if method == "shadowkv" or isinstance(method, Quest):
                 made = (weights.double() @ values).transpose(1, 2)
                 assert float((made - out).abs().max()) <= 1e-5
                 if not extras:
@@ -226,9 +226,7 @@ def test_captured_steps_go_on_behind_one_that_was_looked_at(method: str, monkeyp
             model(ids[:, :50], past_key_values=cache)
             for i in range(10):
                 before = recorder.replays
-                out = model(
-                    input_ids=ids[:, 50 + i : 51 + i], past_key_values=cache, output_attentions=i in looked_at
-                )
+                out = model(input_ids=ids[:, 50 + i : 51 + i], past_key_values=cache, output_attentions=i in looked_at)
                 logits.append(out.logits)
                 assert (out.attentions is not None) == (i in looked_at)
                 if i in looked_at:
