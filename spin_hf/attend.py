@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .attention.partition import Estimate, Method, Query
-from .errors import AttentionError
+from .attention_weights import AttentionWeights
 from .step_plan import StepPlan
 from .storage.pages import PageStore
 
@@ -33,17 +33,19 @@ class Call:
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap); None for as they are.
         sinks: [H * G], learned logits in the softmax's denominator; None for none.
+        weights: collects the weights that are used; None where nobody asks for them.
     """
 
     query: Tensor
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    weights: AttentionWeights | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether torch's fused attention computes it."""
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.weights is None
 
     def token(self, index: int) -> Call:
         """The call of one of the query tokens."""
@@ -55,22 +57,28 @@ class Call:
         return out.view(*self.query.shape[:4], -1)
 
     def in_waves(
-        self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int, rest: Estimate | None = None
-    ) -> Tensor:
+        self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int, rest: Estimate | None = None,
+        pages: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention over `PageStore.read`'s waves, and over what stands for the rest.
 
         Args:
             mask: broadcastable to [B, H, G, Q, pages * P].
+            pages: [B, H, n], those that are read, -1 for none; None for all in their order.
         """
         parts = []
-        for pages, keys, values in waves:
-            tokens = mask[..., pages.start * page_size : pages.stop * page_size]
+        for wave, keys, values in waves:
+            tokens = mask[..., wave.start * page_size : wave.stop * page_size]
             parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
+            if self.weights is not None:
+                self.weights.add_wave(self.query, keys, tokens, self.scale, self.softcap)
         if rest is not None:
             weight = rest.log_tokens[:, :, None, None]
             excess = None if rest.excess is None else rest.excess.unsqueeze(3)
             parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, excess))
         out, lse = kernels.merge_attention(parts)
+        if self.weights is not None:
+            self.weights.close(lse, self.sinks, None if pages is None else _places(pages, page_size))
         return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
 
 
@@ -159,13 +167,19 @@ def attend_pages(
         pages: [B, H, n]; allowed: [B, H, n * P], their tokens.
         rest: what stands for other pages.
     """
-    return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size, rest)
+    return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size, rest, pages)
 
 
-def check_mask(mask: Tensor, num_queries: int, num_tokens: int) -> None:
-    """Raise AttentionError where a dense mask is not over these queries and tokens."""
-    if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_queries):
-        raise AttentionError(
-            f"expected a mask over {num_queries} queries and {num_tokens} tokens, got {tuple(mask.shape)}; "
-            "pass a 2-D padding mask, or a 4-D mask over all tokens"
-        )
+def _places(pages: Tensor, page_size: int) -> Tensor:
+    """Where the tokens of pages [B, H, n] (-1 for none) stand: [B, H, n * P], negative for none."""
+    return (pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)).flatten(2)
+
+
+def held_states(store: PageStore, length: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, length, Dk] and values of the first tokens, in the order of their positions: copies."""
+    regrouped = store.sequences.stretches.num_pages
+    keys, values, _ = store.pages(0, max(-(-length // store.page_size), regrouped))
+    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+    if regrouped:  # whole stretches are read, as in their pages tokens stand in another order
+        keys, values = store.in_order(keys), store.in_order(values)
+    return keys[:, :, :length], values[:, :, :length]

@@ -74,6 +74,8 @@ def reason_not_replayed(watch: ModelWatch, unpaged: list[Any], kwargs: dict[str,
         return "the model is in training mode; call model.eval()"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in watch.tensors):
         return "gradients are recorded; call it under torch.no_grad()"
+    if kwargs.get("output_attentions") or getattr(watch.modules[0].config, "output_attentions", False):
+        return "it returns attention weights, which the reference path makes"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on; convert the model to the dtype instead"
     for name, given in kwargs.items():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import padding
-from .attention.interface import padding_mask_of
+from .attention.masks import padding_mask_of
 from .capturable import ModelWatch, host_state, reason_not_captured, reason_not_replayed
 from .errors import SpinError
 from .fixed_state import FixedState, overwritten, windows_of
@@ -165,7 +165,8 @@ class DecodeSteps:
             _warn(model, reason)
             return self._eager(forward, kwargs)
         self.log.settle(self.layers)
-        new_valid = padding.take(self.shared, padding_mask_of(kwargs.get("attention_mask"), self.shared.committed + 1))
+        length, batch_size = self.shared.committed + 1, self.shared.sequences.batch_size
+        new_valid = padding.take(self.shared, padding_mask_of(kwargs.get("attention_mask"), length, batch_size))
         counts = self.shared.counts_positions(kwargs.get("position_ids"), new_valid)
         if not counts or not self._windows_are_full(new_valid):
             return self._eager(forward, kwargs)  # which refuses positions that do not count
@@ -234,7 +235,8 @@ class DecodeSteps:
         length, new_valid, held = shared.committed + 1, None, shared.sequences.mask.valid
         if held is not None and shared.method.uses_positions:
             # Where the token of each sequence stands has to be looked up.
-            new_valid, mask, held = padding.take(shared, padding_mask_of(mask, length)), None, None
+            mask = padding_mask_of(mask, length, shared.sequences.batch_size)
+            new_valid, mask, held = padding.take(shared, mask), None, None
             if not shared.counts_positions(positions, new_valid):
                 return _NOT_TRUSTED
             positions = None

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .attend import held_states
 from .errors import CacheStateError
 from .readonly import read_only
 from .shared import SharedState
@@ -72,5 +73,4 @@ class Inspected:
         store, length = self.store, self.shared.committed
         if store is None or not length:
             return None
-        states = store.pages(0, self.shared.sequences.num_pages)[which]
-        return read_only(store.in_order(states.flatten(2, 3)[:, :, :length]))
+        return read_only(held_states(store, length)[which])

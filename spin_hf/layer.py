@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from . import attention_weights, gradients
 from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, check_mask, estimate_rest, select_pages
+from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .attention.interface import LAYER_TAG, MaskedLength, register_layer
+from .attention.masks import is_own, new_validity, over_tokens
 from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
 from .errors import CacheStateError
@@ -138,7 +140,7 @@ class SpinLayer(Inspected, CacheLayerMixin):
         if shared.captured_length is not None:
             return
         if position_ids is not None and self._is_first and shared.method.uses_positions:
-            shared.check_positions(position_ids, mask)
+            shared.check_positions(position_ids, new_validity(mask, shared.noted))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
@@ -189,25 +191,28 @@ class SpinLayer(Inspected, CacheLayerMixin):
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
-        append: bool, scale: float, softcap: float | None,
+        append: bool, scale: float, softcap: float | None, weights: attention_weights.AttentionWeights | None = None,
     ) -> None:  # fmt: skip
         """Append the new tokens (unless a layer that shares them did) and attend.
 
         Args:
             query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv].
-            mask: None, validity [B, 1, 1, Q] of the new tokens, or a dense mask [B, h, Q, tokens].
+            mask: None, an own mask or a given one (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
+            weights: collects the weights; then the reference operations serve the call.
         Raises:
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
         self.shared.settle()
-        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
+        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks, weights)
         result = self._run(call, key, value, mask, append, out)
         if result is not None:
             out.copy_(result.flatten(1, 2).transpose(1, 2))
         if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
             self.shared.commit()
+
+    run_for_weights, with_gradients = attention_weights.run, gradients.with_gradients
 
     @property
     def step_handle(self) -> int | None:
@@ -230,21 +235,23 @@ class SpinLayer(Inspected, CacheLayerMixin):
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
         shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
-        is_padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_queries)
-        if mask is not None and not is_padding:
-            check_mask(mask, num_queries, sequences.length + (num_queries if append and self._is_first else 0))
+        new_valid = new_validity(mask, shared.noted) if append else None
+        if mask is not None:
+            num_tokens = sequences.length + (num_queries if append and self._is_first else 0)
+            num_heads = call.query.shape[1] * call.query.shape[2]
+            mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
-            self.append(key, value, mask[:, 0, 0] if mask is not None and is_padding else None)
+            self.append(key, value, new_valid)
             if num_queries > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
                 self.asked = last_queries(call.query, shared.method.num_asked) * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
-        if mask is not None and not is_padding:
+        if mask is not None:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_queries > 1:
             return attend_prompt(call, key, value, shared.plan)
-        if num_queries <= MAX_QUERIES and kernels is not None:
+        if num_queries <= MAX_QUERIES and kernels is not None and call.weights is None:
             self._launch(call, key, value, False, out)
             return None
         if num_queries > MAX_QUERIES or shared.plan.attends_all():

@@ -4,6 +4,8 @@
 
 Where memory runs out before the bits are written nothing has changed. Behind that the summaries are made before the next
 step, as layers know which are stale (`SpinLayer.renew`).
+
+Of new tokens the mask function notes what the mask says, and the first layer takes that (`SharedState.noted`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ def check_mask(batch_size: int, mask: Tensor | None) -> None:
             f"attention_mask: expected one for {batch_size} sequences, as the input has, got one for {mask.shape[0]}; pass the "
             "attention_mask that belongs to the input"
         )
+
+
+def note(shared: SharedState, mask: Tensor | None) -> None:
+    """Keep which tokens of the forward to come are real until the next mask is made; `mask` as for `reconcile`."""
+    shared.noted = None if mask is None else mask[:, shared.committed :]
 
 
 def take(shared: SharedState, mask: Tensor | None) -> Tensor | None:

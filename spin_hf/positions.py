@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .errors import AttentionError
@@ -13,16 +12,15 @@ if TYPE_CHECKING:
     from .shared import SharedState
 
 
-def check_positions(shared: SharedState, position_ids: Tensor, mask: Tensor | None) -> None:
+def check_positions(shared: SharedState, position_ids: Tensor, new_valid: Tensor | None) -> None:
     """Raise AttentionError where new tokens do not stand where real tokens are counted to. Reads the device.
 
     Args:
         position_ids: [B or 1, Q], or [axes, B or 1, Q].
-        mask: of the new tokens, [B, 1, 1, Q]; any other, or None, for all real.
+        new_valid: [B, Q], bool, False for padding; None for all valid.
     """
-    num_tokens = position_ids.shape[-1]
-    padded = mask is not None and mask.dtype == torch.bool and mask.shape[-2:] == (1, num_tokens)
-    fresh = mask[:, 0, 0] if mask is not None and padded else position_ids.new_ones((1, num_tokens)).bool()
+    fresh = position_ids.new_ones((1, position_ids.shape[-1])).bool() if new_valid is None else new_valid
+    fresh = fresh.to(position_ids.device)
     counted = shared.sequences.mask.next_positions(shared.committed, fresh)
     if bool(_elsewhere(position_ids, counted, fresh)):
         raise AttentionError(

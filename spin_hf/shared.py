@@ -64,6 +64,7 @@ class SharedState:
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
+        noted: validity [B, Q] of the tokens that the latest padding mask was made for; None if it was no mask.
     """
 
     options: SpinOptions
@@ -85,6 +86,7 @@ class SharedState:
     unfinished: Callable[[], None] | None = None
     pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
+    noted: Tensor | None = None
     any_stale: bool = False
     warned_waves: bool = False
     warned_regrouping: bool = False
@@ -228,6 +230,7 @@ class SharedState:
         Raises:
             as `begin`.
         """
+        padding.note(self, mask)
         held = self.sequences.batch_size
         if not self.committed or batch_size != held or not self._can_prepare():
             self.reconcile(batch_size, mask)
@@ -287,9 +290,9 @@ class SharedState:
                 "SpinCache.from_cache"
             )
 
-    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
+    def check_positions(self, position_ids: Tensor, new_valid: Tensor | None) -> None:
         """As `positions.check_positions`."""
-        positions.check_positions(self, position_ids, mask)
+        positions.check_positions(self, position_ids, new_valid)
 
     def counts_positions(self, position_ids: Tensor | None, new_valid: Tensor | None) -> bool:
         """As `positions.counts_positions`."""
@@ -378,7 +381,7 @@ class SharedState:
 
     @lasting
     def reconcile(self, batch_size: int, mask: Tensor | None) -> None:
-        """As `padding.reconcile`.
+        """As `padding.reconcile`; notes the validity of the new tokens, which are to come.
 
         Raises:
             BatchSizeError: the batch, or its mask, is of other sequences than those held.
@@ -387,3 +390,4 @@ class SharedState:
         if self.committed:
             check_batch(self.sequences.batch_size, batch_size)
             padding.reconcile(self, mask)
+        padding.note(self, mask)

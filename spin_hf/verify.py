@@ -50,7 +50,7 @@ class Verification:
         self.mask = self.positions = self.held = None
         if mask is not None and mask.shape[1] < length:
             return False
-        if held is not None and (mask is None or mask.device != held.device):
+        if held is not None and (mask is None or mask.device != held.device or len(mask) != len(held)):
             return False
         if mask is not None and positions is not None and mask.device != positions.device:
             return False

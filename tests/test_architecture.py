@@ -40,7 +40,9 @@ ORDER: list[set[str]] = [
         "states",
         "shared",
         "padding",
+        "attention_weights",
         "attend",
+        "gradients",
         "completed",
         "selection",
         "indexing",
@@ -80,6 +82,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "wrap",
     "distill",
     "attention.interface",
+    "attention.returned_weights",
 }
 
 

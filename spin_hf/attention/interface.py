@@ -1,16 +1,16 @@
 """The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
 
     cache.update(k, v)        returns the new keys and values; the keys carry their layer as a Python attribute
-    mask function             reconciles the batch's padding with the cache, returns that of the new tokens only
+    mask function             hands the batch's padding to the cache
     attention function        finds the layer on the keys and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
     spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
                               have it, inside a compiled forward too
 
-Masks, as attention receives them:
-    None               all tokens are real
-    [B, 1, 1, Q] bool  validity of the Q new tokens; the cache knows the older ones (its shape does not grow)
-    [B, h, Q, n]       any other mask, boolean or additive, over all n tokens: served densely
+Masks, as attention receives them (see `masks.py`):
+    None                causal, no padding among the new tokens
+    one of the cache's  causal; the cache knows which tokens are padding (its shape does not grow)
+    [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, densely
 
 Keys without a layer (no cache, another cache, layers that the cache keeps densely) go to the implementation that the
 config named before. Importing this module registers both functions and nothing else.
@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import switch
+from . import masks, returned_weights, switch
 
 logger = logging.getLogger("spin_hf")
 
@@ -60,6 +60,18 @@ class AttentionLayer(Protocol):
         append: bool, scale: float, softcap: float | None,
     ) -> None:  # fmt: skip
         """Append and attend; writes `out` [B, Q, heads, Dv]."""
+
+    def run_for_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+        append: bool, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """As `run`; returns the weights [B, heads, Q, tokens held]."""
+
+    def with_gradients(
+        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None,
+        append: bool, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """`out`, which a step has just written, with a backward pass."""
 
     def launch(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
@@ -117,7 +129,7 @@ def _attend_fake(*args: Any) -> None:
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Lets inference run without `no_grad`, and turns a backward pass, which would be silently wrong, into an error."""
+    """Of compiled code: lets it run without `no_grad`, and turns a backward pass, which would be wrong, into an error."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
@@ -125,7 +137,9 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        raise AttentionError("SpinCache: expected inference, got a backward pass; train without a SpinCache")
+        raise AttentionError(
+            "SpinCache: expected inference of a compiled forward, got a backward pass; run the forward without compiling"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -134,7 +148,7 @@ class _InferenceOnly(torch.autograd.Function):
 _HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k",
     "cumulative_seqlens_q",
-    "deterministic", "inputs_embeds", "input_ids", "is_causal", "is_first_iteration", "labels", "layer_idx",
+    "deterministic", "inputs_embeds", "input_ids", "is_first_iteration", "labels", "layer_idx",
     "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
@@ -151,17 +165,23 @@ def spin_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over what the cache holds and the new tokens. Registered as "spin".
+
+    Arguments stand in the order of transformers' own attention functions, as other libraries wrap all that are registered and
+    pass some by position.
 
     Args:
         query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv], as `SpinCache.update` returned them.
         attention_mask: see the module's head.
     Returns:
-        [B, Q, heads, Dv] in the query's dtype, and None for the weights.
+        [B, Q, heads, Dv] in the query's dtype; and where they are asked for (`output_attentions=True`) the weights that were
+        used, [B, heads, Q, tokens held] in the query's dtype, zero where nothing was read, else None. Rows sum to 1, to less
+        where learned sinks or a method's estimates have a share of the softmax.
     Raises:
         AttentionError: an argument changes the result and cannot be served.
     """
@@ -173,10 +193,21 @@ def spin_attention(
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
             )
+        if masks.is_own(attention_mask):
+            raise AttentionError(
+                f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask of the cache; "
+                "gradient checkpointing drops the cache in training mode, so call model.gradient_checkpointing_disable() or "
+                "model.eval(); else use a DynamicCache for this model"
+            )
+        if is_causal is not None:
+            kwargs["is_causal"] = is_causal
         attention = _previous_attention(module)
+        if returned_weights.are_wanted(kwargs):
+            attention = returned_weights.attention_of(previous_implementation(module.config), attention)
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
-    _check_arguments(module, attention_mask, query.shape[2], dropout, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _check_arguments(attention_mask, query.shape[2], dropout, causal, kwargs)
     if append and not torch.compiler.is_compiling():
         layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
@@ -185,34 +216,37 @@ def spin_attention(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
     )
     softcap = kwargs.get("softcap")
-    handle = layer.step_handle
-    if handle is not None and (attention_mask is None or attention_mask.shape[-1] == 1):  # the cache took the padding
+    handle, weights = layer.step_handle, None
+    if returned_weights.are_wanted(kwargs):
+        returned_weights.check_eager(module)
+        weights = layer.run_for_weights(query, key, value, attention_mask, sinks, out, append, scale, softcap)
+    elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
         torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
-    if query.requires_grad and torch.is_grad_enabled():
-        out = _InferenceOnly.apply(out, query)
-    return out, None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        if torch.compiler.is_compiling():
+            out = _InferenceOnly.apply(out, query)
+        else:
+            out = layer.with_gradients(out, query, key, value, attention_mask, sinks, append, scale, softcap)
+    return out, weights
 
 
 def _check_arguments(
-    module: torch.nn.Module, mask: Tensor | None, num_queries: int, dropout: float, kwargs: dict[str, Any]
+    mask: Tensor | None, num_queries: int, dropout: float, causal: bool, kwargs: dict[str, Any]
 ) -> None:
+    masks.check_kind(mask)
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise AttentionError(
                 f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model"
             )
-    if kwargs.get("output_attentions"):
-        raise AttentionError(
-            "SpinCache cannot return attention weights (expected output_attentions=False, got True); use a "
-            'DynamicCache with attn_implementation="eager"'
-        )
     if dropout:
-        raise AttentionError(f"SpinCache: expected dropout 0, got {dropout}; call model.eval() first")
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if not causal and (mask is None or mask.shape[-2:] == (1, num_queries)) and num_queries > 1:
+        raise AttentionError(
+            f"SpinCache: expected dropout 0, got {dropout}; call model.eval(), or set the config's attention dropout to "
+            "0 (training mode alone is served)"
+        )
+    if not causal and num_queries > 1 and (mask is None or masks.is_own(mask)):
         raise AttentionError(
             "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
         )
@@ -280,6 +314,7 @@ def spin_mask(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    *,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -290,7 +325,10 @@ def spin_mask(
             while Dynamo traces, a tensor offset does.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None, [B, 1, 1, q_length], or a dense mask. Mutates the cache's padding bits where the mask changed the past.
+        None for no padding, an own mask (see `masks.py`), or a dense mask where `mask_function` is not causal. Mutates the
+        cache's padding bits where the mask changed the past, and notes those of the new tokens.
+    Raises:
+        AttentionError, BatchSizeError: the mask is none of this batch; nothing has changed.
     """
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
@@ -304,14 +342,17 @@ def spin_mask(
             raise AttentionError(
                 "SpinCache: expected a causal mask under torch.compile; run this model without compiling"
             )
-        return None if attention_mask is None else attention_mask[:, None, None, -q_length:]
+        if attention_mask is None:
+            return None
+        masks.check_padding(attention_mask)
+        return masks.traced_mask(attention_mask[:, -q_length:])
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if kv_length.reconcile is None:
         if mask_function is not causal_mask_function and not kv_length.window:
             raise AttentionError("SpinCache: expected a causal mask in a captured step, got another one")
         return None
-    attention_mask = padding_mask_of(attention_mask, length)
+    attention_mask = masks.padding_mask_of(attention_mask, length, batch_size)
     kv_length.reconcile(batch_size, attention_mask)
     if mask_function is not causal_mask_function:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -319,12 +360,7 @@ def spin_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-    return None if attention_mask is None else attention_mask[:, None, None, length - q_length :]
-
-
-def padding_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
-    """A padding mask [B, n] as bool [B, length]; as in transformers' own masks, what it does not cover is padding."""
-    return None if mask is None else torch.nn.functional.pad(mask, (0, length - mask.shape[1])).bool()
+    return None if attention_mask is None else masks.noted_mask(attention_mask, q_length)
 
 
 AttentionInterface.register(switch.NAME, spin_attention)

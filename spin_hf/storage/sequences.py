@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.fields import MAX_QUERIES
+from .past import Past
 from .segments import ENTRY_BYTES, SEGMENT_PAGES, own_segment, release_segments, segments_of, take_segments
 from .stretches import Stretches
 from .token_mask import TokenMask
@@ -93,6 +94,7 @@ class Sequences:
         """Tokens held, the present step's included."""
         self.step = 0
         """The clock of the residency: counts queries, of prefills one."""
+        self.past = Past()
         self.events = 0
         """Changes to the past: anything but tokens that follow."""
         self.layout = 0
@@ -274,7 +276,9 @@ class Sequences:
                 release_segments(row[keep:], refcounts, free)
             directory = [row[:keep] for row in directory]
         more = {"mask": self.mask.truncate(length), "stretches": stretches or self.stretches}
-        self._become(directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length)
+        self._become(
+            directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, kept=length
+        )
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
@@ -292,13 +296,13 @@ class Sequences:
         for segment in chain.from_iterable(directory):
             refcounts[segment] += 1
         release_segments(list(chain.from_iterable(self.directory)), refcounts, free)
-        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, stretches=stretches)
+        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, stretches=stretches, kept=0)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
         number, mask = len(self.refcounts), TokenMask(self.mask.keeps_positions)
         tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": list(range(number))[::-1]}
-        self._become(**tables, mask=mask, stretches=Stretches(), start=0, length=0)
+        self._become(**tables, mask=mask, stretches=Stretches(), start=0, length=0, kept=0)
         for store in self.stores:
             store.clear()
 
@@ -315,7 +319,7 @@ class Sequences:
         """Go back to what `tables` gave. May be repeated."""
         for store in self.stores:
             store.forget_resident(len(tables["directory"]))
-        self._become(**tables)
+        self._become(**tables, kept=0)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
@@ -340,8 +344,10 @@ class Sequences:
         """Let `stretches` say which pages are regrouped."""
         self._become(stretches=stretches)
 
-    def _become(self, **tables: Any) -> None:
-        """Let other tables take the place of those there are, all at once: the past is not what it was."""
+    def _become(self, kept: int | None = None, **tables: Any) -> None:
+        """Let other tables take the place of those there are, all at once; `kept` tokens (None: all) are what they were."""
+        if kept is not None:
+            self.past.change(kept)
         known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
         self.__dict__.update(known, events=self.events + 1, layout=self.layout + 1, **tables)
 
