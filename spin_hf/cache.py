@@ -348,9 +348,7 @@ class SpinCache(Cache):
 
     def _touch(self, index: int, batch_size: int) -> None:
         """Before layer `index` changes: note it, and refuse a batch of another size."""
-        held = self._held_batch()
-        if held is not None:
-            check_batch(held, batch_size)
+        check_batch(self._held_batch() or batch_size, batch_size)
         self._log.touch(index, self.layers)
 
     def _held_batch(self) -> int | None:
@@ -379,7 +377,8 @@ class SpinCache(Cache):
     def _bind(self, config: Any, model: nn.Module | None) -> None:
         """For as long as this cache lives: switch the config to "spin", and wrap the forward of `model`."""
         self._config = config
-        switch.acquire(config)
+        if self._shared.layers:  # some models without paged layers ask for the name of the implementation
+            switch.acquire(config)
         self.steps = None if model is None else DecodeSteps(model, self.layers, self._shared, self._log)
         wrapped = None if model is None else wrap.acquire(model)
         if wrapped is not None:

@@ -41,6 +41,8 @@ class ForwardLog:
         self.final = holding[-1] if holding else -1
         """The last layer that holds anything; when it has taken the tokens, the forward is committed."""
         self.last = -1
+        self.seen: set[int] = set()
+        """Layers of the forward in progress; in models with loops their numbers do not grow."""
         self.before: dict[int, dict[str, Any]] = {}
         self.irreversible = False
         self.overwritten = False
@@ -73,9 +75,10 @@ class ForwardLog:
         """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
         layer = layers[index]
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
-        if index < self.last or (index == self.last and not linear):
+        if index in self.seen and not (index == self.last and linear):
             self.settle(layers)
         self.last = index
+        self.seen.add(index)
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
         if linear:
             self.irreversible = True
@@ -128,7 +131,7 @@ class ForwardLog:
 
     def clear(self) -> None:
         """Nothing is in progress."""
-        self.last, self.before, self.irreversible, self.overwritten = -1, {}, False, False
+        self.last, self.seen, self.before, self.irreversible, self.overwritten = -1, set(), {}, False, False
         self.shared.commits_with_last_paged = True
 
 

@@ -1,8 +1,8 @@
 """The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
 
-    cache.update(k, v)        returns the new keys and values; the keys carry their layer as a Python attribute
+    cache.update(k, v)        returns the new keys and values, which carry their layer as a Python attribute (`handed.py`)
     mask function             reconciles the batch's padding with the cache, returns that of the new tokens only
-    attention function        finds the layer on the keys and calls one opaque op
+    attention function        finds the layer on keys and values and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
     spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
                               have it, inside a compiled forward too
@@ -32,11 +32,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import switch
+from . import handed, switch
 
 logger = logging.getLogger("spin_hf")
-
-LAYER_TAG = "_spin_layer"
 
 
 class AttentionLayer(Protocol):
@@ -139,6 +137,8 @@ _HARMLESS = {
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
 }  # fmt: skip
+# What models that choose tokens by themselves hand to implementations other than "eager" and "sdpa".
+_CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
 _REFUSED = (
     "alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias",
@@ -163,9 +163,9 @@ def spin_attention(
     Returns:
         [B, Q, heads, Dv] in the query's dtype, and None for the weights.
     Raises:
-        AttentionError: an argument changes the result and cannot be served.
+        AttentionError: an argument changes the result and cannot be served, or keys or values are not what `update` returned.
     """
-    layer: AttentionLayer | None = getattr(key, LAYER_TAG, None)
+    layer: AttentionLayer | None = handed.owner(module, key, value)
     if layer is None:
         shares_pages = getattr(module, "is_kv_shared_layer", False) and kwargs.get("sliding_window") is None
         if shares_pages and torch.compiler.is_compiling():
@@ -173,8 +173,7 @@ def spin_attention(
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
             )
-        attention = _previous_attention(module)
-        return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _dense_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
     _check_arguments(module, attention_mask, query.shape[2], dropout, kwargs)
     if append and not torch.compiler.is_compiling():
@@ -227,11 +226,25 @@ _KNOWN = _HARMLESS | set(_REFUSED) | {"softcap", "s_aux", "sinks"}
 _warned: set[str] = set()
 
 
-def _previous_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that the module's config named before "spin"."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+def _dense_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of states that no paged layer handed out, by what the module's config named before "spin"."""
+    chosen = next((name for name in _CHOSEN if kwargs.get(name) is not None), None)
+    if chosen is not None:
+        raise AttentionError(
+            f'{type(module).__name__} chooses tokens by itself and hands {chosen!r} to attention where that is "spin", '
+            'expected an implementation that it knows; load the model with attn_implementation="sdpa" and give it any cache'
+        )
     name = previous_implementation(module.config)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    num_queries, num_tokens = query.shape[2], key.shape[2]
+    if name == "sdpa" and mask is None and 1 < num_queries < num_tokens:
+        # transformers shortens queries of layers that share keys, by the name of the implementation; "sdpa" without a mask
+        # takes the queries for the first ones.
+        mask = torch.ones((1, 1, num_queries, num_tokens), dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_tokens - num_queries)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, mask, **kwargs)
 
 
 def previous_implementation(config: Any) -> str:
@@ -294,6 +307,8 @@ def spin_mask(
     """
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
+        if not torch.compiler.is_compiling():
+            handed.forget()
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
         return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,

@@ -70,8 +70,8 @@ def previous(config: Any) -> str | None:
 
 
 def check(config: Any) -> None:
-    """Raise AttentionError where somebody has switched `config` to another implementation since."""
-    if config._attn_implementation != NAME:
+    """Raise AttentionError where somebody has switched a config in use to another implementation since."""
+    if config._attn_implementation != NAME and id(config) in _entries and _entries[id(config)].users:
         raise AttentionError(
             f'expected the attention implementation "spin", got {config._attn_implementation!r} (changed '
             'after the cache was made); call model.set_attn_implementation("spin"), or make a new SpinCache(model)'
