@@ -83,17 +83,17 @@ class Call:
 
 
 def attend_prompt(call: Call, key: Tensor, value: Tensor, plan: StepPlan) -> Tensor:
-    """Causal attention among the first tokens of a cache.
+    """Causal attention of the last Q of the first tokens of a cache.
 
     Args:
-        key, value: [B, H, Q, Dk] and [B, H, Q, Dv], all that the cache holds.
+        key, value: [B, H, n, Dk] and [B, H, n, Dv], all that the cache holds.
     Returns:
         [B, H, G, Q, Dv].
     """
-    num_tokens = key.shape[2]
-    if call.is_plain and plan.sequences.mask.valid is None:
+    num_tokens, num_queries = key.shape[2], call.query.shape[3]
+    if call.is_plain and plan.sequences.mask.valid is None and num_queries == num_tokens:
         return call.fused(key, value, None)
-    allowed = plan.allowed_all(num_tokens, key.device)
+    allowed = plan.allowed_all(num_queries, key.device)
     if call.is_plain:
         return call.fused(key, value, allowed)
     return call.in_waves([(slice(0, num_tokens), key, value)], allowed.unsqueeze(1), page_size=1)

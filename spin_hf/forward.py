@@ -48,6 +48,8 @@ class ForwardLog:
         """The last layer that attends, or the last that holds anything: when it has the tokens, an unwatched forward counts."""
         self.last = -1
         """The layer that changed last; -1 while nothing is in progress."""
+        self.seen: set[int] = set()
+        """Layers of the forward in progress. In models with loops their numbers do not grow."""
         self.before: dict[int, dict[str, Any]] = {}
         """Attributes that layers had before."""
         self.behind: list[tuple[Tensor, int]] = []
@@ -99,14 +101,16 @@ class ForwardLog:
         """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
         layer = layers[index]
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
-        if index < self.last or (index == self.last and not linear):
+        if index in self.seen and not (index == self.last and linear):
             if self.watched:  # the model runs its layers more than once in a call
                 self.shared.commit()
+                self.seen.clear()
             else:
                 self.settle(layers)
         if self.last < 0 and not self.watched:
             self.behind = [(state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)]
         self.last = index
+        self.seen.add(index)
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
         if index in self.before:
             return
@@ -153,9 +157,9 @@ class ForwardLog:
         """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
         if self.last < 0:
             return True
-        reached = self.last >= self.final and self.shared.committed == self.shared.sequences.length
+        reached = self.final in self.seen and self.shared.committed == self.shared.sequences.length
         changed = any(version < 0 or _version(state) != version for state, version in self.behind)
-        return reached and (not self.behind or self.last > self.final or changed)
+        return reached and (not self.behind or max(self.seen) > self.final or changed)
 
     def take_back(self, layers: list[Any]) -> None:
         """Take back the forward in progress. May be repeated.
@@ -183,7 +187,7 @@ class ForwardLog:
 
     def clear(self) -> None:
         """Nothing is in progress."""
-        self.last, self.before, self.behind = -1, {}, []
+        self.last, self.seen, self.before, self.behind = -1, set(), {}, []
         self.irreversible = self.overwritten = self.failed = False
         self.shared.commits_with_last_paged = True
 

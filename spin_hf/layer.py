@@ -28,7 +28,8 @@ from transformers.cache_utils import CacheLayerMixin
 from . import attention_weights, gradients
 from .admission import admit
 from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
-from .attention.interface import LAYER_TAG, MaskedLength, register_layer
+from .attention.handed import hand_out
+from .attention.interface import MaskedLength, register_layer
 from .attention.masks import is_own, new_validity, over_tokens
 from .attention.regrouping import Regrouping, last_queries
 from .decode import StepKernels
@@ -102,7 +103,7 @@ class SpinLayer(Inspected, CacheLayerMixin):
         self.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Tag new keys [B, H, n, Dk] with this layer; attention will append and use them. Nothing is stored yet."""
+        """Tag new keys [B, H, n, Dk] and values with this layer; attention will append them. Nothing is stored yet."""
         shared, traced = self.shared, torch.compiler.is_compiling()
         if self.number == 0 and shared.launched is not None and (shared.launched or key_states.shape[-2] != 1):
             if traced:  # not the forward that was prepared: the op, which finds it prepared still, settles that
@@ -117,9 +118,7 @@ class SpinLayer(Inspected, CacheLayerMixin):
             elif traced:
                 shared.launched = True  # set as the compiled call returns, of a replay too
         shared.pending = self
-        key_states = key_states.view_as(key_states)
-        setattr(key_states, LAYER_TAG, self)
-        return key_states, value_states
+        return hand_out(self, key_states, value_states)
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then its tokens are to be appended."""
@@ -196,7 +195,8 @@ class SpinLayer(Inspected, CacheLayerMixin):
         """Append the new tokens (unless a layer that shares them did) and attend.
 
         Args:
-            query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv].
+            query: [B, heads, Q, Dk], of the last Q of the n new tokens.
+            key, value: [B, H, n, Dk] and [B, H, n, Dv].
             mask: None, an own mask or a given one (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
@@ -234,29 +234,30 @@ class SpinLayer(Inspected, CacheLayerMixin):
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
-        shared, sequences, num_queries = self.shared, self.shared.sequences, key.shape[2]
+        shared, sequences, num_new, num_queries = self.shared, self.shared.sequences, key.shape[2], call.query.shape[3]
         new_valid = new_validity(mask, shared.noted) if append else None
         if mask is not None:
-            num_tokens = sequences.length + (num_queries if append and self._is_first else 0)
+            num_tokens = sequences.length + (num_new if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]
             mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
-            if num_queries > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
+            if num_new > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
                 self.asked = last_queries(call.query, shared.method.num_asked) * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
         if mask is not None:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
-        if sequences.start == 0 and num_queries > 1:
+        if sequences.start == 0 and num_new > 1:
             return attend_prompt(call, key, value, shared.plan)
-        if num_queries <= MAX_QUERIES and kernels is not None and call.weights is None:
+        if num_queries == num_new <= MAX_QUERIES and kernels is not None and call.weights is None:
             self._launch(call, key, value, False, out)
             return None
-        if num_queries > MAX_QUERIES or shared.plan.attends_all():
+        if num_new > MAX_QUERIES or shared.plan.attends_all():
             return attend_masked(call, shared.plan.allowed_all(num_queries, key.device), store)
-        return torch.cat([self._attend_selected(call.token(i), sequences.start + i) for i in range(num_queries)], 3)
+        first = sequences.length - num_queries
+        return torch.cat([self._attend_selected(call.token(i), first + i) for i in range(num_queries)], 3)
 
     def _launch(self, call: Call, key: Tensor, value: Tensor, append: bool, out: Tensor) -> None:
         """The kernels of a step that has begun; nothing happens on the host."""

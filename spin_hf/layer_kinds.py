@@ -1,11 +1,15 @@
 """Which layers of a model are paged, and which are left to transformers' own cache layers, and why.
 
-full attention                  SpinLayer
+full attention                  SpinLayer, unless a whole-model reason below applies
 sliding or chunked attention    transformers' own: keeps the window only
 linear attention, convolution   transformers' own: its state does not grow
 shared KV, no attention         transformers' own placeholder
 latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
+cross attention                 transformers' own: tokens of an image, which are not those of the text
 hybrid and indexed attention    transformers' own: their `update` does more than keys and values
+
+Some models attend with other keys or values than they cache, run layers several times, or ask for the name of the attention
+implementation. All their layers are left to transformers. docs/families.md lists them.
 """
 
 from __future__ import annotations
@@ -28,8 +32,16 @@ PLACEHOLDER = "no cache of its own"
 
 # Families that compute attention by themselves and never call the attention interface.
 _OLD_FAMILIES = {
-    "bloom", "codegen", "ctrl", "falcon", "gptj", "gpt_neo", "mpt", "openai-gpt", "reformer", "rwkv", "xglm", "xlnet",
+    "bark", "big_bird", "bloom", "clvp_decoder", "codegen", "coarse_acoustics", "cpmant", "ctrl", "falcon", "flaubert", "git",
+    "gpt_neo", "gpt_neox_japanese", "gptj", "imagegpt", "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer",
+    "rembert", "roformer", "rwkv", "semantic", "trocr", "xglm", "xlm", "xlnet",
 }  # fmt: skip
+
+_OTHER_STATES = {
+    "diffllama": "differential attention: values are split in two after update, attended densely",
+    "jetmoe": "mixture of attention heads: keys and values are repeated after update, attended densely",
+}
+"""Model types whose attention gets other keys or values than `update`, and why they are not paged."""
 
 
 def decoder_config(model: Any) -> tuple[Any, str]:
@@ -82,9 +94,13 @@ def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[
     """
     layers: list[Any] = []
     reasons: dict[str, int] = {}
-    latent = getattr(config, "kv_lora_rank", None) is not None
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        reason = _reason_not_paged(layer, latent)
+    found = DynamicCache(config=config).layers
+    of_all = _reason_none_is_paged(config, found)
+    crossing = getattr(config, "cross_attention_layers", None) or ()
+    for index, layer in enumerate(found):
+        reason = _reason_not_paged(layer, of_all)
+        if index in crossing:
+            reason = "cross attention: tokens of an image"
         if reason is None:
             layers.append(paged(index))
             continue
@@ -98,9 +114,26 @@ def is_placeholder(layer: Any) -> bool:
     return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
 
 
-def _reason_not_paged(layer: Any, latent: bool) -> str | None:
+def _reason_none_is_paged(config: Any, layers: list[Any]) -> str | None:
+    """Why the full-attention layers of a model are not paged; None if they are."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "latent attention: cached latents are expanded after update, attended densely"
+    if getattr(config, "model_type", None) in _OTHER_STATES:
+        return _OTHER_STATES[config.model_type]
+    if getattr(config, "qk_layer_norms", False):
+        return "keys are normalised after update, attended densely"
+    if (getattr(config, "n_recurrent_loops", None) or getattr(config, "loop_num_passes", None) or 1) > 1:
+        return "looped layers: the model adds cache layers of its own, attended densely"
+    for layer in layers:  # what is neither asks for the name of the implementation, and "spin" says nothing to it
+        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if isinstance(layer, CacheLayerMixin) and not plain and not isinstance(layer, LinearAttentionCacheLayerMixin):
+            return f"beside {type(layer).__name__}: the model chooses tokens by itself, attended densely"
+    return None
+
+
+def _reason_not_paged(layer: Any, of_all: str | None) -> str | None:
     if type(layer) is DynamicLayer:
-        return "latent attention: cached latents are expanded after update, attended densely" if latent else None
+        return of_all
     if type(layer) is DynamicSlidingWindowLayer:
         return "sliding window: only the window is kept"
     if not isinstance(layer, CacheLayerMixin):

@@ -1,8 +1,8 @@
 """The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
 
-    cache.update(k, v)        returns the new keys and values; the keys carry their layer as a Python attribute
+    cache.update(k, v)        returns the new keys and values, which carry their layer as a Python attribute (`handed.py`)
     mask function             hands the batch's padding to the cache
-    attention function        finds the layer on the keys and calls one opaque op
+    attention function        finds the layer on keys and values and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
     spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
                               have it, inside a compiled forward too
@@ -32,11 +32,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import masks, returned_weights, switch
+from . import handed, masks, returned_weights, switch
 
 logger = logging.getLogger("spin_hf")
-
-LAYER_TAG = "_spin_layer"
 
 
 class AttentionLayer(Protocol):
@@ -153,6 +151,8 @@ _HARMLESS = {
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
 }  # fmt: skip
+# What models that choose tokens by themselves hand to implementations other than "eager" and "sdpa".
+_CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
 _REFUSED = (
     "alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias",
@@ -183,9 +183,9 @@ def spin_attention(
         used, [B, heads, Q, tokens held] in the query's dtype, zero where nothing was read, else None. Rows sum to 1, to less
         where learned sinks or a method's estimates have a share of the softmax.
     Raises:
-        AttentionError: an argument changes the result and cannot be served.
+        AttentionError: an argument changes the result and cannot be served, or keys or values are not what `update` returned.
     """
-    layer: AttentionLayer | None = getattr(key, LAYER_TAG, None)
+    layer: AttentionLayer | None = handed.owner(module, key, value)
     if layer is None:
         shares_pages = getattr(module, "is_kv_shared_layer", False) and kwargs.get("sliding_window") is None
         if shares_pages and torch.compiler.is_compiling():
@@ -201,10 +201,7 @@ def spin_attention(
             )
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
-        attention = _previous_attention(module)
-        if returned_weights.are_wanted(kwargs):
-            attention = returned_weights.attention_of(previous_implementation(module.config), attention)
-        return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _dense_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     append = layer.take_pending()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _check_arguments(attention_mask, query.shape[2], dropout, causal, kwargs)
@@ -261,11 +258,28 @@ _KNOWN = _HARMLESS | set(_REFUSED) | {"softcap", "s_aux", "sinks"}
 _warned: set[str] = set()
 
 
-def _previous_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that the module's config named before "spin"."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+def _dense_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of states that no paged layer handed out, by what the module's config named before "spin"."""
+    chosen = next((name for name in _CHOSEN if kwargs.get(name) is not None), None)
+    if chosen is not None:
+        raise AttentionError(
+            f'{type(module).__name__} chooses tokens by itself and hands {chosen!r} to attention where that is "spin", '
+            'expected an implementation that it knows; load the model with attn_implementation="sdpa" and give it any cache'
+        )
     name = previous_implementation(module.config)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    num_queries, num_tokens = query.shape[2], key.shape[2]
+    if name == "sdpa" and mask is None and 1 < num_queries < num_tokens:
+        # transformers shortens queries of layers that share keys, by the name of the implementation; "sdpa" without a mask
+        # takes the queries for the first ones.
+        mask = torch.ones((1, 1, num_queries, num_tokens), dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_tokens - num_queries)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if returned_weights.are_wanted(kwargs):
+        attention = returned_weights.attention_of(name, attention)
+    return attention(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return, unused-ignore]
 
 
 def previous_implementation(config: Any) -> str:
@@ -332,6 +346,8 @@ def spin_mask(
     """
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
+        if not torch.compiler.is_compiling():
+            handed.forget()
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
         return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,

@@ -332,13 +332,10 @@ class Sequences:
         _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
         unused = [segment for segment, count in enumerate(counts) if not count]
         _check(sorted(self.free) == unused, f"free segments are {sorted(self.free)}, unused are {unused}")
-        valid = self.mask.valid
-        expected = (self.batch_size, self.length)
-        _check(valid is None or tuple(valid.shape) == expected, f"padding mask is not {expected}")
-        positions = self.mask.positions
-        _check(positions is None or tuple(positions.shape) == expected, f"positions are not {expected}")
-        stretches = self.stretches
-        _check(stretches.num_pages * self.page_size <= self.length, f"stretches reach to page {stretches.num_pages}")
+        expected, regrouped = (self.batch_size, self.length), self.stretches.num_pages
+        for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
+            _check(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
+        _check(regrouped * self.page_size <= self.length, f"stretches reach to page {regrouped}")
 
     def regrouped(self, stretches: Stretches) -> None:
         """Let `stretches` say which pages are regrouped."""
