@@ -25,6 +25,9 @@ from .forward import ForwardLog
 from .graph import DecodeSteps
 from .shared import SharedState
 
+_FRAMES = 6
+"""How far the caller of `SpinCache.update` may be."""
+
 
 class ModelCalls:
     """The calls of one cache. `close` undoes what the constructor did.
@@ -145,9 +148,13 @@ class ModelCalls:
 
 def _caller() -> Any:
     """The module whose forward calls `SpinCache.update`, if it has a config that names an attention implementation."""
-    frame = sys._getframe(4)
-    module = frame.f_locals.get("self")
-    return module if hasattr(getattr(module, "config", None), "_attn_implementation") else None
+    frame: Any = sys._getframe(2)
+    for _ in range(_FRAMES):
+        module = None if frame is None else frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            return module if hasattr(getattr(module, "config", None), "_attn_implementation") else None
+        frame = None if frame is None else frame.f_back
+    return None
 
 
 def model_of(model: Any) -> nn.Module | None:

@@ -323,15 +323,14 @@ class Sequences:
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
-        counts = [0] * len(self.refcounts)
-        needed = segments_of(self.num_pages)
+        counts, needed = [0] * len(self.refcounts), segments_of(self.num_pages)
         for row in self.directory:
             _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
             for segment in row:
                 counts[segment] += 1
         _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
-        unused = [segment for segment, count in enumerate(counts) if not count]
-        _check(sorted(self.free) == unused, f"free segments are {sorted(self.free)}, unused are {unused}")
+        free, unused = sorted(self.free), [segment for segment, count in enumerate(counts) if not count]
+        _check(free == unused, f"free segments are {free}, unused are {unused}")
         expected, regrouped = (self.batch_size, self.length), self.stretches.num_pages
         for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
             _check(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")

@@ -130,14 +130,16 @@ def test_an_implementation_chosen_after_a_cache_was_made() -> None:
     model, expected = build_model("llama"), Trace()
     oracle = DenseSubject("llama")
     expected.add_generated("spin", generate(oracle, random_tokens(1, 50), oracle.new()))
-    cache, of_config = SpinCache(model, budget=1 << 20), SpinCache(model.config, budget=1 << 20)
+    cache = SpinCache(model, budget=1 << 20)
     model.set_attn_implementation("eager")
     trace = Trace()
     trace.add_generated("spin", generate(Fixed("llama", model, None), random_tokens(1, 50), cache))
     assert_same(trace, expected)
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(AttentionError, match=r"'eager'.*set_attn_implementation"):
-        of_config.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 0)
+    of_config = SpinCache(model.config, budget=1 << 20)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(AttentionError, match=r"'sdpa'.*set_attn_implementation"):
+        model(random_tokens(1, 9), past_key_values=of_config)
 
 
 def _interleaved(first: Subject, second: Subject) -> Trace:
