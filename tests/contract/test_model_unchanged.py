@@ -136,6 +136,8 @@ def test_an_implementation_chosen_after_a_cache_was_made() -> None:
     trace.add_generated("spin", generate(Fixed("llama", model, None), random_tokens(1, 50), cache))
     assert_same(trace, expected)
     assert model.config._attn_implementation == "eager"
+    del cache
+    gc.collect()
     of_config = SpinCache(model.config, budget=1 << 20)
     model.set_attn_implementation("sdpa")
     with pytest.raises(AttentionError, match=r"'sdpa'.*set_attn_implementation"):
