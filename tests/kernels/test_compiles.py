@@ -34,12 +34,12 @@ COMPILED_AHEAD = {
 """What a step launches behind its tokens' keys, and what parts tokens."""
 
 
-def compiled_for(capability: int, dtype: str, folder: Path) -> dict[str, Any]:
+def compiled_for(capability: int, dtype: str, folder: Path, every: bool) -> dict[str, Any]:
     """What `absent_gpu` reports, from a process that compiles: nothing is taken from a cache."""
     report = folder / "report.json"
     settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report)],
+        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report), *["every"] * every],
         cwd=Path(__file__).parents[2], env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False,
     )  # fmt: skip
@@ -48,9 +48,20 @@ def compiled_for(capability: int, dtype: str, folder: Path) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (89, "float32"), (75, "float16")])
-def test_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path) -> None:
-    report = compiled_for(capability, dtype, tmp_path)
+GPUS = [(90, "bfloat16"), (89, "float32"), (75, "float16")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "every"),
+    [
+        (90, "bfloat16", False),
+        (75, "float16", False),
+        *(pytest.param(*gpu, True, marks=pytest.mark.slow) for gpu in GPUS),
+    ],
+)
+def test_kernels_compile_and_fit(capability: int, dtype: str, every: bool, tmp_path: Path) -> None:
+    """Every kernel, in one of the variants that are launched or in every one."""
+    report = compiled_for(capability, dtype, tmp_path, every)
     assert report["failed"] == []
     kernels, functions, called = (set(report[names]) for names in ("kernels", "functions", "called"))
     assert len(functions) == len(report["functions"]), "names tell functions apart"

@@ -2,7 +2,8 @@
 
 A process of its own, without TRITON_INTERPRET: triton decides when a kernel is defined whether it can be compiled.
 
-    python -m tests.support.absent_gpu 90 bfloat16 FILE
+    python -m tests.support.absent_gpu 90 bfloat16 FILE          the first variant of each kernel
+    python -m tests.support.absent_gpu 90 bfloat16 FILE every    every variant
 
 Everything happens as with a GPU, but for `JITFunction.run`, which specialises and compiles and does not launch. What kernels
 would have computed is never written, so numbers are meaningless; what the package checks of them is from formulas. FILE, JSON:
@@ -52,20 +53,20 @@ FEW, SHORT = 128, 32
 on a GPU, as the compiler takes minutes for long ones."""
 
 ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
-"""What takes long and multiplies no matrices: the variants that methods make of it are compiled for one of the GPUs."""
+"""What takes long and multiplies no matrices: the variants that methods make of it are only compiled for one of the GPUs."""
 
 
 class Compiler:
     """Stands for the launching of kernels, on the only GPU."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, every: bool) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime._async_compile import active_mode
         from triton.runtime.driver import driver
         from triton.runtime.jit import JITFunction
 
         self.compiled: dict[str, dict[str, Any]] = {}
-        self.once: set[str] = ONE_VARIANT[capability]
+        self.every, self.once = every, ONE_VARIANT[capability]
         self.failed: list[dict[str, str]] = []
         self._run: Callable[..., Any] = JITFunction.run
         self._active_mode = active_mode
@@ -79,7 +80,7 @@ class Compiler:
 
     def run(self, kernel: Any, *args: Any, **options: Any) -> None:
         name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
-        if name in self.once and name in known:
+        if name in known and (name in self.once or not self.every):
             return
         try:
             ahead = self._active_mode.get() is not None
@@ -91,9 +92,9 @@ class Compiler:
             self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
 
 
-def pretend(capability: int) -> Compiler:
+def pretend(capability: int, every: bool) -> Compiler:
     """Have caches on a CPU launch as on such a GPU, and launches compile."""
-    compiler = Compiler(capability)
+    compiler = Compiler(capability, every)
     from spin_hf.kernels import bisect, clusters
     from spin_hf.kernels.launch import launchers
 
@@ -176,10 +177,10 @@ def functions() -> list[Any]:
     return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
 
 
-def main(capability: int, dtype: torch.dtype, file: Path) -> None:
+def main(capability: int, dtype: torch.dtype, file: Path, every: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    compiler, known = pretend(capability), functions()
+    compiler, known = pretend(capability, every), functions()
     launch_all(dtype)
     texts = {function.__name__: function.src for function in known}
     report = {
@@ -195,4 +196,4 @@ def main(capability: int, dtype: torch.dtype, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] == ["every"])
