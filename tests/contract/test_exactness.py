@@ -9,7 +9,8 @@ float32, CPU. Every family runs in every mode that transformers itself can run i
 The method is the default one. Some of the last two are also run with ShadowKV, whose pages have 8 tokens.
 
 The whole product is slow. `make test` runs every mode with four families that differ in their layers, and every family in
-three modes that together pad, leave holes, reorder rows, take several tokens at once and crop.
+three modes that together pad, leave holes, reorder rows, take several tokens at once and crop; paged and selected it runs every
+mode with one family, and every family in one or two modes.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ QUICK_FAMILIES = ("llama", "gemma3n_text", "gpt_oss", "qwen3_next")
 QUICK_MODES = ("holes", "beam_search", "crop")
 
 
-def cases(pairs: list[tuple[str, str]], all_modes: Collection[str] = QUICK_FAMILIES) -> Any:
-    """Parameters of a test; those outside of `all_modes` are slow but in a few modes."""
+def cases(pairs: list[tuple[str, str]], families: Collection[str], modes: Collection[str]) -> Any:
+    """Parameters of a test: these families in all modes and all families in these modes are quick."""
     return pytest.mark.parametrize(
         ("family", "mode"),
         [
             pytest.param(
                 *pair,
                 id="-".join(pair),
-                marks=() if pair[0] in all_modes or pair[1] in QUICK_MODES else pytest.mark.slow,
+                marks=() if pair[0] in families or pair[1] in modes else pytest.mark.slow,
             )
             for pair in pairs
         ],
@@ -79,7 +80,7 @@ def check_caches(subject: SpinSubject) -> None:
         cache.check_integrity()
 
 
-@cases(RUNNABLE)
+@cases(RUNNABLE, QUICK_FAMILIES, QUICK_MODES)
 def test_resident(family: str, mode: str) -> None:
     subject = SpinSubject(family, from_config=mode == "compiled")
     assert_same(MODES[mode](subject), expected(family, mode))
@@ -104,12 +105,12 @@ def _paged(family: str, mode: str, **options: Any) -> None:
     assert all(each.cpu_bytes > 0 for each in stats)
 
 
-@cases(PAGED, ["llama"])
+@cases(PAGED, ["llama"], ["beam_search", "crop"])
 def test_paged(family: str, mode: str) -> None:
     _paged(family, mode)
 
 
-@cases([(family, mode) for family, mode in SHADOWKV if family == "llama"], [])
+@cases([(family, mode) for family, mode in SHADOWKV if family == "llama"], [], QUICK_MODES)
 def test_paged_with_shadowkv(family: str, mode: str) -> None:
     _paged(family, mode, method="shadowkv")
 
@@ -122,17 +123,17 @@ def _selected(family: str, mode: str, **options: Any) -> None:
     assert any(cache.stats().sparse_queries for cache in subject.caches)
 
 
-@cases(SELECTED, ["llama"])
+@cases(SELECTED, ["llama"], ["beam_search"])
 def test_selected(family: str, mode: str) -> None:
     _selected(family, mode)
 
 
-@cases(SHADOWKV, [])
+@cases(SHADOWKV, [], ["beam_search", "crop"])
 def test_selected_with_shadowkv(family: str, mode: str) -> None:
     _selected(family, mode, method="shadowkv")
 
 
-@cases(REFUSED)
+@cases(REFUSED, [], MODES)
 def test_refused(family: str, mode: str) -> None:
     """What would be silently wrong with this version of transformers is an error."""
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"AttentionError.*torch\.compile"):

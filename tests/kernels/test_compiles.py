@@ -48,9 +48,20 @@ def compiled_for(capability: int, dtype: str, folder: Path, *more: str) -> dict[
     return read
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (89, "float32"), (75, "float16")])
-def test_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path) -> None:
-    report = compiled_for(capability, dtype, tmp_path)
+GPUS = [(90, "bfloat16"), (89, "float32"), (75, "float16")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "every"),
+    [
+        (90, "bfloat16", False),
+        (75, "float16", False),
+        *(pytest.param(*gpu, True, marks=pytest.mark.slow) for gpu in GPUS),
+    ],
+)
+def test_kernels_compile_and_fit(capability: int, dtype: str, every: bool, tmp_path: Path) -> None:
+    """Every kernel, in one of the variants that are launched or in every one."""
+    report = compiled_for(capability, dtype, tmp_path, *["every"] * every)
     assert report["failed"] == []
     kernels, functions, called = (set(report[names]) for names in ("kernels", "functions", "called"))
     assert len(functions) == len(report["functions"]), "names tell functions apart"

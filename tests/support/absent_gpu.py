@@ -2,7 +2,8 @@
 
 A process of its own, without TRITON_INTERPRET: triton decides when a kernel is defined whether it can be compiled.
 
-    python -m tests.support.absent_gpu 90 bfloat16 FILE
+    python -m tests.support.absent_gpu 90 bfloat16 FILE          the first variant of each kernel
+    python -m tests.support.absent_gpu 90 bfloat16 FILE every    every variant
 
 Everything happens as with a GPU, but for `JITFunction.run`, which specialises and compiles and does not launch. What kernels
 would have computed is never written, so numbers are meaningless; what the package checks of them is from formulas. FILE, JSON:
@@ -54,20 +55,20 @@ FEW, SHORT = 128, 32
 on a GPU, as the compiler takes minutes for long ones."""
 
 ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
-"""What takes long and multiplies no matrices: the variants that methods make of it are compiled for one of the GPUs."""
+"""What takes long and multiplies no matrices: the variants that methods make of it are only compiled for one of the GPUs."""
 
 
 class Compiler:
     """Stands for the launching of kernels, on the only GPU."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, every: bool) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime._async_compile import active_mode
         from triton.runtime.driver import driver
         from triton.runtime.jit import JITFunction
 
         self.compiled: dict[str, dict[str, Any]] = {}
-        self.once: set[str] = ONE_VARIANT[capability]
+        self.every, self.once = every, ONE_VARIANT[capability]
         self.failed: list[dict[str, str]] = []
         self.only: set[str] | None = None
         """Kernels that are compiled; None for all."""
@@ -87,7 +88,8 @@ class Compiler:
         name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
         given = [_told_apart(arg) for arg in args], {option: _told_apart(value) for option, value in options.items()}
         self.launched.add(f"{name} {given}")
-        if (name in self.once and name in known) or (self.only is not None and name not in self.only):
+        left_out = self.only is not None and name not in self.only
+        if left_out or (name in known and (name in self.once or not self.every)):
             return
         try:
             ahead = self._active_mode.get() is not None
@@ -108,9 +110,9 @@ def _told_apart(value: Any) -> str:
     return repr(value)
 
 
-def pretend(capability: int) -> Compiler:
+def pretend(capability: int, every: bool) -> Compiler:
     """Have caches on a CPU launch as on such a GPU, and launches compile."""
-    compiler = Compiler(capability)
+    compiler = Compiler(capability, every)
     from spin_hf.kernels import bisect, clusters
     from spin_hf.kernels.launch import launchers
 
@@ -206,12 +208,12 @@ def functions() -> list[Any]:
     return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
 
 
-def main(capability: int, dtype: torch.dtype, file: Path, numbers: bool) -> None:
+def main(capability: int, dtype: torch.dtype, file: Path, mode: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    compiler, known = pretend(capability), functions()
+    compiler, known = pretend(capability, every=mode == "every"), functions()
     launches: list[list[str]] = []
-    if numbers:
+    if mode == "numbers":
         launches = launch_with_huge_numbers(compiler)
     else:
         launch_all(dtype)
@@ -230,4 +232,4 @@ def main(capability: int, dtype: torch.dtype, file: Path, numbers: bool) -> None
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] == ["numbers"])
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]), "".join(sys.argv[4:]))
