@@ -241,6 +241,7 @@ class History:
             if not disturbed:
                 return result
             self.note(f"    interrupted in line {interruption.lines}, {interruption.place}")
+            self._roll_back()
             if self.dice.random() < 0.5 and not self.linear:
                 self.subject.cache.check_integrity()
             if happened():
@@ -262,8 +263,15 @@ class History:
         except BudgetError as error:
             assert self.case.refuses, f"a cap that plan allows was refused: {error}"
             self.note("    refused")
+        self._roll_back()
         self.check_contents()
         return None
+
+    def _roll_back(self) -> None:
+        """A cache that was made from a config is told that a forward did not end; one that was made from the model sees it."""
+        cache: Any = self.subject.cache
+        if self.case.from_config:
+            cache.roll_back()
 
     def _empty(self) -> None:
         self.subject.cache.reset()
