@@ -93,13 +93,12 @@ WRONG: dict[str, Wrong] = {
         lambda model, cache: model.generate(random_tokens(4, 66), past_key_values=cache, max_new_tokens=2),
         BatchSizeError, ValueError, ("2", "4"),
     ),
-    "attention weights": Wrong(_forward(2, output_attentions=True), AttentionError, ValueError, ("output_attentions",)),
-    "attention weights of generate": Wrong(
-        lambda model, cache: model.generate(
-            random_tokens(2, 66), past_key_values=cache, max_new_tokens=2, output_attentions=True,
-            return_dict_in_generate=True,
-        ),
-        AttentionError, ValueError, ("output_attentions",),
+    "a mask of integers": Wrong(
+        _forward(2, attention_mask=torch.ones(2, 1, 1, 66, dtype=torch.long)),
+        AttentionError, ValueError, ("torch.int64", "bool()"),
+    ),
+    "a mask of fewer rows": Wrong(
+        _forward(2, attention_mask=torch.ones(1, 66).tril()), BatchSizeError, ValueError, ("2", "(1, 66)")
     ),
     "a row that is not there": Wrong(
         lambda model, cache: cache.reorder_cache(torch.tensor([0, 2])), BatchSizeError, ValueError, ("2",)
@@ -187,7 +186,9 @@ def test_a_refused_cache_works_after_reset() -> None:
     with torch.no_grad():
         subject.model(random_tokens(2, 50), past_key_values=cache)
         with pytest.raises(AttentionError):
-            subject.model(random_tokens(2, 1), past_key_values=cache, output_attentions=True)
+            subject.model(
+                random_tokens(2, 1), attention_mask=torch.ones(2, 1, 1, 51, dtype=torch.long), past_key_values=cache
+            )
     cache.reset()
     trace, expected = Trace(), Trace()
     trace.add_generated("reset", generate(subject, random_tokens(2, 40), cache))
@@ -223,13 +224,16 @@ def test_dropout_is_refused() -> None:
     check_message(caught.value, "dropout", "eval()")
 
 
-def test_training_is_refused() -> None:
-    """Gradients do not flow through the cache: forward works without no_grad, backward does not."""
+def test_training_through_a_sparse_step_is_refused() -> None:
+    """The choice of pages has no gradient: forward works without no_grad, backward does not."""
     model = build_model("llama")
-    logits = model(random_tokens(1, 9), past_key_values=SpinCache(model)).logits
+    cache = SpinCache(model, budget=16, recent_window=8)
+    with torch.no_grad():
+        model(random_tokens(1, 90), past_key_values=cache)
+    logits = model(random_tokens(1, 1), past_key_values=cache).logits
     with pytest.raises(AttentionError) as caught:
         logits.sum().backward()
-    check_message(caught.value, "inference")
+    check_message(caught.value, "sparse", "budget")
 
 
 def test_layers_do_not_change_one_by_one() -> None:
