@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import defer, kernels, regroup, wrap
+from . import defer, kernels, regroup, rereading, wrap
 from .attention import switch
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
@@ -383,6 +383,7 @@ class SpinCache(Cache):
         wrapped = None if model is None else wrap.acquire(model)
         if wrapped is not None:
             defer.acquire()
+        rereading.acquire(self, None if self._shared.served is None else self._shared.served(), config)
         self._finalizer = weakref.finalize(self, _dispose, config, wrapped, self._shared)
 
 
