@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import regroup
+from . import regroup, rereading
 from .attention.interface import MaskedLength
 from .attention.methods import resolve_method
 from .attention.partition import Method, check_recipe
@@ -392,6 +392,7 @@ class SpinCache(Cache):
         """See the calls of `model` that carry this cache, for as long as it lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._shared, self._log)
+        rereading.acquire(self, None if self._shared.served is None else self._shared.served(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 
