@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from . import padding
-from .attention.masks import padding_mask_of
+from .attention.masks import check_argument, padding_mask_of
 from .capturable import ModelWatch, host_state, reason_not_captured, reason_not_replayed
 from .errors import SpinError
 from .fixed_state import FixedState, overwritten, windows_of
@@ -157,6 +157,7 @@ class DecodeSteps:
         """
         if self.running or model is not self.model():
             return forward(**kwargs)
+        check_argument(kwargs.get("attention_mask"))
         self.running = True
         try:
             if self._is_decode_step(kwargs):
