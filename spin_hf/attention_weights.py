@@ -28,11 +28,15 @@ logger = logging.getLogger("spin_hf")
 _warned: set[str] = set()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def run(
     layer: SpinLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
     append: bool, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """As `SpinLayer.run`; returns the weights [B, heads, Q, tokens held] in the query's dtype, without gradients."""
+    """As `SpinLayer.run`; returns the weights [B, heads, Q, tokens held] in the query's dtype, without gradients.
+
+    Compiled code breaks its graph here, which `fullgraph=True` does not allow: the width of weights grows with every token.
+    """
     _warn_of_memory()
     collected = AttentionWeights()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from . import defer, wrap
 from .attention import switch
+from .attention.masks import check_argument
 from .errors import AttentionError
 from .forward import ForwardLog
 from .graph import DecodeSteps
@@ -72,7 +73,7 @@ class ModelCalls:
         """Call `forward(**kwargs)` of `module`; the cache is `kwargs[name]`.
 
         Raises:
-            AttentionError: the cache was made from another model.
+            AttentionError: the cache was made from another model, or the attention mask is of a kind that nothing can apply.
             What the forward raises; then the cache is as before the call.
         """
         if self.inside and self._runs():  # a part of the model, or a graph that is captured
@@ -83,6 +84,7 @@ class ModelCalls:
                 f"model ({type(module).__name__}); make a SpinCache of that model, or SpinCache.from_cache(cache, model) to "
                 "take over its tokens"
             )
+        check_argument(kwargs.get("attention_mask"))
         self.inside = True
         try:
             with nullcontext() if self.switched is None else switch.held(self.switched):

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from .errors import CacheStateError
+from .errors import AttentionError, CacheStateError
 from .layer import SpinLayer
 from .layer_kinds import is_placeholder
 from .shared import SharedState
@@ -77,7 +77,7 @@ class ForwardLog:
                 if isinstance(layer, LinearAttentionCacheLayerMixin):
                     self.before[index] = _with_copies(layer)
             yield
-            self._end()
+            self._end(held)
         except BaseException:
             self.shared.committed, self.failed = held, True
             self.shared.pending = None  # an error says enough
@@ -87,9 +87,15 @@ class ForwardLog:
         finally:
             self.watched = False
 
-    def _end(self) -> None:
-        """The watched forward has returned: what it appended counts, in the layers that it came to."""
+    def _end(self, held: int) -> None:
+        """The watched forward has returned: what it appended to `held` tokens counts, in the layers that it came to."""
         shared = self.shared
+        if shared.layers and self.last < 0 and shared.sequences.length == held and shared.launched is None:
+            raise AttentionError(
+                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected new tokens for all layers; "
+                "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
+                "model.eval()"
+            )
         if shared.launched is None and not shared.prepared:  # else whoever looks at the cache next ends the step
             shared.check_nothing_pending()
             if shared.committed != shared.sequences.length:

@@ -215,7 +215,6 @@ def spin_attention(
     softcap = kwargs.get("softcap")
     handle, weights = layer.step_handle, None
     if returned_weights.are_wanted(kwargs):
-        returned_weights.check_eager(module)
         weights = layer.run_for_weights(query, key, value, attention_mask, sinks, out, append, scale, softcap)
     elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)

@@ -77,6 +77,17 @@ def check_kind(mask: Any) -> None:
         )
 
 
+def check_argument(mask: Any) -> None:
+    """The same of the `attention_mask` that a forward gets, before it computes anything.
+
+    Args:
+        mask: a tensor, of which only one of 4 dimensions is a given mask; masks by layer type; or None.
+    """
+    for each in mask.values() if isinstance(mask, dict) else (mask,):
+        if not isinstance(each, Tensor) or each.dim() == 4:
+            check_kind(each)
+
+
 def over_tokens(mask: Tensor, batch_size: int, num_heads: int, num_queries: int, num_tokens: int) -> Tensor:
     """A given mask as [B, 1 or heads, Q, tokens], a view.
 

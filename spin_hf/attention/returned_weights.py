@@ -38,15 +38,6 @@ def are_wanted(kwargs: dict[str, Any]) -> bool:
     return collected is not None and "attentions" in collected
 
 
-def check_eager(module: torch.nn.Module) -> None:
-    """Raise AttentionError in code that Dynamo traces: there no weights are collected."""
-    if torch.compiler.is_compiling():
-        raise AttentionError(
-            f"{type(module).__name__}: expected a forward that is not compiled for output_attentions=True, got a compiled "
-            "one; make the cache from the model instead of its config, or do not compile the forward"
-        )
-
-
 def attention_of(implementation: str, attention: Attention) -> Attention:
     """The function that attends as `attention` does, which `implementation` names, and returns weights.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from spin_hf import AttentionError, Quest, SpinCache, attention_weights
+from spin_hf import Quest, SpinCache, attention_weights
 from spin_hf.attention.interface import spin_attention
 from tests.attention.conversation import random_world
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
@@ -201,15 +201,26 @@ def test_one_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
     assert [r.message.startswith("output_attentions=True") for r in caplog.records] == [True]
 
 
-def test_compiled_code_refuses() -> None:
+def test_compiled_code_breaks_its_graph() -> None:
+    """A step that is looked at runs eagerly inside of a compiled forward, and counts."""
     torch._dynamo.reset()
-    model, ids = build_model("llama"), random_tokens(1, 30)
-    cache = SpinCache(model)
+    model, ids = build_model("llama"), random_tokens(1, 34)
+    caches = [SpinCache(model, budget=1 << 20) for _ in range(2)]
+    compiled, results = torch.compile(model.forward, backend="eager"), []
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        forward = torch.compile(model.forward, backend="eager")
-        with pytest.raises(AttentionError, match="not compiled for output_attentions"):
-            forward(input_ids=ids[:, :1], past_key_values=cache, output_attentions=True)
+        for cache, forward in zip(caches, (model.forward, compiled), strict=True):
+            model(ids[:, :30], past_key_values=cache)
+            outputs = [
+                forward(input_ids=ids[:, i : i + 1], past_key_values=cache, output_attentions=i != 32)
+                for i in range(30, 34)
+            ]
+            results.append(outputs)
+            assert cache.get_seq_length() == 34
+            cache.check_integrity()
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced.logits, eager.logits)
+        for a, b in zip(traced.attentions or (), eager.attentions or (), strict=True):
+            torch.testing.assert_close(a, b)
     torch._dynamo.reset()
 
 

@@ -178,6 +178,20 @@ def test_a_first_forward_that_a_cache_of_a_config_sees_interrupted() -> None:
     torch.testing.assert_close(logits_of(model, random_tokens(1, 30), cache), model(random_tokens(1, 30)).logits)
 
 
+def test_a_call_that_drops_the_cache() -> None:
+    """As gradient checkpointing in training mode: what it computes has nothing of the tokens held."""
+    model = build_model("llama")
+    cache = SpinCache(model, **EVERYTHING)
+    logits_of(model, random_tokens(1, 20), cache)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(AttentionError, match="gradient_checkpointing_disable"):
+        model(random_tokens(1, 20), past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    model.gradient_checkpointing_disable()
+    assert model.eval()(random_tokens(1, 1), past_key_values=cache).logits.isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------- which model it is
 
 
