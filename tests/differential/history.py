@@ -34,8 +34,8 @@ from .interruption import Interruption
 LINES = {"forward": 3000, "prompt": 3000, "generate": 12000, "release": 300, "copy": 500, "from_cache": 2500}
 LINES |= {"crop": 400, "select": 400, "reset": 200}
 """About how many lines of the package such a call runs; corrected as a case goes on."""
-INTERRUPTED = {"forward", "prompt", "generate", "release", "copy", "from_cache"}
-"""Calls that may be interrupted."""
+INTERRUPTED = set(LINES)
+"""Calls that may be interrupted: all of them."""
 TRIMS_ALWAYS = Version(transformers.__version__) < Version("5.18")
 """Whether windows that record their past have to be cut back after every forward."""
 HAPPENED = object()
