@@ -1,4 +1,4 @@
-"""What transformers' caches allow: a SpinCache serves it, or refuses it by an error that says what to do, with nothing changed."""
+"""What transformers' caches allow: a SpinCache serves it, or refuses it with the remedy, and nothing has changed."""
 
 from __future__ import annotations
 
