@@ -1,4 +1,4 @@
-"""What transformers' caches allow: a SpinCache serves it, or refuses it and says what to do; nothing has changed then."""
+"""What transformers' caches allow: a SpinCache serves it, or refuses it with the remedy, and nothing has changed."""
 
 from __future__ import annotations
 
