@@ -88,9 +88,9 @@ def reason_not_replayed(watch: ModelWatch, unpaged: list[Any], kwargs: dict[str,
 def fixed_arguments(model: nn.Module | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """What a captured call of `model` gets beside `inputs`, the same at every replay.
 
-    The cache takes the padding before the step, so captured calls have no mask. OPT then makes one of the context's length, which
-    is on the device while a graph is captured, and so would wait for it; with position ids it does not look at it. A mask of the
-    one new token spares it that.
+    The cache takes the padding before the step, so captured calls have no mask. OPT then makes one of the context's length,
+    which is on the device while a graph is captured, so that it would wait for it. With position ids it does not look at it:
+    a mask of the one new token spares it that.
     """
     if model is None or not _sizes_a_mask(model):
         return {}
