@@ -2,6 +2,7 @@
 
     reason_not_captured    the model and its cache layers, looked at once
     reason_not_replayed    the arguments and settings of one call
+    fixed_arguments        what a captured call gets in place of its attention mask
     ModelWatch             parameters, buffers, modules, hooks and adapters, compared with every replay
       is_safe                before it: the addresses that it will read
       unchanged              everything; before it, or behind it where a wrong replay can be taken back
@@ -68,6 +69,8 @@ def reason_not_replayed(watch: ModelWatch, unpaged: list[Any], kwargs: dict[str,
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return "its attention mask is more than padding"
+    if _sizes_a_mask(watch.modules[0]) and kwargs.get("position_ids") is None:
+        return "OPT counts positions in a mask of the context's length; pass position_ids"
     if any(getattr(layer, "record_past", False) for layer in unpaged):
         return "its window or linear-attention layers record the past"
     if watch.modules[0].training:
@@ -82,6 +85,28 @@ def reason_not_replayed(watch: ModelWatch, unpaged: list[Any], kwargs: dict[str,
         if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != cache_name:
             return f"its argument {name} is a {type(given).__name__}"
     return None
+
+
+def fixed_arguments(model: nn.Module | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What a captured call of `model` gets beside `inputs`, the same at every replay.
+
+    The cache takes the padding before the step, so captured calls have no mask. OPT then makes one of the context's length,
+    which is on the device while a graph is captured, so that it would wait for it. With position ids it does not look at it:
+    a mask of the one new token spares it that.
+    """
+    if model is None or not _sizes_a_mask(model):
+        return {}
+    ids = inputs["position_ids"]
+    return {"attention_mask": torch.ones_like(ids[:, -1:]).expand(_batch_of(inputs), 1)}
+
+
+def _sizes_a_mask(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) == "opt"
+
+
+def _batch_of(inputs: dict[str, Any]) -> int:
+    new = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return int(new.shape[0])
 
 
 class ModelWatch:

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from . import padding
 from .attention.masks import padding_mask_of
-from .capturable import ModelWatch, host_state, reason_not_captured, reason_not_replayed
+from .capturable import ModelWatch, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
 from .errors import SpinError
 from .fixed_state import FixedState, overwritten, windows_of
 from .forward import ForwardLog
@@ -77,6 +77,8 @@ class CapturedStep:
     def __init__(self, inputs: dict[str, Any], layers: list[Any]) -> None:
         self.inputs = {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
         self.state = FixedState(layers)
+        self.fixed: dict[str, Any] = {}
+        """Arguments that are the same at every replay."""
         self.recorder = Recorder()
         self.outputs: list[Any] = []
         self.form: Any = None
@@ -88,7 +90,7 @@ class CapturedStep:
 
         def step() -> Any:
             with shared.capturing():
-                outputs = forward(**self.inputs, **cache)
+                outputs = forward(**self.inputs, **self.fixed, **cache)
             self.state.bind()
             return outputs
 
@@ -276,6 +278,7 @@ class DecodeSteps:
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
             step = CapturedStep(inputs, self.layers)
+            step.fixed = fixed_arguments(self.model(), inputs)
             windows = windows_of(self.layers)
             before = [dict(layer.__dict__) for layer in windows]
             try:

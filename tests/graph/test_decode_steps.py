@@ -50,11 +50,22 @@ def _generate(model: Any, cache: SpinCache, padded: bool = False) -> Any:
         ("llama", True),
         ("gemma3_text", False),  # windows
         ("qwen3_next", False),  # linear attention
+        ("opt", False),  # would size a mask by the context's length
+        ("opt", True),
     ],
 )
 def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(family).eval()
     recorder = capture_on_cpu(monkeypatch)
+    ones = torch.ones
+
+    def ones_of_a_known_size(*size: Any, **kwargs: Any) -> torch.Tensor:
+        assert not any(isinstance(length, torch.Tensor) for length in size), (
+            "waits for the device, so cannot be captured"
+        )
+        return ones(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "ones", ones_of_a_known_size)
     eager = SpinCache(model.config, **OPTIONS)
     expected = _generate(model, eager, padded)
     assert not recorder.replays

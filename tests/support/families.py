@@ -1,6 +1,7 @@
 """The configs of the tiny models: one entry per family, nothing built yet.
 
     FAMILIES: name -> Family(config class, its fields, what transformers itself cannot run)
+    UNUSUAL: the same of families whose layers report to the cache in an unusual way (docs/families.md)
 
 Every model has 2 to 4 layers, hidden size 64, heads of 16, 128 tokens, and a sliding window of 24 where the family has
 one, so that prompts of 40 to 90 tokens leave it behind. `zoo.py` turns an entry into a model.
@@ -226,3 +227,79 @@ FAMILIES: dict[str, Family] = {
         cannot={"compiled": Limit("masks of chunked layers cannot be made ahead of the forward", before="5.20")},
     ),
 }
+
+_CONV, _LINEAR = "conv", "linear_attention"
+
+_UNUSUAL: dict[str, Family] = {
+    "opt": Family("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)),
+    "lfm2": Family(  # the last layer is a convolution, as in its checkpoints: nothing reports behind attention
+        "Lfm2Config",
+        dict(num_hidden_layers=4, layer_types=[_CONV, _FULL, _FULL, _CONV], block_auto_adjust_ff_dim=False),
+    ),
+    "lfm2_moe": Family(
+        "Lfm2MoeConfig",
+        dict(num_hidden_layers=4, layer_types=[_CONV, _FULL, _CONV, _FULL], num_dense_layers=1, **_EXPERTS),
+    ),
+    "lfm3": Family("Lfm3Config", dict(num_hidden_layers=4, head_dim=16)),
+    "inkling_text": Family("InklingTextConfig", dict(num_hidden_layers=2, head_dim=16), paged=False),
+    "bamba": Family(
+        "BambaConfig",
+        dict(
+            num_hidden_layers=4,
+            attn_layer_indices=[1, 3],
+            mamba_n_heads=8,
+            mamba_d_head=16,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            mamba_expand=2,
+        ),
+    ),
+    "diffllama": Family("DiffLlamaConfig", paged=False),
+    "jetmoe": Family("JetMoeConfig", dict(num_local_experts=4, kv_channels=16, num_key_value_heads=2), paged=False),
+    "dory": Family(  # layers come round again, with cache layers that the model adds
+        "DoryConfig",
+        dict(
+            num_hidden_layers=4,
+            n_input_layers=1,
+            n_recurrent_layers=2,
+            n_output_layers=1,
+            n_recurrent_loops=2,
+            head_dim=16,
+        ),
+        paged=False,
+    ),
+    "hy_v4": Family(  # chooses tokens by itself, if the implementation has a name that it knows
+        "HYV4Config",
+        dict(
+            num_hidden_layers=2,
+            num_key_value_heads=4,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_topk=8,
+            kv_lora_rank=16,
+            q_lora_rank=24,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        paged=False,
+    ),
+    "gemma4_shared": Family(  # shared layers get the last queries of a prefill alone (5.24)
+        "Gemma4TextConfig",
+        dict(
+            head_dim=16,
+            sliding_window=WINDOW,
+            num_hidden_layers=4,
+            num_kv_shared_layers=2,
+            layer_types=_HYBRID,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=16,
+        ),
+    ),
+}
+
+UNUSUAL = {name: family for name, family in _UNUSUAL.items() if hasattr(transformers, family.config)}
+"""Those that the installed transformers has."""

@@ -18,9 +18,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .families import FAMILIES, VOCAB_SIZE
+from .families import FAMILIES, UNUSUAL, VOCAB_SIZE
 
 PAD_TOKEN_ID = 0
+_ALL = FAMILIES | UNUSUAL
 FIRST_TOKEN_ID = 3  # below are padding and what configs use as begin and end
 
 _QUERY_KEY_PROJECTIONS = (
@@ -75,7 +76,7 @@ def _condition(model: PreTrainedModel, seed: int) -> None:
 
 def build_config(family: str) -> transformers.PreTrainedConfig:
     """A fresh config of `family`, with no end-of-sequence token, so that every run has its full length."""
-    entry = FAMILIES[family]
+    entry = _ALL[family]
     config = getattr(transformers, entry.config)(**entry.config_fields())
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, PAD_TOKEN_ID
     return config
@@ -83,10 +84,10 @@ def build_config(family: str) -> transformers.PreTrainedConfig:
 
 def build_model(family: str, attention: str | None = None) -> PreTrainedModel:
     """A fresh float32 model of `family`, with the same weights every time; `attention` overrides the family's own."""
-    seed = zlib.crc32(family.encode()) + FAMILIES[family].seed
+    seed = zlib.crc32(family.encode()) + _ALL[family].seed
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        build_config(family), dtype=torch.float32, attn_implementation=attention or FAMILIES[family].attention
+        build_config(family), dtype=torch.float32, attn_implementation=attention or _ALL[family].attention
     )
     _condition(model, seed)
     return model.eval()
