@@ -1,7 +1,7 @@
-"""Triton's interpreter without what it does again and again: a third of its time.
+"""Triton's interpreter without what it does again and again: a quarter of its time.
 
-A launch makes `triton.language` compute with arrays, and takes that back at its end. In between each call of one Triton function
-by another does all of it once more, to no effect.
+A launch makes `triton.language` compute with arrays, and takes that back at its end. In between, each call of one Triton
+function by another does all of it once more, to no effect.
 """
 
 from __future__ import annotations
