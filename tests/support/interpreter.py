@@ -1,18 +1,21 @@
-"""Triton's interpreter without what it does again and again: a quarter of its time.
+"""Triton's interpreter without the work whose results it drops, which is most of its time.
 
-A launch makes `triton.language` compute with arrays, and takes that back at its end. In between, each call of one Triton
-function by another does all of it once more, to no effect.
+calls       A launch makes `triton.language` compute with arrays, and takes that back at its end. In between, each call of one
+            Triton function by another does all of it once more, to no effect.
+overflow    Each sum and product of whole numbers is computed again in 64 bits, for an assertion that is off.
+tuples      Each shape gets a type with a name, for which nobody asks.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 
 def quicken() -> None:
-    """Have launches change `triton.language` once, and types be looked up once."""
+    """Change the interpreter for good. What kernels compute stays as it is."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -48,6 +51,21 @@ def quicken() -> None:
             found[scalar.name] = look_up(scalar)
         return found[scalar.name]
 
+    def make_tuple(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        if type is not None:
+            self.type = type if isinstance(type, language.core.tuple_type) else language.core.tuple_type(type)
+
+    def type_of(self: Any) -> Any:
+        if "_type" not in vars(self):
+            self._type = language.core._type_for_tuple_values(self.values)
+        return self._type
+
+    language.core.tuple.__init__ = make_tuple
+    language.core.tuple.type = property(type_of, lambda self, type: vars(self).update(_type=type))
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # else the assertion is on
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     interpreter.GridExecutor.__call__ = launch_once
     interpreter._patch_lang = change_once
     interpreter._get_np_dtype = look_up_once
