@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,8 +15,11 @@ if shutil.which("nvidia-smi") is None:  # before anything imports triton: withou
 import pytest
 import torch
 
+from .support.interpreter import quicken
 from .support.sweeps import mark_slow
 
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    quicken()
 torch.set_num_threads(1)
 
 

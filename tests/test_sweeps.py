@@ -58,3 +58,12 @@ def test_what_has_no_hash_is_told_apart_by_its_place() -> None:
     swept = [Item("some", [pytest.mark.sweep], a=a) for a in ([], [1], {})]
     mark_slow(swept)  # type: ignore[arg-type]
     assert not any(item.slow for item in swept)
+
+
+def test_what_is_kept_by_place_and_what_is_named_alone() -> None:
+    swept = [Item("some", [pytest.mark.sweep(keep=[0, 2])], a=a) for a in range(4)]
+    mark_slow(swept)  # type: ignore[arg-type]
+    assert [item.slow for item in swept] == [False, True, False, True]
+    alone = Item("some", [pytest.mark.sweep(keep=[0, 2])], a=3)
+    mark_slow([alone])  # type: ignore[list-item]
+    assert not alone.slow

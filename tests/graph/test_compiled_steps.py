@@ -117,6 +117,7 @@ def test_tokens_are_regrouped_between_compiled_steps(monkeypatch: pytest.MonkeyP
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_compiles_once(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     replays, model = Replays(monkeypatch), _model()
@@ -213,6 +214,7 @@ def _dense(mask: torch.Tensor) -> torch.Tensor:
     return mask.clone(memory_format=torch.contiguous_format)
 
 
+@pytest.mark.sweep(keep=[1])
 @torch.no_grad()
 @pytest.mark.parametrize(("heads", "graphs"), [("right", 1), ("wrong", 2), ("unknown", 2)])
 def test_a_cache_that_was_taken_over_or_copied(heads: str, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:

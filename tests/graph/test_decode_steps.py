@@ -43,6 +43,7 @@ def _generate(model: Any, cache: SpinCache, padded: bool = False) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.sweep(keep=[1, 3])
 @pytest.mark.parametrize(
     ("family", "padded"),
     [
@@ -78,6 +79,7 @@ def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.Monkey
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[2])
 @pytest.mark.parametrize(("padded", "gpu_memory"), [(False, "auto"), (True, "auto"), (False, "140kB")])
 def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches grow between captured steps, and pages that these complete are summarised behind them; against the formulas."""
@@ -105,6 +107,7 @@ def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("gpu_memory", ["auto", "140kB"])
 def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph is captured anew, a resident context goes to the cpu tier, and tokens are those of a cache left alone."""
@@ -303,6 +306,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[0])
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
 def test_a_capture_that_fails_loses_nothing(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

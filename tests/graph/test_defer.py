@@ -117,6 +117,7 @@ def test_the_last_cache_puts_back_what_stood_there(changed: bool, monkeypatch: p
     assert Check.is_supported is (foreign if changed else original)
 
 
+@pytest.mark.sweep(keep=[2, 4])
 @pytest.mark.parametrize(
     ("ends_at", "new_tokens", "sampling"), [(None, 6, False), (3, 6, False), (3, 6, True), (5, 6, False), (0, 1, False)]
 )

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sweep(keep=[0, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_memory_runs_out_around_a_step(case: str) -> None:
     family, tokens, options = CASES[case]

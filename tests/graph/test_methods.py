@@ -56,12 +56,14 @@ def _compare(model: Any, method: Any, padded: bool, monkeypatch: pytest.MonkeyPa
     return cache
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("padded", [False, True])
 def test_quest(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = _compare(small_model(), Quest(1), padded, monkeypatch)
     assert cache.stats().attended_tokens < 100
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize(("padded", "threshold", "alike"), [(False, 0.3, True), (True, None, False)])
 def test_seer(
     padded: bool, threshold: float | None, alike: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

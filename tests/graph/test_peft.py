@@ -96,6 +96,7 @@ def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((actual - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("given", ["peft model", "base model", "config"])
 @pytest.mark.parametrize("caller", ["peft model", "base model"])
 def test_generate(model: Any, given: str, caller: str) -> None:
@@ -115,6 +116,7 @@ def test_generate(model: Any, given: str, caller: str) -> None:
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[0, 1, 5, 9])
 @pytest.mark.parametrize("name", ["nothing", *CHANGES])
 def test_no_stale_step_is_replayed(name: str, model: Any, folder: Path) -> None:
     change = NOTHING if name == "nothing" else CHANGES[name]

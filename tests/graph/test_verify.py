@@ -161,6 +161,7 @@ def _conversation(
     return torch.cat(logits, 1), cache, replays
 
 
+@pytest.mark.sweep(keep=[0, 3, 6, 8])
 @pytest.mark.parametrize("change", [*BEHIND, *BEFORE])
 def test_a_changed_model_gives_what_it_gives_eagerly(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
@@ -175,6 +176,7 @@ def test_a_changed_model_gives_what_it_gives_eagerly(
     assert replays == [0, 1, 1, caught_behind, again, again]
 
 
+@pytest.mark.sweep(keep=[1, 3])
 @pytest.mark.parametrize(
     ("place", "options"),
     [(40, {}), (47, {}), (40, TWO_TIERS), (44, TWO_TIERS), (47, TWO_TIERS), (256, {})],

@@ -66,6 +66,7 @@ def _padded_from(
     return torch.cat(logits, 1), replays
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("prompt", [38, 36], ids=["inside a page", "fills a page"])
 @pytest.mark.parametrize("paint", [_left, _middle, _new_token])
 def test_padding_that_appears_later(paint: Any, prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +77,7 @@ def test_padding_that_appears_later(paint: Any, prompt: int, monkeypatch: pytest
     assert replays == [0, 1, 1, 1, 1, 1]  # the fourth is taken back, and eager; the next has a graph for padding
 
 
+@pytest.mark.sweep(keep=[0])
 @pytest.mark.parametrize("paint", [_real_again, _middle, _new_token])
 def test_padding_that_changes_later(paint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = _padded_from("config", paint, 38, padded=True)

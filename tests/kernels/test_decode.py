@@ -50,6 +50,7 @@ def _run(model: Any, padding: str, **options: Any) -> tuple[Any, SpinCache]:
     return output, cache
 
 
+@pytest.mark.sweep(keep=[1, 3, 5, 7, 8])
 @pytest.mark.parametrize(
     ("family", "padding", "options"),
     [
@@ -87,6 +88,7 @@ def test_kernels_do_what_the_reference_does(
         assert stats.gpu_bytes <= TIGHT
 
 
+@pytest.mark.sweep(keep=[3, 6])
 @pytest.mark.parametrize(
     ("family", "padding", "options"),
     [
@@ -169,6 +171,7 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
     return torch.cat(logits, 1)
 
 
+@pytest.mark.sweep(keep=[0, 1, 2, 3, 5])
 @pytest.mark.parametrize(
     ("padding", "sizes", "options", "constants"),
     [
@@ -222,6 +225,7 @@ def test_steps_do_what_the_reference_does(
     cache.check_integrity()
 
 
+@pytest.mark.sweep(keep=[1])
 @torch.no_grad()
 @pytest.mark.parametrize(("tile", "options"), [(512, {}), (4, {"gpu_memory": 2 * TIGHT})])
 def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +270,7 @@ def test_a_copy_shares_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
         each.check_integrity()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("length", "programs"), [(300, 8), (1300, 2), (1300, 8)])
 @pytest.mark.parametrize("digits", [True, False])
 def test_products_with_int8_landmarks_are_exact(
@@ -305,6 +310,7 @@ def test_products_with_int8_landmarks_are_exact(
     torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.sweep(keep=[0])
 @pytest.mark.parametrize("tile", [2, 512])
 def test_pages_are_evicted(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").eval()

@@ -45,6 +45,7 @@ def pages_of(driver: Driver) -> tuple[Tensor, list[Tensor]]:
     return rows, [part.flatten(2, 3)[:, :, :length] for part in store.home_form.split(store.home.take(rows))]
 
 
+@pytest.mark.sweep(keep=[1, 3])
 @pytest.mark.parametrize(
     ("method", "padded", "summary_dtype"),
     [

@@ -48,6 +48,7 @@ def with_holes(length: int) -> torch.Tensor:
     return valid
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize(
     ("shape", "dense_layers", "prompt"),
     [(Shape(group=3), 0, 150), (Shape(layers=2, kv_heads=1), 1, 95), (Shape(kv_heads=1), 0, 33)],
@@ -62,6 +63,7 @@ def test_quest(shape: Shape, dense_layers: int, prompt: int) -> None:
     without_near_ties(run)
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("budget", [32, 0.3])
 def test_quest_with_padding_and_several_queries(budget: float) -> None:
     def run(seed: int) -> None:
@@ -112,6 +114,7 @@ def test_quest_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:
 SEER = Rules(budget=64, num_sink_tokens=4, recent_window=10)
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize(("page_size", "group", "prompt"), [(32, 3, 250), (16, 1, 33), (64, 2, 380)])
 def test_seer(page_size: int, group: int, prompt: int, tmp_path: Path) -> None:
     """Through pages that the steps complete, in two layers with gates of their own."""
@@ -125,6 +128,7 @@ def test_seer(page_size: int, group: int, prompt: int, tmp_path: Path) -> None:
     without_near_ties(run)
 
 
+@pytest.mark.sweep(keep=[2])
 @pytest.mark.parametrize(("budget", "threshold"), [(64, None), (0.3, None), (128, 0.2), (96, 0.4)])
 def test_seer_with_padding_and_several_queries(budget: float, threshold: float | None, tmp_path: Path) -> None:
     """Of the last budget all candidates of a sequence with holes are chosen, whatever the threshold."""

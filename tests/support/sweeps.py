@@ -2,6 +2,7 @@
 
     @pytest.mark.sweep          every value of every parameter has a quick test; the other sets are slow
     @pytest.mark.sweep(2)       the same for every pair of values of two parameters
+    @pytest.mark.sweep(keep=[0, 3])    these sets are quick, counted in the order in which they run
 
 A test that is named alone on the command line is a sweep of one, and quick.
 """
@@ -45,8 +46,14 @@ def mark_slow(items: list[pytest.Item]) -> None:
             sweeps[item.nodeid.partition("[")[0]].append(item)
     for swept in sweeps.values():
         marker = swept[0].get_closest_marker("sweep")
-        strength = marker.args[0] if marker is not None and marker.args else 1
-        kept = set(quick([_tokens(item, strength) for item in swept]))
+        assert marker is not None
+        if len(swept) == 1:  # named alone
+            continue
+        if "keep" in marker.kwargs:
+            kept = set(marker.kwargs["keep"])
+        else:
+            strength = marker.args[0] if marker.args else 1
+            kept = set(quick([_tokens(item, strength) for item in swept]))
         for index, item in enumerate(swept):
             if index not in kept:
                 item.add_marker(pytest.mark.slow)

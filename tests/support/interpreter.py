@@ -1,0 +1,71 @@
+"""Triton's interpreter without the work whose results it drops, which is most of its time.
+
+calls       A launch makes `triton.language` compute with arrays, and takes that back at its end. In between, each call of one
+            Triton function by another does all of it once more, to no effect.
+overflow    Each sum and product of whole numbers is computed again in 64 bits, for an assertion that is off.
+tuples      Each shape gets a type with a name, for which nobody asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import replace
+from typing import Any
+
+
+def quicken() -> None:
+    """Change the interpreter for good. What kernels compute stays as it is."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    changed: set[int] | None = None
+    found: dict[str, Any] = {}
+    launch, change, look_up = interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter._get_np_dtype
+
+    @functools.cache
+    def seen_by(fn: Any) -> frozenset[int]:
+        known = (language, language.core)
+        return frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value) and value in known)
+
+    def launch_once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal changed
+        changed = set()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            changed = None
+
+    def change_once(fn: Any) -> Any:
+        if changed is not None:
+            if seen_by(fn) <= changed:
+                return interpreter._LangPatchScope()
+            changed.update(seen_by(fn))
+        return change(fn)
+
+    def look_up_once(dtype: Any) -> Any:
+        scalar = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        if isinstance(scalar, language.pointer_type):
+            return look_up(scalar)
+        if scalar.name not in found:
+            found[scalar.name] = look_up(scalar)
+        return found[scalar.name]
+
+    def make_tuple(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        if type is not None:
+            self.type = type if isinstance(type, language.core.tuple_type) else language.core.tuple_type(type)
+
+    def type_of(self: Any) -> Any:
+        if "_type" not in vars(self):
+            self._type = language.core._type_for_tuple_values(self.values)
+        return self._type
+
+    language.core.tuple.__init__ = make_tuple
+    language.core.tuple.type = property(type_of, lambda self, type: vars(self).update(_type=type))
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # else the assertion is on
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    interpreter.GridExecutor.__call__ = launch_once
+    interpreter._patch_lang = change_once
+    interpreter._get_np_dtype = look_up_once
