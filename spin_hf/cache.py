@@ -307,7 +307,7 @@ class SpinCache(Cache):
             CacheStateError: the forward has overwritten states that it would need.
         """
         self._shared.pending = None
-        if self._log.failed or not self._log.is_complete():
+        if self._shared.failed or not self._log.is_complete():
             self._log.take_back(self.layers)
 
     @lasting

@@ -105,7 +105,7 @@ def _sizes_a_mask(model: nn.Module) -> bool:
 
 
 def _batch_of(inputs: dict[str, Any]) -> int:
-    new = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    new: Any = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return int(new.shape[0])
 
 

@@ -9,8 +9,8 @@
 
 So a forward happens to the whole cache or not at all. A watched forward may leave layers out: a stack that was cut, an early
 exit. These layers then hold fewer tokens, as in transformers' caches. Of an unwatched forward that ends early nobody knows
-whether it was interrupted: what comes next is refused, and `SpinCache.roll_back` says that it was. While Dynamo traces nothing
-is logged; there the last paged layer commits.
+whether it was interrupted, unless that was in the cache's own code: what comes next is refused, and `SpinCache.roll_back`
+says that it was. While Dynamo traces nothing is logged; there the last paged layer commits.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ class ForwardLog:
         """Whether a step that failed has overwritten states, and the cache is of no use until `reset`."""
         self.watched = False
         """Whether the end of the forward will be seen."""
-        self.failed = False
-        """Whether the forward is known not to have come to its end."""
 
     @contextmanager
     def watching(self, layers: list[Any]) -> Iterator[None]:
@@ -79,7 +77,7 @@ class ForwardLog:
             yield
             self._end(held)
         except BaseException:
-            self.shared.committed, self.failed = held, True
+            self.shared.committed, self.shared.failed = held, True
             self.shared.pending = None  # an error says enough
             with suppress(Exception):
                 self.settle(layers)
@@ -92,7 +90,7 @@ class ForwardLog:
         shared = self.shared
         if shared.layers and self.last < 0 and shared.sequences.length == held and shared.launched is None:
             raise AttentionError(
-                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected new tokens for all layers; "
+                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected every layer to; "
                 "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
                 "model.eval()"
             )
@@ -139,11 +137,11 @@ class ForwardLog:
         self.shared.settle()
         if self.overwritten:
             raise self._lost()
-        if self.last < 0 and not self.failed:
+        if self.last < 0 and not self.shared.failed:
             if self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
                 self.shared.roll_back()  # a step that could not even be prepared
             return
-        if not self.failed and not self.shared.pending:
+        if not self.shared.failed and not self.shared.pending:
             if not self.is_complete():
                 raise CacheStateError(
                     f"a forward of {self.shared.model_name} ended behind layer {self.last}, expected it to reach layer "
@@ -157,7 +155,7 @@ class ForwardLog:
 
     def can_settle(self) -> bool:
         """Whether `settle` raises nothing that the log knows of."""
-        return not (self.irreversible or self.overwritten) and (self.failed or self.is_complete())
+        return not (self.irreversible or self.overwritten) and (self.shared.failed or self.is_complete())
 
     def is_complete(self) -> bool:
         """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
@@ -194,7 +192,7 @@ class ForwardLog:
     def clear(self) -> None:
         """Nothing is in progress."""
         self.last, self.seen, self.before, self.behind = -1, set(), {}, []
-        self.irreversible = self.overwritten = self.failed = False
+        self.irreversible = self.overwritten = self.shared.failed = False
         self.shared.commits_with_last_paged = True
 
 

@@ -60,6 +60,7 @@ class SharedState:
         launched: None, or whether the compiled forward that a step was prepared for has run.
         handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
         query_heads: of each layer, by the model's config; 0 where that does not say.
+        failed: whether the forward in progress is known not to have come to its end.
         unfinished: what has to be done before the cache is used, as an operation was interrupted (`undo.py`); None for nothing.
         pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
@@ -84,6 +85,7 @@ class SharedState:
     handle: int = 0
     query_heads: int = 0
     unfinished: Callable[[], None] | None = None
+    failed: bool = False
     pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
     noted: Tensor | None = None

@@ -42,6 +42,7 @@ class AttentionLayer(Protocol):
 
     handle: int
     number: int
+    shared: Any
 
     @property
     def step_handle(self) -> int | None:
@@ -109,7 +110,12 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
     handle: int, append: bool, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
-    _layers[handle].run(query, key, value, mask, sinks, out, append, scale, softcap)
+    layer = _layers[handle]
+    try:
+        layer.run(query, key, value, mask, sinks, out, append, scale, softcap)
+    except BaseException:
+        layer.shared.failed = True
+        raise
 
 
 @torch.library.custom_op("spin_hf::attend_prepared", mutates_args=("out",))
