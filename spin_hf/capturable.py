@@ -105,8 +105,8 @@ def _sizes_a_mask(model: nn.Module) -> bool:
 
 
 def _batch_of(inputs: dict[str, Any]) -> int:
-    new: Any = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    return int(new.shape[0])
+    ids = inputs.get("input_ids")
+    return int((inputs["inputs_embeds"] if ids is None else ids).shape[0])
 
 
 class ModelWatch:
