@@ -39,7 +39,7 @@ class Replays:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         capture_on_cpu(monkeypatch)
-        monkeypatch.setattr(spin_hf.cache, "graph_model", lambda model: None)
+        monkeypatch.setattr(spin_hf.calls, "may_be_captured", lambda model: False)
         monkeypatch.setattr(spin_hf.kernels, "on_gpu", lambda: True)
         self.patch, self.count, self.graphs = monkeypatch, 0, 0
         torch._dynamo.reset()

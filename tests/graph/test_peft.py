@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-import spin_hf.cache
 from spin_hf import SpinCache, graph
 
 from ..support.zoo import random_tokens
@@ -88,7 +87,6 @@ def model(recorder: type[FakeRecorder], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A PeftModel whose steps are captured."""
     model = adapted_model()
     base = StaleRecorder.model = model.get_base_model()
-    monkeypatch.setattr(spin_hf.cache, "graph_model", lambda given: None if given is base.config else base)
     return model
 
 
