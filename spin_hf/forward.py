@@ -90,7 +90,7 @@ class ForwardLog:
         shared = self.shared
         if shared.layers and self.last < 0 and shared.sequences.length == held and shared.launched is None:
             raise AttentionError(
-                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected every layer to; "
+                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected at least one to; "
                 "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
                 "model.eval()"
             )

@@ -98,8 +98,12 @@ def _wrap(module: nn.Module) -> None:
     before: Any = module.forward
     signature = inspect.signature(before)
     parameters = list(signature.parameters.values())
-    by_place = all(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-    names = [parameter.name for parameter in parameters] if by_place else []
+    if any(
+        parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters
+    ):  # a wrapper of somebody else
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+    else:
+        names = [parameter.name for parameter in parameters]
     key = next(key for key in _keys() if key not in module.__dict__)
 
     @functools.wraps(getattr(before, "__func__", before))
@@ -116,6 +120,8 @@ def _wrap(module: nn.Module) -> None:
         call = MethodType(type(self).forward, self) if stored is None else stored
         if calls is None:
             return call(*args, **kwargs)
+        if len(args) > len(names):
+            call = functools.partial(call, *args)
         return calls.run(self, call, given, name)
 
     if not hasattr(before, "__func__"):  # else `inspect` finds it by `__wrapped__`

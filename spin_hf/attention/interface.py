@@ -83,6 +83,7 @@ class Step(Protocol):
     """What the op of prepared steps needs of a cache."""
 
     layers: list[Any]
+    failed: bool
 
 
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
@@ -123,7 +124,12 @@ def _attend_prepared(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor,
     handle: int, number: int, append: bool, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
-    _steps[handle].layers[number].launch(query, key, value, sinks, out, append, scale, softcap)
+    step = _steps[handle]
+    try:
+        step.layers[number].launch(query, key, value, sinks, out, append, scale, softcap)
+    except BaseException:
+        step.failed = True
+        raise
 
 
 @_attend_prepared.register_fake

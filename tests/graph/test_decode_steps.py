@@ -177,7 +177,7 @@ def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not cache.stats().cpu_bytes
         for layer in cache._shared.layers:  # as if the cap were lower, from here on
             layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
-        cache._shared.sequences.changed()
+        cache._shared.sequences._become()
         replays.append(recorder.replays)
         parts.append(_loop(model, cache, tokens[:, 4:5]))
         replays.append(recorder.replays)

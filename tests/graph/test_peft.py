@@ -86,7 +86,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
 def model(recorder: type[FakeRecorder], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A PeftModel whose steps are captured."""
     model = adapted_model()
-    base = StaleRecorder.model = model.get_base_model()
+    StaleRecorder.model = model.get_base_model()
     return model
 
 
