@@ -151,6 +151,9 @@ def test_one_graph_serves_one_cache_after_another(monkeypatch: pytest.MonkeyPatc
 
 def test_one_graph_serves_caches_of_the_same_gates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A graph reads gates where they are: others, in the same file, have another."""
+    monkeypatch.setattr(
+        "spin_hf.attention.gate_file._SETTLED_NS", -1
+    )  # files are remembered as soon as they are written
     replays, model = Replays(monkeypatch), _model()
     method = gates_for(model, tmp_path)
     expected = _generate(model, SpinCache(model.config, method), disable_compile=True).sequences
