@@ -56,8 +56,8 @@ class SpinCache(Cache):
     query. With `budget >= context` the output equals `DynamicCache`'s.
 
     Args:
-        model: the model, or its config. Its `_attn_implementation` becomes "spin" while a cache of it exists; calls
-            without a `SpinCache` still get the implementation that stood there.
+        model: the model, or its config. `_attn_implementation` is "spin" in calls of the model that carry the cache; of a
+            config, while a cache of it lives. Calls without a `SpinCache` get the implementation that stood there.
         method: a name, `"bisection"` unless you say another, or a method object (`ShadowKV(...)`).
         budget: tokens selected per KV head and step, beside sinks and recent window: an int, or a float share of the
             context. Rounded up to whole pages.
