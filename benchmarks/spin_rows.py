@@ -109,7 +109,7 @@ def spin_rows(
         times = TIMES if name == "replayed" else 2
         yield row | attempt(lambda times=times: with_memory(lambda: timed(model, cache, times), weights)) | {
             "fill_s": round(filled, 2), "first_two_eager_steps_s": round(first_steps, 2),
-            "captured": sum(step is not None for step in cache.calls.steps.captured.values()) if cache.steps else 0,
+            "captured": sum(step is not None for step in cache.calls.steps.captured.values()) if cache.calls.steps else 0,
         }  # fmt: skip
 
 
