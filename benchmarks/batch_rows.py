@@ -103,7 +103,7 @@ def page_frames(cache: SpinCache) -> int:
 
 def captured_steps(cache: SpinCache) -> int:
     """Steps that are replayed; 0 would mean that rows are of eager steps."""
-    return 0 if cache.steps is None else sum(step is not None for step in cache.calls.steps.captured.values())
+    return 0 if cache.calls.steps is None else sum(step is not None for step in cache.calls.steps.captured.values())
 
 
 def guess_spread(record: Record, tokens: int) -> float:
