@@ -184,7 +184,8 @@ class SpinCache(Cache):
         """
         if not torch.compiler.is_compiling():
             self.calls.hold()
-            self._log.settle(self.layers)
+            if self._shared.layers:  # others may ask in the middle of a forward
+                self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
             return MaskedLength.of(length, None, window=True), 0  # a full window without padding, seen whole
@@ -306,7 +307,7 @@ class SpinCache(Cache):
         Raises:
             CacheStateError: the forward has overwritten states that it would need.
         """
-        self._shared.pending = None
+        self._shared.pending = self._shared.noted = None
         if self._shared.failed or not self._log.is_complete():
             self._log.take_back(self.layers)
 
@@ -368,7 +369,7 @@ class SpinCache(Cache):
             self._log.touched(index, self.layers)
 
     def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
-        if state is not None:
+        if state is not None and self._log.last >= 0:  # a read begins no forward: `generate` may look in between
             self._before(index, state.shape[0])
             self._after(index)
         return state

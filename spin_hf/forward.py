@@ -134,6 +134,8 @@ class ForwardLog:
         Raises:
             CacheStateError: it cannot be taken back, or nobody knows whether it came to its end.
         """
+        if self.watched and not self.shared.failed:
+            return  # in the middle of a forward: some layers ask for masks of their own
         self.shared.settle()
         if self.overwritten:
             raise self._lost()
@@ -177,7 +179,7 @@ class ForwardLog:
         for index, attributes in self.before.items():
             layers[index].__dict__.clear()
             layers[index].__dict__.update(attributes)
-        lost = self.shared.pending
+        lost, self.shared.noted = self.shared.pending, None
         self.shared.roll_back()
         self.clear()
         self.shared.pending = lost

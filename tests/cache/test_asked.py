@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -122,8 +122,9 @@ def test_sequences_change_places(world: World) -> None:
     check(world.rows([2, 0]), LAST)
 
 
-def test_tokens_taken_over(world: World) -> None:
+def test_tokens_taken_over() -> None:
     """Nobody knows what asked for them, unless a last part of the prompt comes behind."""
+    world = World.random(replace(SHAPE, value_dim=SHAPE.key_dim), 3, 300, seed=0)  # values as the config says
     taken = DynamicCache(config=SHAPE.config())
     for layer in range(SHAPE.layers):
         taken.update(world.keys[layer][:, :, :150], world.values[layer][:, :, :150], layer)

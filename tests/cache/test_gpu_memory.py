@@ -234,6 +234,7 @@ def test_release_of_an_interrupted_step() -> None:
         talk = Conversation(gpu, 1, 800).begin()
         new = slice(talk.length, talk.length + 1)
         talk.cache.update(talk.world.keys[0][:, :, new], talk.world.values[0][:, :, new], 0)
+        talk.cache.roll_back()
         assert talk.cache.release_gpu_memory() > 0
         talk.decode(3)
 

@@ -151,7 +151,7 @@ def test_pages_that_move_later(method: str) -> None:
     assert torch.equal(exact, world.keys[0][:, :, :250])
     for layer in late.cache._shared.layers:  # what lies beside the cache has taken the room
         layer.store.budget = replace(layer.store.budget, gpu_memory=TIGHT)
-    late.cache._shared.sequences.changed()  # so that room is made again
+    late.cache._shared.sequences._become()  # so that room is made again
     stops = [251, 256, 257, 270, 271, 280, 290, 291]
     assert_equal(feed(late, world, stops), feed(early, world, stops))
     assert late.cache.stats().cpu_bytes == early.cache.stats().cpu_bytes
@@ -205,11 +205,12 @@ def test_what_is_lost() -> None:
 
 
 def test_taking_over() -> None:
-    world, dynamic = World.random(SHAPE, 2, 350, seed=5), DynamicCache()
+    shape = replace(SHAPE, value_dim=SHAPE.key_dim)  # as the config says
+    world, dynamic = World.random(shape, 2, 350, seed=5), DynamicCache()
     for layer in range(2):
         dynamic.update(world.keys[layer][:, :, :300], world.values[layer][:, :, :300], layer)
     options: dict[str, Any] = dict(**OPTIONS, method="shadowkv", gpu_memory=PLENTY, cpu_dtype="int8")
-    prefilled, taken = Driver(SHAPE, **options), Driver(SHAPE, **options)
+    prefilled, taken = Driver(shape, **options), Driver(shape, **options)
     taken.cache = SpinCache.from_cache(dynamic, taken.config, **options)
     feed(prefilled, world, [300])
     taken.cache.check_integrity()

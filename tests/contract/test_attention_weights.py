@@ -34,9 +34,7 @@ FAMILIES = [
     "gpt_oss",  # learned sinks, windows
     "gemma2",  # softcap, windows
     "gemma3_text",
-    "mistral",  # windows in every layer
     "qwen3_next",  # linear attention between
-    "deepseek_v3",  # latents, kept densely
     "llama4_text",  # chunks
     "mimo_v2_flash",  # keys and values of different lengths
     "gemma4_text",  # layers that share keys
@@ -74,6 +72,20 @@ def test_at_full_budget_those_of_eager_attention(family: str, padded: bool) -> N
             assert mine.dtype == other.dtype
             assert float((mine - other).masked_fill(~real, 0.0).abs().max()) <= TOLERANCE
         start = stop
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_without_paged_layers_give_what_they_gave(family: str, attention: str) -> None:
+    model = build_model(family, attention=attention)
+    ids, mask = left_padded([60, 52])
+    given = [
+        weights_of(model, cache, ids, mask, [50, 51]) for cache in (DynamicCache(config=model.config), SpinCache(model))
+    ]
+    assert bool(given[0][0]) == (attention == "eager")
+    for theirs, ours in zip(*given, strict=True):
+        assert len(theirs) == len(ours)
+        assert all(map(torch.equal, theirs, ours))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])

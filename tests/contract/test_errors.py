@@ -19,6 +19,7 @@ from spin_hf import (
     SpinError,
     UnsupportedModelError,
     enable,
+    layer_kinds,
 )
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import random_tokens, subject_model
@@ -197,15 +198,19 @@ def test_models_without_the_attention_interface(config_class: str, fields: dict[
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_model_that_changes_its_keys_after_update(num_layers: int) -> None:
-    """JetMoe repeats its keys between `update` and attention: it would attend to the new tokens only."""
+def test_model_that_changes_its_keys_after_update(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetMoe repeats its keys between `update` and attention: known to do so it is dense, unknown it is refused."""
     config = transformers.JetMoeConfig(
         **_TINY, hidden_size=32, num_hidden_layers=num_layers, num_key_value_heads=2, kv_channels=16,
         intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     expected = model.generate(random_tokens(1, 20), max_new_tokens=4)
-    with pytest.raises((AttentionError, UnsupportedModelError)) as caught:
+    cache = SpinCache(model)
+    assert torch.equal(model.generate(random_tokens(1, 20), past_key_values=cache, max_new_tokens=4), expected)
+    assert not cache.stats().paged_layers
+    with monkeypatch.context() as patch, pytest.raises(AttentionError) as caught:
+        patch.setattr(layer_kinds, "_OTHER_STATES", {})
         model.generate(random_tokens(1, 20), past_key_values=SpinCache(model), max_new_tokens=4)
     check_message(caught.value, "JetMoeForCausalLM", "DynamicCache")
     assert torch.equal(model.generate(random_tokens(1, 20), max_new_tokens=4), expected)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spin_hf import AttentionError, SpinCache
+from spin_hf import SpinCache
 
 from ..support.interruptions import Line, interrupted, lines_of
 from ..support.zoo import subject_model
@@ -72,7 +72,9 @@ class Interruptions:
         if again is not None:
             second = interrupted(run.cache.check_integrity, again)
             what += " and then " + ("nothing" if second is None else f"{second[0]}:{second[1]}")
-        self._look(run)
+        if not self.from_model and self.scenario.forward:
+            run.cache.roll_back()  # it is not told how a forward ended
+        run.cache.check_integrity()
         length = run.cache.get_seq_length()
         run.cache.check_integrity()
         now = contents(run)
@@ -93,14 +95,6 @@ class Interruptions:
             )
         run.cache.check_integrity()
         return place
-
-    def _look(self, run: Run) -> None:
-        """The first look at the cache; one made from a config cannot tell an interruption from a model that loses keys."""
-        try:
-            run.cache.check_integrity()
-        except AttentionError:
-            if self.from_model or not self.scenario.forward:
-                raise
 
 
 def contents(run: Run) -> list[Any]:

@@ -86,6 +86,8 @@ class Trials:
                 break
             check_error(error, place)
             error = None
+            if not self.from_model:
+                run.cache.roll_back()  # it is not told how a forward ended
             counted = self.scenario.forward and run.cache.get_seq_length() > held
             if (
                 counted and self.scenario.family == "gemma3_text"

@@ -137,7 +137,7 @@ def test_pages_move_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             shared = cache._shared
             for layer in shared.layers:
                 layer.store.budget = layer.store.budget.__class__(**{**vars(layer.store.budget), "gpu_memory": 60_000})
-            shared.sequences.changed()
+            shared.sequences._become()
             ids = torch.randint(3, 100, (2, 3), generator=torch.Generator().manual_seed(3))
             mask = torch.ones((2, 65), dtype=torch.long)
             mask[0, :11] = 0
