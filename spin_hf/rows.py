@@ -25,6 +25,8 @@ def rows_of(indices: Any, held: int | None) -> list[int]:
         indices = list(range(held or 0))[indices]
     try:
         given = indices if isinstance(indices, Tensor) else torch.as_tensor(indices)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise _wrong(indices) from error
     if not given.numel() and given.dim() == 1:
