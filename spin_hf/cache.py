@@ -275,7 +275,7 @@ class SpinCache(Cache):
     @lasting
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
-        if self._log.can_settle():
+        if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
         return stats_of(self._shared, self.get_seq_length(), self._dense_reasons)
 
@@ -293,7 +293,7 @@ class SpinCache(Cache):
             bytes given back; less than was asked for where steps need the rest.
         """
         wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
-        self._shared.pending = None  # an interrupted forward's keys never come
+        self._log.drop_pending()
         self._log.settle(self.layers)
         return self._shared.gpu.give_back(wanted)
 
@@ -301,14 +301,10 @@ class SpinCache(Cache):
     def roll_back(self) -> None:
         """Forget the tokens of a forward that was interrupted, if there is one.
 
-        A cache made from a model does so by itself. One made from a config is not told how a forward ended that did not reach
-        the last layer.
-
-        Raises:
-            CacheStateError: the forward has overwritten states that it would need.
+        A cache made from a model does so by itself. One made from a config is not told how a forward ended.
         """
-        self._shared.pending = self._shared.noted = None
-        if self._shared.failed or not self._log.is_complete():
+        self._log.drop_pending()
+        if self._shared.failed or not self._log.is_complete(self.layers):
             self._log.take_back(self.layers)
 
     @lasting
@@ -369,9 +365,13 @@ class SpinCache(Cache):
             self._log.touched(index, self.layers)
 
     def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
-        if state is not None and self._log.last >= 0:  # a read begins no forward: `generate` may look in between
+        if state is None or torch.compiler.is_compiling():
+            return state
+        if self._log.last >= 0:  # a read begins no forward: `generate` may look in between
             self._before(index, state.shape[0])
             self._after(index)
+        else:
+            self._log.may_begin(self.layers)
         return state
 
     def _held_batch(self) -> int | None:

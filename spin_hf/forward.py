@@ -3,9 +3,9 @@
     watched      a call of a model whose `forward` is wrapped (`calls.py`): its return commits, an exception takes back
     unwatched    a cache made from a config, or layers called by hand: the last layer that holds tokens commits
 
-    taken back   paged layers        are cut back to the committed length
+    taken back   paged layers        are cut back to the length before
                  attention layers    get back the tensors they had: transformers replaces them and does not write into them
-                 linear attention    is overwritten in place: watched, it gets back a copy; else it is refused until `reset`
+                 linear attention    is overwritten in place, and gets back a copy, which is made before it is first read
 
 So a forward happens to the whole cache or not at all. A watched forward may leave layers out: a stack that was cut, an early
 exit. These layers then hold fewer tokens, as in transformers' caches. Of an unwatched forward that ends early nobody knows
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -30,6 +32,25 @@ from .undo import own_attributes
 
 _TABLES = ("conv_states", "recurrent_states")
 """Where layers of linear attention keep states: number -> tensor, or None."""
+
+
+@dataclass
+class Progress:
+    """How far a forward has come. It ends where another object takes the place of its own: at one instant.
+
+    Attributes:
+        held: tokens that the cache held before; None while nothing has changed.
+        last: the layer that changed last; -1 for none.
+        seen: layers that changed. In models with loops their numbers do not grow.
+        before: attributes that layers had before.
+        behind: states of layers behind the final one before an unwatched forward, with their versions.
+    """
+
+    held: int | None = None
+    last: int = -1
+    seen: set[int] = field(default_factory=set)
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)
+    behind: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 class ForwardLog:
@@ -46,20 +67,16 @@ class ForwardLog:
         attending = [index for index in holding if isinstance(layers[index], CacheLayerMixin)]
         self.final = (attending or holding or [-1])[-1]
         """The last layer that attends, or the last that holds anything: when it has the tokens, an unwatched forward counts."""
-        self.last = -1
-        """The layer that changed last; -1 while nothing is in progress."""
-        self.seen: set[int] = set()
-        """Layers of the forward in progress. In models with loops their numbers do not grow."""
-        self.before: dict[int, dict[str, Any]] = {}
-        """Attributes that layers had before."""
-        self.behind: list[tuple[Tensor, int]] = []
-        """States of layers behind the final one before an unwatched forward, with their versions."""
-        self.irreversible = False
-        """Whether states were overwritten of which there is no copy."""
+        self.present = Progress()
         self.overwritten = False
         """Whether a step that failed has overwritten states, and the cache is of no use until `reset`."""
         self.watched = False
         """Whether the end of the forward will be seen."""
+
+    @property
+    def last(self) -> int:
+        """The layer that changed last; -1 while nothing is in progress."""
+        return self.present.last
 
     @contextmanager
     def watching(self, layers: list[Any]) -> Iterator[None]:
@@ -68,27 +85,25 @@ class ForwardLog:
         What cannot be taken back at once, as memory is short, is taken back before the cache is used again.
         """
         self.settle(layers)
-        held = self.shared.committed
+        mine = self.present = Progress(self.shared.committed, before=_copies(layers))
         try:
             self.watched = True
-            for index, layer in enumerate(layers):
-                if isinstance(layer, LinearAttentionCacheLayerMixin):
-                    self.before[index] = _with_copies(layer)
             yield
-            self._end(held)
+            self._end(mine)
         except BaseException:
-            self.shared.committed, self.shared.failed = held, True
-            self.shared.pending = None  # an error says enough
-            with suppress(Exception):
-                self.settle(layers)
+            if self.present is mine:
+                self.shared.failed = True
+                self.shared.pending = None  # an error says enough
+                with suppress(Exception):
+                    self.settle(layers)
             raise
         finally:
             self.watched = False
 
-    def _end(self, held: int) -> None:
-        """The watched forward has returned: what it appended to `held` tokens counts, in the layers that it came to."""
+    def _end(self, mine: Progress) -> None:
+        """The watched forward has returned: what it appended counts, in the layers that it came to."""
         shared = self.shared
-        if shared.layers and self.last < 0 and shared.sequences.length == held and shared.launched is None:
+        if shared.layers and mine.last < 0 and shared.sequences.length == mine.held and shared.launched is None:
             raise AttentionError(
                 f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected at least one to; "
                 "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
@@ -101,27 +116,33 @@ class ForwardLog:
                 shared.visible_length.fill_(shared.committed)
         self.clear()
 
+    def may_begin(self, layers: list[Any]) -> None:
+        """An unwatched forward may come: layers of linear attention may write into what they read, and say so later."""
+        if not self.watched and self.present.held is None and not self.present.before:
+            self.present = Progress(before=_copies(layers))
+
     def touch(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
         layer = layers[index]
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
-        if index in self.seen and not (index == self.last and linear):
+        if index in self.present.seen and not (index == self.present.last and linear):
             if self.watched:  # the model runs its layers more than once in a call
                 self.shared.commit()
-                self.seen.clear()
+                self.present.seen.clear()
             else:
                 self.settle(layers)
-        if self.last < 0 and not self.watched:
-            self.behind = [(state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)]
-        self.last = index
-        self.seen.add(index)
+        self.may_begin(layers)
+        present = self.present
+        if present.held is None:
+            present.behind = [
+                (state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)
+            ]
+            present.held = self.shared.committed
+        present.last = index
+        present.seen.add(index)
         self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
-        if index in self.before:
-            return
-        if linear and _holds_states(layer):
-            self.irreversible |= not self.watched
-        elif linear or isinstance(layer, DynamicLayer):
-            self.before[index] = own_attributes(layer)
+        if index not in present.before and isinstance(layer, DynamicLayer):
+            present.before[index] = own_attributes(layer)
 
     def touched(self, index: int, layers: list[Any]) -> None:
         """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
@@ -139,33 +160,39 @@ class ForwardLog:
         self.shared.settle()
         if self.overwritten:
             raise self._lost()
-        if self.last < 0 and not self.shared.failed:
-            if self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
-                self.shared.roll_back()  # a step that could not even be prepared
+        if self.shared.failed or (self.present.last >= 0 and self.shared.pending is not None):
+            self.take_back(layers)
             return
-        if not self.shared.failed and not self.shared.pending:
-            if not self.is_complete():
-                raise CacheStateError(
-                    f"a forward of {self.shared.model_name} ended behind layer {self.last}, expected it to reach layer "
-                    f"{max(self.final, len(layers) - 1)}, and a cache that was made from a config is not told why; call "
-                    "cache.roll_back() if it was interrupted, which forgets its tokens; use SpinCache(model), which is "
-                    "told, with a model that leaves layers out"
-                )
-            self.clear()
-            return
-        self.take_back(layers)
+        if not self.is_complete(layers):
+            raise CacheStateError(
+                f"a forward of {self.shared.model_name} ended behind layer {self.present.last}, expected it to reach layer "
+                f"{max(self.final, len(layers) - 1)}, and a cache that was made from a config is not told why; call "
+                "cache.roll_back() if it was interrupted, which forgets its tokens; use SpinCache(model), which is "
+                "told, with a model that leaves layers out"
+            )
+        if self.present.last < 0 and self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
+            self.shared.roll_back()  # a step that could not even be prepared
+        self.clear()
 
-    def can_settle(self) -> bool:
+    def can_settle(self, layers: list[Any]) -> bool:
         """Whether `settle` raises nothing that the log knows of."""
-        return not (self.irreversible or self.overwritten) and (self.shared.failed or self.is_complete())
+        return not self.overwritten and (self.shared.failed or self.is_complete(layers))
 
-    def is_complete(self) -> bool:
+    def is_complete(self, layers: list[Any]) -> bool:
         """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
-        if self.last < 0:
-            return True
-        reached = self.final in self.seen and self.shared.committed == self.shared.sequences.length
-        changed = any(version < 0 or _version(state) != version for state, version in self.behind)
-        return reached and (not self.behind or max(self.seen) > self.final or changed)
+        present, shared = self.present, self.shared
+        if present.last < 0:
+            return not any(_written(layers[index], attributes) for index, attributes in present.before.items())
+        if shared.pending is not None:
+            return False  # its keys never came to attention
+        reached = self.final in present.seen and shared.committed == shared.sequences.length
+        changed = any(version < 0 or _version(state) != version for state, version in present.behind)
+        return reached and (not present.behind or max(present.seen) > self.final or changed)
+
+    def drop_pending(self) -> None:
+        """A layer that was updated and has not attended never will: its forward was interrupted."""
+        self.shared.failed |= self.shared.pending is not None
+        self.shared.pending = self.shared.noted = None
 
     def take_back(self, layers: list[Any]) -> None:
         """Take back the forward in progress. May be repeated.
@@ -174,16 +201,19 @@ class ForwardLog:
             CacheStateError: it has overwritten what is needed for that.
             AttentionError: keys that a layer was given never came to the attention function.
         """
-        if self.irreversible or self.overwritten:
+        present, shared = self.present, self.shared
+        if self.overwritten:
             raise self._lost()
-        for index, attributes in self.before.items():
+        for index, attributes in present.before.items():
             layers[index].__dict__.clear()
             layers[index].__dict__.update(attributes)
-        lost, self.shared.noted = self.shared.pending, None
-        self.shared.roll_back()
+        if present.held is not None:
+            shared.committed = present.held
+        lost, shared.noted = shared.pending, None
+        shared.roll_back()
         self.clear()
-        self.shared.pending = lost
-        self.shared.check_nothing_pending()
+        shared.pending = lost
+        shared.check_nothing_pending()
 
     def _lost(self) -> CacheStateError:
         return CacheStateError(
@@ -193,9 +223,9 @@ class ForwardLog:
 
     def clear(self) -> None:
         """Nothing is in progress."""
-        self.last, self.seen, self.before, self.behind = -1, set(), {}, []
-        self.irreversible = self.overwritten = self.shared.failed = False
+        self.overwritten = self.shared.failed = False
         self.shared.commits_with_last_paged = True
+        self.present = Progress()
 
 
 def _states(layer: Any) -> Iterator[Tensor]:
@@ -205,21 +235,27 @@ def _states(layer: Any) -> Iterator[Tensor]:
             yield from (state for state in getattr(layer, table, {}).values() if isinstance(state, Tensor))
 
 
-def _holds_states(layer: Any) -> bool:
-    """Whether a linear-attention layer has states, which the forward overwrites; what an empty one makes is its own."""
-    return any(True for _ in _states(layer))
-
-
 def _version(state: Tensor) -> int:
     """How often `state` was written to, or -1 where torch does not count: under inference mode, and in kernels on a GPU."""
     return -1 if state.is_inference() or state.is_cuda else state._version
 
 
-def _with_copies(layer: Any) -> dict[str, Any]:
-    """The attributes of a layer of linear attention, with copies of its states, which a forward overwrites."""
-    attributes = own_attributes(layer)
-    for table in _TABLES:
-        for number, state in attributes.get(table, {}).items():
-            if isinstance(state, Tensor):
-                attributes[table][number] = state.clone()
-    return attributes
+def _copies(layers: list[Any]) -> dict[int, dict[str, Any]]:
+    """The attributes of layers of linear attention, by number, with copies of their states, which a forward overwrites."""
+    found = {}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            attributes = found[index] = own_attributes(layer)
+            for table in _TABLES:
+                for number, state in attributes.get(table, {}).items():
+                    if isinstance(state, Tensor):
+                        attributes[table][number] = state.clone()
+    return found
+
+
+def _written(layer: Any, attributes: dict[str, Any]) -> bool:
+    """Whether a layer of linear attention has other states than these, which are copies."""
+    pairs = [
+        (state, attributes[table][number]) for table in _TABLES for number, state in getattr(layer, table, {}).items()
+    ]
+    return any(isinstance(held, Tensor) and not torch.equal(held, copy) for held, copy in pairs)

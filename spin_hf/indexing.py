@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention.partition import Method, Pages, Summaries
+from .attention.regrouping import Regrouping
 from .errors import CacheStateError
 from .storage import rearranged
 from .storage.chunked import put_all
@@ -44,6 +45,8 @@ def refresh(shared: SharedState) -> None:
             waiting.setdefault(layer.stale, []).append(layer)
     for (first, stop), layers in waiting.items():
         end = min(stop, complete)
+        if isinstance(shared.method, Regrouping) and shared.method.several_pages:
+            first, end = shared.sequences.stretches.around(first, end)
         for group in together(shared, max(1, end - first), layers):
             if first < end:
                 index_pages(stores_of(group), shared.method, group[0].number, first, end)

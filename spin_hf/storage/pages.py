@@ -266,10 +266,13 @@ class PageStore:
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
 
     def _waves(self, pages: Tensor) -> Iterator[slice]:
-        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots."""
+        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots.
+
+        Without columns, one empty slice: attention over nothing is zero.
+        """
         stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
         if self.frames is None or self.frames.shares is None or stop <= width:
-            yield from (slice(first, first + width) for first in range(0, stop, max(1, width)))
+            yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
             return
         counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
         slots, first = self.frames.shares[:, :1, None], 0

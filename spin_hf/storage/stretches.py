@@ -41,6 +41,11 @@ class Stretches:
         """First page and the page behind, of each stretch."""
         return list(zip([0, *self.stops], self.stops, strict=False))
 
+    def around(self, first: int, stop: int) -> tuple[int, int]:
+        """Pages [first, stop) and the stretches that they lie in: no partition of any sequence crosses these borders."""
+        touched = [bounds for bounds in self.bounds if bounds[0] < stop and bounds[1] > first and first < stop]
+        return min([first, *(start for start, _ in touched)]), max([stop, *(end for _, end in touched)])
+
     def copy(self) -> Stretches:
         """The same, to be changed by itself."""
         made = Stretches()

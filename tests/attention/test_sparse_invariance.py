@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spin_hf import Bisection, Method, Quest, RetroInfer, ShadowKV
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 
 from .conversation import Step, play, random_world, single_steps, without_near_ties
@@ -106,6 +107,25 @@ def test_grouping_changes_nothing(stops: list[int], tight: bool) -> None:
     options = dict(gpu_memory=tight_cap(world, valid)) if tight else {}
     actual = outputs(world, [(stop, valid[:, :stop]) for stop in stops], 100, **options)
     assert_close(actual, outputs(world, single_steps(99, LENGTH, valid), 100), valid)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("method", [ShadowKV(), Quest(dense_layers=0), RetroInfer(), Bisection()], ids=lambda m: m.name)
+@pytest.mark.parametrize("count", [1, 4])
+def test_chunks_of_padding_only(count: int, method: Method, tight: bool) -> None:
+    """Behind nothing but padding a query attends to nothing, and what comes then is as without the padding."""
+    padding = 6 * method.page_size
+    world, valid = random_world(SHAPE, 1, LENGTH, seed=7), torch.ones((1, LENGTH), dtype=torch.bool)
+    valid[:, :padding] = False
+    steps = [(stop, valid[:, :stop]) for stop in [*range(count, 100, count), *range(100, LENGTH + 1)]]
+    options: dict[str, Any] = dict(method=method, budget=8)
+
+    def run(cap: int | None = None) -> list[Tensor]:
+        return outputs(world, steps, 100, **options, **({} if cap is None else dict(gpu_memory=cap)))
+
+    actual = run(smallest_gpu_memory(run)) if tight else run()
+    bare, first = world.tokens(slice(padding, None)), 100 - padding
+    assert_close(actual, outputs(bare, single_steps(first - 1, LENGTH - padding), first, **options))
 
 
 def tight_cap(world: World, valid: Tensor | None) -> int:

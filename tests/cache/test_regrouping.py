@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import CacheStateError, ShadowKV, indexing, regroup
+from spin_hf import CacheStateError, RetroInfer, ShadowKV, indexing, regroup
 from spin_hf.attention.regrouping import Arrangement
 from spin_hf.storage.regrouped import RegroupedPages
 
-from .regrouping import Backwards, Clumped, Shuffled, little_slack
+from .regrouping import Backwards, Clumped, Shuffled, little_slack, regrouping_often
 from .tiny import Driver, Shape, World, poisoned_memory
 
 SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
@@ -165,6 +165,21 @@ def test_padding_that_changes(world: World) -> None:
     assert not moved(driver)[1, 9]
     driver.cache.check_integrity()
     assert torch.equal(driver.cache.layers[1].values, world.values[1][:, :, :202])
+
+
+def test_a_token_that_turns_real_beside_partitions_of_other_sequences(world: World) -> None:
+    """Page 9 of row 0 waits for its padding; in others clusters of several pages lie there, and keep their means."""
+    driver = new_driver(method=regrouping_often(RetroInfer, 64, 24)(cluster_tokens=32))
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[0, 75] = False
+    driver.step(world, 0, 200, valid[:, :200])
+    driver.step(world, 200, 201, valid[:, :201])
+    assert not moved(driver)[0, 9]
+    assert (regrouped(driver).partition_pages(9, 10)[1:] == 0).any()  # it belongs to one that begins before
+    before = stops(driver)
+    driver.step(world, 201, 202)
+    assert stops(driver) == before
+    driver.cache.check_integrity()
 
 
 def test_sinks_that_move(world: World) -> None:

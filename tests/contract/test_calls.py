@@ -6,8 +6,11 @@ import copy
 import functools
 import gc
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import AttentionError, CacheStateError, SpinCache, wrap
+from spin_hf.forward import ForwardLog
+from spin_hf.layer import SpinLayer
 from tests.support.compare import Trace, assert_same
 from tests.support.runs import advance, decode, generate
 from tests.support.subjects import DenseSubject, SpinSubject
@@ -177,6 +182,79 @@ def test_a_first_forward_that_a_cache_of_a_config_sees_interrupted() -> None:
         logits_of(model, random_tokens(1, 30), cache)
     cache.roll_back()
     torch.testing.assert_close(logits_of(model, random_tokens(1, 30), cache), model(random_tokens(1, 30)).logits)
+
+
+def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption: Any, happens: bool = False) -> None:
+    """A decode step that is interrupted, then others: they give what they give without it, or, if it `happens`, behind it."""
+    traces = []
+    for interrupts in (True, False):
+        subject = SpinSubject(family, from_config=from_config)
+        trace, cache = Trace(), subject.new()
+        token = advance(subject, cache, random_tokens(2, 57), trace, "prompt")
+        token = decode(subject, cache, token, trace, "before", 3)
+        if interrupts:
+            with pytest.raises(KeyboardInterrupt), interruption(cache):
+                logits_of(subject.model, token, cache)
+            cache.roll_back()
+            assert cache.get_seq_length() == 60 + happens
+            cache.check_integrity()
+        elif happens:
+            logits_of(subject.model, token, cache)
+        decode(subject, cache, token, trace, "then", 4)
+        traces.append(trace)
+    assert_same(*traces)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["first", "second"])
+def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> None:
+    """Linear attention overwrites its state before it says so."""
+
+    def interruption(cache: SpinCache) -> Any:
+        update, calls = cache.update_recurrent_state, iter(range(9))
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == layer:
+                raise KeyboardInterrupt
+            return update(*args, **kwargs)
+
+        return patch.object(cache, "update_recurrent_state", interrupted)
+
+    decodes_as_if_nothing_had_been("qwen3_next", True, interruption)
+
+
+def test_a_cache_of_a_config_that_is_interrupted_behind_the_last_layer_that_holds_tokens() -> None:
+    """Where layers share the keys of others, windows are taken back as the pages are."""
+    run = SpinLayer._run
+
+    def interrupted(self: SpinLayer, call: Any, key: Any, value: Any, mask: Any, append: bool, out: Any) -> Any:
+        if not append:
+            raise KeyboardInterrupt
+        return run(self, call, key, value, mask, append, out)
+
+    decodes_as_if_nothing_had_been("gemma3n_text", True, lambda cache: patch.object(SpinLayer, "_run", interrupted))
+
+
+@pytest.mark.parametrize("happens", [False, True])
+def test_the_instant_at_which_a_forward_counts(happens: bool) -> None:
+    """Pages and windows agree about it."""
+    clear = ForwardLog.clear
+
+    def interrupted(self: ForwardLog) -> None:
+        if self.last >= 0:  # the end of the forward, not of what came before
+            if happens:
+                clear(self)
+            patched.stop()
+            raise KeyboardInterrupt
+        clear(self)
+
+    patched = patch.object(ForwardLog, "clear", interrupted)
+
+    @contextmanager
+    def interruption(cache: SpinCache) -> Iterator[None]:
+        patched.start()
+        yield
+
+    decodes_as_if_nothing_had_been("gemma3_text", False, interruption, happens)
 
 
 def test_a_call_that_drops_the_cache() -> None:

@@ -22,7 +22,7 @@ from ..support.zoo import subject_model
 
 ANY_METHOD = [name for name, family in FAMILIES.items() if family.paged]
 LINEAR = ("qwen3_next",)
-"""Families whose linear attention overwrites its states: no crop, and `reset` after an interrupted forward."""
+"""Families whose linear attention overwrites its states: no crop."""
 SEER_FAMILIES = ("llama", "qwen3", "gemma")
 """Families that plain random gates fit."""
 
