@@ -2,8 +2,9 @@
 
     layer 0: query, pages, estimate     layer 1: ...        of the forward under test, and of the reference's
 
-A choice is a function of its query and of summaries. Where the queries agree to the last digits and the summaries are what their
-pages give (`SpinCache.check_integrity`), another choice, or another rounding of a summary, is a tie; anything else is a fault.
+A choice is a function of its query and of summaries. Where the queries agree to the last digits and the summaries are what
+their pages give (`SpinCache.check_integrity`), another choice, or another rounding of a summary, is a tie; anything else is a
+fault.
 """
 
 from __future__ import annotations
