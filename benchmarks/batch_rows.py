@@ -107,7 +107,7 @@ def captured_steps(cache: SpinCache) -> int:
 
 
 def guess_spread(record: Record, tokens: int) -> float:
-    """The spread that this context, or else the nearest one that `decode.py` has measured, was replayed with."""
+    """The spread that this context, or else the nearest one that `backends/triton_step.py` has measured, was replayed with."""
     known = record.spread(tokens)
     if known is not None or not GUESSES.exists():
         return 0.2 if known is None else known

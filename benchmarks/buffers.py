@@ -30,8 +30,8 @@ from timing import free
 
 import spin_hf
 from spin_hf import ShadowKV
+from spin_hf.backends.zones import pages_of
 from spin_hf.config import SpinOptions
-from spin_hf.step_plan import pages_of
 
 MULTIPLES = [0, 1, 2, 5, 10]
 

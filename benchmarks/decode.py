@@ -38,7 +38,7 @@ from spin_rows import SELECTIONS, spin_rows
 from step_profile import kernel_row
 from timing import attempt, failure, free, with_memory
 
-from spin_hf.attention.methods import METHODS
+from spin_hf.attention.methods.registry import METHODS
 
 CAPS = {131072: "4GiB", 524288: "8GiB"}
 """Contexts at which the cache is measured with a cap on its GPU memory too."""

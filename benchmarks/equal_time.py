@@ -30,7 +30,7 @@ from record import RESULTS, Record, newest
 from spin_rows import spin_rows
 from table import row as table_row
 
-from spin_hf.attention.methods import METHODS
+from spin_hf.attention.methods.registry import METHODS
 
 SHARES = [
     "bisection:64", "shadowkv:4", "bisection:32", "shadowkv:2", "shadowkv:8", "bisection:16", "shadowkv:64",

@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from spin_hf import SpinCache, regroup
+from spin_hf import SpinCache
+from spin_hf.indexing import cluster
 
 METHODS = ("retroinfer", "bisection", "quest", "shadowkv")
 _SHAPE = "llama-8b"
@@ -59,7 +60,7 @@ def once(model: Any, ids: Tensor, cache: Cache) -> dict[str, float]:
     """Milliseconds of one prefill, and of regrouping behind it."""
     row = {"prefill_ms": milliseconds(ids.device, lambda: model(ids, past_key_values=cache, logits_to_keep=1))}
     if isinstance(cache, SpinCache):
-        row["regroup_ms"] = milliseconds(ids.device, lambda: regroup.catch_up(cache._shared))
+        row["regroup_ms"] = milliseconds(ids.device, lambda: cluster.catch_up(cache._shared))
     return row
 
 

@@ -34,9 +34,9 @@ from timing import free
 from torch.profiler import ProfilerActivity, profile
 
 from spin_hf import SpinCache
-from spin_hf.kernels.fields import StepField
-from spin_hf.storage.host import HostSlab
-from spin_hf.storage.registration import CudaRegistrar
+from spin_hf.kernels.descriptor_fields import StepField
+from spin_hf.storage.host_register import CudaRegistrar
+from spin_hf.storage.pinned_slab import HostSlab
 
 CASES = [
     (8192, "auto", 2048), (32768, "auto", 2048), (131072, "auto", 2048), (131072, "256MiB", 2048), (131072, "256MiB", 8192),

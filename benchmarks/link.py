@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spin_hf.storage.host import HostSlab
-from spin_hf.storage.registration import CudaRegistrar
+from spin_hf.storage.host_register import CudaRegistrar
+from spin_hf.storage.pinned_slab import HostSlab
 
 PAGE_BYTES = 4096
 BURSTS_MIB = (4, 16, 64)

@@ -29,8 +29,8 @@ from rows_file import Rows, command_line
 from shapes import SHAPES
 
 from spin_hf import CacheStats, SpinCache, plan
-from spin_hf.attention.methods import METHODS
-from spin_hf.layer_budget import regrouping_bytes
+from spin_hf.attention.methods.registry import METHODS
+from spin_hf.memory.layer_budget import regrouping_bytes
 from spin_hf.stats import size
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)

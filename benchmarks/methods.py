@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from shapes import head_dim
 
-from spin_hf.attention.gates import Gates, LayerGate, describe
-from spin_hf.attention.methods import METHODS
-from spin_hf.attention.partition import Method
-from spin_hf.attention.seer import SeerAttention
+from spin_hf.attention.methods.base import Method
+from spin_hf.attention.methods.registry import METHODS
+from spin_hf.attention.methods.seer import SeerAttention
+from spin_hf.attention.methods.seer_gates import Gates, LayerGate, describe
 
 
 def method_of(name: str, config: Any) -> Method:

@@ -28,7 +28,7 @@ from shapes import head_dim, own_halves
 from torch import Tensor
 
 from spin_hf import SpinCache
-from spin_hf.kernels.fields import StepField
+from spin_hf.kernels.descriptor_fields import StepField
 
 TRACES = Path(__file__).resolve().parent / "results" / "traces.json"
 FASTEST, NEARLY_STILL = 0.1, 1e-4

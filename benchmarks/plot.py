@@ -1,4 +1,4 @@
-"""The figure of the README from the results of `decode.py`: `python benchmarks/plot.py` (needs matplotlib).
+"""The figure of the README from the results of `backends/triton_step.py`: `python benchmarks/plot.py` (needs matplotlib).
 
 Writes `benchmarks/results/decode-<shape>.svg` beside the results that it is given (`decode-llama-8b.json` unless said).
 """

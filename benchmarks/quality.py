@@ -51,7 +51,7 @@ from transformers import AutoTokenizer
 import spin_hf.kernels
 import spin_hf.layer
 from spin_hf import SeerAttention, __version__, plan
-from spin_hf.attention.gate_file import load_gates
+from spin_hf.attention.methods.seer_gate_file import load_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from models import default_model

@@ -13,7 +13,7 @@ from timing import TIMES, attempt, free, tpot, with_memory
 from torch import Tensor
 
 from spin_hf import SpinCache
-from spin_hf.attention.partition import Method
+from spin_hf.attention.methods.base import Method
 
 SELECTIONS: dict[str, tuple[float | None, float]] = {
     "replayed": (None, FASTEST), "lowest": (1.0, FASTEST), "highest": (0.0, NEARLY_STILL),

@@ -1,7 +1,7 @@
 """Where a captured decode step's GPU time goes: microseconds of every kernel, bytes moved, and the rates that makes.
 
 Steps run under `generate` and torch.profiler. Once that has run, launching a CUDA graph takes a millisecond longer on the host
-for the rest of the process, so `decode.py` comes here after all times per token.
+for the rest of the process, so `backends/triton_step.py` comes here after all times per token.
 
     per layer    a kernel's time over steps and layers; kernels of the package by name, one launched once a step for all layers
                  counts its share; all others as a sum (matrix products, norms, RoPE, sampling)
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import spin_hf.kernels
 from spin_hf import SpinCache
-from spin_hf.attention.partition import Method
+from spin_hf.attention.methods.base import Method
 
 STEPS = 12
 

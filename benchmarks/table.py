@@ -1,4 +1,4 @@
-"""The README's tables from the results of `decode.py`: `python benchmarks/table.py [results.json ...]`.
+"""The README's tables from the results of `backends/triton_step.py`: `python benchmarks/table.py [results.json ...]`.
 
 A time of SpinCache is that of every run which has it, from the fastest to the slowest; another cache's is of the newest run
 which has it, and the factor behind it compares it with `SpinCache(model)` of the same run.

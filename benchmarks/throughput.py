@@ -3,7 +3,7 @@
     --tokens 131072 32768        contexts             --batches 14 12 ...    of SpinCache, for all contexts
     --host-memory 256            GiB of the machine, if it does not say what is available
     --gpu-memory 79              GiB to do with, as if the GPU had no more
-    --seconds, --missing, --plan, --source, --output    as for `decode.py`
+    --seconds, --missing, --plan, --source, --output    as for `backends/triton_step.py`
 
     spin           SpinCache(model), captured steps under `generate`, at the replayed overlap (`overlap.py`), buffer warm
     spin ragged    the same with padding: lengths from a quarter of the context to all of it, one row a context

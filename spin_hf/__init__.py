@@ -5,12 +5,12 @@
 Importing registers the attention implementation "spin" with transformers, and does nothing else.
 """
 
-from .attention.bisection import Bisection
-from .attention.partition import Method, PageMethod
-from .attention.quest import Quest
-from .attention.retroinfer import RetroInfer
-from .attention.seer import SeerAttention
-from .attention.shadowkv import ShadowKV
+from .attention.methods.base import Method, PageMethod
+from .attention.methods.bisection import Bisection
+from .attention.methods.quest import Quest
+from .attention.methods.retroinfer import RetroInfer
+from .attention.methods.seer import SeerAttention
+from .attention.methods.shadowkv import ShadowKV
 from .cache import SpinCache
 from .enable import disable, enable
 from .errors import (
@@ -24,7 +24,7 @@ from .errors import (
     SpinError,
     UnsupportedModelError,
 )
-from .memory_plan import MemoryPlan, plan
+from .memory.plan import MemoryPlan, plan
 from .stats import CacheStats
 
 __version__ = "0.1.0"

@@ -23,28 +23,29 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from . import regroup, rereading
 from .attention.interface import MaskedLength
-from .attention.methods import resolve_method
-from .attention.partition import Method, check_recipe
-from .calls import ModelCalls, model_of
-from .compiled import may_be_compiled, pool_of
+from .attention.methods.base import Method, check_recipe
+from .attention.methods.registry import resolve_method
+from .backends.kernel_pool import may_be_compiled, pool_of
+from .backends.state_checks import check_layer, held_batch
+from .backends.zones import StepPlan
 from .config import SpinOptions, parse_bytes
-from .counting import stats_of
 from .errors import OptionError, OptionTypeError
-from .forward import ForwardLog
-from .lasting import lasting
+from .forward_pass import ForwardLog
+from .graph.model_calls import ModelCalls, model_of
+from .indexing import cluster
+from .indexing.adopt import check_source, take_over
+from .inference_mode import lasting
+from .integration import dropped_cache
+from .integration.batch_indices import rows_of, times_of
+from .integration.layer_types import build_layers, check_model, decoder_config
 from .layer import SpinLayer
-from .layer_budget import check_stretches
-from .layer_kinds import build_layers, check_model, decoder_config
-from .rows import rows_of, times_of
-from .shared import SharedState
-from .states import check_layer, held_batch
+from .memory.layer_budget import check_stretches
+from .state import SharedState
 from .stats import CacheStats
-from .step_plan import StepPlan
-from .storage.sequences import Sequences, check_batch
-from .takeover import check_source, take_over
-from .undo import finished, undone
+from .stats_of import stats_of
+from .storage.page_table import Sequences, check_batch
+from .transaction import finished, undone
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
@@ -315,7 +316,7 @@ class SpinCache(Cache):
         """
         self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
-        regroup.check_integrity(self._shared)
+        cluster.check_integrity(self._shared)
         for layer in self._shared.layers:
             layer.check_integrity()
 
@@ -393,7 +394,7 @@ class SpinCache(Cache):
         """See the calls of `model` that carry this cache, for as long as it lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._shared, self._log)
-        rereading.acquire(self, None if self._shared.served is None else self._shared.served(), config)
+        dropped_cache.acquire(self, None if self._shared.served is None else self._shared.served(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 

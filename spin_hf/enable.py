@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .cache import SpinCache
 from .errors import OptionTypeError
-from .wrap import CACHE_NAMES, unwrapped
+from .integration.forward_hook import CACHE_NAMES, unwrapped
 
 _CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 _HOOK = "_prepare_cache_for_generation"

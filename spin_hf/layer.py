@@ -25,23 +25,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import attention_weights, gradients
-from .admission import admit
-from .attend import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
-from .attention.handed import hand_out
+from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
 from .attention.masks import is_own, new_validity, over_tokens
-from .attention.regrouping import Regrouping, last_queries
-from .decode import StepKernels
+from .attention.methods.clustering import Regrouping, last_queries
+from .backends import attention_weights, gradients
+from .backends.reference import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
+from .backends.state_checks import check_states
+from .backends.triton_step import StepKernels
 from .errors import CacheStateError
-from .indexing import check_summaries, index_pages
-from .inspection import Inspected
-from .kernels.fields import MAX_QUERIES
-from .lasting import lasting
-from .layer_budget import LayerShape
-from .shared import SharedState
-from .states import check_states
-from .storage.pages import PageStore
+from .indexing.summarize import check_summaries, index_pages
+from .inference_mode import lasting
+from .kernels.descriptor_fields import MAX_QUERIES
+from .layer_inspection import Inspected
+from .memory.admission import admit
+from .memory.layer_budget import LayerShape
+from .state import SharedState
+from .storage.page_store import PageStore
 
 logger = logging.getLogger("spin_hf")
 
@@ -129,7 +129,7 @@ class SpinLayer(Inspected, CacheLayerMixin):
     def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Raise AttentionError where a method counts on positions that the model does not rotate by.
 
-        While a graph is captured nothing is looked at: `graph.py` looks before or behind each replay.
+        While a graph is captured nothing is looked at: `graph/runner.py` looks before or behind each replay.
 
         Args:
             position_ids: [..., Q] of the new tokens, if the model hands them on.

@@ -1,6 +1,7 @@
 """The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
 
-    cache.update(k, v)        returns the new keys and values, which carry their layer as a Python attribute (`handed.py`)
+    cache.update(k, v)        returns the new keys and values, which carry their layer as a Python attribute
+    (`handed_states.py`)
     mask function             hands the batch's padding to the cache
     attention function        finds the layer on keys and values and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
@@ -32,7 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttentionError
-from . import handed, masks, returned_weights, switch
+from . import handed_states, implementation, masks, returned_weights
 
 logger = logging.getLogger("spin_hf")
 
@@ -197,7 +198,7 @@ def spin_attention(
     Raises:
         AttentionError: an argument changes the result and cannot be served, or keys or values are not what `update` returned.
     """
-    layer: AttentionLayer | None = handed.owner(module, key, value)
+    layer: AttentionLayer | None = handed_states.owner(module, key, value)
     if layer is None:
         shares_pages = getattr(module, "is_kv_shared_layer", False) and kwargs.get("sliding_window") is None
         if shares_pages and torch.compiler.is_compiling():
@@ -231,7 +232,9 @@ def spin_attention(
     elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
-        torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
+        torch.ops.spin_hf.attend(
+            query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap
+        )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if torch.compiler.is_compiling():
             out = _InferenceOnly.apply(out, query)
@@ -295,7 +298,7 @@ def _dense_attention(
 
 def previous_implementation(config: Any) -> str:
     """What `config` named before "spin"; for a config loaded with "spin", what its model class supports."""
-    remembered = switch.previous(config)
+    remembered = implementation.previous(config)
     if remembered is not None:
         return remembered
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -358,7 +361,7 @@ def spin_mask(
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):
         if not torch.compiler.is_compiling():
-            handed.forget()
+            handed_states.forget()
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
         return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -390,5 +393,5 @@ def spin_mask(
     return None if attention_mask is None else masks.noted_mask(attention_mask, q_length)
 
 
-AttentionInterface.register(switch.NAME, spin_attention)
-AttentionMaskInterface.register(switch.NAME, spin_mask)
+AttentionInterface.register(implementation.NAME, spin_attention)
+AttentionMaskInterface.register(implementation.NAME, spin_mask)

@@ -1,7 +1,7 @@
 """The operations of the decode path, by backend.
 
-`reference` is the specification and serves every device. On a CUDA device with triton, `decode.py` launches kernels for
-steps of up to 16 tokens, and for the storing of all tokens:
+`reference` is the specification and serves every device. On a CUDA device with triton, `backends/triton_step.py` launches
+kernels for steps of up to 16 tokens, and for the storing of all tokens:
 
     recipe.py      which of these serve a method, and with which numbers
     plan.py        plan_step                    zones and budget of a step
@@ -20,7 +20,7 @@ steps of up to 16 tokens, and for the storing of all tokens:
     select.py      choose                       the best pages, exactly, without sorting
     residency.py   (inside choose)              look-up, bucketed LRU, tables
     attention.py   attend                       loads on the way, split-KV attention, merge
-    rows.py        rows_copier                  rows of chunked arrays, outside of steps
+    integration/batch_indices.py        rows_copier                  rows of chunked arrays, outside of steps
     ahead.py       what several launches need, compiled at once before the first of them
     gpu.py         what launches ask of a GPU: whether Triton multiplies on its tensor cores, and its shared memory
     page_form.py   in which form pages lie in their homes: as they came, or int8
@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.page_layout import Int8Form, PageForm, page_forms
 from . import reference
-from .page_form import Int8Form, PageForm, page_forms
 from .reference import (
     NUM_BUCKETS,
     admit_pages,
@@ -63,7 +63,7 @@ def launchers(device: torch.device) -> Any:
     """The Triton kernels (see `launch.py`) for a device, or None where the reference operations serve it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from .launch import launchers as found
+    from .launchers import launchers as found
 
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fields import LOAD_MARK, Counter, LayerField, PlanField, StepField
+from .descriptor_fields import LOAD_MARK, Counter, LayerField, PlanField, StepField
 
 POSITION = tl.constexpr(int(StepField.POSITION))
 CLOCK = tl.constexpr(int(StepField.CLOCK))
@@ -65,7 +65,7 @@ LOAD = tl.constexpr(LOAD_MARK)
 
 @triton.jit
 def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
-    """Rows of pages of one (sequence, KV head): see `storage/sequences.py`."""
+    """Rows of pages of one (sequence, KV head): see `storage/page_table.py`."""
     directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))
     segments = tl.load(directory + b * tl.load(step + DIRECTORY_STRIDE) + pages // SEGMENT, mask=mask, other=0)
     return (segments.to(tl.int64) * H + h) * SEGMENT + pages % SEGMENT

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fields import Rating
+from .descriptor_fields import Rating
 
 MAX_SUMMARIES = 4
 """Of a page, that a layer descriptor has fields for."""

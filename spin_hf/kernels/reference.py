@@ -1,7 +1,7 @@
 """PyTorch operations of the decode path: the specification of every kernel, and the CPU backend.
 
 All functions take tensors and numbers only. Arrays that grow are passed as a list of equally sized *chunks*; a row id
-counts through the chunks (see `storage/chunked.py`). Dims: B sequences, H KV heads, G query heads per KV head, Q query
+counts through the chunks (see `storage/chunked_array.py`). Dims: B sequences, H KV heads, G query heads per KV head, Q query
 tokens, N pages, P tokens a page, D head size.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fields import BINS_PER_NAT, NUM_BINS
+from .descriptor_fields import BINS_PER_NAT, NUM_BINS
 
 NUM_BUCKETS = 64
 """Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""

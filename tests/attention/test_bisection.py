@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from spin_hf import Bisection, OptionError, OptionTypeError
-from spin_hf.attention import lowbit
-from spin_hf.attention.bisection import POINT_DIM, as_points, bisect
+from spin_hf.attention.methods import four_bit_keys
+from spin_hf.attention.methods.bisection import POINT_DIM, as_points, bisect
 from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
 
@@ -63,7 +63,7 @@ def in_four_bits(vectors: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def basis_of(dim: int) -> np.ndarray:
-    return lowbit.rotate(torch.eye(dim)).double().numpy()
+    return four_bit_keys.rotate(torch.eye(dim)).double().numpy()
 
 
 @functools.lru_cache(1 << 14)  # most pages are looked at by many queries
@@ -321,21 +321,21 @@ def test_bisect_brings_what_lies_together_together() -> None:
 @pytest.mark.parametrize("dim", [1, 5, 12, 64, 96])
 def test_rotation_keeps_products(dim: int) -> None:
     a, b = torch.randn((2, 50, dim), generator=torch.Generator().manual_seed(dim))
-    torch.testing.assert_close(lowbit.rotate(a) @ lowbit.rotate(b).T, a @ b.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(four_bit_keys.rotate(a) @ four_bit_keys.rotate(b).T, a @ b.T, rtol=0, atol=1e-4)
     if dim == 64:
-        assert float(lowbit.rotate(torch.eye(64)).abs().max()) == pytest.approx(1 / 8)  # one number goes to all
+        assert float(four_bit_keys.rotate(torch.eye(64)).abs().max()) == pytest.approx(1 / 8)  # one number goes to all
 
 
 @pytest.mark.parametrize("dim", [1, 5, 12, 64])
 def test_four_bits(dim: int) -> None:
     vectors = torch.randn((30, dim), generator=torch.Generator().manual_seed(dim)) * torch.logspace(-3, 3, 30)[:, None]
-    codes, scale = lowbit.encode(vectors)
+    codes, scale = four_bit_keys.encode(vectors)
     assert (codes.dtype, codes.shape) == (torch.uint8, (30, -(-dim // 2)))
-    found = lowbit.decode(codes, dim) * scale.unsqueeze(-1)
+    found = four_bit_keys.decode(codes, dim) * scale.unsqueeze(-1)
     for row in range(30):
         exact = in_four_bits(vectors[row : row + 1].double().numpy())[0]
         np.testing.assert_allclose(found[row].numpy(), exact, rtol=5e-3)  # there the step is rounded
-    assert torch.isfinite(lowbit.encode(torch.zeros(2, dim))[1]).all()
+    assert torch.isfinite(four_bit_keys.encode(torch.zeros(2, dim))[1]).all()
 
 
 def test_codes_are_kept_as_they_are() -> None:

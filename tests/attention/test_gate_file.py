@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from spin_hf import OptionError, SeerAttention, SpinCache, plan
-from spin_hf.attention import gate_file
-from spin_hf.attention.gate_file import load_gates
-from spin_hf.attention.gates import FORMAT, Gates, LayerGate, describe
+from spin_hf.attention.methods import seer_gate_file
+from spin_hf.attention.methods.seer_gate_file import load_gates
+from spin_hf.attention.methods.seer_gates import FORMAT, Gates, LayerGate, describe
 from tests.cache.tiny import Driver, Shape, World
 
 from .test_seer import random_gates
@@ -31,7 +31,7 @@ REFUSED = r"(?s)gates: expected .+, got .+ in .*; make some with `python -m spin
 
 @pytest.fixture(autouse=True)
 def _no_gates_in_memory() -> None:
-    gate_file._kept.clear()
+    seer_gate_file._kept.clear()
 
 
 def good(folder: Path, seed: int = 0) -> Path:
@@ -287,7 +287,7 @@ def test_where_the_config_does_not_say(
 ) -> None:
     """The first states do: refused before a kernel reads anything, whichever computes."""
     random_gates(SHAPE.config(), 2, *sizes, tmp_path)
-    monkeypatch.setattr("spin_hf.attention.gates.layer_shapes", lambda config, layers: None)
+    monkeypatch.setattr("spin_hf.attention.methods.seer_gates.layer_shapes", lambda config, layers: None)
     driver = Driver(SHAPE, method=SeerAttention(tmp_path), budget=32, recent_window=8)
     bound = driver.cache._shared.method
     states = torch.zeros((1, 2, 2, 8))
@@ -376,9 +376,9 @@ def test_another_file_of_the_same_size_and_time(
     settled(file)
     before = file.stat()
     if old:
-        monkeypatch.setattr(gate_file.time, "time_ns", lambda: now() + 10**11)
+        monkeypatch.setattr(seer_gate_file.time, "time_ns", lambda: now() + 10**11)
     first = first_weight(file)
-    assert bool(gate_file._kept) == old
+    assert bool(seer_gate_file._kept) == old
     for number in (0.25, 0.5, 0.75):
         change(file, number)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -391,12 +391,12 @@ def test_another_file_of_the_same_size_and_time(
 def test_gates_are_kept_while_the_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, now = good(tmp_path), time.time_ns
     assert load_gates(file) is not load_gates(file), "it was written a moment ago"
-    monkeypatch.setattr(gate_file.time, "time_ns", lambda: now() + 10**11)
+    monkeypatch.setattr(seer_gate_file.time, "time_ns", lambda: now() + 10**11)
     assert load_gates(file) is load_gates(tmp_path)
     for number in range(6):
         (tmp_path / str(number)).mkdir()
         load_gates(good(tmp_path / str(number), seed=number))
-    assert len(gate_file._kept) == 4
+    assert len(seer_gate_file._kept) == 4
 
 
 def test_gates_stay_what_they_were(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import AttentionError, OptionError, OptionTypeError, SeerAttention, SpinCache
-from spin_hf.attention.gate_file import load_gates
-from spin_hf.attention.gates import Gates, LayerGate, describe
+from spin_hf.attention.methods.seer_gate_file import load_gates
+from spin_hf.attention.methods.seer_gates import Gates, LayerGate, describe
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory
 from tests.support.zoo import build_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_hf import regroup
+from spin_hf.indexing import cluster
 
 
 def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,13 +19,13 @@ def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         num_key_value_heads=2, max_position_embeddings=2048,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    regrouped, add = [], regroup._add_stretches
+    regrouped, add = [], cluster._add_stretches
 
     def adding(shared: Any, method: Any, stops: list[int], *more: Any) -> None:
         regrouped.append((method.name, stops))
         add(shared, method, stops, *more)
 
-    monkeypatch.setattr(regroup, "_add_stretches", adding)
+    monkeypatch.setattr(cluster, "_add_stretches", adding)
     rows: dict[str, dict[str, float]] = {}
     ids = torch.randint(64, (1, 1400), generator=torch.Generator().manual_seed(0))
     index_cost.measure_all(model, ids, 1, rows.__setitem__)

@@ -14,10 +14,10 @@ from weakref import WeakSet
 
 import torch
 
-from spin_hf import SpinCache, gpu_memory
-from spin_hf.gpu_memory import LOOK_STEPS
-from spin_hf.storage import pressure
-from spin_hf.storage.pages import PageStore
+from spin_hf import SpinCache
+from spin_hf.memory import gpu_memory, watermarks
+from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.storage.page_store import PageStore
 
 from .tiny import Driver, Shape, World
 
@@ -54,7 +54,7 @@ class FakeGpu:
 @contextmanager
 def elsewhere() -> Iterator[None]:
     """For a cache that is not on that GPU."""
-    with patch.object(pressure, "free_gpu_memory", lambda device: None):
+    with patch.object(watermarks, "free_gpu_memory", lambda device: None):
         yield
 
 
@@ -63,8 +63,8 @@ def gpu_of(total: int) -> Iterator[FakeGpu]:
     """Let the CPU be a GPU of so many bytes for caches with `gpu_memory="auto"`."""
     gpu = FakeGpu(total)
     with (
-        patch.object(pressure, "free_gpu_memory", gpu.ask),
-        patch.object(pressure, "MARGIN_BYTES", 0),
+        patch.object(watermarks, "free_gpu_memory", gpu.ask),
+        patch.object(watermarks, "MARGIN_BYTES", 0),
         patch.object(gpu_memory, "_live", WeakSet()),  # not those that a failed test keeps alive
     ):
         yield gpu

@@ -16,8 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from spin_hf import ShadowKV, regroup
-from spin_hf.attention.regrouping import Arrangement, Regrouping
+from spin_hf import ShadowKV
+from spin_hf.attention.methods.clustering import Arrangement, Regrouping
+from spin_hf.indexing import cluster
 
 
 @dataclass(frozen=True)
@@ -73,5 +74,5 @@ def regrouping_often(method: type[Any], stretch_tokens: int, growth_tokens: int)
 @contextmanager
 def little_slack() -> Iterator[None]:
     """Tokens are regrouped as soon as they have left the recent window and 8 tokens behind it."""
-    with patch.object(regroup, "SLACK_TOKENS", 8):
+    with patch.object(cluster, "SLACK_TOKENS", 8):
         yield

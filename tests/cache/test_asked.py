@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from spin_hf import SpinCache, indexing
-from spin_hf.attention.regrouping import Arrangement
+from spin_hf import SpinCache
+from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.indexing import summarize
 
 from .regrouping import Shuffled, little_slack
 from .tiny import Driver, Shape, World, poisoned_memory
@@ -73,7 +74,7 @@ def check(world: World, tokens: list[int]) -> None:
 @pytest.mark.parametrize("at_once", [1, 1 << 30])
 def test_a_prompt_and_what_is_generated(world: World, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer, or all at once."""
-    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", at_once)
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
     driver = new_driver()
     driver.step(world, 0, 200)
     assert all(layer.asked is not None for layer in driver.cache.layers)
@@ -144,7 +145,7 @@ def test_tokens_taken_over() -> None:
 
 def test_interrupted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is arranged by the next step is arranged by the same."""
-    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
     driver = new_driver()
     driver.step(world, 0, 200)
     arrange, calls = Asking.arrange, 0

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from spin_hf import BudgetError, CacheStateError, SpinCache
-from spin_hf.storage.pages import PageStore
-from spin_hf.storage.residency import PageFrames
+from spin_hf.storage.page_frames import PageFrames
+from spin_hf.storage.page_store import PageStore
 
 from .tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import Bisection, OptionError, Quest, RetroInfer, SeerAttention, ShadowKV, SpinCache, SpinError, plan
-from spin_hf.attention.methods import resolve_method
-from spin_hf.attention.partition import Method
+from spin_hf.attention.methods.base import Method
+from spin_hf.attention.methods.registry import resolve_method
 from spin_hf.config import MOST_BYTES, MOST_TOKENS, SpinOptions, parse_bytes
-from spin_hf.kernels.fields import Rating
+from spin_hf.kernels.descriptor_fields import Rating
 from spin_hf.kernels.recipe import Recipe
 from tests.support.zoo import build_model
 
@@ -91,7 +91,7 @@ def test_huge_parameters_are_as_large_ones(number: int) -> None:
 
 def test_a_tiny_share_is_estimated_by_kernels_too() -> None:
     """It is handed over in billionths, and 0 of them would turn that off."""
-    from spin_hf.selection import Selection
+    from spin_hf.backends.triton_selection import Selection
 
     method = RetroInfer(1e-12)
     assert method.recipe is not None

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from spin_hf import BudgetError, CapacityError, SpinCache
-from spin_hf.gpu_memory import LOOK_STEPS
-from spin_hf.storage import pressure
-from spin_hf.storage.chunked import ChunkedArray
-from spin_hf.storage.residency import PageFrames
+from spin_hf.memory import watermarks
+from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.storage.chunked_array import ChunkedArray
+from spin_hf.storage.page_frames import PageFrames
 
 from .gpu_of import OPTIONS, PAGE, SHAPE, Conversation, bytes_of, elsewhere, gpu_of, whole
 from .tiny import Driver, World, smallest_gpu_memory
@@ -46,7 +46,7 @@ def test_frames_are_sized_behind_the_prompt() -> None:
             gpu.user = user
             few = talk.frames
             talk.decode()
-            margin = pressure.margin(total - user)
+            margin = watermarks.margin(total - user)
             assert max(few) < min(talk.frames)
             assert margin <= gpu.free <= margin + 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12) + total // 50
             sizes.append(talk.frames[0])
@@ -54,7 +54,7 @@ def test_frames_are_sized_behind_the_prompt() -> None:
 
 
 def test_few_frames_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spin_hf.gpu_memory.PROMPT_FRAMES", 16)
+    monkeypatch.setattr("spin_hf.memory.gpu_memory.PROMPT_FRAMES", 16)
     with gpu_of(whole(2, 1000) // 2) as gpu:
         talk = Conversation(gpu, 2, 900)
         talk.read(900)
@@ -63,7 +63,7 @@ def test_few_frames_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> N
         assert min(talk.frames) > 40
         talk.read(40)  # another turn: what was made stays, up to the larger margin
         assert min(talk.frames) > 40
-        assert gpu.free >= 2 * pressure.margin(gpu.total) - 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12)
+        assert gpu.free >= 2 * watermarks.margin(gpu.total) - 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12)
 
 
 def test_all_pages_have_frames_at_low_load() -> None:
@@ -105,7 +105,7 @@ def test_the_users_own_allocations() -> None:
         talk.decode(LOOK_STEPS)
         least = talk.frames[0]
         assert least < before
-        assert gpu.free >= pressure.margin(gpu.total - gpu.user)
+        assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
         gpu.user -= free // 2  # nor is that enough to grow
         talk.decode(LOOK_STEPS)
         assert talk.frames[0] == least
@@ -133,7 +133,7 @@ def test_a_resident_context_goes_to_the_cpu_tier_under_pressure() -> None:
         gpu.user = gpu.free - 10
         talk.decode(LOOK_STEPS)
         assert min(talk.frames) > 20
-        assert gpu.free >= pressure.margin(gpu.total - gpu.user)
+        assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
         gpu.user = 0
         talk.decode(LOOK_STEPS)
         assert not talk.cache._shared.layers[0].store.lacks_frames
@@ -172,7 +172,7 @@ def test_a_longer_batch_and_context_share_what_there_is() -> None:
         assert max(talk.frames) < min(frames or [10**6])
         talk.read(150)
         talk.decode(2)
-        assert gpu.free >= pressure.margin(gpu.total) // 2
+        assert gpu.free >= watermarks.margin(gpu.total) // 2
 
 
 @pytest.mark.parametrize("cap", ["auto", 150_000])

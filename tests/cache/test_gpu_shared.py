@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import pytest
 
-from spin_hf.gpu_memory import LOOK_STEPS
+from spin_hf.memory.gpu_memory import LOOK_STEPS
 
 from .gpu_of import Conversation, bytes_of, gpu_of, whole
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import OptionError, SpinCache, plan, regroup
-from spin_hf.attention.regrouping import Arrangement
-from spin_hf.storage import rearranged
+from spin_hf import OptionError, SpinCache, plan
+from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.indexing import cluster
+from spin_hf.storage import permute_pages
 
 from .regrouping import Backwards, little_slack
 from .tiny import Shape
@@ -49,7 +50,7 @@ def test_the_longest_stretch(page_size: int, longest: int) -> None:
         layer.append(keys, values, None)
     shared.commit()
     with little_slack():
-        regroup.catch_up(shared)
+        cluster.catch_up(shared)
     stop = (8 + longest) // page_size
     assert shared.sequences.stretches.stops == [stop]
     expected = torch.arange(8 + longest)
@@ -61,7 +62,7 @@ def test_the_longest_stretch(page_size: int, longest: int) -> None:
         assert held.arrays[0].dtype == held.arrays[1].dtype == torch.int16
         pages = held.partition_pages(0, stop).flatten()
         assert pages[: sinks + 2].tolist() == [*[1] * sinks, longest // page_size, 0]
-        assert torch.equal(rearranged.positions([layer.store], 0, stop).flatten(), expected.int())
+        assert torch.equal(permute_pages.positions([layer.store], 0, stop).flatten(), expected.int())
     cache.check_integrity()
     for layer, keys, values in zip(cache.layers, *states, strict=True):
         assert torch.equal(layer.keys, keys)

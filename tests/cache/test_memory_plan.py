@@ -21,7 +21,7 @@ from spin_hf import (
     UnsupportedModelError,
     plan,
 )
-from spin_hf.layer_budget import layer_shapes
+from spin_hf.memory.layer_budget import layer_shapes
 
 from ..support.families import FAMILIES
 from ..support.zoo import build_config, random_tokens, subject_model

@@ -9,9 +9,9 @@ import pytest
 from transformers import DynamicCache
 
 from spin_hf import BudgetError, OptionError, OptionTypeError, ShadowKV, SpinCache, SpinError, plan
-from spin_hf.attention.methods import resolve_method
+from spin_hf.attention.methods.registry import resolve_method
 from spin_hf.config import SpinOptions, parse_bytes
-from spin_hf.kernels.fields import Rating
+from spin_hf.kernels.descriptor_fields import Rating
 from spin_hf.kernels.recipe import Recipe
 
 from .tiny import Shape

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import CacheStateError, RetroInfer, ShadowKV, indexing, regroup
-from spin_hf.attention.regrouping import Arrangement
-from spin_hf.storage.regrouped import RegroupedPages
+from spin_hf import CacheStateError, RetroInfer, ShadowKV
+from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.indexing import cluster, summarize
+from spin_hf.storage.token_permutation import RegroupedPages
 
 from .regrouping import Backwards, Clumped, Shuffled, little_slack, regrouping_often
 from .tiny import Driver, Shape, World, poisoned_memory
@@ -87,7 +88,7 @@ def test_stretches_of_the_default_sizes() -> None:
     shape = Shape(layers=1, kv_heads=1, group=1)
     world = World.random(shape, 1, 4800, seed=1)
     driver = Driver(shape, method=Ordinary(), budget=64)
-    with patch.object(regroup, "SLACK_TOKENS", 64):
+    with patch.object(cluster, "SLACK_TOKENS", 64):
         driver.step(world, 0, 4000)
         driver.step(world, 4000, 4001)
         assert stops(driver) == [(4000 - 128) // 8]
@@ -139,7 +140,7 @@ def test_how_many_tokens_at_once_does_not_matter(world: World, monkeypatch: pyte
     valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
     found = []
     for tokens in (1 << 15, 300, 8):
-        monkeypatch.setattr(regroup, "_TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens)
         driver = new_driver(method=Backwards())
         driver.step(world, 0, 390, valid[:, :390])
         with patch.object(Backwards, "arrange", autospec=True, side_effect=Backwards.arrange) as arrange:
@@ -214,7 +215,7 @@ def test_what_sequences_share_is_arranged_once(world: World) -> None:
 def test_beams_that_differ_do_not_disturb_each_other(world: World) -> None:
     """A stretch over a segment that they share and one that they do not: both go their own ways."""
     driver = new_driver(method=Shuffled(), dense_below=1000)
-    with patch.object(regroup, "grow", lambda shared: None):  # until they differ
+    with patch.object(cluster, "grow", lambda shared: None):  # until they differ
         driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         both = World(SHAPE, *([x.clone() for x in xs[:3]] for xs in (world.keys, world.values, world.queries)))
@@ -237,7 +238,7 @@ def test_beams_that_differ_do_not_disturb_each_other(world: World) -> None:
 def test_no_room_for_copies(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A stretch that beams share in part stays as it is where they may not be given copies, and one warning says so."""
     driver = new_driver()
-    with patch.object(regroup, "grow", lambda shared: None):
+    with patch.object(cluster, "grow", lambda shared: None):
         driver.step(world.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         driver.step(world.rows([0, 0]), 270, 380)
@@ -245,7 +246,7 @@ def test_no_room_for_copies(world: World, caplog: pytest.LogCaptureFixture) -> N
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
     with patch.object(Clumped, "stretch_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
-        regroup.grow(driver.cache._shared)
+        cluster.grow(driver.cache._shared)
     assert "no room" in caplog.text
     assert stops(driver) == [(380 - 17) // 8]
     assert not moved(driver).any()
@@ -272,8 +273,8 @@ def test_interrupted(
 
     The next step goes on with the layers that are missing.
     """
-    monkeypatch.setattr(regroup, "_TOKENS_AT_ONCE", tokens_at_once)
-    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", 1)  # layer by layer
+    monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)  # layer by layer
     driver = new_driver(method=Shuffled())
     driver.step(world, 0, 200)
     before = getattr(Shuffled, where)
@@ -339,7 +340,7 @@ def test_a_method_that_loses_tokens(world: World, wrong: str) -> None:
 @pytest.mark.parametrize("once", [1, 1 << 30])
 def test_layers_one_by_one_or_together(world: World, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the same: what stands where, what is known of it, and what a crop puts back."""
-    monkeypatch.setattr(indexing, "_BYTES_AT_ONCE", once)
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", once)
     arranged = []
     arrange = Shuffled.arrange
 
@@ -393,7 +394,7 @@ def test_integrity_sees_a_regrouped_page_in_the_recent_window(world: World) -> N
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.step(world, 200, 201)
-    with patch.object(regroup, "in_order", lambda shared, valid, length: shared.sequences.stretches):
+    with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.stretches):
         driver.cache.crop(-20)
     with pytest.raises(CacheStateError, match="run of positions"):
         driver.cache.check_integrity()

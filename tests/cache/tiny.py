@@ -22,8 +22,8 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf import BudgetError, SpinCache
 from spin_hf.attention.interface import spin_attention
-from spin_hf.attention.partition import Method
-from spin_hf.storage import pages
+from spin_hf.attention.methods.base import Method
+from spin_hf.storage import page_store
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with patch.object(pages, "_MAX_CHUNK_SEGMENTS", 2):
+        with patch.object(page_store, "_MAX_CHUNK_SEGMENTS", 2):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from spin_hf import Quest, SpinCache, attention_weights
+from spin_hf import Quest, SpinCache
 from spin_hf.attention.interface import spin_attention
+from spin_hf.backends import attention_weights
 from tests.attention.conversation import random_world
 from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
 from tests.graph.recorder import capture_on_cpu

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-from spin_hf.attention import interface, switch
-from spin_hf.compiled import KernelPool
-from spin_hf.storage import host, pages
+from spin_hf.attention import implementation, interface
+from spin_hf.backends.kernel_pool import KernelPool
+from spin_hf.storage import page_store, pinned_slab
 
 from ..support.faults import Faults, chunks_in_slabs
 from ..support.memory import SMALL_ZONES
@@ -122,8 +122,8 @@ def busy_threads() -> Iterator[None]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_threads_with_their_own_models(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are slabs here, which the reserve's thread makes ahead of need and whoever drops a cache gives back."""
-    monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 1)
-    monkeypatch.setattr(pages, "_MAX_CHUNK_SEGMENTS", 1)
+    monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 1)
+    monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 1)
     slabs = chunks_in_slabs(Faults(), monkeypatch)
     count, steps = 4, 4
     models = [build_model("llama") for _ in range(count)]
@@ -155,11 +155,11 @@ def test_threads_with_their_own_models(options: str, monkeypatch: pytest.MonkeyP
             dense = oracle_model("llama").generate(**inputs[number], max_new_tokens=steps + 2 * number, do_sample=False)
             assert torch.equal(expected[number], dense)
     gc.collect()
-    host.HostSlab(host.PAGE, slabs)  # gives back what the reserve's thread was the last to hold
+    pinned_slab.HostSlab(pinned_slab.PAGE, slabs)  # gives back what the reserve's thread was the last to hold
     gc.collect()
     assert not slabs.registered
     assert not slabs.open_bytes
-    assert all(model.config._attn_implementation != switch.NAME for model in models)
+    assert all(model.config._attn_implementation != implementation.NAME for model in models)
 
 
 @pytest.mark.usefixtures("busy_threads")
@@ -171,7 +171,7 @@ def test_threads_count_caches_of_one_model() -> None:
     def work(number: int) -> None:
         for _ in range(20):
             cache = SpinCache(model.config)
-            assert model.config._attn_implementation == switch.NAME
+            assert model.config._attn_implementation == implementation.NAME
             del cache
 
     in_threads(4, work)

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from spin_hf import AttentionError, CacheStateError, SpinCache, wrap
-from spin_hf.forward import ForwardLog
+from spin_hf import AttentionError, CacheStateError, SpinCache
+from spin_hf.forward_pass import ForwardLog
+from spin_hf.integration import forward_hook
 from spin_hf.layer import SpinLayer
 from tests.support.compare import Trace, assert_same
 from tests.support.runs import advance, decode, generate
@@ -453,7 +454,7 @@ def test_other_weights_for_one_call() -> None:
 def test_what_wraps_a_model_is_seen_through() -> None:
     model = build_model("llama")
     compiled = torch.compile(model, backend="eager")
-    assert wrap.unwrapped(compiled) is model
+    assert forward_hook.unwrapped(compiled) is model
     subject, oracle = SpinSubject("llama"), DenseSubject("llama")
     subject.model = model
     trace, expected = Trace(), Trace()

@@ -19,8 +19,8 @@ from spin_hf import (
     SpinError,
     UnsupportedModelError,
     enable,
-    layer_kinds,
 )
+from spin_hf.integration import layer_types
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import random_tokens, subject_model
 
@@ -210,7 +210,7 @@ def test_model_that_changes_its_keys_after_update(num_layers: int, monkeypatch: 
     assert torch.equal(model.generate(random_tokens(1, 20), past_key_values=cache, max_new_tokens=4), expected)
     assert not cache.stats().paged_layers
     with monkeypatch.context() as patch, pytest.raises(AttentionError) as caught:
-        patch.setattr(layer_kinds, "_OTHER_STATES", {})
+        patch.setattr(layer_types, "_OTHER_STATES", {})
         model.generate(random_tokens(1, 20), past_key_values=SpinCache(model), max_new_tokens=4)
     check_message(caught.value, "JetMoeForCausalLM", "DynamicCache")
     assert torch.equal(model.generate(random_tokens(1, 20), max_new_tokens=4), expected)

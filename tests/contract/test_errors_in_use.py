@@ -20,15 +20,7 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
-from spin_hf import (
-    AttentionError,
-    BatchSizeError,
-    BudgetError,
-    CacheStateError,
-    OptionError,
-    SpinCache,
-    SpinError,
-)
+from spin_hf import AttentionError, BatchSizeError, BudgetError, CacheStateError, OptionError, SpinCache, SpinError
 from tests.contract.test_errors import check_message
 from tests.support.compare import Trace, assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory

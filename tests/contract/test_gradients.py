@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from spin_hf import AttentionError, Bisection, RetroInfer, ShadowKV, SpinCache
-from spin_hf.storage.past import Past
+from spin_hf.storage.change_log import Past
 from tests.cache.regrouping import regrouping_often
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.runs import generate

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from spin_hf import (
-    AttentionError,
-    BatchSizeError,
-    CacheStateError,
-    OptionError,
-    OptionTypeError,
-    SpinCache,
-)
+from spin_hf import AttentionError, BatchSizeError, CacheStateError, OptionError, OptionTypeError, SpinCache
 
 from ..support.memory import SMALL_ZONES
 from ..support.zoo import build_config, build_model, random_tokens, subject_model

@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
-from spin_hf import Bisection, Method, RetroInfer, regroup
+from spin_hf import Bisection, Method, RetroInfer
+from spin_hf.indexing import cluster
 from tests.cache.regrouping import Clumped, little_slack, regrouping_often
 from tests.support.compare import Trace, assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
@@ -34,14 +35,14 @@ SmallBisection = regrouping_often(Bisection, 64, 24)
 def stretches() -> Iterator[list[int]]:
     """The stretches that were made: where each ended."""
     made: list[int] = []
-    add = regroup._add_stretches
+    add = cluster._add_stretches
 
     def adding(shared: Any, method: Any, stops: list[int], may_move: Any, *more: Any) -> None:
         made.extend(stops)
         assert bool(may_move.any())
         add(shared, method, stops, may_move, *more)
 
-    with little_slack(), patch.object(regroup, "_add_stretches", adding):
+    with little_slack(), patch.object(cluster, "_add_stretches", adding):
         yield made
 
 

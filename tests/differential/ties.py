@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import spin_hf.layer
-from spin_hf.attention.partition import Estimate
+from spin_hf.attention.methods.base import Estimate
 
 from ..support.compare import difference
 

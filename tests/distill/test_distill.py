@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from spin_hf import OptionError, SeerAttention, SpinCache, SpinError
-from spin_hf.attention.gate_file import load_gates
-from spin_hf.distill import Settings, _draw, distill, gate_loss, main, untrained
-from spin_hf.teacher import Seen, Teacher
+from spin_hf.attention.methods.seer_gate_file import load_gates
+from spin_hf.distill.teacher import Seen, Teacher
+from spin_hf.distill.train import Settings, _draw, distill, gate_loss, main, untrained
 from tests.attention.oracle import _turn
 from tests.support.zoo import build_model
 
@@ -156,7 +156,7 @@ def _contents(path: Path) -> tuple[dict[str, str] | None, dict[str, bytes]]:
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import spin_hf.distill as command
+    import spin_hf.distill.train as command
 
     model = build_model("llama")
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=count(0, 10).__next__))
@@ -329,7 +329,7 @@ def test_ids_of_another_form(ids: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["loss", "weights"])
 def test_training_that_diverges(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last gates that were saved stay, and can be read."""
-    import spin_hf.distill as command
+    import spin_hf.distill.train as command
 
     forward, adam_step = command._forward, torch.optim.Adam.step
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from spin_hf import OptionError, SeerAttention, SpinCache, UnsupportedModelError
-from spin_hf.released import convert, read_release
-from spin_hf.teacher import Teacher
+from spin_hf.distill.convert_release import convert, read_release
+from spin_hf.distill.teacher import Teacher
 from tests.support.zoo import build_model
 
 

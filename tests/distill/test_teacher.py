@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_hf import UnsupportedModelError
-from spin_hf.attention.gates import rotate
-from spin_hf.teacher import Seen, Teacher, page_attention
+from spin_hf.attention.methods.seer_gates import rotate
+from spin_hf.distill.teacher import Seen, Teacher, page_attention
 from tests.support.zoo import build_config, build_model
 
 
@@ -38,7 +38,7 @@ def test_page_attention_is_the_largest_weight_of_a_page_and_group() -> None:
 def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Seen(torch.randn(1, 2, 64, 8), torch.randn(1, 64, 8), 0.3, None)
     whole = page_attention(seen, torch.arange(64), 16)
-    monkeypatch.setattr("spin_hf.teacher._CHUNK_LOGITS", 5 * 2 * 64)
+    monkeypatch.setattr("spin_hf.distill.teacher._CHUNK_LOGITS", 5 * 2 * 64)
     assert torch.allclose(page_attention(seen, torch.arange(64), 16), whole, atol=1e-7)
 
 

@@ -19,7 +19,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from spin_hf import Bisection, SpinCache, indexing
+from spin_hf import Bisection, SpinCache
+from spin_hf.indexing import summarize
 
 from ..cache.regrouping import Clumped, regrouping_often
 from ..support.memory import SMALL_ZONES
@@ -96,7 +97,7 @@ def layer_by_layer(step: Step) -> Step:
     """As where temporary memory is for one layer at a time."""
 
     def alone(run: Run) -> Any:
-        with patch.object(indexing, "_BYTES_AT_ONCE", 1):
+        with patch.object(summarize, "_BYTES_AT_ONCE", 1):
             return step(run)
 
     return alone

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from spin_hf.storage import host, pages
+from spin_hf.storage import page_store, pinned_slab
 
 from ..cache.regrouping import little_slack
 from ..support.faults import Faults, SlabFaults, chunks_in_slabs
@@ -39,8 +39,8 @@ IN_SLABS = (
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
-    monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 2)
-    monkeypatch.setattr(pages, "_MAX_CHUNK_SEGMENTS", 2)
+    monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 2)
+    monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 2)
     gc.collect()
     gc.freeze()  # what was there before need not be looked through after each failure
     with little_slack():
@@ -133,7 +133,9 @@ def _questions(trials: Trials) -> list[int]:
 
 
 def _assert_given_back(slabs: SlabFaults) -> None:
-    spare: Any = host.HostSlab(host.PAGE, slabs)  # gives back what the reserve's thread was the last to hold
+    spare: Any = pinned_slab.HostSlab(
+        pinned_slab.PAGE, slabs
+    )  # gives back what the reserve's thread was the last to hold
     del spare
     gc.collect()
     assert not slabs.registered

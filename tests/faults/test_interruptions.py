@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
-from spin_hf.storage import pages
+from spin_hf.storage import page_store
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..support.interruptions import every_place, interrupted, some_places
@@ -75,7 +75,11 @@ FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.f
 def _small_chunks() -> Iterator[None]:
     """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
     logging.disable(logging.WARNING)
-    with patch.object(pages, "_MIN_CHUNK_SEGMENTS", 2), patch.object(pages, "_MAX_CHUNK_SEGMENTS", 2), little_slack():
+    with (
+        patch.object(page_store, "_MIN_CHUNK_SEGMENTS", 2),
+        patch.object(page_store, "_MAX_CHUNK_SEGMENTS", 2),
+        little_slack(),
+    ):
         yield
     logging.disable(logging.NOTSET)
 
@@ -126,7 +130,7 @@ def test_unfinished_work_comes_first(again: int) -> None:
         if shared.unfinished is not None and interrupted(put_right, again) is not None:
             raise KeyboardInterrupt
 
-    number = trials.lines.index(next(line for line in trials.lines if line[0] == "storage/residency.py"))
+    number = trials.lines.index(next(line for line in trials.lines if line[0] == "storage/page_frames.py"))
     with patch.object(type(shared), "put_right", interrupted_too):
         assert interrupted(lambda: trials.scenario.call(run), number) is not None
     if shared.unfinished is None:
@@ -139,7 +143,7 @@ def test_unfinished_work_comes_first(again: int) -> None:
 def test_the_lines_are_really_interrupted() -> None:
     trials = Interruptions(SCENARIOS["crop"])
     files = {(trials.at_line(number) or ("nothing",))[0] for number in every_place(trials.lines)[::5]}
-    assert {"cache.py", "undo.py", "storage/sequences.py"} <= files
+    assert {"cache.py", "transaction.py", "storage/page_table.py"} <= files
     assert trials.at_line(len(trials.lines)) is None
 
 

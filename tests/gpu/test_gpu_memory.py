@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_hf import SpinCache
-from spin_hf.gpu_memory import LOOK_STEPS
-from spin_hf.storage import pressure
+from spin_hf.memory import watermarks
+from spin_hf.memory.gpu_memory import LOOK_STEPS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -125,8 +125,8 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
     read(model, SpinCache(model, "shadowkv", budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()
     end = allocated() + (400 << 20)
-    monkeypatch.setattr(pressure, "MARGIN_BYTES", 0)
-    monkeypatch.setattr(pressure, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
+    monkeypatch.setattr(watermarks, "MARGIN_BYTES", 0)
+    monkeypatch.setattr(watermarks, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
     first = SpinCache(model, "shadowkv", budget=512)
     read(model, first, 1, 60_000, piece_tokens=256)
     for seed in range(3):

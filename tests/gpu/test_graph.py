@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from spin_hf import SpinCache, defer, enable
+from spin_hf import SpinCache, enable
+from spin_hf.integration import deferred_stop
 
 from ..support.synchronisation import no_synchronisation
 from ..support.zoo import PAD_TOKEN_ID, build_model
@@ -192,11 +193,11 @@ def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest
     model = build_model("llama").cuda().eval()
     options: dict[str, Any] = {"do_sample": sampling, "max_new_tokens": 60, "pad_token_id": PAD_TOKEN_ID}
     asked: list[bool] = []
-    supports = defer.supports
-    monkeypatch.setattr(defer, "supports", lambda *args: asked.append(supports(*args)) or asked[-1])
+    supports = deferred_stop.supports
+    monkeypatch.setattr(deferred_stop, "supports", lambda *args: asked.append(supports(*args)) or asked[-1])
     results, eos = [], None
     for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
-        monkeypatch.setattr(defer, "_DEVICES", devices)
+        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
         cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=120_000)
         first = _generate(model, cache, eos_token_id=eos, **options).sequences
         held = cache.get_seq_length()

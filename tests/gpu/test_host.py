@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import host
-from spin_hf.storage.chunked import ChunkedArray
-from spin_hf.storage.host import HostSlab, allocate_rows
-from spin_hf.storage.registration import CudaRegistrar
-from spin_hf.storage.reserve import SlabReserve
+from spin_hf.storage import pinned_slab
+from spin_hf.storage.chunked_array import ChunkedArray
+from spin_hf.storage.host_register import CudaRegistrar
+from spin_hf.storage.pinned_slab import HostSlab, allocate_rows
+from spin_hf.storage.slab_prefetch import SlabReserve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -97,7 +97,7 @@ def test_memory_is_given_back_after_the_kernels_that_read_it(cuda: torch.device)
     out.copy_(tensor, non_blocking=True)
     assert not torch.cuda.current_stream().query()
     del tensor
-    assert address not in host._mappings
+    assert address not in pinned_slab._mappings
     assert torch.cuda.current_stream().query()
     assert bool((out == 7).all())
     assert cuda_is_in_order(cuda)
@@ -105,13 +105,13 @@ def test_memory_is_given_back_after_the_kernels_that_read_it(cuda: torch.device)
 
 def test_addresses_can_be_registered_again(cuda: torch.device) -> None:
     """They mostly are the same ones; a registration left behind would be refused."""
-    held, places = set(host._mappings), set()
+    held, places = set(pinned_slab._mappings), set()
     for size in (3 * MIB, 3 * MIB, 5 * MIB, 64 * MIB, 3 * MIB):
         slab = HostSlab(size, CudaRegistrar(cuda))
         places.add(slab.tensor.data_ptr())
         assert slab.tensor.is_pinned()
         del slab
-    assert set(host._mappings) <= held
+    assert set(pinned_slab._mappings) <= held
     assert cuda_is_in_order(cuda)
 
 
@@ -137,19 +137,19 @@ class RefusesLater(CudaRegistrar):
 
 def test_refusal_of_a_later_piece(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before it are unlocked: the same addresses can be registered again."""
-    monkeypatch.setattr(host, "PIECE_BYTES", 4 * MIB)
-    held = set(host._mappings)
+    monkeypatch.setattr(pinned_slab, "PIECE_BYTES", 4 * MIB)
+    held = set(pinned_slab._mappings)
     for _ in range(3):
         with pytest.raises(CapacityError, match=f"got {8 * MIB} of them: refused"):
             HostSlab(20 * MIB, RefusesLater(cuda))
-        assert set(host._mappings) <= held
+        assert set(pinned_slab._mappings) <= held
     assert HostSlab(20 * MIB, CudaRegistrar(cuda)).tensor.is_pinned()
     assert cuda_is_in_order(cuda)
 
 
 def test_slab_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read across their borders; CUDA copies what lies inside of a piece, at once and asynchronously."""
-    monkeypatch.setattr(host, "PIECE_BYTES", 4 * MIB)
+    monkeypatch.setattr(pinned_slab, "PIECE_BYTES", 4 * MIB)
     tensor = HostSlab(18 * MIB, CudaRegistrar(cuda)).tensor
     rows = numbers(18 * 1024, 256)
     tensor.copy_(rows.view(-1).view(torch.uint8))
@@ -168,7 +168,7 @@ def test_slab_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPa
     assert torch.equal(tensor.view(torch.float32).view_as(rows), rows)
     address = tensor.data_ptr()
     del tensor, to
-    assert address not in host._mappings
+    assert address not in pinned_slab._mappings
     assert cuda_is_in_order(cuda)
 
 
@@ -200,11 +200,11 @@ def test_dropping_a_slab_while_capturing(cuda: torch.device) -> None:
     with torch.cuda.graph(graph):
         out.copy_(source * 3)
         del slab
-        assert address in host._mappings
+        assert address in pinned_slab._mappings
     graph.replay()
     assert out.tolist() == [3.0] * 8
     again = HostSlab(2 * MIB, CudaRegistrar(cuda))
-    assert list(host._mappings) == [again.tensor.data_ptr()]
+    assert list(pinned_slab._mappings) == [again.tensor.data_ptr()]
 
 
 def test_process_ends_quietly() -> None:
@@ -265,7 +265,7 @@ def test_kernels_read_through_the_table(cuda: torch.device) -> None:
 
 def test_array_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """No chunk lies in two pieces (three to a piece here), so an array moves, is copied and read as ever."""
-    monkeypatch.setattr(host, "PIECE_BYTES", 5 * MIB)
+    monkeypatch.setattr(pinned_slab, "PIECE_BYTES", 5 * MIB)
     array = ChunkedArray((256,), 1536, torch.float32, cuda)
     values, rows = numbers(20 * 1536, 256), torch.arange(20 * 1536)
     array.grow(len(rows))
@@ -308,7 +308,7 @@ def test_report_speed(cuda: torch.device, capsys: pytest.CaptureFixture[str]) ->
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Piece by piece, as a slab must be."""
-    for to, part in zip(target.split(host.PIECE_BYTES), source.split(host.PIECE_BYTES), strict=True):
+    for to, part in zip(target.split(pinned_slab.PIECE_BYTES), source.split(pinned_slab.PIECE_BYTES), strict=True):
         to.copy_(part, non_blocking=True)
 
 

@@ -143,8 +143,8 @@ def test_a_step_that_needs_more_room(model: Any, captured: bool) -> None:
 
 def test_pages_that_move_to_host_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver refuses to lock more; nothing stays locked, and the step works when it does not."""
-    from spin_hf.storage import host
-    from spin_hf.storage.registration import CudaRegistrar
+    from spin_hf.storage import pinned_slab
+    from spin_hf.storage.host_register import CudaRegistrar
 
     segment_by_segment(monkeypatch)
     ids = random_tokens(2, 3000, seed=6).cuda()
@@ -153,8 +153,8 @@ def test_pages_that_move_to_host_memory(model: Any, monkeypatch: pytest.MonkeyPa
     for each in (undisturbed, cache):
         _feed(model, each, ids[:, :1000])
     gc.collect()
-    host.give_back_dropped()  # what tests before left
-    mapped = sum(len(mapping) for mapping in host._mappings.values())
+    pinned_slab.give_back_dropped()  # what tests before left
+    mapped = sum(len(mapping) for mapping in pinned_slab._mappings.values())
 
     def refuse(self: Any, address: int, num_bytes: int) -> None:
         raise CapacityError(f"page-locking {num_bytes} bytes was refused; free host memory")
@@ -166,8 +166,8 @@ def test_pages_that_move_to_host_memory(model: Any, monkeypatch: pytest.MonkeyPa
             assert cache.get_seq_length() == 1000
             cache.check_integrity()
         gc.collect()
-        host.give_back_dropped()
-        assert sum(len(mapping) for mapping in host._mappings.values()) == mapped
+        pinned_slab.give_back_dropped()
+        assert sum(len(mapping) for mapping in pinned_slab._mappings.values()) == mapped
     for part in (ids[:, 1000:2999], ids[:, 2999:]):
         ours, theirs = (_feed(model, each, part) for each in (cache, undisturbed))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

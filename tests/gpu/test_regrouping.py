@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.attention import bisection, lowbit
+from spin_hf.attention.methods import bisection, four_bit_keys
 from spin_hf.kernels import move_tokens, page_means, quantize, reference, split_pages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -46,13 +46,13 @@ def test_codes_of_keys(dim: int, dtype: torch.dtype) -> None:
     valid = torch.rand((2, 1, 700, 8), device="cuda") < 0.9
     mean = page_means(keys, valid)
     torch.testing.assert_close(mean, reference.page_means(keys, valid), rtol=1e-5, atol=1e-6)
-    codes, scale = lowbit.encode_pages(keys, mean, valid)
-    expected_codes, expected_scale = lowbit.encode_by_formulas(keys, mean, valid)
+    codes, scale = four_bit_keys.encode_pages(keys, mean, valid)
+    expected_codes, expected_scale = four_bit_keys.encode_by_formulas(keys, mean, valid)
     real = valid.expand_as(scale)
     assert torch.equal(scale < 0, ~real)
     close = real & torch.isclose(scale, expected_scale, rtol=1e-3)
     assert close.sum() > 0.99 * real.sum()
-    levels = [lowbit.decode(packed[close], dim) for packed in (codes, expected_codes)]
+    levels = [four_bit_keys.decode(packed[close], dim) for packed in (codes, expected_codes)]
     assert (levels[0] == levels[1]).float().mean() > 0.995
     assert (levels[0] - levels[1]).abs().max() <= 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.verify import StreamBeside, Verification
+from spin_hf.graph.replay_check import StreamBeside, Verification
 
 from ..support.synchronisation import no_synchronisation
 from ..support.zoo import build_model

@@ -10,7 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import spin_hf.cache
-from spin_hf import decode, graph
+from spin_hf.backends import triton_step
+from spin_hf.graph import runner
 
 from ..support.formulas import arrange_by_formulas
 
@@ -36,12 +37,12 @@ class FakeRecorder:
 
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
-    from spin_hf.kernels import launch  # needs triton
+    from spin_hf.kernels import launchers  # needs triton
 
-    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launch.launchers)
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers.launchers)
     arrange_by_formulas(monkeypatch)
-    monkeypatch.setattr(decode, "_PROGRAMS", 4)
-    monkeypatch.setattr(spin_hf.calls, "may_be_captured", lambda model: True)
-    monkeypatch.setattr(graph, "Recorder", FakeRecorder)
+    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: True)
+    monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0
     return FakeRecorder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import graph
+from spin_hf.graph import runner
 
 from ..support.zoo import build_model
 from .recorder import FakeRecorder, capture_on_cpu
@@ -35,14 +35,14 @@ class StaleRecorder(FakeRecorder):
             embedding.copy_(embedding.flip(0))
             super().replay()
             embedding.copy_(embedding.flip(0))
-            for leaf in graph.pytree.tree_leaves(self.outputs):
+            for leaf in runner.pytree.tree_leaves(self.outputs):
                 if isinstance(leaf, Tensor):
                     leaf.fill_(float("nan"))
 
 
 def capture_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(graph, "Recorder", StaleRecorder)
+    monkeypatch.setattr(runner, "Recorder", StaleRecorder)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -39,7 +39,7 @@ class Replays:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         capture_on_cpu(monkeypatch)
-        monkeypatch.setattr(spin_hf.calls, "may_be_captured", lambda model: False)
+        monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: False)
         monkeypatch.setattr(spin_hf.kernels, "on_gpu", lambda: True)
         self.patch, self.count, self.graphs = monkeypatch, 0, 0
         torch._dynamo.reset()
@@ -152,7 +152,7 @@ def test_one_graph_serves_one_cache_after_another(monkeypatch: pytest.MonkeyPatc
 def test_one_graph_serves_caches_of_the_same_gates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A graph reads gates where they are: others, in the same file, have another."""
     monkeypatch.setattr(
-        "spin_hf.attention.gate_file._SETTLED_NS", -1
+        "spin_hf.attention.methods.seer_gate_file._SETTLED_NS", -1
     )  # files are remembered as soon as they are written
     replays, model = Replays(monkeypatch), _model()
     method = gates_for(model, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spin_hf import Bisection, SpinCache
-from spin_hf.descriptors import Descriptors
+from spin_hf.backends.descriptors import Descriptors
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..support.zoo import PAD_TOKEN_ID, build_model

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
-from spin_hf import SpinCache, defer
+from spin_hf import SpinCache
+from spin_hf.integration import deferred_stop
 
 from ..support.zoo import build_model
 from .recorder import FakeRecorder, capture_on_cpu
@@ -48,7 +49,7 @@ class Listener(BaseStreamer):
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Has the CPU count as a device whose steps are captured; returns what decided when to stop."""
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(defer, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(deferred_stop, "_DEVICES", ("cpu",))
     monkeypatch.setattr(torch, "Event", NoEvent)
     made: list[Any] = []
     for kind in (utils.StopCheck, utils.DeferredStopCheck):
@@ -71,7 +72,7 @@ def _generate(model: Any, cache: Any, prompt: torch.Tensor, streamer: Any = None
 
 
 def test_who_gets_it(checks: list[Any]) -> None:
-    cpu, users = torch.device("cpu"), defer._users  # other tests may still hold caches
+    cpu, users = torch.device("cpu"), deferred_stop._users  # other tests may still hold caches
     model = small_model()
     cache = SpinCache(model, **OPTIONS)
     windows = SpinCache(build_model("gemma3_text"), **OPTIONS)
@@ -85,10 +86,10 @@ def test_who_gets_it(checks: list[Any]) -> None:
     assert not supported(SpinCache(model.config, **OPTIONS))
     assert not supported(DynamicCache(config=model.config))
     assert not supported(None)
-    assert not defer.supports(cache, torch.device("meta"))
-    assert defer._users == users + 2
+    assert not deferred_stop.supports(cache, torch.device("meta"))
+    assert deferred_stop._users == users + 2
     del cache, windows
-    assert defer._users == users
+    assert deferred_stop._users == users
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -101,19 +102,19 @@ def test_the_last_cache_puts_back_what_stood_there(changed: bool, monkeypatch: p
             return cache == "theirs"
 
     original = Check.is_supported
-    monkeypatch.setattr(defer, "_CHECK", Check)
-    monkeypatch.setattr(defer, "_users", 0)
-    monkeypatch.setattr(defer, "_previous", None)
+    monkeypatch.setattr(deferred_stop, "_CHECK", Check)
+    monkeypatch.setattr(deferred_stop, "_users", 0)
+    monkeypatch.setattr(deferred_stop, "_previous", None)
     for _ in range(2):
-        defer.acquire()
+        deferred_stop.acquire()
     assert Check.is_supported is not original
     assert Check.is_supported(torch.device("cpu"), "theirs", True, is_assistant=False)
     assert not Check.is_supported(torch.device("cpu"), "another", True, is_assistant=False)
-    defer.release()
+    deferred_stop.release()
     assert Check.is_supported is not original
     if changed:
         Check.is_supported = staticmethod(foreign := lambda *args, **kwargs: True)
-    defer.release()
+    deferred_stop.release()
     assert Check.is_supported is (foreign if changed else original)
 
 
@@ -130,7 +131,7 @@ def test_the_same_as_waiting(
     results = []
     eos = None
     for devices in ((), (), ("cpu",)):  # the first one finds a token to end at
-        monkeypatch.setattr(defer, "_DEVICES", devices)
+        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
         cache, listener = SpinCache(model, **OPTIONS), Listener()
         first = _generate(model, cache, prompt, listener, eos_token_id=eos, **options)
         held = cache.get_seq_length()
@@ -153,7 +154,7 @@ def test_a_batch_whose_sequences_end_at_different_times(checks: list[Any], monke
     eos = [int(free[0, 1]), int(free[1, 4]), int(free[2, 2])]
     results = []
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(defer, "_DEVICES", devices)
+        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
         cache = SpinCache(model, **OPTIONS)
         results.append((_generate(model, cache, prompt, eos_token_id=eos).tolist(), cache.get_seq_length()))
         cache.check_integrity()

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import Bisection, CacheStateError, SpinCache, graph
+from spin_hf import Bisection, CacheStateError, SpinCache
 from spin_hf.errors import CapacityError
+from spin_hf.graph import runner
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..support.faults import Faults
@@ -37,7 +38,7 @@ PROMPT = 22
 @pytest.fixture(autouse=True)
 def _captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(graph, "host_state", tuple)  # the mode that injects faults is part of it
+    monkeypatch.setattr(runner, "host_state", tuple)  # the mode that injects faults is part of it
     with little_slack():
         yield
 

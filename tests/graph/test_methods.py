@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spin_hf import AttentionError, Quest, SpinCache
-from spin_hf.attention.gate_file import load_gates
+from spin_hf.attention.methods.seer_gate_file import load_gates
 
 from ..attention.test_seer import gates_for
 from ..support.zoo import PAD_TOKEN_ID

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from spin_hf import SpinCache, graph
+from spin_hf import SpinCache
+from spin_hf.graph import runner
 
 from ..support.zoo import random_tokens
 from .recorder import FakeRecorder, capture_on_cpu
@@ -78,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(graph, "Recorder", StaleRecorder)
+    monkeypatch.setattr(runner, "Recorder", StaleRecorder)
     return FakeRecorder
 
 

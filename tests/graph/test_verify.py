@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_hf import SpinCache
-from spin_hf.capturable import ModelWatch
+from spin_hf.graph.eligibility import ModelWatch
 
 from ..support.zoo import build_model
 from .recorder import FakeRecorder, capture_on_cpu

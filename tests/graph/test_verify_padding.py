@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import SpinCache, padding
-from spin_hf.verify import Verification
+from spin_hf import SpinCache
+from spin_hf.graph.replay_check import Verification
+from spin_hf.indexing import padding_change
 
 from .recorder import FakeRecorder, capture_on_cpu
 from .stale import OPTIONS, assert_same, small_model
@@ -91,13 +92,13 @@ def test_padding_that_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     """Once a step is captured, the mask is compared behind the launch alone."""
     expected, _ = _padded_from("config", lambda mask: None, 38, padded=True)
     capture_on_cpu(monkeypatch)
-    looked, take = list[int](), padding.take
+    looked, take = list[int](), padding_change.take
 
     def watched(shared: Any, mask: Tensor | None) -> Tensor | None:
         looked.append(shared.committed)
         return take(shared, mask)
 
-    monkeypatch.setattr(padding, "take", watched)
+    monkeypatch.setattr(padding_change, "take", watched)
     actual, replays = _padded_from("model", lambda mask: None, 38, padded=True)
     assert_same(actual, expected)
     assert replays == [0, 1, 1, 1, 1, 1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.attention import bisection
+from spin_hf.attention.methods import bisection
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -56,7 +56,7 @@ def separated(rows: int, count: int, dim: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of more than 256 points are large."""
-    monkeypatch.setattr("spin_hf.kernels.bisect._CHUNK", 256)
+    monkeypatch.setattr("spin_hf.kernels.indexing.bisect._CHUNK", 256)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     [(1, 1024, 16), (2, 640, 20), (3, 136, 16), (2, 64, 16), (1, 16, 16), (2, 8, 4), (1, 776, 8)],
 )
 def test_halves(rows: int, count: int, dim: int) -> None:
-    from spin_hf.kernels.bisect import bisect
+    from spin_hf.kernels.indexing.bisect import bisect
 
     points = separated(rows, count, dim)
     order = bisect(points, 8)
@@ -77,6 +77,6 @@ def test_halves(rows: int, count: int, dim: int) -> None:
 
 @pytest.mark.parametrize("count", [256, 600])
 def test_equal_points_keep_their_order(count: int) -> None:
-    from spin_hf.kernels.bisect import bisect
+    from spin_hf.kernels.indexing.bisect import bisect
 
     assert torch.equal(bisect(torch.ones((1, count, 16)), 8)[0], torch.arange(count))

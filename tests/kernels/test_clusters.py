@@ -1,4 +1,4 @@
-"""Clustering by kernels, interpreted on the CPU, against loops and the formulas of `attention/retroinfer.py`.
+"""Clustering by kernels, interpreted on the CPU, against loops and the formulas of `attention/methods/retroinfer.py`.
 
 Memory that is given out holds what would be noticed: NaN, and numbers far outside of all tables.
 """
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spin_hf.attention import retroinfer
-from spin_hf.attention.retroinfer import _LIKENESS_STEPS, _ROUNDS, RetroInfer
-from spin_hf.storage.regrouped import tiles
+from spin_hf.attention.methods import retroinfer
+from spin_hf.attention.methods.retroinfer import _LIKENESS_STEPS, _ROUNDS, RetroInfer
+from spin_hf.storage.token_permutation import tiles
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -99,7 +99,7 @@ def test_nearest(
     count: int, dim: int, alive: list[int], cluster_tokens: int, listed: bool, dtype: torch.dtype,
     start: int, step: int, final: bool,
 ) -> None:  # fmt: skip
-    from spin_hf.kernels.nearest import nearest_kernel
+    from spin_hf.kernels.indexing.kmeans import nearest_kernel
 
     rows = Rows(count, dim, alive, cluster_tokens, listed, dtype)
     own = torch.full((len(alive), count), FAR, dtype=torch.int32)
@@ -131,7 +131,7 @@ def test_nearest(
 
 def test_the_first_of_equal_centroids_is_nearest() -> None:
     """Within a tile of them and across, and of what is no number the first of all."""
-    from spin_hf.kernels.nearest import nearest_kernel
+    from spin_hf.kernels.indexing.kmeans import nearest_kernel
 
     rows = Rows(80, 8, [80, 80], 1, False, torch.float32)
     rows.centroids.zero_()
@@ -156,7 +156,7 @@ def test_the_first_of_equal_centroids_is_nearest() -> None:
 def test_average(
     count: int, dim: int, alive: list[int], cluster_tokens: int, start: int, listed: bool, dtype: torch.dtype
 ) -> None:
-    from spin_hf.kernels.nearest import average_kernel
+    from spin_hf.kernels.indexing.kmeans import average_kernel
 
     rows = Rows(count, dim, alive, cluster_tokens, listed, dtype)
     own = torch.full((len(alive), count), FAR, dtype=torch.int32)
@@ -186,7 +186,7 @@ def test_average(
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize(("count", "dim", "alive", "cluster_tokens"), ROWS)
 def test_seeds(count: int, dim: int, alive: list[int], cluster_tokens: int, listed: bool) -> None:
-    from spin_hf.kernels.nearest import seed_kernel
+    from spin_hf.kernels.indexing.kmeans import seed_kernel
 
     rows = Rows(count, dim, alive, cluster_tokens, listed, torch.float32)
     rows.centroids.fill_(FAR)
@@ -205,7 +205,7 @@ def test_seeds(count: int, dim: int, alive: list[int], cluster_tokens: int, list
 @pytest.mark.parametrize("dim", [3, 8, 80])
 def test_unit_vectors(dim: int, dtype: torch.dtype) -> None:
     """Of keys with gaps between them, heads before stretches, or the numbers of a key apart."""
-    from spin_hf.kernels.clusters import unit_vectors
+    from spin_hf.kernels.indexing.fill_clusters import unit_vectors
 
     whole = random(3, 2, 17, 2, dim + 3) * 4 + 1
     whole[1, 1] = 2.5  # all keys alike
@@ -220,7 +220,7 @@ def test_unit_vectors(dim: int, dtype: torch.dtype) -> None:
 
 
 def by_kernels(points: Tensor, cluster_tokens: int) -> tuple[Tensor, Tensor]:
-    from spin_hf.kernels.clusters import fill_clusters
+    from spin_hf.kernels.indexing.fill_clusters import fill_clusters
 
     return fill_clusters(points, _ROUNDS, cluster_tokens, 8, _LIKENESS_STEPS)
 
@@ -264,7 +264,7 @@ def test_points_in_sixteen_bits_make_clusters_as_good() -> None:
 
 def test_numbers_beyond_thirty_one_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of very many rows: the same order from numbers of 64 bits, here by finer steps."""
-    from spin_hf.kernels.clusters import fill_clusters
+    from spin_hf.kernels.indexing.fill_clusters import fill_clusters
 
     fine = 1 << 27
     monkeypatch.setattr(retroinfer, "_LIKENESS_STEPS", fine)
@@ -291,8 +291,8 @@ class Operations(TorchDispatchMode):
 
 def test_launches_do_not_depend_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """21 kernels, and of PyTorch's operations a mean, fills of tables and two sorts; nothing that waits for the device."""
-    from spin_hf.kernels import clusters
-    from spin_hf.kernels.launch import launchers
+    from spin_hf.kernels.indexing import fill_clusters
+    from spin_hf.kernels.launchers import launchers
 
     monkeypatch.setattr("spin_hf.kernels.launchers", lambda device: launchers)
     launched: list[str] = []
@@ -305,7 +305,7 @@ def test_launches_do_not_depend_on_rows(monkeypatch: pytest.MonkeyPatch) -> None
             return lambda *args, **options: launched.append(self.name)
 
     for name in ("unit_vectors", "seed", "nearest", "average", "plan", "place"):
-        monkeypatch.setattr(clusters, f"{name}_kernel", Counted(name))
+        monkeypatch.setattr(fill_clusters, f"{name}_kernel", Counted(name))
     for stretches in (1, 3):
         launched.clear()
         keys = random(stretches, 2, 160, 8)

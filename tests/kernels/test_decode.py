@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache, decode, descriptors, selection
-from spin_hf.attention import bisection
-from spin_hf.kernels.fields import LOAD_MARK, PlanField, StepField
+from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache
+from spin_hf.attention.methods import bisection
+from spin_hf.backends import descriptors, triton_selection, triton_step
+from spin_hf.kernels.descriptor_fields import LOAD_MARK, PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World
@@ -145,13 +146,13 @@ def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatc
 
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
-    from spin_hf.kernels.launch import launchers
+    from spin_hf.kernels.launchers import launchers
 
     arrange_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
-        modules = [module for module in (decode, selection, descriptors) if hasattr(module, name)]
+        modules = [module for module in (triton_step, triton_selection, descriptors) if hasattr(module, name)]
         assert modules
         for module in modules:
             monkeypatch.setattr(module, name, number)

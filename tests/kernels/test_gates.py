@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf.attention.gates import rotate
+from spin_hf.attention.methods.seer_gates import rotate
 from tests.cache.tiny import poisoned_memory
 
 pytestmark = [
@@ -36,7 +36,7 @@ def compare(
     turns: bool = True, interleaved: bool = False, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """For states that lie in a larger tensor, at positions up to half a million that lie apart, as in the plan of a step."""
-    from spin_hf.kernels.gates import gate_queries
+    from spin_hf.kernels.decode.gate_queries import gate_queries
 
     generator = torch.Generator().manual_seed(dim)
     pairs = dim // 2 if turned is None else turned

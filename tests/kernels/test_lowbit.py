@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from spin_hf.attention import lowbit
-from spin_hf.kernels import gpu, reference
+from spin_hf.attention.methods import four_bit_keys
+from spin_hf.kernels import device_limits, reference
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -23,9 +23,9 @@ pytestmark = [
 def test_encode_pages(
     batch_size: int, heads: int, pages: int, page_size: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spin_hf.kernels.lowbit import encode_pages
+    from spin_hf.kernels.indexing.quantize import encode_pages
 
-    monkeypatch.setattr(gpu, "shared_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(device_limits, "shared_memory", lambda device: 1 << 20)
     generator = torch.Generator().manual_seed(dim)
     whole = torch.randn((batch_size, heads, pages, page_size * (dim + 3)), generator=generator)
     keys = reference.split_pages(whole, page_size, dim)[0]  # a view, as in a page
@@ -37,10 +37,10 @@ def test_encode_pages(
     mean = reference.page_means(keys, valid)
     keys.masked_fill_(~valid.unsqueeze(-1), float("nan"))
     root = math.sqrt(dim & -dim)
-    made = encode_pages(keys, mean, valid, lowbit.basis(dim, keys.device), root, lowbit._MULTIPLES)
+    made = encode_pages(keys, mean, valid, four_bit_keys.basis(dim, keys.device), root, four_bit_keys._MULTIPLES)
     assert made is not None
     codes, scale = made
-    expected_codes, expected_scale = lowbit.encode_by_formulas(keys, mean, valid)
+    expected_codes, expected_scale = four_bit_keys.encode_by_formulas(keys, mean, valid)
     assert codes.dtype == torch.uint8
     assert codes.shape == expected_codes.shape
     assert torch.equal(scale < 0, ~valid.expand_as(scale))
@@ -49,19 +49,21 @@ def test_encode_pages(
     real = valid.expand_as(scale)
     close = torch.isclose(scale, expected_scale, rtol=1e-4)
     assert close[real].float().mean() > 0.98  # a tie between two multiples may fall either way
-    levels = [lowbit.decode(packed[real & close], dim) for packed in (codes, expected_codes)]
+    levels = [four_bit_keys.decode(packed[real & close], dim) for packed in (codes, expected_codes)]
     assert (levels[0] - levels[1]).abs().max() <= 1
     assert (levels[0] == levels[1]).float().mean() > 0.99
 
 
 def test_keys_too_long_for_the_gpu_are_encoded_by_the_formulas() -> None:
-    from spin_hf.kernels.lowbit import encode_pages, tiling
+    from spin_hf.kernels.indexing.quantize import encode_pages, tiling
 
     keys, valid = torch.randn((1, 2, 5, 8, 256)), torch.ones((1, 1, 5, 8), dtype=torch.bool)
     mean = reference.page_means(keys, valid)
-    assert encode_pages(keys, mean, valid, lowbit.basis(256, keys.device), 16.0, lowbit._MULTIPLES) is None
+    assert (
+        encode_pages(keys, mean, valid, four_bit_keys.basis(256, keys.device), 16.0, four_bit_keys._MULTIPLES) is None
+    )
     for found, expected in zip(
-        lowbit.encode_pages(keys, mean, valid), lowbit.encode_by_formulas(keys, mean, valid), strict=True
+        four_bit_keys.encode_pages(keys, mean, valid), four_bit_keys.encode_by_formulas(keys, mean, valid), strict=True
     ):
         assert torch.equal(found, expected)
     hopper, ada = (227 << 10) - 4096, (99 << 10) - 4096
@@ -73,7 +75,7 @@ def test_keys_too_long_for_the_gpu_are_encoded_by_the_formulas() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 64), (2, 5, 7), (130, 128), (1, 1), (0, 8)])
 def test_quantize(shape: tuple[int, ...]) -> None:
-    from spin_hf.kernels.lowbit import quantize
+    from spin_hf.kernels.indexing.quantize import quantize
 
     vectors = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     if shape[0] > 1:

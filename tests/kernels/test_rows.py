@@ -68,7 +68,7 @@ def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("row_shape", [(), (3,), (8,), (3, 2), (700,), (4099,)])
 @pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (3, 4), (2, 40)])
 def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from spin_hf.kernels.rows import rows_copier
+    from spin_hf.kernels.indexing.copy_rows import rows_copier
 
     chunks, expected = (
         [chunk.to(dtype) for chunk in chunked(num_chunks, rows, row_shape, torch.int32)] for _ in range(2)

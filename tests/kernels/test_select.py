@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_hf.descriptors import capacity_for
-from spin_hf.kernels.fields import PART_PAGES
+from spin_hf.backends.descriptors import capacity_for
+from spin_hf.kernels.descriptor_fields import PART_PAGES
 from spin_hf.kernels.reference import list_pages, page_zones, select_top_pages
 
 PAGE_SIZE = 8

@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.mark.parametrize("widths", [(8, 8), (5, 3), (16,), (4, 4, 0, 1, 1)])
 @pytest.mark.parametrize(("pages", "page_size"), [(1, 8), (9, 8), (3, 5), (0, 8)])
 def test_move_tokens(pages: int, page_size: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
-    from spin_hf.kernels.tokens import move_tokens
+    from spin_hf.kernels.indexing.permute_tokens import move_tokens
 
     generator = torch.Generator().manual_seed(pages)
     content = torch.randint(-99, 99, (2, 3, pages, page_size * sum(widths)), generator=generator).to(dtype)
@@ -42,7 +42,7 @@ def test_move_tokens(pages: int, page_size: int, widths: tuple[int, ...], dtype:
 @pytest.mark.parametrize("dim", [1, 16, 20, 128])
 @pytest.mark.parametrize(("pages", "page_size"), [(1, 8), (9, 8), (5, 16), (3, 64), (3, 5), (0, 8)])
 def test_page_means(pages: int, page_size: int, dim: int, dtype: torch.dtype) -> None:
-    from spin_hf.kernels.tokens import page_means
+    from spin_hf.kernels.indexing.permute_tokens import page_means
 
     generator = torch.Generator().manual_seed(dim)
     whole = torch.randn((2, 3, pages, page_size * (7 + dim)), generator=generator).to(dtype)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from spin_hf import RetroInfer, SpinCache
-from spin_hf.attend import attend_masked
+from spin_hf.backends.reference import attend_masked
 from spin_hf.layer import SpinLayer
 
 from .test_passkey import example

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import host
+from spin_hf.storage import pinned_slab
 
 
 class RefusedError(CapacityError):
@@ -38,8 +38,8 @@ class FakeRegistrar:
         self.history.append(("register", address))
 
     def unregister(self, address: int) -> None:
-        slab = max(first for first in host._mappings if first <= address)
-        self.open_when_unregistered.append(not host._mappings[slab].closed)
+        slab = max(first for first in pinned_slab._mappings if first <= address)
+        self.open_when_unregistered.append(not pinned_slab._mappings[slab].closed)
         if self.breaks:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         del self.registered[address]
@@ -57,7 +57,7 @@ class FakeRegistrar:
 def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
     """Stands for the registrar of every CUDA device."""
     fake = FakeRegistrar()
-    monkeypatch.setattr(host, "CudaRegistrar", lambda device: fake)
+    monkeypatch.setattr(pinned_slab, "CudaRegistrar", lambda device: fake)
     return fake
 
 
@@ -66,18 +66,18 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[mmap.mmap]]:
     """Every mapping made; all must be closed when a test ends, and nothing may have gone wrong in a finalizer."""
     made: list[mmap.mmap] = []
     unraisable: list[Any] = []
-    real = host._map
+    real = pinned_slab._map
 
     def recorded(num_bytes: int) -> mmap.mmap:
         made.append(real(num_bytes))
         return made[-1]
 
-    monkeypatch.setattr(host, "_map", recorded)
+    monkeypatch.setattr(pinned_slab, "_map", recorded)
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     yield made
-    if host._mappings:
+    if pinned_slab._mappings:
         gc.collect()  # a failed test's traceback, say
     assert [mapping.closed for mapping in made] == [True] * len(made)
-    assert not host._mappings
-    assert not host._dropped
+    assert not pinned_slab._mappings
+    assert not pinned_slab._dropped
     assert not unraisable

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.errors import BudgetError, CapacityError
-from spin_hf.storage.budget import TierBudget, coarsely
-from spin_hf.storage.sequences import SEGMENT_PAGES
+from spin_hf.storage.page_table import SEGMENT_PAGES
+from spin_hf.storage.tier_budget import TierBudget, coarsely
 
 SIZES = dict(num_layers=3, num_heads=2, page_bytes=512, host_page_bytes=288, summary_bytes=36, min_frames=5)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import chunked, host
-from spin_hf.storage.chunked import MAX_CHUNKS, ChunkedArray
-from spin_hf.storage.reserve import SlabReserve, Spare
+from spin_hf.storage import chunked_array, pinned_slab
+from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray
+from spin_hf.storage.slab_prefetch import SlabReserve, Spare
 
 from .conftest import FakeRegistrar
 
@@ -27,7 +27,7 @@ class Reserve(SlabReserve):
 
     def __init__(self) -> None:
         self.asked = 0
-        super().__init__(lambda *args, **named: host.allocate_rows(*args, **named))
+        super().__init__(lambda *args, **named: pinned_slab.allocate_rows(*args, **named))
 
     def ask(self, *args: object, **named: object) -> Spare:
         self.asked += 1
@@ -37,7 +37,7 @@ class Reserve(SlabReserve):
 @pytest.fixture
 def reserve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reserve]:
     made = Reserve()
-    monkeypatch.setattr(chunked, "RESERVE", made)
+    monkeypatch.setattr(chunked_array, "RESERVE", made)
     yield made
     made.stop()
 
@@ -260,7 +260,7 @@ def test_growing_without_the_spare_where_it_failed(registrar: FakeRegistrar, res
 def test_no_spare_where_no_chunk_can_follow(
     registrar: FakeRegistrar, reserve: Reserve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(chunked_array, "MAX_CHUNKS", 2)
     array = ChunkedArray((3,), 4, torch.float32, CPU, compute_device=CUDA)
     array.grow(0)
     assert reserve.asked == 0

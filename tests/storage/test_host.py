@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import host
-from spin_hf.storage.host import HUGE_PAGE, PAGE, HostSlab, allocate_rows
+from spin_hf.storage import pinned_slab
+from spin_hf.storage.pinned_slab import HUGE_PAGE, PAGE, HostSlab, allocate_rows
 
 from .conftest import FakeRegistrar, RefusedError
 from .resident import needs_smaps, resident_bytes, smaps
@@ -69,13 +69,13 @@ def test_threads_touch_everything_once(
         touched.append((address, num_bytes))
 
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    monkeypatch.setattr(host, "_touch", touch)
-    host._touch_and_register(HUGE_PAGE, pages * PAGE, PAGE, registrar, [])
+    monkeypatch.setattr(pinned_slab, "_touch", touch)
+    pinned_slab._touch_and_register(HUGE_PAGE, pages * PAGE, PAGE, registrar, [])
     end = HUGE_PAGE
     for address, num_bytes in sorted(touched):
         assert address == end
         assert address % HUGE_PAGE == 0
-        assert num_bytes <= host._TASK_BYTES
+        assert num_bytes <= pinned_slab._TASK_BYTES
         end = address + num_bytes
     assert end == HUGE_PAGE + pages * PAGE
     assert len(threads) <= min(16, cpus)
@@ -108,7 +108,7 @@ def test_kernel_without_populating(registrar: FakeRegistrar, monkeypatch: pytest
 @needs_smaps
 @pytest.mark.parametrize("advice", [23, 12345])
 def test_populating_by_this_kernel(registrar: FakeRegistrar, monkeypatch: pytest.MonkeyPatch, advice: int) -> None:
-    monkeypatch.setattr(host, "_MADV_POPULATE_WRITE", advice)
+    monkeypatch.setattr(pinned_slab, "_MADV_POPULATE_WRITE", advice)
     slab = HostSlab(5 * MIB, registrar)
     assert resident_bytes(slab.tensor.data_ptr(), 5 * MIB) == 5 * MIB
 
@@ -184,7 +184,7 @@ def test_refusal_leaves_nothing(registrar: FakeRegistrar, maps: list[mmap.mmap])
     with pytest.raises(RefusedError):
         HostSlab(HUGE_PAGE, registrar)
     assert [mapping.closed for mapping in maps] == [True]
-    assert not host._mappings
+    assert not pinned_slab._mappings
     registrar.refuses = False
     HostSlab(HUGE_PAGE, registrar)
     assert [event for event, _ in registrar.history] == ["register", "unregister"]
@@ -217,7 +217,7 @@ def test_capture_is_not_disturbed(registrar: FakeRegistrar, maps: list[mmap.mmap
 
 
 def test_background_threads_leave_giving_back_to_others(registrar: FakeRegistrar, maps: list[mmap.mmap]) -> None:
-    thread = threading.Thread(target=lambda: HostSlab(PAGE, registrar), name=f"{host.THREAD_PREFIX}ahead")
+    thread = threading.Thread(target=lambda: HostSlab(PAGE, registrar), name=f"{pinned_slab.THREAD_PREFIX}ahead")
     thread.start()
     thread.join()
     assert len(registrar.registered) == 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import host
-from spin_hf.storage.host import HUGE_PAGE, PAGE, HostSlab, allocate_rows
+from spin_hf.storage import pinned_slab
+from spin_hf.storage.pinned_slab import HUGE_PAGE, PAGE, HostSlab, allocate_rows
 
 from .conftest import FakeRegistrar, RefusedError
 from .resident import needs_smaps, resident_bytes
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("maps")
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 4 MiB and tasks of 2 MiB, done by three threads."""
-    monkeypatch.setattr(host, "PIECE_BYTES", 4 * MIB)
-    monkeypatch.setattr(host, "_TASK_BYTES", HUGE_PAGE)
+    monkeypatch.setattr(pinned_slab, "PIECE_BYTES", 4 * MIB)
+    monkeypatch.setattr(pinned_slab, "_TASK_BYTES", HUGE_PAGE)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
 
 
@@ -68,7 +68,7 @@ def test_pieces_follow_each_other_and_end_with_units(
 def test_registering_does_not_wait_for_later_pieces(registrar: FakeRegistrar, monkeypatch: pytest.MonkeyPatch) -> None:
     first = threading.Event()
     waited: list[bool] = []
-    touch = host._touch
+    touch = pinned_slab._touch
     registrar.inspect = lambda address, num_bytes: first.set()
 
     def touch_later_ones_late(address: int, num_bytes: int) -> None:
@@ -77,7 +77,7 @@ def test_registering_does_not_wait_for_later_pieces(registrar: FakeRegistrar, mo
         touch(address, num_bytes)
 
     order: list[int] = []
-    monkeypatch.setattr(host, "_touch", lambda *args: (touch_later_ones_late(*args), order.append(args[0])))
+    monkeypatch.setattr(pinned_slab, "_touch", lambda *args: (touch_later_ones_late(*args), order.append(args[0])))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     HostSlab(10 * MIB, registrar)
     assert waited == [True] * 3
@@ -99,7 +99,7 @@ def test_refusal_of_any_piece_leaves_nothing(registrar: FakeRegistrar, maps: lis
     assert [event for event, _ in registrar.history] == ["register"] * refused + ["unregister"] * refused
     assert not registrar.registered
     assert [mapping.closed for mapping in maps] == [True]
-    assert not host._mappings
+    assert not pinned_slab._mappings
     registrar.inspect = lambda *args: None
     HostSlab(18 * MIB, registrar)
     assert len(registrar.history) == 2 * refused + 10
@@ -108,7 +108,7 @@ def test_refusal_of_any_piece_leaves_nothing(registrar: FakeRegistrar, maps: lis
 @pytest.mark.usefixtures("small_pieces")
 def test_refusal_calls_off_the_touching(registrar: FakeRegistrar, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(host, "_touch", lambda address, num_bytes: (begun.append(address), time.sleep(0.002)))
+    monkeypatch.setattr(pinned_slab, "_touch", lambda address, num_bytes: (begun.append(address), time.sleep(0.002)))
     registrar.refuses = True
     with pytest.raises(RefusedError):
         HostSlab(200 * MIB, registrar)
@@ -123,7 +123,7 @@ def test_refusal_calls_off_the_touching(registrar: FakeRegistrar, monkeypatch: p
 def test_error_of_a_thread_leaves_nothing(
     registrar: FakeRegistrar, maps: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
 ) -> None:
-    begun, ended, touch = [], [], host._touch
+    begun, ended, touch = [], [], pinned_slab._touch
 
     def fail(address: int, num_bytes: int) -> None:
         begun.append(address)
@@ -135,7 +135,7 @@ def test_error_of_a_thread_leaves_nothing(
         finally:
             ended.append(address)
 
-    monkeypatch.setattr(host, "_touch", fail)
+    monkeypatch.setattr(pinned_slab, "_touch", fail)
     with pytest.raises(type(error), match=r"^a thread's$"):
         HostSlab(40 * MIB, registrar)
     assert sorted(begun) == sorted(ended)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.errors import CacheStateError, CapacityError
-from spin_hf.storage.chunked import ChunkedArray
-from spin_hf.storage.residency import PageFrames
+from spin_hf.storage.chunked_array import ChunkedArray
+from spin_hf.storage.page_frames import PageFrames
 
 HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM = 2, 4, 3, 2
 ELEMENTS = PAGE_SIZE * (KEY_DIM + VALUE_DIM)

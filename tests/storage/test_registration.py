@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage import registration
-from spin_hf.storage.registration import CudaRegistrar
+from spin_hf.storage import host_register
+from spin_hf.storage.host_register import CudaRegistrar
 
 CUDA = torch.device("cuda", 0)
 
@@ -54,7 +54,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(
         torch, "cuda", SimpleNamespace(cudart=lambda: fake, synchronize=fake.synchronize, device=nullcontext)
     )
-    monkeypatch.setattr(registration, "_runtime_function", fake.function)
+    monkeypatch.setattr(host_register, "_runtime_function", fake.function)
     return fake
 
 
@@ -84,6 +84,6 @@ def test_waits_for_the_device_before_unregistering(runtime: FakeRuntime, code: i
 
 
 def test_runtime_function_that_is_not_there() -> None:
-    assert registration._runtime_function("cudaNoSuchFunction") is None
-    with registration._allowed_during_capture():
-        registration._clear_last_error()
+    assert host_register._runtime_function("cudaNoSuchFunction") is None
+    with host_register._allowed_during_capture():
+        host_register._clear_last_error()

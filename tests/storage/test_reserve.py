@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage.host import PAGE, HostSlab
-from spin_hf.storage.reserve import SlabReserve, Spare
+from spin_hf.storage.pinned_slab import PAGE, HostSlab
+from spin_hf.storage.slab_prefetch import SlabReserve, Spare
 
 from .conftest import FakeRegistrar
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.errors import BatchSizeError, BudgetError, CacheStateError
-from spin_hf.storage.sequences import SEGMENT_PAGES, Sequences
+from spin_hf.storage.page_table import SEGMENT_PAGES, Sequences
 
 CPU = torch.device("cpu")
 

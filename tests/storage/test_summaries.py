@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin_hf.kernels.reference import quantize
-from spin_hf.storage.summaries import SummaryArray, bytes_per_page
+from spin_hf.storage.summary_array import SummaryArray, bytes_per_page
 
 CPU = torch.device("cpu")
 

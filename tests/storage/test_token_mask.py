@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_hf.storage.token_mask import TokenMask
+from spin_hf.storage.padding_mask import TokenMask
 
 Rows = list[list[bool]]
 

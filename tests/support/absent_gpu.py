@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 
 import spin_hf.kernels
-from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, decode
-from spin_hf.attention import bisection, retroinfer
-from spin_hf.completed import index_completed
+from spin_hf import Bisection, Quest, RetroInfer, ShadowKV
+from spin_hf.attention.methods import bisection, retroinfer
+from spin_hf.backends import triton_step
+from spin_hf.backends.triton_indexing import index_completed
 from spin_hf.config import MOST_TOKENS
-from spin_hf.kernels import gpu
+from spin_hf.kernels import device_limits
 
 from ..attention.oracle import Rules
 from ..attention.test_seer import method_of, rules_for
@@ -113,12 +114,12 @@ def _told_apart(value: Any) -> str:
 def pretend(capability: int, every: bool) -> Compiler:
     """Have caches on a CPU launch as on such a GPU, and launches compile."""
     compiler = Compiler(capability, every)
-    from spin_hf.kernels import bisect, clusters
-    from spin_hf.kernels.launch import launchers
+    from spin_hf.kernels.indexing import bisect, fill_clusters
+    from spin_hf.kernels.launchers import launchers
 
-    init = decode.StepKernels.__init__
+    init = triton_step.StepKernels.__init__
 
-    def compiled(self: decode.StepKernels, *args: Any) -> None:
+    def compiled(self: triton_step.StepKernels, *args: Any) -> None:
         init(self, *args)
         self.compiled = True
 
@@ -129,15 +130,15 @@ def pretend(capability: int, every: bool) -> Compiler:
     def clustered(
         points: Tensor, rounds: Any, cluster_tokens: int, page_size: int, steps: int
     ) -> tuple[Tensor, Tensor]:
-        clusters.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
+        fill_clusters.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
         return retroinfer.fill_clusters_by_formulas(points, cluster_tokens, page_size)
 
-    decode.StepKernels.__init__ = compiled  # type: ignore[method-assign]
+    triton_step.StepKernels.__init__ = compiled  # type: ignore[method-assign]
     bisect._CHUNK = FEW
     launchers.bisect, launchers.fill_clusters = bisected, clustered  # a method that loses tokens is refused
     spin_hf.kernels.launchers = lambda device: launchers  # type: ignore[assignment]
-    gpu.multiplies = lambda device: capability >= 80
-    gpu.shared_memory = lambda device: SHARED_MEMORY[capability] - 4096
+    device_limits.multiplies = lambda device: capability >= 80
+    device_limits.shared_memory = lambda device: SHARED_MEMORY[capability] - 4096
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment, misc]
     return compiler
 
@@ -175,7 +176,7 @@ def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
 
 def copy_rows(dtype: torch.dtype) -> None:
     """Of one array and of several, there and back; pages and codes of an odd number of bytes."""
-    from spin_hf.kernels.rows import rows_copier
+    from spin_hf.kernels.indexing.copy_rows import rows_copier
 
     rows = torch.arange(4)
     for many, packed in [(1, torch.empty((1, 4, 2048), dtype=dtype)), (2, torch.empty((2, 4, 3), dtype=torch.int8))]:

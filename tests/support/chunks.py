@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from spin_hf.storage import pages
+from spin_hf.storage import page_store
 
 
 def segment_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have arrays in GPU memory grow by a segment at a time."""
-    monkeypatch.setattr(pages, "_GPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(pages, "_MIN_CHUNK_SEGMENTS", 1)
+    monkeypatch.setattr(page_store, "_GPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 1)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spin_hf
 from spin_hf.attention import interface
 from spin_hf.errors import CapacityError
-from spin_hf.storage import chunked, host, reserve
+from spin_hf.storage import chunked_array, pinned_slab, slab_prefetch
 
 PACKAGE = str(Path(spin_hf.__file__).parent)
 _BODIES = {
@@ -197,17 +197,17 @@ class _FakeCtypes:
 def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaults:
     """Let all chunks be registered slabs, as those of the cpu tier are on a machine with a GPU, spares included."""
     slabs = SlabFaults(faults)
-    monkeypatch.setattr(host, "CudaRegistrar", lambda device: slabs)
-    monkeypatch.setattr(host, "mmap", _FakeMmap(slabs))
-    monkeypatch.setattr(host, "ctypes", _FakeCtypes(slabs))
-    allocate = host.allocate_rows
+    monkeypatch.setattr(pinned_slab, "CudaRegistrar", lambda device: slabs)
+    monkeypatch.setattr(pinned_slab, "mmap", _FakeMmap(slabs))
+    monkeypatch.setattr(pinned_slab, "ctypes", _FakeCtypes(slabs))
+    allocate = pinned_slab.allocate_rows
 
     def in_slab(count: int, shape: Any, dtype: Any, *, compute_device: Any) -> list[torch.Tensor]:
         return allocate(count, shape, dtype, compute_device=torch.device("cuda"))
 
-    monkeypatch.setattr(chunked, "allocate_rows", in_slab)
-    monkeypatch.setattr(reserve.RESERVE, "_allocate", in_slab)
-    monkeypatch.setattr(chunked.ChunkedArray, "_is_registered", property(lambda array: True))
+    monkeypatch.setattr(chunked_array, "allocate_rows", in_slab)
+    monkeypatch.setattr(slab_prefetch.RESERVE, "_allocate", in_slab)
+    monkeypatch.setattr(chunked_array.ChunkedArray, "_is_registered", property(lambda array: True))
     return slabs
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from spin_hf.attention import bisection, lowbit, retroinfer
+from spin_hf.attention.methods import bisection, four_bit_keys, retroinfer
 
 
 def arrange_by_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the end of the test."""
     monkeypatch.setattr(bisection, "bisect", bisection.bisect_by_formulas)
-    monkeypatch.setattr(lowbit, "encode_pages", lowbit.encode_by_formulas)
+    monkeypatch.setattr(four_bit_keys, "encode_pages", four_bit_keys.encode_by_formulas)
     monkeypatch.setattr(retroinfer, "fill_clusters", retroinfer.fill_clusters_by_formulas)

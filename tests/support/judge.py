@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf import Quest, ShadowKV
 from spin_hf.attention.interface import spin_attention
-from spin_hf.kernels.fields import LOAD_MARK, StepField
+from spin_hf.kernels.descriptor_fields import LOAD_MARK, StepField
 from spin_hf.layer import SpinLayer
 
 from ..attention.oracle import Rules, attended, attention

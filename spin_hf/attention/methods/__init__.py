@@ -1,0 +1,1 @@
+"""Which pages a query attends to: one method, one file."""

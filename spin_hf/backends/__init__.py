@@ -1,0 +1,1 @@
+"""How a step is computed: the PyTorch reference, or Triton kernels."""

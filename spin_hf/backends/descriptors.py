@@ -1,0 +1,236 @@
+"""The descriptors of the kernels and what they point to: the host's part of a decode step on one device.
+
+    begin         position, clock, directory, padding -> step descriptor; tables of a layer -> layer descriptor
+    make_room     scratch that grows with the context
+    foresee       behind the launch of a step: the step descriptor for the one that will probably follow
+
+A descriptor is written where it is not what it should be, in stream order and without waiting. See
+`kernels/descriptor_fields.py` for what stands in it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention.methods.base import recipe_of
+from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
+from ..storage.out_of_memory import kept
+from ..storage.tier_budget import coarsely
+from .zones import pages_of
+
+if TYPE_CHECKING:
+    from ..layer import SpinLayer
+    from ..state import SharedState
+
+_MIN_PAGES = 512
+
+
+class Descriptors:
+    """Descriptors of the paged layers of one cache on one device.
+
+    Args:
+        shared: the cache's state.
+        batch_size: sequences.
+        num_heads: KV heads of the layers.
+    """
+
+    def __init__(self, shared: SharedState, device: torch.device, batch_size: int, num_heads: int) -> None:
+        recipe = recipe_of(shared.method)
+        assert recipe is not None
+        self.recipe = recipe
+        self.shared, self.device = shared, device
+        self.batch_size, self.num_heads = batch_size, num_heads
+        self.streams = batch_size * num_heads
+        """(sequence, KV head) pairs, which nothing but the model's own work connects."""
+        self.group = 0
+        """Query heads of a KV head; unknown, 0, until the first layer attends."""
+        self.step = self.new((len(StepField),), torch.int64)
+        self.step_fields = [0] * len(StepField)
+        """What `step` should hold."""
+        self.uploaded: list[int] = []
+        """What it holds, once all that was launched has run."""
+        budget = shared.options.budget
+        share = budget if isinstance(budget, float) else 0.0
+        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", share))[0]
+        self.layer_fields = self.new((len(shared.layers), len(LayerField)), torch.int64)
+        size = self.layer_fields.shape[1] * 8
+        self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
+        self.found_for = self.new((len(shared.layers), self.streams, 2), torch.int32, -1)
+        """What the marks of outliers were found for; -1 where they have to be found anew."""
+        self.page_capacity, self.padded_capacity = 0, False
+        self.scratch: dict[StepField, Tensor] = {}
+        self.known: dict[str, Any] = {}
+        """What the step descriptor was last made from."""
+        self.layer_known: list[Any] = [None] * len(shared.layers)
+        self.padded = False
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
+        """A tensor on the device, filled. Raises CapacityError where there is no memory for it."""
+        with kept("tables of decode steps", math.prod(shape) * dtype.itemsize):
+            return torch.full(shape, fill, dtype=dtype, device=self.device)
+
+    def begin(self, layer: SpinLayer) -> None:
+        """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
+        self.begin_step()
+        store, number = layer.store, layer.number
+        assert store is not None
+        frames = store.frames
+        tables = () if frames is None else frames.tensors
+        slots = () if frames is None else frames.slots
+        known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        if self.layer_known[number] != known:
+            fields = [0] * len(LayerField)
+            fields[LayerField.HOME] = store.home.address_table.data_ptr()
+            for i, summary in enumerate(store.summaries.values()):
+                for j, array in enumerate(summary.arrays):
+                    fields[summary_field(i, j)] = array.address_table.data_ptr()
+            if frames is not None:
+                fields[LayerField.FRAMES] = frames.frames.data_ptr()
+                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.shares is None else -1
+                fields[LayerField.SHARES] = 0 if frames.shares is None else frames.shares.data_ptr()
+                fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
+                fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
+                fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
+                fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
+            self.layer_known[number] = None  # neither what was nor what will be, if an interruption comes here
+            _upload(fields, self.layer_fields[number])
+            self.layer_known[number] = known
+
+    def begin_step(self) -> None:
+        """Bring the step descriptor up to the present step."""
+        sequences, known, fields = self.shared.sequences, self.known, self.step_fields
+        if known.get("step") != sequences.step or known.get("start") != sequences.start:
+            follows = known.get("length") == sequences.start and known.get("events") == sequences.events
+            if not follows:
+                self.found_for.fill_(-1)
+            fields[StepField.POSITION], fields[StepField.CLOCK] = sequences.start, sequences.step
+            if known.get("directory") is not sequences.directory or not follows:
+                self._write_directory()
+            valid = sequences.mask.valid
+            self.padded = valid is not None
+            if valid is not None and known.get("valid") is not valid:
+                self._write_padding(valid)
+            self.known = {
+                "step": sequences.step, "start": sequences.start, "length": sequences.length,
+                "events": sequences.events, "directory": sequences.directory, "valid": valid, "planned": False,
+            }  # fmt: skip
+        if fields != self.uploaded:
+            self._upload_step(fields)
+
+    def foresee(self) -> None:
+        """Write the descriptor of a next step of one token, while the device is busy with this one."""
+        ahead = list(self.step_fields)
+        ahead[StepField.POSITION] += 1
+        ahead[StepField.CLOCK] += 1
+        self._upload_step(ahead)
+
+    def make_room(self) -> None:
+        """Scratch for the step that has begun; before the first one its size is unknown."""
+        num_pages = self.shared.sequences.num_pages
+        if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
+            self._grow(num_pages)
+
+    def most_pages(self) -> int | None:
+        """Pages that a query lists at most, with sinks and window, where nothing is padding; None for a share.
+
+        In layers that attend to what the budget says.
+        """
+        options, page_size = self.shared.options, self.shared.method.page_size
+        if isinstance(options.budget, float):
+            return None
+        zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
+        return -(-max(options.budget, options.dense_below) // page_size) + zones
+
+    def release(self) -> None:
+        """The cache is gone: keep what graphs hold addresses of, and nothing else of it."""
+        del self.shared
+        self.scratch, self.known, self.layer_known = {}, {}, [None] * len(self.layer_known)
+        self.page_capacity, self.padded_capacity = 0, False
+
+    def serve(self, shared: SharedState) -> None:
+        """Take up another cache, after `release`."""
+        self.shared = shared
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied cache makes its own: descriptors hold the addresses of this one's memory."""
+        return None
+
+    def _write_directory(self) -> None:
+        rows = self.shared.sequences.directory
+        width = max(len(row) for row in rows)
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
+        self._point({StepField.DIRECTORY: padded.to(self.device, non_blocking=True)})
+        self.step_fields[StepField.DIRECTORY_STRIDE] = width
+
+    def _write_padding(self, valid: Tensor) -> None:
+        bits = valid.to(torch.uint8).contiguous().to(self.device, non_blocking=True)
+        upto = torch.nn.functional.pad(bits.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
+        self._point({StepField.VALID: bits, StepField.UPTO: upto})
+        self.step_fields[StepField.BASE_TOKENS] = bits.shape[1]
+
+    def _grow(self, num_pages: int) -> None:
+        """Scratch for contexts of `num_pages` pages and more."""
+        pages = capacity_for(num_pages)
+        # With padding, a page may hold a single valid token.
+        most = None if self.padded or self.recipe.dense_layers else self.most_pages()
+        listed = pages if most is None else min(pages, most)
+
+        def make(width: int, dtype: torch.dtype) -> Tensor:
+            with kept("buffers of decode steps", self.streams * width * dtype.itemsize):
+                return torch.empty((self.streams, width), dtype=dtype, device=self.device)
+
+        outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.looked_at > 0
+        self.page_capacity = 0  # made anew, if an interruption comes before all is there
+        self.found_for.fill_(-1)
+        self._point({
+            StepField.LOGITS: make(self.group * pages, torch.float32),
+            StepField.SCORES: make(pages, torch.float32),
+            StepField.OUTLIER: make(len(self.shared.layers) * pages * outliers, torch.uint8),
+            StepField.CLOSER: make(self.group * pages * closer, torch.float32),
+            StepField.KEPT_PAGE: make(pages, torch.int32),
+            StepField.KEPT_SCORE: make(pages, torch.float32),
+            StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),
+            StepField.TIED: make(pages, torch.int64),
+            StepField.LIST_PAGE: make(listed, torch.int32),
+            StepField.VICTIMS: make(listed, torch.int32),
+        })  # fmt: skip
+        self.step_fields[StepField.PAGE_CAPACITY] = self.page_capacity = pages
+        self.step_fields[StepField.LIST_CAPACITY] = listed
+        self.padded_capacity = self.padded
+        self._upload_step(self.step_fields)
+
+    def _point(self, tensors: dict[StepField, Tensor]) -> None:
+        """Keep tensors, and their addresses for the next upload."""
+        self.scratch |= tensors
+        for field, tensor in tensors.items():
+            self.step_fields[field] = tensor.data_ptr()
+
+    def _upload_step(self, fields: list[int]) -> None:
+        self.uploaded = []
+        _upload(fields, self.step)
+        self.uploaded = list(fields)
+
+
+def capacity_for(num_pages: int) -> int:
+    """Pages that buffers of a step are made for, where a context has `num_pages` and grows.
+
+    Whole parts, as places of kept pages are by rank, then part, and parts may differ by a run.
+    """
+    if num_pages <= PART_PAGES:
+        return max(_MIN_PAGES, power_of_two(num_pages))
+    return -(-coarsely(num_pages) // PART_PAGES) * PART_PAGES
+
+
+def _upload(fields: list[int], descriptor: Tensor) -> None:
+    """Write a descriptor, in stream order. The host does not wait: CUDA copies so little out of the way at once."""
+    descriptor.copy_(torch.tensor(fields), non_blocking=True)
+
+
+def power_of_two(number: int) -> int:
+    """The lowest power of two that is no less."""
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,195 @@
+"""Gradients through new tokens behind a prefix that needs none (training-time use).
+
+    forward     as in inference; what the new tokens' queries, keys and values were is saved, as autograd does
+    backward    dense attention once more, over the prefix as the cache holds it and those new tokens, now with a graph
+
+So inference without `torch.no_grad()` costs nothing more, and gradients are those of dense attention. They are exact only
+where the forward attended to everything: prompts, more than `MAX_QUERIES` tokens at once, given masks, and any step while the
+budget covers the context. Anything else is refused in the backward pass, since most forwards never get one:
+
+    a sparse step                           the choice of pages has no gradient
+    tokens before carried a graph           the cache keeps no graph, so they would silently get no gradient
+    tokens before were cropped or replaced  the prefix of then is gone
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..attention.masks import is_own, over_tokens
+from ..errors import AttentionError
+from ..kernels.descriptor_fields import MAX_QUERIES
+from .reference import Call, held_states
+
+if TYPE_CHECKING:
+    from ..layer import SpinLayer
+
+
+def with_gradients(
+    layer: SpinLayer, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None,
+    append: bool, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """What a step made, with a backward pass.
+
+    Args:
+        out: [B, Q, heads, Dv], as `SpinLayer.run` has just written it for the other arguments.
+    """
+    sequences, num_queries = layer.shared.sequences, key.shape[2]
+    given = None if mask is None or is_own(mask) else mask
+    dense = (
+        given is not None
+        or num_queries > MAX_QUERIES
+        or (sequences.start == 0 and num_queries > 1)
+        or layer.shared.plan.attends_all()
+    )
+    step = Step(
+        layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, _carried_before(layer), scale, softcap
+    )
+    if append and (key.requires_grad or value.requires_grad):
+        _note_graph(layer)
+    return _Attention.apply(out, step, query, key, value, given, sinks)
+
+
+_carried: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+"""Of a layer: the first of its tokens that came with a graph, and what `Past.now` was then."""
+
+
+def _carried_before(layer: SpinLayer) -> bool:
+    """Whether a token before the present step came with a graph and is still held."""
+    sequences, carried = layer.shared.sequences, _carried.get(layer)
+    if carried is None:
+        return False
+    token, since = carried
+    return token < sequences.start and sequences.past.is_unchanged(since, token + 1)
+
+
+def _note_graph(layer: SpinLayer) -> None:
+    if not _carried_before(layer):
+        sequences = layer.shared.sequences
+        _carried[layer] = sequences.start, sequences.past.now
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the backward pass of a step needs of the cache.
+
+    Attributes:
+        start: tokens held before.
+        since: `Past.now` at that time.
+        valid: [B, tokens], bool, False for padding; None for no padding.
+        dense: whether every query attended to all that it may.
+        behind_graph: whether tokens before came with a graph.
+    """
+
+    layer: SpinLayer
+    start: int
+    since: int
+    valid: Tensor | None
+    dense: bool
+    behind_graph: bool
+    scale: float
+    softcap: float | None
+
+    def check(self) -> None:
+        """Raise AttentionError where gradients would not be exact."""
+        if not self.dense:
+            raise AttentionError(
+                "SpinCache: expected a backward pass through steps that attend to everything, got one through a sparse step; "
+                f"give the cache budget=1.0, or more than {MAX_QUERIES} tokens in one forward, or use a DynamicCache"
+            )
+        if self.behind_graph:
+            raise AttentionError(
+                f"SpinCache: expected the {self.start} tokens before to come from forwards under torch.no_grad(), got a "
+                "backward pass behind tokens that carry gradients, which the cache does not keep; give all tokens that are to "
+                "get gradients in one forward, or use a DynamicCache"
+            )
+        if not self.layer.shared.sequences.past.is_unchanged(self.since, self.start):
+            raise AttentionError(
+                f"SpinCache: expected the {self.start} tokens before to be held until the backward pass, got a cache that was "
+                "cropped, reset or given another batch since; call backward first, or crop the new tokens only"
+            )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        """Dense attention [B, Q, heads, Dv] over the tokens before and the new ones, by differentiable operations."""
+        num_queries, batch_size = query.shape[2], query.shape[0]
+        if self.start:
+            assert self.layer.store is not None
+            with torch.no_grad():
+                held = held_states(self.layer.store, self.start)
+            key, value = (torch.cat([old.to(new), new], 2) for old, new in zip(held, (key, value), strict=True))
+        length = self.start + num_queries
+        if mask is not None:
+            allowed: Tensor | None = over_tokens(mask, batch_size, query.shape[1], num_queries, length)
+        elif self.start == 0 and self.valid is None and num_queries > 1:
+            allowed = None
+        else:
+            tokens = torch.arange(length, device=query.device)
+            allowed = (tokens <= tokens[self.start :].unsqueeze(1)).expand(batch_size, 1, -1, -1)
+            if self.valid is not None:
+                allowed = allowed & self.valid.to(query.device)[:, None, None, :length]
+        call = Call(query.unflatten(1, (key.shape[1], -1)), self.scale, self.softcap, sinks)
+        if call.is_plain:
+            floats = allowed is not None and allowed.dtype != torch.bool
+            out = call.fused(key, value, allowed.to(query.dtype) if floats and allowed is not None else allowed)
+        else:
+            out = _attend(call, key, value, allowed)
+        return out.flatten(1, 2).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that was computed without a graph, and is computed again for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, step: Step, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.step = step
+        ctx.save_for_backward(query, key, value, mask, sinks)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.step.check()
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            None if given is None else given.detach().requires_grad_(need)
+            for given, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            out = ctx.step.attend(*inputs)
+        wanted = [given for given in inputs if given is not None and given.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grads[0].to(out.dtype)))
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def _attend(call: Call, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention [B, H, G, Q, Dv] with softcap and sinks. A query that may attend to nothing gets zeros, and no gradient."""
+    heads = call.query.shape[1:3]
+    query, num_queries = call.query.float(), call.query.shape[3]
+    scores = (query.flatten(2, 3) @ keys.float().transpose(-1, -2)).unflatten(2, (heads[1], num_queries)) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if allowed is None:
+        allowed = torch.ones((num_queries, keys.shape[2]), dtype=torch.bool, device=keys.device).tril()
+        allowed = allowed.expand(len(query), 1, -1, -1)
+    allowed = allowed.unflatten(1, heads if allowed.shape[1] > 1 else (1, 1))
+    if allowed.dtype != torch.bool:
+        scores, allowed = scores + allowed, allowed > float("-inf")
+    nothing = ~allowed.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(allowed | nothing), float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.float().view(1, *heads, 1, 1).expand(len(query), -1, -1, num_queries, 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = weights.masked_fill(nothing, 0.0)
+    out = (weights.flatten(2, 3) @ values.float()).unflatten(2, (heads[1], num_queries))
+    return out.to(call.query.dtype)

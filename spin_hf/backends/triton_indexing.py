@@ -1,0 +1,73 @@
+"""Summaries of the page that a captured step completed, by the method's formulas, of several layers at once, without waiting.
+
+    copy_page      page of every layer, from wherever its home is    ->  [layers * B, H, 1, P, D]
+    index_pages    the method
+    copy_page      what is kept, to the rows of every layer
+
+Launched behind the step. Only kernels of later steps read these summaries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.methods.base import Pages
+from ..indexing.summarize import tokens_of
+from ..kernels.descriptor_fields import LayerField, summary_field
+from ..storage.page_table import SEGMENT_PAGES
+from .descriptors import power_of_two
+
+if TYPE_CHECKING:
+    from ..layer import SpinLayer
+    from .triton_step import StepKernels
+
+_BLOCK_BYTES = 4096
+
+
+def index_completed(step: StepKernels, layers: list[SpinLayer]) -> None:
+    """Summarise the last page that the cache holds, which is complete, in those of `layers` that `step` serves."""
+    if step.recipe.summarised_by_append:
+        return
+    alike: dict[object, list[SpinLayer]] = {}
+    for layer in filter(step.serves, layers):
+        store = layer.store
+        assert store is not None
+        alike.setdefault(store.home_form, []).append(layer)
+    for group in alike.values():
+        _index(step, group)
+
+
+def _index(step: StepKernels, layers: list[SpinLayer]) -> None:
+    store, sequences, count = layers[0].store, step.shared.sequences, len(layers)
+    assert store is not None
+    page = sequences.length // store.page_size - 1
+    addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
+
+    def copy(field: LayerField, packed: Tensor, put: bool) -> None:
+        """The page's row of an array of every layer from or to `packed` [layers * B, H, ...]."""
+        row_bytes = packed[0, 0].nbytes
+        step.launch.copy_page[(step.streams, count)](
+            step.step, addresses, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
+            BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=store.num_heads, SEGMENT=SEGMENT_PAGES,
+            ROWS=store.home.rows_per_chunk,
+        )  # fmt: skip
+
+    shape = (count * step.batch_size, step.num_heads, 1, *store.home.row_shape)
+    pages = torch.empty(shape, dtype=store.home.dtype, device=step.device)
+    copy(LayerField.HOME, pages, put=False)
+    keys, values = store.home_form.take(pages)
+    valid, positions = tokens_of(sequences, page, page + 1, step.device)
+    single = None
+    if store.regrouped is not None:  # a page by itself, until it is regrouped
+        single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)
+    given = Pages(
+        keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,
+        None if positions is None else positions.repeat(count, 1, 1, 1), single,
+    )  # fmt: skip
+    made = step.shared.method.index_pages(given)
+    for index, (name, summary) in enumerate(store.summaries.items()):
+        for array, content in enumerate(summary.kept(made[name])):
+            copy(summary_field(index, array), content.contiguous(), put=True)

@@ -1,0 +1,170 @@
+"""Calls of a model that carry a cache: where each begins and ends.
+
+    wrapped forward ──> run ──> the config says "spin", the log watches ──> a replayed step (graph/runner.py), or the model's
+    forward ──> its tokens count, or it never happened
+
+A cache that was made from a model belongs to that model object. Outside of its calls nothing about the model or its config is
+changed, so what else uses the model sees it as it was. A cache that was made from a config keeps the config switched while it
+lives; its calls are seen where another cache's model wraps their forward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention import implementation
+from ..attention.masks import check_argument
+from ..errors import AttentionError
+from ..forward_pass import ForwardLog
+from ..integration import deferred_stop, forward_hook
+from ..state import SharedState
+from .runner import DecodeSteps
+
+_FRAMES = 6
+"""How far the caller of `SpinCache.update` may be."""
+
+
+class ModelCalls:
+    """The calls of one cache. `close` undoes what the constructor did.
+
+    Args:
+        config: the one that attention modules read.
+        model: whose calls carry the cache; None for a cache that was made from the config.
+        layers, shared, log: of the cache.
+    """
+
+    def __init__(
+        self, config: Any, model: nn.Module | None, layers: list[Any], shared: SharedState, log: ForwardLog
+    ) -> None:
+        self.config = config
+        self.switched = config if shared.layers else None
+        """What says "spin" in calls; None where no layer is paged: then a model that looks at the name sees its own."""
+        self.layers, self.shared, self.log = layers, shared, log
+        self.wrapped: forward_hook.Wrapped = [] if model is None else forward_hook.acquire(model)
+        self.model: Any = (lambda: None) if model is None else weakref.ref(model)
+        """Gives the model while it lives."""
+        self.steps = None if model is None or not may_be_captured(model) else DecodeSteps(model, layers, shared, log)
+        self.inside = False
+        """Whether a call is in progress."""
+        self.holds = False
+        """Whether the config is held switched from outside of a call."""
+        if self.switched is not None:
+            implementation.announce(config)
+        if model is None:
+            self.hold()
+        if self.steps is not None:
+            deferred_stop.acquire()
+
+    def close(self) -> None:
+        """Give the model and its config back, and what the cache held; nothing waits for the garbage collector."""
+        self._drop()
+        forward_hook.release(self.wrapped)
+        if self.steps is not None:
+            deferred_stop.release()
+        self.shared.dispose()
+
+    def run(self, module: nn.Module, forward: Any, kwargs: dict[str, Any], name: str) -> Any:
+        """Call `forward(**kwargs)` of `module`; the cache is `kwargs[name]`.
+
+        Raises:
+            AttentionError: the cache was made from another model, or the attention mask is of a kind that nothing can apply.
+            What the forward raises; then the cache is as before the call.
+        """
+        if self.inside and self._runs():  # a part of the model, or a graph that is captured
+            return forward(**kwargs)
+        if self.wrapped and not any(part() is module for part in self.wrapped):
+            raise AttentionError(
+                f"expected a call of the {self.shared.model_name} that this SpinCache was made from, got one of another "
+                f"model ({type(module).__name__}); make a SpinCache of that model, or SpinCache.from_cache(cache, model) to "
+                "take over its tokens"
+            )
+        check_argument(kwargs.get("attention_mask"))
+        self.inside = True
+        try:
+            with nullcontext() if self.switched is None else implementation.held(self.switched):
+                if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
+                    return self.steps.run(module, forward, kwargs, name)
+                with self.log.watching(self.layers):
+                    return forward(**kwargs)
+        finally:
+            self.inside = False
+            if self.wrapped:
+                self._drop()
+
+    def _runs(self) -> bool:
+        """Whether this thread is inside of `run`, whatever an interruption has left of `inside`."""
+        frame: Any = sys._getframe(2)
+        while frame is not None and not (
+            frame.f_code is ModelCalls.run.__code__ and frame.f_locals.get("self") is self
+        ):
+            frame = frame.f_back
+        return frame is not None
+
+    def hold(self) -> None:
+        """Keep the config switched: for good, or from a mask that is made before a call to the end of that call."""
+        if self.switched is not None and not self.inside and not self.holds:
+            self.holds = True
+            implementation.acquire(self.switched)
+
+    def check(self) -> None:
+        """Before states of a layer are taken.
+
+        Raises:
+            AttentionError: what calls has another attention implementation, so would never ask the cache.
+        """
+        config, name = self.switched, self.shared.model_name
+        if config is None:
+            return
+        if self.wrapped and not self.inside and (self.holds or config._attn_implementation != implementation.NAME):
+            self._drop()
+            raise AttentionError(
+                f"expected a call of the {name} that this SpinCache was made from, got states of another model, or of a layer "
+                "that was called by itself; make a SpinCache of the model that is called, SpinCache.from_cache(cache, model) "
+                "to take over its tokens, or SpinCache(model.config) to call layers"
+            )
+        implementation.check(config)
+        caller = None if self.inside else _caller()
+        if caller is not None and caller.config._attn_implementation != implementation.NAME:
+            raise AttentionError(
+                f"expected states of a model with the {type(config).__name__} object that this SpinCache was made from, got "
+                f"some of a {type(caller).__name__} with another config, whose attention implementation is "
+                f"{caller.config._attn_implementation!r}; make a SpinCache of that model or of its config"
+            )
+
+    def check_traced(self) -> None:
+        """The same while Dynamo traces."""
+        if self.switched is not None:
+            implementation.check(self.switched)
+
+    def _drop(self) -> None:
+        if self.holds:
+            self.holds = False
+            implementation.release(self.switched)
+
+
+def _caller() -> Any:
+    """The module whose forward calls `SpinCache.update`, if it has a config that names an attention implementation."""
+    frame: Any = sys._getframe(2)
+    for _ in range(_FRAMES):
+        module = None if frame is None else frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            return module if hasattr(getattr(module, "config", None), "_attn_implementation") else None
+        frame = None if frame is None else frame.f_back
+    return None
+
+
+def model_of(model: Any) -> nn.Module | None:
+    """The module whose calls a cache of `model` sees: within what wraps it, if anything does; None for a config."""
+    found = forward_hook.unwrapped(model)
+    return found if isinstance(found, nn.Module) else None
+
+
+def may_be_captured(model: nn.Module) -> bool:
+    """Whether decode steps of `model` may become CUDA graphs."""
+    return isinstance(model, PreTrainedModel) and model.device.type == "cuda"

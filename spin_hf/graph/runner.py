@@ -1,0 +1,342 @@
+"""The captured decode step: `model.forward` of one new token a sequence, replayed as a CUDA graph.
+
+    first call of a shape     eager; compiles kernels, allocates what is allocated once
+    second                    captured, then replayed
+    later ones                host: room for the token, descriptors, inputs  ->  replay  ->  host: the token counts
+
+What a call needs of the host happens before the replay (`SharedState.prepare`) and after it (`finish`); between them the
+layers only launch. Inputs are copied into static tensors, outputs are handed back as copies. Tensors of layers that are not
+paged (windows, linear attention) get fixed addresses: what the step makes of them is written back as its last launches.
+
+Until the replay is launched the device has nothing to do. So where all layers are paged the step is launched on trust and
+verified behind that (`graph/replay_check.py`); what does not hold is taken back:
+
+    on trust      addresses  ->  replay  ->  model, mask  ->  done, or back to where the step began and
+    looking       model, mask  ->  replay, capture or eager forward
+
+While capturing, `get_seq_length` gives a tensor on the device instead of a number, so positions that a model derives from
+it are right in every replay; a model that asks the host for it, or for anything else, cannot be captured and runs eagerly,
+with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..attention.masks import padding_mask_of
+from ..errors import SpinError
+from ..forward_pass import ForwardLog
+from ..indexing import padding_change
+from ..state import SharedState
+from ..storage.host_register import ONE_AT_A_TIME
+from ..storage.pinned_slab import give_back_dropped
+from .eligibility import ModelWatch, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
+from .replay_check import Verification
+from .static_states import FixedState, overwritten, windows_of
+
+logger = logging.getLogger("spin_hf")
+
+_MAX_SHAPES = 8
+"""Captured calls of a cache that differ in shape or mode; beyond that the oldest goes."""
+
+_warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_CACHE = object()
+"""Stands for the cache in what a graph keeps, so that the graph does not keep the cache alive."""
+_NOT_TRUSTED = object()
+"""Instead of outputs: a step was not replayed on trust, or was and has been taken back."""
+
+
+class Recorder:
+    """Records launches in a CUDA graph."""
+
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+
+    def record(self, step: Callable[[], Any]) -> Any:
+        """Capture `step`; returns its result, whose tensors are filled by `replay`. Other threads may go on launching."""
+        with ONE_AT_A_TIME, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            result = step()
+        give_back_dropped()  # what was dropped meanwhile
+        return result
+
+    def replay(self) -> None:
+        """Launch what was captured, on the current stream."""
+        self.graph.replay()
+
+
+class CapturedStep:
+    """One captured call of a forward."""
+
+    def __init__(self, inputs: dict[str, Any], layers: list[Any]) -> None:
+        self.inputs = {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
+        self.state = FixedState(layers)
+        self.fixed: dict[str, Any] = {}
+        """Arguments that are the same at every replay."""
+        self.recorder = Recorder()
+        self.outputs: list[Any] = []
+        self.form: Any = None
+        self.overwrites = False
+        """Whether the latest replay has been launched and cannot be done again."""
+
+    def capture(self, forward: Callable[..., Any], cache: dict[str, Any], shared: SharedState) -> None:
+        """Record the call, with the cache under its name; nothing is computed yet."""
+
+        def step() -> Any:
+            with shared.capturing():
+                outputs = forward(**self.inputs, **self.fixed, **cache)
+            self.state.bind()
+            return outputs
+
+        self.state.bind()
+        outputs = self.recorder.record(step)
+        leaves, self.form = pytree.tree_flatten(outputs)
+        (held,) = cache.values()
+        self.outputs = [_CACHE if leaf is held else leaf for leaf in leaves]
+
+    def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
+        """Run the step with other contents of `inputs`; returns copies of its outputs."""
+        self.overwrites, copies = False, None
+        for name, static in self.inputs.items():
+            if isinstance(static, Tensor):
+                static.copy_(inputs[name], non_blocking=True)
+        self.state.bind()
+        if self.state.tensors:  # once it is launched nothing more should ask for memory
+            copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
+            self.overwrites = True
+        self.recorder.replay()
+        leaves = [cache if leaf is _CACHE else leaf for leaf in self.outputs]
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[index] = leaf.clone() if copies is None else copies[index].copy_(leaf)
+        return pytree.tree_unflatten(leaves, self.form)
+
+
+class DecodeSteps:
+    """The decode steps of one cache on one model.
+
+    Args:
+        model: whose forward is wrapped; kept alive once a step has run, as a graph reads its parameters.
+        layers, shared, log: of the cache.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Any], shared: SharedState, log: ForwardLog) -> None:
+        self.model = weakref.ref(model)
+        self.layers, self.shared, self.log = layers, shared, log
+        self.captured: dict[Any, CapturedStep | None] = {}
+        """Key of a call -> its graph; None where it ran once, eagerly."""
+        self.watch: ModelWatch | None = None
+        self.verification = Verification()
+        self.kernels: list[Any] = []
+        self.held: list[Any] = []
+        """The layers captured; `reset` replaces those that are not paged."""
+        self.unpaged: list[Any] = []
+        """Those of them whose tensors a step overwrites."""
+        self.refused: str | None = None
+
+    def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
+        """Call `forward(**kwargs)`, as a replay where that gives the same; the cache is `kwargs[name]`.
+
+        Raises:
+            what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
+        """
+        if self._is_decode_step(kwargs):
+            return self._run(model, forward, kwargs, name)
+        return self._eager(forward, kwargs)
+
+    def _eager(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The forward as it is; where it fails, even behind the last layer, the cache is as before."""
+        with self.log.watching(self.layers):
+            return forward(**kwargs)
+
+    def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
+        inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
+        if self._trusts():
+            outputs = self._replay_on_trust(inputs, kwargs, name)
+            if outputs is not _NOT_TRUSTED:
+                return outputs
+        watch = self._look_at(model)
+        reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
+        if reason is not None:
+            _warn(model, reason)
+            return self._eager(forward, kwargs)
+        self.log.settle(self.layers)
+        length, batch_size = self.shared.committed + 1, self.shared.sequences.batch_size
+        new_valid = padding_change.take(self.shared, padding_mask_of(kwargs.get("attention_mask"), length, batch_size))
+        counts = self.shared.counts_positions(kwargs.get("position_ids"), new_valid)
+        if not counts or not self._windows_are_full(new_valid):
+            return self._eager(forward, kwargs)  # which refuses positions that do not count
+        key = self._key(inputs, new_valid)
+        if key not in self.captured:
+            while len(self.captured) >= _MAX_SHAPES:
+                del self.captured[next(iter(self.captured))]
+            self.captured[key] = None
+            return self._eager(forward, kwargs)
+        step = self.captured[key]
+        try:
+            prepared = self._prepare(new_valid)
+            if prepared and step is None:
+                step = self.captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
+        except Exception as error:
+            self._take_back()
+            if step is not None or isinstance(error, (SpinError, MemoryError)):
+                raise
+            reason = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+            if isinstance(error, torch.OutOfMemoryError):
+                del self.captured[key]  # the step after the next one is captured if there is memory
+            else:
+                self.refused = reason
+            _warn(model, reason)
+            return self._eager(forward, kwargs)
+        except BaseException:
+            self._take_back()
+            raise
+        if step is None or not prepared:
+            return self._eager(forward, kwargs)
+        return self._replay(step, inputs, kwargs[name])
+
+    def _replay(self, step: CapturedStep, inputs: dict[str, Any], cache: Any) -> Any:
+        """Replay a step that was prepared; its tokens count."""
+        try:
+            outputs = step.replay(inputs, cache)
+            self._finish(step)
+        except BaseException:
+            self._take_back(step)
+            raise
+        return outputs
+
+    def _trusts(self) -> bool:
+        """Whether to replay before the model is looked at: nothing seen so far is against it, nothing is overwritten."""
+        return (
+            self.watch is not None
+            and self.refused is None
+            and not self.unpaged
+            and self.layers == self.held
+            and self.kernels == self.shared.kernels_in_use()
+            and self.watch.is_safe()
+        )
+
+    def _replay_on_trust(self, inputs: dict[str, Any], kwargs: dict[str, Any], name: str) -> Any:
+        """Replay a step that is captured, then verify it; `_NOT_TRUSTED` if that fails, and the step is taken back.
+
+        It has then written to the place of its token alone, which is written again before it is read, and has had pages
+        loaded, which are what they are. What the kernels count (`stats`), they count twice.
+        """
+        watch, shared, mask = self.watch, self.shared, kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids") if shared.method.uses_positions else None
+        assert watch is not None
+        if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
+            return _NOT_TRUSTED
+        self.log.settle(self.layers)
+        length, new_valid, held = shared.committed + 1, None, shared.sequences.mask.valid
+        if held is not None and shared.method.uses_positions:
+            # Where the token of each sequence stands has to be looked up.
+            mask = padding_mask_of(mask, length, shared.sequences.batch_size)
+            new_valid, mask, held = padding_change.take(shared, mask), None, None
+            if not shared.counts_positions(positions, new_valid):
+                return _NOT_TRUSTED
+            positions = None
+        step = self.captured.get(self._key(inputs, new_valid))
+        if step is None or not self.verification.assume(mask, length, positions, held):
+            return _NOT_TRUSTED
+        try:
+            if not self._prepare(new_valid):
+                return _NOT_TRUSTED
+            outputs = step.replay(inputs, kwargs[name])
+            holds = self.verification.holds(watch)
+            if holds:
+                self._finish(step)
+        except BaseException:
+            self._take_back()
+            raise
+        if not holds:
+            self._take_back()
+            return _NOT_TRUSTED
+        return outputs
+
+    def _prepare(self, new_valid: Tensor | None) -> bool:
+        """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
+        shared = self.shared
+        before = shared.sequences.recodings
+        shared.prepare(shared.sequences.batch_size, 1, new_valid)
+        if shared.sequences.recodings == before:
+            return True
+        self._take_back()
+        return False
+
+    def _finish(self, step: CapturedStep) -> None:
+        self.shared.finish(foresee=True)
+        self.log.clear()
+        step.state.advance(self.shared.committed)
+
+    def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
+        with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
+            step = CapturedStep(inputs, self.layers)
+            step.fixed = fixed_arguments(self.model(), inputs)
+            windows = windows_of(self.layers)
+            before = [dict(layer.__dict__) for layer in windows]
+            try:
+                step.capture(forward, cache, self.shared)
+            except BaseException:
+                for layer, attributes in zip(windows, before, strict=True):
+                    layer.__dict__.update(attributes)
+                raise
+        return step
+
+    def _is_decode_step(self, kwargs: dict[str, Any]) -> bool:
+        new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        shape = (self.shared.sequences.batch_size, 1)
+        return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.shared.committed > 0
+
+    def _look_at(self, model: nn.Module) -> ModelWatch:
+        """The watch over the model; starts anew where the model, the layers or the kernels are others than those captured."""
+        kernels = self.shared.kernels_in_use()
+        same = kernels == self.kernels and self.layers == self.held
+        if self.watch is None or not same or not self.watch.unchanged():
+            self.captured.clear()
+            self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
+            self.unpaged = overwritten(self.layers)
+            self.refused = reason_not_captured(model, self.layers, self.shared)
+        return self.watch
+
+    def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
+        padded = self.shared.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))
+        given = tuple(
+            (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
+            for name, value in inputs.items()
+        )
+        return given, padded, host_state(), self.shared.sequences.recodings
+
+    def _windows_are_full(self, new_valid: Tensor | None) -> bool:
+        """Whether every window is full and free of padding: until then it grows, or needs a mask."""
+        windows = windows_of(self.unpaged)
+        if any(layer.cumulative_length < layer.sliding_window for layer in windows):
+            return False
+        valid = self.shared.sequences.mask.valid
+        if not windows or (valid is None and new_valid is None):
+            return True
+        widest = max(layer.sliding_window for layer in windows)
+        return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
+
+    def _take_back(self, step: CapturedStep | None = None) -> None:
+        """After a step that failed, or should not have been: only the host's count makes its tokens count.
+
+        Args:
+            step: what was replayed, if that may have overwritten states.
+        """
+        self.log.clear()
+        self.log.overwritten = step is not None and step.overwrites
+        self.shared.roll_back()
+
+
+def _warn(model: nn.Module, reason: str) -> None:
+    said = _warned.setdefault(model, set())
+    if reason not in said:
+        said.add(reason)
+        logger.warning("%s decodes eagerly, not as a CUDA graph: %s", type(model).__name__, reason)

@@ -1,0 +1,1 @@
+"""What is patched in transformers, and what is taken from it."""

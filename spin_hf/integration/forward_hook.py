@@ -1,0 +1,165 @@
+"""`forward` on instances, wrapped for as long as a cache of the model lives: so the calls that carry a cache are seen.
+
+    model(...)  ->  hooks of the model  ->  model.forward = wrapped  ->  cache.calls, if the call brings a SpinCache
+                                                                     ->  the forward that stood there
+
+Wrapped are the model and those parts of it that users also call with a cache: `model.model`, the language model of a
+vision-language model. What wraps is a bound method, as any instance has it, and what stood there is an attribute beside it.
+So `copy.deepcopy` binds a copy's method to the copy, `pickle` finds the class's method, and code that takes a method apart
+(`accelerate` does) can. The class is not touched, and the last cache to go puts back what stood there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention import implementation
+
+ATTRIBUTE = "calls"
+"""Where a cache keeps what sees its calls: `run(model, forward, args, kwargs, name)`."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the cache among a forward's arguments: from 5.24 on, and before."""
+
+_PREVIOUS = "_spin_hf_forward"
+"""Where an instance keeps what stood in its dictionary as `forward`, None for the class's own; numbered if wrapped twice."""
+
+_key_of: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Functions that wrap a forward, and under which name what stood there is kept."""
+_users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+"""Held while forwards are wrapped and counted; the garbage collector may drop a cache, and so come here, inside as well."""
+
+Wrapped = list["weakref.ref[nn.Module]"]
+
+
+def unwrapped(model: Any) -> Any:
+    """The module whose `generate` and `forward` a compiled model's or an adapter's wrapper calls."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and hasattr(model, "get_base_model"):  # PEFT
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def acquire(model: nn.Module) -> Wrapped:
+    """Count one more cache of `model` and wrap its forwards; returns what `release` takes."""
+    with _lock:
+        modules = list(called_with_a_cache(model))
+        for module in modules:
+            _users[module] = _users.get(module, 0) + 1
+            if not _is_wrapped(module):
+                _wrap(module)
+    return [weakref.ref(module) for module in modules]
+
+
+def release(wrapped: Wrapped) -> None:
+    """Count one cache less; the last one of a module unwraps its forward."""
+    with _lock:
+        for reference in wrapped:
+            module = reference()
+            if module is None or module not in _users:
+                continue
+            _users[module] -= 1
+            if not _users[module]:
+                del _users[module]
+                _unwrap(module)
+
+
+def called_with_a_cache(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and the models within it whose forward takes a cache."""
+    for module in model.modules():
+        if module is model or (isinstance(module, PreTrainedModel) and _takes_cache(type(module))):
+            yield module
+
+
+def _takes_cache(kind: type[nn.Module]) -> bool:
+    return not set(inspect.signature(kind.forward).parameters).isdisjoint(CACHE_NAMES)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__func__", None) in _key_of
+
+
+def _wrap(module: nn.Module) -> None:
+    before: Any = module.forward
+    signature = inspect.signature(before)
+    parameters = list(signature.parameters.values())
+    if any(
+        parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters
+    ):  # a wrapper of somebody else
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+    else:
+        names = [parameter.name for parameter in parameters]
+    key = next(key for key in _keys() if key not in module.__dict__)
+
+    @functools.wraps(getattr(before, "__func__", before))
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stored = self.__dict__[key]
+        given = {**dict(zip(names, args, strict=False)), **kwargs} if len(args) <= len(names) else kwargs
+        name = next((name for name in CACHE_NAMES if given.get(name) is not None), CACHE_NAMES[0])
+        calls = getattr(given.get(name), ATTRIBUTE, None)
+        if torch.compiler.is_compiling():
+            config = None if calls is None else calls.switched
+            if stored is None:
+                return _traced(config, type(self).forward, self, *args, **kwargs)
+            return _traced(config, stored, *args, **kwargs)
+        call = MethodType(type(self).forward, self) if stored is None else stored
+        if calls is None:
+            return call(*args, **kwargs)
+        if len(args) > len(names):
+            call = functools.partial(call, *args)
+        return calls.run(self, call, given, name)
+
+    if not hasattr(before, "__func__"):  # else `inspect` finds it by `__wrapped__`
+        me = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[me, *parameters])  # type: ignore[attr-defined]
+    _key_of[forward] = key
+    module.__dict__[key] = module.__dict__.get("forward")
+    module.__dict__["forward"] = MethodType(forward, module)
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Put back what stood there; where somebody has wrapped the forward since, it stays inside and changes nothing."""
+    if not _is_wrapped(module):
+        return
+    before = module.__dict__.pop(_key_of[module.__dict__["forward"].__func__])
+    if before is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = before
+
+
+def _keys() -> Iterator[str]:
+    yield _PREVIOUS
+    for number in itertools.count(2):
+        yield f"{_PREVIOUS}_{number}"
+
+
+def _traced(config: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The call with `config`, if any, switched in a form that Dynamo can trace: no lock, undone where the call returns."""
+    if config is None:
+        return call(*args, **kwargs)
+    before = getattr(config, implementation.FIELD)
+    setattr(config, implementation.FIELD, implementation.NAME)
+    result = call(*args, **kwargs)
+    setattr(config, implementation.FIELD, before)
+    return result
+
+
+def is_compiled(forward: Any) -> bool:
+    """Whether a forward was made by `torch.compile`."""
+    return hasattr(forward, "_torchdynamo_orig_callable")

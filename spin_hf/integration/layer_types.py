@@ -1,0 +1,142 @@
+"""Which layers of a model are paged, and which are left to transformers' own cache layers, and why.
+
+full attention                  SpinLayer, unless a whole-model reason below applies
+sliding or chunked attention    transformers' own: keeps the window only
+linear attention, convolution   transformers' own: its state does not grow
+shared KV, no attention         transformers' own placeholder
+latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
+cross attention                 transformers' own: tokens of an image, which are not those of the text
+hybrid and indexed attention    transformers' own: their `update` does more than keys and values
+
+Some models attend with other keys or values than they cache, run layers several times, or ask for the name of the attention
+implementation. All their layers are left to transformers. docs/families.md lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from ..errors import OptionTypeError, UnsupportedModelError
+
+PLACEHOLDER = "no cache of its own"
+"""Why a layer that shares another one's keys, or has no attention, is not paged."""
+
+# Families that compute attention by themselves and never call the attention interface.
+_OLD_FAMILIES = {
+    "bark", "big_bird", "bloom", "clvp_decoder", "codegen", "coarse_acoustics", "cpmant", "ctrl", "falcon", "flaubert", "git",
+    "gpt_neo", "gpt_neox_japanese", "gptj", "imagegpt", "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer",
+    "rembert", "roformer", "rwkv", "semantic", "trocr", "xglm", "xlm", "xlnet",
+}  # fmt: skip
+
+_OTHER_STATES = {
+    "diffllama": "differential attention: values are split in two after update, attended densely",
+    "jetmoe": "mixture of attention heads: keys and values are repeated after update, attended densely",
+}
+"""Model types whose attention gets other keys or values than `update`, and why they are not paged."""
+
+
+def decoder_config(model: Any) -> tuple[Any, str]:
+    """The config that the attention modules of a model (or of the model of a config) read, and its name for messages.
+
+    Raises:
+        OptionTypeError: it is neither a model nor a config.
+    """
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig):
+        raise OptionTypeError(
+            f"model: expected a transformers model or its config, got {type(model).__name__}; pass the model"
+        )
+    name = type(model).__name__ if model is not config else (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        return config, name
+    return config.get_text_config(decoder=True), name
+
+
+def check_model(config: Any, name: str) -> None:
+    """Raise UnsupportedModelError where a model cannot be served at all.
+
+    Args:
+        config: the model's decoder config.
+        name: what to call the model in messages.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, expected a decoder-only one; use transformers' EncoderDecoderCache"
+        )
+    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "_attn_implementation"):
+        raise UnsupportedModelError(
+            f"{name}: expected the config of a decoder with attention layers; use a causal language model"
+        )
+    if config.model_type in _OLD_FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) computes attention without transformers' attention interface, so no cache "
+            "can choose what it attends to; expected a model that calls it; use a DynamicCache"
+        )
+
+
+def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[list[Any], dict[str, int]]:
+    """The cache layers of a model.
+
+    Args:
+        config: the decoder's config.
+        paged: makes the paged layer of a layer number.
+    Returns:
+        the layers, and reason -> how many layers are not paged.
+    """
+    layers: list[Any] = []
+    reasons: dict[str, int] = {}
+    found = DynamicCache(config=config).layers
+    of_all = _reason_none_is_paged(config, found)
+    crossing = getattr(config, "cross_attention_layers", None) or ()
+    for index, layer in enumerate(found):
+        reason = _reason_not_paged(layer, of_all)
+        if index in crossing:
+            reason = "cross attention: tokens of an image"
+        if reason is None:
+            layers.append(paged(index))
+            continue
+        layers.append(layer)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return layers, reasons
+
+
+def is_placeholder(layer: Any) -> bool:
+    """Whether a cache layer holds nothing of its own."""
+    return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
+
+
+def _reason_none_is_paged(config: Any, layers: list[Any]) -> str | None:
+    """Why the full-attention layers of a model are not paged; None if they are."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "latent attention: cached latents are expanded after update, attended densely"
+    if getattr(config, "model_type", None) in _OTHER_STATES:
+        return _OTHER_STATES[config.model_type]
+    if getattr(config, "qk_layer_norms", False):
+        return "keys are normalised after update, attended densely"
+    if (getattr(config, "n_recurrent_loops", None) or getattr(config, "loop_num_passes", None) or 1) > 1:
+        return "looped layers: the model adds cache layers of its own, attended densely"
+    for layer in layers:  # what is neither asks for the name of the implementation, and "spin" says nothing to it
+        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if isinstance(layer, CacheLayerMixin) and not plain and not isinstance(layer, LinearAttentionCacheLayerMixin):
+            return f"beside {type(layer).__name__}: the model chooses tokens by itself, attended densely"
+    return None
+
+
+def _reason_not_paged(layer: Any, of_all: str | None) -> str | None:
+    if type(layer) is DynamicLayer:
+        return of_all
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding window: only the window is kept"
+    if not isinstance(layer, CacheLayerMixin):
+        linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+        return "linear attention: state of fixed size" if linear else PLACEHOLDER
+    return f"{type(layer).__name__}: kept by transformers, attended densely"

@@ -1,0 +1,1 @@
+"""Triton kernels of a decode step, in the order of their launches."""

@@ -1,0 +1,143 @@
+"""New tokens to their pages: home page, page frame if it is resident, and ShadowKV's summaries of complete pages.
+
+    append_page     the tokens of a call that belong to one page; `score_kernel` has it done for the one token of a step
+    append_kernel   all pages of a call
+
+Where home pages are int8, tokens are encoded; page frame and summaries are of what comes of that.
+The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `page_form.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    FRAMES,
+    HOME,
+    PAGE_SLOT,
+    PAGE_SLOT_STRIDE,
+    POSITION,
+    SCALE_0,
+    SUMMARY_0,
+    SUMMARY_1,
+    from_int8,
+    page_rows,
+    rounded,
+    scale_addresses,
+    slots_of,
+    to_int8,
+    tokens_valid,
+)
+
+
+@triton.jit
+def append_page(
+    step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, bh,
+    SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, HOME_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
+):  # fmt: skip
+    """Write those of `count` tokens, from POSITION on, that belong to `page`; its summaries if it is complete and SUMMARISE.
+
+    Args:
+        key, value: [B, H, count, D]; the last dimension is contiguous.
+        SUMMARY: dtype of the lowest cosines, and of landmarks unless they are QUANTIZED.
+        HOME_BYTES: of a home page that is int8; 0 where it is as the tokens are.
+    """
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    start = tl.load(step + POSITION)
+    dtype: tl.constexpr = key.dtype.element_ty
+    item: tl.constexpr = key.dtype.element_ty.primitive_bitwidth // 8
+    tokens = page * PAGE + tl.arange(0, PAGE)
+    new = (tokens >= start) & (tokens < start + count)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = tl.arange(0, BLOCK_V)
+    inside_k = new[:, None] & (column_k < DK)[None, :]
+    inside_v = new[:, None] & (column_v < DV)[None, :]
+    source = tl.where(new, tokens - start, 0)
+    keys = tl.load(key + b * key_b + h * key_h + source[:, None] * key_n + column_k[None, :], mask=inside_k, other=0.0)
+    values = tl.load(
+        value + b * value_b + h * value_h + source[:, None] * value_n + column_v[None, :], mask=inside_v, other=0.0
+    )
+    row = tl.sum(page_rows(step, b, h, page + tl.zeros([1], tl.int64), tl.full([1], 1, tl.int1), H, SEGMENT), 0)
+    table = tl.load(layer + HOME).to(tl.pointer_type(tl.int64))
+    home_bytes: tl.constexpr = HOME_BYTES if HOME_BYTES else PAGE * (DK + DV) * item
+    home = tl.load(table + row // ROWS) + (row % ROWS) * home_bytes
+    place_k = tl.arange(0, PAGE)[:, None] * DK + column_k[None, :]
+    place_v = PAGE * DK + tl.arange(0, PAGE)[:, None] * DV + column_v[None, :]
+    kept: tl.constexpr = tl.int8 if HOME_BYTES else dtype
+    pointer = tl.multiple_of(home.to(tl.pointer_type(kept)), 16)
+    if HOME_BYTES:
+        key_codes, key_scale = to_int8(keys)
+        value_codes, value_scale = to_int8(values)
+        tl.store(pointer + place_k, key_codes, mask=inside_k)
+        tl.store(pointer + place_v, value_codes, mask=inside_v)
+        place = scale_addresses(home, PAGE, HOME_BYTES) + tl.arange(0, PAGE)
+        tl.store(place, key_scale, mask=new)
+        tl.store(place + PAGE, value_scale, mask=new)
+        keys = from_int8(key_codes, key_scale, dtype)
+        values = from_int8(value_codes, value_scale, dtype)
+    else:
+        tl.store(pointer + place_k, keys, mask=inside_k)
+        tl.store(pointer + place_v, values, mask=inside_v)
+    num_slots, first_frame = slots_of(layer, b, h, H)
+    if num_slots > 0:
+        slots = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
+        slot = tl.load(slots + (b * H + h) * tl.load(layer + PAGE_SLOT_STRIDE) + page)
+        if slot >= 0:
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * (PAGE * (DK + DV) * item)
+            resident = tl.multiple_of(frame.to(tl.pointer_type(dtype)), 16)
+            tl.store(resident + place_k, keys, mask=inside_k)
+            tl.store(resident + place_v, values, mask=inside_v)
+    if SUMMARISE and (page + 1) * PAGE <= start + count:
+        old = (tokens < start)[:, None] & (column_k < DK)[None, :]
+        if HOME_BYTES:
+            before = tl.load(place, mask=tokens < start, other=0.0)
+            held = from_int8(tl.load(pointer + place_k, mask=old, other=0), before, dtype)
+        else:
+            held = tl.load(pointer + place_k, mask=old, other=0.0)
+        everything = held.to(tl.float32) + keys.to(tl.float32)
+        valid = tokens >= 0
+        if PADDED:
+            valid = tokens_valid(step, b, tokens, tokens >= 0)
+        weight = valid.to(tl.float32)
+        landmark = tl.sum(everything * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1.0)
+        norm = tl.maximum(tl.sqrt(tl.sum(landmark * landmark, 0)), 1e-8)
+        norms = tl.maximum(tl.sqrt(tl.sum(everything * everything, 1)), 1e-8)
+        cosine = tl.sum(everything * landmark[None, :], 1) / (norms * norm)
+        worst = tl.min(tl.where(valid, cosine, 1.0), 0)
+        size: tl.constexpr = SUMMARY.primitive_bitwidth // 8
+        chunk = row // ROWS
+        inside = row % ROWS
+        base = tl.load(tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64)) + chunk)
+        if QUANTIZED:
+            largest = tl.max(tl.abs(landmark), 0)
+            unit = tl.where(largest > 0.0, largest * (1 / 127), 1.0)  # as `reference.quantize`
+            whole = rounded(landmark / unit)
+            tl.store(
+                (base + inside * DK).to(tl.pointer_type(tl.int8)) + column_k, whole.to(tl.int8), mask=column_k < DK
+            )
+            scales = tl.load(tl.load(layer + SCALE_0).to(tl.pointer_type(tl.int64)) + chunk)
+            tl.store((scales + inside * 4).to(tl.pointer_type(tl.float32)), unit)
+        else:
+            address = (base + inside * (DK * size)).to(tl.pointer_type(SUMMARY))
+            tl.store(address + column_k, landmark.to(SUMMARY), mask=column_k < DK)
+        cosines = tl.load(tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64)) + chunk)
+        tl.store((cosines + inside * size).to(tl.pointer_type(SUMMARY)), worst.to(SUMMARY))
+
+
+@triton.jit
+def append_kernel(
+    step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
+    SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, HOME_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b * H + h) does as `append_page` for the i-th page of a call."""
+    page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
+    append_page(
+        step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),
+        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, HOME_BYTES, SUMMARISE,
+    )  # fmt: skip

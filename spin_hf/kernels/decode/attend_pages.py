@@ -1,0 +1,187 @@
+"""Split-KV attention over the list of pages, with the loads on the way and the merge at the end: one launch.
+
+    program (b * H + h, split)   reads its share of the list: tiles of pages, from page frames or from their homes
+                                 a marked page comes from host memory, is used, and is stored to its page frame
+                                 writes its part; the last program of a (sequence, KV head) merges all parts
+
+Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
+whose pages are resident go on meanwhile. Homes that are int8 are decoded in registers; the frame gets what came of it. The
+specification is `kernels.attend`, `kernels.merge_attention` and `page_form.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    FRAMES,
+    HOME,
+    LIST_CAPACITY,
+    LIST_PAGE,
+    LOAD,
+    PAGE_SLOT,
+    PAGE_SLOT_STRIDE,
+    POSITION,
+    from_int8,
+    page_rows,
+    row_addresses,
+    scale_addresses,
+    slots_of,
+    tokens_valid,
+)
+
+
+@triton.jit
+def attend_kernel(
+    step, layer, query, out, sinks, list_count, parts, arrivals, query_index, num_queries,
+    query_b, query_h, out_b, out_h, scale, softcap,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
+    TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    HOME_BYTES: tl.constexpr,
+):  # fmt: skip
+    """See the module's head.
+
+    Args:
+        query: [B, H * G, 1, DK], one of the step's `num_queries`; the last dimension is contiguous.
+        list_count: as `choose_kernel` left it.
+        out: [B, 1, H * G, DV]. Written.
+        sinks: float [H * G], logits in the denominator, read where SINKS.
+        parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch; the last ESTIMATED parts as `estimate_kernel` left them.
+        arrivals: int32 [B * H]: zeros, and zeros again afterwards.
+        DTYPE: of the pages; PAGE_BYTES: of a page of that.
+        HOME_BYTES: of a home page that is int8, which then are in host memory; 0 where homes are of DTYPE.
+    """
+    bh = tl.program_id(0)
+    split = tl.program_id(1)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    start = tl.load(step + POSITION)
+    position, length = start + query_index, start + num_queries
+    capacity = tl.load(step + LIST_CAPACITY)
+    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
+    count = tl.load(list_count + bh * 2)
+    missing = tl.load(list_count + bh * 2 + 1)
+    group = tl.arange(0, BLOCK_G)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = tl.arange(0, BLOCK_V)
+    queries = tl.load(
+        query + b * query_b + (h * G + group)[:, None] * query_h + column_k[None, :],
+        mask=(group < G)[:, None] & (column_k < DK)[None, :], other=0.0,
+    ).to(DTYPE)  # fmt: skip
+    place = tl.arange(0, TILE_PAGES * PAGE)
+    within = place % PAGE
+    num_slots, first_frame = slots_of(layer, b, h, H)
+    table = tl.load(layer + HOME)
+    most = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES
+    begin = split * share
+    stop = tl.minimum(begin + share, count)
+    for first in range(begin, stop, TILE_PAGES):
+        entry = first + place // PAGE
+        page = tl.load(listed + entry, mask=entry < stop, other=-1)
+        here = page >= 0
+        frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
+        if HOME_BYTES:
+            coded = frame  # address of the page that the token is to be loaded from, 0 for none
+        if num_slots > 0:
+            away = page >= LOAD
+            page = tl.where(away, page - LOAD, page)
+            page_slot = tl.load(layer + PAGE_SLOT).to(tl.pointer_type(tl.int32))
+            page_slot += bh.to(tl.int64) * tl.load(layer + PAGE_SLOT_STRIDE)
+            slot = tl.load(page_slot + page, mask=here, other=0)
+            frame = tl.load(layer + FRAMES) + (first_frame + slot) * PAGE_BYTES
+            address = frame
+            if missing > 0:
+                rows = page_rows(step, b, h, page, away, H, SEGMENT)
+                if HOME_BYTES:
+                    coded = tl.where(away, row_addresses(table, rows, away, ROWS, HOME_BYTES), 0)
+                else:
+                    address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
+                frame = tl.where(away & (slot >= 0), frame, 0)
+        else:
+            rows = page_rows(step, b, h, page, here, H, SEGMENT)
+            address = row_addresses(table, rows, here, ROWS, PAGE_BYTES)
+        token = page.to(tl.int64) * PAGE + within
+        allowed = here & (token <= position)
+        if PADDED:
+            allowed = tokens_valid(step, b, token, allowed)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        place_k = within[:, None] * DK + column_k[None, :]
+        place_v = PAGE * DK + within[:, None] * DV + column_v[None, :]
+        filled = here & (token < length)  # what stands in other places may be NaN
+        inside_k = filled[:, None] & (column_k < DK)[None, :]
+        inside_v = filled[:, None] & (column_v < DV)[None, :]
+        if HOME_BYTES:
+            there = (coded == 0)[:, None]
+            keys = tl.load(pointer[:, None] + place_k, mask=inside_k & there, other=0.0)
+            values = tl.load(pointer[:, None] + place_v, mask=inside_v & there, other=0.0)
+            if missing > 0:  # a tile has pages of both kinds: these are 0 there
+                codes = tl.multiple_of(coded.to(tl.pointer_type(tl.int8)), 16)
+                scales = scale_addresses(coded, PAGE, HOME_BYTES) + within
+                comes = filled & (coded != 0)
+                key_scale = tl.load(scales, mask=comes, other=0.0)
+                value_scale = tl.load(scales + PAGE, mask=comes, other=0.0)
+                key_codes = tl.load(codes[:, None] + place_k, mask=inside_k & comes[:, None], other=0)
+                value_codes = tl.load(codes[:, None] + place_v, mask=inside_v & comes[:, None], other=0)
+                keys = tl.where(there, keys, from_int8(key_codes, key_scale, DTYPE))
+                values = tl.where(there, values, from_int8(value_codes, value_scale, DTYPE))
+        else:
+            keys = tl.load(pointer[:, None] + place_k, mask=inside_k, other=0.0)
+            values = tl.load(pointer[:, None] + place_v, mask=inside_v, other=0.0)
+        if missing > 0:
+            resident = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
+            tl.store(resident[:, None] + place_k, keys, mask=inside_k & (frame != 0)[:, None])
+            tl.store(resident[:, None] + place_v, values, mask=inside_v & (frame != 0)[:, None])
+        if PADDED:
+            values = tl.where(allowed[:, None], values, 0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if CAPPED:
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # softcap * tanh(scores / softcap)
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        decay = tl.exp(most - shift)
+        weights = tl.exp(scores - shift[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
+        most = higher
+    lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
+    acc = acc / tl.maximum(total, 1e-37)[:, None]
+    # The lse stands beside each value, so that the merge needs no exchange between threads.
+    mine = parts + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
+    inside = (group < G)[:, None] & (column_v < DV)[None, :]
+    tl.store(mine, acc, mask=inside)
+    tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
+    tl.debug_barrier()  # all of this program's part is written before its arrival is
+    if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.store(arrivals + bh, 0)
+        heads = tl.arange(0, MERGED_G)[:, None]
+        there = (heads < G) & (column_v < DV)[None, :]
+        outs = parts + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
+        top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
+        many: tl.constexpr = 16 if ESTIMATED else 8
+        for part in tl.range(
+            0, SPLITS + ESTIMATED, loop_unroll_factor=many
+        ):  # a latency is paid once for several parts
+            lses = outs + (part * 2 + 1) * G * DV
+            top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=many):
+            lses = outs + (part * 2 + 1) * G * DV
+            weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
+            denominator += weight
+            merged += weight * tl.load(outs + part * 2 * G * DV, mask=there, other=0.0, cache_modifier=".cg")
+        if SINKS:
+            logits = tl.load(sinks + h * G + heads, mask=heads < G, other=float("-inf")).to(tl.float32)
+            denominator += tl.exp(logits - base)
+        merged = merged / tl.where(denominator > 0, denominator, 1.0)
+        tl.store(
+            out + b * out_b + (h * G + heads) * out_h + column_v[None, :], merged.to(out.dtype.element_ty), mask=there
+        )

@@ -1,0 +1,156 @@
+"""What each candidate page is worth to its KV head, how many are worth how much, and which may be chosen at all.
+
+    logits, statistics of all shares  ->  score = max over the query heads of log softmax  ->  scores, of all pages
+                                          or, of a box, of the logit, less the largest of all
+    bin of the score  <=  floor       ->  the page is kept and counted                     ->  kept pages, by part; histogram
+
+The histogram says where the budget ends, so nothing has to be sorted or searched (see `select.py`). The floor is where it
+ended at the step before, and a margin: a few hundred pages are kept of however many there are. The specification of the scores
+is `ShadowKV.score`, whose logarithm they are, and `kernels.group_shares`; see `Rating`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    CANDIDATES,
+    FIRST,
+    KEPT_COUNT,
+    KEPT_PAGE,
+    KEPT_SCORE,
+    LOGITS,
+    NUM_OUTLIERS,
+    NUM_SELECTED,
+    OUTLIER,
+    PAGE_CAPACITY,
+    PLAN_FIELDS,
+    SCORES,
+    STOP,
+    candidates,
+    log_tokens,
+    log_total,
+    score_bins,
+)
+from ..descriptor_fields import Rating
+from .rerank_queries import prepare_queries
+
+LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
+SHARE = tl.constexpr(int(Rating.SHARE))
+BOUND = tl.constexpr(int(Rating.BOUND))
+
+
+@triton.jit(do_not_specialize=["number"])
+def rate_kernel(
+    step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
+    closer_scale, second_histogram,
+    RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    SPLITS: tl.constexpr, DIGITS: tl.constexpr, CLOSER_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+    PER_NAT: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, i) rates parts i, i + num_programs(1) - PREPARED, ... of the pages; the last one prepares
+    the closer look, if PREPARED.
+
+    Args:
+        stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
+        histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
+        floors: int32 [B * H]: the last bin whose pages are kept.
+        number: of the layer.
+        query to closer_scale, DIGITS and CLOSER_G to HALF: as for `prepare_queries`, and
+        second_histogram: int32 [B * H, BINS]: made zeros; used where PREPARED.
+        RATING: see `Rating`.
+        EVERYTHING: whether all candidates are counted; else those that are kept.
+        LISTED: whether pages are kept; else they are only rated and counted.
+        WEIGHTED: whether a page weighs as often as it has valid tokens.
+        LEAST: logarithm of a share: pages of no larger one are no candidates, unless the budget covers all; 0 for none such.
+        HEADS: query heads that are looked at together.
+        RUN: pages in a row; each part has every so many runs, so that neighbours, which are often chosen together, are
+            spread over all parts.
+    """
+    bh = tl.program_id(0)
+    programs = tl.num_programs(1) - PREPARED
+    if PREPARED and tl.program_id(1) == programs:
+        tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        prepare_queries(
+            query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, closer_scale, DIGITS, H, G,
+            BLOCK_G, CLOSER_G, SPLITS, DK, BLOCK_K, HALF,
+        )  # fmt: skip
+    else:
+        b = (bh // H).to(tl.int64)
+        row = plan + b * PLAN_FIELDS
+        capacity = tl.load(step + PAGE_CAPACITY)
+        logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+        scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        stream = number.to(tl.int64) * tl.num_programs(0) + bh
+        kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+        kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+        floor = tl.load(floors + bh)
+        outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
+        first = tl.load(row + FIRST)
+        stop = tl.load(row + STOP)
+        scored = tl.load(row + NUM_SELECTED) < stop - first
+        num_outliers = tl.load(row + NUM_OUTLIERS)
+        split = tl.arange(0, SPLITS)
+        known = (split < num_splits)[None, :]
+        parts = tl.cdiv(stop, PART)
+        lane = tl.arange(0, PART)
+        for part in range(tl.program_id(1), parts, programs):
+            pages = (lane // RUN * parts + part) * RUN + lane % RUN
+            inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
+            best = tl.zeros([PART], tl.float32)
+            kept = inside
+            if scored:
+                best = tl.full([PART], -3.0e38, tl.float32)
+                total = tl.zeros([PART], tl.float32)
+                largest = tl.full([], float("-inf"), tl.float32)
+                smallest = tl.full([], float("-inf"), tl.float32)
+                for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
+                    heads = g + tl.arange(0, HEADS)
+                    place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
+                    most = tl.load(place, mask=known, other=float("-inf"))
+                    there = inside[None, :] & (heads < G)[:, None]
+                    if RATING == BOUND:
+                        real = known & (heads < G)[:, None]
+                        largest = tl.maximum(largest, tl.max(tl.where(real, most, float("-inf"))))
+                        lowest = tl.min(tl.load(place + BLOCK_G, mask=real, other=float("inf")), 1)
+                        smallest = tl.maximum(smallest, tl.max(tl.where(heads < G, lowest, float("-inf"))))
+                    else:
+                        sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
+                        lse = log_total(most, sums)
+                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
+                    if RATING != BOUND:
+                        each = tl.where(there, each - lse[:, None], float("-inf"))
+                    if RATING != SHARE:
+                        best = tl.maximum(best, tl.max(each, 0))
+                    else:  # no logit is far above the logarithm of the sum that it is in
+                        total += tl.sum(tl.exp(each), 0)
+                if RATING == BOUND:
+                    width = tl.where(largest == float("-inf"), 1.0, tl.maximum(largest - smallest, 1e-20))
+                    best = (best - tl.where(largest == float("-inf"), 0.0, largest)) * (30.0 / width)
+                elif RATING == SHARE:
+                    best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
+                    if WEIGHTED and PADDED:
+                        best += log_tokens(step, b, pages, inside, PAGE, PADDED)
+                if LEAST < 0.0:
+                    whole = tl.load(row + NUM_SELECTED) >= tl.load(row + CANDIDATES)
+                    inside = inside & ((best > LEAST) | whole)
+                if OUTLIERS:
+                    marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
+                    best = tl.where(marks != 0, float("inf"), best)
+                bins = score_bins(best, BINS, PER_NAT)
+                kept = inside & (bins <= floor)
+                counted = inside if EVERYTHING else kept
+                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=counted, sem="relaxed")
+            tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
+            if LISTED:
+                rank = tl.cumsum(kept.to(tl.int32), 0)
+                # By rank, then by part: all parts keep about as many, so few places stay empty.
+                place = (rank - 1) * parts + part
+                tl.store(kept_page + place, pages, mask=kept)
+                tl.store(kept_score + place, best, mask=kept)
+                tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)

@@ -1,0 +1,86 @@
+"""The zones of a step, on the device: fixed pages, candidates and budget of every query. One launch for all layers.
+
+The specification is `step_plan.StepPlan`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    CANDIDATES,
+    FIRST,
+    LEADING,
+    NUM_OUTLIERS,
+    NUM_PAGES,
+    NUM_SELECTED,
+    OWN_POSITION,
+    PLAN_FIELDS,
+    POSITION,
+    SHARE,
+    STOP,
+    count_valid,
+)
+
+
+@triton.jit
+def plan_step_kernel(
+    step, plan,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, BUDGET: tl.constexpr, DENSE_BELOW: tl.constexpr,
+    OUTLIERS_PER_1024: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, i) plans query i of sequence b."""
+    b = tl.program_id(0)
+    i = tl.program_id(1)
+    total = tl.load(step + POSITION) + i + 1
+    num_pages = (total + PAGE - 1) // PAGE
+    leading = 0
+    if PADDED:
+        everything = total + tl.zeros([1], tl.int64)
+        held = tl.sum(count_valid(step, b, everything, everything > 0, PADDED), 0)
+        first = 0
+        stop = 0
+        number = 0
+        for start in range(0, num_pages, TILE):
+            pages = start + tl.arange(0, TILE)
+            inside = pages < num_pages
+            before = count_valid(step, b, tl.minimum(pages * PAGE, total), inside, PADDED)
+            upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, total), inside, PADDED)
+            sink = inside & (before < SINKS)
+            old = inside & (held - upto >= WINDOW)
+            leading += tl.sum((inside & (upto == 0)).to(tl.int32), 0)
+            first += tl.sum(sink.to(tl.int32), 0)
+            stop += tl.sum(old.to(tl.int32), 0)
+            number += tl.sum((old & (before >= SINKS) & (upto > before)).to(tl.int32), 0)
+    else:
+        held = total.to(tl.int32)
+        first = tl.minimum((SINKS + PAGE - 1) // PAGE, num_pages).to(tl.int32)
+        stop = (tl.maximum(total - WINDOW, 0) // PAGE).to(tl.int32)
+    stop = tl.maximum(first, stop)
+    if not PADDED:
+        number = stop - first
+    if BUDGET > 0:
+        budget = held * 0 + BUDGET
+    else:
+        share = tl.load(step + SHARE).to(tl.float64, bitcast=True)
+        exact = held.to(tl.float64) * share - 1e-9
+        whole = exact.to(tl.int32)
+        budget = whole + (exact > whole.to(tl.float64)).to(tl.int32)
+    if held <= tl.maximum(budget, DENSE_BELOW):
+        budget = (num_pages * PAGE).to(tl.int32)
+    wanted = budget.to(tl.int64) * OUTLIERS_PER_1024
+    outliers = wanted // 1024
+    rest = wanted % 1024
+    outliers += ((rest > 512) | ((rest == 512) & (outliers % 2 == 1))).to(tl.int64)  # torch.round: halves to even
+    if OUTLIERS_PER_1024 > 0:
+        outliers = tl.maximum(outliers, 1)
+    row = plan + (i * tl.num_programs(0) + b) * PLAN_FIELDS
+    tl.store(row + FIRST, first)
+    tl.store(row + STOP, stop)
+    tl.store(row + NUM_PAGES, num_pages.to(tl.int32))
+    tl.store(row + NUM_SELECTED, (budget + PAGE - 1) // PAGE)
+    tl.store(row + NUM_OUTLIERS, outliers.to(tl.int32))
+    tl.store(row + OWN_POSITION, held - 1)
+    tl.store(row + CANDIDATES, number)
+    tl.store(row + LEADING, leading)

@@ -1,0 +1,271 @@
+"""The second look: pages that score best by one vector are rated again by their keys in four bits, before some are chosen.
+
+    edge       the bin down to which pages are looked at: where so many times the budget ends
+    closer     log of the sum over a page's tokens of exp(scale * q . (mean + key in four bits)), of the pages down to the edge,
+               and of the sinks' pages, before all candidates; in LOGITS, for `estimate_kernel`, less the logarithm of how many
+               tokens these are, at least what was there and at most EXCESS more
+    rate       shares of these, among all candidates and sinks, and counted; what was not looked at keeps the weight it had
+
+Both take the pages in the parts of `rate_kernel`, and leave them where `choose_kernel` finds them. The specification is
+`Bisection.select`; of the four bits `attention/methods/four_bit_keys.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    CLOSER,
+    FIRST,
+    KEPT_COUNT,
+    KEPT_PAGE,
+    KEPT_SCORE,
+    LOGITS,
+    NUM_SELECTED,
+    PAGE_CAPACITY,
+    PLAN_FIELDS,
+    SCORES,
+    STOP,
+    SUMMARY_2,
+    SUMMARY_3,
+    candidates,
+    log_tokens,
+    page_rows,
+    row_addresses,
+    score_bins,
+)
+
+
+@triton.jit
+def closer_kernel(
+    step, layer, operands, factors, plan, histogram, floors, closer_stats,
+    DIGITS: tl.constexpr, LOOKED_AT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    CLOSER_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    EXCESS: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
+
+    Args:
+        operands, factors: as `prepare_queries` left them.
+        histogram, floors: as `rate_kernel` left it and took them: candidates down to the floor.
+        closer_stats: float32 [B * H, num_programs(1), 3, CLOSER_G]: of the pages looked at, the maximum and the sum of
+            exponentials by four bits, and the share that they had before. Written.
+        DIGITS: whether codes are multiplied as int8; else in the dtype of `operands`.
+        CLOSER_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
+        TILE: pages at a time.
+        ALIGNED: bytes that the codes of every token begin at a multiple of.
+    """
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    capacity = tl.load(step + PAGE_CAPACITY)
+    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    closer = tl.load(step + CLOSER).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    first = tl.load(row + FIRST)
+    stop = tl.load(row + STOP)
+    wanted = tl.load(row + NUM_SELECTED)
+    scored = wanted < stop - first
+    upto = tl.cumsum(tl.load(histogram + bh * BINS + tl.arange(0, BINS)), 0)
+    goal = _goal(LOOKED_AT, wanted, stop - first)
+    edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS, if so many were not counted
+    if scored & (edge == BINS):
+        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
+    parts = tl.cdiv(stop, PART)
+    lane = tl.arange(0, PART)
+    group = tl.arange(0, CLOSER_G)
+    copies: tl.constexpr = 2 if DIGITS else 1
+    copy = tl.arange(0, copies * CLOSER_G)
+    half = tl.arange(0, HALF)
+    size: tl.constexpr = copies * CLOSER_G * HALF
+    operand = operands + bh * 2 * size + copy[None, :] * HALF + half[:, None]
+    of_low, of_byte = tl.load(operand), tl.load(operand + size)
+    factor = factors + bh * 4 * CLOSER_G + group
+    low_factor, byte_factor = tl.load(factor), tl.load(factor + CLOSER_G)
+    constant, lse = tl.load(factor + 2 * CLOSER_G), tl.load(factor + 3 * CLOSER_G)
+    codes_table = tl.load(layer + SUMMARY_2)
+    scale_table = tl.load(layer + SUMMARY_3)
+    place = tl.arange(0, TILE * PAGE)
+    most = tl.full([TILE, CLOSER_G], float("-inf"), tl.float32)
+    total = tl.zeros([TILE, CLOSER_G], tl.float32)
+    before = tl.zeros([TILE, CLOSER_G], tl.float32)
+    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)  # programs of a part; all of them list its pages
+    for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
+        part = turn % parts
+        pages = (lane // RUN * parts + part) * RUN + lane % RUN
+        score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
+        kept = score > float("-inf")
+        if scored:
+            kept = kept & (score_bins(score, BINS, PER_NAT) <= edge)
+        rank = tl.cumsum(kept.to(tl.int32), 0)
+        tl.store(kept_page + (rank - 1) * parts + part, pages, mask=kept)
+        tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+        count = tl.max(rank, 0)
+        if scored:
+            if first > part * RUN:  # the part may have pages of the sinks, which are listed behind what may be chosen
+                sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
+                rank = tl.cumsum(sink.to(tl.int32), 0)
+                tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
+                count += tl.max(rank, 0)
+            tl.debug_barrier()
+            for start in range(turn // parts * TILE, count, shares * TILE):
+                ranks = start + tl.arange(0, TILE)
+                there = ranks < count
+                page = tl.load(kept_page + ranks * parts + part, mask=there, other=0)
+                token_there = start + place // PAGE < count
+                token_page = tl.load(kept_page + (start + place // PAGE) * parts + part, mask=token_there, other=0)
+                rows = page_rows(step, b, h, token_page, token_there, H, SEGMENT)
+                code_row = row_addresses(codes_table, rows, token_there, ROWS, PAGE * ((DK + 1) // 2))
+                scale_row = row_addresses(scale_table, rows, token_there, ROWS, PAGE * 2)
+                pointer = (code_row + place % PAGE * ((DK + 1) // 2)).to(tl.pointer_type(tl.uint8))
+                pointer = tl.multiple_of(pointer, ALIGNED)
+                codes = tl.load(
+                    pointer[:, None] + half[None, :],
+                    mask=token_there[:, None] & (half < (DK + 1) // 2)[None, :],
+                    other=0,
+                )
+                unit = tl.load(
+                    scale_row.to(tl.pointer_type(tl.bfloat16)) + place % PAGE, mask=token_there, other=-1.0
+                ).to(tl.float32)
+                low = (codes & 15).to(tl.int8)
+                byte = (codes ^ 128).to(tl.int8, bitcast=True)
+                if DIGITS:
+                    radix = tl.where(tl.arange(0, 2) == 0, 256, 1)
+                    shape: tl.constexpr = (TILE * PAGE, CLOSER_G, 2)
+                    one = tl.sum(tl.reshape(tl.dot(low, of_low, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
+                    two = tl.sum(tl.reshape(tl.dot(byte, of_byte, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
+                else:
+                    one = tl.dot(low.to(of_low.dtype), of_low, input_precision="ieee")
+                    two = tl.dot(byte.to(of_byte.dtype), of_byte, input_precision="ieee")
+                products = one * low_factor[None, :] + two * byte_factor[None, :] + constant[None, :]
+                products *= unit[:, None]
+                products = tl.where((unit >= 0)[:, None], products, float("-inf"))
+                inside = there[:, None] & (group < G)[None, :]
+                coarse = tl.load(logits + group[None, :] * capacity + page[:, None], mask=inside, other=float("-inf"))
+                of_tokens = tl.reshape(products, (TILE, PAGE, CLOSER_G))
+                largest = tl.max(of_tokens, 1)
+                base = tl.where(largest == float("-inf"), 0.0, largest)
+                fine = coarse + base + tl.log(tl.sum(tl.exp(of_tokens - base[:, None, :]), 1))
+                fine = tl.where(inside, fine, float("-inf"))
+                spot = ranks * parts + part
+                tl.store(closer + group[None, :] * capacity + spot[:, None], fine, mask=inside)
+                tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
+                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
+                tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
+                weighed = coarse
+                if PADDED:  # else all have as many tokens
+                    weighed += tokens
+                before += tl.where(inside, tl.exp(weighed - lse[None, :]), 0.0)
+                higher = tl.maximum(most, fine)
+                shift = tl.where(higher == float("-inf"), 0.0, higher)
+                total = total * tl.exp(most - shift) + tl.exp(fine - shift)
+                most = higher
+    highest = tl.max(most, 0)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    mine = closer_stats + (bh * tl.num_programs(1) + tl.program_id(1)) * 3 * CLOSER_G + group
+    tl.store(mine, highest)
+    tl.store(mine + CLOSER_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
+    tl.store(mine + 2 * CLOSER_G, tl.sum(before, 0))
+
+
+@triton.jit
+def _goal(LOOKED_AT: tl.constexpr, wanted, pages):
+    """Pages to look at for `wanted` of them: `LOOKED_AT` times as many, or one more than there are, which is all; int32."""
+    return tl.minimum(wanted.to(tl.int64) * LOOKED_AT, pages + 1).to(tl.int32)
+
+
+@triton.jit
+def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr):
+    """The bin down to which `goal` pages are, of which there are less down to `floor`; BINS, if there are not so many at all.
+
+    Whoever needs it searches for it: that is seldom, as the floor follows the scores.
+    """
+    low = tl.minimum(floor + 1, BINS)
+    high = tl.full([], BINS, tl.int32)
+    while low < high:
+        middle = (low + high) // 2
+        count = tl.zeros([], tl.int32)
+        for start in range(0, stop, TILE):
+            pages = start + tl.arange(0, TILE)
+            score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
+            found = (score > float("-inf")) & (score_bins(score, BINS, PER_NAT) <= middle)
+            count += tl.sum(found.to(tl.int32), 0)
+        low = tl.where(count < goal, middle + 1, low)
+        high = tl.where(count < goal, high, middle)
+    return low
+
+
+@triton.jit
+def rate_closer_kernel(
+    step, plan, first_histogram, floors, histogram, factors, closer_stats, num_looks,
+    LOOKED_AT: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CLOSER_G: tl.constexpr,
+    LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, i) rates what was kept of parts i, i + num_programs(1), ...: the mean share of its heads.
+
+    Args:
+        first_histogram: that of the first look.
+        floors: int32 [B * H]: the last bin that `rate_kernel` counts at the next step: of as many pages as COUNTED times those
+            that are looked at, if they score as they do now. It goes down by one bin a step, or to the last. Written.
+        histogram: int32 [B * H, BINS]: zeros, by `rate_kernel`. Added to, where pages have to be left out.
+        factors: as `prepare_queries` left them.
+        closer_stats: as `closer_kernel` left them, of num_looks programs; LOOKS is that, rounded up to a power of two.
+        TILE: kept pages of a part that are rated at a time.
+    """
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    capacity = tl.load(step + PAGE_CAPACITY)
+    closer = tl.load(step + CLOSER).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    first = tl.load(row + FIRST)
+    stop = tl.load(row + STOP)
+    scored = tl.load(row + NUM_SELECTED) < stop - first
+    parts = tl.cdiv(stop, PART)
+    group = tl.arange(0, CLOSER_G)
+    lane = tl.arange(0, TILE)
+    lse = tl.zeros([CLOSER_G], tl.float32)
+    if scored & (tl.program_id(1) == tl.num_programs(1) - 1):
+        goal = _goal(LOOKED_AT, tl.load(row + NUM_SELECTED), stop - first)
+        upto = tl.cumsum(tl.load(first_histogram + bh * BINS + tl.arange(0, BINS)), 0)
+        enough = tl.sum((upto < COUNTED * goal).to(tl.int32), 0)
+        floor = tl.minimum(enough, tl.load(floors + bh) + 1)
+        tl.store(floors + bh, tl.where(tl.max(upto, 0) < goal, BINS, floor))
+    if scored:
+        looks = tl.arange(0, LOOKS)
+        place = closer_stats + (bh * num_looks + looks)[None, :] * 3 * CLOSER_G + group[:, None]
+        known = (looks < num_looks)[None, :]
+        most = tl.load(place, mask=known, other=float("-inf"))
+        sums = tl.load(place + CLOSER_G, mask=known, other=0.0)
+        share = tl.sum(tl.load(place + 2 * CLOSER_G, mask=known, other=0.0), 1)
+        old = tl.load(factors + bh * 4 * CLOSER_G + 3 * CLOSER_G + group)
+        if not PADDED:  # counted pages instead of tokens
+            old += tl.log(tl.full([], PAGE, tl.float32))
+        # What was not looked at keeps its weight: a share of 1 - share of exp(old).
+        highest = tl.maximum(tl.max(most, 1), old)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        rest = tl.maximum(1.0 - share, 0.0) * tl.exp(old - shift)
+        lse = shift + tl.log(rest + tl.sum(sums * tl.exp(most - shift[:, None]), 1))
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        count = tl.load(kept_count + part)
+        for start in range(0, count, TILE):
+            ranks = start + lane
+            there = ranks < count
+            spot = ranks * parts + part
+            score = tl.zeros([TILE], tl.float32)
+            if scored:
+                inside = there[:, None] & (group < G)[None, :]
+                fine = tl.load(closer + group[None, :] * capacity + spot[:, None], mask=inside, other=float("-inf"))
+                shares = tl.where(inside, tl.exp(fine - lse[None, :]), 0.0)
+                score = tl.maximum(tl.log(tl.sum(shares, 1) * (1.0 / G)), -3.0e38)
+                bins = score_bins(score, BINS, PER_NAT)
+                tl.atomic_add(histogram + bh * BINS + bins, tl.full([TILE], 1, tl.int32), mask=there, sem="relaxed")
+            tl.store(kept_score + spot, score, mask=there)

@@ -1,0 +1,178 @@
+"""Products of the query with one vector of every candidate page, and what the softmax over them needs.
+
+The vector is the first that the method keeps: ShadowKV's landmark, the mean of other methods. Of a box of keys there are two:
+
+    largest product with a key between low and high  =  min(query, 0) . low  +  max(query, 0) . high
+
+Vectors are by far the most that a step reads of a long context: here they are read once, at the speed of memory. One more
+program of each (sequence, KV head) appends the step's token meanwhile: its page is no candidate yet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    DIRECTORY,
+    DIRECTORY_STRIDE,
+    FIRST,
+    LOGITS,
+    NUM_SELECTED,
+    PAGE_CAPACITY,
+    PLAN_FIELDS,
+    POSITION,
+    SCALE_0,
+    SCALE_1,
+    STOP,
+    SUMMARY_0,
+    SUMMARY_1,
+    candidates,
+    digits,
+    log_tokens,
+    segment_vectors,
+)
+from .append_tokens import append_page
+
+
+@triton.jit
+def score_kernel(
+    step, layer, query, stats, plan, histogram, num_splits, query_b, query_h, scale,
+    key, value, key_b, key_h, value_b, value_h,
+    APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    HOME_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
+    BOXES: tl.constexpr, SINKS: tl.constexpr,
+    ASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
+
+    Args:
+        query: [B, H * G, 1, D]; the last dimension is contiguous.
+        stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each share. Written.
+        histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
+        key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
+        DIGITS: whether int8 vectors are multiplied as such, which devices before Ampere cannot do.
+        RUNS: segments at a time.
+        WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
+        BOXES: whether pages have boxes; of these the statistics are the largest and the smallest logit.
+        SINKS: whether the pages before all candidates are scored too.
+        ASKED: whether queries are a method's own, in float32, so that vectors are converted to that.
+        D: size of vectors; DK, DV: of the token's key and value.
+    """
+    bh = tl.program_id(0)
+    split = tl.program_id(1)
+    if APPEND and split == num_splits:
+        append_page(
+            step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
+            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, HOME_BYTES,
+            SUMMARISE,
+        )  # fmt: skip
+    else:
+        if split == 0:
+            tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        b = (bh // H).to(tl.int64)
+        h = (bh % H).to(tl.int64)
+        row = plan + b * PLAN_FIELDS
+        capacity = tl.load(step + PAGE_CAPACITY)
+        logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+        first = tl.load(row + FIRST)
+        stop = tl.load(row + STOP)
+        group = tl.arange(0, BLOCK_G)
+        column = tl.arange(0, BLOCK_D)
+        lane = tl.arange(0, RUNS * SEGMENT)
+        most = tl.full(
+            [RUNS * SEGMENT, BLOCK_G], float("-inf"), tl.float32
+        )  # by place in the tile: exchanged between threads at the end
+        total = tl.full([RUNS * SEGMENT, BLOCK_G], float("inf") if BOXES else 0.0, tl.float32)
+        share = tl.cdiv(tl.cdiv(stop, SEGMENT * RUNS), num_splits) * RUNS
+        begin = split * share
+        end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
+        scored = tl.load(row + NUM_SELECTED) < stop - first
+        if SINKS:
+            first = first * 0
+        if scored & (begin < end):
+            copies: tl.constexpr = 2 if DIGITS else 1
+            converted: tl.constexpr = QUANTIZED or ASKED
+            copy = tl.arange(0, copies * BLOCK_G)
+            queries = tl.load(
+                query + b * query_b + (h * G + copy // copies)[:, None] * query_h + column[None, :],
+                mask=(copy < copies * G)[:, None] & (column < D)[None, :], other=0.0,
+            )  # fmt: skip
+            if BOXES:
+                positive, high_factor = _operand(tl.maximum(queries, 0.0), scale, DIGITS, converted, SUMMARY, BLOCK_G)
+                high_table = tl.load(layer + SUMMARY_1)
+                high_units = tl.load(layer + SCALE_1)
+                queries = tl.minimum(queries, 0.0)
+            queries, factor = _operand(queries, scale, DIGITS, converted, SUMMARY, BLOCK_G)
+            table = tl.load(layer + SUMMARY_0)
+            units = tl.load(layer + SCALE_0)
+            directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
+            for segment in range(begin, end, RUNS):
+                pages = segment * SEGMENT + lane
+                vectors, unit = segment_vectors(
+                    directory, table, units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H, D, BLOCK_D,
+                    SEGMENT, ROWS, RUNS,
+                )  # fmt: skip
+                if BOXES:
+                    highs, high_unit = segment_vectors(
+                        directory, high_table, high_units, h, segment, end, stop, tl.int8 if QUANTIZED else SUMMARY, H,
+                        D, BLOCK_D, SEGMENT, ROWS, RUNS,
+                    )  # fmt: skip
+                scores = _products(vectors, queries, DIGITS, converted, BLOCK_G)
+                inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
+                scores = scores * (unit[:, None] * factor[None, :])
+                if BOXES:
+                    at_high = _products(highs, positive, DIGITS, converted, BLOCK_G)
+                    scores += at_high * (high_unit[:, None] * high_factor[None, :])
+                scores = tl.where(inside[:, None], scores, float("-inf"))
+                tl.store(
+                    logits + group[None, :] * capacity + pages[:, None], scores,
+                    mask=(group < G)[None, :] & (pages < stop)[:, None],
+                )  # fmt: skip
+                if WEIGHTED and PADDED:  # else all have as many
+                    scores += log_tokens(step, b, pages, inside, PAGE, PADDED)[:, None]
+                higher = tl.maximum(most, scores)
+                if BOXES:
+                    total = tl.minimum(total, tl.where(inside[:, None], scores, float("inf")))
+                else:
+                    shift = tl.where(higher == float("-inf"), 0.0, higher)
+                    total = total * tl.exp(most - shift) + tl.exp(scores - shift)
+                most = higher
+        highest = tl.max(most, 0)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        place = stats + ((bh * num_splits + split) * 2) * BLOCK_G + group
+        tl.store(place, highest)
+        if BOXES:
+            tl.store(place + BLOCK_G, tl.min(total, 0))
+        else:
+            tl.store(place + BLOCK_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
+
+
+@triton.jit
+def _operand(
+    queries, scale, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Queries [rows, K], two rows a head if DIGITS, as `_products` takes them, and what products are to be multiplied by."""
+    factor = tl.full([BLOCK_G], 1.0, tl.float32) * scale
+    if DIGITS:
+        queries, query_unit = digits(queries.to(tl.float32), 2 * BLOCK_G)
+        factor *= tl.max(tl.reshape(query_unit, (BLOCK_G, 2)), 1)
+    elif not CONVERTED:
+        queries = queries.to(SUMMARY)
+    return tl.trans(queries), factor
+
+
+@triton.jit
+def _products(vectors, queries, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Products [pages, BLOCK_G] of vectors [pages, K], if need be CONVERTED, with queries from `_operand`."""
+    if DIGITS:
+        products = tl.dot(vectors, queries, out_dtype=tl.int32)
+        products = tl.reshape(products, (vectors.shape[0], BLOCK_G, 2))
+        products = tl.sum(products * tl.where(tl.arange(0, 2) == 0, 256, 1), 2).to(tl.float32)
+    elif CONVERTED:
+        products = tl.dot(vectors.to(queries.dtype), queries, input_precision="ieee")
+    else:
+        products = tl.dot(vectors, queries, input_precision="ieee")
+    return products

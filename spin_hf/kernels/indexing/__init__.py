@@ -1,0 +1,1 @@
+"""Triton kernels that summarise, cluster and move pages, outside of decode steps."""

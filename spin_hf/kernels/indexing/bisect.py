@@ -1,0 +1,320 @@
+"""Points in the order of `attention/methods/bisection.py`, on a GPU: parts are halved at the median along their main axis.
+
+    part of more than 1,024   gram      [D, D] of products of its keys, by 1,024 of them
+                              axis      [D]    from these
+                              along     where each point lies
+                              halve     the lower half before the upper one
+    of 128 to 1,024           halve_part      all of this by one program
+    of 64 and less            halve_all       all levels at once, by products of the points with each other
+
+A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
+matrix products too, as only loads for those are fetched ahead. Products of float32 are of tf32: an order needs no more, and
+exact ones, without tensor cores, take minutes to compile. The specification is `attention.bisection.halve`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..compile_ahead import Launch, compile_ahead, launched
+
+_CHUNK, _TILE, _GROUP = 1024, 128, 64
+
+
+def bisect(points: Tensor, page_size: int) -> Tensor:
+    """As `attention.bisection.bisect`, of points [R, n, D].
+
+    D is 128 at most: products of all of more numbers with each other do not fit the registers.
+    """
+    points = points.contiguous()
+    variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
+    with torch.cuda.device_of(points):
+        if variants not in _compiled:
+            compile_ahead(lambda launch: _launches(launch, points, page_size))
+            _compiled.add(variants)
+        return _launches(launched, points, page_size).long()
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
+    """The order of the points, int32 [R, n]."""
+    rows, count, dim = points.shape
+    order = torch.arange(count, dtype=torch.int32, device=points.device).expand(rows, -1).contiguous()
+    spare = torch.empty_like(order)
+    along = torch.empty((rows, count), dtype=torch.float32, device=points.device)
+    shape = {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    size = page_size
+    while size < count:
+        size *= 2
+    while size > max(_GROUP, page_size):
+        parts = triton.cdiv(count, size)
+        if size > _CHUNK:
+            chunks = triton.cdiv(count, _CHUNK)
+            grams = along.new_empty((rows, chunks, dim + 1, dim))
+            axes = along.new_empty((rows, parts, dim))
+            launch(gram_kernel)[(chunks, rows)](
+                points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
+            )
+            launch(axis_kernel)[(parts, rows)](
+                grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
+            )
+            launch(along_kernel)[(triton.cdiv(count, _TILE), rows)](
+                points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
+            )
+            launch(halve_kernel)[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
+        else:
+            launch(halve_part_kernel)[(parts, rows)](
+                points, order, along, spare, count, SIZE=size, TILE=_TILE // 2, num_warps=4, **shape
+            )
+        order, spare, size = spare, order, size // 2
+    if size > page_size:
+        launch(halve_all_kernel)[(triton.cdiv(count, _GROUP), rows)](
+            points, order, count, FIRST=size, PAGE=page_size, GROUP=_GROUP, num_warps=4, **shape
+        )
+    return order
+
+
+def _dtype(points: Tensor) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[points.dtype]
+
+
+@triton.jit
+def _points(points, order, place, stop, column, D: tl.constexpr):
+    """Points [places, BLOCK_D] that stand at these places of a row; zeros from `stop` on."""
+    there = place < stop
+    token = tl.load(order + place, mask=there, other=0)
+    return tl.load(
+        points + token[:, None].to(tl.int64) * D + column[None, :],
+        mask=there[:, None] & (column < D)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gram(points, order, first, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """Sum of products [BLOCK_D, BLOCK_D] and sum [BLOCK_D] of the points at places [first, stop) of a row."""
+    dtype: tl.constexpr = points.dtype.element_ty
+    column = tl.arange(0, BLOCK_D)
+    gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    totals = tl.zeros([BLOCK_D, 16], tl.float32)
+    ones = tl.full([TILE, 16], 1.0, dtype)
+    for begin in range(first, stop, TILE):
+        x = tl.trans(_points(points, order, begin + tl.arange(0, TILE), stop, column, D))
+        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32")
+        totals = tl.dot(x, ones, totals, input_precision="tf32")
+    return gram, tl.sum(totals, 1) * (1.0 / 16)
+
+
+@triton.jit
+def _project(x, axis, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where points [TILE, BLOCK_D] lie along an axis [BLOCK_D]: [TILE]."""
+    axes = tl.broadcast_to(axis[:, None], (BLOCK_D, 16)).to(x.dtype)
+    return tl.sum(tl.dot(x, axes, input_precision="tf32"), 1) * (1.0 / 16)
+
+
+@triton.jit
+def _main_axis(gram, total, count, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """First principal axis [BLOCK_D] of `count` points, by nine power iterations, in some unit."""
+    row = tl.arange(0, BLOCK_D)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    gram -= total[:, None] * (total / count)[None, :]
+    spread = tl.sum(tl.where(row == column, gram, 0.0), 0)
+    axis = tl.sum(tl.where(column == tl.argmax(spread, 0), gram, 0.0), 1)
+    gram /= tl.maximum(tl.sum(spread, 0), 1e-20)
+    for _ in tl.static_range(2):  # two squarings, which make a step four
+        trace = tl.sum(tl.sum(gram * gram, 1), 0)
+        small = gram.to(DTYPE)
+        gram = tl.dot(small, small, input_precision="tf32") / tl.maximum(trace, 1e-20)
+    for _ in tl.static_range(2):
+        axis /= tl.maximum(tl.max(tl.abs(axis), 0), 1e-20)
+        axis = tl.sum(gram * axis[None, :], 1)
+    return axis / tl.maximum(tl.max(tl.abs(axis), 0), 1e-20)
+
+
+@triton.jit
+def _lower(along, there, half, SIZE: tl.constexpr):
+    """Which `half` of the points [SIZE], of those that are `there`, come first by (along, place)."""
+    bits = along.to(tl.int32, bitcast=True)
+    key = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # in the order of the numbers
+    if SIZE <= 128:
+        place = tl.arange(0, SIZE)
+        tie = (key[None, :] == key[:, None]) & (place[None, :] < place[:, None])
+        lower = there & (tl.sum(((key[None, :] < key[:, None]) | tie).to(tl.int32), 1) < half)
+    else:
+        low = tl.full([], -(1 << 31), tl.int64)
+        high = tl.full([], (1 << 31) - 1, tl.int64)
+        for _ in range(32):  # the least key that `half` points do not exceed
+            middle = (low + high) >> 1
+            enough = tl.sum((key <= middle.to(tl.int32)).to(tl.int32), 0) >= half
+            high = tl.where(enough, middle, high)
+            low = tl.where(enough, low, middle + 1)
+        last = high.to(tl.int32)
+        tied = (key == last).to(tl.int32)
+        left = half - tl.sum((key < last).to(tl.int32), 0)
+        lower = (key < last) | ((tied > 0) & (tl.cumsum(tied, 0) - tied < left))
+    return lower
+
+
+@triton.jit
+def _store_halves(order, out, first, along, there, half, SIZE: tl.constexpr):
+    """Write places [first, first + SIZE) of a row: the lower `half` of those that are there, then the others."""
+    place = tl.arange(0, SIZE)
+    token = tl.load(order + first + place, mask=there, other=0)
+    lower = _lower(along, there, half, SIZE).to(tl.int32)
+    upper = there.to(tl.int32) - lower
+    to = tl.where(lower > 0, tl.cumsum(lower, 0) - 1, half + tl.cumsum(upper, 0) - 1)
+    tl.store(out + first + to, token, mask=there)
+
+
+@triton.jit(do_not_specialize=["count"])
+def gram_kernel(
+    points, order, grams, count,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, row).
+
+    Args:
+        points: [R, count, D], contiguous; order: int32 [R, count].
+        grams: float32 [R, chunks, D + 1, D]: products, and in the last row the sum. Written.
+    """
+    chunk = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    first = chunk * CHUNK
+    stop = tl.minimum(first + CHUNK, count)
+    gram, total = _gram(points + row * count * D, order + row * count, first, stop, D, BLOCK_D, TILE)
+    mine = grams + (row * tl.num_programs(0) + chunk) * (D + 1) * D
+    i = tl.arange(0, BLOCK_D)
+    tl.store(mine + i[:, None] * D + i[None, :], gram, mask=(i < D)[:, None] & (i < D)[None, :])
+    tl.store(mine + D * D + i, total, mask=i < D)
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def axis_kernel(
+    grams, axes, count, size,
+    CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (part, row). Writes axes, float32 [R, parts, D], from `grams` as `gram_kernel` left them."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(count, CHUNK)
+    first = part * (size // CHUNK)
+    i = tl.arange(0, BLOCK_D)
+    inside = (i < D)[:, None] & (i < D)[None, :]
+    gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for chunk in range(first, tl.minimum(first + size // CHUNK, chunks)):
+        theirs = grams + (row * chunks + chunk) * (D + 1) * D
+        gram += tl.load(theirs + i[:, None] * D + i[None, :], mask=inside, other=0.0)
+        total += tl.load(theirs + D * D + i, mask=i < D, other=0.0)
+    points = tl.minimum(size, count - part * size)
+    axis = _main_axis(gram, total, points.to(tl.float32), BLOCK_D, DTYPE)
+    tl.store(axes + (row * tl.num_programs(0) + part) * D + i, axis, mask=i < D)
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def along_kernel(
+    points, order, axes, along, count, size,
+    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, row). Writes along, float32 [R, count]: points by the axis of their part."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    mine = axes + (row * tl.cdiv(count, size) + tl.program_id(0) * TILE // size) * D
+    axis = tl.load(mine + column, mask=column < D, other=0.0)
+    x = _points(points + row * count * D, order + row * count, place, count, column, D)
+    tl.store(along + row * count + place, _project(x, axis, D, BLOCK_D), mask=place < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def halve_kernel(order, along, out, count, SIZE: tl.constexpr):
+    """Program (part, row): the lower half of a part, then the upper one. Writes out, int32 [R, count]."""
+    first = tl.program_id(0) * SIZE
+    row = tl.program_id(1).to(tl.int64) * count
+    place = first + tl.arange(0, SIZE)
+    there = place < count
+    half = tl.minimum(SIZE // 2, count - first)
+    values = tl.load(along + row + place, mask=there, other=0.0)
+    _store_halves(order + row, out + row, first, values, there, half, SIZE)
+
+
+@triton.jit(do_not_specialize=["count"])
+def halve_part_kernel(
+    points, order, along, out, count, SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Program (part, row): all of a level. Writes out, int32 [R, count]; along, float32 [R, count], is scratch."""
+    first = tl.program_id(0) * SIZE
+    row = tl.program_id(1).to(tl.int64)
+    stop = tl.minimum(first + SIZE, count)
+    column = tl.arange(0, BLOCK_D)
+    points += row * count * D
+    order += row * count
+    along += row * count
+    gram, total = _gram(points, order, first, stop, D, BLOCK_D, TILE)
+    axis = _main_axis(gram, total, (stop - first).to(tl.float32), BLOCK_D, points.dtype.element_ty)
+    for begin in range(first, stop, TILE):
+        place = begin + tl.arange(0, TILE)
+        x = _points(points, order, place, stop, column, D)
+        tl.store(along + place, _project(x, axis, D, BLOCK_D), mask=place < stop)
+    tl.debug_barrier()
+    there = first + tl.arange(0, SIZE) < count
+    half = tl.minimum(SIZE // 2, count - first)
+    values = tl.load(along + first + tl.arange(0, SIZE), mask=there, other=0.0)
+    _store_halves(order, out + row * count, first, values, there, half, SIZE)
+
+
+@triton.jit(do_not_specialize=["count"])
+def halve_all_kernel(
+    points, order, count,
+    FIRST: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (group, row): parts of FIRST points and less, down to pages, of GROUP places. Mutates order, int32 [R, count]."""
+    first = tl.program_id(0) * GROUP
+    row = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = points.dtype.element_ty
+    points += row * count * D
+    order += row * count + first
+    stop = tl.minimum(GROUP, count - first)
+    column = tl.arange(0, BLOCK_D)
+    i = tl.arange(0, GROUP)
+    j = i[None, :]
+    there = i < stop
+    size = tl.full([], FIRST, tl.int32)
+    while size > PAGE:
+        part = (i // size)[:, None] == j // size
+        known = part & there[None, :]
+        x = _points(points, order, i, stop, column, D)
+        gram = tl.where(known & there[:, None], tl.dot(x, tl.trans(x), input_precision="tf32"), 0.0)
+        many = tl.maximum(tl.sum(known.to(tl.float32), 1), 1.0)
+        mean = tl.sum(gram, 1) / many  # of products with each point; then of all products of a part
+        middle = tl.sum(tl.where(known, mean[None, :], 0.0), 1) / many
+        gram = tl.where(known & there[:, None], gram - mean[:, None] - mean[None, :] + middle[:, None], 0.0)
+        spread = tl.sum(tl.where(i[:, None] == j, gram, 0.0), 1)
+        total = tl.sum(tl.where(known, spread[None, :], 0.0), 1)
+        gram = gram / tl.maximum(total, 1e-20)[:, None]
+        most = tl.max(tl.where(known, spread[None, :], -1.0), 1)
+        largest = tl.min(tl.where(known & (spread[None, :] == most[:, None]), j, GROUP), 1)
+        along = tl.sum(tl.where(j == largest[:, None], gram, 0.0), 1)
+        for _ in tl.static_range(2):
+            spread = tl.sum(gram * gram, 1)
+            total = tl.sum(tl.where(known, spread[None, :], 0.0), 1)
+            small = gram.to(dtype)
+            gram = tl.dot(small, small, input_precision="tf32") / tl.maximum(total, 1e-20)[:, None]
+        for _ in tl.static_range(2):
+            along = tl.sum(gram * along[None, :], 1)
+        along = tl.where(there, along, float("inf"))
+        before = (along[None, :] < along[:, None]) | ((along[None, :] == along[:, None]) & (j < i[:, None]))
+        lower = tl.sum((part & before).to(tl.int32), 1) < size // 2
+        earlier = part & (j < i[:, None])
+        low = tl.sum((earlier & lower[None, :]).to(tl.int32), 1)
+        high = tl.sum((earlier & (lower[None, :] == 0)).to(tl.int32), 1)
+        to = i // size * size + tl.where(lower, low, size // 2 + high)
+        token = tl.load(order + i, mask=there, other=0)
+        tl.debug_barrier()
+        tl.store(order + to, token, mask=there)
+        tl.debug_barrier()
+        size = size // 2

@@ -1,0 +1,1 @@
+"""How much memory a cache takes, and whether there is enough."""

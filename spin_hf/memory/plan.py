@@ -1,0 +1,243 @@
+"""`plan`: what a `SpinCache` will take for a batch, and what fits, before anything is allocated.
+
+    config, dtype, method, options -> TierBudget of each paged layer (`memory/layer_budget.py`) -> bytes, as `stats()` gives
+    them
+
+The budgets are those that the layers will get, so a plan says what the cache will do: the same page frames, the same
+refusal. Layers that are not paged (windows, linear attention) are transformers' own and in neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..attention.methods.base import Method
+from ..attention.methods.registry import resolve_method
+from ..config import MOST_TOKENS, SpinOptions, require_count
+from ..errors import BudgetError, CapacityError, OptionError, OptionTypeError
+from ..integration.layer_types import build_layers, check_model, decoder_config
+from ..stats import table
+from ..storage.chunked_array import MAX_CHUNKS
+from ..storage.page_table import ENTRY_BYTES, SEGMENT_PAGES, segments_of
+from ..storage.tier_budget import (
+    PAGE_SLOT_BYTES,
+    SLOT_PAGE_BYTES,
+    SLOT_STEP_BYTES,
+    TierBudget,
+    check_all,
+    largest,
+    whole_segments,
+)
+from .layer_budget import check_stretches, layer_shapes, num_arrays, regrouping_bytes, tier_budget
+from .watermarks import cap_for_prompts, free_gpu_memory
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a cache takes once a batch's tokens have come, without padding. `str()` prints it as a table.
+
+    What does not fit is planned with the smallest `gpu_memory` that works instead.
+
+    Attributes:
+        batch_size, context_length: sequences, and tokens of each.
+        fits: whether the cache takes the batch; `reason` says how, or why not, as the cache's own error would.
+        gpu_bytes: pages, page frames and summaries in the compute tier, as `CacheStats.gpu_bytes`.
+        cpu_bytes: pages in the cpu tier.
+        metadata_bytes: the sum of `metadata`.
+        parts: bytes of pages, page frames, summaries and host pages.
+        metadata: bytes by table, as `CacheStats.metadata`; zeros left out.
+        page_frames: of each sequence and KV head in the layer that has fewest; 0 while all pages live in the compute tier.
+        smallest_gpu_memory: the least cap in bytes that this batch can do with.
+        largest_batch_size: sequences of this length that fit the caps, 0 if not even one; None without a cap.
+        largest_context_length: tokens at which this many sequences fit the caps, 0 if at none; None without a cap.
+        paged_layers: layers that select pages: all that is counted here.
+        dense_layers: reason -> number of layers that are kept as transformers does.
+    """
+
+    batch_size: int
+    context_length: int
+    fits: bool
+    reason: str
+    gpu_bytes: int
+    cpu_bytes: int
+    metadata_bytes: int
+    parts: Mapping[str, int]
+    metadata: Mapping[str, int]
+    page_frames: int
+    smallest_gpu_memory: int
+    largest_batch_size: int | None
+    largest_context_length: int | None
+    paged_layers: int
+    dense_layers: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return table("MemoryPlan", {item.name: getattr(self, item.name) for item in fields(self)})
+
+
+def plan(
+    config_or_model: PreTrainedModel | PreTrainedConfig,
+    *,
+    context_length: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    method: str | Method = "bisection",
+    **options: Any,
+) -> MemoryPlan:
+    """What a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.
+
+    Args:
+        config_or_model: the model, or its config.
+        context_length: tokens of each sequence, those to be generated included.
+        batch_size: sequences, beams included.
+        dtype: of keys and values; None for the model's, or the one that the config names.
+        method, options: as for `SpinCache`. `"auto"` is what a prompt leaves of the GPU memory that is free now; behind the
+            prompt there may be more page frames than planned.
+    Returns:
+        The plan, also where the batch does not fit.
+    Raises:
+        OptionTypeError, OptionError, BudgetError, UnsupportedModelError: as `SpinCache`.
+    """
+    batch_size = require_count("batch_size", batch_size, 1, MOST_TOKENS, example=1)
+    context_length = require_count("context_length", context_length, 1, MOST_TOKENS, example=4096)
+    parsed, resolved = SpinOptions.parse(**options), resolve_method(method)
+    config, name = decoder_config(config_or_model)
+    check_model(config, name)
+    layers: list[int] = []
+    _, reasons = build_layers(config, lambda index: layers.append(index))
+    resolved = resolved.bind(config, layers)
+    check_stretches(resolved)
+    shapes = layer_shapes(config, layers)
+    if shapes is None:
+        raise OptionError(
+            f"config_or_model: expected a config of {name} that names its heads and their size, got one without "
+            "num_attention_heads or hidden_size; read stats() of a cache instead"
+        )
+    model = config_or_model if isinstance(config_or_model, nn.Module) else None
+    kept = _dtype(model, config, dtype)
+    device = _device(model)
+    free = free_gpu_memory(device)
+    auto = None if free is None else cap_for_prompts(0, free)
+    cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
+    budgets = [tier_budget(shape, kept, resolved, parsed, cap, len(layers), device) for shape in shapes]
+    arrays = sum(num_arrays(shape, kept, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
+    made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
+    return replace(made, dense_layers=dict(reasons))
+
+
+class _Planner:
+    """Plans of one cache.
+
+    Args:
+        budgets: of the paged layers.
+        arrays: those that kernels find by address.
+    """
+
+    def __init__(self, budgets: list[TierBudget], method: Method, arrays: int) -> None:
+        self.budgets, self.arrays, self.page_size = budgets, arrays, method.page_size
+        self.regrouping = regrouping_bytes(method)
+        self.kinds = set(budgets)
+
+    def of(self, batch_size: int, context_length: int) -> MemoryPlan:
+        pages = -(-context_length // self.page_size)
+        room = batch_size, batch_size * segments_of(pages), pages
+        smallest = max((budget.smallest_gpu_memory(*room) for budget in self.kinds), default=0)
+        refusal = None
+        try:
+            check_all(self.kinds, *room)
+        except (BudgetError, CapacityError) as error:
+            refusal = str(error)
+        counted = self.budgets if refusal is None else [replace(b, gpu_memory=smallest) for b in self.budgets]
+        parts, metadata, frames = _sizes(counted, room, self.regrouping)
+        metadata["address tables"] = self.arrays * MAX_CHUNKS * 8
+        held = "all pages stay in the compute tier" if not frames else "pages live in the cpu tier"
+        return MemoryPlan(
+            batch_size=batch_size,
+            context_length=context_length,
+            fits=refusal is None,
+            reason=(held if self.budgets else "no layer keeps pages") if refusal is None else refusal,
+            gpu_bytes=parts["pages"] + parts["page frames"] + parts["summaries"],
+            cpu_bytes=parts["host pages"],
+            metadata_bytes=metadata.total(),
+            parts=dict(parts),
+            metadata={name: number for name, number in metadata.items() if number},
+            page_frames=min(frames, default=0),
+            smallest_gpu_memory=smallest,
+            largest_batch_size=self._most(lambda number: self._fits(number, segments_of(pages))),
+            largest_context_length=self._longest(batch_size),
+            paged_layers=len(self.budgets),
+            dense_layers={},
+        )
+
+    def _longest(self, batch_size: int) -> int | None:
+        segments = self._most(lambda number: self._fits(batch_size, number))
+        return None if segments is None else segments * SEGMENT_PAGES * self.page_size
+
+    def _fits(self, batch_size: int, segments: int) -> bool:
+        """Whether sequences of so many segments fit."""
+        room = batch_size, batch_size * segments, segments * SEGMENT_PAGES
+        return all(budget.fits(*room) for budget in self.kinds)
+
+    def _most(self, fits: Callable[[int], bool]) -> int | None:
+        """The largest number that fits; None where there is no cap."""
+        if all(budget.gpu_memory is None for budget in self.kinds):
+            return None
+        most = 1
+        while fits(most):
+            most *= 2
+        return largest(fits, most)
+
+
+def _sizes(
+    budgets: list[TierBudget], room: tuple[int, int, int], regrouping: dict[str, int]
+) -> tuple[Counter[str], Counter[str], list[int]]:  # fmt: skip
+    """Bytes by part and by table of a batch that fits, and the page frames of the layers that have any.
+
+    Args:
+        regrouping: bytes of a page's tables of regrouping, by name.
+        room: batch size, segments, pages per sequence.
+    """
+    batch_size, segments, pages = room
+    parts: Counter[str] = Counter({"pages": 0, "page frames": 0, "summaries": 0, "host pages": 0})
+    metadata: Counter[str] = Counter()
+    if budgets:
+        metadata.update({"directory": ENTRY_BYTES * segments, "reference counts": ENTRY_BYTES * segments})
+    numbers = []
+    for budget in budgets:
+        rows, streams, frames = budget.rows(segments), batch_size * budget.num_heads, budget.num_frames(*room)
+        parts["summaries"] += rows * budget.summary_bytes
+        metadata.update({name: rows * each for name, each in regrouping.items()})
+        if frames is None:
+            parts["pages"] += rows * budget.page_bytes
+        else:
+            numbers.append(frames)
+            parts["host pages"] += rows * budget.host_page_bytes
+            parts["page frames"] += streams * frames * budget.page_bytes
+            metadata["page_slot"] += streams * whole_segments(pages) * PAGE_SLOT_BYTES
+            metadata["slot_page"] += streams * frames * SLOT_PAGE_BYTES
+            metadata["slot_step"] += streams * frames * SLOT_STEP_BYTES
+    return parts, metadata, numbers
+
+
+def _dtype(model: nn.Module | None, config: Any, given: Any) -> torch.dtype:
+    """Of keys and values."""
+    if given is None:
+        given = getattr(config if model is None else model, "dtype", None) or torch.get_default_dtype()
+    if not isinstance(given, torch.dtype):
+        raise OptionTypeError(f"dtype: expected a torch.dtype, got {type(given).__name__}; pass dtype=torch.bfloat16")
+    if not given.is_floating_point:
+        raise OptionError(f"dtype: expected one of floating point, got {given}; pass dtype=torch.bfloat16")
+    return given
+
+
+def _device(model: Any) -> torch.device:
+    """The compute tier: the model's device, or the GPU if there is one."""
+    if model is not None:
+        return torch.device(model.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

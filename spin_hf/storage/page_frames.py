@@ -1,0 +1,334 @@
+"""The GPU tier of one layer: page frames, and which page is in which.
+
+    page_slot  [B, H, N]   page -> slot, -1 where it is not resident       a resident page is in both tables
+    slot_page  [F]         slot -> page, -1 where it is free
+    slot_step  [F]         the step that last touched the slot
+    frames     [F, page elements]   contents, of the model's dtype: what a load of the page from the cpu tier gives
+
+    F:   sequence 0: H * slots[0]  | sequence 1: H * slots[1] | ...        slot s of KV head h of sequence b is
+         head 0, head 1, ...       | head 0, head 1, ...      |            frame first[b] + h * slots[b] + s
+
+Every (sequence, KV head) has slots of its own, so the work of a step needs nothing from outside them. Pages of the
+present step are mandatory; what else is resident are buffer pages. Eviction is SPIN's bucketed LRU, see
+`kernels.admit_pages`. The cpu tier is always complete (writes go to both), so eviction never copies, and frames may be
+given back and made at any time between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import CacheStateError
+from .out_of_memory import kept, out_of_memory
+from .tier_budget import coarsely
+
+NO_PAGE = (1 << 31) - 1
+"""Beyond every page."""
+
+
+class Group(NamedTuple):
+    """Consecutive sequences [start, stop) that have as many slots each, in frames from `first` on."""
+
+    start: int
+    stop: int
+    first: int
+    num_slots: int
+
+
+class PageFrames:
+    """Page frames of `num_heads` KV heads.
+
+    Args:
+        page_elements: elements of one page, keys and values.
+    """
+
+    def __init__(self, num_heads: int, page_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_heads = num_heads
+        self.page_elements = page_elements
+        self.slots: tuple[int, ...] = ()
+        """Slots of each KV head, by sequence."""
+        self.frames = torch.empty((0, page_elements), dtype=dtype, device=device)
+        self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
+        self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
+        self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
+        self.shares: Tensor | None = None
+        """[B, 2], int64: slots and first frame of each sequence, for kernels; None where all have as many slots."""
+        self.hits = self.loads = self.evictions = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored."""
+        tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
+        return tables if self.shares is None else (*tables, self.shares)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of each KV head in the sequence that has fewest."""
+        return min(self.slots, default=0)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The sequences, by how many slots they have."""
+        found: list[Group] = []
+        for row, (slots, first) in enumerate(zip(self.slots, self._first(self.slots), strict=True)):
+            if found and found[-1].num_slots == slots:
+                found[-1] = found[-1]._replace(stop=row + 1)
+            else:
+                found.append(Group(row, row + 1, first, slots))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of frames and tables."""
+        return sum(table.nbytes for table in self.tensors)
+
+    @property
+    def metadata(self) -> dict[str, int]:
+        """Bytes of the tables, by name."""
+        tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
+        sizes = {name: table.nbytes for name, table in tables.items()}
+        return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
+
+    def held(self, row: int) -> Tensor:
+        """The page in each slot of a sequence, -1 where it is free: [H, slots[row]], a view."""
+        first = self._first(self.slots)[row]
+        return self.slot_page[first : first + self.num_heads * self.slots[row]].view(self.num_heads, -1)
+
+    def resize(self, batch_size: int, slots: int | Sequence[int], num_pages: int) -> None:
+        """Have so many slots for each KV head, of all sequences or of each, and a table of at least `num_pages` pages.
+
+        Where slots go, the pages touched last stay; where the number of sequences changes, none does. Where there is no
+        memory to copy what stays, it is given up too, and loaded again when it is needed.
+
+        Raises:
+            CapacityError: there is no memory for more slots; there are as many as before, or none until the next call.
+        """
+        wanted = (slots,) * batch_size if isinstance(slots, int) else tuple(slots)
+        if len(self.slots) != batch_size:
+            self.forget_sequences(batch_size)
+        if self.page_slot.shape[2] < num_pages:  # seldom copied, if it grows by little
+            width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
+            with kept("the table of resident pages", 4 * batch_size * self.num_heads * width):
+                self.page_slot = _fit(self.page_slot, width, -1)
+        if wanted != self.slots:
+            with kept("page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()):
+                self._take_slots(wanted)
+
+    def forget_sequences(self, batch_size: int) -> None:
+        """Have so many sequences, without slots; memory is given back."""
+        frames = self.frames.new_empty((0, self.page_elements))
+        page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
+        slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
+        tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
+        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # at once: tables agree
+
+    def _take_slots(self, wanted: tuple[int, ...]) -> None:
+        """Copy what stays to other frames, or give it up where memory is short."""
+        before = self.slots
+        try:
+            self._move_slots(wanted)
+            return
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        width = self.page_slot.shape[2]
+        self.forget_sequences(len(wanted))
+        self.page_slot = _fit(self.page_slot, width, -1)
+        try:
+            self._move_slots(wanted)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            self._move_slots(before)
+            raise
+
+    def _move_slots(self, wanted: tuple[int, ...]) -> None:
+        """As `_take_slots`; raises before anything has changed."""
+        total = self.num_heads * sum(wanted)
+        frames = self.frames.new_empty((total, self.page_elements))
+        slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
+        page_slot = torch.full_like(self.page_slot, -1)
+        shares = None
+        if len(set(wanted)) > 1:
+            shares = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
+                frames.device, non_blocking=True
+            )
+        for rows, old, new in self._pieces(wanted):
+            keep, shape = min(old.num_slots, new.num_slots), (rows.stop - rows.start, self.num_heads)
+            pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
+            if keep < old.num_slots:
+                touched = steps.masked_fill(pages < 0, -1)
+                kept = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
+                pages, steps = pages.gather(2, kept), steps.gather(2, kept)
+                source = self._frame(kept, old).flatten()
+                torch.index_select(self.frames, 0, source, out=frames[new.first : new.first + source.numel()])
+            else:
+                self._view(frames, new, shape)[:, :, :keep] = self._view(self.frames, old, shape)
+            self._view(slot_page, new, shape)[:, :, :keep] = pages
+            self._view(slot_step, new, shape)[:, :, :keep] = steps
+            columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to a column of their own
+            placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
+            slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
+            page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
+        tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
+        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # at once: tables agree
+
+    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
+        """Runs of sequences that have as many slots each, before and after."""
+        old, new = self._first(self.slots), self._first(wanted)
+        start = 0
+        for row in range(1, len(wanted) + 1):
+            same = row < len(wanted) and (self.slots[row], wanted[row]) == (self.slots[start], wanted[start])
+            if not same:
+                yield (
+                    slice(start, row),
+                    Group(start, row, old[start], self.slots[start]),
+                    Group(start, row, new[start], wanted[start]),
+                )
+                start = row
+
+    def _view(self, table: Tensor, group: Group, shape: tuple[int, int]) -> Tensor:
+        """The slots of a group in a table [F, ...], as [sequences, H, slots, ...]."""
+        count = shape[0] * shape[1] * group.num_slots
+        return table[group.first : group.first + count].view(*shape, group.num_slots, *table.shape[1:])
+
+    def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
+        """Make pages resident and return their contents.
+
+        Args:
+            pages: [B, H, n], int64, distinct in each row, -1 for none; no more of them than the row has slots.
+            rows: [B, H, n], int64, their rows in the cpu tier.
+            load: gives the contents [*rows.shape, page elements] of rows there.
+        Returns:
+            [B, H, n, page elements]; undefined where `pages` is -1. Mutates tables and frames.
+        """
+        frames, missed = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.bool)
+        evicted = 0
+        try:
+            for group in self.groups:
+                mine, shape = slice(group.start, group.stop), (group.stop - group.start, self.num_heads)
+                page, touched = (self._view(table, group, shape) for table in (self.slot_page, self.slot_step))
+                slots, missed[mine], count = kernels.admit_pages(self.page_slot[mine], page, touched, pages[mine], step)
+                frames[mine] = self._frame(slots.clamp(min=0), group)
+                evicted += count
+            self.frames[frames[missed]] = load(rows[missed])
+        except BaseException:
+            self.forget_all()  # tables may promise pages that were not loaded; the cpu tier has them all
+            raise
+        num_loaded = int(missed.sum())
+        self.loads += num_loaded
+        self.hits += int((pages >= 0).sum()) - num_loaded
+        self.evictions += evicted
+        return self.frames[frames]
+
+    def write(self, page: int, first_offset: int, keys: Tensor, values: Tensor) -> None:
+        """Repeat a write to the cpu tier in the frames that hold `page`.
+
+        Args:
+            first_offset: place of the first token in the page.
+            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page, as a load will give them.
+        """
+        page_size = self.frames.shape[1] // (keys.shape[-1] + values.shape[-1])
+        key_part, value_part = kernels.split_pages(self.frames, page_size, keys.shape[-1])
+        stop = first_offset + keys.shape[2]
+        for group in self.groups:
+            mine = slice(group.start, group.stop)
+            slots = self.page_slot[mine, :, page].long()
+            b, h = (slots >= 0).nonzero(as_tuple=True)
+            frames = self._frame(slots.unsqueeze(2), group).squeeze(2)[b, h]
+            key_part[frames, first_offset:stop] = keys[mine][b, h].to(self.frames.dtype)
+            value_part[frames, first_offset:stop] = values[mine][b, h].to(self.frames.dtype)
+
+    def forget(self, first: int, stop: int) -> None:
+        """Drop pages [first, stop) from the tables; all, where there is no memory to say which."""
+        with self._all_or_none():
+            dropped = (self.slot_page >= first) & (self.slot_page < stop)
+            self.page_slot[:, :, first:stop].fill_(-1)
+            self.slot_page.masked_fill_(dropped, -1)
+
+    def forget_from(self, page: int) -> None:
+        """Drop pages `page` and later from the tables; all, where there is no memory to say which."""
+        self.forget(page, NO_PAGE)
+
+    def forget_all(self) -> None:
+        """Drop all pages. Asks for no memory."""
+        self.page_slot.fill_(-1)
+        self.slot_page.fill_(-1)
+
+    def select(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was; sequences that change place start with nothing resident.
+
+        Another number of sequences has no slots until `resize`.
+        """
+        if len(rows) != len(self.slots):
+            self.forget_sequences(len(rows))
+            return
+        with self._all_or_none():
+            for moved in (i for i, row in enumerate(rows) if i != row):
+                self.page_slot.select(0, moved).fill_(-1)
+                self.held(moved).fill_(-1)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Let tables agree whatever happens inside: no page resident is always right, as the cpu tier has them all."""
+        try:
+            yield
+        except BaseException as error:
+            self.forget_all()
+            if not out_of_memory(error):
+                raise
+
+    def check_integrity(
+        self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
+    ) -> None:  # fmt: skip
+        """Raise CacheStateError where tables disagree or a frame differs from its page in the cpu tier.
+
+        Args:
+            rows, load: as for `bring_in`, of all pages.
+            partial: [B, 1, N, page elements] broadcastable, bool: elements that hold tokens.
+        """
+        resident = 0
+        num_sequences = min(len(self.slots), rows.shape[0])  # others, where a change of the batch failed, hold nothing
+        for row in range(num_sequences):
+            h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
+            page = self.held(row)[h, slot].long()
+            resident += page.numel()
+            good = page < num_pages
+            if bool(good.all()):
+                good = self.page_slot[row, h, page] == slot
+            if not bool(good.all()):
+                raise CacheStateError(_DISAGREE)
+            frame = self.frames[self._first(self.slots)[row] + h * self.slots[row] + slot]
+            origin = load(rows[row, h, page])
+            differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
+            if bool((differs & partial.expand(len(self.slots), -1, -1)[row, page]).any()):
+                raise CacheStateError(
+                    "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
+                )
+        if any(int((table >= 0).sum()) != resident for table in (self.page_slot, self.slot_page)):
+            raise CacheStateError(_DISAGREE)
+
+    def _first(self, slots: Sequence[int]) -> list[int]:
+        """The first frame of each sequence."""
+        return list(accumulate((self.num_heads * each for each in slots), initial=0))[:-1]
+
+    def _frame(self, slots: Tensor, group: Group) -> Tensor:
+        """Rows of `frames` for slots [sequences, H, n] of a group."""
+        streams = torch.arange(slots.shape[0] * self.num_heads, device=slots.device)
+        return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
+
+
+_DISAGREE = "integrity: page_slot and slot_page disagree; please report this as a bug"
+
+
+def _fit(table: Tensor, width: int, fill: int) -> Tensor:
+    """`table` cut or extended with `fill` to `width` in its last dimension."""
+    fitted = table.new_full((*table.shape[:2], width), fill)
+    keep = min(width, table.shape[2])
+    fitted[..., :keep] = table[..., :keep]
+    return fitted

@@ -1,0 +1,375 @@
+"""The pages of one layer, in whichever tier they are, and the summaries made from them.
+
+    home       ChunkedArray of pages: keys then values.  compute tier if all fits, else cpu tier, there perhaps as int8
+    summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
+    frames     PageFrames, only while the home is the cpu tier; of the model's dtype, what a load of the home's page gives
+    regrouped  RegroupedPages, only for methods that regroup: whose tokens they are; always in the compute tier
+
+Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
+segment shares or copies both. Summaries are of what is read of a page, so of decoded keys and values where it is int8: the
+results never depend on which pages are resident, or on how many can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import BudgetError, CapacityError
+from .chunked_array import ChunkedArray, Recoding
+from .page_frames import PageFrames
+from .page_table import SEGMENT_PAGES, Sequences
+from .summary_array import SummaryArray, kept_as
+from .tier_budget import TierBudget, whole_segments
+from .token_permutation import RegroupedPages
+
+# RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
+_MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
+
+
+def chunk_segments(num_heads: int, page_bytes: int, device: torch.device) -> int:
+    """Segments by which a layer's arrays grow on a device."""
+    chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
+    return min(max(segments, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
+
+
+class PageStore:
+    """Pages and summaries of one layer.
+
+    Args:
+        sequences: the batch that the pages belong to.
+        num_heads: KV heads.
+        key_dim, value_dim: head sizes.
+        summary_shapes: name -> shape of what the method keeps of one page.
+        quantized: whether vectors among it are kept as int8.
+        budget: caps and sizes.
+        dtype, device: of the keys and values; `device` is the compute tier.
+        several_pages: of a method that regroups tokens, where they are from is kept: whether its partitions may have several
+            pages; None for other methods.
+        summary_dtypes: name -> dtype of those that are kept as they are in any case.
+        host_int8: whether pages in the cpu tier are int8.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        summary_shapes: dict[str, tuple[int, ...]],
+        quantized: bool,
+        budget: TierBudget,
+        dtype: torch.dtype,
+        device: torch.device,
+        several_pages: bool | None = None,
+        summary_dtypes: dict[str, torch.dtype] | None = None,
+        host_int8: bool = False,
+    ) -> None:
+        self.sequences = sequences
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.page_size = sequences.page_size
+        self.budget = budget
+        self.device, self.dtype = device, dtype
+        self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
+        self.length = 0
+        """Tokens written to this layer."""
+        rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
+        self.home = ChunkedArray((self.form.row_elements,), rows, dtype, device)
+        self.summaries = {}
+        for name, shape in summary_shapes.items():
+            kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
+            self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
+        self.regrouped: RegroupedPages | None = None
+        if several_pages is not None:
+            self.regrouped = RegroupedPages(sequences, num_heads, rows, device, several_pages)
+        self.frames: PageFrames | None = None
+        self.num_segments = self.num_frames = 0
+        self.ask_for_more: Callable[[int], bool] | None = None
+        """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
+        self.fell_short: Callable[[], None] | None = None
+        """Called where there is less memory for page frames than the budget allows: to be tried again later."""
+        self.renew: Callable[[int, int], None] | None = None
+        """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
+
+    @property
+    def home_form(self) -> kernels.PageForm:
+        """In which form pages lie where they live now."""
+        return self._host_form if self.home.recoded else self.form
+
+    # ------------------------------------------------------------------------------- what `Sequences` asks of a store
+
+    def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        """Raise BudgetError or CapacityError where `reserve` would exceed a cap."""
+        try:
+            self._num_frames(batch_size, num_segments, num_pages)
+        except BudgetError as error:
+            if self.ask_for_more is None or not self.ask_for_more(error.needed_bytes or 0):
+                raise
+            self._num_frames(batch_size, num_segments, num_pages)
+
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        """Make room for `num_segments` segments and a step over `num_pages` pages."""
+        num_frames = self._num_frames(batch_size, num_segments, num_pages)
+        if num_frames is not None:
+            if self.frames is None:
+                frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
+                self._move_to_cpu()  # first, as that gives back what the frames take
+                self.frames = frames
+            held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
+            self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
+        for array in self._arrays():
+            array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
+        self.num_segments = num_segments
+
+    def _take_frames(
+        self, frames: PageFrames, batch_size: int, wanted: int, num_pages: int, held: Sequence[int] | None
+    ) -> int:
+        """As many of `wanted` page frames as there is memory for, a step's at least; what is free may lie in small blocks."""
+        while True:
+            try:
+                frames.resize(batch_size, self.budget.shares(wanted, num_pages, held), whole_segments(num_pages))
+                return wanted
+            except CapacityError:
+                least = self.budget.step_frames(num_pages)
+                if wanted <= least:
+                    raise
+                wanted = max(least, wanted * 3 // 4)
+                self.budget = replace(self.budget, most_frames=wanted)  # until more are asked for
+                if self.fell_short is not None:
+                    self.fell_short()
+
+    def shrink(self, num_segments: int) -> None:
+        """Give back the room for more segments than these. Asks for no memory."""
+        self.num_segments = min(self.num_segments, num_segments)
+        for array in self._arrays():
+            array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
+
+    def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
+        return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
+
+    def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy pages and summaries of each (source, destination) segment."""
+        if not pairs:
+            return
+        span = torch.arange(SEGMENT_PAGES * self.num_heads)
+        source, destination = (
+            (torch.tensor(side).unsqueeze(1) * SEGMENT_PAGES * self.num_heads + span)
+            for side in zip(*pairs, strict=True)
+        )
+        for array in self._arrays():
+            array.put(destination, array.take(source))
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from `length` on."""
+        self.length = min(self.length, length)
+        if self.frames is not None:
+            self.frames.forget_from(-(-length // self.page_size))
+
+    def select(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was. Where that fails, pages may have to be loaded again."""
+        if self.frames is not None:
+            self.frames.select(rows)
+            self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share
+
+    def forget_resident(self, batch_size: int) -> None:
+        """Have no page in a frame, and frames for no sequence, until the next `reserve`. Right at any time."""
+        if self.frames is not None:
+            self.frames.forget_sequences(batch_size)
+
+    def clear(self) -> None:
+        """Forget all; memory is kept."""
+        self.length = 0
+        if self.frames is not None:
+            self.frames.forget_all()
+
+    def release(self) -> None:
+        """Give back all memory; nothing is held. Pages that went to the cpu tier will be made there again."""
+        self.num_segments = self.num_frames = 0
+        if self.frames is not None:
+            self.frames.forget_sequences(0)
+        for array in self._arrays():
+            array.release()
+
+    # --------------------------------------------------------------------------------------------- tokens and pages
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write the tokens of the present step to their pages.
+
+        Args:
+            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n = sequences.length - sequences.start.
+        """
+        batch_size, _, count, _ = keys.shape
+        start = self.sequences.start
+        positions = torch.arange(start, start + count, device=self.device)
+        pages = torch.div(positions, self.page_size, rounding_mode="floor")
+        rows = self._rows()[:, :, pages].reshape(-1).to(self.home.device)
+        offsets = (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.home.device)
+        parts = self.home_form.encode(keys, values)
+        flat = [part.reshape(-1, part.shape[-1]).to(self.home.device) for part in parts]
+        kernels.put_tokens(self.home.chunks, rows, offsets, flat, self.home_form.split)
+        offset = start % self.page_size
+        if self.frames is not None and offset:  # only a partly filled page can be resident already
+            inside = min(count, self.page_size - offset)
+            kept = self.home_form.decode([part[:, :, :inside] for part in parts])
+            self.frames.write(start // self.page_size, offset, *kept)
+        self.length = start + count
+
+    def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages [first, stop) of all sequences and heads, straight from their home: for indexing and hand-over.
+
+        Returns:
+            keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
+        """
+        content, rows = self.content(first, stop)
+        return *self.home_form.take(content), rows
+
+    def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same as they are kept, [B, H, n, page elements], and their rows."""
+        rows = self.rows(first, stop)
+        return self.home.take(rows), rows
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
+        return self._rows()[:, :, first:stop]
+
+    def in_order(self, states: Tensor) -> Tensor:
+        """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
+        return states if self.regrouped is None else self.regrouped.in_order(states)
+
+    def by_place(self, mask: Tensor, group: int) -> Tensor:
+        """A mask [B, 1 or heads, Q, tokens] over positions, as one over the tokens as they stand in the pages."""
+        if self.regrouped is None or not self.sequences.stretches.num_pages:
+            return mask
+        return self.regrouped.by_place(mask, group)
+
+    def read(self, pages: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Retrieve pages for attention, in as many waves as the page frames make necessary (one, if all fit).
+
+        Args:
+            pages: [B, H, n], int64, distinct in each row; -1 for none.
+        Yields:
+            which of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
+        """
+        rows = self._rows().gather(2, pages.clamp(min=0))
+        for part in self._waves(pages):
+            if self.frames is None:
+                content = self.home.take(rows[:, :, part])
+            else:
+                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self._load, self.sequences.step)
+            keys, values = self.form.take(content)
+            yield part, keys.flatten(2, 3), values.flatten(2, 3)
+
+    def _waves(self, pages: Tensor) -> Iterator[slice]:
+        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots.
+
+        Without columns, one empty slice: attention over nothing is zero.
+        """
+        stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
+        if self.frames is None or self.frames.shares is None or stop <= width:
+            yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
+            return
+        counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
+        slots, first = self.frames.shares[:, :1, None], 0
+        while first < stop:
+            fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
+            end = first + int(fits.sum())
+            yield slice(first, end)
+            first = end
+
+    def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
+        """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
+        rows = self._rows()
+        rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
+        return self.summaries[name].take(rows)
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether not all pages can be resident."""
+        if self.frames is None:
+            return False
+        pages = self.sequences.pages_held() or [self.sequences.num_pages] * len(self.frames.slots)
+        return any(slots < number for slots, number in zip(self.frames.slots, pages, strict=False))
+
+    @property
+    def mandatory_frames(self) -> int:
+        """Page frames, of all sequences and KV heads, that a step needs; the others hold buffer pages."""
+        if self.frames is None:
+            return 0
+        needed = self.budget.step_frames(self.sequences.num_pages)
+        return self.num_heads * sum(min(needed, slots) for slots in self.frames.slots)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes taken in the compute tier, with the unused ends of chunks where those take memory at once."""
+        arrays, at_once = self._arrays()[self.frames is not None :], self.device.type == "cuda"
+        taken = sum((array.num_rows if at_once else array.used_rows) * array.row_bytes for array in arrays)
+        return taken + (0 if self.frames is None else self.frames.nbytes)
+
+    def pages_held(self) -> int:
+        """Pages of all KV heads that hold tokens; pages that sequences share count once."""
+        pages = {(segment, i) for row in self.sequences.directory for i, segment in enumerate(row)}
+        return self.num_heads * sum(min(SEGMENT_PAGES, self.sequences.num_pages - i * SEGMENT_PAGES) for _, i in pages)
+
+    def gpu_bytes(self, num_segments: int) -> int:
+        """Bytes that `num_segments` segments take in the compute tier: pages or page frames, and summaries."""
+        rows = num_segments * SEGMENT_PAGES * self.num_heads
+        summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
+        return summaries + (rows * self.home.row_bytes if self.frames is None else self.frames.frames.nbytes)
+
+    def cpu_bytes(self, num_segments: int) -> int:
+        """Bytes that `num_segments` segments take in the cpu tier."""
+        return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.home.row_bytes
+
+    def metadata(self, num_segments: int) -> dict[str, int]:
+        """Bytes of this layer's tables while `num_segments` segments are held, by name; all in the compute tier."""
+        rows = num_segments * SEGMENT_PAGES * self.num_heads
+        tables = {} if self.frames is None else self.frames.metadata
+        regrouped = {} if self.regrouped is None else self.regrouped.metadata(rows)
+        return {**tables, **regrouped, "address tables": sum(array.table_bytes for array in self._arrays())}
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError where tables disagree or tiers differ."""
+        if self.regrouped is not None:
+            self.regrouped.check_integrity()
+        if self.frames is not None and self.sequences.batch_size and self.sequences.length:
+            num_pages = self.sequences.num_pages
+            filled = torch.arange(num_pages * self.page_size, device=self.device) < self.sequences.length
+            filled = filled.view(num_pages, self.page_size, 1)
+            sides = [filled.expand(-1, -1, dim).flatten(1) for dim in (self.key_dim, self.value_dim)]
+            self.frames.check_integrity(num_pages, self._rows(), self._load, torch.cat(sides, 1).unsqueeze(0))
+
+    def _move_to_cpu(self) -> None:
+        """Let pages live in the cpu tier from here on."""
+        host = self._host_form
+        if host == self.form or self.home.recoded:
+            self.home.move(torch.device("cpu"))
+            return
+
+        def recode(rows: Tensor) -> Tensor:
+            return host.join(host.encode(*self.form.take(rows)))
+
+        self.sequences.recodings += 1  # before they are, so that an interruption does not lose it
+        if self.renew is not None:
+            self.renew(0, self.length // self.page_size)
+        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
+
+    def _load(self, rows: Tensor) -> Tensor:
+        """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
+        content = self.home.take(rows)
+        return content if self.home_form == self.form else self.form.join(self.home_form.take(content))
+
+    def _arrays(self) -> list[ChunkedArray]:
+        regrouped = [] if self.regrouped is None else self.regrouped.arrays
+        return [self.home, *self._summary_arrays(), *regrouped]
+
+    def _summary_arrays(self) -> list[ChunkedArray]:
+        return [array for summary in self.summaries.values() for array in summary.arrays]
+
+    def _rows(self) -> Tensor:
+        return self.sequences.page_rows(self.num_heads, self.device)

@@ -1,0 +1,217 @@
+"""Bytes to pages: which tier a layer's pages live in, and how many page frames it gets.
+
+    everything fits the cap      pages live in the compute tier, nothing is ever loaded
+    otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames + room to grow
+                                 frames = mandatory pages of a step + buffer pages
+
+A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` it changes (`memory/gpu_memory.py`), and the
+budgets of the layers with it; pages that went to the cpu tier stay there, as what lies in the frames is a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import BudgetError, CapacityError
+from .page_table import SEGMENT_PAGES, segments_of
+
+PAGE_SLOT_BYTES, SLOT_PAGE_BYTES, SLOT_STEP_BYTES = 4, 4, 8
+"""Bytes of an entry of the tables in `storage/page_frames.py`: the first for each page, the others for each page frame."""
+
+
+@dataclass(frozen=True)
+class TierBudget:
+    """Caps and sizes of one layer.
+
+    Attributes:
+        num_layers: paged layers that share the cache's caps.
+        page_bytes, summary_bytes: of one page of one KV head in the compute tier, be it there for good or in a page frame.
+        host_page_bytes: of one page in the cpu tier.
+        gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
+        min_frames: page frames per sequence and KV head that a step cannot do without.
+        regrouping_bytes: of one page of one KV head: whose tokens it holds, where a method regroups them.
+        selected: pages per KV head that a step selects, or the share of all pages.
+        chunk_segments: segments by which memory of the compute tier is taken; 1 where it is taken as it is written.
+        most_frames: page frames above which none are made; None while nothing says so.
+    """
+
+    num_layers: int
+    num_heads: int
+    page_bytes: int
+    host_page_bytes: int
+    summary_bytes: int
+    gpu_memory: int | None
+    cpu_memory: int | None
+    min_frames: int
+    regrouping_bytes: int = 0
+    selected: int | float = 0
+    chunk_segments: int = 1
+    most_frames: int | None = None
+
+    def num_frames(
+        self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False
+    ) -> int | None:  # fmt: skip
+        """Frames per (sequence, KV head), or None where all pages may live in the compute tier.
+
+        Args:
+            num_segments: segments in the pool.
+            num_pages: pages per sequence.
+            paged: whether the pages are in the cpu tier already, so that there must be frames.
+        Raises:
+            BudgetError: not even the frames of one step fit `gpu_memory`.
+            CapacityError: the pages do not fit `cpu_memory`.
+        """
+        if self.gpu_memory is None:
+            return coarsely(whole_segments(num_pages)) if paged else None
+        if not paged and self.resident_bytes(num_segments) <= self.gpu_memory:
+            return None
+        in_host = self.host_bytes(num_segments)
+        if self.cpu_memory is not None and in_host > self.cpu_memory:
+            fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
+            raise CapacityError(
+                f"{num_segments * SEGMENT_PAGES} pages of {self.num_heads} KV heads in {self.num_layers} layers need "
+                f"{in_host} bytes in the cpu tier, cpu_memory is {self.cpu_memory}; "
+                f"raise cpu_memory or gpu_memory, {_smaller(fitting)}",
+                needed_bytes=in_host,
+                available_bytes=self.cpu_memory,
+                fitting_batch_size=fitting,
+            )
+        cap, rows = self.gpu_memory // self.num_layers, self._taken(self.rows(num_segments))
+        streams, table_pages = batch_size * self.num_heads, whole_segments(num_pages)
+        frame = streams * self._frame_bytes
+        # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
+        frames = (cap - self._fixed_bytes(self._taken(coarsely(rows)), streams, coarsely(table_pages))) // frame
+        if frames < self.min_frames:  # no more than that, so that a lower cap never gives more frames
+            frames = min(self.min_frames, (cap - self._fixed_bytes(rows, streams, table_pages)) // frame)
+        if frames < self.min_frames:
+            needed = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
+            fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
+            large = 8 * self.summary_bytes > self.page_bytes
+            raise BudgetError(
+                f"gpu_memory={self.gpu_memory} bytes cannot hold one step: {batch_size} sequences of {num_pages} pages "
+                f"need {needed} bytes (summaries, tables, and {self.min_frames} page frames for sinks, recent window "
+                "and one selected page, or all pages if that is less); raise gpu_memory, lower num_sink_tokens or "
+                f"recent_window, {_SMALLER_SUMMARIES if large else ''}{_smaller(fitting)}",
+                needed_bytes=needed,
+                available_bytes=self.gpu_memory,
+                fitting_batch_size=fitting,
+            )
+        if self.most_frames is not None:
+            frames = min(frames, max(self.most_frames, self.step_frames(num_pages)))
+        return min(frames, coarsely(table_pages))
+
+    def step_frames(self, num_pages: int) -> int:
+        """Frames per (sequence, KV head) that hold all pages of one step of sequences of so many pages: the mandatory ones."""
+        selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
+        return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
+
+    def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
+        """Frames of each KV head, by sequence: in proportion to its pages, together no more than if all had `frames`.
+
+        No sequence has fewer than a step needs, if `frames` are as many, nor more than its pages.
+
+        Args:
+            held: pages of each sequence that hold real tokens; None where all are full.
+        """
+        if held is None or frames >= num_pages:
+            return frames
+        least = min(frames, self.step_frames(num_pages))
+        pages = [max(least, min(coarsely(number), num_pages)) for number in held]  # so that shares change seldom
+        left, wanted = (frames - least) * len(pages), sum(pages) - least * len(pages)
+        if left >= wanted:
+            return tuple(pages)
+        return tuple(least + left * (number - least) // wanted for number in pages)
+
+    def bytes_with(self, frames: int, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The least `gpu_memory` that gives so many frames, in bytes; arguments as for `num_frames`."""
+        streams = batch_size * self.num_heads
+        fixed = self._fixed_bytes(self._taken(self.rows(num_segments)), streams, whole_segments(num_pages))
+        return (fixed + frames * streams * self._frame_bytes) * self.num_layers
+
+    def rows(self, num_segments: int) -> int:
+        """Pages of all KV heads in so many segments."""
+        return num_segments * SEGMENT_PAGES * self.num_heads
+
+    def resident_bytes(self, num_segments: int) -> int:
+        """Bytes of all layers in the compute tier if all pages live there."""
+        return self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes) * self.num_layers
+
+    def host_bytes(self, num_segments: int) -> int:
+        """Bytes of all layers in the cpu tier if all pages live there."""
+        return self.rows(num_segments) * self.host_page_bytes * self.num_layers
+
+    def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The least `gpu_memory` that `num_frames` accepts, in bytes; arguments as there."""
+        resident = self.resident_bytes(num_segments)
+        if self.cpu_memory is not None and self.host_bytes(num_segments) > self.cpu_memory:
+            return resident
+        return min(resident, self.bytes_with(self.min_frames, batch_size, num_segments, num_pages))
+
+    def fits(self, batch_size: int, num_segments: int, num_pages: int) -> bool:
+        """Whether `num_frames` accepts that."""
+        smallest = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
+        return self.gpu_memory is None or smallest <= self.gpu_memory
+
+    def fitting_batch_size(self, batch_size: int, num_segments: int, num_pages: int) -> int:
+        """The largest batch below `batch_size` that fits, sharing no more than the `num_segments` of that; 0 for none."""
+        each = segments_of(num_pages)
+
+        def fits(smaller: int) -> bool:
+            return self.fits(smaller, min(num_segments, smaller * each), num_pages)
+
+        return largest(fits, batch_size - 1)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.summary_bytes + self.regrouping_bytes
+
+    @property
+    def _frame_bytes(self) -> int:
+        return self.page_bytes + SLOT_PAGE_BYTES + SLOT_STEP_BYTES
+
+    def _taken(self, rows: int) -> int:
+        """`rows` with what is left of the last chunk."""
+        chunk = self.rows(self.chunk_segments)
+        return -(-rows // chunk) * chunk
+
+    def _fixed_bytes(self, rows: int, streams: int, table_pages: int) -> int:
+        """Of one layer, whatever the number of frames."""
+        return rows * self._row_bytes + streams * table_pages * PAGE_SLOT_BYTES
+
+
+def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int, num_pages: int) -> None:
+    """Raise what `TierBudget.num_frames` raises for the layer that needs most, if for any."""
+    room = batch_size, num_segments, num_pages
+    for budget in sorted(set(budgets), key=lambda budget: budget.smallest_gpu_memory(*room), reverse=True):
+        budget.num_frames(*room)
+
+
+def whole_segments(num_pages: int) -> int:
+    """`num_pages`, rounded up to whole segments."""
+    return segments_of(num_pages) * SEGMENT_PAGES
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which `fits` holds, given that it does for all smaller ones; 0 if for none."""
+    low, high = 0, max(0, most) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def coarsely(number: int) -> int:
+    """`number` or a little more, at most a sixteenth and a segment: the same for most of a growing context's steps."""
+    unit = max(SEGMENT_PAGES, 1 << max(0, number.bit_length() - 5))
+    return -(-number // unit) * unit
+
+
+_SMALLER_SUMMARIES = 'take a method with smaller summaries, such as "shadowkv", '
+
+
+def _smaller(fitting_batch_size: int) -> str:
+    if not fitting_batch_size:
+        return "or shorten the context: not even one sequence of that length fits"
+    return f"shorten the context, or use a batch of {fitting_batch_size}, which fits"

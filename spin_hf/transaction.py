@@ -1,0 +1,88 @@
+"""Operations on a cache between two forwards (`crop`, `reset`, a selection of sequences): all of one happens, or nothing.
+
+    undone(...)      what there was is kept  ->  the operation  ->  it counts
+                     interrupted: what there was comes back, at once
+    finished(...)    what cannot fail, and may be done twice; interrupted: it is done again, at once
+
+Where an interruption comes while something is put right, that is left in `SharedState.unfinished`, and done before the cache is
+used again (`SharedState.settle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .state import SharedState
+
+
+class _Past:
+    """What an operation is about to change: tables and tensors by reference, as none is changed in place.
+
+    Args:
+        shared: of the paged layers.
+        unpaged: transformers' own layers.
+    """
+
+    def __init__(self, shared: SharedState, unpaged: list[Any]) -> None:
+        self.shared, self.committed, self.tables = shared, shared.committed, shared.sequences.tables()
+        self.unpaged = [(layer, own_attributes(layer)) for layer in unpaged]
+        self.asked: list[Tensor | None] = [layer.asked for layer in shared.layers]
+        self.lengths = [(layer.store, layer.store.length) for layer in shared.layers if layer.store is not None]
+
+    def restore(self) -> None:
+        """Bring it back. May be repeated."""
+        for layer, attributes in self.unpaged:
+            layer.__dict__.clear()
+            layer.__dict__.update({name: _own(held) for name, held in attributes.items()})
+        for paged, asked in zip(self.shared.layers, self.asked, strict=True):
+            paged.asked = asked
+        for store, length in self.lengths:
+            store.length = length
+        self.shared.sequences.restore(self.tables)
+        self.shared.committed = self.committed
+        self.shared.visible_length.fill_(self.committed)
+
+
+@contextmanager
+def undone(shared: SharedState, unpaged: list[Any]) -> Iterator[None]:
+    """An operation that changes a cache between two forwards: where it fails, nothing has changed.
+
+    Args:
+        shared: of the paged layers; nothing is unfinished.
+        unpaged: transformers' own layers. What they hold is replaced, not written to.
+    """
+    past = _Past(shared, unpaged)
+    try:
+        shared.unfinished = past.restore
+        yield
+        shared.unfinished = None
+    except BaseException:
+        shared.put_right()
+        raise
+
+
+def finished(shared: SharedState, act: Callable[[], None]) -> None:
+    """Do `act`, which may be done twice: where it is interrupted it is done once more, or before the cache is used again."""
+    try:
+        shared.unfinished = act
+        act()
+        shared.unfinished = None
+    except Exception:  # memory, perhaps: there may be some later
+        raise
+    except BaseException:
+        shared.put_right()
+        raise
+
+
+def own_attributes(layer: Any) -> dict[str, Any]:
+    """What one of transformers' layers holds. Its tables of states are changed in place, so these are copied."""
+    return {name: _own(held) for name, held in layer.__dict__.items()}
+
+
+def _own(held: Any) -> Any:
+    return dict(held) if isinstance(held, dict) else held
