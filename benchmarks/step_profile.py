@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any
 
 from overlap import set_spread
@@ -30,7 +30,7 @@ STEPS = 12
 
 def kernel_names() -> list[str]:
     """Names of all Triton kernels of the package, those too that methods launch."""
-    modules = (import_module(f"spin_hf.kernels.{found.name}") for found in iter_modules(spin_hf.kernels.__path__))
+    modules = (import_module(found.name) for found in walk_packages(spin_hf.kernels.__path__, "spin_hf.kernels."))
     found = {
         getattr(getattr(value, "fn", None), "__name__", "") for module in modules for value in vars(module).values()
     }

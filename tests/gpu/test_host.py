@@ -211,8 +211,8 @@ def test_process_ends_quietly() -> None:
     """With registered memory alive, spares under way and a kernel that still reads."""
     script = """
 import torch
-from spin_hf.storage.host import allocate_rows
-from spin_hf.storage.reserve import RESERVE
+from spin_hf.storage.pinned_slab import allocate_rows
+from spin_hf.storage.slab_prefetch import RESERVE
 device = torch.device("cuda", 0)
 chunks = allocate_rows(3, (1 << 20,), torch.float32, compute_device=device)
 cycle = [allocate_rows(1, (1 << 20,), torch.float32, compute_device=device)]

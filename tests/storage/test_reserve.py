@@ -172,8 +172,8 @@ def _late():
     assert int(tensor.sum()) == 7 * tensor.numel()
 
 import torch
-from spin_hf.storage import host
-from spin_hf.storage.reserve import RESERVE
+from spin_hf.storage import pinned_slab as host
+from spin_hf.storage.slab_prefetch import RESERVE
 
 class Registrar:
     calls = []

@@ -204,7 +204,7 @@ def functions() -> list[Any]:
     """All of the package that triton compiles."""
     from triton.runtime.jit import JITFunction
 
-    names = [f"spin_hf.kernels.{found.name}" for found in pkgutil.iter_modules(spin_hf.kernels.__path__)]
+    names = [found.name for found in pkgutil.walk_packages(spin_hf.kernels.__path__, "spin_hf.kernels.")]
     values = [(module, value) for module in map(importlib.import_module, names) for value in vars(module).values()]
     return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
 
