@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from .support.interpreter import quicken
-from .support.sweeps import mark_slow
+from .support.sweeps import keep_part, mark_slow
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     quicken()
@@ -31,3 +31,4 @@ def _fixed_seed() -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_slow(items)
+    keep_part(items, os.environ.get("SPIN_HF_PART", "1/1"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .support.sweeps import mark_slow, quick
+from .support.sweeps import keep_part, mark_slow, quick
 
 
 @pytest.mark.parametrize("strength", [1, 2])
@@ -67,3 +67,16 @@ def test_what_is_kept_by_place_and_what_is_named_alone() -> None:
     alone = Item("some", [pytest.mark.sweep(keep=[0, 2])], a=3)
     mark_slow([alone])  # type: ignore[list-item]
     assert not alone.slow
+
+
+def test_parts_are_all_there_is() -> None:
+    names = [f"test[{number}]" for number in range(50)]
+    parts = []
+    for part in ("1/3", "2/3", "3/3"):
+        items: list[Any] = [SimpleNamespace(nodeid=name) for name in names]
+        keep_part(items, part)
+        parts.append([item.nodeid for item in items])
+    assert sorted(itertools.chain(*parts)) == sorted(names)
+    assert all(len(part) >= 9 for part in parts)
+    with pytest.raises(pytest.UsageError, match="4/3"):
+        keep_part([], "4/3")

@@ -1,4 +1,4 @@
-"""All ways of `generate` for all families, the long run: SPIN_HF_GENERATION=all pytest tests/generation.
+"""All ways of `generate` for all families: the long run.
 
 `test_generation.py` says what is compared, and has greedy runs with a tight `gpu_memory`.
 """
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from .ways import FULL, RUNS, SMALL, assert_same, expected, smallest, with_spin
+
+pytestmark = pytest.mark.slow
 
 each_run = pytest.mark.parametrize(("name", "way"), [pytest.param(*run, id="-".join(run)) for run in RUNS])
 other_runs = pytest.mark.parametrize(

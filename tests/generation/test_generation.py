@@ -10,7 +10,7 @@ attention is then uniform, and a cache that loses half of it passes), windows of
 
 Here are a tiered greedy run and the control of each family. `test_all_ways.py` has the rest, where that is asked for:
 
-    SPIN_HF_GENERATION=all pytest tests/generation
+    pytest tests/generation -m ""
 """
 
 from __future__ import annotations
