@@ -23,6 +23,7 @@ from ..attention.masks import check_argument
 from ..errors import AttentionError
 from ..forward_pass import ForwardLog
 from ..integration import deferred_stop, forward_hook
+from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config
 from ..state import SharedState
 from .runner import DecodeSteps
@@ -175,13 +176,18 @@ def _caller() -> Any:
 
 
 def find_model(cache: Any, config: Any) -> PreTrainedModel | None:
-    """The model whose forward is running with `cache`, the outermost one of those that read `config`; None for none."""
+    """The model whose forward is running with `cache`, the outermost one of those that read `config`; None for none.
+
+    Only frames of forwards are looked into: reading a frame's locals keeps them alive until it returns.
+    """
     frame: Any = sys._getframe(1)
     found = None
     while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, PreTrainedModel) and any(given is cache for given in frame.f_locals.values()):
-            found = module if decoder_config(module)[0] is config else found
+        code = frame.f_code
+        if code.co_name == "forward" and not set(code.co_varnames[: code.co_argcount]).isdisjoint(CACHE_NAMES):
+            module, given = frame.f_locals.get("self"), [frame.f_locals.get(name) for name in CACHE_NAMES]
+            if isinstance(module, PreTrainedModel) and any(each is cache for each in given):
+                found = module if decoder_config(module)[0] is config else found
         frame = frame.f_back
     return found
 
