@@ -116,7 +116,7 @@ def fill_spin(
             valid = torch.arange(start, start + count, device=device) >= padding.to(device).unsqueeze(1)
         for layer in cache.layers:
             layer.append(*states(config, count, device, batch), valid)
-        cache._shared.commit()
+        cache._passes.commit()
     cache._shared.visible_length.fill_(num_tokens)
 
 

@@ -25,7 +25,7 @@ from ..storage.page_table import SEGMENT_PAGES
 from .descriptors import power_of_two
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
+    from ..state import LayerState
     from .triton_step import StepKernels
 
 _SCORE_BYTES, _SCORE_WARPS, _SCORE_SPLITS = 16 << 10, 4, 64
@@ -101,14 +101,14 @@ class Selection:
             self.closer_stats = self._scratch(streams, looks * 3 * shape["CLOSER_G"])
             self.basis = four_bit_keys.basis(key_dim, self.step.device).to(dtype)
 
-    def place(self, layer: SpinLayer) -> tuple[Tensor, ...]:
+    def place(self, layer: LayerState) -> tuple[Tensor, ...]:
         """Tensors of the method that launches for a layer read, on the device from here on."""
         method = self.step.shared.method
         tensors = method.kernel_tensors(layer.number, self.step.device)
         self.placed_by[layer.number] = method
         return tensors
 
-    def find_outliers(self, plan: Tensor, layers: list[SpinLayer]) -> None:
+    def find_outliers(self, plan: Tensor, layers: list[LayerState]) -> None:
         """Of consecutive layers, for the query that `plan` is of."""
         step = self.step
         if not self.recipe.outliers_per_1024:
@@ -121,7 +121,7 @@ class Selection:
         )  # fmt: skip
 
     def select(
-        self, layer: SpinLayer, query: Tensor, index: int, scale: float, new: tuple[Tensor, Tensor] | None,
+        self, layer: LayerState, query: Tensor, index: int, scale: float, new: tuple[Tensor, Tensor] | None,
         shapes: dict[str, Any],
     ) -> None:  # fmt: skip
         """List the pages of one query [B, heads, 1, Dk] of the step, and retrieve them; `new` as for `StepKernels.attend`."""
@@ -186,7 +186,7 @@ class Selection:
         return 0 < self.recipe.estimated_share < 1
 
     def _look_closer(
-        self, layer: SpinLayer, plan: Tensor, common: dict[str, Any], run: int, shapes: dict[str, Any]
+        self, layer: LayerState, plan: Tensor, common: dict[str, Any], run: int, shapes: dict[str, Any]
     ) -> None:
         """Rate the pages again that are best by one vector."""
         step, store, floors = self.step, layer.store, self.first_floors[layer.number]

@@ -25,8 +25,7 @@ from .reference import Call
 from .triton_selection import Selection, segments_at_a_time, some
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
-    from ..state import SharedState
+    from ..state import CacheState, LayerState
     from ..storage.page_store import PageStore
 
 _APPEND_TOKENS = 8
@@ -48,7 +47,7 @@ class StepKernels(Descriptors):
         launch: the kernels, from `kernels.launchers`.
     """
 
-    def __init__(self, shared: SharedState, launch: Any, device: torch.device, batch_size: int, num_heads: int) -> None:
+    def __init__(self, shared: CacheState, launch: Any, device: torch.device, batch_size: int, num_heads: int) -> None:
         super().__init__(shared, device, batch_size, num_heads)
         self.launch, self.block_g = launch, 16
         self.fits: tuple[Any, ...] = ()
@@ -85,13 +84,17 @@ class StepKernels(Descriptors):
         with kept("buffers of decode steps", 4 * self.streams * width):
             parts = torch.empty((self.streams, width), dtype=torch.float32, device=self.device)
             self.selection.fit(group, key_dim, dtype)
-        self.shared.forget_recorded()
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
         self.parts, self.fits, self.group, self.block_g = parts, fits, group, max(16, power_of_two(group))
 
+    def prepare(self, layer: LayerState) -> None:
+        """What a layer's launches need of the host for the step that has begun."""
+        self.begin(layer)
+        self.selection.place(layer)
+
     # ---------------------------------------------------------------------------------------------------- the launches
 
-    def append(self, layer: SpinLayer, key: Tensor, value: Tensor) -> None:
+    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
         """Write the step's tokens [B, H, n, D] of a layer to its pages and summarise the pages they complete."""
         self.begin(layer)
         key, value = _rows(key), _rows(value)
@@ -103,7 +106,7 @@ class StepKernels(Descriptors):
             num_warps=max(1, self.shared.method.page_size // _APPEND_TOKENS),
         )  # fmt: skip
 
-    def attend(self, layer: SpinLayer, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
+    def attend(self, layer: LayerState, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
         """Attend to what each query of the step selects.
 
         Args:
@@ -126,7 +129,7 @@ class StepKernels(Descriptors):
         self.known["planned"] = True
 
     def _launches(
-        self, layer: SpinLayer, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
+        self, layer: LayerState, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
         shapes: dict[str, Any],
     ) -> None:  # fmt: skip
         """What `attend` launches: for all layers if this is the step's first, and for each query of this layer."""
@@ -158,7 +161,7 @@ class StepKernels(Descriptors):
         finally:
             self.launch = found
 
-    def _estimate(self, layer: SpinLayer, index: int, softcap: float | None, shapes: dict[str, Any]) -> None:
+    def _estimate(self, layer: LayerState, index: int, softcap: float | None, shapes: dict[str, Any]) -> None:
         """What stands for pages that were not chosen, for one query of the step."""
         store = layer.store
         assert store is not None
@@ -175,7 +178,7 @@ class StepKernels(Descriptors):
         )  # fmt: skip
 
     def _attend(
-        self, layer: SpinLayer, query: Tensor, index: int, call: Call, out: Tensor, shapes: dict[str, Any]
+        self, layer: LayerState, query: Tensor, index: int, call: Call, out: Tensor, shapes: dict[str, Any]
     ) -> None:
         """Attend to the pages that `_select` listed, for one query of the step."""
         store, splits = layer.store, self.whole_splits if self.is_whole(layer) else self.attend_splits
@@ -198,7 +201,7 @@ class StepKernels(Descriptors):
         tokens = min(_ATTEND_TOKENS, power_of_two(self.shared_memory // (2 * row_bytes) + 1) // 2)  # two are under way
         return max(16, tokens, store.page_size) // store.page_size
 
-    def serves(self, layer: SpinLayer) -> bool:
+    def serves(self, layer: LayerState) -> bool:
         """Whether a layer has pages on this device and so many KV heads."""
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
@@ -215,19 +218,19 @@ class StepKernels(Descriptors):
                 OUTLIERS_PER_1024=self.recipe.outliers_per_1024, PAGE=page_size, PADDED=self.padded, TILE=1024,
             )  # fmt: skip
 
-    def is_whole(self, layer: SpinLayer) -> bool:
+    def is_whole(self, layer: LayerState) -> bool:
         """Whether a layer attends to everything, whatever the budget."""
         return layer.number < self.recipe.dense_layers
 
-    def plan_of(self, layer: SpinLayer) -> Tensor:
+    def plan_of(self, layer: LayerState) -> Tensor:
         """The plan [Q, B, len(PlanField)] that a layer follows."""
         return self.whole_plan if self.is_whole(layer) else self.plan
 
-    def fields(self, layer: SpinLayer) -> Tensor:
+    def fields(self, layer: LayerState) -> Tensor:
         """The descriptor of a layer."""
         return self.layer_fields[layer.number]
 
-    def shapes(self, layer: SpinLayer) -> dict[str, Any]:
+    def shapes(self, layer: LayerState) -> dict[str, Any]:
         """What most kernels are compiled for."""
         store = layer.store
         assert store is not None

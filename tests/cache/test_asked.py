@@ -77,10 +77,10 @@ def test_a_prompt_and_what_is_generated(world: World, at_once: int, monkeypatch:
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
     driver = new_driver()
     driver.step(world, 0, 200)
-    assert all(layer.asked is not None for layer in driver.cache.layers)
+    assert all(layer.asked is not None for layer in driver.cache._shared.layers)
     driver.step(world, 200, 201)
     check(world, LAST)
-    assert all(layer.asked is None for layer in driver.cache.layers)
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
     Asking.shown.clear()
     for position in range(201, 250):
         driver.step(world, position, position + 1)
@@ -105,7 +105,7 @@ def test_a_verification_asks_nothing(world: World) -> None:
     driver.step(world, 0, 200)
     driver.step(world, 200, 216)
     check(world, LAST)
-    assert all(layer.asked is None for layer in driver.cache.layers)
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
 
 
 def test_sequences_change_places(world: World) -> None:
@@ -170,7 +170,7 @@ def test_forgotten(world: World) -> None:
     driver = new_driver()
     driver.step(world, 0, 200)
     driver.cache.reset()
-    assert all(layer.asked is None for layer in driver.cache.layers)
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
     driver.step(world.rows([1]), 0, 200)
     driver.step(world.rows([1]), 200, 201)
     check(world.rows([1]), LAST)

@@ -143,7 +143,7 @@ def test_pages_that_move_later(method: str) -> None:
     early = Driver(SHAPE, **options, gpu_memory=TIGHT)
     late = Driver(SHAPE, **options, gpu_memory=TIGHT)
     feed(early, world, [250])
-    late.cache._shared.gpu.given = 10**9
+    late.cache._passes.gpu.given = 10**9
     feed(late, world, [250])
     assert early.cache.stats().cpu_bytes > 0
     assert late.cache.stats().cpu_bytes == 0

@@ -44,8 +44,8 @@ def add(cache: SpinCache, config: Any, batch_size: int, length: int, dtype: torc
     assert shapes is not None
     for layer, shape in zip(layers, shapes, strict=True):
         states = [torch.randn(batch_size, shape.num_heads, length, dim) for dim in (shape.key_dim, shape.value_dim)]
-        layer.append(*(state.to(dtype) for state in states), None)
-    cache._shared.commit()
+        cache.layers[layer.layer_idx].append(*(state.to(dtype) for state in states), None)
+    cache._passes.commit()
 
 
 def assert_as_planned(made: MemoryPlan, cache: SpinCache) -> None:

@@ -258,7 +258,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def look(self) -> None:
         """The next step is one that grows again, or gives back."""
-        self.driver.cache._shared.gpu._steps_left = 1
+        self.driver.cache._passes.gpu._steps_left = 1
 
     # ------------------------------------------------------------------------------------------------------ invariants
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import AttentionError, CacheStateError, SpinCache
-from spin_hf.forward_pass import ForwardLog
+from spin_hf.forward_log import ForwardLog
 from spin_hf.integration import forward_hook
 from spin_hf.layer import SpinLayer
 from tests.support.compare import Trace, assert_same

@@ -110,7 +110,7 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
                 assert given > 0 or seed > 6
                 assert held - allocated() >= 0.98 * given - (1 << 20)  # a block of the allocator
                 if seed % 3 == 0:
-                    cache._shared.gpu._steps_left = 1
+                    cache._passes.gpu._steps_left = 1
             out.append(read(model, cache, 1, 1, seed))
         cache.check_integrity()
         tokens.append(torch.cat(out, 1))

@@ -193,8 +193,8 @@ def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest
     model = build_model("llama").cuda().eval()
     options: dict[str, Any] = {"do_sample": sampling, "max_new_tokens": 60, "pad_token_id": PAD_TOKEN_ID}
     asked: list[bool] = []
-    supports = deferred_stop.supports
-    monkeypatch.setattr(deferred_stop, "supports", lambda *args: asked.append(supports(*args)) or asked[-1])
+    supports = deferred_stop._supports
+    monkeypatch.setattr(deferred_stop, "_supports", lambda *args: asked.append(supports(*args)) or asked[-1])
     results, eos = [], None
     for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
         monkeypatch.setattr(deferred_stop, "_DEVICES", devices)

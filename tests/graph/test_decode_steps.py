@@ -126,7 +126,7 @@ def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeyp
         for step, wanted in ((4, 2000), (6, None), (8, "2kB")):
             if disturbed:
                 assert cache.release_gpu_memory(wanted) > 0 or step > 4
-                cache._shared.gpu._steps_left = 1  # grows at the next step
+                cache._passes.gpu._steps_left = 1  # grows at the next step
             parts.append(_loop(model, cache, tokens[:, step : step + 2]))
             cache.check_integrity()
         assert recorder.replays == before + 9
@@ -252,7 +252,7 @@ def test_kernels_in_use_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch)
         model(tokens[:1], past_key_values=cache)  # several tokens: not a step to capture, but kernels of another batch
     cache.batch_repeat_interleave(2)
     assert _replays_of_a_step(model, cache) == 0
-    assert cache._shared.kernels_in_use() == [cache.layers[0].kernels()]
+    assert cache._passes.kernels.in_use() == [cache.layers[0].kernels()]
     cache.check_integrity()
 
 

@@ -86,7 +86,7 @@ def test_who_gets_it(checks: list[Any]) -> None:
     assert not supported(SpinCache(model.config, **OPTIONS))
     assert not supported(DynamicCache(config=model.config))
     assert not supported(None)
-    assert not deferred_stop.supports(cache, torch.device("meta"))
+    assert not deferred_stop._supports(cache, torch.device("meta"))
     assert deferred_stop._users == users + 2
     del cache, windows
     assert deferred_stop._users == users

@@ -241,7 +241,7 @@ def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], mon
     mask = torch.cat([mask, mask.new_ones((3, 1))], 1)
     model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
     assert bool(options) == (cache.stats().cpu_bytes > 0)
-    (step,) = cache._shared.kernels_in_use()
+    (step,) = cache._passes.kernels.in_use()
     real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
     lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
     for stream, count in enumerate(step.selection.list_count[:, 0].tolist()):

@@ -86,7 +86,7 @@ def test_kernels_do_what_the_reference_does(
                 driver.cache.crop(-2)
             start = 140
     stats = drivers[0].cache.stats()
-    assert drivers[0].cache._shared.counted()["QUERIES"] == stats.sparse_queries > 0
+    assert drivers[0].cache._passes.kernels.counted()["QUERIES"] == stats.sparse_queries > 0
     assert stats.loads > 0
     assert stats.hit_rate > 0
     drivers[0].cache.check_integrity()  # frames are what loads give
@@ -110,7 +110,7 @@ def test_rounding_is_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     driver.cache.update(keys, values, 0)
     driver.cache.layers[0].take_pending()
     driver.cache.layers[0].append(keys, values, None)
-    driver.cache._shared.commit()
+    driver.cache._passes.commit()
     _, held = pages_of(driver)
     form = driver.cache.layers[0].store.home_form
     finite = torch.ones(90, dtype=torch.bool)

@@ -37,7 +37,7 @@ def _kernels_in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def served(driver: Driver) -> Driver:
     """`driver`, whose cache the kernels served."""
-    assert driver.cache._shared.counted()["QUERIES"] == driver.cache.stats().sparse_queries > 0
+    assert driver.cache._passes.kernels.counted()["QUERIES"] == driver.cache.stats().sparse_queries > 0
     return driver
 
 

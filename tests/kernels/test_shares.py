@@ -40,12 +40,12 @@ def test_sequences_with_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
         if stop == 563:
             assert drivers[0].cache.release_gpu_memory(5_000) >= 5_000
         if stop == 565:
-            drivers[0].cache._shared.gpu._steps_left = 1
+            drivers[0].cache._passes.gpu._steps_left = 1
     for short, long in seen:
         assert short < long
     assert sum(seen[3]) < sum(seen[0]) == sum(seen[-1])
     stats = drivers[0].cache.stats()
-    assert drivers[0].cache._shared.counted()["QUERIES"] == stats.sparse_queries > 0
+    assert drivers[0].cache._passes.kernels.counted()["QUERIES"] == stats.sparse_queries > 0
     assert stats.evictions > 0
     assert stats.mandatory_frames + stats.buffer_frames == sum(seen[-1])
     drivers[0].cache.check_integrity()

@@ -32,7 +32,7 @@ def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, 
 
     def both(self: SpinLayer, call: Any, position: int) -> Any:
         sparse = sparse_attention(self, call, position)
-        dense = attend_masked(call, self.shared.plan.allowed_all(1, call.query.device), self.store).float()
+        dense = attend_masked(call, self.forward.plan.allowed_all(1, call.query.device), self.store).float()
         found.append(float((sparse - dense).norm() / dense.norm()))
         return dense
 

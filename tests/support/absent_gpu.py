@@ -155,10 +155,8 @@ def generate(
     driver = Driver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
     for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
         driver.step(world, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
-    shared = driver.cache._shared
-    step = shared.step_kernels(torch.device("cpu"), SHAPE.kv_heads)
-    assert step is not None, "kernels serve the method"
-    index_completed(step, shared.layers)
+    (step,) = driver.cache._passes.kernels.in_use()  # kernels serve the method
+    index_completed(step, driver.cache._shared.layers)
 
 
 def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:

@@ -114,7 +114,7 @@ def judge(case: Case, device: torch.device, seed: int = 0, **options: Any) -> Dr
         assert bool(out.isfinite().all())
         tokens += _compare(case, rules, world, sinks, out, start)
         start += size
-    counted = layer.shared.counted()
+    counted = layer.forward.kernels.counted()
     assert counted["QUERIES"] == len(tokens), "the kernels did not serve every query"
     assert counted["TOKENS"] == sum(tokens)
     assert rules.budget != SOME.budget or max(tokens) < case.prompt // 2
@@ -178,7 +178,7 @@ _NO_SCRATCH = (StepField.DIRECTORY, StepField.VALID, StepField.UPTO, StepField.O
 
 def _poison(layer: SpinLayer) -> None:
     """Fill all that the next step must not read."""
-    store, sequences, step = layer.store, layer.shared.sequences, layer.kernels()
+    store, sequences, step = layer.store, layer.cache_state.sequences, layer.kernels()
     assert store is not None
     assert step is not None
     if store.device.type == "cuda":

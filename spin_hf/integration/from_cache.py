@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 from typing import Any
 
@@ -9,18 +10,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..errors import BatchSizeError, OptionError, OptionTypeError
-from ..layer import SpinLayer
-from ..memory.layer_budget import LayerShape, layer_shapes
-from ..state import SharedState
 
 
-def check_source(cache: Any, layers: list[Any], config: Any, mask: Tensor | None) -> Tensor | None:
+def check_source(
+    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None
+) -> Tensor | None:
     """Raise where `cache` cannot be taken over by `layers`.
 
     Args:
         cache: the source.
         layers: of the new cache.
+        paged: the indices of those that are paged.
         config: the decoder's config.
         mask: [B, tokens], 0 or False for padding; None for none.
     Returns:
@@ -36,10 +38,10 @@ def check_source(cache: Any, layers: list[Any], config: Any, mask: Tensor | None
         raise OptionError(
             f"cache: expected {len(layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model"
         )
-    shapes = layer_shapes(config, [layer.layer_idx for layer in layers if isinstance(layer, SpinLayer)])
+    shapes = layer_shapes(config, sorted(paged))
     expected, first = iter(shapes or []), None
     for index, (layer, source) in enumerate(zip(layers, cache.layers, strict=False)):
-        if not isinstance(layer, SpinLayer):
+        if index not in paged:
             if isinstance(layer, LinearAttentionCacheLayerMixin) != isinstance(source, LinearAttentionCacheLayerMixin):
                 raise OptionError(
                     f"cache: layer {index}: expected a {type(layer).__name__} as the model has, got a "
@@ -56,20 +58,19 @@ def check_source(cache: Any, layers: list[Any], config: Any, mask: Tensor | None
     return _checked_mask(mask, first[1] if first is not None else None)
 
 
-def take_over(cache: Cache, layers: list[Any], shared: SharedState, valid: Tensor | None) -> None:
-    """Append what `cache`, which was checked, holds to an empty SpinCache.
+def take_over(cache: Cache, layers: list[Any], paged: Collection[int], valid: Tensor | None) -> None:
+    """Append what `cache`, which was checked, holds to an empty SpinCache; nothing is committed.
 
     Args:
-        layers, shared: of the SpinCache.
+        layers: of the SpinCache; those that are not paged are replaced by copies.
+        paged: the indices of those that are paged.
         valid: [B, tokens], bool; None for no padding.
     """
     for index, (layer, source) in enumerate(zip(list(layers), cache.layers, strict=False)):
-        if not isinstance(layer, SpinLayer):
+        if index not in paged:
             layers[index] = deepcopy(source)
         elif source.keys is not None and source.keys.numel():
             layer.append(source.keys, source.values, valid)
-    shared.commit()
-    shared.visible_length.fill_(shared.committed)
 
 
 def _form(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] | None:
