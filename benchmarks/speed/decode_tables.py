@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.common.record import RESULTS, newest
 
 RIVALS = {
-    "spin compiled": "compiled by `generate`",
-    "spin eager": "neither",
+    "spin compiled": "`SpinCache(model.config)`, compiled by `generate`",
+    "spin eager": "`SpinCache`, `disable_compile=True`",
     "dynamic": "`DynamicCache`",
     "offloaded": "`DynamicCache(offloading=True)`",
     "static": "`StaticCache`",
