@@ -87,9 +87,14 @@ def command_today(command: str) -> str:
     return f"python -m benchmarks.{module.parent.name}.{found[1]}{command[found.end() :]}"
 
 
+def day(run: str) -> str:
+    """The date in the name of a run."""
+    return f"{run[:4]}-{run[4:6]}-{run[6:8]}"
+
+
 def recorded(name: str, result: Result) -> Lines:
     """Where a table comes from: a line that names the file, and one for each command."""
-    dates = sorted({f"{run[:4]}-{run[4:6]}-{run[6:8]}" for run in result.get("runs", {})})
+    dates = sorted({day(run) for run in result.get("runs", {})})
     hidden = {"python"} if "kvpress" in json.dumps(result.get("rows", {})) else {"python", "kvpress"}
     versions = [
         f"{library} {number}" for library, number in result.get("versions", {}).items() if library not in hidden
@@ -108,7 +113,7 @@ def recorded(name: str, result: Result) -> Lines:
 
 def by_method(results: list[Result]) -> Lines:
     """Time per token and time of a layer's sparse attention: a row for each method, budget and context."""
-    lines = head("method", "budget", "context", "ms per token", "sparse attention of a layer, µs")
+    lines = head("method", "budget", "context", "ms per token", "sparse attention of a layer, µs", "measured")
     for result in results:
         for tokens, cap in decode_tables.contexts(result["rows"]):
             entry = newest(result["rows"], tokens=tokens, cache="spin", overlap="replayed", gpu_memory=cap)
@@ -116,9 +121,10 @@ def by_method(results: list[Result]) -> Lines:
             if entry is not None and entry["tpot_ms"]:
                 took = "" if kernels is None else f"{kernels['spin_us_per_layer']:.0f}"
                 name = decode_tables.label(tokens, cap)
-                lines.append(
-                    row(f"`{result['method']}`", f"{result['budget_tokens']:,}", name, ms(entry["tpot_ms"]), took)
-                )
+                lines.append(row(
+                    f"`{result['method']}`", f"{result['budget_tokens']:,}", name, ms(entry["tpot_ms"]), took,
+                    day(entry["run"]),
+                ))  # fmt: skip
     return lines
 
 
@@ -472,7 +478,21 @@ def readme_speed() -> Lines:
             f"{tokens >> 10}K", f"**{cell(ours, tokens=tokens, **wanted)}**", cell(fast, tokens=tokens, **wanted),
             cell(ours, tokens=tokens, cache="dense graph"), cell(ours, tokens=tokens, cache="dynamic"),
         ))  # fmt: skip
-    return lines
+    return [*lines, "", *readme_batches()]
+
+
+def readme_batches() -> Lines:
+    """Two sentences: many sequences at once, and the longest context."""
+    many, long = read("h200/throughput-llama-8b.json"), read("reach-llama-8b.json")
+    (best,) = [each for each in many["ratios"] if (each["tokens"], each["rival"]) == (131072, "dense graph")]
+    far = max(long["rows"], key=lambda entry: entry["tokens"])
+    return [
+        f"{best['spin_batch']} sequences of 128K tokens together give {best['spin_tokens_per_s']:.0f} tokens per second with "
+        f"`shadowkv` in {many['gpu_memory_gib']:.0f} GiB of that GPU.",
+        f"Dense attention in a CUDA graph has room for {best['rival_batch']} and gives {best['rival_tokens_per_s']:.0f}. One "
+        f"sequence of {far['tokens'] >> 10}K tokens",
+        f"decodes in {far['in_all_gib']:.1f} GiB of an H100, weights included, at {ms(far['tpot_ms'])} ms per token.",
+    ]
 
 
 README_QUALITY: dict[str, tuple[str, ...]] = {
