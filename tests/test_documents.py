@@ -133,5 +133,25 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_and_folders_that_are_named_exist(page: Path) -> None:
+    roots = (ROOT, PACKAGE, PACKAGE / "attention" / "methods", ROOT / "benchmarks")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", page.read_text())
+    gone = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert not gone
+
+
+OLD_WORDS = re.compile(
+    r"closer look|looks? closer|looked at|\basks?\b|regroup|rearrang|trade places|stretch|\bhome\b|make way",
+    re.I,
+)
+"""Words that the code has left behind."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_documents_use_the_words_of_the_code(page: Path) -> None:
+    assert not OLD_WORDS.findall(page.read_text())
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

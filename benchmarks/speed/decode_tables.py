@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.common.record import RESULTS, newest
 
 RIVALS = {
-    "spin compiled": "`SpinCache(model.config)`, compiled by `generate`",
-    "spin eager": "`SpinCache`, `disable_compile=True`",
+    "spin compiled": '`SpinCache(model.config, "shadowkv")`, compiled by `generate`',
+    "spin eager": '`SpinCache(model.config, "shadowkv")`, `disable_compile=True`',
     "dynamic": "`DynamicCache`",
     "offloaded": "`DynamicCache(offloading=True)`",
     "static": "`StaticCache`",
