@@ -146,7 +146,7 @@ def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatc
 
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     arrange_by_formulas(monkeypatch)
     asked: list[torch.device] = []
