@@ -258,8 +258,7 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Time per token, `shadowkv`",
-            "The same with `method=\"shadowkv\"` on an H100. With a config and `disable_compile=True` steps are "
-            "neither captured nor compiled.",
+            "The same with `method=\"shadowkv\"` on an H100.",
             ("decode-llama-8b.json", "decode-qwen3-0.6b.json"),
             _all(decode_tables.times),
             "decode-llama-8b.svg",

@@ -86,7 +86,7 @@ class Task:
             case "static":
                 return 46 + 12 * share if share <= 1 else 8
             case _:
-                return (40 if self.name == "spin compiled" else 7) + fill
+                return 7 + fill
 
     def is_in(self, record: Record) -> bool:
         """Whether some run has measured all of it."""

@@ -14,11 +14,10 @@ from typing import Any
 from benchmarks.common.record import RESULTS, newest
 
 RIVALS = {
-    "spin compiled": '`SpinCache(model.config, "shadowkv")`, compiled by `generate`',
-    "spin eager": '`SpinCache(model.config, "shadowkv")`, `disable_compile=True`',
+    "spin eager": "`shadowkv`, eager",
     "dynamic": "`DynamicCache`",
     "offloaded": "`DynamicCache(offloading=True)`",
-    "static": "`StaticCache`",
+    "static": "`StaticCache`, compiled",
     "dense graph": "dense attention in a CUDA graph",
     "floor": "no attention at all",
 }
@@ -33,7 +32,7 @@ def row(*cells: str) -> str:
 
 def ms(value: float) -> str:
     """Milliseconds with three digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def contexts(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:

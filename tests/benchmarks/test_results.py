@@ -77,7 +77,6 @@ def test_a_factor_is_of_one_run(tmp_path: Path) -> None:
         "Llama-3.1-8B shape, 128K",
         "**8.0 to 10.0**",
         "",
-        "",
         "70.0 (7.0×)",
         "",
         "80.0 (10.0×)",
