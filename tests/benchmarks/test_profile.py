@@ -6,13 +6,12 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-import dense_graph
 import pytest
-import step_profile
 import torch
-from spin_rows import Traffic
 
 import spin_hf.kernels
+from benchmarks.speed import dense_graph, step_profile
+from benchmarks.speed.spin_rows import Traffic
 from spin_hf import SpinCache
 from spin_hf.backends import triton_step
 
