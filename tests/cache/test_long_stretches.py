@@ -46,9 +46,9 @@ def test_the_longest_stretch(page_size: int, longest: int) -> None:
     )
     shared = cache._shared
     states = torch.randn(2, SHAPE.layers, 1, 1, 8 + longest + 17, 4)  # behind the sinks, before window and slack
-    for layer, keys, values in zip(shared.layers, *states, strict=True):
+    for layer, keys, values in zip(cache.layers, *states, strict=True):
         layer.append(keys, values, None)
-    shared.commit()
+    cache._passes.commit()
     with little_slack():
         cluster.catch_up(shared)
     stop = (8 + longest) // page_size
