@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .support.sweeps import keep_part, mark_slow, quick
+from tests.support.sweeps import keep_part, mark_slow, quick
 
 
 @pytest.mark.parametrize("strength", [1, 2])

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from spin_hf import Bisection, Method, Quest, RetroInfer, ShadowKV
-from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
-
-from .conversation import Step, play, random_world, single_steps, without_near_ties
-from .oracle import Rules
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
+from tests.support.conversation import Step, compare_with_oracle, random_pages, single_steps, without_near_ties
+from tests.support.oracle import Rules
 
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
 SHAPE = Shape(layers=2, kv_heads=2, group=2, value_dim=6)
@@ -38,9 +37,9 @@ def holes(batch_size: int, length: int) -> Tensor:
     return valid
 
 
-def outputs(world: World, steps: list[Step], first: int, **options: Any) -> list[Tensor]:
+def outputs(world: RandomKV, steps: list[Step], first: int, **options: Any) -> list[Tensor]:
     """The outputs [B, tokens, heads, Dv] of tokens from `first` on, layer by layer."""
-    driver = Driver(world.shape, **(OPTIONS | options))
+    driver = CacheDriver(world.shape, **(OPTIONS | options))
     parts: list[list[Tensor]] = [[] for _ in range(world.shape.layers)]
     start = 0
     for stop, valid in steps:
@@ -65,7 +64,7 @@ def assert_close(
 @pytest.mark.parametrize("slack", [1.0, 1.15, 1.5])
 def test_paging_changes_nothing(padded: bool, slack: float) -> None:
     """The smallest `gpu_memory` that a run accepts, and a little more: pages come and go at every step."""
-    world = random_world(SHAPE, 3, 300, seed=0)
+    world = random_pages(SHAPE, 3, 300, seed=0)
     valid = holes(3, 300) if padded else None
     steps = single_steps(270, 280, valid) + [(s, None if valid is None else valid[:, :s]) for s in (285, 299, 300)]
     rules = Rules(**OPTIONS)
@@ -78,7 +77,7 @@ def test_paging_changes_nothing(padded: bool, slack: float) -> None:
     if slack == 1.0:
 
         def against_oracle(seed: int) -> None:
-            driver = play(random_world(SHAPE, 3, 300, seed), rules, steps, gpu_memory=cap)
+            driver = compare_with_oracle(random_pages(SHAPE, 3, 300, seed), rules, steps, gpu_memory=cap)
             stats = driver.cache.stats()
             assert stats.evictions > 0
             assert stats.loads > stats.evictions
@@ -102,7 +101,7 @@ def test_paging_changes_nothing(padded: bool, slack: float) -> None:
 )
 def test_grouping_changes_nothing(stops: list[int], tight: bool) -> None:
     """Queries that select pages depend on their position, not on what they were grouped with."""
-    world = random_world(SHAPE, 2, LENGTH, seed=1)
+    world = random_pages(SHAPE, 2, LENGTH, seed=1)
     valid = holes(2, LENGTH)
     options = dict(gpu_memory=tight_cap(world, valid)) if tight else {}
     actual = outputs(world, [(stop, valid[:, :stop]) for stop in stops], 100, **options)
@@ -115,7 +114,7 @@ def test_grouping_changes_nothing(stops: list[int], tight: bool) -> None:
 def test_chunks_of_padding_only(count: int, method: Method, tight: bool) -> None:
     """Behind nothing but padding a query attends to nothing, and what comes then is as without the padding."""
     padding = 6 * method.page_size
-    world, valid = random_world(SHAPE, 1, LENGTH, seed=7), torch.ones((1, LENGTH), dtype=torch.bool)
+    world, valid = random_pages(SHAPE, 1, LENGTH, seed=7), torch.ones((1, LENGTH), dtype=torch.bool)
     valid[:, :padding] = False
     steps = [(stop, valid[:, :stop]) for stop in [*range(count, 100, count), *range(100, LENGTH + 1)]]
     options: dict[str, Any] = dict(method=method, budget=8)
@@ -128,7 +127,7 @@ def test_chunks_of_padding_only(count: int, method: Method, tight: bool) -> None
     assert_close(actual, outputs(bare, single_steps(first - 1, LENGTH - padding), first, **options))
 
 
-def tight_cap(world: World, valid: Tensor | None) -> int:
+def tight_cap(world: RandomKV, valid: Tensor | None) -> int:
     """The smallest `gpu_memory` for the whole of `world`."""
     return smallest_gpu_memory(lambda cap: outputs(world, single_steps(LENGTH - 1, LENGTH, valid), 0, gpu_memory=cap))
 
@@ -137,9 +136,9 @@ def tight_cap(world: World, valid: Tensor | None) -> int:
 @pytest.mark.parametrize("removed", [1, 3, 5, 8, 16, 45, 101])
 def test_crop_and_append_again(removed: int, tight: bool) -> None:
     """Other tokens were there for a while, were attended to and indexed; nothing of them is left."""
-    world, other = random_world(SHAPE, 2, LENGTH, seed=2), random_world(SHAPE, 2, LENGTH, seed=3)
+    world, other = random_pages(SHAPE, 2, LENGTH, seed=2), random_pages(SHAPE, 2, LENGTH, seed=3)
     options = OPTIONS | (dict(gpu_memory=tight_cap(world, None)) if tight else {})
-    driver = Driver(SHAPE, **options)
+    driver = CacheDriver(SHAPE, **options)
     kept = LENGTH - 9 - removed
     driver.step(world, 0, kept)
     start = kept
@@ -160,8 +159,8 @@ def test_crop_and_append_again(removed: int, tight: bool) -> None:
 
 def test_crop_and_append_in_one_piece() -> None:
     """A crop into a page, then all at once: the pages are indexed as a prefill would."""
-    world, other = random_world(SHAPE, 2, LENGTH, seed=4), random_world(SHAPE, 2, LENGTH, seed=5)
-    driver = Driver(SHAPE, **OPTIONS)
+    world, other = random_pages(SHAPE, 2, LENGTH, seed=4), random_pages(SHAPE, 2, LENGTH, seed=5)
+    driver = CacheDriver(SHAPE, **OPTIONS)
     driver.step(world, 0, 61)
     driver.step(other, 61, 99)
     driver.cache.crop(-38)
@@ -174,7 +173,7 @@ def test_crop_and_append_in_one_piece() -> None:
 @pytest.mark.parametrize("tight", [False, True])
 def test_generated_tokens_are_indexed(tight: bool) -> None:
     """A token made while decoding, long out of the recent window, is found by the query that asks for it."""
-    world = random_world(SHAPE, 1, 200, seed=6)
+    world = random_pages(SHAPE, 1, 200, seed=6)
     needle, asked = 100, 190
     for layer in range(SHAPE.layers):
         direction = torch.nn.functional.normalize(torch.randn(SHAPE.key_dim), dim=0)
@@ -189,7 +188,7 @@ def test_generated_tokens_are_indexed(tight: bool) -> None:
         options["gpu_memory"] = smallest_gpu_memory(lambda cap: outputs(world, steps, 0, gpu_memory=cap))
     for out in outputs(world, single_steps(60, 191), asked, **options):
         assert float((out - 7.0).abs().max()) < 0.2
-    without = World(world.shape, [k.clone() for k in world.keys], world.values, world.queries)
+    without = RandomKV(world.shape, [k.clone() for k in world.keys], world.values, world.queries)
     for keys in without.keys:
         keys[:, :, needle - 4 : needle + 4] = 0.0
     assert float(outputs(without, single_steps(60, 191), asked)[0].abs().max()) < 3.0

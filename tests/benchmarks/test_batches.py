@@ -31,8 +31,7 @@ import spin_hf.memory.plan
 from spin_hf import SpinCache
 from spin_hf.backends import triton_step
 from spin_hf.memory import watermarks
-
-from ..cache.gpu_of import bytes_of
+from tests.support.fake_gpu import bytes_of
 
 LLAMA = shapes.SHAPES["llama-8b"]
 K = 1024

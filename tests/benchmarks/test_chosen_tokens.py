@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 LENGTH = 160
 

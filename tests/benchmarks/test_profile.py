@@ -15,8 +15,7 @@ from spin_rows import Traffic
 import spin_hf.kernels
 from spin_hf import SpinCache
 from spin_hf.backends import triton_step
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from spin_hf import BudgetError, CapacityError, SpinCache, enable, plan
-
-from ..support.families import FAMILIES
-from ..support.memory import SMALL_ZONES
-from ..support.zoo import build_model, left_padded, random_tokens, subject_model
+from tests.support.families import FAMILIES
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_model, left_padded, random_tokens, subject_model
 
 PAGED = [name for name, family in FAMILIES.items() if family.paged]
 HYBRID = ["llama", "gemma3_text", "qwen3_next"]

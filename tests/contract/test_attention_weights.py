@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from spin_hf import Quest, SpinCache
 from spin_hf.attention.interface import spin_attention
 from spin_hf.backends import attention_weights
-from tests.attention.conversation import random_world
-from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
-from tests.graph.recorder import capture_on_cpu
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
+from tests.support.conversation import random_pages
+from tests.support.graph_recorder import capture_on_cpu
 from tests.support.runs import generate
 from tests.support.subjects import SpinSubject
 from tests.support.zoo import build_model, left_padded, random_tokens
@@ -128,7 +128,7 @@ STOPS = [120, 121, 122, 124, 180, 181, 182]
 METHODS: list[Any] = ["shadowkv", Quest(dense_layers=0), "retroinfer", "bisection"]
 
 
-def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def step(driver: CacheDriver, world: RandomKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
     driver.arguments["output_attentions"] = True
     outputs: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, T
         return out, weights
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.cache.tiny.spin_attention", record)
+        patch.setattr("tests.support.cache_driver.spin_attention", record)
         (out,) = driver.step(world, start, stop)
     return out, outputs[0]
 
@@ -149,13 +149,13 @@ def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, T
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
     """What is read has weight exp(score) over one denominator, and the output is what those weights make of the values."""
-    world = random_world(SHAPE, 2, STOPS[-1], seed=3)
+    world = random_pages(SHAPE, 2, STOPS[-1], seed=3)
     logits = torch.tensor([1.0, -1.0, 0.5, 2.0]) if extras else None
     softcap = 2.0 if extras else None
 
     def run(cap: int | None) -> None:
         options: dict[str, Any] = {} if cap is None else dict(gpu_memory=cap)
-        driver = Driver(
+        driver = CacheDriver(
             SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8, softcap=softcap, sink_logits=logits,
             **options,
         )  # fmt: skip
@@ -198,8 +198,8 @@ def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
 @pytest.mark.parametrize("method", ["retroinfer", "bisection"])
 def test_estimates_have_the_rest(method: str) -> None:
     """Where a method lets estimates stand for pages, rows sum to less than 1: the rest is theirs."""
-    world = random_world(SHAPE, 2, 301, seed=4)
-    driver = Driver(SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8)
+    world = random_pages(SHAPE, 2, 301, seed=4)
+    driver = CacheDriver(SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8)
     step(driver, world, 0, 300)
     _, weights = step(driver, world, 300, 301)
     assert float(weights.sum(-1).max()) < 1 - 1e-3
@@ -277,8 +277,8 @@ def test_weights_of_a_given_mask() -> None:
 
 def test_what_a_method_reads_shows() -> None:
     """Sinks, the recent window and at most the budget."""
-    world = random_world(SHAPE, 1, 201, seed=5)
-    driver = Driver(SHAPE, method=Quest(dense_layers=0), budget=32, num_sink_tokens=4, recent_window=16)
+    world = random_pages(SHAPE, 1, 201, seed=5)
+    driver = CacheDriver(SHAPE, method=Quest(dense_layers=0), budget=32, num_sink_tokens=4, recent_window=16)
     step(driver, world, 0, 200)
     _, weights = step(driver, world, 200, 201)
     read = weights[0, :, 0] > 0

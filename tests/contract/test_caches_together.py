@@ -21,11 +21,10 @@ from spin_hf import SpinCache
 from spin_hf.attention import implementation, interface
 from spin_hf.backends.kernel_pool import KernelPool
 from spin_hf.storage import page_store, pinned_slab
-
-from ..support.faults import Faults, chunks_in_slabs
-from ..support.memory import SMALL_ZONES
-from ..support.threads import in_threads
-from ..support.zoo import build_model, oracle_model, random_tokens
+from tests.support.faults import Faults, chunks_in_slabs
+from tests.support.memory import SMALL_ZONES
+from tests.support.threads import in_threads
+from tests.support.zoo import build_model, oracle_model, random_tokens
 
 PROMPTS = [random_tokens(2, 70, seed=1), random_tokens(1, 83, seed=2)]
 OPTIONS: dict[str, dict[str, Any]] = {

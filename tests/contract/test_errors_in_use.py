@@ -21,8 +21,8 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 from spin_hf import AttentionError, BatchSizeError, BudgetError, CacheStateError, OptionError, SpinCache, SpinError
-from tests.contract.test_errors import check_message
 from tests.support.compare import Trace, assert_same
+from tests.support.error_messages import check_message
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.runs import generate
 from tests.support.subjects import SpinSubject, Subject, dense_subject

@@ -24,10 +24,10 @@ import torch
 import transformers
 from packaging.version import Version
 
+from tests.support.all_modes import MODES
 from tests.support.compare import Trace, assert_same
 from tests.support.families import FAMILIES
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
-from tests.support.modes import MODES
 from tests.support.subjects import SpinSubject, dense_subject
 
 # transformers 5.17 copies shared keys while Dynamo traces, so they lose their layer: an error there, see the last test.

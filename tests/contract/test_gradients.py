@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from spin_hf import AttentionError, Bisection, RetroInfer, ShadowKV, SpinCache
 from spin_hf.storage.change_log import Past
-from tests.cache.regrouping import regrouping_often
+from tests.support.clustering_methods import clustering_often
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.runs import generate
 from tests.support.subjects import DenseSubject, SpinSubject
@@ -72,7 +72,7 @@ def test_as_a_dynamic_cache_gives_them(family: str, padded: bool, prefix: int) -
 
 
 @pytest.mark.parametrize(
-    "method", [ShadowKV(), regrouping_often(Bisection, 32, 16)(), regrouping_often(RetroInfer, 32, 16)()]
+    "method", [ShadowKV(), clustering_often(Bisection, 32, 16)(), clustering_often(RetroInfer, 32, 16)()]
 )
 def test_behind_regrouped_pages_in_both_tiers(method: Any) -> None:
     model = build_model("llama")

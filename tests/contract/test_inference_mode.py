@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..cache.regrouping import little_slack
-from ..graph.recorder import FakeRecorder, capture_on_cpu
-from ..support.memory import SMALL_ZONES
-from ..support.zoo import build_model, random_tokens, subject_model
+from tests.support.clustering_methods import little_slack
+from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_model, random_tokens, subject_model
 
 IDS = random_tokens(2, 330, seed=4)
 EVERYTHING = 1 << 20

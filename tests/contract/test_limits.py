@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.all_modes import MODES
 from tests.support.families import FAMILIES
-from tests.support.modes import MODES
 from tests.support.subjects import DenseSubject, StaticSubject
 
 LIMITS = [

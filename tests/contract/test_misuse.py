@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import AttentionError, BatchSizeError, CacheStateError, OptionError, OptionTypeError, SpinCache
-
-from ..support.memory import SMALL_ZONES
-from ..support.zoo import build_config, build_model, random_tokens, subject_model
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_config, build_model, random_tokens, subject_model
 
 IDS = random_tokens(3, 120, seed=6)
 EXACT: dict[str, Any] = {"method": "shadowkv", "budget": 1 << 20, **SMALL_ZONES}

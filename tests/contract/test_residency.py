@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.all_modes import MODES
 from tests.support.compare import assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
-from tests.support.modes import MODES
 from tests.support.subjects import SpinSubject
 from tests.support.zoo import random_tokens, subject_model
 

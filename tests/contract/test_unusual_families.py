@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.errors import AttentionError, UnsupportedModelError
-from tests.support.families import UNUSUAL
+from tests.support.more_families import UNUSUAL
 from tests.support.zoo import build_model, left_padded, oracle_model, random_tokens
 
 EVERYTHING = 1 << 20

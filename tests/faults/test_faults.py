@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from spin_hf.storage import page_store, pinned_slab
-
-from ..cache.regrouping import little_slack
-from ..support.faults import Faults, SlabFaults, chunks_in_slabs
-from .scenarios import SCENARIOS
-from .trial import Trials
+from tests.support.clustering_methods import little_slack
+from tests.support.fault_scenarios import SCENARIOS
+from tests.support.fault_trial import Trials
+from tests.support.faults import Faults, SlabFaults, chunks_in_slabs
 
 SEED = int(os.environ.get("SPIN_HF_FAULTS_SEED", "20260"))
 FAILURES = int(os.environ.get("SPIN_HF_FAULTS", "220"))

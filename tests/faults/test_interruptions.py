@@ -21,11 +21,10 @@ import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
 from spin_hf.storage import page_store
-
-from ..cache.regrouping import little_slack, regrouping_often
-from ..support.interruptions import every_place, interrupted, some_places
-from .interruption import Interruptions, contents, same
-from .scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.interruption_trial import Interruptions, contents, same
+from tests.support.interruptions import every_place, interrupted, some_places
 
 SEED = int(os.environ.get("SPIN_HF_INTERRUPTIONS_SEED", "20261"))
 LINES = os.environ.get("SPIN_HF_INTERRUPTIONS", "")
@@ -33,8 +32,8 @@ IN_OPERATIONS, IN_FORWARDS = 12, 4
 """Lines of a scenario, unless it is said otherwise."""
 
 _PAGED = {"gpu_memory": "200kB"}
-_BISECTS = {"method": regrouping_often(Bisection, 64, 24)(2)}
-_CLUSTERS = {"method": regrouping_often(RetroInfer, 64, 24)()}
+_BISECTS = {"method": clustering_often(Bisection, 64, 24)(2)}
+_CLUSTERS = {"method": clustering_often(RetroInfer, 64, 24)()}
 
 
 def _reset(run: Run) -> None:

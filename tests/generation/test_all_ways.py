@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .ways import FULL, RUNS, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.generate_ways import FULL, RUNS, SMALL, assert_same, expected, smallest, with_spin
 
 pytestmark = pytest.mark.slow
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import pytest
 
-from ..support.compare import RELATIVE_TOLERANCE, difference
-from .ways import FAMILIES, FULL, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.compare import RELATIVE_TOLERANCE, difference
+from tests.support.generate_ways import FULL, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.more_families import GENERATING
 
-each_family = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize("name", GENERATING)
 
 
 @each_family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..support.chunks import segment_by_segment
+from tests.support.small_chunks import segment_by_segment
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,9 @@ from transformers.masking_utils import create_causal_mask
 
 from spin_hf import SpinCache
 from spin_hf.layer import SpinLayer
-
-from ..support.synchronisation import no_synchronisation
-from ..support.zoo import build_model
-from .test_graph import FULL, _generate, _inputs
+from tests.support.padded_pair import FULL, generate_short, padded_inputs
+from tests.support.synchronisation import no_synchronisation
+from tests.support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -43,11 +42,11 @@ class Calls:
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_generation_equals_dynamic_cache(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama").cuda().eval()
-    expected = _generate(model, DynamicCache(config=model.config), padded)
+    expected = generate_short(model, DynamicCache(config=model.config), padded)
     calls = Calls(monkeypatch, "launch")
     for turn in range(3):
         cache = SpinCache(model.config, **FULL)
-        actual = _generate(model, cache, padded)
+        actual = generate_short(model, cache, padded)
         assert torch.equal(actual.sequences, expected.sequences)
         a, b = torch.stack(actual.logits), torch.stack(expected.logits)
         finite = torch.isfinite(b)
@@ -67,7 +66,7 @@ def test_compiled_generation_equals_dynamic_cache(padded: bool, monkeypatch: pyt
 def test_no_step_waits_for_the_host_and_what_is_evicted_comes_back() -> None:
     model = build_model("llama").cuda().eval()
     cache = SpinCache(model.config, "shadowkv", budget=24, recent_window=8, gpu_memory=100_000)
-    model(_inputs()["input_ids"], past_key_values=cache)
+    model(padded_inputs()["input_ids"], past_key_values=cache)
     token, embeds = torch.full((2, 1), 5, device="cuda"), torch.empty((2, 1, 0), device="cuda")
     forward = model.get_compiled_call(None)
 
@@ -89,11 +88,11 @@ def test_no_step_waits_for_the_host_and_what_is_evicted_comes_back() -> None:
 def test_caches_that_come_and_go_leak_nothing() -> None:
     model = build_model("llama").cuda().eval()
     for _ in range(2):
-        _generate(model, SpinCache(model.config, **FULL))
+        generate_short(model, SpinCache(model.config, **FULL))
     gc.collect()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        _generate(model, SpinCache(model.config, **FULL))
+        generate_short(model, SpinCache(model.config, **FULL))
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
 
@@ -102,7 +101,7 @@ def test_caches_that_come_and_go_leak_nothing() -> None:
 def test_a_forward_that_the_user_compiled_with_graphs(of: str) -> None:
     """Without a step prepared beforehand, the op stays outside the graphs that `reduce-overhead` makes."""
     model = build_model("llama").cuda().eval()
-    ids = _inputs()["input_ids"]
+    ids = padded_inputs()["input_ids"]
     tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2)).cuda()
 
     @torch.no_grad()

@@ -13,10 +13,9 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
-
-from ..support.chunks import segment_by_segment
-from ..support.refusals import refusal_of
-from ..support.zoo import build_model, random_tokens
+from tests.support.refusals import refusal_of
+from tests.support.small_chunks import segment_by_segment
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

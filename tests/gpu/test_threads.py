@@ -10,9 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..support.threads import in_threads
-from ..support.zoo import build_model, random_tokens
+from tests.support.threads import in_threads
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -19,11 +19,10 @@ from transformers import CompileConfig, DynamicCache
 import spin_hf.kernels
 from spin_hf import Bisection, SpinCache
 from spin_hf.layer import SpinLayer
-
-from ..attention.test_seer import gates_for
-from ..cache.regrouping import little_slack, regrouping_often
-from ..support.zoo import PAD_TOKEN_ID, build_model
-from .recorder import capture_on_cpu
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.graph_recorder import capture_on_cpu
+from tests.support.seer_gates import gates_for
+from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -102,7 +101,7 @@ def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> A
 
 def test_tokens_are_regrouped_between_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """And pages that these complete are summarised behind them; one graph serves all of it."""
-    method, model = regrouping_often(Bisection, 16, 8)(2), _model()
+    method, model = clustering_often(Bisection, 16, 8)(2), _model()
     reference = SpinCache(model.config, **OPTIONS | {"method": method})
     with little_slack():
         expected = _generate(model, reference, max_new_tokens=18)

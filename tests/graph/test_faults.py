@@ -19,11 +19,10 @@ import torch
 from spin_hf import Bisection, CacheStateError, SpinCache
 from spin_hf.errors import CapacityError
 from spin_hf.graph import runner
-
-from ..cache.regrouping import little_slack, regrouping_often
-from ..support.faults import Faults
-from ..support.zoo import build_model, random_tokens
-from .recorder import FakeRecorder, capture_on_cpu
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.faults import Faults
+from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -62,7 +61,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "prompt": ("llama", 0, {}),
     "first step": ("llama", PROMPT, {}),
     "captured": ("llama", PROMPT + 1, {}),
-    "completes a page": ("llama", PROMPT + 1, {"method": regrouping_often(Bisection, 32, 16)(2)}),
+    "completes a page": ("llama", PROMPT + 1, {"method": clustering_often(Bisection, 32, 16)(2)}),
     "replayed": ("llama", PROMPT + 3, {}),
 }
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from spin_hf import AttentionError, BatchSizeError, SpinCache
-
-from ..support.zoo import build_model, random_tokens
-from .recorder import capture_on_cpu
+from tests.support.graph_recorder import capture_on_cpu
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="needs interpreted kernels"

@@ -13,11 +13,10 @@ import torch
 
 from spin_hf import AttentionError, Quest, SpinCache
 from spin_hf.attention.methods.seer_gate_file import load_gates
-
-from ..attention.test_seer import gates_for
-from ..support.zoo import PAD_TOKEN_ID
-from .recorder import capture_on_cpu
-from .stale import assert_same, small_model
+from tests.support.graph_recorder import capture_on_cpu
+from tests.support.seer_gates import gates_for
+from tests.support.stale_graph import assert_same, small_model
+from tests.support.zoo import PAD_TOKEN_ID
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .compare import Trace
-from .subjects import Subject
+from tests.support.compare import Trace
+from tests.support.subjects import Subject
 
 Mode = Callable[[Subject], Trace]
 MODES: dict[str, Mode] = {}

@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from . import zoo
+from tests.support import zoo
 
 
 class Subject:

@@ -1,0 +1,47 @@
+"""A stand-in for CUDA graphs on the CPU: what is recorded runs again at every replay, into the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import spin_hf.cache
+from spin_hf.backends import triton_step
+from spin_hf.graph import runner
+from tests.support.cluster_by_formulas import cluster_by_formulas
+
+
+class FakeRecorder:
+    """Records by running, so the first replay has nothing to do."""
+
+    replays = 0
+
+    def record(self, step: Callable[[], Any]) -> Any:
+        self.step, self.fresh = step, True
+        self.outputs = step()
+        return self.outputs
+
+    def replay(self) -> None:
+        FakeRecorder.replays += 1
+        if not self.fresh:
+            for static, new in zip(*map(pytree.tree_leaves, (self.outputs, self.step())), strict=True):
+                if isinstance(static, torch.Tensor):
+                    static.copy_(new)
+        self.fresh = False
+
+
+def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
+    """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
+    from spin_hf.kernels import launchers  # needs triton
+
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers.launchers)
+    cluster_by_formulas(monkeypatch)
+    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: True)
+    monkeypatch.setattr(runner, "Recorder", FakeRecorder)
+    FakeRecorder.replays = 0
+    return FakeRecorder
