@@ -33,11 +33,11 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from spin_hf import BudgetError, Method, ShadowKV
-from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
+from tests.support.cache_driver import CacheDriver, RandomKV, poisoned_memory
 from tests.support.clustering_methods import SelectingAll, ShuffledWhole, little_slack
 from tests.support.fake_gpu import bytes_of, fake_gpu
+from tests.support.plain_rows import SHAPE, Row, empty_row
 
-SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=4, value_dim=3)
 MAX_TOKENS, MAX_ROWS = 400, 5
 TOLERANCE = 1e-5
 
@@ -45,32 +45,6 @@ TOLERANCE = 1e-5
 @dataclass(frozen=True)
 class SelectAll(SelectingAll, ShadowKV):
     """In pages that are runs of positions."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence: keys [layers, H, n, Dk], values [layers, H, n, Dv], is_real [n]. Never changed in place."""
-
-    keys: Tensor
-    values: Tensor
-    is_real: Tensor
-
-    def __len__(self) -> int:
-        return self.is_real.shape[0]
-
-    def followed_by(self, keys: Tensor, values: Tensor, is_real: Tensor) -> Row:
-        """With more tokens; `is_real` is for all of them, old and new."""
-        return Row(torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2), is_real)
-
-    def cut(self, length: int) -> Row:
-        return Row(self.keys[:, :, :length], self.values[:, :, :length], self.is_real[:length])
-
-
-def empty_row() -> Row:
-    shape = SHAPE.layers, SHAPE.kv_heads, 0
-    return Row(
-        torch.empty((*shape, SHAPE.key_dim)), torch.empty((*shape, SHAPE.value_dim)), torch.ones(0, dtype=torch.bool)
-    )
 
 
 Rows = list[Row]

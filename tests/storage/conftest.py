@@ -1,4 +1,4 @@
-"""A registrar that stands for the driver and writes down what happens to the memory, and a watch over all mappings."""
+"""Fixtures for tests of memory that is registered with CUDA: a fake registrar, and all mappings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.fake_registrar import FakeRegistrar
 
 @pytest.fixture
 def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
-    """Stands for the registrar of every CUDA device."""
+    """Replaces the registrar of every CUDA device."""
     fake = FakeRegistrar()
     monkeypatch.setattr(pinned_slab, "CudaRegistrar", lambda device: fake)
     return fake
@@ -24,7 +24,7 @@ def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
 
 @pytest.fixture
 def maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[mmap.mmap]]:
-    """Every mapping made; all must be closed when a test ends, and nothing may have gone wrong in a finalizer."""
+    """Every mapping made. When a test ends all must be closed, and no finalizer may have failed."""
     made: list[mmap.mmap] = []
     unraisable: list[Any] = []
     real = pinned_slab._map

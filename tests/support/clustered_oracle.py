@@ -148,8 +148,3 @@ def compare_with_clustered_oracle(
         start = stop
     assert sparse > 0
     return driver
-
-
-def stretches(driver: CacheDriver) -> list[int]:
-    """Where the stretches end, in pages."""
-    return driver.cache._shared.sequences.stretches.stops

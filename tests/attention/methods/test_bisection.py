@@ -26,7 +26,8 @@ from spin_hf import Bisection, OptionError, OptionTypeError
 from spin_hf.attention.methods import four_bit_keys
 from spin_hf.attention.methods.bisection import POINT_DIM, as_points, bisect
 from tests.support.cache_driver import Shape, poisoned_memory, smallest_gpu_memory
-from tests.support.clustered_oracle import Head, compare_with_clustered_oracle, softmax_over, stretches, zones_of
+from tests.support.clustered_oracle import Head, compare_with_clustered_oracle, softmax_over, zones_of
+from tests.support.clustered_pages import span_ends
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.conversation import random_pages, single_steps, without_near_ties
 from tests.support.oracle import NearTieError, Rules
@@ -150,7 +151,7 @@ def test_choice_and_estimate(group: int, looked_at: int) -> None:
     def run(seed: int) -> None:
         world = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
         driver = compare_with_clustered_oracle(expect, Small(looked_at), world, RULES, single_steps(182, 186))
-        assert len(stretches(driver)) == 2
+        assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
     without_near_ties(run)
@@ -180,7 +181,7 @@ def test_growing_padded_in_several_queries() -> None:
         driver = compare_with_clustered_oracle(
             expect, Small(), random_pages(Shape(key_dim=12), 3, 150, seed), RULES, steps
         )
-        assert stretches(driver) == [18, 26]
+        assert span_ends(driver) == [18, 26]
 
     without_near_ties(run)
 

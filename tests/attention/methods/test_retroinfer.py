@@ -30,9 +30,9 @@ from tests.support.clustered_oracle import (
     compare_step,
     compare_with_clustered_oracle,
     softmax_over,
-    stretches,
     zones_of,
 )
+from tests.support.clustered_pages import span_ends
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.conversation import random_pages, single_steps, without_near_ties
 from tests.support.oracle import NearTieError, Rules
@@ -101,7 +101,7 @@ def test_choice_and_estimate(group: int, share: float) -> None:
         driver = compare_with_clustered_oracle(
             expect, Small(estimated_share=share), world, RULES, single_steps(180, 190)
         )
-        assert len(stretches(driver)) == 2
+        assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
     without_near_ties(run)
@@ -114,7 +114,7 @@ def test_incremental_clusters() -> None:
         driver = compare_with_clustered_oracle(
             expect, Small(), random_pages(Shape(kv_heads=1), 1, 150, seed), RULES, single_steps(0, 150)
         )
-        assert stretches(driver) == [4, 8, 12, 16]
+        assert span_ends(driver) == [4, 8, 12, 16]
 
     without_near_ties(run)
 
@@ -156,7 +156,7 @@ def test_a_mask_that_changes_and_crops() -> None:
         driver = CacheDriver(Shape(), method=Small(), budget=24, num_sink_tokens=4, recent_window=10)
         compare_step(expect, driver, world, rules, 0, 150, None)
         compare_step(expect, driver, world, rules, 150, 151, None)
-        assert stretches(driver)
+        assert span_ends(driver)
         valid = torch.ones((2, 180), dtype=torch.bool)
         valid[1, 50:53] = False
         compare_step(expect, driver, world, rules, 151, 153, valid[:, :153])
@@ -168,7 +168,7 @@ def test_a_mask_that_changes_and_crops() -> None:
         compare_step(expect, driver, other_after(world, other, 98), rules, 98, 99, valid[:, :99])
         for at in range(99, 150):
             compare_step(expect, driver, other_after(world, other, 98), rules, at, at + 1, valid[:, : at + 1])
-        assert stretches(driver)[-1] * 8 > 98
+        assert span_ends(driver)[-1] * 8 > 98
 
     without_near_ties(run)
 

@@ -1,14 +1,11 @@
-"""The calls that carry a cache: which model they are of, how they end, and that nothing else is changed outside of them."""
+"""Forwards that end early: in a stack that was cut, by an exception, or before they count. None is half done."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
@@ -19,23 +16,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import AttentionError, CacheStateError, SpinCache
 from spin_hf.forward_pass import ForwardLog
-from spin_hf.integration import forward_hook
 from spin_hf.layer import SpinLayer
 from tests.support.compare import Trace, assert_same
-from tests.support.runs import advance, decode, generate
+from tests.support.runs import EVERYTHING, advance, decode, logits_of
 from tests.support.subjects import DenseSubject, SpinSubject
-from tests.support.zoo import assistant_model, build_model, random_tokens
+from tests.support.zoo import build_model, random_tokens
 
-EVERYTHING = dict(budget=1 << 20)
 HYBRIDS = ("qwen3_next", "gemma3_text", "llama")
-
-
-def logits_of(call: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return call(ids, past_key_values=cache).logits
-
-
-# ------------------------------------------------------------------------------------------------ forwards that end early
 
 
 def shorten(model: PreTrainedModel, layers: int) -> None:
@@ -270,194 +257,3 @@ def test_a_call_that_drops_the_cache() -> None:
     assert cache.get_seq_length() == 20
     model.gradient_checkpointing_disable()
     assert model.eval()(random_tokens(1, 1), past_key_values=cache).logits.isfinite().all()
-
-
-# ---------------------------------------------------------------------------------------------------- which model it is
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("other_has_a_cache", [False, True])
-def test_the_cache_of_another_model(family: str, other_has_a_cache: bool) -> None:
-    """Refused before anything changes, whether or not the other model's calls are seen; `from_cache` takes the tokens over."""
-    model = build_model(family)
-    other = copy.deepcopy(model)
-    own = SpinCache(other) if other_has_a_cache else None
-    cache = SpinCache(model, **EVERYTHING)
-    logits_of(model, random_tokens(2, 50), cache)
-    for tokens in (1, 9):
-        with pytest.raises(AttentionError, match=r"another model.*from_cache"):
-            logits_of(other, random_tokens(2, tokens), cache)
-        assert other.config._attn_implementation == model.config._attn_implementation == "sdpa"
-    assert cache.get_seq_length() == 50
-    cache.check_integrity()
-    if family == "llama":
-        taken = SpinCache.from_cache(cache, other, **EVERYTHING)
-        ids = random_tokens(2, 3)
-        torch.testing.assert_close(logits_of(other, ids, taken), logits_of(model, ids, cache))
-    del own
-
-
-def test_the_cache_of_a_larger_model() -> None:
-    """A target's cache given to its draft, which has a SpinCache of its own."""
-    large, small = build_model("llama"), assistant_model("llama")
-    own, cache = SpinCache(small), SpinCache(large)
-    with pytest.raises(AttentionError, match="another model"):
-        small.generate(random_tokens(1, 20), past_key_values=cache, max_new_tokens=2)
-    assert cache.get_seq_length() == own.get_seq_length() == 0
-
-
-def test_the_cache_of_an_equal_config() -> None:
-    model = build_model("llama")
-    cache = SpinCache(copy.deepcopy(model.config), **EVERYTHING)
-    with pytest.raises(AttentionError, match=r"LlamaAttention with another config.*'sdpa'"):
-        logits_of(model, random_tokens(1, 20), cache)
-    assert cache.get_seq_length() == 0
-
-
-def test_layers_called_by_hand() -> None:
-    """A cache of the config serves them; one of the model is told of calls of the model only, and says so."""
-    model = build_model("llama")
-    oracle, ids = DenseSubject("llama").model, random_tokens(1, 21)
-
-    def by_hand(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-        decoder = model.model
-        states = decoder.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1])[None]
-        embeddings = decoder.rotary_emb(states, positions)
-        name = "cache" if "cache" in inspect.signature(decoder.layers[0].forward).parameters else "past_key_values"
-        with torch.no_grad():
-            for layer in decoder.layers:
-                states = layer(states, position_ids=positions, position_embeddings=embeddings, **{name: cache})
-        return states
-
-    expected = by_hand(oracle, DynamicCache(config=oracle.config))
-    torch.testing.assert_close(by_hand(model, SpinCache(model.config, **EVERYTHING)), expected)
-    with pytest.raises(AttentionError, match=r"by itself.*SpinCache\(model.config\)"):
-        by_hand(model, SpinCache(model, **EVERYTHING))
-
-
-# ------------------------------------------------------------------------------------------------------ forwards, wrapped
-
-
-def forwards(model: nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__}
-
-
-def test_forwards_come_back_when_the_last_cache_goes() -> None:
-    model = build_model("llama")
-    first, second = SpinCache(model), SpinCache(model)
-    wrapped = forwards(model)
-    assert set(wrapped) == {"", "model"}
-    assert all(isinstance(forward, MethodType) for forward in wrapped.values())
-    assert inspect.signature(model.forward) == inspect.signature(MethodType(type(model).forward, model))
-    del first
-    gc.collect()
-    assert forwards(model) == wrapped
-    del second
-    gc.collect()
-    assert not forwards(model)
-    assert not [name for name in model.__dict__ if "spin" in name]
-
-
-def test_two_models_that_share_a_part() -> None:
-    """The part's forward is wrapped while a cache of either lives."""
-    first = build_model("llama")
-    second = copy.deepcopy(first)
-    second.model = first.model
-    of_first, of_second = SpinCache(first), SpinCache(second)
-    del of_first
-    gc.collect()
-    assert set(forwards(second)) == {"", "model"}
-    del of_second
-    gc.collect()
-    assert not forwards(second)
-    assert not forwards(first)
-
-
-@pytest.mark.parametrize("order", ["cache, wrapper, cache", "wrapper, cache"])
-def test_a_wrapper_of_somebody_else(order: str) -> None:
-    """As accelerate's hooks: called once for each call, and left in place."""
-    model, calls = build_model("llama"), []
-    first = SpinCache(model, **EVERYTHING) if order.startswith("cache") else None
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return inner(*args, **kwargs)
-
-    model.forward = outer  # type: ignore[method-assign]
-    if order.startswith("cache"):
-        del first
-        gc.collect()
-    cache = SpinCache(model, **EVERYTHING)
-    subject, oracle = SpinSubject("llama"), DenseSubject("llama")
-    subject.model = model
-    trace, expected = Trace(), Trace()
-    trace.add_generated("wrapped", generate(subject, random_tokens(1, 30), cache, new_tokens=4))
-    expected.add_generated("wrapped", generate(oracle, random_tokens(1, 30), oracle.new(), new_tokens=4))
-    assert_same(trace, expected)
-    assert len(calls) == 4
-    del cache
-    gc.collect()
-    assert model.forward is outer
-    assert torch.equal(model(random_tokens(1, 9)).logits, oracle.model(random_tokens(1, 9)).logits)
-
-
-@pytest.mark.parametrize("prepared_first", [False, True])
-def test_a_forward_that_is_taken_apart(prepared_first: bool) -> None:
-    """As accelerate's `unwrap_model(keep_fp32_wrapper=False)`: peels `__wrapped__`, and binds what is left to the model."""
-    model, oracle = build_model("llama"), DenseSubject("llama").model
-    cache = None if prepared_first else SpinCache(model, **EVERYTHING)
-    original = model.forward
-    model._original_forward = original
-
-    @functools.wraps(original.__func__)
-    def converted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original.__func__(self, *args, **kwargs)
-
-    model.forward = MethodType(converted, model)  # type: ignore[method-assign]
-    if prepared_first:
-        cache = SpinCache(model, **EVERYTHING)
-    forward = model.forward
-    model.__dict__.pop("_original_forward")
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-        if forward == original:
-            break
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
-    ids = random_tokens(1, 30)
-    torch.testing.assert_close(model(ids).logits, oracle(ids).logits)
-    torch.testing.assert_close(model(input_ids=ids).logits, oracle(ids).logits)
-    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"  # of the bare function
-    torch.testing.assert_close(model(ids, **{name: cache}).logits, oracle(ids).logits)
-    torch.testing.assert_close(
-        model(ids[:, :1], **{name: cache}).logits, oracle(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
-    )
-    del cache
-    gc.collect()
-    assert not [module for module in forwards(model) if module]
-    torch.testing.assert_close(model(ids).logits, oracle(ids).logits)
-
-
-def test_other_weights_for_one_call() -> None:
-    """`functional_call` puts other tensors under the model's names."""
-    model = build_model("llama")
-    other = {name: parameter * 0.5 for name, parameter in model.named_parameters()}
-    ids, expected = random_tokens(1, 20), copy.deepcopy(model)
-    expected.load_state_dict(other, strict=False)
-    cache = SpinCache(model, **EVERYTHING)
-    logits = torch.func.functional_call(model, other, (ids,), {"past_key_values": cache}).logits
-    torch.testing.assert_close(logits, expected(ids).logits)
-
-
-def test_what_wraps_a_model_is_seen_through() -> None:
-    model = build_model("llama")
-    compiled = torch.compile(model, backend="eager")
-    assert forward_hook.unwrapped(compiled) is model
-    subject, oracle = SpinSubject("llama"), DenseSubject("llama")
-    subject.model = model
-    trace, expected = Trace(), Trace()
-    trace.add_generated("", generate(subject, random_tokens(1, 30), SpinCache(compiled, **EVERYTHING), new_tokens=4))
-    expected.add_generated("", generate(oracle, random_tokens(1, 30), oracle.new(), new_tokens=4))
-    assert_same(trace, expected)
