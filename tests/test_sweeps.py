@@ -1,4 +1,4 @@
-"""What `make test` runs of a sweep: every value, or every pair, of what the whole sweep has."""
+"""The part of a sweep that `make test` runs has every value, or every pair of values, of the full sweep."""
 
 from __future__ import annotations
 

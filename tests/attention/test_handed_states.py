@@ -1,4 +1,4 @@
-"""What a model does to keys and values between `update` and attention: handed on, or refused before a token is wrong."""
+"""Changes by a model of keys and values between `update` and attention: passed on, or refused before a token is wrong."""
 
 from __future__ import annotations
 

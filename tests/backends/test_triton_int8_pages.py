@@ -1,4 +1,4 @@
-"""The interpreted kernels with pages in int8: what they write is what the reference writes, to the bit, and so is the rest."""
+"""The interpreted kernels with int8 pages: they write the same bytes as the reference, and all else agrees."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _poison() -> Iterator[None]:
 
 
 def pages_of(driver: CacheDriver) -> tuple[Tensor, list[Tensor]]:
-    """Rows of all pages of the only layer, and the parts of the tokens in them."""
+    """Rows of all pages of the only layer, as keys and values, or codes and scales."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
     rows = store.pages(0, store.sequences.num_pages)[2]
     assert isinstance(store.home_form, Int8Form)
@@ -57,7 +57,7 @@ def test_kernels_do_what_the_reference_does(
 ) -> None:
     """A prompt, a single token, a crop into a page, and several tokens at once, which complete it."""
     interpret_kernels(monkeypatch)
-    world, valid = RandomKV.random(SHAPE, 2, 160, seed=3), None
+    kv, valid = RandomKV.random(SHAPE, 2, 160, seed=3), None
     if padded:
         valid = torch.ones((2, 160), dtype=torch.bool)
         valid[0, :21], valid[1, 60:71] = False, False
@@ -71,10 +71,10 @@ def test_kernels_do_what_the_reference_does(
     start = 0
     for stop in (141, 142, 145, 148):
         known = None if valid is None else valid[:, :stop]
-        ours = drivers[0].step(world, start, stop, known)
+        ours = drivers[0].step(kv, start, stop, known)
         with monkeypatch.context() as patch:
             patch.setattr("spin_hf.kernels.launchers", lambda device: None)
-            expected = drivers[1].step(world, start, stop, known)
+            expected = drivers[1].step(kv, start, stop, known)
         real = torch.ones_like(ours[0][..., 0, 0], dtype=torch.bool) if known is None else known[:, start:]
         torch.testing.assert_close(ours[0][real], expected[0][real], rtol=0, atol=1e-5)
         for mine, theirs in zip(*(pages_of(driver)[1] for driver in drivers), strict=True):

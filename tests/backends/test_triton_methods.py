@@ -56,8 +56,8 @@ def test_quest(shape: Shape, dense_layers: int, prompt: int) -> None:
     """Through pages that the steps complete, which become candidates."""
 
     def run(seed: int) -> None:
-        world, rules = random_pages(shape, 2, prompt + 20, seed), replace(QUEST, dense_layers=dense_layers)
-        served(compare_with_oracle(world, rules, single_steps(prompt, prompt + 20)))
+        kv, rules = random_pages(shape, 2, prompt + 20, seed), replace(QUEST, dense_layers=dense_layers)
+        served(compare_with_oracle(kv, rules, single_steps(prompt, prompt + 20)))
 
     without_near_ties(run)
 
@@ -77,8 +77,8 @@ def test_quest_paged() -> None:
     """The layer that attends to everything reads more pages than there are frames."""
 
     def run(seed: int) -> None:
-        world, rules = random_pages(Shape(layers=2, kv_heads=1), 1, 190, seed), replace(QUEST, dense_layers=1)
-        driver = served(compare_with_oracle(world, rules, single_steps(180, 190), gpu_memory=22_000))
+        kv, rules = random_pages(Shape(layers=2, kv_heads=1), 1, 190, seed), replace(QUEST, dense_layers=1)
+        driver = served(compare_with_oracle(kv, rules, single_steps(180, 190), gpu_memory=22_000))
         stats, (whole, chosen) = driver.cache.stats(), driver.cache._shared.layers
         assert 0 < chosen.store.frames.num_slots < 180 // 16
         assert stats.loads > 10 * (180 // 16 - whole.store.frames.num_slots)
@@ -87,15 +87,15 @@ def test_quest_paged() -> None:
     without_near_ties(run)
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, world: RandomKV, steps: list[tuple[int, Any]], **options: Any) -> None:
+def compare(monkeypatch: pytest.MonkeyPatch, kv: RandomKV, steps: list[tuple[int, Any]], **options: Any) -> None:
     """Kernels and reference attend to the same."""
-    drivers = [CacheDriver(world.shape, **options) for _ in range(2)]
+    drivers = [CacheDriver(kv.shape, **options) for _ in range(2)]
     start = 0
     for stop, valid in steps:
-        ours = drivers[0].step(world, start, stop, valid)
+        ours = drivers[0].step(kv, start, stop, valid)
         with monkeypatch.context() as patch:
             patch.setattr("spin_hf.kernels.launchers", lambda device: None)
-            expected = drivers[1].step(world, start, stop, valid)
+            expected = drivers[1].step(kv, start, stop, valid)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
         start = stop
     stats, reference = served(drivers[0]).cache.stats(), drivers[1].cache.stats()
@@ -158,8 +158,8 @@ def test_threshold_of_seer(threshold: float, tmp_path: Path) -> None:
     counts = []
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(), 1, 405, seed)
-        driver = served(compare_with_oracle(world, rules, single_steps(400, 405), method=method_of(rules, tmp_path)))
+        kv = random_pages(Shape(), 1, 405, seed)
+        driver = served(compare_with_oracle(kv, rules, single_steps(400, 405), method=method_of(rules, tmp_path)))
         counts.append(driver.cache.stats().attended_tokens)
 
     without_near_ties(run)
@@ -170,9 +170,9 @@ def test_seer_paged(tmp_path: Path) -> None:
     rules = rules_for(Shape(kv_heads=1), tmp_path)
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(kv_heads=1), 2, 408, seed)
+        kv = random_pages(Shape(kv_heads=1), 2, 408, seed)
         driver = compare_with_oracle(
-            world, rules, single_steps(400, 408), method=method_of(rules, tmp_path), gpu_memory=40_000
+            kv, rules, single_steps(400, 408), method=method_of(rules, tmp_path), gpu_memory=40_000
         )
         assert served(driver).cache.stats().loads > 0
 

@@ -1,4 +1,4 @@
-"""Padded batches, whose sequences have page frames in proportion to their real tokens: the kernels against the reference."""
+"""Padded batches, whose sequences have page frames in proportion to their real tokens: kernels against the reference."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
 
 
 def test_sequences_with_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages that are appended to, loaded and evicted, frames that are given back and made again."""
+    """Pages that are appended to, loaded and evicted; frames that are released and allocated again."""
     interpret_kernels(monkeypatch, _HAND_TILE=8, _SLOT_TILE=16)
-    world = RandomKV.random(Shape(kv_heads=1), 2, 590, seed=0)
+    kv = RandomKV.random(Shape(kv_heads=1), 2, 590, seed=0)
     valid = torch.ones((2, 590), dtype=torch.bool)
     valid[0, :430] = False
-    drivers = [CacheDriver(world.shape, **OPTIONS, gpu_memory=cap) for cap in (34_000, "auto")]
+    drivers = [CacheDriver(kv.shape, **OPTIONS, gpu_memory=cap) for cap in (34_000, "auto")]
     start, seen = 0, []
     for stop in (560, 561, 563, 564, 565, 566, 567):
-        ours = drivers[0].step(world, start, stop, valid[:, :stop])
+        ours = drivers[0].step(kv, start, stop, valid[:, :stop])
         with monkeypatch.context() as patch:
             patch.setattr("spin_hf.kernels.launchers", lambda device: None)
-            expected = drivers[1].step(world, start, stop, valid[:, :stop])
+            expected = drivers[1].step(kv, start, stop, valid[:, :stop])
         real = valid[:, start:stop]
         torch.testing.assert_close(ours[0][real], expected[0][real], rtol=0, atol=1e-5)
         start = stop

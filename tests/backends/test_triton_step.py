@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, against the reference path: same tokens, same logits, same selection."""
+"""The Triton kernels, interpreted on the CPU, against the reference backend: same tokens, same logits, same selection."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_kernels_do_what_the_reference_does(
         ("gemma2", "left", {"budget": 8, "method": OFTEN}),  # softcap
     ],
 )
-def test_kernels_of_methods_that_regroup(
+def test_kernels_of_methods_that_cluster(
     family: str, padding: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through several stretches, and pages that the steps complete: they become candidates and are estimated."""
+    """With several spans, and pages that the steps complete: they become candidates and are estimated."""
     model = build_model(family).eval()
     steps = [1] * 4 + [3] + [1] * 3
     with little_slack():
@@ -113,8 +113,8 @@ def test_kernels_of_methods_that_regroup(
         assert stats.loads > 0
 
 
-def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what stands for pages that are not read, where keys are so long that the tokens of a page differ by many nats."""
+def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The correction of estimates is limited, where keys are so long that the tokens of a page differ by many nats."""
     model = build_model("llama").eval()
     for layer in model.model.layers:
         layer.self_attn.k_proj.weight.data *= 12
@@ -237,18 +237,18 @@ def test_products_with_int8_landmarks_are_exact(
 ) -> None:
     """Queries as two digits of base 256 are off by a thousandth of a percent of their largest number.
 
-    Contexts of a segment and of several, in one share and in some.
+    Contexts of one segment and of several, in one split and in several.
     """
     interpret_kernels(monkeypatch, _PROGRAMS=programs)
     shape = Shape(kv_heads=2, group=3, key_dim=64, value_dim=64)
     driver = CacheDriver(shape, budget=32, recent_window=8, summary_dtype="int8")
-    world = RandomKV.random(shape, 1, length + 1, seed=4)
-    driver.step(world, 0, length)
+    kv = RandomKV.random(shape, 1, length + 1, seed=4)
+    driver.step(kv, 0, length)
     layer = driver.cache.layers[0]
     step, store = layer.kernels(), layer.store
     step.multiplies_int8 = digits
-    driver.step(world, length, length + 1)
-    query = world.queries[0][:, :, length].unflatten(1, (world.shape.kv_heads, -1))
+    driver.step(kv, length, length + 1)
+    query = kv.queries[0][:, :, length].unflatten(1, (kv.shape.kv_heads, -1))
     exact = query.double() @ store.summary("landmark").double().transpose(-1, -2) * driver.scale
     first, stop = step.plan[0, 0, PlanField.FIRST], step.plan[0, 0, PlanField.STOP]
     exact = exact[..., first:stop]

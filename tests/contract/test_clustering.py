@@ -1,7 +1,7 @@
-"""Pages whose tokens traded places give what DynamicCache gives, in every mode of `generate`.
+"""Clustered pages give what DynamicCache gives, in every mode of `generate`.
 
-Small zones and small stretches: prompts of 40 tokens are regrouped before the first token is decoded, and twice or three
-times more as they grow.
+Zones and spans are small: prompts of 40 tokens are clustered before the first token is decoded, and two or three times more as
+they grow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SmallBisection = clustering_often(Bisection, 64, 24)
 
 @pytest.fixture(autouse=True)
 def stretches() -> Iterator[list[int]]:
-    """The stretches that were made: where each ended."""
+    """The spans that were clustered: where each ended."""
     made: list[int] = []
     add = cluster._add_stretches
 
@@ -67,7 +67,7 @@ def test_everything_attended_to(family: str, mode: str, stretches: list[int]) ->
 
 @pytest.mark.parametrize("mode", LOADING)
 def test_everything_selected(mode: str, stretches: list[int]) -> None:
-    """Below the context, and above what lies between sinks and window: the method is asked, and says all."""
+    """A budget below the context that still covers all candidates: the method selects, and selects all."""
     subject = SpinSubject("llama", method=Clumped(), budget=110, num_sink_tokens=4, recent_window=16)
     assert_same(MODES[mode](subject), expected("llama", mode))
     check(subject, stretches)

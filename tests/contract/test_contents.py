@@ -105,7 +105,7 @@ def test_pickling() -> None:
 
 
 def test_shallow_copy() -> None:
-    """Shares its contents with the original, as of a DynamicCache, and outlives it."""
+    """It shares its contents with the original, as that of a DynamicCache does, and outlives it."""
     model = subject_model("llama")
     cache = filled(model)
     twin = copy.copy(cache)
@@ -124,7 +124,7 @@ def test_shallow_copy() -> None:
 
 
 def test_update_by_hand() -> None:
-    """Only a model's attention takes what `update` gives back."""
+    """Only a model's attention can use the result of `update`."""
     model = subject_model("llama")
     cache = filled(model)
     states = cache.layers[0].keys[:, :, :1].clone()

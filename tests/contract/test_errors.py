@@ -1,4 +1,4 @@
-"""Errors before anything is cached: options, methods, models. Each says what was expected, what came, what to do."""
+"""Errors before anything is cached: options, methods, models. Each names what was expected, what was found, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A cache filled under `torch.inference_mode()` goes on outside of it, and the other way round, as a `DynamicCache` does.
+"""A cache filled under `torch.inference_mode()` continues outside of it, and the other way round, as a `DynamicCache` does.
 
-What a cache keeps is an ordinary tensor, whoever makes it: that is checked for every tensor that can be reached from it.
+All tensors that a cache stores are ordinary ones, in whichever mode they are made. The test checks every tensor that can be
+reached from the cache.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def test_layers_that_are_not_paged(family: str) -> None:
 
 
 def test_padding_and_gradients() -> None:
-    """A padded batch; and a forward that records gradients behind one that was inside."""
+    """A padded batch; and a forward that records gradients after one under inference mode."""
     model = subject_model("llama")
     mask = torch.ones((2, 61), dtype=torch.int64)
     mask[0, :9] = 0

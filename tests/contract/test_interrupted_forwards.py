@@ -1,4 +1,4 @@
-"""Forwards that end early: in a stack that was cut, by an exception, or before they count. None is half done."""
+"""Forwards that end early: in a shortened stack of layers, by an exception, or before their tokens count. None is half done."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_stack_that_was_cut(midway: bool, method: str) -> None:
 
 
 def test_a_layer_that_was_left_out_is_not_taken_for_one_that_kept_up() -> None:
-    """When the whole stack comes back, a layer lacks tokens: an error names it, the cache goes on with the short one."""
+    """When all layers are back, one of them lacks tokens: the error names it, and the shorter stack continues."""
     model = copy.deepcopy(build_model("llama"))
     cache, layers = SpinCache(model, **EVERYTHING), model.model.layers
     logits_of(model, random_tokens(1, 40), cache)
@@ -173,7 +173,7 @@ def test_a_first_forward_that_a_cache_of_a_config_sees_interrupted() -> None:
 
 
 def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption: Any, happens: bool = False) -> None:
-    """A decode step that is interrupted, then others: they give what they give without it, or, if it `happens`, behind it."""
+    """Decode steps after an interrupted one give what they give without it or, if it `happens`, after it."""
     traces = []
     for interrupts in (True, False):
         subject = SpinSubject(family, from_config=from_config)
@@ -195,7 +195,7 @@ def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption:
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["first", "second"])
 def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> None:
-    """Linear attention overwrites its state before it says so."""
+    """Linear attention overwrites its state before the cache is told."""
 
     def interruption(cache: SpinCache) -> Any:
         update, calls = cache.update_recurrent_state, iter(range(9))
@@ -211,7 +211,7 @@ def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> 
 
 
 def test_a_cache_of_a_config_that_is_interrupted_behind_the_last_layer_that_holds_tokens() -> None:
-    """Where layers share the keys of others, windows are taken back as the pages are."""
+    """Where layers share the keys of others, windows are rolled back like pages."""
     run = SpinLayer._run
 
     def interrupted(self: SpinLayer, call: Any, key: Any, value: Any, mask: Any, append: bool, out: Any) -> Any:

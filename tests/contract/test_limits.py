@@ -1,4 +1,4 @@
-"""What transformers itself cannot run: every limit that the zoo lists is proven, so that the list cannot rot."""
+"""Modes that transformers itself cannot run: every limit that the zoo lists is tested, so that the list stays true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers' caches allow: a SpinCache serves it, or refuses it with the remedy, and nothing has changed."""
+"""Calls that transformers' caches allow: a SpinCache serves them, or refuses them with the remedy and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache belongs to one model: calls of another are refused, and layers that are called by hand are served or refused."""
+"""A cache belongs to one model: calls of another model are refused. Layers that are called by hand are served or refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_cache_of_an_equal_config() -> None:
 
 
 def test_layers_called_by_hand() -> None:
-    """A cache of the config serves them; one of the model is told of calls of the model only, and says so."""
+    """A cache of the config serves them. A cache of the model sees only calls of the model, and refuses them."""
     model = build_model("llama")
     oracle, ids = DenseSubject("llama").model, random_tokens(1, 21)
 

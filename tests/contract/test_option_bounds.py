@@ -1,6 +1,6 @@
-"""Numbers without a bound: of any kind and size, as options, parameters of methods, caps and arguments of `plan`.
+"""Numbers of any kind and size, as options, parameters of methods, caps and arguments of `plan`.
 
-Each of them gives what its largest sensible value gives, or an error that says expected, actual and remedy.
+Each has the effect of the largest sensible value, or raises an error with expected, actual and remedy.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def test_tokens_are_cut(name: str, number: int) -> None:
 def outputs(**options: Any) -> Tensor:
     """Of a prompt of 200 tokens and ten steps."""
     shape = Shape(layers=2)
-    world, driver = RandomKV.random(shape, 2, 210, 0), CacheDriver(shape, **options)
+    kv, driver = RandomKV.random(shape, 2, 210, 0), CacheDriver(shape, **options)
     valid = torch.ones((2, 210), dtype=torch.bool)
     valid[0, :13] = False
     steps = [(0, 200), *((start, start + 1) for start in range(200, 210))]
-    parts = [driver.step(world, start, stop, valid[:, :stop]) for start, stop in steps]
+    parts = [driver.step(kv, start, stop, valid[:, :stop]) for start, stop in steps]
     driver.cache.check_integrity()
     return torch.cat([part[-1][:, -1:] for part in parts], 1)
 

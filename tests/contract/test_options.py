@@ -1,4 +1,4 @@
-"""Options: what is accepted, what it becomes, and that every refusal says expected, actual and remedy."""
+"""Options: accepted values, their normal form, and refusals with expected, actual and remedy."""
 
 from __future__ import annotations
 

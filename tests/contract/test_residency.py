@@ -1,6 +1,6 @@
-"""Where pages live never changes what comes out: the same sparse run with room for all pages, and with almost none.
+"""The tier of a page never changes the output: the same sparse run with room for all pages, and with almost none.
 
-Exactness tests attend to everything; here a small budget makes the method choose, so that pages come and go.
+Exactness tests attend to everything. Here a small budget makes the method select, so that pages are evicted and loaded.
 """
 
 from __future__ import annotations

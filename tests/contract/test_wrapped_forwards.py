@@ -1,4 +1,4 @@
-"""A model's forward is wrapped while a cache of it lives, beside wrappers of others, and comes back afterwards."""
+"""A model's forward is wrapped while a cache of it exists, works with other wrappers, and is restored afterwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_forwards_come_back_when_the_last_cache_goes() -> None:
 
 
 def test_two_models_that_share_a_part() -> None:
-    """The part's forward is wrapped while a cache of either lives."""
+    """The forward of the shared module is wrapped while a cache of either model exists."""
     first = build_model("llama")
     second = copy.deepcopy(first)
     second.model = first.model

@@ -1,4 +1,4 @@
-"""The zoo is fit to judge: its oracle is right, and a cache that loses something is noticed."""
+"""The zoo is a valid test bed: its oracle is right, and a cache that loses tokens is detected."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random histories of a cache in a model: at full budget against DynamicCache, sparse against a cache without a cap.
 
-families × methods × operations × tiers × interruptions at random lines. What a case does depends on its seed alone; a failing
-one prints what it did, and how to play it again. The first 100 are quick. SPIN_HF_CASES says how many
-are played, SPIN_HF_CASES_SEED where they begin:
+families × methods × operations × tiers × interruptions at random lines. A case depends on its seed alone. A failing case prints
+its operations and the command that plays it again. The first 100 are quick. SPIN_HF_CASES is their number, SPIN_HF_CASES_SEED
+the first seed:
 
     SPIN_HF_CASES=6000 pytest tests/differential -m ""    more of them
     python -m tests.differential 1234                     case 1234 alone

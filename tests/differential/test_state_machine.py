@@ -1,12 +1,12 @@
 """Random histories of a SpinCache against a plain list of sequences.
 
     model    rows[b] = Row      its keys and values in every layer, and which of its tokens are real
-    rules    append one, several or many tokens (padding among them, holes that come and go), crop, reorder, select,
-             repeat, reset, copy and go on with either; give GPU memory back and take it again, to other caches and the user too
+    rules    append one, several or many tokens (with padding, and holes that change), crop, reorder, select, repeat, reset,
+             copy and continue with either; release GPU memory and take it again; other caches and the user do the same
 
-After every rule tables and tiers agree (`check_integrity`) and every layer holds the model's tokens in their order; every
-append compares its attention with softmax over the model. The method selects all there is, so that decode goes through
-selection, residency and paging and must still be exact. With a tight `gpu_memory` a refusal must change nothing.
+After every rule tables and tiers agree (`check_integrity`), and every layer holds the model's tokens in their order. Every
+append compares its attention with softmax over the model. The method selects all candidates, so that decode goes through
+selection, page frames and paging and must still be exact. With a tight `gpu_memory` a refusal must change nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.length > 1)
     @rule(seed=seeds)
     def append_without_mask(self, seed: int) -> None:
-        """No mask says that all tokens are real, the old ones too."""
+        """Without a mask all tokens are real, old ones too."""
         self._append(3, seed, padding=None, changed=0.0)
 
     def _append(self, count: int, seed: int, padding: float | None, changed: float) -> None:
@@ -129,18 +129,18 @@ class Histories(RuleBasedStateMachine):
             assert float((out - expected)[real].abs().max() if bool(real.any()) else 0.0) <= TOLERANCE
 
     def _forward(self, new: RandomKV, length: int, valid: Tensor | None) -> list[Tensor]:
-        """The driver's step wants the tokens at their positions: place them behind `length` empty ones."""
+        """The driver expects tokens at their positions: put `length` empty ones before them."""
 
         def place(states: Tensor) -> Tensor:
             return torch.cat([states.new_empty((*states.shape[:2], length, states.shape[3])), states], 2)
 
-        world = replace(
+        kv = replace(
             new,
             keys=[place(x) for x in new.keys],
             values=[place(x) for x in new.values],
             queries=[place(x) for x in new.queries],
         )
-        return self.driver.step(world, length, length + new.keys[0].shape[2], valid)
+        return self.driver.step(kv, length, length + new.keys[0].shape[2], valid)
 
     def _dense(self, queries: Tensor, layer: int, length: int) -> Tensor:
         """[B, n, heads, Dv]: each query over the real tokens up to its own."""
@@ -216,7 +216,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.saved is not None)
     @rule()
     def swap(self) -> None:
-        """Go on with the copy; what happened to the other must not show, then or later."""
+        """Continue with the copy. Changes of the other must not show, then or later."""
         assert self.saved is not None
         (self.driver.cache, self.rows), self.saved = self.saved, (self.driver.cache, self.rows)
 
@@ -261,7 +261,7 @@ class HistoriesUnderACap(Histories):
 
 
 class HistoriesWithOthers(Histories):
-    """On a small GPU with other caches and a user, who take and give."""
+    """On a small GPU with other caches and a user, who take and release memory."""
 
     options = {"gpu_memory": "auto"}
     total = 120_000
@@ -290,10 +290,10 @@ class HistoriesWithOthers(Histories):
         driver = CacheDriver(SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5)
         self.gpu.caches.append(driver.cache)
         self.others.append(driver)
-        world, free = RandomKV.random(SHAPE, 1, tokens + 1, seed), self.gpu.free
+        kv, free = RandomKV.random(SHAPE, 1, tokens + 1, seed), self.gpu.free
         try:
-            driver.step(world, 0, tokens)
-            driver.step(world, tokens, tokens + 1)
+            driver.step(kv, 0, tokens)
+            driver.step(kv, tokens, tokens + 1)
         except BudgetError:
             pass
         else:
@@ -314,7 +314,7 @@ class HistoriesWithOthers(Histories):
 
 
 class RegroupedHistories(Histories):
-    """Tokens trade places as soon as there are enough of them, and go back for crops and padding that changes."""
+    """Tokens are clustered as soon as there are enough of them, and put back for crops and padding that changes."""
 
     method = ShuffledWhole()
 
@@ -360,18 +360,18 @@ def test_histories_with_others(histories: int) -> None:
 
 
 @each_number
-def test_regrouped_histories(histories: int) -> None:
+def test_clustered_histories(histories: int) -> None:
     with little_slack():
         run(RegroupedHistories, histories)
 
 
 @each_number
-def test_regrouped_histories_under_a_cap(histories: int) -> None:
+def test_clustered_histories_under_a_cap(histories: int) -> None:
     with little_slack():
         run(RegroupedHistoriesUnderACap, histories)
 
 
 @each_number
-def test_regrouped_histories_in_int8(histories: int) -> None:
+def test_clustered_histories_in_int8(histories: int) -> None:
     with little_slack():
         run(RegroupedHistoriesInInt8, histories)

@@ -1,4 +1,4 @@
-"""The authors' gates: a folder in their form, written here from their code's names and shapes, and what is refused."""
+"""The authors' gates: a folder in their format, written here from the names and shapes of their code; and refusals."""
 
 from __future__ import annotations
 

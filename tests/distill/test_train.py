@@ -217,7 +217,7 @@ def test_gates_serve_the_model_they_were_made_for(family: str, tmp_path: Path) -
 
 
 def kept_mass(model: PreTrainedModel, gates: dict[int, Any], ids: Tensor, settings: Settings, pages: int) -> float:
-    """Share of the candidates' attention that falls on the `pages` best pages by `gates`, summed over the group."""
+    """Fraction of the candidates' attention on the `pages` best pages by `gates`, summed over the group."""
     shares: list[Tensor] = []
     positions = torch.arange(100, len(ids), 7)
 

@@ -1,4 +1,4 @@
-"""Distillation that cannot work is refused, with what to do instead, and what was saved before stays; and the command."""
+"""Distillation that cannot work is refused with the remedy, and saved files do not change. And the command."""
 
 from __future__ import annotations
 

@@ -37,18 +37,18 @@ def _poison() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world() -> RandomKV:
+def kv() -> RandomKV:
     return RandomKV.random(SHAPE, 2, LENGTH, seed=0)
 
 
 @pytest.fixture(scope="module")
-def cap(world: RandomKV) -> int:
-    """The smallest `gpu_memory` for the whole world."""
+def cap(kv: RandomKV) -> int:
+    """The smallest `gpu_memory` for all tokens."""
 
     def run(cap: int) -> None:
         driver = CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap)
-        driver.step(world, 0, LENGTH - 1)
-        driver.step(world, LENGTH - 1, LENGTH)
+        driver.step(kv, 0, LENGTH - 1)
+        driver.step(kv, LENGTH - 1, LENGTH)
 
     return smallest_gpu_memory(run)
 
@@ -81,7 +81,7 @@ def failing(owner: type, method: str, call: int, error: type[BaseException], lat
 
 
 def snapshot(driver: CacheDriver) -> list[Any]:
-    """What a user can see of the cache."""
+    """The contents of a cache that a user can see."""
     cache = driver.cache
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     return [cache.get_seq_length(), cache.stats().tokens, cache.stats().sequences, layers]
@@ -99,11 +99,11 @@ def assert_as_before(driver: CacheDriver, before: list[Any]) -> None:
     driver.cache.check_integrity()
 
 
-def assert_goes_on(driver: CacheDriver, world: RandomKV, start: int, stop: int, undisturbed: CacheDriver) -> None:
+def assert_goes_on(driver: CacheDriver, kv: RandomKV, start: int, stop: int, undisturbed: CacheDriver) -> None:
     """The same forward, then six more: equal to those of a cache that saw no failure."""
     for first, last in [(start, stop), *((at, at + 1) for at in range(stop, min(stop + 6, LENGTH)))]:
         for ours, theirs in zip(
-            driver.step(world, first, last, holes(last)), undisturbed.step(world, first, last, holes(last)), strict=True
+            driver.step(kv, first, last, holes(last)), undisturbed.step(kv, first, last, holes(last)), strict=True
         ):
             real = holes(last)[:, first:]
             assert float((ours - theirs)[real].abs().max()) <= 2e-6
@@ -130,42 +130,42 @@ FAILURES = [(*point, step) for point in POINTS for step in STEPS if point[1] != 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize(("owner", "method", "late", "step"), FAILURES)
 def test_failure_in_a_layer(
-    world: RandomKV, cap: int, owner: type, method: str, late: bool, step: tuple[int, int], layer: int, paged: bool,
+    kv: RandomKV, cap: int, owner: type, method: str, late: bool, step: tuple[int, int], layer: int, paged: bool,
     error: type[BaseException],
 ) -> None:  # fmt: skip
     start, stop = step
     per_layer = 2 * (stop - start) if method == "summary" else 1  # two summaries per query
     driver = CacheDriver(SHAPE, **OPTIONS, **(dict(gpu_memory=cap) if paged else {}))
-    driver.step(world, 0, start - 2, holes(start - 2))
-    driver.step(world, start - 2, start, holes(start))
+    driver.step(kv, 0, start - 2, holes(start - 2))
+    driver.step(kv, start - 2, start, holes(start))
     undisturbed, before = deepcopy(driver), snapshot(driver)
     for _ in range(2):
         with failing(owner, method, layer * per_layer, error, late) as calls, pytest.raises(error):
-            driver.step(world, start, stop, holes(stop))
+            driver.step(kv, start, stop, holes(stop))
         assert calls[0] == layer * per_layer + 1
         assert_as_before(driver, before)
-    assert_goes_on(driver, world, start, stop, undisturbed)
+    assert_goes_on(driver, kv, start, stop, undisturbed)
 
 
 @pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_failure_in_the_first_prompt(world: RandomKV, layer: int, error: type[BaseException]) -> None:
+def test_failure_in_the_first_prompt(kv: RandomKV, layer: int, error: type[BaseException]) -> None:
     """Nothing was held; after the failure nothing is, and the prompt, or another one, can be tried again."""
     driver = CacheDriver(SHAPE, **OPTIONS)
     for stop in (70, 40):
         with failing(PageStore, "append", layer, error, late=False), pytest.raises(error):
-            driver.step(world, 0, stop, holes(stop))
+            driver.step(kv, 0, stop, holes(stop))
         assert driver.cache.get_seq_length() == 0
         assert driver.cache.layers[0].keys is None
     driver.cache.check_integrity()
-    assert_goes_on(driver, world, 0, 60, CacheDriver(SHAPE, **OPTIONS))
+    assert_goes_on(driver, kv, 0, 60, CacheDriver(SHAPE, **OPTIONS))
 
 
 @pytest.mark.parametrize("read", [0, 1, 2])
-def test_failure_while_pages_are_loaded(world: RandomKV, cap: int, read: int) -> None:
+def test_failure_while_pages_are_loaded(kv: RandomKV, cap: int, read: int) -> None:
     """A page is resident only when its contents have arrived."""
     driver = CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap)
-    driver.step(world, 0, 100, holes(100))
+    driver.step(kv, 0, 100, holes(100))
     undisturbed, before = deepcopy(driver), snapshot(driver)
     home = type(driver.cache.layers[0].store.home)
     for _ in range(2):
@@ -174,9 +174,9 @@ def test_failure_while_pages_are_loaded(world: RandomKV, cap: int, read: int) ->
             failing_inside(home, "take", depth, read),
             pytest.raises(InjectedError),
         ):
-            driver.step(world, 100, 101, holes(101))
+            driver.step(kv, 100, 101, holes(101))
         assert_as_before(driver, before)
-    assert_goes_on(driver, world, 100, 101, undisturbed)
+    assert_goes_on(driver, kv, 100, 101, undisturbed)
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def failing_inside(owner: type, method: str, depth: list[int], call: int) -> Ite
         setattr(owner, method, original)
 
 
-def test_memory_runs_out_while_generating(world: RandomKV) -> None:
+def test_memory_runs_out_while_generating(kv: RandomKV) -> None:
     """A cap that holds one segment per sequence and not two: the refusal comes before anything changes."""
     small = Shape(layers=2, kv_heads=1, group=1, key_dim=4, value_dim=4)
     tokens = RandomKV.random(small, 2, 300, seed=1)
@@ -252,46 +252,46 @@ def test_memory_runs_out_while_generating(world: RandomKV) -> None:
 @pytest.mark.parametrize(
     "operation", ["crop", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "reset"]
 )
-def test_operations_after_a_failure(world: RandomKV, operation: str) -> None:
-    """They see the cache as it was before the failed forward."""
+def test_operations_after_a_failure(kv: RandomKV, operation: str) -> None:
+    """They work on the cache as it was before the failed forward."""
     arguments = {
         "crop": -5, "reorder_cache": torch.tensor([1, 1]), "batch_select_indices": torch.tensor([1]),
         "batch_repeat_interleave": 2,
     }  # fmt: skip
     driver = CacheDriver(SHAPE, **OPTIONS)
-    driver.step(world, 0, 63)
+    driver.step(kv, 0, 63)
     undisturbed = deepcopy(driver)
     with failing(PageStore, "append", 1, InjectedError, late=True), pytest.raises(InjectedError):
-        driver.step(world, 63, 65)
+        driver.step(kv, 63, 65)
     for each in (driver, undisturbed):
         getattr(each.cache, operation)(*([arguments[operation]] if operation in arguments else []))
     assert_as_before(driver, snapshot(undisturbed))
     rows = {"reorder_cache": [1, 1], "batch_select_indices": [1], "batch_repeat_interleave": [0, 0, 1, 1]}
-    after, start = world.rows(rows.get(operation, [0, 1])), driver.cache.get_seq_length()
+    after, start = kv.rows(rows.get(operation, [0, 1])), driver.cache.get_seq_length()
     for ours, theirs in zip(
         driver.step(after, start, start + 9), undisturbed.step(after, start, start + 9), strict=True
     ):
         assert float((ours - theirs).abs().max()) <= 2e-6
 
 
-def test_a_copy_after_a_failure(world: RandomKV) -> None:
+def test_a_copy_after_a_failure(kv: RandomKV) -> None:
     driver = CacheDriver(SHAPE, **OPTIONS)
-    driver.step(world, 0, 63)
+    driver.step(kv, 0, 63)
     before = snapshot(driver)
     with failing(PageStore, "append", 2, InjectedError, late=False), pytest.raises(InjectedError):
-        driver.step(world, 63, 65)
+        driver.step(kv, 63, 65)
     assert_as_before(deepcopy(driver), before)
 
 
-def test_reset_is_always_a_way_out(world: RandomKV) -> None:
+def test_reset_is_always_a_way_out(kv: RandomKV) -> None:
     driver = CacheDriver(SHAPE, **OPTIONS)
     with failing(PageStore, "append", 1, InjectedError, late=True), pytest.raises(InjectedError):
-        driver.step(world, 0, 1)
+        driver.step(kv, 0, 1)
     try:
-        driver.step(world, 0, 1)
+        driver.step(kv, 0, 1)
     except CacheStateError as error:
         assert "reset" in str(error)
         driver.cache.reset()
-        driver.step(world, 0, 1)
+        driver.step(kv, 0, 1)
     assert driver.cache.get_seq_length() == 1
     driver.cache.check_integrity()

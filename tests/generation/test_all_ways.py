@@ -1,6 +1,6 @@
 """All ways of `generate` for all families: the long run.
 
-`test_generation.py` says what is compared, and has greedy runs with a tight `gpu_memory`.
+`test_generation.py` explains the comparison, and has greedy runs with a tight `gpu_memory`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""On a GPU as on a CPU, the caches of tiny models grow by little: their caps are some 100 kB."""
+"""On a GPU as on a CPU, arrays of tiny models grow in small steps: their caps are some 100 kB."""
 
 from __future__ import annotations
 

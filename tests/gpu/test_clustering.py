@@ -1,4 +1,4 @@
-"""What arranges tokens, encodes keys and moves pages on a GPU, against the formulas, at sizes of a prompt."""
+"""Kernels that cluster tokens, encode keys and move pages, against the formulas, at the sizes of a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def spread_left(points: Tensor, order: Tensor) -> float:
-    """Share of the points' spread that is left within pages of 8."""
+    """Fraction of the points' spread that is left within pages of 8."""
     points = points.double()
     pages = points.gather(1, order.unsqueeze(-1).expand_as(points)).unflatten(1, (-1, 8))
     within = (pages - pages.mean(2, keepdim=True)).square().sum()

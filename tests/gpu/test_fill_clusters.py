@@ -1,4 +1,4 @@
-"""RetroInfer's arrangement by kernels on a GPU: as good as the formulas', always the same, few launches and no waiting."""
+"""RetroInfer's clustering by kernels on a GPU: as good as the formulas, deterministic, with few launches and no waiting."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_strided_keys() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_keys_that_are_no_numbers(bad: float) -> None:
-    """Spoil their own head and stretch only."""
+    """They spoil only their own head and span."""
     keys = topics(torch.bfloat16, 128)
     expected = RetroInfer().arrange(keys, None)
     keys[0, 1, 3, 5] = bad
@@ -103,7 +103,7 @@ def test_few_launches_and_no_waiting() -> None:
 
 
 def test_more_numbers_than_thirty_two_bits_address() -> None:
-    """17 million points of 128 numbers: the last row is arranged as it is by itself."""
+    """17 million points of 128 numbers: the last row is clustered as it is alone."""
     points = torch.nn.functional.normalize(torch.randn((1, 8192, 128), device="cuda"), dim=-1).half()
     alone = fill_clusters(points, 16, 8)
     for made, expected in zip(fill_clusters(points.repeat(2100, 1, 1), 16, 8), alone, strict=True):

@@ -48,7 +48,7 @@ def test_context_lengths(prompt: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("prompt", [1300, 9000])
 def test_contexts_of_several_segments(prompt: int, device: torch.device) -> None:
-    """And of several parts, shares and tiles of all kernels."""
+    """And of several splits and tiles of all kernels."""
     shape = Shape(kv_heads=2, group=3, key_dim=128, value_dim=128)
     without_near_ties(
         lambda seed: check_against_float64(Case(shape, torch.float16, SOME, (1, 1), lengths=(prompt,)), device, seed)
@@ -96,7 +96,7 @@ def test_left_padding(rules: Rules, dtype: torch.dtype, device: torch.device, mo
 def test_paging(
     rules: Rules, dtype: torch.dtype, int8_pages: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the fewest page frames that a step needs, what is missing is read from its home, and what stands in it is right."""
+    """With the fewest page frames that a step needs, misses are read from the backing store, and frames are right."""
     monkeypatch.setattr(oracle, "_MARGIN", MARGINS[dtype])
     case = Case(Shape(key_dim=80, value_dim=64), dtype, rules, (1, 3, 1), lengths=(123, 100), int8_pages=int8_pages)
 
@@ -119,7 +119,7 @@ def test_summaries(key_dim: int, value_dim: int, dtype: torch.dtype, device: tor
     assert layer.store is not None
     total = case.prompt + sum(case.sizes)
     pages = total // PAGE_SIZE
-    keys = case.world(0, device).keys[0].double()[:, :, : pages * PAGE_SIZE].unflatten(2, (pages, PAGE_SIZE))
+    keys = case.kv(0, device).keys[0].double()[:, :, : pages * PAGE_SIZE].unflatten(2, (pages, PAGE_SIZE))
     valid = torch.tensor(case.valid(pages * PAGE_SIZE), device=device).view(-1, 1, pages, PAGE_SIZE)
     weight = valid.unsqueeze(-1).double()
     mean = (keys * weight).sum(3) / weight.sum(3).clamp(min=1)

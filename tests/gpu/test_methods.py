@@ -82,7 +82,7 @@ def test_a_budget_for_all_is_exact(model: Any, method: Any) -> None:
 
 @torch.no_grad()
 def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
-    """But for those before which tokens are regrouped, of which there is none here."""
+    """Steps before which tokens are clustered do wait; there is none of them here."""
     cache = SpinCache(model, budget=24, recent_window=8, method=method)
     ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1)).cuda()
     model(ids, past_key_values=cache)
@@ -102,21 +102,21 @@ def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
 def test_real_sizes_in_sixteen_bits(
     given: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 summaries, several segments and stretches. Ties may fall either way, so outputs are only nearly the same.
+    """int8 summaries, several segments and spans. Ties may differ, so outputs are only nearly the same.
 
-    Both look at the same pages: on a GPU, sums of clusters come in any order, so another cache's may be other ones.
+    Both use the same clusters: on a GPU the order of sums varies, so another cache may have other clusters.
     """
     shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
-    world = RandomKV.random(shape, 1, length + 5, seed=7).to("cuda", dtype)
+    kv = RandomKV.random(shape, 1, length + 5, seed=7).to("cuda", dtype)
     driver = CacheDriver(shape, method=given, budget=512, recent_window=64)
-    driver.steps(world, 0, [length, length + 1])
+    driver.steps(kv, 0, [length, length + 1])
     twin = deepcopy(driver.cache)
-    actual = torch.cat(driver.steps(world, length + 1, range(length + 2, length + 6)), 1).float()
+    actual = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()
     driver.cache.check_integrity()
     assert driver.cache._shared.counted()["QUERIES"] > 0
     driver.cache = twin
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-    expected = torch.cat(driver.steps(world, length + 1, range(length + 2, length + 6)), 1).float()
+    expected = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()
     error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.mean()) < 0.02
     assert float(error.max()) < 0.15

@@ -1,4 +1,4 @@
-"""Host slabs on a CUDA machine: kernels read them in place, at the speed of pinned memory, and CUDA stays in order."""
+"""Host slabs on a CUDA machine: kernels read them in place, as fast as pinned memory, and CUDA stays usable."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_slab_is_pinned_and_survives_a_round_trip(cuda: torch.device, num_bytes:
 
 
 def test_memory_is_given_back_after_the_kernels_that_read_it(cuda: torch.device) -> None:
-    """The copy is queued behind a long wait, and its source dropped at once."""
+    """The copy is queued after a long wait, and its source dropped at once."""
     tensor = HostSlab(16 * MIB, CudaRegistrar(cuda)).tensor.fill_(7)
     address = tensor.data_ptr()
     out = torch.zeros(16 * MIB, dtype=torch.uint8, device=cuda)
@@ -104,7 +104,7 @@ def test_memory_is_given_back_after_the_kernels_that_read_it(cuda: torch.device)
 
 
 def test_addresses_can_be_registered_again(cuda: torch.device) -> None:
-    """They mostly are the same ones; a registration left behind would be refused."""
+    """They are mostly the same ones; CUDA would refuse one that is still registered."""
     held, places = set(pinned_slab._mappings), set()
     for size in (3 * MIB, 3 * MIB, 5 * MIB, 64 * MIB, 3 * MIB):
         slab = HostSlab(size, CudaRegistrar(cuda))
@@ -313,7 +313,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _longest_pause(work: Callable[[], object]) -> float:
-    """Seconds that this thread was kept from running at once while another one did `work`: who holds the GIL?"""
+    """The longest time in seconds for which this thread could not run while another did `work`: does it hold the GIL?"""
     thread = threading.Thread(target=work)
     thread.start()
     longest, last = 0.0, time.perf_counter()

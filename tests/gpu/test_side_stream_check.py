@@ -1,4 +1,4 @@
-"""On a GPU: a mask is looked at beside the step, and neither before the launch nor behind the whole of it is waited."""
+"""On a GPU: a mask is checked on a side stream, with no wait before the launch and none for the full step."""
 
 from __future__ import annotations
 

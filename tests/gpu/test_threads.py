@@ -1,4 +1,4 @@
-"""Threads that capture, replay, load from host memory and drop caches at the same time: the tokens of a run alone."""
+"""Threads that capture, replay, load from host memory and drop caches at the same time give the tokens of a run alone."""
 
 from __future__ import annotations
 

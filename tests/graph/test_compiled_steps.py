@@ -1,6 +1,6 @@
 """`generate` compiles the forward: one graph for all steps and caches, in whose replays no Python of the package runs.
 
-The backend stands in for CUDA graphs: from the second call on it runs the compiled forward with every op as its launches alone.
+The backend replaces CUDA graphs: from the second call on it runs the compiled forward with every op as its launches alone.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> A
     )  # fmt: skip
 
 
-def test_tokens_are_regrouped_between_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And pages that these complete are summarised behind them; one graph serves all of it."""
+def test_tokens_are_clustered_between_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that the steps complete are summarised after them. One graph serves all of it."""
     method, model = clustering_often(Bisection, 16, 8)(2), _model()
     reference = SpinCache(model.config, **OPTIONS | {"method": method})
     with little_slack():

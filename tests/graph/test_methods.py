@@ -1,4 +1,4 @@
-"""Captured steps of other methods than ShadowKV, with a stand-in for the graph: as eager steps, pages completed meanwhile."""
+"""Captured steps of methods other than ShadowKV, with a fake graph, equal eager steps; pages are completed meanwhile."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_seer(
 
 @torch.no_grad()
 def test_positions_that_do_not_count_real_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of captured steps too, which look at them behind the launch; what was launched is taken back."""
+    """In captured steps too: positions are checked after the launch, and the step is rolled back."""
     model, token = small_model(), torch.full((1, 1), 5)
     recorder = capture_on_cpu(monkeypatch)
     caches = [

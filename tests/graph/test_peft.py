@@ -1,4 +1,4 @@
-"""PEFT adapters under captured decode steps, with a stand-in for the graph that stays as stale as a graph would."""
+"""PEFT adapters under captured decode steps, with a fake graph that becomes stale as a real one would."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Steps replayed on trust: whatever was wrong to take for granted, the caller gets what an eager forward gives.
+"""Optimistic replay: whatever was wrongly assumed, the caller gets the result of an eager forward.
 
-Graphs here are worse than real ones: one recorded before the model changed feeds wrong tokens to it, and returns NaN. What
-is expected comes from the reference operations.
+Graphs here are worse than real ones: a graph that was recorded before the model changed feeds wrong tokens to it, and returns
+NaN. Expected results come from the reference operations.
 """
 
 from __future__ import annotations

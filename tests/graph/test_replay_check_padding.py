@@ -1,4 +1,4 @@
-"""Padding that appears in the middle of a conversation: steps replayed on trust are taken back, or not launched."""
+"""Padding that appears during a conversation: optimistic replays are rolled back, or not launched."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_padding_that_changes_later(paint: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_padding_that_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a step is captured, the mask is compared behind the launch alone."""
+    """Once a step is captured, the mask is compared after the launch only."""
     expected, _ = _padded_from("config", lambda mask: None, 38, padded=True)
     capture_on_cpu(monkeypatch)
     looked, take = list[int](), padding_change.take

@@ -1,4 +1,4 @@
-"""Captured decode steps with a stand-in for the graph: the same tokens and state as eager steps, and when not to capture."""
+"""Captured decode steps with a fake graph: the same tokens and state as eager steps, and cases that are not captured."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.Monkey
 
 @pytest.mark.sweep(keep=[2])
 @pytest.mark.parametrize(("padded", "gpu_memory"), [(False, "auto"), (True, "auto"), (False, "140kB")])
-def test_methods_that_regroup(padded: bool, gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches grow between captured steps, and pages that these complete are summarised behind them; against the formulas."""
+def test_methods_that_cluster(padded: bool, gpu_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans grow between captured steps, and pages that the steps complete are summarised after them; against the formulas."""
     model = build_model("llama").eval()
     options = {**OPTIONS, "method": clustering_often(Bisection, 32, 16)(2), "gpu_memory": gpu_memory}
 

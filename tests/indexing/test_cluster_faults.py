@@ -30,17 +30,17 @@ def _poison() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world() -> RandomKV:
+def kv() -> RandomKV:
     return RandomKV.random(SHAPE, 3, LENGTH, seed=0)
 
 
-def test_no_room_for_copies(world: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
-    """A stretch that beams share in part stays as it is where they may not be given copies, and one warning says so."""
+def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
+    """A span that beams share in part is not clustered where there is no memory for copies; one warning is logged."""
     driver = new_driver()
     with patch.object(cluster, "grow", lambda shared: None):
-        driver.step(world.rows([0]), 0, 270)
+        driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
-        driver.step(world.rows([0, 0]), 270, 380)
+        driver.step(kv.rows([0, 0]), 270, 380)
     used = driver.cache._shared.sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
@@ -61,21 +61,21 @@ class InjectedError(Exception):
 @pytest.mark.parametrize("where", ["arrange", "index_pages"])
 @pytest.mark.parametrize(("tokens_at_once", "call"), [(1 << 15, 1), (1 << 15, 2), (72, 1), (72, 4), (72, 8)])
 def test_interrupted(
-    world: RandomKV,
+    kv: RandomKV,
     where: str,
     tokens_at_once: int,
     call: int,
     error: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the first layer, in the second, in another stretch: every layer is what it was or regrouped, and all is right.
+    """In the first layer, in the second, in another span: every layer is as before or clustered, and all results are right.
 
-    The next step goes on with the layers that are missing.
+    The next step clusters the layers that are missing.
     """
     monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens_at_once)
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)  # layer by layer
     driver = new_driver(method=Shuffled())
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     before = getattr(Shuffled, where)
     calls = 0
 
@@ -87,7 +87,7 @@ def test_interrupted(
         return before(self, *args)
 
     with patch.object(Shuffled, where, failing), pytest.raises(error):
-        driver.step(world, 200, 201)
+        driver.step(kv, 200, 201)
     driver.cache.check_integrity()
     if where == "index_pages":
         before_it, layer = divmod(call - 1, SHAPE.layers)
@@ -97,22 +97,22 @@ def test_interrupted(
         assert moved(driver, 0)[:, 1:first].all()
     assert driver.cache.get_seq_length() == 200
     for layer in range(SHAPE.layers):
-        assert torch.equal(driver.cache.layers[layer].keys, world.keys[layer][:, :, :200])
+        assert torch.equal(driver.cache.layers[layer].keys, kv.keys[layer][:, :, :200])
     twin = new_driver(method=ShadowKV())
-    twin.step(world, 0, 200)
-    outputs = [d.step(world, 200, 201) for d in (driver, twin)]
+    twin.step(kv, 0, 200)
+    outputs = [d.step(kv, 200, 201) for d in (driver, twin)]
     for ours, theirs in zip(*outputs, strict=True):
         assert float((ours - theirs).abs().max()) < 1e-5
     driver.cache.check_integrity()
     undisturbed = new_driver(method=Shuffled())
-    undisturbed.step(world, 0, 200)
-    undisturbed.step(world, 200, 201)
+    undisturbed.step(kv, 0, 200)
+    undisturbed.step(kv, 200, 201)
     assert span_ends(driver) == span_ends(undisturbed)
     assert all(torch.equal(moved(driver, layer), moved(undisturbed, layer)) for layer in range(SHAPE.layers))
 
 
 @pytest.mark.parametrize("wrong", ["twice", "short", "gap", "overlap", "beyond", "few", "several"])
-def test_a_method_that_loses_tokens(world: RandomKV, wrong: str) -> None:
+def test_a_method_that_loses_tokens(kv: RandomKV, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
         def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
@@ -130,16 +130,16 @@ def test_a_method_that_loses_tokens(world: RandomKV, wrong: str) -> None:
 
     Losing.several_pages = wrong != "several"
     driver = new_driver(method=Losing())
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
-        driver.step(world, 200, 201)
+        driver.step(kv, 200, 201)
     driver.cache.check_integrity()
 
 
-def test_integrity_sees_lost_positions(world: RandomKV) -> None:
+def test_integrity_sees_lost_positions(kv: RandomKV) -> None:
     driver = new_driver()
-    driver.step(world, 0, 200)
-    driver.step(world, 200, 201)
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
     for name in ("_shifts", "_partition"):
         broken = deepcopy(driver.cache)
         array = getattr(broken.layers[1].store.regrouped, name)
@@ -149,10 +149,10 @@ def test_integrity_sees_lost_positions(world: RandomKV) -> None:
     driver.cache.check_integrity()
 
 
-def test_integrity_sees_a_regrouped_page_in_the_recent_window(world: RandomKV) -> None:
+def test_integrity_sees_a_clustered_page_in_the_recent_window(kv: RandomKV) -> None:
     driver = new_driver()
-    driver.step(world, 0, 200)
-    driver.step(world, 200, 201)
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
     with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.stretches):
         driver.cache.crop(-20)
     with pytest.raises(CacheStateError, match="run of positions"):

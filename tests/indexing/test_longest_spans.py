@@ -1,4 +1,4 @@
-"""The longest stretches that there may be: int16 says of tokens that they come from the other end, and not from farther."""
+"""The longest spans: an int16 offset reaches from one end of a span to the other, and not farther."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def with_stretches_of(tokens: int, page_size: int) -> Any:
 
 
 @pytest.mark.parametrize(("page_size", "longest"), LONGEST)
-def test_the_longest_stretch(page_size: int, longest: int) -> None:
-    """Its first and last token trade places, in all layers; a crop puts them back."""
+def test_the_longest_span(page_size: int, longest: int) -> None:
+    """Its first and last token change places, in all layers; a crop puts them back."""
     cache = SpinCache(
         SHAPE.config(), with_stretches_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
     )
@@ -74,7 +74,7 @@ def test_the_longest_stretch(page_size: int, longest: int) -> None:
 
 
 @pytest.mark.parametrize(("page_size", "longest"), LONGEST)
-def test_longer_stretches_are_refused(page_size: int, longest: int) -> None:
+def test_longer_spans_are_refused(page_size: int, longest: int) -> None:
     """By the cache before it holds anything, and by `plan`."""
     config = SHAPE.config()
     config._attn_implementation = "sdpa"

@@ -1,4 +1,4 @@
-"""What a prompt's last tokens asked reaches the method that arranges the prompt: once, of the right layer and sequence."""
+"""The queries of a prompt's last tokens reach the method that clusters the prompt: once, of the right layer and sequence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _poison() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world() -> RandomKV:
+def kv() -> RandomKV:
     return RandomKV.random(SHAPE, 3, 300, seed=0)
 
 
@@ -50,11 +50,11 @@ def new_driver(**options: Any) -> CacheDriver:
     return CacheDriver(SHAPE, method=Asking(), budget=1000, num_sink_tokens=4, recent_window=9, scale=SCALE, **options)
 
 
-def check(world: RandomKV, tokens: list[int]) -> None:
-    """Every stretch that was arranged is of one layer and sequence of `world`, and came with what these tokens asked there."""
+def check(kv: RandomKV, tokens: list[int]) -> None:
+    """Every span that was clustered is of one layer and sequence of `kv`, and came with the queries of these tokens."""
     of = {
         float(number): (layer, row)
-        for layer, keys in enumerate(world.keys)
+        for layer, keys in enumerate(kv.keys)
         for row in range(len(keys))
         for number in keys[row, 0, :, 0]
     }
@@ -64,89 +64,89 @@ def check(world: RandomKV, tokens: list[int]) -> None:
         assert asked.shape == (len(keys), 2, 2, 4, 8)
         for stretch, queries in zip(keys, asked, strict=True):
             layer, row = of[float(stretch[0, 0, 0])]
-            expected = world.queries[layer][row].unflatten(0, (2, 2))[:, :, tokens] * SCALE
+            expected = kv.queries[layer][row].unflatten(0, (2, 2))[:, :, tokens] * SCALE
             assert torch.equal(queries, expected)
             seen.add((layer, row))
-    assert len(seen) == SHAPE.layers * len(world.keys[0])
+    assert len(seen) == SHAPE.layers * len(kv.keys[0])
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 30])
-def test_a_prompt_and_what_is_generated(world: RandomKV, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer, or all at once."""
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
     driver = new_driver()
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     assert all(layer.asked is not None for layer in driver.cache.layers)
-    driver.step(world, 200, 201)
-    check(world, LAST)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
     assert all(layer.asked is None for layer in driver.cache.layers)
     Asking.shown.clear()
     for position in range(201, 250):
-        driver.step(world, position, position + 1)
+        driver.step(kv, position, position + 1)
     assert Asking.shown
     assert all(asked is None for _, asked in Asking.shown)
 
 
-def test_a_prompt_in_parts(world: RandomKV) -> None:
-    """It is arranged behind its last part, by what that asked; a part of 17 tokens is a prompt's too."""
+def test_a_prompt_in_parts(kv: RandomKV) -> None:
+    """It is clustered after its last piece, by the queries of that piece. A piece of 17 tokens belongs to the prompt too."""
     driver = new_driver()
     for start, stop in ((0, 100), (100, 183), (183, 200)):
-        driver.step(world, start, stop)
+        driver.step(kv, start, stop)
         assert not Asking.shown
-    driver.step(world, 200, 201)
-    check(world, LAST)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
     driver.cache.check_integrity()
 
 
-def test_a_verification_asks_nothing(world: RandomKV) -> None:
-    """Up to 16 tokens choose what they attend to, behind the arrangement of what came before."""
+def test_a_verification_observes_nothing(kv: RandomKV) -> None:
+    """Up to 16 tokens select their pages, after the prompt was clustered."""
     driver = new_driver()
-    driver.step(world, 0, 200)
-    driver.step(world, 200, 216)
-    check(world, LAST)
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 216)
+    check(kv, LAST)
     assert all(layer.asked is None for layer in driver.cache.layers)
 
 
-def test_sequences_change_places(world: RandomKV) -> None:
+def test_sequences_change_places(kv: RandomKV) -> None:
     driver = new_driver()
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     driver.cache.reorder_cache(torch.tensor([2, 0, 0]))
     fork = deepcopy(driver.cache)
-    moved = world.rows([2, 0, 0])
+    moved = kv.rows([2, 0, 0])
     driver.step(moved, 200, 201)
-    check(world.rows([2, 0]), LAST)
+    check(kv.rows([2, 0]), LAST)
     Asking.shown.clear()
     driver.cache = fork
     driver.cache.batch_repeat_interleave(2)
     driver.step(moved.rows([0, 0, 1, 1, 2, 2]), 200, 201)
-    check(world.rows([2, 0]), LAST)
+    check(kv.rows([2, 0]), LAST)
 
 
 def test_tokens_taken_over() -> None:
-    """Nobody knows what asked for them, unless a last part of the prompt comes behind."""
-    world = RandomKV.random(replace(SHAPE, value_dim=SHAPE.key_dim), 3, 300, seed=0)  # values as the config says
+    """They come without queries, unless a last piece of the prompt follows."""
+    kv = RandomKV.random(replace(SHAPE, value_dim=SHAPE.key_dim), 3, 300, seed=0)  # values as the config says
     taken = DynamicCache(config=SHAPE.config())
     for layer in range(SHAPE.layers):
-        taken.update(world.keys[layer][:, :, :150], world.values[layer][:, :, :150], layer)
+        taken.update(kv.keys[layer][:, :, :150], kv.values[layer][:, :, :150], layer)
     driver = new_driver()
     options = dict(budget=1000, num_sink_tokens=4, recent_window=9)
     driver.cache = SpinCache.from_cache(taken, SHAPE.config(), Asking(), **options)
     again = SpinCache.from_cache(taken, SHAPE.config(), Asking(), **options)
-    driver.step(world, 150, 151)
+    driver.step(kv, 150, 151)
     assert Asking.shown
     assert all(asked is None for _, asked in Asking.shown)
     Asking.shown.clear()
     driver.cache = again
-    driver.step(world, 150, 200)
-    driver.step(world, 200, 201)
-    check(world, LAST)
+    driver.step(kv, 150, 200)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
 
 
-def test_interrupted(world: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is arranged by the next step is arranged by the same."""
+def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step clusters with the same queries."""
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
     driver = new_driver()
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     arrange, calls = Asking.arrange, 0
 
     def failing(self: Asking, keys: Tensor, asked: Tensor | None) -> Arrangement:
@@ -159,17 +159,17 @@ def test_interrupted(world: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
         context.setattr(Asking, "arrange", failing)
         with pytest.raises(MemoryError):
-            driver.step(world, 200, 201)
-    driver.step(world, 200, 201)
-    check(world, LAST)
+            driver.step(kv, 200, 201)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
 
 
-def test_forgotten(world: RandomKV) -> None:
+def test_forgotten(kv: RandomKV) -> None:
     """By `reset`; a batch of another size then has its own."""
     driver = new_driver()
-    driver.step(world, 0, 200)
+    driver.step(kv, 0, 200)
     driver.cache.reset()
     assert all(layer.asked is None for layer in driver.cache.layers)
-    driver.step(world.rows([1]), 0, 200)
-    driver.step(world.rows([1]), 200, 201)
-    check(world.rows([1]), LAST)
+    driver.step(kv.rows([1]), 0, 200)
+    driver.step(kv.rows([1]), 200, 201)
+    check(kv.rows([1]), LAST)

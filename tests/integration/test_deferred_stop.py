@@ -1,4 +1,4 @@
-"""Reading late whether to stop: who gets it, and that nobody can tell from what `generate` returns or the cache holds."""
+"""Reading the stop decision late: when it is done, and that neither the result of `generate` nor the cache shows it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_who_gets_it(checks: list[Any]) -> None:
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_the_last_cache_puts_back_what_stood_there(changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless somebody else has put something there since."""
+    """Unless another library has replaced it since."""
 
     class Check:
         @staticmethod

@@ -1,7 +1,7 @@
-"""Residency against a plain-Python bucketed LRU, on random traces; and bucketed against exact LRU by its hit rate.
+"""Slots of pages against a plain-Python bucketed LRU, on random traces; and the hit rate of bucketed against exact LRU.
 
 The model of one (sequence, KV head): a dict page -> slot, a list of slots with the page in each and the step of its last
-touch. Free slots first, then by age in steps with all ages from 63 on alike, then by slot number.
+touch. Free slots first, then by age in steps (ages from 63 on are equal), then by slot number.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_the_last_bucket_is_shared(age: int) -> None:
 
 
 def trace_with_locality(num_pages: int, width: int, steps: int, seed: int) -> list[list[int]]:
-    """Requests as decoding makes them: most pages of a step stay for the next, a hot set comes back, a tail is random."""
+    """Requests as in decoding: most pages of a step are requested again at the next, a hot set returns, a tail is random."""
     rng = random.Random(seed)
     hot = rng.sample(range(num_pages), num_pages // 5)
     now = rng.sample(range(num_pages), width)
@@ -138,7 +138,7 @@ def trace_with_locality(num_pages: int, width: int, steps: int, seed: int) -> li
 
 
 def exact_lru_hit_rate(trace: list[list[int]], num_slots: int) -> float:
-    """Hits of a cache that evicts the page whose last touch is longest ago; pages of one step in the order asked for."""
+    """Hit rate of a cache that evicts the page with the oldest last touch; pages of one step in the order of the request."""
     held: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for pages in trace:

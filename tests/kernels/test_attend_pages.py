@@ -1,4 +1,4 @@
-"""Attention of the decode path against softmax in float64 by loops, with NaN wherever it must not matter."""
+"""Attention of the decode path against softmax in float64 by loops, with NaN in all memory that must not matter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Triton compiles what a generation launches, for GPUs that are not there: the interpreter accepts more than the compiler.
+"""Triton compiles the launches of a generation, for GPUs that this machine need not have: the interpreter accepts more code.
 
-Turing is the oldest that PyTorch serves, and has neither bfloat16 nor, in Triton, products on tensor cores. Ada has two fifths
-of an H100's shared memory, and float32 takes twice as much of it as 16 bits.
+Turing is the oldest that PyTorch serves. It has no bfloat16 and, in Triton, no products on tensor cores. Ada has two fifths of
+an H100's shared memory, and float32 takes twice as much of it as 16 bits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Clustering by kernels, interpreted on the CPU, against loops and the formulas of `attention/methods/retroinfer.py`.
 
-Memory that is given out holds what would be noticed: NaN, and numbers far outside of all tables.
+Uninitialised memory holds NaN, and numbers far outside of all tables.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Rows:
-    """Points of which only some count, in memory behind which lies NaN: `listed` ones stand anywhere."""
+    """Points of which only some count, followed by NaN in memory; `listed` ones are at any place."""
 
     def __init__(self, count: int, dim: int, alive: list[int], cluster_tokens: int, listed: bool, dtype: torch.dtype):
         rows, self.count, self.length = len(alive), count, 2 * count if listed else count
@@ -204,7 +204,7 @@ def test_seeds(count: int, dim: int, alive: list[int], cluster_tokens: int, list
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [3, 8, 80])
 def test_unit_vectors(dim: int, dtype: torch.dtype) -> None:
-    """Of keys with gaps between them, heads before stretches, or the numbers of a key apart."""
+    """Of keys with gaps between them, with heads before spans, or with a key's numbers apart."""
     from spin_hf.kernels.indexing.fill_clusters import unit_vectors
 
     whole = random(3, 2, 17, 2, dim + 3) * 4 + 1

@@ -1,4 +1,4 @@
-"""Tokens that change places, and means of pages, by the kernels interpreted on the CPU, against PyTorch."""
+"""Tokens that are permuted, and means of pages, by the kernels interpreted on the CPU, against PyTorch."""
 
 from __future__ import annotations
 

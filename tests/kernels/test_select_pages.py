@@ -1,4 +1,4 @@
-"""Zones and choices of pages against loops over tokens and sorted lists."""
+"""Zones and selections of pages against loops over tokens and sorted lists."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_list_pages(chosen: list[list[bool]]) -> None:
 @pytest.mark.parametrize("num_pages", [[3], [1, 5], [0, 2, 40]])
 @pytest.mark.parametrize("num_candidates", [1, 7, 23])
 def test_select_top_pages(num_pages: list[int], num_candidates: int) -> None:
-    """Best first, and after the last choice nothing but -1: too few candidates, or fewer asked for than elsewhere."""
+    """Best first, then -1: with too few candidates, or a budget smaller than that of other rows."""
     rows, heads = len(num_pages), 3
     scores = torch.randperm(rows * heads * 23)[: rows * heads * num_candidates].float().view(rows, heads, -1)
     scores[:, 1, ::2] = float("-inf")
@@ -87,7 +87,7 @@ def test_select_top_pages_without_candidates() -> None:
 
 @pytest.mark.parametrize("num_pages", [1, 31, 512, 513, 1023, 1024, 1025, 2049, 8681, 16_384, 32_785, 200_001])
 def test_a_context_of_kept_pages_has_places(num_pages: int) -> None:
-    """At worst all pages are kept: that of rank r in part p of n stands at r * n + p, and the largest part has most ranks."""
+    """At worst all pages are listed: rank r of split p of n is at r * n + p, and the largest split has the most ranks."""
     parts, run = -(-num_pages // PART_PAGES), 32
     ranks = max(
         sum(min(run, num_pages - first) for first in range(part * run, num_pages, parts * run)) for part in range(parts)

@@ -1,6 +1,6 @@
-"""Memory caps over a cache's life: `stats()` stays below them, a refusal is never one too many, and nothing is lost.
+"""Memory caps over a cache's life: `stats()` stays below them, no call is refused that fits, and nothing is lost.
 
-The same run with and without a cap gives the same outputs elsewhere (`tests/attention`); here it is about the bytes.
+`tests/attention` compares outputs with and without a cap. Here it is about the bytes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ SHAPE = Shape(layers=2, kv_heads=2, group=1, key_dim=4, value_dim=4)
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
 
 
-def feed(driver: CacheDriver, world: RandomKV, stops: list[int]) -> None:
+def feed(driver: CacheDriver, kv: RandomKV, stops: list[int]) -> None:
     start = driver.cache.get_seq_length()
     for stop in stops:
-        driver.step(world, start, stop)
+        driver.step(kv, start, stop)
         start = stop
 
 
 @pytest.mark.parametrize("slack", [1.0, 1.5, 3.0, 10.0])
 def test_bytes_stay_below_the_cap(slack: float) -> None:
-    world = RandomKV.random(SHAPE, 3, 530, seed=0)
+    kv = RandomKV.random(SHAPE, 3, 530, seed=0)
     stops = [100, 250, 255, 257, 300, 511, 513, 530]
-    cap = int(
-        slack * smallest_gpu_memory(lambda cap: feed(CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap), world, stops))
-    )
+    cap = int(slack * smallest_gpu_memory(lambda cap: feed(CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap), kv, stops)))
     driver = CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap)
     seen = set()
     for stop in stops:
-        feed(driver, world, [stop])
+        feed(driver, kv, [stop])
         stats = driver.cache.stats()
         assert stats.gpu_bytes <= cap
         pages = 3 * SHAPE.layers * SHAPE.kv_heads * -(-stop // 8)
@@ -47,18 +45,18 @@ def test_bytes_stay_below_the_cap(slack: float) -> None:
 
 
 def test_the_cpu_tier_has_its_own_cap() -> None:
-    world = RandomKV.random(SHAPE, 1, 300, seed=0)
+    kv = RandomKV.random(SHAPE, 1, 300, seed=0)
     driver = CacheDriver(SHAPE, **OPTIONS)
-    feed(driver, world, [256])
+    feed(driver, kv, [256])
     needed = driver.cache.stats().gpu_bytes  # pages and summaries of one segment
-    tight = smallest_gpu_memory(lambda cap: feed(CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap), world, [256]))
+    tight = smallest_gpu_memory(lambda cap: feed(CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap), kv, [256]))
     assert tight < needed
     pages = SHAPE.layers * SHAPE.kv_heads * 32 * 8 * (SHAPE.key_dim + SHAPE.value_dim) * 4
     driver = CacheDriver(SHAPE, **OPTIONS, gpu_memory=tight, cpu_memory=pages)
-    feed(driver, world, [200, 256])
+    feed(driver, kv, [200, 256])
     assert driver.cache.stats().cpu_bytes == pages
     with pytest.raises(CapacityError, match="cpu_memory"):
-        feed(driver, world, [257])
+        feed(driver, kv, [257])
     assert driver.cache.get_seq_length() == 256
     driver.cache.check_integrity()
 
@@ -86,9 +84,9 @@ def test_an_emptied_cache_has_room_for_another_batch(emptied_by: str) -> None:
 
 def test_selecting_nothing_is_refused() -> None:
     driver = CacheDriver(SHAPE, **OPTIONS)
-    world = RandomKV.random(SHAPE, 2, 50, seed=0)
-    feed(driver, world, [40])
+    kv = RandomKV.random(SHAPE, 2, 50, seed=0)
+    feed(driver, kv, [40])
     with pytest.raises(BatchSizeError):
         driver.cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
-    feed(driver, world, [41, 50])
+    feed(driver, kv, [41, 50])
     driver.cache.check_integrity()

@@ -1,8 +1,9 @@
-"""`gpu_memory="auto"`: sized from what is free, shared with the user, and never seen in what comes out.
+"""`gpu_memory="auto"`: sized by the free memory, shared with the user, and without effect on outputs.
 
-Several caches on one GPU: test_gpu_shared.
+Several caches on one GPU are in `test_gpu_memory_shared.py`.
 
-The GPU is arithmetic (`fake_gpu.py`); every history is also run by a cache without a cap, whose outputs must be the same.
+The GPU is only counted (`tests/support/fake_gpu.py`). Every history also runs with a cache without a cap, whose outputs must be
+the same.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def test_a_longer_batch_and_context_share_what_there_is() -> None:
         talk.cache.batch_repeat_interleave(4)
         with other_device():
             talk.expected.cache.batch_repeat_interleave(4)
-        talk.world = talk.world.rows([0] * 4)
+        talk.kv = talk.kv.rows([0] * 4)
         talk.decode(2)
         assert max(talk.frames) < min(frames or [10**6])
         talk.read(150)
@@ -201,7 +202,7 @@ def test_free_memory_in_small_blocks(cap: Any, monkeypatch: pytest.MonkeyPatch) 
         talk.cache.batch_select_indices(torch.tensor([0, 2]))
         with other_device():
             talk.expected.cache.batch_select_indices(torch.tensor([0, 2]))
-        talk.world = talk.world.rows([0, 2])
+        talk.kv = talk.kv.rows([0, 2])
         talk.decode(3)
         fewer = talk.frames
         assert largest // 4 <= max(fewer) <= largest // 2 < min(frames)
@@ -237,11 +238,11 @@ def test_release_gpu_memory(cap: Any, share: float | None) -> None:
 
 
 def test_release_of_an_interrupted_step() -> None:
-    """As in `except torch.OutOfMemoryError`: what the forward has appended is taken back."""
+    """As in `except torch.OutOfMemoryError`: the tokens that the forward has appended are rolled back."""
     with fake_gpu(resident_batch_bytes(1, 900)) as gpu:
         talk = Conversation(gpu, 1, 800).begin()
         new = slice(talk.length, talk.length + 1)
-        talk.cache.update(talk.world.keys[0][:, :, new], talk.world.values[0][:, :, new], 0)
+        talk.cache.update(talk.kv.keys[0][:, :, new], talk.kv.values[0][:, :, new], 0)
         talk.cache.roll_back()
         assert talk.cache.release_gpu_memory() > 0
         talk.decode(3)
@@ -259,12 +260,12 @@ def test_release_says_what_is_wrong() -> None:
 @pytest.mark.parametrize("slack", [1.0, 1.2, 2.0, 4.0])
 def test_a_cap_in_bytes_is_kept(slack: float) -> None:
     """By all tensors that there are, at every step, through growth, other batches and requests."""
-    world = RandomKV.random(SHAPE, 3, 700, seed=0)
+    kv = RandomKV.random(SHAPE, 3, 700, seed=0)
 
     def run(cap: int, check: bool = False) -> None:
         driver, start = CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap), 0
         for stop in (100, 250, 257, *range(258, 290), 511, 513, 530, 531, 640, 700):
-            driver.step(world, start, stop)
+            driver.step(kv, start, stop)
             assert not check or bytes_of(driver.cache) <= 1.02 * cap
             start = stop
             if stop == 280:

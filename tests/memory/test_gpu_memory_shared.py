@@ -1,6 +1,7 @@
-"""Several caches with `gpu_memory="auto"` on one GPU: who begins gets a share, who has buffer pages gives, at the right time.
+"""Several caches with `gpu_memory="auto"` on one GPU: a starting cache gets memory, caches with buffer pages release it.
 
-The GPU is arithmetic (`fake_gpu.py`); every history is also run by a cache without a cap, whose outputs must be the same.
+The GPU is only counted (`tests/support/fake_gpu.py`). Every history also runs with a cache without a cap, whose outputs must be
+the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_a_second_cache_gets_its_share() -> None:
 
 
 def test_a_prompt_in_parts_gets_its_share() -> None:
-    """Its first part fits without anybody giving anything."""
+    """Its first piece fits, and no other cache releases memory for it."""
     with fake_gpu(resident_batch_bytes(1, 900)) as gpu:
         first = Conversation(gpu, 1, 800).begin()
         frames, second = first.frames, Conversation(gpu, 1, 800, seed=1)
@@ -123,7 +124,7 @@ def test_a_cache_in_the_middle_of_a_step_is_left_alone() -> None:
         first = Conversation(gpu, 2, 800).begin()
         frames = first.frames
         layer, new = first.cache.layers[0], slice(first.length, first.length + 1)
-        layer.append(first.world.keys[0][:, :, new], first.world.values[0][:, :, new], None)
+        layer.append(first.kv.keys[0][:, :, new], first.kv.values[0][:, :, new], None)
         Conversation(gpu, 1, 250, seed=1).begin()
         assert first.frames == frames
         first.decode()  # takes back what was interrupted, pays, and goes on

@@ -1,4 +1,4 @@
-"""`plan` says what a cache then holds, to the byte, and refuses what it refuses; metadata is small and grows with tokens.
+"""`plan` predicts a cache's memory to the byte, and refuses what the cache refuses. Metadata is small and grows with tokens.
 
 Caches are filled by hand, layer by layer, so that configs with windows or linear attention need no model.
 """
@@ -260,10 +260,10 @@ REAL = dict(vocab_size=32, hidden_size=1024, intermediate_size=8, num_hidden_lay
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("capped", [False, True])
 def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, capped: bool) -> None:
-    """With heads of 128 in 16 bits as real models have; twice the tokens take twice the bytes, whatever may come.
+    """With heads of 128 in 16 bits as real models have. Twice the tokens take twice the bytes, whatever the longest context.
 
-    Where a method regroups tokens what says where they are from is 0.4 % of the keys and values; all else is below 0.5 %, for
-    pages of 4 tokens, which need twice as many numbers, below 0.515 %.
+    Where a method clusters tokens, their original places take 0.4 % of the keys and values. All else is below 0.5 %; for pages
+    of 4 tokens, which need twice as many numbers, below 0.515 %.
     """
     seen = []
     for maximum in (2048, 1 << 20):

@@ -1,8 +1,8 @@
 """A real model finds a passkey in 1,000 and 2,000 tokens of real text, though it attends to 256 tokens a step.
 
-SmolLM2-135M-Instruct, bfloat16, chat prompt, the opening of Macbeth. One prefill per depth, through the SpinCache; from
-the question's last token on all steps are sparse. The dense answer goes on from the very same keys and values, so that a
-miss is the cache's.
+SmolLM2-135M-Instruct, bfloat16, chat prompt, the opening of Macbeth. One prefill per depth, through the SpinCache. From the
+question's last token on all steps are sparse. The dense answer continues from the very same keys and values, so a miss is the
+cache's fault.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def answer(model: PreTrainedModel, cache: Cache, last: int) -> list[int]:
 
 
 def dense_copy(cache: SpinCache, model: PreTrainedModel) -> DynamicCache:
-    """What `cache` holds, as transformers' own cache."""
+    """The contents of `cache`, as transformers' own cache."""
     dense = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
         dense.update(layer.keys, layer.values, index)

@@ -1,7 +1,7 @@
 """On a real model's activations the estimate brings RetroInfer's attention nearer to dense attention, at the same budget.
 
 SmolLM2-135M-Instruct, bfloat16, 2,048 tokens of Macbeth. Every layer's sparse output is compared with the dense one of the same
-query over the same tokens, which is what the model goes on with: so all queries are those of dense attention.
+query over the same tokens. The model continues with the dense one, so all queries are those of dense attention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ChunkedArray: rows never move while it grows; reads and writes across chunks; copies are independent.
 
-With a CUDA compute device its CPU chunks are registered ones; there a fake registrar stands for the driver.
+With a CUDA compute device its CPU chunks are registered. A fake registrar replaces the driver there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calls to CUDA around registering, on a runtime that writes them down."""
+"""The calls to CUDA for registering memory, on a fake runtime that records them."""
 
 from __future__ import annotations
 

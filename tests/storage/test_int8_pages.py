@@ -1,6 +1,6 @@
-"""Pages in the cpu tier as int8: what the cache then is, does and loses.
+"""int8 pages in the cpu tier: contents, operations and errors.
 
-exact data    multiples of a power of two, which int8 holds exactly: all is as with pages as they are, bit for bit
+exact data    multiples of a power of two, which int8 holds exactly: all results are those of unconverted pages, bit for bit
 any data      against attention in float64 over keys and values that a quantiser of this file rounded
 """
 
@@ -38,11 +38,11 @@ def _poison() -> Iterator[None]:
         yield
 
 
-def feed(driver: CacheDriver, world: RandomKV, stops: list[int], valid: Tensor | None = None) -> list[Tensor]:
+def feed(driver: CacheDriver, kv: RandomKV, stops: list[int], valid: Tensor | None = None) -> list[Tensor]:
     """Outputs of steps up to each of `stops`, layer by layer."""
     outputs, start = [], driver.cache.get_seq_length()
     for stop in stops:
-        outputs += driver.step(world, start, stop, None if valid is None else valid[:, :stop])
+        outputs += driver.step(kv, start, stop, None if valid is None else valid[:, :stop])
         start = stop
     return outputs
 
@@ -53,24 +53,24 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def life(driver: CacheDriver, world: RandomKV, valid: Tensor | None) -> list[Tensor]:
+def life(driver: CacheDriver, kv: RandomKV, valid: Tensor | None) -> list[Tensor]:
     """A prompt, steps of one and of several tokens, crops into pages, other sequences, copies."""
-    outputs = feed(driver, world, [300, 301, 302, 309, 310], valid)
+    outputs = feed(driver, kv, [300, 301, 302, 309, 310], valid)
     driver.cache.crop(-7)
     driver.cache.check_integrity()
-    outputs += feed(driver, world, [304, 312], valid)
+    outputs += feed(driver, kv, [304, 312], valid)
     driver.cache.reorder_cache(torch.tensor([1, 0]))
-    world, valid = world.rows([1, 0]), None if valid is None else valid[[1, 0]]
-    outputs += feed(driver, world, [313, 325], valid)
+    kv, valid = kv.rows([1, 0]), None if valid is None else valid[[1, 0]]
+    outputs += feed(driver, kv, [313, 325], valid)
     driver.cache.check_integrity()
     driver.cache.batch_repeat_interleave(2)
     rows = [0, 0, 1, 1]
-    outputs += feed(driver, world.rows(rows), [326, 337], None if valid is None else valid[rows])
+    outputs += feed(driver, kv.rows(rows), [326, 337], None if valid is None else valid[rows])
     driver.cache.check_integrity()
     twin = replace_cache(driver)
-    outputs += feed(twin, world.rows(rows), [338, 345], None if valid is None else valid[rows])
+    outputs += feed(twin, kv.rows(rows), [338, 345], None if valid is None else valid[rows])
     driver.cache.crop(-60)
-    outputs += feed(driver, world.rows(rows), [280, 281], None if valid is None else valid[rows])
+    outputs += feed(driver, kv.rows(rows), [280, 281], None if valid is None else valid[rows])
     driver.cache.check_integrity()
     return outputs
 
@@ -85,14 +85,14 @@ def replace_cache(driver: CacheDriver) -> CacheDriver:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_data_is_as_without(method: str, padded: bool) -> None:
-    world = RandomKV.random(SHAPE, 2, 350, seed=0).exact_in_int8()
+    kv = RandomKV.random(SHAPE, 2, 350, seed=0).exact_in_int8()
     valid = None
     if padded:
         valid = torch.ones((2, 350), dtype=torch.bool)
         valid[0, :21], valid[1, 100:130] = False, False
     options: dict[str, Any] = dict(**OPTIONS, method=METHODS[method], gpu_memory=PLENTY)
     drivers = [CacheDriver(SHAPE, **options, cpu_dtype=dtype) for dtype in ("auto", "int8")]
-    plain, int8 = (life(driver, world, valid) for driver in drivers)
+    plain, int8 = (life(driver, kv, valid) for driver in drivers)
     assert_equal(int8, plain)
     as_it_is, in_int8 = (driver.cache.stats() for driver in drivers)
     assert as_it_is.loads == in_int8.loads > 0
@@ -107,20 +107,20 @@ def test_exact_data_is_as_without(method: str, padded: bool) -> None:
 @pytest.mark.parametrize("summary_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_number_of_page_frames_changes_nothing(method: str, summary_dtype: str) -> None:
-    """Down to what a step reads; with fewer, it reads in parts, whose sum is rounded otherwise."""
-    world = RandomKV.random(SHAPE, 2, 350, seed=1)
+    """Down to the frames of one step. With fewer, a step reads in waves, whose sum is rounded differently."""
+    kv = RandomKV.random(SHAPE, 2, 350, seed=1)
     options: dict[str, Any] = dict(**OPTIONS, method=METHODS[method], summary_dtype=summary_dtype, cpu_dtype="int8")
     runs, more = [], PLENTY * (17 if method == "bisection" else 20) // 16  # with a little more, small pages all stay
     for cap in (PLENTY, more):
         driver = CacheDriver(SHAPE, **options, gpu_memory=cap)
-        runs.append((life(driver, world, None), driver.cache.stats()))
+        runs.append((life(driver, kv, None), driver.cache.stats()))
     (ours, few), (theirs, many) = runs
     assert few.loads > many.loads > 0
     assert_equal(ours, theirs)
 
     def run(cap: int) -> list[Tensor]:
         driver = CacheDriver(SHAPE, **options, gpu_memory=cap)
-        outputs = life(driver, world, None)
+        outputs = life(driver, kv, None)
         assert driver.cache.stats().loads > few.loads
         return outputs
 
@@ -137,22 +137,22 @@ def at_the_smallest_cap(run: Callable[[int], list[Tensor]]) -> list[Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_pages_that_move_later(method: str) -> None:
     """They are then as if they had always been there, and so are their summaries."""
-    world = RandomKV.random(SHAPE, 2, 350, seed=2)
+    kv = RandomKV.random(SHAPE, 2, 350, seed=2)
     options: dict[str, Any] = dict(**OPTIONS, method=METHODS[method], cpu_dtype="int8")
     early = CacheDriver(SHAPE, **options, gpu_memory=TIGHT)
     late = CacheDriver(SHAPE, **options, gpu_memory=TIGHT)
-    feed(early, world, [250])
+    feed(early, kv, [250])
     late.cache._shared.gpu.given = 10**9
-    feed(late, world, [250])
+    feed(late, kv, [250])
     assert early.cache.stats().cpu_bytes > 0
     assert late.cache.stats().cpu_bytes == 0
     exact = late.cache.layers[0].keys
-    assert torch.equal(exact, world.keys[0][:, :, :250])
+    assert torch.equal(exact, kv.keys[0][:, :, :250])
     for layer in late.cache._shared.layers:  # what lies beside the cache has taken the room
         layer.store.budget = replace(layer.store.budget, gpu_memory=TIGHT)
     late.cache._shared.sequences._become()  # so that room is made again
     stops = [251, 256, 257, 270, 271, 280, 290, 291]
-    assert_equal(feed(late, world, stops), feed(early, world, stops))
+    assert_equal(feed(late, kv, stops), feed(early, kv, stops))
     assert late.cache.stats().cpu_bytes == early.cache.stats().cpu_bytes
     late.cache.check_integrity()
     assert not torch.equal(late.cache.layers[0].keys[:, :, :250], exact)
@@ -161,9 +161,9 @@ def test_pages_that_move_later(method: str) -> None:
 
 
 def test_what_stays_in_the_compute_tier_is_as_it_is() -> None:
-    world = RandomKV.random(SHAPE, 2, 350, seed=3)
+    kv = RandomKV.random(SHAPE, 2, 350, seed=3)
     plain, int8 = CacheDriver(SHAPE, **OPTIONS), CacheDriver(SHAPE, **OPTIONS, cpu_dtype="int8", gpu_memory="1GiB")
-    assert_equal(life(int8, world, None), life(plain, world, None))
+    assert_equal(life(int8, kv, None), life(plain, kv, None))
     assert int8.cache.stats().cpu_bytes == 0
 
 
@@ -173,30 +173,30 @@ def quantised(states: Tensor) -> Tensor:
     return (states.double() / scale).round() * scale
 
 
-def dense(world: RandomKV, layer: int, stop: int) -> Tensor:
-    """Attention in float64 of token stop - 1 over all tokens, with the keys and values of `world`: [B, 1, heads, Dv]."""
-    group = world.shape.group
-    keys, values = (x[layer][:, :, :stop].double().repeat_interleave(group, 1) for x in (world.keys, world.values))
-    query = world.queries[layer][:, :, stop - 1 : stop].double()
-    return ((query @ keys.transpose(2, 3) * world.shape.key_dim**-0.5).softmax(-1) @ values).transpose(1, 2)
+def dense(kv: RandomKV, layer: int, stop: int) -> Tensor:
+    """Attention in float64 of token stop - 1 over all tokens, with the keys and values of `kv`: [B, 1, heads, Dv]."""
+    group = kv.shape.group
+    keys, values = (x[layer][:, :, :stop].double().repeat_interleave(group, 1) for x in (kv.keys, kv.values))
+    query = kv.queries[layer][:, :, stop - 1 : stop].double()
+    return ((query @ keys.transpose(2, 3) * kv.shape.key_dim**-0.5).softmax(-1) @ values).transpose(1, 2)
 
 
 def test_what_is_lost() -> None:
     """Outputs are those of rounded tokens, but for numbers in the middle of two steps; a per cent from the exact ones."""
-    world = RandomKV.random(replace(SHAPE, key_dim=64, value_dim=64), 2, 340, seed=4)
-    rounded = replace(world, keys=[*map(quantised, world.keys)], values=[*map(quantised, world.values)])
+    kv = RandomKV.random(replace(SHAPE, key_dim=64, value_dim=64), 2, 340, seed=4)
+    rounded = replace(kv, keys=[*map(quantised, kv.keys)], values=[*map(quantised, kv.values)])
     options: dict[str, Any] = dict(OPTIONS, budget=1 << 20, gpu_memory=600_000)
-    int8, plain = CacheDriver(world.shape, **options, cpu_dtype="int8"), CacheDriver(world.shape, **options)
+    int8, plain = CacheDriver(kv.shape, **options, cpu_dtype="int8"), CacheDriver(kv.shape, **options)
     losses = []
     for stop in (330, 331, 332, 340):
-        ours, theirs = (feed(driver, world, [stop]) for driver in (int8, plain))
+        ours, theirs = (feed(driver, kv, [stop]) for driver in (int8, plain))
         for layer in range(2):
             if stop == 330:  # a prompt attends to its own tokens as they are
                 assert torch.equal(ours[layer], theirs[layer])
                 continue
             expected = dense(rounded, layer, stop)
             torch.testing.assert_close(ours[layer][:, -1:].double(), expected, rtol=0, atol=2e-4)
-            exact = dense(world, layer, stop)
+            exact = dense(kv, layer, stop)
             torch.testing.assert_close(theirs[layer][:, -1:].double(), exact, rtol=0, atol=5e-6)
             losses.append(float((ours[layer][:, -1:] - exact).norm() / exact.norm()))
     assert int8.cache.stats().loads > 0
@@ -205,24 +205,24 @@ def test_what_is_lost() -> None:
 
 def test_taking_over() -> None:
     shape = replace(SHAPE, value_dim=SHAPE.key_dim)  # as the config says
-    world, dynamic = RandomKV.random(shape, 2, 350, seed=5), DynamicCache()
+    kv, dynamic = RandomKV.random(shape, 2, 350, seed=5), DynamicCache()
     for layer in range(2):
-        dynamic.update(world.keys[layer][:, :, :300], world.values[layer][:, :, :300], layer)
+        dynamic.update(kv.keys[layer][:, :, :300], kv.values[layer][:, :, :300], layer)
     options: dict[str, Any] = dict(**OPTIONS, method="shadowkv", gpu_memory=PLENTY, cpu_dtype="int8")
     prefilled, taken = CacheDriver(shape, **options), CacheDriver(shape, **options)
     taken.cache = SpinCache.from_cache(dynamic, taken.config, **options)
-    feed(prefilled, world, [300])
+    feed(prefilled, kv, [300])
     taken.cache.check_integrity()
-    assert_equal(feed(taken, world, [301, 320, 321]), feed(prefilled, world, [301, 320, 321]))
+    assert_equal(feed(taken, kv, [301, 320, 321]), feed(prefilled, kv, [301, 320, 321]))
     assert taken.cache.stats().cpu_bytes == prefilled.cache.stats().cpu_bytes > 0
 
 
 def test_a_frame_that_differs_is_found() -> None:
-    world, driver = (
+    kv, driver = (
         RandomKV.random(SHAPE, 1, 350, seed=6),
         CacheDriver(SHAPE, **OPTIONS, gpu_memory=60_000, cpu_dtype="int8"),
     )
-    feed(driver, world, [300, 301])
+    feed(driver, kv, [300, 301])
     driver.cache.check_integrity()
     frames = driver.cache.layers[0].store.frames
     h, slot = (frames.held(0) >= 0).nonzero()[0].tolist()

@@ -12,7 +12,7 @@ Rows = list[list[bool]]
 
 
 def held(mask: TokenMask, expected: Rows) -> bool:
-    """Whether the mask says what the lists say; nothing is stored while no padding was seen."""
+    """Whether the mask agrees with the lists; nothing is stored while there was no padding."""
     return (all(map(all, expected))) if mask.valid is None else mask.valid.tolist() == expected
 
 
@@ -90,7 +90,7 @@ def held_positions(mask: TokenMask, rows: int, length: int) -> Rows:
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
 def test_positions_are_settled_when_tokens_come(data: st.DataObject) -> None:
-    """Each token's is the number of tokens before it that are real as it comes, whatever later masks say."""
+    """A token's position is the number of real tokens before it when it comes, whatever later masks show."""
     rows = data.draw(st.integers(1, 3))
     mask = TokenMask(keeps_positions=True)
     valid: Rows = [[] for _ in range(rows)]

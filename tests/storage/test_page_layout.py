@@ -1,4 +1,4 @@
-"""Pages in int8: what they lose against float64, that tokens are bytes, and that nothing else is touched."""
+"""int8 pages: their error against float64, that tokens are bytes, and that no other byte changes."""
 
 from __future__ import annotations
 

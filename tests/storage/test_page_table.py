@@ -1,7 +1,7 @@
-"""Sequences: the directory and its sharing, against one plain list of tokens per sequence.
+"""Sequences: the page table and its sharing, against one plain list of tokens per sequence.
 
-A `Notebook` stands for a layer's storage: it keeps, by segment and page, the token that was written there. After any
-history each sequence must read its own tokens, whatever it shares with others.
+A `Notebook` replaces a layer's storage: it stores, by segment and page, the token that was written there. After any history
+each sequence must read its own tokens, whatever it shares with others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Host slabs without a GPU: which pieces are registered, who is unmapped when, and what a refusal leaves."""
+"""Host slabs without a GPU: which pieces are registered, when they are unmapped, and the state after a refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slabs in several pieces: touched while earlier pieces are registered, and given back whole wherever it fails."""
+"""Slabs in several pieces: touched while earlier pieces are registered, and released completely wherever that fails."""
 
 from __future__ import annotations
 

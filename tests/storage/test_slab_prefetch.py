@@ -1,4 +1,4 @@
-"""Chunks made ahead of need: who waits for whom, what a stop, a fork and the end of the process leave."""
+"""Chunks made ahead of need: who waits for whom, and the state after a stop, a fork and the end of the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("maps")
 
 
 class Maker:
-    """Stands for `allocate_rows`; makes a chunk only when it is let."""
+    """Replaces `allocate_rows`; makes a chunk only when the test allows it."""
 
     def __init__(self) -> None:
         self.gate, self.begun = threading.Semaphore(0), threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""Summaries as int8 with a scale each: how far off they may be, what stays as it is, and what they take."""
+"""Summaries as int8 with a scale each: their error, what stays exact, and their bytes."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_frames_stay_as_many_while_a_context_grows() -> None:
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 600), st.integers(5, 700), st.lists(st.integers(0, 600), min_size=1, max_size=6))
 def test_shares_by_length(num_pages: int, frames: int, held: list[int]) -> None:
-    """Together no more than before, none below the least or above its pages, and who is longer has no less."""
+    """No more in total than before, none below the minimum or above its pages, and longer rows have no fewer."""
     held, sizes = [min(number, num_pages) for number in held], budget(10**6, selected=8)
     assert sizes.shares(frames, num_pages, None) == frames
     shares = sizes.shares(frames, num_pages, held)
@@ -122,7 +122,7 @@ def test_shares_by_length(num_pages: int, frames: int, held: list[int]) -> None:
 
 
 def test_frames_of_a_step() -> None:
-    """Sinks and recent window, and what is selected: a number of pages, or a share of them; no more than there are."""
+    """Sinks, recent window and selected pages: a number of pages, or a fraction of them, and no more than there are."""
     assert [budget(1, selected=3).step_frames(pages) for pages in (1, 6, 7, 100)] == [5, 6, 7, 7]
     assert [budget(1, selected=0.1).step_frames(pages) for pages in (1, 6, 100, 101)] == [5, 5, 14, 15]
 
@@ -151,7 +151,7 @@ def test_coarse_numbers(number: int) -> None:
 
 
 def test_cpu_memory() -> None:
-    """It counts only where pages live in the cpu tier, and by whole segments."""
+    """It counts only pages in the cpu tier, and in full segments."""
     needed = 10 * SEGMENT_PAGES * 2 * 288 * 3
     assert budget(None, 1).num_frames(1, 10, 300) is None
     assert budget(10**6, needed).num_frames(1, 10, 300) is not None

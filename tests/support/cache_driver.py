@@ -111,29 +111,29 @@ class CacheDriver:
         self.module = torch.nn.Module()
 
     @torch.no_grad()
-    def step(self, world: RandomKV, start: int, stop: int, valid: Tensor | None = None) -> list[Tensor]:
-        """One forward over tokens [start, stop) of `world`; returns [B, tokens, heads, Dv] of every layer.
+    def step(self, kv: RandomKV, start: int, stop: int, valid: Tensor | None = None) -> list[Tensor]:
+        """One forward over tokens [start, stop) of `kv`; returns [B, tokens, heads, Dv] of every layer.
 
         Args:
             valid: [B, stop] or a 4-D mask, as the user's `attention_mask`; None for none.
         """
-        keys = world.keys[0]
+        keys = kv.keys[0]
         embeds = torch.empty((keys.shape[0], stop - start, 1), dtype=keys.dtype, device=keys.device)
         mask = create_causal_mask(self.config, embeds, valid, self.cache)
         outputs = []
         for layer in range(self.shape.layers):
             new = slice(start, stop)
-            key, value = self.cache.update(world.keys[layer][:, :, new], world.values[layer][:, :, new], layer)
-            query = world.queries[layer][:, :, new]
+            key, value = self.cache.update(kv.keys[layer][:, :, new], kv.values[layer][:, :, new], layer)
+            query = kv.queries[layer][:, :, new]
             out, _ = spin_attention(self.module, query, key, value, mask, scaling=self.scale, **self.arguments)
             outputs.append(out)
         return outputs
 
-    def steps(self, world: RandomKV, start: int, stops: Iterable[int]) -> list[Tensor]:
+    def steps(self, kv: RandomKV, start: int, stops: Iterable[int]) -> list[Tensor]:
         """Forwards that end at each of `stops`, the first from `start`; returns the first layer's outputs."""
         outputs = []
         for stop in stops:
-            outputs.append(self.step(world, start, stop)[0])
+            outputs.append(self.step(kv, start, stop)[0])
             start = stop
         return outputs
 

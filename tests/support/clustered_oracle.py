@@ -1,9 +1,9 @@
-"""Methods that regroup, played step by step against an oracle of their own; where the tokens stand is read back from the cache.
+"""Methods that cluster tokens, compared step by step with an oracle of their own. The clusters are read back from the cache.
 
-Head       one KV head of one sequence, dense, with the tokens of every page and the pages of every partition
-Zones      of a query: what is always attended to, and the candidates
+Head            one KV head of one sequence, dense, with the tokens of every page and the pages of every cluster
+Zones           of a query: the pages that are always attended to, and the candidates
 compare_step    one step through the cache and through `expect(rules, method, head, queries, at, sinks) -> [G, Dv]`
-compare_with_clustered_oracle       several steps
+compare_with_clustered_oracle    several steps
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Expect = Callable[[Rules, Any, "Head", np.ndarray, int, Any], np.ndarray]
 
 @dataclass
 class Head:
-    """One KV head of one sequence: keys [L, D], values [L, Dv], is_real [L], tokens of pages (of a size), pages of clusters."""
+    """One KV head of one sequence: keys [L, D], values [L, Dv], is_real [L], tokens of each page, pages of each cluster."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -36,20 +36,20 @@ class Head:
     page_size: int
 
 
-def head_of(driver: CacheDriver, world: RandomKV, layer: int, b: int, h: int, valid: torch.Tensor) -> Head:
+def head_of(driver: CacheDriver, kv: RandomKV, layer: int, b: int, h: int, valid: torch.Tensor) -> Head:
     store = driver.cache.layers[layer].store
     num_pages = store.sequences.num_pages
     tokens = store.regrouped.positions(0, num_pages)[b, h].tolist()
     sizes = store.regrouped.partition_pages(0, num_pages)[b, h].tolist()
     clusters = [list(range(page, page + size)) for page, size in enumerate(sizes) if size]
     assert sorted(page for cluster in clusters for page in cluster) == list(range(num_pages))
-    keys, values = (x[layer][b, h].double().numpy() for x in (world.keys, world.values))
+    keys, values = (x[layer][b, h].double().numpy() for x in (kv.keys, kv.values))
     return Head(keys, values, valid[b].numpy(), tokens, clusters, store.page_size)
 
 
 @dataclass
 class Zones:
-    """Tokens of pages up to the query; pages always attended to; clusters of candidates; pages of the budget."""
+    """Tokens of each page up to the query; pages always attended to; clusters of candidates; pages within the budget."""
 
     held: list[list[int]]
     always: set[int]
@@ -78,10 +78,10 @@ def softmax_over(
     sink: Any,
     excess: list[float] | None = None,
 ) -> np.ndarray:
-    """Attention of one query [D] to tokens, and to (tokens, mean key, mean value) that stand for others: [Dv].
+    """Attention of one query [D] to tokens, and to estimates of others as (tokens, mean key, mean value): [Dv].
 
     Args:
-        excess: what is added to the logits of the latter.
+        excess: nats added to the logit of each estimate.
     """
     more = np.array(excess or [0.0] * len(estimated))
     keys = np.array([key for _, key, _ in estimated]).reshape(-1, len(q))
@@ -99,27 +99,27 @@ def softmax_over(
 def compare_step(
     expect: Expect,
     driver: CacheDriver,
-    world: RandomKV,
+    kv: RandomKV,
     rules: Rules,
     start: int,
     stop: int,
     given: Any,
     sinks: Any = None,
 ) -> int:
-    """One step both ways; returns the number of queries that left something out."""
+    """One step through both; returns the number of sparse queries."""
     sparse = 0
-    outputs = driver.step(world, start, stop, given)
-    valid = torch.ones((world.keys[0].shape[0], stop), dtype=torch.bool) if given is None else given
+    outputs = driver.step(kv, start, stop, given)
+    valid = torch.ones((kv.keys[0].shape[0], stop), dtype=torch.bool) if given is None else given
     for layer, out in enumerate(outputs):
-        for b, h in np.ndindex(out.shape[0], world.shape.kv_heads):
-            head = head_of(driver, world, layer, b, h, valid)
-            heads = slice(h * world.shape.group, (h + 1) * world.shape.group)
+        for b, h in np.ndindex(out.shape[0], kv.shape.kv_heads):
+            head = head_of(driver, kv, layer, b, h, valid)
+            heads = slice(h * kv.shape.group, (h + 1) * kv.shape.group)
             for at in range(start, stop):
                 if not valid[b, at]:
                     continue
                 dense = is_dense(rules, start, stop)
                 sparse += not dense
-                queries = world.queries[layer][b, heads, at].double().numpy()
+                queries = kv.queries[layer][b, heads, at].double().numpy()
                 logits = None if sinks is None else sinks[heads].tolist()
                 if dense:
                     seen = [token for token in range(at + 1) if head.is_real[token]]
@@ -134,17 +134,17 @@ def compare_step(
 
 
 def compare_with_clustered_oracle(
-    expect: Expect, method: Any, world: RandomKV, rules: Rules, steps: list[Step], sinks: Any = None, **options: Any
+    expect: Expect, method: Any, kv: RandomKV, rules: Rules, steps: list[Step], sinks: Any = None, **options: Any
 ) -> CacheDriver:
-    """Steps both ways, of which some leave something out; returns the driver as it ends."""
-    rules = replace(rules, scale=world.shape.key_dim**-0.5)
+    """Several steps through both, some of them sparse; returns the driver in its last state."""
+    rules = replace(rules, scale=kv.shape.key_dim**-0.5)
     driver = CacheDriver(
-        world.shape, softcap=rules.softcap, sink_logits=sinks, method=method, budget=rules.budget,
+        kv.shape, softcap=rules.softcap, sink_logits=sinks, method=method, budget=rules.budget,
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, **options,
     )  # fmt: skip
     start = sparse = 0
     for stop, given in steps:
-        sparse += compare_step(expect, driver, world, rules, start, stop, given, sinks)
+        sparse += compare_step(expect, driver, kv, rules, start, stop, given, sinks)
         start = stop
     assert sparse > 0
     return driver

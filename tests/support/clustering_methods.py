@@ -1,8 +1,8 @@
-"""Test-only methods that regroup, and small sizes so that short conversations do it often.
+"""Methods for tests that cluster tokens, and sizes so small that short conversations do it often.
 
-Backwards   every stretch's tokens in the opposite order
-Shuffled    a random order for each KV head, the same for the same keys; partitions of one page
-Clumped     the same, with partitions of one to three pages, selected as pages
+Backwards   the tokens of a span in the opposite order
+Shuffled    a random order for each KV head, the same for the same keys; clusters of one page
+Clumped     the same, with clusters of one to three pages
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Clumped(Shuffled):
 
 
 class SelectingAll:
-    """Mixed into a method: every page that may be selected is, whatever the budget."""
+    """Mixed into a method: selects all candidates, whatever the budget."""
 
     def select(self, query: Any, summary: Any) -> Tensor:
         super().select(query, summary)  # type: ignore[misc]
@@ -61,11 +61,11 @@ class SelectingAll:
 
 @dataclass(frozen=True)
 class ShuffledWhole(SelectingAll, Clumped):
-    """In regrouped pages."""
+    """All candidates, in clustered pages."""
 
 
 def clustering_often(method: type[Any], stretch_tokens: int, growth_tokens: int) -> type[Any]:
-    """`method` with shorter stretches, so that a short context has several."""
+    """`method` with spans so short that a short context has several."""
     return type(
         f"Small{method.__name__}", (method,), {"stretch_tokens": stretch_tokens, "growth_tokens": growth_tokens}
     )
@@ -73,6 +73,6 @@ def clustering_often(method: type[Any], stretch_tokens: int, growth_tokens: int)
 
 @contextmanager
 def little_slack() -> Iterator[None]:
-    """Tokens are regrouped as soon as they have left the recent window and 8 tokens behind it."""
+    """Cluster tokens as soon as they have left the recent window by 8 tokens."""
     with patch.object(cluster, "SLACK_TOKENS", 8):
         yield

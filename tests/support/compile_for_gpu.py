@@ -1,12 +1,12 @@
-"""Triton kernels compiled for a GPU that is not there, by the launches of caches on a CPU.
+"""Compiles Triton kernels for a GPU that this machine need not have, by the launches of caches on a CPU.
 
-A process of its own, without TRITON_INTERPRET: triton decides when a kernel is defined whether it can be compiled.
+Runs in a process of its own, without TRITON_INTERPRET: triton reads it when a kernel is defined.
 
     python -m tests.support.compile_for_gpu 90 bfloat16 FILE          the first variant of each kernel
     python -m tests.support.compile_for_gpu 90 bfloat16 FILE every    every variant
 
-Everything happens as with a GPU, but for `JITFunction.run`, which specialises and compiles and does not launch. What kernels
-would have computed is never written, so numbers are meaningless; what the package checks of them is from formulas. FILE, JSON:
+Everything happens as with a GPU, except that `JITFunction.run` specialises and compiles, and does not launch. Kernels write
+nothing, so numbers are meaningless; numbers that the package checks come from formulas. FILE, JSON:
 
     functions    names of all of the package that triton compiles
     kernels      of these, those whose names say so
@@ -55,11 +55,11 @@ FEW, SHORT = 128, 32
 on a GPU, as the compiler takes minutes for long ones."""
 
 ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
-"""What takes long and multiplies no matrices: the variants that methods make of it are only compiled for one of the GPUs."""
+"""Kernels that take long and multiply no matrices: all of their variants are compiled for one of the GPUs only."""
 
 
 class Compiler:
-    """Stands for the launching of kernels, on the only GPU."""
+    """Replaces the launching of kernels on the only GPU."""
 
     def __init__(self, capability: int, every: bool) -> None:
         from triton.backends.compiler import GPUTarget
@@ -73,7 +73,7 @@ class Compiler:
         self.only: set[str] | None = None
         """Kernels that are compiled; None for all."""
         self.launched: set[str] = set()
-        """All that a variant depends on, of each launch: kernel, dtypes, ints as triton tells them apart, constants."""
+        """What selects a variant, of each launch: kernel, dtypes, ints as triton specialises them, constants."""
         self._run: Callable[..., Any] = JITFunction.run
         self._active_mode = active_mode
         target = GPUTarget("cuda", capability, 32)
@@ -102,7 +102,7 @@ class Compiler:
 
 
 def _told_apart(value: Any) -> str:
-    """What a compiled variant depends on, of an argument."""
+    """What a compiled variant depends on, for one argument."""
     if isinstance(value, Tensor):
         return str(value.dtype)
     if isinstance(value, int) and not isinstance(value, bool) and value > 1:
@@ -111,7 +111,7 @@ def _told_apart(value: Any) -> str:
 
 
 def pretend(capability: int, every: bool) -> Compiler:
-    """Have caches on a CPU launch as on such a GPU, and launches compile."""
+    """Let caches on a CPU launch as on such a GPU, and let launches compile."""
     compiler = Compiler(capability, every)
     from spin_hf.kernels.indexing import bisect, fill_clusters
     from spin_hf.kernels.launchers import launchers
@@ -149,10 +149,10 @@ def generate(
     dtype: torch.dtype, method: Any, padded: bool = False, **options: Any
 ) -> None:  # fmt: skip
     """A prompt, a step, and the summary of a page that a captured step completes."""
-    world = RandomKV.random(SHAPE, 1, PROMPT + 1, 0).to(dtype)
+    kv = RandomKV.random(SHAPE, 1, PROMPT + 1, 0).to(dtype)
     driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
     for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
-        driver.step(world, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
+        driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
     shared = driver.cache._shared
     step = shared.step_kernels(torch.device("cpu"), SHAPE.kv_heads)
     assert step is not None, "kernels serve the method"
@@ -160,7 +160,7 @@ def generate(
 
 
 def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
-    """Launches of one generation for each of several numbers that all mean everything. Compiles kernels that read them."""
+    """Launches of one generation, for each of several numbers beyond any context. Compiles the kernels that read them."""
     compiler.only, launches = {"plan_step_kernel", "closer_kernel", "rate_closer_kernel"}, []
     generate(torch.bfloat16, Bisection())  # some kernels are compiled ahead once per process
     for number in (MOST_TOKENS, 1 << 31, 1 << 63, 10**30):
@@ -173,7 +173,7 @@ def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
 
 
 def copy_rows(dtype: torch.dtype) -> None:
-    """Of one array and of several, there and back; pages and codes of an odd number of bytes."""
+    """Rows of one array and of several, in both directions; pages, and codes of an odd number of bytes."""
     from spin_hf.kernels.indexing.copy_rows import rows_copier
 
     rows = torch.arange(4)
@@ -183,7 +183,7 @@ def copy_rows(dtype: torch.dtype) -> None:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Every method, and every form of pages, summaries and masks: once each, as all combinations would take very long."""
+    """Every method, and every layout of pages, summaries and masks, once each: all combinations would take very long."""
     sinks = torch.zeros(SHAPE.heads, dtype=dtype)
     generate(dtype, ShadowKV())
     generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
@@ -199,7 +199,7 @@ def launch_all(dtype: torch.dtype) -> None:
 
 
 def functions() -> list[Any]:
-    """All of the package that triton compiles."""
+    """All functions of the package that triton compiles."""
     from triton.runtime.jit import JITFunction
 
     names = [found.name for found in pkgutil.walk_packages(spin_hf.kernels.__path__, "spin_hf.kernels.")]

@@ -1,8 +1,8 @@
-"""A conversation played through a SpinCache and through the oracle, step by step.
+"""A conversation that runs through a SpinCache and through the oracle, step by step.
 
     steps    [(tokens held after the step, [B, tokens] validity or None), ...]
-    dense    the first step if it has several tokens, steps of more than 16, steps that the budget covers whole
-    sparse   the others: every query makes its own choice
+    dense    the first step if it has several tokens, steps of more than 16 tokens, steps within the budget
+    sparse   the others: every query selects its own pages
 
 `compare_with_oracle` compares the outputs of all queries that are real tokens, and the number of attended tokens in `stats()`.
 """
@@ -28,20 +28,20 @@ Step = tuple[int, Tensor | None]
 
 @dataclass
 class Count:
-    """What `stats()` must say."""
+    """What `stats()` must report."""
 
     tokens: int = 0
     queries: int = 0
 
 
 def is_dense(rules: Rules, start: int, stop: int) -> bool:
-    """Whether a step over tokens [start, stop) leaves nothing out."""
+    """Whether a step over tokens [start, stop) attends to all tokens."""
     whole = rules.budget >= (stop if isinstance(rules.budget, int) else 1.0)
     return whole or stop <= rules.dense_below or (start == 0 and stop > 1) or stop - start > MAX_SPARSE_QUERIES
 
 
 def expected_step(
-    world: RandomKV,
+    kv: RandomKV,
     layer: int,
     rules: Rules,
     start: int,
@@ -50,9 +50,9 @@ def expected_step(
     sink_logits: Tensor | None,
     count: Count,
 ) -> np.ndarray:
-    """Outputs [B, tokens, heads, Dv] of one step, zeros for queries that are padding; counts what sparse queries attend to."""
-    shape = world.shape
-    keys, values, queries = (x[layer].double().numpy() for x in (world.keys, world.values, world.queries))
+    """Outputs [B, tokens, heads, Dv] of one step, zeros for padding; adds the tokens of sparse queries to `count`."""
+    shape = kv.shape
+    keys, values, queries = (x[layer].double().numpy() for x in (kv.keys, kv.values, kv.queries))
     result = np.zeros((keys.shape[0], stop - start, shape.heads, shape.value_dim))
     for b in range(keys.shape[0]):
         real = [bool(x) for x in valid[b]]
@@ -75,30 +75,30 @@ def expected_step(
 
 
 def compare_with_oracle(
-    world: RandomKV, rules: Rules, steps: list[Step], *, sink_logits: Tensor | None = None, method: Any = None, **options: Any
+    kv: RandomKV, rules: Rules, steps: list[Step], *, sink_logits: Tensor | None = None, method: Any = None, **options: Any
 ) -> CacheDriver:  # fmt: skip
-    """Play `steps` both ways and compare; returns the driver as it ends.
+    """Run `steps` through both and compare; returns the driver in its last state.
 
     Args:
-        method: the method that `rules` describe; None for what they name.
+        method: the method that `rules` describe; None for the ShadowKV or Quest of the rules.
         options: more options of the cache (`gpu_memory`, ...).
     """
     from spin_hf import Quest, ShadowKV
 
-    rules = replace(rules, scale=world.shape.key_dim**-0.5)
+    rules = replace(rules, scale=kv.shape.key_dim**-0.5)
     if method is None:
         method = Quest(rules.dense_layers) if rules.quest else ShadowKV(outlier_pages_per_1024=rules.outliers_per_1024)
     driver = CacheDriver(
-        world.shape, softcap=rules.softcap, sink_logits=sink_logits, method=method, budget=rules.budget,
+        kv.shape, softcap=rules.softcap, sink_logits=sink_logits, method=method, budget=rules.budget,
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window, dense_below=rules.dense_below,
         summary_dtype="int8" if rules.int8 else "auto", **options,
     )  # fmt: skip
     start, count = 0, Count()
     for stop, given in steps:
-        outputs = driver.step(world, start, stop, given)
-        valid = torch.ones((world.keys[0].shape[0], stop), dtype=torch.bool) if given is None else given.bool()
+        outputs = driver.step(kv, start, stop, given)
+        valid = torch.ones((kv.keys[0].shape[0], stop), dtype=torch.bool) if given is None else given.bool()
         for layer, out in enumerate(outputs):
-            expected = expected_step(world, layer, rules, start, stop, valid, sink_logits, count)
+            expected = expected_step(kv, layer, rules, start, stop, valid, sink_logits, count)
             compared = valid[:, start:stop, None, None].numpy()
             actual = np.where(compared, out.double().numpy(), 0.0)
             worst = float(np.abs(actual - expected).max())
@@ -113,7 +113,7 @@ def compare_with_oracle(
 
 
 def without_near_ties(run: Callable[[int], None], tries: int = 20) -> None:
-    """`run(seed)` with the first seed whose data has no near tie; the same one every time."""
+    """`run(seed)` with the first seed whose data has no near tie. It is the same seed every time."""
     for seed in range(tries):
         try:
             run(seed)
@@ -124,16 +124,16 @@ def without_near_ties(run: Callable[[int], None], tries: int = 20) -> None:
 
 
 def random_pages(shape: Shape, batch_size: int, length: int, seed: int) -> RandomKV:
-    """Normal data with an offset per page, so that pages differ in more than noise."""
-    world = RandomKV.random(shape, batch_size, length, seed)
+    """Normal data with an offset for each page of 8 tokens, so that pages differ by more than noise."""
+    kv = RandomKV.random(shape, batch_size, length, seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    for keys in world.keys:
+    for keys in kv.keys:
         shift = torch.randn((*keys.shape[:2], -(-length // 8), keys.shape[3]), generator=generator)
         keys += 0.7 * shift.repeat_interleave(8, dim=2)[:, :, :length]
-    return world
+    return kv
 
 
 def single_steps(first: int, last: int, valid: Tensor | None = None) -> list[Step]:
-    """A prompt of `first` tokens, then one token at a time up to `last`; `valid` [B, >= last] is cut to each step."""
+    """A prompt of `first` tokens, then one token at a time up to `last`; `valid` [B, >= last] is cut for each step."""
     stops = [first, *range(first + 1, last + 1)] if first else list(range(1, last + 1))
     return [(stop, None if valid is None else valid[:, :stop]) for stop in stops]

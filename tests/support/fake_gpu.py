@@ -1,7 +1,7 @@
-"""A GPU that is arithmetic: so many bytes, of which caches on the CPU hold some and a user some more.
+"""A GPU that is only counted: `total` bytes, of which caches on the CPU hold some, and a user some more.
 
-What caches hold is counted by the tensors themselves, and not by what the cache believes. A `Conversation` is a history on
-such a GPU that a cache without a cap sees too.
+Bytes are counted from the caches' tensors, not from the caches' own counters. A `Conversation` runs a cache on such a GPU, and
+compares it with a cache without a cap.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _bytes_of_store(store: PageStore) -> int:
 
 
 class FakeGpu:
-    """`total` bytes; `user` of them are the user's own, the rest that of `caches`."""
+    """`total` bytes: `user` bytes are taken by the user, others by `caches`, the rest is free."""
 
     def __init__(self, total: int) -> None:
         self.total, self.user, self.looks = total, 0, 0
@@ -52,14 +52,14 @@ class FakeGpu:
 
 @contextmanager
 def other_device() -> Iterator[None]:
-    """For a cache that is not on that GPU."""
+    """For a cache on another device."""
     with patch.object(watermarks, "free_gpu_memory", lambda device: None):
         yield
 
 
 @contextmanager
 def fake_gpu(total: int) -> Iterator[FakeGpu]:
-    """Let the CPU be a GPU of so many bytes for caches with `gpu_memory="auto"`."""
+    """Let the CPU be a GPU of `total` bytes for caches with `gpu_memory="auto"`."""
     gpu = FakeGpu(total)
     with (
         patch.object(watermarks, "free_gpu_memory", gpu.ask),
@@ -76,10 +76,10 @@ PAGE = 8 * (4 + 4) * 4
 
 
 class Conversation:
-    """A cache on a GPU, and one without a cap that sees the same."""
+    """A cache on a fake GPU, and one without a cap that gets the same tokens."""
 
     def __init__(self, gpu: FakeGpu, batch_size: int, prompt: int, seed: int = 0, **options: Any) -> None:
-        self.world = RandomKV.random(SHAPE, batch_size, prompt + 6 * LOOK_STEPS, seed)
+        self.kv = RandomKV.random(SHAPE, batch_size, prompt + 6 * LOOK_STEPS, seed)
         self.driver = CacheDriver(SHAPE, **OPTIONS, **options)
         self.gpu, self.length, self.prompt = gpu, 0, prompt
         gpu.caches.append(self.driver.cache)
@@ -98,9 +98,9 @@ class Conversation:
     def read(self, count: int) -> None:
         """One forward over more tokens."""
         start, self.length = self.length, self.length + count
-        outputs = self.driver.step(self.world, start, self.length)
+        outputs = self.driver.step(self.kv, start, self.length)
         with other_device():
-            others = self.expected.step(self.world, start, self.length)
+            others = self.expected.step(self.kv, start, self.length)
         for ours, expected in zip(outputs, others, strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
         self.cache.check_integrity()
@@ -116,5 +116,5 @@ class Conversation:
 
 
 def resident_batch_bytes(batch_size: int, tokens: int) -> int:
-    """Bytes of a batch that is resident."""
+    """GPU bytes of a batch whose pages are all resident."""
     return batch_size * -(-tokens // 256) * 32 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 5 * 4)

@@ -1,10 +1,12 @@
-"""What is done to a cache while memory runs out: one call of each kind, and how the same cache goes on afterwards.
+"""Calls that are made to fail: forwards and operations of each kind, and how the same cache continues afterwards.
 
     SCENARIOS: name -> Scenario(options, before, call, after)
 
     before    brings an empty cache to where the call begins
-    call      what is tried: a forward, or an operation on the cache; returns logits, or None
-    after     goes on from there: logits
+    call      the call that fails: a forward, or an operation on the cache; returns logits, or None
+    after     continues: logits
+
+    Rehearsal   caches on which one scenario is tried again and again
 
 Sizes: pages of 8, segments of 32 pages, so 256 tokens fill the first segment of a sequence and token 257 takes a new one.
 """
@@ -12,7 +14,9 @@ Sizes: pages of 8, segments of 32 pages, so 256 tokens fill the first segment of
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -23,16 +27,16 @@ from spin_hf import Bisection, SpinCache
 from spin_hf.indexing import summarize
 from tests.support.clustering_methods import Clumped, clustering_often
 from tests.support.memory import SMALL_ZONES
-from tests.support.zoo import random_tokens
+from tests.support.zoo import random_tokens, subject_model
 
 IDS = random_tokens(4, 400, seed=3)
 BUDGET: dict[str, Any] = {"method": "shadowkv", "budget": 48, **SMALL_ZONES}
-"""A budget that leaves tokens out, so that what is selected shows."""
+"""A budget that leaves tokens out, so that the selection matters."""
 
 
 @dataclass
 class Run:
-    """A cache, its model, and how far each sequence of `IDS` has been fed."""
+    """A cache, its model, the tokens of `IDS` that it holds, and of which rows."""
 
     model: Any
     cache: SpinCache
@@ -93,7 +97,7 @@ def padded(count: int, columns: slice, real_before: bool = False) -> Step:
 
 
 def layer_by_layer(step: Step) -> Step:
-    """As where temporary memory is for one layer at a time."""
+    """With temporary memory for one layer at a time."""
 
     def alone(run: Run) -> Any:
         with patch.object(summarize, "_BYTES_AT_ONCE", 1):
@@ -111,7 +115,7 @@ class Scenario:
 
     Attributes:
         forward: whether `call` is a forward of the model.
-        recodes: whether `call` makes pages int8, which stay so where it fails: what they hold is what it would be after it.
+        recodes: whether `call` converts pages to int8. Where it fails they stay int8, so contents are as after the call.
     """
 
     call: Step
@@ -121,6 +125,39 @@ class Scenario:
     family: str = "llama"
     forward: bool = True
     recodes: bool = False
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """Fresh caches for one scenario, each where its call begins.
+
+    Args:
+        from_model: whether caches are made with the model, or with its config.
+        tolerance: absolute, of logits behind a failure; pages may be summarised by another order of summation.
+    """
+
+    scenario: Scenario
+    from_model: bool = False
+    tolerance: float = 0.0
+
+    @cached_property
+    def model(self) -> Any:
+        return subject_model(self.scenario.family)
+
+    def fresh(self) -> Run:
+        """A new cache."""
+        options = {**BUDGET, **self.scenario.options}
+        run = Run(self.model, SpinCache(self.model if self.from_model else self.model.config, **options))
+        self.scenario.before(run)
+        return run
+
+    @cached_property
+    def base(self) -> Run:
+        return self.fresh()
+
+    def copy(self) -> Run:
+        """A copy of the same cache."""
+        return Run(self.base.model, deepcopy(self.base.cache), self.base.at, list(self.base.rows))
 
 
 _PAGED = {"gpu_memory": "200kB"}

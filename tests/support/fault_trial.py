@@ -1,15 +1,14 @@
-"""One injected failure: what must hold right after it, after a second one at the same place, and after going on.
+"""One injected failure: what must hold after it, after a second one at the same place, and when the cache continues.
 
-error       CapacityError for what the cache keeps, torch.OutOfMemoryError for what a forward computes with
+error       CapacityError for memory of the cache, torch.OutOfMemoryError for memory of a forward
 state       tokens, contents and integrity as before the call
-memory      what was allocated is gone, but for what a table of the cache may keep; nothing at all once the cache is gone
-retry       the same call, and those after it, equal a cache's that saw no failure: bit for bit
+memory      all new memory is free again, except small tables of the cache; all of it when the cache is gone
+retry       the same call and those after it equal a cache's that saw no failure, bit for bit
 """
 
 from __future__ import annotations
 
 import gc
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,50 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
-from tests.support.fault_scenarios import BUDGET, Run, Scenario
+from tests.support.fault_scenarios import Rehearsal, Run
 from tests.support.faults import Faults, SlabFaults
 from tests.support.refusals import refusal_of
-from tests.support.zoo import subject_model
 
 KEPT_BYTES = 40_000
-"""Of small tables that a failed call may leave in a cache which holds tokens: buffers of steps, tables of residency."""
+"""Small tables that a failed call may leave in a cache that holds tokens: buffers of steps, tables of page frames."""
 
 
-@dataclass
-class Trials:
+@dataclass(kw_only=True)
+class Trials(Rehearsal):
     """Failures of one scenario, each on a fresh copy of the cache."""
 
-    scenario: Scenario
     faults: Faults
     slabs: SlabFaults | None = None
-    from_model: bool = False
-    tolerance: float = 0.0
-
-    @cached_property
-    def model(self) -> Any:
-        return subject_model(self.scenario.family)
-
-    def fresh(self) -> Run:
-        options = {**BUDGET, **self.scenario.options}
-        run = Run(self.model, SpinCache(self.model if self.from_model else self.model.config, **options))
-        self.scenario.before(run)
-        return run
-
-    @cached_property
-    def base(self) -> Run:
-        return self.fresh()
 
     def copy(self) -> Run:
-        """Where the call begins."""
-        if not self.base.at:
-            return self.fresh()
-        return Run(self.base.model, deepcopy(self.base.cache), self.base.at, list(self.base.rows))
+        return super().copy() if self.base.at else self.fresh()
 
     @cached_property
     def expected(self) -> tuple[Any, Any]:
-        """What the call and those after it give where nothing fails; counts the points on the way."""
+        """Results of the call and of those after it where nothing fails; counts the points meanwhile."""
         run = self.copy()
         with self.faults.armed(None):
             called = self.scenario.call(run)
@@ -70,7 +47,7 @@ class Trials:
         return called, self.scenario.after(run)
 
     def fail(self, point: int, lasting: bool) -> str:
-        """Let one point fail; returns the place that did, or "" where the call did not get that far."""
+        """Let one point fail; returns its place in the code, or "" where the call has fewer points."""
         called, after = self.expected
         run = self.copy()
         before, held = snapshot(run), run.at
@@ -129,14 +106,14 @@ class Trials:
             return refusal_of(call)
 
     def _counted(self, run: Run, held: int) -> None:
-        """The forward failed behind its last layer, where a cache that was made from a config cannot see it."""
+        """The forward failed behind its last layer: a cache that was made from a config cannot see that."""
         assert not self.from_model
         run.cache.check_integrity()
         run.cache.crop(held - run.cache.get_seq_length())
 
 
 def frame_bytes(run: Run) -> int:
-    """Bytes of page frames and their tables, and of what layers share: new before a step fails."""
+    """Bytes of page frames, their tables, and tables that layers share: a step may make them before it fails."""
     frames = [layer.store.frames for layer in run.cache._shared.layers if layer.store is not None]
     sequences = run.cache._shared.sequences
     common = sum(sequences.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
@@ -144,7 +121,7 @@ def frame_bytes(run: Run) -> int:
 
 
 def recoded_bytes(run: Run) -> int:
-    """Bytes of pages, in the place of those that they were before."""
+    """Bytes of pages that replace those of the other layout."""
     homes = [layer.store.home for layer in run.cache._shared.layers if layer.store is not None]
     return sum(home.num_rows * home.row_bytes for home in homes)
 
@@ -172,7 +149,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float, what: str) -> None:
 
 
 def check_error(error: BaseException, place: str) -> None:
-    """The right type, and what was needed, found and to do."""
+    """The right type; a CapacityError says bytes and a remedy."""
     if isinstance(error, CapacityError):
         text = str(error)
         assert "bytes" in text, f"{text} after {place}"

@@ -1,8 +1,8 @@
-"""The decode kernels judged by float64: no worse than eager attention in the same dtype, whatever stands in unused memory.
+"""An error bound for decode kernels: as close to float64 as eager attention in the same dtype, whatever unused memory holds.
 
     expected   softmax in float64 (`tests/support/oracle.py`) over the tokens that its own ShadowKV or Quest picks
     allowed    the error that eager torch attention in the data's dtype makes on these tokens, `_ROUNDINGS`, and two epsilons of
-               float32 of the products that a score is the sum of: these grow with the scores, and one eager run is one sample
+               float32 of the largest sum of products of a score: rounding grows with scores, and one eager run is one sample
     poison     NaN in outputs, scratch, free page frames, unwritten places of pages, and summaries of unfinished pages
 
 `tests/backends/test_triton_float64.py` checks the interpreted kernels, `tests/gpu/test_float64.py` those of a GPU.
@@ -42,7 +42,7 @@ BOXES = Rules(budget=32, recent_window=8, quest=True)
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and the decode steps behind it, which are judged.
+    """A prompt, and the decode steps after it, which are checked.
 
     Attributes:
         sizes: tokens of each step.
@@ -56,7 +56,7 @@ class Case:
     lengths: tuple[int, ...] = (43,)
     sink_logits: tuple[float, ...] = ()
     int8_pages: bool = False
-    """Whether pages in the cpu tier are int8; keys and values are then such as that holds exactly."""
+    """Whether pages in the cpu tier are int8. Keys and values are then numbers that int8 holds exactly."""
 
     @property
     def prompt(self) -> int:
@@ -66,34 +66,34 @@ class Case:
         """[B, stop]"""
         return np.arange(stop) >= self.prompt - np.array(self.lengths)[:, None]
 
-    def world(self, seed: int, device: torch.device) -> RandomKV:
-        """Random data; where the budget leaves pages out, data whose pages are far apart."""
-        world = RandomKV.random(self.shape, len(self.lengths), self.prompt + sum(self.sizes), seed)
+    def kv(self, seed: int, device: torch.device) -> RandomKV:
+        """Random data; where the budget leaves pages out, data whose pages differ clearly."""
+        kv = RandomKV.random(self.shape, len(self.lengths), self.prompt + sum(self.sizes), seed)
         if self.rules.budget == SOME.budget:
-            world = _far_apart(world, seed, self.rules.page_size)
-        world = world.exact_in_int8() if self.int8_pages else world
-        return world.to(device, self.dtype)
+            kv = _far_apart(kv, seed, self.rules.page_size)
+        kv = kv.exact_in_int8() if self.int8_pages else kv
+        return kv.to(device, self.dtype)
 
 
-def _far_apart(world: RandomKV, seed: int, page_size: int) -> RandomKV:
-    """Pages along one direction, each 0.3 further than another, in any order; one has a key that points back."""
+def _far_apart(kv: RandomKV, seed: int, page_size: int) -> RandomKV:
+    """Pages along one direction, 0.3 apart, in random order; one of them has a key of the opposite direction."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    keys, queries, dim = world.keys[0], world.queries[0], world.shape.key_dim
+    keys, queries, dim = kv.keys[0], kv.queries[0], kv.shape.key_dim
     along = torch.randn((*keys.shape[:2], 1, dim), generator=generator)
     along /= along.norm(dim=-1, keepdim=True)
     num_pages = -(-keys.shape[2] // page_size)
     steps = torch.rand((*keys.shape[:2], num_pages), generator=generator).argsort(-1)
     far = (3 + 0.3 * steps).repeat_interleave(page_size, 2)[:, :, : keys.shape[2]].clone()
     far[:, :, 3 * page_size + 5] *= -1
-    strength = torch.linspace(0.7, 1.0, world.shape.group).repeat(world.shape.kv_heads)[:, None, None] * dim**0.5
-    query = strength * along.repeat_interleave(world.shape.group, 1) + 0.1 * queries
-    return replace(world, keys=[far.unsqueeze(-1) * along + 0.1 * keys], queries=[query])
+    strength = torch.linspace(0.7, 1.0, kv.shape.group).repeat(kv.shape.kv_heads)[:, None, None] * dim**0.5
+    query = strength * along.repeat_interleave(kv.shape.group, 1) + 0.1 * queries
+    return replace(kv, keys=[far.unsqueeze(-1) * along + 0.1 * keys], queries=[query])
 
 
 def check_against_float64(case: Case, device: torch.device, seed: int = 0, **options: Any) -> CacheDriver:
-    """Play the case; every output of its decode steps must be as near to float64 as eager attention."""
+    """Run the case: every output of its decode steps must be as close to float64 as eager attention."""
     int8 = case.rules.int8 or case.dtype.itemsize == 2
-    rules, world = replace(case.rules, scale=case.shape.key_dim**-0.5, int8=int8), case.world(seed, device)
+    rules, kv = replace(case.rules, scale=case.shape.key_dim**-0.5, int8=int8), case.kv(seed, device)
     sinks = torch.tensor(case.sink_logits, dtype=case.dtype, device=device) if case.sink_logits else None
     driver = CacheDriver(
         case.shape, softcap=rules.softcap, sink_logits=sinks, budget=rules.budget,
@@ -101,14 +101,14 @@ def check_against_float64(case: Case, device: torch.device, seed: int = 0, **opt
         num_sink_tokens=rules.num_sink_tokens, recent_window=rules.recent_window,
         summary_dtype="int8" if int8 else "auto", cpu_dtype="int8" if case.int8_pages else "auto", **options,
     )  # fmt: skip
-    _step(driver, world, case, 0, case.prompt)
+    _step(driver, kv, case, 0, case.prompt)
     layer, start, tokens = driver.cache.layers[0], case.prompt, []
     assert isinstance(layer, SpinLayer)
     for size in case.sizes:
         _poison(layer)
-        out = _step(driver, world, case, start, start + size)
+        out = _step(driver, kv, case, start, start + size)
         assert bool(out.isfinite().all())
-        tokens += _compare(case, rules, world, sinks, out, start)
+        tokens += _compare(case, rules, kv, sinks, out, start)
         start += size
     counted = layer.shared.counted()
     assert counted["QUERIES"] == len(tokens), "the kernels did not serve every query"
@@ -118,15 +118,15 @@ def check_against_float64(case: Case, device: torch.device, seed: int = 0, **opt
     return driver
 
 
-def _step(driver: CacheDriver, world: RandomKV, case: Case, start: int, stop: int) -> Tensor:
+def _step(driver: CacheDriver, kv: RandomKV, case: Case, start: int, stop: int) -> Tensor:
     """One forward, with a mask where prompts are padded: [B, tokens, heads, Dv]."""
-    valid = None if len(case.lengths) == 1 else torch.tensor(case.valid(stop), device=world.keys[0].device)
-    return driver.step(world, start, stop, valid)[0]
+    valid = None if len(case.lengths) == 1 else torch.tensor(case.valid(stop), device=kv.keys[0].device)
+    return driver.step(kv, start, stop, valid)[0]
 
 
-def _compare(case: Case, rules: Rules, world: RandomKV, sinks: Tensor | None, out: Tensor, start: int) -> list[int]:
-    """Judge outputs [B, Q, heads, Dv] of one step; returns how many tokens each query and KV head attends to."""
-    keys, values, queries = (part[0].double().cpu().numpy() for part in (world.keys, world.values, world.queries))
+def _compare(case: Case, rules: Rules, kv: RandomKV, sinks: Tensor | None, out: Tensor, start: int) -> list[int]:
+    """Check outputs [B, Q, heads, Dv] of one step; returns the number of tokens that each query and KV head attends to."""
+    keys, values, queries = (part[0].double().cpu().numpy() for part in (kv.keys, kv.values, kv.queries))
     actual, group, counts = out.double().cpu().numpy(), case.shape.group, []
     eps = torch.finfo(case.dtype).eps
     rounding = _ROUNDINGS[case.dtype] * eps
@@ -140,7 +140,7 @@ def _compare(case: Case, rules: Rules, world: RandomKV, sinks: Tensor | None, ou
             np.stack([attention(rules, keys[b, h], x, tokens, q, s) for q, s in zip(query, logits, strict=True)])
             for x in (values[b, h], abs(values[b, h]))
         )
-        rows = [world.queries[0][b, heads, position], world.keys[0][b, h, tokens], world.values[0][b, h, tokens]]
+        rows = [kv.queries[0][b, heads, position], kv.keys[0][b, h, tokens], kv.values[0][b, h, tokens]]
         eager = _eager(*rows, rules, None if sinks is None else sinks[heads]).double().cpu().numpy()
         products = abs(query) @ abs(keys[b, h, tokens]).T * rules.scale  # what the sum of a score may lose
         lost = 2 * torch.finfo(torch.float32).eps * products.max()
@@ -168,7 +168,7 @@ _NO_SCRATCH = (StepField.DIRECTORY, StepField.VALID, StepField.UPTO, StepField.O
 
 
 def _poison(layer: SpinLayer) -> None:
-    """Fill all that the next step must not read."""
+    """Fill all memory that the next step must not read."""
     store, sequences, step = layer.store, layer.shared.sequences, layer.kernels()
     assert store is not None
     assert step is not None

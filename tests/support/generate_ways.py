@@ -1,4 +1,4 @@
-"""Ways of `generate`, what they give with DynamicCache and with SpinCache, and when both count as the same.
+"""Ways to call `generate`, their results with DynamicCache and with SpinCache, and when both count as equal.
 
 Prompts of 100 tokens, padded on the left. See `test_generation.py`.
 """
@@ -32,7 +32,7 @@ class Way:
     """One way to use `generate`.
 
     Attributes:
-        run: what it returns for a model and a maker of caches: the outputs of its calls.
+        run: (name, model, maker of caches) -> outputs of its calls.
         rows, tokens: the largest batch that the cache holds in it.
     """
 
@@ -69,7 +69,7 @@ def once(lengths: list[int], **way: Any) -> Callable[..., list[Any]]:
 
 
 def _turns(name: str, model: PreTrainedModel, make: Callable[[], Cache]) -> list[Any]:
-    """A second question goes on with what the first one left in the cache."""
+    """A second question continues with the cache of the first one."""
     cache, inputs = make(), prompt(LENGTHS)
     first = generate(model, cache, inputs)
     question = prompt([11, 3, 7], seed=1)
@@ -111,13 +111,13 @@ RUNS = [(name, way) for name in GENERATING for way in WAYS if way != "images" or
 
 @functools.cache
 def expected(name: str, way: str) -> list[Any]:
-    """What DynamicCache gives."""
+    """The results with DynamicCache."""
     model = oracle_model(name)
     return WAYS[way].run(name, model, lambda: DynamicCache(config=model.config))
 
 
 def with_spin(name: str, way: str, **options: Any) -> tuple[list[Any], list[SpinCache]]:
-    """What SpinCache gives, and the caches."""
+    """The results with SpinCache, and the caches."""
     caches: list[SpinCache] = []
 
     def make() -> SpinCache:
@@ -128,14 +128,14 @@ def with_spin(name: str, way: str, **options: Any) -> tuple[list[Any], list[Spin
 
 
 def smallest(name: str, way: str, **options: Any) -> int:
-    """The least `gpu_memory` that is planned for a way."""
+    """The smallest `gpu_memory` that `plan` allows for a way."""
     size = WAYS[way]
     planned = plan(subject_model(name), batch_size=size.rows, context_length=size.tokens, **options)
     return planned.smallest_gpu_memory
 
 
 def assert_same(ours: list[Any], theirs: list[Any]) -> None:
-    """The same logits in every step up to the first in which another token was chosen of nearly equal ones; so tokens too."""
+    """Equal logits in every step, and equal tokens, up to a step in which two tokens are nearly equally likely."""
     for call, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.sequences.shape == other.sequences.shape
         first = mine.sequences.shape[1] - len(other.logits)
@@ -158,7 +158,7 @@ def assert_same(ours: list[Any], theirs: list[Any]) -> None:
 
 
 def _assert_tie(logits: Tensor, ours: Tensor, theirs: Tensor) -> None:
-    """Where tokens differ they were equally good."""
+    """Where tokens differ, their logits are nearly equal."""
     for row in (ours != theirs).nonzero().flatten().tolist():
         gap = float((logits[row, ours[row]] - logits[row, theirs[row]]).abs() / logits[row].abs().max())
         assert gap <= 2 * RELATIVE_TOLERANCE, f"row {row} chose token {int(ours[row])}, not {int(theirs[row])}"

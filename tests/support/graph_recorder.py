@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU: what is recorded runs again at every replay, into the same outputs."""
+"""Replaces CUDA graphs on the CPU: the recorded function runs again at every replay, into the same outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.cluster_by_formulas import cluster_by_formulas
 
 
 class FakeRecorder:
-    """Records by running, so the first replay has nothing to do."""
+    """Recording runs the function, so the first replay does nothing."""
 
     replays = 0
 
@@ -35,7 +35,7 @@ class FakeRecorder:
 
 
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
-    """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
+    """Run interpreted kernels on the CPU, and capture the steps of every cache that is made from a model."""
     from spin_hf.kernels import launchers  # needs triton
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers.launchers)

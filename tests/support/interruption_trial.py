@@ -1,52 +1,23 @@
-"""One Ctrl-C in the middle of a call: what must hold behind it.
+"""One Ctrl-C in the middle of a call: what must hold after it.
 
 state      all of the call has happened or nothing: tokens, sequences, contents; integrity
-going on   the call again (if nothing happened) and those after it give what a cache gives that saw no interruption
+retry      the call again (if nothing happened) and those after it equal a cache's that saw no interruption
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spin_hf import SpinCache
-from tests.support.fault_scenarios import BUDGET, Run, Scenario
+from tests.support.fault_scenarios import Rehearsal, Run
 from tests.support.interruptions import Line, interrupted, lines_of
-from tests.support.zoo import subject_model
 
 
-@dataclass
-class Interruptions:
-    """Interruptions of one scenario, each on a fresh copy of the cache.
-
-    Args:
-        from_model: whether the cache is made with the model, or with its config.
-        tolerance: of logits behind the interruption; pages may be summarised by another order of summation.
-    """
-
-    scenario: Scenario
-    from_model: bool = False
-    tolerance: float = 0.0
-
-    @cached_property
-    def model(self) -> Any:
-        return subject_model(self.scenario.family)
-
-    @cached_property
-    def base(self) -> Run:
-        options = {**BUDGET, **self.scenario.options}
-        run = Run(self.model, SpinCache(self.model if self.from_model else self.model.config, **options))
-        self.scenario.before(run)
-        return run
-
-    def copy(self) -> Run:
-        """Where the call begins."""
-        return Run(self.base.model, deepcopy(self.base.cache), self.base.at, list(self.base.rows))
+class Interruptions(Rehearsal):
+    """Interruptions of one scenario, each on a fresh copy of the cache."""
 
     @cached_property
     def lines(self) -> list[Line]:
@@ -60,7 +31,7 @@ class Interruptions:
         return lines
 
     def at_line(self, number: int, again: int | None = None) -> Line | None:
-        """Interrupt before line `number`; and, where that is given, what comes next before its line `again`."""
+        """Interrupt the call before its line `number`; with `again`, also the next call before its line `again`."""
         assert self.lines
         run = self.copy()
         began = contents(run)

@@ -1,4 +1,4 @@
-"""Arrays that grow by little, as the caches of tiny models are small."""
+"""Arrays that grow in small steps, as the caches of tiny models are small."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from spin_hf.storage import page_store
 
 
 def segment_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have arrays in GPU memory grow by a segment at a time."""
+    """Let arrays in GPU memory grow by one segment at a time."""
     monkeypatch.setattr(page_store, "_GPU_CHUNK_BYTES", 1)
     monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 1)

@@ -1,4 +1,4 @@
-"""What tests of steps replayed on trust share: graphs that are worse than real ones when they are stale, and a small model."""
+"""For tests of optimistic replay: graphs that are worse than real ones when they are stale, and a small model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 
 
 
 class StaleRecorder(FakeRecorder):
-    """What was recorded before `age` grew is stale: a replay writes wrong keys and values, and returns NaN."""
+    """A graph is stale if `now` has grown since it was recorded. Its replay writes wrong keys and values, and returns NaN."""
 
     now = 0
     model: Any = None

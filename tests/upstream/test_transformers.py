@@ -1,6 +1,6 @@
-"""transformers' own generation tests with the cache swapped in: none fails that does not fail with DynamicCache.
+"""transformers' own generation tests with the cache replaced: none fails that does not fail with DynamicCache.
 
-Each file runs in a process of its own, with `tests/support/upstream/swapped.py` as a plugin. See `conftest.py` for the command.
+Each file runs in a process of its own, with `tests/support/upstream/swapped.py` as a plugin. `conftest.py` has the command.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Bisection against an oracle in float64, written from its documentation.
 
-    rate       log of tokens * exp(scale * q . mean); for the 8 x budget best by the shares of that, and what is in the
-               same 64th of a nat as the last of them, log of the sum over their tokens of exp(scale * q . (mean + four bits));
-               shares among all candidates and sinks, which are rated in both ways, summed over the group
-    estimate   every other page: tokens * exp(scale * q . mean key), mean value; what was looked at by the weight that came of
-               that, if it is between once and exp(4) times as much
+    rate       log of tokens * exp(scale * q . mean). The 8 x budget pages with the highest probabilities, and those in the same
+               64th of a nat as the last of them, are reranked: log of the sum over their tokens of exp(scale * q . (mean + four
+               bits)). Probabilities are among all candidates and sinks, by the same rating, summed over the group.
+    estimate   every other page: tokens * exp(scale * q . mean key), mean value. The weight of a reranked page is that of its
+               rating, limited to between once and exp(4) times the estimate.
 
-The mean of keys has eight bits everywhere.
-
-Where the tokens stand is read back from the cache.
+The mean of keys has eight bits everywhere. The tokens of each page are read back from the cache.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ def page_of(contents: bytes, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_eight_bits(vector: np.ndarray) -> np.ndarray:
-    """Whole numbers up to 127 times one unit."""
+    """Integers up to 127 times one step."""
     unit = float(np.abs(vector).max()) / 127
     levels = vector / unit
     if np.abs(np.abs(levels - np.floor(levels)) - 0.5).min() < 1e-4:
@@ -97,7 +95,7 @@ def best(scores: dict[int, float], count: int) -> list[int]:
 
 
 def down_to(scores: dict[int, float], count: int, group: int) -> list[int]:
-    """The best, and those whose mean share lies in the same of 64 steps of a nat as the last of them."""
+    """The best pages, and those whose mean probability is in the same of 64 steps of a nat as the last of them."""
     steps = {page: -64 * math.log(score / group) for page, score in scores.items()}
     order = sorted(steps, key=lambda page: steps[page])
     edge = math.floor(steps[order[min(count, len(order)) - 1]]) + 1
@@ -149,8 +147,8 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
 @pytest.mark.parametrize(("group", "looked_at"), [(1, 1), (1, 4), (3, 2)])
 def test_choice_and_estimate(group: int, looked_at: int) -> None:
     def run(seed: int) -> None:
-        world = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = compare_with_clustered_oracle(expect, Small(looked_at), world, RULES, single_steps(182, 186))
+        kv = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
+        driver = compare_with_clustered_oracle(expect, Small(looked_at), kv, RULES, single_steps(182, 186))
         assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
@@ -158,16 +156,16 @@ def test_choice_and_estimate(group: int, looked_at: int) -> None:
 
 
 @pytest.mark.parametrize("length", [0.2, 6.0])
-def test_bounds_of_what_a_close_look_adds(length: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_of_what_a_rerank_adds(length: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """With short keys four bits err by more than tokens of a page differ; with long ones these differ by many nats."""
     found: list[float] = []
     monkeypatch.setitem(globals(), "bounded", lambda more, bound=bounded: (found.append(more), bound(more))[1])
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(layers=1), 1, 190, seed)
-        for keys in world.keys:
+        kv = random_pages(Shape(layers=1), 1, 190, seed)
+        for keys in kv.keys:
             keys *= length
-        compare_with_clustered_oracle(expect, Small(4), world, RULES, single_steps(182, 185))
+        compare_with_clustered_oracle(expect, Small(4), kv, RULES, single_steps(182, 185))
 
     without_near_ties(run)
     assert min(found) < 0 if length < 1 else max(found) > 4
@@ -187,30 +185,30 @@ def test_growing_padded_in_several_queries() -> None:
 
 
 def test_rows_of_other_lengths_without_sinks() -> None:
-    """A share of the context: short rows look at fewer pages. Page 0 is a candidate, and has to be rated like any other."""
+    """The budget is a fraction of the context: short rows rerank fewer pages. Page 0 is a candidate like any other."""
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(group=1), 3, 130, seed)
-        world.keys[0][:, :, :4] *= 0.3
-        world.queries[0][:, :, 120:] += 4 * world.keys[0][:, :, 3:4]  # page 0 is wanted
+        kv = random_pages(Shape(group=1), 3, 130, seed)
+        kv.keys[0][:, :, :4] *= 0.3
+        kv.queries[0][:, :, 120:] += 4 * kv.keys[0][:, :, 3:4]  # page 0 is wanted
         valid = torch.arange(130) >= torch.tensor([[0], [60], [0]])
         valid[2, 30:90] = False
         rules = Rules(budget=0.15, num_sink_tokens=0, recent_window=10)
-        compare_with_clustered_oracle(expect, Small(2), world, rules, single_steps(124, 130, valid))
+        compare_with_clustered_oracle(expect, Small(2), kv, rules, single_steps(124, 130, valid))
 
     without_near_ties(run)
 
 
 def test_paged_softcap_and_sinks() -> None:
     def run(seed: int) -> None:
-        world, sinks = random_pages(Shape(kv_heads=1, key_dim=6), 2, 200, seed), torch.tensor([0.5, 2.0])
+        kv, sinks = random_pages(Shape(kv_heads=1, key_dim=6), 2, 200, seed), torch.tensor([0.5, 2.0])
         rules, steps = Rules(budget=0.2, recent_window=10, softcap=1.5), single_steps(194, 200)
 
         def with_cap(cap: int) -> None:
-            compare_with_clustered_oracle(expect, Small(), world, rules, steps, sinks, gpu_memory=cap)
+            compare_with_clustered_oracle(expect, Small(), kv, rules, steps, sinks, gpu_memory=cap)
 
         driver = compare_with_clustered_oracle(
-            expect, Small(), world, rules, steps, sinks, gpu_memory=smallest_gpu_memory(with_cap)
+            expect, Small(), kv, rules, steps, sinks, gpu_memory=smallest_gpu_memory(with_cap)
         )
         assert driver.cache.stats().evictions > 0
 
@@ -280,7 +278,7 @@ def test_what_is_wanted_together_lies_together() -> None:
 
 
 def halved(points: np.ndarray, rows: list[int]) -> list[int]:
-    """A dozen lines for `bisect`: the same axis, one part at a time."""
+    """The specification of `bisect` in a dozen lines: the same axis, one half at a time."""
     if len(rows) <= 8:
         return rows
     x = points[rows] - points[rows].mean(0)
@@ -301,7 +299,7 @@ def halved(points: np.ndarray, rows: list[int]) -> list[int]:
 @pytest.mark.parametrize("count", [8, 16, 24, 56, 72, 400])
 @pytest.mark.parametrize("dim", [5, 40])
 def test_bisect(count: int, dim: int) -> None:
-    """Parts of more tokens than channels, and of fewer."""
+    """Halves of more tokens than channels, and of fewer."""
     stretch = torch.logspace(0.5, -0.7, dim)  # axes of different lengths, so that there is a first one
     points = torch.randn((3, count, dim), generator=torch.Generator().manual_seed(count)) * stretch
     order = bisect(points, 8)
@@ -346,9 +344,9 @@ def test_codes_are_kept_as_they_are() -> None:
     """Also where vectors become int8: bytes of codes and bfloat16 scales, and the budget knows their size."""
     from tests.support.cache_driver import CacheDriver
 
-    world = random_pages(Shape(key_dim=6), 1, 100, 0)
-    driver = CacheDriver(world.shape, method=Small(), budget=16, recent_window=10, summary_dtype="int8")
-    driver.step(world, 0, 100)
+    kv = random_pages(Shape(key_dim=6), 1, 100, 0)
+    driver = CacheDriver(kv.shape, method=Small(), budget=16, recent_window=10, summary_dtype="int8")
+    driver.step(kv, 0, 100)
     store = driver.cache.layers[0].store
     kept = {name: summary.values.dtype for name, summary in store.summaries.items()}
     assert kept == {"mean": torch.int8, "value": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Quest against the oracle: boxes of pages of 16 tokens, the first layers whole."""
+"""Quest against the oracle: boxes of pages of 16 tokens, dense first layers."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def test_padding_in_the_middle_of_pages_several_queries_and_a_share() -> None:
         valid[0, 33:70], valid[1, ::3], valid[2, :21] = False, False, False
         valid[1, 120:] = True
         for rules in (RULES, replace(RULES, budget=0.3)):
-            world = random_pages(Shape(), 3, 150, seed)
-            compare_with_oracle(world, rules, [(stop, valid[:, :stop]) for stop in (130, 131, 135, 150)])
+            kv = random_pages(Shape(), 3, 150, seed)
+            compare_with_oracle(kv, rules, [(stop, valid[:, :stop]) for stop in (130, 131, 135, 150)])
 
     without_near_ties(run)
 
 
 def test_paged() -> None:
     def run(seed: int) -> None:
-        world = random_pages(Shape(kv_heads=1), 2, 200, seed)
-        driver = compare_with_oracle(world, RULES, single_steps(180, 200), gpu_memory=22_000)
+        kv = random_pages(Shape(kv_heads=1), 2, 200, seed)
+        driver = compare_with_oracle(kv, RULES, single_steps(180, 200), gpu_memory=22_000)
         assert driver.cache.stats().evictions > 0
 
     without_near_ties(run)

@@ -1,11 +1,11 @@
-"""RetroInfer against an oracle in float64: clusters read back from the cache, all else from its documentation.
+"""RetroInfer against an oracle in float64. Clusters are read back from the cache, all else is from its documentation.
 
-zones      as for every method, by pages that were not regrouped
-rows       a page's key and value are the means over the tokens of its cluster; a page not regrouped is a cluster by itself
+zones      as for every method, by pages that are not clustered
+rows       a page's key and value are the means over the tokens of its cluster; a page not clustered is a cluster by itself
 score      of a page: log of the sum over the group of softmax over all candidate pages (scale * q . mean key)
-choice     the highest scores up to the budget, equal ones by page number
-estimate   depth of a page: log of the group's size, less its score, in whole steps of 1/64. The budget and ceil(share * pages)
-           more make the zone, by depth; whoever is as deep as the last of it belongs to it; those not chosen are estimated:
+selection  the highest scores up to the budget; equal scores by page number
+estimate   depth of a page: log of the group's size, minus its score, in steps of 1/64. The budget and ceil(fraction * pages)
+           more pages make the zone, by depth; all pages as deep as its last one belong to it. Those not selected are estimated:
                tokens of the page * exp(scale * q . mean key) is their weight, the mean value their value
 """
 
@@ -97,10 +97,8 @@ def zone_of(depth: dict[int, float], room: int, share: float) -> list[int]:
 @pytest.mark.parametrize("share", [0.0, 0.232, 1.0])
 def test_choice_and_estimate(group: int, share: float) -> None:
     def run(seed: int) -> None:
-        world = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = compare_with_clustered_oracle(
-            expect, Small(estimated_share=share), world, RULES, single_steps(180, 190)
-        )
+        kv = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
+        driver = compare_with_clustered_oracle(expect, Small(estimated_share=share), kv, RULES, single_steps(180, 190))
         assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
@@ -121,7 +119,7 @@ def test_incremental_clusters() -> None:
 
 @pytest.mark.parametrize("budget", [8, 30, 64, 0.1, 0.5])
 def test_budgets(budget: int | float) -> None:
-    """Budgets that cut clusters, and shares of the context."""
+    """Budgets that cut clusters, and fractions of the context."""
 
     def run(seed: int) -> None:
         rules = Rules(budget=budget, num_sink_tokens=2, recent_window=12)
@@ -148,41 +146,41 @@ def test_padding_several_queries_and_many() -> None:
 
 
 def test_a_mask_that_changes_and_crops() -> None:
-    """Into a stretch, into the recent window, and on with other tokens."""
+    """Crops into a span and into the recent window, then other tokens."""
 
     def run(seed: int) -> None:
-        world, other = (random_pages(Shape(), 2, 180, seed + offset) for offset in (0, 500))
+        kv, other = (random_pages(Shape(), 2, 180, seed + offset) for offset in (0, 500))
         rules = Rules(**(vars(RULES) | {"scale": Shape().key_dim ** -0.5}))
         driver = CacheDriver(Shape(), method=Small(), budget=24, num_sink_tokens=4, recent_window=10)
-        compare_step(expect, driver, world, rules, 0, 150, None)
-        compare_step(expect, driver, world, rules, 150, 151, None)
+        compare_step(expect, driver, kv, rules, 0, 150, None)
+        compare_step(expect, driver, kv, rules, 150, 151, None)
         assert span_ends(driver)
         valid = torch.ones((2, 180), dtype=torch.bool)
         valid[1, 50:53] = False
-        compare_step(expect, driver, world, rules, 151, 153, valid[:, :153])
+        compare_step(expect, driver, kv, rules, 151, 153, valid[:, :153])
         driver.step(other, 153, 160, valid[:, :160])
         driver.cache.crop(-7)
-        compare_step(expect, driver, world, rules, 153, 154, valid[:, :154])
+        compare_step(expect, driver, kv, rules, 153, 154, valid[:, :154])
         driver.step(other, 154, 158, valid[:, :158])
         driver.cache.crop(-60)
-        compare_step(expect, driver, other_after(world, other, 98), rules, 98, 99, valid[:, :99])
+        compare_step(expect, driver, other_after(kv, other, 98), rules, 98, 99, valid[:, :99])
         for at in range(99, 150):
-            compare_step(expect, driver, other_after(world, other, 98), rules, at, at + 1, valid[:, : at + 1])
+            compare_step(expect, driver, other_after(kv, other, 98), rules, at, at + 1, valid[:, : at + 1])
         assert span_ends(driver)[-1] * 8 > 98
 
     without_near_ties(run)
 
 
-def other_after(world: RandomKV, other: RandomKV, length: int) -> RandomKV:
-    """`world` up to `length`, then `other`."""
+def other_after(kv: RandomKV, other: RandomKV, length: int) -> RandomKV:
+    """`kv` up to `length`, then `other`."""
 
     def join(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.cat([x[:, :, :length], y[:, :, length:]], 2) for x, y in zip(ours, theirs, strict=True)]
 
     keys, values, queries = (
-        join(x, y) for x, y in ((world.keys, other.keys), (world.values, other.values), (world.queries, other.queries))
+        join(x, y) for x, y in ((kv.keys, other.keys), (kv.values, other.values), (kv.queries, other.queries))
     )
-    return RandomKV(world.shape, keys, values, queries)
+    return RandomKV(kv.shape, keys, values, queries)
 
 
 def test_score_bins() -> None:
@@ -192,14 +190,14 @@ def test_score_bins() -> None:
 
 def test_paged() -> None:
     def run(seed: int) -> None:
-        world = random_pages(Shape(kv_heads=1), 2, 200, seed)
+        kv = random_pages(Shape(kv_heads=1), 2, 200, seed)
         steps = single_steps(190, 200)
 
         def with_cap(cap: int) -> None:
-            compare_with_clustered_oracle(expect, Small(), world, RULES, steps, gpu_memory=cap)
+            compare_with_clustered_oracle(expect, Small(), kv, RULES, steps, gpu_memory=cap)
 
         driver = compare_with_clustered_oracle(
-            expect, Small(), world, RULES, steps, gpu_memory=smallest_gpu_memory(with_cap)
+            expect, Small(), kv, RULES, steps, gpu_memory=smallest_gpu_memory(with_cap)
         )
         assert driver.cache.stats().evictions > 0
 
@@ -218,14 +216,14 @@ def test_softcap_and_attention_sinks() -> None:
 
 
 def test_int8_summaries_estimate_nearly_the_same() -> None:
-    world = random_pages(Shape(), 1, 200, 0)
+    kv = random_pages(Shape(), 1, 200, 0)
     outputs = []
     for dtype in ("model", "int8"):
         driver = CacheDriver(
-            world.shape, method=Small(estimated_share=1.0), budget=80, recent_window=10, summary_dtype=dtype
+            kv.shape, method=Small(estimated_share=1.0), budget=80, recent_window=10, summary_dtype=dtype
         )
-        driver.step(world, 0, 199)
-        outputs.append(driver.step(world, 199, 200)[0])
+        driver.step(kv, 0, 199)
+        outputs.append(driver.step(kv, 199, 200)[0])
         driver.cache.check_integrity()
     assert 0 < float((outputs[0] - outputs[1]).abs().max()) < 0.05
 
@@ -234,9 +232,9 @@ def test_the_estimate_brings_the_output_nearer() -> None:
     """Keys and values in topics, somewhat as a model's are: at the same budget the error falls by a third, and more."""
     shape = Shape(kv_heads=2, group=2)
     generator = torch.Generator().manual_seed(0)
-    world = RandomKV.random(shape, 1, 401, 0, peak=1.0)
+    kv = RandomKV.random(shape, 1, 401, 0, peak=1.0)
     topics = torch.randint(0, 20, (401,), generator=generator)
-    for states in (world.keys[0], world.values[0]):
+    for states in (kv.keys[0], kv.values[0]):
         states.mul_(0.3).add_(torch.randn((1, 2, 20, 8), generator=generator)[:, :, topics])
     errors = []
     for share in (0.0, 0.232, 1.0):
@@ -244,8 +242,8 @@ def test_the_estimate_brings_the_output_nearer() -> None:
         for budget in (32, 1000):
             driver = CacheDriver(shape, method=Whole(estimated_share=share), budget=budget, recent_window=10)
             with torch.no_grad():
-                driver.step(world, 0, 400)
-                outputs.append(driver.step(world, 400, 401)[0])
+                driver.step(kv, 0, 400)
+                outputs.append(driver.step(kv, 400, 401)[0])
         errors.append(float((outputs[0] - outputs[1]).norm() / outputs[1].norm()))
     assert errors[0] > 1.5 * errors[1] > 0
     assert errors[1] > 1.5 * errors[2] > 0
@@ -276,7 +274,7 @@ def test_clusters_are_whole_pages(count: int, cluster_tokens: int) -> None:
 
 
 def test_rows_do_not_disturb_each_other() -> None:
-    """Stretches are arranged together as they are by themselves."""
+    """Spans that are clustered together give what they give alone."""
     points = unit(torch.randn((5, 400, 6), generator=torch.Generator().manual_seed(4)).double())
     together = fill_clusters(points, 16, 8)
     for row in range(5):

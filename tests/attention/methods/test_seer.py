@@ -67,9 +67,9 @@ def test_padding_left_and_in_the_middle_several_queries_and_a_share(tmp_path: Pa
         valid[0, 33:90], valid[1, ::3], valid[2, :41] = False, False, False
         valid[1, 260:] = True
         for rules in (base, replace(base, budget=0.3)):
-            world = random_pages(shape, 3, 300, seed)
+            kv = random_pages(shape, 3, 300, seed)
             steps = [(stop, valid[:, :stop]) for stop in (270, 271, 277, 300)]
-            compare_with_oracle(world, rules, steps, method=method_of(rules, tmp_path))
+            compare_with_oracle(kv, rules, steps, method=method_of(rules, tmp_path))
 
     without_near_ties(run)
 
@@ -90,9 +90,9 @@ def test_paged(tmp_path: Path) -> None:
     rules = rules_for(Shape(kv_heads=1), tmp_path)
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(kv_heads=1), 2, 420, seed)
+        kv = random_pages(Shape(kv_heads=1), 2, 420, seed)
         driver = compare_with_oracle(
-            world, rules, single_steps(400, 420), method=method_of(rules, tmp_path), gpu_memory=40_000
+            kv, rules, single_steps(400, 420), method=method_of(rules, tmp_path), gpu_memory=40_000
         )
         assert driver.cache.stats().evictions > 0
 
@@ -107,8 +107,8 @@ def test_threshold(threshold: float, tmp_path: Path) -> None:
     counts = []
 
     def run(seed: int) -> None:
-        world = random_pages(Shape(), 1, 410, seed)
-        driver = compare_with_oracle(world, rules, single_steps(400, 410), method=method_of(rules, tmp_path))
+        kv = random_pages(Shape(), 1, 410, seed)
+        driver = compare_with_oracle(kv, rules, single_steps(400, 410), method=method_of(rules, tmp_path))
         counts.append(driver.cache.stats().attended_tokens)
 
     without_near_ties(run)
@@ -119,7 +119,7 @@ def test_crop_and_append_again(tmp_path: Path) -> None:
     """Other tokens were there for a while and indexed; with padding, so that positions are rolled back too."""
     shape = Shape(layers=2)
     method = method_of(rules_for(shape, tmp_path), tmp_path)
-    world, other = random_pages(shape, 2, 300, 0), random_pages(shape, 2, 300, 1)
+    kv, other = random_pages(shape, 2, 300, 0), random_pages(shape, 2, 300, 1)
     valid = torch.ones((2, 300), dtype=torch.bool)
     valid[0, :45], valid[1, 70:80] = False, False
     holes = valid.clone()
@@ -127,30 +127,30 @@ def test_crop_and_append_again(tmp_path: Path) -> None:
     options: dict[str, Any] = dict(method=method, budget=64, num_sink_tokens=4, recent_window=10)
 
     def rest(driver: CacheDriver) -> Tensor:
-        outputs = [driver.step(world, at, at + 1, valid[:, : at + 1])[-1] for at in range(200, 300)]
+        outputs = [driver.step(kv, at, at + 1, valid[:, : at + 1])[-1] for at in range(200, 300)]
         driver.cache.check_integrity()
         return torch.cat(outputs, 1)
 
     straight, cropped = CacheDriver(shape, **options), CacheDriver(shape, **options)
-    straight.step(world, 0, 200, valid[:, :200])
-    cropped.step(world, 0, 200, valid[:, :200])
+    straight.step(kv, 0, 200, valid[:, :200])
+    cropped.step(kv, 0, 200, valid[:, :200])
     cropped.step(other, 200, 260, holes[:, :260])
     cropped.cache.crop(-60)
     assert float((rest(cropped) - rest(straight)).abs().max()) <= 2e-6
 
 
 def test_a_cache_that_was_reset(tmp_path: Path) -> None:
-    """Positions are kept for the next batch too, which has padding where the first had none."""
+    """The next batch has positions of its own, with padding where the first had none."""
     shape = Shape(kv_heads=1)
-    world = random_pages(shape, 2, 120, 0)
+    kv = random_pages(shape, 2, 120, 0)
     valid = torch.ones((2, 120), dtype=torch.bool)
     valid[0, :21] = False
     options: dict[str, Any] = dict(method=method_of(rules_for(shape, tmp_path), tmp_path), budget=32, recent_window=10)
     used, fresh = CacheDriver(shape, **options), CacheDriver(shape, **options)
-    used.step(world, 0, 100)
+    used.step(kv, 0, 100)
     used.cache.reset()
     for start, stop in ((0, 110), (110, 111), (111, 120)):
-        ours, theirs = (driver.step(world, start, stop, valid[:, :stop])[0] for driver in (used, fresh))
+        ours, theirs = (driver.step(kv, start, stop, valid[:, :stop])[0] for driver in (used, fresh))
         assert torch.equal(ours, theirs)
 
 
@@ -159,21 +159,21 @@ def test_positions_stay_when_tokens_before_become_padding(tmp_path: Path) -> Non
     shape = Shape(kv_heads=1, group=1)
     seer = rules_for(shape, tmp_path).seer
     assert seer is not None
-    world = random_pages(shape, 1, 128, 0)
+    kv = random_pages(shape, 1, 128, 0)
     driver = CacheDriver(shape, method=SeerAttention(tmp_path), budget=64, recent_window=10)
-    driver.step(world, 0, 127)
+    driver.step(kv, 0, 127)
     mask = torch.ones((1, 128), dtype=torch.bool)
     mask[0, 5:20] = False
-    driver.step(world, 127, 128, mask)
+    driver.step(kv, 127, 128, mask)
     driver.cache.check_integrity()
     held = driver.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1]  # tokens 32 to 63, all of them real
 
     whole = CacheDriver(shape, method=SeerAttention(tmp_path), budget=64, recent_window=10)
-    whole.step(world, 0, 128)
+    whole.step(kv, 0, 128)
     whole.cache.check_integrity()  # a prompt's pages are summarised by whoever looks next
     assert torch.allclose(held, whole.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-5)
     counted = CacheDriver(shape, method=SeerAttention(tmp_path), budget=64, recent_window=10)
-    counted.step(world, 0, 128, mask)
+    counted.step(kv, 0, 128, mask)
     counted.cache.check_integrity()
     assert not torch.allclose(held, counted.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-2)
 
@@ -322,11 +322,11 @@ def test_the_file_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_other_files_under_the_same_name_are_read_again(tmp_path: Path) -> None:
-    world = RandomKV.random(Shape(), 1, 100, 0)
+    kv = RandomKV.random(Shape(), 1, 100, 0)
 
     def summary() -> Tensor:
         driver = CacheDriver(Shape(), method=SeerAttention(tmp_path), budget=32)
-        driver.step(world, 0, 100)
+        driver.step(kv, 0, 100)
         return driver.cache._shared.layers[0].store.summary("gate_key")[:, :, :3]
 
     rules_for(Shape(), tmp_path, seed=0)

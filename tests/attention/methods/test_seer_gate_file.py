@@ -1,6 +1,6 @@
-"""Files of gates that are damaged, made for something else or made to do harm: each is refused, with what to do instead.
+"""Files of gates that are damaged, made for another model or made to do harm: each is refused, and the error says what to do.
 
-Nothing is allocated or launched for them; what was read before stays what it was.
+Nothing is allocated or launched for them. Gates that were read before do not change.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def test_shapes(change: Callable[[dict[str, Tensor]], Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("sizes", [(2, 1, 8), (2, 3, 8), (2, 64, 8), (4, 2, 8), (1, 4, 8), (2, 2, 16), (2, 2, 4)])
 def test_gates_whose_matrices_are_for_another_model(sizes: tuple[int, int, int], tmp_path: Path) -> None:
-    """What the file says of its model fits; the kernel would read queries of another group, or past them."""
+    """The metadata fit, the matrices do not: the kernel would read queries of another group, or past them."""
     random_gates(SHAPE.config(), 2, *sizes, tmp_path)
     words = r"layer 0: expected a gate for 2 KV heads with 2 query heads each, of 8 numbers, got one for"
     for make in (
@@ -249,10 +249,10 @@ def test_where_the_config_does_not_say(
         OptionError, match="layer 0: expected a gate for 2 KV heads with 2 query heads each, of 8 numbers"
     ):
         bound.kernel_queries(states, torch.zeros(1, dtype=torch.int64), 0)
-    world = RandomKV.random(SHAPE, 1, 121, 0)
+    kv = RandomKV.random(SHAPE, 1, 121, 0)
     with pytest.raises(OptionError, match=r"expected (a gate|gates) for 2 KV heads"):
-        driver.step(world, 0, 120)
-        driver.step(world, 120, 121)
+        driver.step(kv, 0, 120)
+        driver.step(kv, 120, 121)
 
 
 # ------------------------------------------------------------------------------------------------------------------ paths

@@ -59,7 +59,7 @@ def test_errors_of_the_system(number: int, message: str, tmp_path: Path, monkeyp
 
 
 def settled(file: Path, seconds: int = 100) -> None:
-    """As if the file had been written long ago; its inode's time cannot be set, so the clock goes on instead."""
+    """Make the file look old. The time of its inode cannot be set, so tests move the clock forward instead."""
     then = time.time_ns() - seconds * 10**9
     os.utime(file, ns=(then, then))
 
@@ -88,7 +88,7 @@ def rewritten(file: Path, number: float) -> None:
 def test_another_file_of_the_same_size_and_time(
     change: Callable[[Path, float], None], old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moved over it or written into it, its times put back; just made, or read when it was old and kept."""
+    """A file is replaced or rewritten, with the same times; just made, or old and cached."""
     file, now = good_gates(tmp_path), time.time_ns
     settled(file)
     before = file.stat()

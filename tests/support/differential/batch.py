@@ -1,11 +1,11 @@
-"""What a batch is made of, beside the caches: tokens, which of them count, and where a new mask may change that.
+"""The tokens of a batch, which of them are real, and new masks that change that.
 
     Batch   ids [B, L]      tokens held
-            valid [B, L]    those that the last mask let count
-            fed [B, L]      those that counted when they came: only their keys are anybody's business
+            valid [B, L]    real tokens by the last mask
+            fed [B, L]      tokens that were real when they came: only their keys are compared
 
-A token that was padding when it came never counts later: what attention yields for a padded query is undefined. A token that
-counted may be hidden and shown again.
+A token that was padding when it came never becomes real later: attention of a padded query is undefined. A token that was real
+may be hidden and shown again.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Batch:
         return Batch(self.ids[rows], self.valid[rows], self.fed[rows])
 
     def with_other_holes(self, dice: random.Random) -> Batch:
-        """Some tokens that counted when they came are hidden, others are shown again."""
+        """Some tokens that were real when they came are hidden, others are shown again."""
         flips = torch.rand(self.valid.shape, generator=generator(dice)) < dice.choice([0.02, 0.2])
         return replace(self, valid=(self.valid ^ flips) & self.fed)
 
     def shown(self) -> Batch:
-        """As a forward without a mask reads it; only where all tokens counted when they came."""
+        """As a forward without a mask reads it; only where all tokens were real when they came."""
         return replace(self, valid=self.fed)
 
 
@@ -68,7 +68,7 @@ def generator(dice: random.Random) -> torch.Generator:
 
 
 def new_tokens(rows: int, count: int, dice: random.Random, padding: str) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them count, [rows, count]; `padding`: "none", "left", "right" or "holes"."""
+    """Token ids, and which of them are real, [rows, count]; `padding`: "none", "left", "right" or "holes"."""
     ids = torch.randint(FIRST_TOKEN_ID, VOCAB_SIZE, (rows, count), generator=generator(dice))
     valid = torch.ones((rows, count), dtype=torch.bool)
     for row in range(rows):
@@ -85,7 +85,7 @@ def new_tokens(rows: int, count: int, dice: random.Random, padding: str) -> tupl
 
 
 def positions(valid: Tensor, count: int) -> Tensor:
-    """Of the last `count` tokens [B, count], as `generate` counts them."""
+    """Positions of the last `count` tokens [B, count], as `generate` counts them."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
@@ -93,8 +93,7 @@ def four_dimensional(valid: Tensor, count: int, dice: random.Random, adds: bool)
     """A mask [B, 1, count, L] of the last `count` queries: causal, some older tokens hidden.
 
     Args:
-        adds: whether it has to be one that is added to scores, as transformers' eager attention takes no other; else it may be
-            bool.
+        adds: whether it must be additive, as transformers' eager attention demands; else it may be bool.
     """
     rows, length = valid.shape
     query, key = torch.arange(length - count, length)[:, None], torch.arange(length)[None]

@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "select all, quest": lambda family: SelectAllQuest(dense_layers=0),
     "select all, regrouped": lambda family: ShuffledWhole(),
 }
-"""With stretches so short that a context of some hundred tokens has several. The last three choose all there is."""
+"""With spans so short that a context of some hundred tokens has several. The last three select all candidates."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Case:
     """See the module's head.
 
     Attributes:
-        exact: judged by DynamicCache, as nothing is left out; else by a cache of the same options without a cap.
+        exact: compared with DynamicCache, as nothing is left out; else with a cache of the same options without a cap.
         tiered: with a cap on `gpu_memory`, the least that `plan` allows for the largest batch to come.
         refuses: the cap is for a smaller batch, so that some operations are refused; they then change nothing.
         interrupts: how likely an operation is to be interrupted.
         from_config: the cache is given the config instead of the model.
         records: layers with a window record their past, so that the cache can be cropped.
-        max_rows, max_tokens: beyond which nothing grows.
+        max_rows, max_tokens: limits of the batch.
     """
 
     seed: int

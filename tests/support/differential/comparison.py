@@ -29,15 +29,15 @@ from tests.support.zoo import oracle_model, subject_model
 
 LINES = {"forward": 3000, "prompt": 3000, "generate": 12000, "release": 300, "copy": 500, "from_cache": 2500}
 LINES |= {"crop": 400, "select": 400, "reset": 200}
-"""About how many lines of the package such a call runs; corrected as a case goes on."""
+"""Estimated lines of the package that such a call runs; corrected during a case."""
 INTERRUPTED = set(LINES)
 """Calls that may be interrupted: all of them."""
 HAPPENED = object()
-"""Instead of a result: the interrupted call has happened all the same."""
+"""Instead of a result: the interrupted call has happened."""
 
 
 class TieError(Exception):
-    """Two runs chose different tokens, or pages, of nearly the same scores, and have nothing in common from there on."""
+    """Two runs selected different tokens, or pages, of nearly equal scores; they cannot be compared any more."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Comparison:
         self.log.append(text)
 
     def compare(self, ours: Tensor, theirs: Tensor, what: str) -> None:
-        """Floats that have to agree. Sparse runs that part at a tie, with summaries that are right, end here."""
+        """Floats that have to agree. Sparse runs that diverge at a tie, with correct summaries, end here."""
         off = difference(ours, theirs)
         self.compared += 1
         if off > RELATIVE_TOLERANCE and not self.case.exact and self.choices.part_at_a_tie():
@@ -127,10 +127,10 @@ class Comparison:
                 raise TieError
 
     def attempt(self, kind: str, call: Callable[[], Any], happened: Callable[[], bool]) -> Any:
-        """The result of a call on the subject, which the dice may have interrupted before.
+        """The result of a call on the subject, which may first be interrupted.
 
         Returns:
-            HAPPENED where the interrupted call counts, None where it was refused (nothing has changed then).
+            HAPPENED where the interrupted call has happened, None where the call was refused (and has changed nothing).
         """
         disturbed = False
         if kind in INTERRUPTED and self.dice.random() < self.case.interrupts:
@@ -164,7 +164,7 @@ class Comparison:
         return None
 
     def _roll_back(self) -> None:
-        """A cache that was made from a config is told that a forward did not end; one that was made from the model sees it."""
+        """Tell a cache that was made from a config that a forward did not end; one that was made from the model knows."""
         if self.case.from_config:
             cache: Any = self.subject.cache
             cache.roll_back()
@@ -175,7 +175,7 @@ class Comparison:
         self._start()
 
     def check_contents(self) -> None:
-        """Keys and values of tokens that counted, in both caches."""
+        """Keys and values of real tokens agree in both caches."""
         problem = self._problem(self.batch, contents(self.reference.cache))
         assert not problem, problem
 
@@ -183,7 +183,7 @@ class Comparison:
         return not self._problem(batch, expected)
 
     def _problem(self, batch: Batch, expected: Contents) -> str:
-        """How what the subject holds differs from what is expected of a batch; "" if it does not."""
+        """How the subject's contents differ from those that are expected of a batch; "" if they do not."""
         cache = self.subject.cache
         if cache.get_seq_length() != batch.length:
             return f"the cache says {cache.get_seq_length()} tokens, expected {batch.length}"

@@ -28,7 +28,7 @@ class History(Comparison):
     """See the module's head."""
 
     def play(self) -> None:
-        """All operations of the case; AssertionError or any other error says what is wrong."""
+        """All operations of the case. Any error is a failure of the test."""
         try:
             self.prompt()
             for _ in range(self.case.operations):
@@ -94,7 +94,7 @@ class History(Comparison):
             self._crop(self.dice.randint(1, count - 1))
 
     def forward(self, count: int, padding: str, given_mask: bool = False) -> bool:
-        """New tokens through both models; whether there was room for them."""
+        """New tokens through both models; returns whether there was room for them."""
         dice, batch, seer = self.dice, self.batch, self.case.method == "seer"
         if batch.length + count > self.case.max_tokens:
             return False
@@ -142,7 +142,7 @@ class History(Comparison):
     # ------------------------------------------------------------------------------------------------------ generate
 
     def generate(self) -> None:
-        """As `generate` does it, after more tokens of the user's."""
+        """Through `generate`, after more tokens of the user."""
         dice, batch = self.dice, self.batch
         count, new = dice.randint(1, 12) if batch.length else dice.choice([30, 80]), dice.randint(1, 8)
         ways: list[dict[str, Any]] = [{}, {"do_sample": True, "top_k": 20}]
@@ -202,7 +202,7 @@ class History(Comparison):
         return given
 
     def beams(self) -> None:
-        """Beam search on copies: what it leaves behind are beams."""
+        """Beam search on copies, as it leaves beams in the cache."""
         dice, batch = self.dice, self.batch
         if batch.length + 14 > self.case.max_tokens or batch.rows * 2 > self.case.max_rows or self.case.refuses:
             return
@@ -294,7 +294,7 @@ class History(Comparison):
         self._empty()
 
     def copy(self) -> None:
-        """Go on with a copy; the original may come back."""
+        """Continue with a copy; the original may come back."""
         self.note("copy")
         before = self.subject.cache
 
@@ -309,28 +309,28 @@ class History(Comparison):
             self.subject.cache, self.reference.cache = made, theirs
 
     def swap(self) -> None:
-        """Go on with what was put aside."""
+        """Continue with the cache that was put aside."""
         assert self.saved is not None
         self.note("swap")
         now = self.subject.cache, self.reference.cache, self.batch, self.recorded
         (self.subject.cache, self.reference.cache, self.batch, self.recorded), self.saved = self.saved, now
 
     def release(self) -> None:
-        """Give GPU memory back: nothing else changes."""
+        """Give GPU memory back; nothing else may change."""
         wanted = self.dice.choice([None, 1, 4096, "20kB"])
         self.note(f"release {wanted}")
         cache: Any = self.subject.cache
         self.attempt("release", lambda: cache.release_gpu_memory(wanted) or True, lambda: False)
 
     def adopt(self) -> None:
-        """Go on with a cache that took over what DynamicCache holds."""
+        """Continue with a cache that took over the contents of the DynamicCache."""
         self.note("from_cache")
         made = self._taken_over(self.reference.cache, self.batch)
         if made is not None:
             self.subject.cache = made
 
     def take_over(self, count: int, padding: str) -> None:
-        """As `adopt`, of a prompt."""
+        """As `adopt`, after a prompt."""
         ids, valid = new_tokens(self.batch.rows, count, self.dice, padding)
         self.note(f"from_cache of {count} tokens in {self.batch.rows} rows, padding {padding}")
         batch = self.batch.followed_by(ids, valid)

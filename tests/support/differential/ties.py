@@ -1,10 +1,9 @@
-"""Whether two sparse runs part at a tie: a choice between candidates that floats of another order of summation decide.
+"""Whether two sparse runs diverge at a tie: a selection that depends on the order of summation.
 
     layer 0: query, pages, estimate     layer 1: ...        of the forward under test, and of the reference's
 
-A choice is a function of its query and of summaries. Where the queries agree to the last digits and the summaries are what
-their pages give (`SpinCache.check_integrity`), another choice, or another rounding of a summary, is a tie; anything else is a
-fault.
+A selection is a function of its query and of summaries. Where the queries agree to the last digits and the summaries fit their
+pages (`SpinCache.check_integrity`), another selection, or another rounding of a summary, is a tie. Anything else is a fault.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from spin_hf.attention.methods.base import Estimate
 from tests.support.compare import difference
 
 SAME_QUERY = 2e-5
-"""Of the largest: what waves of pages and their merging change of a query."""
+"""Relative to the largest number: how far reading pages in waves may change a query."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One query's: its states, the pages it reads, and what stands for the rest."""
+    """Of one query: its states, the pages it reads, and the estimate of the rest."""
 
     query: Tensor
     pages: Tensor
     rest: Estimate | None
 
     def is_like(self, other: Choice) -> bool:
-        """Whether the same pages are read, and the same stands for the rest."""
+        """Whether the same pages are read, and the estimates of the rest agree."""
         if not torch.equal(_in_order(self.pages), _in_order(other.pages)):
             return False
         if self.rest is None or other.rest is None:
@@ -45,14 +44,14 @@ class Choice:
 
 
 class Choices:
-    """Those of the last forward, or `generate`, of each side."""
+    """Selections of the last forward, or `generate`, of each side."""
 
     def __init__(self) -> None:
         self.made: dict[str, list[Choice]] = {"ours": [], "theirs": []}
 
     @contextmanager
     def of(self, side: str) -> Iterator[None]:
-        """Note what is chosen in this block, of which there was nothing before."""
+        """Record the selections of this block; earlier ones are dropped."""
         made = self.made[side] = []
         estimate = spin_hf.layer.estimate_rest
 
@@ -65,7 +64,7 @@ class Choices:
             yield
 
     def part_at_a_tie(self) -> bool:
-        """Whether the first choice that differs was made for the same query."""
+        """Whether the first selection that differs was made for the same query."""
         for mine, theirs in zip(self.made["ours"], self.made["theirs"], strict=False):
             if mine.query.shape != theirs.query.shape or difference(mine.query, theirs.query) > SAME_QUERY:
                 return False
