@@ -232,9 +232,7 @@ def spin_attention(
     elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
         torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
-        torch.ops.spin_hf.attend(
-            query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap
-        )
+        torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if torch.compiler.is_compiling():
             out = _InferenceOnly.apply(out, query)
