@@ -89,30 +89,6 @@ class StepKernels(Descriptors):
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
         self.parts, self.fits, self.group, self.block_g = parts, fits, group, max(16, power_of_two(group))
 
-    def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
-        """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""
-        tensors = (
-            self.step, self.plan, self.whole_plan, self.found_for, self.layer_fields, self.layer_addresses, self.counters,
-            self.parts, self.arrivals, *self.selection.tensors, *self.selection.place(layer),
-        )  # fmt: skip
-        store, shared = layer.store, self.shared
-        assert store is not None
-        shapes = tuple(str(value) for value in self.shapes(layer).values())
-        numbers = (
-            self.batch_size,
-            self.group,
-            layer.number,
-            len(shared.layers),
-            store.home_form,
-        )
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        return *addresses, *shapes, *numbers, repr(shared.options), repr(shared.method)
-
-    def serve(self, shared: SharedState) -> None:
-        """Take up another cache, after `release`."""
-        super().serve(shared)
-        self.counters.zero_()  # not by `release`, which the garbage collector may call while somebody captures
-
     # ---------------------------------------------------------------------------------------------------- the launches
 
     def append(self, layer: SpinLayer, key: Tensor, value: Tensor) -> None:

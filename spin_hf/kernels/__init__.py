@@ -63,7 +63,7 @@ def launchers(device: torch.device) -> Any:
     """The Triton kernels (see `launch.py`) for a device, or None where the reference operations serve it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from .launchers import launchers as found
+    from .triton_launchers import launchers as found
 
     return found
 

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from spin_hf.kernels.decode.estimate_rest import whole_numbers  # noqa: E402
-from spin_hf.kernels.launchers import launchers  # noqa: E402
+from spin_hf.kernels.triton_launchers import launchers  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from spin_hf import AttentionError, BatchSizeError, SpinCache
-from tests.support.graph_recorder import capture_on_cpu
+from tests.support.graph_recorder import capture_on_cpu, eagerly
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = pytest.mark.skipif(
@@ -22,8 +23,10 @@ def test_between_replays(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build_model("llama").eval(), random_tokens(2, 50)
     recorder = capture_on_cpu(monkeypatch)
     results = []
-    for first in (model.config, model):
-        cache, logits = SpinCache(first, budget=1 << 20, method="shadowkv"), []
+    for mode in (eagerly(model), nullcontext()):
+        with mode:
+            cache = SpinCache(model, budget=1 << 20, method="shadowkv")
+        logits = []
         with torch.no_grad():
             model(ids[:, :40], past_key_values=cache)
             for i in range(40, 48):

@@ -13,7 +13,7 @@ import torch
 
 from spin_hf import AttentionError, Quest, SpinCache
 from spin_hf.attention.methods.seer_gate_file import load_gates
-from tests.support.graph_recorder import capture_on_cpu
+from tests.support.graph_recorder import capture_on_cpu, eagerly
 from tests.support.seer_gates import gates_for
 from tests.support.stale_graph import assert_same, small_model
 from tests.support.zoo import PAD_TOKEN_ID
@@ -84,9 +84,9 @@ def test_positions_that_do_not_count_real_tokens_are_refused(monkeypatch: pytest
     """In captured steps too: positions are checked after the launch, and the step is rolled back."""
     model, token = small_model(), torch.full((1, 1), 5)
     recorder = capture_on_cpu(monkeypatch)
-    caches = [
-        SpinCache(source, gates_for(model, tmp_path), budget=32, recent_window=8) for source in (model, model.config)
-    ]
+    caches = [SpinCache(model, gates_for(model, tmp_path), budget=32, recent_window=8)]
+    with eagerly(model):
+        caches.append(SpinCache(model, gates_for(model, tmp_path), budget=32, recent_window=8))
     ids = torch.randint(3, 100, (1, 70), generator=torch.Generator().manual_seed(3))
     for cache in caches:
         model(ids, past_key_values=cache)

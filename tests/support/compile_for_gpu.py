@@ -114,7 +114,7 @@ def pretend(capability: int, every: bool) -> Compiler:
     """Let caches on a CPU launch as on such a GPU, and let launches compile."""
     compiler = Compiler(capability, every)
     from spin_hf.kernels.indexing import bisect, fill_clusters
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     init = triton_step.StepKernels.__init__
 

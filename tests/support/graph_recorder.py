@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -34,14 +35,25 @@ class FakeRecorder:
         self.fresh = False
 
 
-def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
-    """Run interpreted kernels on the CPU, and capture the steps of every cache that is made from a model."""
-    from spin_hf.kernels import launchers  # needs triton
+_eager: set[int] = set()
 
-    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers.launchers)
+
+@contextmanager
+def eagerly(model: Any) -> Iterator[None]:
+    """Caches of `model` that are made in this block do not capture its steps."""
+    _eager.add(id(model))
+    yield
+    _eager.remove(id(model))
+
+
+def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
+    """Run interpreted kernels on the CPU, and capture the steps of every cache."""
+    from spin_hf.kernels.triton_launchers import launchers  # needs triton
+
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     cluster_by_formulas(monkeypatch)
     monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
-    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: True)
+    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: id(model) not in _eager)
     monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0
     return FakeRecorder

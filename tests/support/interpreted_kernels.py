@@ -27,7 +27,7 @@ def prompt_inputs(padding: str) -> dict[str, torch.Tensor]:
 
 def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     cluster_by_formulas(monkeypatch)
     asked: list[torch.device] = []
