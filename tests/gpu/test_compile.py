@@ -12,7 +12,6 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from tests.support.padded_pair import FULL, generate_short, padded_inputs
-from tests.support.synchronisation import no_synchronisation
 from tests.support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
