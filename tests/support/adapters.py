@@ -1,7 +1,7 @@
-"""A tiny model with LoRA adapters of PEFT, and all that a user does to adapters between two decode steps.
+"""A tiny model with LoRA adapters of PEFT, and all changes of adapters that a user may make between two decode steps.
 
 steps_around_changes     prompt, steps, change, steps, change back, steps, with one cache; the same for two twins of a model
-CHANGES                  what is done first, and what afterwards
+CHANGES                  name -> (first change, second change)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft.utils.hotswap import hotswap_adapter
 from tests.support.zoo import build_model, random_tokens
 
 STEPS = 3
-"""Between two changes: an eager one, a captured one and a replay."""
+"""Steps between two changes: an eager one, a captured one and a replay."""
 PROMPT = 70
 _TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -133,7 +133,7 @@ def steps_around_changes(
     """Logits [batch, 3 * STEPS, vocabulary] of the steps.
 
     Args:
-        change: what is done after the first steps, and what after the next.
+        change: the changes after the first steps, and after the next ones.
         folder: of a saved adapter.
         seen: called after each group of steps.
     """

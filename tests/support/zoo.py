@@ -2,8 +2,7 @@
 
 With the default initialisation (std 0.02) a model of this size attends almost uniformly and ties its greedy choices;
 dropping a page would then go unnoticed. So weights are drawn anew at 1/sqrt(fan-in), and queries and keys scaled up
-until attention is peaked. `test_zoo.py` checks that it worked: a lost page moves the logits by far more than the
-tolerance.
+until attention is peaked. `test_zoo.py` checks the result: a lost page moves the logits by far more than the tolerance.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ class Comparison:
                 self.lines[kind] = max(1, len(interruption.lines))
             if not disturbed:
                 return result
-            self.note(f"    interrupted in line {len(interruption.lines)}, {interruption.place}")
+            self.note(
+                f"    interrupted in line {len(interruption.lines)}, {interruption.place[0]}:{interruption.place[1]}"
+            )
             self._roll_back()
             if self.dice.random() < 0.5:
                 self.subject.cache.check_integrity()
