@@ -23,8 +23,7 @@ from benchmarks.speed import batch_rows, dense_graph, equal_time, spin_rows, thr
 from spin_hf import SpinCache
 from spin_hf.backends import triton_step
 from spin_hf.memory import watermarks
-
-from ..cache.gpu_of import bytes_of
+from tests.support.fake_gpu import bytes_of
 
 LLAMA = shapes.SHAPES["llama-8b"]
 K = 1024

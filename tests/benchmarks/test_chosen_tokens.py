@@ -14,8 +14,7 @@ from transformers import DynamicCache
 from benchmarks.quality import chosen_tokens, quality
 from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, Mass, always, best_tokens, chooser, recent_tokens
 from spin_hf import SpinCache
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 LENGTH = 160
 

@@ -14,8 +14,7 @@ from benchmarks.speed import dense_graph, step_profile
 from benchmarks.speed.spin_rows import Traffic
 from spin_hf import SpinCache
 from spin_hf.backends import triton_step
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
 
