@@ -30,8 +30,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[test,demo,dev]"
 	touch $@
 
+# Passive: threads that wait for each other sleep. Else they spin, and other programs on the same cores slow them down by ten.
 demo: $(READY)
-	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 # One thread and one process per core: on small models more threads only wait for each other. Each process starts with a run of
 # neighbours, which share models and what is expected of them, and takes over from the others at the end.

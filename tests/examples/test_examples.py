@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PASSKEY = "74213"
@@ -125,6 +126,24 @@ def test_demo_refuses_an_empty_prompt_file(run_here, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert "is empty" in run_here("demo.py", "--prompt-file", empty, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("device", "features", "expected"),
+    [
+        ("cuda", {}, "auto"),
+        ("cpu", {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ("cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("cpu", {"architecture": "arm64", "bf16": True}, torch.float32),
+    ],
+)
+def test_demo_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, device, features, expected):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert demo.fastest_dtype(device) == expected
 
 
 @pytest.fixture
