@@ -36,6 +36,8 @@ from .backends.triton_step import StepKernels
 from .errors import CacheStateError
 from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import lasting
+from .integration.compile_bar import show_compiles
+from .kernels.compile_progress import report_by
 from .kernels.descriptor_fields import MAX_QUERIES
 from .layer_inspection import Inspected
 from .memory.admission import admit
@@ -44,6 +46,7 @@ from .state import SharedState
 from .storage.page_store import PageStore
 
 logger = logging.getLogger("spin_hf")
+report_by(show_compiles)
 
 
 class SpinLayer(Inspected, CacheLayerMixin):
