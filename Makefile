@@ -25,9 +25,9 @@ help:
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	if nvidia-smi >/dev/null 2>&1; \
-		then $(BIN)/python -m pip install --quiet "torch>=2.11"; \
-		else $(BIN)/python -m pip install --quiet torch==2.13.0; fi
-	$(BIN)/python -m pip install --quiet -e ".[test,demo,dev]"
+		then $(BIN)/python -m pip install "torch>=2.11"; \
+		else $(BIN)/python -m pip install torch==2.13.0; fi
+	$(BIN)/python -m pip install -e ".[test,demo,dev]"
 	touch $@
 
 # Passive: threads that wait for each other sleep. Else they spin, and other programs on the same cores slow them down by ten.

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.zoo import build_model
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PASSKEY = "74213"
 
@@ -144,6 +146,28 @@ def test_demo_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, device, fe
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     assert demo.fastest_dtype(device) == expected
+
+
+def test_prompts_show_a_bar_and_steps_do_not(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from progress import show_progress
+
+    model = build_model("llama")
+    show_progress(model)
+    prompt = torch.arange(80)[None]
+    layers = model.config.num_hidden_layers
+    for given in ({"input_ids": prompt}, {"input_ids": prompt[:, :1]}):
+        model(**given)
+    printed = capsys.readouterr().err
+    assert f"reading 80 tokens: 100%|██████████| {layers}/{layers}" in printed.replace("\r", "\n")
+    assert "reading 1 " not in printed
+
+    model.lm_head.forward = lambda states: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(prompt)
+    del model.lm_head.forward
+    model(prompt[:, :70])
+    assert "reading 70 tokens" in capsys.readouterr().err, "a forward that failed leaves no bar behind"
 
 
 @pytest.fixture
