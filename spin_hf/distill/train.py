@@ -362,7 +362,3 @@ def main(arguments: list[str] | None = None) -> None:
     report = json.loads((args.output / REPORT).read_text())
     print(f"held-out loss {report['held_out']['before']:.4f} untrained, {report['held_out']['after']:.4f} trained")
     print(f"use them with SpinCache(model, SeerAttention({str(args.output)!r}))")
-
-
-if __name__ == "__main__":
-    main()
