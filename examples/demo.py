@@ -214,7 +214,10 @@ def main() -> None:
     if question:
         print(f"The question: {question}")
     if model.device.type == "cpu":
-        print("On a CPU a SpinCache step is slower than a dense one. SpinCache is faster on a GPU, with long contexts.")
+        print(
+            "On a CPU a SpinCache step is slower than a dense one, and its first step clusters the text for some seconds."
+        )
+        print("SpinCache is made for long contexts on a GPU.")
 
     dense_cache = read_text(model, inputs, args.chunk)
 

