@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -389,14 +388,6 @@ def model_folder(tmp_path: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
     build_model("llama").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def test_python_runs_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["distill", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("spin_hf.distill", run_name="__main__")
-    assert stopped.value.code == 0
-    assert "usage: python -m spin_hf.distill" in capsys.readouterr().out
 
 
 def test_the_command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
