@@ -25,13 +25,14 @@ help:
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	if nvidia-smi >/dev/null 2>&1; \
-		then $(BIN)/python -m pip install --quiet "torch>=2.11"; \
-		else $(BIN)/python -m pip install --quiet torch==2.13.0; fi
-	$(BIN)/python -m pip install --quiet -e ".[test,demo,dev]"
+		then $(BIN)/python -m pip install "torch>=2.11"; \
+		else $(BIN)/python -m pip install torch==2.13.0; fi
+	$(BIN)/python -m pip install -e ".[test,demo,dev]"
 	touch $@
 
+# Passive: threads that wait for each other sleep. Else they spin, and other programs on the same cores slow them down by ten.
 demo: $(READY)
-	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 # One thread and one process per core: on small models more threads only wait for each other. Each process starts with a run of
 # neighbours, which share models and what is expected of them, and takes over from the others at the end.

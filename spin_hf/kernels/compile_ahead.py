@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
 import triton
 from triton.runtime.jit import JITFunction
+
+from .compile_progress import report
 
 Launch = Callable[[Any], Any]
 
@@ -38,8 +40,23 @@ def compile_ahead(launches: Callable[[Launch], object]) -> None:
 
 
 def _compile(launches: Callable[[Launch], object]) -> None:
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+    with _Threads(os.cpu_count() or 1) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         launches(_Compiled)
+        if threads.compiles:
+            report(threads.compiles)
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that remember what they compile."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.compiles: list[Future[Any]] = []
+
+    def submit(self, *args: Any, **options: Any) -> Future[Any]:
+        compile_ = super().submit(*args, **options)
+        self.compiles.append(compile_)
+        return compile_
 
 
 class _Compiled:

@@ -1,15 +1,20 @@
 """The example scripts on the small model: two as a command, the others in this process, where imports are done already."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.support.zoo import build_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PASSKEY = "74213"
@@ -127,6 +132,46 @@ def test_demo_refuses_an_empty_prompt_file(run_here, tmp_path):
     assert "is empty" in run_here("demo.py", "--prompt-file", empty, expect=2)
 
 
+@pytest.mark.parametrize(
+    ("device", "features", "expected"),
+    [
+        ("cuda", {}, "auto"),
+        ("cpu", {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ("cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("cpu", {"architecture": "arm64", "bf16": True}, torch.float32),
+    ],
+)
+def test_demo_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, device, features, expected):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert demo.fastest_dtype(device) == expected
+
+
+def test_prompts_show_a_bar_and_steps_do_not(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from progress import show_progress
+
+    model = build_model("llama")
+    show_progress(model)
+    prompt = torch.arange(80)[None]
+    layers = model.config.num_hidden_layers
+    for given in ({"input_ids": prompt}, {"input_ids": prompt[:, :1]}):
+        model(**given)
+    printed = capsys.readouterr().err
+    assert f"reading 80 tokens: 100%|██████████| {layers}/{layers}" in printed.replace("\r", "\n")
+    assert "reading 1 " not in printed
+
+    model.lm_head.forward = lambda states: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(prompt)
+    del model.lm_head.forward
+    model(prompt[:, :70])
+    assert "reading 70 tokens" in capsys.readouterr().err, "a forward that failed leaves no bar behind"
+
+
 @pytest.fixture
 def models(monkeypatch, tmp_path):
     """The helper module `models`, with a cache folder of its own."""
@@ -156,3 +201,47 @@ def test_a_finished_build_is_not_repeated(models):
     for _ in range(2):
         models.build_once("thing", built.append)
     assert len(built) == 1
+
+
+@pytest.fixture
+def pip(models, monkeypatch, tmp_path):
+    """Stands for `python -m pip download`: the text of a program that is run instead."""
+
+    def stand_in(text):
+        program = tmp_path / "pip"
+        program.write_text(f"#!{sys.executable}\n{text}")
+        program.chmod(0o755)
+        monkeypatch.setattr(models.sys, "executable", str(program))
+
+    return stand_in
+
+
+def test_a_download_shows_its_bytes(models, pip, tmp_path, capsys):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as wheel:
+        wheel.writestr("thing.txt", "thing")
+    file = tmp_path / "content"
+    file.write_bytes(content.getvalue())
+    pip(f"""
+import os, shutil, sys, time
+half = os.path.join(os.environ["TMPDIR"], "half")
+shutil.copy({str(file)!r}, half)
+os.truncate(half, 50)
+time.sleep(1.5)
+shutil.move({str(file)!r}, os.path.join(sys.argv[sys.argv.index("--dest") + 1], "thing.whl"))
+""")
+    size, digest = len(content.getvalue()), hashlib.sha256(content.getvalue()).hexdigest()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with models.download_wheel("thing==1", size, digest, folder) as wheel:
+        assert wheel.read("thing.txt") == b"thing"
+    shown = capsys.readouterr().err
+    assert "Downloading thing==1" in shown
+    assert "50.0/" in shown
+    assert "100%" in shown
+
+
+def test_a_download_that_fails_says_why(models, pip, tmp_path):
+    pip("import sys; sys.exit('no such package')")
+    with pytest.raises(RuntimeError, match=r"(?s)could not download thing==1 from PyPI:.*no such package"):
+        models.download_wheel("thing==1", 1, "0", tmp_path)

@@ -1,0 +1,144 @@
+"""The bar while kernels are compiled: shown for long compiles where somebody sees it, else silent. The compiles are fake."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from transformers.utils import logging
+
+import spin_hf
+from spin_hf.integration import compile_bar
+
+pytest.importorskip("triton")
+
+
+class Stream(io.StringIO):
+    """A file that says when the bar has appeared on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "Compiling" in text:
+            self.shown.set()
+        return super().write(text)
+
+
+class Terminal(Stream):
+    def isatty(self) -> bool:
+        return True
+
+
+class Notebook(Stream):
+    """As ipykernel's stream, which is no terminal."""
+
+
+Notebook.__module__ = "ipykernel.iostream"
+
+
+def compile_fake(stderr: Stream, *kernels: Callable[[], object]) -> int:
+    """Have `compile_ahead` wait for fake compiles. Returns how many succeeded."""
+    from triton.runtime._async_compile import active_mode
+
+    from spin_hf.kernels.compile_ahead import compile_ahead
+
+    finished: list[Any] = []
+
+    def launches(launch: Any) -> None:
+        mode = active_mode.get()
+        assert mode is not None
+        for number, kernel in enumerate(kernels):
+            mode.submit(number, kernel, finished.append)
+
+    with contextlib.redirect_stderr(stderr):
+        compile_ahead(launches)
+    return len(finished)
+
+
+def quick() -> None:
+    """A kernel that is in Triton's cache."""
+
+
+def slow() -> None:
+    """A kernel that takes longer than the bar's delay."""
+    time.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compile_bar, "DELAY_S", 0.05)
+    was = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    (logging.enable_progress_bar if was else logging.disable_progress_bar)()
+
+
+@pytest.fixture(params=[Terminal, Notebook])
+def stderr(request: pytest.FixtureRequest) -> Stream:
+    stream: Stream = request.param()
+    return stream
+
+
+def until_shown(stream: Stream) -> Callable[[], None]:
+    """A kernel that is compiled when the bar has appeared."""
+
+    def compile_() -> None:
+        assert stream.shown.wait(10)
+
+    return compile_
+
+
+def test_a_long_compile_shows_a_bar(stderr: Stream) -> None:
+    assert compile_fake(stderr, quick, until_shown(stderr), until_shown(stderr)) == 3
+    printed = stderr.getvalue()
+    assert "Compiling GPU kernels" in printed
+    assert "3/3" in printed
+
+
+def test_kernels_in_the_cache_show_nothing(stderr: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_bar, "DELAY_S", 60.0)
+    assert compile_fake(stderr, quick, quick) == 2
+    assert compile_fake(stderr) == 0
+    assert stderr.getvalue() == ""
+
+
+def test_the_switch_of_transformers_silences_it(stderr: Stream) -> None:
+    logging.disable_progress_bar()
+    assert compile_fake(stderr, slow) == 1
+    assert stderr.getvalue() == ""
+
+
+def test_a_file_gets_no_bar() -> None:
+    file = Stream()
+    assert compile_fake(file, slow) == 1
+    assert file.getvalue() == ""
+
+
+def test_a_compile_that_fails_is_left_to_the_launch(stderr: Stream) -> None:
+    def fail() -> None:
+        until_shown(stderr)()
+        raise RuntimeError("does not compile")
+
+    assert compile_fake(stderr, fail, quick) == 1
+    assert "2/2" in stderr.getvalue()
+
+
+def test_a_generation_in_another_thread_shows_it_too(stderr: Stream) -> None:
+    thread = threading.Thread(target=compile_fake, args=(stderr, until_shown(stderr)))
+    thread.start()
+    thread.join()
+    assert "1/1" in stderr.getvalue()
+
+
+def test_importing_the_package_sets_the_report() -> None:
+    from spin_hf.kernels import compile_progress
+
+    assert spin_hf.SpinCache
+    assert compile_progress._report is compile_bar.show_compiles
