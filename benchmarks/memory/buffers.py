@@ -29,8 +29,8 @@ from benchmarks.common.timing import free
 from benchmarks.speed.batch_rows import EXTRA, METHOD, Filled, guess_spread
 from benchmarks.speed.throughput import planned, refused, sequence_bytes
 from spin_hf import ShadowKV
-from spin_hf.backends.zones import pages_of
 from spin_hf.config import SpinOptions
+from spin_hf.storage.segment_pool import pages_of
 
 MULTIPLES = [0, 1, 2, 5, 10]
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from spin_hf import SpinCache, enable
-from spin_hf.integration import deferred_stop
+from spin_hf.graph import model_calls
 from tests.support.padded_pair import FULL, generate_short, padded_inputs
 from tests.support.synchronisation import no_synchronisation
 from tests.support.zoo import PAD_TOKEN_ID, build_model
@@ -175,11 +175,11 @@ def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest
     model = build_model("llama").cuda().eval()
     options: dict[str, Any] = {"do_sample": sampling, "max_new_tokens": 60, "pad_token_id": PAD_TOKEN_ID}
     asked: list[bool] = []
-    supports = deferred_stop._supports
-    monkeypatch.setattr(deferred_stop, "_supports", lambda *args: asked.append(supports(*args)) or asked[-1])
+    supports = model_calls.reads_late
+    monkeypatch.setattr(model_calls, "reads_late", lambda *args: asked.append(supports(*args)) or asked[-1])
     results, eos = [], None
     for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
-        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
+        monkeypatch.setattr(model_calls, "_LATE_DEVICES", devices)
         cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=120_000)
         first = generate_short(model, cache, eos_token_id=eos, **options).sequences
         held = cache.get_seq_length()

@@ -13,6 +13,7 @@ from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
 from spin_hf import SpinCache
+from spin_hf.graph import model_calls
 from spin_hf.integration import deferred_stop
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
 from tests.support.stale_graph import OPTIONS, small_model
@@ -48,7 +49,7 @@ class Listener(BaseStreamer):
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Has the CPU count as a device whose steps are captured; returns what decided when to stop."""
     capture_on_cpu(monkeypatch)
-    monkeypatch.setattr(deferred_stop, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(model_calls, "_LATE_DEVICES", ("cpu",))
     monkeypatch.setattr(torch, "Event", NoEvent)
     made: list[Any] = []
     for kind in (utils.StopCheck, utils.DeferredStopCheck):
@@ -85,7 +86,7 @@ def test_who_gets_it(checks: list[Any]) -> None:
     assert not supported(SpinCache(model.config, **OPTIONS))
     assert not supported(DynamicCache(config=model.config))
     assert not supported(None)
-    assert not deferred_stop._supports(cache, torch.device("meta"))
+    assert not model_calls.reads_late(cache, torch.device("meta"))
     assert deferred_stop._users == users + 2
     del cache, windows
     assert deferred_stop._users == users
@@ -105,7 +106,7 @@ def test_the_last_cache_puts_back_what_stood_there(changed: bool, monkeypatch: p
     monkeypatch.setattr(deferred_stop, "_users", 0)
     monkeypatch.setattr(deferred_stop, "_previous", None)
     for _ in range(2):
-        deferred_stop.acquire()
+        deferred_stop.acquire(model_calls.reads_late)
     assert Check.is_supported is not original
     assert Check.is_supported(torch.device("cpu"), "theirs", True, is_assistant=False)
     assert not Check.is_supported(torch.device("cpu"), "another", True, is_assistant=False)
@@ -130,7 +131,7 @@ def test_the_same_as_waiting(
     results = []
     eos = None
     for devices in ((), (), ("cpu",)):  # the first one finds a token to end at
-        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
+        monkeypatch.setattr(model_calls, "_LATE_DEVICES", devices)
         cache, listener = SpinCache(model, **OPTIONS), Listener()
         first = _generate(model, cache, prompt, listener, eos_token_id=eos, **options)
         held = cache.get_seq_length()
@@ -153,7 +154,7 @@ def test_a_batch_whose_sequences_end_at_different_times(checks: list[Any], monke
     eos = [int(free[0, 1]), int(free[1, 4]), int(free[2, 2])]
     results = []
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
+        monkeypatch.setattr(model_calls, "_LATE_DEVICES", devices)
         cache = SpinCache(model, **OPTIONS)
         results.append((_generate(model, cache, prompt, eos_token_id=eos).tolist(), cache.get_seq_length()))
         cache.check_integrity()
