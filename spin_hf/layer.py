@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from copy import deepcopy
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ from .backends.reference import (
     attend_pages,
     attend_prompt,
     estimate_rest,
-    held_states,
     select_pages,
 )
 from .backends.state_checks import can_take
@@ -49,19 +48,19 @@ from .indexing import padding_change
 from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import lasting
 from .integration.compile_bar import show_compiles
+from .integration.layer_views import LayerViews
 from .kernels.compile_progress import report_by
 from .kernels.descriptor_fields import MAX_QUERIES
 from .memory.layer_budget import LayerShape
 from .state import CacheState, LayerState
 from .storage.page_store import PageStore
-from .storage.read_only import read_only
 from .transaction import finished
 
 logger = logging.getLogger("spin_hf")
 report_by(show_compiles)
 
 
-class SpinLayer(CacheLayerMixin):
+class SpinLayer(LayerViews, CacheLayerMixin):
     """Pages, summaries and attention of one layer.
 
     Args:
@@ -177,62 +176,6 @@ class SpinLayer(CacheLayerMixin):
         raise CacheStateError("expected a call on the cache, got one on a layer; call the cache's own method")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = reset
-
-    # ------------------------------------------------------------------------------ what it shows of itself, to be read only
-
-    @property
-    def keys(self) -> Tensor | None:
-        """All keys [B, H, tokens, Dk] in order (a copy, read-only), or None; for inspection and hand-over."""
-        return self._dense(0)
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        self._refuse("keys")
-
-    @property
-    def values(self) -> Tensor | None:
-        """All values [B, H, tokens, Dv] in order (a copy, read-only), or None."""
-        return self._dense(1)
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        self._refuse("values")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of keys and values; AttributeError before the first token, as in transformers' layers."""
-        return self._known("dtype").dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the compute tier, where keys come from and attention is computed; AttributeError before the first token."""
-        return self._known("device").device
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held; AttributeError before the first token, which is how transformers asks."""
-        self.cache_state.settle()
-        if self.state.store is None or not self.cache_state.sequences.batch_size:
-            raise AttributeError("batch_size")
-        return self.cache_state.sequences.batch_size
-
-    def _known(self, name: str) -> PageStore:
-        if self.state.store is None:
-            raise AttributeError(name)
-        return self.state.store
-
-    def _refuse(self, name: str) -> NoReturn:
-        raise CacheStateError(
-            f"layer {self.layer_idx}: expected {name} of a SpinCache to be read only, got other ones; assign them in a "
-            "DynamicCache and take that over with SpinCache.from_cache"
-        )
-
-    def _dense(self, which: int) -> Tensor | None:
-        self.cache_state.settle()
-        store, length = self.state.store, self.cache_state.committed
-        if store is None or not length:
-            return None
-        return read_only(held_states(store, length)[which])
 
     # ---------------------------------------------------------------------------------------------- the five operations
 

@@ -27,7 +27,7 @@ from ..errors import AttentionError
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..state import CacheState, LayerState
 from ..storage.page_table import Sequences
-from .reference import Call, held_states
+from .reference import Call
 
 
 def with_gradients(
@@ -117,7 +117,7 @@ class Step:
         if self.start:
             assert self.layer.store is not None
             with torch.no_grad():
-                held = held_states(self.layer.store, self.start)
+                held = self.layer.store.held(self.start)
             key, value = (torch.cat([old.to(new), new], 2) for old, new in zip(held, (key, value), strict=True))
         length = self.start + num_queries
         if mask is not None:

@@ -173,13 +173,3 @@ def attend_pages(
 def _places(pages: Tensor, page_size: int) -> Tensor:
     """Where the tokens of pages [B, H, n] (-1 for none) stand: [B, H, n * P], negative for none."""
     return (pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)).flatten(2)
-
-
-def held_states(store: PageStore, length: int) -> tuple[Tensor, Tensor]:
-    """Keys [B, H, length, Dk] and values of the first tokens, in the order of their positions: copies."""
-    regrouped = store.sequences.stretches.num_pages
-    keys, values, _ = store.pages(0, max(-(-length // store.page_size), regrouped))
-    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
-    if regrouped:  # whole stretches are read, as in their pages tokens stand in another order
-        keys, values = store.in_order(keys), store.in_order(values)
-    return keys[:, :, :length], values[:, :, :length]

@@ -80,9 +80,8 @@ class GpuMemory:
         self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
     ) -> TierBudget:  # fmt: skip
         """What a layer with keys and values of this shape and dtype has; `room` as for `limit`."""
-        state = self.state
-        uncapped = tier_budget(shape, dtype, state.method, state.options, None, len(state.layers), device)
-        return self.limit(uncapped, device, room)
+        method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
+        return self.limit(tier_budget(shape, dtype, method, options, None, num_layers, device), device, room)
 
     def limit(self, budget: TierBudget, device: torch.device, room: tuple[int, int, int]) -> TierBudget:
         """`budget` of a new layer with the cap of its device, which is settled by the first one.
@@ -123,10 +122,7 @@ class GpuMemory:
     # --------------------------------------------------------------------------------------------------------- the steps
 
     def before_step(self, batch_size: int, num_tokens: int) -> None:
-        """A step of so many tokens begins: size, look or pay, if it is time for that. Most steps do nothing.
-
-        A look asks the driver what is free, which no kernel waits for.
-        """
+        """A step of so many tokens begins: size, look or pay, if it is time for that. No kernel waits for a look."""
         if self.given is not None and not self.has_given_back and not self.owed:
             return
         if self._owner != threading.get_ident():

@@ -248,6 +248,15 @@ class PageStore:
             return mask
         return self.regrouped.by_place(mask, group)
 
+    def held(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, length, Dk] and values of the first tokens, in the order of their positions: copies."""
+        clustered = self.sequences.stretches.num_pages
+        keys, values, _ = self.pages(0, max(-(-length // self.page_size), clustered))
+        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+        if clustered:  # whole spans are read, as in their pages tokens stand in another order
+            keys, values = self.in_order(keys), self.in_order(values)
+        return keys[:, :, :length], values[:, :, :length]
+
     def read(self, pages: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Retrieve pages for attention, in as many waves as the page frames make necessary (one, if all fit).
 

@@ -18,6 +18,7 @@ import torch
 
 from spin_hf import Bisection, CacheStateError, SpinCache
 from spin_hf.errors import CapacityError
+from spin_hf.forward_pass import ForwardPass
 from spin_hf.graph import runner
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.faults import Faults
@@ -142,9 +143,8 @@ def test_a_replay_that_overwrote_states_is_not_repeated(monkeypatch: pytest.Monk
     model = build_model("qwen3_next")
     cache = _at(model, PROMPT + 3)
     assert FakeRecorder.replays
-    shared = cache._shared
     with monkeypatch.context() as patched:
-        patched.setattr(type(shared), "finish", lambda self, **named: _out_of_memory())
+        patched.setattr(ForwardPass, "finish", lambda self, **named: _out_of_memory())
         with pytest.raises(torch.OutOfMemoryError):
             _feed(model, cache, PROMPT + 3)
     with pytest.raises(CacheStateError, match="reset"):
