@@ -13,8 +13,8 @@ from transformers import DynamicCache, LlamaConfig
 import spin_hf
 from spin_hf import SpinCache
 
-from .support.messages import PACKAGE, messages
-from .support.zoo import build_model
+from tests.support.messages import PACKAGE, messages
+from tests.support.zoo import build_model
 
 ROOT = Path(__file__).parents[1]
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
