@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention.methods.base import recipe_of
 from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
+from ..kernels.step_buffers import power_of_two
 from ..storage.out_of_memory import kept
 from ..storage.tier_budget import coarsely
 from .zones import pages_of
@@ -229,8 +230,3 @@ def capacity_for(num_pages: int) -> int:
 def _upload(fields: list[int], descriptor: Tensor) -> None:
     """Write a descriptor, in stream order. The host does not wait: CUDA copies so little out of the way at once."""
     descriptor.copy_(torch.tensor(fields), non_blocking=True)
-
-
-def power_of_two(number: int) -> int:
-    """The lowest power of two that is no less."""
-    return 1 << max(0, number - 1).bit_length()

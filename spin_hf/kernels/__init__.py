@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -57,13 +57,16 @@ from .reference import (
     take_rows,
 )
 
+if TYPE_CHECKING:
+    from .launch_table import Launchers
+
 
 @lru_cache(None)
-def launchers(device: torch.device) -> Any:
-    """The Triton kernels (see `launch.py`) for a device, or None where the reference operations serve it."""
+def launchers(device: torch.device) -> Launchers | None:
+    """The launches of the Triton kernels on a device, or None where the reference operations serve it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from .launchers import launchers as found
+    from .launch_table import launchers as found
 
     return found
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import spin_hf.kernels
 import spin_hf.memory.plan
 from spin_hf import SpinCache
-from spin_hf.backends import triton_step
+from spin_hf.kernels import step_buffers
 from spin_hf.memory import watermarks
 
 from ..cache.gpu_of import bytes_of
@@ -225,7 +225,7 @@ def test_a_task_is_left_between_rows_when_the_time_is_over(tmp_path: Path, monke
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model whose cache has kernels, and little of everything that takes time."""
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.launch_table import launchers
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -234,7 +234,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
     monkeypatch.setattr(spin_rows, "tpot", functools.partial(timing.tpot, few=1, many=2))
     monkeypatch.setattr(spin_rows, "WARM", 2)
     monkeypatch.setattr(batch_rows, "EXTRA", 40)

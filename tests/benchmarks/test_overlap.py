@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 import spin_hf.kernels
 import spin_hf.layer
 from spin_hf import SpinCache
-from spin_hf.backends import triton_step
+from spin_hf.kernels import step_buffers
 
 LISTED = torch.tensor([[0, 3, 5, 7, 9, -1, 4, 4]], dtype=torch.int32)
 
@@ -51,7 +51,7 @@ def test_the_target_is_the_mean_of_the_traces() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 def test_spread_decides_the_overlap(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.launch_table import launchers
 
     config = kind(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -63,7 +63,7 @@ def test_spread_decides_the_overlap(kind: Any, monkeypatch: pytest.MonkeyPatch) 
     cache = SpinCache(config, "shadowkv", budget=96)
     shapes.fill_spin(cache, config, 768, "cpu")
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
     found = {}
     for spread, fastest in ((0.0, overlap.NEARLY_STILL), (0.3, overlap.FASTEST), (1.0, overlap.FASTEST)):
         overlap.set_spread(model, spread, fastest)

@@ -14,7 +14,7 @@ from spin_rows import Traffic
 
 import spin_hf.kernels
 from spin_hf import SpinCache
-from spin_hf.backends import triton_step
+from spin_hf.kernels import step_buffers
 
 from ..support.zoo import build_model
 
@@ -44,10 +44,10 @@ def test_names_are_those_of_the_kernels_that_are_launched() -> None:
 
 @interpreted
 def test_bytes_are_those_of_the_pages_and_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.launch_table import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
     model = build_model("llama").eval()
     cache = SpinCache(model, "shadowkv", budget=16, recent_window=8, gpu_memory=60_000)
     tokens = torch.randint(3, 100, (1, 201), generator=torch.Generator().manual_seed(1))

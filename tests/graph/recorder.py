@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import spin_hf.cache
-from spin_hf.backends import triton_step
 from spin_hf.graph import runner
+from spin_hf.kernels import step_buffers
 
 from ..support.formulas import arrange_by_formulas
 
@@ -37,11 +37,11 @@ class FakeRecorder:
 
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
     """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
-    from spin_hf.kernels import launchers  # needs triton
+    from spin_hf.kernels.launch_table import launchers  # needs triton
 
-    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers.launchers)
+    monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     arrange_by_formulas(monkeypatch)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
     monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: True)
     monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0

@@ -13,7 +13,8 @@ import torch
 import spin_hf.kernels
 from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache
 from spin_hf.attention.methods import bisection
-from spin_hf.backends import descriptors, triton_selection, triton_step
+from spin_hf.backends import descriptors, triton_step
+from spin_hf.kernels import step_buffers
 from spin_hf.kernels.descriptor_fields import LOAD_MARK, PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
@@ -146,13 +147,15 @@ def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatc
 
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.decode import bin_scores, estimate_rest, rerank_pages, score_pages, select_pages
+    from spin_hf.kernels.launch_table import launchers
 
+    launches = (score_pages, bin_scores, rerank_pages, select_pages, estimate_rest)
     arrange_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
-        modules = [module for module in (triton_step, triton_selection, descriptors) if hasattr(module, name)]
+        modules = [module for module in (triton_step, descriptors, step_buffers, *launches) if hasattr(module, name)]
         assert modules
         for module in modules:
             monkeypatch.setattr(module, name, number)
@@ -181,13 +184,13 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
             "none",
             [1],
             {"budget": 16, "recent_window": 8},
-            {"PART_PAGES": 2, "_CHOOSE_TILE": 2, "_CHOOSE_PARTS": 1},
+            {"PART_PAGES": 2, "_SELECT_TILE": 2, "_TILE_PARTS": 1},
         ),  # several tiles
         (
             "left",
             [1, 1],
             {"budget": 24, "recent_window": 8},
-            {"_KEPT": 0, "_CHOOSE_TILE": 4, "BINS_PER_NAT": 2},
+            {"_KEPT": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
         ),  # too few are kept
         (
             "none",
@@ -208,8 +211,8 @@ def _steps(model: Any, cache: SpinCache, padding: str, sizes: list[int]) -> torc
             {
                 "_COUNTED": 1,
                 "PART_PAGES": 4,
-                "_LOOKED_AT_TILE": 4,
-                "_LOOKED_AT_FEW_TILE": 2,
+                "_RERANKED_TILE": 4,
+                "_RERANKED_FEW_TILE": 2,
                 "_LIST_TILE": 4,
             },
         ),
@@ -244,7 +247,7 @@ def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], mon
     (step,) = cache._shared.kernels_in_use()
     real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
     lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
-    for stream, count in enumerate(step.selection.list_count[:, 0].tolist()):
+    for stream, count in enumerate(step.buffers.list_count[:, 0].tolist()):
         of_sequence, pages = real[stream // step.num_heads], lists[stream, :count]
         assert len(pages.unique()) == count
         assert bool(of_sequence[pages].all())
@@ -298,15 +301,9 @@ def test_products_with_int8_landmarks_are_exact(
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale
     assert stop - first > 20
     assert bool(((held - exact).abs() <= largest[..., first:stop] * 2e-5).all())
-    used = (
-        step.selection.stats.numel() // step.block_g * (4 if digits else 8)
-    )  # rows of a group, as the kernel packs them
-    most, total = (
-        step.selection.stats.flatten()[:used]
-        .view(shape.kv_heads, step.selection.splits, 2, -1)[..., : shape.group]
-        .double()
-        .unbind(2)
-    )
+    splits, columns = step.buffers.splits.score, 4 if digits else 8
+    stats = step.buffers.stats.flatten()[: shape.kv_heads * splits * 2 * columns]
+    most, total = stats.view(shape.kv_heads, splits, 2, columns)[..., : shape.group].double().unbind(2)
     sums = (most + total.log()).logsumexp(1)
     torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)
 

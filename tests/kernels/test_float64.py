@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf.backends import triton_step
+from spin_hf.kernels import step_buffers
 
 from ..cache.tiny import Shape, poisoned_memory
 from ..support.judge import ALL, BOXES, SOME, Case, judge
@@ -65,10 +65,10 @@ CASES_IN_INT8 = {
 @pytest.mark.parametrize("name", CASES_IN_INT8)
 def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that int8 holds exactly: pages that are loaded and such as are resident, side by side."""
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.launch_table import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 8)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)
     _teach_bfloat16(monkeypatch)
     case = replace(CASES_IN_INT8[name], int8_pages=True)
     with poisoned_memory():
@@ -83,10 +83,10 @@ def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launchers import launchers
+    from spin_hf.kernels.launch_table import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 8)
+    monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)
     _teach_bfloat16(monkeypatch)
     with poisoned_memory():
         judge(CASES[name], torch.device("cpu"))

@@ -219,7 +219,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     launch = kernels.launchers(points.device)
     if launch is None or not device_limits.multiplies(points.device):
         return bisect_by_formulas(points, page_size)
-    return launch.bisect(points, page_size)  # type: ignore[no-any-return, unused-ignore]
+    return launch.bisect(points, page_size)
 
 
 def bisect_by_formulas(points: Tensor, page_size: int) -> Tensor:

@@ -164,9 +164,7 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
     launch = kernels.launchers(points.device)
     if launch is None:
         return fill_clusters_by_formulas(points, cluster_tokens, page_size)
-    return launch.fill_clusters(  # type: ignore[no-any-return, unused-ignore]
-        points, _ROUNDS, cluster_tokens, page_size, _LIKENESS_STEPS
-    )
+    return launch.fill_clusters(points, _ROUNDS, cluster_tokens, page_size, _LIKENESS_STEPS)
 
 
 def fill_clusters_by_formulas(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:

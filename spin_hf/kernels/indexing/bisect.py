@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_ahead import Launch, compile_ahead, launched
+from ..common import triton_dtype
+from ..compile_ahead import Launch, compile_ahead, launch_now
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
 
@@ -35,7 +36,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
         if variants not in _compiled:
             compile_ahead(lambda launch: _launches(launch, points, page_size))
             _compiled.add(variants)
-        return _launches(launched, points, page_size).long()
+        return _launches(launch_now, points, page_size).long()
 
 
 _compiled: set[tuple[object, ...]] = set()
@@ -57,30 +58,30 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
             chunks = triton.cdiv(count, _CHUNK)
             grams = along.new_empty((rows, chunks, dim + 1, dim))
             axes = along.new_empty((rows, parts, dim))
-            launch(gram_kernel)[(chunks, rows)](
-                points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
-            )
-            launch(axis_kernel)[(parts, rows)](
-                grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
-            )
-            launch(along_kernel)[(triton.cdiv(count, _TILE), rows)](
-                points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
-            )
-            launch(halve_kernel)[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
+            launch(
+                gram_kernel, (chunks, rows), points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
+            )  # fmt: skip
+            launch(
+                axis_kernel, (parts, rows), grams, axes, count, size, CHUNK=_CHUNK, DTYPE=triton_dtype(points.dtype),
+                num_warps=8, **shape,
+            )  # fmt: skip
+            launch(
+                along_kernel, (triton.cdiv(count, _TILE), rows), points, order, axes, along, count, size, TILE=_TILE,
+                num_warps=8, **shape,
+            )  # fmt: skip
+            launch(halve_kernel, (parts, rows), order, along, spare, count, SIZE=size, num_warps=8)
         else:
-            launch(halve_part_kernel)[(parts, rows)](
-                points, order, along, spare, count, SIZE=size, TILE=_TILE // 2, num_warps=4, **shape
-            )
+            launch(
+                halve_part_kernel, (parts, rows), points, order, along, spare, count, SIZE=size, TILE=_TILE // 2,
+                num_warps=4, **shape,
+            )  # fmt: skip
         order, spare, size = spare, order, size // 2
     if size > page_size:
-        launch(halve_all_kernel)[(triton.cdiv(count, _GROUP), rows)](
-            points, order, count, FIRST=size, PAGE=page_size, GROUP=_GROUP, num_warps=4, **shape
-        )
+        launch(
+            halve_all_kernel, (triton.cdiv(count, _GROUP), rows), points, order, count, FIRST=size, PAGE=page_size,
+            GROUP=_GROUP, num_warps=4, **shape,
+        )  # fmt: skip
     return order
-
-
-def _dtype(points: Tensor) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[points.dtype]
 
 
 @triton.jit

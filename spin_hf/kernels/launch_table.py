@@ -1,0 +1,56 @@
+"""The launches of all Triton kernels, for `backends/` and methods, which do not import triton.
+
+Each is a typed function beside its kernel. Those of a decode step take a `Launch` first: `launch_now`, or what
+`compile_ahead` hands out. The others launch by themselves.
+"""
+
+from __future__ import annotations
+
+from .compile_ahead import compile_ahead, launch_now
+from .decode.append_tokens import append_tokens
+from .decode.attend_pages import attend_pages
+from .decode.bin_scores import bin_scores
+from .decode.estimate_rest import estimate_rest
+from .decode.find_outliers import find_outliers
+from .decode.gate_queries import gate_queries
+from .decode.plan_zones import plan_zones
+from .decode.rerank_pages import rerank_pages
+from .decode.score_pages import score_pages
+from .decode.select_pages import select_pages
+from .indexing.bisect import bisect
+from .indexing.copy_page import copy_page
+from .indexing.copy_rows import rows_copier
+from .indexing.fill_clusters import fill_clusters, unit_vectors
+from .indexing.permute_tokens import move_tokens, page_means
+from .indexing.quantize import encode_pages, quantize
+
+
+class Launchers:
+    """See the module's head."""
+
+    launch_now = staticmethod(launch_now)
+    compile_ahead = staticmethod(compile_ahead)
+
+    plan_zones = staticmethod(plan_zones)
+    find_outliers = staticmethod(find_outliers)
+    append_tokens = staticmethod(append_tokens)
+    gate_queries = staticmethod(gate_queries)
+    score_pages = staticmethod(score_pages)
+    bin_scores = staticmethod(bin_scores)
+    rerank_pages = staticmethod(rerank_pages)
+    select_pages = staticmethod(select_pages)
+    estimate_rest = staticmethod(estimate_rest)
+    attend_pages = staticmethod(attend_pages)
+
+    quantize = staticmethod(quantize)
+    encode_pages = staticmethod(encode_pages)
+    bisect = staticmethod(bisect)
+    unit_vectors = staticmethod(unit_vectors)
+    fill_clusters = staticmethod(fill_clusters)
+    move_tokens = staticmethod(move_tokens)
+    page_means = staticmethod(page_means)
+    rows_copier = staticmethod(rows_copier)
+    copy_page = staticmethod(copy_page)
+
+
+launchers = Launchers()
