@@ -24,7 +24,8 @@ import torch
 
 from spin_hf import Bisection, OptionError, OptionTypeError
 from spin_hf.attention.methods import four_bit_keys
-from spin_hf.attention.methods.bisection import POINT_DIM, as_points, bisect
+from spin_hf.attention.methods.bisection import POINT_DIM, as_points
+from spin_hf.kernels import bisect
 from tests.cache.regrouping import little_slack, regrouping_often
 from tests.cache.tiny import Shape, poisoned_memory, smallest_gpu_memory
 

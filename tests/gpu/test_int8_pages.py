@@ -10,7 +10,7 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
-from spin_hf.kernels import Int8Form
+from spin_hf.storage.page_layout import Int8Form
 
 from ..cache.tiny import Driver, Shape, World
 from ..support.padded_pair import generate

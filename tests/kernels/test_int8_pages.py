@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
-from spin_hf.kernels import Int8Form
+from spin_hf.storage.page_layout import Int8Form
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..cache.tiny import Driver, Shape, World, poisoned_memory

@@ -4,7 +4,7 @@
     append_kernel   all pages of a call
 
 Where home pages are int8, tokens are encoded; page frame and summaries are of what comes of that.
-The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `page_form.py`.
+The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations

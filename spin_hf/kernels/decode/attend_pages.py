@@ -6,7 +6,7 @@
 
 Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
 whose pages are resident go on meanwhile. Homes that are int8 are decoded in registers; the frame gets what came of it. The
-specification is `kernels.attend`, `kernels.merge_attention` and `page_form.py`.
+specification is `kernels.attend`, `kernels.merge_attention` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
                                           or, of a box, of the logit, less the largest of all
     bin of the score  <=  floor       ->  the page is kept and counted                     ->  kept pages, by part; histogram
 
-The histogram says where the budget ends, so nothing has to be sorted or searched (see `select.py`). The floor is where it
+The histogram says where the budget ends, so nothing has to be sorted or searched (see `select_pages.py`). The floor is where it
 ended at the step before, and a margin: a few hundred pages are kept of however many there are. The specification of the scores
-is `ShadowKV.score`, whose logarithm they are, and `kernels.group_shares`; see `Rating`.
+is `reference.group_scores`; see `Rating`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The zones of a step, on the device: fixed pages, candidates and budget of every query. One launch for all layers.
 
-The specification is `step_plan.StepPlan`.
+The specification is `backends/zones.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     histogram      2  0  5  9 | 7 | 12 ...        pages of better bins are chosen
     budget 19      2  2  7 16  23                 of the boundary bin the best 3 of 7: a search among these few alone
 
-Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`residency.py`). It
+Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`assign_slots.py`). It
 looks at the pages that were kept; should they be too few, it counts the others and looks at all. Which of pages that tie are
 taken is always the same. The specification is `kernels.select_top_pages`.
 """

@@ -1,4 +1,4 @@
-"""Points in the order of `attention/methods/bisection.py`, on a GPU: parts are halved at the median along their main axis.
+"""Points in the order of `reference_clustering.bisect`, on a GPU: parts are halved at the median along their main axis.
 
     part of more than 1,024   gram      [D, D] of products of its keys, by 1,024 of them
                               axis      [D]    from these
@@ -9,7 +9,7 @@
 
 A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
 matrix products too, as only loads for those are fetched ahead. Products of float32 are of tf32: an order needs no more, and
-exact ones, without tensor cores, take minutes to compile. The specification is `attention.bisection.halve`.
+exact ones, without tensor cores, take minutes to compile. The specification is `reference_clustering.halve`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK, _TILE, _GROUP = 1024, 128, 64
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """As `attention.bisection.bisect`, of points [R, n, D].
+    """As `reference_clustering.bisect`, of points [R, n, D].
 
     D is 128 at most: products of all of more numbers with each other do not fit the registers.
     """
