@@ -26,7 +26,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from .attention.interface import MaskedLength
 from .attention.methods.base import Method, check_recipe
 from .attention.methods.registry import resolve_method
-from .backends.kernel_pool import may_be_compiled, pool_of
 from .backends.state_checks import check_layer, held_batch
 from .backends.zones import StepPlan
 from .config import SpinOptions, parse_bytes
@@ -107,12 +106,8 @@ class SpinCache(Cache):
         check_recipe(self._shared.method)
         check_stretches(self._shared.method)
         super().__init__(layers=layers)
-        heads = getattr(config, "num_attention_heads", 0)
-        self._shared.query_heads = heads if isinstance(heads, int) else 0  # some configs have a list
         self._shared.served = weakref.ref(model)
         self._log = ForwardLog(self.layers, self._shared)
-        if isinstance(model, PreTrainedConfig) and may_be_compiled(self._shared, self.layers):
-            self._shared.pool = pool_of(config)
         self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
@@ -162,11 +157,6 @@ class SpinCache(Cache):
         """As transformers'. Layers may write into what this returns."""
         return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the decode step: with a cache made from a config, on a GPU."""
-        return self._shared.pool is not None
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer; a forward that was interrupted does not count."""
         if self._shared.layers:
@@ -184,7 +174,7 @@ class SpinCache(Cache):
             CacheStateError: an interrupted forward cannot be taken back.
         """
         if not torch.compiler.is_compiling():
-            self.calls.hold()
+            self.calls.before_mask(self)
             if self._shared.layers:  # others may ask in the middle of a forward
                 self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)

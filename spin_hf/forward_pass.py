@@ -104,13 +104,13 @@ class ForwardLog:
     def _end(self, mine: Progress) -> None:
         """The watched forward has returned: what it appended counts, in the layers that it came to."""
         shared = self.shared
-        if shared.layers and mine.last < 0 and shared.sequences.length == mine.held and shared.launched is None:
+        if shared.layers and mine.last < 0 and shared.sequences.length == mine.held:
             raise AttentionError(
                 f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected at least one to; "
                 "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
                 "model.eval()"
             )
-        if shared.launched is None and not shared.prepared:  # else whoever looks at the cache next ends the step
+        if not shared.prepared:
             shared.check_nothing_pending()
             if shared.committed != shared.sequences.length:
                 shared.commit()

@@ -81,10 +81,8 @@ class SpinLayer(Inspected, CacheLayerMixin):
         """Whether the layer has seen tokens."""
         return self.store is not None
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the decode step by itself."""
-        return self.shared.pool is not None
+    is_compileable = False
+    """`generate` compiles nothing by itself: decode steps are captured (`graph/runner.py`)."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
@@ -105,18 +103,10 @@ class SpinLayer(Inspected, CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] and values with this layer; attention will append them. Nothing is stored yet."""
         shared, traced = self.shared, torch.compiler.is_compiling()
-        if self.number == 0 and shared.launched is not None and (shared.launched or key_states.shape[-2] != 1):
-            if traced:  # not the forward that was prepared: the op, which finds it prepared still, settles that
-                shared.prepared = False
-            else:
-                shared.settle()
         if not traced:
             shared.check_nothing_pending()
-        if self is shared.layers[-1]:  # layers before may still ask how many tokens there were
-            if not shared.prepared:
-                shared.visible_length.add_(key_states.shape[-2])
-            elif traced:
-                shared.launched = True  # set as the compiled call returns, of a replay too
+        if self is shared.layers[-1] and not shared.prepared:  # layers before may still ask how many tokens there were
+            shared.visible_length.add_(key_states.shape[-2])
         shared.pending = self
         return hand_out(self, key_states, value_states)
 
@@ -144,19 +134,11 @@ class SpinLayer(Inspected, CacheLayerMixin):
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
         if torch.compiler.is_compiling():
-            return self._traced_length()
+            return self.shared.visible_length
         if self.shared.captured_length is not None:
             return self.shared.captured_length  # type: ignore[no-any-return, unused-ignore]
-        if self.shared.launched:
-            self.shared.finish()
-        self.shared.put_right()
+        self.shared.settle()
         return self.shared.committed
-
-    def _traced_length(self) -> Tensor:
-        shared = self.shared
-        if not shared.prepared or shared.step_length is None:
-            return shared.visible_length
-        return shared.step_length + 1 if shared.launched else shared.step_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
         """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
@@ -166,15 +148,14 @@ class SpinLayer(Inspected, CacheLayerMixin):
         """
         shared = self.shared
         if torch.compiler.is_compiling():
-            return query_length, self._traced_length()
+            return query_length, shared.visible_length
         if shared.captured_length is not None:
             return MaskedLength.of(query_length, None), 0
         length = shared.committed
         if not length:
             return MaskedLength.of(query_length, partial(admit, shared, query_length)), 0
         shared.sequences.check_room(length, query_length)
-        expected = query_length == 1 and self.is_compileable
-        return MaskedLength.of(length + query_length, shared.expect if expected else shared.reconcile), 0
+        return MaskedLength.of(length + query_length, shared.reconcile), 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -204,8 +185,11 @@ class SpinLayer(Inspected, CacheLayerMixin):
         Raises:
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
-        self.shared.settle()
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks, weights)
+        if self.shared.prepared:
+            self._launch(call, key, value, append, out)
+            return
+        self.shared.settle()
         result = self._run(call, key, value, mask, append, out)
         if result is not None:
             out.copy_(result.flatten(1, 2).transpose(1, 2))
@@ -213,21 +197,6 @@ class SpinLayer(Inspected, CacheLayerMixin):
             self.shared.commit()
 
     run_for_weights, with_gradients = attention_weights.run, gradients.with_gradients
-
-    @property
-    def step_handle(self) -> int | None:
-        """What the op of prepared steps is called with, if the present step is one."""
-        return self.shared.handle if self.shared.prepared else None
-
-    def launch(
-        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
-        softcap: float | None,
-    ) -> None:  # fmt: skip
-        """As `run`, of the one token of a step that was prepared: nothing is done on the host."""
-        call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks)
-        self._launch(call, key, value, append, out)
-        if append and self is self.shared.layers[-1] and self.shared.launched is not None:
-            self.shared.finish()  # of a compiled forward that is replayed, `settle` does it
 
     @lasting
     def _run(
@@ -271,12 +240,6 @@ class SpinLayer(Inspected, CacheLayerMixin):
         assert step is not None
         step.begin(self)
         step.selection.place(self)
-
-    def recorded(self) -> tuple[Any, ...]:
-        """All that a graph of this layer's launches holds, beside tensors of the model."""
-        step = self.kernels()
-        assert step is not None
-        return step.recorded(self)
 
     def advance(self) -> None:
         """The step's tokens are in this layer's pages."""

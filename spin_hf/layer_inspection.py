@@ -52,7 +52,7 @@ class Inspected:
     @property
     def batch_size(self) -> int:
         """Sequences held; AttributeError before the first token, which is how transformers asks."""
-        self.shared.put_right()
+        self.shared.settle()
         if self.store is None or not self.shared.sequences.batch_size:
             raise AttributeError("batch_size")
         return self.shared.sequences.batch_size
@@ -69,7 +69,7 @@ class Inspected:
         )
 
     def _dense(self, which: int) -> Tensor | None:
-        self.shared.put_right()
+        self.shared.settle()
         store, length = self.store, self.shared.committed
         if store is None or not length:
             return None

@@ -3,11 +3,10 @@
     forward:   update(0) run(0)  update(1) run(1)  ...  update(n) run(n)
                begins the step                          commits it: `committed` tokens are what every layer holds
 
-    prepared:  prepare   update(0) launch(0)  ...  update(n) launch(n)   finish
-               the host's part, once                                     commits it
+    prepared:  prepare   update(0) run(0)  ...  update(n) run(n)   finish
+               the host's part, once                               commits it
 
-A prepared step is one that `graph/runner.py` captures or replays, or the one token that a compiled forward will take: that is
-prepared by the mask function (`expect`) and finished by whoever looks at the cache next (`settle`).
+A prepared step is one that `graph/runner.py` captures or replays: its layers only launch.
 
 See `forward_pass.py` for a forward that does not reach the last layer.
 """
@@ -15,7 +14,7 @@ See `forward_pass.py` for a forward that does not reach the last layer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .attention.interface import register_step
 from .attention.methods.base import Method, recipe_of
 from .backends import position_check
-from .backends.kernel_pool import KernelPool, handle_of, new_handle
 from .backends.triton_indexing import index_completed
 from .backends.triton_step import StepKernels
 from .backends.zones import StepPlan
@@ -53,19 +50,14 @@ class SharedState:
     Attributes:
         model_name: what to call the model in messages.
         visible_length: tokens held, for code that Dynamo traces: advanced by `update`, never read by the custom op.
-        step_length: the same before a step that was prepared, on the device.
         pending: the layer that was updated and has not attended yet.
         committed: tokens that every layer holds.
         commits_with_last_paged: whether no logged layer comes after the last paged one in the present forward.
         prepared: whether the step has begun for all layers, which then only launch.
-        captured_length: `step_length`, while a graph is captured.
-        launched: None, or whether the compiled forward that a step was prepared for has run.
-        handle: under which the custom op finds this state; tells apart what graphs of other steps hold.
-        query_heads: of each layer, by the model's config; 0 where that does not say.
+        captured_length: tokens held before the step, on the device, while a graph is captured.
         failed: whether the forward in progress is known not to have come to its end.
         unfinished: what has to be done before the cache is used, as an operation was interrupted (`transaction.py`); None for
             nothing.
-        pool: where kernels come from and go to, so that compiled graphs can serve several caches; None if none do.
         any_stale: whether some layer has summaries to make before the next step.
         served: the model or config that the cache was made with, by which a first batch is judged before it computes.
         noted: validity [B, Q] of the tokens that the latest padding mask was made for; None if it was no mask.
@@ -83,13 +75,8 @@ class SharedState:
     commits_with_last_paged: bool = True
     prepared: bool = False
     captured_length: Tensor | None = None
-    step_length: Tensor | None = None
-    launched: bool | None = None
-    handle: int = 0
-    query_heads: int = 0
     unfinished: Callable[[], None] | None = None
     failed: bool = False
-    pool: KernelPool | None = None
     served: weakref.ref[Any] | None = None
     noted: Tensor | None = None
     any_stale: bool = False
@@ -121,27 +108,15 @@ class SharedState:
             return None
         if found is None or found.batch_size != batch_size:
             counts = [] if found is None else found.counters.sum(0).tolist()
-            taken = None if self.pool is None else self.pool.take(self._pool_key(device, batch_size, num_heads))
-            if taken is None:
-                taken = lasting(StepKernels)(self, launch, device, batch_size, num_heads)
-            else:
-                taken.serve(self)
+            made = lasting(StepKernels)(self, launch, device, batch_size, num_heads)
             if found is not None:
                 if found.fits:
-                    taken.fit(*found.fits)
+                    made.fit(*found.fits)
                 for counter, count in zip(Counter, counts, strict=True):
                     self._counted[counter.name] = self._counted.get(counter.name, 0) + count
-                self._put_back(found)
-            found = self._step_kernels[key] = taken
+            found = self._step_kernels[key] = made
             self._in_use = None
         return found
-
-    def _pool_key(self, device: torch.device, batch_size: int, num_heads: int) -> tuple[Hashable, ...]:
-        return device, batch_size, num_heads, len(self.layers), repr(self.method), repr(self.options)
-
-    def _put_back(self, step: StepKernels | None) -> None:
-        if step is not None and self.pool is not None:
-            self.pool.put(self._pool_key(step.device, step.batch_size, step.num_heads), step)
 
     def counted(self) -> dict[str, int]:
         """What the kernels counted so far, by the names of `Counter`; reads the device."""
@@ -189,13 +164,7 @@ class SharedState:
         if self._begun != (in_use, self.sequences.layout, padded):
             for layer in self.layers:
                 layer.prepare()
-            if self.pool is not None:
-                self.handle = handle_of(tuple(layer.recorded() for layer in self.layers))
-            elif not self.handle:
-                self.handle = new_handle()
-            self.step_length = in_use[0].step[StepField.POSITION]
             self._begun = (in_use, self.sequences.layout, padded)
-        register_step(self.handle, self)
         self.prepared = True
 
     @lasting
@@ -220,38 +189,11 @@ class SharedState:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """While a graph is captured, lengths are tensors on the device."""
-        self.captured_length = self.step_length
+        self.captured_length = self.kernels_in_use()[0].step[StepField.POSITION]
         try:
             yield
         finally:
             self.captured_length = None
-
-    @lasting
-    def expect(self, batch_size: int, mask: Tensor | None) -> None:
-        """A forward of one token a sequence comes, and may be a compiled one: prepare its step if it can be.
-
-        Args:
-            mask: as for `reconcile`.
-        Raises:
-            as `begin`.
-        """
-        padding_change.note(self, mask)
-        held = self.sequences.batch_size
-        if not self.committed or batch_size != held or not self._can_prepare():
-            self.reconcile(batch_size, mask)
-            return
-        self.prepare(batch_size, 1, padding_change.take(self, mask))
-        self.launched = False
-
-    def _can_prepare(self) -> bool:
-        for layer in self.layers:
-            step, store = layer.kernels(), layer.store
-            if step is None or store is None:
-                return False
-            if not step.group and self.query_heads % step.num_heads == 0:
-                # Nobody has attended yet, as the tokens were taken over. Where the config is wrong, attention says so.
-                step.fit(self.query_heads // step.num_heads, store.key_dim, store.value_dim, store.dtype)
-        return all(step.group for step in self.kernels_in_use())
 
     def forget_recorded(self) -> None:
         """Kernels got other buffers: what graphs hold is not what the next step uses, and so has another handle."""
@@ -259,17 +201,6 @@ class SharedState:
 
     @lasting
     def settle(self) -> None:
-        """End the step that `expect` prepared: its tokens count if the forward ran, else they are taken back.
-
-        What an interruption left unfinished comes first.
-        """
-        self.put_right()
-        if self.launched:
-            self.finish()
-        elif self.launched is not None:
-            self.roll_back()
-
-    def put_right(self) -> None:
         """Finish or undo what was interrupted, if anything was."""
         if self.unfinished is not None:
             self.unfinished()
@@ -331,13 +262,11 @@ class SharedState:
         self.gpu = GpuMemory(self, self.options.gpu_memory)
 
     def _give_up_kernels(self) -> None:
-        for step in self._step_kernels.values():
-            self._put_back(step)
         self._step_kernels.clear()
         self._in_use = self._begun = None
 
     def _end_step(self) -> None:
-        self.pending, self.prepared, self.launched = None, False, None
+        self.pending, self.prepared = None, False
 
     def clear(self) -> None:
         """Forget all sequences. May be repeated."""
@@ -354,7 +283,7 @@ class SharedState:
         Args:
             counted: what the copied kernels had counted.
         """
-        self._counted, self.handle = counted, 0
+        self._counted = counted
         self._step_kernels.clear()
         self._in_use = self._begun = None
 

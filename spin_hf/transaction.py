@@ -62,7 +62,7 @@ def undone(shared: SharedState, unpaged: list[Any]) -> Iterator[None]:
         yield
         shared.unfinished = None
     except BaseException:
-        shared.put_right()
+        shared.settle()
         raise
 
 
@@ -75,7 +75,7 @@ def finished(shared: SharedState, act: Callable[[], None]) -> None:
     except Exception:  # memory, perhaps: there may be some later
         raise
     except BaseException:
-        shared.put_right()
+        shared.settle()
         raise
 
 

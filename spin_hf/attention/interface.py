@@ -5,8 +5,6 @@
     mask function             hands the batch's padding to the cache
     attention function        finds the layer on keys and values and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
-    spin_hf::attend_prepared  the same as launches only, of a step that was prepared before the forward: a CUDA graph may
-                              have it, inside a compiled forward too
 
 Masks, as attention receives them (see `masks.py`):
     None                causal, no padding among the new tokens
@@ -42,12 +40,7 @@ class AttentionLayer(Protocol):
     """What the attention function needs of a layer."""
 
     handle: int
-    number: int
     shared: Any
-
-    @property
-    def step_handle(self) -> int | None:
-        """What the op of prepared steps, of one token a sequence, is called with; None if the present one is not."""
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
@@ -73,19 +66,6 @@ class AttentionLayer(Protocol):
     ) -> Tensor:  # fmt: skip
         """`out`, which a step has just written, with a backward pass."""
 
-    def launch(
-        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, append: bool, scale: float,
-        softcap: float | None,
-    ) -> None:  # fmt: skip
-        """The same of a prepared step."""
-
-
-class Step(Protocol):
-    """What the op of prepared steps needs of a cache."""
-
-    layers: list[Any]
-    failed: bool
-
 
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
@@ -96,15 +76,6 @@ def register_layer(layer: AttentionLayer) -> int:
     handle = next(_handles)
     _layers[handle] = layer
     return handle
-
-
-_steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
-
-
-def register_step(handle: int, step: Step) -> None:
-    """Let the op of prepared steps find the cache whose step was prepared under `handle`."""
-    if _steps.get(handle) is not step:
-        _steps[handle] = step
 
 
 @torch.library.custom_op("spin_hf::attend", mutates_args=("out",), tags=(torch.Tag.cudagraph_unsafe,))
@@ -120,20 +91,6 @@ def _attend(
         raise
 
 
-@torch.library.custom_op("spin_hf::attend_prepared", mutates_args=("out",))
-def _attend_prepared(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor,
-    handle: int, number: int, append: bool, scale: float, softcap: float | None,
-) -> None:  # fmt: skip
-    step = _steps[handle]
-    try:
-        step.layers[number].launch(query, key, value, sinks, out, append, scale, softcap)
-    except BaseException:
-        step.failed = True
-        raise
-
-
-@_attend_prepared.register_fake
 @_attend.register_fake
 def _attend_fake(*args: Any) -> None:
     return None
@@ -226,15 +183,11 @@ def spin_attention(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
     )
     softcap = kwargs.get("softcap")
-    handle, weights = layer.step_handle, None
+    weights = None
     if returned_weights.are_wanted(kwargs):
         weights = layer.run_for_weights(query, key, value, attention_mask, sinks, out, append, scale, softcap)
-    elif handle is not None and (attention_mask is None or masks.is_own(attention_mask)):  # the cache took the padding
-        torch.ops.spin_hf.attend_prepared(query, key, value, sinks, out, handle, layer.number, append, scale, softcap)
     else:
-        torch.ops.spin_hf.attend(
-            query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap
-        )
+        torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if torch.compiler.is_compiling():
             out = _InferenceOnly.apply(out, query)

@@ -147,16 +147,6 @@ class Descriptors:
         zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
         return -(-max(options.budget, options.dense_below) // page_size) + zones
 
-    def release(self) -> None:
-        """The cache is gone: keep what graphs hold addresses of, and nothing else of it."""
-        del self.shared
-        self.scratch, self.known, self.layer_known = {}, {}, [None] * len(self.layer_known)
-        self.page_capacity, self.padded_capacity = 0, False
-
-    def serve(self, shared: SharedState) -> None:
-        """Take up another cache, after `release`."""
-        self.shared = shared
-
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache makes its own: descriptors hold the addresses of this one's memory."""
         return None

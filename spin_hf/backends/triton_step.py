@@ -30,7 +30,7 @@ from .triton_selection import Selection
 
 if TYPE_CHECKING:
     from ..kernels.compile_ahead import Launch
-    from ..kernels.launch_table import Launchers
+    from ..kernels.triton_launchers import Launchers
     from ..layer import SpinLayer
     from ..state import SharedState
 
@@ -117,29 +117,6 @@ class StepKernels(Descriptors):
         self.shared.forget_recorded()
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
         self.buffers, self.fits, self.group = buffers, fits, group
-
-    def recorded(self, layer: SpinLayer) -> tuple[Any, ...]:
-        """All that a graph of this layer's launches holds, beside tensors of the model: addresses and compile-time numbers."""
-        tensors = (
-            self.step, self.plan, self.whole_plan, self.found_for, self.layer_fields, self.layer_addresses, self.counters,
-            *self.buffers.tensors, *self.selection.place(layer),
-        )  # fmt: skip
-        store, shared = layer.store, self.shared
-        assert store is not None
-        numbers = (
-            self.batch_size,
-            self.group,
-            layer.number,
-            len(shared.layers),
-            store.home_form,
-        )
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        return *addresses, repr(self.shape(layer)), *numbers, repr(shared.options), repr(shared.method)
-
-    def serve(self, shared: SharedState) -> None:
-        """Take up another cache, after `release`."""
-        super().serve(shared)
-        self.counters.zero_()  # not by `release`, which the garbage collector may call while somebody captures
 
     # ---------------------------------------------------------------------------------------------------- the launches
 

@@ -3,9 +3,9 @@
     wrapped forward ──> run ──> the config says "spin", the log watches ──> a replayed step (graph/runner.py), or the model's
     forward ──> its tokens count, or it never happened
 
-A cache that was made from a model belongs to that model object. Outside of its calls nothing about the model or its config is
-changed, so what else uses the model sees it as it was. A cache that was made from a config keeps the config switched while it
-lives; its calls are seen where another cache's model wraps their forward.
+A cache belongs to one model object. Outside of its calls nothing about the model or its config is changed, so what else uses
+the model sees it as it was. A cache that was made from a config keeps the config switched until the first forward has shown
+which model runs it (`find_model`); from the next call on it is as if it had been made from that model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ..attention.masks import check_argument
 from ..errors import AttentionError
 from ..forward_pass import ForwardLog
 from ..integration import deferred_stop, forward_hook
+from ..integration.forward_hook import CACHE_NAMES
+from ..integration.layer_types import decoder_config
 from ..state import SharedState
 from .runner import DecodeSteps
 
@@ -35,7 +37,7 @@ class ModelCalls:
 
     Args:
         config: the one that attention modules read.
-        model: whose calls carry the cache; None for a cache that was made from the config.
+        model: whose calls carry the cache; None where a forward has to show it.
         layers, shared, log: of the cache.
     """
 
@@ -46,20 +48,22 @@ class ModelCalls:
         self.switched = config if shared.layers else None
         """What says "spin" in calls; None where no layer is paged: then a model that looks at the name sees its own."""
         self.layers, self.shared, self.log = layers, shared, log
-        self.wrapped: forward_hook.Wrapped = [] if model is None else forward_hook.acquire(model)
-        self.model: Any = (lambda: None) if model is None else weakref.ref(model)
+        self.wrapped: forward_hook.Wrapped = []
+        self.model: Any = lambda: None
         """Gives the model while it lives."""
-        self.steps = None if model is None or not may_be_captured(model) else DecodeSteps(model, layers, shared, log)
+        self.steps: DecodeSteps | None = None
         self.inside = False
         """Whether a call is in progress."""
         self.holds = False
         """Whether the config is held switched from outside of a call."""
+        self.belongs = model is not None
+        """Whether calls have to be those of the model; not before its first wrapped call, where a forward has shown it."""
         if self.switched is not None:
             implementation.announce(config)
         if model is None:
-            self.hold()
-        if self.steps is not None:
-            deferred_stop.acquire()
+            self._hold()
+        else:
+            self._bind(model)
 
     def close(self) -> None:
         """Give the model and its config back, and what the cache held; nothing waits for the garbage collector."""
@@ -78,14 +82,14 @@ class ModelCalls:
         """
         if self.inside and self._runs():  # a part of the model, or a graph that is captured
             return forward(**kwargs)
-        if self.wrapped and not any(part() is module for part in self.wrapped):
+        if self.belongs and not any(part() is module for part in self.wrapped):
             raise AttentionError(
                 f"expected a call of the {self.shared.model_name} that this SpinCache was made from, got one of another "
                 f"model ({type(module).__name__}); make a SpinCache of that model, or SpinCache.from_cache(cache, model) to "
                 "take over its tokens"
             )
         check_argument(kwargs.get("attention_mask"))
-        self.inside = True
+        self.inside, self.belongs = True, bool(self.wrapped)
         try:
             with nullcontext() if self.switched is None else implementation.held(self.switched):
                 if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
@@ -106,8 +110,20 @@ class ModelCalls:
             frame = frame.f_back
         return frame is not None
 
-    def hold(self) -> None:
-        """Keep the config switched: for good, or from a mask that is made before a call to the end of that call."""
+    def before_mask(self, cache: Any) -> None:
+        """A mask is asked for: from here to the end of the call the config is switched."""
+        self._hold()
+        if not self.wrapped and self.switched is not None and (model := find_model(cache, self.config)) is not None:
+            self._bind(model)
+
+    def _bind(self, model: nn.Module) -> None:
+        """See the calls of `model` from now on."""
+        self.wrapped, self.model = forward_hook.acquire(model), weakref.ref(model)
+        if may_be_captured(model):
+            self.steps = DecodeSteps(model, self.layers, self.shared, self.log)
+            deferred_stop.acquire()
+
+    def _hold(self) -> None:
         if self.switched is not None and not self.inside and not self.holds:
             self.holds = True
             implementation.acquire(self.switched)
@@ -121,7 +137,7 @@ class ModelCalls:
         config, name = self.switched, self.shared.model_name
         if config is None:
             return
-        if self.wrapped and not self.inside and (self.holds or config._attn_implementation != implementation.NAME):
+        if self.belongs and not self.inside and (self.holds or config._attn_implementation != implementation.NAME):
             self._drop()
             raise AttentionError(
                 f"expected a call of the {name} that this SpinCache was made from, got states of another model, or of a layer "
@@ -157,6 +173,23 @@ def _caller() -> Any:
             return module if hasattr(getattr(module, "config", None), "_attn_implementation") else None
         frame = None if frame is None else frame.f_back
     return None
+
+
+def find_model(cache: Any, config: Any) -> PreTrainedModel | None:
+    """The model whose forward is running with `cache`, the outermost one of those that read `config`; None for none.
+
+    Only frames of forwards are looked into: reading a frame's locals keeps them alive until it returns.
+    """
+    frame: Any = sys._getframe(1)
+    found = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and not set(code.co_varnames[: code.co_argcount]).isdisjoint(CACHE_NAMES):
+            module, given = frame.f_locals.get("self"), [frame.f_locals.get(name) for name in CACHE_NAMES]
+            if isinstance(module, PreTrainedModel) and any(each is cache for each in given):
+                found = module if decoder_config(module)[0] is config else found
+        frame = frame.f_back
+    return found
 
 
 def model_of(model: Any) -> nn.Module | None:

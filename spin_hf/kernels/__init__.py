@@ -54,7 +54,7 @@ from .reference import (
 )
 
 if TYPE_CHECKING:
-    from .launch_table import Launchers
+    from .triton_launchers import Launchers
 
 
 @lru_cache(None)
@@ -62,7 +62,7 @@ def launchers(device: torch.device) -> Launchers | None:
     """The launches of the Triton kernels on a device, or None where the reference operations serve it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from .launch_table import launchers as found
+    from .triton_launchers import launchers as found
 
     return found
 

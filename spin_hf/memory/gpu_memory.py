@@ -386,7 +386,7 @@ class GpuMemory:
 
     def _may_be_touched(self) -> bool:
         shared, ident = self.shared, threading.get_ident()
-        between = shared.sequences.length == shared.committed and not shared.prepared and shared.launched is None
+        between = shared.sequences.length == shared.committed and not shared.prepared
         alive = any(thread.ident == self._owner for thread in threading.enumerate())
         return between and (self._owner == ident or not alive)
 

@@ -225,7 +225,7 @@ def test_a_task_is_left_between_rows_when_the_time_is_over(tmp_path: Path, monke
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model whose cache has kernels, and little of everything that takes time."""
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -51,7 +51,7 @@ def test_the_target_is_the_mean_of_the_traces() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 def test_spread_decides_the_overlap(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     config = kind(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

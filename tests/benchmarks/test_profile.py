@@ -44,7 +44,7 @@ def test_names_are_those_of_the_kernels_that_are_launched() -> None:
 
 @interpreted
 def test_bytes_are_those_of_the_pages_and_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)

@@ -19,7 +19,6 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.attention import implementation, interface
-from spin_hf.backends.kernel_pool import KernelPool
 from spin_hf.storage import page_store, pinned_slab
 
 from ..support.faults import Faults, chunks_in_slabs
@@ -194,35 +193,3 @@ def test_handles_are_not_given_twice() -> None:
     in_threads(4, work)
     assert len({layer.handle for layer in kept}) == len(kept)
     assert all(interface._layers[layer.handle] is layer for layer in kept)
-
-
-class Kernels:
-    """Stands for `StepKernels` in a pool."""
-
-    def __init__(self, key: int) -> None:
-        self.key, self.lent = key, True
-
-    def release(self) -> None:
-        assert self.lent
-        self.lent = False
-
-
-@pytest.mark.usefixtures("busy_threads")
-def test_kernels_are_lent_to_one_cache_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes its time
-    pool = KernelPool()
-
-    def work(number: int) -> None:
-        for turn in range(300):
-            key = (number + turn) % 3
-            step: Any = pool.take(key)
-            if step is None:
-                step = Kernels(key)
-            else:
-                assert step.key == key
-                assert not step.lent
-                step.lent = True
-            pool.put(key, step)
-
-    in_threads(4, work)
-    assert all(pool.take(key) is not None for key in range(3))

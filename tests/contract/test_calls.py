@@ -148,12 +148,11 @@ class interrupting:  # noqa: N801
         self.handle.remove()
 
 
-def test_a_cache_of_a_config_does_not_guess_how_a_forward_ended() -> None:
-    model = copy.deepcopy(build_model("llama"))
+def test_a_cache_of_a_config_does_not_guess_how_its_first_forward_ended() -> None:
+    model = build_model("llama")
     cache = SpinCache(model.config, **EVERYTHING)
-    logits_of(model, random_tokens(1, 40), cache)
     with pytest.raises(KeyboardInterrupt), interrupting(model.model.layers[0].mlp):
-        logits_of(model, random_tokens(1, 3), cache)
+        logits_of(model, random_tokens(1, 30), cache)
     for use in (
         lambda: logits_of(model, random_tokens(1, 3), cache),
         lambda: cache.crop(-1),
@@ -162,27 +161,29 @@ def test_a_cache_of_a_config_does_not_guess_how_a_forward_ended() -> None:
     ):
         with pytest.raises(CacheStateError, match=r"behind layer 0.*layer 1.*roll_back"):
             use()
-    assert cache.get_seq_length() == 40
-    assert cache.stats().tokens == 40
+    assert cache.get_seq_length() == 0
+    assert cache.stats().tokens == 0
     cache.roll_back()
-    dense = DynamicCache(config=model.config)
-    logits_of(model, random_tokens(1, 40), dense)
+    torch.testing.assert_close(logits_of(model, random_tokens(1, 30), cache), model(random_tokens(1, 30)).logits)
+    cache.roll_back()  # nothing to take back
+    assert cache.get_seq_length() == 30
+
+
+def test_a_cache_of_a_config_is_told_how_later_forwards_end() -> None:
+    """Its first forward has shown which model runs it."""
+    model = copy.deepcopy(build_model("llama"))
+    cache, dense = SpinCache(model.config, **EVERYTHING), DynamicCache(config=model.config)
+    for held in (cache, dense):
+        logits_of(model, random_tokens(1, 40), held)
+    with pytest.raises(KeyboardInterrupt), interrupting(model.model.layers[0].mlp):
+        logits_of(model, random_tokens(1, 3), cache)
+    assert cache.get_seq_length() == 40
     torch.testing.assert_close(
         logits_of(model, random_tokens(1, 3), cache), logits_of(model, random_tokens(1, 3), dense)
     )
-    cache.roll_back()  # nothing to take back
-    assert cache.get_seq_length() == 43
-
-
-def test_a_first_forward_that_a_cache_of_a_config_sees_interrupted() -> None:
-    model = build_model("llama")
-    cache = SpinCache(model.config, **EVERYTHING)
-    with pytest.raises(KeyboardInterrupt), interrupting(model.model.layers[0].mlp):
-        logits_of(model, random_tokens(1, 30), cache)
-    with pytest.raises(CacheStateError, match="roll_back"):
-        logits_of(model, random_tokens(1, 30), cache)
-    cache.roll_back()
-    torch.testing.assert_close(logits_of(model, random_tokens(1, 30), cache), model(random_tokens(1, 30)).logits)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(AttentionError, match="another"):
+        logits_of(copy.deepcopy(model), random_tokens(1, 1), cache)
 
 
 def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption: Any, happens: bool = False) -> None:

@@ -191,7 +191,9 @@ def test_models_that_share_a_config(given: str) -> None:
     assert_identical(use_without_spin("llama", model), before)
     with torch.no_grad():
         twin(random_tokens(1, 20), past_key_values=second)
-    assert model.config._attn_implementation == inside
+        assert model.config._attn_implementation == inside
+        twin(random_tokens(1, 1), past_key_values=second)  # whose model is known by now
+    assert model.config._attn_implementation == "sdpa"
     del second
     gc.collect()
     assert model.config._attn_implementation == "sdpa"

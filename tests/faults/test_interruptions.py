@@ -124,14 +124,14 @@ def test_unfinished_work_comes_first(again: int) -> None:
     trials = Interruptions(SCENARIOS["crop, paged"])
     run = trials.copy()
     began, shared = contents(run), run.cache._shared
-    put_right = shared.put_right
+    settle = shared.settle
 
     def interrupted_too(_: Any) -> None:
-        if shared.unfinished is not None and interrupted(put_right, again) is not None:
+        if shared.unfinished is not None and interrupted(settle, again) is not None:
             raise KeyboardInterrupt
 
     number = trials.lines.index(next(line for line in trials.lines if line[0] == "storage/page_frames.py"))
-    with patch.object(type(shared), "put_right", interrupted_too):
+    with patch.object(type(shared), "settle", interrupted_too):
         assert interrupted(lambda: trials.scenario.call(run), number) is not None
     if shared.unfinished is None:
         return  # it has fewer lines than that

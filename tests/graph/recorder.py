@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,14 +36,25 @@ class FakeRecorder:
         self.fresh = False
 
 
+_eager: set[int] = set()
+
+
+@contextmanager
+def eagerly(model: Any) -> Iterator[None]:
+    """Caches of `model` that are made in this block do not capture its steps."""
+    _eager.add(id(model))
+    yield
+    _eager.remove(id(model))
+
+
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
-    """Let interpreted kernels serve the CPU, and every cache made from a model capture its steps."""
-    from spin_hf.kernels.launch_table import launchers  # needs triton
+    """Let interpreted kernels serve the CPU, and every cache capture its steps."""
+    from spin_hf.kernels.triton_launchers import launchers  # needs triton
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     arrange_by_formulas(monkeypatch)
     monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
-    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: True)
+    monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: id(model) not in _eager)
     monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0
     return FakeRecorder

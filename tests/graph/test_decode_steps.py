@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from spin_hf.backends.descriptors import Descriptors
 
 from ..cache.regrouping import little_slack, regrouping_often
 from ..support.zoo import PAD_TOKEN_ID, build_model
-from .recorder import FakeRecorder, capture_on_cpu
+from .recorder import FakeRecorder, capture_on_cpu, eagerly
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -67,8 +68,9 @@ def test_the_same_as_eager(family: str, padded: bool, monkeypatch: pytest.Monkey
         return ones(*size, **kwargs)
 
     monkeypatch.setattr(torch, "ones", ones_of_a_known_size)
-    eager = SpinCache(model.config, **OPTIONS)
-    expected = _generate(model, eager, padded)
+    with eagerly(model):
+        eager = SpinCache(model, **OPTIONS)
+        expected = _generate(model, eager, padded)
     assert not recorder.replays
     cache = SpinCache(model, **OPTIONS)
     actual = _generate(model, cache, padded)
@@ -145,19 +147,20 @@ def test_a_bare_loop_with_all_that_changes_the_past(monkeypatch: pytest.MonkeyPa
     recorder = capture_on_cpu(monkeypatch)
     tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2))
     logits = []
-    for source in (model.config, model):
-        cache = SpinCache(source, **OPTIONS)
-        with torch.no_grad():
-            model(_inputs()["input_ids"], past_key_values=cache)
-        parts = [_loop(model, cache, tokens[:, :2])]
-        cache.reorder_cache(torch.tensor([1, 0]))
-        cache.crop(-1)
-        twin = deepcopy(cache)
-        parts += [_loop(model, each, tokens[:, 2:4]) for each in (cache, twin)]
-        cache.batch_select_indices(torch.tensor([1]))
-        parts.append(_loop(model, cache, tokens[:1, 4:6]).expand(2, -1, -1))
-        for each in (cache, twin):
-            each.check_integrity()
+    for mode in (eagerly(model), nullcontext()):
+        with mode:
+            cache = SpinCache(model, **OPTIONS)
+            with torch.no_grad():
+                model(_inputs()["input_ids"], past_key_values=cache)
+            parts = [_loop(model, cache, tokens[:, :2])]
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.crop(-1)
+            twin = deepcopy(cache)
+            parts += [_loop(model, each, tokens[:, 2:4]) for each in (cache, twin)]
+            cache.batch_select_indices(torch.tensor([1]))
+            parts.append(_loop(model, cache, tokens[:1, 4:6]).expand(2, -1, -1))
+            for each in (cache, twin):
+                each.check_integrity()
         logits.append(torch.cat(parts, 1))
     assert torch.equal(*logits)
     assert recorder.replays == 1 + 2 + 1 + 1  # but for the first of a cache or a batch size, which is eager
@@ -169,8 +172,9 @@ def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = capture_on_cpu(monkeypatch)
     tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2))
     logits, replays = [], []
-    for source in (model.config, model):
-        cache = SpinCache(source, **OPTIONS, gpu_memory=1 << 20, cpu_dtype="int8")
+    for mode in (eagerly(model), nullcontext()):
+        with mode:
+            cache = SpinCache(model, **OPTIONS, gpu_memory=1 << 20, cpu_dtype="int8")
         with torch.no_grad():
             model(_inputs()["input_ids"], past_key_values=cache)
         parts = [_loop(model, cache, tokens[:, :4])]
@@ -212,7 +216,8 @@ def test_the_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_forward_that_was_wrapped_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_on_cpu(monkeypatch)
     model = build_model("llama").eval()
-    expected = _loop_after_prompt(model, SpinCache(model.config, **OPTIONS))
+    with eagerly(model):
+        expected = _loop_after_prompt(model, SpinCache(model, **OPTIONS))
     first = SpinCache(model)
     wrapped, calls = model.forward, []
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: (calls.append(1), wrapped(*args, **kwargs))[1])
@@ -255,7 +260,8 @@ def test_windows_of_a_reset_cache_and_of_one_that_records(monkeypatch: pytest.Mo
     capture_on_cpu(monkeypatch)
     model = build_model("gemma3_text").eval()
     with torch.no_grad():
-        expected = _loop_after_prompt(model, SpinCache(model.config, **OPTIONS))
+        with eagerly(model):
+            expected = _loop_after_prompt(model, SpinCache(model, **OPTIONS))
         cache = SpinCache(model, **OPTIONS)
         for replays in (2, 4):
             cache.reset()
@@ -313,7 +319,8 @@ def test_a_capture_that_fails_loses_nothing(
 ) -> None:
     recorder = capture_on_cpu(monkeypatch)
     model = build_model(family).eval()
-    expected = _generate(model, SpinCache(model.config, **OPTIONS))
+    with eagerly(model):
+        expected = _generate(model, SpinCache(model, **OPTIONS))
 
     def refuse(self: FakeRecorder, step: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")

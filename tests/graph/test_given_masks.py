@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from spin_hf import AttentionError, BatchSizeError, SpinCache
 
 from ..support.zoo import build_model, random_tokens
-from .recorder import capture_on_cpu
+from .recorder import capture_on_cpu, eagerly
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="needs interpreted kernels"
@@ -23,8 +24,10 @@ def test_between_replays(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build_model("llama").eval(), random_tokens(2, 50)
     recorder = capture_on_cpu(monkeypatch)
     results = []
-    for first in (model.config, model):
-        cache, logits = SpinCache(first, budget=1 << 20, method="shadowkv"), []
+    for mode in (eagerly(model), nullcontext()):
+        with mode:
+            cache = SpinCache(model, budget=1 << 20, method="shadowkv")
+        logits = []
         with torch.no_grad():
             model(ids[:, :40], past_key_values=cache)
             for i in range(40, 48):

@@ -16,7 +16,7 @@ from spin_hf.attention.methods.seer_gate_file import load_gates
 
 from ..attention.test_seer import gates_for
 from ..support.zoo import PAD_TOKEN_ID
-from .recorder import capture_on_cpu
+from .recorder import capture_on_cpu, eagerly
 from .stale import assert_same, small_model
 
 pytestmark = [
@@ -85,9 +85,9 @@ def test_positions_that_do_not_count_real_tokens_are_refused(monkeypatch: pytest
     """Of captured steps too, which look at them behind the launch; what was launched is taken back."""
     model, token = small_model(), torch.full((1, 1), 5)
     recorder = capture_on_cpu(monkeypatch)
-    caches = [
-        SpinCache(source, gates_for(model, tmp_path), budget=32, recent_window=8) for source in (model, model.config)
-    ]
+    caches = [SpinCache(model, gates_for(model, tmp_path), budget=32, recent_window=8)]
+    with eagerly(model):
+        caches.append(SpinCache(model, gates_for(model, tmp_path), budget=32, recent_window=8))
     ids = torch.randint(3, 100, (1, 70), generator=torch.Generator().manual_seed(3))
     for cache in caches:
         model(ids, past_key_values=cache)

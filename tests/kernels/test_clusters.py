@@ -293,7 +293,7 @@ class Operations(TorchDispatchMode):
 def test_launches_do_not_depend_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """21 kernels, and of PyTorch's operations a mean, fills of tables and two sorts; nothing that waits for the device."""
     from spin_hf.kernels.indexing import fill_clusters
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr("spin_hf.kernels.launchers", lambda device: launchers)
     launched: list[str] = []

@@ -148,7 +148,7 @@ def test_a_close_look_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatc
 def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
     from spin_hf.kernels.decode import bin_scores, estimate_rest, rerank_pages, score_pages, select_pages
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     launches = (score_pages, bin_scores, rerank_pages, select_pages, estimate_rest)
     arrange_by_formulas(monkeypatch)

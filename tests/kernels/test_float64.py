@@ -65,7 +65,7 @@ CASES_IN_INT8 = {
 @pytest.mark.parametrize("name", CASES_IN_INT8)
 def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that int8 holds exactly: pages that are loaded and such as are resident, side by side."""
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)
@@ -83,7 +83,7 @@ def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)

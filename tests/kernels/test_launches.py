@@ -65,7 +65,7 @@ def valid_per_page(length: int, page_size: int, padded: bool) -> Tensor:
 @pytest.mark.parametrize(("budget", "dense_below"), [(40, 0), (0, 0), (40, 150)])
 def test_zones(budget: int, dense_below: int, padded: bool) -> None:
     """Of three queries; a budget of 0 stands for the fraction in the step descriptor."""
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     step, sinks, window, page = torch.zeros(len(StepField), dtype=torch.int64), 5, 19, 8
     known = mask(LENGTH - 30).to(torch.uint8)

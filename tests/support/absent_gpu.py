@@ -114,7 +114,7 @@ def pretend(capability: int, every: bool) -> Compiler:
     """Have caches on a CPU launch as on such a GPU, and launches compile."""
     compiler = Compiler(capability, every)
     from spin_hf.kernels.indexing import bisect, fill_clusters
-    from spin_hf.kernels.launch_table import launchers
+    from spin_hf.kernels.triton_launchers import launchers
 
     init = triton_step.StepKernels.__init__
 

@@ -32,10 +32,7 @@ from spin_hf.errors import CapacityError
 from spin_hf.storage import chunked_array, pinned_slab, slab_prefetch
 
 PACKAGE = str(Path(spin_hf.__file__).parent)
-_BODIES = {
-    torch.ops.spin_hf.attend.default: interface._attend._init_fn,
-    torch.ops.spin_hf.attend_prepared.default: interface._attend_prepared._init_fn,
-}
+_BODIES = {torch.ops.spin_hf.attend.default: interface._attend._init_fn}
 _TRACED = {torch.ops.aten.lift_fresh.default}
 """Operations that say to return what they were given, and stand for the making of a tensor from Python numbers."""
 
