@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention.methods import four_bit_keys
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
-from ..kernels.step_buffers import LaunchShape, LayerBuffers, RerankShape, Splits, StepBuffers, product_columns
+from ..kernels.step_buffers import LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
 from ..storage.out_of_memory import kept
 from ..storage.page_table import SEGMENT_PAGES
 from .descriptors import Descriptors
@@ -93,25 +93,21 @@ class StepKernels(Descriptors):
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
             return
-        width = (
-            ((splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate) * 2 * group * value_dim
-        )
+        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate
+        width = num_splits * 2 * group * value_dim
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
         with kept("buffers of decode steps", 4 * self.streams * width):
-            buffers = replace(
-                self.buffers,
-                split_outputs=new(width),
-                stats=new(splits.score * 2 * max(16, product_columns(group, False))),
-            )
+            stats = new(splits.score * 2 * max(16, product_columns(group, False)))
+            buffers = replace(self.buffers, split_outputs=new(width), stats=stats)
             if self.recipe.looked_at:
-                rerank = RerankShape.of(group, key_dim, dtype, self.multiplies_int8)
+                digits, columns, half = rerank_sizes(group, key_dim, dtype, self.multiplies_int8)
+                rows = 2 * columns * (2 if digits else 1)
                 buffers = replace(
-                    buffers, rotated=new(group * key_dim), factors=new(4 * rerank.columns),
-                    operands=new(rerank.operand_elements, torch.int8 if rerank.digits else dtype),
-                    rerank_stats=new(splits.programs * 3 * rerank.columns),
+                    buffers, rotated=new(group * key_dim), operands=new(rows * half, torch.int8 if digits else dtype),
+                    factors=new(4 * columns), rerank_stats=new(splits.programs * 3 * columns),
                     basis=four_bit_keys.basis(key_dim, self.device).to(dtype),
                 )  # fmt: skip
         self.shared.forget_recorded()

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from . import device_limits, reference, reference_clustering
 from .reference import (
-    NUM_BUCKETS,
     admit_pages,
     apply_attention_sinks,
     attend,
@@ -44,7 +43,6 @@ from .reference import (
     merge_attention,
     page_zones,
     pages_down_to,
-    put_rows,
     put_tokens,
     rows_to_put,
     score_bins,
@@ -114,7 +112,6 @@ def on_gpu() -> bool:
 
 
 __all__ = [
-    "NUM_BUCKETS",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
@@ -129,7 +126,6 @@ __all__ = [
     "page_means",
     "page_zones",
     "pages_down_to",
-    "put_rows",
     "put_tokens",
     "quantize",
     "rows_to_put",

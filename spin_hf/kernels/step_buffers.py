@@ -6,11 +6,12 @@
     LayerBuffers   tensors of one layer
 
 B sequences, H KV heads, G query heads per KV head, R = B * H streams. Captured graphs hold the addresses of all tensors.
+Launches of one query take its `plan` too, int32 [B, len(PlanField)].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ def product_columns(group: int, digits: bool) -> int:
     return max(4 if digits else 8, power_of_two(group))
 
 
+def rerank_sizes(group: int, key_dim: int, dtype: torch.dtype, multiplies_int8: bool) -> tuple[bool, int, int]:
+    """How keys in four bits are multiplied: whether by queries of two digits; columns of a product; padded bytes of a key."""
+    digits = multiplies_int8 and dtype != torch.float32
+    return digits, product_columns(group, digits), max(32 if digits else 16, power_of_two(-(-key_dim // 2)))
+
+
 @dataclass(frozen=True)
 class Splits:
     """Programs of each stream.
@@ -52,7 +59,7 @@ class Splits:
 
     @classmethod
     def choose(cls, num_streams: int, *, most_tokens: int | None, estimates: bool) -> Splits:
-        """Splits for so many streams; `most_tokens` that a query attends to at most, None if unknown."""
+        """Args: most_tokens: that a query attends to at most; None if unknown. estimates: whether some pages are estimated."""
         programs = max(1, _PROGRAMS // num_streams)
         attend = dense = min(_MAX_SPLITS, programs)
         if most_tokens is not None:  # one for each tile, if there is room
@@ -115,35 +122,8 @@ class LaunchShape:
 
 
 @dataclass(frozen=True)
-class RerankShape:
-    """How keys in four bits are multiplied.
-
-    Attributes:
-        digits: whether as int8, by queries of two digits.
-        columns: query heads, rounded up.
-        half: bytes of a key, rounded up.
-    """
-
-    digits: bool
-    columns: int
-    half: int
-
-    @classmethod
-    def of(cls, group: int, key_dim: int, dtype: torch.dtype, multiplies_int8: bool) -> RerankShape:
-        """For `group` query heads per KV head, with keys of this size and dtype."""
-        digits = multiplies_int8 and dtype != torch.float32
-        half = max(32 if digits else 16, power_of_two(-(-key_dim // 2)))
-        return cls(digits, product_columns(group, digits), half)
-
-    @property
-    def operand_elements(self) -> int:
-        """Elements of the two operands of a stream."""
-        return 2 * self.columns * (2 if self.digits else 1) * self.half
-
-
-@dataclass(frozen=True)
 class StepBuffers:
-    """Tensors of a batch. Where no other dtype is said, they are float32.
+    """Tensors of a batch, float32 unless another dtype is named.
 
     Attributes:
         splits: see `Splits`.
@@ -176,11 +156,6 @@ class StepBuffers:
     @property
     def num_streams(self) -> int:
         return self.list_count.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors."""
-        return tuple(getattr(self, field.name) for field in fields(self)[1:])
 
     @property
     def scratch(self) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ from ..common import (
 from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
 from ..recipe import Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, RerankShape, StepBuffers, power_of_two, product_columns
+from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
@@ -56,7 +56,7 @@ def bin_scores(
     Where pages are reranked, one more program of each stream makes the operands of that.
     """
     group, reranks = query.shape[1] // shape.num_heads, recipe.looked_at > 0
-    rerank = RerankShape.of(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
+    digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
     launch(
         rate_kernel, (buffers.num_streams, buffers.splits.programs + reranks), buffers.step, buffers.stats, plan,
         buffers.histogram, layer.rerank_floors if reranks else layer.floors, layer.number, buffers.splits.score, query,
@@ -64,8 +64,8 @@ def bin_scores(
         scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram, RATING=int(recipe.rating),
         OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=recipe.estimates_zone, LISTED=not reranks,
         WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
-        BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=rerank.digits,
-        CLOSER_G=rerank.columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=rerank.half, PAGE=shape.page_size,
+        BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
+        CLOSER_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
         PADDED=shape.padded, PART=PART_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
         RUN=min(PART_PAGES, 32), num_warps=8,
     )  # fmt: skip

@@ -41,11 +41,7 @@ def estimate_rest(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, softcap: float | None,
     recipe: Recipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Write the partial outputs of pages that were not selected, for one query of `group` heads per KV head.
-
-    Args:
-        plan: int32 [B, len(PlanField)], of this query.
-    """
+    """Write the partial outputs of pages that were not selected, for one query of `group` heads per KV head."""
     quantized = shape.quantized[1]
     runs = shape.segments_at_a_time(shape.block_v, 1 if quantized else shape.dtype.itemsize)
     launch(

@@ -39,7 +39,7 @@ from ..common import (
 from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
 from ..recipe import MOST_EXCESS, Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, RerankShape, StepBuffers, power_of_two
+from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 
 _COUNTED = 2
 """Pages that are counted for each page that is reranked, if scores are spread as they were at the last step."""
@@ -50,21 +50,17 @@ def rerank_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, recipe: Recipe,
     shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Score the best pages again, by their keys in four bits, for one query of `group` heads per KV head.
-
-    Args:
-        plan: int32 [B, len(PlanField)], of this query.
-    """
-    rerank, programs = RerankShape.of(group, shape.key_dim, shape.dtype, shape.multiplies_int8), buffers.splits.programs
-    code_bytes = -(-shape.key_dim // 2)
+    """Score the best pages again, by their keys in four bits, for one query of `group` heads per KV head."""
+    digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
+    programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
-        "LOOKED_AT": recipe.looked_at, "H": shape.num_heads, "G": group, "CLOSER_G": rerank.columns, "PAGE": shape.page_size,
+        "LOOKED_AT": recipe.looked_at, "H": shape.num_heads, "G": group, "CLOSER_G": columns, "PAGE": shape.page_size,
         "PADDED": shape.padded, "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
     }  # fmt: skip
     launch(
         closer_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
-        plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=rerank.digits, DK=shape.key_dim,
-        HALF=rerank.half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
+        plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
+        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
         TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MOST_EXCESS,
         num_stages=1, **common,
     )  # fmt: skip

@@ -48,7 +48,6 @@ def score_pages(
     """Score all candidates of one query of a step, and append the step's token.
 
     Args:
-        plan: int32 [B, len(PlanField)], of this query.
         query: [B, H * G, 1, D], or [B, H, D] of a method that makes its own queries, in float32. The last dimension is
             contiguous.
         new: key and value [B, H, 1, D] of the token that is appended; None for none.

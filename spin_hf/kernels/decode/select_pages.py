@@ -65,9 +65,7 @@ def select_pages(
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 
     Args:
-        plan: int32 [B, len(PlanField)], of this query.
-        query_index: of the query in the step.
-        group: query heads per KV head that were scored.
+        query_index: of the query in the step; group: query heads per KV head that were scored.
         most_listed: pages that a query lists at most; None if unknown.
     """
     reranks, share = recipe.looked_at > 0, recipe.estimated_billionths
