@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..attention.methods.base import recipe_of
 from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
-from ..kernels.step_buffers import power_of_two
+from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import kept
 from ..storage.tier_budget import coarsely
 from .zones import pages_of

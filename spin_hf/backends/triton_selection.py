@@ -19,8 +19,7 @@ from ..attention.methods.base import Method
 from ..kernels.descriptor_fields import PlanField
 
 if TYPE_CHECKING:
-    from ..kernels.compile_ahead import Launch
-    from ..kernels.step_buffers import LaunchShape
+    from ..kernels.launch import Launch, LaunchShape
     from ..layer import SpinLayer
     from .triton_step import StepKernels
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention.methods import four_bit_keys
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
-from ..kernels.step_buffers import LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
+from ..kernels.launch import Launch, LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
 from ..storage.out_of_memory import kept
 from ..storage.page_table import SEGMENT_PAGES
 from .descriptors import Descriptors
@@ -29,7 +29,6 @@ from .reference import Call
 from .triton_selection import Selection
 
 if TYPE_CHECKING:
-    from ..kernels.compile_ahead import Launch
     from ..kernels.triton_launchers import Launchers
     from ..layer import SpinLayer
     from ..state import SharedState

@@ -106,11 +106,6 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
     return launch.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
 
 
-def on_gpu() -> bool:
-    """Whether there is a GPU that the Triton kernels serve."""
-    return torch.cuda.is_available() and launchers(torch.device("cuda")) is not None
-
-
 __all__ = [
     "admit_pages",
     "apply_attention_sinks",
@@ -122,7 +117,6 @@ __all__ = [
     "list_pages",
     "merge_attention",
     "move_tokens",
-    "on_gpu",
     "page_means",
     "page_zones",
     "pages_down_to",

@@ -15,17 +15,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, Protocol
+from typing import Any
 
 import triton
 from triton.runtime.jit import JITFunction
 
-
-class Launch(Protocol):
-    """Launches a kernel, or does something else with what it would be launched with."""
-
-    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        """Take a kernel, its grid, its arguments, and its constants beside `num_warps` and `num_stages`."""
+from .launch import Launch
 
 
 def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import spin_hf.kernels
 import spin_hf.memory.plan
 from spin_hf import SpinCache
-from spin_hf.kernels import step_buffers
+from spin_hf.kernels import launch
 from spin_hf.memory import watermarks
 
 from ..cache.gpu_of import bytes_of
@@ -234,7 +234,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "_PROGRAMS", 4)
     monkeypatch.setattr(spin_rows, "tpot", functools.partial(timing.tpot, few=1, many=2))
     monkeypatch.setattr(spin_rows, "WARM", 2)
     monkeypatch.setattr(batch_rows, "EXTRA", 40)

@@ -14,7 +14,7 @@ from spin_rows import Traffic
 
 import spin_hf.kernels
 from spin_hf import SpinCache
-from spin_hf.kernels import step_buffers
+from spin_hf.kernels import launch
 
 from ..support.zoo import build_model
 
@@ -47,7 +47,7 @@ def test_bytes_are_those_of_the_pages_and_counters(monkeypatch: pytest.MonkeyPat
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "_PROGRAMS", 4)
     model = build_model("llama").eval()
     cache = SpinCache(model, "shadowkv", budget=16, recent_window=8, gpu_memory=60_000)
     tokens = torch.randint(3, 100, (1, 201), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import spin_hf.cache
 from spin_hf.graph import runner
-from spin_hf.kernels import step_buffers
+from spin_hf.kernels import launch
 
 from ..support.formulas import arrange_by_formulas
 
@@ -53,7 +53,7 @@ def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     arrange_by_formulas(monkeypatch)
-    monkeypatch.setattr(step_buffers, "_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "_PROGRAMS", 4)
     monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: id(model) not in _eager)
     monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0

@@ -14,7 +14,7 @@ import spin_hf.kernels
 from spin_hf import Bisection, RetroInfer, ShadowKV, SpinCache
 from spin_hf.attention.methods import bisection
 from spin_hf.backends import descriptors, triton_step
-from spin_hf.kernels import step_buffers
+from spin_hf.kernels import launch
 from spin_hf.kernels.descriptor_fields import LOAD_MARK, PlanField, StepField
 
 from ..cache.regrouping import little_slack, regrouping_often
@@ -155,7 +155,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
-        modules = [module for module in (triton_step, descriptors, step_buffers, *launches) if hasattr(module, name)]
+        modules = [module for module in (triton_step, descriptors, launch, *launches) if hasattr(module, name)]
         assert modules
         for module in modules:
             monkeypatch.setattr(module, name, number)

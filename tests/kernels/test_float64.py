@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf.kernels import step_buffers
+from spin_hf.kernels import launch
 
 from ..cache.tiny import Shape, poisoned_memory
 from ..support.judge import ALL, BOXES, SOME, Case, judge
@@ -68,7 +68,7 @@ def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)
+    monkeypatch.setattr(launch, "_PROGRAMS", 8)
     _teach_bfloat16(monkeypatch)
     case = replace(CASES_IN_INT8[name], int8_pages=True)
     with poisoned_memory():
@@ -86,7 +86,7 @@ def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatc
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(step_buffers, "_PROGRAMS", 8)
+    monkeypatch.setattr(launch, "_PROGRAMS", 8)
     _teach_bfloat16(monkeypatch)
     with poisoned_memory():
         judge(CASES[name], torch.device("cpu"))

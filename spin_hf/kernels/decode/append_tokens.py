@@ -31,8 +31,7 @@ from ..common import (
     tokens_valid,
     triton_dtype,
 )
-from ..compile_ahead import Launch
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 
 _WARP_TOKENS = 8
 """Tokens that one warp appends."""

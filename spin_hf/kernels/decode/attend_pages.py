@@ -32,8 +32,7 @@ from ..common import (
     tokens_valid,
     triton_dtype,
 )
-from ..compile_ahead import Launch
-from ..step_buffers import ATTEND_TOKENS, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 
 
 def attend_pages(

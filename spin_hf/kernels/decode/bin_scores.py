@@ -36,10 +36,9 @@ from ..common import (
     log_total,
     score_bins,
 )
-from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from ..recipe import Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))

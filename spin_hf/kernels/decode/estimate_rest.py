@@ -31,10 +31,9 @@ from ..common import (
     segment_vectors,
     triton_dtype,
 )
-from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 from ..recipe import Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, power_of_two
 
 
 def estimate_rest(

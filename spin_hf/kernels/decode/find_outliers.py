@@ -31,8 +31,7 @@ from ..common import (
     sortable,
     triton_dtype,
 )
-from ..compile_ahead import Launch
-from ..step_buffers import LaunchShape
+from ..launch import Launch, LaunchShape
 
 NO_EDGE = tl.constexpr((1 << 62) - 1)
 """Above all keys of candidates: all of them are outliers."""

@@ -23,7 +23,7 @@ from ..common import (
     STOP,
     count_valid,
 )
-from ..compile_ahead import Launch
+from ..launch import Launch
 
 
 def plan_zones(

@@ -36,10 +36,9 @@ from ..common import (
     row_addresses,
     score_bins,
 )
-from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 from ..recipe import MOST_EXCESS, Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 
 _COUNTED = 2
 """Pages that are counted for each page that is reranked, if scores are spread as they were at the last step."""

@@ -34,10 +34,9 @@ from ..common import (
     segment_vectors,
     triton_dtype,
 )
-from ..compile_ahead import Launch
 from ..descriptor_fields import NUM_BINS, Rating
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns
 from ..recipe import Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers, product_columns
 from .append_tokens import append_page
 
 

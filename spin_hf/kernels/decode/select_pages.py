@@ -35,16 +35,14 @@ from ..common import (
     score_bins,
     sortable,
 )
-from ..compile_ahead import Launch
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 from ..recipe import Recipe
-from ..step_buffers import LaunchShape, LayerBuffers, StepBuffers
 from .assign_slots import retrieve
 
 LAST = tl.constexpr(0x7FFFFFFF)
 NO_KEY = tl.constexpr(-(1 << 63))
 """Below the key of every page."""
-
 
 _SELECT_TILE, _SELECT_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
 """Pages of a tile, warps; pages of a bin that are compared each with each, so many at a time."""
@@ -97,8 +95,7 @@ def choose_kernel(
 
     Args:
         histogram: as `rate_kernel` left it. Added to where too few pages were kept.
-        list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
-        counters: int64 [len(Counter)]. Added to.
+        list_count, hand: see `StepBuffers` and `LayerBuffers`. Written; counters: likewise. Added to.
         edges: int32 [B, H]: the bin in which the zone ends that is estimated: `share` billionths of the candidates, behind
             those that are chosen. Written, if ZONE; `histogram` then counts all candidates.
         ESTIMATES: whether `estimate_kernel` follows: then the logits of what is listed become -infinity.
@@ -109,7 +106,6 @@ def choose_kernel(
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
             bin a step, and anywhere after a step that kept too few.
         floors: int32 [B, H]: the last bin whose pages are kept at the next step. Written.
-        hand: int32 [B, H]: the slot from which victims are looked for. Written.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import triton_dtype
-from ..compile_ahead import Launch, compile_ahead, launch_now
+from ..compile_ahead import compile_ahead, launch_now
+from ..launch import Launch
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common import page_rows, row_addresses
 from ..descriptor_fields import LayerField
-from ..step_buffers import LaunchShape, power_of_two
+from ..launch import LaunchShape, power_of_two
 
 _BLOCK_BYTES = 4096
 

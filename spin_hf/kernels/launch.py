@@ -1,5 +1,6 @@
-"""What the launches of a decode step share: tensors, and the numbers that grids and tiles are computed from.
+"""What the launches of a decode step share: how to launch, tensors, and the numbers that grids and tiles are computed from.
 
+    Launch         launches a kernel, or compiles it ahead
     Splits         programs that share the work of one stream, which is a (sequence, KV head) pair
     LaunchShape    sizes of a layer's pages, and limits of the device: what most kernels are compiled for
     StepBuffers    tensors of a batch, which all layers use in turn
@@ -12,6 +13,7 @@ Launches of one query take its `plan` too, int32 [B, len(PlanField)].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,13 @@ _SCORE_BYTES = 16 << 10
 """Bytes of vectors that a program reads at a time."""
 ATTEND_TOKENS = 128
 """Tokens of a tile of attention."""
+
+
+class Launch(Protocol):
+    """Launches a kernel, or does something else with what it would be launched with."""
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Take a kernel, its grid, its arguments, and its constants beside `num_warps` and `num_stages`."""
 
 
 def power_of_two(number: int) -> int:
