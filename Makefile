@@ -44,7 +44,7 @@ slow: $(READY)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 bench: $(READY)
-	$(BIN)/python benchmarks/passkey.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.quality.passkey $(BENCH_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

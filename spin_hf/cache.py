@@ -1,7 +1,7 @@
 """SpinCache: the transformers contract, nothing else.
 
     SpinCache
-     ├── SharedState   options, method, sequences (directory, padding): one for all paged layers
+     ├── CacheState    options, method, sequences (directory, padding): one for all paged layers
      └── layers[i]     SpinLayer where the model has full attention, else transformers' own layer
 
 Everything that changes sequences (crop, reorder, select, reset) is done once on the shared state, and handed to the
@@ -26,23 +26,22 @@ from transformers.configuration_utils import PreTrainedConfig
 from .attention.interface import MaskedLength
 from .attention.methods.base import Method, check_recipe
 from .attention.methods.registry import resolve_method
-from .backends.state_checks import check_layer, held_batch
-from .backends.zones import StepPlan
+from .backends.state_checks import held_batch
 from .config import SpinOptions, parse_bytes
 from .errors import OptionError, OptionTypeError
-from .forward_pass import ForwardLog
+from .forward_log import ForwardLog
+from .forward_pass import ForwardPass
 from .graph.model_calls import ModelCalls, model_of
 from .indexing import cluster
-from .indexing.adopt import check_source, take_over
 from .inference_mode import lasting
 from .integration import dropped_cache
 from .integration.batch_indices import rows_of, times_of
+from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
 from .layer import SpinLayer
 from .memory.layer_budget import check_stretches
-from .state import SharedState
-from .stats import CacheStats
-from .stats_of import stats_of
+from .state import CacheState
+from .stats import CacheStats, stats_of
 from .storage.page_table import Sequences, check_batch
 from .transaction import finished, undone
 
@@ -100,14 +99,14 @@ class SpinCache(Cache):
         config, name = decoder_config(model)
         check_model(config, name)
         sequences = Sequences(resolved.page_size, resolved.uses_positions)
-        self._shared = SharedState(options, resolved, sequences, StepPlan(options, sequences), name)
-        layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._shared))
+        self._shared = CacheState(options, resolved, sequences, name, weakref.ref(model))
+        self._passes = ForwardPass(self._shared)
+        layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
         self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
         check_recipe(self._shared.method)
         check_stretches(self._shared.method)
         super().__init__(layers=layers)
-        self._shared.served = weakref.ref(model)
-        self._log = ForwardLog(self.layers, self._shared)
+        self._log = ForwardLog(self.layers, self._passes)
         self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
@@ -160,7 +159,7 @@ class SpinCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer; a forward that was interrupted does not count."""
         if self._shared.layers:
-            return self._shared.layers[0].get_seq_length()  # type: ignore[return-value]
+            return self.layers[self._shared.layers[0].layer_idx].get_seq_length()  # type: ignore[return-value, unused-ignore]
         interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
         return super().get_seq_length(self._log.final if interrupted else layer_idx)
 
@@ -201,7 +200,7 @@ class SpinCache(Cache):
             if self._shared.layers:
                 keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
                 if keep < length:
-                    self._shared.truncate(keep)
+                    self._passes.truncate(keep)
 
     @lasting
     def reset(self) -> None:
@@ -210,7 +209,7 @@ class SpinCache(Cache):
 
         def forget() -> None:
             self.layers[:] = fresh  # transformers' own layers keep the batch size of their states over a reset
-            self._shared.clear()
+            self._passes.clear()
             self._log.clear()
 
         finished(self._shared, forget)
@@ -257,10 +256,13 @@ class SpinCache(Cache):
             OptionError, BatchSizeError: its layers, or the mask, do not match the model's or each other.
         """
         if not isinstance(cache, Cache):
-            check_source(cache, [], None, None)
+            check_source(cache, [], (), None, None)
         made = cls(model, method, **options)
-        valid = check_source(cache, made.layers, made._config, attention_mask)
-        take_over(cache, made.layers, made._shared, valid)
+        paged = {layer.layer_idx for layer in made._shared.layers}
+        valid = check_source(cache, made.layers, paged, made._config, attention_mask)
+        take_over(cache, made.layers, paged, valid)
+        made._passes.commit()
+        made._shared.visible_length.fill_(made._shared.committed)
         return made
 
     @lasting
@@ -268,7 +270,7 @@ class SpinCache(Cache):
         """What the cache holds and what its steps did so far."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
-        return stats_of(self._shared, self.get_seq_length(), self._dense_reasons)
+        return stats_of(self._shared, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
 
     @lasting
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
@@ -286,7 +288,7 @@ class SpinCache(Cache):
         wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
         self._log.drop_pending()
         self._log.settle(self.layers)
-        return self._shared.gpu.give_back(wanted)
+        return self._passes.gpu.give_back(wanted)
 
     @lasting
     def roll_back(self) -> None:
@@ -307,8 +309,9 @@ class SpinCache(Cache):
         self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
         cluster.check_integrity(self._shared)
-        for layer in self._shared.layers:
-            layer.check_integrity()
+        for layer in self.layers:
+            if isinstance(layer, SpinLayer):
+                layer.check_integrity()
 
     def __copy__(self) -> SpinCache:
         """Another object with the same contents, as of transformers' caches: what happens to one happens to both."""
@@ -326,13 +329,12 @@ class SpinCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)
-        self._shared.gpu.before_copy()
+        self._passes.gpu.before_copy()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))
-        twin._shared.forget_kernels(self._shared.counted())
         twin._bind(self._config, self.calls.model())
         return twin
 
@@ -348,7 +350,7 @@ class SpinCache(Cache):
         held = self._held_batch()
         if held is not None:
             check_batch(held, batch_size)
-        check_layer(index, self.layers, self._shared)
+        self._passes.check_layer(index, len(self.layers))
         self._log.touch(index, self.layers)
 
     def _after(self, index: int) -> None:
@@ -378,12 +380,12 @@ class SpinCache(Cache):
         with undone(self._shared, self._unpaged_layers()):
             for layer in self._unpaged_layers():
                 layer.reorder_cache(chosen)  # of all kinds of layers, any number of rows
-            self._shared.select(rows)
+            self._passes.select_sequences(rows)
 
     def _bind(self, config: Any, model: nn.Module | None) -> None:
         """See the calls of `model` that carry this cache, for as long as it lives."""
         self._config = config
-        self.calls = ModelCalls(config, model, self.layers, self._shared, self._log)
+        self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
         dropped_cache.acquire(self, None if self._shared.served is None else self._shared.served(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 

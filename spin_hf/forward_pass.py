@@ -1,262 +1,263 @@
-"""The present forward: what it has changed so far, and how to take that back if it does not come to its end.
+"""One forward of a model over the paged layers: where it begins, and that it happens whole or not at all.
 
-    watched      a call of a model whose `forward` is wrapped (`graph/model_calls.py`): its return commits, an exception takes
-    back
-    unwatched    a cache made from a config, or layers called by hand: the last layer that holds tokens commits
+    eager      update(0) run(0)  update(1) run(1)  ...  update(n) run(n)
+               begin                                    commit
 
-    taken back   paged layers        are cut back to the length before
-                 attention layers    get back the tensors they had: transformers replaces them and does not write into them
-                 linear attention    is overwritten in place, and gets back a copy, which is made before it is first read
+    captured   prepare   update(0) run(0)  ...  update(n) run(n)   finish
+               the host's part, once       launches only
 
-So a forward happens to the whole cache or not at all. A watched forward may leave layers out: a stack that was cut, an early
-exit. These layers then hold fewer tokens, as in transformers' caches. Of an unwatched forward that ends early nobody knows
-whether it was interrupted, unless that was in the cache's own code: what comes next is refused, and `SpinCache.roll_back`
-says that it was. While Dynamo traces nothing is logged; there the last paged layer commits.
+What fails is rolled back. This file alone writes `CacheState.phase`, whose states are drawn in `state.py`; what a forward
+changes in layers that are not paged is in `forward_log.py`, operations between two forwards are in `transaction.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from .backends.kernel_set import KernelSet
+from .backends.triton_indexing import index_completed
+from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
-from .integration.layer_types import is_placeholder
-from .layer import SpinLayer
-from .state import SharedState
-from .transaction import own_attributes
-
-_TABLES = ("conv_states", "recurrent_states")
-"""Where layers of linear attention keep states: number -> tensor, or None."""
-
-
-@dataclass
-class Progress:
-    """How far a forward has come. It ends where another object takes the place of its own: at one instant.
-
-    Attributes:
-        held: tokens that the cache held before; None while nothing has changed.
-        last: the layer that changed last; -1 for none.
-        seen: layers that changed. In models with loops their numbers do not grow.
-        before: attributes that layers had before.
-        behind: states of layers behind the final one before an unwatched forward, with their versions.
-    """
-
-    held: int | None = None
-    last: int = -1
-    seen: set[int] = field(default_factory=set)
-    before: dict[int, dict[str, Any]] = field(default_factory=dict)
-    behind: list[tuple[Tensor, int]] = field(default_factory=list)
+from .indexing import cluster, padding_change, summarize
+from .inference_mode import lasting
+from .kernels.descriptor_fields import MAX_QUERIES, StepField
+from .memory.admission import check_first_batch
+from .memory.gpu_memory import GpuMemory
+from .state import CacheState, Phase
+from .transaction import finished
 
 
-class ForwardLog:
-    """Changes of the forward in progress.
+class ForwardPass:
+    """The forwards of one cache.
 
     Args:
-        layers: the cache's layers.
-        shared: state of the paged ones.
+        state: of the cache.
     """
 
-    def __init__(self, layers: list[Any], shared: SharedState) -> None:
-        self.shared = shared
-        holding = [index for index, layer in enumerate(layers) if not is_placeholder(layer)]
-        attending = [index for index in holding if isinstance(layers[index], CacheLayerMixin)]
-        self.final = (attending or holding or [-1])[-1]
-        """The last layer that attends, or the last that holds anything: when it has the tokens, an unwatched forward counts."""
-        self.present = Progress()
-        self.overwritten = False
-        """Whether a step that failed has overwritten states, and the cache is of no use until `reset`."""
-        self.watched = False
-        """Whether the end of the forward will be seen."""
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        self.plan = StepPlan(state.options, state.sequences)
+        self.kernels = KernelSet(state)
+        self.gpu = GpuMemory(state, state.options.gpu_memory)
+        self.commits_with_last_paged = True
+        """Whether no layer that reports comes behind the last paged one in the present forward."""
+        self._prepared_for: Any = None
+        """The kernels, and the layout of pages, that the layers' descriptors were last written for."""
 
-    @property
-    def last(self) -> int:
-        """The layer that changed last; -1 while nothing is in progress."""
-        return self.present.last
+    # ------------------------------------------------------------------------------------------------------ a forward
+
+    def admit(self, num_tokens: int, batch_size: int, mask: Tensor | None) -> None:
+        """The first tokens of a batch come: refuse them if the caps do not hold them, else take their padding.
+
+        Args:
+            num_tokens: of each sequence.
+            batch_size, mask: as for `padding_change.accept`.
+        Raises:
+            BudgetError, CapacityError: nothing has changed.
+        """
+        check_first_batch(self.state, self.gpu, num_tokens, batch_size)
+        padding_change.accept(self.state, batch_size, mask)
+
+    def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+        """Start a step.
+
+        Args:
+            new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
+        Raises:
+            BatchSizeError, BudgetError, CapacityError: nothing has changed.
+            CacheStateError: an earlier forward never reached the last paged layer and cannot be taken back.
+        """
+        state, sequences = self.state, self.state.sequences
+        if sequences.length != state.committed:
+            if num_tokens == 1 and not state.committed:
+                raise CacheStateError(
+                    f"no forward of {state.model_name} has reached the last layer of the cache yet, expected every "
+                    "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
+                )
+            self.roll_back()
+        self.gpu.before_step(batch_size, num_tokens)
+        chooses = num_tokens <= MAX_QUERIES  # more attend to everything, and need neither clusters nor summaries
+        if chooses:
+            cluster.catch_up(state)
+        sequences.begin(batch_size, num_tokens, new_valid)
+        state.phase = Phase.APPENDING
+        if chooses:
+            summarize.refresh(state)  # pages may have taken another form
+
+    @lasting
+    def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+        """Start a step for all layers at once: after it they only launch, and `finish` ends it.
+
+        Raises:
+            as `begin`.
+        """
+        sequences = self.state.sequences
+        self.begin(batch_size, num_tokens, new_valid)
+        in_use = self.kernels.in_use()
+        for step in in_use:
+            step.begin_step()
+        for step in in_use:
+            step.make_room()
+        prepared_for = in_use, [step.fits for step in in_use], sequences.layout, sequences.mask.valid is not None
+        if self._prepared_for != prepared_for:
+            for layer in self.state.layers:
+                kernels = self.kernels.of(layer)
+                assert kernels is not None
+                kernels.prepare(layer)
+            self._prepared_for = prepared_for
+        self.state.phase = Phase.PREPARED
 
     @contextmanager
-    def watching(self, layers: list[Any]) -> Iterator[None]:
-        """A call of the model: it happens whole or, if it fails wherever that is, not at all.
-
-        What cannot be taken back at once, as memory is short, is taken back before the cache is used again.
-        """
-        self.settle(layers)
-        mine = self.present = Progress(self.shared.committed, before=_copies(layers))
+    def capturing(self) -> Iterator[None]:
+        """While a graph is captured, lengths are tensors on the device."""
+        self.state.captured_length = self.kernels.in_use()[0].step[StepField.POSITION]
         try:
-            self.watched = True
             yield
-            self._end(mine)
-        except BaseException:
-            if self.present is mine:
-                self.shared.failed = True
-                self.shared.pending = None  # an error says enough
-                with suppress(Exception):
-                    self.settle(layers)
-            raise
         finally:
-            self.watched = False
+            self.state.captured_length = None
 
-    def _end(self, mine: Progress) -> None:
-        """The watched forward has returned: what it appended counts, in the layers that it came to."""
-        shared = self.shared
-        if shared.layers and mine.last < 0 and shared.sequences.length == mine.held:
-            raise AttentionError(
-                f"{shared.model_name}: the call was given a SpinCache and no layer used it, expected at least one to; "
-                "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
-                "model.eval()"
-            )
-        if not shared.prepared:
-            shared.check_nothing_pending()
-            if shared.committed != shared.sequences.length:
-                shared.commit()
-                shared.visible_length.fill_(shared.committed)
-        self.clear()
+    @lasting
+    def finish(self, foresee: bool = False) -> None:
+        """The step that was prepared has been launched: its tokens count. Where that fails, it can be done again.
 
-    def may_begin(self, layers: list[Any]) -> None:
-        """An unwatched forward may come: layers of linear attention may write into what they read, and say so later."""
-        if not self.watched and self.present.held is None and not self.present.before:
-            self.present = Progress(before=_copies(layers))
-
-    def touch(self, index: int, layers: list[Any]) -> None:
-        """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
-        layer = layers[index]
-        linear = isinstance(layer, LinearAttentionCacheLayerMixin)
-        if index in self.present.seen and not (index == self.present.last and linear):
-            if self.watched:  # the model runs its layers more than once in a call
-                self.shared.commit()
-                self.present.seen.clear()
-            else:
-                self.settle(layers)
-        self.may_begin(layers)
-        present = self.present
-        if present.held is None:
-            present.behind = [
-                (state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)
-            ]
-            present.held = self.shared.committed
-        present.last = index
-        present.seen.add(index)
-        self.shared.commits_with_last_paged = isinstance(layers[self.final], SpinLayer)
-        if index not in present.before and isinstance(layer, DynamicLayer):
-            present.before[index] = own_attributes(layer)
-
-    def touched(self, index: int, layers: list[Any]) -> None:
-        """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
-        if index == self.final and not isinstance(layers[index], SpinLayer) and not self.shared.prepared:
-            self.shared.commit()
-
-    def settle(self, layers: list[Any]) -> None:
-        """Before the cache is used: a forward that failed is taken back, one that came to its end counts.
-
-        Raises:
-            CacheStateError: it cannot be taken back, or nobody knows whether it came to its end.
+        Args:
+            foresee: whether to prepare what can be of a step like it, behind it.
         """
-        if self.watched and not self.shared.failed:
-            return  # in the middle of a forward: some layers ask for masks of their own
-        self.shared.settle()
-        if self.overwritten:
-            raise self._lost()
-        if self.shared.failed or (self.present.last >= 0 and self.shared.pending is not None):
-            self.take_back(layers)
-            return
-        if not self.is_complete(layers):
-            raise CacheStateError(
-                f"a forward of {self.shared.model_name} ended behind layer {self.present.last}, expected it to reach layer "
-                f"{max(self.final, len(layers) - 1)}, and a cache that was made from a config is not told why; call "
-                "cache.roll_back() if it was interrupted, which forgets its tokens; use SpinCache(model), which is "
-                "told, with a model that leaves layers out"
-            )
-        if self.present.last < 0 and self.shared.committed != self.shared.sequences.length and not self.shared.prepared:
-            self.shared.roll_back()  # a step that could not even be prepared
-        self.clear()
+        state, sequences = self.state, self.state.sequences
+        if sequences.length % sequences.page_size == 0:
+            for step in self.kernels.in_use():
+                index_completed(step, state.layers)
+        if foresee:
+            for step in self.kernels.in_use():
+                step.foresee()
+        state.pending = None  # from here on nothing can fail
+        for layer in state.layers:
+            assert layer.store is not None
+            layer.store.length = sequences.length
+        self.commit()
+        state.visible_length.fill_(state.committed)
 
-    def can_settle(self, layers: list[Any]) -> bool:
-        """Whether `settle` raises nothing that the log knows of."""
-        return not self.overwritten and (self.shared.failed or self.is_complete(layers))
+    def commit(self) -> None:
+        """The forward has reached the last layer: what was appended counts."""
+        self.state.committed = self.state.sequences.length
+        if not self.state.failed:
+            self.state.phase = Phase.IDLE
 
-    def is_complete(self, layers: list[Any]) -> bool:
-        """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
-        present, shared = self.present, self.shared
-        if present.last < 0:
-            return not any(_written(layers[index], attributes) for index, attributes in present.before.items())
-        if shared.pending is not None:
-            return False  # its keys never came to attention
-        reached = self.final in present.seen and shared.committed == shared.sequences.length
-        changed = any(version < 0 or _version(state) != version for state, version in present.behind)
-        return reached and (not present.behind or max(present.seen) > self.final or changed)
+    def fail(self) -> None:
+        """The forward will not come to its end."""
+        self.state.phase = Phase.FAILED
 
-    def drop_pending(self) -> None:
-        """A layer that was updated and has not attended never will: its forward was interrupted."""
-        self.shared.failed |= self.shared.pending is not None
-        self.shared.pending = self.shared.noted = None
+    def forget_failure(self) -> None:
+        """What the forward changed has been taken back."""
+        if self.state.failed:
+            self.state.phase = Phase.IDLE
 
-    def take_back(self, layers: list[Any]) -> None:
-        """Take back the forward in progress. May be repeated.
+    @lasting
+    def roll_back(self, held: int | None = None) -> None:
+        """Forget what an interrupted forward appended, and the room that was made for it.
 
-        Raises:
-            CacheStateError: it has overwritten what is needed for that.
-            AttentionError: keys that a layer was given never came to the attention function.
+        Args:
+            held: tokens before the forward, where it may have been committed; None for the tokens committed.
         """
-        present, shared = self.present, self.shared
-        if self.overwritten:
-            raise self._lost()
-        for index, attributes in present.before.items():
-            layers[index].__dict__.clear()
-            layers[index].__dict__.update(attributes)
-        if present.held is not None:
-            shared.committed = present.held
-        lost, shared.noted = shared.pending, None
-        shared.roll_back()
-        self.clear()
-        shared.pending = lost
-        shared.check_nothing_pending()
+        if held is not None:
+            self.state.committed = held
+        finished(self.state, self._roll_back)
 
-    def _lost(self) -> CacheStateError:
-        return CacheStateError(
-            f"a forward of {self.shared.model_name} was interrupted after it had overwritten the state of linear-attention "
-            "layers or windows, expected it to reach the last layer; call cache.reset() and start anew"
-        )
+    def _roll_back(self) -> None:
+        state, sequences = self.state, self.state.sequences
+        self._end()
+        if sequences.length != state.committed:
+            cluster.restore(state, sequences.mask.valid, state.committed)
+        sequences.roll_back(state.committed)
+        self.plan.forget()
+        state.visible_length.fill_(state.committed)
+        if not state.committed and not sequences.refcounts:
+            self.forget_stores()
+
+    def _end(self) -> None:
+        self.state.pending, self.state.phase = None, Phase.IDLE
+
+    # -------------------------------------------------------------------------------------------- between two forwards
 
     def clear(self) -> None:
-        """Nothing is in progress."""
-        self.overwritten = self.shared.failed = False
-        self.shared.commits_with_last_paged = True
-        self.present = Progress()
+        """Forget all sequences. May be repeated."""
+        state = self.state
+        state.sequences.clear()
+        state.visible_length.zero_()
+        self._end()
+        state.committed = 0
+        for layer in state.layers:
+            layer.stale, layer.asked, layer.arranged = None, None, 0
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        state = self.state
+        state.sequences.truncate(length, cluster.in_order(state, state.sequences.mask.valid, length))
+        cluster.forget_arranged(state)
+        state.visible_length.fill_(length)
+        state.committed = state.sequences.length
 
-def _states(layer: Any) -> Iterator[Tensor]:
-    """The tensors of a layer of linear attention; none of another layer."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for table in _TABLES:
-            yield from (state for state in getattr(layer, table, {}).values() if isinstance(state, Tensor))
+    def select_sequences(self, rows: list[int]) -> None:
+        """Sequence i becomes what sequence rows[i] was.
 
+        Raises:
+            BudgetError, CapacityError: the new batch does not fit; nothing has changed.
+        """
+        state = self.state
+        if state.sequences.batch_size:
+            asked = [None if layer.asked is None else layer.asked[rows] for layer in state.layers]
+            state.sequences.select(rows)
+            for layer, queries in zip(state.layers, asked, strict=True):
+                layer.asked = queries
 
-def _version(state: Tensor) -> int:
-    """How often `state` was written to, or -1 where torch does not count: under inference mode, and in kernels on a GPU."""
-    return -1 if state.is_inference() or state.is_cuda else state._version
+    def forget_stores(self) -> None:
+        """As before the first step, which has failed: what was settled by it is settled anew."""
+        state = self.state
+        state.sequences.stores.clear()
+        for layer in state.layers:
+            layer.store, layer.stale, layer.asked, layer.arranged = None, None, None, 0
+        self.kernels.forget()
+        self._prepared_for = None
+        self.gpu = GpuMemory(state, state.options.gpu_memory)
 
+    def dispose(self) -> None:
+        """Let go of layers and storage, which refer to each other; the cache is gone."""
+        self.kernels.forget()
+        self._prepared_for = self.state.pending = None
+        self.state.layers.clear()
+        self.state.sequences.stores.clear()
 
-def _copies(layers: list[Any]) -> dict[int, dict[str, Any]]:
-    """The attributes of layers of linear attention, by number, with copies of their states, which a forward overwrites."""
-    found = {}
-    for index, layer in enumerate(layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            attributes = found[index] = own_attributes(layer)
-            for table in _TABLES:
-                for number, state in attributes.get(table, {}).items():
-                    if isinstance(state, Tensor):
-                        attributes[table][number] = state.clone()
-    return found
+    # --------------------------------------------------------------------------------------------------------- checks
 
+    def check_nothing_pending(self) -> None:
+        """Raise AttentionError where a layer was updated and its keys never came to the attention function."""
+        lost, self.state.pending = self.state.pending, None
+        if lost is not None:
+            raise AttentionError(
+                f"{self.state.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass "
+                'them to the attention function "spin": the model changes them in between, or calls another attention '
+                'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
+                "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
+                "SpinCache.from_cache"
+            )
 
-def _written(layer: Any, attributes: dict[str, Any]) -> bool:
-    """Whether a layer of linear attention has other states than these, which are copies."""
-    pairs = [
-        (state, attributes[table][number]) for table in _TABLES for number, state in getattr(layer, table, {}).items()
-    ]
-    return any(isinstance(held, Tensor) and not torch.equal(held, copy) for held, copy in pairs)
+    def check_layer(self, index: int, num_layers: int) -> None:
+        """Raise CacheStateError where a model has a layer that the cache has not. What its forward has appended is taken back.
+
+        Args:
+            index: of the layer that comes.
+            num_layers: of the cache.
+        """
+        if index < num_layers:
+            return
+        state = self.state
+        if state.committed == state.sequences.length:
+            self.roll_back(state.sequences.start)  # the last layer of the cache was not the model's last
+        raise CacheStateError(
+            f"the cache has {num_layers} layers, as {state.model_name} has, got layer {index} of a model that has more; make "
+            "a SpinCache of the model that uses it"
+        )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,91 +29,99 @@ from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
 from .attention.masks import is_own, new_validity, over_tokens
 from .attention.methods.clustering import Regrouping, last_queries
-from .backends import attention_weights, gradients
-from .backends.reference import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
-from .backends.state_checks import check_states
+from .backends import gradients
+from .backends.attention_weights import AttentionWeights, warn_of_memory
+from .backends.position_check import check_positions
+from .backends.reference import (
+    Call,
+    attend_masked,
+    attend_pages,
+    attend_prompt,
+    estimate_rest,
+    held_states,
+    select_pages,
+)
+from .backends.state_checks import can_take
 from .backends.triton_step import StepKernels
 from .errors import CacheStateError
+from .forward_pass import ForwardPass
+from .indexing import padding_change
 from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import lasting
 from .kernels.descriptor_fields import MAX_QUERIES
-from .layer_inspection import Inspected
-from .memory.admission import admit
 from .memory.layer_budget import LayerShape
-from .state import SharedState
+from .state import CacheState, LayerState
 from .storage.page_store import PageStore
+from .storage.read_only import read_only
+from .transaction import finished
 
 logger = logging.getLogger("spin_hf")
 
 
-class SpinLayer(Inspected, CacheLayerMixin):
+class SpinLayer(CacheLayerMixin):
     """Pages, summaries and attention of one layer.
 
     Args:
         layer_idx: its number in the model.
-        shared: state of the cache it belongs to; the layer enters itself.
+        forward: the forwards of the cache it belongs to; the layer enters its state there.
     """
 
     is_sliding = False
     is_croppable = True
+    is_compileable = False
+    """`generate` compiles nothing by itself: decode steps are captured (`graph/runner.py`)."""
 
-    def __init__(self, layer_idx: int, shared: SharedState) -> None:
+    def __init__(self, layer_idx: int, forward: ForwardPass) -> None:
         self.layer_idx = layer_idx
-        self.shared = shared
-        self.store: PageStore | None = None
-        self.attended_tokens = 0
-        self.attended_queries = 0
-        self.arranged = 0
-        """Pages of the stretches that are arranged in this layer; fewer than there are where memory ran out under way."""
-        self.stale: tuple[int, int] | None = None
-        """Pages whose summaries have to be made anew before the next step."""
-        self.asked: Tensor | None = None
-        """What the last tokens of a prompt asked [B, H, G, n, D], until the step behind it (`regroup.catch_up`)."""
-        self.number = len(shared.layers)
-        """Its place among the paged layers."""
+        self.forward = forward
+        self.cache_state: CacheState = forward.state
+        self.state = LayerState(layer_idx, len(forward.state.layers))
         self.handle = register_layer(self)
-        shared.layers.append(self)
+        forward.state.layers.append(self.state)
 
     # ------------------------------------------------------------------------------------ what transformers asks for
 
     @property
     def is_initialized(self) -> bool:
         """Whether the layer has seen tokens."""
-        return self.store is not None
+        return self.state.store is not None
 
-    is_compileable = False
-    """`generate` compiles nothing by itself: decode steps are captured (`graph/runner.py`)."""
+    @property
+    def store(self) -> PageStore | None:
+        """The layer's pages; None before the first token."""
+        return self.state.store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
-        shared, method, device = self.shared, self.shared.method, key_states.device
+        state, method, device = self.cache_state, self.cache_state.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        budget = shared.tier_budget(shape, key_states.dtype, device, shared.sequences.room)
+        budget = self.forward.gpu.tier_budget(shape, key_states.dtype, device, state.sequences.room)
         store = PageStore(
-            shared.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
-            method.summary_shapes(shape.key_dim, shape.value_dim), shared.options.quantizes(key_states.element_size()),
+            state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
+            method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),
             budget, key_states.dtype, device,
             several_pages=method.several_pages if isinstance(method, Regrouping) else None,
-            summary_dtypes=method.summary_dtypes(), host_int8=shared.options.host_int8,
+            summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
         )  # fmt: skip
-        store.ask_for_more, store.fell_short, store.renew = shared.gpu.raise_caps, shared.gpu.fell_short, self.renew
-        shared.sequences.attach(store)
-        self.store = store
+        gpu = self.forward.gpu
+        store.ask_for_more, store.fell_short, store.renew = gpu.raise_caps, gpu.fell_short, self.state.renew
+        state.sequences.attach(store)
+        self.state.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] and values with this layer; attention will append them. Nothing is stored yet."""
-        shared, traced = self.shared, torch.compiler.is_compiling()
+        state, traced = self.cache_state, torch.compiler.is_compiling()
         if not traced:
-            shared.check_nothing_pending()
-        if self is shared.layers[-1] and not shared.prepared:  # layers before may still ask how many tokens there were
-            shared.visible_length.add_(key_states.shape[-2])
-        shared.pending = self
+            self.forward.check_nothing_pending()
+        if self._is_last and not state.prepared:  # layers before may still ask how many tokens there were
+            state.visible_length.add_(key_states.shape[-2])
+        state.pending = self
         return hand_out(self, key_states, value_states)
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then its tokens are to be appended."""
-        pending = self.shared.pending is self
-        self.shared.pending = None
+        pending = self.cache_state.pending is self
+        self.cache_state.pending = None
         return pending
 
     def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
@@ -125,20 +133,20 @@ class SpinLayer(Inspected, CacheLayerMixin):
             position_ids: [..., Q] of the new tokens, if the model hands them on.
             mask: as for `run`.
         """
-        shared = self.shared
-        if shared.captured_length is not None:
+        state = self.cache_state
+        if state.captured_length is not None:
             return
-        if position_ids is not None and self._is_first and shared.method.uses_positions:
-            shared.check_positions(position_ids, new_validity(mask, shared.noted))
+        if position_ids is not None and self._is_first and state.method.uses_positions:
+            check_positions(state, position_ids, new_validity(mask, state.noted))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
         if torch.compiler.is_compiling():
-            return self.shared.visible_length
-        if self.shared.captured_length is not None:
-            return self.shared.captured_length  # type: ignore[no-any-return, unused-ignore]
-        self.shared.settle()
-        return self.shared.committed
+            return self.cache_state.visible_length
+        if self.cache_state.captured_length is not None:
+            return self.cache_state.captured_length  # type: ignore[no-any-return, unused-ignore]
+        self.cache_state.settle()
+        return self.cache_state.committed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
         """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
@@ -146,16 +154,16 @@ class SpinLayer(Inspected, CacheLayerMixin):
         Raises:
             BudgetError, CapacityError: there is no room for the tokens to come; nothing has changed.
         """
-        shared = self.shared
+        state = self.cache_state
         if torch.compiler.is_compiling():
-            return query_length, shared.visible_length
-        if shared.captured_length is not None:
+            return query_length, state.visible_length
+        if state.captured_length is not None:
             return MaskedLength.of(query_length, None), 0
-        length = shared.committed
+        length = state.committed
         if not length:
-            return MaskedLength.of(query_length, partial(admit, shared, query_length)), 0
-        shared.sequences.check_room(length, query_length)
-        return MaskedLength.of(length + query_length, shared.reconcile), 0
+            return MaskedLength.of(query_length, partial(self.forward.admit, query_length)), 0
+        state.sequences.check_room(length, query_length)
+        return MaskedLength.of(length + query_length, partial(padding_change.accept, state)), 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -167,11 +175,67 @@ class SpinLayer(Inspected, CacheLayerMixin):
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = reset
 
+    # ------------------------------------------------------------------------------ what it shows of itself, to be read only
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [B, H, tokens, Dk] in order (a copy, read-only), or None; for inspection and hand-over."""
+        return self._dense(0)
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._refuse("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values [B, H, tokens, Dv] in order (a copy, read-only), or None."""
+        return self._dense(1)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._refuse("values")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values; AttributeError before the first token, as in transformers' layers."""
+        return self._known("dtype").dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the compute tier, where keys come from and attention is computed; AttributeError before the first token."""
+        return self._known("device").device
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; AttributeError before the first token, which is how transformers asks."""
+        self.cache_state.settle()
+        if self.state.store is None or not self.cache_state.sequences.batch_size:
+            raise AttributeError("batch_size")
+        return self.cache_state.sequences.batch_size
+
+    def _known(self, name: str) -> PageStore:
+        if self.state.store is None:
+            raise AttributeError(name)
+        return self.state.store
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise CacheStateError(
+            f"layer {self.layer_idx}: expected {name} of a SpinCache to be read only, got other ones; assign them in a "
+            "DynamicCache and take that over with SpinCache.from_cache"
+        )
+
+    def _dense(self, which: int) -> Tensor | None:
+        self.cache_state.settle()
+        store, length = self.state.store, self.cache_state.committed
+        if store is None or not length:
+            return None
+        return read_only(held_states(store, length)[which])
+
     # ---------------------------------------------------------------------------------------------- the five operations
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
-        append: bool, scale: float, softcap: float | None, weights: attention_weights.AttentionWeights | None = None,
+        append: bool, scale: float, softcap: float | None, weights: AttentionWeights | None = None,
     ) -> None:  # fmt: skip
         """Append the new tokens (unless a layer that shares them did) and attend.
 
@@ -186,45 +250,74 @@ class SpinLayer(Inspected, CacheLayerMixin):
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks, weights)
-        if self.shared.prepared:
+        if self.cache_state.prepared:
             self._launch(call, key, value, append, out)
             return
-        self.shared.settle()
+        self.cache_state.settle()
         result = self._run(call, key, value, mask, append, out)
         if result is not None:
             out.copy_(result.flatten(1, 2).transpose(1, 2))
-        if append and self is self.shared.layers[-1] and self.shared.commits_with_last_paged:
-            self.shared.commit()
+        if append and self._is_last and self.forward.commits_with_last_paged:
+            self.forward.commit()
 
-    run_for_weights, with_gradients = attention_weights.run, gradients.with_gradients
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def run_for_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+        append: bool, scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """As `run`; returns the weights [B, heads, Q, tokens held] in the query's dtype, without gradients.
+
+        Compiled code breaks its graph here, which `fullgraph=True` does not allow: the width of weights grows with every
+        token.
+        """
+        warn_of_memory()
+        collected = AttentionWeights()
+        with torch.no_grad():
+            states = (query.detach(), key.detach(), value.detach())
+            self.run(*states, mask, sinks, out, append, scale, softcap, collected)
+            return collected.result(self._store(), query.dtype)
+
+    def with_gradients(self, out: Tensor, *arguments: Any) -> Tensor:
+        """`out`, which `run` has just written for the same arguments, with a backward pass."""
+        attends_all = self.forward.plan.attends_all()
+        return gradients.with_gradients(self.cache_state, self.state, attends_all, out, *arguments)
+
+    def fail(self) -> None:
+        """The forward will not come to its end."""
+        self.forward.fail()
 
     @lasting
     def _run(
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
-        shared, sequences, num_new, num_queries = self.shared, self.shared.sequences, key.shape[2], call.query.shape[3]
-        new_valid = new_validity(mask, shared.noted) if append else None
+        state, sequences, num_new, num_queries = (
+            self.cache_state,
+            self.cache_state.sequences,
+            key.shape[2],
+            call.query.shape[3],
+        )
+        new_valid = new_validity(mask, state.noted) if append else None
         if mask is not None:
             num_tokens = sequences.length + (num_new if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]
             mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
-            if num_new > MAX_QUERIES and isinstance(shared.method, Regrouping) and shared.method.num_asked:
-                self.asked = last_queries(call.query, shared.method.num_asked) * call.scale
+            if num_new > MAX_QUERIES and isinstance(state.method, Regrouping) and state.method.num_asked:
+                self.state.asked = last_queries(call.query, state.method.num_asked) * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
         if mask is not None:
             return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
         if sequences.start == 0 and num_new > 1:
-            return attend_prompt(call, key, value, shared.plan)
+            return attend_prompt(call, key, value, self.forward.plan)
         if num_queries == num_new <= MAX_QUERIES and kernels is not None and call.weights is None:
             self._launch(call, key, value, False, out)
             return None
-        if num_new > MAX_QUERIES or shared.plan.attends_all():
-            return attend_masked(call, shared.plan.allowed_all(num_queries, key.device), store)
+        if num_new > MAX_QUERIES or self.forward.plan.attends_all():
+            return attend_masked(call, self.forward.plan.allowed_all(num_queries, key.device), store)
         first = sequences.length - num_queries
         return torch.cat([self._attend_selected(call.token(i), first + i) for i in range(num_queries)], 3)
 
@@ -232,30 +325,23 @@ class SpinLayer(Inspected, CacheLayerMixin):
         """The kernels of a step that has begun; nothing happens on the host."""
         step = self.kernels()
         assert step is not None
-        step.attend(self, call, out, (key, value) if append else None)
-
-    def prepare(self) -> None:
-        """What this layer's kernels need of the host for the step that has begun."""
-        step = self.kernels()
-        assert step is not None
-        step.begin(self)
-        step.selection.place(self)
+        step.attend(self.state, call, out, (key, value) if append else None)
 
     def advance(self) -> None:
         """The step's tokens are in this layer's pages."""
-        self._store().length = self.shared.sequences.length
+        self._store().length = self.cache_state.sequences.length
 
     def _attend_selected(self, call: Call, position: int) -> Tensor:
         """One query of every sequence, at `position`."""
-        shared, store = self.shared, self._store()
-        pages = select_pages(call, position, store, shared.plan, shared.method, self.number)
-        allowed = shared.plan.allowed(pages, position)
-        self.attended_tokens += int(allowed.sum())
-        self.attended_queries += allowed.shape[0] * allowed.shape[1]
-        if store.frames is not None and pages.shape[2] > store.frames.num_slots and not shared.warned_waves:
-            shared.warned_waves = True
+        state, store = self.cache_state, self._store()
+        pages = select_pages(call, position, store, self.forward.plan, state.method, self.state.number)
+        allowed = self.forward.plan.allowed(pages, position)
+        self.state.attended_tokens += int(allowed.sum())
+        self.state.attended_queries += allowed.shape[0] * allowed.shape[1]
+        if store.frames is not None and pages.shape[2] > store.frames.num_slots and not state.warned_waves:
+            state.warned_waves = True
             logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
-        rest = estimate_rest(call, position, store, shared.plan, shared.method, self.number, pages)
+        rest = estimate_rest(call, position, store, self.forward.plan, state.method, self.state.number, pages)
         return attend_pages(call, pages, allowed, store, rest)
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
@@ -265,13 +351,14 @@ class SpinLayer(Inspected, CacheLayerMixin):
             key, value: [B, H, n, Dk] and [B, H, n, Dv].
             new_valid: [B, n], bool, False for padding; None for all valid.
         """
-        sequences = self.shared.sequences
-        check_states(self.shared, self.number, self.layer_idx, key, value)
+        sequences = self.cache_state.sequences
+        if not can_take(self.cache_state, self.state, key, value):
+            finished(self.cache_state, self.forward.forget_stores)
         if self._is_first:
-            self.shared.begin(key.shape[0], key.shape[2], new_valid)
-        if self.store is None:
+            self.forward.begin(key.shape[0], key.shape[2], new_valid)
+        if self.state.store is None:
             self.lazy_initialization(key, value)
-        store = self.store
+        store = self.state.store
         assert store is not None
         if store.length != sequences.start or sequences.length - sequences.start != key.shape[2]:
             raise CacheStateError(
@@ -280,7 +367,7 @@ class SpinLayer(Inspected, CacheLayerMixin):
             )
         kernels = self.kernels()
         if kernels is not None:
-            kernels.append(self, key, value)
+            kernels.append(self.state, key, value)
             self.advance()
             if kernels.recipe.summarised_by_append:
                 return
@@ -288,38 +375,26 @@ class SpinLayer(Inspected, CacheLayerMixin):
             store.append(key, value)
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
         if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
-            self.renew(first, stop)
+            self.state.renew(first, stop)
         else:
-            index_pages([store], self.shared.method, self.number, first, stop)
-
-    def renew(self, first: int, stop: int) -> None:
-        """Pages [first, stop) have changed: their summaries are stale until the next step (`indexing.refresh`)."""
-        held, self.shared.any_stale = self.stale or (first, stop), True
-        self.stale = min(first, held[0]), max(stop, held[1])
-
-    def renewed(self, first: int, stop: int) -> None:
-        """Pages [first, stop) have been summarised."""
-        if self.stale is not None:
-            start, end = self.stale
-            start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
-            self.stale = (start, end) if start < end else None
+            index_pages([store], self.cache_state.method, self.state.number, first, stop)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
-        store, sequences = self.store, self.shared.sequences
+        store, sequences = self.state.store, self.cache_state.sequences
         if store is None or not sequences.length:
             return
         store.check_integrity()
         if store.length < sequences.length:  # forwards left the layer out: what it lacks has no summaries
             return
-        method = self.shared.method
+        method = self.cache_state.method
         exact = not (self.has_kernels or method.index_rounds)
-        check_summaries(store, method, self.number, self.layer_idx, exact)
+        check_summaries(store, method, self.state.number, self.layer_idx, exact)
 
     def kernels(self) -> StepKernels | None:
         """The kernels of the present batch, or None where the reference serves it."""
-        store = self._store()
-        return self.shared.step_kernels(store.device, store.num_heads)
+        self._store()
+        return self.forward.kernels.of(self.state)
 
     @property
     def has_kernels(self) -> bool:
@@ -328,12 +403,16 @@ class SpinLayer(Inspected, CacheLayerMixin):
 
     @property
     def _is_first(self) -> bool:
-        return self is self.shared.layers[0]
+        return self.state.number == 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self.state is self.cache_state.layers[-1]
 
     def _store(self) -> PageStore:
-        if self.store is None:
+        if self.state.store is None:
             raise CacheStateError(f"layer {self.layer_idx} is attended to before it was updated; call update first")
-        return self.store
+        return self.state.store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
         twin = object.__new__(type(self))

@@ -4,8 +4,8 @@
                      interrupted: what there was comes back, at once
     finished(...)    what cannot fail, and may be done twice; interrupted: it is done again, at once
 
-Where an interruption comes while something is put right, that is left in `SharedState.unfinished`, and done before the cache is
-used again (`SharedState.settle`).
+Where an interruption comes while something is put right, that is left in `CacheState.unfinished`, and done before the cache is
+used again (`CacheState.settle`).
 """
 
 from __future__ import annotations
@@ -17,65 +17,65 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .state import SharedState
+    from .state import CacheState
 
 
 class _Past:
     """What an operation is about to change: tables and tensors by reference, as none is changed in place.
 
     Args:
-        shared: of the paged layers.
+        state: of the paged layers.
         unpaged: transformers' own layers.
     """
 
-    def __init__(self, shared: SharedState, unpaged: list[Any]) -> None:
-        self.shared, self.committed, self.tables = shared, shared.committed, shared.sequences.tables()
+    def __init__(self, state: CacheState, unpaged: list[Any]) -> None:
+        self.state, self.committed, self.tables = state, state.committed, state.sequences.tables()
         self.unpaged = [(layer, own_attributes(layer)) for layer in unpaged]
-        self.asked: list[Tensor | None] = [layer.asked for layer in shared.layers]
-        self.lengths = [(layer.store, layer.store.length) for layer in shared.layers if layer.store is not None]
+        self.asked: list[Tensor | None] = [layer.asked for layer in state.layers]
+        self.lengths = [(layer.store, layer.store.length) for layer in state.layers if layer.store is not None]
 
     def restore(self) -> None:
         """Bring it back. May be repeated."""
         for layer, attributes in self.unpaged:
             layer.__dict__.clear()
             layer.__dict__.update({name: _own(held) for name, held in attributes.items()})
-        for paged, asked in zip(self.shared.layers, self.asked, strict=True):
+        for paged, asked in zip(self.state.layers, self.asked, strict=True):
             paged.asked = asked
         for store, length in self.lengths:
             store.length = length
-        self.shared.sequences.restore(self.tables)
-        self.shared.committed = self.committed
-        self.shared.visible_length.fill_(self.committed)
+        self.state.sequences.restore(self.tables)
+        self.state.committed = self.committed
+        self.state.visible_length.fill_(self.committed)
 
 
 @contextmanager
-def undone(shared: SharedState, unpaged: list[Any]) -> Iterator[None]:
+def undone(state: CacheState, unpaged: list[Any]) -> Iterator[None]:
     """An operation that changes a cache between two forwards: where it fails, nothing has changed.
 
     Args:
-        shared: of the paged layers; nothing is unfinished.
+        state: of the paged layers; nothing is unfinished.
         unpaged: transformers' own layers. What they hold is replaced, not written to.
     """
-    past = _Past(shared, unpaged)
+    past = _Past(state, unpaged)
     try:
-        shared.unfinished = past.restore
+        state.unfinished = past.restore
         yield
-        shared.unfinished = None
+        state.unfinished = None
     except BaseException:
-        shared.settle()
+        state.settle()
         raise
 
 
-def finished(shared: SharedState, act: Callable[[], None]) -> None:
+def finished(state: CacheState, act: Callable[[], None]) -> None:
     """Do `act`, which may be done twice: where it is interrupted it is done once more, or before the cache is used again."""
     try:
-        shared.unfinished = act
+        state.unfinished = act
         act()
-        shared.unfinished = None
+        state.unfinished = None
     except Exception:  # memory, perhaps: there may be some later
         raise
     except BaseException:
-        shared.settle()
+        state.settle()
         raise
 
 

@@ -15,8 +15,8 @@ if shutil.which("nvidia-smi") is None:  # before anything imports triton: withou
 import pytest
 import torch
 
-from .support.interpreter import quicken
-from .support.sweeps import keep_part, mark_slow
+from tests.support.interpreter import quicken
+from tests.support.sweeps import keep_part, mark_slow
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     quicken()

@@ -1,4 +1,4 @@
-"""What `make test` runs of a sweep: every value, or every pair, of what the whole sweep has."""
+"""The part of a sweep that `make test` runs has every value, or every pair of values, of the full sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .support.sweeps import keep_part, mark_slow, quick
+from tests.support.sweeps import keep_part, mark_slow, quick
 
 
 @pytest.mark.parametrize("strength", [1, 2])

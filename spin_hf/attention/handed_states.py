@@ -29,7 +29,7 @@ class Owner(Protocol):
     """What is asked of a layer here."""
 
     layer_idx: int
-    shared: Any
+    cache_state: Any
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention; from now on it was not."""
@@ -69,7 +69,7 @@ def owner(module: torch.nn.Module, keys: Tensor, values: Tensor) -> Any | None:
         return layer
     if layer is None:
         awaited = None if _awaited.layer is None else _awaited.layer()
-        if awaited is not None and awaited.shared.pending is awaited:
+        if awaited is not None and awaited.cache_state.pending is awaited:
             raise _changed(module, awaited, "keys and values")
         return None
     for name, states in (("keys", keys), ("values", values)):
@@ -91,7 +91,7 @@ def _version(states: Tensor) -> int | None:
 def _changed(module: torch.nn.Module, layer: Any, which: str) -> AttentionError:
     layer.take_pending()
     return AttentionError(
-        f"{layer.shared.model_name}, layer {layer.layer_idx}: {type(module).__name__} attends with {which} other than those "
-        "that SpinCache.update returned (split, repeated, or changed in between), expected them handed on as they are; use "
-        "a DynamicCache for this model"
+        f"{layer.cache_state.model_name}, layer {layer.layer_idx}: {type(module).__name__} attends with {which} other than "
+        "those that SpinCache.update returned (split, repeated, or changed in between), expected them handed on as they are; "
+        "use a DynamicCache for this model"
     )

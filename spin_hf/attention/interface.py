@@ -40,7 +40,9 @@ class AttentionLayer(Protocol):
     """What the attention function needs of a layer."""
 
     handle: int
-    shared: Any
+
+    def fail(self) -> None:
+        """The forward will not come to its end."""
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention: then the tokens are to be appended."""
@@ -87,7 +89,7 @@ def _attend(
     try:
         layer.run(query, key, value, mask, sinks, out, append, scale, softcap)
     except BaseException:
-        layer.shared.failed = True
+        layer.fail()
         raise
 
 

@@ -13,40 +13,18 @@ Weights take 4 bytes for each head, query and token while they are collected. Th
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..storage.page_store import PageStore
 
-if TYPE_CHECKING:
-    from ..layer import SpinLayer
-
 logger = logging.getLogger("spin_hf")
 
 _warned: set[str] = set()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def run(
-    layer: SpinLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
-    append: bool, scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
-    """As `SpinLayer.run`; returns the weights [B, heads, Q, tokens held] in the query's dtype, without gradients.
-
-    Compiled code breaks its graph here, which `fullgraph=True` does not allow: the width of weights grows with every token.
-    """
-    _warn_of_memory()
-    collected = AttentionWeights()
-    with torch.no_grad():
-        states = (query.detach(), key.detach(), value.detach())
-        layer.run(*states, mask, sinks, out, append, scale, softcap, collected)
-        assert layer.store is not None
-        return collected.result(layer.store, query.dtype)
-
-
-def _warn_of_memory() -> None:
+def warn_of_memory() -> None:
     if "memory" not in _warned:
         _warned.add("memory")
         logger.warning(

@@ -21,12 +21,11 @@ from ..attention.methods.base import recipe_of
 from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import kept
+from ..storage.segment_pool import pages_of
 from ..storage.tier_budget import coarsely
-from .zones import pages_of
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
-    from ..state import SharedState
+    from ..state import CacheState, LayerState
 
 _MIN_PAGES = 512
 
@@ -40,7 +39,7 @@ class Descriptors:
         num_heads: KV heads of the layers.
     """
 
-    def __init__(self, shared: SharedState, device: torch.device, batch_size: int, num_heads: int) -> None:
+    def __init__(self, shared: CacheState, device: torch.device, batch_size: int, num_heads: int) -> None:
         recipe = recipe_of(shared.method)
         assert recipe is not None
         self.recipe = recipe
@@ -75,7 +74,7 @@ class Descriptors:
         with kept("tables of decode steps", math.prod(shape) * dtype.itemsize):
             return torch.full(shape, fill, dtype=dtype, device=self.device)
 
-    def begin(self, layer: SpinLayer) -> None:
+    def begin(self, layer: LayerState) -> None:
         """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
         self.begin_step()
         store, number = layer.store, layer.number

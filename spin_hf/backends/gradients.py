@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +25,30 @@ from torch.autograd.function import once_differentiable
 from ..attention.masks import is_own, over_tokens
 from ..errors import AttentionError
 from ..kernels.descriptor_fields import MAX_QUERIES
+from ..state import CacheState, LayerState
+from ..storage.page_table import Sequences
 from .reference import Call, held_states
-
-if TYPE_CHECKING:
-    from ..layer import SpinLayer
 
 
 def with_gradients(
-    layer: SpinLayer, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    append: bool, scale: float, softcap: float | None,
+    state: CacheState, layer: LayerState, attends_all: bool, out: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, sinks: Tensor | None, append: bool, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """What a step made, with a backward pass.
 
     Args:
+        attends_all: whether sparse steps leave nothing out now.
         out: [B, Q, heads, Dv], as `SpinLayer.run` has just written it for the other arguments.
     """
-    sequences, num_queries = layer.shared.sequences, key.shape[2]
+    sequences, num_queries = state.sequences, key.shape[2]
     given = None if mask is None or is_own(mask) else mask
-    dense = (
-        given is not None
-        or num_queries > MAX_QUERIES
-        or (sequences.start == 0 and num_queries > 1)
-        or layer.shared.plan.attends_all()
-    )
+    dense = given is not None or num_queries > MAX_QUERIES or (sequences.start == 0 and num_queries > 1) or attends_all
+    behind = _carried_before(sequences, layer)
     step = Step(
-        layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, _carried_before(layer), scale, softcap
+        sequences, layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, behind, scale, softcap
     )
     if append and (key.requires_grad or value.requires_grad):
-        _note_graph(layer)
+        _note_graph(sequences, layer)
     return _Attention.apply(out, step, query, key, value, given, sinks)
 
 
@@ -60,18 +56,17 @@ _carried: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDicti
 """Of a layer: the first of its tokens that came with a graph, and what `Past.now` was then."""
 
 
-def _carried_before(layer: SpinLayer) -> bool:
+def _carried_before(sequences: Sequences, layer: LayerState) -> bool:
     """Whether a token before the present step came with a graph and is still held."""
-    sequences, carried = layer.shared.sequences, _carried.get(layer)
+    carried = _carried.get(layer)
     if carried is None:
         return False
     token, since = carried
     return token < sequences.start and sequences.past.is_unchanged(since, token + 1)
 
 
-def _note_graph(layer: SpinLayer) -> None:
-    if not _carried_before(layer):
-        sequences = layer.shared.sequences
+def _note_graph(sequences: Sequences, layer: LayerState) -> None:
+    if not _carried_before(sequences, layer):
         _carried[layer] = sequences.start, sequences.past.now
 
 
@@ -87,7 +82,8 @@ class Step:
         behind_graph: whether tokens before came with a graph.
     """
 
-    layer: SpinLayer
+    sequences: Sequences
+    layer: LayerState
     start: int
     since: int
     valid: Tensor | None
@@ -109,7 +105,7 @@ class Step:
                 "backward pass behind tokens that carry gradients, which the cache does not keep; give all tokens that are to "
                 "get gradients in one forward, or use a DynamicCache"
             )
-        if not self.layer.shared.sequences.past.is_unchanged(self.since, self.start):
+        if not self.sequences.past.is_unchanged(self.since, self.start):
             raise AttentionError(
                 f"SpinCache: expected the {self.start} tokens before to be held until the backward pass, got a cache that was "
                 "cropped, reset or given another batch since; call backward first, or crop the new tokens only"

@@ -19,15 +19,15 @@ from ..indexing.summarize import tokens_of
 from ..kernels.descriptor_fields import LayerField, summary_field
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
+    from ..state import LayerState
     from .triton_step import StepKernels
 
 
-def index_completed(step: StepKernels, layers: list[SpinLayer]) -> None:
+def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
     """Summarise the last page that the cache holds, which is complete, in those of `layers` that `step` serves."""
     if step.recipe.summarised_by_append:
         return
-    alike: dict[object, list[SpinLayer]] = {}
+    alike: dict[object, list[LayerState]] = {}
     for layer in filter(step.serves, layers):
         store = layer.store
         assert store is not None
@@ -36,7 +36,7 @@ def index_completed(step: StepKernels, layers: list[SpinLayer]) -> None:
         _index(step, group)
 
 
-def _index(step: StepKernels, layers: list[SpinLayer]) -> None:
+def _index(step: StepKernels, layers: list[LayerState]) -> None:
     store, sequences, count = layers[0].store, step.shared.sequences, len(layers)
     assert store is not None
     page = sequences.length // store.page_size - 1

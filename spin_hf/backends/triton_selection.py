@@ -20,7 +20,7 @@ from ..kernels.descriptor_fields import PlanField
 
 if TYPE_CHECKING:
     from ..kernels.launch import Launch, LaunchShape
-    from ..layer import SpinLayer
+    from ..state import LayerState
     from .triton_step import StepKernels
 
 
@@ -32,7 +32,7 @@ class Selection:
         self.placed_by: dict[int, Method] = {}
         """Whose tensors launches for a layer read: they live as long as these launches."""
 
-    def place(self, layer: SpinLayer) -> tuple[Tensor, ...]:
+    def place(self, layer: LayerState) -> tuple[Tensor, ...]:
         """Tensors of the method that launches for a layer read, on the device from here on."""
         method = self.step.shared.method
         tensors = method.kernel_tensors(layer.number, self.step.device)
@@ -40,7 +40,7 @@ class Selection:
         return tensors
 
     def select(
-        self, launch: Launch, layer: SpinLayer, plan: Tensor, query: Tensor, index: int, scale: float,
+        self, launch: Launch, layer: LayerState, plan: Tensor, query: Tensor, index: int, scale: float,
         new: tuple[Tensor, Tensor] | None, shape: LaunchShape,
     ) -> None:  # fmt: skip
         """List the pages of query `index` [B, heads, 1, Dk] of the step, and assign slots to those that are missing.

@@ -30,8 +30,7 @@ from .triton_selection import Selection
 
 if TYPE_CHECKING:
     from ..kernels.triton_launchers import Launchers
-    from ..layer import SpinLayer
-    from ..state import SharedState
+    from ..state import CacheState, LayerState
 
 _ANY_LENGTH = (1 << 31) - 1
 
@@ -45,7 +44,7 @@ class StepKernels(Descriptors):
     """
 
     def __init__(
-        self, shared: SharedState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
+        self, shared: CacheState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
     ) -> None:
         super().__init__(shared, device, batch_size, num_heads)
         self.launchers = launchers
@@ -109,13 +108,17 @@ class StepKernels(Descriptors):
                     factors=new(4 * columns), rerank_stats=new(splits.programs * 3 * columns),
                     basis=four_bit_keys.basis(key_dim, self.device).to(dtype),
                 )  # fmt: skip
-        self.shared.forget_recorded()
         self.page_capacity = 0  # what `_grow` makes is for so many query heads too
         self.buffers, self.fits, self.group = buffers, fits, group
 
+    def prepare(self, layer: LayerState) -> None:
+        """What a layer's launches need of the host for the step that has begun."""
+        self.begin(layer)
+        self.selection.place(layer)
+
     # ---------------------------------------------------------------------------------------------------- the launches
 
-    def append(self, layer: SpinLayer, key: Tensor, value: Tensor) -> None:
+    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
         """Write the step's tokens [B, H, n, D] of a layer to its pages and summarise the pages they complete."""
         self.begin(layer)
         sequences = self.shared.sequences
@@ -125,7 +128,7 @@ class StepKernels(Descriptors):
             summarizes=self.recipe.summarised_by_append, shape=self.shape(layer),
         )  # fmt: skip
 
-    def attend(self, layer: SpinLayer, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
+    def attend(self, layer: LayerState, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
         """Attend to what each query of the step selects.
 
         Args:
@@ -152,7 +155,7 @@ class StepKernels(Descriptors):
         self.known["planned"] = True
 
     def _launches(
-        self, launch: Launch, layer: SpinLayer, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
+        self, launch: Launch, layer: LayerState, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
         shape: LaunchShape,
     ) -> None:  # fmt: skip
         """What `attend` launches: for all layers if this is the step's first, and for each query of this layer."""
@@ -191,7 +194,7 @@ class StepKernels(Descriptors):
                 page_size=self.shared.method.page_size, padded=self.padded,
             )  # fmt: skip
 
-    def _find_outliers(self, launch: Launch, plan: Tensor, layers: list[SpinLayer]) -> None:
+    def _find_outliers(self, launch: Launch, plan: Tensor, layers: list[LayerState]) -> None:
         """Of consecutive layers, for the query that `plan` is of."""
         if not self.recipe.outliers_per_1024:
             return
@@ -204,16 +207,16 @@ class StepKernels(Descriptors):
 
     # ----------------------------------------------------------------------------------------------------- of a layer
 
-    def serves(self, layer: SpinLayer) -> bool:
+    def serves(self, layer: LayerState) -> bool:
         """Whether a layer has pages on this device and so many KV heads."""
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
 
-    def is_whole(self, layer: SpinLayer) -> bool:
+    def is_whole(self, layer: LayerState) -> bool:
         """Whether a layer attends to everything, whatever the budget."""
         return layer.number < self.recipe.dense_layers
 
-    def shape(self, layer: SpinLayer) -> LaunchShape:
+    def shape(self, layer: LayerState) -> LaunchShape:
         """What a layer's kernels are compiled for."""
         store = layer.store
         assert store is not None

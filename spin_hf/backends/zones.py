@@ -10,7 +10,6 @@ grouped into calls: a token decoded in a step of its own, verified among others,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +114,3 @@ class StepPlan:
         if seq.mask.valid is None:
             return causal.expand(seq.batch_size, 1, -1, -1)
         return causal & seq.mask.valid.to(device)[:, None, None, :]
-
-
-def pages_of(tokens: int, page_size: int) -> int:
-    """Most pages that `tokens` consecutive tokens can touch."""
-    return math.ceil(tokens / page_size) + 1 if tokens else 0

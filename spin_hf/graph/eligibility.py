@@ -25,12 +25,12 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 from ..integration.layer_types import is_placeholder
 from ..layer import SpinLayer
-from ..state import SharedState
+from ..state import CacheState
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def reason_not_captured(model: nn.Module, layers: list[Any], shared: SharedState) -> str | None:
+def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) -> str | None:
     """Why decode steps of `model` with a cache of these layers run eagerly; None if nothing is known against capturing."""
     devices = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(devices) > 1:
@@ -47,7 +47,7 @@ def reason_not_captured(model: nn.Module, layers: list[Any], shared: SharedState
     for layer in layers:
         if isinstance(layer, SpinLayer):
             if not layer.has_kernels:
-                return f"method {shared.method} has no kernels for its layers"
+                return f"method {state.method} has no kernels for its layers"
         elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
             return f"a {type(layer).__name__} of its cache grows with every token"
     return None

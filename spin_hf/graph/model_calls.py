@@ -15,19 +15,22 @@ import weakref
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import implementation
 from ..attention.masks import check_argument
 from ..errors import AttentionError
-from ..forward_pass import ForwardLog
+from ..forward_log import ForwardLog
+from ..forward_pass import ForwardPass
 from ..integration import deferred_stop, forward_hook
 from ..integration.forward_hook import CACHE_NAMES
-from ..integration.layer_types import decoder_config
-from ..state import SharedState
+from ..integration.layer_types import decoder_config, is_placeholder
+from ..layer import SpinLayer
 from .runner import DecodeSteps
 
+_LATE_DEVICES = ("cuda",)
 _FRAMES = 6
 """How far the caller of `SpinCache.update` may be."""
 
@@ -38,16 +41,16 @@ class ModelCalls:
     Args:
         config: the one that attention modules read.
         model: whose calls carry the cache; None where a forward has to show it.
-        layers, shared, log: of the cache.
+        layers, passes, log: of the cache.
     """
 
     def __init__(
-        self, config: Any, model: nn.Module | None, layers: list[Any], shared: SharedState, log: ForwardLog
+        self, config: Any, model: nn.Module | None, layers: list[Any], passes: ForwardPass, log: ForwardLog
     ) -> None:
         self.config = config
-        self.switched = config if shared.layers else None
+        self.switched = config if passes.state.layers else None
         """What says "spin" in calls; None where no layer is paged: then a model that looks at the name sees its own."""
-        self.layers, self.shared, self.log = layers, shared, log
+        self.layers, self.passes, self.log = layers, passes, log
         self.wrapped: forward_hook.Wrapped = []
         self.model: Any = lambda: None
         """Gives the model while it lives."""
@@ -71,7 +74,7 @@ class ModelCalls:
         forward_hook.release(self.wrapped)
         if self.steps is not None:
             deferred_stop.release()
-        self.shared.dispose()
+        self.passes.dispose()
 
     def run(self, module: nn.Module, forward: Any, kwargs: dict[str, Any], name: str) -> Any:
         """Call `forward(**kwargs)` of `module`; the cache is `kwargs[name]`.
@@ -84,7 +87,7 @@ class ModelCalls:
             return forward(**kwargs)
         if self.belongs and not any(part() is module for part in self.wrapped):
             raise AttentionError(
-                f"expected a call of the {self.shared.model_name} that this SpinCache was made from, got one of another "
+                f"expected a call of the {self.passes.state.model_name} that this SpinCache was made from, got one of another "
                 f"model ({type(module).__name__}); make a SpinCache of that model, or SpinCache.from_cache(cache, model) to "
                 "take over its tokens"
             )
@@ -120,8 +123,8 @@ class ModelCalls:
         """See the calls of `model` from now on."""
         self.wrapped, self.model = forward_hook.acquire(model), weakref.ref(model)
         if may_be_captured(model):
-            self.steps = DecodeSteps(model, self.layers, self.shared, self.log)
-            deferred_stop.acquire()
+            self.steps = DecodeSteps(model, self.layers, self.passes, self.log)
+            deferred_stop.acquire(reads_late)
 
     def _hold(self) -> None:
         if self.switched is not None and not self.inside and not self.holds:
@@ -134,7 +137,7 @@ class ModelCalls:
         Raises:
             AttentionError: what calls has another attention implementation, so would never ask the cache.
         """
-        config, name = self.switched, self.shared.model_name
+        config, name = self.switched, self.passes.state.model_name
         if config is None:
             return
         if self.belongs and not self.inside and (self.holds or config._attn_implementation != implementation.NAME):
@@ -201,3 +204,12 @@ def model_of(model: Any) -> nn.Module | None:
 def may_be_captured(model: nn.Module) -> bool:
     """Whether decode steps of `model` may become CUDA graphs."""
     return isinstance(model, PreTrainedModel) and model.device.type == "cuda"
+
+
+def reads_late(cache: Any, device: torch.device) -> bool:
+    """Whether `generate` may read late: the cache has captured steps, and can be cropped by a token at any time."""
+    return (
+        getattr(getattr(cache, forward_hook.ATTRIBUTE, None), "steps", None) is not None
+        and device.type in _LATE_DEVICES
+        and all(isinstance(layer, SpinLayer) or is_placeholder(layer) for layer in cache.layers)
+    )

@@ -4,7 +4,7 @@
     second                    captured, then replayed
     later ones                host: room for the token, descriptors, inputs  ->  replay  ->  host: the token counts
 
-What a call needs of the host happens before the replay (`SharedState.prepare`) and after it (`finish`); between them the
+What a call needs of the host happens before the replay (`ForwardPass.prepare`) and after it (`finish`); between them the
 layers only launch. Inputs are copied into static tensors, outputs are handed back as copies. Tensors of layers that are not
 paged (windows, linear attention) get fixed addresses: what the step makes of them is written back as its last launches.
 
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..attention.masks import padding_mask_of
+from ..backends.position_check import counts_positions
 from ..errors import SpinError
-from ..forward_pass import ForwardLog
+from ..forward_log import ForwardLog
+from ..forward_pass import ForwardPass
 from ..indexing import padding_change
-from ..state import SharedState
+from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
 from .eligibility import ModelWatch, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
@@ -85,11 +87,11 @@ class CapturedStep:
         self.overwrites = False
         """Whether the latest replay has been launched and cannot be done again."""
 
-    def capture(self, forward: Callable[..., Any], cache: dict[str, Any], shared: SharedState) -> None:
+    def capture(self, forward: Callable[..., Any], cache: dict[str, Any], passes: ForwardPass) -> None:
         """Record the call, with the cache under its name; nothing is computed yet."""
 
         def step() -> Any:
-            with shared.capturing():
+            with passes.capturing():
                 outputs = forward(**self.inputs, **self.fixed, **cache)
             self.state.bind()
             return outputs
@@ -123,12 +125,13 @@ class DecodeSteps:
 
     Args:
         model: whose forward is wrapped; kept alive once a step has run, as a graph reads its parameters.
-        layers, shared, log: of the cache.
+        layers, passes, log: of the cache.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Any], shared: SharedState, log: ForwardLog) -> None:
+    def __init__(self, model: nn.Module, layers: list[Any], passes: ForwardPass, log: ForwardLog) -> None:
         self.model = weakref.ref(model)
-        self.layers, self.shared, self.log = layers, shared, log
+        self.layers, self.passes, self.log = layers, passes, log
+        self.state: CacheState = passes.state
         self.captured: dict[Any, CapturedStep | None] = {}
         """Key of a call -> its graph; None where it ran once, eagerly."""
         self.watch: ModelWatch | None = None
@@ -167,9 +170,9 @@ class DecodeSteps:
             _warn(model, reason)
             return self._eager(forward, kwargs)
         self.log.settle(self.layers)
-        length, batch_size = self.shared.committed + 1, self.shared.sequences.batch_size
-        new_valid = padding_change.take(self.shared, padding_mask_of(kwargs.get("attention_mask"), length, batch_size))
-        counts = self.shared.counts_positions(kwargs.get("position_ids"), new_valid)
+        length, batch_size = self.state.committed + 1, self.state.sequences.batch_size
+        new_valid = padding_change.take(self.state, padding_mask_of(kwargs.get("attention_mask"), length, batch_size))
+        counts = counts_positions(self.state, kwargs.get("position_ids"), new_valid)
         if not counts or not self._windows_are_full(new_valid):
             return self._eager(forward, kwargs)  # which refuses positions that do not count
         key = self._key(inputs, new_valid)
@@ -218,7 +221,7 @@ class DecodeSteps:
             and self.refused is None
             and not self.unpaged
             and self.layers == self.held
-            and self.kernels == self.shared.kernels_in_use()
+            and self.kernels == self.passes.kernels.in_use()
             and self.watch.is_safe()
         )
 
@@ -228,18 +231,18 @@ class DecodeSteps:
         It has then written to the place of its token alone, which is written again before it is read, and has had pages
         loaded, which are what they are. What the kernels count (`stats`), they count twice.
         """
-        watch, shared, mask = self.watch, self.shared, kwargs.get("attention_mask")
-        positions = kwargs.get("position_ids") if shared.method.uses_positions else None
+        watch, state, mask = self.watch, self.state, kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids") if state.method.uses_positions else None
         assert watch is not None
         if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
             return _NOT_TRUSTED
         self.log.settle(self.layers)
-        length, new_valid, held = shared.committed + 1, None, shared.sequences.mask.valid
-        if held is not None and shared.method.uses_positions:
+        length, new_valid, held = state.committed + 1, None, state.sequences.mask.valid
+        if held is not None and state.method.uses_positions:
             # Where the token of each sequence stands has to be looked up.
-            mask = padding_mask_of(mask, length, shared.sequences.batch_size)
-            new_valid, mask, held = padding_change.take(shared, mask), None, None
-            if not shared.counts_positions(positions, new_valid):
+            mask = padding_mask_of(mask, length, state.sequences.batch_size)
+            new_valid, mask, held = padding_change.take(state, mask), None, None
+            if not counts_positions(state, positions, new_valid):
                 return _NOT_TRUSTED
             positions = None
         step = self.captured.get(self._key(inputs, new_valid))
@@ -262,18 +265,18 @@ class DecodeSteps:
 
     def _prepare(self, new_valid: Tensor | None) -> bool:
         """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
-        shared = self.shared
-        before = shared.sequences.recodings
-        shared.prepare(shared.sequences.batch_size, 1, new_valid)
-        if shared.sequences.recodings == before:
+        state = self.state
+        before = state.sequences.recodings
+        self.passes.prepare(state.sequences.batch_size, 1, new_valid)
+        if state.sequences.recodings == before:
             return True
         self._take_back()
         return False
 
     def _finish(self, step: CapturedStep) -> None:
-        self.shared.finish(foresee=True)
+        self.passes.finish(foresee=True)
         self.log.clear()
-        step.state.advance(self.shared.committed)
+        step.state.advance(self.state.committed)
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
@@ -282,7 +285,7 @@ class DecodeSteps:
             windows = windows_of(self.layers)
             before = [dict(layer.__dict__) for layer in windows]
             try:
-                step.capture(forward, cache, self.shared)
+                step.capture(forward, cache, self.passes)
             except BaseException:
                 for layer, attributes in zip(windows, before, strict=True):
                     layer.__dict__.update(attributes)
@@ -291,34 +294,34 @@ class DecodeSteps:
 
     def _is_decode_step(self, kwargs: dict[str, Any]) -> bool:
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        shape = (self.shared.sequences.batch_size, 1)
-        return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.shared.committed > 0
+        shape = (self.state.sequences.batch_size, 1)
+        return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
     def _look_at(self, model: nn.Module) -> ModelWatch:
         """The watch over the model; starts anew where the model, the layers or the kernels are others than those captured."""
-        kernels = self.shared.kernels_in_use()
+        kernels = self.passes.kernels.in_use()
         same = kernels == self.kernels and self.layers == self.held
         if self.watch is None or not same or not self.watch.unchanged():
             self.captured.clear()
             self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
             self.unpaged = overwritten(self.layers)
-            self.refused = reason_not_captured(model, self.layers, self.shared)
+            self.refused = reason_not_captured(model, self.layers, self.state)
         return self.watch
 
     def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
-        padded = self.shared.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))
+        padded = self.state.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))
         given = tuple(
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state(), self.shared.sequences.recodings
+        return given, padded, host_state(), self.state.sequences.recodings
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""
         windows = windows_of(self.unpaged)
         if any(layer.cumulative_length < layer.sliding_window for layer in windows):
             return False
-        valid = self.shared.sequences.mask.valid
+        valid = self.state.sequences.mask.valid
         if not windows or (valid is None and new_valid is None):
             return True
         widest = max(layer.sliding_window for layer in windows)
@@ -332,7 +335,7 @@ class DecodeSteps:
         """
         self.log.clear()
         self.log.overwritten = step is not None and step.overwrites
-        self.shared.roll_back()
+        self.passes.roll_back()
 
 
 def _warn(model: nn.Module, reason: str) -> None:

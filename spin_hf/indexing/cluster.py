@@ -4,7 +4,7 @@
     grow       enough tokens have left the recent window                     ->  a stretch, or several
     restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
 
-Both are the host's work in an eager place, between two steps: `SharedState.begin`, `truncate` and `reconcile`. A layer is
+Both are the host's work in an eager place, between two steps: `CacheState.begin`, `truncate` and `reconcile`. A layer is
 always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right, and
 `grow` goes on where it was, with the layers that have not been `arranged` so far.
 Sequences that share segments are arranged once; where they share a part of a stretch only, each gets its own copy.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention.methods.base import Method
 from ..attention.methods.clustering import Arrangement, Regrouping
 from ..errors import BudgetError, CacheStateError, CapacityError
 from ..storage import permute_pages
@@ -31,8 +32,7 @@ from ..storage.token_permutation import tiles
 from .summarize import index_pages, refresh, stores_of, together
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
-    from ..state import SharedState
+    from ..state import CacheState, LayerState
 
 logger = logging.getLogger("spin_hf")
 
@@ -53,28 +53,28 @@ class Run(NamedTuple):
     stop: int
 
 
-def catch_up(shared: SharedState) -> None:
+def catch_up(state: CacheState) -> None:
     """Regroup what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
 
     Raises:
         as `grow`; what waits is done by the next step then.
     """
-    grow(shared)
-    refresh(shared)
-    for layer in shared.layers:
+    grow(state)
+    refresh(state)
+    for layer in state.layers:
         layer.asked = None  # of tokens to come nobody knows yet what asks for them
 
 
-def grow(shared: SharedState) -> None:
+def grow(state: CacheState) -> None:
     """Regroup what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
         CacheStateError: the method's arrangement loses tokens or pages. Where it does, they stay in order.
     """
-    sequences, method, options = shared.sequences, shared.method, shared.options
+    sequences, method, options = state.sequences, state.method, state.options
     if not isinstance(method, Regrouping):
         return
-    _arrange_layers(shared, method)  # there is something to do where it was interrupted
+    _arrange_layers(state, method)  # there is something to do where it was interrupted
     window = options.recent_window + SLACK_TOKENS
     first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
     planned = sequences.stretches.planned
@@ -98,23 +98,23 @@ def grow(shared: SharedState) -> None:
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[part : part + at_once] for part in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
-        _add_stretches(shared, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
+        _add_stretches(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
 
 
-def restore(shared: SharedState, valid: Tensor | None, length: int) -> None:
+def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
     """Put tokens back in order that may not be out of it with padding as in `valid`, where all of them stay.
 
     Args:
         valid: [B, >= length], bool; None for no padding.
         length: tokens that every layer holds.
     """
-    left = in_order(shared, valid, length)
-    if left is not shared.sequences.stretches:
-        shared.sequences.regrouped(left)
-        forget_arranged(shared)
+    left = in_order(state, valid, length)
+    if left is not state.sequences.stretches:
+        state.sequences.regrouped(left)
+        forget_arranged(state)
 
 
-def in_order(shared: SharedState, valid: Tensor | None, length: int) -> Stretches:
+def in_order(state: CacheState, valid: Tensor | None, length: int) -> Stretches:
     """Put tokens back in order that may not be out of it once `length` of them are left, with padding as in `valid`.
 
     Those behind `length` stay where they are, so the stretches are what they were until the others are gone.
@@ -124,44 +124,44 @@ def in_order(shared: SharedState, valid: Tensor | None, length: int) -> Stretche
     Returns:
         The stretches that are left then.
     """
-    sequences, stretches = shared.sequences, shared.sequences.stretches
+    sequences, stretches = state.sequences, state.sequences.stretches
     left = length - stretches.num_pages * sequences.page_size
-    if not stretches.stops or (valid is None and left >= shared.options.recent_window):
+    if not stretches.stops or (valid is None and left >= state.options.recent_window):
         return stretches
-    touched = _misplaced(shared, valid, length).any(0).nonzero().flatten()
+    touched = _misplaced(state, valid, length).any(0).nonzero().flatten()
     lowest = int(touched[0]) if touched.numel() else stretches.num_pages
     while stretches.num_pages > min(lowest, length // sequences.page_size):
         first, stop = stretches.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
-            for group in together(shared, stop - first):
+            for group in together(state, stop - first):
                 for layer in group:  # to be arranged again, where an interruption leaves the stretch as it is
                     layer.arranged = min(layer.arranged, first)
                 stores = stores_of(group)
                 order = permute_pages.positions(stores, first, stop).flatten(2).argsort(2)
                 partitions = order.new_ones((*order.shape[:2], stop - first))
                 content = permute_pages.content(stores, first, stop)
-                _rearrange(group, first, stop, order, partitions, content)
+                _rearrange(state.method, group, first, stop, order, partitions, content)
         stretches = stretches.without_last()
     return stretches
 
 
-def forget_arranged(shared: SharedState) -> None:
+def forget_arranged(state: CacheState) -> None:
     """Note that no layer has arranged more than there are stretches."""
-    for layer in shared.layers:
-        layer.arranged = min(layer.arranged, shared.sequences.stretches.num_pages)
+    for layer in state.layers:
+        layer.arranged = min(layer.arranged, state.sequences.stretches.num_pages)
 
 
-def check_integrity(shared: SharedState) -> None:
+def check_integrity(state: CacheState) -> None:
     """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
-    refresh(shared)
-    sequences = shared.sequences
-    if sequences.stretches.stops and bool(_misplaced(shared, sequences.mask.valid, sequences.length).any()):
+    refresh(state)
+    sequences = state.sequences
+    if sequences.stretches.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
         raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
 
 
-def _misplaced(shared: SharedState, valid: Tensor | None, length: int) -> Tensor:
+def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:
     """Regrouped pages that may not be, once `length` tokens are left: [B, pages in stretches], bool."""
-    sequences, options = shared.sequences, shared.options
+    sequences, options = state.sequences, state.options
     may_move = pages_that_may_move(
         valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
     )
@@ -182,13 +182,13 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
 
 
 def _add_stretches(
-    shared: SharedState, method: Regrouping, stops: list[int], may_move: Tensor, planned: Plan
+    state: CacheState, method: Regrouping, stops: list[int], may_move: Tensor, planned: Plan
 ) -> None:  # fmt: skip
     """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer; `planned` is next."""
-    sequences = shared.sequences
+    sequences = state.sequences
     first, stop = sequences.stretches.num_pages, stops[-1]
-    grouped = [_own_copies(shared, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    for group in together(shared, stop - first):
+    grouped = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
+    for group in together(state, stop - first):
         permute_pages.write_runs(stores_of(group), first, stop)
         for layer in group:
             layer.arranged = first
@@ -197,22 +197,22 @@ def _add_stretches(
         stretches.append(end, moves)
     stretches.planned = planned if planned[2] else None
     sequences.regrouped(stretches)
-    _arrange_layers(shared, method)
+    _arrange_layers(state, method)
 
 
-def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
+def _arrange_layers(state: CacheState, method: Regrouping) -> None:
     """Arrange what the newest stretches hold in the layers where that has not been done."""
-    stretches = shared.sequences.stretches
-    layers = [layer for layer in shared.layers if layer.store is not None and layer.arranged < stretches.num_pages]
+    stretches = state.sequences.stretches
+    layers = [layer for layer in state.layers if layer.store is not None and layer.arranged < stretches.num_pages]
     if not layers:
         return
     first, stop = min(layer.arranged for layer in layers), stretches.num_pages
-    runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(shared, start, end)]
+    runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(state, start, end)]
     flawless = []
-    for group in together(shared, stop - first, layers):
+    for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
         order, partitions, sound = _arrange(method, stores_of(group), content, first, runs, _asked(group))
-        _rearrange(group, first, stop, order, partitions, content, stop)
+        _rearrange(state.method, group, first, stop, order, partitions, content, stop)
         flawless += sound
     if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
         raise CacheStateError(
@@ -221,13 +221,13 @@ def _arrange_layers(shared: SharedState, method: Regrouping) -> None:
         )
 
 
-def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) -> Tensor:
+def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> Tensor:
     """Copies of what sequences share in part of a stretch.
 
     Returns:
         `may_move` [B, n], or nothing where the caps have no room for copies.
     """
-    sequences = shared.sequences
+    sequences = state.sequences
     pages = [_runs_of(row) for row in may_move.tolist()]
     try:
         for rows in _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
@@ -236,16 +236,16 @@ def _own_copies(shared: SharedState, first: int, stop: int, may_move: Tensor) ->
     except (BudgetError, CapacityError) as error:
         if error.available_bytes is None:  # no cap says so: memory has run out
             raise
-        if not shared.warned_regrouping:
-            shared.warned_regrouping = True
+        if not state.warned_regrouping:
+            state.warned_regrouping = True
             logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
         return torch.zeros_like(may_move)
     return may_move
 
 
-def _runs_in(shared: SharedState, first: int, stop: int) -> list[Run]:
+def _runs_in(state: CacheState, first: int, stop: int) -> list[Run]:
     """The runs of a stretch that are to be arranged, each once for the sequences that hold the same."""
-    sequences = shared.sequences
+    sequences = state.sequences
     pages = [_runs_of(row) for row in sequences.stretches.grouped[:, first:stop].tolist()]
     groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
@@ -307,7 +307,7 @@ def _arrange(
     return order.flatten(0, 1), partitions.flatten(0, 1), sound
 
 
-def _asked(layers: list[SpinLayer]) -> Tensor | None:
+def _asked(layers: list[LayerState]) -> Tensor | None:
     """What a prompt's end asked, in all of the layers: [L, B, H, G, n, D]; None where some have nothing, or differ."""
     held = [layer.asked for layer in layers if layer.asked is not None]
     alike = len(held) == len(layers) and all(queries.shape == held[0].shape for queries in held)
@@ -325,7 +325,8 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
 
 
 def _rearrange(
-    layers: list[SpinLayer],
+    method: Method,
+    layers: list[LayerState],
     first: int,
     stop: int,
     order: Tensor,
@@ -348,7 +349,7 @@ def _rearrange(
 
     marks = partial(note, [max(each, arranged) for each in before]), partial(note, before)
     moved = permute_pages.rearrange(stores, first, stop, order, partitions, content, marks)
-    index_pages(stores, layers[0].shared.method, layers[0].number, first, stop, moved)
+    index_pages(stores, method, layers[0].number, first, stop, moved)
     for layer in layers:
         layer.renewed(first, stop)
 

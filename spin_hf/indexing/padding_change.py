@@ -3,9 +3,9 @@
     mask [B, tokens]  ->  tokens that differ  ->  their pages are in order and unshared  ->  bits  ->  summaries
 
 Where memory runs out before the bits are written nothing has changed. Behind that the summaries are made before the next
-step, as layers know which are stale (`SpinLayer.renew`).
+step, as layers know which are stale (`LayerState.renew`).
 
-Of new tokens the mask function notes what the mask says, and the first layer takes that (`SharedState.noted`).
+Of new tokens the mask function notes what the mask says, and the first layer takes that (`CacheState.noted`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import BatchSizeError
+from ..inference_mode import lasting
+from ..storage.page_table import check_batch
 from . import cluster
 
 if TYPE_CHECKING:
-    from ..state import SharedState
+    from ..state import CacheState
 
 
 def check_mask(batch_size: int, mask: Tensor | None) -> None:
@@ -35,12 +37,12 @@ def check_mask(batch_size: int, mask: Tensor | None) -> None:
         )
 
 
-def note(shared: SharedState, mask: Tensor | None) -> None:
+def note(state: CacheState, mask: Tensor | None) -> None:
     """Keep which tokens of the forward to come are real until the next mask is made; `mask` as for `reconcile`."""
-    shared.noted = None if mask is None else mask[:, shared.committed :]
+    state.noted = None if mask is None else mask[:, state.committed :]
 
 
-def take(shared: SharedState, mask: Tensor | None) -> Tensor | None:
+def take(state: CacheState, mask: Tensor | None) -> Tensor | None:
     """Reconcile a cache with the padding mask of a step of one token.
 
     Args:
@@ -48,14 +50,32 @@ def take(shared: SharedState, mask: Tensor | None) -> Tensor | None:
     Returns:
         validity [B, 1] of the new tokens, or None where nothing is padding.
     """
-    sequences = shared.sequences
+    sequences = state.sequences
     if sequences.mask.valid is None and (mask is None or bool(mask.all())):
         return None
-    shared.reconcile(sequences.batch_size, mask)
+    accept(state, sequences.batch_size, mask)
     return None if mask is None else mask[:, -1:]
 
 
-def reconcile(shared: SharedState, mask: Tensor | None) -> None:
+@lasting
+def accept(state: CacheState, batch_size: int, mask: Tensor | None) -> None:
+    """Take the padding mask of a forward: of the tokens held, where it changes them, and of the new ones.
+
+    Args:
+        batch_size: sequences of the forward.
+        mask: [B, tokens held and new], bool, False for padding; None for none.
+    Raises:
+        BatchSizeError: the batch, or its mask, is of other sequences than those held.
+        BudgetError, CapacityError: there is no room for copies of pages that sequences share; nothing has changed.
+    """
+    check_mask(batch_size, mask)
+    if state.committed:
+        check_batch(state.sequences.batch_size, batch_size)
+        reconcile(state, mask)
+    note(state, mask)
+
+
+def reconcile(state: CacheState, mask: Tensor | None) -> None:
     """Take the padding mask of a batch whose tokens a cache holds.
 
     Args:
@@ -63,15 +83,15 @@ def reconcile(shared: SharedState, mask: Tensor | None) -> None:
     Raises:
         BudgetError, CapacityError: there is no room for copies of pages that sequences share; nothing has changed.
     """
-    sequences, length = shared.sequences, shared.committed
+    sequences, length = state.sequences, state.committed
     changed = sequences.mask.changed_tokens(mask, length)
     if changed is None:
         return
-    cluster.restore(shared, mask, length)
+    cluster.restore(state, mask, length)
     tokens = changed.any(0).nonzero()
     pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
     for row in changed.any(1).nonzero().flatten().tolist():
         sequences.unshare([row], pages)
-    for layer in shared.layers:  # before the bits are written, so that an interruption does not lose it
+    for layer in state.layers:  # before the bits are written, so that an interruption does not lose it
         layer.renew(pages.start, min(pages.stop, length // sequences.page_size))
     sequences.replace_padding(mask, length)

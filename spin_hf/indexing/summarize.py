@@ -2,7 +2,7 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`, or says that it is stale (`SpinLayer.renew`), which is dealt with before
+Whoever changes a complete page calls `index_pages`, or says that it is stale (`LayerState.renew`), which is dealt with before
 the next step: of a prompt all pages are, as a method may regroup them first, and others where they took another form or memory
 ran out. `check_summaries` compares with what the pages give.
 """
@@ -24,8 +24,7 @@ from ..storage.page_store import PageStore
 from ..storage.page_table import Sequences
 
 if TYPE_CHECKING:
-    from ..layer import SpinLayer
-    from ..state import SharedState
+    from ..state import CacheState, LayerState
 
 _BYTES_AT_ONCE = 1 << 30
 """Most bytes of pages that are worked on at a time, unless one layer has more: bounds temporary memory."""
@@ -34,45 +33,42 @@ _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
-def refresh(shared: SharedState) -> None:
+def refresh(state: CacheState) -> None:
     """Summarise, in all layers, the pages that are stale; what is not, for lack of memory, stays stale."""
-    if not shared.any_stale:
-        return
-    complete = shared.sequences.length // shared.sequences.page_size
-    waiting: dict[tuple[int, int], list[SpinLayer]] = {}
-    for layer in shared.layers:
+    complete = state.sequences.length // state.sequences.page_size
+    waiting: dict[tuple[int, int], list[LayerState]] = {}
+    for layer in state.layers:
         if layer.stale is not None:
             waiting.setdefault(layer.stale, []).append(layer)
     for (first, stop), layers in waiting.items():
         end = min(stop, complete)
-        if isinstance(shared.method, Regrouping) and shared.method.several_pages:
-            first, end = shared.sequences.stretches.around(first, end)
-        for group in together(shared, max(1, end - first), layers):
+        if isinstance(state.method, Regrouping) and state.method.several_pages:
+            first, end = state.sequences.stretches.around(first, end)
+        for group in together(state, max(1, end - first), layers):
             if first < end:
-                index_pages(stores_of(group), shared.method, group[0].number, first, end)
+                index_pages(stores_of(group), state.method, group[0].number, first, end)
             for layer in group:
                 layer.stale = None
-    shared.any_stale = False
 
 
 def together(
-    shared: SharedState, num_pages: int, layers: list[SpinLayer] | None = None
-) -> Iterator[list[SpinLayer]]:  # fmt: skip
+    state: CacheState, num_pages: int, layers: list[LayerState] | None = None
+) -> Iterator[list[LayerState]]:  # fmt: skip
     """Layers (all, unless some are given) whose pages are worked on in one call, as many as temporary memory allows."""
-    groups: dict[Hashable, list[tuple[SpinLayer, PageStore]]] = {}
-    for layer in shared.layers if layers is None else layers:
+    groups: dict[Hashable, list[tuple[LayerState, PageStore]]] = {}
+    for layer in state.layers if layers is None else layers:
         if layer.store is not None:
-            apart = None if shared.method.layers_alike else layer.number
+            apart = None if state.method.layers_alike else layer.number
             groups.setdefault((apart, permute_pages.alike(layer.store)), []).append((layer, layer.store))
     for group in groups.values():
         store = group[0][1]
-        each = num_pages * shared.sequences.batch_size * store.num_heads * store.home.row_bytes
+        each = num_pages * state.sequences.batch_size * store.num_heads * store.home.row_bytes
         at_once = max(1, _BYTES_AT_ONCE // max(1, each))
         for start in range(0, len(group), at_once):
             yield [layer for layer, _ in group[start : start + at_once]]
 
 
-def stores_of(layers: list[SpinLayer]) -> list[PageStore]:
+def stores_of(layers: list[LayerState]) -> list[PageStore]:
     """The pages of layers that have some."""
     return [layer.store for layer in layers if layer.store is not None]
 

@@ -13,46 +13,39 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.generation import utils
 
-from ..layer import SpinLayer
-from .forward_hook import ATTRIBUTE
-from .layer_types import is_placeholder
-
-_DEVICES = ("cuda",)
 _CHECK: Any = getattr(utils, "DeferredStopCheck", None)
 """None in a transformers that has no such thing: then every step is waited for."""
 
 _users = 0
 _previous: Any = None
+_supports: Callable[[Any, torch.device], bool]
 _lock = threading.RLock()
 """Held while the answer is changed; the garbage collector may drop a cache, and so come here, inside as well."""
 
 
-def supports(cache: Any, device: torch.device) -> bool:
-    """Whether `generate` may read late: the cache has captured steps, and can be cropped by a token at any time."""
-    return (
-        getattr(getattr(cache, ATTRIBUTE, None), "steps", None) is not None
-        and device.type in _DEVICES
-        and all(isinstance(layer, SpinLayer) or is_placeholder(layer) for layer in cache.layers)
-    )
-
-
 def _is_supported(*args: Any, **kwargs: Any) -> bool:
     given = inspect.signature(_previous).bind(*args, **kwargs).arguments
-    if not given.get("is_assistant") and supports(given.get("cache"), given["device"]):
+    if not given.get("is_assistant") and _supports(given.get("cache"), given["device"]):
         return True
     return bool(_previous(*args, **kwargs))
 
 
-def acquire() -> None:
-    """Count one more cache that `generate` may read late for; the first one widens the answer."""
-    global _users, _previous
+def acquire(supports: Callable[[Any, torch.device], bool]) -> None:
+    """Count one more cache that `generate` may read late for; the first one widens the answer.
+
+    Args:
+        supports: whether a cache can be read late on a device.
+    """
+    global _users, _previous, _supports
     with _lock:
         _users += 1
+        _supports = supports
         if _users == 1 and _CHECK is not None:
             _previous = _CHECK.is_supported
             _CHECK.is_supported = staticmethod(_is_supported)

@@ -3,24 +3,24 @@
 A decode step is not made of these: `backends/triton_step.py` launches its kernels one after the other, without the host. Each
 kernel has its launch in the same file. PyTorch specifies all of them:
 
-    kernel                 specified by                                                        compared in tests/kernels
+    kernel                 specified by                                                        compared in
     plan_zones             `backends/zones.py`, `reference.page_zones`                         test_launches
-    find_outliers          `ShadowKV.score`                                                    test_decode
-    append_tokens          `PageStore.append`, `ShadowKV.index`, `storage/page_layout.py`      test_decode, test_int8_pages
-    gate_queries           `LayerGate.of_queries`                                              test_gates
-    score_pages            `score` of the methods: products with a summary                     test_decode, test_methods
+    find_outliers          `ShadowKV.score`                                                    test_triton_step
+    append_tokens          `PageStore.append`, `ShadowKV.index`, `storage/page_layout.py`      test_triton_step, test_triton_int8_pages
+    gate_queries           `LayerGate.of_queries`                                              test_gate_queries
+    score_pages            `score` of the methods: products with a summary                     test_triton_step, test_triton_methods
     bin_scores             `reference.group_scores`, `reference.score_bins`                    test_launches
     rerank_queries         `four_bit_keys.rotate`, `four_bit_keys.decode`                      test_launches
-    rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_decode, test_methods
-    select_pages           `reference.select_top_pages`                                        test_decode
-    assign_slots           `reference.admit_pages`                                             test_admit_pages
-    estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_decode
-    attend_pages           `reference.attend`, `merge_attention`, `apply_attention_sinks`      test_float64
-    quantize               `reference.quantize`, `four_bit_keys.encode_by_formulas`            test_lowbit
+    rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_triton_step, test_triton_methods
+    select_pages           `reference.select_top_pages`                                        test_triton_step
+    assign_slots           `reference.admit_pages`                                             test_assign_slots
+    estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_triton_step
+    attend_pages           `reference.attend`, `merge_attention`, `apply_attention_sinks`      test_triton_float64
+    quantize               `reference.quantize`, `four_bit_keys.encode_by_formulas`            test_quantize
     bisect                 `reference_clustering.bisect`                                       test_bisect
-    kmeans, fill_clusters  `reference_clustering.unit_vectors`, `fill_clusters`                test_clusters
-    permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_tokens
-    copy_rows              `reference.take_rows`, `reference.put_rows`                         test_rows
+    kmeans, fill_clusters  `reference_clustering.unit_vectors`, `fill_clusters`                test_fill_clusters
+    permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens
+    copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
     copy_page              the same, of one page in several layers                             test_launches
 """
 

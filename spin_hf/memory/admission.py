@@ -10,47 +10,45 @@ keys come. Tokens that come later are judged by the layers (`Sequences.check_roo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..integration.layer_types import decoder_config
+from ..state import CacheState
 from ..storage.tier_budget import TierBudget, check_all
+from .gpu_memory import GpuMemory
 from .layer_budget import LayerShape, layer_shapes
 
-if TYPE_CHECKING:
-    from ..state import SharedState
 
-
-def admit(shared: SharedState, num_tokens: int, batch_size: int, mask: Tensor | None) -> None:
-    """The first tokens of a batch come: refuse them if the caps do not hold them, else `reconcile`.
+def check_first_batch(state: CacheState, gpu: GpuMemory, num_tokens: int, batch_size: int) -> None:
+    """Refuse the first tokens of a batch if the caps do not hold them.
 
     Args:
+        gpu: the caps.
         num_tokens: of each sequence.
-        batch_size, mask: as for `SharedState.reconcile`.
     Raises:
         BudgetError, CapacityError: nothing has changed.
     """
-    sequences = shared.sequences
+    sequences = state.sequences
     room = sequences.first_room(batch_size, num_tokens)
     for store in sequences.stores:
         store.check(*room)
-    if len(sequences.stores) < len(shared.layers):
-        check_all(_budgets(shared, room), *room)
-    shared.reconcile(batch_size, mask)
+    if len(sequences.stores) < len(state.layers):
+        check_all(_budgets(state, gpu, room), *room)
 
 
-def _budgets(shared: SharedState, room: tuple[int, int, int]) -> set[TierBudget]:
+def _budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, int]) -> set[TierBudget]:
     """Of the layers, as far as they are certain; none where there is no cap, or it is not known yet."""
-    if shared.options.gpu_memory is None and not torch.cuda.is_available():
+    if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
-    served = None if shared.served is None else shared.served()
-    seen = None if served is None else foresee(served, [layer.layer_idx for layer in shared.layers])
-    if seen is None or (seen.device is None and shared.options.gpu_memory is None):
+    served = None if state.served is None else state.served()
+    seen = None if served is None else foresee(served, [layer.layer_idx for layer in state.layers])
+    if seen is None or (seen.device is None and state.options.gpu_memory is None):
         return set()
     device = torch.device("cpu") if seen.device is None else seen.device  # an explicit cap is the same on all
-    return {shared.tier_budget(shape, seen.dtype, device, room) for shape in seen.shapes}
+    return {gpu.tier_budget(shape, seen.dtype, device, room) for shape in seen.shapes}
 
 
 @dataclass(frozen=True)

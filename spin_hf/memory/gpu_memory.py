@@ -19,19 +19,18 @@ import weakref
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import BudgetError, CapacityError
 from ..kernels.descriptor_fields import MAX_QUERIES
+from ..state import CacheState, Phase
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
 from ..storage.tier_budget import TierBudget
 from . import watermarks
-
-if TYPE_CHECKING:
-    from ..state import SharedState
+from .layer_budget import LayerShape, tier_budget
 
 LOOK_STEPS = 64
 """Steps between two looks at the memory that is free, which ask the driver."""
@@ -50,12 +49,12 @@ class GpuMemory:
     """The caps of one cache, by device.
 
     Args:
-        shared: the cache's state.
+        state: the cache's state.
         given: the user's cap in bytes; None for "auto".
     """
 
-    def __init__(self, shared: SharedState, given: int | None) -> None:
-        self._shared, self.given = weakref.ref(shared), given
+    def __init__(self, state: CacheState, given: int | None) -> None:
+        self._state, self.given = weakref.ref(state), given
         self.caps: dict[torch.device, int | None] = {}
         """What the budgets of the layers on each device were last made with; None for no cap."""
         self.most_frames: int | None = None
@@ -69,13 +68,21 @@ class GpuMemory:
         self._streams: dict[torch.device, Any] = {}
 
     @property
-    def shared(self) -> SharedState:
+    def state(self) -> CacheState:
         """The cache's state, which this is part of."""
-        shared = self._shared()
-        assert shared is not None
-        return shared
+        state = self._state()
+        assert state is not None
+        return state
 
     # ---------------------------------------------------------------------------------------------- what a layer may take
+
+    def tier_budget(
+        self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
+    ) -> TierBudget:  # fmt: skip
+        """What a layer with keys and values of this shape and dtype has; `room` as for `limit`."""
+        state = self.state
+        uncapped = tier_budget(shape, dtype, state.method, state.options, None, len(state.layers), device)
+        return self.limit(uncapped, device, room)
 
     def limit(self, budget: TierBudget, device: torch.device, room: tuple[int, int, int]) -> TierBudget:
         """`budget` of a new layer with the cap of its device, which is settled by the first one.
@@ -129,7 +136,7 @@ class GpuMemory:
             return
         if self.owed:
             self._pay()
-        sequences = self.shared.sequences
+        sequences = self.state.sequences
         if not sequences.length:
             self._replace(batch_size, num_tokens)
         elif num_tokens > MAX_QUERIES:
@@ -169,7 +176,7 @@ class GpuMemory:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GpuMemory:
         twin = copy(self)
-        twin._shared, twin.caps, twin.owed = weakref.ref(memo[id(self.shared)]), dict(self.caps), {}
+        twin._state, twin.caps, twin.owed = weakref.ref(memo[id(self.state)]), dict(self.caps), {}
         memo[id(self)] = twin
         if self in _live:
             _live.add(twin)
@@ -193,7 +200,7 @@ class GpuMemory:
 
     def _replace(self, batch_size: int, num_tokens: int) -> None:
         """As `_place`, for a cache that has held tokens before."""
-        room = self.shared.sequences.first_room(batch_size, num_tokens)
+        room = self.state.sequences.first_room(batch_size, num_tokens)
         for device in list(self.caps):
             budgets = {store.budget for store in self._stores(device)}
             wanted = max((budget.resident_bytes(room[1]) for budget in budgets), default=0)
@@ -246,7 +253,7 @@ class GpuMemory:
             self.has_given_back = False
 
     def _give_back(self, device: torch.device, num_bytes: int | None) -> int:
-        held, sequences = self._held(device), self.shared.sequences
+        held, sequences = self._held(device), self.state.sequences
         if not sequences.length:
             sequences.release()
         else:
@@ -269,15 +276,15 @@ class GpuMemory:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 self._set_cap(device, cap)
-                self.shared.sequences.fit()
+                self.state.sequences.fit()
             except (BudgetError, CapacityError, torch.OutOfMemoryError):
                 self._set_cap(device, before)
-                self.shared.sequences.fit()
+                self.state.sequences.fit()
 
     def _set_cap(self, device: torch.device, cap: int | None) -> None:
         """Give the layers of a device budgets with a cap, or with what a step needs if that is more."""
         stores = self._stores(device)
-        if cap is not None and self.shared.sequences.batch_size:
+        if cap is not None and self.state.sequences.batch_size:
             least, free = self._least(stores), watermarks.free_gpu_memory(device) if self.given is None else None
             if least > cap and free is not None:  # room for what is to come only where there is some
                 least = min(least, self._held(device) + max(0, free))
@@ -291,13 +298,13 @@ class GpuMemory:
 
     def _resident(self, device: torch.device) -> int:
         """Bytes that the pages which never went to the cpu tier take."""
-        segments, stores = len(self.shared.sequences.refcounts), self._stores(device)
+        segments, stores = len(self.state.sequences.refcounts), self._stores(device)
         inside = [store.budget.resident_bytes(segments) for store in stores if store.frames is None]
         return self._share(max(inside), stores) if inside else 0
 
     def _least(self, stores: list[PageStore]) -> int:
         """Bytes that layers cannot do without until the next look: frames of one step, or those there are if that is less."""
-        sequences, needed = self.shared.sequences, [0]
+        sequences, needed = self.state.sequences, [0]
         batch_size, segments, pages = sequences.room
         room = batch_size, segments + _SEGMENTS_AHEAD * batch_size, pages + _SEGMENTS_AHEAD * SEGMENT_PAGES
         for store in stores:
@@ -326,8 +333,8 @@ class GpuMemory:
 
     def _stores(self, device: torch.device) -> list[PageStore]:
         """The cache's layers on a device; none once it is gone."""
-        shared = self._shared()
-        stores = [] if shared is None else [layer.store for layer in shared.layers]
+        state = self._state()
+        stores = [] if state is None else [layer.store for layer in state.layers]
         return [store for store in stores if store is not None and store.device == device]
 
     def _remember(self, device: torch.device) -> None:
@@ -375,18 +382,18 @@ class GpuMemory:
     def _givable(self, device: torch.device) -> int:
         """Bytes that no step needs."""
         stores = self._stores(device)
-        if not stores or not self.shared.sequences.length:
+        if not stores or not self.state.sequences.length:
             return self._held(device)
         return max(0, self._held(device) - self._least(stores))
 
     def _wanted(self, device: torch.device) -> int:
         """Bytes if no page were in the cpu tier."""
-        segments, stores = self.shared.sequences.segments_in_use, self._stores(device)
+        segments, stores = self.state.sequences.segments_in_use, self._stores(device)
         return self._share(max((store.budget.resident_bytes(segments) for store in stores), default=0), stores)
 
     def _may_be_touched(self) -> bool:
-        shared, ident = self.shared, threading.get_ident()
-        between = shared.sequences.length == shared.committed and not shared.prepared
+        state, ident = self.state, threading.get_ident()
+        between = state.phase is Phase.IDLE
         alive = any(thread.ident == self._owner for thread in threading.enumerate())
         return between and (self._owner == ident or not alive)
 

@@ -15,11 +15,11 @@ from ..attention.methods.base import Method
 from ..attention.methods.clustering import Regrouping
 from ..attention.methods.layer_shapes import LayerShape as LayerShape
 from ..attention.methods.layer_shapes import layer_shapes as layer_shapes
-from ..backends.zones import pages_of
 from ..config import SpinOptions
 from ..errors import OptionError
 from ..storage.page_layout import page_forms
 from ..storage.page_store import chunk_segments
+from ..storage.segment_pool import pages_of
 from ..storage.summary_array import bytes_per_page, kept_as
 from ..storage.tier_budget import TierBudget
 from ..storage.token_permutation import bytes_for_regrouping, longest_stretch

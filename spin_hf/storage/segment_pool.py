@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import math
+
 SEGMENT_PAGES = 32
 ENTRY_BYTES = 8
 """Bytes of a number in the directory and the reference counts."""
@@ -59,3 +61,8 @@ def _new_segment(refcounts: list[int], free: list[int]) -> int:
         return segment
     refcounts.append(1)
     return len(refcounts) - 1
+
+
+def pages_of(tokens: int, page_size: int) -> int:
+    """Most pages that `tokens` consecutive tokens can touch."""
+    return math.ceil(tokens / page_size) + 1 if tokens else 0

@@ -1,7 +1,6 @@
-"""Masks that are more than padding are served densely and exactly as given: all tokens held, each query by its row.
+"""Masks that are more than padding are applied densely and exactly: all tokens held, each query by its row of the mask.
 
-In every form (boolean or additive, one for all heads or one per head), wherever the pages are, and whatever lies in memory
-that was never written.
+In every form (boolean or additive, one for all heads or one per head), with pages in any tier, and unwritten memory poisoned.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
-
-from .conversation import TOLERANCE, random_world
-from .oracle import Rules, attention
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
+from tests.support.conversation import TOLERANCE, random_pages
+from tests.support.oracle import Rules, attention
 
 SHAPE = Shape(layers=1, kv_heads=2, group=2, value_dim=5)
 STOPS = [90, 91, 96, 117]
@@ -38,8 +36,8 @@ def hiding_mask(heads: int, queries: int, keys: int, seed: int) -> Tensor:
     return (tokens <= own) & (seen | (tokens == own))
 
 
-def expected_step(world: World, allowed: Tensor, start: int, rules: Rules, sinks: Tensor | None) -> np.ndarray:
-    keys, values, queries = (x[0].double().numpy() for x in (world.keys, world.values, world.queries))
+def expected_step(kv: RandomKV, allowed: Tensor, start: int, rules: Rules, sinks: Tensor | None) -> np.ndarray:
+    keys, values, queries = (x[0].double().numpy() for x in (kv.keys, kv.values, kv.queries))
     allowed = allowed.expand(-1, SHAPE.heads, -1, -1)
     result = np.zeros((2, allowed.shape[2], SHAPE.heads, SHAPE.value_dim))
     for b, head, i in np.ndindex(2, SHAPE.heads, allowed.shape[2]):
@@ -55,13 +53,13 @@ def expected_step(world: World, allowed: Tensor, start: int, rules: Rules, sinks
 @pytest.mark.parametrize("heads", [1, SHAPE.heads])
 @pytest.mark.parametrize("form", ["bool", "-inf", "lowest"])
 def test_as_given(form: str, heads: int, tight: bool, plain: bool) -> None:
-    world = random_world(SHAPE, 2, STOPS[-1], seed=0)
+    kv = random_pages(SHAPE, 2, STOPS[-1], seed=0)
     sinks = None if plain else torch.tensor([1.0, -1.0, 0.5, 2.0])
     rules = Rules(budget=16, scale=SHAPE.key_dim**-0.5, softcap=None if plain else 2.0)
 
     def run(cap: int | None) -> None:
         options: dict[str, Any] = {} if cap is None else dict(gpu_memory=cap)
-        driver = Driver(
+        driver = CacheDriver(
             SHAPE, budget=16, num_sink_tokens=4, recent_window=8, softcap=rules.softcap, sink_logits=sinks, **options
         )
         start = 0
@@ -71,8 +69,8 @@ def test_as_given(form: str, heads: int, tight: bool, plain: bool) -> None:
             if form != "bool":
                 lowest = -torch.inf if form == "-inf" else torch.finfo(torch.float32).min
                 mask = torch.zeros(allowed.shape).masked_fill(~allowed, lowest)
-            (out,) = driver.step(world, start, stop, mask)
-            worst = float(np.abs(out.double().numpy() - expected_step(world, allowed, start, rules, sinks)).max())
+            (out,) = driver.step(kv, start, stop, mask)
+            worst = float(np.abs(out.double().numpy() - expected_step(kv, allowed, start, rules, sinks)).max())
             assert worst <= TOLERANCE, f"tokens [{start}, {stop}): off by {worst:.1e}"
             start = stop
         driver.cache.check_integrity()
@@ -87,9 +85,9 @@ def test_as_given(form: str, heads: int, tight: bool, plain: bool) -> None:
 @pytest.mark.parametrize("form", ["bool", "additive"])
 def test_of_a_single_first_token(form: str) -> None:
     """[B, 1, 1, 1] over one token: it may attend to itself."""
-    world = random_world(SHAPE, 2, 3, seed=1)
-    driver = Driver(SHAPE, budget=16)
+    kv = random_pages(SHAPE, 2, 3, seed=1)
+    driver = CacheDriver(SHAPE, budget=16)
     mask = torch.ones((2, 1, 1, 1), dtype=torch.bool) if form == "bool" else torch.zeros((2, 1, 1, 1))
-    (out,) = driver.step(world, 0, 1, mask)
-    expected = world.values[0][:, :, :1].repeat_interleave(SHAPE.group, 1).transpose(1, 2)
+    (out,) = driver.step(kv, 0, 1, mask)
+    expected = kv.values[0][:, :, :1].repeat_interleave(SHAPE.group, 1).transpose(1, 2)
     assert float((out - expected).abs().max()) <= TOLERANCE

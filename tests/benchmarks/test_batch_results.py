@@ -7,14 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import equal_time
 import pytest
-import reach
-import table_batches
-import throughput
-import traces
-from record import RESULTS
 
+from benchmarks.common.record import RESULTS
+from benchmarks.memory import reach, traces
+from benchmarks.speed import batch_tables, equal_time, throughput
 from spin_hf import Quest
 
 K = 1024
@@ -46,7 +43,7 @@ def _throughput() -> dict[str, Any]:
 
 
 def test_table_of_rates() -> None:
-    lines = table_batches.throughput(_throughput())
+    lines = batch_tables.throughput(_throughput())
     assert lines[2] == "| 128K | `SpinCache(model)` | 1 | **108** | 9.3 |  |  | 51.2 GiB |  |"
     assert lines[3] == "| 128K | `SpinCache(model)` | 7 | **620** | 11.3 | 98.0% | 4.5 | 51.2 GiB | 112 GiB |"
     assert lines[4] == "| 128K | `SpinCache(model)` | 14 | host memory |  |  |  |  |  |"
@@ -54,7 +51,7 @@ def test_table_of_rates() -> None:
     assert lines[7] == "| 128K | dense attention in a CUDA graph | 4 | out of GPU memory |  |  |  |  |  |"
     assert lines[8].startswith("| 32K |")
     assert len({line.count("|") for line in lines}) == 1
-    assert table_batches.ratios(_throughput())[2:] == [
+    assert batch_tables.ratios(_throughput())[2:] == [
         "| 128K | dense attention in a CUDA graph | 620 (7) | 120 (3) | **5.2×** | 4× |"
     ]
 
@@ -62,7 +59,7 @@ def test_table_of_rates() -> None:
 def test_tables_of_reach_and_buffers() -> None:
     row = _spin(640 * K, 1, 92.0, 5000, gpu_memory="8GiB", longest=False, held_gib=7.9, held_over_cap=-0.012, in_all_gib=23.4,
                 reserve_s=8.0, fill_s=5.0)  # fmt: skip
-    lines = table_batches.reach({**COMMON, "rows": [row]})
+    lines = batch_tables.reach({**COMMON, "rows": [row]})
     assert lines[2] == (
         '| 640K | `"8GiB"` | **10.9** | 98.0% | 112 GiB | 7.90 GiB | -1.2% | 23.4 GiB | 8.0 s | 5.0 s |'
     )
@@ -71,21 +68,21 @@ def test_tables_of_reach_and_buffers() -> None:
         "budget 128, play": {"buffers": {"0": {"bucketed_lru": {"hit_rate_with_mandatory": 81.0}}}},
         "budget 512, play": {"buffers": {"0": {"bucketed_lru": {"hit_rate_with_mandatory": 84.0}}}},
     }}  # fmt: skip
-    lines = table_batches.buffers({**COMMON, "rows": rows}, traced)
+    lines = batch_tables.buffers({**COMMON, "rows": rows}, traced)
     assert lines[2] == "| 0 | 267 | 1.00 GiB | 98.0% | 4.5 | **10.0** | 81.0 to 84.0 % |"
     assert lines[3] == "| 10 | 2,937 | 1.00 GiB | 98.0% | 4.5 | **10.0** |  |"
 
 
 def test_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    import plot_throughput
+    from benchmarks.speed import plot_throughput
 
     plot_throughput.draw(_throughput(), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 5000
 
 
 def test_everything_that_is_kept_makes_tables() -> None:
-    made = table_batches.sections(RESULTS)
+    made = batch_tables.sections(RESULTS)
     assert all(len(lines) > 2 and len({line.count("|") for line in lines}) == 1 for lines in made.values())
     assert "Hit rates of SmolLM2's traces" in made
 

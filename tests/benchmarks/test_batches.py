@@ -9,30 +9,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-import batch_rows
-import buffers
-import campaign
-import dense_graph
-import equal_time
-import host
 import pytest
-import reach
-import shapes
-import spin_rows
-import throughput
-import timing
 import torch
-from campaign import Bench
-from record import Record, newest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spin_hf.kernels
 import spin_hf.memory.plan
+from benchmarks.common import campaign, host, shapes, timing
+from benchmarks.common.campaign import Bench
+from benchmarks.common.record import Record, newest
+from benchmarks.memory import buffers, reach
+from benchmarks.speed import batch_rows, dense_graph, equal_time, spin_rows, throughput
 from spin_hf import SpinCache
 from spin_hf.kernels import launch
 from spin_hf.memory import watermarks
-
-from ..cache.gpu_of import bytes_of
+from tests.support.fake_gpu import bytes_of
 
 LLAMA = shapes.SHAPES["llama-8b"]
 K = 1024

@@ -6,17 +6,15 @@ import itertools
 from copy import deepcopy
 from typing import Any
 
-import chosen_tokens
 import pytest
-import quality
 import torch
-from chosen_tokens import RECENT, SINKS, Chosen, Mass, always, best_tokens, chooser, recent_tokens
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks.quality import chosen_tokens, quality
+from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, Mass, always, best_tokens, chooser, recent_tokens
 from spin_hf import SpinCache
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 LENGTH = 160
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import kvpress_rivals
 import pytest
-from kvpress_rivals import ExchangeError, ask, case, cell, parse
+
+from benchmarks.quality import kvpress_rivals
+from benchmarks.quality.kvpress_rivals import ExchangeError, ask, case, cell, parse
 
 KEPT = {("snapkv", 64): 120, ("decoding knorm", 16): 300}
 ANSWER = case("passkey, 0", [1, 2, 3], 2, KEPT, new_tokens=4, stop=[0])

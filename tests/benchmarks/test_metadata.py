@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import metadata
 import pytest
+
+from benchmarks.memory import metadata
 
 
 @pytest.mark.parametrize("method", ["shadowkv", "retroinfer", "bisection", "quest"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import overlap
 import pytest
-import shapes
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import spin_hf.kernels
 import spin_hf.layer
+from benchmarks.common import shapes
+from benchmarks.speed import overlap
 from spin_hf import SpinCache
 from spin_hf.kernels import launch
 

@@ -6,17 +6,15 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-import dense_graph
 import pytest
-import step_profile
 import torch
-from spin_rows import Traffic
 
 import spin_hf.kernels
+from benchmarks.speed import dense_graph, step_profile
+from benchmarks.speed.spin_rows import Traffic
 from spin_hf import SpinCache
 from spin_hf.kernels import launch
-
-from ..support.zoo import build_model
+from tests.support.zoo import build_model
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
 

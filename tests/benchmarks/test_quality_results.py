@@ -10,11 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import retrieval
 import torch
-from divergence import divergence
-from quality_tables import has_rivals, kl_lines, kl_table, score_lines, summary, task_means, task_table
-from rows_file import Rows, command_line
+
+from benchmarks.common.rows_file import Rows, command_line
+from benchmarks.quality import retrieval
+from benchmarks.quality.divergence import divergence
+from benchmarks.quality.quality_tables import (
+    has_rivals,
+    kl_lines,
+    kl_table,
+    score_lines,
+    summary,
+    task_means,
+    task_table,
+)
 
 ABOUT = {"model": "m", "tokens": 4000, "versions": {"torch": "1"}}
 
@@ -49,8 +58,8 @@ def test_a_command_names_the_model_and_no_folder(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         sys, "argv", ["/some/where/retrieval.py", "--model", "/some/where/smol", "--tasks", "one of six"]
     )
-    assert command_line("retrieval.py", "/some/where/smol") == (
-        'python benchmarks/retrieval.py --model smol --tasks "one of six"'
+    assert command_line("quality.retrieval", "/some/where/smol") == (
+        'python -m benchmarks.quality.retrieval --model smol --tasks "one of six"'
     )
 
 
@@ -141,7 +150,7 @@ def test_one_table_and_one_figure_of_all_results(tmp_path: Path) -> None:
         "| kvpress snapkv | 6.400 | 1.600 | 50% | 50% |",
     ]
     pytest.importorskip("matplotlib")
-    import plot_quality
+    from benchmarks.quality import plot_quality
 
     plot_quality.draw(results, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 5000

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import decode
 import pytest
-import table
-from record import MixedError, Record, fingerprint, newest
+
+from benchmarks.common.record import MixedError, Record, fingerprint, newest
+from benchmarks.speed import decode, decode_tables
 
 COMMON = {"shape": "llama-8b", "sources": "abc", "versions": {"torch": "1"}, "dtype": "bf16", "budget_tokens": 2048,
           "gpu": "none"}  # fmt: skip
@@ -72,11 +72,10 @@ def test_a_factor_is_of_one_run(tmp_path: Path) -> None:
     second.add(_spin(131072, 8.0))
     second.add({"tokens": 131072, "cache": "static", "tpot_ms": 80.0})
     second.add({"tokens": 131072, "cache": "dense graph", "tpot_ms": None, "why": "out of GPU memory"})
-    lines = table.times([json.loads(file.read_text())])
+    lines = decode_tables.times([json.loads(file.read_text())])
     cells = [
         "Llama-3.1-8B shape, 128K",
         "**8.0 to 10.0**",
-        "",
         "",
         "70.0 (7.0×)",
         "",
@@ -84,7 +83,7 @@ def test_a_factor_is_of_one_run(tmp_path: Path) -> None:
         "does not fit",
         "",
     ]
-    assert lines[2] == table.row(*cells)
+    assert lines[2] == decode_tables.row(*cells)
     assert lines[3].startswith('| 128K, `gpu_memory="4GiB"` | **13.0** |')
 
 
@@ -124,13 +123,15 @@ def test_tables_and_figure(tmp_path: Path) -> None:
         "spin_us_per_layer": 10.0, "gb_s": {"score": 2500.0}, "bytes_per_layer": {"loaded": 0},
     }, kernels=True)  # fmt: skip
     result = json.loads(file.read_text())
-    assert table.overlaps([result])[2] == "| Llama-3.1-8B shape, 8K | 75%: 10.0 ms | 75%: 10.0 ms | 75%: 10.0 ms |"
-    assert table.kernels([result])[2] == "| Llama-3.1-8B shape, 128K | 10.0 | **10.0** | 2,500 |  | 0.00 |"
-    assert len(table.memory([result])) == 4
+    assert (
+        decode_tables.overlaps([result])[2] == "| Llama-3.1-8B shape, 8K | 75%: 10.0 ms | 75%: 10.0 ms | 75%: 10.0 ms |"
+    )
+    assert decode_tables.kernels([result])[2] == "| Llama-3.1-8B shape, 128K | 10.0 | **10.0** | 2,500 |  | 0.00 |"
+    assert len(decode_tables.memory([result])) == 4
     pytest.importorskip("matplotlib")
-    import plot
+    from benchmarks.speed import plot_decode
 
-    plot.draw(result, tmp_path / "figure.svg")
+    plot_decode.draw(result, tmp_path / "figure.svg")
     assert (
         "SpinCache(model)" in (tmp_path / "figure.svg").read_text() or (tmp_path / "figure.svg").stat().st_size > 5000
     )

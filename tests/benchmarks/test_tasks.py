@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tasks import TASKS, example, prompt, question
+
+from benchmarks.quality.tasks import TASKS, example, prompt, question
 
 
 class Characters:

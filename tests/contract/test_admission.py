@@ -1,4 +1,4 @@
-"""A batch that the caps do not hold is refused before the model computes anything, with the batch that they hold."""
+"""A batch that exceeds the caps is refused before the model computes anything. The error names the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from spin_hf import BudgetError, CapacityError, SpinCache, enable, plan
-
-from ..support.families import FAMILIES
-from ..support.memory import SMALL_ZONES
-from ..support.zoo import build_model, left_padded, random_tokens, subject_model
+from tests.support.families import FAMILIES
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_model, left_padded, random_tokens, subject_model
 
 PAGED = [name for name, family in FAMILIES.items() if family.paged]
 HYBRID = ["llama", "gemma3_text", "qwen3_next"]
@@ -76,7 +75,7 @@ def test_large_summaries_have_a_remedy_of_their_own(method: str, large: bool) ->
 
 @pytest.mark.parametrize("family", HYBRID)
 def test_a_cache_that_was_used_before(family: str) -> None:
-    """Layers have pages then, and say so themselves."""
+    """Its layers have pages then, and refuse the batch themselves."""
     model = subject_model(family)
     cap = plan(model, context_length=LENGTH, batch_size=2, **SMALL_ZONES).smallest_gpu_memory
     cache = SpinCache(model, gpu_memory=cap, **SMALL_ZONES)
@@ -120,7 +119,7 @@ def test_beams_count() -> None:
 
 
 def test_a_config_that_names_its_dtype() -> None:
-    """A cache made from it knows no parameters. In 32 bits it might be another dtype: then the first layer says it."""
+    """A cache made from it knows no parameters. The dtype may be another one: then the first layer refuses the batch."""
     model = build_model("llama").to(torch.bfloat16)
     for named, early in ((torch.bfloat16, True), (torch.float32, False)):
         model.config.dtype = named
@@ -134,7 +133,7 @@ def test_a_config_that_names_its_dtype() -> None:
 
 
 def test_never_one_refusal_too_many() -> None:
-    """Where autocast, or a part in other bits, decides what the keys are, a batch that fits gets through."""
+    """Where autocast or a quantised module decides the dtype of keys, a batch that fits is admitted."""
     batch: dict[str, Any] = dict(context_length=LENGTH, batch_size=2, dtype=torch.bfloat16)
     model = build_model("gpt2")
     cap = plan(model, **batch, **SMALL_ZONES).smallest_gpu_memory

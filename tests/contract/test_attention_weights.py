@@ -1,7 +1,7 @@
-"""`output_attentions=True`: the weights that were really used, in the order of positions.
+"""`output_attentions=True` returns the weights that were used, in the order of positions.
 
-At full budget they are those of eager attention on a DynamicCache, whatever kind of layer makes them; of sparse steps the
-output itself says what they must be.
+At full budget they equal those of eager attention on a DynamicCache, for every kind of layer. For sparse steps they must
+reproduce the output.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from spin_hf import Quest, SpinCache
 from spin_hf.attention.interface import spin_attention
 from spin_hf.backends import attention_weights
-from tests.attention.conversation import random_world
-from tests.cache.tiny import Driver, Shape, World, poisoned_memory, smallest_gpu_memory
-from tests.graph.recorder import capture_on_cpu
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
+from tests.support.conversation import random_pages
+from tests.support.graph_recorder import capture_on_cpu
 from tests.support.runs import generate
 from tests.support.subjects import SpinSubject
 from tests.support.zoo import build_model, left_padded, random_tokens
@@ -128,7 +128,7 @@ STOPS = [120, 121, 122, 124, 180, 181, 182]
 METHODS: list[Any] = ["shadowkv", Quest(dense_layers=0), "retroinfer", "bisection"]
 
 
-def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def step(driver: CacheDriver, kv: RandomKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
     driver.arguments["output_attentions"] = True
     outputs: list[Tensor] = []
 
@@ -139,8 +139,8 @@ def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, T
         return out, weights
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.cache.tiny.spin_attention", record)
-        (out,) = driver.step(world, start, stop)
+        patch.setattr("tests.support.cache_driver.spin_attention", record)
+        (out,) = driver.step(kv, start, stop)
     return out, outputs[0]
 
 
@@ -149,21 +149,21 @@ def step(driver: Driver, world: World, start: int, stop: int) -> tuple[Tensor, T
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
     """What is read has weight exp(score) over one denominator, and the output is what those weights make of the values."""
-    world = random_world(SHAPE, 2, STOPS[-1], seed=3)
+    kv = random_pages(SHAPE, 2, STOPS[-1], seed=3)
     logits = torch.tensor([1.0, -1.0, 0.5, 2.0]) if extras else None
     softcap = 2.0 if extras else None
 
     def run(cap: int | None) -> None:
         options: dict[str, Any] = {} if cap is None else dict(gpu_memory=cap)
-        driver = Driver(
+        driver = CacheDriver(
             SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8, softcap=softcap, sink_logits=logits,
             **options,
         )  # fmt: skip
         start, unread = 0, 0
         for stop in STOPS:
-            out, weights = step(driver, world, start, stop)
+            out, weights = step(driver, kv, start, stop)
             assert weights.shape == (2, SHAPE.heads, stop - start, stop)
-            keys, values, queries = (x[0].double() for x in (world.keys, world.values, world.queries))
+            keys, values, queries = (x[0].double() for x in (kv.keys, kv.values, kv.queries))
             keys, values = (x[:, :, :stop].repeat_interleave(SHAPE.group, 1) for x in (keys, values))
             scores = queries[:, :, start:stop] @ keys.transpose(2, 3) * SHAPE.key_dim**-0.5
             if softcap is not None:
@@ -197,11 +197,11 @@ def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
 
 @pytest.mark.parametrize("method", ["retroinfer", "bisection"])
 def test_estimates_have_the_rest(method: str) -> None:
-    """Where a method lets estimates stand for pages, rows sum to less than 1: the rest is theirs."""
-    world = random_world(SHAPE, 2, 301, seed=4)
-    driver = Driver(SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8)
-    step(driver, world, 0, 300)
-    _, weights = step(driver, world, 300, 301)
+    """Where a method estimates pages, rows sum to less than 1: the rest is the weight of the estimates."""
+    kv = random_pages(SHAPE, 2, 301, seed=4)
+    driver = CacheDriver(SHAPE, method=method, budget=16, num_sink_tokens=4, recent_window=8)
+    step(driver, kv, 0, 300)
+    _, weights = step(driver, kv, 300, 301)
     assert float(weights.sum(-1).max()) < 1 - 1e-3
 
 
@@ -215,7 +215,7 @@ def test_one_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monke
 
 
 def test_compiled_code_breaks_its_graph() -> None:
-    """A step that is looked at runs eagerly inside of a compiled forward, and counts."""
+    """A step that returns weights runs eagerly inside of a compiled forward, and its tokens count."""
     torch._dynamo.reset()
     model, ids = build_model("llama"), random_tokens(1, 34)
     caches = [SpinCache(model, budget=1 << 20) for _ in range(2)]
@@ -239,8 +239,8 @@ def test_compiled_code_breaks_its_graph() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="interpreted kernels")
 @pytest.mark.parametrize("method", ["shadowkv", "bisection"])
-def test_captured_steps_go_on_behind_one_that_was_looked_at(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose weights are asked for runs eagerly by the reference, between replays of a graph."""
+def test_captured_steps_go_on_behind_one_that_returns_weights(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that returns weights runs eagerly by the reference, between replays of a graph."""
     model, ids = build_model("llama").eval(), random_tokens(2, 60)
     recorder = capture_on_cpu(monkeypatch)
     results: list[list[Tensor]] = []
@@ -277,10 +277,10 @@ def test_weights_of_a_given_mask() -> None:
 
 def test_what_a_method_reads_shows() -> None:
     """Sinks, the recent window and at most the budget."""
-    world = random_world(SHAPE, 1, 201, seed=5)
-    driver = Driver(SHAPE, method=Quest(dense_layers=0), budget=32, num_sink_tokens=4, recent_window=16)
-    step(driver, world, 0, 200)
-    _, weights = step(driver, world, 200, 201)
+    kv = random_pages(SHAPE, 1, 201, seed=5)
+    driver = CacheDriver(SHAPE, method=Quest(dense_layers=0), budget=32, num_sink_tokens=4, recent_window=16)
+    step(driver, kv, 0, 200)
+    _, weights = step(driver, kv, 200, 201)
     read = weights[0, :, 0] > 0
     assert bool(read[:, :4].all())
     assert bool(read[:, -16:].all())

@@ -1,4 +1,4 @@
-"""What transformers asks a cache at every step, answered as DynamicCache answers it; and what SpinCache adds."""
+"""The cache interface that transformers uses at every step, against DynamicCache; and SpinCache's own additions."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_the_text_config_is_enough(family: str) -> None:
 
 
 def test_bfloat16_pages_and_summaries() -> None:
-    """Half precision runs, keeps its dtype in the pages and stays near what DynamicCache gives."""
+    """Half precision works, pages have its dtype, and results are near those of DynamicCache."""
     ours, theirs = build_model("llama").bfloat16(), build_model("llama").bfloat16()
     cache, dynamic = SpinCache(ours, budget=1 << 20), DynamicCache(config=theirs.config)
     with torch.no_grad():

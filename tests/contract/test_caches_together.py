@@ -1,7 +1,7 @@
-"""Several caches at once: in turn on one model, one freed under the other, and threads that have a model and a cache each.
+"""Several caches at once: in turn on one model, one freed before the other, and threads that have a model and a cache each.
 
-What a cache gives must not depend on what others do, so every run is compared with the same one alone, bit for bit; at a
-budget that leaves nothing out the tokens are a `DynamicCache`'s as well.
+Results must not depend on other caches: every run is compared, bit for bit, with the same run alone. At full budget the tokens
+are also those of a `DynamicCache`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from transformers import DynamicCache
 from spin_hf import SpinCache
 from spin_hf.attention import implementation, interface
 from spin_hf.storage import page_store, pinned_slab
-
-from ..support.faults import Faults, chunks_in_slabs
-from ..support.memory import SMALL_ZONES
-from ..support.threads import in_threads
-from ..support.zoo import build_model, oracle_model, random_tokens
+from tests.support.faults import Faults, chunks_in_slabs
+from tests.support.memory import SMALL_ZONES
+from tests.support.threads import in_threads
+from tests.support.zoo import build_model, oracle_model, random_tokens
 
 PROMPTS = [random_tokens(2, 70, seed=1), random_tokens(1, 83, seed=2)]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -87,7 +86,7 @@ ENDS: dict[str, Callable[[Decoding], Any]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("copied", [False, True])
 def test_one_goes_and_the_other_stays(options: str, end: str, copied: bool) -> None:
-    """A copy shares nothing with its original either."""
+    """A copy shares nothing with its original."""
     model = build_model("llama")
     expected = alone(model, PROMPTS[0], 12, **OPTIONS[options])
     goes = Decoding(model, SpinCache(model.config, **OPTIONS[options]), PROMPTS[0])
@@ -120,7 +119,7 @@ def busy_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("busy_threads")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_threads_with_their_own_models(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks are slabs here, which the reserve's thread makes ahead of need and whoever drops a cache gives back."""
+    """Chunks are slabs here: the prefetcher makes them in its own thread, and caches that are dropped return them."""
     monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 1)
     monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 1)
     slabs = chunks_in_slabs(Faults(), monkeypatch)
@@ -163,7 +162,7 @@ def test_threads_with_their_own_models(options: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("busy_threads")
 def test_threads_count_caches_of_one_model() -> None:
-    """The last of them puts back what the config said, whoever that is."""
+    """The last one to go restores the config, in whichever thread."""
     model = build_model("llama")
     before = model.config._attn_implementation
 

@@ -1,7 +1,7 @@
-"""torch.compile on the CPU: the decode forward compiles whole, once, and gives the same tokens.
+"""torch.compile on the CPU: the decode forward compiles without a break, once, and gives the same tokens.
 
-`test_exactness` runs every family through Dynamo (backend "eager"); here are inductor, the ways in which users compile,
-and what must not be baked into a graph: lengths, batches, caches.
+`test_exactness` runs every family through Dynamo (backend "eager"). Here are inductor, the ways in which users compile, and
+values that must not be constants of a graph: lengths, batches, caches.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_steps_without_a_mask_compile_once() -> None:
 
 
 def test_eager_and_compiled_steps_mix_on_one_cache() -> None:
-    """What a compiled step leaves behind is what an eager one finds: crop, reorder and eager steps in between."""
+    """Eager steps continue after compiled ones and the other way round, with crops and reorders in between."""
     torch._dynamo.reset()
     model, traces = build_model("llama"), []
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")

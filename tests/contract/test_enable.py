@@ -1,4 +1,4 @@
-"""`enable(model)`: later calls get a fresh SpinCache each, those that bring their own do not; `disable` undoes it."""
+"""`enable(model)`: later calls get a fresh SpinCache each, except those that pass a cache. `disable` undoes it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_context_manager_disables_after_an_error(model: PreTrainedModel) -> 
 
 
 def test_a_generate_that_was_wrapped_before_comes_back(model: PreTrainedModel) -> None:
-    """Somebody else's wrapper on the instance is called through, and is there again afterwards."""
+    """Another library's wrapper on the instance is called, and is in place again afterwards."""
     calls, inner = [], model.generate
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

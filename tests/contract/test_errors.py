@@ -1,4 +1,4 @@
-"""Errors before anything is cached: options, methods, models. Each says what was expected, what came, what to do."""
+"""Errors before anything is cached: options, methods, models. Each names what was expected, what was found, and the remedy."""
 
 from __future__ import annotations
 
@@ -21,19 +21,9 @@ from spin_hf import (
     enable,
 )
 from spin_hf.integration import layer_types
+from tests.support.error_messages import check_message
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import random_tokens, subject_model
-
-REMEDIES = ("pass ", "raise ", "lower ", "use ", "call ", "make ", "train ")
-
-
-def check_message(error: BaseException, *facts: str) -> None:
-    """The message names `facts` and a remedy."""
-    text = str(error)
-    for fact in facts:
-        assert fact in text, f"{fact!r} is missing in: {text}"
-    assert any(verb in text for verb in REMEDIES), f"no remedy in: {text}"
-
 
 WRONG_TYPES: list[tuple[str, Any]] = [
     ("budget", "2048"),

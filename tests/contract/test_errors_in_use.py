@@ -1,10 +1,10 @@
-"""Errors of a cache that holds something: raised before anything changes, so that it goes on as if nothing had been.
+"""Errors of a cache that holds tokens: raised before anything changes, so that the conversation continues unchanged.
 
-Each wrong call is made between two turns of a conversation, then the second turn has to equal DynamicCache's. Families:
-all layers paged, paged beside sliding layers, paged beside linear layers, none paged (latents), none paged (windows).
+Each wrong call is made between two turns of a conversation. The second turn has to equal DynamicCache's. Families: all layers
+paged, paged beside sliding layers, paged beside linear layers, none paged (latents), none paged (windows).
 
-A linear-attention layer overwrites its state at every forward. Where an error comes too late for it, the cache may
-refuse to go on (CacheStateError); what it must never do is go on with other tokens.
+A linear-attention layer overwrites its state at every forward. Where an error comes too late for it, the cache may refuse to
+continue (CacheStateError). It must never continue with other tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 from spin_hf import AttentionError, BatchSizeError, BudgetError, CacheStateError, OptionError, SpinCache, SpinError
-from tests.contract.test_errors import check_message
 from tests.support.compare import Trace, assert_same
+from tests.support.error_messages import check_message
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.runs import generate
 from tests.support.subjects import SpinSubject, Subject, dense_subject
@@ -46,7 +46,7 @@ def conversation(subject: Subject, between: Callable[[Any], None] | None = None)
 
 
 def assert_goes_on(subject: SpinSubject, between: Callable[[Any], None], may_refuse: bool = False) -> None:
-    """The conversation is what it would have been; or, if allowed, the cache refuses to go on and says what to do."""
+    """The conversation continues as without the error; or, if allowed, the cache refuses to continue and names the remedy."""
     try:
         trace = conversation(subject, between)
     except CacheStateError as error:
@@ -58,7 +58,7 @@ def assert_goes_on(subject: SpinSubject, between: Callable[[Any], None], may_ref
 
 @dataclass(frozen=True)
 class Wrong:
-    """A call that must fail, with what its error is and says."""
+    """A call that must fail, with the type and the words of its error."""
 
     call: Callable[[PreTrainedModel, Any], object]
     error: type[SpinError]
@@ -147,7 +147,7 @@ def test_a_batch_that_grows_beyond_the_cap(family: str) -> None:
 @pytest.mark.parametrize("layer", [0, 1, -1])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3", "mistral"])
 def test_an_interrupted_forward(family: str, layer: int) -> None:
-    """A forward that dies between layers, or after the last, leaves the cache as it was, or says that it cannot."""
+    """A forward that fails between layers, or after the last, leaves the cache as it was, or reports that it cannot."""
     subject = SpinSubject(family)
     last = subject.model.config.num_hidden_layers - 1
 

@@ -1,16 +1,16 @@
-"""Exactness: whatever `generate` does with a cache, SpinCache gives what DynamicCache gives.
+"""Exactness: in every mode of `generate` a SpinCache gives what a DynamicCache gives.
 
 float32, CPU. Every family runs in every mode that transformers itself can run it in (`Family.limits` lists the others):
 
     resident    budget beyond the context, everything fits: attention over all pages
     paged       the same with the smallest `gpu_memory` accepted: pages are evicted and loaded again at every step
-    selected    a budget below the context that still covers all candidates: the method selects, and selects everything
+    selected    a budget below the context that still covers all candidates: the method selects, and selects all of them
 
-The method is the default one. Some of the last two are also run with ShadowKV, whose pages have 8 tokens.
+The method is the default one. Some of the last two also run with ShadowKV, whose pages have 8 tokens.
 
-The whole product is slow. `make test` runs every mode with four families that differ in their layers, and every family in
-three modes that together pad, leave holes, reorder rows, take several tokens at once and crop; paged and selected it runs every
-mode with one family, and every family in one or two modes.
+The full product is slow. `make test` runs every mode with four families that differ in their layers, and every family in three
+modes that together pad, leave holes, reorder rows, take several tokens at once and crop. Paged and selected, it runs every mode
+with one family, and every family in one or two modes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 import transformers
 from packaging.version import Version
 
+from tests.support.all_modes import MODES
 from tests.support.compare import Trace, assert_same
 from tests.support.families import FAMILIES
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
-from tests.support.modes import MODES
 from tests.support.subjects import SpinSubject, dense_subject
 
 # transformers 5.17 copies shared keys while Dynamo traces, so they lose their layer: an error there, see the last test.
@@ -70,7 +70,7 @@ def cases(pairs: list[tuple[str, str]], families: Collection[str], modes: Collec
 
 @functools.cache
 def expected(family: str, mode: str) -> Trace:
-    """What DynamicCache gives."""
+    """The results of DynamicCache."""
     return MODES[mode](dense_subject(family))
 
 

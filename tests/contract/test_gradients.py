@@ -1,7 +1,7 @@
-"""Training-time use: rollouts in training mode, and gradients through new tokens behind a prefix that needs none.
+"""Training: rollouts in training mode, and gradients through new tokens after a prefix that needs none.
 
-Where a step attends to everything its gradients are a DynamicCache's; anything else is refused in the backward pass, with what
-to do instead. The cache is as after inference either way.
+The gradients of a dense step are a DynamicCache's. Others are refused in the backward pass, with the remedy. Either way the
+cache is as after inference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from spin_hf import AttentionError, Bisection, RetroInfer, ShadowKV, SpinCache
 from spin_hf.storage.change_log import Past
-from tests.cache.regrouping import regrouping_often
+from tests.support.clustering_methods import clustering_often
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.runs import generate
 from tests.support.subjects import DenseSubject, SpinSubject
@@ -72,14 +72,14 @@ def test_as_a_dynamic_cache_gives_them(family: str, padded: bool, prefix: int) -
 
 
 @pytest.mark.parametrize(
-    "method", [ShadowKV(), regrouping_often(Bisection, 32, 16)(), regrouping_often(RetroInfer, 32, 16)()]
+    "method", [ShadowKV(), clustering_often(Bisection, 32, 16)(), clustering_often(RetroInfer, 32, 16)()]
 )
-def test_behind_regrouped_pages_in_both_tiers(method: Any) -> None:
+def test_behind_clustered_pages_in_both_tiers(method: Any) -> None:
     model = build_model("llama")
     ids, mask = random_tokens(1, 150), torch.ones(1, 150, dtype=torch.long)
 
     def run(cap: int | str) -> None:
-        """A sparse conversation, then 30 tokens with gradients, and the same behind a DynamicCache that holds the same."""
+        """A sparse conversation, then 30 tokens with gradients; and the same after a DynamicCache with the same contents."""
         cache = SpinCache(model, method, budget=16, recent_window=8, gpu_memory=cap)
         with torch.no_grad():
             for start, stop in [(0, 100), *((i, i + 1) for i in range(100, 120))]:
@@ -161,7 +161,7 @@ def test_two_continuations_of_one_prefix() -> None:
 
 
 def test_the_cache_goes_on() -> None:
-    """A forward with gradients leaves behind what one without does."""
+    """A forward with gradients leaves the cache as one without does."""
     model, ids = build_model("llama"), random_tokens(2, 80)
     outputs = []
     for grad in (True, False):
@@ -229,7 +229,7 @@ def _other_batch(model: Any, cache: SpinCache, ids: Tensor) -> Tensor:
     ],
 )
 def test_refused_in_the_backward_pass(run: Callable[[Any, SpinCache, Tensor], Tensor], text: str) -> None:
-    """Never silently wrong; the forward is served, as nobody knows then what will come of it."""
+    """Never silently wrong. The forward itself is served, as its use is not known then."""
     model, ids = build_model("llama"), random_tokens(2, 72)
     cache = SpinCache(model, budget=16, recent_window=8)
     logits = run(model, cache, ids)

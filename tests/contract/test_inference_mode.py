@@ -1,6 +1,7 @@
-"""A cache filled under `torch.inference_mode()` goes on outside of it, and the other way round, as a `DynamicCache` does.
+"""A cache filled under `torch.inference_mode()` continues outside of it, and the other way round, as a `DynamicCache` does.
 
-What a cache keeps is an ordinary tensor, whoever makes it: that is checked for every tensor that can be reached from it.
+All tensors that a cache stores are ordinary ones, in whichever mode they are made. The test checks every tensor that can be
+reached from the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..cache.regrouping import little_slack
-from ..graph.recorder import FakeRecorder, capture_on_cpu
-from ..support.memory import SMALL_ZONES
-from ..support.zoo import build_model, random_tokens, subject_model
+from tests.support.clustering_methods import little_slack
+from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_model, random_tokens, subject_model
 
 IDS = random_tokens(2, 330, seed=4)
 EVERYTHING = 1 << 20
@@ -115,7 +115,7 @@ def test_layers_that_are_not_paged(family: str) -> None:
 
 
 def test_padding_and_gradients() -> None:
-    """A padded batch; and a forward that records gradients behind one that was inside."""
+    """A padded batch; and a forward that records gradients after one under inference mode."""
     model = subject_model("llama")
     mask = torch.ones((2, 61), dtype=torch.int64)
     mask[0, :9] = 0

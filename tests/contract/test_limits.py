@@ -1,11 +1,11 @@
-"""What transformers itself cannot run: every limit that the zoo lists is proven, so that the list cannot rot."""
+"""Modes that transformers itself cannot run: every limit that the zoo lists is tested, so that the list stays true."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.support.all_modes import MODES
 from tests.support.families import FAMILIES
-from tests.support.modes import MODES
 from tests.support.subjects import DenseSubject, StaticSubject
 
 LIMITS = [

@@ -1,7 +1,7 @@
-"""Masks of every form and dtype mean to a SpinCache what they mean to a DynamicCache, or are refused by both.
+"""Masks of every form and dtype have the same effect with a SpinCache as with a DynamicCache, or both refuse them.
 
-The forms a user can give, on the first forward, behind a cache with one new token, with a few and with many; and what a
-refused mask leaves behind.
+All forms that a user can pass: on the first forward, and on a filled cache with one new token, with a few and with many. And
+the state of the cache after a refused mask.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def allowed_pairs(length: int, new: int, padded: bool) -> Tensor:
 
 
 def both(run: Callable[[Any], Tensor], model: Any) -> list[Tensor | Exception]:
-    """What `run` gives with each of the two caches."""
+    """The results of `run` with each of the two caches."""
     results: list[Tensor | Exception] = []
     for cache in (DynamicCache(config=model.config), SpinCache(model, budget=1 << 20)):
         try:
@@ -126,7 +126,7 @@ def test_as_a_dynamic_cache_reads_it(name: str, when: str) -> None:
 
 
 def test_a_mask_over_columns_is_no_padding() -> None:
-    """Bool [B, 1, 1, n] lets each query see tokens after itself: then no causal mask is what was given."""
+    """A bool mask [B, 1, 1, n] lets each query see later tokens: it replaces the causal mask."""
     model, ids = build_model("llama"), random_tokens(ROWS, PROMPT)
     given = torch.ones(ROWS, 1, 1, PROMPT, dtype=torch.bool)
     with torch.no_grad():
@@ -216,7 +216,7 @@ BAD: dict[str, tuple[Callable[[int], Tensor], type[SpinError], str]] = {
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("name", BAD)
 def test_a_refused_mask_changes_nothing(name: str, behind: bool) -> None:
-    """The error says what to give, and the same forward with a good mask goes on from where the cache was."""
+    """The error names the remedy. The same forward with a good mask continues from the same state."""
     model, ids = build_model("llama"), random_tokens(ROWS, PROMPT)
     make, error, text = BAD[name]
     held = 30 if behind else 0
@@ -235,7 +235,7 @@ def test_a_refused_mask_changes_nothing(name: str, behind: bool) -> None:
 
 
 def test_padding_of_a_forward_that_failed_is_not_taken_for_the_next_ones() -> None:
-    """What the mask function noted belongs to its own forward."""
+    """The padding that the mask function records belongs to its own forward."""
     model, ids = build_model("llama"), random_tokens(ROWS, PROMPT)
     padding = torch.ones(ROWS, PROMPT, dtype=torch.long)
     padding[:, :9] = 0

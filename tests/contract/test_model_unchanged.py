@@ -1,4 +1,4 @@
-"""A model is what it was: without a SpinCache, beside one, and after the last one is gone.
+"""A model does not change: without a SpinCache, beside one, and after the last one is gone.
 
 "Exactly" means bit for bit here: calls without a SpinCache must reach the implementation that the config named before.
 """
@@ -126,7 +126,7 @@ def test_the_users_choice_while_a_cache_lives_stays(given: str) -> None:
 
 
 def test_an_implementation_chosen_after_a_cache_was_made() -> None:
-    """A cache of the model does not mind; one of the config, which it takes for its own, says so."""
+    """A cache of the model accepts it. A cache of the config refuses, as it relies on the config."""
     model, expected = build_model("llama"), Trace()
     oracle = DenseSubject("llama")
     expected.add_generated("spin", generate(oracle, random_tokens(1, 50), oracle.new()))

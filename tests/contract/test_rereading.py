@@ -1,4 +1,4 @@
-"""Models that rotate keys otherwise from some length on: the cache that was passed stays in use, with the right tokens."""
+"""Models that rotate keys differently beyond some length: the cache that was passed stays in use, with the right tokens."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("length", [SWITCH - 30, SWITCH - 6, SWITCH, SWITCH + 1, SWITCH + 40])
 @pytest.mark.parametrize("from_config", [False, True], ids=["model", "config"])
 def test_tokens_around_the_switch(name: str, length: int, from_config: bool) -> None:
-    """The tokens are those without a cache, for prompts before, across and behind the switch, in the cache that was given."""
+    """The tokens are those without a cache, for prompts before, across and beyond that length, in the cache that was passed."""
     model = build(name)
     ids = random_tokens(2, length)
     expected = generate(model, ids, use_cache=False).sequences
@@ -89,7 +89,7 @@ def test_options_and_caps_hold_behind_the_switch(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Phi3Config"])
 def test_turns_and_samples_across_the_switch(name: str) -> None:
-    """A cache filled before the switch goes on behind it, with padding and with beams."""
+    """A cache filled before that length continues beyond it, with padding and with beams."""
     model = build(name)
     ids = random_tokens(2, 40)
     ids[0, :5] = 0

@@ -1,6 +1,6 @@
-"""Where pages live never changes what comes out: the same sparse run with room for all pages, and with almost none.
+"""The tier of a page never changes the output: the same sparse run with room for all pages, and with almost none.
 
-Exactness tests attend to everything; here a small budget makes the method choose, so that pages come and go.
+Exactness tests attend to everything. Here a small budget makes the method select, so that pages are evicted and loaded.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.all_modes import MODES
 from tests.support.compare import assert_same
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
-from tests.support.modes import MODES
 from tests.support.subjects import SpinSubject
 from tests.support.zoo import random_tokens, subject_model
 

@@ -1,7 +1,7 @@
-"""What others call by transformers' conventions takes its arguments in transformers' order, under transformers' names.
+"""Functions that replace transformers' own take their arguments in transformers' order, under transformers' names.
 
-Libraries wrap every registered attention function and pass some arguments by position; transformers calls cache methods both
-ways. So whatever replaces something of transformers can be called as that could be.
+Libraries wrap every registered attention function and pass some arguments by position. transformers calls cache methods both by
+position and by name.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def test_methods_of_caches_are_found() -> None:
 
 @pytest.mark.parametrize("theirs", [sdpa_attention_forward, flash_attention_forward])
 def test_attention_function(theirs: Callable[..., Any]) -> None:
-    """The arguments that all of transformers' attention functions have stand in the same places."""
+    """The arguments that all of transformers' attention functions share have the same positions."""
     common = [p.name for p in by_position(theirs)][: [p.name for p in by_position(theirs)].index("scaling") + 1]
     assert [p.name for p in by_position(spin_attention)][: len(common)] == common
 
 
 def test_attention_function_is_called_by_position() -> None:
-    """As transformers' sdpa could be: what stands in a place means there what it means to sdpa."""
+    """Each position means what it means to transformers' sdpa."""
     order = [p.name for p in by_position(sdpa_attention_forward)]
     assert [p.name for p in by_position(spin_attention)] == order[: len(by_position(spin_attention))]
 
@@ -136,7 +136,7 @@ def test_every_attention_function_wrapped(family: str) -> None:
 
 
 def test_all_by_position() -> None:
-    """The first six arguments by position give what they give by name."""
+    """The first six arguments have the same effect by position and by name."""
     model, ids = build_model("llama"), random_tokens(1, 20)
     outputs = []
     for wrapped in (False, True):

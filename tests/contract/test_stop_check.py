@@ -1,5 +1,5 @@
-"""What `spin_hf/deferred_stop.py` relies on: transformers can read late whether to stop, and asks a static method whether it
-may.
+"""The parts of transformers that `spin_hf/integration/deferred_stop.py` relies on: the stop decision may be read late, and a
+static method decides whether it may.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _no_cache_widens_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_there() -> None:
-    """Else `generate` would wait for every step, and nobody would notice."""
+    """Without it `generate` would silently wait for every step."""
     assert deferred_stop._CHECK is utils.DeferredStopCheck
     assert {"device", "cache", "is_assistant"} <= set(inspect.signature(deferred_stop._CHECK.is_supported).parameters)
 

@@ -1,4 +1,4 @@
-"""Families whose layers report to the cache in an unusual way: all of them exact, however they are served."""
+"""Families whose layers call the cache in an unusual way: all of them exact, in every way of serving them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.errors import AttentionError, UnsupportedModelError
-from tests.support.families import UNUSUAL
+from tests.support.more_families import UNUSUAL
 from tests.support.zoo import build_model, left_padded, oracle_model, random_tokens
 
 EVERYTHING = 1 << 20
@@ -58,7 +58,7 @@ def test_without_paged_layers_the_model_is_as_it_was(family: str) -> None:
 @pytest.mark.parametrize("keep", [0, 1, 2, 5])
 @torch.no_grad()
 def test_layers_that_share_keys_may_get_fewer_queries(keep: int, window: int) -> None:
-    """Gemma 4 shortens queries of its shared layers to those whose logits are kept, with and without padding."""
+    """Gemma 4 shortens the queries of its shared layers to those whose logits are used, with and without padding."""
     model = build_model("gemma4_shared")
     for length in {16: 61, 64: 20}[window], 24:
         for mask in (torch.ones(2, length, dtype=torch.int64), left_padded([length, length - 7])[1]):

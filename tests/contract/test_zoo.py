@@ -1,4 +1,4 @@
-"""The zoo is fit to judge: its oracle is right, and a cache that loses something is noticed."""
+"""The zoo is a valid test bed: its oracle is right, and a cache that loses tokens is detected."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import Cache
 
+from tests.support.all_modes import MODES
 from tests.support.compare import RELATIVE_TOLERANCE, Trace, assert_same, difference
 from tests.support.families import FAMILIES
-from tests.support.modes import MODES
 from tests.support.subjects import DenseSubject
 from tests.support.zoo import oracle_model, random_tokens
 

@@ -1,4 +1,4 @@
-"""Plays single cases again, and says what happened:  python -m tests.differential 1234 [...]"""
+"""Plays single cases again and prints what they did:  python -m tests.differential 1234 [...]"""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 import traceback
 
 import tests.conftest  # noqa: F401  (its settings)
-
-from .test_differential import run_case
+from tests.support.differential.run import run_case
 
 
 def main(seeds: list[int]) -> int:

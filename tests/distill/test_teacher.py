@@ -1,4 +1,4 @@
-"""What a teacher shows and finds, against loops over float64 and against the model's own attention weights."""
+"""What a teacher records and finds, against loops over float64 and against the model's own attention weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example scripts on the small model: two as a person runs them, the others in this process, which has imported all."""
+"""The example scripts on the small model: two as a command, the others in this process, where imports are done already."""
 
 import contextlib
 import io

@@ -36,7 +36,7 @@ def test_is_stored_without_outputs():
 @pytest.mark.model
 @pytest.mark.parametrize("tokens", [400, pytest.param(1200, marks=pytest.mark.slow)])
 def test_runs_from_top_to_bottom(tokens):
-    """As it is, or on less of the text that it asks about."""
+    """Unchanged, or on less of the text that it asks about."""
     notebook = read_notebook()
     (cell,) = (cell for cell in notebook.cells if "[:1200]" in cell.source)
     cell.source = cell.source.replace("[:1200]", f"[:{tokens}]")

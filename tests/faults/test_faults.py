@@ -1,7 +1,7 @@
-"""Memory that runs out anywhere: failures in random order, and the cache goes on as if there had been none.
+"""Memory that runs out at any place: failures in random order, after which the cache continues as if there had been none.
 
-Each is one point of one call (`scenarios.py`), judged as in `trial.py`. Which points are drawn depends on SEED alone, which a
-failing test prints; SPIN_HF_FAULTS asks for another number of them.
+Each is one point of one call (`tests/support/fault_scenarios.py`), and is checked as in `tests/support/fault_trial.py`. The
+points depend on SEED alone, which a failing test prints. SPIN_HF_FAULTS is their number.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from spin_hf.storage import page_store, pinned_slab
-
-from ..cache.regrouping import little_slack
-from ..support.faults import Faults, SlabFaults, chunks_in_slabs
-from .scenarios import SCENARIOS
-from .trial import Trials
+from tests.support.clustering_methods import little_slack
+from tests.support.fault_scenarios import SCENARIOS
+from tests.support.fault_trial import Trials
+from tests.support.faults import Faults, SlabFaults, chunks_in_slabs
 
 SEED = int(os.environ.get("SPIN_HF_FAULTS_SEED", "20260"))
 FAILURES = int(os.environ.get("SPIN_HF_FAULTS", "220"))
@@ -38,7 +37,7 @@ IN_SLABS = (
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
+    """Two segments a chunk, so that every new segment of a batch needs one; tokens are clustered early."""
     monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 2)
     monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 2)
     gc.collect()
@@ -88,16 +87,16 @@ def _run(trials: dict[str, Trials], count: int) -> set[tuple[str, int, bool]]:
 @pytest.mark.parametrize("count", [FEW, pytest.param(FAILURES, marks=pytest.mark.slow)])
 def test_failures_anywhere(count: int) -> None:
     faults = Faults()
-    failed = _run({name: Trials(scenario, faults) for name, scenario in SCENARIOS.items()}, count)
+    failed = _run({name: Trials(scenario=scenario, faults=faults) for name, scenario in SCENARIOS.items()}, count)
     assert len(failed) >= 0.9 * count
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="slabs are populated by Linux")
 def test_failures_of_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every question to the system and to the driver is refused once, among others; all is given back in the end."""
+    """Every request to the system and to the driver is refused once, among others. In the end all memory is free."""
     faults = Faults()
     slabs = chunks_in_slabs(faults, monkeypatch)
-    trials = {name: Trials(SCENARIOS[name], faults, slabs) for name in IN_SLABS}
+    trials = {name: Trials(scenario=SCENARIOS[name], faults=faults, slabs=slabs) for name in IN_SLABS}
     refused = 0
     for each in trials.values():
         each.expected  # noqa: B018
@@ -112,7 +111,7 @@ def test_failures_of_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _questions(trials: Trials) -> list[int]:
-    """The points of a call at which the system or the driver is asked."""
+    """The points of a call at which the system or the driver is called."""
     run, faults = trials.copy(), trials.faults
     asked: list[int] = []
     reach = faults.reach

@@ -1,7 +1,7 @@
-"""Ctrl-C at any line of the package, in operations on a cache and in forwards: all has happened or nothing, and it goes on.
+"""Ctrl-C at any line of the package, in operations on a cache and in forwards: all of a call has happened or nothing.
 
-Which lines are drawn depends on SEED alone, which a failing test prints. SPIN_HF_INTERRUPTIONS asks for another number of lines
-of each scenario; "all" takes every line, the first and the last time that it runs.
+The lines depend on SEED alone, which a failing test prints. SPIN_HF_INTERRUPTIONS is the number of lines of each scenario;
+"all" takes every line, the first and the last time that it runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
 from spin_hf.storage import page_store
-
-from ..cache.regrouping import little_slack, regrouping_often
-from ..support.interruptions import every_place, interrupted, some_places
-from .interruption import Interruptions, contents, same
-from .scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.interruption_trial import Interruptions, contents, same
+from tests.support.interruptions import every_place, interrupted, some_places
 
 SEED = int(os.environ.get("SPIN_HF_INTERRUPTIONS_SEED", "20261"))
 LINES = os.environ.get("SPIN_HF_INTERRUPTIONS", "")
@@ -33,8 +32,8 @@ IN_OPERATIONS, IN_FORWARDS = 12, 4
 """Lines of a scenario, unless it is said otherwise."""
 
 _PAGED = {"gpu_memory": "200kB"}
-_BISECTS = {"method": regrouping_often(Bisection, 64, 24)(2)}
-_CLUSTERS = {"method": regrouping_often(RetroInfer, 64, 24)()}
+_BISECTS = {"method": clustering_often(Bisection, 64, 24)(2)}
+_CLUSTERS = {"method": clustering_often(RetroInfer, 64, 24)()}
 
 
 def _reset(run: Run) -> None:
@@ -73,7 +72,7 @@ FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.f
 
 @pytest.fixture(autouse=True)
 def _small_chunks() -> Iterator[None]:
-    """Two segments a chunk, so that every new segment of a batch needs one; tokens are regrouped soon."""
+    """Two segments a chunk, so that every new segment of a batch needs one; tokens are clustered early."""
     logging.disable(logging.WARNING)
     with (
         patch.object(page_store, "_MIN_CHUNK_SEGMENTS", 2),
@@ -85,7 +84,7 @@ def _small_chunks() -> Iterator[None]:
 
 
 def _check(name: str, scenario: Scenario, count: int, **options: Any) -> None:
-    trials = Interruptions(scenario, **options)
+    trials = Interruptions(scenario=scenario, **options)
     generator = random.Random(SEED ^ zlib.crc32(name.encode()))
     if LINES == "all":
         numbers = every_place(trials.lines)
@@ -113,7 +112,7 @@ def test_forwards(name: str) -> None:
 def test_a_second_interruption(name: str) -> None:
     """Ctrl-C while what was interrupted is put right: that is done before the cache is used again."""
     scenario = (OPERATIONS | FORWARDS)[name]
-    trials, generator = Interruptions(scenario), random.Random(SEED)
+    trials, generator = Interruptions(scenario=scenario), random.Random(SEED)
     for number in some_places(trials.lines, 6, generator):
         trials.at_line(number, again=generator.randrange(60))
 
@@ -121,7 +120,7 @@ def test_a_second_interruption(name: str) -> None:
 @pytest.mark.parametrize("again", range(0, 40, 4))
 def test_unfinished_work_comes_first(again: int) -> None:
     """Interrupted while it is undone, a crop is undone by whatever looks at the cache next."""
-    trials = Interruptions(SCENARIOS["crop, paged"])
+    trials = Interruptions(scenario=SCENARIOS["crop, paged"])
     run = trials.copy()
     began, shared = contents(run), run.cache._shared
     settle = shared.settle
@@ -141,7 +140,7 @@ def test_unfinished_work_comes_first(again: int) -> None:
 
 
 def test_the_lines_are_really_interrupted() -> None:
-    trials = Interruptions(SCENARIOS["crop"])
+    trials = Interruptions(scenario=SCENARIOS["crop"])
     files = {(trials.at_line(number) or ("nothing",))[0] for number in every_place(trials.lines)[::5]}
     assert {"cache.py", "transaction.py", "storage/page_table.py"} <= files
     assert trials.at_line(len(trials.lines)) is None
@@ -149,7 +148,7 @@ def test_the_lines_are_really_interrupted() -> None:
 
 def test_a_reset_is_finished() -> None:
     """Where a reset is interrupted it is done all the same."""
-    trials = Interruptions(OPERATIONS["reset"])
+    trials = Interruptions(scenario=OPERATIONS["reset"])
     run = trials.copy()
     with (
         patch.object(type(run.cache._shared.sequences), "clear", side_effect=KeyboardInterrupt),

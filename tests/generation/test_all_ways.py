@@ -1,6 +1,6 @@
 """All ways of `generate` for all families: the long run.
 
-`test_generation.py` says what is compared, and has greedy runs with a tight `gpu_memory`.
+`test_generation.py` explains the comparison, and has greedy runs with a tight `gpu_memory`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .ways import FULL, RUNS, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.generate_ways import FULL, RUNS, SMALL, assert_same, expected, smallest, with_spin
 
 pytestmark = pytest.mark.slow
 

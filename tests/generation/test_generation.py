@@ -1,14 +1,14 @@
-"""`generate` of many families at full budget against DynamicCache, and with small budgets for what must not break.
+"""`generate` of many families at full budget against DynamicCache, and with small budgets for crashes.
 
-Prompts of 100 tokens, padded on the left, weights × 15 (transformers' own generation tests have 7 tokens and weights of 0.02:
-attention is then uniform, and a cache that loses half of it passes), windows of 24 tokens:
+Prompts of 100 tokens, padded on the left, weights × 15, windows of 24 tokens. transformers' own generation tests have 7 tokens
+and weights of 0.02: attention is then uniform, and a cache that loses half of the tokens passes.
 
     untiered    budget beyond the context: as DynamicCache
     tiered      the same with the smallest `gpu_memory` that `plan` allows
-    small       budgets that leave most out: finite logits of the right shapes
-    control     a method that leaves tokens out is seen in the logits, so what is compared depends on attention
+    small       budgets that leave most tokens out: finite logits of the right shapes
+    control     a method that leaves tokens out changes the logits, so the comparison depends on attention
 
-Here are a tiered greedy run and the control of each family. `test_all_ways.py` has the rest, where that is asked for:
+Here are a tiered greedy run and the control of each family. `test_all_ways.py` has the rest:
 
     pytest tests/generation -m ""
 """
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import pytest
 
-from ..support.compare import RELATIVE_TOLERANCE, difference
-from .ways import FAMILIES, FULL, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.compare import RELATIVE_TOLERANCE, difference
+from tests.support.generate_ways import FULL, SMALL, assert_same, expected, smallest, with_spin
+from tests.support.more_families import GENERATING
 
-each_family = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize("name", GENERATING)
 
 
 @each_family
@@ -34,7 +35,7 @@ def test_tiered(name: str) -> None:
 
 @each_family
 def test_control(name: str) -> None:
-    """A tenth of the context is not enough for these models: else the tests above would see nothing."""
+    """A tenth of the context is not enough for these models; otherwise the tests above could not fail."""
     ours, caches = with_spin(name, "greedy", method="shadowkv", **SMALL)
     assert caches[0].stats().sparse_queries
     theirs = expected(name, "greedy")

@@ -1,10 +1,10 @@
-"""On a GPU as on a CPU, the caches of tiny models grow by little: their caps are some 100 kB."""
+"""On a GPU as on a CPU, arrays of tiny models grow in small steps: their caps are some 100 kB."""
 
 from __future__ import annotations
 
 import pytest
 
-from ..support.chunks import segment_by_segment
+from tests.support.small_chunks import segment_by_segment
 
 
 @pytest.fixture(autouse=True)

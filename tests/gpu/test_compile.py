@@ -11,9 +11,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..support.zoo import build_model
-from .test_graph import FULL, _generate, _inputs
+from tests.support.padded_pair import FULL, generate_short, padded_inputs
+from tests.support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -28,10 +27,10 @@ def fresh() -> None:
 def test_a_cache_of_a_config_is_captured(padded: bool) -> None:
     """Its first forward shows which model runs; nothing is compiled."""
     model = build_model("llama").cuda().eval()
-    expected = _generate(model, DynamicCache(config=model.config), padded)
+    expected = generate_short(model, DynamicCache(config=model.config), padded)
     for _ in range(2):
         cache = SpinCache(model.config, **FULL)
-        actual = _generate(model, cache, padded)
+        actual = generate_short(model, cache, padded)
         assert torch.equal(actual.sequences, expected.sequences)
         a, b = torch.stack(actual.logits), torch.stack(expected.logits)
         finite = torch.isfinite(b)
@@ -47,11 +46,11 @@ def test_a_cache_of_a_config_is_captured(padded: bool) -> None:
 def test_caches_that_come_and_go_leak_nothing() -> None:
     model = build_model("llama").cuda().eval()
     for _ in range(2):
-        _generate(model, SpinCache(model.config, **FULL))
+        generate_short(model, SpinCache(model.config, **FULL))
     gc.collect()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        _generate(model, SpinCache(model.config, **FULL))
+        generate_short(model, SpinCache(model.config, **FULL))
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
 
@@ -60,7 +59,7 @@ def test_caches_that_come_and_go_leak_nothing() -> None:
 def test_a_forward_that_the_user_compiled_with_graphs(of: str) -> None:
     """The op stays outside the graphs that `reduce-overhead` makes."""
     model = build_model("llama").cuda().eval()
-    ids = _inputs()["input_ids"]
+    ids = padded_inputs()["input_ids"]
     tokens = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2)).cuda()
 
     @torch.no_grad()

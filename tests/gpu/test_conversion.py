@@ -1,4 +1,4 @@
-"""int8 in a floating dtype by integer operations, which no interpreter runs: every number, to the bit."""
+"""int8 to a floating dtype by integer operations, which the interpreter cannot run: every number, to the bit."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import SpinCache
-
-from ..support.zoo import PAD_TOKEN_ID, build_model
+from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -1,4 +1,4 @@
-"""GPU memory by the allocator's own figures: caps that are kept, "auto" that shares, and what is given back."""
+"""GPU memory by the counters of the allocator: caps that hold, "auto" that shares memory, and memory that is released."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
                 assert given > 0 or seed > 6
                 assert held - allocated() >= 0.98 * given - (1 << 20)  # a block of the allocator
                 if seed % 3 == 0:
-                    cache._shared.gpu._steps_left = 1
+                    cache._passes.gpu._steps_left = 1
             out.append(read(model, cache, 1, 1, seed))
         cache.check_integrity()
         tokens.append(torch.cat(out, 1))
@@ -120,7 +120,7 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
 def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that seems to have 400 MiB more than now, until others take all but 4 MiB of it.
 
-    Pieces are short: masks of 4,096 tokens over the whole context would take more than is left to it.
+    Prompts come in pieces: masks of 4,096 tokens over the full context would not fit.
     """
     read(model, SpinCache(model, "shadowkv", budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()

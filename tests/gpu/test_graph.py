@@ -12,29 +12,11 @@ from transformers import DynamicCache, TextStreamer
 
 from spin_hf import SpinCache, enable
 from spin_hf.integration import deferred_stop
-
-from ..support.synchronisation import no_synchronisation
-from ..support.zoo import PAD_TOKEN_ID, build_model
+from tests.support.padded_pair import FULL, generate_short, padded_inputs
+from tests.support.synchronisation import no_synchronisation
+from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-FULL: dict[str, Any] = {"method": "shadowkv", "budget": 1 << 20}
-
-
-def _inputs(padded: bool = False, length: int = 90) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 100, (2, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if padded:
-        ids[0, :11], mask[0, :11] = PAD_TOKEN_ID, 0
-    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
-
-
-def _generate(model: Any, cache: Any, padded: bool = False, **options: Any) -> Any:
-    torch.manual_seed(5)
-    return model.generate(
-        **_inputs(padded), past_key_values=cache, return_dict_in_generate=True, output_logits=True,
-        **{"max_new_tokens": 40, "do_sample": False} | options,
-    )  # fmt: skip
 
 
 def _graphs(cache: SpinCache) -> int:
@@ -57,9 +39,9 @@ def _graphs(cache: SpinCache) -> int:
 )
 def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, Any], padded: bool) -> None:
     model = build_model(family).cuda().eval()
-    expected = _generate(model, DynamicCache(config=model.config), padded, **options)
+    expected = generate_short(model, DynamicCache(config=model.config), padded, **options)
     cache = SpinCache(model, **FULL)
-    actual = _generate(model, cache, padded, **options)
+    actual = generate_short(model, cache, padded, **options)
     assert torch.equal(actual.sequences, expected.sequences)
     a, b = torch.stack(actual.logits), torch.stack(expected.logits)
     finite = torch.isfinite(b)
@@ -73,7 +55,7 @@ def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, An
 def test_no_step_waits_for_the_host(padded: bool) -> None:
     model = build_model("llama").cuda().eval()
     cache = SpinCache(model, "shadowkv", budget=24, recent_window=8)
-    inputs = _inputs(padded)
+    inputs = padded_inputs(padded)
     model(**inputs, past_key_values=cache)
     token, mask = torch.full((2, 1), 5, device="cuda"), inputs["attention_mask"]
 
@@ -95,7 +77,7 @@ def test_two_thousand_tokens_with_eviction() -> None:
     model = build_model("llama").cuda().eval()
     model.config.max_position_embeddings = 1 << 16
     cache = SpinCache(model, "shadowkv", budget=64, recent_window=16, gpu_memory=300_000)
-    output = _generate(model, cache, padded=True, max_new_tokens=2000, min_new_tokens=2000, eos_token_id=None)
+    output = generate_short(model, cache, padded=True, max_new_tokens=2000, min_new_tokens=2000, eos_token_id=None)
     assert output.sequences.shape == (2, 2090)
     stats = cache.stats()
     assert stats.evictions > 2000
@@ -108,9 +90,9 @@ def test_captured_and_eager_steps_select_the_same() -> None:
     model = build_model("llama").cuda().eval()
     options: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 8, "gpu_memory": 100_000}
     eager = SpinCache(model.config, **options)
-    expected = _generate(model, eager, padded=True, disable_compile=True)
+    expected = generate_short(model, eager, padded=True, disable_compile=True)
     cache = SpinCache(model, **options)
-    actual = _generate(model, cache, padded=True)
+    actual = generate_short(model, cache, padded=True)
     assert torch.equal(actual.sequences, expected.sequences)
     assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
     assert str(cache.stats()) == str(eager.stats())
@@ -120,7 +102,7 @@ def test_captured_and_eager_steps_select_the_same() -> None:
 def test_caches_side_by_side_and_one_dropped() -> None:
     model = build_model("llama").cuda().eval()
     tokens = torch.randint(3, 100, (3, 24), generator=torch.Generator().manual_seed(3)).cuda()
-    prompts = [_inputs()["input_ids"], _inputs(length=70)["input_ids"], _inputs()["input_ids"][:1]]
+    prompts = [padded_inputs()["input_ids"], padded_inputs(length=70)["input_ids"], padded_inputs()["input_ids"][:1]]
 
     def run(caches: list[Any]) -> list[torch.Tensor]:
         logits: list[list[torch.Tensor]] = [[] for _ in caches]
@@ -144,12 +126,12 @@ def test_caches_side_by_side_and_one_dropped() -> None:
 
 def test_nothing_is_leaked() -> None:
     model = build_model("llama").cuda().eval()
-    _generate(model, SpinCache(model, **FULL))
+    generate_short(model, SpinCache(model, **FULL))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        _generate(model, SpinCache(model, **FULL))
+        generate_short(model, SpinCache(model, **FULL))
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
     assert "forward" not in model.__dict__
@@ -157,16 +139,16 @@ def test_nothing_is_leaked() -> None:
 
 def test_a_forward_that_asks_the_host_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     model = build_model("llama").cuda().eval()
-    expected = _generate(model, DynamicCache(config=model.config))
+    expected = generate_short(model, DynamicCache(config=model.config))
     mlp, forward = model.model.layers[0].mlp, model.model.layers[0].mlp.forward
     mlp.forward = lambda states: forward(states) if bool(states.isfinite().all()) else states
     cache = SpinCache(model, **FULL)
     with caplog.at_level(logging.WARNING, logger="spin_hf"):
-        actual = _generate(model, cache)
+        actual = generate_short(model, cache)
     assert torch.equal(actual.sequences, expected.sequences)
     assert ["capturing failed" in record.getMessage() for record in caplog.records] == [True]
     cache.check_integrity()
-    assert torch.equal(_generate(model, DynamicCache(config=model.config)).sequences, expected.sequences)
+    assert torch.equal(generate_short(model, DynamicCache(config=model.config)).sequences, expected.sequences)
 
 
 def test_enable_streaming_and_hooks_on_the_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +159,7 @@ def test_enable_streaming_and_hooks_on_the_model(capsys: pytest.CaptureFixture[s
     model = build_model("llama").cuda().eval()
     calls: list[int] = []
     handle = model.register_forward_hook(lambda *args: calls.append(1))
-    row = {name: given[:1] for name, given in _inputs().items()}
+    row = {name: given[:1] for name, given in padded_inputs().items()}
     with enable(model, **FULL):
         ours = model.generate(**row, max_new_tokens=20, do_sample=False, streamer=TextStreamer(Tokenizer()))
     handle.remove()
@@ -193,13 +175,13 @@ def test_generate_reads_late_whether_to_stop(sampling: bool, monkeypatch: pytest
     model = build_model("llama").cuda().eval()
     options: dict[str, Any] = {"do_sample": sampling, "max_new_tokens": 60, "pad_token_id": PAD_TOKEN_ID}
     asked: list[bool] = []
-    supports = deferred_stop.supports
-    monkeypatch.setattr(deferred_stop, "supports", lambda *args: asked.append(supports(*args)) or asked[-1])
+    supports = deferred_stop._supports
+    monkeypatch.setattr(deferred_stop, "_supports", lambda *args: asked.append(supports(*args)) or asked[-1])
     results, eos = [], None
     for devices in ((), (), ("cuda",)):  # the first one finds tokens to end at
         monkeypatch.setattr(deferred_stop, "_DEVICES", devices)
         cache = SpinCache(model, "shadowkv", budget=24, recent_window=8, gpu_memory=120_000)
-        first = _generate(model, cache, eos_token_id=eos, **options).sequences
+        first = generate_short(model, cache, eos_token_id=eos, **options).sequences
         held = cache.get_seq_length()
         cache.check_integrity()
         ids = torch.cat([first, first[:, :5]], 1)

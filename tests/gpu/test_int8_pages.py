@@ -1,4 +1,4 @@
-"""Pages in int8 on a GPU: kernels against the formulas in 16 bits, captured steps, and pages that move between them."""
+"""int8 pages on a GPU: kernels against the formulas in 16 bits, captured steps, and pages that move between them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
 from spin_hf.storage.page_layout import Int8Form
-
-from ..cache.tiny import Driver, Shape, World
-from ..support.padded_pair import generate
-from ..support.synchronisation import no_synchronisation
-from ..support.zoo import build_model
-from .test_methods import _steps
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.padded_pair import generate
+from tests.support.synchronisation import no_synchronisation
+from tests.support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -30,26 +28,27 @@ OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 
 def test_real_sizes_in_sixteen_bits(
     method: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes at home, to the bit, and nearly the same outputs: ties of pages may fall either way."""
+    """The same bytes in the backing store, and nearly the same outputs: ties of pages may differ."""
     shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
-    world = World.random(shape, 1, length + 9, seed=7)
-    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
+    kv = RandomKV.random(shape, 1, length + 9, seed=7).to("cuda", dtype)
     whole = plan(
         shape.config(), context_length=length + 9, dtype=dtype, method=method, budget=512, recent_window=64
     ).gpu_bytes
-    driver = Driver(shape, method=method, budget=512, recent_window=64, gpu_memory=whole * 6 // 10, cpu_dtype="int8")
-    _steps(driver, parts, 0, [length, length + 1])
+    driver = CacheDriver(
+        shape, method=method, budget=512, recent_window=64, gpu_memory=whole * 6 // 10, cpu_dtype="int8"
+    )
+    driver.steps(kv, 0, [length, length + 1])
     twin = deepcopy(driver.cache)
     stops = [length + 2, length + 3, length + 6, length + 7, length + 8, length + 9]
-    actual = torch.cat(_steps(driver, parts, length + 1, stops), 1).float()
+    actual = torch.cat(driver.steps(kv, length + 1, stops), 1).float()
     driver.cache.check_integrity()
     stats, ours = driver.cache.stats(), _parts(driver)
-    assert driver.cache._shared.counted()["QUERIES"] > 0
+    assert driver.cache._passes.kernels.counted()["QUERIES"] > 0
     assert stats.loads > 0
     assert stats.hit_rate > 0
     driver.cache = twin
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-    expected = torch.cat(_steps(driver, parts, length + 1, stops), 1).float()
+    expected = torch.cat(driver.steps(kv, length + 1, stops), 1).float()
     for mine, theirs in zip(ours, _parts(driver), strict=True):
         assert torch.equal(mine, theirs)
     error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -57,8 +56,8 @@ def test_real_sizes_in_sixteen_bits(
     assert float(error.max()) < 0.15
 
 
-def _parts(driver: Driver) -> list[torch.Tensor]:
-    """The parts of all tokens in their homes."""
+def _parts(driver: CacheDriver) -> list[torch.Tensor]:
+    """Codes and scales of all tokens in the backing store."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
     assert isinstance(store.home_form, Int8Form)
     rows = store.pages(0, store.sequences.num_pages)[2]
@@ -71,14 +70,13 @@ def _parts(driver: Driver) -> list[torch.Tensor]:
 def test_the_number_of_page_frames_changes_nothing(dtype: torch.dtype) -> None:
     """Bit for bit: a load gives what the frame would hold. Lists of pages are the same, so are sums."""
     shape, length = Shape(kv_heads=2, group=4, key_dim=128, value_dim=128), 3000
-    world = World.random(shape, 1, length + 20, seed=8)
-    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
+    kv = RandomKV.random(shape, 1, length + 20, seed=8).to("cuda", dtype)
     options: dict[str, Any] = dict(method="shadowkv", budget=256, recent_window=64)
     made = plan(shape.config(), context_length=length + 20, dtype=dtype, **options)
     outputs, loads = [], []
     for cap in (made.smallest_gpu_memory, made.gpu_bytes // 2, made.gpu_bytes * 3 // 4):
-        driver = Driver(shape, **options, gpu_memory=cap, cpu_dtype="int8")
-        outputs.append(torch.cat(_steps(driver, parts, 0, [length, *range(length + 1, length + 21)])[1:], 1))
+        driver = CacheDriver(shape, **options, gpu_memory=cap, cpu_dtype="int8")
+        outputs.append(torch.cat(driver.steps(kv, 0, [length, *range(length + 1, length + 21)])[1:], 1))
         driver.cache.check_integrity()
         loads.append(driver.cache.stats().loads)
     assert loads[0] > loads[1] >= loads[2] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,21 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, SeerAttention, SpinCache
-from spin_hf.attention.interface import spin_attention
-
-from ..attention.test_seer import gates_for
-from ..cache.regrouping import little_slack, regrouping_often
-from ..cache.tiny import Driver, Shape, World
-from ..support.formulas import arrange_by_formulas
-from ..support.padded_pair import generate
-from ..support.synchronisation import no_synchronisation
-from ..support.zoo import build_model
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.cluster_by_formulas import cluster_by_formulas
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.padded_pair import generate
+from tests.support.seer_gates import gates_for
+from tests.support.synchronisation import no_synchronisation
+from tests.support.zoo import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 METHODS = [
-    regrouping_often(Bisection, 64, 32)(2), regrouping_often(RetroInfer, 64, 32)(), Quest(1), Quest(0), SeerAttention(),
+    clustering_often(Bisection, 64, 32)(2), clustering_often(RetroInfer, 64, 32)(), Quest(1), Quest(0), SeerAttention(),
     SeerAttention(threshold=0.25),
 ]  # fmt: skip
 OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8}
@@ -54,7 +50,7 @@ def test_captured_steps_do_what_the_formulas_do(
     model: Any, method: Any, gpu_memory: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "method": method, "gpu_memory": gpu_memory}
-    arrange_by_formulas(monkeypatch)
+    cluster_by_formulas(monkeypatch)
     with little_slack():
         with monkeypatch.context() as patch:
             patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
@@ -86,7 +82,7 @@ def test_a_budget_for_all_is_exact(model: Any, method: Any) -> None:
 
 @torch.no_grad()
 def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
-    """But for those before which tokens are regrouped, of which there is none here."""
+    """Steps before which tokens are clustered do wait; there is none of them here."""
     cache = SpinCache(model, budget=24, recent_window=8, method=method)
     ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(1)).cuda()
     model(ids, past_key_values=cache)
@@ -106,36 +102,21 @@ def test_no_step_waits_for_the_host(model: Any, method: Any) -> None:
 def test_real_sizes_in_sixteen_bits(
     given: Any, key_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 summaries, several segments and stretches. Ties may fall either way, so outputs are only nearly the same.
+    """int8 summaries, several segments and spans. Ties may differ, so outputs are only nearly the same.
 
-    Both look at the same pages: on a GPU, sums of clusters come in any order, so another cache's may be other ones.
+    Both use the same clusters: on a GPU the order of sums varies, so another cache may have other clusters.
     """
     shape, length = Shape(kv_heads=2, group=4, key_dim=key_dim, value_dim=key_dim), 9000
-    world = World.random(shape, 1, length + 5, seed=7)
-    parts = [[part.cuda().to(dtype) for part in parts] for parts in (world.keys, world.values, world.queries)]
-    driver = Driver(shape, method=given, budget=512, recent_window=64)
-    _steps(driver, parts, 0, [length, length + 1])
+    kv = RandomKV.random(shape, 1, length + 5, seed=7).to("cuda", dtype)
+    driver = CacheDriver(shape, method=given, budget=512, recent_window=64)
+    driver.steps(kv, 0, [length, length + 1])
     twin = deepcopy(driver.cache)
-    actual = torch.cat(_steps(driver, parts, length + 1, range(length + 2, length + 6)), 1).float()
+    actual = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()
     driver.cache.check_integrity()
-    assert driver.cache._shared.counted()["QUERIES"] > 0
+    assert driver.cache._passes.kernels.counted()["QUERIES"] > 0
     driver.cache = twin
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-    expected = torch.cat(_steps(driver, parts, length + 1, range(length + 2, length + 6)), 1).float()
+    expected = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()
     error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.mean()) < 0.02
     assert float(error.max()) < 0.15
-
-
-def _steps(driver: Driver, parts: list[list[torch.Tensor]], start: int, stops: Iterable[int]) -> list[torch.Tensor]:
-    outputs = []
-    for stop in stops:
-        keys, values, queries = (part[0][:, :, start:stop] for part in parts)
-        embeds = torch.empty((1, stop - start, 1), dtype=keys.dtype, device=keys.device)
-        mask = create_causal_mask(driver.config, embeds, None, driver.cache)
-        keys, values = driver.cache.update(keys, values, 0)
-        outputs.append(
-            spin_attention(driver.module, queries, keys, values, mask, scaling=driver.scale, **driver.arguments)[0]
-        )
-        start = stop
-    return outputs

@@ -1,6 +1,6 @@
-"""A GPU that is really full: a prefill, a step that needs more room, and a capture fail, are taken back and tried again.
+"""A full GPU: a prefill, a step that needs more memory, and a capture fail, are rolled back and repeated.
 
-A filler leaves as much as the case says; everything else is CUDA's own doing.
+A filler tensor leaves as much memory as the case needs; the errors are CUDA's own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
-
-from ..support.chunks import segment_by_segment
-from ..support.refusals import refusal_of
-from ..support.zoo import build_model, random_tokens
+from tests.support.refusals import refusal_of
+from tests.support.small_chunks import segment_by_segment
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -82,7 +81,7 @@ def model() -> Any:
 
 
 def test_prefill(model: Any) -> None:
-    """It fails in some layer, or behind the last one; once the filler is gone it works."""
+    """It fails in some layer, or after the last one. Without the filler it works."""
     ids, token = random_tokens(2, 8192, seed=3).cuda(), random_tokens(2, 1, seed=4).cuda()
     undisturbed = SpinCache(model, **OPTIONS)
     expected = [_feed(model, undisturbed, ids), _feed(model, undisturbed, token)]

@@ -10,12 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from spin_hf import SpinCache, enable
-
-from ..support.zoo import random_tokens
+from tests.support.zoo import random_tokens
 
 pytest.importorskip("peft")
 
-from ..support.adapters import CHANGES, PROMPT, adapted_model, play, saved_adapter
+from tests.support.adapters import CHANGES, PROMPT, adapted_model, saved_adapter, steps_around_changes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,9 +63,9 @@ def test_generate(given: str, caller: str) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_no_stale_step_is_replayed(name: str, folder: Path) -> None:
     model, twin = adapted_model().cuda(), adapted_model().cuda()
-    expected = play(twin, DynamicCache(config=twin.config), CHANGES[name], folder, lambda: None)
+    expected = steps_around_changes(twin, DynamicCache(config=twin.config), CHANGES[name], folder, lambda: None)
     cache, graphs = SpinCache(model, **FULL), []
-    actual = play(model, cache, CHANGES[name], folder, lambda: graphs.append(_graphs(cache)))
+    actual = steps_around_changes(model, cache, CHANGES[name], folder, lambda: graphs.append(_graphs(cache)))
     assert _close(actual, expected)
     assert graphs[0] == 1, cache.calls.steps.refused
     assert graphs[2] >= (name != "hooked"), cache.calls.steps.refused  # of a hook that is gone the watch need not hear

@@ -1,4 +1,4 @@
-"""Threads that capture, replay, load from host memory and drop caches at the same time: the tokens of a run alone."""
+"""Threads that capture, replay, load from host memory and drop caches at the same time give the tokens of a run alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-
-from ..support.threads import in_threads
-from ..support.zoo import build_model, random_tokens
+from tests.support.threads import in_threads
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -1,7 +1,7 @@
-"""Memory that runs out around a captured step, with a stand-in for the graph: the step is taken back, and its retry is right.
+"""Memory that runs out around a captured step, with a fake graph: the step is rolled back, and the next attempt is right.
 
-The host's part of a step allocates little (descriptors, scratch that grows, copies of outputs), and what the model allocates is
-the capture's; each of these is a point here. An error behind the last layer of an eager forward is seen as well.
+The host's share of a step allocates little (descriptors, scratch that grows, copies of outputs), and the model's allocations
+belong to the capture. Each of these is a point here. An error after the last layer of an eager forward is detected as well.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import torch
 from spin_hf import Bisection, CacheStateError, SpinCache
 from spin_hf.errors import CapacityError
 from spin_hf.graph import runner
-
-from ..cache.regrouping import little_slack, regrouping_often
-from ..support.faults import Faults
-from ..support.zoo import build_model, random_tokens
-from .recorder import FakeRecorder, capture_on_cpu
+from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.faults import Faults
+from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -50,7 +49,7 @@ def _feed(model: Any, cache: SpinCache, start: int, count: int = 1) -> torch.Ten
 
 
 def _at(model: Any, tokens: int, **options: Any) -> SpinCache:
-    """A cache of so many tokens, of which all behind the prompt came one by one; its next step is replayed, or captured."""
+    """A cache of a given number of tokens, decoded one by one after the prompt; its next step is replayed, or captured."""
     cache = SpinCache(model, **OPTIONS | options)
     _feed(model, cache, 0, PROMPT)
     for at in range(PROMPT, tokens):
@@ -62,7 +61,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "prompt": ("llama", 0, {}),
     "first step": ("llama", PROMPT, {}),
     "captured": ("llama", PROMPT + 1, {}),
-    "completes a page": ("llama", PROMPT + 1, {"method": regrouping_often(Bisection, 32, 16)(2)}),
+    "completes a page": ("llama", PROMPT + 1, {"method": clustering_often(Bisection, 32, 16)(2)}),
     "replayed": ("llama", PROMPT + 3, {}),
 }
 
@@ -102,7 +101,7 @@ def test_memory_runs_out_around_a_step(case: str) -> None:
 
 
 def test_the_logits_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails behind the last layer, where DynamicCache would have counted the tokens."""
+    """The error comes after the last layer, where a DynamicCache would already have counted the tokens."""
     model = build_model("gemma3_text")  # windows are put back too
     cache = SpinCache(model, **OPTIONS)
     _feed(model, cache, 0, PROMPT)

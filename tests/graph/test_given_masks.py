@@ -1,4 +1,4 @@
-"""Masks between captured steps: a given one runs eagerly and is applied as it is, a padding mask is checked before launches."""
+"""Masks between captured steps: a 4-D mask runs eagerly and is applied exactly; a padding mask is checked before the launch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from spin_hf import AttentionError, BatchSizeError, SpinCache
-
-from ..support.zoo import build_model, random_tokens
-from .recorder import capture_on_cpu, eagerly
+from tests.support.graph_recorder import capture_on_cpu, eagerly
+from tests.support.zoo import build_model, random_tokens
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="needs interpreted kernels"
@@ -50,7 +49,7 @@ def test_between_replays(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_refused_between_replays(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refused call changes nothing, and replays go on."""
+    """The refused call changes nothing, and replays continue."""
     model, ids = build_model("llama").eval(), random_tokens(2, 50)
     recorder = capture_on_cpu(monkeypatch)
     mask = torch.ones(2, 50, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Captured steps of other methods than ShadowKV, with a stand-in for the graph: as eager steps, pages completed meanwhile."""
+"""Captured steps of methods other than ShadowKV, with a fake graph, equal eager steps; pages are completed meanwhile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 
 from spin_hf import AttentionError, Quest, SpinCache
 from spin_hf.attention.methods.seer_gate_file import load_gates
-
-from ..attention.test_seer import gates_for
-from ..support.zoo import PAD_TOKEN_ID
-from .recorder import capture_on_cpu, eagerly
-from .stale import assert_same, small_model
+from tests.support.graph_recorder import capture_on_cpu, eagerly
+from tests.support.seer_gates import gates_for
+from tests.support.stale_graph import assert_same, small_model
+from tests.support.zoo import PAD_TOKEN_ID
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -82,7 +81,7 @@ def test_seer(
 
 @torch.no_grad()
 def test_positions_that_do_not_count_real_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of captured steps too, which look at them behind the launch; what was launched is taken back."""
+    """In captured steps too: positions are checked after the launch, and the step is rolled back."""
     model, token = small_model(), torch.full((1, 1), 5)
     recorder = capture_on_cpu(monkeypatch)
     caches = [SpinCache(model, gates_for(model, tmp_path), budget=32, recent_window=8)]

@@ -1,4 +1,4 @@
-"""PEFT adapters under captured decode steps, with a stand-in for the graph that stays as stale as a graph would."""
+"""PEFT adapters under captured decode steps, with a fake graph that becomes stale as a real one would."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.graph import runner
-
-from ..support.zoo import random_tokens
-from .recorder import FakeRecorder, capture_on_cpu
+from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.zoo import random_tokens
 
 pytest.importorskip("peft")
 
-from ..support.adapters import CHANGES, PROMPT, Change, adapted_model, play, saved_adapter
+from tests.support.adapters import CHANGES, PROMPT, Change, adapted_model, saved_adapter, steps_around_changes
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -120,9 +119,9 @@ def test_generate(model: Any, given: str, caller: str) -> None:
 def test_no_stale_step_is_replayed(name: str, model: Any, folder: Path) -> None:
     change = NOTHING if name == "nothing" else CHANGES[name]
     twin = adapted_model()
-    expected = play(twin, DynamicCache(config=twin.config), change, folder, lambda: None)
+    expected = steps_around_changes(twin, DynamicCache(config=twin.config), change, folder, lambda: None)
     cache, replays = SpinCache(model, **FULL), [0]
-    actual = play(model, cache, change, folder, lambda: replays.append(FakeRecorder.replays))
+    actual = steps_around_changes(model, cache, change, folder, lambda: replays.append(FakeRecorder.replays))
     assert _close(actual, expected)
     cache.check_integrity()
     groups = [after - before for before, after in itertools.pairwise(replays)]

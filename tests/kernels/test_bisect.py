@@ -1,4 +1,4 @@
-"""Points parted by the kernels, interpreted on the CPU, against what the halves of each level must be."""
+"""Points bisected by the kernels, interpreted on the CPU: the halves of each level must lie on either side of their axis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def check_levels(points: Tensor, order: Tensor, page_size: int) -> None:
-    """Whether at each level each lower half lies lower along its part's main axis, by float64."""
+    """Whether at each level each lower half is lower along the main axis, by float64."""
     rows, count, _ = points.shape
     assert torch.equal(order.sort(1).values, torch.arange(count).expand(rows, -1))
     size = page_size
@@ -55,7 +55,7 @@ def separated(rows: int, count: int, dim: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of more than 256 points are large."""
+    """Sets of more than 256 points count as large."""
     monkeypatch.setattr("spin_hf.kernels.indexing.bisect._CHUNK", 256)
 
 

@@ -1,7 +1,7 @@
-"""Triton compiles what a generation launches, for GPUs that are not there: the interpreter accepts more than the compiler.
+"""Triton compiles the launches of a generation, for GPUs that this machine need not have: the interpreter accepts more code.
 
-Turing is the oldest that PyTorch serves, and has neither bfloat16 nor, in Triton, products on tensor cores. Ada has two fifths
-of an H100's shared memory, and float32 takes twice as much of it as 16 bits.
+Turing is the oldest that PyTorch serves. It has no bfloat16 and, in Triton, no products on tensor cores. Ada has two fifths of
+an H100's shared memory, and float32 takes twice as much of it as 16 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ..support.absent_gpu import SHARED_MEMORY
+from tests.support.compile_for_gpu import SHARED_MEMORY
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
 
@@ -39,7 +39,7 @@ def compiled_for(capability: int, dtype: str, folder: Path, *more: str) -> dict[
     report = folder / "report.json"
     settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.absent_gpu", str(capability), dtype, str(report), *more],
+        [sys.executable, "-m", "tests.support.compile_for_gpu", str(capability), dtype, str(report), *more],
         cwd=Path(__file__).parents[2], env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False,
     )  # fmt: skip

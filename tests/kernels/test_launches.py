@@ -15,9 +15,8 @@ from spin_hf.attention.methods import four_bit_keys
 from spin_hf.kernels import reference
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
 from spin_hf.kernels.recipe import Recipe
-
-from ..cache.tiny import Driver, Shape, World
-from .test_decode import _interpret
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.interpreted_kernels import interpret_kernels
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -37,10 +36,10 @@ class Weighing(RetroInfer):
 
 def one_step(method: Any, monkeypatch: pytest.MonkeyPatch, shape: Shape, padded: bool, dtype: torch.dtype) -> Any:
     """Two sequences, a prompt and a step: the step's kernels, the driver and the query [B, H, G, Dk] of the last layer."""
-    _interpret(monkeypatch)
-    world = World.random(shape, 2, LENGTH + 1, seed=5)
-    world = World(shape, *([x.to(dtype) for x in part] for part in (world.keys, world.values, world.queries)))
-    driver = Driver(shape, method=method, budget=40, recent_window=16)
+    interpret_kernels(monkeypatch)
+    world = RandomKV.random(shape, 2, LENGTH + 1, seed=5)
+    world = RandomKV(shape, *([x.to(dtype) for x in part] for part in (world.keys, world.values, world.queries)))
+    driver = CacheDriver(shape, method=method, budget=40, recent_window=16)
     for start, stop in ((0, LENGTH), (LENGTH, LENGTH + 1)):
         driver.step(world, start, stop, mask(stop) if padded else None)
     layer = driver.cache.layers[shape.layers - 1]
@@ -154,7 +153,7 @@ def test_a_page_of_several_layers(padded: bool, monkeypatch: pytest.MonkeyPatch)
     """Taken from all layers and put back changed, while all other pages stay."""
     shape = Shape(layers=3, kv_heads=2, group=1, key_dim=10, value_dim=6)
     step, driver, _ = one_step(RetroInfer(), monkeypatch, shape, padded, torch.float32)
-    layers = [driver.cache.layers[2], driver.cache.layers[0]]
+    layers = [driver.cache.layers[number].state for number in (2, 0)]
     stores = [layer.store for layer in layers]
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
     held = [store.home.chunks for store in stores]

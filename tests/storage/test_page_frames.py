@@ -1,6 +1,6 @@
-"""PageFrames: whatever is brought in, written, resized, forgotten or moved, a page reads as its home does.
+"""PageFrames: after pages are brought in, written, resized, forgotten or moved, each reads as in the backing store.
 
-The expected contents are one number per page and sequence; `bring_in` must return them, and count its hits and loads.
+The expected contents are one number per page and sequence. `bring_in` must return them, and count its hits and loads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_PAGES = 10
 
 
 class World:
-    """Frames and their home; the pages of row b lie at rows (b * HEADS + h) * NUM_PAGES + p."""
+    """Frames and their backing store; the pages of row b are at rows (b * HEADS + h) * NUM_PAGES + p."""
 
     def __init__(self, batch_size: int, num_slots: int) -> None:
         self.home = ChunkedArray((ELEMENTS,), 16, torch.float32, torch.device("cpu"))
@@ -43,7 +43,7 @@ class World:
         assert torch.equal(content[wanted], self.home.take(rows)[wanted])
 
     def write(self, page: int, offset: int, count: int) -> None:
-        """New tokens go to the home and to the frames."""
+        """New tokens go to the backing store and to the frames."""
         keys, values = (
             torch.randn(len(self.owners), HEADS, count, KEY_DIM),
             torch.randn(len(self.owners), HEADS, count, VALUE_DIM),

@@ -1,7 +1,7 @@
-"""A tiny model with LoRA adapters of PEFT, and all that a user does to adapters between two decode steps.
+"""A tiny model with LoRA adapters of PEFT, and all changes of adapters that a user may make between two decode steps.
 
-play     prompt, steps, change, steps, change back, steps, with one cache; two twins of a model play the same
-CHANGES  what is done first, and what afterwards
+steps_around_changes     prompt, steps, change, steps, change back, steps, with one cache; the same for two twins of a model
+CHANGES                  name -> (first change, second change)
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import peft
 import torch
 from peft.utils.hotswap import hotswap_adapter
 
-from .zoo import build_model, random_tokens
+from tests.support.zoo import build_model, random_tokens
 
 STEPS = 3
-"""Between two changes: an eager one, a captured one and a replay."""
+"""Steps between two changes: an eager one, a captured one and a replay."""
 PROMPT = 70
 _TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -127,11 +127,13 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 
 @torch.no_grad()
-def play(model: Any, cache: Any, change: tuple[Change, ...], folder: Path, seen: Callable[[], Any]) -> torch.Tensor:
+def steps_around_changes(
+    model: Any, cache: Any, change: tuple[Change, ...], folder: Path, seen: Callable[[], Any]
+) -> torch.Tensor:
     """Logits [batch, 3 * STEPS, vocabulary] of the steps.
 
     Args:
-        change: what is done after the first steps, and what after the next.
+        change: the changes after the first steps, and after the next ones.
         folder: of a saved adapter.
         seen: called after each group of steps.
     """

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from .compare import Trace
-from .runs import advance, decode, generate, mode
-from .subjects import Subject, dense_subject
-from .zoo import left_padded, random_tokens
+from tests.support.compare import Trace
+from tests.support.runs import advance, decode, generate, mode
+from tests.support.subjects import Subject, dense_subject
+from tests.support.zoo import left_padded, random_tokens
 
 
 @mode

@@ -1,10 +1,10 @@
-"""What a run leaves behind, and when two runs count as equal.
+"""What a run records, and when two runs count as equal.
 
     Trace: tokens  [(label, ids [rows, n])]            exact
            logits  [(label, floats [rows, vocab])]     within 1e-4 of the largest logit of that entry
 
-Every entry has a label (`turn 2 step 5`), so that a failure says where two runs part. Positions that hold padding are
-left out before they get here: what attention yields for a padded query is nobody's business.
+Every entry has a label (`turn 2 step 5`), so that a failure says where two runs diverge. Positions of padding are
+left out before: attention of a padded query is undefined.
 """
 
 from __future__ import annotations

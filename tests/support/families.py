@@ -1,10 +1,11 @@
 """The configs of the tiny models: one entry per family, nothing built yet.
 
     FAMILIES: name -> Family(config class, its fields, what transformers itself cannot run)
-    UNUSUAL: the same of families whose layers report to the cache in an unusual way (docs/families.md)
 
-Every model has 2 to 4 layers, hidden size 64, heads of 16, 128 tokens, and a sliding window of 24 where the family has
-one, so that prompts of 40 to 90 tokens leave it behind. `zoo.py` turns an entry into a model.
+`more_families.py` has tables of other families. `zoo.py` turns an entry into a model.
+
+Every model here has 2 to 4 layers, hidden size 64, heads of 16 and 128 tokens. Sliding windows have 24 tokens: prompts of 40 to
+90 tokens are longer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from packaging.version import Version
 VOCAB_SIZE = 128
 WINDOW = 24
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_HYBRID = [_SLIDING, _FULL, _SLIDING, _FULL]
-_COMMON: dict[str, Any] = dict(
+FULL, SLIDING = "full_attention", "sliding_attention"
+HYBRID = [SLIDING, FULL, SLIDING, FULL]
+COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=64,
     intermediate_size=96,
@@ -30,7 +31,7 @@ _COMMON: dict[str, Any] = dict(
     max_position_embeddings=512,
     tie_word_embeddings=False,
 )
-_EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Family:
         common: whether the common fields apply.
         attention: the implementation to load with; None for the model's default.
         seed: which weights; another one where a greedy choice happened to be a tie.
+        gain: factor of the model's own initial weights of more than one dimension; None draws weights anew (`zoo.py`).
+        image: of a model that takes images of 16 x 16: the tokens that stand for one; 0 for none.
     """
 
     config: str
@@ -66,9 +69,11 @@ class Family:
     common: bool = True
     attention: str | None = None
     seed: int = 0
+    gain: float | None = None
+    image: int = 0
 
     def config_fields(self) -> dict[str, Any]:
-        return {**(_COMMON if self.common else {}), **self.fields}
+        return {**(COMMON if self.common else {}), **self.fields}
 
     def limits(self) -> dict[str, Limit]:
         """The limits of the transformers that is installed."""
@@ -96,33 +101,33 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4Config", dict(head_dim=16, pad_token_id=0)),
     "mistral": Family("MistralConfig", dict(sliding_window=WINDOW), paged=False),
     "cohere2": Family(
-        "Cohere2Config", dict(sliding_window=WINDOW, num_hidden_layers=4, layer_types=_HYBRID, logit_scale=1.0)
+        "Cohere2Config", dict(sliding_window=WINDOW, num_hidden_layers=4, layer_types=HYBRID, logit_scale=1.0)
     ),
     "gemma": Family("GemmaConfig", dict(head_dim=16, num_key_value_heads=1)),
     "gemma2": Family(
         "Gemma2Config",
-        dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, num_hidden_layers=4, layer_types=_HYBRID),
+        dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, num_hidden_layers=4, layer_types=HYBRID),
         attention="eager",  # "sdpa" ignores the softcap: older transformers allow that, newer ones refuse
     ),
     "gemma3_text": Family(
         "Gemma3TextConfig",
-        dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, num_hidden_layers=4, layer_types=_HYBRID),
+        dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, num_hidden_layers=4, layer_types=HYBRID),
     ),
-    "exaone4": Family("Exaone4Config", dict(sliding_window=WINDOW, num_hidden_layers=4, layer_types=_HYBRID)),
+    "exaone4": Family("Exaone4Config", dict(sliding_window=WINDOW, num_hidden_layers=4, layer_types=HYBRID)),
     "gpt_oss": Family(
         "GptOssConfig",
         dict(
             head_dim=16,
             sliding_window=WINDOW,
             num_hidden_layers=4,
-            layer_types=_HYBRID,
+            layer_types=HYBRID,
             num_local_experts=4,
             num_experts_per_tok=2,
             intermediate_size=32,
         ),
     ),
     "mixtral": Family("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=32)),
-    "qwen3_moe": Family("Qwen3MoeConfig", dict(head_dim=16, **_EXPERTS)),
+    "qwen3_moe": Family("Qwen3MoeConfig", dict(head_dim=16, **EXPERTS)),
     "deepseek_v3": Family(
         "DeepseekV3Config",
         dict(
@@ -146,13 +151,13 @@ FAMILIES: dict[str, Family] = {
         dict(
             head_dim=16,
             num_hidden_layers=4,
-            layer_types=["linear_attention", _FULL, "linear_attention", _FULL],
+            layer_types=["linear_attention", FULL, "linear_attention", FULL],
             linear_num_key_heads=2,
             linear_num_value_heads=4,
             linear_key_head_dim=16,
             linear_value_head_dim=16,
             shared_expert_intermediate_size=32,
-            **_EXPERTS,
+            **EXPERTS,
         ),
         cannot={
             "prompt_lookup": Limit("assisted generation refuses models with a recurrent state"),
@@ -173,7 +178,7 @@ FAMILIES: dict[str, Family] = {
             head_dim=16,
             sliding_window=WINDOW,
             num_hidden_layers=6,
-            layer_types=[_SLIDING, _FULL] * 3,
+            layer_types=[SLIDING, FULL] * 3,
             num_kv_shared_layers=2,
             vocab_size_per_layer_input=VOCAB_SIZE,
             hidden_size_per_layer_input=16,
@@ -191,7 +196,7 @@ FAMILIES: dict[str, Family] = {
             attention_k_eq_v=True,
             sliding_window=WINDOW,
             num_hidden_layers=4,
-            layer_types=_HYBRID,
+            layer_types=HYBRID,
             vocab_size_per_layer_input=VOCAB_SIZE,
             hidden_size_per_layer_input=16,
         ),
@@ -203,7 +208,7 @@ FAMILIES: dict[str, Family] = {
             v_head_dim=16,
             sliding_window=WINDOW,
             num_hidden_layers=3,
-            layer_types=[_FULL, _SLIDING, _FULL],
+            layer_types=[FULL, SLIDING, FULL],
             mlp_layer_types=["dense", "sparse", "sparse"],
             n_routed_experts=4,
             num_experts_per_tok=2,
@@ -219,7 +224,7 @@ FAMILIES: dict[str, Family] = {
             num_local_experts=2,
             attention_chunk_size=32,
             no_rope_layers=[1, 0, 1, 0],
-            layer_types=["chunked_attention", _FULL] * 2,
+            layer_types=["chunked_attention", FULL] * 2,
             interleave_moe_layer_step=2,
             floor_scale=32,
         ),
@@ -227,79 +232,3 @@ FAMILIES: dict[str, Family] = {
         cannot={"compiled": Limit("masks of chunked layers cannot be made ahead of the forward", before="5.20")},
     ),
 }
-
-_CONV, _LINEAR = "conv", "linear_attention"
-
-_UNUSUAL: dict[str, Family] = {
-    "opt": Family("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)),
-    "lfm2": Family(  # the last layer is a convolution, as in its checkpoints: nothing reports behind attention
-        "Lfm2Config",
-        dict(num_hidden_layers=4, layer_types=[_CONV, _FULL, _FULL, _CONV], block_auto_adjust_ff_dim=False),
-    ),
-    "lfm2_moe": Family(
-        "Lfm2MoeConfig",
-        dict(num_hidden_layers=4, layer_types=[_CONV, _FULL, _CONV, _FULL], num_dense_layers=1, **_EXPERTS),
-    ),
-    "lfm3": Family("Lfm3Config", dict(num_hidden_layers=4, head_dim=16)),
-    "inkling_text": Family("InklingTextConfig", dict(num_hidden_layers=2, head_dim=16), paged=False),
-    "bamba": Family(
-        "BambaConfig",
-        dict(
-            num_hidden_layers=4,
-            attn_layer_indices=[1, 3],
-            mamba_n_heads=8,
-            mamba_d_head=16,
-            mamba_d_state=8,
-            mamba_n_groups=1,
-            mamba_expand=2,
-        ),
-    ),
-    "diffllama": Family("DiffLlamaConfig", paged=False),
-    "jetmoe": Family("JetMoeConfig", dict(num_local_experts=4, kv_channels=16, num_key_value_heads=2), paged=False),
-    "dory": Family(  # layers come round again, with cache layers that the model adds
-        "DoryConfig",
-        dict(
-            num_hidden_layers=4,
-            n_input_layers=1,
-            n_recurrent_layers=2,
-            n_output_layers=1,
-            n_recurrent_loops=2,
-            head_dim=16,
-        ),
-        paged=False,
-    ),
-    "hy_v4": Family(  # chooses tokens by itself, if the implementation has a name that it knows
-        "HYV4Config",
-        dict(
-            num_hidden_layers=2,
-            num_key_value_heads=4,
-            index_n_heads=2,
-            index_head_dim=16,
-            index_topk=8,
-            kv_lora_rank=16,
-            q_lora_rank=24,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-        ),
-        paged=False,
-    ),
-    "gemma4_shared": Family(  # shared layers get the last queries of a prefill alone (5.24)
-        "Gemma4TextConfig",
-        dict(
-            head_dim=16,
-            sliding_window=WINDOW,
-            num_hidden_layers=4,
-            num_kv_shared_layers=2,
-            layer_types=_HYBRID,
-            vocab_size_per_layer_input=VOCAB_SIZE,
-            hidden_size_per_layer_input=16,
-        ),
-    ),
-}
-
-UNUSUAL = {name: family for name, family in _UNUSUAL.items() if hasattr(transformers, family.config)}
-"""Those that the installed transformers has."""

@@ -1,10 +1,10 @@
-"""Makes memory run out at any place, and counts what is left of what was allocated meanwhile.
+"""Makes memory run out at any place, and counts the memory that was allocated meanwhile and is still in use.
 
-    points     every operation that gives a new tensor, in the package and in the model alike;  of a slab: map, touch, register
-    armed(n)   the n-th point from there on fails: once, or as all later ones do until the block ends (`lasting`)
+    points     every operation that returns a new tensor, in the package and in the model;  of a slab: map, touch, register
+    armed(n)   the n-th point in the block fails: alone, or with all later ones until the block ends (`lasting`)
     held()     bytes of the tensors that were made while armed and are still alive
 
-Works on the reference operations and on interpreted kernels: it is a dispatch mode, so nothing it sees is patched.
+It is a dispatch mode: no operation is patched, and it works for the reference operations and for interpreted kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spin_hf.storage import chunked_array, pinned_slab, slab_prefetch
 PACKAGE = str(Path(spin_hf.__file__).parent)
 _BODIES = {torch.ops.spin_hf.attend.default: interface._attend._init_fn}
 _TRACED = {torch.ops.aten.lift_fresh.default}
-"""Operations that say to return what they were given, and stand for the making of a tensor from Python numbers."""
+"""Operations that by their schema return their argument, and in fact make a tensor from Python numbers."""
 
 
 class Faults(TorchDispatchMode):
@@ -47,7 +47,7 @@ class Faults(TorchDispatchMode):
         self.lasting = False
         self.count = 0
         self.failed: list[str] = []
-        """Where something failed since it was armed last."""
+        """The places that have failed since it was armed."""
         self.made: list[tuple[StorageWeakRef, int]] = []
 
     @contextmanager
@@ -96,7 +96,7 @@ _KNOWN: dict[Any, bool] = {}
 
 
 def _makes(func: Any) -> bool:
-    """Whether an operation gives a tensor that is no view."""
+    """Whether an operation returns a tensor that is no view."""
     if func not in _KNOWN:
         fresh = [r for r in func._schema.returns if r.alias_info is None and "Tensor" in str(r.type)]
         _KNOWN[func] = bool(fresh) or func in _TRACED
@@ -111,12 +111,12 @@ def _frames() -> Iterator[Any]:
 
 
 def _interpreting() -> bool:
-    """Inside of a kernel, which allocates nothing on a GPU."""
+    """Whether a kernel is being interpreted. On a GPU it would allocate nothing."""
     return any("triton" in frame.f_code.co_filename for frame in _frames())
 
 
 def _place() -> str:
-    """The package's functions that led here, or the model."""
+    """The innermost functions of the package on the stack, or "model"."""
     inner = [f for f in _frames() if f.f_code.co_filename.startswith(PACKAGE)][:3]
     names = [f"{Path(f.f_code.co_filename).stem}.{f.f_code.co_name}:{f.f_lineno}" for f in inner]
     return " < ".join(names) or "model"
@@ -126,10 +126,10 @@ def _place() -> str:
 
 
 class SlabFaults:
-    """The system and the driver, as far as slabs ask them; each question is a point of `faults`.
+    """Replaces the system and the driver for slabs. Each call is a point of `faults`.
 
     Attributes:
-        registered: address -> bytes of what the driver has locked.
+        registered: address -> bytes of memory that is page-locked.
         mapped: every mapping made.
     """
 
@@ -145,7 +145,7 @@ class SlabFaults:
         return self.mapped[-1]
 
     def madvise(self, address: Any, num_bytes: Any, advice: int) -> int:
-        """A kernel that populates, or has no memory left."""
+        """The system call: populates the pages, or has no memory left."""
         if self.faults.reach("touch"):
             ctypes.set_errno(errno.ENOMEM)
             return -1
@@ -172,7 +172,7 @@ class SlabFaults:
 
 
 class _FakeMmap:
-    """The module `mmap`, whose mappings `SlabFaults` makes."""
+    """Replaces the module `mmap`; `SlabFaults` makes its mappings."""
 
     def __init__(self, slabs: SlabFaults) -> None:
         self.mmap = slabs.map
@@ -182,7 +182,7 @@ class _FakeMmap:
 
 
 class _FakeCtypes:
-    """The module `ctypes`, whose C library `SlabFaults` is."""
+    """Replaces the module `ctypes`; `SlabFaults` is its C library."""
 
     def __init__(self, slabs: SlabFaults) -> None:
         self.CDLL = lambda *args, **named: slabs
@@ -192,7 +192,7 @@ class _FakeCtypes:
 
 
 def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaults:
-    """Let all chunks be registered slabs, as those of the cpu tier are on a machine with a GPU, spares included."""
+    """Let all chunks be registered slabs, prefetched ones too, as in the cpu tier of a machine with a GPU."""
     slabs = SlabFaults(faults)
     monkeypatch.setattr(pinned_slab, "CudaRegistrar", lambda device: slabs)
     monkeypatch.setattr(pinned_slab, "mmap", _FakeMmap(slabs))

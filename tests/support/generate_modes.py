@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .compare import Trace
-from .runs import generate, mode
-from .subjects import Subject
-from .zoo import PAD_TOKEN_ID, assistant_model, left_padded, random_tokens
+from tests.support.compare import Trace
+from tests.support.runs import generate, mode
+from tests.support.subjects import Subject
+from tests.support.zoo import PAD_TOKEN_ID, assistant_model, left_padded, random_tokens
 
 
 @mode

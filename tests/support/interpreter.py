@@ -1,9 +1,9 @@
-"""Triton's interpreter without the work whose results it drops, which is most of its time.
+"""Speeds up Triton's interpreter: leaves out work whose results it drops, which is most of its time.
 
-calls       A launch makes `triton.language` compute with arrays, and takes that back at its end. In between, each call of one
-            Triton function by another does all of it once more, to no effect.
-overflow    Each sum and product of whole numbers is computed again in 64 bits, for an assertion that is off.
-tuples      Each shape gets a type with a name, for which nobody asks.
+calls       A launch patches `triton.language` to compute with arrays, and restores it at its end. In between, each call of one
+            Triton function by another patches it again, to no effect.
+overflow    Each sum and product of whole numbers is computed again in 64 bits, for an assertion that is disabled.
+tuples      Each shape gets a type with a name, which nothing reads.
 """
 
 from __future__ import annotations

@@ -1,18 +1,26 @@
-"""Ctrl-C at any line: raises KeyboardInterrupt as a chosen line of the package is about to run.
+"""Ctrl-C at any line of the package: raises KeyboardInterrupt as a chosen line is about to run.
 
-    lines_of(call)         the lines of the package that a call runs, in order, as (file, line)
-    interrupted(call, n)   the call, with KeyboardInterrupt before its n-th line; whether it got there
+    with Interruption(at=1234) as interruption:     raises before line number 1,234 that runs in the block, counted from 0
+        call()
+    interruption.lines                              the lines that ran, in order, as (file, line)
+    interruption.place                              the line that was interrupted; None where the block has fewer lines
 
-Lines of kernels that Triton interprets do not count: on a GPU Python does not run them.
+    lines_of(call)         the lines that a call runs
+    interrupted(call, n)   the call, interrupted before its line number n
+
+Python runs a signal's handler between two bytecodes, so the beginning of a line stands for all of them. The garbage collector
+is off meanwhile: it would run finalizers at any line, and the same number would not be the same line again. Lines of kernels
+that Triton interprets do not count: on a GPU Python does not run them.
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import spin_hf
@@ -21,54 +29,56 @@ PACKAGE = str(Path(spin_hf.__file__).parent) + "/"
 Line = tuple[str, int]
 
 
-def _counts(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    return name.startswith(PACKAGE) and not frame.f_code.co_name.endswith("_kernel")
+class Interruption:
+    """See the module's head. Without `at` lines are recorded only."""
 
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.lines = at, list[Line]()
+        self.place: Line | None = None
 
-class _Tracer:
-    """Counts lines, and raises before one of them."""
+    def __enter__(self) -> Interruption:
+        self._collects, self._before = gc.isenabled(), sys.gettrace()
+        gc.disable()
+        sys.settrace(self._call)
+        return self
 
-    def __init__(self, stop_at: int | None) -> None:
-        self.stop_at, self.lines = stop_at, list[Line]()
-        self.raised = False
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.settrace(self._before)
+        if self._collects:
+            gc.enable()
 
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if event == "call" and not self.raised and _counts(frame) else None
+    def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        counts = code.co_filename.startswith(PACKAGE) and not code.co_name.endswith("_kernel")
+        return self._line if counts and self.place is None else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not self.raised:
-            self.lines.append((frame.f_code.co_filename.removeprefix(PACKAGE), frame.f_lineno))
-            if len(self.lines) - 1 == self.stop_at:
-                self.raised = True
+        if event == "line" and self.place is None:
+            line = frame.f_code.co_filename.removeprefix(PACKAGE), frame.f_lineno
+            self.lines.append(line)
+            if len(self.lines) - 1 == self.at:
+                self.place = line
                 raise KeyboardInterrupt
         return self._line
 
 
-def _traced(call: Callable[[], Any], tracer: _Tracer) -> Any:
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        return call()
-    finally:
-        sys.settrace(before)
-
-
 def lines_of(call: Callable[[], Any]) -> list[Line]:
     """The lines that `call` runs."""
-    tracer = _Tracer(None)
-    _traced(call, tracer)
-    return tracer.lines
+    with Interruption() as recorded:
+        call()
+    return recorded.lines
 
 
 def interrupted(call: Callable[[], Any], number: int) -> Line | None:
     """Run `call` and interrupt it before its line `number`; returns that line, or None where it runs fewer."""
-    tracer = _Tracer(number)
-    try:
-        _traced(call, tracer)
-    except KeyboardInterrupt as error:
-        error.__traceback__ = None
-    return tracer.lines[-1] if tracer.raised else None
+    with Interruption(number) as interruption:
+        try:
+            call()
+        except KeyboardInterrupt as error:
+            error.__traceback__ = None
+    return interruption.place
 
 
 def every_place(lines: list[Line]) -> list[int]:
@@ -82,7 +92,7 @@ def every_place(lines: list[Line]) -> list[int]:
 
 
 def some_places(lines: list[Line], count: int, generator: random.Random) -> list[int]:
-    """`count` numbers of lines at random: a line as likely as another, however often it runs."""
+    """`count` numbers of lines at random: all lines are equally likely, however often they run."""
     held: dict[Line, list[int]] = {}
     for number, line in enumerate(lines):
         held.setdefault(line, []).append(number)

@@ -1,4 +1,4 @@
-"""The smallest `gpu_memory` with which a run gets through: pages are then evicted and loaded again all the time."""
+"""Runs with the smallest `gpu_memory` that they accept: pages are then evicted and loaded at every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spin_hf import BudgetError
 Result = TypeVar("Result")
 
 SMALL_ZONES: dict[str, Any] = dict(num_sink_tokens=4, recent_window=8)
-"""Options with which one step's mandatory pages are few, so that a context of 60 tokens does not fit a tight cap."""
+"""Options with which a step needs few pages, so that a context of 60 tokens does not fit a tight cap."""
 
 _MOST_TRIES = 30
 
@@ -18,8 +18,8 @@ _MOST_TRIES = 30
 def with_tight_gpu_memory(run: Callable[[int], Result]) -> Result:
     """`run(cap)` with the smallest cap that it accepts.
 
-    The cache says what it needs when a cap is too small; a run whose batch grows may say so more than once. Each time
-    it is started anew with what was asked for.
+    The error for a cap that is too small names the bytes that are needed. The run is then started again with these; where the
+    batch grows, more than once.
     """
     cap = 1
     for _ in range(_MOST_TRIES):

@@ -1,4 +1,4 @@
-"""What a call raises for lack of memory, kept without the frames that would keep tensors alive."""
+"""Errors for lack of memory, without their tracebacks, whose frames would keep tensors alive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spin_hf import CapacityError
 
 
 def refusal_of(call: Callable[[], object]) -> BaseException | None:
-    """The error of `call`, if memory ran out; None where it went through."""
+    """The error of `call` if memory ran out; None if it succeeded."""
     try:
         call()
     except (CapacityError, torch.OutOfMemoryError) as error:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .compare import Trace
-from .subjects import Subject
+from tests.support.compare import Trace
+from tests.support.subjects import Subject
 
 Mode = Callable[[Subject], Trace]
 MODES: dict[str, Mode] = {}
+EVERYTHING: dict[str, Any] = {"budget": 1 << 20}
+"""Options with which nothing is left out."""
 
 
 def mode(function: Mode) -> Mode:
@@ -40,6 +42,13 @@ def generate(subject: Subject, ids: torch.Tensor, cache: Any, new_tokens: int = 
         output_logits=True,
         **kwargs,
     )
+
+
+def logits_of(call: Callable[..., Any], ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits of `call(ids)`, a model or what wraps it, with a cache."""
+    with torch.no_grad():
+        logits: torch.Tensor = call(ids, past_key_values=cache).logits
+    return logits
 
 
 def advance(

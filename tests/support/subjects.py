@@ -1,4 +1,4 @@
-"""What a mode is run on: a model, and how to come by caches for it.
+"""What a mode runs on: a model, and a way to make caches for it.
 
     Subject ── DenseSubject    transformers' DynamicCache on a model that SpinCache never touches: the oracle
             ├─ StaticSubject   transformers' StaticCache, compiled: says whether a family can be compiled at all
@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from . import zoo
+from tests.support import zoo
 
 
 class Subject:

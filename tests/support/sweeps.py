@@ -4,7 +4,7 @@
     @pytest.mark.sweep(2)       the same for every pair of values of two parameters
     @pytest.mark.sweep(keep=[0, 3])    these sets are quick, counted in the order in which they run
 
-A test that is named alone on the command line is a sweep of one, and quick.
+A test that is named alone on the command line is quick.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 
 def _tokens(item: pytest.Item, strength: int) -> set[Hashable]:
-    """What a quick set of tests has to have: values, or groups of `strength` values, of the parameters of `item`."""
+    """Values, or groups of `strength` values, of the parameters of `item`, of which the quick tests must have all."""
     call: Any = item.callspec  # type: ignore[attr-defined]
     values: list[Hashable] = []
     for name, value in call.params.items():
@@ -29,7 +29,7 @@ def _tokens(item: pytest.Item, strength: int) -> set[Hashable]:
 
 
 def quick(wanted: Sequence[set[Hashable]]) -> list[int]:
-    """The indices of few sets that together have all there is in any: each time the one with the most that is missing."""
+    """Indices of a few sets whose union is that of all: each time the one with the most missing elements."""
     missing = set().union(*wanted)
     chosen = []
     while missing:

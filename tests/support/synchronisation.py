@@ -1,4 +1,4 @@
-"""Code that must not wait for the GPU."""
+"""Checks that code does not wait for the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in several threads that begin together."""
+"""Runs a function in several threads that start together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run `work` with a number each, all at once; raises what any of them raised."""
+    """Run `work(number)` in `count` threads at once; raises the first error of any of them."""
     errors: list[BaseException] = []
     gate = threading.Barrier(count)
 

@@ -2,8 +2,7 @@
 
 With the default initialisation (std 0.02) a model of this size attends almost uniformly and ties its greedy choices;
 dropping a page would then go unnoticed. So weights are drawn anew at 1/sqrt(fan-in), and queries and keys scaled up
-until attention is peaked. `test_zoo.py` checks that it worked: a lost page moves the logits by far more than the
-tolerance.
+until attention is peaked. `test_zoo.py` checks the result: a lost page moves the logits by far more than the tolerance.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import zlib
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from .families import FAMILIES, UNUSUAL, VOCAB_SIZE
+from tests.support.families import FAMILIES, VOCAB_SIZE
+from tests.support.more_families import GENERATING, UNUSUAL
 
 PAD_TOKEN_ID = 0
-_ALL = FAMILIES | UNUSUAL
+_ALL = FAMILIES | UNUSUAL | GENERATING
 FIRST_TOKEN_ID = 3  # below are padding and what configs use as begin and end
 
 _QUERY_KEY_PROJECTIONS = (
@@ -74,22 +74,40 @@ def _condition(model: PreTrainedModel, seed: int) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def _amplify(model: PreTrainedModel, gain: float) -> None:
+    """Multiply all weights of more than one dimension but embeddings, so that attention is far from uniform."""
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > 1 and not isinstance(module, nn.Embedding):
+                    parameter.mul_(gain)
+
+
 def build_config(family: str) -> transformers.PreTrainedConfig:
-    """A fresh config of `family`, with no end-of-sequence token, so that every run has its full length."""
+    """A fresh config of `family`."""
     entry = _ALL[family]
     config = getattr(transformers, entry.config)(**entry.config_fields())
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, PAD_TOKEN_ID
+    if entry.gain is None:  # else it has the ids that its class demands
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, PAD_TOKEN_ID
     return config
 
 
 def build_model(family: str, attention: str | None = None) -> PreTrainedModel:
-    """A fresh float32 model of `family`, with the same weights every time; `attention` overrides the family's own."""
-    seed = zlib.crc32(family.encode()) + _ALL[family].seed
+    """A fresh float32 model of `family`, with the same weights every time, and no end-of-sequence token.
+
+    Args:
+        attention: overrides the family's own implementation.
+    """
+    entry, config = _ALL[family], build_config(family)
+    seed = zlib.crc32(family.encode()) + entry.seed
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        build_config(family), dtype=torch.float32, attn_implementation=attention or _ALL[family].attention
-    )
-    _condition(model, seed)
+    kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32, attn_implementation=attention or entry.attention)
+    if entry.gain is None:
+        _condition(model, seed)
+    else:
+        _amplify(model, entry.gain)
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD_TOKEN_ID
     return model.eval()
 
 

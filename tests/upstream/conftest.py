@@ -1,8 +1,8 @@
-"""transformers' tests are no part of this repository, nor of what PyPI has: they are run where somebody names a checkout.
+"""transformers' tests are not part of this repository, nor of its PyPI package: they run where a checkout is named.
 
     SPIN_HF_TRANSFORMERS_TESTS=/path/to/transformers/tests pytest tests/upstream
 
-The checkout's tag is to be that of the installed version. `parameterized` has to be installed.
+The checkout must have the tag of the installed version. `parameterized` has to be installed.
 """
 
 from __future__ import annotations

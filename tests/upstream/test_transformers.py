@@ -1,6 +1,6 @@
-"""transformers' own generation tests with the cache swapped in: none fails that does not fail with DynamicCache.
+"""transformers' own generation tests with the cache replaced: none fails that does not fail with DynamicCache.
 
-Each file runs in a process of its own, with `swapped.py` as a plugin. See `conftest.py` for the command.
+Each file runs in a process of its own, with `tests/support/upstream/swapped.py` as a plugin. `conftest.py` has the command.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ FILES = {family: TESTS / "models" / family / f"test_modeling_{family}.py" for fa
 @functools.cache
 def outcome(family: str, kind: str) -> tuple[frozenset[str], str]:
     """The tests of a family that failed, and what pytest said."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(ROOT / "tests" / "support" / "upstream"), str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", str(FILES[family]), "-p", "swapped", "-p", "no:cacheprovider", "-p",

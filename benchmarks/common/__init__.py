@@ -1,0 +1,1 @@
+"""What benchmarks share: results files, model shapes, timing, figures."""

@@ -1,0 +1,1 @@
+"""Page frames, page tables, and the longest context under a memory cap."""

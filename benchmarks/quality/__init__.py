@@ -1,0 +1,1 @@
+"""KL divergence from dense attention, and questions about long texts."""

@@ -1,0 +1,548 @@
+"""Write docs/results.md, and the two tables of the README, from the results files: `python -m benchmarks.results_page`.
+
+    results/*.json --table functions of the benchmarks--> Section --page()--> docs/results.md
+                                                          `readme()` ------> README.md, between its `<!-- ... -->` marks
+
+Every section names its files and what these record: date, GPU, versions, a hash of the package's sources, and the command.
+Commands of files that were measured before a script was moved are printed as they are called today.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.record import RESULTS, newest
+from benchmarks.memory import metadata
+from benchmarks.quality import passkey
+from benchmarks.quality.quality_tables import kl_lines, kl_table, score_lines, summary, task_table
+from benchmarks.speed import batch_tables, decode_tables, equal_time
+from benchmarks.speed.decode_tables import ms
+
+ROOT = RESULTS.parents[1]
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+Result = dict[str, Any]
+Lines = list[str]
+
+COMMANDS = {
+    "passkey.json": "make bench",
+    "distill-smollm2.json": "python -m spin_hf.distill MODEL --text FILE... --output DIR",
+}
+"""Of files that do not record theirs."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading of the page.
+
+    Attributes:
+        files: results files, relative to `benchmarks/results`.
+        tables: from the contents of the files, in their order, to tables; a table may have a title.
+        figure: a figure beside the results files; "" for none.
+    """
+
+    title: str
+    caption: str
+    files: tuple[str, ...]
+    tables: Callable[[list[Result]], list[tuple[str, Lines]]]
+    figure: str = ""
+
+
+def read(name: str) -> Result:
+    """The contents of a results file."""
+    result: Result = json.loads((RESULTS / name).read_text())
+    return result
+
+
+def head(*cells: str) -> Lines:
+    """The first two lines of a table."""
+    return batch_tables.head(*cells)
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
+    return decode_tables.row(*cells)
+
+
+def without_empty_columns(lines: Lines) -> Lines:
+    """A table without the columns in which no row has anything."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    kept = [i for i in range(len(rows[0])) if i == 0 or any(cells[i] for cells in rows[2:])]
+    return [row(*(cells[i] for i in kept)) for cells in rows]
+
+
+# What a file records of itself
+
+
+def command_today(command: str) -> str:
+    """A recorded command, calling the module that the script is now."""
+    found = re.match(r"python benchmarks/(\w+)\.py", command)
+    if found is None:
+        return command
+    (module,) = RESULTS.parent.glob(f"*/{found[1]}.py")
+    return f"python -m benchmarks.{module.parent.name}.{found[1]}{command[found.end() :]}"
+
+
+def day(run: str) -> str:
+    """The date in the name of a run."""
+    return f"{run[:4]}-{run[4:6]}-{run[6:8]}"
+
+
+def recorded(name: str, result: Result) -> Lines:
+    """Where a table comes from: a line that names the file, and one for each command."""
+    dates = sorted({day(run) for run in result.get("runs", {})})
+    hidden = {"python"} if "kvpress" in json.dumps(result.get("rows", {})) else {"python", "kvpress"}
+    versions = [
+        f"{library} {number}" for library, number in result.get("versions", {}).items() if library not in hidden
+    ]
+    about = [*dates, result.get("gpu") or result.get("device", "").upper(), result.get("dtype", ""), *versions]
+    about += [f"sources `{result['sources']}`"] if "sources" in result else []
+    commands = [run["command"] for run in result.get("runs", {}).values()] or result.get("commands", [])
+    commands = commands or [result.get("command") or COMMANDS[Path(name).name]]
+    facts = ", ".join(filter(None, about))
+    lines = [f"[{name}](../benchmarks/results/{name})" + (f": {facts}" if facts else "")]
+    return lines + [f"`{command_today(command)}`" for command in commands]
+
+
+# Tables of one file each, which no benchmark prints
+
+
+def by_method(results: list[Result]) -> Lines:
+    """Time per token and time of a layer's sparse attention: a row for each method, budget and context."""
+    lines = head("method", "budget", "context", "ms per token", "sparse attention of a layer, µs", "measured")
+    for result in results:
+        for tokens, cap in decode_tables.contexts(result["rows"]):
+            entry = newest(result["rows"], tokens=tokens, cache="spin", overlap="replayed", gpu_memory=cap)
+            kernels = newest(result["kernels"], tokens=tokens, gpu_memory=cap)
+            if entry is not None and entry["tpot_ms"]:
+                took = "" if kernels is None else f"{kernels['spin_us_per_layer']:.0f}"
+                name = decode_tables.label(tokens, cap)
+                lines.append(row(
+                    f"`{result['method']}`", f"{result['budget_tokens']:,}", name, ms(entry["tpot_ms"]), took,
+                    day(entry["run"]),
+                ))  # fmt: skip
+    return lines
+
+
+def first_steps(result: Result) -> Lines:
+    """Seconds of the first steps on a machine without compiled kernels."""
+    lines = head("context", "first two steps", "first captured call")
+    for entry in result["rows"]:
+        lines.append(row(
+            f"{entry['tokens'] >> 10}K", f"{entry['first_two_eager_steps_s']:.1f} s", f"{entry['first_call_s']:.1f} s"
+        ))  # fmt: skip
+    return lines
+
+
+def one_layer(result: Result) -> Lines:
+    """Microseconds of one layer's attention by itself."""
+    lines = head("context", "budget", "same pages, µs", "new pages, µs", "MiB loaded for new pages")
+    for entry in result["rows"]:
+        name = decode_tables.label(entry["tokens"], entry["gpu_memory"])
+        loaded = f"{entry['new_loads_mib']:.1f}" if entry["new_loads_mib"] else ""
+        lines.append(
+            row(name, f"{entry['budget_tokens']:,}", f"{entry['same_us']:.0f}", f"{entry['new_us']:.0f}", loaded)
+        )
+    return lines
+
+
+def link(result: Result) -> Lines:
+    """Rates of the host link and of page-locking."""
+    lines = head("what", "measured")
+    lines.append(row("copy over the link", f"{result['link_gb_s']:.1f} GB/s"))
+    for burst, rate in result["burst_gb_s"].items():
+        size = burst.removesuffix("_gb_s").replace("_mib", " MiB")
+        lines.append(row(f"kernel that reads host memory, {size}", f"{rate:.1f} GB/s"))
+    lines.append(row("page-locking 16 GiB", f"{result['page_locking']['slab_16_gib_s']:.1f} s"))
+    return lines
+
+
+def index_cost(result: Result) -> Lines:
+    """What indexing adds to a prefill."""
+    lines = head("method", "prefill, ms", "clustering and summaries behind it, ms", "added to the dense prefill")
+    for name, entry in result["rows"].items():
+        behind = f"{entry['regroup_ms']:.1f}" if "regroup_ms" in entry else ""
+        added = f"{entry['share']:.1%}" if "share" in entry else ""
+        lines.append(row(name if name == "dense" else f"`{name}`", f"{entry['prefill_ms']:,.0f}", behind, added))
+    return lines
+
+
+def gates(result: Result) -> Lines:
+    """KL of gate scores on text that was held out."""
+    settings, kl = result["settings"], result["held_out"]
+    lines = head("steps", "tokens of a step", "KL before, nats", "KL after, nats")
+    return [*lines, row(str(settings["steps"]), f"{settings['tokens']:,}", f"{kl['before']:.2f}", f"{kl['after']:.2f}")]
+
+
+def tables_of(result: Result) -> Lines:
+    """Bytes of page tables at 1, 8 and 64 sequences."""
+    return metadata.lines([entry for entry in result["rows"].values() if entry["sequences"] in (1, 8, 64)])
+
+
+def without(method: str, rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows of a file of `quality.py` or `retrieval.py` without those of a method."""
+    if any("dense" in entry for entry in rows.values()):
+        return {
+            name: {cell: value for cell, value in cells.items() if not cell.startswith(f"{method},")}
+            for name, cells in rows.items()
+        }
+    return {name: entry for name, entry in rows.items() if not name.startswith(f"{method},")}
+
+
+def lost(result: Result, leave_out: str = "") -> tuple[str, Lines]:
+    """KL and mass, or answers, of one file, with its model as title."""
+    rows = without(leave_out, result["rows"]) if leave_out else result["rows"]
+    answers = "new_tokens" in result
+    what = f"{len(rows)} questions" if answers else f"{result['steps']} steps of each text"
+    title = f"{result['model']}, {result['tokens']:,} tokens, {result['dtype']}, {what}"
+    return title, (task_table if answers else kl_table)(rows)
+
+
+# The page
+
+
+def _one(table: Callable[[Result], Lines]) -> Callable[[list[Result]], list[tuple[str, Lines]]]:
+    """A table for each file, with GPU and shape as title where there are several."""
+
+    def tables(results: list[Result]) -> list[tuple[str, Lines]]:
+        several = len(results) > 1
+        return [(result.get("gpu", result.get("model", "")) if several else "", table(result)) for result in results]
+
+    return tables
+
+
+def _all(table: Callable[[list[Result]], Lines]) -> Callable[[list[Result]], list[tuple[str, Lines]]]:
+    return lambda results: [("", without_empty_columns(table(results)))]
+
+
+def _lost(leave_out: str = "") -> Callable[[list[Result]], list[tuple[str, Lines]]]:
+    return lambda results: [lost(result, leave_out) for result in results]
+
+
+def _equal_time(results: list[Result]) -> list[tuple[str, Lines]]:
+    rows = [entry for result in results for entry in result["rows"]]
+    shares = sorted({(entry["method"], entry["share"]) for entry in rows}, key=lambda pair: (pair[0], -pair[1]))
+    return [("", equal_time.table(rows, shares, "8GiB", RESULTS))]
+
+
+def _buffers(results: list[Result]) -> list[tuple[str, Lines]]:
+    return [("", batch_tables.buffers(results[0], results[1]))]
+
+
+def _throughput(results: list[Result]) -> list[tuple[str, Lines]]:
+    tables = []
+    for result in results:
+        title = f"{result['gpu']}" + (
+            f", {result['gpu_memory_gib']:.0f} GiB of it" if "gpu_memory_gib" in result else ""
+        )
+        tables.append((title, without_empty_columns(batch_tables.throughput(result))))
+        if result["ratios"]:
+            tables.append(("", batch_tables.ratios(result)))
+    return tables
+
+
+H200 = "h200/decode-llama-8b"
+PARTS: dict[str, list[Section]] = {
+    "Speed": [
+        Section(
+            "Time per token, `bisection` (the default method)",
+            "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights. "
+            "A factor compares with `SpinCache(model)` of the same run.",
+            (f"{H200}-bisection.json", f"{H200}-bisection-again.json"),
+            lambda results: [(_date(result), without_empty_columns(decode_tables.times([result]))) for result in results],
+            "h200/decode-llama-8b-bisection.svg",
+        ),
+        Section(
+            "Time per token, `shadowkv`",
+            "The same with `method=\"shadowkv\"` on an H100.",
+            ("decode-llama-8b.json", "decode-qwen3-0.6b.json"),
+            _all(decode_tables.times),
+            "decode-llama-8b.svg",
+        ),
+        Section(
+            "Time per token by method and budget",
+            "One H200, Llama-3.1-8B shape. Gate queries of `seer` count as the model's, not as sparse attention.",
+            (f"{H200}.json", f"{H200}-bisection.json", f"{H200}-retroinfer.json", f"{H200}-quest.json",
+             f"{H200}-seer-again.json", f"{H200}-seer.json", f"{H200}-budget-16384.json", f"{H200}-budget-32768.json"),
+            _all(by_method),
+        ),
+        Section(
+            "Kernels of a layer",
+            "Microseconds per layer of a captured step, one H200.",
+            (f"{H200}-bisection.json", f"{H200}.json"),
+            lambda results: [(f"`{result['method']}`", decode_tables.kernels([result])) for result in results],
+        ),
+        Section(
+            "Overlap of selected pages",
+            "How many of a step's selected pages were selected by the step before, and the time per token. "
+            "*Replayed* is the overlap of a real model; `shadowkv`, H100.",
+            ("decode-llama-8b.json", "decode-qwen3-0.6b.json"),
+            _all(decode_tables.overlaps),
+        ),
+        Section(
+            "Same time instead of same budget",
+            "Milliseconds per token when each method gets a share of the context as its budget. "
+            "KL and mass are those of the same shares of 4,000 tokens.",
+            ("h200/equal-time-llama-8b.json", "h200/equal-time-llama-8b-again.json"),
+            _equal_time,
+        ),
+        Section(
+            "First steps on a new machine",
+            "Kernels are compiled once for each machine, in the first two steps.",
+            (f"{H200}-bisection-fresh.json",),
+            _one(first_steps),
+        ),
+        Section(
+            "Indexing a prompt",
+            "Prefill of 32,768 tokens, Llama-3.1-8B shape.",
+            ("index-cost.json",),
+            _one(index_cost),
+        ),
+        Section(
+            "One layer by itself",
+            "Attention of one layer in a CUDA graph, with other memory written before each replay. "
+            "*New pages* are pages that the step before did not select.",
+            ("layer.json",),
+            lambda results: [("", one_layer(results[0])), ("", link(results[0]))],
+        ),
+    ],
+    "Batches and memory": [
+        Section(
+            "Tokens per second",
+            "`shadowkv`, budget 2,048 tokens, 128 GiB of host memory. "
+            "A dense cache is measured up to the largest batch that fits.",
+            ("h200/throughput-llama-8b.json", "throughput-llama-8b.json"),
+            _throughput,
+            "throughput-llama-8b.svg",
+        ),
+        Section(
+            "Padded batch",
+            "16 sequences of 8K to 32K tokens, beside 16 of 32K without padding.",
+            ("h200/throughput-ragged-llama-8b.json",),
+            lambda results: [("", without_empty_columns(batch_tables.throughput(results[0])))],
+        ),
+        Section(
+            "Longest context under a cap",
+            "One sequence, `shadowkv`, `gpu_memory=\"8GiB\"`. *In all* includes the weights.",
+            ("reach-llama-8b.json",),
+            _one(batch_tables.reach),
+        ),
+        Section(
+            "Buffer pages",
+            "128K tokens in host memory, `shadowkv`, H200: page frames beside those that one step needs.",
+            ("h200/buffers-llama-8b.json", "traces.json"),
+            _buffers,
+        ),
+        Section(
+            "Hit rates of a real model",
+            "SmolLM2 reads a play, or answers. "
+            "Hit rate of bucketed LRU, and in brackets its difference from exact LRU in points.",
+            ("traces.json",),
+            _one(batch_tables.traced),
+        ),
+        Section(
+            "Page tables",
+            "Bytes that say where pages are, for sequences of 32,768 tokens of an 8B model. "
+            "*Flat* is one entry for each page of the longest context.",
+            ("metadata.json",),
+            _one(tables_of),
+        ),
+    ],
+    "Quality": [
+        Section(
+            "`bisection` and `shadowkv`",
+            "KL divergence of the next token from dense attention (nats, lower is better), and attention mass read as a "
+            "fraction of what the best tokens hold. Estimates do not count in the mass.",
+            ("quality-bisection-smollm2.json", "quality-bisection-qwen2.5-0.5b.json", "retrieval-bisection-qwen2.5-0.5b.json"),
+            _lost(),
+        ),
+        Section(
+            "`retroinfer`, `shadowkv` and the best tokens",
+            "*Oracle* attends to the best tokens of each KV head, which only dense attention knows.",
+            ("quality-methods-smollm2.json", "quality-methods-qwen2.5-0.5b.json", "retrieval-methods-qwen2.5-0.5b.json"),
+            _lost("bisection"),
+        ),
+        Section(
+            "Beside kvpress, the best tokens and a window",
+            "Every row attends to as many tokens as `shadowkv` does; `quest` attends to more, because of its dense layers. "
+            "kvpress drops tokens for good: its presses saw the question, except *unseen*.",
+            ("quality-SmolLM2-135M-Instruct.json", "quality-qwen2.5-0.5b.json", "retrieval-qwen2.5-0.5b.json"),
+            lambda results: [("", summary(results))],
+            "quality.svg",
+        ),
+        Section(
+            "More budgets",
+            "The budgets of the comparison at the same time.",
+            ("quality-budgets-smollm2.json", "quality-budgets-qwen2.5-0.5b.json"),
+            _lost(),
+        ),
+        Section(
+            "Longer contexts",
+            "One play each.",
+            ("quality-16k-qwen2.5-0.5b.json", "quality-32k-qwen2.5-0.5b.json"),
+            _lost(),
+        ),
+        Section(
+            "A model with sliding windows",
+            "15 of the 18 layers of Gemma 3 270M have a window; two of the others are dense under `quest`.",
+            ("quality-bisection-gemma3-270m.json", "quality-gemma3-270m.json"),
+            _lost(),
+        ),
+        Section(
+            "SeerAttention's gates",
+            "Gates of SmolLM2, before and after training with `python -m spin_hf.distill`.",
+            ("quality-seer-smollm2.json",),
+            _lost(),
+        ),
+        Section(
+            "Training these gates",
+            "KL of the gates' scores from the model's own attention, on text that was held out.",
+            ("distill-smollm2.json",),
+            _one(gates),
+        ),
+        Section(
+            "`retroinfer` at larger budgets",
+            "One play each.",
+            ("quality-retroinfer-smollm2.json", "quality-retroinfer-qwen2.5-0.5b.json"),
+            _lost(),
+        ),
+        Section(
+            "Pages in int8",
+            "`cpu_dtype=\"int8\"`, with pages in host memory. At 1/1 every token is attended to.",
+            ("quality-int8-pages-smollm2.json", "quality-int8-pages-qwen2.5-0.5b.json"),
+            _lost(),
+        ),
+        Section(
+            "Passkey",
+            "A sentence hidden at six depths of a play; `shadowkv`.",
+            ("passkey.json",),
+            _one(passkey.table),
+        ),
+    ],
+}  # fmt: skip
+
+HEAD = """# Results
+
+`python -m benchmarks.results_page` writes this page from the files in [benchmarks/results](../benchmarks/results).
+Below each table stand its files and what they record: date, device, versions, a hash of the package's sources, commands.
+Contexts in K are 1,024 tokens. Models of a *shape* have random weights and synthetic keys and values.
+"""
+
+
+def _date(result: Result) -> str:
+    return f"Measured {recorded('', result)[0].split(': ')[1].split(',')[0]}"
+
+
+def written(section: Section) -> Lines:
+    """The lines of a section."""
+    results = [read(name) for name in section.files]
+    lines = [f"### {section.title}", "", section.caption, ""]
+    if section.figure:
+        lines += [f"![{section.title.replace('`', '')}](../benchmarks/results/{section.figure})", ""]
+    for title, table in section.tables(results):
+        lines += ([f"**{title}**", ""] if title else []) + [*table, ""]
+    sources = [recorded(name, result) for name, result in zip(section.files, results, strict=True)]
+    return lines + [f"- {line}" if i == 0 else f"  {line}" for found in sources for i, line in enumerate(found)] + [""]
+
+
+def page() -> str:
+    """All of docs/results.md."""
+    lines = HEAD.splitlines()
+    for part, sections in PARTS.items():
+        lines += ["", f"## {part}", ""]
+        for section in sections:
+            lines += written(section)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# The README's tables
+
+
+def readme_speed() -> Lines:
+    """Milliseconds per token on one H200: the default, the fastest method, and what there is besides."""
+    ours, fast = read(f"{H200}-bisection.json")["rows"], read(f"{H200}.json")["rows"]
+    wanted = {"cache": "spin", "overlap": "replayed", "gpu_memory": "auto"}
+
+    def cell(rows: list[dict[str, Any]], **of: Any) -> str:
+        found = newest(rows, **of)
+        return "" if found is None or not found["tpot_ms"] else ms(found["tpot_ms"])
+
+    lines = head("context", "`bisection`", "`shadowkv`", "dense, CUDA graph", "`DynamicCache`")
+    for tokens in sorted({entry["tokens"] for entry in ours}):
+        lines.append(row(
+            f"{tokens >> 10}K", f"**{cell(ours, tokens=tokens, **wanted)}**", cell(fast, tokens=tokens, **wanted),
+            cell(ours, tokens=tokens, cache="dense graph"), cell(ours, tokens=tokens, cache="dynamic"),
+        ))  # fmt: skip
+    return [*lines, "", *readme_batches()]
+
+
+def readme_batches() -> Lines:
+    """Two sentences: many sequences at once, and the longest context."""
+    many, long = read("h200/throughput-llama-8b.json"), read("reach-llama-8b.json")
+    (best,) = [each for each in many["ratios"] if (each["tokens"], each["rival"]) == (131072, "dense graph")]
+    far = max(long["rows"], key=lambda entry: entry["tokens"])
+    return [
+        f"{best['spin_batch']} sequences of 128K tokens together give {best['spin_tokens_per_s']:.0f} tokens per second with "
+        f"`shadowkv` in {many['gpu_memory_gib']:.0f} GiB of that GPU.",
+        f"Dense attention in a CUDA graph has room for {best['rival_batch']} and gives {best['rival_tokens_per_s']:.0f}. One "
+        f"sequence of {far['tokens'] >> 10}K tokens",
+        f"decodes in {far['in_all_gib']:.1f} GiB of an H100, weights included, at {ms(far['tpot_ms'])} ms per token.",
+    ]
+
+
+README_QUALITY: dict[str, tuple[str, ...]] = {
+    "bisection": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),
+    "retroinfer": ("quality-methods-smollm2", "quality-methods-qwen2.5-0.5b", "retrieval-methods-qwen2.5-0.5b"),
+    "shadowkv": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),
+    "seer": ("quality-seer-smollm2", "", ""),
+    "quest": ("quality-SmolLM2-135M-Instruct", "quality-qwen2.5-0.5b", "retrieval-qwen2.5-0.5b"),
+    "window": ("quality-SmolLM2-135M-Instruct", "quality-qwen2.5-0.5b", "retrieval-qwen2.5-0.5b"),
+}
+"""For each row of the table: KL of SmolLM2, KL of Qwen, questions answered."""
+
+
+def readme_quality() -> Lines:
+    """KL and answers at two budgets."""
+    lines = head("method", *(f"{what}: {share}" for what in ("KL, SmolLM2", "KL, Qwen", "answered, Qwen")
+                             for share in ("1/64", "1/16")))  # fmt: skip
+    for method, files in README_QUALITY.items():
+        cells = []
+        for kind, name in zip((kl_lines, kl_lines, score_lines), files, strict=True):
+            values = kind(read(f"{name}.json")["rows"]).get(method, {}) if name else {}
+            shown = [values.get(share) for share in (64, 16)]
+            form = "{:.0%}" if kind is score_lines else "{:.3f}"
+            cells += ["" if value is None else form.format(value) for value in shown]
+        lines.append(row(f"`{method}`" if method != "window" else "recent tokens alone", *cells))
+    return lines
+
+
+def readme(text: str) -> str:
+    """A README with its tables written anew.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    for name, table in (("speed", readme_speed), ("quality", readme_quality)):
+        start, stop = f"<!-- {name}: benchmarks/results_page.py -->\n", f"<!-- end of {name} -->\n"
+        before, begun, rest = text.partition(start)
+        _, ended, after = rest.partition(stop)
+        if not begun or not ended:
+            raise ValueError(
+                f"README.md: expected the marks {start.strip()} and {stop.strip()}, found only one or none"
+            )
+        text = before + start + "\n".join(table()) + "\n" + stop + after
+    return text
+
+
+def main() -> None:
+    """Write both."""
+    PAGE.write_text(page())
+    README.write_text(readme(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Time per token, tokens per second, and where a decode step spends its time."""

@@ -1,0 +1,74 @@
+"""The Triton kernels that serve the present batch of a cache: one `StepKernels` for each device and number of KV heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..attention.methods.base import recipe_of
+from ..inference_mode import lasting
+from ..kernels.descriptor_fields import Counter
+from ..state import CacheState, LayerState
+from .triton_step import StepKernels
+
+
+class KernelSet:
+    """See the module's head.
+
+    Args:
+        state: of the cache.
+    """
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        self._made: dict[tuple[torch.device, int], StepKernels] = {}
+        self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
+        self._counted: dict[str, int] = {}
+        """What kernels counted that are gone."""
+
+    def of(self, layer: LayerState) -> StepKernels | None:
+        """The kernels of a layer that has pages; None where the reference serves it."""
+        assert layer.store is not None
+        key, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
+        launch, found = kernels.launchers(key[0]), self._made.get(key)
+        if launch is None or (found is None and recipe_of(self.state.method) is None):
+            return None
+        if found is None or found.batch_size != batch_size:
+            counts = [] if found is None else found.counters.sum(0).tolist()
+            made = lasting(StepKernels)(self.state, launch, key[0], batch_size, key[1])
+            if found is not None:
+                if found.fits:
+                    made.fit(*found.fits)
+                for counter, count in zip(Counter, counts, strict=True):
+                    self._counted[counter.name] = self._counted.get(counter.name, 0) + count
+            found = self._made[key] = made
+            self._in_use = None
+        return found
+
+    def in_use(self) -> list[StepKernels]:
+        """The kernels of all layers, each once."""
+        sequences, found = self.state.sequences, self._in_use
+        if found is None or found[0] != (sequences.batch_size, len(sequences.stores)):
+            steps = [self.of(layer) for layer in self.state.layers if layer.store is not None]
+            distinct = list(dict.fromkeys(step for step in steps if step is not None))
+            found = self._in_use = ((sequences.batch_size, len(sequences.stores)), distinct)
+        return found[1]
+
+    def counted(self) -> dict[str, int]:
+        """What the kernels counted so far, by the names of `Counter`; reads the device."""
+        counts = [step.counters.sum(0).tolist() for step in self._made.values()]
+        return {c.name: self._counted.get(c.name, 0) + sum(count[c] for count in counts) for c in Counter}
+
+    def forget(self) -> None:
+        """Let go of the kernels, and of what they counted."""
+        self._made.clear()
+        self._in_use = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelSet:
+        """A copied cache makes kernels of its own, as descriptors hold addresses; what was counted counts for it too."""
+        twin = KernelSet(memo[id(self.state)])
+        memo[id(self)] = twin
+        twin._counted = self.counted()
+        return twin

@@ -1,0 +1,122 @@
+"""Another cache's contents, for `SpinCache.from_cache`: whether they fit, before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from ..attention.methods.layer_shapes import LayerShape, layer_shapes
+from ..errors import BatchSizeError, OptionError, OptionTypeError
+
+
+def check_source(
+    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None
+) -> Tensor | None:
+    """Raise where `cache` cannot be taken over by `layers`.
+
+    Args:
+        cache: the source.
+        layers: of the new cache.
+        paged: the indices of those that are paged.
+        config: the decoder's config.
+        mask: [B, tokens], 0 or False for padding; None for none.
+    Returns:
+        the mask as bool.
+    Raises:
+        OptionTypeError: `cache` is no transformers cache, or `mask` no mask.
+        OptionError: its layers do not match the model's, or each other.
+        BatchSizeError: `mask` is of other sequences or tokens.
+    """
+    if not isinstance(cache, Cache):
+        raise OptionTypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache")
+    if len(cache.layers) not in (0, len(layers)):
+        raise OptionError(
+            f"cache: expected {len(layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model"
+        )
+    shapes = layer_shapes(config, sorted(paged))
+    expected, first = iter(shapes or []), None
+    for index, (layer, source) in enumerate(zip(layers, cache.layers, strict=False)):
+        if index not in paged:
+            if isinstance(layer, LinearAttentionCacheLayerMixin) != isinstance(source, LinearAttentionCacheLayerMixin):
+                raise OptionError(
+                    f"cache: layer {index}: expected a {type(layer).__name__} as the model has, got a "
+                    f"{type(source).__name__}; pass a DynamicCache(config=model.config)"
+                )
+            continue
+        form = _form(source, index, next(expected, None))
+        first = first or (index, form)
+        if form != first[1]:
+            raise OptionError(
+                f"cache: expected layers that are alike, got [sequences, tokens] and dtype {first[1]} in layer {first[0]} and "
+                f"{form} in layer {index}; pass a cache that one model has filled"
+            )
+    return _checked_mask(mask, first[1] if first is not None else None)
+
+
+def take_over(cache: Cache, layers: list[Any], paged: Collection[int], valid: Tensor | None) -> None:
+    """Append what `cache`, which was checked, holds to an empty SpinCache; nothing is committed.
+
+    Args:
+        layers: of the SpinCache; those that are not paged are replaced by copies.
+        paged: the indices of those that are paged.
+        valid: [B, tokens], bool; None for no padding.
+    """
+    for index, (layer, source) in enumerate(zip(list(layers), cache.layers, strict=False)):
+        if index not in paged:
+            layers[index] = deepcopy(source)
+        elif source.keys is not None and source.keys.numel():
+            layer.append(source.keys, source.values, valid)
+
+
+def _form(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] | None:
+    """Sequences, tokens and dtype of a layer; None where it is empty. Raises where it cannot be served."""
+    keys, values = getattr(source, "keys", None), getattr(source, "values", None)
+    if keys is None or values is None or not keys.numel():
+        return None
+    if keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or values.dim() != 4:
+        raise OptionError(
+            f"cache: layer {index}: expected keys and values [sequences, heads, tokens, size], got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}; pass a DynamicCache that the model has filled"
+        )
+    if keys.shape[-2] != source.get_seq_length():
+        raise OptionError(
+            f"cache: layer {index} holds only a window of its tokens, expected all; "
+            "pass a DynamicCache(config=model.config)"
+        )
+    found = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+    if shape is not None and found != shape and not _is_distributed():
+        raise OptionError(
+            f"cache: layer {index}: expected {shape} as the model has, got {found}; pass a cache of this model"
+        )
+    if keys.dtype != values.dtype or not keys.is_floating_point():
+        raise OptionError(
+            f"cache: layer {index}: expected keys and values of one floating-point dtype, got {keys.dtype} and "
+            f"{values.dtype}; pass a DynamicCache that the model has filled"
+        )
+    return (keys.shape[0], keys.shape[2]), keys.dtype
+
+
+def _is_distributed() -> bool:
+    """Whether ranks may have a part of the heads each."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _checked_mask(mask: Tensor | None, form: tuple[Any, ...] | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
+        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise OptionTypeError(
+            f"attention_mask: expected a padding mask [sequences, tokens], got {what}; pass the tokenizer's attention_mask"
+        )
+    if form is not None and tuple(mask.shape) != form[0]:
+        raise BatchSizeError(
+            f"attention_mask: expected {list(form[0])}, the sequences and tokens that the cache holds, got {list(mask.shape)}; "
+            "pass the mask of all tokens held"
+        )
+    return mask.bool()

@@ -1,0 +1,67 @@
+"""docs/results.md and the README's tables are what the results files say, and every results file is on the page."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import results_page
+from benchmarks.common.record import RESULTS
+from benchmarks.results_page import Section, command_today, page, readme, recorded, without, without_empty_columns
+
+
+def test_the_page_is_what_the_command_writes() -> None:
+    assert results_page.PAGE.read_text() == page(), "run: python -m benchmarks.results_page"
+
+
+def test_the_tables_of_the_readme_are_what_the_command_writes() -> None:
+    text = results_page.README.read_text()
+    assert text == readme(text), "run: python -m benchmarks.results_page"
+    changed = re.sub(r"(?<=\n\| 128K \| )\S+", "**0.1**", text)
+    assert changed != text
+    assert readme(changed) == text
+
+
+def test_a_readme_without_a_mark_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected the marks"):
+        readme(results_page.README.read_text().replace("<!-- end of quality -->", ""))
+
+
+def test_every_results_file_is_on_the_page() -> None:
+    sections: list[Section] = [section for part in results_page.PARTS.values() for section in part]
+    shown = {name for section in sections for name in section.files}
+    assert shown == {file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob("*.json")}
+    figures = {section.figure for section in sections if section.figure}
+    assert figures == {file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob("*.svg")}
+
+
+def test_commands_are_those_of_today() -> None:
+    assert command_today("python benchmarks/reach.py --seconds 9") == "python -m benchmarks.memory.reach --seconds 9"
+    assert command_today("python -m benchmarks.speed.decode") == "python -m benchmarks.speed.decode"
+    with pytest.raises(ValueError, match="not enough values"):
+        command_today("python benchmarks/gone.py")
+
+
+def test_what_a_file_records_is_printed() -> None:
+    result = {
+        "gpu": "H100", "dtype": "bfloat16", "sources": "abc", "versions": {"python": "3", "torch": "2.11"},
+        "runs": {"20261128T183658Z": {"command": "python benchmarks/reach.py"}}, "rows": [],
+    }  # fmt: skip
+    assert recorded("reach.json", result) == [
+        "[reach.json](../benchmarks/results/reach.json): 2026-11-28, H100, bfloat16, torch 2.11, sources `abc`",
+        "`python -m benchmarks.memory.reach`",
+    ]
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    lines = ["| a | b | c |", "| --- | --- | --- |", "| 1 |  | 3 |", "|  |  | 4 |"]
+    assert without_empty_columns(lines) == ["| a | c |", "| --- | --- |", "| 1 | 3 |", "|  | 4 |"]
+
+
+def test_rows_of_a_method_are_left_out() -> None:
+    assert without("quest", {"quest, 1/64, a": {"kl": 1.0}, "seer, 1/64, a": {"kl": 2.0}}) == {
+        "seer, 1/64, a": {"kl": 2.0}
+    }
+    cells = {"dense": {"score": 1.0}, "quest, 1/64": {"score": 0.0}}
+    assert without("quest", {"passkey, 0": cells}) == {"passkey, 0": {"dense": {"score": 1.0}}}

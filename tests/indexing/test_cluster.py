@@ -1,0 +1,264 @@
+"""When tokens are clustered, when their pages are put back in order, and what sequences share of them.
+
+`tests/contract/test_clustering.py` compares what clustered pages give, `tests/differential/test_state_machine.py` has random
+histories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from spin_hf import RetroInfer, ShadowKV
+from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.indexing import cluster, summarize
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
+from tests.support.clustered_pages import SHAPE, moved, new_driver, regrouped, span_ends
+from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often, little_slack
+
+LENGTH = 400
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory(), little_slack():
+        yield
+
+
+@pytest.fixture(scope="module")
+def kv() -> RandomKV:
+    return RandomKV.random(SHAPE, 3, LENGTH, seed=0)
+
+
+def test_spans_of_a_growing_context(kv: RandomKV) -> None:
+    """At 200 tokens 17 are recent: the 21 pages before them make equal spans of at most 64 tokens. Later spans have three."""
+    driver = new_driver(method=Backwards())
+    driver.step(kv, 0, 200)
+    assert span_ends(driver) == []
+    driver.step(kv, 200, 201)
+    assert span_ends(driver) == [8, 15, 22]
+    positions = regrouped(driver).positions(0, 26)
+    assert positions[0, 0, 1].tolist() == list(range(63, 55, -1))  # page 0 has the sinks
+    assert torch.equal(positions[:, :, 22:], torch.arange(176, 208).view(4, 8).expand(3, 2, -1, -1))
+    for position in range(201, 250):
+        driver.step(kv, position, position + 1)
+        driver.cache.check_integrity()
+    assert span_ends(driver) == [8, 15, 22, 25, 28]
+
+
+def test_spans_of_the_default_sizes() -> None:
+    """A prompt of 4,000 tokens is one span; the recent window, 64 tokens, and less than 1,024 tokens stay."""
+
+    @dataclass(frozen=True)
+    class Ordinary(Backwards):
+        stretch_tokens, growth_tokens = 8192, 1024
+
+    shape = Shape(layers=1, kv_heads=1, group=1)
+    kv = RandomKV.random(shape, 1, 4800, seed=1)
+    driver = CacheDriver(shape, method=Ordinary(), budget=64)
+    with patch.object(cluster, "SLACK_TOKENS", 64):
+        driver.step(kv, 0, 4000)
+        driver.step(kv, 4000, 4001)
+        assert span_ends(driver) == [(4000 - 128) // 8]
+        driver.step(kv, 4001, 4800)
+        assert len(span_ends(driver)) == 1
+
+
+@pytest.mark.parametrize(
+    ("removed", "left"),
+    [(1, [8, 15, 22]), (16, [8, 15, 22]), (17, [8, 15]), (72, [8, 15]), (73, [8]), (190, []), (201, [])],
+)
+def test_crops(kv: RandomKV, removed: int, left: list[int]) -> None:
+    """The slack of 8 tokens spares a span. A crop that reaches into its pages, or moves the window there, does not."""
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
+    assert span_ends(driver) == [8, 15, 22]
+    driver.cache.crop(-removed)
+    driver.cache.check_integrity()
+    assert span_ends(driver) == left
+    kept = 201 - removed
+    if kept:
+        assert torch.equal(driver.cache.layers[2].keys, kv.keys[2][:, :, :kept])
+    for stop in range(kept + 1, kept + 4):
+        driver.step(kv, stop - 1, stop)
+        driver.cache.check_integrity()
+
+
+def test_what_stays_in_its_place(kv: RandomKV) -> None:
+    """Sinks after left padding, padded pages, and the recent window of a row that ended early."""
+    valid = torch.ones((3, LENGTH), dtype=torch.bool)
+    valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
+    driver = new_driver(num_sink_tokens=5)
+    driver.step(kv, 0, 220, valid[:, :220])
+    driver.step(kv, 220, 221, valid[:, :221])
+    pages = driver.cache._shared.sequences.stretches.num_pages
+    assert pages == (220 - 17) // 8
+    stays = ~moved(driver)
+    assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
+    assert stays[1].nonzero().flatten().tolist() == [0, 9, 10, 11, 25, 26, 27]  # page 9 is left alone in its stretch
+    # Tokens 103 to 119 are the last 17 of row 2, and pages 15 to 27 are padding
+    assert stays[2].nonzero().flatten().tolist() == [0, *range(12, 28)]
+    driver.cache.check_integrity()
+
+
+def test_how_many_tokens_at_once_does_not_matter(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of several lengths, rows and spans, clustered together or one by one."""
+    valid = torch.ones((3, LENGTH), dtype=torch.bool)
+    valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
+    found = []
+    for tokens in (1 << 15, 300, 8):
+        monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens)
+        driver = new_driver(method=Backwards())
+        driver.step(kv, 0, 390, valid[:, :390])
+        with patch.object(Backwards, "arrange", autospec=True, side_effect=Backwards.arrange) as arrange:
+            driver.step(kv, 390, 391, valid[:, :391])
+        driver.cache.check_integrity()
+        shapes = [call.args[1].shape for call in arrange.call_args_list]
+        runs = [shape[0] // SHAPE.layers for shape in shapes]  # each of all layers
+        assert all(many == 1 or many * shape[2] <= tokens for many, shape in zip(runs, shapes, strict=True))
+        found.append((len(shapes), span_ends(driver), regrouped(driver, 2).positions(0, 46).tolist()))
+    assert found[0][0] < found[1][0] < found[2][0]
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+
+
+def test_padding_that_changes(kv: RandomKV) -> None:
+    """A token in page 9 becomes padding: the span [8, 15) and the one after it are put back, and clustered again."""
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[1, 75] = False
+    driver.step(kv, 201, 202, valid)
+    assert span_ends(driver) == [8, 15, 22]
+    assert not moved(driver)[1, 9]
+    driver.cache.check_integrity()
+    assert torch.equal(driver.cache.layers[1].values, kv.values[1][:, :, :202])
+
+
+def test_a_token_that_turns_real_beside_partitions_of_other_sequences(kv: RandomKV) -> None:
+    """Page 9 of row 0 waits for its padding; in others clusters of several pages lie there, and keep their means."""
+    driver = new_driver(method=clustering_often(RetroInfer, 64, 24)(cluster_tokens=32))
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[0, 75] = False
+    driver.step(kv, 0, 200, valid[:, :200])
+    driver.step(kv, 200, 201, valid[:, :201])
+    assert not moved(driver)[0, 9]
+    assert (regrouped(driver).partition_pages(9, 10)[1:] == 0).any()  # it belongs to one that begins before
+    before = span_ends(driver)
+    driver.step(kv, 201, 202)
+    assert span_ends(driver) == before
+    driver.cache.check_integrity()
+
+
+def test_sinks_that_move(kv: RandomKV) -> None:
+    """The first tokens become padding, so later ones become sinks: they must not be in clustered pages."""
+    driver = new_driver(num_sink_tokens=16)
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
+    assert moved(driver)[0, 2]
+    valid = torch.ones((3, 202), dtype=torch.bool)
+    valid[0, :8] = False
+    driver.step(kv, 201, 202, valid)
+    assert not moved(driver)[0, :3].any()
+    driver.cache.check_integrity()
+
+
+def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
+    """Three beams of one prompt: clustering copies no segment that all of them share."""
+    driver = new_driver()
+    sequences = driver.cache._shared.sequences
+    one = kv.rows([0])
+    driver.step(one, 0, 300)
+    driver.cache.reorder_cache(torch.tensor([0]))
+    driver.cache.batch_repeat_interleave(3)
+    assert sequences.segments_in_use == 2
+    with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
+        driver.step(kv.rows([0, 0, 0]), 300, 301)
+    assert [call.args[1].shape[0] for call in arrange.call_args_list] == [SHAPE.layers * len(span_ends(driver))]
+    assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
+    driver.cache.check_integrity()
+
+
+def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
+    """A span over a segment that beams share and one that they do not: each beam gets its own."""
+    driver = new_driver(method=Shuffled(), dense_below=1000)
+    with patch.object(cluster, "grow", lambda shared: None):  # until they differ
+        driver.step(kv.rows([0]), 0, 270)
+        driver.cache.batch_repeat_interleave(2)
+        both = RandomKV(SHAPE, *([x.clone() for x in xs[:3]] for xs in (kv.keys, kv.values, kv.queries)))
+        for states in (both.keys, both.values):
+            for layer in range(SHAPE.layers):
+                states[layer][1, :, :270] = states[layer][0, :, :270]
+        both = both.rows([0, 1])
+        driver.step(both, 270, 380)
+        driver.cache.check_integrity()
+    assert driver.cache._shared.sequences.segments_in_use == 3
+    with patch.object(Backwards, "stretch_tokens", 400):
+        driver.step(both, 380, 381)
+    assert span_ends(driver) == [(380 - 17) // 8]
+    assert driver.cache._shared.sequences.segments_in_use == 4
+    driver.cache.check_integrity()
+    for layer in range(SHAPE.layers):
+        assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :381])
+
+
+@pytest.mark.parametrize("once", [1, 1 << 30])
+def test_layers_one_by_one_or_together(kv: RandomKV, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of tokens, their summaries, and the result of a crop are the same."""
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", once)
+    arranged = []
+    arrange = Shuffled.arrange
+
+    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        arranged.append(keys.shape[0])
+        return arrange(self, keys, asked)
+
+    monkeypatch.setattr(Shuffled, "arrange", counting)
+    driver = new_driver(method=Shuffled())
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
+    assert len(arranged) == (1 if once > 1 else SHAPE.layers)
+    assert sum(arranged) == SHAPE.layers * len(kv.keys[0]) * len(span_ends(driver))
+    for layer in range(SHAPE.layers):
+        assert moved(driver, layer)[:, 1:22].any()
+        assert torch.equal(driver.cache.layers[layer].keys, kv.keys[layer][:, :, :201])
+    driver.cache.check_integrity()
+    driver.cache.crop(-100)
+    driver.cache.check_integrity()
+    for layer in range(SHAPE.layers):
+        assert torch.equal(driver.cache.layers[layer].keys, kv.keys[layer][:, :, :101])
+
+
+def test_copies_are_independent(kv: RandomKV) -> None:
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 201)
+    twin = deepcopy(driver.cache)
+    twin.crop(-150)
+    driver.cache.check_integrity()
+    twin.check_integrity()
+    assert span_ends(driver) == [8, 15, 22]
+    assert torch.equal(driver.cache.layers[0].keys, kv.keys[0][:, :, :201])
+    assert torch.equal(twin.layers[0].keys, kv.keys[0][:, :, :51])
+
+
+def test_other_methods_keep_no_positions(kv: RandomKV) -> None:
+    driver, twin = new_driver(method=ShadowKV()), new_driver()
+    for each in (driver, twin):
+        each.step(kv, 0, 200)
+        each.step(kv, 200, 201)
+    assert driver.cache.layers[0].store.regrouped is None
+    rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
+    tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
+    assert (tables["regrouped shifts"], tables["regrouped partitions"]) == (rows * 16, rows * 2)
+    assert not any("regrouped" in name for name in none)
+    assert (tables["stretches"] > 0, none["stretches"]) == (True, 0)
+    budgets = [each.cache.layers[0].store.budget.regrouping_bytes for each in (twin, driver)]
+    assert budgets == [18, 0]

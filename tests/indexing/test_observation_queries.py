@@ -1,0 +1,175 @@
+"""The queries of a prompt's last tokens reach the method that clusters the prompt: once, of the right layer and sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from spin_hf import SpinCache
+from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.indexing import summarize
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
+from tests.support.clustering_methods import Shuffled, little_slack
+
+SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
+SCALE = 0.3
+LAST = [199, 197, 195, 193]
+"""Every second of the last eight tokens of a prompt of 200."""
+
+
+@dataclass(frozen=True)
+class Asking(Shuffled):
+    num_asked: ClassVar[int] = 4
+    shown: ClassVar[list[tuple[Tensor, Tensor | None]]] = []
+
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        self.shown.append((keys, asked))
+        return super().arrange(keys, asked)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    Asking.shown.clear()
+    with poisoned_memory(), little_slack():
+        yield
+
+
+@pytest.fixture(scope="module")
+def kv() -> RandomKV:
+    return RandomKV.random(SHAPE, 3, 300, seed=0)
+
+
+def new_driver(**options: Any) -> CacheDriver:
+    return CacheDriver(SHAPE, method=Asking(), budget=1000, num_sink_tokens=4, recent_window=9, scale=SCALE, **options)
+
+
+def check(kv: RandomKV, tokens: list[int]) -> None:
+    """Every span that was clustered is of one layer and sequence of `kv`, and came with the queries of these tokens."""
+    of = {
+        float(number): (layer, row)
+        for layer, keys in enumerate(kv.keys)
+        for row in range(len(keys))
+        for number in keys[row, 0, :, 0]
+    }
+    seen = set()
+    for keys, asked in Asking.shown:
+        assert asked is not None
+        assert asked.shape == (len(keys), 2, 2, 4, 8)
+        for stretch, queries in zip(keys, asked, strict=True):
+            layer, row = of[float(stretch[0, 0, 0])]
+            expected = kv.queries[layer][row].unflatten(0, (2, 2))[:, :, tokens] * SCALE
+            assert torch.equal(queries, expected)
+            seen.add((layer, row))
+    assert len(seen) == SHAPE.layers * len(kv.keys[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 30])
+def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer, or all at once."""
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    assert all(layer.asked is not None for layer in driver.cache._shared.layers)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+    Asking.shown.clear()
+    for position in range(201, 250):
+        driver.step(kv, position, position + 1)
+    assert Asking.shown
+    assert all(asked is None for _, asked in Asking.shown)
+
+
+def test_a_prompt_in_parts(kv: RandomKV) -> None:
+    """It is clustered after its last piece, by the queries of that piece. A piece of 17 tokens belongs to the prompt too."""
+    driver = new_driver()
+    for start, stop in ((0, 100), (100, 183), (183, 200)):
+        driver.step(kv, start, stop)
+        assert not Asking.shown
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
+    driver.cache.check_integrity()
+
+
+def test_a_verification_observes_nothing(kv: RandomKV) -> None:
+    """Up to 16 tokens select their pages, after the prompt was clustered."""
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.step(kv, 200, 216)
+    check(kv, LAST)
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+
+
+def test_sequences_change_places(kv: RandomKV) -> None:
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.cache.reorder_cache(torch.tensor([2, 0, 0]))
+    fork = deepcopy(driver.cache)
+    moved = kv.rows([2, 0, 0])
+    driver.step(moved, 200, 201)
+    check(kv.rows([2, 0]), LAST)
+    Asking.shown.clear()
+    driver.cache = fork
+    driver.cache.batch_repeat_interleave(2)
+    driver.step(moved.rows([0, 0, 1, 1, 2, 2]), 200, 201)
+    check(kv.rows([2, 0]), LAST)
+
+
+def test_tokens_taken_over() -> None:
+    """They come without queries, unless a last piece of the prompt follows."""
+    kv = RandomKV.random(replace(SHAPE, value_dim=SHAPE.key_dim), 3, 300, seed=0)  # values as the config says
+    taken = DynamicCache(config=SHAPE.config())
+    for layer in range(SHAPE.layers):
+        taken.update(kv.keys[layer][:, :, :150], kv.values[layer][:, :, :150], layer)
+    driver = new_driver()
+    options = dict(budget=1000, num_sink_tokens=4, recent_window=9)
+    driver.cache = SpinCache.from_cache(taken, SHAPE.config(), Asking(), **options)
+    again = SpinCache.from_cache(taken, SHAPE.config(), Asking(), **options)
+    driver.step(kv, 150, 151)
+    assert Asking.shown
+    assert all(asked is None for _, asked in Asking.shown)
+    Asking.shown.clear()
+    driver.cache = again
+    driver.step(kv, 150, 200)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
+
+
+def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step clusters with the same queries."""
+    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    arrange, calls = Asking.arrange, 0
+
+    def failing(self: Asking, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return arrange(self, keys, asked)
+
+    with monkeypatch.context() as context:
+        context.setattr(Asking, "arrange", failing)
+        with pytest.raises(MemoryError):
+            driver.step(kv, 200, 201)
+    driver.step(kv, 200, 201)
+    check(kv, LAST)
+
+
+def test_forgotten(kv: RandomKV) -> None:
+    """By `reset`; a batch of another size then has its own."""
+    driver = new_driver()
+    driver.step(kv, 0, 200)
+    driver.cache.reset()
+    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+    driver.step(kv.rows([1]), 0, 200)
+    driver.step(kv.rows([1]), 200, 201)
+    check(kv.rows([1]), LAST)

@@ -1,0 +1,334 @@
+"""ChunkedArray: rows never move while it grows; reads and writes across chunks; copies are independent.
+
+With a CUDA compute device its CPU chunks are registered. A fake registrar replaces the driver there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+
+from spin_hf.errors import CapacityError
+from spin_hf.storage import chunked_array, pinned_slab
+from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray
+from spin_hf.storage.slab_prefetch import SlabReserve, Spare
+from tests.support.fake_registrar import FakeRegistrar
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Reserve(SlabReserve):
+    """A reserve that can be waited for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        super().__init__(lambda *args, **named: pinned_slab.allocate_rows(*args, **named))
+
+    def ask(self, *args: object, **named: object) -> Spare:
+        self.asked += 1
+        return super().ask(*args, **named)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def reserve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reserve]:
+    made = Reserve()
+    monkeypatch.setattr(chunked_array, "RESERVE", made)
+    yield made
+    made.stop()
+
+
+def registered(num_rows: int, rows_per_chunk: int = 4) -> ChunkedArray:
+    array = ChunkedArray((3,), rows_per_chunk, torch.float32, CPU, compute_device=CUDA)
+    array.grow(num_rows)
+    array.put(torch.arange(num_rows), content(num_rows))
+    return array
+
+
+def wait_for_spare(array: ChunkedArray) -> torch.Tensor:
+    """The array's spare chunk, which stays where it is."""
+    spare = array._spare
+    assert spare is not None
+    deadline = 3000
+    while spare._chunk is None and deadline:
+        threading.Event().wait(0.01)
+        deadline -= 1
+    assert spare._chunk is not None
+    return spare._chunk
+
+
+def filled(num_rows: int, rows_per_chunk: int = 4, row_shape: tuple[int, ...] = (3,)) -> ChunkedArray:
+    array = ChunkedArray(row_shape, rows_per_chunk, torch.float32, torch.device("cpu"))
+    array.grow(num_rows)
+    array.put(torch.arange(num_rows), content(num_rows, row_shape))
+    return array
+
+
+def content(num_rows: int, row_shape: tuple[int, ...] = (3,)) -> torch.Tensor:
+    size = torch.Size(row_shape).numel()
+    return torch.arange(num_rows * size, dtype=torch.float32).view(num_rows, *row_shape)
+
+
+def test_growing_moves_nothing() -> None:
+    array = filled(6)
+    addresses = [chunk.data_ptr() for chunk in array.chunks]
+    view = array.chunks[0]
+    for num_rows in (6, 3, 7, 9, 40):
+        array.grow(num_rows)
+        assert array.num_rows >= num_rows
+        assert [chunk.data_ptr() for chunk in array.chunks[: len(addresses)]] == addresses
+    assert torch.equal(array.take(torch.arange(6)), content(6))
+    array.put(torch.tensor([2]), torch.full((1, 3), -1.0))
+    assert bool((view[2] == -1).all())  # who holds the old chunk sees what is written now
+
+
+def test_growing_takes_whole_chunks() -> None:
+    array = ChunkedArray((2, 5), 4, torch.bfloat16, torch.device("cpu"))
+    assert (array.num_rows, array.row_bytes) == (0, 20)
+    for num_rows, expected in [(0, 0), (1, 4), (4, 4), (5, 8), (17, 20)]:
+        array.grow(num_rows)
+        assert array.num_rows == expected
+        assert all(chunk.shape == (4, 2, 5) and chunk.dtype == torch.bfloat16 for chunk in array.chunks)
+
+
+@pytest.mark.parametrize("row_shape", [(), (3,), (2, 2)])
+def test_take_and_put_across_chunks(row_shape: tuple[int, ...]) -> None:
+    array = filled(11, row_shape=row_shape)
+    rows = torch.tensor([[10, 0, 4], [3, 7, 8]])
+    assert torch.equal(array.take(rows), content(11, row_shape)[rows])
+    array.put(rows, -content(11, row_shape)[rows])
+    expected = content(11, row_shape)
+    expected[rows] *= -1
+    assert torch.equal(array.take(torch.arange(11)), expected)
+
+
+def test_put_converts() -> None:
+    array = ChunkedArray((1,), 2, torch.bfloat16, torch.device("cpu"))
+    array.grow(2)
+    array.put(torch.tensor([1]), torch.tensor([[1.5]], dtype=torch.float64))
+    assert array.take(torch.tensor([1])).item() == 1.5
+
+
+def test_deepcopy_is_independent() -> None:
+    array = filled(6)
+    twin = deepcopy(array)
+    array.put(torch.arange(6), torch.zeros(6, 3))
+    assert torch.equal(twin.take(torch.arange(6)), content(6))
+    twin.grow(9)
+    assert array.num_rows == 8
+    assert {chunk.data_ptr() for chunk in twin.chunks}.isdisjoint(chunk.data_ptr() for chunk in array.chunks)
+
+
+def test_moving_to_the_same_device_copies_nothing() -> None:
+    array = filled(6)
+    addresses = [chunk.data_ptr() for chunk in array.chunks]
+    array.move(torch.device("cpu"))
+    assert [chunk.data_ptr() for chunk in array.chunks] == addresses
+
+
+def test_growing_by_nothing_is_nothing() -> None:
+    array = filled(6)
+    array.grow(-1)
+    array.grow(0)
+    assert (array.num_rows, array.used_rows) == (8, 6)
+
+
+# ------------------------------------------------------------------------------------------------ the address table
+
+
+def addresses(array: ChunkedArray) -> list[int]:
+    return [chunk.data_ptr() for chunk in array.chunks] + [0] * (MAX_CHUNKS - len(array.chunks))
+
+
+@pytest.mark.parametrize("first_rows", [0, 1, 9])
+def test_address_table_follows_growth_in_place(first_rows: int) -> None:
+    array = ChunkedArray((3,), 4, torch.float32, CPU)
+    array.grow(first_rows)
+    table = array.address_table
+    assert (table.dtype, table.device, table.shape) == (torch.int64, CPU, (MAX_CHUNKS,))
+    place = table.data_ptr()
+    for num_rows in (first_rows, 10, 11, 30, 200):
+        array.grow(num_rows)
+        assert array.address_table is table
+        assert table.data_ptr() == place
+        assert table.tolist() == addresses(array)
+
+
+def test_address_table_follows_a_move_in_place() -> None:
+    array = filled(10)
+    table, before = array.address_table, addresses(array)
+    array.device = torch.device("meta")  # so that the chunks count as being elsewhere
+    array.move(CPU)
+    assert array.device == CPU
+    assert array.address_table is table
+    assert table.tolist() == addresses(array)
+    assert not set(before[:3]) & set(table[:3].tolist())
+    assert torch.equal(array.take(torch.arange(10)), content(10))
+
+
+def test_deepcopy_has_a_table_of_its_own() -> None:
+    array = filled(6)
+    table = array.address_table
+    twin = deepcopy(array)
+    assert twin.address_table is not table
+    assert twin.address_table.tolist() == addresses(twin)
+    twin.grow(30)
+    assert table.tolist() == addresses(array)
+
+
+def test_more_chunks_than_the_table_has() -> None:
+    array = filled(6)
+    table, before = array.address_table, addresses(array)
+    with pytest.raises(CapacityError, match="shorten the context"):
+        array.grow(4 * MAX_CHUNKS + 1)
+    assert (array.num_rows, array.used_rows, addresses(array)) == (8, 6, before)
+    assert table.tolist() == before
+    array.grow(4 * MAX_CHUNKS)
+    assert len(array.chunks) == MAX_CHUNKS
+    assert 0 not in table.tolist()
+
+
+# ------------------------------------------------------------------------------- CPU chunks of a CUDA compute device
+
+
+def test_chunks_are_registered_at_once(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(9)  # 3 of the last 4 rows are left: too early for a spare
+    assert len(registrar.registered) == 1
+    assert len(array.chunks) == 3
+    assert all(registrar.has(chunk) for chunk in array.chunks)
+    assert torch.equal(array.take(torch.arange(9)), content(9))
+    assert reserve.asked == 0
+    del array
+    assert not registrar.registered
+
+
+def test_ordinary_arrays_are_not_registered(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = filled(12)
+    array.move(CPU)
+    deepcopy(array)
+    assert not registrar.registered
+    assert reserve.asked == 0
+
+
+def test_spare_is_made_while_the_last_chunk_fills(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(5)
+    assert reserve.asked == 0
+    array.grow(6)  # half
+    assert reserve.asked == 1
+    for num_rows in (6, 7, 8):
+        array.grow(num_rows)
+    assert reserve.asked == 1  # one at a time
+    spare = wait_for_spare(array)
+    assert len(array.chunks) == 2
+    assert registrar.has(spare)
+    registrar.refuses = True  # nothing more has to be registered
+    array.grow(9)
+    assert array.chunks[-1] is spare
+    assert array._spare is None
+    registrar.refuses = False
+    array.grow(10)
+    assert reserve.asked == 2
+
+
+def test_spare_is_kept_where_one_is_not_enough(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(4)
+    spare = wait_for_spare(array)
+    array.grow(20)
+    assert len(array.chunks) == 5
+    assert all(chunk is not spare for chunk in array.chunks)
+    array.grow(21)
+    assert array.chunks[-1] is spare
+
+
+def test_growing_without_the_spare_where_it_failed(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(5)
+    registrar.refuses = True
+    array.grow(8)
+    with pytest.raises(CapacityError, match="refused"):
+        array.grow(9)
+    assert (array.num_rows, array.used_rows) == (8, 8)
+    registrar.refuses = False
+    array.grow(9)
+    assert registrar.has(array.chunks[-1])
+    assert torch.equal(array.take(torch.arange(5)), content(5))
+
+
+def test_no_spare_where_no_chunk_can_follow(
+    registrar: FakeRegistrar, reserve: Reserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_array, "MAX_CHUNKS", 2)
+    array = ChunkedArray((3,), 4, torch.float32, CPU, compute_device=CUDA)
+    array.grow(0)
+    assert reserve.asked == 0
+    array.grow(8)
+    assert reserve.asked == 0
+    with pytest.raises(CapacityError, match="at most 2"):
+        array.grow(9)
+
+
+def test_spare_dies_with_its_array(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(8)
+    wait_for_spare(array)
+    reserve.stop()  # the thread may hold it for a moment longer
+    assert len(registrar.registered) == 2
+    del array
+    assert not registrar.registered
+
+
+def test_refusal_changes_nothing(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(5)
+    before = [chunk.data_ptr() for chunk in array.chunks]
+    registrar.refuses = True
+    with pytest.raises(CapacityError, match="refused"):
+        array.grow(100)
+    assert [chunk.data_ptr() for chunk in array.chunks] == before
+    assert array.used_rows == 5
+    assert torch.equal(array.take(torch.arange(5)), content(5))
+
+
+def elsewhere(num_rows: int) -> ChunkedArray:
+    """An array that believes to be on a GPU."""
+    array = filled(num_rows)
+    array.address_table  # noqa: B018  (made while the compute device is one that exists here)
+    array.device = array.compute_device = CUDA
+    return array
+
+
+def test_moving_from_the_gpu_registers(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = elsewhere(10)
+    table = array.address_table
+    array.move(CPU)
+    assert (array.device, array.compute_device) == (CPU, CUDA)
+    assert len(registrar.registered) == 1
+    assert all(registrar.has(chunk) for chunk in array.chunks)
+    assert torch.equal(array.take(torch.arange(10)), content(10))
+    assert array.address_table is table
+    assert table.tolist() == addresses(array)
+    chunks = array.chunks
+    array.move(CPU)
+    assert array.chunks is chunks
+
+
+def test_refused_move_changes_nothing(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = elsewhere(10)
+    before = addresses(array)
+    registrar.refuses = True
+    with pytest.raises(CapacityError, match="refused"):
+        array.move(CPU)
+    assert array.device == CUDA
+    assert addresses(array) == before == array.address_table.tolist()
+
+
+def test_deepcopy_is_registered_too(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(9)
+    twin = deepcopy(array)
+    assert (twin.device, twin.compute_device) == (CPU, CUDA)
+    assert all(registrar.has(chunk) for chunk in twin.chunks)
+    array.put(torch.arange(9), torch.zeros(9, 3))
+    assert torch.equal(twin.take(torch.arange(9)), content(9))
+    del array
+    assert len(registrar.registered) == 1
+    assert all(registrar.has(chunk) for chunk in twin.chunks)

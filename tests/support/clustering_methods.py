@@ -1,0 +1,78 @@
+"""Methods for tests that cluster tokens, and sizes so small that short conversations do it often.
+
+Backwards   the tokens of a span in the opposite order
+Shuffled    a random order for each KV head, the same for the same keys; clusters of one page
+Clumped     the same, with clusters of one to three pages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from spin_hf import ShadowKV
+from spin_hf.attention.methods.clustering import Arrangement, Regrouping
+from spin_hf.indexing import cluster
+
+
+@dataclass(frozen=True)
+class Backwards(Regrouping, ShadowKV):
+    stretch_tokens: ClassVar[int] = 64
+    growth_tokens: ClassVar[int] = 24
+
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        return Arrangement(torch.arange(keys.shape[2] - 1, -1, -1).expand(keys.shape[:3]))
+
+
+@dataclass(frozen=True)
+class Shuffled(Backwards):
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        generator = torch.Generator().manual_seed(keys.shape[2])
+        return Arrangement(torch.rand(keys.shape[:3], generator=generator).argsort(2))
+
+
+@dataclass(frozen=True)
+class Clumped(Shuffled):
+    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
+        for head in range(pages.shape[1]):
+            begin, size = 0, 1 + head
+            while begin < pages.shape[2]:
+                size = min(size % 3 + 1, pages.shape[2] - begin)
+                pages[:, head, begin] = size
+                begin += size
+        return Arrangement(super().arrange(keys, asked).order, pages)
+
+
+class SelectingAll:
+    """Mixed into a method: selects all candidates, whatever the budget."""
+
+    def select(self, query: Any, summary: Any) -> Tensor:
+        super().select(query, summary)  # type: ignore[misc]
+        pages = torch.arange(query.candidates.shape[1]).expand(query.states.shape[0], query.states.shape[1], -1)
+        return torch.where(query.candidates.unsqueeze(1), pages, -1)
+
+
+@dataclass(frozen=True)
+class ShuffledWhole(SelectingAll, Clumped):
+    """All candidates, in clustered pages."""
+
+
+def clustering_often(method: type[Any], stretch_tokens: int, growth_tokens: int) -> type[Any]:
+    """`method` with spans so short that a short context has several."""
+    return type(
+        f"Small{method.__name__}", (method,), {"stretch_tokens": stretch_tokens, "growth_tokens": growth_tokens}
+    )
+
+
+@contextmanager
+def little_slack() -> Iterator[None]:
+    """Cluster tokens as soon as they have left the recent window by 8 tokens."""
+    with patch.object(cluster, "SLACK_TOKENS", 8):
+        yield

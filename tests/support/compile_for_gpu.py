@@ -1,0 +1,231 @@
+"""Compiles Triton kernels for a GPU that this machine need not have, by the launches of caches on a CPU.
+
+Runs in a process of its own, without TRITON_INTERPRET: triton reads it when a kernel is defined.
+
+    python -m tests.support.compile_for_gpu 90 bfloat16 FILE          the first variant of each kernel
+    python -m tests.support.compile_for_gpu 90 bfloat16 FILE every    every variant
+
+Everything happens as with a GPU, except that `JITFunction.run` specialises and compiles, and does not launch. Kernels write
+nothing, so numbers are meaningless; numbers that the package checks come from formulas. FILE, JSON:
+
+    functions    names of all of the package that triton compiles
+    kernels      of these, those whose names say so
+    called       of these, those that others of them call
+    compiled     name and bytes of shared memory of every variant
+    failed       name of a kernel, and what the compiler says
+    launches     with `numbers` behind FILE: what variants depend on, by launch, for each of some huge options
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import pkgutil
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import spin_hf.kernels
+from spin_hf import Bisection, Quest, RetroInfer, ShadowKV
+from spin_hf.backends import triton_step
+from spin_hf.backends.triton_indexing import index_completed
+from spin_hf.config import MOST_TOKENS
+from spin_hf.kernels import device_limits, reference_clustering
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.oracle import Rules
+from tests.support.seer_gates import method_of, rules_for
+
+SHARED_MEMORY = {75: 64 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes that a program may use, by compute capability."""
+SHAPE = Shape(kv_heads=1, group=4, key_dim=128, value_dim=128)
+PAGE_FRAMES = 2_000_000
+"""Bytes, fewer than the prompts below take."""
+PROMPT = 2607
+FEW, SHORT = 128, 32
+"""Points of a part that one program bisects, as there is a variant for each power of two; and their length: both smaller than
+on a GPU, as the compiler takes minutes for long ones."""
+
+ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
+"""Kernels that take long and multiply no matrices: all of their variants are compiled for one of the GPUs only."""
+
+
+class Compiler:
+    """Replaces the launching of kernels on the only GPU."""
+
+    def __init__(self, capability: int, every: bool) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime._async_compile import active_mode
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
+
+        self.compiled: dict[str, dict[str, Any]] = {}
+        self.every, self.once = every, ONE_VARIANT[capability]
+        self.failed: list[dict[str, str]] = []
+        self.only: set[str] | None = None
+        """Kernels that are compiled; None for all."""
+        self.launched: set[str] = set()
+        """What selects a variant, of each launch: kernel, dtypes, ints as triton specialises them, constants."""
+        self._run: Callable[..., Any] = JITFunction.run
+        self._active_mode = active_mode
+        target = GPUTarget("cuda", capability, 32)
+        driver.set_active(
+            SimpleNamespace(
+                get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+            )
+        )
+        JITFunction.run = lambda kernel, *args, **options: self.run(kernel, *args, **options)
+
+    def run(self, kernel: Any, *args: Any, **options: Any) -> None:
+        name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
+        given = [_told_apart(arg) for arg in args], {option: _told_apart(value) for option, value in options.items()}
+        self.launched.add(f"{name} {given}")
+        left_out = self.only is not None and name not in self.only
+        if left_out or (name in known and (name in self.once or not self.every)):
+            return
+        try:
+            ahead = self._active_mode.get() is not None
+            made = self._run(kernel, *args, **{**options, "warmup": True})
+            made = made.result() if hasattr(made, "result") else made  # compiled on another thread
+            variant = {"name": name, "shared": made.metadata.shared, "ahead": ahead}
+            self.compiled.setdefault(made.hash, variant)
+        except Exception as error:
+            self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
+
+
+def _told_apart(value: Any) -> str:
+    """What a compiled variant depends on, for one argument."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        return f"int{value.bit_length() // 32} {value}"
+    return repr(value)
+
+
+def pretend(capability: int, every: bool) -> Compiler:
+    """Let caches on a CPU launch as on such a GPU, and let launches compile."""
+    compiler = Compiler(capability, every)
+    from spin_hf.kernels.indexing import bisect, fill_clusters
+    from spin_hf.kernels.triton_launchers import launchers
+
+    init = triton_step.StepKernels.__init__
+
+    def compiled(self: triton_step.StepKernels, *args: Any) -> None:
+        init(self, *args)
+        self.compiled = True
+
+    def bisected(points: Tensor, page_size: int) -> Tensor:
+        bisect.bisect(points[:, : 2 * FEW, :SHORT], page_size)
+        return reference_clustering.bisect(points, page_size)
+
+    def clustered(
+        points: Tensor, rounds: Any, cluster_tokens: int, page_size: int, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        fill_clusters.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
+        return reference_clustering.fill_clusters(points, cluster_tokens, page_size)
+
+    triton_step.StepKernels.__init__ = compiled  # type: ignore[method-assign]
+    bisect._CHUNK = FEW
+    launchers.bisect, launchers.fill_clusters = bisected, clustered  # a method that loses tokens is refused
+    spin_hf.kernels.launchers = lambda device: launchers  # type: ignore[assignment]
+    device_limits.multiplies = lambda device: capability >= 80
+    device_limits.shared_memory = lambda device: SHARED_MEMORY[capability] - 4096
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment, misc]
+    return compiler
+
+
+# ------------------------------------------------------------------------------------------------------ what is launched
+
+
+def generate(
+    dtype: torch.dtype, method: Any, padded: bool = False, **options: Any
+) -> None:  # fmt: skip
+    """A prompt, a step, and the summary of a page that a captured step completes."""
+    kv = RandomKV.random(SHAPE, 1, PROMPT + 1, 0).to(dtype)
+    driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
+    for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
+        driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
+    (step,) = driver.cache._passes.kernels.in_use()  # kernels serve the method
+    index_completed(step, driver.cache._shared.layers)
+
+
+def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
+    """Launches of one generation, for each of several numbers beyond any context. Compiles the kernels that read them."""
+    compiler.only, launches = {"plan_step_kernel", "closer_kernel", "rate_closer_kernel"}, []
+    generate(torch.bfloat16, Bisection())  # some kernels are compiled ahead once per process
+    for number in (MOST_TOKENS, 1 << 31, 1 << 63, 10**30):
+        for options in (dict(budget=number), dict(budget=number, recent_window=number, dense_below=number)):
+            torch.manual_seed(0)
+            compiler.launched = set()
+            generate(torch.bfloat16, Bisection(looked_at=number), **options)
+            launches.append(sorted(compiler.launched))
+    return launches
+
+
+def copy_rows(dtype: torch.dtype) -> None:
+    """Rows of one array and of several, in both directions; pages, and codes of an odd number of bytes."""
+    from spin_hf.kernels.indexing.copy_rows import rows_copier
+
+    rows = torch.arange(4)
+    for many, packed in [(1, torch.empty((1, 4, 2048), dtype=dtype)), (2, torch.empty((2, 4, 3), dtype=torch.int8))]:
+        for put in (False, True):
+            rows_copier([torch.zeros(1, dtype=torch.int64)] * many, 8, rows, packed, put)()
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Every method, and every layout of pages, summaries and masks, once each: all combinations would take very long."""
+    sinks = torch.zeros(SHAPE.heads, dtype=dtype)
+    generate(dtype, ShadowKV())
+    generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
+    generate(dtype, RetroInfer(), gpu_memory=PAGE_FRAMES, cpu_dtype="int8")
+    generate(dtype, Quest(0), padded=True, softcap=30.0, sink_logits=sinks)
+    with tempfile.TemporaryDirectory() as folder:
+        rules = rules_for(SHAPE, Path(folder), Rules(budget=256), gate_dim=128)
+        generate(dtype, method_of(rules, Path(folder)), summary_dtype="model")
+    copy_rows(dtype)
+
+
+# --------------------------------------------------------------------------------------------- what there is to launch
+
+
+def functions() -> list[Any]:
+    """All functions of the package that triton compiles."""
+    from triton.runtime.jit import JITFunction
+
+    names = [found.name for found in pkgutil.walk_packages(spin_hf.kernels.__path__, "spin_hf.kernels.")]
+    values = [(module, value) for module in map(importlib.import_module, names) for value in vars(module).values()]
+    return [value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__]
+
+
+def main(capability: int, dtype: torch.dtype, file: Path, mode: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    compiler, known = pretend(capability, every=mode == "every"), functions()
+    launches: list[list[str]] = []
+    if mode == "numbers":
+        launches = launch_with_huge_numbers(compiler)
+    else:
+        launch_all(dtype)
+    texts = {function.__name__: function.src for function in known}
+    report = {
+        "kernels": [name for name in texts if name.endswith("_kernel")],
+        "called": [
+            name for name in texts if any(re.search(rf"\b{name}\(", texts[other]) for other in texts.keys() - {name})
+        ],
+        "functions": list(texts),
+        "compiled": list(compiler.compiled.values()),
+        "failed": compiler.failed,
+        "launches": launches,
+    }
+    file.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3]), "".join(sys.argv[4:]))

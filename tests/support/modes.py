@@ -1,6 +1,0 @@
-"""MODES: name -> mode(subject) -> Trace: every way to use a cache, those of `generate` and those by hand."""
-
-from . import cache_modes, generate_modes  # noqa: F401  (they register on import)
-from .runs import MODES, Mode
-
-__all__ = ["MODES", "Mode"]
