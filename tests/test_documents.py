@@ -12,7 +12,6 @@ from transformers import DynamicCache, LlamaConfig
 
 import spin_hf
 from spin_hf import SpinCache
-
 from tests.support.messages import PACKAGE, messages
 from tests.support.zoo import build_model
 

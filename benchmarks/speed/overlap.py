@@ -110,7 +110,7 @@ def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None])
             fixed = shared.plan.query(shared.sequences.start, kernels.device).fixed
             fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
-                kernels.scratch[StepField.LIST_PAGE], kernels.selection.list_count[:, 0], fixed, shared.sequences.num_pages
+                kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, shared.sequences.num_pages
             ))  # fmt: skip
             return result
 

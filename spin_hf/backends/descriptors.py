@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention.methods.base import recipe_of
 from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
+from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import kept
 from ..storage.segment_pool import pages_of
 from ..storage.tier_budget import coarsely
@@ -218,8 +219,3 @@ def capacity_for(num_pages: int) -> int:
 def _upload(fields: list[int], descriptor: Tensor) -> None:
     """Write a descriptor, in stream order. The host does not wait: CUDA copies so little out of the way at once."""
     descriptor.copy_(torch.tensor(fields), non_blocking=True)
-
-
-def power_of_two(number: int) -> int:
-    """The lowest power of two that is no less."""
-    return 1 << max(0, number - 1).bit_length()

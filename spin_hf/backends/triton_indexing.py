@@ -17,14 +17,10 @@ from torch import Tensor
 from ..attention.methods.base import Pages
 from ..indexing.summarize import tokens_of
 from ..kernels.descriptor_fields import LayerField, summary_field
-from ..storage.page_table import SEGMENT_PAGES
-from .descriptors import power_of_two
 
 if TYPE_CHECKING:
     from ..state import LayerState
     from .triton_step import StepKernels
-
-_BLOCK_BYTES = 4096
 
 
 def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
@@ -48,12 +44,9 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
 
     def copy(field: LayerField, packed: Tensor, put: bool) -> None:
         """The page's row of an array of every layer from or to `packed` [layers * B, H, ...]."""
-        row_bytes = packed[0, 0].nbytes
-        step.launch.copy_page[(step.streams, count)](
-            step.step, addresses, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
-            BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=store.num_heads, SEGMENT=SEGMENT_PAGES,
-            ROWS=store.home.rows_per_chunk,
-        )  # fmt: skip
+        step.launchers.copy_page(
+            step.step, addresses, packed, page=page, field=field, put=put, shape=step.shape(layers[0])
+        )
 
     shape = (count * step.batch_size, step.num_heads, 1, *store.home.row_shape)
     pages = torch.empty(shape, dtype=store.home.dtype, device=step.device)

@@ -1,45 +1,40 @@
-"""The operations of the decode path, by backend.
+"""The operations of a cache, one typed function each: by a Triton kernel where there is one, else in PyTorch.
 
-`reference` is the specification and serves every device. On a CUDA device with triton, `backends/triton_step.py` launches
-kernels for steps of up to 16 tokens, and for the storing of all tokens:
+A decode step is not made of these: `backends/triton_step.py` launches its kernels one after the other, without the host. Each
+kernel has its launch in the same file. PyTorch specifies all of them:
 
-    recipe.py      which of these serve a method, and with which numbers
-    plan.py        plan_step                    zones and budget of a step
-    outliers.py    find_outliers                ShadowKV's outliers, marked by page
-    append.py      append                       tokens to pages and summaries
-    gates.py       gate_queries                 what SeerAttention scores pages by
-    score.py       score                        logits of the candidates; appends the step's token
-    rate.py        rate                         scores of the candidates, counted in bins
-    closer.py      closer, rate_closer          the best of them again, by keys in four bits;  rotate.py  queries for these
-    estimate.py    estimate                     what stands for pages that were not chosen
-    lowbit.py      quantize, encode_pages       vectors to eight bits, keys to four, outside of steps
-    tokens.py      move_tokens, page_means      tokens that change places, and pages of them, outside of steps
-    bisect.py      bisect                       the places that Bisection gives to tokens
-    nearest.py     k-means of points, without their matrix of likeness;  clusters.py  whole pages from it, outside of steps
-    index.py       copy_page                    a page of many layers at once, for formulas in PyTorch
-    select.py      choose                       the best pages, exactly, without sorting
-    residency.py   (inside choose)              look-up, bucketed LRU, tables
-    attention.py   attend                       loads on the way, split-KV attention, merge
-    integration/batch_indices.py        rows_copier                  rows of chunked arrays, outside of steps
-    ahead.py       what several launches need, compiled at once before the first of them
-    gpu.py         what launches ask of a GPU: whether Triton multiplies on its tensor cores, and its shared memory
-    page_form.py   in which form pages lie in their homes: as they came, or int8
-    fields.py      the two descriptors through which kernels find what grows;  common.py  what kernels share
+    kernel                 specified by                                                        compared in
+    plan_zones             `backends/zones.py`, `reference.page_zones`                         test_launches
+    find_outliers          `ShadowKV.score`                                                    test_triton_step
+    append_tokens          `PageStore.append`, `ShadowKV.index`, `storage/page_layout.py`      test_triton_step, test_triton_int8_pages
+    gate_queries           `LayerGate.of_queries`                                              test_gate_queries
+    score_pages            `score` of the methods: products with a summary                     test_triton_step, test_triton_methods
+    bin_scores             `reference.group_scores`, `reference.score_bins`                    test_launches
+    rerank_queries         `four_bit_keys.rotate`, `four_bit_keys.decode`                      test_launches
+    rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_triton_step, test_triton_methods
+    select_pages           `reference.select_top_pages`                                        test_triton_step
+    assign_slots           `reference.admit_pages`                                             test_assign_slots
+    estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_triton_step
+    attend_pages           `reference.attend`, `merge_attention`, `apply_attention_sinks`      test_triton_float64
+    quantize               `reference.quantize`, `four_bit_keys.encode_by_formulas`            test_quantize
+    bisect                 `reference_clustering.bisect`                                       test_bisect
+    kmeans, fill_clusters  `reference_clustering.unit_vectors`, `fill_clusters`                test_fill_clusters
+    permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens
+    copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
+    copy_page              the same, of one page in several layers                             test_launches
 """
 
 from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..storage.page_layout import Int8Form, PageForm, page_forms
-from . import reference
+from . import device_limits, reference, reference_clustering
 from .reference import (
-    NUM_BUCKETS,
     admit_pages,
     apply_attention_sinks,
     attend,
@@ -48,7 +43,6 @@ from .reference import (
     merge_attention,
     page_zones,
     pages_down_to,
-    put_rows,
     put_tokens,
     rows_to_put,
     score_bins,
@@ -57,10 +51,13 @@ from .reference import (
     take_rows,
 )
 
+if TYPE_CHECKING:
+    from .triton_launchers import Launchers
+
 
 @lru_cache(None)
-def launchers(device: torch.device) -> Any:
-    """The Triton kernels (see `launch.py`) for a device, or None where the reference operations serve it."""
+def launchers(device: torch.device) -> Launchers | None:
+    """The launches of the Triton kernels on a device, or None where the reference operations serve it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from .triton_launchers import launchers as found
@@ -71,45 +68,58 @@ def launchers(device: torch.device) -> Any:
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize`, by a kernel where there is one."""
     launch = launchers(vectors.device)
-    return reference.quantize(vectors) if launch is None else launch.quantize(vectors)
+    return (reference if launch is None else launch).quantize(vectors)
 
 
 def page_means(states: Tensor, valid: Tensor) -> Tensor:
     """`reference.page_means`, by a kernel where there is one."""
     launch = launchers(states.device)
-    return reference.page_means(states, valid) if launch is None else launch.page_means(states, valid)
+    return (reference if launch is None else launch).page_means(states, valid)
 
 
 def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
     """`reference.move_tokens`, by a kernel where there is one."""
     launch = launchers(content.device)
-    move = reference.move_tokens if launch is None else launch.move_tokens
-    return move(content, order, page_size, parts)
+    return (reference if launch is None else launch).move_tokens(content, order, page_size, parts)
 
 
-def on_gpu() -> bool:
-    """Whether there is a GPU that the Triton kernels serve."""
-    return torch.cuda.is_available() and launchers(torch.device("cuda")) is not None
+def bisect(points: Tensor, page_size: int) -> Tensor:
+    """`reference_clustering.bisect` of points of at most 128 numbers, by kernels where there are some: from Ampere on."""
+    launch = launchers(points.device)
+    if launch is None or not device_limits.multiplies(points.device):
+        return reference_clustering.bisect(points, page_size)
+    return launch.bisect(points, page_size)
+
+
+def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference_clustering.unit_vectors`, by a kernel where there is one."""
+    launch = launchers(keys.device)
+    return (reference_clustering if launch is None else launch).unit_vectors(keys, dtype)
+
+
+def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
+    """`reference_clustering.fill_clusters`, by kernels where there are some."""
+    launch = launchers(points.device)
+    if launch is None:
+        return reference_clustering.fill_clusters(points, cluster_tokens, page_size)
+    rounds, steps = reference_clustering.ROUNDS, reference_clustering.LIKENESS_STEPS
+    return launch.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
 
 
 __all__ = [
-    "NUM_BUCKETS",
-    "Int8Form",
-    "PageForm",
     "admit_pages",
     "apply_attention_sinks",
     "attend",
+    "bisect",
     "dense_attention",
+    "fill_clusters",
     "launchers",
     "list_pages",
     "merge_attention",
     "move_tokens",
-    "on_gpu",
-    "page_forms",
     "page_means",
     "page_zones",
     "pages_down_to",
-    "put_rows",
     "put_tokens",
     "quantize",
     "rows_to_put",
@@ -117,4 +127,5 @@ __all__ = [
     "select_top_pages",
     "split_pages",
     "take_rows",
+    "unit_vectors",
 ]

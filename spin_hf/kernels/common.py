@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -61,6 +62,13 @@ EVICTIONS = tl.constexpr(int(Counter.EVICTIONS))
 
 LOAD = tl.constexpr(LOAD_MARK)
 """The mark of a listed page that is to be loaded."""
+
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype of PyTorch."""
+    return _DTYPES[dtype]
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 Triton compiles a kernel when it is first launched, so one after the other: half a minute on a machine that has none of them
 yet, before the first answer. Whoever launches several in a row does it twice, the first time without launching:
 
-    launches(launch)             launch(one_kernel)[grid](...); launch(other_kernel)[grid](...)
+    launches(launch)             launch(one_kernel, grid, ...); launch(other_kernel, grid, ...)
 
     compile_ahead(launches)      what is missing is compiled on threads; nothing runs on the device
-    launches(launched)           now they run
+    launches(launch_now)         now they run
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from .compile_progress import report
+from .launch import Launch
 
-Launch = Callable[[Any], Any]
 
-
-def launched(kernel: Any) -> Any:
-    """The kernel itself."""
-    return kernel
+def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel."""
+    kernel[grid](*args, **options)
 
 
 def compile_ahead(launches: Callable[[Launch], object]) -> None:
@@ -41,7 +40,7 @@ def compile_ahead(launches: Callable[[Launch], object]) -> None:
 
 def _compile(launches: Callable[[Launch], object]) -> None:
     with _Threads(os.cpu_count() or 1) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-        launches(_Compiled)
+        launches(_compile_one)
         if threads.compiles:
             report(threads.compiles)
 
@@ -59,15 +58,6 @@ class _Threads(ThreadPoolExecutor):
         return compile_
 
 
-class _Compiled:
-    """Stands for a kernel."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def compile_(*args: Any, **options: Any) -> None:
-            if isinstance(self._kernel, JITFunction):  # else it is interpreted
-                self._kernel.warmup(*args, grid=grid, **options)
-
-        return compile_
+def _compile_one(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    if isinstance(kernel, JITFunction):  # else it is interpreted
+        kernel.warmup(*args, grid=grid, **options)

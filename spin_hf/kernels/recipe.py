@@ -49,3 +49,13 @@ class Recipe:
     asks: bool = False
     threshold: float = 0.0
     dense_layers: int = 0
+
+    @property
+    def estimated_billionths(self) -> int:
+        """The share that is estimated, as kernels are told: 0 only where nothing is."""
+        return max(round(self.estimated_share * 1e9), int(self.estimated_share > 0))
+
+    @property
+    def estimates_zone(self) -> bool:
+        """Whether only some of what is not selected is estimated."""
+        return 0 < self.estimated_share < 1

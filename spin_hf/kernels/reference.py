@@ -7,13 +7,14 @@ tokens, N pages, P tokens a page, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .descriptor_fields import BINS_PER_NAT, NUM_BINS
+from .descriptor_fields import BINS_PER_NAT, NUM_BINS, Rating
 
 NUM_BUCKETS = 64
 """Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""
@@ -182,6 +183,31 @@ def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
     best, pages = scores.topk(width, dim=-1)
     wanted = torch.arange(width, device=scores.device) < num_pages[:, None, None]
     return torch.where(wanted & (best > float("-inf")), pages, -1)
+
+
+def group_scores(logits: Tensor, candidates: Tensor, rating: Rating, log_tokens: Tensor | None = None) -> Tensor:
+    """What the logits of a group's query heads make of each page.
+
+    Args:
+        logits: [B, H, G, N], float32.
+        candidates: [B, N], bool: the pages that a softmax is over.
+        rating: see `Rating`.
+        log_tokens: [B, N]: a page weighs as often as it has tokens; None for once. Changes SHARE only in the scores.
+    Returns:
+        [B, H, N], logarithms; -inf for what is no candidate.
+    """
+    others = ~candidates[:, None, None]
+    logits = logits.masked_fill(others, float("-inf"))
+    if rating == Rating.BOUND:
+        highest = logits.amax((2, 3), keepdim=True)
+        lowest = logits.masked_fill(others, float("inf")).amin(3, keepdim=True).amax(2, keepdim=True)
+        return ((logits - highest) * (30.0 / (highest - lowest).clamp(min=1e-20))).amax(2)
+    weights = logits if log_tokens is None else logits + log_tokens[:, None, None]
+    shares = logits - weights.logsumexp(3, keepdim=True)
+    if rating == Rating.LIKELIEST:
+        return shares.amax(2)
+    mean = shares.logsumexp(2) - math.log(logits.shape[2])
+    return mean if log_tokens is None else mean + log_tokens[:, None]
 
 
 def score_bins(log_scores: Tensor) -> Tensor:

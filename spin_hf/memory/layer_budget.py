@@ -17,7 +17,7 @@ from ..attention.methods.layer_shapes import LayerShape as LayerShape
 from ..attention.methods.layer_shapes import layer_shapes as layer_shapes
 from ..config import SpinOptions
 from ..errors import OptionError
-from ..kernels import page_forms
+from ..storage.page_layout import page_forms
 from ..storage.page_store import chunk_segments
 from ..storage.segment_pool import pages_of
 from ..storage.summary_array import bytes_per_page, kept_as

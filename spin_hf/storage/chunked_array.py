@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ class ChunkedArray:
             copy[:inside] = source[:inside]
         return twin
 
-    def _copier(self, rows: Tensor) -> Any:
+    def _copier(self, rows: Tensor) -> Callable[..., Callable[[], None]] | None:
         """What readies the kernel that copies rows, in host memory too unless the host asks for them; None if there is none."""
         if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
             return None

@@ -22,6 +22,7 @@ from .. import kernels
 from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Recoding
 from .page_frames import PageFrames
+from .page_layout import PageForm, page_forms
 from .page_table import SEGMENT_PAGES, Sequences
 from .summary_array import SummaryArray, kept_as
 from .tier_budget import TierBudget, whole_segments
@@ -76,7 +77,7 @@ class PageStore:
         self.page_size = sequences.page_size
         self.budget = budget
         self.device, self.dtype = device, dtype
-        self.form, self._host_form = kernels.page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
+        self.form, self._host_form = page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.length = 0
         """Tokens written to this layer."""
         rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
@@ -98,7 +99,7 @@ class PageStore:
         """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
 
     @property
-    def home_form(self) -> kernels.PageForm:
+    def home_form(self) -> PageForm:
         """In which form pages lie where they live now."""
         return self._host_form if self.home.recoded else self.form
 

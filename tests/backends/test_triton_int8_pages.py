@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
-from spin_hf.kernels import Int8Form
+from spin_hf.storage.page_layout import Int8Form
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.interpreted_kernels import forward_steps, interpret_kernels

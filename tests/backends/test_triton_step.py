@@ -139,13 +139,13 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             "none",
             [1],
             {"budget": 16, "recent_window": 8},
-            {"PART_PAGES": 2, "_CHOOSE_TILE": 2, "_CHOOSE_PARTS": 1},
+            {"PART_PAGES": 2, "_SELECT_TILE": 2, "_TILE_PARTS": 1},
         ),  # several tiles
         (
             "left",
             [1, 1],
             {"budget": 24, "recent_window": 8},
-            {"_KEPT": 0, "_CHOOSE_TILE": 4, "BINS_PER_NAT": 2},
+            {"_KEPT": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
         ),  # too few are kept
         (
             "none",
@@ -166,8 +166,8 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             {
                 "_COUNTED": 1,
                 "PART_PAGES": 4,
-                "_LOOKED_AT_TILE": 4,
-                "_LOOKED_AT_FEW_TILE": 2,
+                "_RERANKED_TILE": 4,
+                "_RERANKED_FEW_TILE": 2,
                 "_LIST_TILE": 4,
             },
         ),
@@ -202,7 +202,7 @@ def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], mon
     (step,) = cache._passes.kernels.in_use()
     real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
     lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
-    for stream, count in enumerate(step.selection.list_count[:, 0].tolist()):
+    for stream, count in enumerate(step.buffers.list_count[:, 0].tolist()):
         of_sequence, pages = real[stream // step.num_heads], lists[stream, :count]
         assert len(pages.unique()) == count
         assert bool(of_sequence[pages].all())
@@ -256,15 +256,9 @@ def test_products_with_int8_landmarks_are_exact(
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale
     assert stop - first > 20
     assert bool(((held - exact).abs() <= largest[..., first:stop] * 2e-5).all())
-    used = (
-        step.selection.stats.numel() // step.block_g * (4 if digits else 8)
-    )  # rows of a group, as the kernel packs them
-    most, total = (
-        step.selection.stats.flatten()[:used]
-        .view(shape.kv_heads, step.selection.splits, 2, -1)[..., : shape.group]
-        .double()
-        .unbind(2)
-    )
+    splits, columns = step.buffers.splits.score, 4 if digits else 8
+    stats = step.buffers.stats.flatten()[: shape.kv_heads * splits * 2 * columns]
+    most, total = stats.view(shape.kv_heads, splits, 2, columns)[..., : shape.group].double().unbind(2)
     sums = (most + total.log()).logsumexp(1)
     torch.testing.assert_close(sums, exact[0].logsumexp(-1), rtol=0, atol=1e-4)
 

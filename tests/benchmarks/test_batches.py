@@ -21,7 +21,7 @@ from benchmarks.common.record import Record, newest
 from benchmarks.memory import buffers, reach
 from benchmarks.speed import batch_rows, dense_graph, equal_time, spin_rows, throughput
 from spin_hf import SpinCache
-from spin_hf.backends import triton_step
+from spin_hf.kernels import launch
 from spin_hf.memory import watermarks
 from tests.support.fake_gpu import bytes_of
 
@@ -225,7 +225,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(triton_step, "_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "_PROGRAMS", 4)
     monkeypatch.setattr(spin_rows, "tpot", functools.partial(timing.tpot, few=1, many=2))
     monkeypatch.setattr(spin_rows, "WARM", 2)
     monkeypatch.setattr(batch_rows, "EXTRA", 40)

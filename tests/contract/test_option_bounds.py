@@ -90,13 +90,11 @@ def test_huge_parameters_are_as_large_ones(number: int) -> None:
 
 def test_a_tiny_share_is_estimated_by_kernels_too() -> None:
     """It is handed over in billionths, and 0 of them would turn that off."""
-    from spin_hf.backends.triton_selection import Selection
-
     method = RetroInfer(1e-12)
     assert method.recipe is not None
     assert method.recipe.estimated_share == 1e-12
-    assert Selection.billionths(method.recipe) == 1
-    assert [Selection.billionths(RetroInfer(share).recipe) for share in (0, 0.232, 1)] == [0, 232_000_000, 10**9]  # type: ignore[arg-type]
+    assert method.recipe.estimated_billionths == 1
+    assert [RetroInfer(share).recipe.estimated_billionths for share in (0, 0.232, 1)] == [0, 232_000_000, 10**9]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.attention.methods import bisection, four_bit_keys
-from spin_hf.kernels import move_tokens, page_means, quantize, reference, split_pages
+from spin_hf import kernels
+from spin_hf.attention.methods import four_bit_keys
+from spin_hf.kernels import move_tokens, page_means, quantize, reference, reference_clustering, split_pages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -30,9 +31,9 @@ def test_bisect_leaves_no_more_spread_than_the_formulas(rows: int, count: int, d
     generator = torch.Generator().manual_seed(count)
     points = torch.randn((rows, count, dim), generator=generator) * torch.logspace(0.5, -0.5, dim)
     points = (points + 3 * torch.randn((rows, 1, dim), generator=generator)).to("cuda", dtype)
-    order = bisection.bisect(points, 8)
+    order = kernels.bisect(points, 8)
     assert torch.equal(order.sort(1).values, torch.arange(count, device="cuda").expand(rows, -1))
-    exact = bisection.bisect_by_formulas(points.float(), 8)
+    exact = reference_clustering.bisect(points.float(), 8)
     identity = torch.arange(count, device="cuda").expand(rows, -1)
     assert spread_left(points, exact) < 0.9 * spread_left(points, identity)
     assert spread_left(points, order) < 1.01 * spread_left(points, exact)

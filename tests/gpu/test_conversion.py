@@ -8,8 +8,8 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from spin_hf.kernels.common import triton_dtype  # noqa: E402
 from spin_hf.kernels.decode.estimate_rest import whole_numbers  # noqa: E402
-from spin_hf.kernels.triton_launchers import launchers  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -24,5 +24,5 @@ def convert_kernel(codes, made, dtype: tl.constexpr):
 def test_every_number(dtype: torch.dtype) -> None:
     codes = torch.arange(-128, 128, dtype=torch.int8, device="cuda")
     made = torch.empty(256, dtype=dtype, device="cuda")
-    convert_kernel[(1,)](codes, made, launchers.dtype(dtype))
+    convert_kernel[(1,)](codes, made, triton_dtype(dtype))
     assert torch.equal(made, codes.to(dtype))

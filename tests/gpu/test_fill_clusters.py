@@ -8,7 +8,7 @@ from torch import Tensor
 
 import spin_hf.kernels
 from spin_hf import RetroInfer
-from spin_hf.attention.methods.retroinfer import fill_clusters, unit_vectors
+from spin_hf.kernels import fill_clusters, unit_vectors
 from spin_hf.storage.token_permutation import tiles
 from tests.support.synchronisation import no_synchronisation
 

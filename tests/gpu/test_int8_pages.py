@@ -10,7 +10,7 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
-from spin_hf.kernels import Int8Form
+from spin_hf.storage.page_layout import Int8Form
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.padded_pair import generate
 from tests.support.synchronisation import no_synchronisation

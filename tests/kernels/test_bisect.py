@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.attention.methods import bisection
+from spin_hf.kernels import reference_clustering
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -69,7 +69,7 @@ def test_halves(rows: int, count: int, dim: int) -> None:
     points = separated(rows, count, dim)
     order = bisect(points, 8)
     check_levels(points, order, 8)
-    expected = bisection.bisect(points, 8)
+    expected = reference_clustering.bisect(points, 8)
     pages, wanted = (found.unflatten(1, (-1, 8)).sort(2).values for found in (order, expected))
     same = (pages == wanted).all(2).float().mean()
     assert same > 0.9 or torch.equal(pages.flatten(1, 2).sort(1).values, wanted.flatten(1, 2).sort(1).values)

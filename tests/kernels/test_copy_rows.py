@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from spin_hf.kernels import PageForm
 from spin_hf.kernels.reference import put_rows, put_tokens, split_pages, take_rows
+from spin_hf.storage.page_layout import PageForm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int32]
 

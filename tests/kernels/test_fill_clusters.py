@@ -1,4 +1,4 @@
-"""Clustering by kernels, interpreted on the CPU, against loops and the formulas of `attention/methods/retroinfer.py`.
+"""Clustering by kernels, interpreted on the CPU, against loops and `kernels/reference_clustering.py`.
 
 Uninitialised memory holds NaN, and numbers far outside of all tables.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spin_hf.attention.methods import retroinfer
-from spin_hf.attention.methods.retroinfer import _LIKENESS_STEPS, _ROUNDS, RetroInfer
+from spin_hf.attention.methods.retroinfer import RetroInfer
+from spin_hf.kernels import reference_clustering
+from spin_hf.kernels.reference_clustering import LIKENESS_STEPS, ROUNDS
 from spin_hf.storage.token_permutation import tiles
 
 pytestmark = [
@@ -105,15 +106,15 @@ def test_nearest(
     own = torch.full((len(alive), count), FAR, dtype=torch.int32)
     nearest_kernel[(len(alive), -(-count // (32 * step)))](
         *rows.given, rows.centroids, own, rows.sizes, *rows.sized, start, **rows.constants,
-        LIKENESS_STEPS=_LIKENESS_STEPS, TILE=32, CLUSTERS=32, STEP=step, FINAL=final,
+        LIKENESS_STEPS=LIKENESS_STEPS, TILE=32, CLUSTERS=32, STEP=step, FINAL=final,
     )  # fmt: skip
     looked_at = torch.arange(count) % step == start if step > 1 else torch.ones(count, dtype=torch.bool)
     assert bool((own[:, ~looked_at] == FAR).all())
     for row, number in enumerate(alive):
         found = own[row].long()
         if final:
-            found -= row * (rows.most + 1) * _LIKENESS_STEPS
-            found, steps = found // _LIKENESS_STEPS, found % _LIKENESS_STEPS
+            found -= row * (rows.most + 1) * LIKENESS_STEPS
+            found, steps = found // LIKENESS_STEPS, found % LIKENESS_STEPS
         assert bool((found[number:][looked_at[number:]] == rows.most).all())
         products = rows.points[row].double() @ rows.centroids[row, : rows.wanted[row]].double().mT
         if not number:
@@ -125,7 +126,7 @@ def test_nearest(
         assert bool((found[:number][mine] < rows.wanted[row]).all())
         assert bool(((best - chosen)[mine] < 1e-6).all())
         if final:
-            assert float((1 - best - 2 / _LIKENESS_STEPS * (steps[:number] + 0.5)).abs().max()) < 1.01 / _LIKENESS_STEPS
+            assert float((1 - best - 2 / LIKENESS_STEPS * (steps[:number] + 0.5)).abs().max()) < 1.01 / LIKENESS_STEPS
             assert torch.equal(rows.sizes[row].long(), found[:number].bincount(minlength=rows.most))
 
 
@@ -142,11 +143,11 @@ def test_the_first_of_equal_centroids_is_nearest() -> None:
     own = torch.full((2, 80), FAR, dtype=torch.int32)
     nearest_kernel[(2, 3)](
         *rows.given, rows.centroids, own, rows.sizes, *rows.sized, 0, **rows.constants,
-        LIKENESS_STEPS=_LIKENESS_STEPS, TILE=32, CLUSTERS=32, STEP=1, FINAL=True,
+        LIKENESS_STEPS=LIKENESS_STEPS, TILE=32, CLUSTERS=32, STEP=1, FINAL=True,
     )  # fmt: skip
-    half, none = _LIKENESS_STEPS // 4, _LIKENESS_STEPS // 2
-    assert own[0].tolist() == [3 * _LIKENESS_STEPS + half] * 80
-    assert own[1].tolist() == [81 * _LIKENESS_STEPS + none] * 80
+    half, none = LIKENESS_STEPS // 4, LIKENESS_STEPS // 2
+    assert own[0].tolist() == [3 * LIKENESS_STEPS + half] * 80
+    assert own[1].tolist() == [81 * LIKENESS_STEPS + none] * 80
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -211,7 +212,7 @@ def test_unit_vectors(dim: int, dtype: torch.dtype) -> None:
     whole[1, 1] = 2.5  # all keys alike
     for keys in (whole[..., 0, :dim].transpose(0, 1), whole[..., 1, :dim].mT.contiguous().mT):
         points = unit_vectors(keys.half().to(dtype), dtype)
-        expected = retroinfer.unit_vectors(keys.half().double(), torch.float64)
+        expected = reference_clustering.unit_vectors(keys.half().double(), torch.float64)
         assert points.is_contiguous()
         torch.testing.assert_close(points.double(), expected, rtol=0, atol=1e-3 if dtype == torch.float16 else 1e-6)
 
@@ -222,7 +223,7 @@ def test_unit_vectors(dim: int, dtype: torch.dtype) -> None:
 def by_kernels(points: Tensor, cluster_tokens: int) -> tuple[Tensor, Tensor]:
     from spin_hf.kernels.indexing.fill_clusters import fill_clusters
 
-    return fill_clusters(points, _ROUNDS, cluster_tokens, 8, _LIKENESS_STEPS)
+    return fill_clusters(points, ROUNDS, cluster_tokens, 8, LIKENESS_STEPS)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def by_kernels(points: Tensor, cluster_tokens: int) -> tuple[Tensor, Tensor]:
 def test_clusters_are_those_of_the_formulas(rows: int, count: int, dim: int, cluster_tokens: int) -> None:
     points = unit(rows, count, dim, seed=count)
     for actual, expected in zip(
-        by_kernels(points, cluster_tokens), retroinfer.fill_clusters(points, cluster_tokens, 8), strict=True
+        by_kernels(points, cluster_tokens), reference_clustering.fill_clusters(points, cluster_tokens, 8), strict=True
     ):
         assert actual.dtype == torch.int64
         assert torch.equal(actual, expected)
@@ -254,7 +255,7 @@ def test_points_in_sixteen_bits_make_clusters_as_good() -> None:
     label = torch.randint(0, 20, (2, 400), generator=torch.Generator().manual_seed(6))
     points = torch.nn.functional.normalize(random(20, 16)[label] + random(2, 400, 16, seed=7), dim=-1)
     lengths = []
-    for order, pages in (by_kernels(points.half(), 16), retroinfer.fill_clusters(points, 16, 8)):
+    for order, pages in (by_kernels(points.half(), 16), reference_clustering.fill_clusters(points, 16, 8)):
         assert tiles(pages.unsqueeze(0))
         sorted_points = points.gather(1, order.unsqueeze(-1).expand_as(points)).unflatten(1, (-1, 8))
         lengths.append(float(sorted_points.mean(2).norm(dim=-1).mean()))
@@ -267,10 +268,10 @@ def test_numbers_beyond_thirty_one_bits(monkeypatch: pytest.MonkeyPatch) -> None
     from spin_hf.kernels.indexing.fill_clusters import fill_clusters
 
     fine = 1 << 27
-    monkeypatch.setattr(retroinfer, "_LIKENESS_STEPS", fine)
+    monkeypatch.setattr(reference_clustering, "LIKENESS_STEPS", fine)
     points = unit(2, 160, 6, seed=9)
     for actual, expected in zip(
-        fill_clusters(points, _ROUNDS, 16, 8, fine), retroinfer.fill_clusters(points, 16, 8), strict=True
+        fill_clusters(points, ROUNDS, 16, 8, fine), reference_clustering.fill_clusters(points, 16, 8), strict=True
     ):
         assert torch.equal(actual, expected)
 

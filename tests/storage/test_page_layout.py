@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spin_hf.kernels import Int8Form, PageForm, page_forms
+from spin_hf.storage.page_layout import Int8Form, PageForm, page_forms
 
 SIZES = [(8, 128, 128), (8, 64, 64), (16, 80, 48), (4, 3, 2), (1, 5, 1), (32, 192, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 
-from spin_hf.attention.methods import bisection, four_bit_keys, retroinfer
+import spin_hf.kernels
+from spin_hf.attention.methods import four_bit_keys
+from spin_hf.kernels import reference_clustering
 
 
 def cluster_by_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the kernels by formulas until the end of the test."""
-    monkeypatch.setattr(bisection, "bisect", bisection.bisect_by_formulas)
+    monkeypatch.setattr(spin_hf.kernels, "bisect", reference_clustering.bisect)
     monkeypatch.setattr(four_bit_keys, "encode_pages", four_bit_keys.encode_by_formulas)
-    monkeypatch.setattr(retroinfer, "fill_clusters", retroinfer.fill_clusters_by_formulas)
+    monkeypatch.setattr(spin_hf.kernels, "fill_clusters", reference_clustering.fill_clusters)

@@ -35,11 +35,10 @@ from torch import Tensor
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV
-from spin_hf.attention.methods import bisection, retroinfer
 from spin_hf.backends import triton_step
 from spin_hf.backends.triton_indexing import index_completed
 from spin_hf.config import MOST_TOKENS
-from spin_hf.kernels import device_limits
+from spin_hf.kernels import device_limits, reference_clustering
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.oracle import Rules
 from tests.support.seer_gates import method_of, rules_for
@@ -124,13 +123,13 @@ def pretend(capability: int, every: bool) -> Compiler:
 
     def bisected(points: Tensor, page_size: int) -> Tensor:
         bisect.bisect(points[:, : 2 * FEW, :SHORT], page_size)
-        return bisection.bisect_by_formulas(points, page_size)
+        return reference_clustering.bisect(points, page_size)
 
     def clustered(
         points: Tensor, rounds: Any, cluster_tokens: int, page_size: int, steps: int
     ) -> tuple[Tensor, Tensor]:
         fill_clusters.fill_clusters(points, rounds, cluster_tokens, page_size, steps)
-        return retroinfer.fill_clusters_by_formulas(points, cluster_tokens, page_size)
+        return reference_clustering.fill_clusters(points, cluster_tokens, page_size)
 
     triton_step.StepKernels.__init__ = compiled  # type: ignore[method-assign]
     bisect._CHUNK = FEW

@@ -197,13 +197,13 @@ def _poison(layer: SpinLayer) -> None:
             h, slot = (table >= 0).nonzero(as_tuple=True)
             store.frames.frames[first + h * slots + slot] = contents[row, h, table[h, slot].long()]
             first += table.numel()
-    for tensor in (*step.selection.scratch, step.parts):
+    for tensor in step.buffers.scratch:
         tensor.fill_(nan if tensor.is_floating_point() else 127)
-    step.selection.histogram.fill_(1)
+    step.buffers.histogram.fill_(1)
     junk = {StepField.LOGITS: nan, StepField.SCORES: nan, StepField.LIST_PAGE: LOAD_MARK}
     for field, tensor in step.scratch.items():
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
     step.plan.fill_(1)
     step.whole_plan.fill_(1)
-    step.selection.list_count.fill_(1)
+    step.buffers.list_count.fill_(1)

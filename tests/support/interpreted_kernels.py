@@ -9,7 +9,8 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import SpinCache
-from spin_hf.backends import descriptors, triton_selection, triton_step
+from spin_hf.backends import descriptors, triton_step
+from spin_hf.kernels import launch
 from tests.support.cluster_by_formulas import cluster_by_formulas
 from tests.support.zoo import PAD_TOKEN_ID
 
@@ -27,13 +28,15 @@ def prompt_inputs(padding: str) -> dict[str, torch.Tensor]:
 
 def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
     """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
+    from spin_hf.kernels.decode import bin_scores, estimate_rest, rerank_pages, score_pages, select_pages
     from spin_hf.kernels.triton_launchers import launchers
 
+    launches = (score_pages, bin_scores, rerank_pages, select_pages, estimate_rest)
     cluster_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
     for name, number in {"_PROGRAMS": 8, **constants}.items():
-        modules = [module for module in (triton_step, triton_selection, descriptors) if hasattr(module, name)]
+        modules = [module for module in (triton_step, descriptors, launch, *launches) if hasattr(module, name)]
         assert modules
         for module in modules:
             monkeypatch.setattr(module, name, number)

@@ -41,7 +41,6 @@ from torch import Tensor
 
 from ... import kernels
 from ...config import require_tokens
-from ...kernels import device_limits
 from ...kernels.descriptor_fields import Rating
 from ...kernels.recipe import MOST_EXCESS, Recipe
 from . import four_bit_keys
@@ -100,7 +99,7 @@ class Bisection(Regrouping, Method):
         """Page by page, each of tokens that no halving has parted."""
         fast = keys.is_cuda and keys.element_size() == 2
         points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), asked).flatten(0, 1)
-        return Arrangement(bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
+        return Arrangement(kernels.bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The best pages by their low-bit keys, among the best by their means."""
@@ -206,68 +205,3 @@ def _projection(dim: int, most: int, device: torch.device) -> Tensor:
 def _spread(points: Tensor) -> Tensor:
     """Variance of points [S, H, n, D], the sum over their numbers: [S, H, 1, 1]."""
     return points.var(2, keepdim=True, correction=0).sum(-1, keepdim=True, dtype=torch.float32)
-
-
-def bisect(points: Tensor, page_size: int) -> Tensor:
-    """Order points so that pages of them lie together.
-
-    Args:
-        points: [R, n, D], in the dtype of all products, D up to `POINT_DIM`; n is a multiple of `page_size`.
-    Returns:
-        order: [R, n], int64.
-    """
-    launch = kernels.launchers(points.device)
-    if launch is None or not device_limits.multiplies(points.device):
-        return bisect_by_formulas(points, page_size)
-    return launch.bisect(points, page_size)  # type: ignore[no-any-return, unused-ignore]
-
-
-def bisect_by_formulas(points: Tensor, page_size: int) -> Tensor:
-    """`bisect` in PyTorch: the specification, and what serves GPUs before Ampere."""
-    rows, count, dim = points.shape
-    order = torch.arange(count, device=points.device).expand(rows, -1)
-    size = page_size
-    while size < count:
-        size *= 2
-    while size > page_size:
-        parts = -(-count // size)
-        filled = count - (parts - 1) * size  # of the last part; all others are full
-        token = torch.nn.functional.pad(order, (0, size - filled)).unflatten(1, (parts, size))
-        x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).unflatten(1, (parts, size))
-        order = halve(x, filled, token).flatten(1)[:, :count]
-        size //= 2
-    return order
-
-
-def halve(x: Tensor, filled: int, token: Tensor) -> Tensor:
-    """One level: of each part the half that lies lower along its main axis comes first, in the order that it had.
-
-    Args:
-        x: [R, parts, size, D]; the last part has `filled` points only. Mutated.
-        token: [R, parts, size], which they are.
-    Returns:
-        `token` in the new order.
-    """
-    parts, size = token.shape[1:]
-    x[:, -1, filled:] = 0
-    count = torch.full((parts, 1, 1), size, device=x.device)
-    count[-1] = filled
-    x -= x.sum(2, keepdim=True) / count
-    x[:, -1, filled:] = 0
-    along = _along_main_axis(x)
-    along[:, -1, filled:] = float("inf")
-    sides = along.argsort(dim=2, stable=True).split(size // 2, dim=2)
-    return token.gather(2, torch.cat([side.sort(dim=2).values for side in sides], 2))
-
-
-def _along_main_axis(centred: Tensor) -> Tensor:
-    """Where rows [..., m, D] lie along about their first principal axis, in some unit: [..., m]."""
-    wide = centred.shape[-1] >= centred.shape[-2]
-    gram = centred @ centred.mT if wide else centred.mT @ centred
-    size = gram.diagonal(dim1=-2, dim2=-1)
-    gram = gram / size.sum(-1).clamp(min=1e-20)[..., None, None]
-    largest = size.argmax(-1)[..., None, None].expand(*gram.shape[:-1], 1)
-    fourth = gram @ gram
-    fourth = fourth @ fourth
-    along = fourth @ (fourth @ gram.gather(-1, largest))
-    return (along if wide else centred @ along).squeeze(-1)

@@ -50,7 +50,7 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
         root = math.sqrt(dim & -dim)
         made = launch.encode_pages(keys, mean, valid, basis(dim, keys.device), root, _MULTIPLES)
         if made is not None:
-            return made  # type: ignore[no-any-return, unused-ignore]
+            return made
     return encode_by_formulas(keys, mean, valid)
 
 

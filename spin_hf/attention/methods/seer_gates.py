@@ -124,11 +124,9 @@ class LayerGate:
         launch = kernels.launchers(states.device)
         if launch is None:
             return self.of_queries(states, positions) * scale
-        own = {"interleaved": self.interleaved, "scale": scale}
-        asked: Tensor = launch.gate_queries(
-            states, positions, self.query, self.frequencies, self.gate_frequencies, **own
-        )
-        return asked
+        return launch.gate_queries(
+            states, positions, self.query, self.frequencies, self.gate_frequencies, interleaved=self.interleaved, scale=scale
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

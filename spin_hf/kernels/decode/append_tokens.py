@@ -4,13 +4,14 @@
     append_kernel   all pages of a call
 
 Where home pages are int8, tokens are encoded; page frame and summaries are of what comes of that.
-The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `page_form.py`.
+The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     FRAMES,
@@ -28,7 +29,31 @@ from ..common import (
     slots_of,
     to_int8,
     tokens_valid,
+    triton_dtype,
 )
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
+
+_WARP_TOKENS = 8
+"""Tokens that one warp appends."""
+
+
+def append_tokens(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, key: Tensor, value: Tensor, *, num_pages: int,
+    summarizes: bool, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Write the tokens of a call to their pages, of which there are `num_pages`.
+
+    Args:
+        key, value: [B, H, n, D]; the last dimension is contiguous.
+        summarizes: whether ShadowKV's summaries of the pages that become complete are written too.
+    """
+    launch(
+        append_kernel, (num_pages, buffers.num_streams), buffers.step, layer.descriptor, key, value, key.shape[2],
+        *key.stride()[:3], *value.stride()[:3], SUMMARY=triton_dtype(shape.dtype), QUANTIZED=shape.quantized[0],
+        H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v,
+        PAGE=shape.page_size, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
+        HOME_BYTES=shape.backing_bytes, SUMMARISE=summarizes, num_warps=max(1, shape.page_size // _WARP_TOKENS),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -6,13 +6,14 @@
 
 Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
 whose pages are resident go on meanwhile. Homes that are int8 are decoded in registers; the frame gets what came of it. The
-specification is `kernels.attend`, `kernels.merge_attention` and `page_form.py`.
+specification is `kernels.attend`, `kernels.merge_attention` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     FRAMES,
@@ -29,7 +30,42 @@ from ..common import (
     scale_addresses,
     slots_of,
     tokens_valid,
+    triton_dtype,
 )
+from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+
+
+def attend_pages(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, query: Tensor, out: Tensor, sinks: Tensor | None, *,
+    query_index: int, num_queries: int, dense: bool, scale: float, softcap: float | None, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Attend to the listed pages, for one query of a step.
+
+    Args:
+        query: [B, H * G, 1, Dk]; the last dimension is contiguous.
+        out: [B, H * G, Dv]. Written.
+        sinks: [H * G], logits in the denominator; None for none.
+        query_index, num_queries: of the query in the step, and of the step.
+        dense: whether the layer attends to all pages.
+    """
+    group, splits = query.shape[1] // shape.num_heads, buffers.splits.dense if dense else buffers.splits.attend
+    launch(
+        attend_kernel, (buffers.num_streams, splits), buffers.step, layer.descriptor, query, out,
+        query if sinks is None else sinks, buffers.list_count, buffers.split_outputs, buffers.arrivals, query_index,
+        num_queries, *query.stride()[:2], *out.stride()[:2], scale, softcap or 1.0, CAPPED=softcap is not None,
+        SINKS=sinks is not None, H=shape.num_heads, G=group, BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim,
+        DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size,
+        TILE_PAGES=_tile_pages(shape), SPLITS=splits, ESTIMATED=buffers.splits.estimate, MERGED_G=power_of_two(group),
+        PAGE_BYTES=shape.page_bytes, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
+        DTYPE=triton_dtype(shape.dtype), HOME_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def _tile_pages(shape: LaunchShape) -> int:
+    """Pages of a tile, or fewer if a program's shared memory does not hold them."""
+    token_bytes = (shape.block_k + shape.block_v) * shape.dtype.itemsize
+    tokens = min(ATTEND_TOKENS, power_of_two(shape.shared_memory // (2 * token_bytes) + 1) // 2)  # two are under way
+    return max(16, tokens, shape.page_size) // shape.page_size
 
 
 @triton.jit

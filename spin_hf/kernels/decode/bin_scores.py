@@ -4,15 +4,18 @@
                                           or, of a box, of the logit, less the largest of all
     bin of the score  <=  floor       ->  the page is kept and counted                     ->  kept pages, by part; histogram
 
-The histogram says where the budget ends, so nothing has to be sorted or searched (see `select.py`). The floor is where it
+The histogram says where the budget ends, so nothing has to be sorted or searched (see `select_pages.py`). The floor is where it
 ended at the step before, and a margin: a few hundred pages are kept of however many there are. The specification of the scores
-is `ShadowKV.score`, whose logarithm they are, and `kernels.group_shares`; see `Rating`.
+is `reference.group_scores`; see `Rating`.
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     CANDIDATES,
@@ -33,12 +36,38 @@ from ..common import (
     log_total,
     score_bins,
 )
-from ..descriptor_fields import Rating
+from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
+from ..recipe import Recipe
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
 SHARE = tl.constexpr(int(Rating.SHARE))
 BOUND = tl.constexpr(int(Rating.BOUND))
+
+
+def bin_scores(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: Recipe,
+    shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Turn the products of `score_pages`, which takes the same arguments, into scores, and count them by bin.
+
+    Where pages are reranked, one more program of each stream makes the operands of that.
+    """
+    group, reranks = query.shape[1] // shape.num_heads, recipe.looked_at > 0
+    digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
+    launch(
+        rate_kernel, (buffers.num_streams, buffers.splits.programs + reranks), buffers.step, buffers.stats, plan,
+        buffers.histogram, layer.rerank_floors if reranks else layer.floors, layer.number, buffers.splits.score, query,
+        *query.stride()[:2], buffers.basis, buffers.rotated, buffers.operands, buffers.factors,
+        scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram, RATING=int(recipe.rating),
+        OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=recipe.estimates_zone, LISTED=not reranks,
+        WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
+        BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
+        CLOSER_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
+        PADDED=shape.padded, PART=PART_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
+        RUN=min(PART_PAGES, 32), num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["number"])

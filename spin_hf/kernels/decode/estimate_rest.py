@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     DIRECTORY,
@@ -28,7 +29,29 @@ from ..common import (
     log_tokens,
     score_bins,
     segment_vectors,
+    triton_dtype,
 )
+from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+from ..recipe import Recipe
+
+
+def estimate_rest(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, softcap: float | None,
+    recipe: Recipe, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Write the partial outputs of pages that were not selected, for one query of `group` heads per KV head."""
+    quantized = shape.quantized[1]
+    runs = shape.segments_at_a_time(shape.block_v, 1 if quantized else shape.dtype.itemsize)
+    launch(
+        estimate_kernel, (buffers.num_streams, buffers.splits.estimate), buffers.step, layer.descriptor, plan,
+        buffers.zone_edges, buffers.split_outputs, softcap or 1.0, CAPPED=softcap is not None, ZONE=recipe.estimates_zone,
+        QUANTIZED=quantized, SUMMARY=triton_dtype(shape.dtype), H=shape.num_heads, G=group,
+        BLOCK_G=max(16, power_of_two(group)), DV=shape.value_dim, BLOCK_V=shape.block_v, PAGE=shape.page_size,
+        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=runs, BINS=NUM_BINS,
+        PER_NAT=BINS_PER_NAT, SPLITS=buffers.splits.attend, DTYPE=triton_dtype(shape.dtype), COMPILED=shape.compiled,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     FIRST,
@@ -28,12 +29,31 @@ from ..common import (
     page_rows,
     row_addresses,
     sortable,
+    triton_dtype,
 )
+from ..launch import Launch, LaunchShape
 
 NO_EDGE = tl.constexpr((1 << 62) - 1)
 """Above all keys of candidates: all of them are outliers."""
 NO_KEY = tl.constexpr(1 << 62)
 """The key of what is no candidate."""
+
+
+def find_outliers(
+    launch: Launch, step: Tensor, layers: Tensor, plan: Tensor, edges: Tensor, found_for: Tensor, *, first_layer: int,
+    num_layers: int, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Mark the outliers of layers [first_layer, first_layer + num_layers), for the query that `plan` is of.
+
+    Args:
+        step, layers, plan, edges, found_for: as for `find_outliers_kernel`.
+        shape: of all these layers.
+    """
+    launch(
+        find_outliers_kernel, (edges.shape[1], num_layers), step, layers, plan, edges, found_for, first_layer,
+        SUMMARY=triton_dtype(shape.dtype), H=shape.num_heads, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk,
+        PAGE=shape.page_size, PADDED=shape.padded, TILE=1024,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def gate_queries(
         positions: [B], int32 or int64.
         weights: [H, G, D, E], float32, contiguous.
         frequencies: [R], float32, R <= D / 2: of the model's rotation, which is undone.
-        interleaved: how the model pairs channels, as in `attention.gates.rotate`.
+        interleaved: how the model pairs channels, as in `seer_gates.rotate`.
         gate_frequencies: [E / 2], float32: of the gate's, whose pairs are two halves.
         scale: what the result is multiplied by.
     Returns:

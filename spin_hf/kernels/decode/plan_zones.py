@@ -1,12 +1,13 @@
 """The zones of a step, on the device: fixed pages, candidates and budget of every query. One launch for all layers.
 
-The specification is `step_plan.StepPlan`.
+The specification is `backends/zones.py`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     CANDIDATES,
@@ -22,6 +23,26 @@ from ..common import (
     STOP,
     count_valid,
 )
+from ..launch import Launch
+
+
+def plan_zones(
+    launch: Launch, step: Tensor, plan: Tensor, *, num_queries: int, num_sink_tokens: int, recent_window: int, budget: int,
+    dense_below: int, outliers_per_1024: int, page_size: int, padded: bool,
+) -> None:  # fmt: skip
+    """Plan the first `num_queries` queries of a step, for all sequences.
+
+    Args:
+        step: the step descriptor.
+        plan: int32 [Q, B, len(PlanField)]. Written.
+        budget: tokens, or 0 where the step descriptor says a fraction.
+        num_sink_tokens to padded: see `Options` and `Recipe`.
+    """
+    launch(
+        plan_step_kernel, (plan.shape[1], num_queries), step, plan, SINKS=num_sink_tokens, WINDOW=recent_window,
+        BUDGET=budget, DENSE_BELOW=dense_below, OUTLIERS_PER_1024=outliers_per_1024, PAGE=page_size, PADDED=padded,
+        TILE=1024,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     CLOSER,
@@ -35,6 +36,38 @@ from ..common import (
     row_addresses,
     score_bins,
 )
+from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
+from ..recipe import MOST_EXCESS, Recipe
+
+_COUNTED = 2
+"""Pages that are counted for each page that is reranked, if scores are spread as they were at the last step."""
+_TILE_TOKENS = 128
+
+
+def rerank_pages(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, recipe: Recipe,
+    shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Score the best pages again, by their keys in four bits, for one query of `group` heads per KV head."""
+    digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
+    programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
+    common = {
+        "LOOKED_AT": recipe.looked_at, "H": shape.num_heads, "G": group, "CLOSER_G": columns, "PAGE": shape.page_size,
+        "PADDED": shape.padded, "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
+    }  # fmt: skip
+    launch(
+        closer_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
+        plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
+        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
+        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MOST_EXCESS,
+        num_stages=1, **common,
+    )  # fmt: skip
+    launch(
+        rate_closer_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
+        buffers.rerank_histogram, buffers.factors, buffers.rerank_stats, programs, COUNTED=_COUNTED,
+        LOOKS=power_of_two(programs), TILE=256, **common,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     DIRECTORY,
@@ -31,8 +32,42 @@ from ..common import (
     digits,
     log_tokens,
     segment_vectors,
+    triton_dtype,
 )
+from ..descriptor_fields import NUM_BINS, Rating
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns
+from ..recipe import Recipe
 from .append_tokens import append_page
+
+
+def score_pages(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor,
+    new: tuple[Tensor, Tensor] | None, *, scale: float, recipe: Recipe, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Score all candidates of one query of a step, and append the step's token.
+
+    Args:
+        query: [B, H * G, 1, D], or [B, H, D] of a method that makes its own queries, in float32. The last dimension is
+            contiguous.
+        new: key and value [B, H, 1, D] of the token that is appended; None for none.
+    """
+    width, group, digits = query.shape[-1], query.shape[1] // shape.num_heads, shape.scores_digits
+    key, value = (query, query) if new is None else new
+    vectors = (2 if recipe.rating == Rating.BOUND else 1) * max(32, triton.next_power_of_2(width))
+    item_bytes = 1 if shape.quantized[0] else shape.dtype.itemsize
+    if recipe.asks and not digits:
+        item_bytes = 4  # vectors are converted
+    launch(
+        score_kernel, (buffers.num_streams, buffers.splits.score + (new is not None)), buffers.step, layer.descriptor, query,
+        buffers.stats, plan, buffers.histogram, buffers.splits.score, *query.stride()[:2], scale, key, value,
+        *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, SUMMARY=triton_dtype(shape.dtype),
+        QUANTIZED=shape.quantized[0], H=shape.num_heads, G=group, BLOCK_G=product_columns(group, digits), DK=shape.key_dim,
+        DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size, SEGMENT=shape.segment_pages,
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, HOME_BYTES=shape.backing_bytes, BINS=NUM_BINS,
+        RUNS=shape.segments_at_a_time(vectors, item_bytes), SUMMARISE=recipe.summarised_by_append,
+        WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=recipe.looked_at > 0, ASKED=recipe.asks,
+        D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 @triton.jit

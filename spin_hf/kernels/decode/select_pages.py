@@ -3,7 +3,7 @@
     histogram      2  0  5  9 | 7 | 12 ...        pages of better bins are chosen
     budget 19      2  2  7 16  23                 of the boundary bin the best 3 of 7: a search among these few alone
 
-Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`residency.py`). It
+Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`assign_slots.py`). It
 looks at the pages that were kept; should they be too few, it counts the others and looks at all. Which of pages that tie are
 taken is always the same. The specification is `kernels.select_top_pages`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import (
     FIRST,
@@ -34,11 +35,51 @@ from ..common import (
     score_bins,
     sortable,
 )
+from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
+from ..recipe import Recipe
 from .assign_slots import retrieve
 
 LAST = tl.constexpr(0x7FFFFFFF)
 NO_KEY = tl.constexpr(-(1 << 63))
 """Below the key of every page."""
+
+_SELECT_TILE, _SELECT_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
+"""Pages of a tile, warps; pages of a bin that are compared each with each, so many at a time."""
+_RERANKED_TILE, _RERANKED_WARPS, _RERANKED_TIED, _RERANKED_FEW_TILE = 4096, 16, 512, 32
+"""Likewise where all reranked pages are there to select from: many more."""
+_TILE_PARTS, _TIED_TILE = 128, 512
+"""Parts of a tile; pages of one bin at a time in a search."""
+_LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
+"""Pages of a list at a time, if it may be longer twice as many; slots at the hand, and where all are looked at."""
+_KEPT = 3
+"""Candidates kept for each selected page, if scores are spread as they were at the last step."""
+
+
+def select_pages(
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
+    most_listed: int | None, recipe: Recipe, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """List the pages that one query of a step attends to, and assign slots to those that are missing.
+
+    Args:
+        query_index: of the query in the step; group: query heads per KV head that were scored.
+        most_listed: pages that a query lists at most; None if unknown.
+    """
+    reranks, share = recipe.looked_at > 0, recipe.estimated_billionths
+    tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
+    if reranks:
+        tile, few, few_tile, warps = _RERANKED_TILE, _RERANKED_TIED, _RERANKED_FEW_TILE, _RERANKED_WARPS
+    launch(
+        choose_kernel, (buffers.num_streams,), buffers.step, layer.descriptor, plan,
+        buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
+        layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
+        ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
+        PAGE=shape.page_size, PADDED=shape.padded, PART=PART_PAGES, PARTS=_TILE_PARTS, BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
+        KEPT=_KEPT, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
+        LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
+        num_warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -54,8 +95,7 @@ def choose_kernel(
 
     Args:
         histogram: as `rate_kernel` left it. Added to where too few pages were kept.
-        list_count: int32 [B, H, 2]: length of each list, and how many of its pages are to be loaded. Written.
-        counters: int64 [len(Counter)]. Added to.
+        list_count, hand: see `StepBuffers` and `LayerBuffers`. Written; counters: likewise. Added to.
         edges: int32 [B, H]: the bin in which the zone ends that is estimated: `share` billionths of the candidates, behind
             those that are chosen. Written, if ZONE; `histogram` then counts all candidates.
         ESTIMATES: whether `estimate_kernel` follows: then the logits of what is listed become -infinity.
@@ -66,7 +106,6 @@ def choose_kernel(
         KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
             bin a step, and anywhere after a step that kept too few.
         floors: int32 [B, H]: the last bin whose pages are kept at the next step. Written.
-        hand: int32 [B, H]: the slot from which victims are looked for. Written.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Points in the order of `attention/methods/bisection.py`, on a GPU: parts are halved at the median along their main axis.
+"""Points in the order of `reference_clustering.bisect`, on a GPU: parts are halved at the median along their main axis.
 
     part of more than 1,024   gram      [D, D] of products of its keys, by 1,024 of them
                               axis      [D]    from these
@@ -9,7 +9,7 @@
 
 A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
 matrix products too, as only loads for those are fetched ahead. Products of float32 are of tf32: an order needs no more, and
-exact ones, without tensor cores, take minutes to compile. The specification is `attention.bisection.halve`.
+exact ones, without tensor cores, take minutes to compile. The specification is `reference_clustering.halve`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_ahead import Launch, compile_ahead, launched
+from ..common import triton_dtype
+from ..compile_ahead import compile_ahead, launch_now
+from ..launch import Launch
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """As `attention.bisection.bisect`, of points [R, n, D].
+    """As `reference_clustering.bisect`, of points [R, n, D].
 
     D is 128 at most: products of all of more numbers with each other do not fit the registers.
     """
@@ -35,7 +37,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
         if variants not in _compiled:
             compile_ahead(lambda launch: _launches(launch, points, page_size))
             _compiled.add(variants)
-        return _launches(launched, points, page_size).long()
+        return _launches(launch_now, points, page_size).long()
 
 
 _compiled: set[tuple[object, ...]] = set()
@@ -57,30 +59,30 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
             chunks = triton.cdiv(count, _CHUNK)
             grams = along.new_empty((rows, chunks, dim + 1, dim))
             axes = along.new_empty((rows, parts, dim))
-            launch(gram_kernel)[(chunks, rows)](
-                points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
-            )
-            launch(axis_kernel)[(parts, rows)](
-                grams, axes, count, size, CHUNK=_CHUNK, DTYPE=_dtype(points), num_warps=8, **shape
-            )
-            launch(along_kernel)[(triton.cdiv(count, _TILE), rows)](
-                points, order, axes, along, count, size, TILE=_TILE, num_warps=8, **shape
-            )
-            launch(halve_kernel)[(parts, rows)](order, along, spare, count, SIZE=size, num_warps=8)
+            launch(
+                gram_kernel, (chunks, rows), points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
+            )  # fmt: skip
+            launch(
+                axis_kernel, (parts, rows), grams, axes, count, size, CHUNK=_CHUNK, DTYPE=triton_dtype(points.dtype),
+                num_warps=8, **shape,
+            )  # fmt: skip
+            launch(
+                along_kernel, (triton.cdiv(count, _TILE), rows), points, order, axes, along, count, size, TILE=_TILE,
+                num_warps=8, **shape,
+            )  # fmt: skip
+            launch(halve_kernel, (parts, rows), order, along, spare, count, SIZE=size, num_warps=8)
         else:
-            launch(halve_part_kernel)[(parts, rows)](
-                points, order, along, spare, count, SIZE=size, TILE=_TILE // 2, num_warps=4, **shape
-            )
+            launch(
+                halve_part_kernel, (parts, rows), points, order, along, spare, count, SIZE=size, TILE=_TILE // 2,
+                num_warps=4, **shape,
+            )  # fmt: skip
         order, spare, size = spare, order, size // 2
     if size > page_size:
-        launch(halve_all_kernel)[(triton.cdiv(count, _GROUP), rows)](
-            points, order, count, FIRST=size, PAGE=page_size, GROUP=_GROUP, num_warps=4, **shape
-        )
+        launch(
+            halve_all_kernel, (triton.cdiv(count, _GROUP), rows), points, order, count, FIRST=size, PAGE=page_size,
+            GROUP=_GROUP, num_warps=4, **shape,
+        )  # fmt: skip
     return order
-
-
-def _dtype(points: Tensor) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[points.dtype]
 
 
 @triton.jit

@@ -7,10 +7,35 @@ and pages at home in host memory are still being written. The formulas run betwe
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..common import page_rows, row_addresses
+from ..descriptor_fields import LayerField
+from ..launch import LaunchShape, power_of_two
+
+_BLOCK_BYTES = 4096
+
+
+def copy_page(
+    step: Tensor, layers: Tensor, packed: Tensor, *, page: int, field: LayerField, put: bool, shape: LaunchShape
+) -> None:
+    """Copy the row of `page` in an array of every layer to `packed`, or from there if `put`.
+
+    Args:
+        step: the step descriptor.
+        layers: int64 [L]: addresses of the layers' descriptors.
+        packed: [L * B, H, ...], contiguous. Mutated, unless `put`.
+        field: the array's table in the layer descriptor.
+    """
+    num_layers, row_bytes = layers.shape[0], packed[0, 0].nbytes
+    copy_page_kernel[(packed.shape[0] // num_layers * shape.num_heads, num_layers)](
+        step, layers, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
+        BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=shape.num_heads, SEGMENT=shape.segment_pages,
+        ROWS=shape.rows_per_chunk,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["page", "field"])

@@ -1,6 +1,6 @@
-"""Clusters of whole pages, without waiting for the GPU. The specification is `attention/methods/retroinfer.py`.
+"""Clusters of whole pages, without waiting for the GPU. The specification is `reference_clustering.fill_clusters`.
 
-A round clusters the points that are left, in launches (see `nearest.py`):
+A round clusters the points that are left, in launches (see `kmeans.py`):
 
     seed  ->  nearest, average  ->  ...  ->  nearest  ->  sort  ->  plan  ->  place
               once per iteration             numbers      once      where     to their places; those left over
@@ -32,7 +32,7 @@ _PLACES = 512
 
 
 def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `retroinfer.unit_vectors`: [S, H, n, D] in `dtype`."""
+    """As `reference_clustering.unit_vectors`: [S, H, n, D] in `dtype`."""
     if keys.stride(-1) != 1:
         keys = keys.contiguous()
     stretches, heads, count, dim = keys.shape
@@ -50,7 +50,7 @@ def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
 def fill_clusters(
     points: Tensor, rounds: Sequence[int], cluster_tokens: int, page_size: int, likeness_steps: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `retroinfer.fill_clusters`.
+    """As `reference_clustering.fill_clusters`.
 
     Args:
         points: [R, n, D], float16 or float32, contiguous; rounds: iterations of each round, at least one round.

@@ -1,5 +1,5 @@
 """Spherical k-means: points to their nearest centroids, and these to the middle of theirs. See
-`attention/methods/retroinfer.py`.
+`reference_clustering.fill_clusters`.
 
     unit_vectors   keys [S, H, n, D], any strides, less their mean   ->  points [R, n, D] of length 1
     seed           points at equal distances                         ->  centroids [R, most, D]

@@ -34,7 +34,7 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
 def encode_pages(
     keys: Tensor, mean: Tensor, valid: Tensor, basis: Tensor, length: float, multiples: tuple[float, ...]
 ) -> tuple[Tensor, Tensor] | None:
-    """As `lowbit.encode_pages`; None if the GPU has too little shared memory for keys of this size.
+    """As `four_bit_keys.encode_pages`; None if the GPU has too little shared memory for keys of this size.
 
     Args:
         basis: float32 [D, D], whole numbers; its columns have this `length`.

@@ -22,7 +22,8 @@ import torch
 
 from spin_hf import Bisection, OptionError, OptionTypeError
 from spin_hf.attention.methods import four_bit_keys
-from spin_hf.attention.methods.bisection import POINT_DIM, as_points, bisect
+from spin_hf.attention.methods.bisection import POINT_DIM, as_points
+from spin_hf.kernels import bisect
 from tests.support.cache_driver import Shape, poisoned_memory, smallest_gpu_memory
 from tests.support.clustered_oracle import Head, compare_with_clustered_oracle, softmax_over, zones_of
 from tests.support.clustered_pages import span_ends

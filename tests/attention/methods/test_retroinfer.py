@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from spin_hf import OptionError, OptionTypeError, RetroInfer
-from spin_hf.attention.methods.retroinfer import _LIKENESS_STEPS, fill_clusters
-from spin_hf.kernels import score_bins
+from spin_hf.kernels import fill_clusters, score_bins
+from spin_hf.kernels.reference_clustering import LIKENESS_STEPS
 from spin_hf.storage.token_permutation import tiles
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
 from tests.support.clustered_oracle import (
@@ -323,7 +323,7 @@ def test_points_left_over_are_clustered_among_themselves() -> None:
         outside = same.clone()
         outside[cluster] = False
         assert likeness[cluster].min() > likeness[outside].max()
-        assert (likeness[cluster].diff() <= 2 / _LIKENESS_STEPS).all()  # equal steps lie as they come
+        assert (likeness[cluster].diff() <= 2 / LIKENESS_STEPS).all()  # equal steps lie as they come
 
 
 def test_equal_points_are_one_cluster() -> None:
@@ -337,7 +337,7 @@ def test_points_that_are_no_numbers_keep_their_pages() -> None:
 
 def test_hopeless_points_end_up_on_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the last round pages are filled as tokens come."""
-    monkeypatch.setattr("spin_hf.attention.methods.retroinfer._ROUNDS", ())
+    monkeypatch.setattr("spin_hf.kernels.reference_clustering.ROUNDS", ())
     points = unit(torch.randn((2, 80, 3), generator=torch.Generator().manual_seed(3)))
     assert ordered(points)[1] == [[list(range(i, i + 8)) for i in range(0, 80, 8)]] * 2
 
