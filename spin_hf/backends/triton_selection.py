@@ -6,7 +6,7 @@
     rerank_pages     with `looked_at`: the best again, by keys in four bits       -> histogram of new scores
     select_pages     the best up to the budget, and their page frames             -> list of pages
 
-The specification is the method's `select`; `tests/kernels` holds both against each other.
+The specification is the method's `select`; `tests/backends` holds both against each other.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
                       score_pages appends the token of a step of one token
 
 No launch waits for the host, and no kernel allocates. What the kernels compute is what `zones.py`, `reference.py` and
-`kernels.reference` specify; `tests/kernels/test_decode.py` holds both against each other.
+`kernels.reference` specify; `tests/backends/test_triton_step.py` holds both against each other.
 """
 
 from __future__ import annotations

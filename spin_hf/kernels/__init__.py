@@ -6,12 +6,12 @@ kernel has its launch in the same file. PyTorch specifies all of them:
     kernel                 specified by                                                        compared in
     plan_zones             `backends/zones.py`, `reference.page_zones`                         test_launches
     find_outliers          `ShadowKV.score`                                                    test_triton_step
-    append_tokens          `PageStore.append`, `ShadowKV.index`, `storage/page_layout.py`      test_triton_step, test_triton_int8_pages
+    append_tokens          `PageStore.append`, `ShadowKV.index`, `storage/page_layout.py`      test_triton_step, _int8_pages
     gate_queries           `LayerGate.of_queries`                                              test_gate_queries
-    score_pages            `score` of the methods: products with a summary                     test_triton_step, test_triton_methods
+    score_pages            `score` of the methods: products with a summary                     test_triton_step, _methods
     bin_scores             `reference.group_scores`, `reference.score_bins`                    test_launches
     rerank_queries         `four_bit_keys.rotate`, `four_bit_keys.decode`                      test_launches
-    rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_triton_step, test_triton_methods
+    rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_triton_step, _methods
     select_pages           `reference.select_top_pages`                                        test_triton_step
     assign_slots           `reference.admit_pages`                                             test_assign_slots
     estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_triton_step
