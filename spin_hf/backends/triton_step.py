@@ -3,7 +3,7 @@
     append_tokens     tokens to pages, of a prefill too; ShadowKV's summaries
     plan_zones        once a step for all layers; a second time where some layers attend to all
     find_outliers     ShadowKV only, once a step for all layers
-    each query        score_pages, bin_scores, rerank_pages, select_pages (`triton_selection.py`), estimate_rest, attend_pages;
+    each query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
                       score_pages appends the token of a step of one token
 
 No launch waits for the host, and no kernel allocates. What the kernels compute is what `zones.py`, `reference.py` and
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods import four_bit_keys
+from ..attention.methods.base import Method
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
 from ..kernels.launch import Launch, LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
@@ -26,7 +27,6 @@ from ..storage.out_of_memory import kept
 from ..storage.page_table import SEGMENT_PAGES
 from .descriptors import Descriptors
 from .reference import Call
-from .triton_selection import Selection
 
 if TYPE_CHECKING:
     from ..kernels.triton_launchers import Launchers
@@ -232,3 +232,45 @@ class StepKernels(Descriptors):
 def _rows(states: Tensor) -> Tensor:
     """`states` with a contiguous last dimension."""
     return states if states.stride(-1) == 1 else states.contiguous()
+
+
+class Selection:
+    """Selects for one cache on one device. Args: step: the kernels it belongs to."""
+
+    def __init__(self, step: StepKernels) -> None:
+        self.step = step
+        self.placed_by: dict[int, Method] = {}
+        """Whose tensors launches for a layer read: they live as long as these launches."""
+
+    def place(self, layer: LayerState) -> tuple[Tensor, ...]:
+        """Tensors of the method that launches for a layer read, on the device from here on."""
+        method = self.step.shared.method
+        tensors = method.kernel_tensors(layer.number, self.step.device)
+        self.placed_by[layer.number] = method
+        return tensors
+
+    def select(
+        self, launch: Launch, layer: LayerState, plan: Tensor, query: Tensor, index: int, scale: float,
+        new: tuple[Tensor, Tensor] | None, shape: LaunchShape,
+    ) -> None:  # fmt: skip
+        """List the pages of query `index` [B, heads, 1, Dk] of the step, and assign slots to those that are missing.
+
+        Args:
+            plan: int32 [B, len(PlanField)], of this query.
+            new: as for `StepKernels.attend`.
+        """
+        step, launchers, recipe = self.step, self.step.launchers, self.step.recipe
+        buffers, own = step.buffers, step.layer_buffers[layer.number]
+        if recipe.asks:
+            states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
+            query = step.shared.method.kernel_queries(states, positions, layer.number).contiguous()
+            scale = 1.0
+        group = query.shape[1] // step.num_heads
+        launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
+        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
+        if recipe.looked_at:
+            launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
+        launchers.select_pages(
+            launch, buffers, own, plan, query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe,
+            shape=shape,
+        )  # fmt: skip
