@@ -165,7 +165,7 @@ def index_cost(result: Result) -> Lines:
     """What indexing adds to a prefill."""
     lines = head("method", "prefill, ms", "clustering and summaries behind it, ms", "added to the dense prefill")
     for name, entry in result["rows"].items():
-        behind = f"{entry['regroup_ms']:.1f}" if "regroup_ms" in entry else ""
+        behind = f"{entry['cluster_ms']:.1f}" if "cluster_ms" in entry else ""
         added = f"{entry['share']:.1%}" if "share" in entry else ""
         lines.append(row(name if name == "dense" else f"`{name}`", f"{entry['prefill_ms']:,.0f}", behind, added))
     return lines

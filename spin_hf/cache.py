@@ -33,16 +33,16 @@ from .forward_log import ForwardLog
 from .forward_pass import ForwardPass
 from .graph.model_calls import ModelCalls, model_of
 from .indexing import cluster
-from .inference_mode import lasting
+from .inference_mode import outside_inference_mode
 from .integration import dropped_cache
 from .integration.batch_indices import rows_of, times_of
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
 from .layer import SpinLayer
-from .memory.layer_budget import check_stretches
+from .memory.layer_budget import check_spans
 from .state import CacheState
 from .stats import CacheStats, stats_of
-from .storage.page_table import Sequences, check_batch
+from .storage.page_table import PageTable, check_batch
 from .transaction import finished, undone
 
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
@@ -76,7 +76,7 @@ class SpinCache(Cache):
     Source: SPIN, arXiv 2604.26837.
     """
 
-    @lasting
+    @outside_inference_mode
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
@@ -98,13 +98,13 @@ class SpinCache(Cache):
         resolved = resolve_method(method)
         config, name = decoder_config(model)
         check_model(config, name)
-        sequences = Sequences(resolved.page_size, resolved.uses_positions)
+        sequences = PageTable(resolved.page_size, resolved.uses_positions)
         self._shared = CacheState(options, resolved, sequences, name, weakref.ref(model))
         self._passes = ForwardPass(self._shared)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
         self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
         check_recipe(self._shared.method)
-        check_stretches(self._shared.method)
+        check_spans(self._shared.method)
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._passes)
         self._bind(config, model_of(model))
@@ -115,7 +115,7 @@ class SpinCache(Cache):
 
     # ---------------------------------------------------------------------------------------------------- the contract
 
-    @lasting
+    @outside_inference_mode
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class SpinCache(Cache):
         self._after(layer_idx)
         return states
 
-    @lasting
+    @outside_inference_mode
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention and convolution layers."""
         self._before(layer_idx, conv_states.shape[0])
@@ -140,7 +140,7 @@ class SpinCache(Cache):
         self._after(layer_idx)
         return states
 
-    @lasting
+    @outside_inference_mode
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers', for linear-attention layers."""
         self._before(layer_idx, recurrent_states.shape[0])
@@ -163,7 +163,7 @@ class SpinCache(Cache):
         interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
         return super().get_seq_length(self._log.final if interrupted else layer_idx)
 
-    @lasting
+    @outside_inference_mode
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a layer's mask. transformers asks before a forward, so here is checked what it needs.
 
@@ -181,7 +181,7 @@ class SpinCache(Cache):
             return MaskedLength.of(length, None, window=True), 0  # a full window without padding, seen whole
         return length, offset
 
-    @lasting
+    @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
 
@@ -202,7 +202,7 @@ class SpinCache(Cache):
                 if keep < length:
                     self._passes.truncate(keep)
 
-    @lasting
+    @outside_inference_mode
     def reset(self) -> None:
         """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
         fresh, _ = build_layers(self._config, lambda index: self.layers[index])
@@ -214,17 +214,17 @@ class SpinCache(Cache):
 
         finished(self._shared, forget)
 
-    @lasting
+    @outside_inference_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
         self._select(beam_idx)
 
-    @lasting
+    @outside_inference_mode
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (whole numbers, or a bool mask), in that order."""
         self._select(indices)
 
-    @lasting
+    @outside_inference_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
         times = times_of(repeats)
@@ -240,7 +240,7 @@ class SpinCache(Cache):
     # ------------------------------------------------------------------------------------------------------- our own
 
     @classmethod
-    @lasting
+    @outside_inference_mode
     def from_cache(
         cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "bisection",
         *, attention_mask: Tensor | None = None, **options: Any,
@@ -265,14 +265,14 @@ class SpinCache(Cache):
         made._shared.visible_length.fill_(made._shared.committed)
         return made
 
-    @lasting
+    @outside_inference_mode
     def stats(self) -> CacheStats:
         """What the cache holds and what its steps did so far."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
         return stats_of(self._shared, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
 
-    @lasting
+    @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
         """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
 
@@ -290,7 +290,7 @@ class SpinCache(Cache):
         self._log.settle(self.layers)
         return self._passes.gpu.give_back(wanted)
 
-    @lasting
+    @outside_inference_mode
     def roll_back(self) -> None:
         """Forget the tokens of a forward that was interrupted, if there is one.
 
@@ -298,9 +298,9 @@ class SpinCache(Cache):
         """
         self._log.drop_pending()
         if self._shared.failed or not self._log.is_complete(self.layers):
-            self._log.take_back(self.layers)
+            self._log.roll_back(self.layers)
 
-    @lasting
+    @outside_inference_mode
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
 
@@ -325,7 +325,7 @@ class SpinCache(Cache):
             "take that over with SpinCache.from_cache"
         )
 
-    @lasting
+    @outside_inference_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
         """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
         self._log.settle(self.layers)

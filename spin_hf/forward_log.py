@@ -162,7 +162,7 @@ class ForwardLog:
         if self.overwritten:
             raise self._lost()
         if self.state.failed or (self.present.last >= 0 and self.state.pending is not None):
-            self.take_back(layers)
+            self.roll_back(layers)
             return
         if not self.is_complete(layers):
             raise CacheStateError(
@@ -196,7 +196,7 @@ class ForwardLog:
             self.passes.fail()
         self.state.pending = self.state.noted = None
 
-    def take_back(self, layers: list[Any]) -> None:
+    def roll_back(self, layers: list[Any]) -> None:
         """Take back the forward in progress. May be repeated.
 
         Raises:

@@ -23,7 +23,7 @@ from .backends.triton_indexing import index_completed
 from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
 from .indexing import cluster, padding_change, summarize
-from .inference_mode import lasting
+from .inference_mode import outside_inference_mode
 from .kernels.descriptor_fields import MAX_QUERIES, StepField
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
@@ -82,13 +82,13 @@ class ForwardPass:
         self.gpu.before_step(batch_size, num_tokens)
         chooses = num_tokens <= MAX_QUERIES  # more attend to everything, and need neither clusters nor summaries
         if chooses:
-            cluster.catch_up(state)
+            cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase = Phase.APPENDING
         if chooses:
-            summarize.refresh(state)  # pages may have taken another form
+            summarize.summarize_stale(state)  # pages may have taken another form
 
-    @lasting
+    @outside_inference_mode
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step for all layers at once: after it they only launch, and `finish` ends it.
 
@@ -102,7 +102,12 @@ class ForwardPass:
             step.begin_step()
         for step in in_use:
             step.make_room()
-        prepared_for = in_use, [step.fits for step in in_use], sequences.layout, sequences.mask.valid is not None
+        prepared_for = (
+            in_use,
+            [step.fits for step in in_use],
+            sequences.memory_version,
+            sequences.mask.valid is not None,
+        )
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
                 kernels = self.kernels.of(layer)
@@ -120,7 +125,7 @@ class ForwardPass:
         finally:
             self.state.captured_length = None
 
-    @lasting
+    @outside_inference_mode
     def finish(self, foresee: bool = False) -> None:
         """The step that was prepared has been launched: its tokens count. Where that fails, it can be done again.
 
@@ -156,7 +161,7 @@ class ForwardPass:
         if self.state.failed:
             self.state.phase = Phase.IDLE
 
-    @lasting
+    @outside_inference_mode
     def roll_back(self, held: int | None = None) -> None:
         """Forget what an interrupted forward appended, and the room that was made for it.
 
@@ -191,13 +196,13 @@ class ForwardPass:
         self._end()
         state.committed = 0
         for layer in state.layers:
-            layer.stale, layer.asked, layer.arranged = None, None, 0
+            layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, 0
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         state = self.state
         state.sequences.truncate(length, cluster.in_order(state, state.sequences.mask.valid, length))
-        cluster.forget_arranged(state)
+        cluster.forget_clustered(state)
         state.visible_length.fill_(length)
         state.committed = state.sequences.length
 
@@ -209,17 +214,19 @@ class ForwardPass:
         """
         state = self.state
         if state.sequences.batch_size:
-            asked = [None if layer.asked is None else layer.asked[rows] for layer in state.layers]
+            observed = [
+                None if layer.observation_queries is None else layer.observation_queries[rows] for layer in state.layers
+            ]
             state.sequences.select(rows)
-            for layer, queries in zip(state.layers, asked, strict=True):
-                layer.asked = queries
+            for layer, queries in zip(state.layers, observed, strict=True):
+                layer.observation_queries = queries
 
     def forget_stores(self) -> None:
         """As before the first step, which has failed: what was settled by it is settled anew."""
         state = self.state
         state.sequences.stores.clear()
         for layer in state.layers:
-            layer.store, layer.stale, layer.asked, layer.arranged = None, None, None, 0
+            layer.store, layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, None, 0
         self.kernels.forget()
         self._prepared_for = None
         self.gpu = GpuMemory(state, state.options.gpu_memory)

@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def lasting(function: Callable[P, R]) -> Callable[P, R]:
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     """Let the tensors that `function` makes be ordinary ones, without gradients, if inference mode is on.
 
     Tensors of the caller's that it is given may be read and kept, and not be written to.

@@ -28,7 +28,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
 from .attention.masks import is_own, new_validity, over_tokens
-from .attention.methods.clustering import Regrouping, last_queries
+from .attention.methods.clustering import ClusteringMethod, last_queries
 from .backends import gradients
 from .backends.attention_weights import AttentionWeights, warn_of_memory
 from .backends.position_check import check_positions
@@ -46,7 +46,7 @@ from .errors import CacheStateError
 from .forward_pass import ForwardPass
 from .indexing import padding_change
 from .indexing.summarize import check_summaries, index_pages
-from .inference_mode import lasting
+from .inference_mode import outside_inference_mode
 from .integration.compile_bar import show_compiles
 from .integration.layer_views import LayerViews
 from .kernels.compile_progress import report_by
@@ -102,11 +102,15 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),
             budget, key_states.dtype, device,
-            several_pages=method.several_pages if isinstance(method, Regrouping) else None,
+            multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
             summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
         )  # fmt: skip
         gpu = self.forward.gpu
-        store.ask_for_more, store.fell_short, store.renew = gpu.raise_caps, gpu.fell_short, self.state.renew
+        store.ask_for_more, store.short_of_frames, store.invalidate = (
+            gpu.raise_caps,
+            gpu.short_of_frames,
+            self.state.invalidate,
+        )
         state.sequences.attach(store)
         self.state.store = store
 
@@ -232,7 +236,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         """The forward will not come to its end."""
         self.forward.fail()
 
-    @lasting
+    @outside_inference_mode
     def _run(
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
     ) -> Tensor | None:
@@ -250,8 +254,14 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
-            if num_new > MAX_QUERIES and isinstance(state.method, Regrouping) and state.method.num_asked:
-                self.state.asked = last_queries(call.query, state.method.num_asked) * call.scale
+            if (
+                num_new > MAX_QUERIES
+                and isinstance(state.method, ClusteringMethod)
+                and state.method.num_observation_queries
+            ):
+                self.state.observation_queries = (
+                    last_queries(call.query, state.method.num_observation_queries) * call.scale
+                )
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
@@ -321,7 +331,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             store.append(key, value)
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
         if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
-            self.state.renew(first, stop)
+            self.state.invalidate(first, stop)
         else:
             index_pages([store], self.cache_state.method, self.state.number, first, stop)
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from .attention.methods.base import Method
 from .config import SpinOptions
-from .inference_mode import lasting
+from .inference_mode import outside_inference_mode
 from .storage.page_store import PageStore
-from .storage.page_table import Sequences
+from .storage.page_table import PageTable
 
 
 class Phase(enum.Enum):
@@ -57,9 +57,11 @@ class LayerState:
         number: its place among the paged layers.
         store: its pages and summaries; None before the first token.
         attended_tokens, attended_queries: what sparse queries of the reference attended to so far.
-        arranged: pages of the stretches that are arranged in this layer; fewer than there are where memory ran out under way.
-        stale: pages [first, stop) whose summaries are made anew before the next step; None for none.
-        asked: queries of the last tokens of a prompt [B, H, G, n, D], until the step behind it (`indexing/cluster.py`).
+        clustered_pages: pages of the spans that are clustered_pages in this layer; fewer than there are where memory ran out
+            under way.
+        stale_pages: pages [first, stop) whose summaries are made anew before the next step; None for none.
+        observation_queries: queries of the last tokens of a prompt [B, H, G, n, D], until the step behind it
+            (`indexing/cluster.py`).
     """
 
     layer_idx: int
@@ -67,21 +69,21 @@ class LayerState:
     store: PageStore | None = None
     attended_tokens: int = 0
     attended_queries: int = 0
-    arranged: int = 0
-    stale: tuple[int, int] | None = None
-    asked: Tensor | None = None
+    clustered_pages: int = 0
+    stale_pages: tuple[int, int] | None = None
+    observation_queries: Tensor | None = None
 
-    def renew(self, first: int, stop: int) -> None:
+    def invalidate(self, first: int, stop: int) -> None:
         """Pages [first, stop) have changed: their summaries are stale until the next step (`indexing/summarize.py`)."""
-        held = self.stale or (first, stop)
-        self.stale = min(first, held[0]), max(stop, held[1])
+        held = self.stale_pages or (first, stop)
+        self.stale_pages = min(first, held[0]), max(stop, held[1])
 
-    def renewed(self, first: int, stop: int) -> None:
+    def mark_summarized(self, first: int, stop: int) -> None:
         """Pages [first, stop) have been summarised."""
-        if self.stale is not None:
-            start, end = self.stale
+        if self.stale_pages is not None:
+            start, end = self.stale_pages
             start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
-            self.stale = (start, end) if start < end else None
+            self.stale_pages = (start, end) if start < end else None
 
 
 @dataclass(eq=False)
@@ -103,11 +105,11 @@ class CacheState:
 
     options: SpinOptions
     method: Method
-    sequences: Sequences
+    sequences: PageTable
     model_name: str
     served: weakref.ref[Any] | None = None
     layers: list[LayerState] = field(default_factory=list)
-    visible_length: Tensor = field(default_factory=lasting(lambda: torch.zeros((), dtype=torch.int64)))
+    visible_length: Tensor = field(default_factory=outside_inference_mode(lambda: torch.zeros((), dtype=torch.int64)))
     captured_length: Tensor | None = None
     committed: int = 0
     phase: Phase = Phase.IDLE
@@ -115,7 +117,7 @@ class CacheState:
     noted: Tensor | None = None
     unfinished: Callable[[], None] | None = None
     warned_waves: bool = False
-    warned_regrouping: bool = False
+    warned_clustering: bool = False
 
     @property
     def prepared(self) -> bool:

@@ -22,7 +22,7 @@ class CacheStats:
         metadata_bytes: directories and tables, the sum of `metadata`.
         metadata: bytes by table, zeros included: directory and reference counts of the sequences; their padding and positions,
             where there is padding; which page is in which page frame (page_slot, slot_page, slot_step), where pages live in
-            the cpu tier; which pages and tokens were regrouped; addresses of the chunks that kernels read. What a step makes
+            the cpu tier; which pages and tokens were clustered; addresses of the chunks that kernels read. What a step makes
             of them for itself is not counted.
         mandatory_frames: page frames, over all sequences, KV heads and layers, that hold what one step reads; 0 while all pages
             are in the compute tier.

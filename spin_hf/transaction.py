@@ -31,7 +31,7 @@ class _Past:
     def __init__(self, state: CacheState, unpaged: list[Any]) -> None:
         self.state, self.committed, self.tables = state, state.committed, state.sequences.tables()
         self.unpaged = [(layer, own_attributes(layer)) for layer in unpaged]
-        self.asked: list[Tensor | None] = [layer.asked for layer in state.layers]
+        self.observation_queries: list[Tensor | None] = [layer.observation_queries for layer in state.layers]
         self.lengths = [(layer.store, layer.store.length) for layer in state.layers if layer.store is not None]
 
     def restore(self) -> None:
@@ -39,8 +39,8 @@ class _Past:
         for layer, attributes in self.unpaged:
             layer.__dict__.clear()
             layer.__dict__.update({name: _own(held) for name, held in attributes.items()})
-        for paged, asked in zip(self.state.layers, self.asked, strict=True):
-            paged.asked = asked
+        for paged, queries in zip(self.state.layers, self.observation_queries, strict=True):
+            paged.observation_queries = queries
         for store, length in self.lengths:
             store.length = length
         self.state.sequences.restore(self.tables)

@@ -10,7 +10,7 @@ held    what `stats()` of a cache of the Llama-3.1-8B shape reports after room w
         compute tier is on torch's meta device, and host memory is not written, so that it fits any machine. The tables are
         those that a GPU would have, to the byte, with the addresses of chunks (32 KiB an array, however much it holds)
 flat    one int32 for each page of each sequence, KV head and layer up to `max_position_embeddings`; where pages live in the
-        cpu tier, a page number (int32) and a time (int64) for each page frame, as SpinCache has; where a method regroups
+        cpu tier, a page number (int32) and a time (int64) for each page frame, as SpinCache has; where a method clusters
         tokens, how far they moved and partitions (int16), as SpinCache has, for each of these pages
 """
 
@@ -31,7 +31,7 @@ from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.common.shapes import SHAPES
 from spin_hf import CacheStats, SpinCache, plan
 from spin_hf.attention.methods.registry import METHODS
-from spin_hf.memory.layer_budget import regrouping_bytes
+from spin_hf.memory.layer_budget import clustering_bytes
 from spin_hf.stats import size
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
@@ -71,7 +71,7 @@ def flat_bytes(batch_size: int, frames: int, method: str) -> int:
         frames: page frames of a layer.
     """
     shape, made = config(), METHODS[method]
-    of_page = sum(regrouping_bytes(made()).values())
+    of_page = sum(clustering_bytes(made()).values())
     pages = batch_size * shape.num_key_value_heads * (LONGEST // made.page_size)
     return shape.num_hidden_layers * ((4 + of_page) * pages + (4 + 8) * frames)
 

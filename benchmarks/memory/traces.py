@@ -148,9 +148,9 @@ def belady(trace: Tensor, capacity: int, num_pages: int) -> Tensor:
     for step, now in enumerate(sets):
         missed[step] = now & ~resident
         resident |= now
-        excess = resident.sum(1, keepdim=True) - capacity
+        logit_correction = resident.sum(1, keepdim=True) - capacity
         order = next_use[step].masked_fill(~resident | now, -1).argsort(dim=1, descending=True)
-        keep = torch.arange(num_pages).expand_as(order) >= excess
+        keep = torch.arange(num_pages).expand_as(order) >= logit_correction
         resident &= torch.zeros_like(resident).scatter_(1, order, keep)
     return missed.gather(2, trace.clamp(min=0)) & (trace >= 0)
 

@@ -52,12 +52,12 @@ class Every(BasePress):  # type: ignore[misc]
     """
 
     def __init__(self, asked: list[dict[str, Any]], context: int) -> None:
-        self.asked, self.context = asked, context
+        self.observation_queries, self.context = asked, context
         self.compressed: dict[str, list[tuple[Tensor, Tensor]]] = {one["cell"]: [] for one in asked}
 
     def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, _: Any, kwargs: Any) -> Any:
         """Called by kvpress after a layer's attention."""
-        for one in self.asked:
+        for one in self.observation_queries:
             name, _, unseen = one["press"].partition(" ")
             length = self.context if unseen else keys.shape[2]
             press = BASES[name](compression_ratio=1 - (one["kept"] + 0.5) / length)

@@ -6,7 +6,7 @@
 
 dense      prefill with DynamicCache
 methods    prefill with SpinCache, which stores the tokens in pages and summarises them
-regroup    of methods that regroup: arranging the tokens in all layers and summarising their pages anew, which is done at the
+cluster    of methods that cluster: arranging the tokens in all layers and summarising their pages anew, which is done at the
            begin of the step after the prefill
 share      what all of this takes more than the dense prefill, as a share of that
 """
@@ -57,10 +57,10 @@ def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def once(model: Any, ids: Tensor, cache: Cache) -> dict[str, float]:
-    """Milliseconds of one prefill, and of regrouping behind it."""
+    """Milliseconds of one prefill, and of clustering behind it."""
     row = {"prefill_ms": milliseconds(ids.device, lambda: model(ids, past_key_values=cache, logits_to_keep=1))}
     if isinstance(cache, SpinCache):
-        row["regroup_ms"] = milliseconds(ids.device, lambda: cluster.catch_up(cache._shared))
+        row["cluster_ms"] = milliseconds(ids.device, lambda: cluster.cluster_new_tokens(cache._shared))
     return row
 
 
@@ -77,8 +77,8 @@ def share(row: dict[str, float], dense: dict[str, float]) -> dict[str, float]:
     """A row with what it takes more than `dense`, as shares of that."""
     prefill = dense["prefill_ms"]
     return {
-        **row, "regroup_share": round(row["regroup_ms"] / prefill, 4),
-        "share": round((row["prefill_ms"] + row["regroup_ms"]) / prefill - 1, 4),
+        **row, "cluster_share": round(row["cluster_ms"] / prefill, 4),
+        "share": round((row["prefill_ms"] + row["cluster_ms"]) / prefill - 1, 4),
     }  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def line(name: str, row: dict[str, float]) -> str:
     if name == "dense":
         return f"{name:12} {row['prefill_ms']:10.1f} ms"
     return (
-        f"{name:12} {row['prefill_ms']:10.1f} ms {row['regroup_ms']:10.1f} ms "
-        f"{row['regroup_share']:10.1%} {row['share']:10.1%}"
+        f"{name:12} {row['prefill_ms']:10.1f} ms {row['cluster_ms']:10.1f} ms "
+        f"{row['cluster_share']:10.1%} {row['share']:10.1%}"
     )
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     rows = Rows(options.output, about(options), command, again=True)
     model = build(_SHAPE)
     ids = torch.randint(model.config.vocab_size, (1, options.tokens), device=model.device)
-    print(f"{'':12} {'prefill':>13} {'regroup':>13} {'of dense':>10} {'in all':>10}", flush=True)
+    print(f"{'':12} {'prefill':>13} {'cluster':>13} {'of dense':>10} {'in all':>10}", flush=True)
 
     def put(name: str, row: dict[str, float]) -> None:
         rows.put(name, row)

@@ -107,7 +107,7 @@ class Case:
         for _ in range(repeats):
             before = self.cache._passes.kernels.counted()["LOADS"]
             took += gpu_us(self.graph.replay, before=self.other_query, repeats=1)
-            loaded.append((self.cache._passes.kernels.counted()["LOADS"] - before) * store.home.row_bytes)
+            loaded.append((self.cache._passes.kernels.counted()["LOADS"] - before) * store.backing.row_bytes)
         row = {
             **self.about, "same_us": round(same, 1), "new_us": round(statistics.median(took), 1),
             "new_loads_mib": round(statistics.mean(loaded) / 2**20, 3),
@@ -137,7 +137,7 @@ class Case:
                 name: sum(us for kernel, us in result[f"{name}_kernels_us"].items() if "attend" in kernel)
                 for name in NAMES
             }
-            burst = loaded * self.cache._shared.layers[0].store.home.row_bytes / PROFILED
+            burst = loaded * self.cache._shared.layers[0].store.backing.row_bytes / PROFILED
             result["attend_load_gb_s"] = round(burst / (attend["new"] - attend["same"]) / 1e3, 1)
         return result
 

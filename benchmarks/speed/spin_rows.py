@@ -45,7 +45,7 @@ def page_bytes(cache: SpinCache) -> int:
     """Bytes of one page of one KV head."""
     store = cache._shared.layers[0].store
     assert store is not None
-    return store.home.row_bytes
+    return store.backing.row_bytes
 
 
 class Traffic:

@@ -76,7 +76,7 @@ def bytes_per_layer(cache: SpinCache, counts: dict[str, int], steps: int) -> dic
     pages = shared.sequences.length // store.page_size
     return {
         "summaries": pages * row_bytes * store.num_heads,
-        "attended": round(counts["TOKENS"] / steps / layers * store.home.row_bytes / store.page_size),
+        "attended": round(counts["TOKENS"] / steps / layers * store.backing.row_bytes / store.page_size),
         "loaded": round(counts["LOADS"] / steps / layers * page_bytes(cache)),
     }
 

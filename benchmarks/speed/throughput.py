@@ -113,7 +113,7 @@ def sequence_bytes(config: Any, tokens: int) -> int:
 
 
 def largest_in(config: Any, tokens: int, num_bytes: int) -> int:
-    """Sequences whose keys and values fit."""
+    """PageTable whose keys and values fit."""
     return num_bytes // sequence_bytes(config, tokens)
 
 

@@ -72,7 +72,7 @@ class AttentionWeights:
         rows = [_by_place(weights, places, length) for weights, places in self._rows]
         weights = torch.cat(rows, 3).to(dtype)
         heads = weights.shape[2:4]
-        if store.sequences.stretches.num_pages:
+        if store.sequences.spans.num_pages:
             weights = store.in_order(weights.flatten(2, 3).transpose(2, 3)).transpose(2, 3).unflatten(2, heads)
         return weights.flatten(1, 2).contiguous()
 

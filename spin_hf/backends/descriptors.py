@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attention.methods.base import recipe_of
 from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
-from ..storage.out_of_memory import kept
+from ..storage.out_of_memory import allocating
 from ..storage.segment_pool import pages_of
 from ..storage.tier_budget import coarsely
 
@@ -71,7 +71,7 @@ class Descriptors:
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
         """A tensor on the device, filled. Raises CapacityError where there is no memory for it."""
-        with kept("tables of decode steps", math.prod(shape) * dtype.itemsize):
+        with allocating("tables of decode steps", math.prod(shape) * dtype.itemsize):
             return torch.full(shape, fill, dtype=dtype, device=self.device)
 
     def begin(self, layer: LayerState) -> None:
@@ -85,7 +85,7 @@ class Descriptors:
         known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
         if self.layer_known[number] != known:
             fields = [0] * len(LayerField)
-            fields[LayerField.HOME] = store.home.address_table.data_ptr()
+            fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
             for i, summary in enumerate(store.summaries.values()):
                 for j, array in enumerate(summary.arrays):
                     fields[summary_field(i, j)] = array.address_table.data_ptr()
@@ -105,7 +105,7 @@ class Descriptors:
         """Bring the step descriptor up to the present step."""
         sequences, known, fields = self.shared.sequences, self.known, self.step_fields
         if known.get("step") != sequences.step or known.get("start") != sequences.start:
-            follows = known.get("length") == sequences.start and known.get("events") == sequences.events
+            follows = known.get("length") == sequences.start and known.get("past_version") == sequences.past_version
             if not follows:
                 self.found_for.fill_(-1)
             fields[StepField.POSITION], fields[StepField.CLOCK] = sequences.start, sequences.step
@@ -117,7 +117,7 @@ class Descriptors:
                 self._write_padding(valid)
             self.known = {
                 "step": sequences.step, "start": sequences.start, "length": sequences.length,
-                "events": sequences.events, "directory": sequences.directory, "valid": valid, "planned": False,
+                "past_version": sequences.past_version, "directory": sequences.directory, "valid": valid, "planned": False,
             }  # fmt: skip
         if fields != self.uploaded:
             self._upload_step(fields)
@@ -171,17 +171,17 @@ class Descriptors:
         listed = pages if most is None else min(pages, most)
 
         def make(width: int, dtype: torch.dtype) -> Tensor:
-            with kept("buffers of decode steps", self.streams * width * dtype.itemsize):
+            with allocating("buffers of decode steps", self.streams * width * dtype.itemsize):
                 return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
-        outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.looked_at > 0
+        outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.rerank_factor > 0
         self.page_capacity = 0  # made anew, if an interruption comes before all is there
         self.found_for.fill_(-1)
         self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
             StepField.SCORES: make(pages, torch.float32),
             StepField.OUTLIER: make(len(self.shared.layers) * pages * outliers, torch.uint8),
-            StepField.CLOSER: make(self.group * pages * closer, torch.float32),
+            StepField.RERANK: make(self.group * pages * closer, torch.float32),
             StepField.KEPT_PAGE: make(pages, torch.int32),
             StepField.KEPT_SCORE: make(pages, torch.float32),
             StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),

@@ -26,7 +26,7 @@ from ..attention.masks import is_own, over_tokens
 from ..errors import AttentionError
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..state import CacheState, LayerState
-from ..storage.page_table import Sequences
+from ..storage.page_table import PageTable
 from .reference import Call
 
 
@@ -56,7 +56,7 @@ _carried: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDicti
 """Of a layer: the first of its tokens that came with a graph, and what `Past.now` was then."""
 
 
-def _carried_before(sequences: Sequences, layer: LayerState) -> bool:
+def _carried_before(sequences: PageTable, layer: LayerState) -> bool:
     """Whether a token before the present step came with a graph and is still held."""
     carried = _carried.get(layer)
     if carried is None:
@@ -65,7 +65,7 @@ def _carried_before(sequences: Sequences, layer: LayerState) -> bool:
     return token < sequences.start and sequences.past.is_unchanged(since, token + 1)
 
 
-def _note_graph(sequences: Sequences, layer: LayerState) -> None:
+def _note_graph(sequences: PageTable, layer: LayerState) -> None:
     if not _carried_before(sequences, layer):
         _carried[layer] = sequences.start, sequences.past.now
 
@@ -82,7 +82,7 @@ class Step:
         behind_graph: whether tokens before came with a graph.
     """
 
-    sequences: Sequences
+    sequences: PageTable
     layer: LayerState
     start: int
     since: int

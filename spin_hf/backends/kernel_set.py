@@ -8,7 +8,7 @@ import torch
 
 from .. import kernels
 from ..attention.methods.base import recipe_of
-from ..inference_mode import lasting
+from ..inference_mode import outside_inference_mode
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
 from .triton_step import StepKernels
@@ -37,7 +37,7 @@ class KernelSet:
             return None
         if found is None or found.batch_size != batch_size:
             counts = [] if found is None else found.counters.sum(0).tolist()
-            made = lasting(StepKernels)(self.state, launch, key[0], batch_size, key[1])
+            made = outside_inference_mode(StepKernels)(self.state, launch, key[0], batch_size, key[1])
             if found is not None:
                 if found.fits:
                     made.fit(*found.fits)

@@ -74,8 +74,10 @@ class Call:
                 self.weights.add_wave(self.query, keys, tokens, self.scale, self.softcap)
         if rest is not None:
             weight = rest.log_tokens[:, :, None, None]
-            excess = None if rest.excess is None else rest.excess.unsqueeze(3)
-            parts.append(kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, excess))
+            logit_correction = None if rest.logit_correction is None else rest.logit_correction.unsqueeze(3)
+            parts.append(
+                kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, logit_correction)
+            )
         out, lse = kernels.merge_attention(parts)
         if self.weights is not None:
             self.weights.close(lse, self.sinks, None if pages is None else _places(pages, page_size))

@@ -32,7 +32,7 @@ def can_take(state: CacheState, layer: LayerState, key: Tensor, value: Tensor) -
 
 
 def held_batch(state: CacheState, layers: list[Any]) -> int | None:
-    """Sequences held, by whichever layer says so; None while empty."""
+    """PageTable held, by whichever layer says so; None while empty."""
     if state.layers:
         return state.sequences.batch_size if state.committed else None
     for layer in layers:

@@ -31,7 +31,7 @@ def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
     for layer in filter(step.serves, layers):
         store = layer.store
         assert store is not None
-        alike.setdefault(store.home_form, []).append(layer)
+        alike.setdefault(store.backing_layout, []).append(layer)
     for group in alike.values():
         _index(step, group)
 
@@ -48,13 +48,13 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
             step.step, addresses, packed, page=page, field=field, put=put, shape=step.shape(layers[0])
         )
 
-    shape = (count * step.batch_size, step.num_heads, 1, *store.home.row_shape)
-    pages = torch.empty(shape, dtype=store.home.dtype, device=step.device)
-    copy(LayerField.HOME, pages, put=False)
-    keys, values = store.home_form.take(pages)
+    shape = (count * step.batch_size, step.num_heads, 1, *store.backing.row_shape)
+    pages = torch.empty(shape, dtype=store.backing.dtype, device=step.device)
+    copy(LayerField.BACKING, pages, put=False)
+    keys, values = store.backing_layout.take(pages)
     valid, positions = tokens_of(sequences, page, page + 1, step.device)
     single = None
-    if store.regrouped is not None:  # a page by itself, until it is regrouped
+    if store.permutation is not None:  # a page by itself, until it is clustered
         single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)
     given = Pages(
         keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,
@@ -62,5 +62,5 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     )  # fmt: skip
     made = step.shared.method.index_pages(given)
     for index, (name, summary) in enumerate(store.summaries.items()):
-        for array, content in enumerate(summary.kept(made[name])):
+        for array, content in enumerate(summary.stored(made[name])):
             copy(summary_field(index, array), content.contiguous(), put=True)

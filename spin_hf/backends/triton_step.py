@@ -23,7 +23,7 @@ from ..attention.methods.base import Method
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
 from ..kernels.launch import Launch, LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
-from ..storage.out_of_memory import kept
+from ..storage.out_of_memory import allocating
 from ..storage.page_table import SEGMENT_PAGES
 from .descriptors import Descriptors
 from .reference import Call
@@ -56,12 +56,12 @@ class StepKernels(Descriptors):
         layers, streams = len(shared.layers), self.streams
         plans = (MAX_QUERIES, batch_size, len(PlanField))
         self.plan = self.new(plans, torch.int32)
-        self.whole_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
+        self.dense_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
         """Of layers that attend to everything."""
         self.outlier_edges = self.new((layers, streams), torch.int64)
         self.counters = self.new((layers, len(Counter)), torch.int64)
         """What the kernels count, for each layer."""
-        reranked = streams if self.recipe.looked_at else 0
+        reranked = streams if self.recipe.rerank_factor else 0
         per_layer = zip(
             self.layer_fields, self.new((layers, streams), torch.int32, NUM_BINS),
             self.new((layers, reranked), torch.int32, NUM_BINS), self.new((layers, streams), torch.int32), self.counters,
@@ -97,10 +97,10 @@ class StepKernels(Descriptors):
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
-        with kept("buffers of decode steps", 4 * self.streams * width):
+        with allocating("buffers of decode steps", 4 * self.streams * width):
             stats = new(splits.score * 2 * max(16, product_columns(group, False)))
             buffers = replace(self.buffers, split_outputs=new(width), stats=stats)
-            if self.recipe.looked_at:
+            if self.recipe.rerank_factor:
                 digits, columns, half = rerank_sizes(group, key_dim, dtype, self.multiplies_int8)
                 rows = 2 * columns * (2 if digits else 1)
                 buffers = replace(
@@ -147,7 +147,7 @@ class StepKernels(Descriptors):
         def launches(launch: Launch) -> None:
             self._launches(launch, layer, query, call, out, new, shape)
 
-        variant = (shape, self.is_whole(layer), new is None, query.shape[2] == 1)
+        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1)
         if variant not in self.compiled_variants:
             self.launchers.compile_ahead(launches)
             self.compiled_variants.add(variant)
@@ -160,7 +160,7 @@ class StepKernels(Descriptors):
     ) -> None:  # fmt: skip
         """What `attend` launches: for all layers if this is the step's first, and for each query of this layer."""
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
-        num_queries, dense = query.shape[2], self.is_whole(layer)
+        num_queries, dense = query.shape[2], self.is_dense_layer(layer)
         if not self.known["planned"]:
             self._plan(launch, num_queries)
             if num_queries == 1:  # a page that this step completes is no candidate yet, in any layer
@@ -168,7 +168,7 @@ class StepKernels(Descriptors):
                 for layers in [mine] if len(mine) == len(self.shared.layers) else [[other] for other in mine]:
                     self._find_outliers(launch, self.plan[0], layers)
         for i in range(num_queries):
-            one, plan = query[:, :, i : i + 1], (self.whole_plan if dense else self.plan)[i]
+            one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.plan)[i]
             if num_queries > 1:
                 self._find_outliers(launch, self.plan[i], [layer])
             self.selection.select(launch, layer, plan, one, i, call.scale, new, shape)
@@ -185,7 +185,7 @@ class StepKernels(Descriptors):
         options = self.shared.options
         plans = [(self.plan, options.dense_below)]
         if self.recipe.dense_layers:
-            plans.append((self.whole_plan, _ANY_LENGTH))
+            plans.append((self.dense_plan, _ANY_LENGTH))
         for plan, dense_below in plans:
             self.launchers.plan_zones(
                 launch, self.step, plan, num_queries=num_queries, num_sink_tokens=options.num_sink_tokens,
@@ -212,7 +212,7 @@ class StepKernels(Descriptors):
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
 
-    def is_whole(self, layer: LayerState) -> bool:
+    def is_dense_layer(self, layer: LayerState) -> bool:
         """Whether a layer attends to everything, whatever the budget."""
         return layer.number < self.recipe.dense_layers
 
@@ -223,9 +223,10 @@ class StepKernels(Descriptors):
         return LaunchShape(
             dtype=store.dtype, quantized=tuple(summary.quantized for summary in store.summaries.values()),
             num_heads=self.num_heads, key_dim=store.key_dim, value_dim=store.value_dim, page_size=store.page_size,
-            page_bytes=store.form.row_bytes, backing_bytes=0 if store.home_form == store.form else store.home_form.row_bytes,
-            segment_pages=SEGMENT_PAGES, rows_per_chunk=store.home.rows_per_chunk, padded=self.padded,
-            multiplies_int8=self.multiplies_int8, shared_memory=self.shared_memory, compiled=self.compiled,
+            page_bytes=store.layout.row_bytes, backing_bytes=0 if store.backing_layout == store.layout else
+            store.backing_layout.row_bytes, segment_pages=SEGMENT_PAGES, rows_per_chunk=store.backing.rows_per_chunk,
+            padded=self.padded, multiplies_int8=self.multiplies_int8, shared_memory=self.shared_memory,
+            compiled=self.compiled,
         )  # fmt: skip
 
 
@@ -245,7 +246,7 @@ class Selection:
     def place(self, layer: LayerState) -> tuple[Tensor, ...]:
         """Tensors of the method that launches for a layer read, on the device from here on."""
         method = self.step.shared.method
-        tensors = method.kernel_tensors(layer.number, self.step.device)
+        tensors = method.projection_tensors(layer.number, self.step.device)
         self.placed_by[layer.number] = method
         return tensors
 
@@ -261,14 +262,14 @@ class Selection:
         """
         step, launchers, recipe = self.step, self.step.launchers, self.step.recipe
         buffers, own = step.buffers, step.layer_buffers[layer.number]
-        if recipe.asks:
+        if recipe.projects_queries:
             states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
-            query = step.shared.method.kernel_queries(states, positions, layer.number).contiguous()
+            query = step.shared.method.project_queries(states, positions, layer.number).contiguous()
             scale = 1.0
         group = query.shape[1] // step.num_heads
         launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
         launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
-        if recipe.looked_at:
+        if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
         launchers.select_pages(
             launch, buffers, own, plan, query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import SpinOptions
-from ..storage.page_table import Sequences
+from ..storage.page_table import PageTable
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StepPlan:
         sequences: the batch.
     """
 
-    def __init__(self, options: SpinOptions, sequences: Sequences) -> None:
+    def __init__(self, options: SpinOptions, sequences: PageTable) -> None:
         self.options = options
         self.sequences = sequences
         self._step = -1
@@ -93,7 +93,7 @@ class StepPlan:
     def allowed(self, pages: Tensor, position: int) -> Tensor:
         """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool.
 
-        Regrouped pages hold other tokens than their place says, but like those none is padding or after the query.
+        Clustered pages hold other tokens than their place says, but like those none is padding or after the query.
         """
         page_size, valid = self.sequences.page_size, self.sequences.mask.valid
         tokens = pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)
@@ -106,7 +106,7 @@ class StepPlan:
     def allowed_all(self, num_queries: int, device: torch.device) -> Tensor:
         """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool.
 
-        It holds for tokens in the order of the pages too: regrouped ones are before all these queries, and no padding.
+        It holds for tokens in the order of the pages too: clustered ones are before all these queries, and no padding.
         """
         seq = self.sequences
         tokens = torch.arange(seq.length, device=device)

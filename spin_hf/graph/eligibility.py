@@ -3,7 +3,7 @@
     reason_not_captured    the model and its cache layers, looked at once
     reason_not_replayed    the arguments and settings of one call
     fixed_arguments        what a captured call gets in place of its attention mask
-    ModelWatch             parameters, buffers, modules, hooks and adapters, compared with every replay
+    ModelGuard             parameters, buffers, modules, hooks and adapters, compared with every replay
       is_safe                before it: the addresses that it will read
       unchanged              everything; before it, or behind it where a wrong replay can be taken back
 
@@ -58,7 +58,7 @@ def _foreign(hook: Any) -> bool:
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-def reason_not_replayed(watch: ModelWatch, unpaged: list[Any], kwargs: dict[str, Any], cache_name: str) -> str | None:
+def reason_not_replayed(watch: ModelGuard, unpaged: list[Any], kwargs: dict[str, Any], cache_name: str) -> str | None:
     """Why a call that could else be captured runs eagerly; cheap, and asked at every call.
 
     Args:
@@ -109,7 +109,7 @@ def _batch_of(inputs: dict[str, Any]) -> int:
     return int((inputs["inputs_embeds"] if ids is None else ids).shape[0])
 
 
-class ModelWatch:
+class ModelGuard:
     """What a captured step of `model` relies on."""
 
     def __init__(self, model: nn.Module) -> None:

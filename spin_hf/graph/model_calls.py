@@ -28,7 +28,7 @@ from ..integration import deferred_stop, forward_hook
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_placeholder
 from ..layer import SpinLayer
-from .runner import DecodeSteps
+from .runner import GraphRunner
 
 _LATE_DEVICES = ("cuda",)
 _FRAMES = 6
@@ -54,7 +54,7 @@ class ModelCalls:
         self.wrapped: forward_hook.Wrapped = []
         self.model: Any = lambda: None
         """Gives the model while it lives."""
-        self.steps: DecodeSteps | None = None
+        self.steps: GraphRunner | None = None
         self.inside = False
         """Whether a call is in progress."""
         self.holds = False
@@ -123,7 +123,7 @@ class ModelCalls:
         """See the calls of `model` from now on."""
         self.wrapped, self.model = forward_hook.acquire(model), weakref.ref(model)
         if may_be_captured(model):
-            self.steps = DecodeSteps(model, self.layers, self.passes, self.log)
+            self.steps = GraphRunner(model, self.layers, self.passes, self.log)
             deferred_stop.acquire(reads_late)
 
     def _hold(self) -> None:

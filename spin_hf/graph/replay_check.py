@@ -19,10 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .eligibility import ModelWatch
+from .eligibility import ModelGuard
 
 
-class Verification:
+class ReplayCheck:
     """Of the captured steps of one cache, one at a time."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Verification:
         self.position = 0
         self.beside: StreamBeside | None = None
 
-    def assume(
+    def start(
         self, mask: Tensor | None, length: int, positions: Tensor | None = None, held: Tensor | None = None
     ) -> bool:
         """Take `mask` [B, n] (None: no padding) for one without padding but what is `held`; nothing waits.
@@ -64,7 +64,7 @@ class Verification:
             self.beside.mark()
         return True
 
-    def holds(self, watch: ModelWatch) -> bool:
+    def passed(self, watch: ModelGuard) -> bool:
         """Whether all that was assumed is so. Waits for mask and positions, and not for the step."""
         mask, positions, position, held = self.mask, self.positions, self.position, self.held
         self.mask = self.positions = self.held = None

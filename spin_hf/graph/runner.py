@@ -39,9 +39,9 @@ from ..indexing import padding_change
 from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
-from .eligibility import ModelWatch, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
-from .replay_check import Verification
-from .static_states import FixedState, overwritten, windows_of
+from .eligibility import ModelGuard, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
+from .replay_check import ReplayCheck
+from .static_states import StaticStates, overwritten, windows_of
 
 logger = logging.getLogger("spin_hf")
 
@@ -51,7 +51,7 @@ _MAX_SHAPES = 8
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _CACHE = object()
 """Stands for the cache in what a graph keeps, so that the graph does not keep the cache alive."""
-_NOT_TRUSTED = object()
+_NOT_REPLAYED = object()
 """Instead of outputs: a step was not replayed on trust, or was and has been taken back."""
 
 
@@ -78,7 +78,7 @@ class CapturedStep:
 
     def __init__(self, inputs: dict[str, Any], layers: list[Any]) -> None:
         self.inputs = {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
-        self.state = FixedState(layers)
+        self.state = StaticStates(layers)
         self.fixed: dict[str, Any] = {}
         """Arguments that are the same at every replay."""
         self.recorder = Recorder()
@@ -120,7 +120,7 @@ class CapturedStep:
         return pytree.tree_unflatten(leaves, self.form)
 
 
-class DecodeSteps:
+class GraphRunner:
     """The decode steps of one cache on one model.
 
     Args:
@@ -134,8 +134,8 @@ class DecodeSteps:
         self.state: CacheState = passes.state
         self.captured: dict[Any, CapturedStep | None] = {}
         """Key of a call -> its graph; None where it ran once, eagerly."""
-        self.watch: ModelWatch | None = None
-        self.verification = Verification()
+        self.watch: ModelGuard | None = None
+        self.replay_check = ReplayCheck()
         self.kernels: list[Any] = []
         self.held: list[Any] = []
         """The layers captured; `reset` replaces those that are not paged."""
@@ -160,9 +160,9 @@ class DecodeSteps:
 
     def _run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
         inputs = {key: given for key, given in kwargs.items() if key not in ("attention_mask", name)}
-        if self._trusts():
-            outputs = self._replay_on_trust(inputs, kwargs, name)
-            if outputs is not _NOT_TRUSTED:
+        if self._may_replay_optimistically():
+            outputs = self._replay_optimistically(inputs, kwargs, name)
+            if outputs is not _NOT_REPLAYED:
                 return outputs
         watch = self._look_at(model)
         reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
@@ -187,7 +187,7 @@ class DecodeSteps:
             if prepared and step is None:
                 step = self.captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
         except Exception as error:
-            self._take_back()
+            self._roll_back()
             if step is not None or isinstance(error, (SpinError, MemoryError)):
                 raise
             reason = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
@@ -198,7 +198,7 @@ class DecodeSteps:
             _warn(model, reason)
             return self._eager(forward, kwargs)
         except BaseException:
-            self._take_back()
+            self._roll_back()
             raise
         if step is None or not prepared:
             return self._eager(forward, kwargs)
@@ -210,11 +210,11 @@ class DecodeSteps:
             outputs = step.replay(inputs, cache)
             self._finish(step)
         except BaseException:
-            self._take_back(step)
+            self._roll_back(step)
             raise
         return outputs
 
-    def _trusts(self) -> bool:
+    def _may_replay_optimistically(self) -> bool:
         """Whether to replay before the model is looked at: nothing seen so far is against it, nothing is overwritten."""
         return (
             self.watch is not None
@@ -225,8 +225,8 @@ class DecodeSteps:
             and self.watch.is_safe()
         )
 
-    def _replay_on_trust(self, inputs: dict[str, Any], kwargs: dict[str, Any], name: str) -> Any:
-        """Replay a step that is captured, then verify it; `_NOT_TRUSTED` if that fails, and the step is taken back.
+    def _replay_optimistically(self, inputs: dict[str, Any], kwargs: dict[str, Any], name: str) -> Any:
+        """Replay a step that is captured, then verify it; `_NOT_REPLAYED` if that fails, and the step is taken back.
 
         It has then written to the place of its token alone, which is written again before it is read, and has had pages
         loaded, which are what they are. What the kernels count (`stats`), they count twice.
@@ -235,7 +235,7 @@ class DecodeSteps:
         positions = kwargs.get("position_ids") if state.method.uses_positions else None
         assert watch is not None
         if reason_not_replayed(watch, self.unpaged, kwargs, name) is not None:
-            return _NOT_TRUSTED
+            return _NOT_REPLAYED
         self.log.settle(self.layers)
         length, new_valid, held = state.committed + 1, None, state.sequences.mask.valid
         if held is not None and state.method.uses_positions:
@@ -243,34 +243,34 @@ class DecodeSteps:
             mask = padding_mask_of(mask, length, state.sequences.batch_size)
             new_valid, mask, held = padding_change.take(state, mask), None, None
             if not counts_positions(state, positions, new_valid):
-                return _NOT_TRUSTED
+                return _NOT_REPLAYED
             positions = None
         step = self.captured.get(self._key(inputs, new_valid))
-        if step is None or not self.verification.assume(mask, length, positions, held):
-            return _NOT_TRUSTED
+        if step is None or not self.replay_check.start(mask, length, positions, held):
+            return _NOT_REPLAYED
         try:
             if not self._prepare(new_valid):
-                return _NOT_TRUSTED
+                return _NOT_REPLAYED
             outputs = step.replay(inputs, kwargs[name])
-            holds = self.verification.holds(watch)
+            holds = self.replay_check.passed(watch)
             if holds:
                 self._finish(step)
         except BaseException:
-            self._take_back()
+            self._roll_back()
             raise
         if not holds:
-            self._take_back()
-            return _NOT_TRUSTED
+            self._roll_back()
+            return _NOT_REPLAYED
         return outputs
 
     def _prepare(self, new_valid: Tensor | None) -> bool:
         """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
         state = self.state
-        before = state.sequences.recodings
+        before = state.sequences.layout_version
         self.passes.prepare(state.sequences.batch_size, 1, new_valid)
-        if state.sequences.recodings == before:
+        if state.sequences.layout_version == before:
             return True
-        self._take_back()
+        self._roll_back()
         return False
 
     def _finish(self, step: CapturedStep) -> None:
@@ -297,13 +297,13 @@ class DecodeSteps:
         shape = (self.state.sequences.batch_size, 1)
         return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
-    def _look_at(self, model: nn.Module) -> ModelWatch:
+    def _look_at(self, model: nn.Module) -> ModelGuard:
         """The watch over the model; starts anew where the model, the layers or the kernels are others than those captured."""
         kernels = self.passes.kernels.in_use()
         same = kernels == self.kernels and self.layers == self.held
         if self.watch is None or not same or not self.watch.unchanged():
             self.captured.clear()
-            self.watch, self.kernels, self.held = ModelWatch(model), kernels, list(self.layers)
+            self.watch, self.kernels, self.held = ModelGuard(model), kernels, list(self.layers)
             self.unpaged = overwritten(self.layers)
             self.refused = reason_not_captured(model, self.layers, self.state)
         return self.watch
@@ -314,7 +314,7 @@ class DecodeSteps:
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state(), self.state.sequences.recodings
+        return given, padded, host_state(), self.state.sequences.layout_version
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and free of padding: until then it grows, or needs a mask."""
@@ -327,7 +327,7 @@ class DecodeSteps:
         widest = max(layer.sliding_window for layer in windows)
         return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
 
-    def _take_back(self, step: CapturedStep | None = None) -> None:
+    def _roll_back(self, step: CapturedStep | None = None) -> None:
         """After a step that failed, or should not have been: only the host's count makes its tokens count.
 
         Args:

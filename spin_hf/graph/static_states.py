@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 
-class FixedState:
+class StaticStates:
     """The fixed tensors of one captured step.
 
     Args:

@@ -1,13 +1,13 @@
-"""Regrouping: when tokens trade places, in all layers at once, and when they go back.
+"""ClusteringMethod: when tokens trade places, in all layers at once, and when they go back.
 
-    catch_up   before a step: what the last forward put off
-    grow       enough tokens have left the recent window                     ->  a stretch, or several
-    restore    before a crop, or padding that changes                         ->  the stretches that it touches are runs again
+    cluster_new_tokens   before a step: what the last forward put off
+    grow       enough tokens have left the recent window                     ->  a span, or several
+    restore    before a crop, or padding that changes                         ->  the spans that it touches are runs again
 
 Both are the host's work in an eager place, between two steps: `CacheState.begin`, `truncate` and `reconcile`. A layer is
 always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right, and
-`grow` goes on where it was, with the layers that have not been `arranged` so far.
-Sequences that share segments are arranged once; where they share a part of a stretch only, each gets its own copy.
+`grow` goes on where it was, with the layers that have not been `clustered_pages` so far.
+PageTable that share segments are clustered_pages once; where they share a part of a span only, each gets its own copy.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import Method
-from ..attention.methods.clustering import Arrangement, Regrouping
+from ..attention.methods.clustering import ClusteringMethod, TokenClusters
 from ..errors import BudgetError, CacheStateError, CapacityError
 from ..storage import permute_pages
-from ..storage.clustered_spans import Plan, Stretches, pages_that_may_move
+from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES, segments_of
 from ..storage.token_permutation import tiles
-from .summarize import index_pages, refresh, stores_of, together
+from .summarize import index_pages, stores_of, summarize_stale, together
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -40,49 +40,49 @@ SLACK_TOKENS = 64
 """Tokens behind the recent window that stay where they are, so that a verification may take some back."""
 
 _TOKENS_AT_ONCE = 32768
-"""Most tokens of a sequence that are regrouped at a time, and of all that a method arranges: bounds temporary memory."""
+"""Most tokens of a sequence that are clustered at a time, and of all that a method arranges: bounds temporary memory."""
 
 Pages = list[tuple[int, int]]
 
 
 class Run(NamedTuple):
-    """Pages [first, stop) of sequences that hold the same there, to be arranged as one."""
+    """Pages [first, stop) of sequences that hold the same there, to be clustered_pages as one."""
 
     sequences: list[int]
     first: int
     stop: int
 
 
-def catch_up(state: CacheState) -> None:
-    """Regroup what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
+def cluster_new_tokens(state: CacheState) -> None:
+    """Cluster what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
 
     Raises:
         as `grow`; what waits is done by the next step then.
     """
     grow(state)
-    refresh(state)
+    summarize_stale(state)
     for layer in state.layers:
-        layer.asked = None  # of tokens to come nobody knows yet what asks for them
+        layer.observation_queries = None  # of tokens to come nobody knows yet what asks for them
 
 
 def grow(state: CacheState) -> None:
-    """Regroup what has become old enough, if that is enough. Cheap where it is not.
+    """Cluster what has become old enough, if that is enough. Cheap where it is not.
 
     Raises:
         CacheStateError: the method's arrangement loses tokens or pages. Where it does, they stay in order.
     """
     sequences, method, options = state.sequences, state.method, state.options
-    if not isinstance(method, Regrouping):
+    if not isinstance(method, ClusteringMethod):
         return
-    _arrange_layers(state, method)  # there is something to do where it was interrupted
+    _cluster_layers(state, method)  # there is something to do where it was interrupted
     window = options.recent_window + SLACK_TOKENS
-    first, stop = sequences.stretches.num_pages, (sequences.length - window) // sequences.page_size
-    planned = sequences.stretches.planned
+    first, stop = sequences.spans.num_pages, (sequences.length - window) // sequences.page_size
+    planned = sequences.spans.planned
     if planned is not None and planned[:2] != (sequences.length, first):
         planned = None
     if planned is None:
         tokens = (stop - first) * sequences.page_size
-        if tokens < method.growth_tokens or not sequences.batch_size:
+        if tokens < method.cluster_interval or not sequences.batch_size:
             return
     may_move = pages_that_may_move(
         sequences.mask.valid,
@@ -93,12 +93,12 @@ def grow(state: CacheState) -> None:
         window,
     )
     if planned is None:
-        stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.stretch_tokens // sequences.page_size))
+        stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.span_tokens // sequences.page_size))
         at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[part : part + at_once] for part in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
-        _add_stretches(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
+        _add_spans(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
 
 
 def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
@@ -109,69 +109,69 @@ def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
         length: tokens that every layer holds.
     """
     left = in_order(state, valid, length)
-    if left is not state.sequences.stretches:
-        state.sequences.regrouped(left)
-        forget_arranged(state)
+    if left is not state.sequences.spans:
+        state.sequences.set_spans(left)
+        forget_clustered(state)
 
 
-def in_order(state: CacheState, valid: Tensor | None, length: int) -> Stretches:
+def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredSpans:
     """Put tokens back in order that may not be out of it once `length` of them are left, with padding as in `valid`.
 
-    Those behind `length` stay where they are, so the stretches are what they were until the others are gone.
+    Those behind `length` stay where they are, so the spans are what they were until the others are gone.
 
     Args:
         valid: [B, >= length], bool; None for no padding.
     Returns:
-        The stretches that are left then.
+        The spans that are left then.
     """
-    sequences, stretches = state.sequences, state.sequences.stretches
-    left = length - stretches.num_pages * sequences.page_size
-    if not stretches.stops or (valid is None and left >= state.options.recent_window):
-        return stretches
+    sequences, spans = state.sequences, state.sequences.spans
+    left = length - spans.num_pages * sequences.page_size
+    if not spans.stops or (valid is None and left >= state.options.recent_window):
+        return spans
     touched = _misplaced(state, valid, length).any(0).nonzero().flatten()
-    lowest = int(touched[0]) if touched.numel() else stretches.num_pages
-    while stretches.num_pages > min(lowest, length // sequences.page_size):
-        first, stop = stretches.bounds[-1]
+    lowest = int(touched[0]) if touched.numel() else spans.num_pages
+    while spans.num_pages > min(lowest, length // sequences.page_size):
+        first, stop = spans.bounds[-1]
         if first * sequences.page_size < length:  # else none of it is left
             for group in together(state, stop - first):
-                for layer in group:  # to be arranged again, where an interruption leaves the stretch as it is
-                    layer.arranged = min(layer.arranged, first)
+                for layer in group:  # to be clustered_pages again, where an interruption leaves the span as it is
+                    layer.clustered_pages = min(layer.clustered_pages, first)
                 stores = stores_of(group)
                 order = permute_pages.positions(stores, first, stop).flatten(2).argsort(2)
                 partitions = order.new_ones((*order.shape[:2], stop - first))
                 content = permute_pages.content(stores, first, stop)
                 _rearrange(state.method, group, first, stop, order, partitions, content)
-        stretches = stretches.without_last()
-    return stretches
+        spans = spans.without_last()
+    return spans
 
 
-def forget_arranged(state: CacheState) -> None:
-    """Note that no layer has arranged more than there are stretches."""
+def forget_clustered(state: CacheState) -> None:
+    """Note that no layer has clustered_pages more than there are spans."""
     for layer in state.layers:
-        layer.arranged = min(layer.arranged, state.sequences.stretches.num_pages)
+        layer.clustered_pages = min(layer.clustered_pages, state.sequences.spans.num_pages)
 
 
 def check_integrity(state: CacheState) -> None:
     """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
-    refresh(state)
+    summarize_stale(state)
     sequences = state.sequences
-    if sequences.stretches.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
-        raise CacheStateError("integrity: a regrouped page has to be a run of positions; please report this as a bug")
+    if sequences.spans.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
+        raise CacheStateError("integrity: a clustered page has to be a run of positions; please report this as a bug")
 
 
 def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:
-    """Regrouped pages that may not be, once `length` tokens are left: [B, pages in stretches], bool."""
+    """Clustered pages that may not be, once `length` tokens are left: [B, pages in spans], bool."""
     sequences, options = state.sequences, state.options
     may_move = pages_that_may_move(
         valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
     )
-    misplaced = sequences.stretches.grouped.clone()
+    misplaced = sequences.spans.grouped.clone()
     misplaced[:, : may_move.shape[1]] &= ~may_move[:, : misplaced.shape[1]]
     return misplaced
 
 
 def _cut(may_move: list[bool], most: int) -> list[int]:
-    """Where to cut pages into stretches: equal parts of `most` pages or fewer, the first one with what must stay before it.
+    """Where to cut pages into spans: equal parts of `most` pages or fewer, the first one with what must stay before it.
 
     What is then left, fewer pages than there are parts, waits for the next time.
     """
@@ -181,48 +181,50 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (part + 1) for part in range(parts)]
 
 
-def _add_stretches(
-    state: CacheState, method: Regrouping, stops: list[int], may_move: Tensor, planned: Plan
+def _add_spans(
+    state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan
 ) -> None:  # fmt: skip
-    """Regroup the pages `may_move` [B, N] of the stretches that end at `stops`, in one go in each layer; `planned` is next."""
+    """Cluster the pages `may_move` [B, N] of the spans that end at `stops`, in one go in each layer; `planned` is next."""
     sequences = state.sequences
-    first, stop = sequences.stretches.num_pages, stops[-1]
+    first, stop = sequences.spans.num_pages, stops[-1]
     grouped = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
     for group in together(state, stop - first):
         permute_pages.write_runs(stores_of(group), first, stop)
         for layer in group:
-            layer.arranged = first
-    stretches = sequences.stretches.copy()
+            layer.clustered_pages = first
+    spans = sequences.spans.copy()
     for end, moves in zip(stops, grouped, strict=True):
-        stretches.append(end, moves)
-    stretches.planned = planned if planned[2] else None
-    sequences.regrouped(stretches)
-    _arrange_layers(state, method)
+        spans.append(end, moves)
+    spans.planned = planned if planned[2] else None
+    sequences.set_spans(spans)
+    _cluster_layers(state, method)
 
 
-def _arrange_layers(state: CacheState, method: Regrouping) -> None:
-    """Arrange what the newest stretches hold in the layers where that has not been done."""
-    stretches = state.sequences.stretches
-    layers = [layer for layer in state.layers if layer.store is not None and layer.arranged < stretches.num_pages]
+def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
+    """Arrange what the newest spans hold in the layers where that has not been done."""
+    spans = state.sequences.spans
+    layers = [layer for layer in state.layers if layer.store is not None and layer.clustered_pages < spans.num_pages]
     if not layers:
         return
-    first, stop = min(layer.arranged for layer in layers), stretches.num_pages
-    runs = [run for start, end in stretches.bounds if start >= first for run in _runs_in(state, start, end)]
+    first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
+    runs = [run for start, end in spans.bounds if start >= first for run in _runs_in(state, start, end)]
     flawless = []
     for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
-        order, partitions, sound = _arrange(method, stores_of(group), content, first, runs, _asked(group))
+        order, partitions, sound = _form_clusters(
+            method, stores_of(group), content, first, runs, _observation_queries(group)
+        )
         _rearrange(state.method, group, first, stop, order, partitions, content, stop)
         flawless += sound
     if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
         raise CacheStateError(
-            f"method {method}: expected arrange to return a permutation of the tokens of a stretch in each KV head, and "
-            "partition_pages that cover every page once, got numbers or pages twice or not at all; correct the method"
+            f"method {method}: expected arrange to return a permutation of the tokens of a span in each KV head, and "
+            "pages_per_cluster that cover every page once, got numbers or pages twice or not at all; correct the method"
         )
 
 
 def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> Tensor:
-    """Copies of what sequences share in part of a stretch.
+    """Copies of what sequences share in part of a span.
 
     Returns:
         `may_move` [B, n], or nothing where the caps have no room for copies.
@@ -236,23 +238,23 @@ def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> T
     except (BudgetError, CapacityError) as error:
         if error.available_bytes is None:  # no cap says so: memory has run out
             raise
-        if not state.warned_regrouping:
-            state.warned_regrouping = True
+        if not state.warned_clustering:
+            state.warned_clustering = True
             logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
         return torch.zeros_like(may_move)
     return may_move
 
 
 def _runs_in(state: CacheState, first: int, stop: int) -> list[Run]:
-    """The runs of a stretch that are to be arranged, each once for the sequences that hold the same."""
+    """The runs of a span that are to be clustered_pages, each once for the sequences that hold the same."""
     sequences = state.sequences
-    pages = [_runs_of(row) for row in sequences.stretches.grouped[:, first:stop].tolist()]
+    pages = [_runs_of(row) for row in sequences.spans.grouped[:, first:stop].tolist()]
     groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 
 def _alike(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
-    """Sequences in groups that hold the same segments, and may move the same pages."""
+    """PageTable in groups that hold the same segments, and may move the same pages."""
     groups: dict[object, list[int]] = {}
     for row, held in enumerate(directory):
         groups.setdefault((tuple(held[index] for index in segments), tuple(runs[row])), []).append(row)
@@ -270,32 +272,43 @@ def _runs_of(may_move: list[bool]) -> Pages:
     return runs
 
 
-def _arrange(
-    method: Regrouping, stores: list[PageStore], content: Tensor, first: int, runs: list[Run], asked: Tensor | None
+def _form_clusters(
+    method: ClusteringMethod,
+    stores: list[PageStore],
+    content: Tensor,
+    first: int,
+    runs: list[Run],
+    observation_queries: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Order [L * B, H, tokens] and partitions [L * B, H, n] of pages from `first` on; those outside of runs stay.
 
     Args:
         content: the pages, [L * B, H, n, page elements].
-        asked: [L, B, H, G, number, D], see `Regrouping.arrange`.
+        observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
     Returns:
         Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
     """
     layers, size, sound = len(stores), stores[0].page_size, []
-    keys = stores[0].home_form.take(content)[0].unflatten(0, (layers, -1))
+    keys = stores[0].backing_layout.take(content)[0].unflatten(0, (layers, -1))
     order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
     partitions = order.new_ones(keys.shape[:4])
     for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
         parts = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(parts).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
-        queries = None if asked is None else torch.stack([asked[:, run.sequences[0]] for run in alike]).flatten(0, 1)
-        made = method.arrange(inside, queries)
+        queries = (
+            None
+            if observation_queries is None
+            else torch.stack([observation_queries[:, run.sequences[0]] for run in alike]).flatten(0, 1)
+        )
+        made = method.form_clusters(inside, queries)
         good = _is_sound(method, made, inside.shape[:3], size)
         sound.append(good)
         for run, places, pages in zip(
             alike,
             made.order.unflatten(0, (-1, layers)),
-            [None] * len(alike) if made.partition_pages is None else made.partition_pages.unflatten(0, (-1, layers)),
+            [None] * len(alike)
+            if made.pages_per_cluster is None
+            else made.pages_per_cluster.unflatten(0, (-1, layers)),
             strict=True,
         ):
             start, end = run.first - first, run.stop - first
@@ -307,9 +320,9 @@ def _arrange(
     return order.flatten(0, 1), partitions.flatten(0, 1), sound
 
 
-def _asked(layers: list[LayerState]) -> Tensor | None:
+def _observation_queries(layers: list[LayerState]) -> Tensor | None:
     """What a prompt's end asked, in all of the layers: [L, B, H, G, n, D]; None where some have nothing, or differ."""
-    held = [layer.asked for layer in layers if layer.asked is not None]
+    held = [layer.observation_queries for layer in layers if layer.observation_queries is not None]
     alike = len(held) == len(layers) and all(queries.shape == held[0].shape for queries in held)
     return torch.stack(held) if alike else None
 
@@ -332,40 +345,40 @@ def _rearrange(
     order: Tensor,
     partitions: Tensor,
     content: Tensor,
-    arranged: int = 0,
+    clustered_pages: int = 0,
 ) -> None:
-    """Rearrange a stretch of layers, or leave them as they were, and index it; where that fails, it is left to `refresh`.
+    """Rearrange a span of layers, or leave them as they were, and index it; where that fails, it is left to `summarize_stale`.
 
     Args:
-        arranged: pages of stretches that are arranged in these layers then, if that is more than before.
+        clustered_pages: pages of spans that are clustered_pages in these layers then, if that is more than before.
     """
-    stores, before = stores_of(layers), [layer.arranged for layer in layers]
+    stores, before = stores_of(layers), [layer.clustered_pages for layer in layers]
     for layer in layers:
-        layer.renew(first, stop)
+        layer.invalidate(first, stop)
 
     def note(pages: list[int]) -> None:
         for layer, each in zip(layers, pages, strict=True):
-            layer.arranged = each
+            layer.clustered_pages = each
 
-    marks = partial(note, [max(each, arranged) for each in before]), partial(note, before)
-    moved = permute_pages.rearrange(stores, first, stop, order, partitions, content, marks)
+    marks = partial(note, [max(each, clustered_pages) for each in before]), partial(note, before)
+    moved = permute_pages.permute_tokens(stores, first, stop, order, partitions, content, marks)
     index_pages(stores, method, layers[0].number, first, stop, moved)
     for layer in layers:
-        layer.renewed(first, stop)
+        layer.mark_summarized(first, stop)
 
 
-def _is_sound(method: Regrouping, made: Arrangement, shape: torch.Size, page_size: int) -> Tensor:
+def _is_sound(method: ClusteringMethod, made: TokenClusters, shape: torch.Size, page_size: int) -> Tensor:
     """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
-    order, pages = made.order, made.partition_pages
+    order, pages = made.order, made.pages_per_cluster
     expected = torch.Size((*shape[:2], shape[2] // page_size))
-    if pages is not None and not method.several_pages:
+    if pages is not None and not method.multi_page_clusters:
         raise CacheStateError(
-            f"method {method}: expected arrange to return no partition_pages, as several_pages is False, got some; "
+            f"method {method}: expected arrange to return no pages_per_cluster, as multi_page_clusters is False, got some; "
             "correct the method"
         )
     if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
-            f"method {method}: expected arrange to return an order {tuple(shape)} and partition_pages {expected} or None, "
+            f"method {method}: expected arrange to return an order {tuple(shape)} and pages_per_cluster {expected} or None, "
             f"got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
         )
     sound = _times_each(order).eq(1).all()

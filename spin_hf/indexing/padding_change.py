@@ -3,7 +3,7 @@
     mask [B, tokens]  ->  tokens that differ  ->  their pages are in order and unshared  ->  bits  ->  summaries
 
 Where memory runs out before the bits are written nothing has changed. Behind that the summaries are made before the next
-step, as layers know which are stale (`LayerState.renew`).
+step, as layers know which are stale (`LayerState.invalidate`).
 
 Of new tokens the mask function notes what the mask says, and the first layer takes that (`CacheState.noted`).
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import BatchSizeError
-from ..inference_mode import lasting
+from ..inference_mode import outside_inference_mode
 from ..storage.page_table import check_batch
 from . import cluster
 
@@ -57,7 +57,7 @@ def take(state: CacheState, mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, -1:]
 
 
-@lasting
+@outside_inference_mode
 def accept(state: CacheState, batch_size: int, mask: Tensor | None) -> None:
     """Take the padding mask of a forward: of the tokens held, where it changes them, and of the new ones.
 
@@ -93,5 +93,5 @@ def reconcile(state: CacheState, mask: Tensor | None) -> None:
     for row in changed.any(1).nonzero().flatten().tolist():
         sequences.unshare([row], pages)
     for layer in state.layers:  # before the bits are written, so that an interruption does not lose it
-        layer.renew(pages.start, min(pages.stop, length // sequences.page_size))
+        layer.invalidate(pages.start, min(pages.stop, length // sequences.page_size))
     sequences.replace_padding(mask, length)

@@ -2,9 +2,9 @@
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`, or says that it is stale (`LayerState.renew`), which is dealt with before
-the next step: of a prompt all pages are, as a method may regroup them first, and others where they took another form or memory
-ran out. `check_summaries` compares with what the pages give.
+Whoever changes a complete page calls `index_pages`, or says that it is stale (`LayerState.invalidate`), which is dealt with
+before the next step: of a prompt all pages are, as a method may cluster them first, and others where they took another form
+or memory ran out. `check_summaries` compares with what the pages give.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import Method, Pages, Summaries
-from ..attention.methods.clustering import Regrouping
+from ..attention.methods.clustering import ClusteringMethod
 from ..errors import CacheStateError
 from ..storage import permute_pages
 from ..storage.chunked_array import put_all
 from ..storage.page_store import PageStore
-from ..storage.page_table import Sequences
+from ..storage.page_table import PageTable
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -33,22 +33,22 @@ _INDEX_TOKENS = 32768
 """Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
 
 
-def refresh(state: CacheState) -> None:
+def summarize_stale(state: CacheState) -> None:
     """Summarise, in all layers, the pages that are stale; what is not, for lack of memory, stays stale."""
     complete = state.sequences.length // state.sequences.page_size
     waiting: dict[tuple[int, int], list[LayerState]] = {}
     for layer in state.layers:
-        if layer.stale is not None:
-            waiting.setdefault(layer.stale, []).append(layer)
+        if layer.stale_pages is not None:
+            waiting.setdefault(layer.stale_pages, []).append(layer)
     for (first, stop), layers in waiting.items():
         end = min(stop, complete)
-        if isinstance(state.method, Regrouping) and state.method.several_pages:
-            first, end = state.sequences.stretches.around(first, end)
+        if isinstance(state.method, ClusteringMethod) and state.method.multi_page_clusters:
+            first, end = state.sequences.spans.around(first, end)
         for group in together(state, max(1, end - first), layers):
             if first < end:
                 index_pages(stores_of(group), state.method, group[0].number, first, end)
             for layer in group:
-                layer.stale = None
+                layer.stale_pages = None
 
 
 def together(
@@ -62,7 +62,7 @@ def together(
             groups.setdefault((apart, permute_pages.alike(layer.store)), []).append((layer, layer.store))
     for group in groups.values():
         store = group[0][1]
-        each = num_pages * state.sequences.batch_size * store.num_heads * store.home.row_bytes
+        each = num_pages * state.sequences.batch_size * store.num_heads * store.backing.row_bytes
         at_once = max(1, _BYTES_AT_ONCE // max(1, each))
         for start in range(0, len(group), at_once):
             yield [layer for layer, _ in group[start : start + at_once]]
@@ -85,7 +85,7 @@ def index_pages(
         content: these pages as they are kept, [L * B, H, n, page elements], if somebody has read them already.
     """
     one = stores[0]
-    whole = min(stop, max(first, one.sequences.stretches.num_pages))
+    whole = min(stop, max(first, one.sequences.spans.num_pages))
     at_once = max(1, _INDEX_TOKENS // one.page_size)
     parts = [(first, whole), *((start, min(start + at_once, stop)) for start in range(whole, stop, at_once))]
     for start, end in parts:
@@ -94,7 +94,7 @@ def index_pages(
             rows, made = _summarise(stores, method, layer, start, end, inside)
             for name, vectors in made.items():
                 summary = one.summaries[name]
-                for which, kept in enumerate(summary.kept(vectors)):
+                for which, kept in enumerate(summary.stored(vectors)):
                     arrays = [store.summaries[name].arrays[which] for store in stores]
                     put_all(arrays, rows, kept.unflatten(0, (len(stores), -1)))
 
@@ -124,16 +124,16 @@ def _summarise(
     one, rows = stores[0], stores[0].rows(first, stop)
     if content is None:
         content = permute_pages.content(stores, first, stop)
-    keys, values = one.home_form.take(content)
+    keys, values = one.backing_layout.take(content)
     valid, positions = tokens_of(one.sequences, first, stop, keys.device)
     if len(stores) > 1:
         valid = valid.repeat(len(stores), 1, 1, 1)
         positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
-    partition_pages = None if one.regrouped is None else permute_pages.partition_pages(stores, first, stop).long()
-    return rows, method.index_pages(Pages(keys, valid, (layer,), values, positions, partition_pages))
+    pages_per_cluster = None if one.permutation is None else permute_pages.pages_per_cluster(stores, first, stop).long()
+    return rows, method.index_pages(Pages(keys, valid, (layer,), values, positions, pages_per_cluster))
 
 
-def tokens_of(sequences: Sequences, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def tokens_of(sequences: PageTable, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Of the tokens of pages [first, stop): which are no padding, and where they stand if a method asks: [B, 1, n, P]."""
     size = sequences.page_size
     tokens, shape = (first * size, stop * size), (sequences.batch_size, 1, stop - first, size)

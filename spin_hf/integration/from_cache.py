@@ -74,7 +74,7 @@ def take_over(cache: Cache, layers: list[Any], paged: Collection[int], valid: Te
 
 
 def _form(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] | None:
-    """Sequences, tokens and dtype of a layer; None where it is empty. Raises where it cannot be served."""
+    """PageTable, tokens and dtype of a layer; None where it is empty. Raises where it cannot be served."""
     keys, values = getattr(source, "keys", None), getattr(source, "values", None)
     if keys is None or values is None or not keys.numel():
         return None

@@ -49,7 +49,7 @@ class LayerViews:
 
     @property
     def batch_size(self) -> int:
-        """Sequences held; AttributeError before the first token, which is how transformers asks."""
+        """PageTable held; AttributeError before the first token, which is how transformers asks."""
         self.cache_state.settle()
         if self.state.store is None or not self.cache_state.sequences.batch_size:
             raise AttributeError("batch_size")

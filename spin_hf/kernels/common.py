@@ -27,9 +27,9 @@ TIED = tl.constexpr(int(StepField.TIED))
 LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
 LIST_CAPACITY = tl.constexpr(int(StepField.LIST_CAPACITY))
 VICTIMS = tl.constexpr(int(StepField.VICTIMS))
-CLOSER = tl.constexpr(int(StepField.CLOSER))
+RERANK = tl.constexpr(int(StepField.RERANK))
 
-HOME = tl.constexpr(int(LayerField.HOME))
+BACKING = tl.constexpr(int(LayerField.BACKING))
 SUMMARY_0 = tl.constexpr(int(LayerField.SUMMARY_0))
 SCALE_0 = tl.constexpr(int(LayerField.SCALE_0))
 SUMMARY_1 = tl.constexpr(int(LayerField.SUMMARY_1))
@@ -106,7 +106,7 @@ def rounded(numbers):
 
 @triton.jit
 def to_int8(states):
-    """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Form.encode`, to the bit; what is not finite stays so."""
+    """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Layout.encode`, to the bit; what is not finite stays so."""
     exact = states.to(tl.float32)
     scale = tl.max(tl.abs(exact), 1) * (1 / 127)
     scale = tl.where(scale == 0.0, 1.0, scale) + tl.sum(exact * 0.0, 1)
@@ -115,7 +115,7 @@ def to_int8(states):
 
 @triton.jit
 def from_int8(codes, scale, dtype: tl.constexpr):
-    """Vectors [n, D] of whole numbers [n, D] and scales [n]: `Int8Form.decode`, to the bit."""
+    """Vectors [n, D] of whole numbers [n, D] and scales [n]: `Int8Layout.decode`, to the bit."""
     return (codes.to(tl.float32) * scale[:, None]).to(dtype)
 
 

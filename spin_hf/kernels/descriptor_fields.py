@@ -51,14 +51,14 @@ class StepField(IntEnum):
     LIST_CAPACITY = 17
     VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots that make room."""
-    CLOSER = 19
+    RERANK = 19
     """float32 [B, H, G, PAGE_CAPACITY]: log weights of the pages that were looked at closer, by place in KEPT_PAGE."""
 
 
 class LayerField(IntEnum):
     """Fields of a layer descriptor."""
 
-    HOME = 0
+    BACKING = 0
     """int64 table: base address of each chunk of pages."""
     SUMMARY_0 = 1
     """int64 table: base address of each chunk of the first of the method's summaries, in the order of `summary_shapes`."""
@@ -129,7 +129,7 @@ class Rating(IntEnum):
     SHARE = 1
     """The mean of these shares (as good as their sum)."""
     BOUND = 2
-    """The largest product with a key in the page's box (first summary: low, second: high), so moved and stretched that all
+    """The largest product with a key in the page's box (first summary: low, second: high), so moved and spaned that all
     pages of a KV head lie between -30 and 0: what products spread over is not known beforehand."""
 
 

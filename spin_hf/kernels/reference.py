@@ -83,7 +83,7 @@ def put_tokens(
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
         parts: what is kept of the tokens, each [n, width].
-        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageForm.split`.
+        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageLayout.split`.
     """
     for chunk, here, inside in _per_chunk(chunks, rows):
         for place, part in zip(split(chunk), parts, strict=True):
@@ -288,7 +288,7 @@ def admit_pages(
 
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
-    excess: Tensor | None = None,
+    logit_correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Exact softmax attention over the given tokens, in float32, with what `merge_attention` needs.
 
@@ -298,7 +298,7 @@ def attend(
         mask: broadcastable to [B, H, G, Q, M]; bool, True where a query may attend, or float, added to the scores.
             What stands in tokens that no query may attend to (False, -inf) does not matter, NaN included.
         scale: factor of the scores, before `softcap`: scores become softcap * tanh(scores / softcap).
-        excess: [B, H, G, 1, M], float32: added to the scores before that; None for nothing.
+        logit_correction: [B, H, G, 1, M], float32: added to the scores before that; None for nothing.
     Returns:
         out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
         lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
@@ -314,8 +314,8 @@ def attend(
         tokens = slice(start, start + tile) if mask.shape[-2] > 1 else slice(None)
         heads = queries.shape[2:4]  # query heads and tokens of a KV head are one batch of rows: nothing is repeated
         scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, heads) * scale
-        if excess is not None:
-            scores = scores + excess
+        if logit_correction is not None:
+            scores = scores + logit_correction
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if bias is not None:

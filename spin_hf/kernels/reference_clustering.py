@@ -91,7 +91,7 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
         points: [R, n, D], unit vectors, contiguous, in the dtype in which they are compared (sums are float32 at least);
             n is a multiple of `page_size`.
     Returns:
-        order [R, n] and partition_pages [R, n / P], int64, as `Arrangement` has them.
+        order [R, n] and pages_per_cluster [R, n / P], int64, as `TokenClusters` has them.
     """
     rows, count, _ = points.shape
     token = torch.arange(count, device=points.device).expand(rows, -1)

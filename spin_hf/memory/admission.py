@@ -4,7 +4,7 @@
     layers without                                         budgets foreseen by the model's or config's dtype and heads
 
 What is foreseen has to be certain, as a refusal must never be one too many; where it is not, a layer judges when its first
-keys come. Tokens that come later are judged by the layers (`Sequences.check_room`).
+keys come. Tokens that come later are judged by the layers (`PageTable.check_room`).
 """
 
 from __future__ import annotations

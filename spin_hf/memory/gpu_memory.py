@@ -32,7 +32,7 @@ from ..storage.tier_budget import TierBudget
 from . import watermarks
 from .layer_budget import LayerShape, tier_budget
 
-LOOK_STEPS = 64
+CHECK_INTERVAL_STEPS = 64
 """Steps between two looks at the memory that is free, which ask the driver."""
 PROMPT_FRAMES = 2048
 """Page frames of a KV head while nothing is decoded: what is attended to at a time when a prompt goes on."""
@@ -62,9 +62,9 @@ class GpuMemory:
         """Whether frames are those for decoding."""
         self.has_given_back = False
         """Whether there may be fewer frames than a cap in bytes allows."""
-        self.owed: dict[torch.device, int] = {}
+        self.pending_reclaim: dict[torch.device, int] = {}
         """Bytes that others asked for while this cache could not be touched."""
-        self._owner, self._steps_left = threading.get_ident(), LOOK_STEPS
+        self._owner, self._steps_left = threading.get_ident(), CHECK_INTERVAL_STEPS
         self._streams: dict[torch.device, Any] = {}
 
     @property
@@ -96,7 +96,7 @@ class GpuMemory:
                 self._place(device, wanted, least)
             else:
                 self.caps[device] = self.given
-                self._make_way(device, min(wanted, self.given), least)
+                self._request_memory(device, min(wanted, self.given), least)
         return replace(budget, gpu_memory=self.caps[device], most_frames=self.most_frames)
 
     def raise_caps(self, needed: int) -> bool:
@@ -123,15 +123,15 @@ class GpuMemory:
 
     def before_step(self, batch_size: int, num_tokens: int) -> None:
         """A step of so many tokens begins: size, look or pay, if it is time for that. No kernel waits for a look."""
-        if self.given is not None and not self.has_given_back and not self.owed:
+        if self.given is not None and not self.has_given_back and not self.pending_reclaim:
             return
         if self._owner != threading.get_ident():
             with _lock:
                 self._owner = threading.get_ident()
         if all(cap is None for cap in self.caps.values()) and not self.has_given_back:
             return
-        if self.owed:
-            self._pay()
+        if self.pending_reclaim:
+            self._reclaim()
         sequences = self.state.sequences
         if not sequences.length:
             self._replace(batch_size, num_tokens)
@@ -142,7 +142,7 @@ class GpuMemory:
         else:
             self._steps_left -= 1
             if self._steps_left <= 0:
-                self._look()
+                self._check()
 
     def give_back(self, num_bytes: int | None = None) -> int:
         """Give back so many bytes, or all that no step needs: buffer pages, and pages that are in no frame but could be loaded.
@@ -156,9 +156,9 @@ class GpuMemory:
                 given += self._give_back(device, None if num_bytes is None else num_bytes - given)
         return given
 
-    def fell_short(self) -> None:
+    def short_of_frames(self) -> None:
         """There are fewer frames than a cap allows, given back or for lack of a block large enough: the looks try again."""
-        self.has_given_back, self._steps_left = True, LOOK_STEPS
+        self.has_given_back, self._steps_left = True, CHECK_INTERVAL_STEPS
 
     def before_copy(self) -> None:
         """The cache is copied, frames too: have room for that, as far as half of them can make it."""
@@ -172,7 +172,7 @@ class GpuMemory:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GpuMemory:
         twin = copy(self)
-        twin._state, twin.caps, twin.owed = weakref.ref(memo[id(self.state)]), dict(self.caps), {}
+        twin._state, twin.caps, twin.pending_reclaim = weakref.ref(memo[id(self.state)]), dict(self.caps), {}
         memo[id(self)] = twin
         if self in _live:
             _live.add(twin)
@@ -191,7 +191,7 @@ class GpuMemory:
             return
         self._remember(device)
         self.is_sized, self.most_frames = False, PROMPT_FRAMES
-        self._make_way(device, wanted, least)
+        self._request_memory(device, wanted, least)
         self.caps[device] = self._prompt_cap(device)
 
     def _replace(self, batch_size: int, num_tokens: int) -> None:
@@ -222,17 +222,17 @@ class GpuMemory:
 
         Of a prompt that was read in parts, others were asked for the first one only.
         """
-        self.is_sized, self.most_frames, self._steps_left = True, None, LOOK_STEPS
+        self.is_sized, self.most_frames, self._steps_left = True, None, CHECK_INTERVAL_STEPS
         for device in list(self.caps):
             self._remember(device)
-            self._make_way(device, self._wanted(device), self._least(self._stores(device)))
+            self._request_memory(device, self._wanted(device), self._least(self._stores(device)))
             cap, free = self._decoding_cap(device), watermarks.free_gpu_memory(device)
             if cap is not None and free is not None and not watermarks.is_low(self._held(device), free):
                 cap = max(cap, self._resident(device))
             self._resize(device, cap)
 
-    def _look(self) -> None:
-        self._steps_left = LOOK_STEPS
+    def _check(self) -> None:
+        self._steps_left = CHECK_INTERVAL_STEPS
         complete = True
         for device in list(self.caps):
             self._remember(device)
@@ -256,14 +256,14 @@ class GpuMemory:
             before = self.caps[device]
             cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
             if before is None or cap < before:
-                self.fell_short()
+                self.short_of_frames()
                 self._resize(device, cap)
         return max(0, held - self._held(device))
 
-    def _pay(self) -> None:
+    def _reclaim(self) -> None:
         with _lock:
-            owed, self.owed = self.owed, {}
-        for device, num_bytes in owed.items():
+            pending_reclaim, self.pending_reclaim = self.pending_reclaim, {}
+        for device, num_bytes in pending_reclaim.items():
             self._give_back(device, num_bytes)
 
     def _resize(self, device: torch.device, cap: int | None) -> None:
@@ -343,7 +343,7 @@ class GpuMemory:
 
     # ---------------------------------------------------------------------------------------------------------- the others
 
-    def _make_way(self, device: torch.device, wanted: int, least: int) -> None:
+    def _request_memory(self, device: torch.device, wanted: int, least: int) -> None:
         """Ask others to give back what is missing, if they have it."""
         others = _others(self, device)
         free = watermarks.free_gpu_memory(device) if others else None
@@ -373,7 +373,7 @@ class GpuMemory:
                             stack.enter_context(torch.cuda.stream(other._streams.get(device)))
                         other._give_back(device, share)
                 elif share:
-                    other.owed[device] = max(share, other.owed.get(device, 0))
+                    other.pending_reclaim[device] = max(share, other.pending_reclaim.get(device, 0))
 
     def _givable(self, device: torch.device) -> int:
         """Bytes that no step needs."""

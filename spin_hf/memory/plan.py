@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     largest,
     whole_segments,
 )
-from .layer_budget import check_stretches, layer_shapes, num_arrays, regrouping_bytes, tier_budget
+from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
 from .watermarks import cap_for_prompts, free_gpu_memory
 
 
@@ -112,7 +112,7 @@ def plan(
     layers: list[int] = []
     _, reasons = build_layers(config, lambda index: layers.append(index))
     resolved = resolved.bind(config, layers)
-    check_stretches(resolved)
+    check_spans(resolved)
     shapes = layer_shapes(config, layers)
     if shapes is None:
         raise OptionError(
@@ -141,7 +141,7 @@ class _Planner:
 
     def __init__(self, budgets: list[TierBudget], method: Method, arrays: int) -> None:
         self.budgets, self.arrays, self.page_size = budgets, arrays, method.page_size
-        self.regrouping = regrouping_bytes(method)
+        self.clustering = clustering_bytes(method)
         self.kinds = set(budgets)
 
     def of(self, batch_size: int, context_length: int) -> MemoryPlan:
@@ -154,7 +154,7 @@ class _Planner:
         except (BudgetError, CapacityError) as error:
             refusal = str(error)
         counted = self.budgets if refusal is None else [replace(b, gpu_memory=smallest) for b in self.budgets]
-        parts, metadata, frames = _sizes(counted, room, self.regrouping)
+        parts, metadata, frames = _sizes(counted, room, self.clustering)
         metadata["address tables"] = self.arrays * MAX_CHUNKS * 8
         held = "all pages stay in the compute tier" if not frames else "pages live in the cpu tier"
         return MemoryPlan(
@@ -195,12 +195,12 @@ class _Planner:
 
 
 def _sizes(
-    budgets: list[TierBudget], room: tuple[int, int, int], regrouping: dict[str, int]
+    budgets: list[TierBudget], room: tuple[int, int, int], clustering: dict[str, int]
 ) -> tuple[Counter[str], Counter[str], list[int]]:  # fmt: skip
     """Bytes by part and by table of a batch that fits, and the page frames of the layers that have any.
 
     Args:
-        regrouping: bytes of a page's tables of regrouping, by name.
+        clustering: bytes of a page's tables of clustering, by name.
         room: batch size, segments, pages per sequence.
     """
     batch_size, segments, pages = room
@@ -212,7 +212,7 @@ def _sizes(
     for budget in budgets:
         rows, streams, frames = budget.rows(segments), batch_size * budget.num_heads, budget.num_frames(*room)
         parts["summaries"] += rows * budget.summary_bytes
-        metadata.update({name: rows * each for name, each in regrouping.items()})
+        metadata.update({name: rows * each for name, each in clustering.items()})
         if frames is None:
             parts["pages"] += rows * budget.page_bytes
         else:

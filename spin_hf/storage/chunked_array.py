@@ -19,17 +19,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CapacityError
-from ..inference_mode import lasting
+from ..inference_mode import outside_inference_mode
 from .host_register import wait_for_device
-from .out_of_memory import kept
+from .out_of_memory import allocating
 from .pinned_slab import allocate_rows
-from .slab_prefetch import RESERVE, Spare
+from .slab_prefetch import PREFETCHER, PrefetchedChunk
 
 MAX_CHUNKS = 4096
 """Chunks that an array can have, and entries of its address table."""
 
 _RECODED_BYTES = 16 << 20
-"""Of rows that are recoded at a time: bounds temporary memory."""
+"""Of rows that are converted at a time: bounds temporary memory."""
 
 
 class Recoding(NamedTuple):
@@ -37,7 +37,7 @@ class Recoding(NamedTuple):
 
     row_shape: tuple[int, ...]
     dtype: torch.dtype
-    recode: Callable[[Tensor], Tensor]
+    convert: Callable[[Tensor], Tensor]
 
 
 class ChunkedArray:
@@ -67,12 +67,12 @@ class ChunkedArray:
         self.compute_device = device if compute_device is None else compute_device
         self.chunks: list[Tensor] = []
         self.used_rows = 0
-        self.recoded = False
+        self.converted = False
         """Whether rows have taken another form since the array was made (`move`)."""
         self._table: Tensor | None = None
         self._table_is_behind = False
         """Whether the table may not say where the chunks are: set while they move."""
-        self._spare: Spare | None = None
+        self._spare: PrefetchedChunk | None = None
 
     @property
     def num_rows(self) -> int:
@@ -96,8 +96,8 @@ class ChunkedArray:
         One tensor as long as the array lives, made by the first request; growing and moving write to it.
         """
         if self._table is None:
-            with kept("an address table", 8 * MAX_CHUNKS):
-                table = lasting(torch.zeros)(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
+            with allocating("an address table", 8 * MAX_CHUNKS):
+                table = outside_inference_mode(torch.zeros)(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
                 self._write_addresses(table, 0, self.chunks)
             self._table = table
         return self._table
@@ -177,8 +177,8 @@ class ChunkedArray:
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             for first in range(0, inside, at_once):
                 part = slice(first, min(first + at_once, inside))
-                copy[part] = recoding.recode(chunk[part])
-        form = {"row_shape": recoding.row_shape, "dtype": recoding.dtype, "recoded": True}
+                copy[part] = recoding.convert(chunk[part])
+        form = {"row_shape": recoding.row_shape, "dtype": recoding.dtype, "converted": True}
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
         self.__dict__.update(form, chunks=moved, device=device, _spare=None, _table_is_behind=False)  # at once
@@ -188,7 +188,7 @@ class ChunkedArray:
         twin = ChunkedArray(
             self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
         )
-        twin.recoded = self.recoded
+        twin.converted = self.converted
         twin.grow(self.used_rows)
         self._wait_for_kernels()
         for index, (source, copy) in enumerate(zip(self.chunks, twin.chunks, strict=False)):
@@ -234,7 +234,7 @@ class ChunkedArray:
         """Chunks on a device, of these rows unless others are asked for."""
         shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
         dtype = self.dtype if dtype is None else dtype
-        with kept("pages and what is known of them", count * math.prod(shape) * dtype.itemsize):
+        with allocating("pages and what is known of them", count * math.prod(shape) * dtype.itemsize):
             if device.type == "cpu":
                 return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
@@ -249,12 +249,12 @@ class ChunkedArray:
             and left <= self.rows_per_chunk // 2
         ):
             shape = (self.rows_per_chunk, *self.row_shape)
-            self._spare = RESERVE.ask(shape, self.dtype, compute_device=self.compute_device)
+            self._spare = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device)
 
     def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
         """Write the addresses of chunks [first, first + len(chunks)) to a table, if there is one."""
         if table is not None and chunks:
-            with kept("addresses of pages", 8 * len(chunks)):
+            with allocating("addresses of pages", 8 * len(chunks)):
                 addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
                 table[first : first + len(chunks)].copy_(addresses, non_blocking=True)
 

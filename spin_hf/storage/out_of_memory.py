@@ -1,6 +1,6 @@
 """Memory for what a cache keeps: a refusal says what it was for, how much, and what to do.
 
-    with kept("page frames", num_bytes): torch.empty(...)        CapacityError, from whatever torch raised
+    with allocating("page frames", num_bytes): torch.empty(...)        CapacityError, from whatever torch raised
 
 What a forward computes with is not kept; there torch's own error says as much as can be said.
 """
@@ -19,7 +19,7 @@ _NO_HOST_MEMORY = "DefaultCPUAllocator"
 
 
 @contextmanager
-def kept(what: str, num_bytes: int) -> Iterator[None]:
+def allocating(what: str, num_bytes: int) -> Iterator[None]:
     """Name what memory is asked for inside.
 
     Args:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import CacheStateError
-from .out_of_memory import kept, out_of_memory
+from .out_of_memory import allocating, out_of_memory
 from .tier_budget import coarsely
 
 NO_PAGE = (1 << 31) - 1
@@ -115,10 +115,12 @@ class PageFrames:
             self.forget_sequences(batch_size)
         if self.page_slot.shape[2] < num_pages:  # seldom copied, if it grows by little
             width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
-            with kept("the table of resident pages", 4 * batch_size * self.num_heads * width):
+            with allocating("the table of resident pages", 4 * batch_size * self.num_heads * width):
                 self.page_slot = _fit(self.page_slot, width, -1)
         if wanted != self.slots:
-            with kept("page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()):
+            with allocating(
+                "page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()
+            ):
                 self._take_slots(wanted)
 
     def forget_sequences(self, batch_size: int) -> None:

@@ -1,7 +1,7 @@
 """In which form the tokens of a page lie in its row: as they came, or as int8 with a scale for each key and each value.
 
-    PageForm    [ P * Dk keys | P * Dv values ]                                            of the model's dtype
-    Int8Form    [ P * Dk keys | P * Dv values | unused | P key scales | P value scales ]     int8, scales float32
+    PageLayout    [ P * Dk keys | P * Dv values ]                                            of the model's dtype
+    Int8Layout    [ P * Dk keys | P * Dv values | unused | P key scales | P value scales ]     int8, scales float32
                 number ~ whole number * scale;  scale = largest absolute number of the vector / 127;  rows of 16 n bytes
 
 A scale belongs to one vector of one token, so tokens are appended to a page without touching those that are there, and trade
@@ -27,7 +27,7 @@ _ALIGNED_BYTES = 16
 
 
 @dataclass(frozen=True)
-class PageForm:
+class PageLayout:
     """Pages as they are.
 
     Attributes:
@@ -83,7 +83,7 @@ class PageForm:
         return self.decode(self.split(rows))
 
 
-class Int8Form(PageForm):
+class Int8Layout(PageLayout):
     """Pages in half of 16 bits. What a vector loses is half a scale at most in each number, and the rounding to its dtype."""
 
     @property
@@ -122,12 +122,12 @@ class Int8Form(PageForm):
         return rows
 
 
-def page_forms(
+def page_layouts(
     page_size: int, key_dim: int, value_dim: int, dtype: torch.dtype, int8: bool
-) -> tuple[PageForm, PageForm]:
+) -> tuple[PageLayout, PageLayout]:
     """In which form pages lie in the compute tier, and in the cpu tier, where they may be int8."""
     shape = page_size, key_dim, value_dim, dtype
-    return PageForm(*shape), Int8Form(*shape) if int8 else PageForm(*shape)
+    return PageLayout(*shape), Int8Layout(*shape) if int8 else PageLayout(*shape)
 
 
 def _encode(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
     home       ChunkedArray of pages: keys then values.  compute tier if all fits, else cpu tier, there perhaps as int8
     summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
     frames     PageFrames, only while the home is the cpu tier; of the model's dtype, what a load of the home's page gives
-    regrouped  RegroupedPages, only for methods that regroup: whose tokens they are; always in the compute tier
+    clustered  TokenPermutation, only for methods that cluster: whose tokens they are; always in the compute tier
 
-Row ids come from `Sequences.page_rows` and are the same for pages and summaries, so whatever shares or copies a
+Row ids come from `PageTable.page_rows` and are the same for pages and summaries, so whatever shares or copies a
 segment shares or copies both. Summaries are of what is read of a page, so of decoded keys and values where it is int8: the
 results never depend on which pages are resident, or on how many can be.
 """
@@ -22,11 +22,11 @@ from .. import kernels
 from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Recoding
 from .page_frames import PageFrames
-from .page_layout import PageForm, page_forms
-from .page_table import SEGMENT_PAGES, Sequences
-from .summary_array import SummaryArray, kept_as
+from .page_layout import PageLayout, page_layouts
+from .page_table import SEGMENT_PAGES, PageTable
+from .summary_array import SummaryArray, stored_as
 from .tier_budget import TierBudget, whole_segments
-from .token_permutation import RegroupedPages
+from .token_permutation import TokenPermutation
 
 # RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
@@ -51,15 +51,15 @@ class PageStore:
         quantized: whether vectors among it are kept as int8.
         budget: caps and sizes.
         dtype, device: of the keys and values; `device` is the compute tier.
-        several_pages: of a method that regroups tokens, where they are from is kept: whether its partitions may have several
-            pages; None for other methods.
+        multi_page_clusters: of a method that clusters tokens, where they are from is kept: whether its partitions may have
+            several pages; None for other methods.
         summary_dtypes: name -> dtype of those that are kept as they are in any case.
         host_int8: whether pages in the cpu tier are int8.
     """
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: PageTable,
         num_heads: int,
         key_dim: int,
         value_dim: int,
@@ -68,7 +68,7 @@ class PageStore:
         budget: TierBudget,
         dtype: torch.dtype,
         device: torch.device,
-        several_pages: bool | None = None,
+        multi_page_clusters: bool | None = None,
         summary_dtypes: dict[str, torch.dtype] | None = None,
         host_int8: bool = False,
     ) -> None:
@@ -77,33 +77,33 @@ class PageStore:
         self.page_size = sequences.page_size
         self.budget = budget
         self.device, self.dtype = device, dtype
-        self.form, self._host_form = page_forms(self.page_size, key_dim, value_dim, dtype, host_int8)
+        self.layout, self._host_layout = page_layouts(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.length = 0
         """Tokens written to this layer."""
-        rows = chunk_segments(num_heads, self.form.row_bytes, device) * SEGMENT_PAGES * num_heads
-        self.home = ChunkedArray((self.form.row_elements,), rows, dtype, device)
+        rows = chunk_segments(num_heads, self.layout.row_bytes, device) * SEGMENT_PAGES * num_heads
+        self.backing = ChunkedArray((self.layout.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():
-            kept, as_int8 = kept_as(name, dtype, quantized, summary_dtypes or {})
+            kept, as_int8 = stored_as(name, dtype, quantized, summary_dtypes or {})
             self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
-        self.regrouped: RegroupedPages | None = None
-        if several_pages is not None:
-            self.regrouped = RegroupedPages(sequences, num_heads, rows, device, several_pages)
+        self.permutation: TokenPermutation | None = None
+        if multi_page_clusters is not None:
+            self.permutation = TokenPermutation(sequences, num_heads, rows, device, multi_page_clusters)
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
         """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
-        self.fell_short: Callable[[], None] | None = None
+        self.short_of_frames: Callable[[], None] | None = None
         """Called where there is less memory for page frames than the budget allows: to be tried again later."""
-        self.renew: Callable[[int, int], None] | None = None
+        self.invalidate: Callable[[int, int], None] | None = None
         """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
 
     @property
-    def home_form(self) -> PageForm:
+    def backing_layout(self) -> PageLayout:
         """In which form pages lie where they live now."""
-        return self._host_form if self.home.recoded else self.form
+        return self._host_layout if self.backing.converted else self.layout
 
-    # ------------------------------------------------------------------------------- what `Sequences` asks of a store
+    # ------------------------------------------------------------------------------- what `PageTable` asks of a store
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Raise BudgetError or CapacityError where `reserve` would exceed a cap."""
@@ -119,7 +119,7 @@ class PageStore:
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
             if self.frames is None:
-                frames = PageFrames(self.num_heads, self.form.row_elements, self.dtype, self.device)
+                frames = PageFrames(self.num_heads, self.layout.row_elements, self.dtype, self.device)
                 self._move_to_cpu()  # first, as that gives back what the frames take
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
@@ -142,8 +142,8 @@ class PageStore:
                     raise
                 wanted = max(least, wanted * 3 // 4)
                 self.budget = replace(self.budget, most_frames=wanted)  # until more are asked for
-                if self.fell_short is not None:
-                    self.fell_short()
+                if self.short_of_frames is not None:
+                    self.short_of_frames()
 
     def shrink(self, num_segments: int) -> None:
         """Give back the room for more segments than these. Asks for no memory."""
@@ -209,15 +209,17 @@ class PageStore:
         start = self.sequences.start
         positions = torch.arange(start, start + count, device=self.device)
         pages = torch.div(positions, self.page_size, rounding_mode="floor")
-        rows = self._rows()[:, :, pages].reshape(-1).to(self.home.device)
-        offsets = (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.home.device)
-        parts = self.home_form.encode(keys, values)
-        flat = [part.reshape(-1, part.shape[-1]).to(self.home.device) for part in parts]
-        kernels.put_tokens(self.home.chunks, rows, offsets, flat, self.home_form.split)
+        rows = self._rows()[:, :, pages].reshape(-1).to(self.backing.device)
+        offsets = (
+            (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.backing.device)
+        )
+        parts = self.backing_layout.encode(keys, values)
+        flat = [part.reshape(-1, part.shape[-1]).to(self.backing.device) for part in parts]
+        kernels.put_tokens(self.backing.chunks, rows, offsets, flat, self.backing_layout.split)
         offset = start % self.page_size
         if self.frames is not None and offset:  # only a partly filled page can be resident already
             inside = min(count, self.page_size - offset)
-            kept = self.home_form.decode([part[:, :, :inside] for part in parts])
+            kept = self.backing_layout.decode([part[:, :, :inside] for part in parts])
             self.frames.write(start // self.page_size, offset, *kept)
         self.length = start + count
 
@@ -228,12 +230,12 @@ class PageStore:
             keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
         """
         content, rows = self.content(first, stop)
-        return *self.home_form.take(content), rows
+        return *self.backing_layout.take(content), rows
 
     def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """The same as they are kept, [B, H, n, page elements], and their rows."""
         rows = self.rows(first, stop)
-        return self.home.take(rows), rows
+        return self.backing.take(rows), rows
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
@@ -241,17 +243,17 @@ class PageStore:
 
     def in_order(self, states: Tensor) -> Tensor:
         """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
-        return states if self.regrouped is None else self.regrouped.in_order(states)
+        return states if self.permutation is None else self.permutation.in_order(states)
 
     def by_place(self, mask: Tensor, group: int) -> Tensor:
         """A mask [B, 1 or heads, Q, tokens] over positions, as one over the tokens as they stand in the pages."""
-        if self.regrouped is None or not self.sequences.stretches.num_pages:
+        if self.permutation is None or not self.sequences.spans.num_pages:
             return mask
-        return self.regrouped.by_place(mask, group)
+        return self.permutation.by_place(mask, group)
 
     def held(self, length: int) -> tuple[Tensor, Tensor]:
         """Keys [B, H, length, Dk] and values of the first tokens, in the order of their positions: copies."""
-        clustered = self.sequences.stretches.num_pages
+        clustered = self.sequences.spans.num_pages
         keys, values, _ = self.pages(0, max(-(-length // self.page_size), clustered))
         keys, values = keys.flatten(2, 3), values.flatten(2, 3)
         if clustered:  # whole spans are read, as in their pages tokens stand in another order
@@ -269,10 +271,10 @@ class PageStore:
         rows = self._rows().gather(2, pages.clamp(min=0))
         for part in self._waves(pages):
             if self.frames is None:
-                content = self.home.take(rows[:, :, part])
+                content = self.backing.take(rows[:, :, part])
             else:
                 content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self._load, self.sequences.step)
-            keys, values = self.form.take(content)
+            keys, values = self.layout.take(content)
             yield part, keys.flatten(2, 3), values.flatten(2, 3)
 
     def _waves(self, pages: Tensor) -> Iterator[slice]:
@@ -330,23 +332,23 @@ class PageStore:
         """Bytes that `num_segments` segments take in the compute tier: pages or page frames, and summaries."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
         summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
-        return summaries + (rows * self.home.row_bytes if self.frames is None else self.frames.frames.nbytes)
+        return summaries + (rows * self.backing.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
         """Bytes that `num_segments` segments take in the cpu tier."""
-        return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.home.row_bytes
+        return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.backing.row_bytes
 
     def metadata(self, num_segments: int) -> dict[str, int]:
         """Bytes of this layer's tables while `num_segments` segments are held, by name; all in the compute tier."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
         tables = {} if self.frames is None else self.frames.metadata
-        regrouped = {} if self.regrouped is None else self.regrouped.metadata(rows)
-        return {**tables, **regrouped, "address tables": sum(array.table_bytes for array in self._arrays())}
+        clustered = {} if self.permutation is None else self.permutation.metadata(rows)
+        return {**tables, **clustered, "address tables": sum(array.table_bytes for array in self._arrays())}
 
     def check_integrity(self) -> None:
         """Raise CacheStateError where tables disagree or tiers differ."""
-        if self.regrouped is not None:
-            self.regrouped.check_integrity()
+        if self.permutation is not None:
+            self.permutation.check_integrity()
         if self.frames is not None and self.sequences.batch_size and self.sequences.length:
             num_pages = self.sequences.num_pages
             filled = torch.arange(num_pages * self.page_size, device=self.device) < self.sequences.length
@@ -356,27 +358,27 @@ class PageStore:
 
     def _move_to_cpu(self) -> None:
         """Let pages live in the cpu tier from here on."""
-        host = self._host_form
-        if host == self.form or self.home.recoded:
-            self.home.move(torch.device("cpu"))
+        host = self._host_layout
+        if host == self.layout or self.backing.converted:
+            self.backing.move(torch.device("cpu"))
             return
 
-        def recode(rows: Tensor) -> Tensor:
-            return host.join(host.encode(*self.form.take(rows)))
+        def convert(rows: Tensor) -> Tensor:
+            return host.join(host.encode(*self.layout.take(rows)))
 
-        self.sequences.recodings += 1  # before they are, so that an interruption does not lose it
-        if self.renew is not None:
-            self.renew(0, self.length // self.page_size)
-        self.home.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, recode))
+        self.sequences.layout_version += 1  # before they are, so that an interruption does not lose it
+        if self.invalidate is not None:
+            self.invalidate(0, self.length // self.page_size)
+        self.backing.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, convert))
 
     def _load(self, rows: Tensor) -> Tensor:
         """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
-        content = self.home.take(rows)
-        return content if self.home_form == self.form else self.form.join(self.home_form.take(content))
+        content = self.backing.take(rows)
+        return content if self.backing_layout == self.layout else self.layout.join(self.backing_layout.take(content))
 
     def _arrays(self) -> list[ChunkedArray]:
-        regrouped = [] if self.regrouped is None else self.regrouped.arrays
-        return [self.home, *self._summary_arrays(), *regrouped]
+        clustered = [] if self.permutation is None else self.permutation.arrays
+        return [self.backing, *self._summary_arrays(), *clustered]
 
     def _summary_arrays(self) -> list[ChunkedArray]:
         return [array for summary in self.summaries.values() for array in summary.arrays]

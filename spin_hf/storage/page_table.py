@@ -13,7 +13,7 @@ model grow in step and hold the same tokens, so they share one directory; each l
 Tables are never changed in place: others are made beside them and take their place at once (`_become`), so that an interruption
 finds all of a change or nothing.
 
-Shared segments are copied when one of their owners writes (`begin`). Sequences all have the same number of tokens,
+Shared segments are copied when one of their owners writes (`begin`). PageTable all have the same number of tokens,
 padding included, as transformers' batches do.
 """
 
@@ -28,11 +28,11 @@ from torch import Tensor
 from ..errors import BatchSizeError, CacheStateError
 from ..kernels.descriptor_fields import MAX_QUERIES
 from .change_log import Past
-from .clustered_spans import Stretches
+from .clustered_spans import ClusteredSpans
 from .padding_mask import TokenMask
 from .segment_pool import ENTRY_BYTES, SEGMENT_PAGES, own_segment, release_segments, segments_of, take_segments
 
-__all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "SegmentStore", "Sequences", "check_batch", "segments_of"]
+__all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "PageTable", "SegmentStore", "check_batch", "segments_of"]
 
 
 _Tables = tuple[list[list[int]], list[int], list[int]]
@@ -72,8 +72,8 @@ class SegmentStore(Protocol):
         """Give back all memory; nothing is held."""
 
 
-class Sequences:
-    """Lengths, directory, reference counts, padding and regrouped pages of a batch.
+class PageTable:
+    """Lengths, directory, reference counts, padding and clustered pages of a batch.
 
     Args:
         page_size: tokens per page.
@@ -86,7 +86,7 @@ class Sequences:
         self.refcounts: list[int] = []
         self.free: list[int] = []
         self.mask = TokenMask(keeps_positions)
-        self.stretches = Stretches()
+        self.spans = ClusteredSpans()
         self.stores: list[SegmentStore] = []
         self.start = 0
         """Tokens held before the present step."""
@@ -95,13 +95,13 @@ class Sequences:
         self.step = 0
         """The clock of the residency: counts queries, of prefills one."""
         self.past = Past()
-        self.events = 0
+        self.past_version = 0
         """Changes to the past: anything but tokens that follow."""
-        self.layout = 0
+        self.memory_version = 0
         """Counts what may have moved or resized memory: new room, and changes to the past."""
         self._before: _Tables | None = None
         """Directory, reference counts and free segments before the present step, while it is the last change."""
-        self.recodings = 0
+        self.layout_version = 0
         """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
         self._room: tuple[int, ...] | None = None
         """What room was last made for."""
@@ -111,7 +111,7 @@ class Sequences:
 
     @property
     def batch_size(self) -> int:
-        """Sequences held."""
+        """PageTable held."""
         return len(self.directory)
 
     @property
@@ -136,7 +136,7 @@ class Sequences:
             "directory": ENTRY_BYTES * sum(len(row) for row in self.directory),
             "reference counts": ENTRY_BYTES * len(self.refcounts),
             **self.mask.metadata,
-            "stretches": self.stretches.grouped.nbytes,
+            "spans": self.spans.grouped.nbytes,
         }
 
     def positions(self, first: int, stop: int, device: torch.device) -> Tensor:
@@ -154,11 +154,11 @@ class Sequences:
         valid = self.mask.valid
         if valid is None or not self.length:
             return None
-        if self._counted is None or self._counted[0] != self.events:
+        if self._counted is None or self._counted[0] != self.past_version:
             filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
                 1, (-1, self.page_size)
             )
-            self._counted = self.events, valid.shape[1], filled.any(2).sum(1).tolist()
+            self._counted = self.past_version, valid.shape[1], filled.any(2).sum(1).tolist()
         more = self.num_pages - -(-self._counted[1] // self.page_size)
         return [number + max(0, more) for number in self._counted[2]]
 
@@ -167,7 +167,7 @@ class Sequences:
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
         store.reserve(*self.room)
         self.stores.append(store)
-        self.layout += 1
+        self.memory_version += 1
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step that appends `num_tokens` to every sequence: take segments, unshare those that will be written.
@@ -256,9 +256,9 @@ class Sequences:
         self._prepare(copies, self.batch_size, len(refcounts), self.num_pages)
         self._become(directory=directory, refcounts=refcounts, free=free)
 
-    def truncate(self, length: int, stretches: Stretches | None = None) -> None:
-        """Forget the tokens from `length` on, and segments that none needs then; `stretches` are left, all unless given."""
-        self._truncate(length, None, stretches)
+    def truncate(self, length: int, spans: ClusteredSpans | None = None) -> None:
+        """Forget the tokens from `length` on, and segments that none needs then; `spans` are left, all unless given."""
+        self._truncate(length, None, spans)
 
     def roll_back(self, length: int) -> None:
         """Take back what came behind `length` tokens; of the present step also what it unshared, and the room it took."""
@@ -266,7 +266,7 @@ class Sequences:
             self._truncate(length, self._before if self.start == length else None, None)
         self._shrink()
 
-    def _truncate(self, length: int, tables: _Tables | None, stretches: Stretches | None) -> None:
+    def _truncate(self, length: int, tables: _Tables | None, spans: ClusteredSpans | None) -> None:
         for store in self.stores:
             store.truncate(length)
         directory, refcounts, free = tables or (self.directory, list(self.refcounts), list(self.free))
@@ -275,7 +275,7 @@ class Sequences:
             for row in directory:
                 release_segments(row[keep:], refcounts, free)
             directory = [row[:keep] for row in directory]
-        more = {"mask": self.mask.truncate(length), "stretches": stretches or self.stretches}
+        more = {"mask": self.mask.truncate(length), "spans": spans or self.spans}
         self._become(
             directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, kept=length
         )
@@ -289,30 +289,30 @@ class Sequences:
         for store in self.stores:
             store.check(len(rows), len(self.refcounts), self.num_pages)
         chosen = torch.tensor(rows, dtype=torch.int64)
-        mask, stretches = self.mask.selected(chosen), self.stretches.selected(chosen)
+        mask, spans = self.mask.selected(chosen), self.spans.selected(chosen)
         for store in self.stores:
             store.select(rows)
         directory, refcounts, free = [list(self.directory[row]) for row in rows], list(self.refcounts), list(self.free)
         for segment in chain.from_iterable(directory):
             refcounts[segment] += 1
         release_segments(list(chain.from_iterable(self.directory)), refcounts, free)
-        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, stretches=stretches, kept=0)
+        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, spans=spans, kept=0)
 
     def clear(self) -> None:
         """Forget all sequences; the memory of their rows is kept for the next ones."""
         number, mask = len(self.refcounts), TokenMask(self.mask.keeps_positions)
         tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": list(range(number))[::-1]}
-        self._become(**tables, mask=mask, stretches=Stretches(), start=0, length=0, kept=0)
+        self._become(**tables, mask=mask, spans=ClusteredSpans(), start=0, length=0, kept=0)
         for store in self.stores:
             store.clear()
 
     def replace_padding(self, valid: Tensor | None, length: int) -> None:
         """Take `valid` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
-        self.__dict__.update(mask=self.mask.replaced(valid, length), events=self.events + 1)
+        self.__dict__.update(mask=self.mask.replaced(valid, length), past_version=self.past_version + 1)
 
     def tables(self) -> dict[str, Any]:
-        """What `restore` goes back to: whose segments are whose, padding, stretches and lengths."""
-        names = ("directory", "refcounts", "free", "mask", "stretches", "start", "length")
+        """What `restore` goes back to: whose segments are whose, padding, spans and lengths."""
+        names = ("directory", "refcounts", "free", "mask", "spans", "start", "length")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, tables: dict[str, Any]) -> None:
@@ -331,21 +331,23 @@ class Sequences:
         _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
         free, unused = sorted(self.free), [segment for segment, count in enumerate(counts) if not count]
         _check(free == unused, f"free segments are {free}, unused are {unused}")
-        expected, regrouped = (self.batch_size, self.length), self.stretches.num_pages
+        expected, clustered = (self.batch_size, self.length), self.spans.num_pages
         for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
             _check(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
-        _check(regrouped * self.page_size <= self.length, f"stretches reach to page {regrouped}")
+        _check(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
 
-    def regrouped(self, stretches: Stretches) -> None:
-        """Let `stretches` say which pages are regrouped."""
-        self._become(stretches=stretches)
+    def set_spans(self, spans: ClusteredSpans) -> None:
+        """Let `spans` say which pages are clustered."""
+        self._become(spans=spans)
 
     def _become(self, kept: int | None = None, **tables: Any) -> None:
         """Let other tables take the place of those there are, all at once; `kept` tokens (None: all) are what they were."""
         if kept is not None:
             self.past.change(kept)
         known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
-        self.__dict__.update(known, events=self.events + 1, layout=self.layout + 1, **tables)
+        self.__dict__.update(
+            known, past_version=self.past_version + 1, memory_version=self.memory_version + 1, **tables
+        )
 
     def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
         """Make room, and copies of (source, copy) segments; a failure leaves no more room than there was."""
@@ -366,7 +368,7 @@ class Sequences:
         """Let the stores take a batch size, segments and pages; most steps need what the step before needed."""
         if room == self._room:
             return
-        self.layout, self._room = self.layout + 1, None
+        self.memory_version, self._room = self.memory_version + 1, None
         for store in self.stores:
             store.check(*room)
         for store in self.stores:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .pinned_slab import THREAD_PREFIX, allocate_rows, leave_mapped
 
 
-class Spare:
+class PrefetchedChunk:
     """A chunk that is made ahead of need. Whoever lets go of it lets go of the chunk.
 
     Args:
@@ -53,7 +53,7 @@ class Spare:
             return chunk
 
 
-class SlabReserve:
+class SlabPrefetcher:
     """Fills spares in one background thread, in the order of asking, for all arrays of the process.
 
     It holds no spare itself, so there are never more than the arrays keep.
@@ -68,15 +68,15 @@ class SlabReserve:
 
     def reset(self) -> None:
         """Begin anew: a forked child has no such thread, and may have a lock that the thread held."""
-        self._asked: deque[weakref.ref[Spare]] = deque()
+        self._asked: deque[weakref.ref[PrefetchedChunk]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def ask(self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device) -> Spare:
+    def ask(self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device) -> PrefetchedChunk:
         """A spare that will be filled soon; returns at once and raises nothing of what happens later."""
         shape = tuple(chunk_shape)
-        spare = Spare(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
+        spare = PrefetchedChunk(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
         with self._changed:
             if not self._stopped:
                 self._asked.append(weakref.ref(spare))
@@ -106,19 +106,19 @@ class SlabReserve:
             del spare  # while the thread waits it must not keep one that nobody wants
 
 
-RESERVE = SlabReserve()
+PREFETCHER = SlabPrefetcher()
 """The reserve of this process."""
 
 
 @atexit.register
 def _at_exit() -> None:
     """No thread of ours may be inside the driver while the process takes itself apart."""
-    RESERVE.stop()
+    PREFETCHER.stop()
     leave_mapped()
 
 
 def _in_child() -> None:
-    RESERVE.reset()
+    PREFETCHER.reset()
     leave_mapped()
 
 

@@ -43,10 +43,10 @@ class SummaryArray:
 
     def put(self, rows: Tensor, summaries: Tensor) -> None:
         """Keep `summaries` [*rows.shape, *shape], float32."""
-        for array, content in zip(self.arrays, self.kept(summaries), strict=True):
+        for array, content in zip(self.arrays, self.stored(summaries), strict=True):
             array.put(rows, content)
 
-    def kept(self, summaries: Tensor) -> list[Tensor]:
+    def stored(self, summaries: Tensor) -> list[Tensor]:
         """What is stored of `summaries` [..., *shape], float32, in each of `arrays`."""
         return [summaries.to(self.values.dtype)] if self.scale is None else list(kernels.quantize(summaries))
 
@@ -57,11 +57,11 @@ class SummaryArray:
 
     def rounded(self, summaries: Tensor) -> Tensor:
         """What `take` gives after `put`."""
-        values, *scale = self.kept(summaries)
+        values, *scale = self.stored(summaries)
         return values.float() * scale[0].unsqueeze(-1) if scale else values
 
 
-def kept_as(
+def stored_as(
     name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]
 ) -> tuple[torch.dtype, bool]:  # fmt: skip
     """Dtype of what is kept as it is, and whether vectors become int8, for a summary of this name.

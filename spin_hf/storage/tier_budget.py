@@ -31,7 +31,7 @@ class TierBudget:
         host_page_bytes: of one page in the cpu tier.
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
         min_frames: page frames per sequence and KV head that a step cannot do without.
-        regrouping_bytes: of one page of one KV head: whose tokens it holds, where a method regroups them.
+        clustering_bytes: of one page of one KV head: whose tokens it holds, where a method clusters them.
         selected: pages per KV head that a step selects, or the share of all pages.
         chunk_segments: segments by which memory of the compute tier is taken; 1 where it is taken as it is written.
         most_frames: page frames above which none are made; None while nothing says so.
@@ -45,7 +45,7 @@ class TierBudget:
     gpu_memory: int | None
     cpu_memory: int | None
     min_frames: int
-    regrouping_bytes: int = 0
+    clustering_bytes: int = 0
     selected: int | float = 0
     chunk_segments: int = 1
     most_frames: int | None = None
@@ -165,7 +165,7 @@ class TierBudget:
 
     @property
     def _row_bytes(self) -> int:
-        return self.summary_bytes + self.regrouping_bytes
+        return self.summary_bytes + self.clustering_bytes
 
     @property
     def _frame_bytes(self) -> int:

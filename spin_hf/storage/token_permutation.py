@@ -1,4 +1,4 @@
-"""Where the tokens of one layer's regrouped pages are from, and which pages make one partition.
+"""Where the tokens of one layer's clustered pages are from, and which pages make one partition.
 
     row of a page   ->  shifts     [P], int16    how far the tokens in it have come: position - place, 0 in a run of positions
                     ->  partition  [], int16     how many pages the partition has that it begins; 0 where it continues one;
@@ -6,9 +6,9 @@
 
     page 5          places 40 41 .. 47      shifts 56 0 .. 30      so it holds tokens 96 41 .. 77
 
-Tokens trade places with those of `longest_stretch` tokens at most, which is what int16 holds; whoever asks gets positions. The
+Tokens trade places with those of `longest_span` tokens at most, which is what int16 holds; whoever asks gets positions. The
 rows are those of the pages and the summaries, so sequences that share or copy a segment share or copy this too. Only rows of
-pages in stretches (`stretches.py`) are read: all others are runs of positions, and partitions by themselves.
+pages in spans (`spans.py`) are read: all others are runs of positions, and partitions by themselves.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor
 
 from ..errors import CacheStateError
 from .chunked_array import ChunkedArray
-from .page_table import Sequences
+from .page_table import PageTable
 
 
-class RegroupedPages:
+class TokenPermutation:
     """Shifts and partitions of one layer.
 
     Args:
         sequences: the batch.
         num_heads, rows_per_chunk, device: as of the pages.
-        several_pages: whether a partition may have several pages.
+        multi_page_clusters: whether a partition may have several pages.
     """
 
     def __init__(
-        self, sequences: Sequences, num_heads: int, rows_per_chunk: int, device: torch.device, several_pages: bool
+        self, sequences: PageTable, num_heads: int, rows_per_chunk: int, device: torch.device, multi_page_clusters: bool
     ) -> None:
         self.sequences, self.num_heads, self.device = sequences, num_heads, device
         self.page_size = sequences.page_size
         self._shifts = ChunkedArray((self.page_size,), rows_per_chunk, torch.int16, device)
-        self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device) if several_pages else None
+        self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device) if multi_page_clusters else None
 
     @property
     def arrays(self) -> list[ChunkedArray]:
@@ -45,7 +45,7 @@ class RegroupedPages:
 
     def metadata(self, num_rows: int) -> dict[str, int]:
         """Bytes of `num_rows` rows, by name."""
-        each = bytes_for_regrouping(self.page_size, self._partition is not None)
+        each = bytes_for_clustering(self.page_size, self._partition is not None)
         return {name: num_rows * row_bytes for name, row_bytes in each.items()}
 
     def positions(self, first: int, stop: int) -> Tensor:
@@ -55,7 +55,7 @@ class RegroupedPages:
         tokens[:, :, : shifts.shape[2]] += shifts
         return tokens
 
-    def partition_pages(self, first: int, stop: int) -> Tensor:
+    def pages_per_cluster(self, first: int, stop: int) -> Tensor:
         """Pages of the partition that each of pages [first, stop) begins, 0 for none: [B, H, n], int64."""
         if self._partition is None:
             shape = self.sequences.batch_size, self.num_heads, stop - first
@@ -83,48 +83,50 @@ class RegroupedPages:
         return torch.cat([mask[..., :count].gather(-1, index), mask[..., count:]], -1).flatten(1, 2)
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where a stretch does not hold its tokens, or partitions do not tile it."""
-        for first, stop in self.sequences.stretches.bounds:
-            positions, pages = self.positions(first, stop), self.partition_pages(first, stop)
+        """Raise CacheStateError where a span does not hold its tokens, or partitions do not tile it."""
+        for first, stop in self.sequences.spans.bounds:
+            positions, pages = self.positions(first, stop), self.pages_per_cluster(first, stop)
             runs = self._runs(first, stop)
-            _check(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a stretch lost tokens")
-            grouped = self.sequences.stretches.grouped[:, None, first:stop].to(positions.device)
+            _check(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a span lost tokens")
+            grouped = self.sequences.spans.grouped[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
-            _check(not bool((moved & ~grouped).any()), "a page was regrouped that must stay as it is")
-            _check(bool(tiles(pages)), "partitions of a stretch overlap or leave pages out")
+            _check(not bool((moved & ~grouped).any()), "a page was clustered that must stay as it is")
+            _check(bool(tiles(pages)), "partitions of a span overlap or leave pages out")
 
     def _places(self) -> Tensor:
-        """Position of each place in the stretches: [B, H, pages * P], int64."""
-        return self.positions(0, self.sequences.stretches.num_pages).flatten(2)
+        """Position of each place in the spans: [B, H, pages * P], int64."""
+        return self.positions(0, self.sequences.spans.num_pages).flatten(2)
 
     def _rows(self, first: int, stop: int) -> Tensor:
-        """Rows of those of pages [first, stop) that lie in stretches."""
+        """Rows of those of pages [first, stop) that lie in spans."""
         rows = self.sequences.page_rows(self.num_heads, self.device)
-        return rows[:, :, first : max(first, min(stop, self.sequences.stretches.num_pages))]
+        return rows[:, :, first : max(first, min(stop, self.sequences.spans.num_pages))]
 
     def _runs(self, first: int, stop: int) -> Tensor:
         tokens = torch.arange(first * self.page_size, stop * self.page_size, device=self.device)
         return tokens.view(-1, self.page_size).expand(self.sequences.batch_size, self.num_heads, -1, -1)
 
 
-def tiles(partition_pages: Tensor) -> Tensor:
+def tiles(pages_per_cluster: Tensor) -> Tensor:
     """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap: []."""
-    places = torch.arange(partition_pages.shape[2], device=partition_pages.device)
-    upto = torch.where(partition_pages > 0, places + partition_pages, 0).cummax(2).values  # behind the latest partition
+    places = torch.arange(pages_per_cluster.shape[2], device=pages_per_cluster.device)
+    upto = (
+        torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0).cummax(2).values
+    )  # behind the latest partition
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
-    begins = (partition_pages > 0) == (before == places)
+    begins = (pages_per_cluster > 0) == (before == places)
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
-def longest_stretch(page_size: int) -> int:
+def longest_span(page_size: int) -> int:
     """Most tokens that may trade places with one another: shifts, and the pages of a partition, are int16."""
     most = torch.iinfo(torch.int16).max
     return min(most + 1, most * page_size)
 
 
-def bytes_for_regrouping(page_size: int, several_pages: bool) -> dict[str, int]:
+def bytes_for_clustering(page_size: int, multi_page_clusters: bool) -> dict[str, int]:
     """Bytes that shifts and, if they may have several pages, the partition of a page take; named as in `stats()`."""
-    return {"regrouped shifts": 2 * page_size, **({"regrouped partitions": 2} if several_pages else {})}
+    return {"clustered shifts": 2 * page_size, **({"clustered partitions": 2} if multi_page_clusters else {})}
 
 
 def _check(condition: bool, message: str) -> None:

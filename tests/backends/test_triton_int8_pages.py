@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
-from spin_hf.storage.page_layout import Int8Form
+from spin_hf.storage.page_layout import Int8Layout
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.interpreted_kernels import forward_steps, interpret_kernels
@@ -40,8 +40,8 @@ def pages_of(driver: CacheDriver) -> tuple[Tensor, list[Tensor]]:
     """Rows of all pages of the only layer, as keys and values, or codes and scales."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
     rows = store.pages(0, store.sequences.num_pages)[2]
-    assert isinstance(store.home_form, Int8Form)
-    return rows, [part.flatten(2, 3)[:, :, :length] for part in store.home_form.split(store.home.take(rows))]
+    assert isinstance(store.backing_layout, Int8Layout)
+    return rows, [part.flatten(2, 3)[:, :, :length] for part in store.backing_layout.split(store.backing.take(rows))]
 
 
 @pytest.mark.sweep(keep=[1, 3])
@@ -111,7 +111,7 @@ def test_rounding_is_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     driver.cache.layers[0].append(keys, values, None)
     driver.cache._passes.commit()
     _, held = pages_of(driver)
-    form = driver.cache.layers[0].store.home_form
+    form = driver.cache.layers[0].store.backing_layout
     finite = torch.ones(90, dtype=torch.bool)
     finite[[20, 33]] = False
     for ours, theirs in zip(held, form.encode(keys, values), strict=True):

@@ -192,5 +192,5 @@ def test_bisection_that_looks_at_everything(padded: bool, monkeypatch: pytest.Mo
     """The pages wanted are the budget times that, which is more than 32 bits hold."""
     shape, valid = Shape(kv_heads=1, group=2, key_dim=16, value_dim=16), torch.arange(113)[None] >= 21
     steps = [(stop, valid[:, :stop] if padded else None) for stop in (112, 113)]
-    options: dict[str, Any] = {"budget": 16, "recent_window": 10, "method": Bisection(looked_at=2**60)}
+    options: dict[str, Any] = {"budget": 16, "recent_window": 10, "method": Bisection(rerank_factor=2**60)}
     compare(monkeypatch, random_pages(shape, 1, 113, 0), steps, **options)

@@ -99,7 +99,7 @@ def test_kernels_of_methods_that_cluster(
         cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = forward_steps(model, cache, padding, steps)
         counted = cache.stats()
-        assert cache._shared.sequences.stretches.num_pages > 3
+        assert cache._shared.sequences.spans.num_pages > 3
         launched = interpret_kernels(monkeypatch)
         cache = SpinCache(model, **{"recent_window": 8, **options})
         torch.testing.assert_close(forward_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)
@@ -122,7 +122,7 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
     with little_slack():
         expected = forward_steps(model, SpinCache(model, **options), "left", [1] * 3)
         with monkeypatch.context() as patch:
-            patch.setattr(bisection, "MOST_EXCESS", 100.0)
+            patch.setattr(bisection, "MAX_CORRECTION_NATS", 100.0)
             unbounded = forward_steps(model, SpinCache(model, **options), "left", [1] * 3)
         interpret_kernels(monkeypatch)
         actual = forward_steps(model, SpinCache(model, **options), "left", [1] * 3)
@@ -158,7 +158,7 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             [1] * 4,
             {"budget": 8, "recent_window": 8, "method": OFTEN},
             {"_COUNTED": 0},
-        ),  # too few are counted for a closer look
+        ),  # too few are counted for a reranking
         (
             "none",
             [1] * 3,

@@ -243,11 +243,11 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
     held = None if padding is None else torch.tensor(padding)
     cache = SpinCache(tiny, "shadowkv", budget=48, gpu_memory=130_000)
     shapes.reserve_spin(cache, tiny.config, 300, "cpu", 3)
-    reserved = [len(layer.store.home.chunks) for layer in cache.layers]
+    reserved = [len(layer.store.backing.chunks) for layer in cache.layers]
     assert all(layer.store.frames is not None for layer in cache.layers)  # at once in the tier where they stay
     torch.manual_seed(1)
     shapes.fill_spin(cache, tiny.config, 300, "cpu", 3, held)
-    assert [len(layer.store.home.chunks) for layer in cache.layers] == reserved
+    assert [len(layer.store.backing.chunks) for layer in cache.layers] == reserved
     cache.check_integrity()
     assert cache.get_seq_length() == 300
     torch.manual_seed(1)

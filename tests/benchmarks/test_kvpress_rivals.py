@@ -15,7 +15,7 @@ from benchmarks.quality.kvpress_rivals import ExchangeError, ask, case, cell, pa
 KEPT = {("snapkv", 64): 120, ("decoding knorm", 16): 300}
 ANSWER = case("passkey, 0", [1, 2, 3], 2, KEPT, new_tokens=4, stop=[0])
 FORCED = case("macbeth", [1, 2, 3], 3, KEPT, following=[4, 5], dense="dense.safetensors")
-ASKED = {"passkey, 0": ANSWER, "macbeth": FORCED}
+PROJECTED = {"passkey, 0": ANSWER, "macbeth": FORCED}
 
 
 def _reply(**changed: Any) -> str:
@@ -34,9 +34,9 @@ def test_a_case_names_every_press_and_its_tokens() -> None:
 
 def test_replies_are_read() -> None:
     expected = {"attended_tokens": 120, "tokens": [5, 0]}
-    assert parse(_reply(), ASKED) == ("passkey, 0", "kvpress snapkv, 1/64", expected)
+    assert parse(_reply(), PROJECTED) == ("passkey, 0", "kvpress snapkv, 1/64", expected)
     kl = {"kl": 0.1, "kl_p90": 0.2, "top1_agrees": 1.0}
-    found = parse(_reply(case="macbeth", tokens=None, **kl), ASKED)
+    found = parse(_reply(case="macbeth", tokens=None, **kl), PROJECTED)
     assert found == ("macbeth", "kvpress snapkv, 1/64", {"attended_tokens": 120, **kl})
 
 
@@ -50,7 +50,7 @@ def test_replies_are_read() -> None:
 )  # fmt: skip
 def test_what_is_no_reply_is_an_error(line: str) -> None:
     with pytest.raises(ExchangeError, match="expected"):
-        parse(line, ASKED)
+        parse(line, PROJECTED)
 
 
 def _worker(script: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:

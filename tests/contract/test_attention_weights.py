@@ -244,16 +244,18 @@ def test_captured_steps_go_on_behind_one_that_returns_weights(method: str, monke
     model, ids = build_model("llama").eval(), random_tokens(2, 60)
     recorder = capture_on_cpu(monkeypatch)
     results: list[list[Tensor]] = []
-    for looked_at in (set(), {3, 6}):
+    for rerank_factor in (set(), {3, 6}):
         cache, logits = SpinCache(model, method, budget=16, recent_window=8), []
         with torch.no_grad():
             model(ids[:, :50], past_key_values=cache)
             for i in range(10):
                 before = recorder.replays
-                out = model(input_ids=ids[:, 50 + i : 51 + i], past_key_values=cache, output_attentions=i in looked_at)
+                out = model(
+                    input_ids=ids[:, 50 + i : 51 + i], past_key_values=cache, output_attentions=i in rerank_factor
+                )
                 logits.append(out.logits)
-                assert (out.attentions is not None) == (i in looked_at)
-                if i in looked_at:
+                assert (out.attentions is not None) == (i in rerank_factor)
+                if i in rerank_factor:
                     assert recorder.replays == before
                     assert [w.shape for w in out.attentions] == [(2, 4, 1, 51 + i)] * 2
                     assert float(out.attentions[0].sum(-1).min()) > 0.2

@@ -32,17 +32,17 @@ SmallBisection = clustering_often(Bisection, 64, 24)
 
 
 @pytest.fixture(autouse=True)
-def stretches() -> Iterator[list[int]]:
+def spans() -> Iterator[list[int]]:
     """The spans that were clustered: where each ended."""
     made: list[int] = []
-    add = cluster._add_stretches
+    add = cluster._add_spans
 
     def adding(shared: Any, method: Any, stops: list[int], may_move: Any, *more: Any) -> None:
         made.extend(stops)
         assert bool(may_move.any())
         add(shared, method, stops, may_move, *more)
 
-    with little_slack(), patch.object(cluster, "_add_stretches", adding):
+    with little_slack(), patch.object(cluster, "_add_spans", adding):
         yield made
 
 
@@ -51,47 +51,47 @@ def expected(family: str, mode: str) -> Trace:
     return MODES[mode](dense_subject(family))
 
 
-def check(subject: SpinSubject, stretches: list[int]) -> None:
-    assert stretches
+def check(subject: SpinSubject, spans: list[int]) -> None:
+    assert spans
     for cache in subject.caches:
         cache.check_integrity()
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("family", "mode"), CASES)
-def test_everything_attended_to(family: str, mode: str, stretches: list[int]) -> None:
+def test_everything_attended_to(family: str, mode: str, spans: list[int]) -> None:
     subject = SpinSubject(family, method=Clumped(), **SMALL_ZONES)
     assert_same(MODES[mode](subject), expected(family, mode))
-    check(subject, stretches)
+    check(subject, spans)
 
 
 @pytest.mark.parametrize("mode", LOADING)
-def test_everything_selected(mode: str, stretches: list[int]) -> None:
+def test_everything_selected(mode: str, spans: list[int]) -> None:
     """A budget below the context that still covers all candidates: the method selects, and selects all."""
     subject = SpinSubject("llama", method=Clumped(), budget=110, num_sink_tokens=4, recent_window=16)
     assert_same(MODES[mode](subject), expected("llama", mode))
-    check(subject, stretches)
+    check(subject, spans)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("mode", [*FEW_MODES, "assisted", "multi_turn", "from_cache", "left_padding", "compiled"])
 @pytest.mark.parametrize("budget", [110, 1 << 20])
 @pytest.mark.parametrize("method", [SmallRetroInfer(), SmallBisection()], ids=lambda method: method.name)
-def test_methods_that_estimate(method: Method, mode: str, budget: int, stretches: list[int]) -> None:
+def test_methods_that_estimate(method: Method, mode: str, budget: int, spans: list[int]) -> None:
     """With room for everything nothing is left to be estimated."""
     subject = SpinSubject("llama", method=method, budget=budget, num_sink_tokens=4, recent_window=16)
     assert_same(MODES[mode](subject), expected("llama", mode))
-    check(subject, stretches)
+    check(subject, spans)
 
 
 @pytest.mark.parametrize("mode", LOADING)
-def test_paged(mode: str, stretches: list[int]) -> None:
+def test_paged(mode: str, spans: list[int]) -> None:
     def run(cap: int) -> SpinSubject:
-        stretches.clear()
+        spans.clear()
         subject = SpinSubject("llama", method=Clumped(), gpu_memory=cap, **SMALL_ZONES)
         assert_same(MODES[mode](subject), expected("llama", mode))
         return subject
 
     subject = with_tight_gpu_memory(run)
-    check(subject, stretches)
+    check(subject, spans)
     assert sum(cache.stats().evictions for cache in subject.caches) > 0

@@ -78,13 +78,13 @@ def test_a_huge_budget_is_exact(method: str) -> None:
 def test_huge_parameters_are_as_large_ones(number: int) -> None:
     options: dict[str, Any] = dict(budget=16, recent_window=8)
     pairs: list[tuple[Method, Method]] = [
-        (Bisection(looked_at=number), Bisection(looked_at=1000)),
+        (Bisection(rerank_factor=number), Bisection(rerank_factor=1000)),
         (RetroInfer(0.1, cluster_tokens=number), RetroInfer(0.1, cluster_tokens=8192)),
         (Quest(dense_layers=number), Quest(dense_layers=2)),
     ]
     for ours, expected in pairs:
         assert torch.equal(outputs(method=ours, **options), outputs(method=expected, **options))
-    assert Bisection(looked_at=number) == Bisection(looked_at=MOST_TOKENS)
+    assert Bisection(rerank_factor=number) == Bisection(rerank_factor=MOST_TOKENS)
     assert RetroInfer(cluster_tokens=number) == RetroInfer(cluster_tokens=8192)
 
 
@@ -161,7 +161,7 @@ def test_ints_of_numpy(kind: Any) -> None:
     assert parsed == SpinOptions(64, 64, 64, 64, gpu_memory=9)
     assert all(type(getattr(parsed, name)) is int for name in (*TOKENS, "gpu_memory"))
     made: list[tuple[Any, str]] = [
-        (Bisection(kind(3)), "looked_at"), (RetroInfer(cluster_tokens=kind(9)), "cluster_tokens"),
+        (Bisection(kind(3)), "rerank_factor"), (RetroInfer(cluster_tokens=kind(9)), "cluster_tokens"),
         (Quest(kind(1)), "dense_layers"),
         (ShadowKV(kind(7)), "outlier_pages_per_1024"), (SeerAttention("x", page_size=kind(16)), "page_size"),
     ]  # fmt: skip
@@ -184,7 +184,7 @@ PARAMETERS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda value: SpinOptions.parse(dense_below=value), "dense_below"),
     (lambda value: SpinOptions.parse(gpu_memory=value), "gpu_memory"),
     (lambda value: SpinOptions.parse(cpu_memory=value), "cpu_memory"),
-    (lambda value: Bisection(looked_at=value), "looked_at"),
+    (lambda value: Bisection(rerank_factor=value), "rerank_factor"),
     (lambda value: RetroInfer(cluster_tokens=value), "cluster_tokens"),
     (lambda value: Quest(dense_layers=value), "dense_layers"),
     (lambda value: ShadowKV(outlier_pages_per_1024=value), "outlier_pages_per_1024"),
@@ -237,21 +237,21 @@ def test_classes_whose_numbers_cannot_work() -> None:
         lambda method: SpinCache(Shape().config(), method),
         lambda method: plan(Shape().config(), context_length=9, method=method),
     ]
-    wrong = {"page_size": (0, -8, 2.0, True, 2**31, "8"), "stretch_tokens": (0, 1.5), "growth_tokens": (0, None)}
+    wrong = {"page_size": (0, -8, 2.0, True, 2**31, "8"), "span_tokens": (0, 1.5), "cluster_interval": (0, None)}
     for name, value in [(name, value) for name, values in wrong.items() for value in values]:
         mine = type("Mine", (Bisection,), {name: value})
         for make in makers:
             with pytest.raises(SpinError, match=f"Mine: {name}: expected"):
                 make(mine())
-    with pytest.raises(SpinError, match="Mine: num_asked: expected"):
-        resolve_method(type("Mine", (Bisection,), {"num_asked": -1})())
+    with pytest.raises(SpinError, match="Mine: num_observation_queries: expected"):
+        resolve_method(type("Mine", (Bisection,), {"num_observation_queries": -1})())
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("looked_at", 2**31), ("looked_at", -1), ("looked_at", True), ("dense_layers", 1.0), ("outliers_per_1024", -1),
-        ("estimated_share", float("nan")), ("estimated_share", 1.5), ("threshold", float("inf")), ("threshold", "0.1"),
+        ("rerank_factor", 2**31), ("rerank_factor", -1), ("rerank_factor", True), ("dense_layers", 1.0), ("outliers_per_1024",
+        -1), ("estimated_share", float("nan")), ("estimated_share", 1.5), ("threshold", float("inf")), ("threshold", "0.1"),
     ],
 )  # fmt: skip
 def test_recipes_whose_numbers_cannot_work(field: str, value: Any) -> None:

@@ -313,19 +313,19 @@ class HistoriesWithOthers(Histories):
         self.gpu.caches = [*known, self.saved[0]]
 
 
-class RegroupedHistories(Histories):
+class ClusteredHistories(Histories):
     """Tokens are clustered as soon as there are enough of them, and put back for crops and padding that changes."""
 
     method = ShuffledWhole()
 
 
-class RegroupedHistoriesUnderACap(RegroupedHistories):
+class ClusteredHistoriesUnderACap(ClusteredHistories):
     """A page keeps 36 bytes more."""
 
     options = {"gpu_memory": 90_000}
 
 
-class RegroupedHistoriesInInt8(RegroupedHistoriesUnderACap):
+class ClusteredHistoriesInInt8(ClusteredHistoriesUnderACap):
     """Pages go to the cpu tier as int8, with tokens that int8 holds exactly."""
 
     options = {"gpu_memory": 90_000, "cpu_dtype": "int8"}
@@ -362,16 +362,16 @@ def test_histories_with_others(histories: int) -> None:
 @each_number
 def test_clustered_histories(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistories, histories)
+        run(ClusteredHistories, histories)
 
 
 @each_number
 def test_clustered_histories_under_a_cap(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistoriesUnderACap, histories)
+        run(ClusteredHistoriesUnderACap, histories)
 
 
 @each_number
 def test_clustered_histories_in_int8(histories: int) -> None:
     with little_slack():
-        run(RegroupedHistoriesInInt8, histories)
+        run(ClusteredHistoriesInInt8, histories)

@@ -167,7 +167,7 @@ def test_failure_while_pages_are_loaded(kv: RandomKV, cap: int, read: int) -> No
     driver = CacheDriver(SHAPE, **OPTIONS, gpu_memory=cap)
     driver.step(kv, 0, 100, holes(100))
     undisturbed, before = deepcopy(driver), snapshot(driver)
-    home = type(driver.cache.layers[0].store.home)
+    home = type(driver.cache.layers[0].store.backing)
     for _ in range(2):
         with (
             inside(PageFrames, "bring_in") as depth,

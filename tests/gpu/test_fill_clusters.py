@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 KINDS = [(torch.bfloat16, 128), (torch.float16, 80), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 128)]
 
 
-def topics(dtype: torch.dtype, dim: int, count: int = 2072, stretches: int = 2) -> Tensor:
+def topics(dtype: torch.dtype, dim: int, count: int = 2072, spans: int = 2) -> Tensor:
     """Keys [S, 2, count, dim] about 80 directions for each head, as noisy as these are long, all far from zero."""
     generator = torch.Generator().manual_seed(dim)
-    directions = torch.randn((stretches, 2, 80, dim), generator=generator)
-    label = torch.randint(0, 80, (stretches, 2, count, 1), generator=generator).expand(-1, -1, -1, dim)
-    noise = torch.randn((stretches, 2, count, dim), generator=generator)
+    directions = torch.randn((spans, 2, 80, dim), generator=generator)
+    label = torch.randint(0, 80, (spans, 2, count, 1), generator=generator).expand(-1, -1, -1, dim)
+    noise = torch.randn((spans, 2, count, dim), generator=generator)
     return (directions.gather(2, label) + noise + 2).cuda().to(dtype)
 
 
@@ -38,28 +38,28 @@ def test_clusters_are_as_good_as_those_of_the_formulas(
     dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = topics(dtype, dim)
-    made = RetroInfer().arrange(keys, None)
+    made = RetroInfer().form_clusters(keys, None)
     places = torch.arange(keys.shape[2], device="cuda").expand(keys.shape[:3])
     assert torch.equal(made.order.sort(2).values, places)
-    assert made.partition_pages is not None
-    assert tiles(made.partition_pages)
+    assert made.pages_per_cluster is not None
+    assert tiles(made.pages_per_cluster)
     with monkeypatch.context() as patch:
         patch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-        expected = RetroInfer().arrange(keys, None)
+        expected = RetroInfer().form_clusters(keys, None)
     found, wanted, consecutive = (alike(keys, order) for order in (made.order, expected.order, places))
     assert wanted > 1.3 * consecutive
     assert abs(found - wanted) < 0.03 * (wanted - consecutive)
-    again = RetroInfer().arrange(keys, None)
+    again = RetroInfer().form_clusters(keys, None)
     assert torch.equal(made.order, again.order)
-    assert torch.equal(made.partition_pages, again.partition_pages)  # type: ignore[arg-type]
+    assert torch.equal(made.pages_per_cluster, again.pages_per_cluster)  # type: ignore[arg-type]
 
 
 def test_most_points_go_where_the_formulas_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, where hardly a point lies between two clusters."""
     keys = topics(torch.float32, 64, count=512)
-    made = RetroInfer().arrange(keys, None)
+    made = RetroInfer().form_clusters(keys, None)
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
-    expected = RetroInfer().arrange(keys, None)
+    expected = RetroInfer().form_clusters(keys, None)
     assert float((made.order == expected.order).float().mean()) > 0.9
 
 
@@ -71,7 +71,12 @@ def test_strided_keys() -> None:
     made, expected = unit_vectors(apart, torch.float16), unit_vectors(keys, torch.float16)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-3)  # sums may be rounded in another order
     assert (
-        float((RetroInfer().arrange(apart, None).order == RetroInfer().arrange(keys, None).order).float().mean()) > 0.5
+        float(
+            (RetroInfer().form_clusters(apart, None).order == RetroInfer().form_clusters(keys, None).order)
+            .float()
+            .mean()
+        )
+        > 0.5
     )
 
 
@@ -79,12 +84,12 @@ def test_strided_keys() -> None:
 def test_keys_that_are_no_numbers(bad: float) -> None:
     """They spoil only their own head and span."""
     keys = topics(torch.bfloat16, 128)
-    expected = RetroInfer().arrange(keys, None)
+    expected = RetroInfer().form_clusters(keys, None)
     keys[0, 1, 3, 5] = bad
-    made = RetroInfer().arrange(keys, None)
+    made = RetroInfer().form_clusters(keys, None)
     assert torch.equal(made.order.sort(2).values, torch.arange(keys.shape[2], device="cuda").expand(keys.shape[:3]))
-    assert made.partition_pages is not None
-    assert tiles(made.partition_pages)
+    assert made.pages_per_cluster is not None
+    assert tiles(made.pages_per_cluster)
     assert torch.equal(made.order[1], expected.order[1])
     assert torch.equal(made.order[0, 0], expected.order[0, 0])
 
@@ -92,11 +97,11 @@ def test_keys_that_are_no_numbers(bad: float) -> None:
 def test_few_launches_and_no_waiting() -> None:
     """About 21 kernels and two sorts, which take several launches each."""
     keys = topics(torch.bfloat16, 128)
-    RetroInfer().arrange(keys, None)
+    RetroInfer().form_clusters(keys, None)
     with no_synchronisation():
-        RetroInfer().arrange(keys, None)
+        RetroInfer().form_clusters(keys, None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        RetroInfer().arrange(keys, None)
+        RetroInfer().form_clusters(keys, None)
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert 21 <= len(kernels) < 60

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_hf import SpinCache
 from spin_hf.memory import watermarks
-from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -134,12 +134,12 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
     frames = first.stats().buffer_frames
     assert 0 < (end - allocated()) <= 80 << 20
     whole, end = end, allocated() + (4 << 20)
-    for seed in range(LOOK_STEPS + 1):
+    for seed in range(CHECK_INTERVAL_STEPS + 1):
         read(model, first, 1, 1, seed)
     assert first.stats().buffer_frames < frames
     assert end - allocated() > 16 << 20
     end = whole
-    for seed in range(LOOK_STEPS + 1):
+    for seed in range(CHECK_INTERVAL_STEPS + 1):
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
     second = SpinCache(model, "shadowkv", budget=512)

@@ -10,7 +10,7 @@ import torch
 
 import spin_hf.kernels
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache, plan
-from spin_hf.storage.page_layout import Int8Form
+from spin_hf.storage.page_layout import Int8Layout
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.padded_pair import generate
 from tests.support.synchronisation import no_synchronisation
@@ -59,10 +59,10 @@ def test_real_sizes_in_sixteen_bits(
 def _parts(driver: CacheDriver) -> list[torch.Tensor]:
     """Codes and scales of all tokens in the backing store."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
-    assert isinstance(store.home_form, Int8Form)
+    assert isinstance(store.backing_layout, Int8Layout)
     rows = store.pages(0, store.sequences.num_pages)[2]
     torch.cuda.synchronize()
-    return [part.flatten(2, 3)[:, :, :length] for part in store.home_form.split(store.home.take(rows))]
+    return [part.flatten(2, 3)[:, :, :length] for part in store.backing_layout.split(store.backing.take(rows))]
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def test_a_step_that_needs_more_room(model: Any, captured: bool) -> None:
     probe = SpinCache(model.config, **OPTIONS)
     _feed(model, probe, ids[:, :8])
     store = probe.layers[0].store
-    start = store.home.num_rows // (32 * store.num_heads) // batch * 256  # what one chunk holds
+    start = store.backing.num_rows // (32 * store.num_heads) // batch * 256  # what one chunk holds
     del probe, store
     undisturbed, cache = (SpinCache(model if captured else model.config, **OPTIONS) for _ in range(2))
     for each in (undisturbed, cache):

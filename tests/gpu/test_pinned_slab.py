@@ -18,7 +18,7 @@ from spin_hf.storage import pinned_slab
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.host_register import CudaRegistrar
 from spin_hf.storage.pinned_slab import HostSlab, allocate_rows
-from spin_hf.storage.slab_prefetch import SlabReserve
+from spin_hf.storage.slab_prefetch import SlabPrefetcher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -175,7 +175,7 @@ def test_slab_of_several_pieces(cuda: torch.device, monkeypatch: pytest.MonkeyPa
 def test_registering_while_another_thread_captures(cuda: torch.device) -> None:
     """In CUDA's strictest capture mode, which is torch's default."""
     source, out = torch.ones(8, device=cuda), torch.zeros(8, device=cuda)
-    reserve, graph = SlabReserve(), torch.cuda.CUDAGraph()
+    reserve, graph = SlabPrefetcher(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out.copy_(source * 3)
@@ -212,12 +212,12 @@ def test_process_ends_quietly() -> None:
     script = """
 import torch
 from spin_hf.storage.pinned_slab import allocate_rows
-from spin_hf.storage.slab_prefetch import RESERVE
+from spin_hf.storage.slab_prefetch import PREFETCHER
 device = torch.device("cuda", 0)
 chunks = allocate_rows(3, (1 << 20,), torch.float32, compute_device=device)
 cycle = [allocate_rows(1, (1 << 20,), torch.float32, compute_device=device)]
 cycle.append(cycle)
-spares = [RESERVE.ask((1 << 24,), torch.float32, compute_device=device) for _ in range(8)]
+spares = [PREFETCHER.ask((1 << 24,), torch.float32, compute_device=device) for _ in range(8)]
 torch.cuda._sleep(500_000_000)
 copies = [chunk.to(device, non_blocking=True) for chunk in chunks]
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.graph.replay_check import StreamBeside, Verification
+from spin_hf.graph.replay_check import ReplayCheck, StreamBeside
 from tests.support.synchronisation import no_synchronisation
 from tests.support.zoo import build_model
 
@@ -47,7 +47,7 @@ def test_steps_with_a_mask_do_not_synchronise() -> None:
     with no_synchronisation():
         for mask in masks[3:]:
             model(token, past_key_values=cache, attention_mask=mask)
-    assert isinstance(cache.calls.steps.verification, Verification)
+    assert isinstance(cache.calls.steps.verification, ReplayCheck)
     assert cache.calls.steps.verification.beside is not None
     cache.check_integrity()
 

@@ -85,7 +85,10 @@ def test_memory_runs_out_around_a_step(case: str) -> None:
     cache, failed, places = start(), 0, set()
     for turn, point in enumerate([0, points // 4, points // 2, points - points // 4, points - 1]):
         got = None
-        with faults.armed(point, lasting=bool(turn % 2)), suppress(CapacityError, torch.OutOfMemoryError):
+        with (
+            faults.armed(point, lasting=bool(turn % 2)),
+            suppress(CapacityError, torch.OutOfMemoryError),
+        ):
             got = _feed(model, cache, tokens, count)
         if got is None:
             failed += 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_hf import SpinCache
-from spin_hf.graph.eligibility import ModelWatch
+from spin_hf.graph.eligibility import ModelGuard
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
 from tests.support.stale_graph import OPTIONS, StaleRecorder, assert_same, capture_stale, small_model
 from tests.support.zoo import build_model
@@ -276,7 +276,7 @@ def test_nothing_but_addresses_is_looked_at_before_the_launch(monkeypatch: pytes
     cache = SpinCache(model, **OPTIONS)
     model(torch.full((1, 30), 5), past_key_values=cache)
     order: list[str] = []
-    for owner, name in ((ModelWatch, "unchanged"), (FakeRecorder, "replay")):
+    for owner, name in ((ModelGuard, "unchanged"), (FakeRecorder, "replay")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, n=name, f=original: (order.append(n), f(*a))[1])
     for _ in range(4):
@@ -303,7 +303,7 @@ def test_what_cannot_be_taken_back_is_looked_at_first(family: str, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
-    [(FakeRecorder, "replay", RuntimeError), (ModelWatch, "unchanged", KeyboardInterrupt)],
+    [(FakeRecorder, "replay", RuntimeError), (ModelGuard, "unchanged", KeyboardInterrupt)],
 )
 @torch.no_grad()
 def test_a_failure_on_trust_loses_nothing(

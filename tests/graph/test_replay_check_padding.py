@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import SpinCache
-from spin_hf.graph.replay_check import Verification
+from spin_hf.graph.replay_check import ReplayCheck
 from spin_hf.indexing import padding_change
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
 from tests.support.stale_graph import OPTIONS, assert_same, small_model
@@ -113,11 +113,11 @@ def test_a_mask_that_is_too_short_shows_it_before_the_launch(monkeypatch: pytest
 
 
 def test_a_mask_longer_than_the_context_is_looked_at_as_far_as_that() -> None:
-    verification, unchanged = Verification(), SimpleNamespace(unchanged=lambda: True)
+    verification, unchanged = ReplayCheck(), SimpleNamespace(unchanged=lambda: True)
     mask = torch.ones((2, 9), dtype=torch.int64)
     mask[0, 7] = 0
     for length, holds in ((7, True), (8, False), (9, False)):
-        assert verification.assume(mask, length)
-        assert verification.holds(unchanged) == holds  # type: ignore[arg-type]
-    assert not verification.assume(mask, 10)
-    assert verification.holds(unchanged)  # type: ignore[arg-type]  # nothing is assumed any more
+        assert verification.start(mask, length)
+        assert verification.passed(unchanged) == holds  # type: ignore[arg-type]
+    assert not verification.start(mask, 10)
+    assert verification.passed(unchanged)  # type: ignore[arg-type]  # nothing is assumed any more

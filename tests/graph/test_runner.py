@@ -104,7 +104,7 @@ def test_methods_that_cluster(padded: bool, gpu_memory: str, monkeypatch: pytest
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     stats, counted = cache.stats(), reference.stats()
     assert (stats.sparse_queries, stats.attended_tokens) == (counted.sparse_queries, counted.attended_tokens)
-    assert len(cache._shared.sequences.stretches.stops) > 1
+    assert len(cache._shared.sequences.spans.stops) > 1
     cache.check_integrity()
 
 

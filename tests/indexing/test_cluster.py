@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from spin_hf import RetroInfer, ShadowKV
-from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import cluster, summarize
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
-from tests.support.clustered_pages import SHAPE, moved, new_driver, regrouped, span_ends
+from tests.support.clustered_pages import SHAPE, clustered, moved, new_driver, span_ends
 from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often, little_slack
 
 LENGTH = 400
@@ -43,7 +43,7 @@ def test_spans_of_a_growing_context(kv: RandomKV) -> None:
     assert span_ends(driver) == []
     driver.step(kv, 200, 201)
     assert span_ends(driver) == [8, 15, 22]
-    positions = regrouped(driver).positions(0, 26)
+    positions = clustered(driver).positions(0, 26)
     assert positions[0, 0, 1].tolist() == list(range(63, 55, -1))  # page 0 has the sinks
     assert torch.equal(positions[:, :, 22:], torch.arange(176, 208).view(4, 8).expand(3, 2, -1, -1))
     for position in range(201, 250):
@@ -57,7 +57,7 @@ def test_spans_of_the_default_sizes() -> None:
 
     @dataclass(frozen=True)
     class Ordinary(Backwards):
-        stretch_tokens, growth_tokens = 8192, 1024
+        span_tokens, cluster_interval = 8192, 1024
 
     shape = Shape(layers=1, kv_heads=1, group=1)
     kv = RandomKV.random(shape, 1, 4800, seed=1)
@@ -98,11 +98,11 @@ def test_what_stays_in_its_place(kv: RandomKV) -> None:
     driver = new_driver(num_sink_tokens=5)
     driver.step(kv, 0, 220, valid[:, :220])
     driver.step(kv, 220, 221, valid[:, :221])
-    pages = driver.cache._shared.sequences.stretches.num_pages
+    pages = driver.cache._shared.sequences.spans.num_pages
     assert pages == (220 - 17) // 8
     stays = ~moved(driver)
     assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
-    assert stays[1].nonzero().flatten().tolist() == [0, 9, 10, 11, 25, 26, 27]  # page 9 is left alone in its stretch
+    assert stays[1].nonzero().flatten().tolist() == [0, 9, 10, 11, 25, 26, 27]  # page 9 is left alone in its span
     # Tokens 103 to 119 are the last 17 of row 2, and pages 15 to 27 are padding
     assert stays[2].nonzero().flatten().tolist() == [0, *range(12, 28)]
     driver.cache.check_integrity()
@@ -117,13 +117,13 @@ def test_how_many_tokens_at_once_does_not_matter(kv: RandomKV, monkeypatch: pyte
         monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens)
         driver = new_driver(method=Backwards())
         driver.step(kv, 0, 390, valid[:, :390])
-        with patch.object(Backwards, "arrange", autospec=True, side_effect=Backwards.arrange) as arrange:
+        with patch.object(Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters) as arrange:
             driver.step(kv, 390, 391, valid[:, :391])
         driver.cache.check_integrity()
         shapes = [call.args[1].shape for call in arrange.call_args_list]
         runs = [shape[0] // SHAPE.layers for shape in shapes]  # each of all layers
         assert all(many == 1 or many * shape[2] <= tokens for many, shape in zip(runs, shapes, strict=True))
-        found.append((len(shapes), span_ends(driver), regrouped(driver, 2).positions(0, 46).tolist()))
+        found.append((len(shapes), span_ends(driver), clustered(driver, 2).positions(0, 46).tolist()))
     assert found[0][0] < found[1][0] < found[2][0]
     assert found[0][1:] == found[1][1:] == found[2][1:]
 
@@ -150,7 +150,7 @@ def test_a_token_that_turns_real_beside_partitions_of_other_sequences(kv: Random
     driver.step(kv, 0, 200, valid[:, :200])
     driver.step(kv, 200, 201, valid[:, :201])
     assert not moved(driver)[0, 9]
-    assert (regrouped(driver).partition_pages(9, 10)[1:] == 0).any()  # it belongs to one that begins before
+    assert (clustered(driver).pages_per_cluster(9, 10)[1:] == 0).any()  # it belongs to one that begins before
     before = span_ends(driver)
     driver.step(kv, 201, 202)
     assert span_ends(driver) == before
@@ -179,7 +179,7 @@ def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
     driver.cache.reorder_cache(torch.tensor([0]))
     driver.cache.batch_repeat_interleave(3)
     assert sequences.segments_in_use == 2
-    with patch.object(Clumped, "arrange", autospec=True, side_effect=Clumped.arrange) as arrange:
+    with patch.object(Clumped, "form_clusters", autospec=True, side_effect=Clumped.form_clusters) as arrange:
         driver.step(kv.rows([0, 0, 0]), 300, 301)
     assert [call.args[1].shape[0] for call in arrange.call_args_list] == [SHAPE.layers * len(span_ends(driver))]
     assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
@@ -200,7 +200,7 @@ def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
         driver.step(both, 270, 380)
         driver.cache.check_integrity()
     assert driver.cache._shared.sequences.segments_in_use == 3
-    with patch.object(Backwards, "stretch_tokens", 400):
+    with patch.object(Backwards, "span_tokens", 400):
         driver.step(both, 380, 381)
     assert span_ends(driver) == [(380 - 17) // 8]
     assert driver.cache._shared.sequences.segments_in_use == 4
@@ -213,19 +213,19 @@ def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
 def test_layers_one_by_one_or_together(kv: RandomKV, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of tokens, their summaries, and the result of a crop are the same."""
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", once)
-    arranged = []
-    arrange = Shuffled.arrange
+    clustered_pages = []
+    arrange = Shuffled.form_clusters
 
-    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> Arrangement:
-        arranged.append(keys.shape[0])
+    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+        clustered_pages.append(keys.shape[0])
         return arrange(self, keys, asked)
 
-    monkeypatch.setattr(Shuffled, "arrange", counting)
+    monkeypatch.setattr(Shuffled, "form_clusters", counting)
     driver = new_driver(method=Shuffled())
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 201)
-    assert len(arranged) == (1 if once > 1 else SHAPE.layers)
-    assert sum(arranged) == SHAPE.layers * len(kv.keys[0]) * len(span_ends(driver))
+    assert len(clustered_pages) == (1 if once > 1 else SHAPE.layers)
+    assert sum(clustered_pages) == SHAPE.layers * len(kv.keys[0]) * len(span_ends(driver))
     for layer in range(SHAPE.layers):
         assert moved(driver, layer)[:, 1:22].any()
         assert torch.equal(driver.cache.layers[layer].keys, kv.keys[layer][:, :, :201])
@@ -254,11 +254,11 @@ def test_other_methods_keep_no_positions(kv: RandomKV) -> None:
     for each in (driver, twin):
         each.step(kv, 0, 200)
         each.step(kv, 200, 201)
-    assert driver.cache.layers[0].store.regrouped is None
+    assert driver.cache.layers[0].store.permutation is None
     rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
     tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
-    assert (tables["regrouped shifts"], tables["regrouped partitions"]) == (rows * 16, rows * 2)
-    assert not any("regrouped" in name for name in none)
-    assert (tables["stretches"] > 0, none["stretches"]) == (True, 0)
-    budgets = [each.cache.layers[0].store.budget.regrouping_bytes for each in (twin, driver)]
+    assert (tables["clustered shifts"], tables["clustered partitions"]) == (rows * 16, rows * 2)
+    assert not any("clustered" in name for name in none)
+    assert (tables["spans"] > 0, none["spans"]) == (True, 0)
+    budgets = [each.cache.layers[0].store.budget.clustering_bytes for each in (twin, driver)]
     assert budgets == [18, 0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import CacheStateError, ShadowKV
-from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import cluster, summarize
 from tests.support.cache_driver import RandomKV, poisoned_memory
 from tests.support.clustered_pages import SHAPE, moved, new_driver, span_ends
@@ -44,7 +44,7 @@ def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> N
     used = driver.cache._shared.sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
-    with patch.object(Clumped, "stretch_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
+    with patch.object(Clumped, "span_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
         cluster.grow(driver.cache._shared)
     assert "no room" in caplog.text
     assert span_ends(driver) == [(380 - 17) // 8]
@@ -58,7 +58,7 @@ class InjectedError(Exception):
 
 
 @pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["arrange", "index_pages"])
+@pytest.mark.parametrize("where", ["form_clusters", "index_pages"])
 @pytest.mark.parametrize(("tokens_at_once", "call"), [(1 << 15, 1), (1 << 15, 2), (72, 1), (72, 4), (72, 8)])
 def test_interrupted(
     kv: RandomKV,
@@ -115,20 +115,20 @@ def test_interrupted(
 def test_a_method_that_loses_tokens(kv: RandomKV, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
-        def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+        def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
             if wrong in ("twice", "short"):
-                return Arrangement(places // 2 if wrong == "twice" else places[:, :, 1:])
+                return TokenClusters(places // 2 if wrong == "twice" else places[:, :, 1:])
             pages = torch.ones((*keys.shape[:2], keys.shape[2] // 8), dtype=torch.int64)
             if wrong == "several":
-                return Arrangement(places, pages)
+                return TokenClusters(places, pages)
             if wrong == "few":
-                return Arrangement(places, pages[:, :, 1:])
+                return TokenClusters(places, pages[:, :, 1:])
             at, number = {"gap": (2, 0), "overlap": (2, 2), "beyond": (-1, 2)}[wrong]
             pages[:, 1, at] = number
-            return Arrangement(places, pages)
+            return TokenClusters(places, pages)
 
-    Losing.several_pages = wrong != "several"
+    Losing.multi_page_clusters = wrong != "several"
     driver = new_driver(method=Losing())
     driver.step(kv, 0, 200)
     with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
@@ -142,7 +142,7 @@ def test_integrity_sees_lost_positions(kv: RandomKV) -> None:
     driver.step(kv, 200, 201)
     for name in ("_shifts", "_partition"):
         broken = deepcopy(driver.cache)
-        array = getattr(broken.layers[1].store.regrouped, name)
+        array = getattr(broken.layers[1].store.permutation, name)
         array.chunks[0][3] += 1
         with pytest.raises(CacheStateError, match="integrity"):
             broken.check_integrity()
@@ -153,7 +153,7 @@ def test_integrity_sees_a_clustered_page_in_the_recent_window(kv: RandomKV) -> N
     driver = new_driver()
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 201)
-    with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.stretches):
+    with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.spans):
         driver.cache.crop(-20)
     with pytest.raises(CacheStateError, match="run of positions"):
         driver.cache.check_integrity()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import OptionError, SpinCache, plan
-from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import cluster
 from spin_hf.storage import permute_pages
 from tests.support.cache_driver import Shape
@@ -25,23 +25,23 @@ LONGEST = [(8, 32768), (1, 32767)]
 class FromEndToEnd(Backwards):
     """The opposite order, all of it one partition."""
 
-    stretch_tokens: ClassVar[int] = 32768
+    span_tokens: ClassVar[int] = 32768
 
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         pages[:, :, 0] = pages.shape[2]
-        return Arrangement(super().arrange(keys, asked).order, pages)
+        return TokenClusters(super().form_clusters(keys, asked).order, pages)
 
 
-def with_stretches_of(tokens: int, page_size: int) -> Any:
-    return type("Mine", (FromEndToEnd,), {"stretch_tokens": tokens, "page_size": page_size})()
+def with_spans_of(tokens: int, page_size: int) -> Any:
+    return type("Mine", (FromEndToEnd,), {"span_tokens": tokens, "page_size": page_size})()
 
 
 @pytest.mark.parametrize(("page_size", "longest"), LONGEST)
 def test_the_longest_span(page_size: int, longest: int) -> None:
     """Its first and last token change places, in all layers; a crop puts them back."""
     cache = SpinCache(
-        SHAPE.config(), with_stretches_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
+        SHAPE.config(), with_spans_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
     )
     shared = cache._shared
     states = torch.randn(2, SHAPE.layers, 1, 1, 8 + longest + 17, 4)  # behind the sinks, before window and slack
@@ -49,17 +49,17 @@ def test_the_longest_span(page_size: int, longest: int) -> None:
         layer.append(keys, values, None)
     cache._passes.commit()
     with little_slack():
-        cluster.catch_up(shared)
+        cluster.cluster_new_tokens(shared)
     stop = (8 + longest) // page_size
-    assert shared.sequences.stretches.stops == [stop]
+    assert shared.sequences.spans.stops == [stop]
     expected = torch.arange(8 + longest)
     expected[8:] = expected[8:].flip(0)
     sinks = 8 // page_size
     for layer in shared.layers:
-        held = layer.store.regrouped
+        held = layer.store.permutation
         assert torch.equal(held.positions(0, stop).flatten(), expected)
         assert held.arrays[0].dtype == held.arrays[1].dtype == torch.int16
-        pages = held.partition_pages(0, stop).flatten()
+        pages = held.pages_per_cluster(0, stop).flatten()
         assert pages[: sinks + 2].tolist() == [*[1] * sinks, longest // page_size, 0]
         assert torch.equal(permute_pages.positions([layer.store], 0, stop).flatten(), expected.int())
     cache.check_integrity()
@@ -67,7 +67,7 @@ def test_the_longest_span(page_size: int, longest: int) -> None:
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
     cache.crop(-17 - page_size)
-    assert shared.sequences.stretches.stops == []
+    assert shared.sequences.spans.stops == []
     cache.check_integrity()
     for layer, keys in zip(cache.layers, states[0], strict=True):
         assert torch.equal(layer.keys, keys[:, :, : 8 + longest - page_size])
@@ -82,8 +82,8 @@ def test_longer_spans_are_refused(page_size: int, longest: int) -> None:
         lambda method: SpinCache(config, method),
         lambda method: plan(config, context_length=64, method=method),
     ):
-        message = rf"expected stretch_tokens of at most {longest}, .*got {longest + 1}; regroup fewer"
+        message = rf"expected span_tokens of at most {longest}, .*got {longest + 1}; cluster fewer"
         with pytest.raises(OptionError, match=message):
-            make(with_stretches_of(longest + 1, page_size))
+            make(with_spans_of(longest + 1, page_size))
         assert config._attn_implementation == "sdpa"
-    assert plan(config, context_length=64, method=with_stretches_of(longest, page_size)).fits
+    assert plan(config, context_length=64, method=with_spans_of(longest, page_size)).fits

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
-from spin_hf.attention.methods.clustering import Arrangement
+from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import summarize
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.clustering_methods import Shuffled, little_slack
@@ -26,12 +26,12 @@ LAST = [199, 197, 195, 193]
 
 @dataclass(frozen=True)
 class Asking(Shuffled):
-    num_asked: ClassVar[int] = 4
+    num_observation_queries: ClassVar[int] = 4
     shown: ClassVar[list[tuple[Tensor, Tensor | None]]] = []
 
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
         self.shown.append((keys, asked))
-        return super().arrange(keys, asked)
+        return super().form_clusters(keys, asked)
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,8 @@ def check(kv: RandomKV, tokens: list[int]) -> None:
     for keys, asked in Asking.shown:
         assert asked is not None
         assert asked.shape == (len(keys), 2, 2, 4, 8)
-        for stretch, queries in zip(keys, asked, strict=True):
-            layer, row = of[float(stretch[0, 0, 0])]
+        for span, queries in zip(keys, asked, strict=True):
+            layer, row = of[float(span[0, 0, 0])]
             expected = kv.queries[layer][row].unflatten(0, (2, 2))[:, :, tokens] * SCALE
             assert torch.equal(queries, expected)
             seen.add((layer, row))
@@ -76,10 +76,10 @@ def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch:
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
     driver = new_driver()
     driver.step(kv, 0, 200)
-    assert all(layer.asked is not None for layer in driver.cache._shared.layers)
+    assert all(layer.observation_queries is not None for layer in driver.cache._shared.layers)
     driver.step(kv, 200, 201)
     check(kv, LAST)
-    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
     Asking.shown.clear()
     for position in range(201, 250):
         driver.step(kv, position, position + 1)
@@ -104,7 +104,7 @@ def test_a_verification_observes_nothing(kv: RandomKV) -> None:
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 216)
     check(kv, LAST)
-    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
 
 
 def test_sequences_change_places(kv: RandomKV) -> None:
@@ -147,9 +147,9 @@ def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
     driver = new_driver()
     driver.step(kv, 0, 200)
-    arrange, calls = Asking.arrange, 0
+    arrange, calls = Asking.form_clusters, 0
 
-    def failing(self: Asking, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def failing(self: Asking, keys: Tensor, asked: Tensor | None) -> TokenClusters:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -157,7 +157,7 @@ def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
         return arrange(self, keys, asked)
 
     with monkeypatch.context() as context:
-        context.setattr(Asking, "arrange", failing)
+        context.setattr(Asking, "form_clusters", failing)
         with pytest.raises(MemoryError):
             driver.step(kv, 200, 201)
     driver.step(kv, 200, 201)
@@ -169,7 +169,7 @@ def test_forgotten(kv: RandomKV) -> None:
     driver = new_driver()
     driver.step(kv, 0, 200)
     driver.cache.reset()
-    assert all(layer.asked is None for layer in driver.cache._shared.layers)
+    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
     driver.step(kv.rows([1]), 0, 200)
     driver.step(kv.rows([1]), 200, 201)
     check(kv.rows([1]), LAST)

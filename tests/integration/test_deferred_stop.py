@@ -167,6 +167,6 @@ def test_cropping_nothing_changes_nothing(checks: list[Any]) -> None:
     cache = SpinCache(model, **OPTIONS)
     _generate(model, cache, torch.full((1, 41), 5))
     sequences = cache._shared.sequences
-    before = (sequences.events, sequences.layout, sequences.length)
+    before = (sequences.past_version, sequences.memory_version, sequences.length)
     cache.crop(0)
-    assert (sequences.events, sequences.layout, sequences.length) == before
+    assert (sequences.past_version, sequences.memory_version, sequences.length) == before

@@ -30,7 +30,7 @@ def brute_force(
     mask: torch.Tensor,
     scale: float,
     softcap: float | None,
-    excess: torch.Tensor | None = None,
+    logit_correction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) in float64, one query at a time; a token counts where `mask` is True, or above -inf and then added."""
     b, h, g, q, _ = query.shape
@@ -46,8 +46,8 @@ def brute_force(
         if not len(allowed):
             continue
         scores = keys[i[0], i[1], allowed].double() @ query[tuple(i)].double() * scale
-        if excess is not None:
-            scores = scores + excess[i[0], i[1], i[2], 0, allowed].double()
+        if logit_correction is not None:
+            scores = scores + logit_correction[i[0], i[1], i[2], 0, allowed].double()
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if row.dtype != torch.bool:
@@ -102,9 +102,9 @@ def test_attend_with_an_excess(shape: tuple[int, ...], softcap: float | None) ->
     """By query head, added before the softcap."""
     query, keys, values = draw(shape)
     b, h, g, _, m, *_ = shape
-    excess, mask = torch.randn(b, h, g, 1, m), torch.rand(b, h, 1, 1, m) < 0.7
-    actual = attend(query, keys, values, mask, 0.3, softcap, excess)
-    assert_close(actual, brute_force(query, keys, values, mask, 0.3, softcap, excess))
+    logit_correction, mask = torch.randn(b, h, g, 1, m), torch.rand(b, h, 1, 1, m) < 0.7
+    actual = attend(query, keys, values, mask, 0.3, softcap, logit_correction)
+    assert_close(actual, brute_force(query, keys, values, mask, 0.3, softcap, logit_correction))
 
 
 @pytest.mark.parametrize("additive", [False, True])

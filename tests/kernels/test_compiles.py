@@ -29,7 +29,7 @@ BEFORE_AMPERE_BY_FORMULAS = {
 
 COMPILED_AHEAD = {
     *(BEFORE_AMPERE_BY_FORMULAS - {"encode_pages_kernel"}), "plan_step_kernel", "find_outliers_kernel", "score_kernel",
-    "rate_kernel", "closer_kernel", "rate_closer_kernel", "choose_kernel", "estimate_kernel", "attend_kernel",
+    "rate_kernel", "rerank_kernel", "rate_rerank_kernel", "choose_kernel", "estimate_kernel", "attend_kernel",
 }  # fmt: skip
 """What a step launches behind its tokens' keys, and what parts tokens."""
 
@@ -82,7 +82,7 @@ def test_numbers_that_mean_everything_launch_the_same_kernels(tmp_path: Path) ->
     report = compiled_for(90, "bfloat16", tmp_path, "numbers")
     assert report["failed"] == []
     assert {variant["name"] for variant in report["compiled"]} == {
-        "plan_step_kernel", "closer_kernel", "rate_closer_kernel",
+        "plan_step_kernel", "rerank_kernel", "rate_rerank_kernel",
     }  # fmt: skip
     first, wide, *others = report["launches"]
     assert len(others) == 6

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spin_hf.kernels.reference import put_rows, put_tokens, split_pages, take_rows
-from spin_hf.storage.page_layout import PageForm
+from spin_hf.storage.page_layout import PageLayout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int32]
 
@@ -106,7 +106,7 @@ def test_put_tokens(num_chunks: int, dtype: torch.dtype) -> None:
     places = torch.randperm(num_chunks * rows * page_size)[:20]
     row, offset = places // page_size, places % page_size
     keys, values = torch.randn(20, key_dim), torch.randn(20, value_dim)
-    form = PageForm(page_size, key_dim, value_dim, dtype)
+    form = PageLayout(page_size, key_dim, value_dim, dtype)
     put_tokens(chunks, row, offset, form.encode(keys, values), form.split)
     expected = torch.full((num_chunks * rows, elements), float("nan"), dtype=dtype)
     for token in range(20):

@@ -108,20 +108,20 @@ def test_nearest(
         *rows.given, rows.centroids, own, rows.sizes, *rows.sized, start, **rows.constants,
         LIKENESS_STEPS=LIKENESS_STEPS, TILE=32, CLUSTERS=32, STEP=step, FINAL=final,
     )  # fmt: skip
-    looked_at = torch.arange(count) % step == start if step > 1 else torch.ones(count, dtype=torch.bool)
-    assert bool((own[:, ~looked_at] == FAR).all())
+    rerank_factor = torch.arange(count) % step == start if step > 1 else torch.ones(count, dtype=torch.bool)
+    assert bool((own[:, ~rerank_factor] == FAR).all())
     for row, number in enumerate(alive):
         found = own[row].long()
         if final:
             found -= row * (rows.most + 1) * LIKENESS_STEPS
             found, steps = found // LIKENESS_STEPS, found % LIKENESS_STEPS
-        assert bool((found[number:][looked_at[number:]] == rows.most).all())
+        assert bool((found[number:][rerank_factor[number:]] == rows.most).all())
         products = rows.points[row].double() @ rows.centroids[row, : rows.wanted[row]].double().mT
         if not number:
             assert not int(rows.sizes[row].sum())
             continue
         best = products.max(1).values
-        mine = looked_at[:number]
+        mine = rerank_factor[:number]
         chosen = products.gather(1, found[:number].clamp(0, rows.wanted[row] - 1).unsqueeze(1)).squeeze(1)
         assert bool((found[:number][mine] < rows.wanted[row]).all())
         assert bool(((best - chosen)[mine] < 1e-6).all())
@@ -307,11 +307,11 @@ def test_launches_do_not_depend_on_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
     for name in ("unit_vectors", "seed", "nearest", "average", "plan", "place"):
         monkeypatch.setattr(fill_clusters, f"{name}_kernel", Counted(name))
-    for stretches in (1, 3):
+    for spans in (1, 3):
         launched.clear()
-        keys = random(stretches, 2, 160, 8)
+        keys = random(spans, 2, 160, 8)
         with Operations() as operations:
-            RetroInfer().arrange(keys, None)
+            RetroInfer().form_clusters(keys, None)
         assert sorted(set(launched)) == ["average", "nearest", "place", "plan", "seed", "unit_vectors"]
         assert len(launched) == 1 + 2 + (4 + 2) * 2 + 2 + 2 * 2
         assert sorted(name for name in operations.names if name != "fill_") == [

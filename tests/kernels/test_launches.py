@@ -156,12 +156,12 @@ def test_a_page_of_several_layers(padded: bool, monkeypatch: pytest.MonkeyPatch)
     layers = [driver.cache.layers[number].state for number in (2, 0)]
     stores = [layer.store for layer in layers]
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
-    held = [store.home.chunks for store in stores]
+    held = [store.backing.chunks for store in stores]
     before = [[chunk.clone() for chunk in chunks] for chunks in held]
     page = 11
     rows = stores[0].rows(page, page + 1)
-    packed = torch.full((4, shape.kv_heads, 1, *stores[0].home.row_shape), float("nan"))
-    arguments: dict[str, Any] = {"page": page, "field": LayerField.HOME, "shape": step.shape(layers[0])}
+    packed = torch.full((4, shape.kv_heads, 1, *stores[0].backing.row_shape), float("nan"))
+    arguments: dict[str, Any] = {"page": page, "field": LayerField.BACKING, "shape": step.shape(layers[0])}
     step.launchers.copy_page(step.step, addresses, packed, put=False, **arguments)
     assert torch.equal(packed, torch.cat([reference.take_rows(chunks, rows) for chunks in before]))
     step.launchers.copy_page(step.step, addresses, -packed, put=True, **arguments)

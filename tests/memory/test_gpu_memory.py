@@ -15,7 +15,7 @@ import torch
 
 from spin_hf import BudgetError, CapacityError, SpinCache
 from spin_hf.memory import watermarks
-from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
 from tests.support.cache_driver import CacheDriver, RandomKV, smallest_gpu_memory
@@ -36,7 +36,7 @@ from tests.support.fake_gpu import (
 def test_a_context_that_fits_stays_resident() -> None:
     with fake_gpu(2 * resident_batch_bytes(2, 500)) as gpu:
         talk = Conversation(gpu, 2, 400).begin()
-        talk.decode(2 * LOOK_STEPS)
+        talk.decode(2 * CHECK_INTERVAL_STEPS)
         stats = talk.cache.stats()
         assert (talk.frames, stats.loads, stats.cpu_bytes) == ([], 0, 0)
         assert gpu.looks <= 20
@@ -82,7 +82,7 @@ def test_all_pages_have_frames_at_low_load() -> None:
         talk = Conversation(gpu, 1, 700).begin()
         assert 0 < talk.frames[0] < 88
         gpu.user = 0
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert min(talk.frames) >= -(-talk.length // 8)
         talk.read(20)  # reads everything
         pages, loads = talk.cache.stats().pages, talk.cache.stats().loads
@@ -95,7 +95,7 @@ def test_decode_steps_seldom_look() -> None:
     with fake_gpu(resident_batch_bytes(1, 800) // 2) as gpu:
         talk = Conversation(gpu, 1, 700).begin()
         gpu.looks = 0
-        talk.decode(3 * LOOK_STEPS)
+        talk.decode(3 * CHECK_INTERVAL_STEPS)
         assert gpu.looks <= 3 * 2
 
 
@@ -108,18 +108,18 @@ def test_the_users_own_allocations() -> None:
         talk = Conversation(gpu, 2, 700).begin()
         before, free = talk.frames[0], gpu.free
         gpu.user += free // 4  # not enough to care
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert talk.frames[0] == before
         gpu.user += free // 2
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         least = talk.frames[0]
         assert least < before
         assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
         gpu.user -= free // 2  # nor is that enough to grow
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert talk.frames[0] == least
         gpu.user = 0
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert talk.frames[0] > before
 
 
@@ -130,7 +130,7 @@ def test_never_below_what_a_step_needs() -> None:
         talk.cache.release_gpu_memory()
         assert needed <= min(talk.frames) <= needed + 6  # there is room for the summaries of some more tokens
         gpu.user += gpu.free - 2000
-        talk.decode(2 * LOOK_STEPS)
+        talk.decode(2 * CHECK_INTERVAL_STEPS)
         assert needed <= min(talk.frames) <= needed + 6
         assert talk.cache.stats().loads > 0
 
@@ -140,11 +140,11 @@ def test_a_resident_context_goes_to_the_cpu_tier_under_pressure() -> None:
         talk = Conversation(gpu, 1, 700).begin()
         assert talk.frames == []
         gpu.user = gpu.free - 10
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert min(talk.frames) > 20
         assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
         gpu.user = 0
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert not talk.cache._shared.layers[0].store.lacks_frames
 
 
@@ -152,7 +152,7 @@ def test_without_memory_in_the_cpu_tier_a_resident_context_stays(monkeypatch: py
     with fake_gpu(2 * resident_batch_bytes(1, 900)) as gpu:
         talk = Conversation(gpu, 1, 700, cpu_memory=1000).begin()
         gpu.user = gpu.free - 10
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert (talk.frames, talk.cache.release_gpu_memory()) == ([], 0)
     with fake_gpu(2 * resident_batch_bytes(1, 900)) as gpu:
         talk = Conversation(gpu, 1, 700).begin()
@@ -207,7 +207,7 @@ def test_free_memory_in_small_blocks(cap: Any, monkeypatch: pytest.MonkeyPatch) 
         fewer = talk.frames
         assert largest // 4 <= max(fewer) <= largest // 2 < min(frames)
         largest = 10**9
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         assert min(talk.frames) > max(fewer)
         least = [store.mandatory_frames for layer in talk.cache._shared.layers if (store := layer.store) is not None]
         largest = min(least) // (2 * SHAPE.kv_heads) - 1
@@ -231,7 +231,7 @@ def test_release_gpu_memory(cap: Any, share: float | None) -> None:
         assert wanted is None or wanted <= given <= wanted + 0.1 * held
         talk.decode(5)
         assert talk.cache.release_gpu_memory(f"{given} B") <= given + 0.1 * held
-        talk.decode(LOOK_STEPS)
+        talk.decode(CHECK_INTERVAL_STEPS)
         if frames:
             assert talk.frames[0] >= frames[0] - 1
         assert cap == "auto" or bytes_of(talk.cache) <= cap

@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import pytest
 
-from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 from tests.support.fake_gpu import Conversation, bytes_of, fake_gpu, resident_batch_bytes
 
 
@@ -23,18 +23,18 @@ def test_a_second_cache_gets_its_share() -> None:
         assert 0 < first.frames[0] < frames[0]
         assert 0.4 < bytes_of(second.cache) / bytes_of(first.cache) < 2.5
         assert gpu.free > 0
-        for _ in range(2 * LOOK_STEPS):
+        for _ in range(2 * CHECK_INTERVAL_STEPS):
             first.decode()
             second.decode()
         assert 0.4 < bytes_of(second.cache) / bytes_of(first.cache) < 2.5
         settled = first.frames, second.frames
-        for _ in range(LOOK_STEPS):
+        for _ in range(CHECK_INTERVAL_STEPS):
             first.decode()
             second.decode()
         assert (first.frames, second.frames) == settled  # nothing oscillates
         gpu.caches.remove(second.cache)
         del second
-        first.decode(LOOK_STEPS)
+        first.decode(CHECK_INTERVAL_STEPS)
         assert first.frames[0] > settled[0][0]
 
 
@@ -50,7 +50,7 @@ def test_a_prompt_in_parts_gets_its_share() -> None:
         assert 0.4 < bytes_of(second.cache) / bytes_of(first.cache) < 2.5
         assert gpu.free > 0
         settled = first.frames, second.frames
-        for _ in range(LOOK_STEPS):
+        for _ in range(CHECK_INTERVAL_STEPS):
             first.decode()
             second.decode()
         assert (first.frames, second.frames) == settled

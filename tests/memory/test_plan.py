@@ -274,12 +274,12 @@ def test_metadata_is_a_hundredth_and_grows_with_the_tokens_held(method: str, cap
                 whole = plan(config, context_length=length, **options)
                 options["gpu_memory"] = (whole.smallest_gpu_memory + whole.gpu_bytes) // 2
             cache = fill(config, 1, length - 1, torch.bfloat16, **options)
-            add(cache, config, 1, 1, torch.bfloat16)  # methods that regroup do it now
+            add(cache, config, 1, 1, torch.bfloat16)  # methods that cluster do it now
             stats = cache.stats()
-            assert bool(stats.metadata["stretches"]) == (method in ("bisection", "retroinfer"))
+            assert bool(stats.metadata["spans"]) == (method in ("bisection", "retroinfer"))
             keys_and_values = 2 * 2 * length * 256 * 2
             assert (stats.cpu_bytes > 0) == capped
-            shifts = stats.metadata.get("regrouped shifts", 0)
+            shifts = stats.metadata.get("clustered shifts", 0)
             assert stats.metadata_bytes - shifts <= (0.00515 if method == "bisection" else 0.005) * keys_and_values
             assert stats.metadata_bytes <= 0.01 * keys_and_values
             assert shifts <= 0.004 * keys_and_values  # 2 bytes a token, of 512

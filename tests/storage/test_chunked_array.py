@@ -15,28 +15,28 @@ import torch
 from spin_hf.errors import CapacityError
 from spin_hf.storage import chunked_array, pinned_slab
 from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray
-from spin_hf.storage.slab_prefetch import SlabReserve, Spare
+from spin_hf.storage.slab_prefetch import PrefetchedChunk, SlabPrefetcher
 from tests.support.fake_registrar import FakeRegistrar
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class Reserve(SlabReserve):
+class Reserve(SlabPrefetcher):
     """A reserve that can be waited for."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.observation_queries = 0
         super().__init__(lambda *args, **named: pinned_slab.allocate_rows(*args, **named))
 
-    def ask(self, *args: object, **named: object) -> Spare:
-        self.asked += 1
+    def ask(self, *args: object, **named: object) -> PrefetchedChunk:
+        self.observation_queries += 1
         return super().ask(*args, **named)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def reserve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reserve]:
     made = Reserve()
-    monkeypatch.setattr(chunked_array, "RESERVE", made)
+    monkeypatch.setattr(chunked_array, "PREFETCHER", made)
     yield made
     made.stop()
 
@@ -200,7 +200,7 @@ def test_chunks_are_registered_at_once(registrar: FakeRegistrar, reserve: Reserv
     assert len(array.chunks) == 3
     assert all(registrar.has(chunk) for chunk in array.chunks)
     assert torch.equal(array.take(torch.arange(9)), content(9))
-    assert reserve.asked == 0
+    assert reserve.observation_queries == 0
     del array
     assert not registrar.registered
 
@@ -210,17 +210,17 @@ def test_ordinary_arrays_are_not_registered(registrar: FakeRegistrar, reserve: R
     array.move(CPU)
     deepcopy(array)
     assert not registrar.registered
-    assert reserve.asked == 0
+    assert reserve.observation_queries == 0
 
 
 def test_spare_is_made_while_the_last_chunk_fills(registrar: FakeRegistrar, reserve: Reserve) -> None:
     array = registered(5)
-    assert reserve.asked == 0
+    assert reserve.observation_queries == 0
     array.grow(6)  # half
-    assert reserve.asked == 1
+    assert reserve.observation_queries == 1
     for num_rows in (6, 7, 8):
         array.grow(num_rows)
-    assert reserve.asked == 1  # one at a time
+    assert reserve.observation_queries == 1  # one at a time
     spare = wait_for_spare(array)
     assert len(array.chunks) == 2
     assert registrar.has(spare)
@@ -230,7 +230,7 @@ def test_spare_is_made_while_the_last_chunk_fills(registrar: FakeRegistrar, rese
     assert array._spare is None
     registrar.refuses = False
     array.grow(10)
-    assert reserve.asked == 2
+    assert reserve.observation_queries == 2
 
 
 def test_spare_is_kept_where_one_is_not_enough(registrar: FakeRegistrar, reserve: Reserve) -> None:
@@ -262,9 +262,9 @@ def test_no_spare_where_no_chunk_can_follow(
     monkeypatch.setattr(chunked_array, "MAX_CHUNKS", 2)
     array = ChunkedArray((3,), 4, torch.float32, CPU, compute_device=CUDA)
     array.grow(0)
-    assert reserve.asked == 0
+    assert reserve.observation_queries == 0
     array.grow(8)
-    assert reserve.asked == 0
+    assert reserve.observation_queries == 0
     with pytest.raises(CapacityError, match="at most 2"):
         array.grow(9)
 

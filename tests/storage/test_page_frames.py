@@ -23,9 +23,9 @@ class World:
     """Frames and their backing store; the pages of row b are at rows (b * HEADS + h) * NUM_PAGES + p."""
 
     def __init__(self, batch_size: int, num_slots: int) -> None:
-        self.home = ChunkedArray((ELEMENTS,), 16, torch.float32, torch.device("cpu"))
-        self.home.grow(4 * HEADS * NUM_PAGES)
-        self.home.put(torch.arange(self.home.num_rows), torch.randn(self.home.num_rows, ELEMENTS))
+        self.backing = ChunkedArray((ELEMENTS,), 16, torch.float32, torch.device("cpu"))
+        self.backing.grow(4 * HEADS * NUM_PAGES)
+        self.backing.put(torch.arange(self.backing.num_rows), torch.randn(self.backing.num_rows, ELEMENTS))
         self.frames = PageFrames(HEADS, ELEMENTS, torch.float32, torch.device("cpu"))
         self.frames.resize(batch_size, num_slots, NUM_PAGES)
         self.owners = list(range(batch_size))
@@ -38,9 +38,9 @@ class World:
     def bring_in(self, pages: torch.Tensor) -> None:
         self.step += 1
         rows = self.rows().gather(2, pages.clamp(min=0))
-        content = self.frames.bring_in(pages, rows, self.home.take, self.step)
+        content = self.frames.bring_in(pages, rows, self.backing.take, self.step)
         wanted = pages >= 0
-        assert torch.equal(content[wanted], self.home.take(rows)[wanted])
+        assert torch.equal(content[wanted], self.backing.take(rows)[wanted])
 
     def write(self, page: int, offset: int, count: int) -> None:
         """New tokens go to the backing store and to the frames."""
@@ -49,7 +49,7 @@ class World:
             torch.randn(len(self.owners), HEADS, count, VALUE_DIM),
         )
         rows = self.rows()[:, :, page]
-        content = self.home.take(rows)
+        content = self.backing.take(rows)
         for b in range(rows.shape[0]):
             for h in range(HEADS):
                 for i in range(count):
@@ -57,12 +57,12 @@ class World:
                     content[b, h, token * KEY_DIM : (token + 1) * KEY_DIM] = keys[b, h, i]
                     first = PAGE_SIZE * KEY_DIM + token * VALUE_DIM
                     content[b, h, first : first + VALUE_DIM] = values[b, h, i]
-        self.home.put(rows, content)
+        self.backing.put(rows, content)
         self.frames.write(page, offset, keys, values)
 
     def check(self) -> None:
         everything = torch.ones((1, NUM_PAGES, ELEMENTS), dtype=torch.bool)
-        self.frames.check_integrity(NUM_PAGES, self.rows(), self.home.take, everything)
+        self.frames.check_integrity(NUM_PAGES, self.rows(), self.backing.take, everything)
 
     def resident(self) -> list[list[set[int]]]:
         held = [self.frames.held(row).tolist() for row in range(len(self.owners))]

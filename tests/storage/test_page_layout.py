@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spin_hf.storage.page_layout import Int8Form, PageForm, page_forms
+from spin_hf.storage.page_layout import Int8Layout, PageLayout, page_layouts
 
 SIZES = [(8, 128, 128), (8, 64, 64), (16, 80, 48), (4, 3, 2), (1, 5, 1), (32, 192, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def tokens(form: PageForm, num_pages: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(form: PageLayout, num_pages: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [pages, P, D] of very different sizes, some channels much larger than others, one vector of zeros."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,7 +29,7 @@ def tokens(form: PageForm, num_pages: int, seed: int = 0) -> tuple[torch.Tensor,
 @pytest.mark.parametrize(("page_size", "key_dim", "value_dim"), SIZES)
 def test_round_trip(page_size: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     """Off by half a scale (a 254th of the vector's largest number), and by the rounding of the scale and of the dtype."""
-    form = Int8Form(page_size, key_dim, value_dim, dtype)
+    form = Int8Layout(page_size, key_dim, value_dim, dtype)
     given = tokens(form, 50)
     rows = form.join(form.encode(*given))
     assert rows.dtype == torch.int8
@@ -50,7 +50,7 @@ def test_round_trip(page_size: int, key_dim: int, value_dim: int, dtype: torch.d
 @pytest.mark.parametrize(("page_size", "key_dim", "value_dim"), SIZES)
 def test_layout(page_size: int, key_dim: int, value_dim: int) -> None:
     """As the module's head draws it; the kernels find scales from the row's end."""
-    form = Int8Form(page_size, key_dim, value_dim, torch.float16)
+    form = Int8Layout(page_size, key_dim, value_dim, torch.float16)
     keys, values = tokens(form, 3)
     rows = form.join(form.encode(keys, values))
     assert form.row_bytes == rows.shape[1] * rows.element_size()
@@ -69,14 +69,14 @@ def test_layout(page_size: int, key_dim: int, value_dim: int) -> None:
 
 
 def test_half_of_sixteen_bits() -> None:
-    as_it_is, int8 = page_forms(8, 128, 128, torch.bfloat16, int8=True)
+    as_it_is, int8 = page_layouts(8, 128, 128, torch.bfloat16, int8=True)
     assert (as_it_is.row_bytes, int8.row_bytes) == (4096, 2112)
-    assert page_forms(8, 128, 128, torch.bfloat16, int8=False)[1] == as_it_is
+    assert page_layouts(8, 128, 128, torch.bfloat16, int8=False)[1] == as_it_is
 
 
 def test_tokens_are_bytes() -> None:
     """A token is encoded alone, is written without touching its neighbours, and moves as it is."""
-    form = Int8Form(8, 16, 8, torch.float32)
+    form = Int8Layout(8, 16, 8, torch.float32)
     keys, values = tokens(form, 4)
     rows = form.join(form.encode(keys, values))
     alone = [part[2:3, 5:6] for part in form.encode(keys, values)]
@@ -100,7 +100,7 @@ def test_tokens_are_bytes() -> None:
 @pytest.mark.parametrize("exponent", [-126, -20, 0, 20, 100])
 def test_what_int8_holds_exactly(exponent: int) -> None:
     """Multiples of a power of two up to 127 of it."""
-    form = Int8Form(8, 255, 3, torch.float32)
+    form = Int8Layout(8, 255, 3, torch.float32)
     keys = torch.arange(-127.0, 128.0).expand(1, 8, 255) * 2.0**exponent
     values = torch.tensor([127.0, -3.0, 0.0]).expand(1, 8, 3) * 2.0**exponent
     held = form.take(form.join(form.encode(keys, values)))
@@ -110,7 +110,7 @@ def test_what_int8_holds_exactly(exponent: int) -> None:
 
 def test_vectors_that_are_not_ordinary() -> None:
     """Too small for a scale: zeros. Not finite: not finite either, and no other vector."""
-    form = Int8Form(4, 8, 8, torch.float32)
+    form = Int8Layout(4, 8, 8, torch.float32)
     keys, values = torch.ones(1, 4, 8), torch.ones(1, 4, 8)
     keys[0, 1], keys[0, 2, 3], values[0, 3, 0] = 1e-45, float("nan"), float("inf")
     held_keys, held_values = form.take(form.join(form.encode(keys, values)))

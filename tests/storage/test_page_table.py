@@ -1,4 +1,4 @@
-"""Sequences: the page table and its sharing, against one plain list of tokens per sequence.
+"""PageTable: the page table and its sharing, against one plain list of tokens per sequence.
 
 A `Notebook` replaces a layer's storage: it stores, by segment and page, the token that was written there. After any history
 each sequence must read its own tokens, whatever it shares with others.
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.errors import BatchSizeError, BudgetError, CacheStateError
-from spin_hf.storage.page_table import SEGMENT_PAGES, Sequences
+from spin_hf.storage.page_table import SEGMENT_PAGES, PageTable
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ class Notebook:
         self.length = 0
 
 
-def write(sequences: Sequences, book: Notebook, tokens: list[list[int]]) -> None:
+def write(sequences: PageTable, book: Notebook, tokens: list[list[int]]) -> None:
     """Append tokens [B][n] as a layer would."""
     sequences.begin(len(tokens), len(tokens[0]), None)
     for row, new in enumerate(tokens):
@@ -66,14 +66,14 @@ def write(sequences: Sequences, book: Notebook, tokens: list[list[int]]) -> None
     book.length = sequences.length
 
 
-def read(sequences: Sequences, book: Notebook) -> list[list[int]]:
+def read(sequences: PageTable, book: Notebook) -> list[list[int]]:
     """All tokens of all sequences, by the rows that `page_rows` gives."""
     rows = sequences.page_rows(1, CPU)[:, 0, : sequences.length].tolist()
     return [[book.pages[divmod(row, SEGMENT_PAGES)] for row in sequence] for sequence in rows]
 
 
-def new_pair() -> tuple[Sequences, Notebook]:
-    sequences, book = Sequences(page_size=1), Notebook()
+def new_pair() -> tuple[PageTable, Notebook]:
+    sequences, book = PageTable(page_size=1), Notebook()
     sequences.attach(book)
     return sequences, book
 
@@ -155,7 +155,7 @@ def test_page_rows() -> None:
     assert rows.unique().numel() == rows.numel()
 
 
-def state(sequences: Sequences) -> tuple[object, ...]:
+def state(sequences: PageTable) -> tuple[object, ...]:
     return (
         [list(row) for row in sequences.directory], list(sequences.refcounts), sorted(sequences.free),
         sequences.start, sequences.length, sequences.mask.valid,

@@ -15,7 +15,7 @@ import torch
 
 from spin_hf.errors import CapacityError
 from spin_hf.storage.pinned_slab import PAGE, HostSlab
-from spin_hf.storage.slab_prefetch import SlabReserve, Spare
+from spin_hf.storage.slab_prefetch import PrefetchedChunk, SlabPrefetcher
 from tests.support.fake_registrar import FakeRegistrar
 
 CUDA = torch.device("cuda", 0)
@@ -50,8 +50,8 @@ def maker() -> Maker:
 
 
 @pytest.fixture
-def reserve(maker: Maker) -> Iterator[SlabReserve]:
-    made = SlabReserve(maker)
+def reserve(maker: Maker) -> Iterator[SlabPrefetcher]:
+    made = SlabPrefetcher(maker)
     yield made
     for _ in range(100):
         maker.gate.release()
@@ -59,7 +59,7 @@ def reserve(maker: Maker) -> Iterator[SlabReserve]:
     assert made._thread is None or not made._thread.is_alive()
 
 
-def ask(reserve: SlabReserve, size: int = 3) -> Spare:
+def ask(reserve: SlabPrefetcher, size: int = 3) -> PrefetchedChunk:
     return reserve.ask((size,), torch.float16, compute_device=CUDA)
 
 
@@ -67,7 +67,7 @@ def begun(maker: Maker) -> None:
     assert maker.begun.acquire(timeout=30)
 
 
-def test_asking_does_not_wait_and_taking_does(reserve: SlabReserve, maker: Maker) -> None:
+def test_asking_does_not_wait_and_taking_does(reserve: SlabPrefetcher, maker: Maker) -> None:
     spare = ask(reserve)
     begun(maker)
     assert not maker.made  # and yet `ask` has returned
@@ -79,7 +79,7 @@ def test_asking_does_not_wait_and_taking_does(reserve: SlabReserve, maker: Maker
     assert spare.take() is None
 
 
-def test_one_thread_in_order_of_asking(reserve: SlabReserve, maker: Maker) -> None:
+def test_one_thread_in_order_of_asking(reserve: SlabPrefetcher, maker: Maker) -> None:
     spares = [ask(reserve, size) for size in range(1, 9)]
     for _ in spares:
         maker.gate.release()
@@ -93,7 +93,7 @@ def test_one_thread_in_order_of_asking(reserve: SlabReserve, maker: Maker) -> No
     assert maker.threads[0] is not threading.current_thread()
 
 
-def test_taking_before_the_making_begins_calls_it_off(reserve: SlabReserve, maker: Maker) -> None:
+def test_taking_before_the_making_begins_calls_it_off(reserve: SlabPrefetcher, maker: Maker) -> None:
     first, second, third = ask(reserve, 1), ask(reserve, 2), ask(reserve, 3)
     begun(maker)
     assert second.take() is None  # does not wait for its turn
@@ -105,7 +105,7 @@ def test_taking_before_the_making_begins_calls_it_off(reserve: SlabReserve, make
     assert maker.made == [(1,), (3,)]
 
 
-def test_spares_of_arrays_that_died_are_not_made(reserve: SlabReserve, maker: Maker) -> None:
+def test_spares_of_arrays_that_died_are_not_made(reserve: SlabPrefetcher, maker: Maker) -> None:
     first, second, third = ask(reserve, 1), ask(reserve, 2), ask(reserve, 3)
     begun(maker)
     del second
@@ -117,7 +117,7 @@ def test_spares_of_arrays_that_died_are_not_made(reserve: SlabReserve, maker: Ma
     assert maker.made == [(1,), (3,)]
 
 
-def test_errors_stay_in_the_background(reserve: SlabReserve, maker: Maker) -> None:
+def test_errors_stay_in_the_background(reserve: SlabPrefetcher, maker: Maker) -> None:
     maker.failing = True
     spare = ask(reserve)
     maker.gate.release()
@@ -133,7 +133,7 @@ def test_errors_stay_in_the_background(reserve: SlabReserve, maker: Maker) -> No
 def test_dropped_spare_gives_its_memory_back(registrar: FakeRegistrar) -> None:
     begun = threading.Event()
     registrar.inspect = lambda address, num_bytes: begun.set()
-    reserve = SlabReserve()
+    reserve = SlabPrefetcher()
     spare = reserve.ask((3,), torch.float16, compute_device=CUDA)
     assert begun.wait(30)
     with spare._lock:  # until it is filled
@@ -144,7 +144,7 @@ def test_dropped_spare_gives_its_memory_back(registrar: FakeRegistrar) -> None:
     assert [event for event, _ in registrar.history] == ["register", "unregister"] * 2
 
 
-def test_thread_that_waits_keeps_no_spare(reserve: SlabReserve, maker: Maker) -> None:
+def test_thread_that_waits_keeps_no_spare(reserve: SlabPrefetcher, maker: Maker) -> None:
     spare = ask(reserve)
     begun(maker)
     maker.gate.release()
@@ -156,7 +156,7 @@ def test_thread_that_waits_keeps_no_spare(reserve: SlabReserve, maker: Maker) ->
     assert gone.wait(30)
 
 
-def test_reserve_that_was_stopped_leaves_it_to_the_foreground(reserve: SlabReserve, maker: Maker) -> None:
+def test_reserve_that_was_stopped_leaves_it_to_the_foreground(reserve: SlabPrefetcher, maker: Maker) -> None:
     reserve.stop()
     assert ask(reserve).take() is None
     assert not maker.threads
@@ -167,12 +167,12 @@ import atexit, ctypes, gc, mmap, os, sys
 
 @atexit.register  # before the package's own, so that it is called after that
 def _late():
-    assert not RESERVE._thread.is_alive(), "a thread may be in the driver"
+    assert not PREFETCHER._thread.is_alive(), "a thread may be in the driver"
     assert int(tensor.sum()) == 7 * tensor.numel()
 
 import torch
 from spin_hf.storage import pinned_slab as host
-from spin_hf.storage.slab_prefetch import RESERVE
+from spin_hf.storage.slab_prefetch import PREFETCHER
 
 class Registrar:
     calls = []
@@ -183,7 +183,7 @@ class Registrar:
     def capturing(self):
         return False
 
-reserve = RESERVE
+reserve = PREFETCHER
 reserve._allocate = lambda *args, **named: [host.HostSlab(4 << 20, Registrar()).tensor]
 spares = [reserve.ask((1,), torch.uint8, compute_device=torch.device("cuda")) for _ in range(3)]
 tensor = host.HostSlab(8 << 20, Registrar()).tensor.fill_(7)

@@ -39,8 +39,8 @@ class Head:
 def head_of(driver: CacheDriver, kv: RandomKV, layer: int, b: int, h: int, valid: torch.Tensor) -> Head:
     store = driver.cache.layers[layer].store
     num_pages = store.sequences.num_pages
-    tokens = store.regrouped.positions(0, num_pages)[b, h].tolist()
-    sizes = store.regrouped.partition_pages(0, num_pages)[b, h].tolist()
+    tokens = store.permutation.positions(0, num_pages)[b, h].tolist()
+    sizes = store.permutation.pages_per_cluster(0, num_pages)[b, h].tolist()
     clusters = [list(range(page, page + size)) for page, size in enumerate(sizes) if size]
     assert sorted(page for cluster in clusters for page in cluster) == list(range(num_pages))
     keys, values = (x[layer][b, h].double().numpy() for x in (kv.keys, kv.values))
@@ -76,14 +76,14 @@ def softmax_over(
     exact: list[int],
     estimated: list[tuple[int, np.ndarray, np.ndarray]],
     sink: Any,
-    excess: list[float] | None = None,
+    logit_correction: list[float] | None = None,
 ) -> np.ndarray:
     """Attention of one query [D] to tokens, and to estimates of others as (tokens, mean key, mean value): [Dv].
 
     Args:
-        excess: nats added to the logit of each estimate.
+        logit_correction: nats added to the logit of each estimate.
     """
-    more = np.array(excess or [0.0] * len(estimated))
+    more = np.array(logit_correction or [0.0] * len(estimated))
     keys = np.array([key for _, key, _ in estimated]).reshape(-1, len(q))
     values = np.array([value for _, _, value in estimated]).reshape(-1, head.values.shape[1])
     logits = rules.scale * np.concatenate([head.keys[exact] @ q, keys @ q])

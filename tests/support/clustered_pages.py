@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spin_hf.storage.token_permutation import RegroupedPages
+from spin_hf.storage.token_permutation import TokenPermutation
 from tests.support.cache_driver import CacheDriver, Shape
 from tests.support.clustering_methods import Clumped
 
@@ -19,8 +19,8 @@ def new_driver(**options: Any) -> CacheDriver:
     return CacheDriver(SHAPE, **({"method": Clumped()} | OPTIONS | options))
 
 
-def regrouped(driver: CacheDriver, layer: int = 0) -> RegroupedPages:
-    found = driver.cache.layers[layer].store.regrouped
+def clustered(driver: CacheDriver, layer: int = 0) -> TokenPermutation:
+    found = driver.cache.layers[layer].store.permutation
     assert found is not None
     return found
 
@@ -28,10 +28,10 @@ def regrouped(driver: CacheDriver, layer: int = 0) -> RegroupedPages:
 def moved(driver: CacheDriver, layer: int = 0) -> Tensor:
     """Pages [B, N] that are clustered in some head: they do not hold consecutive positions."""
     pages = driver.cache._shared.sequences.num_pages
-    positions = regrouped(driver, layer).positions(0, pages)
+    positions = clustered(driver, layer).positions(0, pages)
     return (positions != torch.arange(pages * 8).view(pages, 8)).any(3).any(1)
 
 
 def span_ends(driver: CacheDriver) -> list[int]:
     """Where the spans that are clustered together end, in pages."""
-    return driver.cache._shared.sequences.stretches.stops
+    return driver.cache._shared.sequences.spans.stops

@@ -17,29 +17,29 @@ import torch
 from torch import Tensor
 
 from spin_hf import ShadowKV
-from spin_hf.attention.methods.clustering import Arrangement, Regrouping
+from spin_hf.attention.methods.clustering import ClusteringMethod, TokenClusters
 from spin_hf.indexing import cluster
 
 
 @dataclass(frozen=True)
-class Backwards(Regrouping, ShadowKV):
-    stretch_tokens: ClassVar[int] = 64
-    growth_tokens: ClassVar[int] = 24
+class Backwards(ClusteringMethod, ShadowKV):
+    span_tokens: ClassVar[int] = 64
+    cluster_interval: ClassVar[int] = 24
 
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
-        return Arrangement(torch.arange(keys.shape[2] - 1, -1, -1).expand(keys.shape[:3]))
+    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+        return TokenClusters(torch.arange(keys.shape[2] - 1, -1, -1).expand(keys.shape[:3]))
 
 
 @dataclass(frozen=True)
 class Shuffled(Backwards):
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
         generator = torch.Generator().manual_seed(keys.shape[2])
-        return Arrangement(torch.rand(keys.shape[:3], generator=generator).argsort(2))
+        return TokenClusters(torch.rand(keys.shape[:3], generator=generator).argsort(2))
 
 
 @dataclass(frozen=True)
 class Clumped(Shuffled):
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         for head in range(pages.shape[1]):
             begin, size = 0, 1 + head
@@ -47,7 +47,7 @@ class Clumped(Shuffled):
                 size = min(size % 3 + 1, pages.shape[2] - begin)
                 pages[:, head, begin] = size
                 begin += size
-        return Arrangement(super().arrange(keys, asked).order, pages)
+        return TokenClusters(super().form_clusters(keys, asked).order, pages)
 
 
 class SelectingAll:
@@ -64,10 +64,10 @@ class ShuffledWhole(SelectingAll, Clumped):
     """All candidates, in clustered pages."""
 
 
-def clustering_often(method: type[Any], stretch_tokens: int, growth_tokens: int) -> type[Any]:
+def clustering_often(method: type[Any], span_tokens: int, cluster_interval: int) -> type[Any]:
     """`method` with spans so short that a short context has several."""
     return type(
-        f"Small{method.__name__}", (method,), {"stretch_tokens": stretch_tokens, "growth_tokens": growth_tokens}
+        f"Small{method.__name__}", (method,), {"span_tokens": span_tokens, "cluster_interval": cluster_interval}
     )
 
 

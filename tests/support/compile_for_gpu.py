@@ -158,13 +158,13 @@ def generate(
 
 def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
     """Launches of one generation, for each of several numbers beyond any context. Compiles the kernels that read them."""
-    compiler.only, launches = {"plan_step_kernel", "closer_kernel", "rate_closer_kernel"}, []
+    compiler.only, launches = {"plan_step_kernel", "rerank_kernel", "rate_rerank_kernel"}, []
     generate(torch.bfloat16, Bisection())  # some kernels are compiled ahead once per process
     for number in (MOST_TOKENS, 1 << 31, 1 << 63, 10**30):
         for options in (dict(budget=number), dict(budget=number, recent_window=number, dense_below=number)):
             torch.manual_seed(0)
             compiler.launched = set()
-            generate(torch.bfloat16, Bisection(looked_at=number), **options)
+            generate(torch.bfloat16, Bisection(rerank_factor=number), **options)
             launches.append(sorted(compiler.launched))
     return launches
 

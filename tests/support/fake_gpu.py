@@ -16,7 +16,7 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.memory import gpu_memory, watermarks
-from spin_hf.memory.gpu_memory import LOOK_STEPS
+from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 from spin_hf.storage.page_store import PageStore
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 
@@ -27,7 +27,7 @@ def bytes_of(cache: SpinCache) -> int:
 
 
 def _bytes_of_store(store: PageStore) -> int:
-    arrays = store._arrays() if store.frames is None else [a for a in store._arrays() if a is not store.home]
+    arrays = store._arrays() if store.frames is None else [a for a in store._arrays() if a is not store.backing]
     total = sum(array.used_rows * array.row_bytes for array in arrays)
     if store.frames is not None:
         total += sum(value.nbytes for value in vars(store.frames).values() if isinstance(value, torch.Tensor))
@@ -79,7 +79,7 @@ class Conversation:
     """A cache on a fake GPU, and one without a cap that gets the same tokens."""
 
     def __init__(self, gpu: FakeGpu, batch_size: int, prompt: int, seed: int = 0, **options: Any) -> None:
-        self.kv = RandomKV.random(SHAPE, batch_size, prompt + 6 * LOOK_STEPS, seed)
+        self.kv = RandomKV.random(SHAPE, batch_size, prompt + 6 * CHECK_INTERVAL_STEPS, seed)
         self.driver = CacheDriver(SHAPE, **OPTIONS, **options)
         self.gpu, self.length, self.prompt = gpu, 0, prompt
         gpu.caches.append(self.driver.cache)

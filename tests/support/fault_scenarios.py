@@ -199,25 +199,25 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "crop": Scenario(on_cache("crop", -7, removes=7), before=feed(60, 1), forward=False),
     "crop, paged": Scenario(on_cache("crop", -17, removes=17), before=feed(270, 1), options=_PAGED, forward=False),
-    "regrouping": Scenario(feed(1), before=feed(160, 1), options=_REGROUPS),
-    "regrouping, paged": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED}),
-    "regrouping, padded": Scenario(
+    "clustering": Scenario(feed(1), before=feed(160, 1), options=_REGROUPS),
+    "clustering, paged": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED}),
+    "clustering, padded": Scenario(
         padded(1, slice(0, 11)),
         before=then(padded(160, slice(0, 11))),
         options=_REGROUPS,
         after=padded(1, slice(0, 11)),
     ),
-    "regrouping of what is shared": Scenario(feed(1), before=then(feed(100), _TO_BEAMS, feed(60)), options=_REGROUPS),
-    "regrouped tokens turn to padding": Scenario(
+    "clustering of what is shared": Scenario(feed(1), before=then(feed(100), _TO_BEAMS, feed(60)), options=_REGROUPS),
+    "clustered tokens turn to padding": Scenario(
         padded(1, slice(30, 50)), before=feed(160, 1, 1), options=_REGROUPS, after=padded(1, slice(30, 50))
     ),
-    "regrouped, cropped": Scenario(
+    "clustered, cropped": Scenario(
         on_cache("crop", -70, removes=70), before=feed(160, 1, 1), options=_REGROUPS, forward=False
     ),
-    "regrouping, layer by layer": Scenario(layer_by_layer(feed(1)), before=feed(160, 1), options=_REGROUPS),
-    "regrouping of int8 pages": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED, **_INT8}),
-    "regrouping behind a prompt": Scenario(feed(1), before=feed(160), options=_REGROUPS),
-    "second prompt, regrouped": Scenario(feed(30), before=feed(160, 1, 1), options=_REGROUPS),
+    "clustering, layer by layer": Scenario(layer_by_layer(feed(1)), before=feed(160, 1), options=_REGROUPS),
+    "clustering of int8 pages": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED, **_INT8}),
+    "clustering behind a prompt": Scenario(feed(1), before=feed(160), options=_REGROUPS),
+    "second prompt, clustered": Scenario(feed(30), before=feed(160, 1, 1), options=_REGROUPS),
     "int8 pages": Scenario(feed(30), before=feed(270, 1), options={**_PAGED, **_INT8}),
     "token that recodes pages": Scenario(feed(1), before=feed(255, 1), options={**_MOVES, **_INT8}, recodes=True),
     "padded batch, paged": Scenario(

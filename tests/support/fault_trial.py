@@ -122,7 +122,7 @@ def frame_bytes(run: Run) -> int:
 
 def recoded_bytes(run: Run) -> int:
     """Bytes of pages that replace those of the other layout."""
-    homes = [layer.store.home for layer in run.cache._shared.layers if layer.store is not None]
+    homes = [layer.store.backing for layer in run.cache._shared.layers if layer.store is not None]
     return sum(home.num_rows * home.row_bytes for home in homes)
 
 

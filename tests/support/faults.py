@@ -53,7 +53,12 @@ class Faults(TorchDispatchMode):
     @contextmanager
     def armed(self, point: int | None, lasting: bool = False) -> Iterator[None]:
         """Let point number `point` fail, None for none; counts points, and keeps track of tensors."""
-        self.armed_at, self.lasting, self.count, self.failed = sys.maxsize if point is None else point, lasting, 0, []
+        self.armed_at, self.lasting, self.count, self.failed = (
+            sys.maxsize if point is None else point,
+            lasting,
+            0,
+            [],
+        )
         try:
             with self:
                 yield
@@ -203,7 +208,7 @@ def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaul
         return allocate(count, shape, dtype, compute_device=torch.device("cuda"))
 
     monkeypatch.setattr(chunked_array, "allocate_rows", in_slab)
-    monkeypatch.setattr(slab_prefetch.RESERVE, "_allocate", in_slab)
+    monkeypatch.setattr(slab_prefetch.PREFETCHER, "_allocate", in_slab)
     monkeypatch.setattr(chunked_array.ChunkedArray, "_is_registered", property(lambda array: True))
     return slabs
 

@@ -176,22 +176,22 @@ def _poison(layer: SpinLayer) -> None:
         torch.cuda.synchronize()  # pages in host memory are read by kernels under way
     nan, length = float("nan"), sequences.length
     complete, rows = length // store.page_size, store.pages(0, sequences.num_pages)[2]
-    pages = store.home.take(rows)
-    for part in store.home_form.split(pages):
+    pages = store.backing.take(rows)
+    for part in store.backing_layout.split(pages):
         part[:, :, complete:, length % store.page_size :] = nan if part.is_floating_point() else 127
     arrays = [array for summary in store.summaries.values() for array in summary.arrays]
     held = [array.take(rows[:, :, :complete]) for array in arrays]
     if store.device.type == "cuda":
         torch.cuda.synchronize()  # what was taken is read from there before the host overwrites it
-    for array in (store.home, *arrays):
+    for array in (store.backing, *arrays):
         for chunk in array.chunks:
             chunk.fill_(nan if chunk.is_floating_point() else 127)
-    store.home.put(rows, pages)
+    store.backing.put(rows, pages)
     for array, content in zip(arrays, held, strict=True):
         array.put(rows[:, :, :complete], content)
     if store.frames is not None:
         store.frames.frames.fill_(nan)
-        contents, first = store.form.join(store.home_form.take(pages)), 0
+        contents, first = store.layout.join(store.backing_layout.take(pages)), 0
         for row, slots in enumerate(store.frames.slots):
             table = store.frames.held(row)
             h, slot = (table >= 0).nonzero(as_tuple=True)
@@ -205,5 +205,5 @@ def _poison(layer: SpinLayer) -> None:
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
     step.plan.fill_(1)
-    step.whole_plan.fill_(1)
+    step.dense_plan.fill_(1)
     step.buffers.list_count.fill_(1)

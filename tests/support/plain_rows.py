@@ -1,4 +1,4 @@
-"""Sequences as plain tensors, which say what a cache of the tiny shape must hold."""
+"""PageTable as plain tensors, which say what a cache of the tiny shape must hold."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 A *partition* is what a method selects as a whole. `Method` leaves its shape open: `select` may return any pages.
 `PageMethod` is the common case, partition = page: it asks for two formulas and does the rest. What tokens make a page is a
-method's business too if it is `Regrouping`; pages are else runs of positions.
+method's business too if it is `ClusteringMethod`; pages are else runs of positions.
 
 Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
 neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
@@ -17,7 +17,8 @@ Methods that need more than keys override, beside `index` or instead of it:
     bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
     index_pages      as `index`, with the layer, the values and, of a method that `uses_positions`, where each token stands
     recipe           how the Triton kernels serve it; without, it decodes by its formulas on a GPU too
-    kernel_queries   where its recipe `asks`: what the kernels score pages by; and `kernel_tensors`, which that reads
+    project_queries   where its recipe has `projects_queries`: what the kernels score pages by; and `projection_tensors`,
+    which that reads
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Pages:
         values: [B, H, n, P, Dv].
         positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
             by; meaningless for padding. None unless the method `uses_positions`.
-        partition_pages: [B, H, n], int64: pages of the partition that each page begins, 0 where it continues one; partitions
-            are whole, and their pages follow each other. None unless the method regroups tokens.
+        pages_per_cluster: [B, H, n], int64: pages of the partition that each page begins, 0 where it continues one; partitions
+            are whole, and their pages follow each other. None unless the method clusters tokens.
     """
 
     keys: Tensor
@@ -89,7 +90,7 @@ class Pages:
     layers: tuple[int, ...]
     values: Tensor
     positions: Tensor | None = None
-    partition_pages: Tensor | None = None
+    pages_per_cluster: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class Estimate:
         values: [B, H, M, Dv], float32.
         log_tokens: [B, H, M], float32: logarithm of how many tokens each stands for, which is added to its score; -inf
             where there is none.
-        excess: [B, H, G, M], float32: what is added to its score besides, by query head, and before any softcap; None for
-            nothing.
+        logit_correction: [B, H, G, M], float32: what is added to its score besides, by query head, and before any softcap;
+            None for nothing.
     """
 
     keys: Tensor
     values: Tensor
     log_tokens: Tensor
-    excess: Tensor | None = None
+    logit_correction: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ class Method(ABC):
         """How the Triton kernels serve the method; None if they do not."""
         return None
 
-    def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
-        """What the kernels multiply the first summary with, of a method whose recipe `asks`. Never waits for the device.
+    def project_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """What the kernels multiply the first summary with, of a method whose recipe has `projects_queries`. Never waits for
+        the device.
 
         Args:
             states: [B, H, G, D], the query states of a token, by KV head.
@@ -155,10 +157,12 @@ class Method(ABC):
         Returns:
             [B, H, E], float32.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected kernel_queries, as its recipe asks; write it")
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected project_queries, as its recipe has projects_queries; write it"
+        )
 
-    def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Tensors on the device that `kernel_queries` reads; they stay where they are for as long as the method lives."""
+    def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Tensors on the device that `project_queries` reads; they stay where they are for as long as the method lives."""
         return ()
 
     @abstractmethod
@@ -211,7 +215,7 @@ class Method(ABC):
 
 
 _FORMULAS = (
-    "index", "index_pages", "select", "score", "estimate", "summary_shapes", "summary_dtypes", "kernel_queries",
+    "index", "index_pages", "select", "score", "estimate", "summary_shapes", "summary_dtypes", "project_queries",
 )  # fmt: skip
 
 
@@ -230,7 +234,7 @@ def check_recipe(method: Method) -> None:
     recipe = recipe_of(method)
     if recipe is None:
         return
-    for name in ("outliers_per_1024", "looked_at", "dense_layers"):
+    for name in ("outliers_per_1024", "rerank_factor", "dense_layers"):
         require_count(f"{method.name}: recipe: {name}", getattr(recipe, name), 0, MOST_TOKENS)
     for name in ("estimated_share", "threshold"):
         share = require_real(f"{method.name}: recipe: {name}", getattr(recipe, name), 0.0)

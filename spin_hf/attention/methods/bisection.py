@@ -24,7 +24,7 @@ and are of one size, but for the last, and a level is one batched operation. The
 by nine power iterations, which is what splits their spread best.
 
 Cost of an arrangement on a GPU (`kernels/indexing/bisect.py`): 18 launches for 8K tokens, whatever the number of heads and
-stretches. A level of 128 tokens and more reads the keys twice, 67 MB each time for 8 heads of 32K tokens; those below read
+spans. A level of 128 tokens and more reads the keys twice, 67 MB each time for 8 heads of 32K tokens; those below read
 them once each, mostly from the second-level cache.
 """
 
@@ -42,38 +42,38 @@ from torch import Tensor
 from ... import kernels
 from ...config import require_tokens
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import MOST_EXCESS, Recipe
+from ...kernels.recipe import MAX_CORRECTION_NATS, Recipe
 from . import four_bit_keys
 from .base import Estimate, Method, Pages, Query, Summaries
-from .clustering import Arrangement, Regrouping
+from .clustering import ClusteringMethod, TokenClusters
 
 POINT_DIM = 128
 """Most numbers of a point, as the kernels keep the products of all of them with each other in registers."""
 
 
 @dataclass(frozen=True)
-class Bisection(Regrouping, Method):
+class Bisection(ClusteringMethod, Method):
     """Bisected pages, chosen in two stages.
 
     Args:
-        looked_at: how many times the budget is looked at in the second stage, at least; all of the context at most.
+        rerank_factor: how many times the budget is looked at in the second stage, at least; all of the context at most.
     Raises:
         OptionTypeError, OptionError: not an int of 1 or more.
     """
 
     name: ClassVar[str] = "bisection"
     page_size: ClassVar[int] = 4
-    several_pages: ClassVar[bool] = False
-    num_asked: ClassVar[int] = 32
-    looked_at: int = 8
+    multi_page_clusters: ClassVar[bool] = False
+    num_observation_queries: ClassVar[int] = 32
+    rerank_factor: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "looked_at", require_tokens("looked_at", self.looked_at, 1))
+        object.__setattr__(self, "rerank_factor", require_tokens("rerank_factor", self.rerank_factor, 1))
 
     @property
     def recipe(self) -> Recipe:
-        """All of it by kernels, but what regroups and summarises."""
-        return Recipe(Rating.SHARE, weighs_tokens=True, looked_at=self.looked_at, estimated_share=1.0)
+        """All of it by kernels, but what clusters and summarises."""
+        return Recipe(Rating.SHARE, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_share=1.0)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`mean` [D], `value` [Dv], `codes` [P, D / 2] and `scale` [P]."""
@@ -95,15 +95,15 @@ class Bisection(Regrouping, Method):
         """As `index`, and means of the values."""
         return {**self.index(pages.keys, pages.valid), "value": kernels.page_means(pages.values, pages.valid)}
 
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         """Page by page, each of tokens that no halving has parted."""
         fast = keys.is_cuda and keys.element_size() == 2
-        points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), asked).flatten(0, 1)
-        return Arrangement(kernels.bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
+        points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), observation_queries).flatten(0, 1)
+        return TokenClusters(kernels.bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The best pages by their low-bit keys, among the best by their means."""
-        coarse, pages, fine = self._looked_at(query, summary)
+        coarse, pages, fine = self._rerank(query, summary)
         rows, none = pages.clamp(min=0), pages < 0
         spare = coarse.shape[3]  # a column for the places of no page
         index = pages.masked_fill(none, spare).unsqueeze(2).expand_as(fine)
@@ -121,18 +121,22 @@ class Bisection(Regrouping, Method):
         if not bool(rest.any()):
             return None
         log_tokens = query.page_tokens.float().log().unsqueeze(1).masked_fill(~rest, float("-inf"))
-        coarse, looked_at, fine = self._looked_at(query, summary)
-        index = looked_at.clamp(min=0).unsqueeze(2).expand_as(fine)
-        more = (fine - coarse.gather(3, index)).clamp(0.0, MOST_EXCESS).masked_fill((looked_at < 0).unsqueeze(2), 0.0)
-        excess = torch.zeros_like(coarse).scatter_add_(3, index, more)  # places of no page add nothing
-        return Estimate(summary("mean"), summary("value"), log_tokens, excess)
+        coarse, reranked, fine = self._rerank(query, summary)
+        index = reranked.clamp(min=0).unsqueeze(2).expand_as(fine)
+        more = (
+            (fine - coarse.gather(3, index))
+            .clamp(0.0, MAX_CORRECTION_NATS)
+            .masked_fill((reranked < 0).unsqueeze(2), 0.0)
+        )
+        logit_correction = torch.zeros_like(coarse).scatter_add_(3, index, more)  # places of no page add nothing
+        return Estimate(summary("mean"), summary("value"), log_tokens, logit_correction)
 
-    def _looked_at(self, query: Query, summary: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _rerank(self, query: Query, summary: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Log weights [B, H, G, N] by means, the pages that are looked at closer [B, H, k], and theirs [B, H, G, k] by that."""
         coarse = self._coarse(query, summary)
-        best_by_means = kernels.pages_down_to(self._shares(query, coarse), query.budget_pages * self.looked_at)
-        looked_at = best_by_means | _sinks(query).unsqueeze(1)
-        pages = kernels.list_pages(looked_at.flatten(0, 1)).unflatten(0, looked_at.shape[:2])
+        best_by_means = kernels.pages_down_to(self._shares(query, coarse), query.budget_pages * self.rerank_factor)
+        reranked = best_by_means | _sinks(query).unsqueeze(1)
+        pages = kernels.list_pages(reranked.flatten(0, 1)).unflatten(0, reranked.shape[:2])
         return coarse, pages, self._fine(query, summary, pages.clamp(min=0))
 
     def _coarse(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
@@ -166,7 +170,7 @@ def _sinks(query: Query) -> Tensor:
     return (candidates.cumsum(1) == 0) & candidates.any(1, keepdim=True) & (query.page_tokens > 0)
 
 
-def as_points(keys: Tensor, asked: Tensor | None) -> Tensor:
+def as_points(keys: Tensor, observation_queries: Tensor | None) -> Tensor:
     """What tokens are when they are parted: their keys, and how much the queries of the prompt's end want each of them.
 
     The latter is log(1 + n * weight) for each query, the weight being a softmax over the n tokens, mean over the group; it is
@@ -174,17 +178,17 @@ def as_points(keys: Tensor, asked: Tensor | None) -> Tensor:
     in the basis of `four_bit_keys.rotate`, which keep distances but for chance.
 
     Args:
-        keys: [S, H, n, D], in the dtype of all products; asked: see `Regrouping.arrange`.
+        keys: [S, H, n, D], in the dtype of all products; observation_queries: see `ClusteringMethod.form_clusters`.
     Returns:
-        [S, H, n, D + num_asked, or `POINT_DIM` if that is less].
+        [S, H, n, D + num_observation_queries, or `POINT_DIM` if that is less].
     """
-    if asked is None:
+    if observation_queries is None:
         return _shortened(keys, POINT_DIM)
     wanted = keys.new_zeros((), dtype=torch.float32)
-    for queries in asked.to(keys.dtype).unbind(2):  # one after the other, which bounds temporary memory
+    for queries in observation_queries.to(keys.dtype).unbind(2):  # one after the other, which bounds temporary memory
         wanted = wanted + (queries @ keys.mT).softmax(-1, dtype=torch.float32)
-    wanted = (wanted * (keys.shape[2] / asked.shape[2])).log1p().mT
-    keys = _shortened(keys, POINT_DIM - asked.shape[3])
+    wanted = (wanted * (keys.shape[2] / observation_queries.shape[2])).log1p().mT
+    keys = _shortened(keys, POINT_DIM - observation_queries.shape[3])
     scale = (_spread(keys) / _spread(wanted).clamp(min=1e-20)).sqrt()
     return torch.cat([keys, (wanted * scale).to(keys.dtype)], -1)
 

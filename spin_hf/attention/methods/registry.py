@@ -6,7 +6,7 @@ from ...config import require_count, shown
 from ...errors import OptionError, OptionTypeError
 from .base import Method
 from .bisection import Bisection
-from .clustering import Regrouping
+from .clustering import ClusteringMethod
 from .quest import Quest
 from .retroinfer import RetroInfer
 from .seer import SeerAttention
@@ -42,10 +42,10 @@ def resolve_method(method: str | Method) -> Method:
 
 
 def _check_numbers(method: Method) -> None:
-    """Raise where what a class says of pages and stretches is no count; parameters are checked by who has them."""
+    """Raise where what a class says of pages and spans is no count; parameters are checked by who has them."""
     name = type(method).__name__
     require_count(f"{name}: page_size", method.page_size, 1, _MOST_PAGE_TOKENS, example=8)
-    if isinstance(method, Regrouping):
-        require_count(f"{name}: stretch_tokens", method.stretch_tokens, 1, example=8192)
-        require_count(f"{name}: growth_tokens", method.growth_tokens, 1, example=1024)
-        require_count(f"{name}: num_asked", method.num_asked, 0, _MOST_PAGE_TOKENS)
+    if isinstance(method, ClusteringMethod):
+        require_count(f"{name}: span_tokens", method.span_tokens, 1, example=8192)
+        require_count(f"{name}: cluster_interval", method.cluster_interval, 1, example=1024)
+        require_count(f"{name}: num_observation_queries", method.num_observation_queries, 0, _MOST_PAGE_TOKENS)

@@ -41,16 +41,16 @@ from ...kernels.descriptor_fields import NUM_BINS, Rating
 from ...kernels.recipe import Recipe
 from ...kernels.reference_clustering import gather_rows
 from .base import Estimate, Method, Pages, Query, Summaries
-from .clustering import Arrangement, Regrouping, merge_pages
+from .clustering import ClusteringMethod, TokenClusters, merge_pages
 
 
 @dataclass(frozen=True)
-class RetroInfer(Regrouping, Method):
+class RetroInfer(ClusteringMethod, Method):
     """Clusters, read or estimated.
 
     Args:
         estimated_share: share of a context's pages that are estimated, beside those that are read; 0 turns that off.
-        cluster_tokens: mean number of tokens of a cluster; a stretch, which is clustered at a time, is one at most.
+        cluster_tokens: mean number of tokens of a cluster; a span, which is clustered at a time, is one at most.
     Raises:
         OptionTypeError, OptionError: not a number in [0, 1]; not an int of 8 or more.
     """
@@ -67,11 +67,11 @@ class RetroInfer(Regrouping, Method):
             )
         tokens = require_tokens("cluster_tokens", self.cluster_tokens, self.page_size)
         object.__setattr__(self, "estimated_share", share)
-        object.__setattr__(self, "cluster_tokens", min(tokens, self.stretch_tokens))
+        object.__setattr__(self, "cluster_tokens", min(tokens, self.span_tokens))
 
     @property
     def recipe(self) -> Recipe:
-        """All of it by kernels, but what regroups and summarises."""
+        """All of it by kernels, but what clusters and summarises."""
         return Recipe(Rating.SHARE, estimated_share=float(self.estimated_share))
 
     # ---------------------------------------------------------------------------------------------------------- index
@@ -82,19 +82,19 @@ class RetroInfer(Regrouping, Method):
 
     def index_pages(self, pages: Pages) -> Summaries:
         """Means of the keys and values of clusters."""
-        assert pages.partition_pages is not None
+        assert pages.pages_per_cluster is not None
         means = {
             "centroid": kernels.page_means(pages.keys, pages.valid),
             "value": kernels.page_means(pages.values, pages.valid),
         }
-        return {name: merge_pages(mean, pages.partition_pages) for name, mean in means.items()}
+        return {name: merge_pages(mean, pages.pages_per_cluster) for name, mean in means.items()}
 
-    def arrange(self, keys: Tensor, asked: Tensor | None) -> Arrangement:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         """Cluster by cluster, in each the tokens nearest to the centroid first, whatever was asked."""
         sixteen = keys.is_cuda and keys.element_size() == 2
         points = kernels.unit_vectors(keys, torch.float16 if sixteen else torch.float32)
         order, pages = kernels.fill_clusters(points.flatten(0, 1), self.cluster_tokens, self.page_size)
-        return Arrangement(order.unflatten(0, keys.shape[:2]), pages.unflatten(0, keys.shape[:2]))
+        return TokenClusters(order.unflatten(0, keys.shape[:2]), pages.unflatten(0, keys.shape[:2]))
 
     # --------------------------------------------------------------------------------------------- select and estimate
 

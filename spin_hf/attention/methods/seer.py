@@ -117,14 +117,14 @@ class SeerAttention(PageMethod):
     @property
     def recipe(self) -> Recipe:
         """The share that the group's one gate query gives a page."""
-        return Recipe(Rating.LIKELIEST, asks=True, threshold=self.threshold or 0.0)
+        return Recipe(Rating.LIKELIEST, projects_queries=True, threshold=self.threshold or 0.0)
 
-    def kernel_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
+    def project_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Gate queries, divided by the square root of their size."""
         gate = self._gate(layer, states)
         return gate.ask(states, positions, 1.0 / math.sqrt(gate.query.shape[-1]))
 
-    def kernel_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+    def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """The gate of the layer."""
         return self._bound().layer(layer, device).tensors
 
@@ -152,8 +152,8 @@ class SeerAttention(PageMethod):
         assert query.positions is not None
         gate = self._gate(query.layer, query.states)
         keys = summary("gate_key")
-        asked = gate.of_queries(query.states, query.positions)
-        logits = (keys @ asked.unsqueeze(-1)).squeeze(-1) / math.sqrt(keys.shape[-1])
+        projected = gate.of_queries(query.states, query.positions)
+        logits = (keys @ projected.unsqueeze(-1)).squeeze(-1) / math.sqrt(keys.shape[-1])
         return torch.softmax(logits.masked_fill(~query.candidates.unsqueeze(1), float("-inf")), dim=-1).nan_to_num(0.0)
 
     def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
+    BACKING,
     FRAMES,
-    HOME,
     PAGE_SLOT,
     PAGE_SLOT_STRIDE,
     POSITION,
@@ -52,7 +52,7 @@ def append_tokens(
         *key.stride()[:3], *value.stride()[:3], SUMMARY=triton_dtype(shape.dtype), QUANTIZED=shape.quantized[0],
         H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v,
         PAGE=shape.page_size, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        HOME_BYTES=shape.backing_bytes, SUMMARISE=summarizes, num_warps=max(1, shape.page_size // _WARP_TOKENS),
+        BACKING_BYTES=shape.backing_bytes, SUMMARISE=summarizes, num_warps=max(1, shape.page_size // _WARP_TOKENS),
     )  # fmt: skip
 
 
@@ -61,14 +61,14 @@ def append_page(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, bh,
     SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr, HOME_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
+    PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
     """Write those of `count` tokens, from POSITION on, that belong to `page`; its summaries if it is complete and SUMMARISE.
 
     Args:
         key, value: [B, H, count, D]; the last dimension is contiguous.
         SUMMARY: dtype of the lowest cosines, and of landmarks unless they are QUANTIZED.
-        HOME_BYTES: of a home page that is int8; 0 where it is as the tokens are.
+        BACKING_BYTES: of a home page that is int8; 0 where it is as the tokens are.
     """
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -87,19 +87,19 @@ def append_page(
         value + b * value_b + h * value_h + source[:, None] * value_n + column_v[None, :], mask=inside_v, other=0.0
     )
     row = tl.sum(page_rows(step, b, h, page + tl.zeros([1], tl.int64), tl.full([1], 1, tl.int1), H, SEGMENT), 0)
-    table = tl.load(layer + HOME).to(tl.pointer_type(tl.int64))
-    home_bytes: tl.constexpr = HOME_BYTES if HOME_BYTES else PAGE * (DK + DV) * item
+    table = tl.load(layer + BACKING).to(tl.pointer_type(tl.int64))
+    home_bytes: tl.constexpr = BACKING_BYTES if BACKING_BYTES else PAGE * (DK + DV) * item
     home = tl.load(table + row // ROWS) + (row % ROWS) * home_bytes
     place_k = tl.arange(0, PAGE)[:, None] * DK + column_k[None, :]
     place_v = PAGE * DK + tl.arange(0, PAGE)[:, None] * DV + column_v[None, :]
-    kept: tl.constexpr = tl.int8 if HOME_BYTES else dtype
+    kept: tl.constexpr = tl.int8 if BACKING_BYTES else dtype
     pointer = tl.multiple_of(home.to(tl.pointer_type(kept)), 16)
-    if HOME_BYTES:
+    if BACKING_BYTES:
         key_codes, key_scale = to_int8(keys)
         value_codes, value_scale = to_int8(values)
         tl.store(pointer + place_k, key_codes, mask=inside_k)
         tl.store(pointer + place_v, value_codes, mask=inside_v)
-        place = scale_addresses(home, PAGE, HOME_BYTES) + tl.arange(0, PAGE)
+        place = scale_addresses(home, PAGE, BACKING_BYTES) + tl.arange(0, PAGE)
         tl.store(place, key_scale, mask=new)
         tl.store(place + PAGE, value_scale, mask=new)
         keys = from_int8(key_codes, key_scale, dtype)
@@ -118,7 +118,7 @@ def append_page(
             tl.store(resident + place_v, values, mask=inside_v)
     if SUMMARISE and (page + 1) * PAGE <= start + count:
         old = (tokens < start)[:, None] & (column_k < DK)[None, :]
-        if HOME_BYTES:
+        if BACKING_BYTES:
             before = tl.load(place, mask=tokens < start, other=0.0)
             held = from_int8(tl.load(pointer + place_k, mask=old, other=0), before, dtype)
         else:
@@ -158,11 +158,11 @@ def append_kernel(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
     SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr, HOME_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
+    PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H + h) does as `append_page` for the i-th page of a call."""
     page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
     append_page(
         step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),
-        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, HOME_BYTES, SUMMARISE,
+        SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, BACKING_BYTES, SUMMARISE,
     )  # fmt: skip

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
+    BACKING,
     FRAMES,
-    HOME,
     LIST_CAPACITY,
     LIST_PAGE,
     LOAD,
@@ -57,7 +57,7 @@ def attend_pages(
         DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size,
         TILE_PAGES=_tile_pages(shape), SPLITS=splits, ESTIMATED=buffers.splits.estimate, MERGED_G=power_of_two(group),
         PAGE_BYTES=shape.page_bytes, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        DTYPE=triton_dtype(shape.dtype), HOME_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
+        DTYPE=triton_dtype(shape.dtype), BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    HOME_BYTES: tl.constexpr,
+    BACKING_BYTES: tl.constexpr,
 ):  # fmt: skip
     """See the module's head.
 
@@ -88,7 +88,7 @@ def attend_kernel(
         parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch; the last ESTIMATED parts as `estimate_kernel` left them.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: of the pages; PAGE_BYTES: of a page of that.
-        HOME_BYTES: of a home page that is int8, which then are in host memory; 0 where homes are of DTYPE.
+        BACKING_BYTES: of a home page that is int8, which then are in host memory; 0 where homes are of DTYPE.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -110,7 +110,7 @@ def attend_kernel(
     place = tl.arange(0, TILE_PAGES * PAGE)
     within = place % PAGE
     num_slots, first_frame = slots_of(layer, b, h, H)
-    table = tl.load(layer + HOME)
+    table = tl.load(layer + BACKING)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
@@ -122,7 +122,7 @@ def attend_kernel(
         page = tl.load(listed + entry, mask=entry < stop, other=-1)
         here = page >= 0
         frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
-        if HOME_BYTES:
+        if BACKING_BYTES:
             coded = frame  # address of the page that the token is to be loaded from, 0 for none
         if num_slots > 0:
             away = page >= LOAD
@@ -134,8 +134,8 @@ def attend_kernel(
             address = frame
             if missing > 0:
                 rows = page_rows(step, b, h, page, away, H, SEGMENT)
-                if HOME_BYTES:
-                    coded = tl.where(away, row_addresses(table, rows, away, ROWS, HOME_BYTES), 0)
+                if BACKING_BYTES:
+                    coded = tl.where(away, row_addresses(table, rows, away, ROWS, BACKING_BYTES), 0)
                 else:
                     address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
                 frame = tl.where(away & (slot >= 0), frame, 0)
@@ -152,13 +152,13 @@ def attend_kernel(
         filled = here & (token < length)  # what stands in other places may be NaN
         inside_k = filled[:, None] & (column_k < DK)[None, :]
         inside_v = filled[:, None] & (column_v < DV)[None, :]
-        if HOME_BYTES:
+        if BACKING_BYTES:
             there = (coded == 0)[:, None]
             keys = tl.load(pointer[:, None] + place_k, mask=inside_k & there, other=0.0)
             values = tl.load(pointer[:, None] + place_v, mask=inside_v & there, other=0.0)
             if missing > 0:  # a tile has pages of both kinds: these are 0 there
                 codes = tl.multiple_of(coded.to(tl.pointer_type(tl.int8)), 16)
-                scales = scale_addresses(coded, PAGE, HOME_BYTES) + within
+                scales = scale_addresses(coded, PAGE, BACKING_BYTES) + within
                 comes = filled & (coded != 0)
                 key_scale = tl.load(scales, mask=comes, other=0.0)
                 value_scale = tl.load(scales + PAGE, mask=comes, other=0.0)

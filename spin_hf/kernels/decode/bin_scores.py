@@ -54,7 +54,7 @@ def bin_scores(
 
     Where pages are reranked, one more program of each stream makes the operands of that.
     """
-    group, reranks = query.shape[1] // shape.num_heads, recipe.looked_at > 0
+    group, reranks = query.shape[1] // shape.num_heads, recipe.rerank_factor > 0
     digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
     launch(
         rate_kernel, (buffers.num_streams, buffers.splits.programs + reranks), buffers.step, buffers.stats, plan,
@@ -64,7 +64,7 @@ def bin_scores(
         OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=recipe.estimates_zone, LISTED=not reranks,
         WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
-        CLOSER_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
+        RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
         PADDED=shape.padded, PART=PART_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
         RUN=min(PART_PAGES, 32), num_warps=8,
     )  # fmt: skip
@@ -73,23 +73,23 @@ def bin_scores(
 @triton.jit(do_not_specialize=["number"])
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
-    closer_scale, second_histogram,
+    rerank_scale, second_histogram,
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
-    SPLITS: tl.constexpr, DIGITS: tl.constexpr, CLOSER_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) rates parts i, i + num_programs(1) - PREPARED, ... of the pages; the last one prepares
-    the closer look, if PREPARED.
+    reranking, if PREPARED.
 
     Args:
         stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
         histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
         floors: int32 [B * H]: the last bin whose pages are kept.
         number: of the layer.
-        query to closer_scale, DIGITS and CLOSER_G to HALF: as for `prepare_queries`, and
+        query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`, and
         second_histogram: int32 [B * H, BINS]: made zeros; used where PREPARED.
         RATING: see `Rating`.
         EVERYTHING: whether all candidates are counted; else those that are kept.
@@ -105,8 +105,8 @@ def rate_kernel(
     if PREPARED and tl.program_id(1) == programs:
         tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         prepare_queries(
-            query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, closer_scale, DIGITS, H, G,
-            BLOCK_G, CLOSER_G, SPLITS, DK, BLOCK_K, HALF,
+            query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, rerank_scale, DIGITS, H, G,
+            BLOCK_G, RERANK_G, SPLITS, DK, BLOCK_K, HALF,
         )  # fmt: skip
     else:
         b = (bh // H).to(tl.int64)

@@ -34,27 +34,27 @@ def gate_queries(
         [B, H, E], float32.
     """
     (batch, heads, group, dim), half = states.shape, weights.shape[3] // 2
-    asked = torch.empty((batch, heads, 2 * half), dtype=torch.float32, device=states.device)
+    projected = torch.empty((batch, heads, 2 * half), dtype=torch.float32, device=states.device)
     gate_queries_kernel[(batch * heads, triton.cdiv(half, _TILE))](
-        states, *states.stride()[:3], positions, positions.stride(0), weights, frequencies, gate_frequencies, asked, scale,
+        states, *states.stride()[:3], positions, positions.stride(0), weights, frequencies, gate_frequencies, projected, scale,
         INTERLEAVED=interleaved, H=heads, G=group, D=dim, BLOCK_D=triton.next_power_of_2(dim), PAIRS=len(frequencies),
         HALF=half, TILE=_TILE, AT_ONCE=max(1, min(group, 512 // triton.next_power_of_2(dim))), num_warps=4,
     )  # fmt: skip
-    return asked
+    return projected
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])  # a column of a plan
 def gate_queries_kernel(
-    states, states_b, states_h, states_g, positions, positions_b, weights, frequencies, gate_frequencies, asked, scale,
+    states, states_b, states_h, states_g, positions, positions_b, weights, frequencies, gate_frequencies, projected, scale,
     INTERLEAVED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) writes columns [i * TILE, (i + 1) * TILE) of both halves of `asked`.
+    """Program (b * H + h, i) writes columns [i * TILE, (i + 1) * TILE) of both halves of `projected`.
 
     Args:
         states, weights, frequencies, gate_frequencies, scale: as for `gate_queries`.
         positions: integers, one for each sequence, `positions_b` apart.
-        asked: float32 [B, H, 2 * HALF]. Written.
+        projected: float32 [B, H, 2 * HALF]. Written.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
@@ -91,6 +91,6 @@ def gate_queries_kernel(
     angle = position * tl.load(gate_frequencies + column, mask=inside, other=0.0)
     cos = tl.cos(angle)
     sin = tl.sin(angle)
-    to = asked + bh.to(tl.int64) * (2 * HALF) + column
+    to = projected + bh.to(tl.int64) * (2 * HALF) + column
     tl.store(to, (first * cos - second * sin) * scale, mask=inside)
     tl.store(to + HALF, (second * cos + first * sin) * scale, mask=inside)

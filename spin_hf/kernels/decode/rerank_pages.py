@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    CLOSER,
     FIRST,
     KEPT_COUNT,
     KEPT_PAGE,
@@ -26,6 +25,7 @@ from ..common import (
     NUM_SELECTED,
     PAGE_CAPACITY,
     PLAN_FIELDS,
+    RERANK,
     SCORES,
     STOP,
     SUMMARY_2,
@@ -38,7 +38,7 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
-from ..recipe import MOST_EXCESS, Recipe
+from ..recipe import MAX_CORRECTION_NATS, Recipe
 
 _COUNTED = 2
 """Pages that are counted for each page that is reranked, if scores are spread as they were at the last step."""
@@ -53,28 +53,28 @@ def rerank_pages(
     digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
     programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
-        "LOOKED_AT": recipe.looked_at, "H": shape.num_heads, "G": group, "CLOSER_G": columns, "PAGE": shape.page_size,
+        "RERANK_FACTOR": recipe.rerank_factor, "H": shape.num_heads, "G": group, "RERANK_G": columns, "PAGE": shape.page_size,
         "PADDED": shape.padded, "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
     }  # fmt: skip
     launch(
-        closer_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
+        rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
         plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
         HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
-        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MOST_EXCESS,
+        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MAX_CORRECTION_NATS,
         num_stages=1, **common,
     )  # fmt: skip
     launch(
-        rate_closer_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
+        rate_rerank_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
         buffers.rerank_histogram, buffers.factors, buffers.rerank_stats, programs, COUNTED=_COUNTED,
         LOOKS=power_of_two(programs), TILE=256, **common,
     )  # fmt: skip
 
 
 @triton.jit
-def closer_kernel(
-    step, layer, operands, factors, plan, histogram, floors, closer_stats,
-    DIGITS: tl.constexpr, LOOKED_AT: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    CLOSER_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+def rerank_kernel(
+    step, layer, operands, factors, plan, histogram, floors, rerank_stats,
+    DIGITS: tl.constexpr, RERANK_FACTOR: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     EXCESS: tl.constexpr,
@@ -84,10 +84,10 @@ def closer_kernel(
     Args:
         operands, factors: as `prepare_queries` left them.
         histogram, floors: as `rate_kernel` left it and took them: candidates down to the floor.
-        closer_stats: float32 [B * H, num_programs(1), 3, CLOSER_G]: of the pages looked at, the maximum and the sum of
+        rerank_stats: float32 [B * H, num_programs(1), 3, RERANK_G]: of the pages looked at, the maximum and the sum of
             exponentials by four bits, and the share that they had before. Written.
         DIGITS: whether codes are multiplied as int8; else in the dtype of `operands`.
-        CLOSER_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
+        RERANK_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
         TILE: pages at a time.
         ALIGNED: bytes that the codes of every token begin at a multiple of.
     """
@@ -97,7 +97,7 @@ def closer_kernel(
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    closer = tl.load(step + CLOSER).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
     kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
@@ -106,28 +106,28 @@ def closer_kernel(
     wanted = tl.load(row + NUM_SELECTED)
     scored = wanted < stop - first
     upto = tl.cumsum(tl.load(histogram + bh * BINS + tl.arange(0, BINS)), 0)
-    goal = _goal(LOOKED_AT, wanted, stop - first)
+    goal = _goal(RERANK_FACTOR, wanted, stop - first)
     edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS, if so many were not counted
     if scored & (edge == BINS):
         edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
     parts = tl.cdiv(stop, PART)
     lane = tl.arange(0, PART)
-    group = tl.arange(0, CLOSER_G)
+    group = tl.arange(0, RERANK_G)
     copies: tl.constexpr = 2 if DIGITS else 1
-    copy = tl.arange(0, copies * CLOSER_G)
+    copy = tl.arange(0, copies * RERANK_G)
     half = tl.arange(0, HALF)
-    size: tl.constexpr = copies * CLOSER_G * HALF
+    size: tl.constexpr = copies * RERANK_G * HALF
     operand = operands + bh * 2 * size + copy[None, :] * HALF + half[:, None]
     of_low, of_byte = tl.load(operand), tl.load(operand + size)
-    factor = factors + bh * 4 * CLOSER_G + group
-    low_factor, byte_factor = tl.load(factor), tl.load(factor + CLOSER_G)
-    constant, lse = tl.load(factor + 2 * CLOSER_G), tl.load(factor + 3 * CLOSER_G)
+    factor = factors + bh * 4 * RERANK_G + group
+    low_factor, byte_factor = tl.load(factor), tl.load(factor + RERANK_G)
+    constant, lse = tl.load(factor + 2 * RERANK_G), tl.load(factor + 3 * RERANK_G)
     codes_table = tl.load(layer + SUMMARY_2)
     scale_table = tl.load(layer + SUMMARY_3)
     place = tl.arange(0, TILE * PAGE)
-    most = tl.full([TILE, CLOSER_G], float("-inf"), tl.float32)
-    total = tl.zeros([TILE, CLOSER_G], tl.float32)
-    before = tl.zeros([TILE, CLOSER_G], tl.float32)
+    most = tl.full([TILE, RERANK_G], float("-inf"), tl.float32)
+    total = tl.zeros([TILE, RERANK_G], tl.float32)
+    before = tl.zeros([TILE, RERANK_G], tl.float32)
     shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)  # programs of a part; all of them list its pages
     for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
         part = turn % parts
@@ -170,7 +170,7 @@ def closer_kernel(
                 byte = (codes ^ 128).to(tl.int8, bitcast=True)
                 if DIGITS:
                     radix = tl.where(tl.arange(0, 2) == 0, 256, 1)
-                    shape: tl.constexpr = (TILE * PAGE, CLOSER_G, 2)
+                    shape: tl.constexpr = (TILE * PAGE, RERANK_G, 2)
                     one = tl.sum(tl.reshape(tl.dot(low, of_low, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
                     two = tl.sum(tl.reshape(tl.dot(byte, of_byte, out_dtype=tl.int32), shape) * radix, 2).to(tl.float32)
                 else:
@@ -181,7 +181,7 @@ def closer_kernel(
                 products = tl.where((unit >= 0)[:, None], products, float("-inf"))
                 inside = there[:, None] & (group < G)[None, :]
                 coarse = tl.load(logits + group[None, :] * capacity + page[:, None], mask=inside, other=float("-inf"))
-                of_tokens = tl.reshape(products, (TILE, PAGE, CLOSER_G))
+                of_tokens = tl.reshape(products, (TILE, PAGE, RERANK_G))
                 largest = tl.max(of_tokens, 1)
                 base = tl.where(largest == float("-inf"), 0.0, largest)
                 fine = coarse + base + tl.log(tl.sum(tl.exp(of_tokens - base[:, None, :]), 1))
@@ -201,16 +201,16 @@ def closer_kernel(
                 most = higher
     highest = tl.max(most, 0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    mine = closer_stats + (bh * tl.num_programs(1) + tl.program_id(1)) * 3 * CLOSER_G + group
+    mine = rerank_stats + (bh * tl.num_programs(1) + tl.program_id(1)) * 3 * RERANK_G + group
     tl.store(mine, highest)
-    tl.store(mine + CLOSER_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
-    tl.store(mine + 2 * CLOSER_G, tl.sum(before, 0))
+    tl.store(mine + RERANK_G, tl.sum(total * tl.exp(most - shift[None, :]), 0))
+    tl.store(mine + 2 * RERANK_G, tl.sum(before, 0))
 
 
 @triton.jit
-def _goal(LOOKED_AT: tl.constexpr, wanted, pages):
-    """Pages to look at for `wanted` of them: `LOOKED_AT` times as many, or one more than there are, which is all; int32."""
-    return tl.minimum(wanted.to(tl.int64) * LOOKED_AT, pages + 1).to(tl.int32)
+def _goal(RERANK_FACTOR: tl.constexpr, wanted, pages):
+    """Pages to look at for `wanted` of them: `RERANK_FACTOR` times as many, or one more than there are, which is all; int32."""
+    return tl.minimum(wanted.to(tl.int64) * RERANK_FACTOR, pages + 1).to(tl.int32)
 
 
 @triton.jit
@@ -235,9 +235,9 @@ def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.cons
 
 
 @triton.jit
-def rate_closer_kernel(
-    step, plan, first_histogram, floors, histogram, factors, closer_stats, num_looks,
-    LOOKED_AT: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CLOSER_G: tl.constexpr,
+def rate_rerank_kernel(
+    step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_looks,
+    RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
     LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
@@ -249,37 +249,37 @@ def rate_closer_kernel(
             that are looked at, if they score as they do now. It goes down by one bin a step, or to the last. Written.
         histogram: int32 [B * H, BINS]: zeros, by `rate_kernel`. Added to, where pages have to be left out.
         factors: as `prepare_queries` left them.
-        closer_stats: as `closer_kernel` left them, of num_looks programs; LOOKS is that, rounded up to a power of two.
+        rerank_stats: as `rerank_kernel` left them, of num_looks programs; LOOKS is that, rounded up to a power of two.
         TILE: kept pages of a part that are rated at a time.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
-    closer = tl.load(step + CLOSER).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     scored = tl.load(row + NUM_SELECTED) < stop - first
     parts = tl.cdiv(stop, PART)
-    group = tl.arange(0, CLOSER_G)
+    group = tl.arange(0, RERANK_G)
     lane = tl.arange(0, TILE)
-    lse = tl.zeros([CLOSER_G], tl.float32)
+    lse = tl.zeros([RERANK_G], tl.float32)
     if scored & (tl.program_id(1) == tl.num_programs(1) - 1):
-        goal = _goal(LOOKED_AT, tl.load(row + NUM_SELECTED), stop - first)
+        goal = _goal(RERANK_FACTOR, tl.load(row + NUM_SELECTED), stop - first)
         upto = tl.cumsum(tl.load(first_histogram + bh * BINS + tl.arange(0, BINS)), 0)
         enough = tl.sum((upto < COUNTED * goal).to(tl.int32), 0)
         floor = tl.minimum(enough, tl.load(floors + bh) + 1)
         tl.store(floors + bh, tl.where(tl.max(upto, 0) < goal, BINS, floor))
     if scored:
         looks = tl.arange(0, LOOKS)
-        place = closer_stats + (bh * num_looks + looks)[None, :] * 3 * CLOSER_G + group[:, None]
+        place = rerank_stats + (bh * num_looks + looks)[None, :] * 3 * RERANK_G + group[:, None]
         known = (looks < num_looks)[None, :]
         most = tl.load(place, mask=known, other=float("-inf"))
-        sums = tl.load(place + CLOSER_G, mask=known, other=0.0)
-        share = tl.sum(tl.load(place + 2 * CLOSER_G, mask=known, other=0.0), 1)
-        old = tl.load(factors + bh * 4 * CLOSER_G + 3 * CLOSER_G + group)
+        sums = tl.load(place + RERANK_G, mask=known, other=0.0)
+        share = tl.sum(tl.load(place + 2 * RERANK_G, mask=known, other=0.0), 1)
+        old = tl.load(factors + bh * 4 * RERANK_G + 3 * RERANK_G + group)
         if not PADDED:  # counted pages instead of tokens
             old += tl.log(tl.full([], PAGE, tl.float32))
         # What was not looked at keeps its weight: a share of 1 - share of exp(old).

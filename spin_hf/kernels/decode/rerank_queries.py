@@ -1,4 +1,4 @@
-"""Queries as the closer look multiplies them with keys in four bits (see `attention/methods/four_bit_keys.py`). Called by
+"""Queries as reranking multiplies them with keys in four bits (see `attention/methods/four_bit_keys.py`). Called by
 `rate_kernel`.
 
     a byte of two levels = low + 16 * high
@@ -53,16 +53,16 @@ def _rotate(
 @triton.jit
 def prepare_queries(
     query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, scale, DIGITS: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, CLOSER_G: tl.constexpr, SPLITS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, RERANK_G: tl.constexpr, SPLITS: tl.constexpr,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Write what `closer_kernel` multiplies codes by, for one (sequence, KV head).
+    """Write what `rerank_kernel` multiplies codes by, for one (sequence, KV head).
 
     Args:
         query, query_b, query_h, basis, rotated: as for `_rotate`.
-        operands: [B * H, 2, rows, HALF] for low levels and for bytes; if DIGITS int8 of 2 * CLOSER_G rows (`common.digits`),
-            else CLOSER_G rows of the dtype in which codes are multiplied. Written.
-        factors: float32 [B * H, 4, CLOSER_G]: of both products, what is added to their sum, and the logarithm of the sum of all
+        operands: [B * H, 2, rows, HALF] for low levels and for bytes; if DIGITS int8 of 2 * RERANK_G rows (`common.digits`),
+            else RERANK_G rows of the dtype in which codes are multiplied. Written.
+        factors: float32 [B * H, 4, RERANK_G]: of both products, what is added to their sum, and the logarithm of the sum of all
             weights by means. Written.
         stats, num_splits: as `score_kernel` left them, with SINKS.
         scale: of the products.
@@ -70,9 +70,9 @@ def prepare_queries(
     _rotate(query, query_b, query_h, basis, rotated, bh, H, G, DK, BLOCK_K)
     tl.debug_barrier()
     copies: tl.constexpr = 2 if DIGITS else 1
-    copy = tl.arange(0, copies * CLOSER_G)
+    copy = tl.arange(0, copies * RERANK_G)
     half = tl.arange(0, HALF)
-    group = tl.arange(0, CLOSER_G)
+    group = tl.arange(0, RERANK_G)
     source = rotated + (bh * G + copy // copies)[:, None] * DK + 2 * half[None, :]
     real = (copy < copies * G)[:, None]
     even = tl.load(source, mask=real & (2 * half < DK)[None, :], other=0.0)
@@ -80,20 +80,20 @@ def prepare_queries(
     constant = tl.sum(odd * 0.5 - even * 7.5, 1)
     odd *= 0.0625
     even -= odd
-    low_factor = tl.full([CLOSER_G], 1.0, tl.float32) * scale
+    low_factor = tl.full([RERANK_G], 1.0, tl.float32) * scale
     byte_factor = low_factor
     if DIGITS:
-        even, low_unit = digits(even, 2 * CLOSER_G)
-        odd, byte_unit = digits(odd, 2 * CLOSER_G)
-        low_factor *= tl.max(tl.reshape(low_unit, (CLOSER_G, 2)), 1)
-        byte_factor *= tl.max(tl.reshape(byte_unit, (CLOSER_G, 2)), 1)
-        constant = tl.max(tl.reshape(constant, (CLOSER_G, 2)), 1)
-    size: tl.constexpr = copies * CLOSER_G * HALF
+        even, low_unit = digits(even, 2 * RERANK_G)
+        odd, byte_unit = digits(odd, 2 * RERANK_G)
+        low_factor *= tl.max(tl.reshape(low_unit, (RERANK_G, 2)), 1)
+        byte_factor *= tl.max(tl.reshape(byte_unit, (RERANK_G, 2)), 1)
+        constant = tl.max(tl.reshape(constant, (RERANK_G, 2)), 1)
+    size: tl.constexpr = copies * RERANK_G * HALF
     place = operands + bh * 2 * size + copy[:, None] * HALF + half[None, :]
     tl.store(place, even.to(operands.dtype.element_ty))
     tl.store(place + size, odd.to(operands.dtype.element_ty))
-    factor = factors + bh * 4 * CLOSER_G + group
+    factor = factors + bh * 4 * RERANK_G + group
     tl.store(factor, low_factor)
-    tl.store(factor + CLOSER_G, byte_factor)
-    tl.store(factor + 2 * CLOSER_G, constant * scale)
-    tl.store(factor + 3 * CLOSER_G, log_sums(stats, bh, num_splits, BLOCK_G, CLOSER_G, SPLITS))
+    tl.store(factor + RERANK_G, byte_factor)
+    tl.store(factor + 2 * RERANK_G, constant * scale)
+    tl.store(factor + 3 * RERANK_G, log_sums(stats, bh, num_splits, BLOCK_G, RERANK_G, SPLITS))

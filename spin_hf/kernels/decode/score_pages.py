@@ -55,7 +55,7 @@ def score_pages(
     key, value = (query, query) if new is None else new
     vectors = (2 if recipe.rating == Rating.BOUND else 1) * max(32, triton.next_power_of_2(width))
     item_bytes = 1 if shape.quantized[0] else shape.dtype.itemsize
-    if recipe.asks and not digits:
+    if recipe.projects_queries and not digits:
         item_bytes = 4  # vectors are converted
     launch(
         score_kernel, (buffers.num_streams, buffers.splits.score + (new is not None)), buffers.step, layer.descriptor, query,
@@ -63,10 +63,10 @@ def score_pages(
         *key.stride()[:2], *value.stride()[:2], APPEND=new is not None, DIGITS=digits, SUMMARY=triton_dtype(shape.dtype),
         QUANTIZED=shape.quantized[0], H=shape.num_heads, G=group, BLOCK_G=product_columns(group, digits), DK=shape.key_dim,
         DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, HOME_BYTES=shape.backing_bytes, BINS=NUM_BINS,
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, BACKING_BYTES=shape.backing_bytes, BINS=NUM_BINS,
         RUNS=shape.segments_at_a_time(vectors, item_bytes), SUMMARISE=recipe.summarised_by_append,
-        WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=recipe.looked_at > 0, ASKED=recipe.asks,
-        D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), num_warps=4, num_stages=1,
+        WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=recipe.rerank_factor > 0,
+        PROJECTED=recipe.projects_queries, D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def score_kernel(
     APPEND: tl.constexpr, DIGITS: tl.constexpr, SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    HOME_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
     BOXES: tl.constexpr, SINKS: tl.constexpr,
-    ASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
 
@@ -93,7 +93,7 @@ def score_kernel(
         WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
         BOXES: whether pages have boxes; of these the statistics are the largest and the smallest logit.
         SINKS: whether the pages before all candidates are scored too.
-        ASKED: whether queries are a method's own, in float32, so that vectors are converted to that.
+        PROJECTED: whether queries are a method's own, in float32, so that vectors are converted to that.
         D: size of vectors; DK, DV: of the token's key and value.
     """
     bh = tl.program_id(0)
@@ -101,7 +101,7 @@ def score_kernel(
     if APPEND and split == num_splits:
         append_page(
             step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
-            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, HOME_BYTES,
+            SUMMARY, QUANTIZED, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, BACKING_BYTES,
             SUMMARISE,
         )  # fmt: skip
     else:
@@ -129,7 +129,7 @@ def score_kernel(
             first = first * 0
         if scored & (begin < end):
             copies: tl.constexpr = 2 if DIGITS else 1
-            converted: tl.constexpr = QUANTIZED or ASKED
+            converted: tl.constexpr = QUANTIZED or PROJECTED
             copy = tl.arange(0, copies * BLOCK_G)
             queries = tl.load(
                 query + b * query_b + (h * G + copy // copies)[:, None] * query_h + column[None, :],

@@ -66,7 +66,7 @@ def select_pages(
         query_index: of the query in the step; group: query heads per KV head that were scored.
         most_listed: pages that a query lists at most; None if unknown.
     """
-    reranks, share = recipe.looked_at > 0, recipe.estimated_billionths
+    reranks, share = recipe.rerank_factor > 0, recipe.estimated_billionths
     tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
     if reranks:
         tile, few, few_tile, warps = _RERANKED_TILE, _RERANKED_TIED, _RERANKED_FEW_TILE, _RERANKED_WARPS

@@ -35,12 +35,12 @@ def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
     """As `reference_clustering.unit_vectors`: [S, H, n, D] in `dtype`."""
     if keys.stride(-1) != 1:
         keys = keys.contiguous()
-    stretches, heads, count, dim = keys.shape
+    spans, heads, count, dim = keys.shape
     points = torch.empty(keys.shape, dtype=dtype, device=keys.device)
     mean = keys.mean(2, dtype=torch.float32)
     tile = max(1, 4096 // triton.next_power_of_2(dim))
     with torch.cuda.device_of(keys):
-        unit_vectors_kernel[(stretches * heads, triton.cdiv(count, tile))](
+        unit_vectors_kernel[(spans * heads, triton.cdiv(count, tile))](
             keys, mean, points, count, heads, *keys.stride()[:3],
             D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["count", "heads"])
 def unit_vectors_kernel(
-    keys, mean, points, count, heads, stretch_stride, head_stride, token_stride,
+    keys, mean, points, count, heads, span_stride, head_stride, token_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (r, i) makes TILE points of row r = s * H + h.
@@ -35,7 +35,7 @@ def unit_vectors_kernel(
     place = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)
     inside = (place < count)[:, None] & (column < D)[None, :]
-    first = keys + row // heads * stretch_stride + row % heads * head_stride
+    first = keys + row // heads * span_stride + row % heads * head_stride
     x = tl.load(first + place[:, None] * token_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     x = tl.where(inside, x - tl.load(mean + row * D + column, mask=column < D, other=0.0)[None, :], 0.0)
     x = x / tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), 1e-12)[:, None]

@@ -115,7 +115,7 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
     assert all(len(cluster) == 1 for cluster in zones.clusters)
     pages = [page for (page,) in zones.clusters]
     exact, estimated = [token for page in zones.always for token in zones.held[page]], []
-    excess: list[list[float]] = [[] for _ in query]
+    logit_correction: list[list[float]] = [[] for _ in query]
     if pages:
         rated_pages = [page for page in sorted(zones.always) if page < pages[0]] + pages
         tokens = {page: zones.held[page] for page in rated_pages if zones.held[page]}
@@ -126,30 +126,30 @@ def expect(rules: Rules, method: Bisection, head: Head, query: np.ndarray, at: i
         rated = rules.scale * query @ np.array([mean[page] for page in rated_pages]).T + np.log(counts)
         by_means = rated.copy()
         candidates = {page: share for page, share in zip(rated_pages, shares(rated), strict=True) if page in pages}
-        looked_at = down_to(candidates, method.looked_at * zones.room, len(query))
+        rerank_factor = down_to(candidates, method.rerank_factor * zones.room, len(query))
         for page in rated_pages:
-            if page in pages and page not in looked_at:
+            if page in pages and page not in rerank_factor:
                 continue
             rated[:, rated_pages.index(page)] = np.log(np.exp(rules.scale * query @ pair[page][1].T).sum(1))
         found = dict(zip(rated_pages, shares(rated), strict=True))
-        chosen = best({page: found[page] for page in looked_at}, zones.room)
+        chosen = best({page: found[page] for page in rerank_factor}, zones.room)
         exact += [token for page in chosen for token in tokens[page]]
         for page in pages:
             if page not in chosen:
                 estimated.append((len(tokens[page]), mean[page], np.mean(head.values[tokens[page]], axis=0)))
                 more = rated[:, rated_pages.index(page)] - by_means[:, rated_pages.index(page)]
                 for g in range(len(query)):
-                    excess[g].append(bounded(float(more[g])))
+                    logit_correction[g].append(bounded(float(more[g])))
     sinks = [None] * len(query) if sinks is None else sinks
-    each = zip(query, sinks, excess, strict=True)
+    each = zip(query, sinks, logit_correction, strict=True)
     return np.array([softmax_over(rules, head, q, exact, estimated, sink, more) for q, sink, more in each])
 
 
-@pytest.mark.parametrize(("group", "looked_at"), [(1, 1), (1, 4), (3, 2)])
-def test_choice_and_estimate(group: int, looked_at: int) -> None:
+@pytest.mark.parametrize(("group", "rerank_factor"), [(1, 1), (1, 4), (3, 2)])
+def test_choice_and_estimate(group: int, rerank_factor: int) -> None:
     def run(seed: int) -> None:
         kv = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = compare_with_clustered_oracle(expect, Small(looked_at), kv, RULES, single_steps(182, 186))
+        driver = compare_with_clustered_oracle(expect, Small(rerank_factor), kv, RULES, single_steps(182, 186))
         assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
@@ -268,7 +268,7 @@ def test_what_is_wanted_together_lies_together() -> None:
     asked = 8 * direction.expand(1, 1, 2, 32, 32) + 0.1 * torch.randn((1, 1, 2, 32, 32), generator=generator)
 
     def pages_with_wanted(asked: torch.Tensor | None) -> int:
-        order = Bisection().arrange(keys, asked).order[0, 0].view(-1, 4)
+        order = Bisection().form_clusters(keys, asked).order[0, 0].view(-1, 4)
         return int(torch.isin(order, wanted).any(1).sum())
 
     assert pages_with_wanted(asked) <= 4
@@ -301,8 +301,8 @@ def halved(points: np.ndarray, rows: list[int]) -> list[int]:
 @pytest.mark.parametrize("dim", [5, 40])
 def test_bisect(count: int, dim: int) -> None:
     """Halves of more tokens than channels, and of fewer."""
-    stretch = torch.logspace(0.5, -0.7, dim)  # axes of different lengths, so that there is a first one
-    points = torch.randn((3, count, dim), generator=torch.Generator().manual_seed(count)) * stretch
+    span = torch.logspace(0.5, -0.7, dim)  # axes of different lengths, so that there is a first one
+    points = torch.randn((3, count, dim), generator=torch.Generator().manual_seed(count)) * span
     order = bisect(points, 8)
     for h in range(3):
         pages = [sorted(page) for page in order[h].view(-1, 8).tolist()]
@@ -352,8 +352,8 @@ def test_codes_are_kept_as_they_are() -> None:
     kept = {name: summary.values.dtype for name, summary in store.summaries.items()}
     assert kept == {"mean": torch.int8, "value": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16}
     assert store.budget.summary_bytes == (6 + 4) + (8 + 4) + 4 * 3 + 4 * 2
-    assert store.budget.regrouping_bytes == 8
-    assert store.budget.summary_bytes + store.budget.regrouping_bytes == sum(
+    assert store.budget.clustering_bytes == 8
+    assert store.budget.summary_bytes + store.budget.clustering_bytes == sum(
         array.row_bytes for array in store._arrays()[1:]
     )
     driver.cache.check_integrity()
@@ -361,5 +361,5 @@ def test_codes_are_kept_as_they_are() -> None:
 
 @pytest.mark.parametrize(("given", "error"), [(0, OptionError), (True, OptionTypeError), (1.5, OptionTypeError)])
 def test_parameters(given: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"looked_at: expected .*; pass looked_at=1 or more"):
+    with pytest.raises(error, match=r"rerank_factor: expected .*; pass rerank_factor=1 or more"):
         Bisection(given)

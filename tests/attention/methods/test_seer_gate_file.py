@@ -248,7 +248,7 @@ def test_where_the_config_does_not_say(
     with pytest.raises(
         OptionError, match="layer 0: expected a gate for 2 KV heads with 2 query heads each, of 8 numbers"
     ):
-        bound.kernel_queries(states, torch.zeros(1, dtype=torch.int64), 0)
+        bound.project_queries(states, torch.zeros(1, dtype=torch.int64), 0)
     kv = RandomKV.random(SHAPE, 1, 121, 0)
     with pytest.raises(OptionError, match=r"expected (a gate|gates) for 2 KV heads"):
         driver.step(kv, 0, 120)

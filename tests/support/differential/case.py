@@ -43,7 +43,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "clumped": lambda family: Clumped(),
     "select all": lambda family: SelectAll(),
     "select all, quest": lambda family: SelectAllQuest(dense_layers=0),
-    "select all, regrouped": lambda family: ShuffledWhole(),
+    "select all, clustered": lambda family: ShuffledWhole(),
 }
 """With spans so short that a context of some hundred tokens has several. The last three select all candidates."""
 
