@@ -309,9 +309,8 @@ class SpinCache(Cache):
         self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
         cluster.check_integrity(self._shared)
-        for layer in self.layers:
-            if isinstance(layer, SpinLayer):
-                layer.check_integrity()
+        for layer in self.paged_layers:
+            layer.check_integrity()
 
     def __copy__(self) -> SpinCache:
         """Another object with the same contents, as of transformers' caches: what happens to one happens to both."""
@@ -337,6 +336,11 @@ class SpinCache(Cache):
                 setattr(twin, name, deepcopy(attribute, memo))
         twin._bind(self._config, self.calls.model())
         return twin
+
+    @property
+    def paged_layers(self) -> list[SpinLayer]:
+        """The layers whose keys and values live in pages."""
+        return [layer for layer in self.layers if isinstance(layer, SpinLayer)]
 
     def _unpaged_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, SpinLayer)]

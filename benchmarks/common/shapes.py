@@ -133,7 +133,7 @@ def reserve_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "
     shared = cache._shared
     shared.sequences.begin(batch, num_tokens, None)
     key, value = states(config, 1, device, batch)
-    for layer in shared.layers:
+    for layer in cache.paged_layers:
         layer.lazy_initialization(key, value)
     shared.sequences.truncate(0)
     shared.sequences.free.sort(reverse=True)  # taken from the end: sequences lie one after the other, as without this

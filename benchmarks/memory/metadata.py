@@ -55,11 +55,11 @@ def held(batch_size: int, tokens: int, method: str, gpu_memory: int | str) -> tu
     shared = cache._shared
     shared.sequences.begin(batch_size, tokens, None)
     state = torch.empty((batch_size, shape.num_key_value_heads, 1, shape.head_dim), dtype=_DTYPE, device="meta")
-    for layer in shared.layers:
+    for layer in cache.paged_layers:
         layer.lazy_initialization(state, state)
         for array in layer.store._arrays():
             _ = array.address_table  # kernels ask for it
-    shared.commit()
+    cache._passes.commit()
     frames = shared.layers[0].store.frames
     return cache.stats(), 0 if frames is None else frames.slot_page.numel()
 

@@ -101,13 +101,13 @@ def find_spread(
 @contextmanager
 def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None]) -> Any:
     """While a model runs eager steps, call `record(layer, chosen)` after each layer: [B * KV heads, pages], bool."""
-    shared = cache._shared
+    passes, shared = cache._passes, cache._shared
 
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
-            kernels = shared.kernels_in_use()[0]
-            fixed = shared.plan.query(shared.sequences.start, kernels.device).fixed
+            kernels = passes.kernels.in_use()[0]
+            fixed = passes.plan.query(shared.sequences.start, kernels.device).fixed
             fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
                 kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, shared.sequences.num_pages
@@ -116,12 +116,12 @@ def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None])
 
         return recorded
 
-    for number, layer in enumerate(shared.layers):
+    for number, layer in enumerate(cache.paged_layers):
         layer.run = recording(number, layer.run)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in shared.layers:
+        for layer in cache.paged_layers:
             del layer.run
 
 
