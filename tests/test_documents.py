@@ -141,7 +141,7 @@ def test_files_and_folders_that_are_named_exist(page: Path) -> None:
 
 
 OLD_WORDS = re.compile(
-    r"reranking|looks? closer|looked at|\basks?\b|cluster|rearrang|trade places|span|\bhome\b|make way",
+    r"closer look|looks? closer|looked at|\basks?\b|regroup|rearrang|trade places|stretch|\bhome\b|make way",
     re.I,
 )
 """Words that the code has left behind."""
