@@ -1,1 +1,1 @@
-"""What is known of pages, kept up to date: summaries, clustering, padding that changes."""
+"""Page index maintenance: summaries, clustering, changes of padding."""

@@ -1,13 +1,13 @@
-"""ClusteringMethod: when tokens trade places, in all layers at once, and when they go back.
+"""Clusters tokens into spans, in all layers at once, and restores position order.
 
-    cluster_new_tokens   before a step: what the last forward put off
-    grow       enough tokens have left the recent window                     ->  a span, or several
-    restore    before a crop, or padding that changes                         ->  the spans that it touches are runs again
+    cluster_new_tokens   before a step                                   ->  `grow`, then summarize stale pages
+    grow                 enough tokens have left the recent window       ->  one or more new spans
+    restore, in_order    before a crop or a change of padding            ->  the spans it touches are in position order again
 
-Both are the host's work in an eager place, between two steps: `CacheState.begin`, `truncate` and `reconcile`. A layer is
-always consistent by itself, as its store knows what stands where: whatever is interrupted leaves a cache that is right, and
-`grow` goes on where it was, with the layers that have not been `clustered_pages` so far.
-PageTable that share segments are clustered_pages once; where they share a part of a span only, each gets its own copy.
+All run on the host, eagerly, between two steps. Every layer's store knows its own token order, so an interruption leaves a
+valid cache. `grow` then continues with the layers that have fewer `clustered_pages` than there are pages in spans.
+
+Pages of sequences that share segments are clustered once. If sequences share only part of a span, each gets its own copy.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("spin_hf")
 
 SLACK_TOKENS = 64
-"""Tokens behind the recent window that stay where they are, so that a verification may take some back."""
+"""Tokens before the recent window that are not clustered yet, so that assisted generation can crop rejected tokens cheaply."""
 
 _TOKENS_AT_ONCE = 32768
-"""Most tokens of a sequence that are clustered at a time, and of all that a method arranges: bounds temporary memory."""
+"""Most tokens clustered at a time, per sequence and per call of the method. Bounds temporary memory."""
 
 Pages = list[tuple[int, int]]
+"""[first, stop) ranges of pages."""
 
 
 class Run(NamedTuple):
-    """Pages [first, stop) of sequences that hold the same there, to be clustered_pages as one."""
+    """Pages [first, stop), clustered once for all `sequences`, which share them."""
 
     sequences: list[int]
     first: int
@@ -54,27 +55,27 @@ class Run(NamedTuple):
 
 
 def cluster_new_tokens(state: CacheState) -> None:
-    """Cluster what has become old enough, and summarise what waited for that. Cheap where there is nothing to do.
+    """Cluster tokens that left the recent window, and summarize stale pages. Cheap if there is nothing to do.
 
     Raises:
-        as `grow`; what waits is done by the next step then.
+        CacheStateError: as for `grow`. Stale pages are then summarized before the next step.
     """
     grow(state)
     summarize_stale(state)
     for layer in state.layers:
-        layer.observation_queries = None  # of tokens to come nobody knows yet what asks for them
+        layer.observation_queries = None  # they belong to the prompt just clustered, not to later tokens
 
 
 def grow(state: CacheState) -> None:
-    """Cluster what has become old enough, if that is enough. Cheap where it is not.
+    """Cluster tokens that left the recent window, once there are `cluster_interval` of them. Cheap otherwise.
 
     Raises:
-        CacheStateError: the method's arrangement loses tokens or pages. Where it does, they stay in order.
+        CacheStateError: the method returned an invalid order or cluster sizes. Those pages stay in position order.
     """
     sequences, method, options = state.sequences, state.method, state.options
     if not isinstance(method, ClusteringMethod):
         return
-    _cluster_layers(state, method)  # there is something to do where it was interrupted
+    _cluster_layers(state, method)  # continue after an interruption
     window = options.recent_window + SLACK_TOKENS
     first, stop = sequences.spans.num_pages, (sequences.length - window) // sequences.page_size
     planned = sequences.spans.planned
@@ -96,16 +97,16 @@ def grow(state: CacheState) -> None:
         stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.span_tokens // sequences.page_size))
         at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
         stops = [first + stop for stop in stops]
-        planned = (sequences.length, first, [stops[part : part + at_once] for part in range(0, len(stops), at_once)])
+        planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
         _add_spans(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
 
 
 def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
-    """Put tokens back in order that may not be out of it with padding as in `valid`, where all of them stay.
+    """Restore position order where the padding `valid` does not allow clustering. Drops the affected spans.
 
     Args:
-        valid: [B, >= length], bool; None for no padding.
+        valid: [B, >= length], bool, False for padding; None for none.
         length: tokens that every layer holds.
     """
     left = in_order(state, valid, length)
@@ -115,14 +116,15 @@ def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
 
 
 def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredSpans:
-    """Put tokens back in order that may not be out of it once `length` of them are left, with padding as in `valid`.
+    """Restore position order where a crop to `length` tokens with padding `valid` does not allow clustering.
 
-    Those behind `length` stay where they are, so the spans are what they were until the others are gone.
+    Spans wholly behind `length` are not reordered. The page table's spans do not change; the caller sets the returned ones.
 
     Args:
-        valid: [B, >= length], bool; None for no padding.
+        valid: [B, >= length], bool, False for padding; None for none.
+        length: tokens left after the crop.
     Returns:
-        The spans that are left then.
+        The remaining spans.
     """
     sequences, spans = state.sequences, state.sequences.spans
     left = length - spans.num_pages * sequences.page_size
@@ -132,27 +134,27 @@ def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredS
     lowest = int(touched[0]) if touched.numel() else spans.num_pages
     while spans.num_pages > min(lowest, length // sequences.page_size):
         first, stop = spans.bounds[-1]
-        if first * sequences.page_size < length:  # else none of it is left
+        if first * sequences.page_size < length:  # else the crop drops it
             for group in together(state, stop - first):
-                for layer in group:  # to be clustered_pages again, where an interruption leaves the span as it is
+                for layer in group:  # if interrupted, the span is clustered again
                     layer.clustered_pages = min(layer.clustered_pages, first)
                 stores = stores_of(group)
                 order = permute_pages.positions(stores, first, stop).flatten(2).argsort(2)
-                partitions = order.new_ones((*order.shape[:2], stop - first))
+                cluster_pages = order.new_ones((*order.shape[:2], stop - first))
                 content = permute_pages.content(stores, first, stop)
-                _rearrange(state.method, group, first, stop, order, partitions, content)
+                _permute_span(state.method, group, first, stop, order, cluster_pages, content)
         spans = spans.without_last()
     return spans
 
 
 def forget_clustered(state: CacheState) -> None:
-    """Note that no layer has clustered_pages more than there are spans."""
+    """Lower `clustered_pages` of all layers to the pages in spans."""
     for layer in state.layers:
         layer.clustered_pages = min(layer.clustered_pages, state.sequences.spans.num_pages)
 
 
 def check_integrity(state: CacheState) -> None:
-    """Raise CacheStateError where tokens traded places that must be in order: sinks, recent ones, pages with padding."""
+    """Raise CacheStateError if sinks, recent pages or pages with padding are clustered. Summarizes stale pages first."""
     summarize_stale(state)
     sequences = state.sequences
     if sequences.spans.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
@@ -160,40 +162,40 @@ def check_integrity(state: CacheState) -> None:
 
 
 def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:
-    """Clustered pages that may not be, once `length` tokens are left: [B, pages in spans], bool."""
+    """Clustered pages that must not be with `length` tokens and padding `valid`: [B, pages in spans], bool."""
     sequences, options = state.sequences, state.options
     may_move = pages_that_may_move(
         valid, sequences.batch_size, length, sequences.page_size, options.num_sink_tokens, options.recent_window
     )
-    misplaced = sequences.spans.grouped.clone()
+    misplaced = sequences.spans.clustered.clone()
     misplaced[:, : may_move.shape[1]] &= ~may_move[:, : misplaced.shape[1]]
     return misplaced
 
 
 def _cut(may_move: list[bool], most: int) -> list[int]:
-    """Where to cut pages into spans: equal parts of `most` pages or fewer, the first one with what must stay before it.
+    """Cut pages into equal spans of at most `most` pages. Returns the page behind each span.
 
-    What is then left, fewer pages than there are parts, waits for the next time.
+    The first span also covers the leading pages that must not move. A remainder of fewer pages than spans is left for later.
     """
     lead = may_move.index(True) if True in may_move else 0
-    parts = -(-(len(may_move) - lead) // most)
-    each = (len(may_move) - lead) // parts
-    return [lead + each * (part + 1) for part in range(parts)]
+    count = -(-(len(may_move) - lead) // most)
+    each = (len(may_move) - lead) // count
+    return [lead + each * (number + 1) for number in range(count)]
 
 
 def _add_spans(
     state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan
 ) -> None:  # fmt: skip
-    """Cluster the pages `may_move` [B, N] of the spans that end at `stops`, in one go in each layer; `planned` is next."""
+    """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them."""
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]
-    grouped = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
+    clustered = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
     for group in together(state, stop - first):
         permute_pages.write_runs(stores_of(group), first, stop)
         for layer in group:
             layer.clustered_pages = first
     spans = sequences.spans.copy()
-    for end, moves in zip(stops, grouped, strict=True):
+    for end, moves in zip(stops, clustered, strict=True):
         spans.append(end, moves)
     spans.planned = planned if planned[2] else None
     sequences.set_spans(spans)
@@ -201,68 +203,68 @@ def _add_spans(
 
 
 def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
-    """Arrange what the newest spans hold in the layers where that has not been done."""
+    """Cluster the newest spans in the layers where that has not been done."""
     spans = state.sequences.spans
     layers = [layer for layer in state.layers if layer.store is not None and layer.clustered_pages < spans.num_pages]
     if not layers:
         return
     first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
-    runs = [run for start, end in spans.bounds if start >= first for run in _runs_in(state, start, end)]
-    flawless = []
+    runs = [run for start, end in spans.bounds if start >= first for run in _span_runs(state, start, end)]
+    valid = []
     for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
-        order, partitions, sound = _form_clusters(
+        order, cluster_pages, sound = _form_clusters(
             method, stores_of(group), content, first, runs, _observation_queries(group)
         )
-        _rearrange(state.method, group, first, stop, order, partitions, content, stop)
-        flawless += sound
-    if flawless and not bool(torch.stack(flawless).all()):  # the only waiting for the device
+        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop)
+        valid += sound
+    if valid and not bool(torch.stack(valid).all()):  # the only synchronization
         raise CacheStateError(
-            f"method {method}: expected arrange to return a permutation of the tokens of a span in each KV head, and "
-            "pages_per_cluster that cover every page once, got numbers or pages twice or not at all; correct the method"
+            f"method {method}: expected form_clusters to return a permutation of a span's tokens for each KV head and "
+            "pages_per_cluster that cover every page once, got missing or repeated tokens or pages; correct the method"
         )
 
 
 def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> Tensor:
-    """Copies of what sequences share in part of a span.
+    """Unshare a span between sequences that move different pages of it.
 
     Returns:
-        `may_move` [B, n], or nothing where the caps have no room for copies.
+        `may_move` [B, n], bool; all False if the caps leave no room for the copies.
     """
     sequences = state.sequences
-    pages = [_runs_of(row) for row in may_move.tolist()]
+    pages = [_movable_runs(row) for row in may_move.tolist()]
     try:
-        for rows in _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
+        for rows in _group_equal(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
             if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
     except (BudgetError, CapacityError) as error:
-        if error.available_bytes is None:  # no cap says so: memory has run out
+        if error.available_bytes is None:  # not a cap: memory ran out
             raise
         if not state.warned_clustering:
             state.warned_clustering = True
-            logger.warning("tokens stay ungrouped, as there is no room for copies of what sequences share: %s", error)
+            logger.warning("tokens stay unclustered, as there is no room for copies of what sequences share: %s", error)
         return torch.zeros_like(may_move)
     return may_move
 
 
-def _runs_in(state: CacheState, first: int, stop: int) -> list[Run]:
-    """The runs of a span that are to be clustered_pages, each once for the sequences that hold the same."""
+def _span_runs(state: CacheState, first: int, stop: int) -> list[Run]:
+    """Runs of a span to be clustered, once for all sequences that share them."""
     sequences = state.sequences
-    pages = [_runs_of(row) for row in sequences.spans.grouped[:, first:stop].tolist()]
-    groups = _alike(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
+    pages = [_movable_runs(row) for row in sequences.spans.clustered[:, first:stop].tolist()]
+    groups = _group_equal(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
     return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 
-def _alike(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
-    """PageTable in groups that hold the same segments, and may move the same pages."""
+def _group_equal(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
+    """Group the sequences that share `segments` and may move the same pages."""
     groups: dict[object, list[int]] = {}
     for row, held in enumerate(directory):
         groups.setdefault((tuple(held[index] for index in segments), tuple(runs[row])), []).append(row)
     return list(groups.values())
 
 
-def _runs_of(may_move: list[bool]) -> Pages:
-    """First page and the page behind, of each run of two or more pages that may move."""
+def _movable_runs(may_move: list[bool]) -> Pages:
+    """[first, stop) of each run of two or more pages that may move."""
     runs, start = [], 0
     for page, moves in enumerate([*may_move, False]):
         if not moves:
@@ -280,29 +282,30 @@ def _form_clusters(
     runs: list[Run],
     observation_queries: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Order [L * B, H, tokens] and partitions [L * B, H, n] of pages from `first` on; those outside of runs stay.
+    """Let the method cluster the pages from `first` on. Pages outside of runs keep their order.
 
     Args:
         content: the pages, [L * B, H, n, page elements].
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
     Returns:
-        Also whether what the method made of runs is sound, on the device; runs of which it is not stay as they are.
+        order [L * B, H, tokens], pages per cluster [L * B, H, n], and for each call of the method whether its result is valid
+        ([], bool, on the device). Runs with an invalid result keep their order.
     """
-    layers, size, sound = len(stores), stores[0].page_size, []
+    layers, size, valid = len(stores), stores[0].page_size, []
     keys = stores[0].backing_layout.take(content)[0].unflatten(0, (layers, -1))
     order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
-    partitions = order.new_ones(keys.shape[:4])
-    for alike in _of_one_length(runs, _TOKENS_AT_ONCE // size):
-        parts = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
-        inside = torch.stack(parts).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
+    cluster_pages = order.new_ones(keys.shape[:4])
+    for alike in _by_length(runs, _TOKENS_AT_ONCE // size):
+        of_runs = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
+        inside = torch.stack(of_runs).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
         queries = (
             None
             if observation_queries is None
             else torch.stack([observation_queries[:, run.sequences[0]] for run in alike]).flatten(0, 1)
         )
         made = method.form_clusters(inside, queries)
-        good = _is_sound(method, made, inside.shape[:3], size)
-        sound.append(good)
+        good = _is_valid(method, made, inside.shape[:3], size)
+        valid.append(good)
         for run, places, pages in zip(
             alike,
             made.order.unflatten(0, (-1, layers)),
@@ -316,19 +319,19 @@ def _form_clusters(
                 stay = order[:, row, :, start * size : end * size]
                 stay.copy_(torch.where(good, places + start * size, stay))
                 if pages is not None:
-                    partitions[:, row, :, start:end] = pages.where(good, 1)
-    return order.flatten(0, 1), partitions.flatten(0, 1), sound
+                    cluster_pages[:, row, :, start:end] = pages.where(good, 1)
+    return order.flatten(0, 1), cluster_pages.flatten(0, 1), valid
 
 
 def _observation_queries(layers: list[LayerState]) -> Tensor | None:
-    """What a prompt's end asked, in all of the layers: [L, B, H, G, n, D]; None where some have nothing, or differ."""
+    """Observation queries of all layers: [L, B, H, G, n, D]; None if a layer has none or shapes differ."""
     held = [layer.observation_queries for layer in layers if layer.observation_queries is not None]
     alike = len(held) == len(layers) and all(queries.shape == held[0].shape for queries in held)
     return torch.stack(held) if alike else None
 
 
-def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
-    """Runs of as many pages each, `most_pages` in all or a single one."""
+def _by_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
+    """Batches of runs of equal length, of at most `most_pages` pages or a single run."""
     by_length: dict[int, list[Run]] = {}
     for run in runs:
         by_length.setdefault(run.stop - run.first, []).append(run)
@@ -337,20 +340,23 @@ def _of_one_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
         yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
 
 
-def _rearrange(
+def _permute_span(
     method: Method,
     layers: list[LayerState],
     first: int,
     stop: int,
     order: Tensor,
-    partitions: Tensor,
+    cluster_pages: Tensor,
     content: Tensor,
     clustered_pages: int = 0,
 ) -> None:
-    """Rearrange a span of layers, or leave them as they were, and index it; where that fails, it is left to `summarize_stale`.
+    """Permute the tokens of a span, in all of the layers or in none, then summarize it.
+
+    If summarizing fails, the pages stay stale until `summarize_stale`.
 
     Args:
-        clustered_pages: pages of spans that are clustered_pages in these layers then, if that is more than before.
+        order, cluster_pages, content: as for `permute_pages.permute_tokens`.
+        clustered_pages: lower bound of the layers' `clustered_pages` afterwards.
     """
     stores, before = stores_of(layers), [layer.clustered_pages for layer in layers]
     for layer in layers:
@@ -361,32 +367,32 @@ def _rearrange(
             layer.clustered_pages = each
 
     marks = partial(note, [max(each, clustered_pages) for each in before]), partial(note, before)
-    moved = permute_pages.permute_tokens(stores, first, stop, order, partitions, content, marks)
+    moved = permute_pages.permute_tokens(stores, first, stop, order, cluster_pages, content, marks)
     index_pages(stores, method, layers[0].number, first, stop, moved)
     for layer in layers:
         layer.mark_summarized(first, stop)
 
 
-def _is_sound(method: ClusteringMethod, made: TokenClusters, shape: torch.Size, page_size: int) -> Tensor:
-    """Whether an arrangement loses nothing, on the device. Raises CacheStateError where its shapes are wrong."""
+def _is_valid(method: ClusteringMethod, made: TokenClusters, shape: torch.Size, page_size: int) -> Tensor:
+    """Whether clusters cover all tokens and pages once: [], bool, on the device. Raises CacheStateError on wrong shapes."""
     order, pages = made.order, made.pages_per_cluster
     expected = torch.Size((*shape[:2], shape[2] // page_size))
     if pages is not None and not method.multi_page_clusters:
         raise CacheStateError(
-            f"method {method}: expected arrange to return no pages_per_cluster, as multi_page_clusters is False, got some; "
-            "correct the method"
+            f"method {method}: expected form_clusters to return no pages_per_cluster, as multi_page_clusters is False, got "
+            "some; correct the method"
         )
     if order.shape != shape or (pages is not None and pages.shape != expected):
         raise CacheStateError(
-            f"method {method}: expected arrange to return an order {tuple(shape)} and pages_per_cluster {expected} or None, "
-            f"got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
+            f"method {method}: expected form_clusters to return an order {tuple(shape)} and pages_per_cluster {expected} or "
+            f"None, got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
         )
-    sound = _times_each(order).eq(1).all()
-    return sound if pages is None else sound & tiles(pages)
+    valid = _counts(order).eq(1).all()
+    return valid if pages is None else valid & tiles(pages)
 
 
-def _times_each(order: Tensor) -> Tensor:
-    """How often an order [..., n] has each of the n places, and at the end one more than it has other numbers: [..., n + 1]."""
+def _counts(order: Tensor) -> Tensor:
+    """Occurrences of each index 0 to n - 1 in an order [..., n], then 1 + the number of other values: [..., n + 1]."""
     count = order.shape[-1]
     places = torch.where((order >= 0) & (order < count), order, count)
     times = order.new_zeros((*order.shape[:-1], count + 1))

@@ -1,11 +1,11 @@
-"""Padding that changes: tokens held may have become padding, or real again, with the mask of the next forward.
+"""Changes of padding: the next forward's mask may turn held tokens into padding, or back into real tokens.
 
-    mask [B, tokens]  ->  tokens that differ  ->  their pages are in order and unshared  ->  bits  ->  summaries
+    mask [B, tokens]  ->  changed tokens  ->  uncluster and unshare their pages  ->  write the mask  ->  summaries
 
-Where memory runs out before the bits are written nothing has changed. Behind that the summaries are made before the next
-step, as layers know which are stale (`LayerState.invalidate`).
+If memory runs out before the mask is written, nothing has changed. The changed pages are marked stale (`LayerState.invalidate`)
+and summarized before the next step.
 
-Of new tokens the mask function notes what the mask says, and the first layer takes that (`CacheState.noted`).
+The validity of new tokens is stored in `CacheState.noted` when the mask is made, and taken by the first layer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def check_mask(batch_size: int, mask: Tensor | None) -> None:
-    """Raise BatchSizeError where a padding mask is not one of this batch. Without padding it says nothing, as in transformers.
+    """Raise BatchSizeError if a padding mask has another batch size. A mask without padding is ignored, as in transformers.
 
     Args:
         batch_size: sequences of the forward.
-        mask: [B, tokens], bool; None for no padding.
+        mask: [B, tokens], bool, False for padding; None for none.
     """
     if mask is not None and mask.shape[0] != batch_size and not bool(mask.all()):
         raise BatchSizeError(
@@ -38,17 +38,17 @@ def check_mask(batch_size: int, mask: Tensor | None) -> None:
 
 
 def note(state: CacheState, mask: Tensor | None) -> None:
-    """Keep which tokens of the forward to come are real until the next mask is made; `mask` as for `reconcile`."""
+    """Store the validity of the next forward's new tokens, until the next mask is made. `mask` as for `reconcile`."""
     state.noted = None if mask is None else mask[:, state.committed :]
 
 
 def take(state: CacheState, mask: Tensor | None) -> Tensor | None:
-    """Reconcile a cache with the padding mask of a step of one token.
+    """Apply the padding mask of a step of one token.
 
     Args:
-        mask: [B, tokens], bool; None for no padding.
+        mask: [B, tokens], bool, False for padding; None for none.
     Returns:
-        validity [B, 1] of the new tokens, or None where nothing is padding.
+        Validity [B, 1] of the new tokens; None without padding.
     """
     sequences = state.sequences
     if sequences.mask.valid is None and (mask is None or bool(mask.all())):
@@ -59,14 +59,14 @@ def take(state: CacheState, mask: Tensor | None) -> Tensor | None:
 
 @outside_inference_mode
 def accept(state: CacheState, batch_size: int, mask: Tensor | None) -> None:
-    """Take the padding mask of a forward: of the tokens held, where it changes them, and of the new ones.
+    """Apply the padding mask of a forward to the tokens held, and store it for the new ones.
 
     Args:
         batch_size: sequences of the forward.
         mask: [B, tokens held and new], bool, False for padding; None for none.
     Raises:
-        BatchSizeError: the batch, or its mask, is of other sequences than those held.
-        BudgetError, CapacityError: there is no room for copies of pages that sequences share; nothing has changed.
+        BatchSizeError: the batch or its mask has another number of sequences than the cache holds.
+        BudgetError, CapacityError: no room for copies of shared pages. Nothing has changed.
     """
     check_mask(batch_size, mask)
     if state.committed:
@@ -76,12 +76,12 @@ def accept(state: CacheState, batch_size: int, mask: Tensor | None) -> None:
 
 
 def reconcile(state: CacheState, mask: Tensor | None) -> None:
-    """Take the padding mask of a batch whose tokens a cache holds.
+    """Apply a padding mask to the tokens held. Unclusters, unshares and invalidates the changed pages.
 
     Args:
         mask: [B, tokens held and new], bool, False for padding; None for none.
     Raises:
-        BudgetError, CapacityError: there is no room for copies of pages that sequences share; nothing has changed.
+        BudgetError, CapacityError: no room for copies of shared pages. Nothing has changed.
     """
     sequences, length = state.sequences, state.committed
     changed = sequences.mask.changed_tokens(mask, length)
@@ -92,6 +92,6 @@ def reconcile(state: CacheState, mask: Tensor | None) -> None:
     pages = range(int(tokens.min()) // sequences.page_size, int(tokens.max()) // sequences.page_size + 1)
     for row in changed.any(1).nonzero().flatten().tolist():
         sequences.unshare([row], pages)
-    for layer in state.layers:  # before the bits are written, so that an interruption does not lose it
+    for layer in state.layers:  # before the mask is written, so that an interruption does not lose it
         layer.invalidate(pages.start, min(pages.stop, length // sequences.page_size))
     sequences.replace_padding(mask, length)

@@ -1,10 +1,10 @@
-"""The index operation on the pages of a layer: summaries from what the pages hold.
+"""Summaries: computes them from pages and keeps them up to date.
 
     pages [first, stop)  --method-->  summaries  -->  rows of the store
 
-Whoever changes a complete page calls `index_pages`, or says that it is stale (`LayerState.invalidate`), which is dealt with
-before the next step: of a prompt all pages are, as a method may cluster them first, and others where they took another form
-or memory ran out. `check_summaries` compares with what the pages give.
+Code that changes a full page either re-indexes it (`index_pages`) or marks it stale (`LayerState.invalidate`). Stale pages are
+summarized before the next step. A prefill marks all its pages stale, because clustering may move their tokens first. A change
+of storage layout, or an out-of-memory error, also leaves pages stale. `check_summaries` recomputes and compares.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
 _BYTES_AT_ONCE = 1 << 30
-"""Most bytes of pages that are worked on at a time, unless one layer has more: bounds temporary memory."""
+"""Most bytes of pages processed in one call, unless one layer has more. Bounds temporary memory."""
 
 _INDEX_TOKENS = 32768
-"""Tokens indexed at a time, which bounds the temporary memory of a long prefill."""
+"""Tokens summarized at a time. Bounds the temporary memory of a long prefill."""
 
 
 def summarize_stale(state: CacheState) -> None:
-    """Summarise, in all layers, the pages that are stale; what is not, for lack of memory, stays stale."""
+    """Summarize the stale pages of all layers. If memory runs out, the rest stays stale."""
     complete = state.sequences.length // state.sequences.page_size
     waiting: dict[tuple[int, int], list[LayerState]] = {}
     for layer in state.layers:
@@ -54,7 +54,12 @@ def summarize_stale(state: CacheState) -> None:
 def together(
     state: CacheState, num_pages: int, layers: list[LayerState] | None = None
 ) -> Iterator[list[LayerState]]:  # fmt: skip
-    """Layers (all, unless some are given) whose pages are worked on in one call, as many as temporary memory allows."""
+    """Batches of layers whose pages can be processed in one call, as many as temporary memory allows.
+
+    Args:
+        num_pages: pages per sequence that the call processes.
+        layers: default: all layers. Layers without pages are skipped.
+    """
     groups: dict[Hashable, list[tuple[LayerState, PageStore]]] = {}
     for layer in state.layers if layers is None else layers:
         if layer.store is not None:
@@ -69,45 +74,46 @@ def together(
 
 
 def stores_of(layers: list[LayerState]) -> list[PageStore]:
-    """The pages of layers that have some."""
+    """Page stores of the layers that have one."""
     return [layer.store for layer in layers if layer.store is not None]
 
 
 def index_pages(
     stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
 ) -> None:
-    """Summarise the complete pages [first, stop) of all sequences of paged layers that are alike. Writes summaries.
+    """Summarize the full pages [first, stop) of all sequences, in layers from one batch of `together`. Writes summaries.
 
-    Partitions of several pages must lie inside.
+    Clusters must not cross `first` or `stop`.
 
     Args:
-        layer: number of the only layer, or of one of those that the method treats alike.
-        content: these pages as they are kept, [L * B, H, n, page elements], if somebody has read them already.
+        layer: number of one of the layers; the method must treat them alike.
+        content: these pages in the backing layout, [L * B, H, n, page elements], if already read.
     """
     one = stores[0]
-    whole = min(stop, max(first, one.sequences.spans.num_pages))
+    in_spans = min(stop, max(first, one.sequences.spans.num_pages))  # summarized at once, as clusters must not be cut
     at_once = max(1, _INDEX_TOKENS // one.page_size)
-    parts = [(first, whole), *((start, min(start + at_once, stop)) for start in range(whole, stop, at_once))]
-    for start, end in parts:
+    ranges = [(first, in_spans), *((start, min(start + at_once, stop)) for start in range(in_spans, stop, at_once))]
+    for start, end in ranges:
         if start < end:
             inside = None if content is None else content[:, :, start - first : end - first]
-            rows, made = _summarise(stores, method, layer, start, end, inside)
+            rows, made = _summarize(stores, method, layer, start, end, inside)
             for name, vectors in made.items():
                 summary = one.summaries[name]
-                for which, kept in enumerate(summary.stored(vectors)):
+                for which, encoded in enumerate(summary.stored(vectors)):
                     arrays = [store.summaries[name].arrays[which] for store in stores]
-                    put_all(arrays, rows, kept.unflatten(0, (len(stores), -1)))
+                    put_all(arrays, rows, encoded.unflatten(0, (len(stores), -1)))
 
 
 def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:
-    """Raise CacheStateError where a summary is not what its page or partition gives.
+    """Raise CacheStateError if a stored summary differs from one recomputed from its page or cluster.
 
     Args:
-        layer_idx: the layer's number in the model, for the message.
-        exact: whether to the last bit; else up to the rounding of another order of summation.
+        layer: number of the layer among the paged layers.
+        layer_idx: number of the layer in the model, for the message.
+        exact: compare bitwise; else allow for rounding by another order of summation.
     """
     stop = store.sequences.length // store.page_size
-    rows, expected = _summarise([store], method, layer, 0, stop)
+    rows, expected = _summarize([store], method, layer, 0, stop)
     for name, vectors in expected.items():
         summary = store.summaries[name]
         held, vectors = summary.take(rows), summary.rounded(vectors)
@@ -117,10 +123,10 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
             )
 
 
-def _summarise(
+def _summarize(
     stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
 ) -> tuple[Tensor, Summaries]:
-    """Rows [B, H, n] and summaries [L * B, H, n, ...] of the complete pages [first, stop), from their contents."""
+    """Rows [B, H, n] and newly computed summaries [L * B, H, n, ...] of the full pages [first, stop)."""
     one, rows = stores[0], stores[0].rows(first, stop)
     if content is None:
         content = permute_pages.content(stores, first, stop)
@@ -134,7 +140,10 @@ def _summarise(
 
 
 def tokens_of(sequences: PageTable, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of the tokens of pages [first, stop): which are no padding, and where they stand if a method asks: [B, 1, n, P]."""
+    """Validity (bool) and positions (int64) of the tokens of pages [first, stop): [B, 1, n, P] each.
+
+    Positions are None unless the page table stores them.
+    """
     size = sequences.page_size
     tokens, shape = (first * size, stop * size), (sequences.batch_size, 1, stop - first, size)
     held, positions = sequences.mask.valid, None
@@ -148,12 +157,12 @@ def tokens_of(sequences: PageTable, first: int, stop: int, device: torch.device)
 
 
 def _same(held: Tensor, expected: Tensor) -> bool:
-    """Equal; what keys that are not numbers give is not a number either."""
+    """Equal, with NaN equal to NaN."""
     return torch.equal(held, expected) or bool(((held == expected) | (held.isnan() & expected.isnan())).all())
 
 
 def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:
-    """Equal but for the rounding of another order of summation, which kernels have: one step of int8 at most."""
+    """Equal up to rounding by a kernel's order of summation: at most one int8 step if quantized."""
     if not expected.numel():
         return True
     tolerance = (1 / 126 if quantized else 8 * torch.finfo(held.dtype).eps) * float(expected.abs().max())

@@ -1,1 +1,1 @@
-"""How much memory a cache takes, and whether there is enough."""
+"""Memory planning: what a cache needs, caps, admission control and reclaim."""

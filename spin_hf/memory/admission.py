@@ -1,10 +1,10 @@
-"""Whether the first tokens of a batch may come: said when the mask is made, before the model computes anything.
+"""Admission control: rejects a new batch that exceeds the memory caps, when its mask is built and before any layer runs.
 
-    layers with pages, of a batch that was there before    their budgets say
-    layers without                                         budgets foreseen by the model's or config's dtype and heads
+    layers with pages from an earlier batch    checked against their budgets
+    other layers                               checked against budgets from the dtype and heads of the model or config
 
-What is foreseen has to be certain, as a refusal must never be one too many; where it is not, a layer judges when its first
-keys come. Tokens that come later are judged by the layers (`PageTable.check_room`).
+A prediction is used only if it is certain, so that no batch is rejected that would fit. Otherwise a layer checks when it gets
+its first keys. Later tokens are checked by the layers (`PageTable.check_room`).
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from .layer_budget import LayerShape, layer_shapes
 
 
 def check_first_batch(state: CacheState, gpu: GpuMemory, num_tokens: int, batch_size: int) -> None:
-    """Refuse the first tokens of a batch if the caps do not hold them.
+    """Reject the first tokens of a batch if they exceed the caps.
 
     Args:
         gpu: the caps.
-        num_tokens: of each sequence.
+        num_tokens: tokens of each sequence.
     Raises:
-        BudgetError, CapacityError: nothing has changed.
+        BudgetError, CapacityError: a cap is exceeded. Nothing has changed.
     """
     sequences = state.sequences
     room = sequences.first_room(batch_size, num_tokens)
     for store in sequences.stores:
         store.check(*room)
     if len(sequences.stores) < len(state.layers):
-        check_all(_budgets(state, gpu, room), *room)
+        check_all(_certain_budgets(state, gpu, room), *room)
 
 
-def _budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, int]) -> set[TierBudget]:
-    """Of the layers, as far as they are certain; none where there is no cap, or it is not known yet."""
+def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, int]) -> set[TierBudget]:
+    """Budgets of the layers, if they are certain. Empty if there is no cap, or none known yet."""
     if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
     served = None if state.served is None else state.served()
-    seen = None if served is None else foresee(served, [layer.layer_idx for layer in state.layers])
-    if seen is None or (seen.device is None and state.options.gpu_memory is None):
+    expected = None if served is None else foresee(served, [layer.layer_idx for layer in state.layers])
+    if expected is None or (expected.device is None and state.options.gpu_memory is None):
         return set()
-    device = torch.device("cpu") if seen.device is None else seen.device  # an explicit cap is the same on all
-    return {gpu.tier_budget(shape, seen.dtype, device, room) for shape in seen.shapes}
+    device = torch.device("cpu") if expected.device is None else expected.device  # a cap in bytes is the same on all
+    return {gpu.tier_budget(shape, expected.dtype, device, room) for shape in expected.shapes}
 
 
 @dataclass(frozen=True)
-class Foreseen:
-    """What the states of the next forward will be like, in all paged layers.
+class ExpectedStates:
+    """Shapes, dtype and device of the next forward's keys and values in all paged layers.
 
     Attributes:
         shapes: of the layers.
         dtype: of keys and values.
-        device: of the layers; None where that is not known.
+        device: of the layers; None if not known.
     """
 
     shapes: list[LayerShape]
@@ -66,15 +66,15 @@ class Foreseen:
     device: torch.device | None
 
 
-def foresee(served: Any, layers: list[int]) -> Foreseen | None:
-    """What the next forward's states will be like; None where the config and the parameters leave a doubt.
+def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
+    """Predict the next forward's keys and values. None if config and parameters do not determine them.
 
-    Left out are parallel ranks, which may have a part of the heads each, and what may compute in another dtype than the one
-    that is written down.
+    That is so under torch.distributed, where a rank may hold only some of the heads, and if the model may compute in another
+    dtype than the declared one.
 
     Args:
         served: the model, or its config.
-        layers: the paged layers' numbers.
+        layers: indices of the paged layers.
     """
     config, _ = decoder_config(served)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -83,17 +83,17 @@ def foresee(served: Any, layers: list[int]) -> Foreseen | None:
     if shapes is None:
         return None
     if not isinstance(served, nn.Module):
-        written = getattr(config, "dtype", None)
-        if isinstance(written, torch.dtype) and written.itemsize == 2:  # none is smaller
-            return Foreseen(shapes, written, None)
+        declared = getattr(config, "dtype", None)
+        if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
+            return ExpectedStates(shapes, declared, None)
         return None
     parameters = [parameter for parameter in served.parameters() if parameter.is_floating_point()]
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
     devices = {parameter.device for parameter in parameters}
     if not dtypes:
         return None
-    dtype = min(dtypes, key=lambda dtype: dtype.itemsize)  # some norms and routers have more bits
+    dtype = min(dtypes, key=lambda dtype: dtype.itemsize)  # some norms and routers have a wider dtype
     device = devices.pop() if len(devices) == 1 else None
     if dtype.itemsize > 2 and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
-    return Foreseen(shapes, dtype, device)
+    return ExpectedStates(shapes, dtype, device)

@@ -1,15 +1,14 @@
-"""What one cache may take of GPU memory, and when it gives some back.
+"""GPU memory caps of one cache: set, checked and reclaimed at run time.
 
-    place     first tokens of a batch      do all pages fit?  few page frames: activations of the prompt need the room
-    size      first step behind a prompt   page frames from what is really free
-    look      every 64 steps               gives back where little is free, grows where much is (`storage/watermarks.py`)
-    give_back a request                    of the user, or of another cache that begins and finds too little
+    _place       first tokens of a batch      pages in GPU memory if all fit; else few frames, to leave room for activations
+    _size        first step after a prefill   frames from the memory that is then free
+    _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
+    give_back    on request                   of the user, or of another cache that is short of memory
 
-Caches with `gpu_memory="auto"` of one device share it: who begins gets what it needs, in proportion to the tokens of all; who
-has buffer pages gives in proportion to what it can. No cache goes below the pages of one step. A cache in the middle of a
-step, or of another thread that lives, is not touched from outside: it pays at its next step.
-
-A cap in bytes stays what it is; frames that were given back on request return with the looks.
+Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its size. Other caches give up
+buffer pages, in proportion to how many they have. Every cache keeps the frames of one step. A cache that is inside a step, or
+used by another live thread, is not changed from outside; it reclaims at its next step. A cap in bytes is fixed; frames given
+back return at later checks.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from . import watermarks
 from .layer_budget import LayerShape, tier_budget
 
 CHECK_INTERVAL_STEPS = 64
-"""Steps between two looks at the memory that is free, which ask the driver."""
+"""Steps between two checks of free memory, which query the driver."""
 PROMPT_FRAMES = 2048
-"""Page frames of a KV head while nothing is decoded: what is attended to at a time when a prompt goes on."""
+"""Most page frames per KV head during a prefill. A later prompt attends to the past in waves of this size."""
 _SEGMENTS_AHEAD = 2
-"""Segments of each sequence that what is kept has room for: until the next look a context grows by no more, but for prompts."""
+"""Segments per sequence by which a context may grow until the next check, unless a prompt is added."""
 
 _live: weakref.WeakSet[GpuMemory] = weakref.WeakSet()
-"""Those of caches that share a device by "auto"."""
+"""Instances with `gpu_memory="auto"`, which share devices."""
 _lock = threading.RLock()
-"""Held while frames are changed from outside, and while another thread takes up a cache."""
+"""Held while another cache's frames are changed, and while a cache changes its thread."""
 
 
 class GpuMemory:
@@ -56,38 +55,38 @@ class GpuMemory:
     def __init__(self, state: CacheState, given: int | None) -> None:
         self._state, self.given = weakref.ref(state), given
         self.caps: dict[torch.device, int | None] = {}
-        """What the budgets of the layers on each device were last made with; None for no cap."""
+        """Current cap in bytes by device; None for no cap."""
         self.most_frames: int | None = None
         self.is_sized = True
-        """Whether frames are those for decoding."""
+        """Whether the frames are sized for decoding."""
         self.has_given_back = False
-        """Whether there may be fewer frames than a cap in bytes allows."""
+        """Whether there may be fewer frames than the cap allows."""
         self.pending_reclaim: dict[torch.device, int] = {}
-        """Bytes that others asked for while this cache could not be touched."""
+        """Bytes by device that other caches requested while this one could not be changed."""
         self._owner, self._steps_left = threading.get_ident(), CHECK_INTERVAL_STEPS
         self._streams: dict[torch.device, Any] = {}
 
     @property
     def state(self) -> CacheState:
-        """The cache's state, which this is part of."""
+        """The state of the cache."""
         state = self._state()
         assert state is not None
         return state
 
-    # ---------------------------------------------------------------------------------------------- what a layer may take
+    # ------------------------------------------------------------------------------------------------------ budgets
 
     def tier_budget(
         self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
     ) -> TierBudget:  # fmt: skip
-        """What a layer with keys and values of this shape and dtype has; `room` as for `limit`."""
+        """Budget of a layer with keys and values of this shape and dtype; `room` as for `limit`."""
         method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
         return self.limit(tier_budget(shape, dtype, method, options, None, num_layers, device), device, room)
 
     def limit(self, budget: TierBudget, device: torch.device, room: tuple[int, int, int]) -> TierBudget:
-        """`budget` of a new layer with the cap of its device, which is settled by the first one.
+        """`budget` of a new layer, with the cap of its device. The first layer of a device sets the cap.
 
         Args:
-            room: batch size, segments and pages per sequence to come.
+            room: expected batch size, segments and pages per sequence.
         """
         if device not in self.caps:
             wanted = budget.resident_bytes(room[1])
@@ -100,8 +99,8 @@ class GpuMemory:
         return replace(budget, gpu_memory=self.caps[device], most_frames=self.most_frames)
 
     def raise_caps(self, needed: int) -> bool:
-        """A cap is too small for `needed` bytes: whether it is larger now. Frames are not changed."""
-        risen = False
+        """Try to raise caps that are too small for `needed` bytes. Returns whether one was raised. Does not change frames."""
+        raised = False
         for device, cap in list(self.caps.items()):
             if cap is None or (self.given is not None and not self.has_given_back):
                 continue
@@ -110,19 +109,19 @@ class GpuMemory:
             if self.given is None and found is not None and free is not None:
                 least = self._share(needed, stores) if stores else needed
                 if found < least:
-                    self._ask_others(device, least - found)
+                    self._request_from_others(device, least - found)
                     free = watermarks.free_gpu_memory(device) or 0
-                    # Rather less of a margin than a refusal.
+                    # A smaller margin is better than an error.
                     found = max(found, min(least, self._held(device) + free))
             if found is None or found > cap:
                 self._set_cap(device, found)
-                risen = True
-        return risen
+                raised = True
+        return raised
 
     # --------------------------------------------------------------------------------------------------------- the steps
 
     def before_step(self, batch_size: int, num_tokens: int) -> None:
-        """A step of so many tokens begins: size, look or pay, if it is time for that. No kernel waits for a look."""
+        """Before a step of `num_tokens` tokens: size, check or reclaim frames if due. A check does not wait for kernels."""
         if self.given is not None and not self.has_given_back and not self.pending_reclaim:
             return
         if self._owner != threading.get_ident():
@@ -145,10 +144,10 @@ class GpuMemory:
                 self._check()
 
     def give_back(self, num_bytes: int | None = None) -> int:
-        """Give back so many bytes, or all that no step needs: buffer pages, and pages that are in no frame but could be loaded.
+        """Give back `num_bytes`, or all memory that no step needs. Evicts buffer pages and may move pages to the cpu tier.
 
         Returns:
-            how many bytes it was, on all devices.
+            bytes given back, on all devices.
         """
         given = 0
         for device in list(self.caps):
@@ -157,11 +156,11 @@ class GpuMemory:
         return given
 
     def short_of_frames(self) -> None:
-        """There are fewer frames than a cap allows, given back or for lack of a block large enough: the looks try again."""
+        """Note that there are fewer frames than the cap allows. Later checks try to grow them again."""
         self.has_given_back, self._steps_left = True, CHECK_INTERVAL_STEPS
 
     def before_copy(self) -> None:
-        """The cache is copied, frames too: have room for that, as far as half of them can make it."""
+        """Called before the cache is copied, with its frames: gives back memory to make room for the copy."""
         for device, cap in self.caps.items():
             free = None if cap is None or self.given is not None else watermarks.free_gpu_memory(device)
             if free is not None:
@@ -181,10 +180,11 @@ class GpuMemory:
     # ---------------------------------------------------------------------------------------------------------- by device
 
     def _place(self, device: torch.device, wanted: int, least: int) -> None:
-        """The cap while a prompt is read.
+        """Set the cap for a prefill, after requesting memory from other caches.
 
         Args:
-            wanted: bytes of all pages; least: with the frames of one step.
+            wanted: bytes with all pages in the compute tier.
+            least: bytes with the frames of one step.
         """
         self.caps[device] = self._prompt_cap(device)
         if self.caps[device] is None:
@@ -195,7 +195,7 @@ class GpuMemory:
         self.caps[device] = self._prompt_cap(device)
 
     def _replace(self, batch_size: int, num_tokens: int) -> None:
-        """As `_place`, for a cache that has held tokens before."""
+        """`_place` for a cache that has held tokens before."""
         room = self.state.sequences.first_room(batch_size, num_tokens)
         for device in list(self.caps):
             budgets = {store.budget for store in self._stores(device)}
@@ -218,9 +218,9 @@ class GpuMemory:
                 self.is_sized = False
 
     def _size(self) -> None:
-        """Page frames for decoding, from what is free now. What is resident stays so unless little is free.
+        """Size the frames for decoding from free memory. Pages in the compute tier stay there unless memory is low.
 
-        Of a prompt that was read in parts, others were asked for the first one only.
+        Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
         self.is_sized, self.most_frames, self._steps_left = True, None, CHECK_INTERVAL_STEPS
         for device in list(self.caps):
@@ -267,7 +267,7 @@ class GpuMemory:
             self._give_back(device, num_bytes)
 
     def _resize(self, device: torch.device, cap: int | None) -> None:
-        """Set a cap and fit the frames to it; where there is no memory to do that, all stays as it was."""
+        """Set a cap and fit the frames to it. If memory runs out, restore the old cap."""
         before = self.caps[device]
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -278,28 +278,28 @@ class GpuMemory:
                 self.state.sequences.fit()
 
     def _set_cap(self, device: torch.device, cap: int | None) -> None:
-        """Give the layers of a device budgets with a cap, or with what a step needs if that is more."""
+        """Set the budgets of a device's layers to a cap, or to what a step needs if that is more."""
         stores = self._stores(device)
         if cap is not None and self.state.sequences.batch_size:
             least, free = self._least(stores), watermarks.free_gpu_memory(device) if self.given is None else None
-            if least > cap and free is not None:  # room for what is to come only where there is some
+            if least > cap and free is not None:  # room for growth only if memory is free
                 least = min(least, self._held(device) + max(0, free))
             cap = max(cap, least)
         if cap is not None and self.given is not None:
             cap = min(cap, self.given)
         self.caps[device] = cap
         for store in stores:
-            scaled = None if cap is None else cap * store.budget.num_layers // len(stores)  # as if all were here
+            scaled = None if cap is None else cap * store.budget.num_layers // len(stores)  # budgets count all layers
             store.budget = replace(store.budget, gpu_memory=scaled, most_frames=self.most_frames)
 
     def _resident(self, device: torch.device) -> int:
-        """Bytes that the pages which never went to the cpu tier take."""
+        """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
         segments, stores = len(self.state.sequences.refcounts), self._stores(device)
         inside = [store.budget.resident_bytes(segments) for store in stores if store.frames is None]
         return self._share(max(inside), stores) if inside else 0
 
     def _least(self, stores: list[PageStore]) -> int:
-        """Bytes that layers cannot do without until the next look: frames of one step, or those there are if that is less."""
+        """Bytes that layers need until the next check: the frames of one step, or the current ones if fewer."""
         sequences, needed = self.state.sequences, [0]
         batch_size, segments, pages = sequences.room
         room = batch_size, segments + _SEGMENTS_AHEAD * batch_size, pages + _SEGMENTS_AHEAD * SEGMENT_PAGES
@@ -311,7 +311,7 @@ class GpuMemory:
         return max(needed)
 
     def _share(self, of_all: int, stores: list[PageStore]) -> int:
-        """Bytes of the layers in `stores`, where those of all layers are given."""
+        """Bytes of the layers in `stores`, given the bytes of all layers."""
         return -(-of_all * len(stores) // stores[0].budget.num_layers)
 
     def _prompt_cap(self, device: torch.device) -> int | None:
@@ -328,23 +328,23 @@ class GpuMemory:
         return sum(store.held_bytes for store in self._stores(device))
 
     def _stores(self, device: torch.device) -> list[PageStore]:
-        """The cache's layers on a device; none once it is gone."""
+        """The cache's layers on a device; none once the cache is freed."""
         state = self._state()
         stores = [] if state is None else [layer.store for layer in state.layers]
         return [store for store in stores if store is not None and store.device == device]
 
     def _remember(self, device: torch.device) -> None:
-        """Note whose memory this is, for others of the device: the stream it is used on, and that it may be asked for."""
+        """Register this cache for requests of other caches, and note the stream that uses its memory."""
         if device.type == "cuda":
             self._streams[device] = torch.cuda.current_stream(device)
         if self.given is None:
             with _lock:
                 _live.add(self)
 
-    # ---------------------------------------------------------------------------------------------------------- the others
+    # -------------------------------------------------------------------------------------------------------- other caches
 
     def _request_memory(self, device: torch.device, wanted: int, least: int) -> None:
-        """Ask others to give back what is missing, if they have it."""
+        """Request the missing bytes from other caches."""
         others = _others(self, device)
         free = watermarks.free_gpu_memory(device) if others else None
         if free is None:
@@ -359,39 +359,39 @@ class GpuMemory:
                 least, watermarks.fair_share(wanted, available, sum(other._wanted(device) for other in others))
             )
         if wanted > cap:
-            self._ask_others(device, wanted - cap)
+            self._request_from_others(device, wanted - cap)
 
-    def _ask_others(self, device: torch.device, missing: int) -> None:
+    def _request_from_others(self, device: torch.device, missing: int) -> None:
         with _lock:
             others = _others(self, device)
-            # Of what is free then, a part stays free.
-            shares = watermarks.split_fairly(missing * 5 // 4, [other._givable(device) for other in others])
-            for other, share in zip(others, shares, strict=True):
-                if share and other._may_be_touched():
+            # Request a quarter more, as a margin of the freed memory stays free.
+            quotas = watermarks.split_fairly(missing * 5 // 4, [other._givable(device) for other in others])
+            for other, quota in zip(others, quotas, strict=True):
+                if quota and other._may_be_changed():
                     with ExitStack() as stack:
-                        if device.type == "cuda":  # behind what it has launched, and before what it will
+                        if device.type == "cuda":  # ordered with its kernels
                             stack.enter_context(torch.cuda.stream(other._streams.get(device)))
-                        other._give_back(device, share)
-                elif share:
-                    other.pending_reclaim[device] = max(share, other.pending_reclaim.get(device, 0))
+                        other._give_back(device, quota)
+                elif quota:
+                    other.pending_reclaim[device] = max(quota, other.pending_reclaim.get(device, 0))
 
     def _givable(self, device: torch.device) -> int:
-        """Bytes that no step needs."""
+        """Bytes that this cache can give back."""
         stores = self._stores(device)
         if not stores or not self.state.sequences.length:
             return self._held(device)
         return max(0, self._held(device) - self._least(stores))
 
     def _wanted(self, device: torch.device) -> int:
-        """Bytes if no page were in the cpu tier."""
+        """Bytes with all pages in the compute tier."""
         segments, stores = self.state.sequences.segments_in_use, self._stores(device)
         return self._share(max((store.budget.resident_bytes(segments) for store in stores), default=0), stores)
 
-    def _may_be_touched(self) -> bool:
+    def _may_be_changed(self) -> bool:
         state, ident = self.state, threading.get_ident()
-        between = state.phase is Phase.IDLE
+        idle = state.phase is Phase.IDLE
         alive = any(thread.ident == self._owner for thread in threading.enumerate())
-        return between and (self._owner == ident or not alive)
+        return idle and (self._owner == ident or not alive)
 
 
 def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:

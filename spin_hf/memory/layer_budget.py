@@ -1,10 +1,10 @@
-"""What one layer's pages will take, before there are any: from the model's config, or from the first states.
+"""Memory budget of a layer before it has pages, from the model's config or from its first keys and values.
 
-    layer_shapes     config               -> heads and their sizes of each paged layer (`attention/methods/layer_shapes.py`)
-    tier_budget      shape, dtype, method -> bytes per page, and the caps they are held against (`storage/tier_budget.py`)
-    check_spans  method               -> refused where its spans are longer than what is noted of a token can say
+    layer_shapes  config               -> heads and head sizes of each paged layer (`attention/methods/layer_shapes.py`)
+    tier_budget   shape, dtype, method -> bytes per page, and caps (`storage/tier_budget.py`)
+    check_spans   method               -> raises OptionError if a span is longer than int16 shifts can express
 
-The layers themselves, the refusal of a batch (`memory/admission.py`) and `memory_plan.plan` count with the same budgets.
+Layers, admission control (`memory/admission.py`) and `memory/plan.py` use the same budgets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..storage.token_permutation import bytes_for_clustering, longest_span
 
 
 def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions) -> int:
-    """Chunked arrays of a layer: pages, summaries (int8 ones with their scales), and what a method that clusters notes."""
+    """Number of chunked arrays of a layer: pages, summaries, scales of int8 summaries, and tables of clustering."""
     quantized, own = options.quantizes(dtype.itemsize), method.summary_dtypes()
     shapes = method.summary_shapes(shape.key_dim, shape.value_dim)
     scales = sum(bool(vector) and stored_as(name, dtype, quantized, own)[1] for name, vector in shapes.items())
@@ -34,7 +34,7 @@ def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: S
 
 
 def clustering_bytes(method: Method) -> dict[str, int]:
-    """Bytes of a page that a method which clusters notes of it, by name."""
+    """Bytes per page of the tables of clustering, by name. Empty for methods that do not cluster."""
     return (
         bytes_for_clustering(method.page_size, method.multi_page_clusters)
         if isinstance(method, ClusteringMethod)
@@ -43,12 +43,12 @@ def clustering_bytes(method: Method) -> dict[str, int]:
 
 
 def check_spans(method: Method) -> None:
-    """Raise OptionError where a method that clusters lets more tokens trade places than the cache can note."""
+    """Raise OptionError if the spans of a method are longer than int16 shifts can express."""
     longest = longest_span(method.page_size)
     if isinstance(method, ClusteringMethod) and method.span_tokens > longest:
         raise OptionError(
-            f"{method.name}: expected span_tokens of at most {longest}, as how far a token moves is kept in 16 bits, got "
-            f"{method.span_tokens}; cluster fewer tokens with one another"
+            f"{method.name}: expected span_tokens of at most {longest}, as token shifts are stored as int16, got "
+            f"{method.span_tokens}; lower span_tokens"
         )
 
 
@@ -60,19 +60,19 @@ def tier_budget(
 
     Args:
         dtype: of its keys and values.
-        gpu_memory: the cap in bytes, with "auto" settled; None for none.
+        gpu_memory: the cap in bytes, with "auto" resolved; None for none.
         num_layers: paged layers of the cache.
         device: the compute tier.
     """
     page_size, own = method.page_size, method.summary_dtypes()
     quantized = options.quantizes(dtype.itemsize)
-    form, host_layout = page_layouts(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
-    # Page frames are for what steps select; the few contexts that are attended to whole are read beside them.
+    layout, host_layout = page_layouts(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
+    # Frames are sized for selected pages, not for the rare contexts that are attended to densely.
     selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
     return TierBudget(
         num_layers=num_layers,
         num_heads=shape.num_heads,
-        page_bytes=form.row_bytes,
+        page_bytes=layout.row_bytes,
         host_page_bytes=host_layout.row_bytes,
         summary_bytes=sum(
             bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
@@ -83,5 +83,5 @@ def tier_budget(
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         clustering_bytes=sum(clustering_bytes(method).values()),
         selected=selected,
-        chunk_segments=chunk_segments(shape.num_heads, form.row_bytes, device) if device.type == "cuda" else 1,
+        chunk_segments=chunk_segments(shape.num_heads, layout.row_bytes, device) if device.type == "cuda" else 1,
     )

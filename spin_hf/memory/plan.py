@@ -1,10 +1,9 @@
-"""`plan`: what a `SpinCache` will take for a batch, and what fits, before anything is allocated.
+"""`plan`: memory that a `SpinCache` will take for a batch, and what fits, before anything is allocated.
 
-    config, dtype, method, options -> TierBudget of each paged layer (`memory/layer_budget.py`) -> bytes, as `stats()` gives
-    them
+    config, dtype, method, options -> TierBudget of each paged layer (`memory/layer_budget.py`) -> bytes, as in `stats()`
 
-The budgets are those that the layers will get, so a plan says what the cache will do: the same page frames, the same
-refusal. Layers that are not paged (windows, linear attention) are transformers' own and in neither.
+The layers will get the same budgets, so a plan predicts the cache's page frames and errors. Layers that are not paged (sliding
+windows, linear attention) are not counted, as in `stats()`.
 """
 
 from __future__ import annotations
@@ -41,24 +40,25 @@ from .watermarks import cap_for_prompts, free_gpu_memory
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a cache takes once a batch's tokens have come, without padding. `str()` prints it as a table.
+    """Memory of a cache that holds a full batch without padding. `str()` prints it as a table.
 
-    What does not fit is planned with the smallest `gpu_memory` that works instead.
+    If the batch does not fit, sizes are those with `smallest_gpu_memory` as the cap.
 
     Attributes:
         batch_size, context_length: sequences, and tokens of each.
-        fits: whether the cache takes the batch; `reason` says how, or why not, as the cache's own error would.
+        fits: whether the batch fits the caps.
+        reason: where the pages live, or the error message that the cache would raise.
         gpu_bytes: pages, page frames and summaries in the compute tier, as `CacheStats.gpu_bytes`.
         cpu_bytes: pages in the cpu tier.
         metadata_bytes: the sum of `metadata`.
         parts: bytes of pages, page frames, summaries and host pages.
-        metadata: bytes by table, as `CacheStats.metadata`; zeros left out.
-        page_frames: of each sequence and KV head in the layer that has fewest; 0 while all pages live in the compute tier.
-        smallest_gpu_memory: the least cap in bytes that this batch can do with.
-        largest_batch_size: sequences of this length that fit the caps, 0 if not even one; None without a cap.
-        largest_context_length: tokens at which this many sequences fit the caps, 0 if at none; None without a cap.
-        paged_layers: layers that select pages: all that is counted here.
-        dense_layers: reason -> number of layers that are kept as transformers does.
+        metadata: bytes by table, as `CacheStats.metadata`, without zeros.
+        page_frames: per sequence and KV head, in the layer with the fewest; 0 if all pages live in the compute tier.
+        smallest_gpu_memory: smallest cap in bytes that this batch fits.
+        largest_batch_size: most sequences of this length that fit the caps; None without a cap.
+        largest_context_length: most tokens per sequence at which this batch size fits the caps; None without a cap.
+        paged_layers: layers that select pages. Only these are counted.
+        dense_layers: reason -> number of layers that are not paged.
     """
 
     batch_size: int
@@ -90,19 +90,19 @@ def plan(
     method: str | Method = "bisection",
     **options: Any,
 ) -> MemoryPlan:
-    """What a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.
+    """Memory that a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.
 
     Args:
         config_or_model: the model, or its config.
-        context_length: tokens of each sequence, those to be generated included.
-        batch_size: sequences, beams included.
-        dtype: of keys and values; None for the model's, or the one that the config names.
-        method, options: as for `SpinCache`. `"auto"` is what a prompt leaves of the GPU memory that is free now; behind the
-            prompt there may be more page frames than planned.
+        context_length: tokens of each sequence, including those to be generated.
+        batch_size: sequences, including beams.
+        dtype: of keys and values; default: that of the model or config.
+        method, options: as for `SpinCache`. With `gpu_memory="auto"` the cap is computed for a prefill from the GPU memory that
+            is free now. Decoding may get more page frames than planned.
     Returns:
-        The plan, also where the batch does not fit.
+        The plan, also if the batch does not fit.
     Raises:
-        OptionTypeError, OptionError, BudgetError, UnsupportedModelError: as `SpinCache`.
+        OptionTypeError, OptionError, BudgetError, UnsupportedModelError: as for `SpinCache`.
     """
     batch_size = require_count("batch_size", batch_size, 1, MOST_TOKENS, example=1)
     context_length = require_count("context_length", context_length, 1, MOST_TOKENS, example=4096)
@@ -120,23 +120,23 @@ def plan(
             "num_attention_heads or hidden_size; read stats() of a cache instead"
         )
     model = config_or_model if isinstance(config_or_model, nn.Module) else None
-    kept = _dtype(model, config, dtype)
+    states_dtype = _dtype(model, config, dtype)
     device = _device(model)
     free = free_gpu_memory(device)
     auto = None if free is None else cap_for_prompts(0, free)
     cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
-    budgets = [tier_budget(shape, kept, resolved, parsed, cap, len(layers), device) for shape in shapes]
-    arrays = sum(num_arrays(shape, kept, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
+    budgets = [tier_budget(shape, states_dtype, resolved, parsed, cap, len(layers), device) for shape in shapes]
+    arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
     made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
     return replace(made, dense_layers=dict(reasons))
 
 
 class _Planner:
-    """Plans of one cache.
+    """Plans for one cache.
 
     Args:
         budgets: of the paged layers.
-        arrays: those that kernels find by address.
+        arrays: number of chunked arrays with an address table.
     """
 
     def __init__(self, budgets: list[TierBudget], method: Method, arrays: int) -> None:
@@ -180,12 +180,12 @@ class _Planner:
         return None if segments is None else segments * SEGMENT_PAGES * self.page_size
 
     def _fits(self, batch_size: int, segments: int) -> bool:
-        """Whether sequences of so many segments fit."""
+        """Whether `batch_size` sequences of `segments` segments each fit."""
         room = batch_size, batch_size * segments, segments * SEGMENT_PAGES
         return all(budget.fits(*room) for budget in self.kinds)
 
     def _most(self, fits: Callable[[int], bool]) -> int | None:
-        """The largest number that fits; None where there is no cap."""
+        """Largest number that fits; None without a cap."""
         if all(budget.gpu_memory is None for budget in self.kinds):
             return None
         most = 1
@@ -197,11 +197,11 @@ class _Planner:
 def _sizes(
     budgets: list[TierBudget], room: tuple[int, int, int], clustering: dict[str, int]
 ) -> tuple[Counter[str], Counter[str], list[int]]:  # fmt: skip
-    """Bytes by part and by table of a batch that fits, and the page frames of the layers that have any.
+    """Bytes by part and by table of a batch that fits, and the page frames of layers that have frames.
 
     Args:
-        clustering: bytes of a page's tables of clustering, by name.
         room: batch size, segments, pages per sequence.
+        clustering: bytes per page of the tables of clustering, by name.
     """
     batch_size, segments, pages = room
     parts: Counter[str] = Counter({"pages": 0, "page frames": 0, "summaries": 0, "host pages": 0})
@@ -226,7 +226,7 @@ def _sizes(
 
 
 def _dtype(model: nn.Module | None, config: Any, given: Any) -> torch.dtype:
-    """Of keys and values."""
+    """Dtype of keys and values."""
     if given is None:
         given = getattr(config if model is None else model, "dtype", None) or torch.get_default_dtype()
     if not isinstance(given, torch.dtype):
@@ -237,7 +237,7 @@ def _dtype(model: nn.Module | None, config: Any, given: Any) -> torch.dtype:
 
 
 def _device(model: Any) -> torch.device:
-    """The compute tier: the model's device, or the GPU if there is one."""
+    """The compute tier: the model's device; for a config the GPU if there is one."""
     if model is not None:
         return torch.device(model.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

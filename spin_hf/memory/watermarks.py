@@ -1,76 +1,76 @@
-"""How much of a GPU's memory a cache with `gpu_memory="auto"` may have, from what is free: arithmetic, and no state.
+"""Watermarks: GPU memory that a cache with `gpu_memory="auto"` may hold, computed from free memory. Stateless.
 
-    pool = what the cache holds + what is free;  a margin is a tenth of it
+    pool = bytes held by the cache + bytes free;  margin = a tenth of the pool
 
-    free    0 ........ half a margin ........ one margin ........ two margins ........
-              give back               frames of decode steps               grow
-              until one is free       leave this                           until one is free
+    free    0 ........ margin / 2 ........ margin ........ 2 * margin ........
+              below: shrink           left free by           above: grow
+              until margin is free    decode steps           until margin is free
 
-What lies between giving back and growing changes nothing, so that a cache whose neighbour comes and goes by a little stays
-as it is.
+Between the two watermarks nothing changes, so small changes in free memory do not resize the cache.
 """
 
 from __future__ import annotations
 
 import torch
 
-MARGIN_SHARE = 0.1
-"""Of the pool: what decode steps leave free, for the user's own activations. While prompts are read it is twice as much."""
+MARGIN_FRACTION = 0.1
+"""Fraction of the pool that decode steps leave free for activations. A prefill leaves twice as much."""
 MARGIN_BYTES = 256 << 20
-"""The margin is at least this, or a fifth of the pool if that is less."""
+"""Smallest margin in bytes, but at most a fifth of the pool."""
 
 
 def free_gpu_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device, with what torch keeps for reuse; None where that is not known (no GPU).
+    """Bytes that can be allocated on a GPU, including memory cached by torch's allocator; None for other devices.
 
-    No more than `torch.cuda.set_per_process_memory_fraction` leaves to this process.
+    Respects `torch.cuda.set_per_process_memory_fraction`.
     """
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
-    reserved, share = torch.cuda.memory_reserved(index), torch.cuda.get_per_process_memory_fraction(index)
-    if share < 1:
-        free = max(0, min(free, int(share * total) - reserved))
+    reserved, fraction = torch.cuda.memory_reserved(index), torch.cuda.get_per_process_memory_fraction(index)
+    if fraction < 1:
+        free = max(0, min(free, int(fraction * total) - reserved))
     return free + reserved - torch.cuda.memory_allocated(index)
 
 
 def margin(pool: int) -> int:
-    """What to leave free of a pool of so many bytes."""
-    return max(int(pool * MARGIN_SHARE), min(MARGIN_BYTES, pool // 5))
+    """Bytes to leave free of a pool."""
+    return max(int(pool * MARGIN_FRACTION), min(MARGIN_BYTES, pool // 5))
 
 
 def cap_for_prompts(held: int, free: int) -> int:
-    """The cap while prompts are read, whose activations take more."""
+    """The cap during a prefill: leaves two margins free, for its larger activations."""
     return max(1, held + free - 2 * margin(held + free))
 
 
 def cap_for_decoding(held: int, free: int) -> int:
-    """The cap while tokens are decoded."""
+    """The cap during decoding: leaves one margin free."""
     return max(1, held + free - margin(held + free))
 
 
 def is_low(held: int, free: int) -> bool:
-    """Whether so little is free that some has to be given back."""
+    """Whether free memory is below the low watermark, so that the cache must shrink."""
     return 2 * free < margin(held + free)
 
 
 def is_ample(held: int, free: int) -> bool:
-    """Whether so much is free that more may be taken."""
+    """Whether free memory is above the high watermark, so that the cache may grow."""
     return free > 2 * margin(held + free)
 
 
 def fair_share(wanted: int, available: int, others: int) -> int:
-    """Bytes that a cache may ask for, in proportion to what all would take if nothing were paged.
+    """Bytes that a cache may request: its part of `available`, in proportion to unpaged sizes. At most `wanted`.
 
     Args:
-        wanted: what it would take; what `others` would.
-        available: what is free, and what they could give back.
+        wanted: bytes of this cache with all pages in the compute tier.
+        available: bytes free, plus bytes that other caches can give back.
+        others: sum of `wanted` of the other caches.
     """
     return min(wanted, available * wanted // max(1, wanted + others))
 
 
 def split_fairly(missing: int, givable: list[int]) -> list[int]:
-    """`missing` bytes, in proportion to what each can give and no more than that."""
+    """Split `missing` bytes among caches in proportion to the bytes each can give. None gives more than it can."""
     total = sum(givable)
     return [min(each, -(-missing * each // total)) if total else 0 for each in givable]

@@ -1,1 +1,1 @@
-"""Where keys and values live: sequences, pages, tiers and residency. Knows nothing of methods or of transformers."""
+"""Where keys and values live: page table, page stores, tiers, page frames. Does not import methods or transformers."""

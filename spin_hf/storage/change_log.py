@@ -1,30 +1,30 @@
-"""Which of the first tokens of a batch are still what they were when somebody looked.
+"""Log of changes to the past. Answers whether the first n tokens of a batch are unchanged since an earlier version.
 
-    changes    1: kept 40    4: kept 12    5: kept 30        a crop keeps the first tokens, a reset or another batch none
+    change      1: first 40 valid    4: first 12 valid    5: first 30 valid      a crop leaves a prefix, a reset leaves nothing
+    unchanged   since 0: 12          since 4: 30          since 5: all
 
-    unchanged since 0: 12    since 4: 30    since 5: all
-
-Of changes only those are listed whose number of kept tokens is below that of all later ones.
+A change is dropped from the log once a later change leaves a prefix of the same length or a shorter one.
 """
 
 from __future__ import annotations
 
 
 class Past:
-    """Changes to tokens that were held."""
+    """Log of changes to tokens held."""
 
     def __init__(self) -> None:
         self.now = 0
-        """How many changes there were."""
-        self._kept: list[tuple[int, int]] = []
+        """Number of changes so far: the current version."""
+        self._changes: list[tuple[int, int]] = []
+        """(version, length of the unchanged prefix), both ascending."""
 
-    def change(self, kept: int) -> None:
-        """All but the first `kept` tokens have been forgotten or replaced."""
+    def change(self, prefix: int) -> None:
+        """Log that all tokens but the first `prefix` were dropped or replaced."""
         self.now += 1
-        while self._kept and self._kept[-1][1] >= kept:
-            self._kept.pop()
-        self._kept.append((self.now, kept))
+        while self._changes and self._changes[-1][1] >= prefix:
+            self._changes.pop()
+        self._changes.append((self.now, prefix))
 
     def is_unchanged(self, since: int, tokens: int) -> bool:
-        """Whether the first `tokens` tokens are what they were when `now` was `since`."""
-        return all(kept >= tokens for change, kept in self._kept if change > since)
+        """Whether the first `tokens` tokens are unchanged since `now` was `since`."""
+        return all(prefix >= tokens for version, prefix in self._changes if version > since)

@@ -1,11 +1,11 @@
-"""An array of rows that grows without ever moving: the storage under pages and summaries.
+"""A growing array of rows with stable addresses. It stores pages and summaries.
 
     rows_per_chunk = 4          row 6 = chunk 1, row 2
     chunks         [ 0 1 2 3 ] [ 4 5 6 7 ] [ 8 ...      on `device`
     address_table  [ a0, a1, a2, 0, ... 0 ]             address of each chunk; on `compute_device`, MAX_CHUNKS entries
 
-A row never changes its address, so a captured graph or a reader of an old row stays valid while the array grows. A
-kernel finds the rows through the table, whose own address never changes either, not even when the array moves.
+Growing does not move rows, so captured graphs and views of old rows stay valid. Kernels find rows through the address table.
+The table keeps its own address, even when the array moves to another device.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from .pinned_slab import allocate_rows
 from .slab_prefetch import PREFETCHER, PrefetchedChunk
 
 MAX_CHUNKS = 4096
-"""Chunks that an array can have, and entries of its address table."""
+"""Most chunks of an array; also the length of its address table."""
 
-_RECODED_BYTES = 16 << 20
-"""Of rows that are converted at a time: bounds temporary memory."""
+_CONVERT_BYTES = 16 << 20
+"""Bytes of rows converted at a time. Bounds temporary memory."""
 
 
-class Recoding(NamedTuple):
-    """Rows of another shape and dtype, and what makes them of [n, *row_shape] old ones."""
+class Conversion(NamedTuple):
+    """Converts rows to another shape and dtype.
+
+    Attributes:
+        row_shape, dtype: of the converted rows.
+        convert: maps old rows [n, *old row_shape] to new rows [n, *row_shape].
+    """
 
     row_shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,9 +51,9 @@ class ChunkedArray:
     Args:
         row_shape: shape of one row.
         rows_per_chunk: rows added at a time.
-        device: where the chunks live.
-        compute_device: whose kernels read them, `device` unless given. CPU chunks of a CUDA compute device are
-            registered with it (see `storage/pinned_slab.py`), and the next one is made ahead of need.
+        device: device of the chunks.
+        compute_device: device of the kernels that read the chunks; default `device`. If it is a CUDA device, CPU chunks are
+            registered with CUDA (`storage/pinned_slab.py`) and the next chunk is allocated ahead of need.
     """
 
     def __init__(
@@ -68,15 +73,15 @@ class ChunkedArray:
         self.chunks: list[Tensor] = []
         self.used_rows = 0
         self.converted = False
-        """Whether rows have taken another form since the array was made (`move`)."""
+        """Whether `move` has converted the rows to another shape or dtype."""
         self._table: Tensor | None = None
         self._table_is_behind = False
-        """Whether the table may not say where the chunks are: set while they move."""
+        """Whether the table may hold old addresses. Set while chunks move."""
         self._spare: PrefetchedChunk | None = None
 
     @property
     def num_rows(self) -> int:
-        """Rows that exist."""
+        """Rows allocated."""
         return len(self.chunks) * self.rows_per_chunk
 
     @property
@@ -86,14 +91,14 @@ class ChunkedArray:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the address table, if it has been asked for."""
+        """Bytes of the address table; 0 until it is first used."""
         return 0 if self._table is None else self._table.nbytes
 
     @property
     def address_table(self) -> Tensor:
-        """[MAX_CHUNKS], int64, on the compute device: the address of each chunk, 0 where there is none.
+        """Address of each chunk, 0 for none: [MAX_CHUNKS], int64, on the compute device.
 
-        One tensor as long as the array lives, made by the first request; growing and moving write to it.
+        Allocated on first use. The tensor stays the same; growing and moving the array write to it.
         """
         if self._table is None:
             with allocating("an address table", 8 * MAX_CHUNKS):
@@ -103,10 +108,10 @@ class ChunkedArray:
         return self._table
 
     def grow(self, num_rows: int) -> None:
-        """Make rows [0, num_rows) exist. Their content is undefined; old rows stay where they are.
+        """Allocate rows up to `num_rows`. New rows are uninitialized; old rows keep their addresses.
 
         Raises:
-            CapacityError: that takes more than MAX_CHUNKS chunks, or memory that there is not. Nothing changes.
+            CapacityError: this needs more than MAX_CHUNKS chunks, or memory ran out. Nothing has changed.
         """
         if self._table_is_behind:  # a move was interrupted
             self._write_addresses(self._table, 0, self.chunks)
@@ -125,37 +130,39 @@ class ChunkedArray:
         self._order_spare()
 
     def shrink(self, num_rows: int) -> None:
-        """Give back the chunks that rows [0, num_rows) do not need. Asks for no memory."""
+        """Free the chunks behind row `num_rows`. Allocates nothing."""
         needed = -(-num_rows // self.rows_per_chunk)
         held, self.used_rows = len(self.chunks), min(self.used_rows, num_rows)
         if needed < held:
-            self.chunks = self.chunks[:needed]  # before its address goes: what a chunk has is always said
+            self.chunks = self.chunks[:needed]  # before the table is cleared: every chunk in use has its address there
             if self._table is not None:
                 self._table[needed:held].zero_()
 
     def release(self) -> None:
-        """Let go of all rows; the table stays where it is."""
+        """Free all rows. The address table keeps its address."""
         self._wait_for_kernels()
         self.chunks, self.used_rows, self._spare = [], 0, None
         if self._table is not None:
             self._table.zero_()
 
     def take(self, rows: Tensor) -> Tensor:
-        """A copy [*rows.shape, *row_shape] of rows (int64, any device), on the ids' device."""
+        """Copy rows (int64 ids, any device): [*rows.shape, *row_shape], on the device of `rows`."""
         return take_all([self], rows)[0]
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
         put_all([self], rows, values[None])
 
-    def move(self, device: torch.device, recoding: Recoding | None = None) -> None:
-        """Take all chunks to another device (nothing is copied where it is the same one and rows stay as they are).
+    def move(self, device: torch.device, conversion: Conversion | None = None) -> None:
+        """Move all chunks to another device and convert their rows if `conversion` is given. Writes to the address table.
 
-        The compute device stays, and so does the address table. Raises CapacityError, before anything changes, where
-        the host cannot lock the memory.
+        The compute device does not change. A move from CPU to CPU without conversion copies nothing.
+
+        Raises:
+            CapacityError: the host cannot page-lock the memory. Nothing has changed.
         """
-        if recoding is not None:
-            self._recode(device, recoding)
+        if conversion is not None:
+            self._convert(device, conversion)
             return
         if device.type == self.device.type == "cpu":
             return
@@ -169,22 +176,23 @@ class ChunkedArray:
         self._write_addresses(self._table, 0, moved)
         self.chunks, self.device, self._spare, self._table_is_behind = moved, device, None, False
 
-    def _recode(self, device: torch.device, recoding: Recoding) -> None:
-        """As `move`, to rows of another form. Rows that are not in use are not touched."""
-        old, at_once = self.chunks, max(1, _RECODED_BYTES // self.row_bytes)
-        moved = self._allocate(len(old), device, recoding.row_shape, recoding.dtype)
+    def _convert(self, device: torch.device, conversion: Conversion) -> None:
+        """`move` with conversion. Unused rows are not converted."""
+        old, at_once = self.chunks, max(1, _CONVERT_BYTES // self.row_bytes)
+        moved = self._allocate(len(old), device, conversion.row_shape, conversion.dtype)
         for index, (copy, chunk) in enumerate(zip(moved, old, strict=True)):
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             for first in range(0, inside, at_once):
-                part = slice(first, min(first + at_once, inside))
-                copy[part] = recoding.convert(chunk[part])
-        form = {"row_shape": recoding.row_shape, "dtype": recoding.dtype, "converted": True}
+                rows = slice(first, min(first + at_once, inside))
+                copy[rows] = conversion.convert(chunk[rows])
+        layout = {"row_shape": conversion.row_shape, "dtype": conversion.dtype, "converted": True}
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        self.__dict__.update(form, chunks=moved, device=device, _spare=None, _table_is_behind=False)  # at once
+        # One update, so that an interruption leaves either the old state or the new one.
+        self.__dict__.update(layout, chunks=moved, device=device, _spare=None, _table_is_behind=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
-        """A copy of the rows in use; the rest of the last chunk is not touched (and so takes no memory on a CPU)."""
+        """Copy the rows in use. The rest of the last chunk is not written, so on a CPU it takes no memory."""
         twin = ChunkedArray(
             self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
         )
@@ -197,7 +205,10 @@ class ChunkedArray:
         return twin
 
     def _copier(self, rows: Tensor) -> Callable[..., Callable[[], None]] | None:
-        """What readies the kernel that copies rows, in host memory too unless the host asks for them; None if there is none."""
+        """Launcher of the kernel that copies rows; None if the host copies them.
+
+        The host copies if there are no kernels, or if both the rows and their ids are in host memory.
+        """
         if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
             return None
         launch = kernels.launchers(self.compute_device)
@@ -216,12 +227,12 @@ class ChunkedArray:
         return self.device.type == "cpu" and self.compute_device.type == "cuda"
 
     def _wait_for_kernels(self) -> None:
-        """Before the host touches memory that kernels read and write by themselves."""
+        """Synchronize before the host accesses registered memory, which kernels read and write directly."""
         if self._is_registered and torch.cuda.is_initialized():
             wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
-        """The spare, where that is all that is needed; else new ones (and the spare is kept for next time)."""
+        """Return the prefetched chunk if one is enough. Otherwise allocate, and leave the prefetched chunk for later."""
         if count == 1 and self._spare is not None:
             chunk, self._spare = self._spare.take(), None
             if chunk is not None:
@@ -231,16 +242,16 @@ class ChunkedArray:
     def _allocate(
         self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:  # fmt: skip
-        """Chunks on a device, of these rows unless others are asked for."""
+        """Allocate chunks on a device, by default of this array's row shape and dtype."""
         shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
         dtype = self.dtype if dtype is None else dtype
-        with allocating("pages and what is known of them", count * math.prod(shape) * dtype.itemsize):
+        with allocating("pages and summaries", count * math.prod(shape) * dtype.itemsize):
             if device.type == "cpu":
                 return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
 
     def _order_spare(self) -> None:
-        """Have the next chunk made once half of the last one is used, so that growing by one need not wait for it."""
+        """Prefetch the next chunk once half of the last one is used, so that growing by one chunk does not wait."""
         left = self.num_rows - self.used_rows
         if (
             self._is_registered
@@ -252,7 +263,7 @@ class ChunkedArray:
             self._spare = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device)
 
     def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
-        """Write the addresses of chunks [first, first + len(chunks)) to a table, if there is one."""
+        """Write the addresses of chunks [first, first + len(chunks)) to `table`, if given."""
         if table is not None and chunks:
             with allocating("addresses of pages", 8 * len(chunks)):
                 addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
@@ -260,7 +271,10 @@ class ChunkedArray:
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
-    """The same rows of several arrays that are alike: [arrays, *rows.shape, *row_shape], copies on the ids' device."""
+    """Copy the same rows of several arrays: [arrays, *rows.shape, *row_shape], on the device of `rows`.
+
+    The arrays must have the same row shape, dtype, chunk size and devices.
+    """
     first = arrays[0]
     copier = first._copier(rows)
     if copier is None:
@@ -273,13 +287,13 @@ def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
 
 
 def put_all(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> None:
-    """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows of several arrays that are alike."""
+    """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows; `arrays` as in `take_all`."""
     for write in writers(arrays, rows, values):
         write()
 
 
 def writers(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> list[Callable[[], None]]:
-    """As `put_all`, up to the writing: that is done by what is returned, which asks for no more memory."""
+    """Prepare `put_all`. The returned functions do the writing and allocate nothing."""
     first = arrays[0]
     copier = first._copier(rows)
     if copier is None:

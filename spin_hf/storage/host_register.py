@@ -1,9 +1,9 @@
-"""Registering host memory with CUDA: page-locked, and readable by every device.
+"""Host memory registration with CUDA: page-locks the memory and maps it for all devices.
 
     register      relaxed capture mode -> cudaHostRegister
     unregister    wait for the device -> relaxed capture mode -> cudaHostUnregister
 
-Slabs know a `Registrar` only, so that all they do is tested without a GPU.
+Slabs depend on the `Registrar` protocol only, so they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ import torch
 from ..errors import CapacityError
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held by a thread that captures a CUDA graph, or waits for the whole device, which would spoil another's capture."""
+"""Held while a thread captures a CUDA graph or synchronizes the device. Synchronizing would break another thread's capture."""
 
 _PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 _CAPTURE_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 
 class Registrar(Protocol):
-    """What a slab asks of CUDA."""
+    """CUDA operations that a slab needs."""
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock [address, address + num_bytes). Raises CapacityError, with nothing locked."""
+        """Page-lock [address, address + num_bytes). On CapacityError nothing is locked."""
 
     def unregister(self, address: int) -> None:
-        """Undo `register`, once no device work is under way that may read the memory."""
+        """Undo `register`. Waits for device work that may read the memory."""
 
     def capturing(self) -> bool:
-        """Whether the calling thread is capturing a CUDA graph, which waiting for the device would spoil."""
+        """Whether the calling thread is capturing a CUDA graph. It must not synchronize then."""
 
 
 class CudaRegistrar:
-    """Registers memory for all CUDA devices, through the context of one.
+    """Registers memory for all CUDA devices, through the context of one device.
 
     Args:
-        device: the CUDA device whose kernels read the memory.
+        device: CUDA device of the kernels that read the memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class CudaRegistrar:
             CapacityError: the driver refused; no memory is locked and CUDA's error state is clear.
         """
         cudart = torch.cuda.cudart()
-        # A thread without a current device would make a context on device 0.
+        # Without this, a thread with no current device would create a context on device 0.
         with torch.cuda.device(self.device), _allowed_during_capture():
             code = int(cudart.cudaHostRegister(address, num_bytes, _PORTABLE | _MAPPED))
             if code:
@@ -68,8 +68,8 @@ class CudaRegistrar:
             )
 
     def unregister(self, address: int) -> None:
-        """Wait for the device, then unlock the memory. Raises RuntimeError where CUDA has failed."""
-        wait_for_device(self.device)  # kernels may still read it, and cudaHostUnregister need not wait for them
+        """Synchronize the device, then unlock the memory. Raises RuntimeError if CUDA has failed."""
+        wait_for_device(self.device)  # kernels may still read it, and cudaHostUnregister may not wait for them
         with torch.cuda.device(self.device), _allowed_during_capture():
             if int(torch.cuda.cudart().cudaHostUnregister(address)):
                 _clear_last_error()
@@ -80,13 +80,13 @@ class CudaRegistrar:
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Wait for all work on a device, but not while another thread captures a graph."""
+    """Synchronize a device, after any CUDA graph capture of another thread."""
     with ONE_AT_A_TIME:
         torch.cuda.synchronize(device)
 
 
 def _runtime_function(name: str) -> Callable[..., int] | None:
-    """A function of the CUDA runtime that torch has loaded but does not wrap; None where it cannot be found."""
+    """A CUDA runtime function that torch loads but does not wrap; None if it is not found."""
     try:
         function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # TypeError: Windows has no name for "this process"
@@ -95,7 +95,7 @@ def _runtime_function(name: str) -> Callable[..., int] | None:
 
 
 def _clear_last_error() -> None:
-    """Else the next kernel launch of this thread would report an error that has been dealt with."""
+    """Clear CUDA's last error. Otherwise the next kernel launch of this thread would report a handled error."""
     get_last_error = _runtime_function("cudaGetLastError")
     if get_last_error is not None:
         get_last_error()
@@ -103,11 +103,11 @@ def _clear_last_error() -> None:
 
 @contextmanager
 def _allowed_during_capture() -> Iterator[None]:
-    """Let this thread page-lock while another one captures a graph; by default CUDA would fail that capture."""
+    """Allow page-locking while another thread captures a graph. By default CUDA would invalidate that capture."""
     exchange = _runtime_function("cudaThreadExchangeStreamCaptureMode")
     mode = ctypes.c_int(_CAPTURE_RELAXED)
     if exchange is not None:
-        exchange(ctypes.byref(mode))  # now `mode` is what it was before
+        exchange(ctypes.byref(mode))  # `mode` now holds the previous mode
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Memory for what a cache keeps: a refusal says what it was for, how much, and what to do.
+"""Turns out-of-memory errors into CapacityError, which names the purpose, the size and a remedy.
 
-    with allocating("page frames", num_bytes): torch.empty(...)        CapacityError, from whatever torch raised
+    with allocating("page frames", num_bytes): torch.empty(...)        raises CapacityError from torch's error
 
-What a forward computes with is not kept; there torch's own error says as much as can be said.
+Used for memory that the cache holds. Temporary memory of a forward raises torch's own error.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from ..errors import CapacityError
 
 _NO_HOST_MEMORY = "DefaultCPUAllocator"
-"""In the RuntimeError that torch raises where the host has no memory: it has no class of its own."""
+"""Marks torch's out-of-memory error for host memory, which is a plain RuntimeError."""
 
 
 @contextmanager
 def allocating(what: str, num_bytes: int) -> Iterator[None]:
-    """Name what memory is asked for inside.
+    """Convert out-of-memory errors raised inside.
 
     Args:
-        what: as in "the compute tier needs 4096 bytes for `what`".
-        num_bytes: how much, about.
+        what: purpose, as in "the cache needs 4096 bytes more for `what`".
+        num_bytes: approximate size, for the message.
     Raises:
-        CapacityError: there is not so much; the cause is what was raised inside.
+        CapacityError: memory ran out. `__cause__` is the original error.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def allocating(what: str, num_bytes: int) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the device or on the host."""
+    """Whether an error means that device or host memory ran out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and _NO_HOST_MEMORY in str(error)
     )

@@ -1,15 +1,14 @@
-"""Which tokens of each sequence are real and which are padding.
+"""Padding mask of the tokens held.
 
     valid   row 0  [ . . x x x x x x x . . x x ]      . padding (left, or a hole from an earlier turn)
-            row 1  [ x x x x x x x x x x x x x ]      x a real token
+            row 1  [ x x x x x x x x x x x x x ]      x real token
 
-Padding is a bit per token and no length: a batch that finished early and goes on has holes in the middle. While no
-padding was ever seen nothing is stored (`valid` is None) and nothing is computed.
+Padding is stored as one bit per token, not as a length: a sequence that finished early and continues in a later turn has
+padding in the middle. Without any padding nothing is stored (`valid` is None) and nothing is computed.
 
-    positions   row 0  [ 0 0 0 1 2 3 4 5 6 6 6 7 8 ]      real tokens before each, when it came
+    positions   row 0  [ 0 0 0 1 2 3 4 5 6 6 6 7 8 ]      real tokens before each token when it was appended
 
-A method may need to know where a key was rotated to. That is settled when a token comes, and stays when a later mask says
-otherwise of tokens before it.
+Some methods need the RoPE position of a key. It is fixed when the token is appended. A later mask does not change it.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ from torch import Tensor
 
 
 class TokenMask:
-    """Validity of tokens [B, length]; None while all of them are valid. A change makes another object.
+    """Immutable validity of tokens. Every change returns a new object.
 
     Args:
-        keeps_positions: whether `positions` is kept.
+        keeps_positions: whether to store `positions`.
     """
 
     def __init__(self, keeps_positions: bool = False) -> None:
         self.valid: Tensor | None = None
+        """[B, length], bool, False for padding; None while all tokens are valid."""
         self.keeps_positions = keeps_positions
         self.positions: Tensor | None = None
-        """[B, length], int64, meaningless for padding; None while each token stands where it is counted."""
+        """[B, length], int64, undefined for padding; None while token i is at position i."""
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -38,10 +38,10 @@ class TokenMask:
         return {name: 0 if table is None else table.nbytes for name, table in held.items()}
 
     def appended(self, batch_size: int, start: int, new: Tensor | None, count: int) -> TokenMask:
-        """The mask that has tokens [start, start + count) of validity `new` behind it; this one is not changed.
+        """The mask with tokens [start, start + count) appended.
 
         Args:
-            new: [B, count], bool, or None for all valid.
+            new: their validity, [B, count], bool; None for all valid.
         """
         unpadded = self.valid is None and (new is None or bool(new.all()))
         if unpadded and self.positions is None:
@@ -62,7 +62,7 @@ class TokenMask:
         return made
 
     def next_positions(self, start: int, fresh: Tensor) -> Tensor:
-        """Positions [B, count] of tokens of validity `fresh` [B, count] that would come at `start`; padding has any."""
+        """Positions [B, count] of tokens with validity `fresh` [B, count] if appended at `start`; undefined for padding."""
         held = start if self.valid is None else self.valid[:, :start].to(fresh.device).sum(1, keepdim=True)
         return (held + fresh.long().cumsum(1) - 1).clamp(min=0)
 
@@ -71,7 +71,7 @@ class TokenMask:
         return torch.cat([held.to(fresh.device), self.next_positions(start, fresh)], dim=1)
 
     def changed_tokens(self, mask: Tensor | None, length: int) -> Tensor | None:
-        """Tokens [B, length] whose validity differs from `mask` [B, >= length] (None: all valid); None if none does."""
+        """[B, length], bool: where validity differs from `mask` [B, >= length] (None: all valid). None if nowhere."""
         if self.valid is None and (mask is None or bool(mask[:, :length].all())):
             return None
         held = self.valid[:, :length] if self.valid is not None else torch.ones_like(mask[:, :length])  # type: ignore[index]
@@ -80,14 +80,14 @@ class TokenMask:
         return changed if bool(changed.any()) else None
 
     def replaced(self, mask: Tensor | None, length: int) -> TokenMask:
-        """The mask with `mask` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
+        """The mask with the first `length` columns of `mask` [B, >= length] (None: all valid) as validity; same positions."""
         made = TokenMask(self.keeps_positions)
         made.positions = self.positions
         made.valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
         return made
 
     def truncate(self, length: int) -> TokenMask:
-        """The mask without the tokens from `length` on."""
+        """The mask of the first `length` tokens."""
         made = TokenMask(self.keeps_positions)
         if self.valid is not None:
             made.valid = self.valid[:, :length] if length else None

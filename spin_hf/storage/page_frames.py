@@ -1,17 +1,16 @@
-"""The GPU tier of one layer: page frames, and which page is in which.
+"""The GPU tier of one layer: page frames, and the tables that map pages to slots.
 
-    page_slot  [B, H, N]   page -> slot, -1 where it is not resident       a resident page is in both tables
-    slot_page  [F]         slot -> page, -1 where it is free
-    slot_step  [F]         the step that last touched the slot
-    frames     [F, page elements]   contents, of the model's dtype: what a load of the page from the cpu tier gives
+    page_slot  [B, H, N]   page -> slot, -1 if not resident       a resident page is in both tables
+    slot_page  [F]         slot -> page, -1 if free
+    slot_step  [F]         step that last touched the slot
+    frames     [F, page elements]   page contents in the model's dtype, as loaded from the cpu tier
 
     F:   sequence 0: H * slots[0]  | sequence 1: H * slots[1] | ...        slot s of KV head h of sequence b is
          head 0, head 1, ...       | head 0, head 1, ...      |            frame first[b] + h * slots[b] + s
 
-Every (sequence, KV head) has slots of its own, so the work of a step needs nothing from outside them. Pages of the
-present step are mandatory; what else is resident are buffer pages. Eviction is SPIN's bucketed LRU, see
-`kernels.admit_pages`. The cpu tier is always complete (writes go to both), so eviction never copies, and frames may be
-given back and made at any time between two steps.
+Every (sequence, KV head) has its own slots, so slots are assigned independently. Pages of the current step are mandatory; other
+resident pages are buffer pages. Eviction is SPIN's bucketed LRU, see `kernels.admit_pages`. Writes go to both tiers, so the cpu
+tier is always complete: eviction never copies, and frames may be freed and allocated at any time between two steps.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from .out_of_memory import allocating, out_of_memory
 from .tier_budget import coarsely
 
 NO_PAGE = (1 << 31) - 1
-"""Beyond every page."""
+"""Larger than every page index."""
 
 
 class Group(NamedTuple):
-    """Consecutive sequences [start, stop) that have as many slots each, in frames from `first` on."""
+    """Consecutive sequences [start, stop) with `num_slots` slots per KV head each. Their frames begin at `first`."""
 
     start: int
     stop: int
@@ -53,29 +52,29 @@ class PageFrames:
         self.num_heads = num_heads
         self.page_elements = page_elements
         self.slots: tuple[int, ...] = ()
-        """Slots of each KV head, by sequence."""
+        """Slots per KV head of each sequence."""
         self.frames = torch.empty((0, page_elements), dtype=dtype, device=device)
         self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
         self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
         self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
         self.shares: Tensor | None = None
-        """[B, 2], int64: slots and first frame of each sequence, for kernels; None where all have as many slots."""
+        """Slots per KV head and first frame of each sequence, for kernels: [B, 2], int64. None if slot counts are equal."""
         self.hits = self.loads = self.evictions = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored."""
+        """Frames and tables."""
         tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
         return tables if self.shares is None else (*tables, self.shares)
 
     @property
     def num_slots(self) -> int:
-        """Slots of each KV head in the sequence that has fewest."""
+        """Smallest number of slots per KV head of any sequence."""
         return min(self.slots, default=0)
 
     @property
     def groups(self) -> list[Group]:
-        """The sequences, by how many slots they have."""
+        """Runs of consecutive sequences with equal slot counts."""
         found: list[Group] = []
         for row, (slots, first) in enumerate(zip(self.slots, self._first(self.slots), strict=True)):
             if found and found[-1].num_slots == slots:
@@ -97,23 +96,25 @@ class PageFrames:
         return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
 
     def held(self, row: int) -> Tensor:
-        """The page in each slot of a sequence, -1 where it is free: [H, slots[row]], a view."""
+        """Page in each slot of a sequence, -1 if free: [H, slots[row]], a view."""
         first = self._first(self.slots)[row]
         return self.slot_page[first : first + self.num_heads * self.slots[row]].view(self.num_heads, -1)
 
     def resize(self, batch_size: int, slots: int | Sequence[int], num_pages: int) -> None:
-        """Have so many slots for each KV head, of all sequences or of each, and a table of at least `num_pages` pages.
+        """Set the slots per KV head and let `page_slot` cover at least `num_pages` pages.
 
-        Where slots go, the pages touched last stay; where the number of sequences changes, none does. Where there is no
-        memory to copy what stays, it is given up too, and loaded again when it is needed.
+        With fewer slots, the most recently touched pages stay resident. A new batch size drops all pages. If there is no memory
+        to copy the resident pages, they are dropped too and loaded again on their next use.
 
+        Args:
+            slots: for all sequences, or for each.
         Raises:
-            CapacityError: there is no memory for more slots; there are as many as before, or none until the next call.
+            CapacityError: no memory for more slots. The old slots remain, or none until the next call.
         """
         wanted = (slots,) * batch_size if isinstance(slots, int) else tuple(slots)
         if len(self.slots) != batch_size:
             self.forget_sequences(batch_size)
-        if self.page_slot.shape[2] < num_pages:  # seldom copied, if it grows by little
+        if self.page_slot.shape[2] < num_pages:  # grows in coarse steps, so it is seldom copied
             width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
             with allocating("the table of resident pages", 4 * batch_size * self.num_heads * width):
                 self.page_slot = _fit(self.page_slot, width, -1)
@@ -124,15 +125,15 @@ class PageFrames:
                 self._take_slots(wanted)
 
     def forget_sequences(self, batch_size: int) -> None:
-        """Have so many sequences, without slots; memory is given back."""
+        """Free all frames and tables. `batch_size` sequences without slots remain."""
         frames = self.frames.new_empty((0, self.page_elements))
         page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
         slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # at once: tables agree
+        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # one update
 
     def _take_slots(self, wanted: tuple[int, ...]) -> None:
-        """Copy what stays to other frames, or give it up where memory is short."""
+        """Set slot counts. Keep resident pages if there is memory to copy them, else drop them."""
         before = self.slots
         try:
             self._move_slots(wanted)
@@ -150,7 +151,7 @@ class PageFrames:
             raise
 
     def _move_slots(self, wanted: tuple[int, ...]) -> None:
-        """As `_take_slots`; raises before anything has changed."""
+        """Set slot counts and copy resident pages to the new frames. Changes nothing on an error."""
         total = self.num_heads * sum(wanted)
         frames = self.frames.new_empty((total, self.page_elements))
         slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
@@ -165,23 +166,23 @@ class PageFrames:
             pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
             if keep < old.num_slots:
                 touched = steps.masked_fill(pages < 0, -1)
-                kept = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
-                pages, steps = pages.gather(2, kept), steps.gather(2, kept)
-                source = self._frame(kept, old).flatten()
+                newest = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
+                pages, steps = pages.gather(2, newest), steps.gather(2, newest)
+                source = self._frame(newest, old).flatten()
                 torch.index_select(self.frames, 0, source, out=frames[new.first : new.first + source.numel()])
             else:
                 self._view(frames, new, shape)[:, :, :keep] = self._view(self.frames, old, shape)
             self._view(slot_page, new, shape)[:, :, :keep] = pages
             self._view(slot_step, new, shape)[:, :, :keep] = steps
-            columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to a column of their own
+            columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to an extra column
             placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
             page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # at once: tables agree
+        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # one update
 
     def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
-        """Runs of sequences that have as many slots each, before and after."""
+        """Runs of sequences with equal slot counts, both before and after: their rows, old group and new group."""
         old, new = self._first(self.slots), self._first(wanted)
         start = 0
         for row in range(1, len(wanted) + 1):
@@ -195,7 +196,7 @@ class PageFrames:
                 start = row
 
     def _view(self, table: Tensor, group: Group, shape: tuple[int, int]) -> Tensor:
-        """The slots of a group in a table [F, ...], as [sequences, H, slots, ...]."""
+        """View of a group's slots in a table [F, ...]: [sequences, H, slots, ...]."""
         count = shape[0] * shape[1] * group.num_slots
         return table[group.first : group.first + count].view(*shape, group.num_slots, *table.shape[1:])
 
@@ -203,9 +204,9 @@ class PageFrames:
         """Make pages resident and return their contents.
 
         Args:
-            pages: [B, H, n], int64, distinct in each row, -1 for none; no more of them than the row has slots.
+            pages: [B, H, n], int64, distinct in each row, -1 for none; at most as many as the sequence has slots.
             rows: [B, H, n], int64, their rows in the cpu tier.
-            load: gives the contents [*rows.shape, page elements] of rows there.
+            load: maps rows to their contents [*rows.shape, page elements].
         Returns:
             [B, H, n, page elements]; undefined where `pages` is -1. Mutates tables and frames.
         """
@@ -220,7 +221,7 @@ class PageFrames:
                 evicted += count
             self.frames[frames[missed]] = load(rows[missed])
         except BaseException:
-            self.forget_all()  # tables may promise pages that were not loaded; the cpu tier has them all
+            self.forget_all()  # the tables may list pages that were not loaded; the cpu tier has all pages
             raise
         num_loaded = int(missed.sum())
         self.loads += num_loaded
@@ -229,43 +230,43 @@ class PageFrames:
         return self.frames[frames]
 
     def write(self, page: int, first_offset: int, keys: Tensor, values: Tensor) -> None:
-        """Repeat a write to the cpu tier in the frames that hold `page`.
+        """Write tokens to the frames that hold `page`, as was done in the cpu tier.
 
         Args:
-            first_offset: place of the first token in the page.
-            keys, values: [B, H, n, Dk] and [B, H, n, Dv], n tokens inside the page, as a load will give them.
+            first_offset: offset of the first token in the page.
+            keys, values: [B, H, n, Dk] and [B, H, n, Dv] of n tokens of the page, as a load would return them.
         """
         page_size = self.frames.shape[1] // (keys.shape[-1] + values.shape[-1])
-        key_part, value_part = kernels.split_pages(self.frames, page_size, keys.shape[-1])
+        frame_keys, frame_values = kernels.split_pages(self.frames, page_size, keys.shape[-1])
         stop = first_offset + keys.shape[2]
         for group in self.groups:
             mine = slice(group.start, group.stop)
             slots = self.page_slot[mine, :, page].long()
             b, h = (slots >= 0).nonzero(as_tuple=True)
             frames = self._frame(slots.unsqueeze(2), group).squeeze(2)[b, h]
-            key_part[frames, first_offset:stop] = keys[mine][b, h].to(self.frames.dtype)
-            value_part[frames, first_offset:stop] = values[mine][b, h].to(self.frames.dtype)
+            frame_keys[frames, first_offset:stop] = keys[mine][b, h].to(self.frames.dtype)
+            frame_values[frames, first_offset:stop] = values[mine][b, h].to(self.frames.dtype)
 
     def forget(self, first: int, stop: int) -> None:
-        """Drop pages [first, stop) from the tables; all, where there is no memory to say which."""
+        """Drop pages [first, stop) from the tables. If memory runs out, drop all pages."""
         with self._all_or_none():
             dropped = (self.slot_page >= first) & (self.slot_page < stop)
             self.page_slot[:, :, first:stop].fill_(-1)
             self.slot_page.masked_fill_(dropped, -1)
 
     def forget_from(self, page: int) -> None:
-        """Drop pages `page` and later from the tables; all, where there is no memory to say which."""
+        """Drop pages from `page` on from the tables. If memory runs out, drop all pages."""
         self.forget(page, NO_PAGE)
 
     def forget_all(self) -> None:
-        """Drop all pages. Asks for no memory."""
+        """Drop all pages. Allocates nothing."""
         self.page_slot.fill_(-1)
         self.slot_page.fill_(-1)
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was; sequences that change place start with nothing resident.
+        """Sequence i becomes the old sequence rows[i]. Sequences that move have no resident pages afterwards.
 
-        Another number of sequences has no slots until `resize`.
+        If the batch size changes, there are no slots until `resize`.
         """
         if len(rows) != len(self.slots):
             self.forget_sequences(len(rows))
@@ -277,7 +278,10 @@ class PageFrames:
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """Let tables agree whatever happens inside: no page resident is always right, as the cpu tier has them all."""
+        """Drop all pages if the body fails, so that the tables agree. An out-of-memory error is then suppressed.
+
+        This is always safe: the cpu tier has all pages.
+        """
         try:
             yield
         except BaseException as error:
@@ -288,14 +292,14 @@ class PageFrames:
     def check_integrity(
         self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
     ) -> None:  # fmt: skip
-        """Raise CacheStateError where tables disagree or a frame differs from its page in the cpu tier.
+        """Raise CacheStateError if the tables disagree or a frame differs from its page in the cpu tier.
 
         Args:
             rows, load: as for `bring_in`, of all pages.
-            partial: [B, 1, N, page elements] broadcastable, bool: elements that hold tokens.
+            partial: elements that hold tokens, bool, broadcastable to [B, N, page elements].
         """
         resident = 0
-        num_sequences = min(len(self.slots), rows.shape[0])  # others, where a change of the batch failed, hold nothing
+        num_sequences = min(len(self.slots), rows.shape[0])  # sequences beyond, after a failed batch change, are empty
         for row in range(num_sequences):
             h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
             page = self.held(row)[h, slot].long()
@@ -316,11 +320,11 @@ class PageFrames:
             raise CacheStateError(_DISAGREE)
 
     def _first(self, slots: Sequence[int]) -> list[int]:
-        """The first frame of each sequence."""
+        """First frame of each sequence."""
         return list(accumulate((self.num_heads * each for each in slots), initial=0))[:-1]
 
     def _frame(self, slots: Tensor, group: Group) -> Tensor:
-        """Rows of `frames` for slots [sequences, H, n] of a group."""
+        """Frame index of slots [sequences, H, n] of a group."""
         streams = torch.arange(slots.shape[0] * self.num_heads, device=slots.device)
         return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
 
@@ -329,7 +333,7 @@ _DISAGREE = "integrity: page_slot and slot_page disagree; please report this as 
 
 
 def _fit(table: Tensor, width: int, fill: int) -> Tensor:
-    """`table` cut or extended with `fill` to `width` in its last dimension."""
+    """`table`, truncated or padded with `fill` to `width` in its last dimension."""
     fitted = table.new_full((*table.shape[:2], width), fill)
     keep = min(width, table.shape[2])
     fitted[..., :keep] = table[..., :keep]

@@ -1,13 +1,13 @@
-"""The pages of one layer, in whichever tier they are, and the summaries made from them.
+"""Pages of one layer, in either tier, and their summaries.
 
-    home       ChunkedArray of pages: keys then values.  compute tier if all fits, else cpu tier, there perhaps as int8
-    summaries  SummaryArrays of what the method keeps, one row per page, always in the compute tier
-    frames     PageFrames, only while the home is the cpu tier; of the model's dtype, what a load of the home's page gives
-    clustered  TokenPermutation, only for methods that cluster: whose tokens they are; always in the compute tier
+    backing      ChunkedArray of pages, keys then values: in the compute tier if all pages fit, else in the cpu tier, where they
+                 may be int8
+    summaries    SummaryArrays of the method, one row per page; always in the compute tier
+    frames       PageFrames in the model's dtype; only while the backing is in the cpu tier
+    permutation  TokenPermutation: which token is at each place; only for methods that cluster; always in the compute tier
 
-Row ids come from `PageTable.page_rows` and are the same for pages and summaries, so whatever shares or copies a
-segment shares or copies both. Summaries are of what is read of a page, so of decoded keys and values where it is int8: the
-results never depend on which pages are resident, or on how many can be.
+Pages and summaries have the same row ids, which come from `PageTable.page_rows`, so sharing or copying a segment covers both.
+Summaries are computed from decoded keys and values. Results therefore do not depend on which pages are resident.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import BudgetError, CapacityError
-from .chunked_array import ChunkedArray, Recoding
+from .chunked_array import ChunkedArray, Conversion
 from .page_frames import PageFrames
 from .page_layout import PageLayout, page_layouts
 from .page_table import SEGMENT_PAGES, PageTable
@@ -28,13 +28,13 @@ from .summary_array import SummaryArray, stored_as
 from .tier_budget import TierBudget, whole_segments
 from .token_permutation import TokenPermutation
 
-# RAM is committed when it is written, so chunks may be large there; GPU memory and locked RAM are taken at once.
+# Host memory is committed on first write, so its chunks may be large. GPU memory and page-locked memory are committed at once.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
 _MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
 
 
 def chunk_segments(num_heads: int, page_bytes: int, device: torch.device) -> int:
-    """Segments by which a layer's arrays grow on a device."""
+    """Segments per chunk of a layer's arrays on a device."""
     chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
     segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
     return min(max(segments, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
@@ -44,16 +44,16 @@ class PageStore:
     """Pages and summaries of one layer.
 
     Args:
-        sequences: the batch that the pages belong to.
+        sequences: page table of the batch.
         num_heads: KV heads.
         key_dim, value_dim: head sizes.
-        summary_shapes: name -> shape of what the method keeps of one page.
-        quantized: whether vectors among it are kept as int8.
+        summary_shapes: name -> shape of a page's summary.
+        quantized: whether vector summaries are stored as int8.
         budget: caps and sizes.
-        dtype, device: of the keys and values; `device` is the compute tier.
-        multi_page_clusters: of a method that clusters tokens, where they are from is kept: whether its partitions may have
-            several pages; None for other methods.
-        summary_dtypes: name -> dtype of those that are kept as they are in any case.
+        dtype: of keys and values.
+        device: the compute tier.
+        multi_page_clusters: for methods that cluster, whether a cluster may have several pages; None for other methods.
+        summary_dtypes: name -> dtype of summaries that are never quantized.
         host_int8: whether pages in the cpu tier are int8.
     """
 
@@ -84,29 +84,29 @@ class PageStore:
         self.backing = ChunkedArray((self.layout.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():
-            kept, as_int8 = stored_as(name, dtype, quantized, summary_dtypes or {})
-            self.summaries[name] = SummaryArray(shape, rows, kept, device, as_int8)
+            summary_dtype, as_int8 = stored_as(name, dtype, quantized, summary_dtypes or {})
+            self.summaries[name] = SummaryArray(shape, rows, summary_dtype, device, as_int8)
         self.permutation: TokenPermutation | None = None
         if multi_page_clusters is not None:
             self.permutation = TokenPermutation(sequences, num_heads, rows, device, multi_page_clusters)
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
-        """Called with the bytes that `gpu_memory` falls short of: whether the budget has been raised."""
+        """Called with the `gpu_memory` that is needed, in bytes. Returns whether the budget was raised."""
         self.short_of_frames: Callable[[], None] | None = None
-        """Called where there is less memory for page frames than the budget allows: to be tried again later."""
+        """Called if memory allows fewer page frames than the budget does. Allocation is retried later."""
         self.invalidate: Callable[[int, int], None] | None = None
-        """Called with the first page and the page behind of those that took another form: summaries are of what they held."""
+        """Called with [first, stop) of pages whose storage layout changed. Their summaries must be recomputed."""
 
     @property
     def backing_layout(self) -> PageLayout:
-        """In which form pages lie where they live now."""
+        """Layout of pages in the backing."""
         return self._host_layout if self.backing.converted else self.layout
 
-    # ------------------------------------------------------------------------------- what `PageTable` asks of a store
+    # ------------------------------------------------------------------------------------------------- `SegmentStore`
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Raise BudgetError or CapacityError where `reserve` would exceed a cap."""
+        """Raise BudgetError or CapacityError if `reserve` would exceed a cap."""
         try:
             self._num_frames(batch_size, num_segments, num_pages)
         except BudgetError as error:
@@ -115,12 +115,12 @@ class PageStore:
             self._num_frames(batch_size, num_segments, num_pages)
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Make room for `num_segments` segments and a step over `num_pages` pages."""
+        """Allocate for `num_segments` segments and a step over `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
             if self.frames is None:
                 frames = PageFrames(self.num_heads, self.layout.row_elements, self.dtype, self.device)
-                self._move_to_cpu()  # first, as that gives back what the frames take
+                self._move_to_cpu()  # first: this frees the memory that the frames need
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
@@ -131,7 +131,10 @@ class PageStore:
     def _take_frames(
         self, frames: PageFrames, batch_size: int, wanted: int, num_pages: int, held: Sequence[int] | None
     ) -> int:
-        """As many of `wanted` page frames as there is memory for, a step's at least; what is free may lie in small blocks."""
+        """Allocate up to `wanted` page frames per (sequence, KV head); at least those of a step. Returns the number.
+
+        Free memory may be fragmented, so a size within the budget can still fail.
+        """
         while True:
             try:
                 frames.resize(batch_size, self.budget.shares(wanted, num_pages, held), whole_segments(num_pages))
@@ -141,12 +144,12 @@ class PageStore:
                 if wanted <= least:
                     raise
                 wanted = max(least, wanted * 3 // 4)
-                self.budget = replace(self.budget, most_frames=wanted)  # until more are asked for
+                self.budget = replace(self.budget, most_frames=wanted)  # until the budget is set again
                 if self.short_of_frames is not None:
                     self.short_of_frames()
 
     def shrink(self, num_segments: int) -> None:
-        """Give back the room for more segments than these. Asks for no memory."""
+        """Free the rows of segments from `num_segments` on. Allocates nothing."""
         self.num_segments = min(self.num_segments, num_segments)
         for array in self._arrays():
             array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
@@ -155,7 +158,7 @@ class PageStore:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy pages and summaries of each (source, destination) segment."""
+        """Copy pages and summaries of (source, destination) segments."""
         if not pairs:
             return
         span = torch.arange(SEGMENT_PAGES * self.num_heads)
@@ -167,30 +170,30 @@ class PageStore:
             array.put(destination, array.take(source))
 
     def truncate(self, length: int) -> None:
-        """Forget tokens from `length` on."""
+        """Drop tokens from `length` on."""
         self.length = min(self.length, length)
         if self.frames is not None:
             self.frames.forget_from(-(-length // self.page_size))
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was. Where that fails, pages may have to be loaded again."""
+        """Sequence i becomes the old sequence rows[i]. After an error, resident pages may have been dropped."""
         if self.frames is not None:
             self.frames.select(rows)
-            self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # another batch, another share
+            self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # slot counts depend on the batch
 
     def forget_resident(self, batch_size: int) -> None:
-        """Have no page in a frame, and frames for no sequence, until the next `reserve`. Right at any time."""
+        """Drop all resident pages and free the frames until the next `reserve`. Safe at any time."""
         if self.frames is not None:
             self.frames.forget_sequences(batch_size)
 
     def clear(self) -> None:
-        """Forget all; memory is kept."""
+        """Drop all tokens. Memory stays allocated."""
         self.length = 0
         if self.frames is not None:
             self.frames.forget_all()
 
     def release(self) -> None:
-        """Give back all memory; nothing is held. Pages that went to the cpu tier will be made there again."""
+        """Free all memory; no tokens are held. Pages that moved to the cpu tier will be allocated there again."""
         self.num_segments = self.num_frames = 0
         if self.frames is not None:
             self.frames.forget_sequences(0)
@@ -200,7 +203,7 @@ class PageStore:
     # --------------------------------------------------------------------------------------------- tokens and pages
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Write the tokens of the present step to their pages.
+        """Write the tokens of the current step to their pages.
 
         Args:
             keys, values: [B, H, n, Dk] and [B, H, n, Dv], n = sequences.length - sequences.start.
@@ -213,18 +216,18 @@ class PageStore:
         offsets = (
             (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.backing.device)
         )
-        parts = self.backing_layout.encode(keys, values)
-        flat = [part.reshape(-1, part.shape[-1]).to(self.backing.device) for part in parts]
+        fields = self.backing_layout.encode(keys, values)
+        flat = [field.reshape(-1, field.shape[-1]).to(self.backing.device) for field in fields]
         kernels.put_tokens(self.backing.chunks, rows, offsets, flat, self.backing_layout.split)
         offset = start % self.page_size
         if self.frames is not None and offset:  # only a partly filled page can be resident already
             inside = min(count, self.page_size - offset)
-            kept = self.backing_layout.decode([part[:, :, :inside] for part in parts])
-            self.frames.write(start // self.page_size, offset, *kept)
+            decoded = self.backing_layout.decode([field[:, :, :inside] for field in fields])
+            self.frames.write(start // self.page_size, offset, *decoded)
         self.length = start + count
 
     def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pages [first, stop) of all sequences and heads, straight from their home: for indexing and hand-over.
+        """Read pages [first, stop) of all sequences and heads from the backing, for indexing and export.
 
         Returns:
             keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
@@ -233,54 +236,54 @@ class PageStore:
         return *self.backing_layout.take(content), rows
 
     def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The same as they are kept, [B, H, n, page elements], and their rows."""
+        """Pages [first, stop) in `backing_layout`, [B, H, n, page elements], and their rows [B, H, n]."""
         rows = self.rows(first, stop)
         return self.backing.take(rows), rows
 
     def rows(self, first: int, stop: int) -> Tensor:
-        """Rows [B, H, n] of pages [first, stop), in the home and in all summaries."""
+        """Rows [B, H, n] of pages [first, stop), in the backing and in all summaries."""
         return self._rows()[:, :, first:stop]
 
     def in_order(self, states: Tensor) -> Tensor:
-        """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
+        """Reorder states [B, H, tokens, D] of all tokens from page order to position order."""
         return states if self.permutation is None else self.permutation.in_order(states)
 
     def by_place(self, mask: Tensor, group: int) -> Tensor:
-        """A mask [B, 1 or heads, Q, tokens] over positions, as one over the tokens as they stand in the pages."""
+        """Reorder a mask [B, 1 or heads, Q, tokens] from position order to page order."""
         if self.permutation is None or not self.sequences.spans.num_pages:
             return mask
         return self.permutation.by_place(mask, group)
 
     def held(self, length: int) -> tuple[Tensor, Tensor]:
-        """Keys [B, H, length, Dk] and values of the first tokens, in the order of their positions: copies."""
+        """Copies of keys [B, H, length, Dk] and values [B, H, length, Dv] of the first tokens, in position order."""
         clustered = self.sequences.spans.num_pages
         keys, values, _ = self.pages(0, max(-(-length // self.page_size), clustered))
         keys, values = keys.flatten(2, 3), values.flatten(2, 3)
-        if clustered:  # whole spans are read, as in their pages tokens stand in another order
+        if clustered:  # spans were read whole, as their pages are not in position order
             keys, values = self.in_order(keys), self.in_order(values)
         return keys[:, :, :length], values[:, :, :length]
 
     def read(self, pages: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Retrieve pages for attention, in as many waves as the page frames make necessary (one, if all fit).
+        """Read pages for attention, in waves that fit the page frames. Loads missing pages into frames.
 
         Args:
             pages: [B, H, n], int64, distinct in each row; -1 for none.
         Yields:
-            which of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
+            slice of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
         """
         rows = self._rows().gather(2, pages.clamp(min=0))
-        for part in self._waves(pages):
+        for wave in self._waves(pages):
             if self.frames is None:
-                content = self.backing.take(rows[:, :, part])
+                content = self.backing.take(rows[:, :, wave])
             else:
-                content = self.frames.bring_in(pages[:, :, part], rows[:, :, part], self._load, self.sequences.step)
+                content = self.frames.bring_in(pages[:, :, wave], rows[:, :, wave], self._load, self.sequences.step)
             keys, values = self.layout.take(content)
-            yield part, keys.flatten(2, 3), values.flatten(2, 3)
+            yield wave, keys.flatten(2, 3), values.flatten(2, 3)
 
     def _waves(self, pages: Tensor) -> Iterator[slice]:
-        """Which of the columns of `pages` [B, H, n] to bring in at a time: no sequence has more pages there than slots.
+        """Split the columns of `pages` [B, H, n] into waves. In a wave no sequence has more pages than slots.
 
-        Without columns, one empty slice: attention over nothing is zero.
+        Without columns yields one empty slice, so that attention over nothing gives zero.
         """
         stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
         if self.frames is None or self.frames.shares is None or stop <= width:
@@ -295,14 +298,14 @@ class PageStore:
             first = end
 
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
-        """The method's vectors [B, H, N, ...] of all pages of all sequences, or of pages [B, H, k] only."""
+        """Summaries [B, H, N, ...] of all pages, or [B, H, k, ...] of `pages` [B, H, k]."""
         rows = self._rows()
         rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
         return self.summaries[name].take(rows)
 
     @property
     def lacks_frames(self) -> bool:
-        """Whether not all pages can be resident."""
+        """Whether there are fewer page frames than pages."""
         if self.frames is None:
             return False
         pages = self.sequences.pages_held() or [self.sequences.num_pages] * len(self.frames.slots)
@@ -310,7 +313,7 @@ class PageStore:
 
     @property
     def mandatory_frames(self) -> int:
-        """Page frames, of all sequences and KV heads, that a step needs; the others hold buffer pages."""
+        """Page frames that a step needs, over all sequences and KV heads. The others hold buffer pages."""
         if self.frames is None:
             return 0
         needed = self.budget.step_frames(self.sequences.num_pages)
@@ -318,35 +321,35 @@ class PageStore:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes taken in the compute tier, with the unused ends of chunks where those take memory at once."""
+        """Bytes allocated in the compute tier. Includes unused rows of chunks on a GPU, where they take memory at once."""
         arrays, at_once = self._arrays()[self.frames is not None :], self.device.type == "cuda"
         taken = sum((array.num_rows if at_once else array.used_rows) * array.row_bytes for array in arrays)
         return taken + (0 if self.frames is None else self.frames.nbytes)
 
     def pages_held(self) -> int:
-        """Pages of all KV heads that hold tokens; pages that sequences share count once."""
+        """Pages of all KV heads that hold tokens. Shared pages count once."""
         pages = {(segment, i) for row in self.sequences.directory for i, segment in enumerate(row)}
         return self.num_heads * sum(min(SEGMENT_PAGES, self.sequences.num_pages - i * SEGMENT_PAGES) for _, i in pages)
 
     def gpu_bytes(self, num_segments: int) -> int:
-        """Bytes that `num_segments` segments take in the compute tier: pages or page frames, and summaries."""
+        """Bytes of `num_segments` segments in the compute tier: pages or page frames, and summaries."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
         summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
         return summaries + (rows * self.backing.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
-        """Bytes that `num_segments` segments take in the cpu tier."""
+        """Bytes of `num_segments` segments in the cpu tier."""
         return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.backing.row_bytes
 
     def metadata(self, num_segments: int) -> dict[str, int]:
-        """Bytes of this layer's tables while `num_segments` segments are held, by name; all in the compute tier."""
+        """Bytes of this layer's tables for `num_segments` segments, by name; all in the compute tier."""
         rows = num_segments * SEGMENT_PAGES * self.num_heads
         tables = {} if self.frames is None else self.frames.metadata
         clustered = {} if self.permutation is None else self.permutation.metadata(rows)
         return {**tables, **clustered, "address tables": sum(array.table_bytes for array in self._arrays())}
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where tables disagree or tiers differ."""
+        """Raise CacheStateError if tables disagree or tiers differ."""
         if self.permutation is not None:
             self.permutation.check_integrity()
         if self.frames is not None and self.sequences.batch_size and self.sequences.length:
@@ -357,7 +360,7 @@ class PageStore:
             self.frames.check_integrity(num_pages, self._rows(), self._load, torch.cat(sides, 1).unsqueeze(0))
 
     def _move_to_cpu(self) -> None:
-        """Let pages live in the cpu tier from here on."""
+        """Move the backing to the cpu tier and convert it to the host layout. There is no way back."""
         host = self._host_layout
         if host == self.layout or self.backing.converted:
             self.backing.move(torch.device("cpu"))
@@ -366,13 +369,13 @@ class PageStore:
         def convert(rows: Tensor) -> Tensor:
             return host.join(host.encode(*self.layout.take(rows)))
 
-        self.sequences.layout_version += 1  # before they are, so that an interruption does not lose it
+        self.sequences.layout_version += 1  # before the move, so that an interruption does not lose it
         if self.invalidate is not None:
             self.invalidate(0, self.length // self.page_size)
-        self.backing.move(torch.device("cpu"), Recoding((host.row_elements,), host.row_dtype, convert))
+        self.backing.move(torch.device("cpu"), Conversion((host.row_elements,), host.row_dtype, convert))
 
     def _load(self, rows: Tensor) -> Tensor:
-        """Contents [*rows.shape, page elements] of pages in the cpu tier, of the model's dtype."""
+        """Load pages from the cpu tier: [*rows.shape, page elements], in the model's dtype."""
         content = self.backing.take(rows)
         return content if self.backing_layout == self.layout else self.layout.join(self.backing_layout.take(content))
 

@@ -1,20 +1,19 @@
-"""The sequences of a batch: how long they are and which segments hold them. Shared by all layers of a cache.
+"""Page table of a batch: lengths, and the segments of each sequence. Shared by all layers of a cache.
 
     directory   sequence 0  [ 3 | 0 | 5 ]       a segment is `SEGMENT_PAGES` pages of every KV head, in every layer
-                sequence 1  [ 3 | 0 | 6 ]       segments 3 and 0 are shared: a common past (beams, copies)
+                sequence 1  [ 3 | 0 | 6 ]       segments 3 and 0 are shared: a common prefix (beams, copies)
     refcounts   segment     0:2  3:2  5:1  6:1      free: 1 2 4
 
     page p of KV head h of sequence b  ->  row (directory[b][p // S] * H + h) * S + p % S,     S = SEGMENT_PAGES
 
-This is the two-level page table of SPIN: a small directory per sequence, segments taken from a shared pool as it
-grows. Pages of a segment are consecutive rows, so a page needs no pointer of its own. All full-attention layers of a
-model grow in step and hold the same tokens, so they share one directory; each layer keeps its own rows.
+This is SPIN's two-level page table. Each sequence has a small directory of segments, taken from a pool that grows on demand.
+Pages of a segment are consecutive rows, so pages need no pointers. All full-attention layers hold the same tokens, so they
+share one directory; each layer has its own rows.
 
-Tables are never changed in place: others are made beside them and take their place at once (`_become`), so that an interruption
-finds all of a change or nothing.
+Tables are never changed in place. New tables are built and swapped in with one update (`_become`), so an interruption leaves
+either the old tables or the new ones.
 
-Shared segments are copied when one of their owners writes (`begin`). PageTable all have the same number of tokens,
-padding included, as transformers' batches do.
+Shared segments are copied on write (`begin`). All sequences have the same number of tokens, padding included.
 """
 
 from __future__ import annotations
@@ -40,36 +39,36 @@ _Tables = tuple[list[list[int]], list[int], list[int]]
 
 
 class SegmentStore(Protocol):
-    """What a layer's storage does when sequences change."""
+    """Storage of a layer, as the page table drives it."""
 
     length: int
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Raise BudgetError or CapacityError where that would exceed a cap; changes nothing."""
+        """Raise BudgetError or CapacityError if `reserve` would exceed a cap. Changes nothing."""
 
     def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Make room for what `check` allowed."""
+        """Allocate for a batch of this size."""
 
     def shrink(self, num_segments: int) -> None:
-        """Give back room for more segments than these, without asking for memory."""
+        """Free the rows of segments from `num_segments` on. Allocates nothing."""
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy rows of each (source, destination) segment."""
+        """Copy the rows of (source, destination) segments."""
 
     def truncate(self, length: int) -> None:
-        """Forget tokens from `length` on."""
+        """Drop tokens from `length` on."""
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was."""
+        """Sequence i becomes the old sequence rows[i]."""
 
     def forget_resident(self, batch_size: int) -> None:
-        """Be as right for any past of a batch: whatever was loaded is loaded again."""
+        """Drop all resident pages. They are loaded again on their next use."""
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all tokens. Memory stays allocated."""
 
     def release(self) -> None:
-        """Give back all memory; nothing is held."""
+        """Free all memory. No tokens are held."""
 
 
 class PageTable:
@@ -77,7 +76,7 @@ class PageTable:
 
     Args:
         page_size: tokens per page.
-        keeps_positions: whether `positions` is asked for; it costs 8 bytes a token where there is padding.
+        keeps_positions: whether to store positions: 8 bytes a token if there is padding.
     """
 
     def __init__(self, page_size: int, keeps_positions: bool = False) -> None:
@@ -89,68 +88,65 @@ class PageTable:
         self.spans = ClusteredSpans()
         self.stores: list[SegmentStore] = []
         self.start = 0
-        """Tokens held before the present step."""
+        """Tokens held before the current step."""
         self.length = 0
-        """Tokens held, the present step's included."""
+        """Tokens held, including the current step."""
         self.step = 0
-        """The clock of the residency: counts queries, of prefills one."""
+        """LRU clock of the page frames. A step advances it by its queries, at most MAX_QUERIES."""
         self.past = Past()
         self.past_version = 0
-        """Changes to the past: anything but tokens that follow."""
+        """Counts changes to the past, i.e. all changes except appended tokens."""
         self.memory_version = 0
-        """Counts what may have moved or resized memory: new room, and changes to the past."""
+        """Counts events that may move or resize memory: reservations and changes to the past."""
         self._before: _Tables | None = None
-        """Directory, reference counts and free segments before the present step, while it is the last change."""
+        """Directory, reference counts and free segments before the current step; None after any other change."""
         self.layout_version = 0
-        """Counts stores whose pages took another form: kernels that were launched for the old one do not read the new one."""
+        """Counts conversions of a store's layout. Kernels compiled for the old layout cannot read the new one."""
         self._room: tuple[int, ...] | None = None
-        """What room was last made for."""
+        """Arguments of the last `reserve`; None if it must be repeated."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
         self._counted: tuple[int, int, list[int]] | None = None
-        """Events, tokens and pages with real tokens, when these were last counted."""
+        """Cache of `pages_held`: past version, tokens, and pages with real tokens of each sequence."""
 
     @property
     def batch_size(self) -> int:
-        """PageTable held."""
+        """Number of sequences held."""
         return len(self.directory)
 
     @property
     def num_pages(self) -> int:
-        """Pages of one KV head of one sequence, the last perhaps partly filled."""
+        """Pages of one KV head of one sequence, including a partly filled last page."""
         return -(-self.length // self.page_size)
 
     @property
     def segments_in_use(self) -> int:
-        """Segments that some sequence refers to."""
+        """Segments referenced by at least one sequence."""
         return len(self.refcounts) - len(self.free)
 
     @property
     def room(self) -> tuple[int, int, int]:
-        """Batch size, segments in the pool, and pages per sequence that the segments have room for."""
+        """Batch size, segments in the pool, and page capacity per sequence."""
         return self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
 
     @property
     def metadata(self) -> dict[str, int]:
-        """Bytes of what all layers share, by name; of entries in lists, 8 each."""
+        """Bytes of the tables that all layers share, by name."""
         return {
             "directory": ENTRY_BYTES * sum(len(row) for row in self.directory),
             "reference counts": ENTRY_BYTES * len(self.refcounts),
             **self.mask.metadata,
-            "spans": self.spans.grouped.nbytes,
+            "spans": self.spans.clustered.nbytes,
         }
 
     def positions(self, first: int, stop: int, device: torch.device) -> Tensor:
-        """Where tokens [first, stop) stood when they came, [B, stop - first], int64: real tokens before each; padding has any.
-
-        Of sequences made with `keeps_positions`.
-        """
+        """Positions of tokens [first, stop), [B, stop - first], int64; undefined for padding. Needs `keeps_positions`."""
         held = self.mask.positions
         if held is None:
             return torch.arange(first, stop, device=device).expand(self.batch_size, -1)
         return held[:, first:stop].to(device)
 
     def pages_held(self) -> list[int] | None:
-        """Pages of each sequence that hold real tokens; None where nothing is padding. Reads the device, once for each past."""
+        """Pages of each sequence that hold real tokens; None without padding. Synchronizes once per `past_version`."""
         valid = self.mask.valid
         if valid is None or not self.length:
             return None
@@ -163,20 +159,20 @@ class PageTable:
         return [number + max(0, more) for number in self._counted[2]]
 
     def attach(self, store: SegmentStore) -> None:
-        """Let `store` follow every change; it gets room for what is already held."""
+        """Register `store` for all later changes and reserve room for what is held."""
         store.check(self.batch_size, len(self.refcounts), self.num_pages)
         store.reserve(*self.room)
         self.stores.append(store)
         self.memory_version += 1
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
-        """Start a step that appends `num_tokens` to every sequence: take segments, unshare those that will be written.
+        """Start a step that appends `num_tokens` to every sequence. Allocates segments and unshares those it will write.
 
         Args:
             new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
         Raises:
             BatchSizeError: the cache holds another number of sequences.
-            CapacityError, BudgetError: from the stores; nothing has changed.
+            CapacityError, BudgetError: from the stores. Nothing has changed.
         """
         if self.length and batch_size != self.batch_size:
             raise BatchSizeError(
@@ -192,28 +188,28 @@ class PageTable:
         self.__dict__.update(tables, mask=mask, _before=before, step=step, start=self.length, length=length)
 
     def _owns(self, first: int, stop: int) -> bool:
-        """Whether every sequence has the segments of pages [first, stop) to itself, with room made: most steps take none."""
+        """Whether every sequence already owns the segments of pages [first, stop), unshared and reserved. Usual in decoding."""
         if self._room is None or self._room[0] != len(self.directory):
             return False
         indices = range(first // SEGMENT_PAGES, segments_of(stop))
         return all(index < len(row) and self.refcounts[row[index]] == 1 for row in self.directory for index in indices)
 
     def _take(self, batch_size: int, first: int, stop: int) -> dict[str, Any]:
-        """Tables in which every sequence owns the segments of pages [first, stop): new ones, and copies of shared ones."""
+        """Tables in which every sequence owns the segments of pages [first, stop). Adds segments and copies shared ones."""
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
-        keeps = self.length or self.stores  # else no store has rows of the segments that a refused batch took
-        refcounts, free = (list(self.refcounts), list(self.free)) if keeps else ([], [])
+        reuse = self.length or self.stores  # without stores, segments of a rejected batch have no rows
+        refcounts, free = (list(self.refcounts), list(self.free)) if reuse else ([], [])
         copies = take_segments(directory, refcounts, free, first, stop)
-        num_pages = len(directory[0]) * SEGMENT_PAGES  # of whole segments, so that layouts change seldom
+        num_pages = len(directory[0]) * SEGMENT_PAGES  # whole segments, so that tables seldom change size
         self._prepare(copies, batch_size, len(refcounts), num_pages)
         if (directory, refcounts) == (self.directory, self.refcounts):
             return {}
         return {"directory": directory, "refcounts": refcounts, "free": free, "_rows": {}}
 
     def check_room(self, length: int, num_tokens: int) -> None:
-        """Raise BudgetError or CapacityError where `num_tokens` more than `length` would exceed a cap.
+        """Raise BudgetError or CapacityError if `num_tokens` beyond `length` would exceed a cap.
 
-        An empty cache does not know its batch yet; see `admission.admit`.
+        Checks nothing for an empty cache, see `admission.check_first_batch`.
         """
         if not length:
             return
@@ -224,13 +220,13 @@ class PageTable:
             store.check(self.batch_size, num_segments, num_pages)
 
     def first_room(self, batch_size: int, num_tokens: int) -> tuple[int, int, int]:
-        """Batch size, segments and pages per sequence once the first `num_tokens` of a batch have come."""
+        """Batch size, segments and pages per sequence after the first `num_tokens` of a batch."""
         num_pages = -(-num_tokens // self.page_size)
         held = len(self.refcounts) if self.stores else 0
         return batch_size, max(held, batch_size * segments_of(num_pages)), num_pages
 
     def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
-        """Row ids [B, num_heads, pages of all segments] of every page, int64; pages beyond `num_pages` are unused."""
+        """Row ids of all pages: [B, num_heads, pages of all segments], int64. Pages beyond `num_pages` are unused."""
         rows = self._rows.get((num_heads, device))
         if rows is None:
             segments = torch.tensor(self.directory, dtype=torch.int64).view(self.batch_size, 1, -1, 1)
@@ -240,12 +236,12 @@ class PageTable:
         return rows
 
     def unshare(self, sequences: list[int], pages: range) -> None:
-        """Give sequences their own copy of the segments of `pages`, where others share them.
+        """Copy segments of `pages` that `sequences` share with other sequences.
 
-        Those of `sequences` that hold the same segment go on sharing one.
+        Members of `sequences` that share a segment with one another share its copy.
 
         Raises:
-            BudgetError, CapacityError: there is no room for copies; nothing has changed.
+            BudgetError, CapacityError: no room for the copies. Nothing has changed.
         """
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
@@ -257,11 +253,11 @@ class PageTable:
         self._become(directory=directory, refcounts=refcounts, free=free)
 
     def truncate(self, length: int, spans: ClusteredSpans | None = None) -> None:
-        """Forget the tokens from `length` on, and segments that none needs then; `spans` are left, all unless given."""
+        """Drop tokens from `length` on and release unused segments. `spans` replaces the spans, if given."""
         self._truncate(length, None, spans)
 
     def roll_back(self, length: int) -> None:
-        """Take back what came behind `length` tokens; of the present step also what it unshared, and the room it took."""
+        """Drop tokens from `length` on and free their memory. Undoing the current step also undoes its copies."""
         if self.length != length:
             self._truncate(length, self._before if self.start == length else None, None)
         self._shrink()
@@ -277,11 +273,11 @@ class PageTable:
             directory = [row[:keep] for row in directory]
         more = {"mask": self.mask.truncate(length), "spans": spans or self.spans}
         self._become(
-            directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, kept=length
+            directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, prefix=length
         )
 
     def select(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was: segments are shared, nothing is copied."""
+        """Sequence i becomes the old sequence rows[i]. Segments are shared, not copied."""
         bad = [row for row in rows if not 0 <= row < self.batch_size]
         if bad:
             held = self.batch_size
@@ -296,33 +292,33 @@ class PageTable:
         for segment in chain.from_iterable(directory):
             refcounts[segment] += 1
         release_segments(list(chain.from_iterable(self.directory)), refcounts, free)
-        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, spans=spans, kept=0)
+        self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, spans=spans, prefix=0)
 
     def clear(self) -> None:
-        """Forget all sequences; the memory of their rows is kept for the next ones."""
+        """Drop all sequences. The memory of their rows stays allocated."""
         number, mask = len(self.refcounts), TokenMask(self.mask.keeps_positions)
         tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": list(range(number))[::-1]}
-        self._become(**tables, mask=mask, spans=ClusteredSpans(), start=0, length=0, kept=0)
+        self._become(**tables, mask=mask, spans=ClusteredSpans(), start=0, length=0, prefix=0)
         for store in self.stores:
             store.clear()
 
     def replace_padding(self, valid: Tensor | None, length: int) -> None:
-        """Take `valid` [B, >= length] (None: all valid) as the validity of the first `length` tokens."""
+        """Set the validity of the first `length` tokens to `valid` [B, >= length] (None: all valid)."""
         self.__dict__.update(mask=self.mask.replaced(valid, length), past_version=self.past_version + 1)
 
     def tables(self) -> dict[str, Any]:
-        """What `restore` goes back to: whose segments are whose, padding, spans and lengths."""
+        """Snapshot for `restore`: segments, padding, spans and lengths."""
         names = ("directory", "refcounts", "free", "mask", "spans", "start", "length")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, tables: dict[str, Any]) -> None:
-        """Go back to what `tables` gave. May be repeated."""
+        """Restore a snapshot of `tables`. Idempotent."""
         for store in self.stores:
             store.forget_resident(len(tables["directory"]))
-        self._become(**tables, kept=0)
+        self._become(**tables, prefix=0)
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where directory, reference counts, free list and padding disagree."""
+        """Raise CacheStateError if directory, reference counts, free list and padding disagree."""
         counts, needed = [0] * len(self.refcounts), segments_of(self.num_pages)
         for row in self.directory:
             _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
@@ -337,20 +333,20 @@ class PageTable:
         _check(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
 
     def set_spans(self, spans: ClusteredSpans) -> None:
-        """Let `spans` say which pages are clustered."""
+        """Replace the spans."""
         self._become(spans=spans)
 
-    def _become(self, kept: int | None = None, **tables: Any) -> None:
-        """Let other tables take the place of those there are, all at once; `kept` tokens (None: all) are what they were."""
-        if kept is not None:
-            self.past.change(kept)
+    def _become(self, prefix: int | None = None, **tables: Any) -> None:
+        """Replace tables in one update. The first `prefix` tokens (None: all) stay unchanged."""
+        if prefix is not None:
+            self.past.change(prefix)
         known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
         self.__dict__.update(
             known, past_version=self.past_version + 1, memory_version=self.memory_version + 1, **tables
         )
 
     def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
-        """Make room, and copies of (source, copy) segments; a failure leaves no more room than there was."""
+        """Reserve room and copy (source, copy) segments. On an error the added room is freed."""
         try:
             self._make_room(*room)
             for store in self.stores:
@@ -365,7 +361,7 @@ class PageTable:
             store.shrink(len(self.refcounts))
 
     def _make_room(self, *room: int) -> None:
-        """Let the stores take a batch size, segments and pages; most steps need what the step before needed."""
+        """Reserve room for (batch size, segments, pages) in all stores. No work if unchanged since the last step."""
         if room == self._room:
             return
         self.memory_version, self._room = self.memory_version + 1, None
@@ -376,13 +372,13 @@ class PageTable:
         self._room = room
 
     def fit(self) -> None:
-        """Let the stores take what their budgets, which have changed, allow now."""
+        """Reserve again after the stores' budgets changed."""
         if self.directory:
             self._room = None
             self._make_room(*self.room)
 
     def release(self) -> None:
-        """Give back the memory that an empty batch's stores have kept."""
+        """Free the memory of all stores. The batch must be empty."""
         self._become(refcounts=[], free=[])
         for store in self.stores:
             store.release()
@@ -394,7 +390,7 @@ def _check(condition: bool, message: str) -> None:
 
 
 def check_batch(held: int, batch_size: int) -> None:
-    """Raise BatchSizeError where a batch is not the one that the cache holds."""
+    """Raise BatchSizeError if a batch has another size than the one held."""
     if held != batch_size:
         raise BatchSizeError(
             f"the cache holds {held} sequences, got a batch of {batch_size}; call cache.reset(), "

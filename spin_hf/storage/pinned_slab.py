@@ -1,16 +1,16 @@
-"""Host memory that a CUDA device reads by itself: the cpu tier's chunks, page-locked in slabs.
+"""Page-locked host memory for chunks of the cpu tier, allocated in slabs. CUDA kernels read it directly.
 
     slab     one anonymous mapping, in huge pages
              | chunk 0       .| chunk 1       .| chunk 2       .| chunk 3  .|    each starts at a multiple of 4096 bytes
-    pieces   [ 0                               ] [ 1                        ]    each registered with CUDA by itself
-    threads  populate ------------------------> populate ->                      in tasks, in the order of addresses
-    caller        register 0 ------------------> register 1                      a piece as soon as its tasks are done
-    tensors  views of the chunks; the last one that dies gives the slab back: GPU idle, unregistered, unmapped
+    pieces   [ 0                               ] [ 1                        ]    each registered with CUDA separately
+    threads  populate ------------------------> populate ->                      tasks in address order
+    caller        register 0 ------------------> register 1                      a piece once its tasks are done
+    tensors  views of the chunks; when the last one is freed: synchronize the GPU, unregister, unmap
 
-Why not `pin_memory=True`: it lets the driver touch the pages one by one in one thread and rounds up to powers of two.
-Here threads have the kernel clear the pages, while what is left to the driver is to lock few huge ones.
+Why not `pin_memory=True`: the driver then faults in the pages one by one in one thread, and torch rounds sizes up to powers of
+two. Here threads have the OS populate huge pages in parallel, and the driver only locks a few huge pages.
 
-A kernel reads across pieces, as it uses addresses; one copy by CUDA must stay inside a piece. So a chunk does.
+Kernels may read across pieces, but one CUDA copy must stay inside a piece. A chunk never crosses a piece boundary.
 """
 
 from __future__ import annotations
@@ -35,42 +35,42 @@ from ..errors import CapacityError
 from .host_register import ONE_AT_A_TIME, CudaRegistrar, Registrar
 
 PAGE = max(4096, mmap.PAGESIZE)
-"""Bytes to which slabs and chunks are aligned and rounded up."""
+"""Alignment and size granularity of slabs and chunks, in bytes."""
 HUGE_PAGE = 2 << 20
-"""Bytes of a transparent huge page; slabs of at least one start at a multiple of it."""
+"""Bytes of a transparent huge page. Slabs of at least this size are aligned to it."""
 PIECE_BYTES = 512 << 20
-"""Bytes registered at a time: a larger piece overlaps less with touching, a smaller one costs more calls of the driver."""
+"""Bytes registered at a time. Larger pieces overlap less with populating; smaller ones need more driver calls."""
 THREAD_PREFIX = "spin_hf-host-"
-"""How the names of background threads begin."""
+"""Name prefix of background threads."""
 
 _TASK_BYTES = 32 << 20
-"""Bytes that a thread touches at a time."""
+"""Bytes that a thread populates at a time."""
 _MAX_TOUCH_THREADS = 16
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 _mappings: dict[int, mmap.mmap] = {}
-"""The mapping of each registered slab, by the slab's address."""
+"""Mapping of each registered slab, by slab address."""
 _dropped: deque[tuple[Registrar, int, list[int]]] = deque()
-"""Slabs, with their registered pieces, that no tensor views any more: to be given back as soon as that may be done."""
+"""Slabs without views, with their registered pieces. They are freed as soon as no capture is running."""
 
 
 class HostSlab:
-    """Registered host memory, as a tensor.
+    """Registered host memory as a tensor.
 
-    The tensor's storage keeps the memory: it is given back when the slab and the last view of `tensor` are gone (and
-    no CUDA graph is being captured; else with the next slab that comes or goes). It is not mapped in forked children.
+    The tensor's storage owns the memory. It is freed with the slab and the last view of `tensor`; during a CUDA graph capture,
+    when the next slab is allocated or freed. Forked children do not map the memory.
 
     Args:
-        num_bytes: its size, > 0.
-        registrar: registers it, in pieces of about PIECE_BYTES.
-        unit_bytes: a multiple of PAGE; pieces end at multiples of it, so that what lies inside a unit can be copied by CUDA.
+        num_bytes: size, > 0.
+        registrar: registers the memory, in pieces of about PIECE_BYTES.
+        unit_bytes: a multiple of PAGE. Pieces end at multiples of it, so a unit can be copied by one CUDA copy.
 
     Attributes:
-        tensor: [num_bytes], uint8, on the CPU; its content is undefined.
+        tensor: [num_bytes], uint8, on the CPU, uninitialized.
 
     Raises:
-        CapacityError: there is not so much memory, or the registrar refused; nothing stays mapped or registered (while a
-            CUDA graph is captured: until the next slab comes or goes).
+        CapacityError: not enough memory, or the registrar refused. Nothing stays mapped or registered; during a capture, until
+            the next slab is allocated or freed.
     """
 
     def __init__(self, num_bytes: int, registrar: Registrar, unit_bytes: int = PAGE) -> None:
@@ -83,14 +83,14 @@ class HostSlab:
         try:
             _touch_and_register(address, size, unit_bytes, registrar, pieces)
         except BaseException:
-            if pieces:  # they go the way of a slab, which spoils no capture
+            if pieces:  # freed like a slab, as unregistering could break a capture
                 _mappings[address] = mapping
                 _drop(registrar, address, pieces)
             else:
                 mapping.close()
             raise
         _mappings[address] = mapping
-        # The array only borrows the memory. A finalizer of the mapping itself would run after it has unmapped.
+        # `memory` borrows the mapping. A finalizer on the mapping itself would run after it was unmapped.
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
         weakref.finalize(memory, _drop, registrar, address, pieces).atexit = False
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
@@ -99,27 +99,27 @@ class HostSlab:
 def allocate_rows(
     num_chunks: int, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device
 ) -> list[Tensor]:
-    """Chunks in host memory; those of a CUDA compute device are registered with it and share one slab.
+    """Allocate chunks in host memory. For a CUDA compute device they are registered and share one slab.
 
     Args:
-        num_chunks: how many, >= 0.
+        num_chunks: number of chunks, >= 0.
         chunk_shape: shape of each.
-        compute_device: the device that works on them.
+        compute_device: device of the kernels that read them.
 
     Returns:
-        Contiguous CPU tensors of undefined content. In a slab each starts at a multiple of 4096 bytes, and the slab
-        stays as long as one of them does.
+        Contiguous, uninitialized CPU tensors. In a slab each starts at a multiple of 4096 bytes, and the slab lives as long as
+        any of them.
 
     Raises:
-        CapacityError: the host has not so much memory to lock.
+        CapacityError: the host cannot provide or page-lock the memory.
     """
     chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
     if compute_device.type != "cuda" or num_chunks * chunk_bytes == 0:
         return [torch.empty(tuple(chunk_shape), dtype=dtype) for _ in range(num_chunks)]
     stride = _round_up(chunk_bytes, PAGE)
     memory = HostSlab(num_chunks * stride, CudaRegistrar(compute_device), stride).tensor
-    parts = (memory[first : first + chunk_bytes] for first in range(0, num_chunks * stride, stride))
-    return [part.view(dtype).view(tuple(chunk_shape)) for part in parts]
+    chunks = (memory[first : first + chunk_bytes] for first in range(0, num_chunks * stride, stride))
+    return [chunk.view(dtype).view(tuple(chunk_shape)) for chunk in chunks]
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -127,30 +127,30 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _map(num_bytes: int) -> mmap.mmap:
-    """Private zeroed memory, in huge pages and not copied by fork where the platform can do that."""
+    """Map private zeroed memory; with huge pages and not inherited by fork, where the platform supports that."""
     try:
         if sys.platform == "win32":
             return mmap.mmap(-1, num_bytes)
         mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise CapacityError(
-            f"the system has not the {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of host memory that the cpu tier "
+            f"the system could not provide {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) of host memory that the cpu tier "
             f"needs: {error}; free host memory, raise gpu_memory, or shorten the context"
         ) from error
-    # DONTFORK: Linux cannot share locked pages with a child and copies them, so a fork (`!command` in a notebook)
-    # would take as much memory again.
+    # DONTFORK: Linux copies locked pages on fork instead of sharing them, so a fork (`!command` in a notebook) would double
+    # the memory.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         if hasattr(mmap, advice):
-            with suppress(OSError):  # a kernel built without it
+            with suppress(OSError):  # the OS kernel was built without it
                 mapping.madvise(getattr(mmap, advice))
     return mapping
 
 
 def _touch_and_register(address: int, size: int, unit_bytes: int, registrar: Registrar, pieces: list[int]) -> None:
-    """Have all pages there and registered. Threads touch them in the order of addresses; this one registers behind them.
+    """Populate and register all pages. Threads populate them in address order; this thread registers behind them.
 
     Args:
-        pieces: takes the address of each piece that was registered, also where a later one fails.
+        pieces: receives the address of each registered piece, also if a later one fails.
     """
     threads = min(_MAX_TOUCH_THREADS, os.cpu_count() or 1)
     task = min(_TASK_BYTES, _round_up(-(-size // threads), HUGE_PAGE))
@@ -169,13 +169,13 @@ def _touch_and_register(address: int, size: int, unit_bytes: int, registrar: Reg
                     touched += task
                 _register(address + first, min(piece, size - first), size, registrar, pieces)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits: nobody may touch what will be unmapped
+            pool.shutdown(cancel_futures=True)  # waits: no thread may touch memory that will be unmapped
             raise
 
 
 def _register(address: int, num_bytes: int, size: int, registrar: Registrar, pieces: list[int]) -> None:
     """Register the next piece of a slab of `size` bytes."""
-    pieces.append(address)  # before the call: an interrupt may come between it and whatever follows
+    pieces.append(address)  # before the call: an interrupt may arrive right after it
     try:
         registrar.register(address, num_bytes)
     except Exception as error:
@@ -189,10 +189,10 @@ def _register(address: int, num_bytes: int, size: int, registrar: Registrar, pie
 
 
 def _touch(address: int, num_bytes: int) -> None:
-    """Have the kernel provide pages; the time goes into clearing them. The GIL is free meanwhile.
+    """Have the OS populate pages, which spends its time on zeroing them. Releases the GIL meanwhile.
 
     Raises:
-        CapacityError: there are no more.
+        CapacityError: the host has no more memory.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -200,31 +200,31 @@ def _touch(address: int, num_bytes: int) -> None:
             return
         if ctypes.get_errno() == errno.ENOMEM:
             raise CapacityError(
-                f"the system has not the {num_bytes} bytes more of host memory that the cpu tier needs; free host memory, "
-                "raise gpu_memory, or shorten the context"
+                f"the system could not provide {num_bytes} bytes more of host memory that the cpu tier needs; free host "
+                "memory, raise gpu_memory, or shorten the context"
             )
-    ctypes.memset(address, 0, num_bytes)  # no such advice here: a page is there once it is written
+    ctypes.memset(address, 0, num_bytes)  # MADV_POPULATE_WRITE is not supported here: writing populates the pages
 
 
 def _drop(registrar: Registrar, address: int, pieces: list[int]) -> None:
-    """No tensor views the slab any more. Takes no lock: the garbage collector may call it anywhere."""
+    """Queue a slab without views to be freed. Blocks on no lock: the garbage collector may call this anywhere."""
     if address in _mappings:
         _dropped.append((registrar, address, pieces))
         give_back_dropped()
 
 
 def give_back_dropped() -> None:
-    """Unregister and unmap what was dropped; nothing is done where waiting for the device could spoil a capture.
+    """Unregister and unmap dropped slabs. Does nothing if synchronizing could break a capture.
 
-    The garbage collector may call this in any thread, whatever that holds, so it does not wait for one that captures.
-    Background threads leave it to the others.
+    The garbage collector may call this in any thread, with any lock held, so it never waits for a capturing thread. In
+    background threads it does nothing.
     """
     if threading.current_thread().name.startswith(THREAD_PREFIX):
         return
     while _dropped and ONE_AT_A_TIME.acquire(blocking=False):
         try:
             registrar, address, pieces = _dropped.popleft()
-            with suppress(RuntimeError):  # CUDA has failed for good: there is nothing left to wait for
+            with suppress(RuntimeError):  # CUDA has failed for good: no work is left to wait for
                 if registrar.capturing():
                     _dropped.append((registrar, address, pieces))
                     return
@@ -240,12 +240,12 @@ def give_back_dropped() -> None:
 
 
 def leave_mapped() -> None:
-    """Neither unregister nor unmap from now on: the process ends, or is a forked child.
+    """Stop unregistering and unmapping: the process is exiting, or is a forked child.
 
-    At the end the system takes everything back at once, and tensors may still be in use. In a child the addresses are
-    not the slabs' any more, and unmapping would hit what has taken their place.
+    At exit the OS frees everything and tensors may still be in use. In a child the slabs are not mapped, so unmapping would hit
+    other memory at their addresses.
     """
     for mapping in list(_mappings.values()):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))  # survives the clearing of modules, which would unmap
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))  # module teardown would unmap it
     _mappings.clear()
     _dropped.clear()

@@ -1,7 +1,7 @@
-"""What a cache shows of its contents: tensors that refuse to be written to.
+"""Read-only tensors, for keys and values that a cache exposes.
 
-Keys and values are put together from pages when they are asked for, so a write would go to a copy and be lost. A view of such
-a tensor refuses as well; whatever else is computed from it is an ordinary tensor.
+Keys and values are gathered from pages on access, so a write would change a copy and be lost. Views of a read-only tensor are
+read-only too; other results computed from it are ordinary tensors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _WRITES = {"__setitem__", "__delitem__", "__set__", *(f"__i{name}__" for name in
 
 
 class ReadOnlyTensor(Tensor):
-    """A tensor that a cache shows, not to be written to."""
+    """A tensor that raises CacheStateError on writes."""
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Refuse what writes; give what else there is, views read-only too."""
+        """Reject writes and run everything else. Views stay read-only."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
@@ -44,11 +44,11 @@ class ReadOnlyTensor(Tensor):
 
 
 def read_only(states: Tensor) -> Tensor:
-    """The same tensor, not to be written to."""
+    """The same tensor, read-only."""
     return states.as_subclass(ReadOnlyTensor)  # type: ignore[return-value, unused-ignore]
 
 
 def _marked(made: Tensor, storages: set[int]) -> Tensor:
-    """A result: read-only where it is a view."""
+    """A result: read-only if it is a view, else an ordinary tensor."""
     is_view = made.numel() > 0 and made.untyped_storage().data_ptr() in storages
     return made.as_subclass(ReadOnlyTensor if is_view else Tensor)

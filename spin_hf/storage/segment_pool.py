@@ -1,9 +1,9 @@
-"""Segments of a pool: taking new ones, and a sequence's own copy of one that others share. Lists are changed in place.
+"""Segment pool: allocate, copy on write and release segments. Lists are changed in place.
 
     directory   sequence 0  [ 3 | 0 | 5 ]       refcounts   segment     0:2  3:2  5:1  6:1       free: 1 2 4
                 sequence 1  [ 3 | 0 | 6 ]
 
-`sequences.py` says what they are for; it works on copies of these lists until all memory is there.
+`page_table.py` explains these tables. It passes copies of its lists and commits them once all memory is allocated.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 
 SEGMENT_PAGES = 32
+"""Pages of a segment, per KV head."""
 ENTRY_BYTES = 8
-"""Bytes of a number in the directory and the reference counts."""
+"""Bytes of an entry of the directory and of the reference counts."""
 
 
 def segments_of(num_pages: int) -> int:
-    """Segments that hold so many pages of a sequence."""
+    """Segments that `num_pages` pages of a sequence need."""
     return -(-num_pages // SEGMENT_PAGES)
 
 
 def take_segments(
     directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
 ) -> list[tuple[int, int]]:
-    """Extend every sequence to `num_pages` and unshare the segment of `first_page`; returns (source, copy) pairs."""
+    """Extend every sequence to `num_pages` and unshare the segment of `first_page`. Returns (source, copy) pairs."""
     copies: list[tuple[int, int]] = []
     for row in directory:
         if first_page // SEGMENT_PAGES < len(row):
@@ -34,7 +35,7 @@ def take_segments(
 
 
 def own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
-    """Replace a segment that others share by a new one, in all of `holders`; returns the (source, copy) pair, if any."""
+    """Replace a segment shared outside `holders` by a new one in all of `holders`. Returns the (source, copy) pair, if any."""
     source = holders[0][index]
     if refcounts[source] == len(holders):
         return []
@@ -47,7 +48,7 @@ def own_segment(holders: list[list[int]], index: int, refcounts: list[int], free
 
 
 def release_segments(segments: list[int], refcounts: list[int], free: list[int]) -> None:
-    """Let a sequence go without `segments`; those that no other sequence refers to are free."""
+    """Drop one reference to each segment. Unreferenced segments become free."""
     for segment in segments:
         refcounts[segment] -= 1
         if not refcounts[segment]:
@@ -64,5 +65,5 @@ def _new_segment(refcounts: list[int], free: list[int]) -> int:
 
 
 def pages_of(tokens: int, page_size: int) -> int:
-    """Most pages that `tokens` consecutive tokens can touch."""
+    """Most pages that `tokens` consecutive tokens can span."""
     return math.ceil(tokens / page_size) + 1 if tokens else 0

@@ -1,8 +1,8 @@
-"""Chunks ahead of need: a decode step must not wait for page-locking.
+"""Prefetches chunks in a background thread, so that a decode step does not wait for page-locking.
 
-    array --ask--> spare (empty) --background thread--> spare (a chunk) --take--> array
+    array --ask--> PrefetchedChunk (empty) --background thread--> PrefetchedChunk (filled) --take--> array
 
-A spare is one chunk of an array, made while the array's last chunk fills. One thread serves the process.
+An array's next chunk is allocated while its last one fills. One thread serves the process.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .pinned_slab import THREAD_PREFIX, allocate_rows, leave_mapped
 
 
 class PrefetchedChunk:
-    """A chunk that is made ahead of need. Whoever lets go of it lets go of the chunk.
+    """A chunk allocated ahead of need. Owns the chunk until `take`.
 
     Args:
-        make: makes the chunk.
+        make: allocates the chunk.
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
@@ -36,14 +36,14 @@ class PrefetchedChunk:
         self._lock = threading.Lock()
 
     def fill(self) -> None:
-        """Make the chunk, unless `take` came first. An error is dropped: the taker makes its own chunk and meets it."""
+        """Allocate the chunk, unless `take` came first. Errors are dropped: the taker then allocates and raises them itself."""
         with self._lock:
             if not self._closed:
                 with suppress(Exception):
                     self._chunk = self._make()
 
     def take(self) -> Tensor | None:
-        """The chunk, or None where it could not be made or its making has not begun; waits for a making under way.
+        """The chunk, or None if its allocation failed or has not started. Waits for an allocation under way.
 
         Only the first call can return a chunk.
         """
@@ -54,12 +54,12 @@ class PrefetchedChunk:
 
 
 class SlabPrefetcher:
-    """Fills spares in one background thread, in the order of asking, for all arrays of the process.
+    """Fills prefetched chunks of all arrays of the process in one background thread, first in, first out.
 
-    It holds no spare itself, so there are never more than the arrays keep.
+    It holds weak references only, so dropping a `PrefetchedChunk` frees its memory.
 
     Args:
-        allocate: makes chunks, see `allocate_rows`.
+        allocate: allocates chunks, see `allocate_rows`.
     """
 
     def __init__(self, allocate: Callable[..., list[Tensor]] = allocate_rows) -> None:
@@ -67,19 +67,19 @@ class SlabPrefetcher:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew: a forked child has no such thread, and may have a lock that the thread held."""
-        self._asked: deque[weakref.ref[PrefetchedChunk]] = deque()
+        """Reset all state. Needed in a forked child, which has no such thread and may inherit a held lock."""
+        self._requests: deque[weakref.ref[PrefetchedChunk]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopped = False
 
     def ask(self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device) -> PrefetchedChunk:
-        """A spare that will be filled soon; returns at once and raises nothing of what happens later."""
+        """Request a chunk. Returns at once; allocation errors are not raised here."""
         shape = tuple(chunk_shape)
         spare = PrefetchedChunk(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
         with self._changed:
             if not self._stopped:
-                self._asked.append(weakref.ref(spare))
+                self._requests.append(weakref.ref(spare))
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}ahead", daemon=True)
                     self._thread.start()
@@ -87,7 +87,7 @@ class SlabPrefetcher:
         return spare
 
     def stop(self) -> None:
-        """End the thread, after the spare that it is making; later spares stay empty."""
+        """Stop the thread after its current allocation. Later requests stay empty."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -97,22 +97,22 @@ class SlabPrefetcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._asked or self._stopped)
+                self._changed.wait_for(lambda: self._requests or self._stopped)
                 if self._stopped:
                     return
-                spare = self._asked.popleft()()
+                spare = self._requests.popleft()()
             if spare is not None:
                 spare.fill()
-            del spare  # while the thread waits it must not keep one that nobody wants
+            del spare  # do not keep it alive while waiting
 
 
 PREFETCHER = SlabPrefetcher()
-"""The reserve of this process."""
+"""The prefetcher of this process."""
 
 
 @atexit.register
 def _at_exit() -> None:
-    """No thread of ours may be inside the driver while the process takes itself apart."""
+    """Stop the thread, so that it is not inside the driver during interpreter shutdown."""
     PREFETCHER.stop()
     leave_mapped()
 

@@ -1,11 +1,11 @@
-"""What a method keeps of each page, by row: vectors as int8 with a scale each, or all as they are in the model's dtype.
+"""Page summaries of a method, one row per page: int8 vectors with a scale each, or unquantized.
 
-    int8      values  ChunkedArray of int8 [D]       vector = values * scale;  scale = largest absolute value / 127
-              scale   ChunkedArray of float32 []
-    as is     values  ChunkedArray of the model's dtype;  scalars are always kept so
-    own       values  ChunkedArray of the dtype that the method names, such as bytes of codes
+    quantized     values  ChunkedArray of int8 [D]       vector = values * scale;  scale = max |x| / 127
+                  scale   ChunkedArray of float32 []
+    unquantized   values  ChunkedArray in the model's dtype;  scalars are never quantized
+    own dtype     values  ChunkedArray in the dtype that the method names, such as uint8 codes
 
-Scoring reads every vector of the context at every step, so their bytes are its time.
+Scoring reads all summaries of the context at every step, so its time is proportional to their bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class SummaryArray:
     Args:
         shape: of one page's summary.
         rows_per_chunk, device: as for `ChunkedArray`.
-        dtype: of what is kept as it is.
-        quantized: whether vectors are kept as int8.
+        dtype: of unquantized summaries.
+        quantized: whether vectors are stored as int8.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class SummaryArray:
 
     @property
     def arrays(self) -> list[ChunkedArray]:
-        """All that is stored, for whoever grows, copies or counts it."""
+        """The arrays behind it: values, and scales if quantized."""
         return [self.values] if self.scale is None else [self.values, self.scale]
 
     def put(self, rows: Tensor, summaries: Tensor) -> None:
-        """Keep `summaries` [*rows.shape, *shape], float32."""
+        """Write `summaries` [*rows.shape, *shape], float32, to rows."""
         for array, content in zip(self.arrays, self.stored(summaries), strict=True):
             array.put(rows, content)
 
     def stored(self, summaries: Tensor) -> list[Tensor]:
-        """What is stored of `summaries` [..., *shape], float32, in each of `arrays`."""
+        """Encode `summaries` [..., *shape], float32: one tensor for each of `arrays`."""
         return [summaries.to(self.values.dtype)] if self.scale is None else list(kernels.quantize(summaries))
 
     def take(self, rows: Tensor) -> Tensor:
-        """What is kept, [*rows.shape, *shape]: in the model's dtype, or float32 where it was int8."""
+        """Read rows: [*rows.shape, *shape], in the stored dtype, or float32 if quantized."""
         values = self.values.take(rows)
         return values if self.scale is None else values.float() * self.scale.take(rows).unsqueeze(-1)
 
     def rounded(self, summaries: Tensor) -> Tensor:
-        """What `take` gives after `put`."""
+        """`summaries` [..., *shape] as `take` returns them after `put`."""
         values, *scale = self.stored(summaries)
         return values.float() * scale[0].unsqueeze(-1) if scale else values
 
@@ -64,15 +64,15 @@ class SummaryArray:
 def stored_as(
     name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]
 ) -> tuple[torch.dtype, bool]:  # fmt: skip
-    """Dtype of what is kept as it is, and whether vectors become int8, for a summary of this name.
+    """Storage of the summary `name`: dtype while unquantized, and whether vectors are stored as int8.
 
     Args:
-        dtype, quantized: what the cache chose.
-        own: name -> dtype, where the method chose.
+        dtype, quantized: the cache's choice.
+        own: name -> dtype, the method's choice, which takes precedence.
     """
     return (own[name], False) if name in own else (dtype, quantized)
 
 
 def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:
-    """Bytes that a summary of this shape takes."""
+    """Bytes of a summary of this shape."""
     return math.prod(shape) + 4 if quantized and shape else math.prod(shape) * dtype.itemsize

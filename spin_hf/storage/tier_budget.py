@@ -1,11 +1,11 @@
-"""Bytes to pages: which tier a layer's pages live in, and how many page frames it gets.
+"""Tier budget of a layer: in which tier its pages live, and how many page frames it gets.
 
-    everything fits the cap      pages live in the compute tier, nothing is ever loaded
+    all pages fit the cap        pages live in the compute tier, nothing is ever loaded
     otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames + room to grow
                                  frames = mandatory pages of a step + buffer pages
 
-A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` it changes (`memory/gpu_memory.py`), and the
-budgets of the layers with it; pages that went to the cpu tier stay there, as what lies in the frames is a copy.
+A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and
+with it the budgets of the layers. Pages that moved to the cpu tier stay there, as frames hold copies only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import BudgetError, CapacityError
 from .page_table import SEGMENT_PAGES, segments_of
 
 PAGE_SLOT_BYTES, SLOT_PAGE_BYTES, SLOT_STEP_BYTES = 4, 4, 8
-"""Bytes of an entry of the tables in `storage/page_frames.py`: the first for each page, the others for each page frame."""
+"""Bytes per entry of the tables in `storage/page_frames.py`: the first per page, the others per page frame."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class TierBudget:
 
     Attributes:
         num_layers: paged layers that share the cache's caps.
-        page_bytes, summary_bytes: of one page of one KV head in the compute tier, be it there for good or in a page frame.
-        host_page_bytes: of one page in the cpu tier.
+        page_bytes, summary_bytes: of one page of one KV head in the compute tier, in the backing or in a page frame.
+        host_page_bytes: of one page of one KV head in the cpu tier.
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
-        min_frames: page frames per sequence and KV head that a step cannot do without.
-        clustering_bytes: of one page of one KV head: whose tokens it holds, where a method clusters them.
-        selected: pages per KV head that a step selects, or the share of all pages.
-        chunk_segments: segments by which memory of the compute tier is taken; 1 where it is taken as it is written.
-        most_frames: page frames above which none are made; None while nothing says so.
+        min_frames: fewest page frames per (sequence, KV head) with which a step can run.
+        clustering_bytes: of one page of one KV head, for its token permutation; 0 for methods that do not cluster.
+        selected: pages per KV head that a step selects: a number, or a fraction of all pages.
+        chunk_segments: allocation granularity in the compute tier, in segments; 1 if memory is committed on first write.
+        most_frames: upper limit of page frames per (sequence, KV head); None for none.
     """
 
     num_layers: int
@@ -53,14 +53,14 @@ class TierBudget:
     def num_frames(
         self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False
     ) -> int | None:  # fmt: skip
-        """Frames per (sequence, KV head), or None where all pages may live in the compute tier.
+        """Frames per (sequence, KV head), or None if all pages may live in the compute tier.
 
         Args:
             num_segments: segments in the pool.
             num_pages: pages per sequence.
-            paged: whether the pages are in the cpu tier already, so that there must be frames.
+            paged: whether the pages already live in the cpu tier, so that frames are needed.
         Raises:
-            BudgetError: not even the frames of one step fit `gpu_memory`.
+            BudgetError: the frames of one step do not fit `gpu_memory`.
             CapacityError: the pages do not fit `cpu_memory`.
         """
         if self.gpu_memory is None:
@@ -81,9 +81,9 @@ class TierBudget:
         cap, rows = self.gpu_memory // self.num_layers, self._taken(self.rows(num_segments))
         streams, table_pages = batch_size * self.num_heads, whole_segments(num_pages)
         frame = streams * self._frame_bytes
-        # Frames are copied when their number changes: leave room for what comes before the context is a sixteenth longer.
+        # A change of the frame count copies all frames. So leave room for a context that is one sixteenth longer.
         frames = (cap - self._fixed_bytes(self._taken(coarsely(rows)), streams, coarsely(table_pages))) // frame
-        if frames < self.min_frames:  # no more than that, so that a lower cap never gives more frames
+        if frames < self.min_frames:  # not more: a lower cap must never give more frames
             frames = min(self.min_frames, (cap - self._fixed_bytes(rows, streams, table_pages)) // frame)
         if frames < self.min_frames:
             needed = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
@@ -103,59 +103,61 @@ class TierBudget:
         return min(frames, coarsely(table_pages))
 
     def step_frames(self, num_pages: int) -> int:
-        """Frames per (sequence, KV head) that hold all pages of one step of sequences of so many pages: the mandatory ones."""
+        """Mandatory frames: per (sequence, KV head), all pages of one step over sequences of `num_pages` pages."""
         selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
         return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
 
     def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
-        """Frames of each KV head, by sequence: in proportion to its pages, together no more than if all had `frames`.
+        """Slots per KV head of each sequence, in proportion to its pages. On average at most `frames`.
 
-        No sequence has fewer than a step needs, if `frames` are as many, nor more than its pages.
+        A sequence gets at least min(frames, mandatory frames), and beyond that at most its pages, rounded up.
 
         Args:
-            held: pages of each sequence that hold real tokens; None where all are full.
+            held: pages of each sequence that hold real tokens; None without padding.
         """
         if held is None or frames >= num_pages:
             return frames
         least = min(frames, self.step_frames(num_pages))
-        pages = [max(least, min(coarsely(number), num_pages)) for number in held]  # so that shares change seldom
+        pages = [
+            max(least, min(coarsely(number), num_pages)) for number in held
+        ]  # coarse, so that slot counts seldom change
         left, wanted = (frames - least) * len(pages), sum(pages) - least * len(pages)
         if left >= wanted:
             return tuple(pages)
         return tuple(least + left * (number - least) // wanted for number in pages)
 
     def bytes_with(self, frames: int, batch_size: int, num_segments: int, num_pages: int) -> int:
-        """The least `gpu_memory` that gives so many frames, in bytes; arguments as for `num_frames`."""
+        """Smallest `gpu_memory` in bytes that gives `frames` frames; other arguments as for `num_frames`."""
         streams = batch_size * self.num_heads
         fixed = self._fixed_bytes(self._taken(self.rows(num_segments)), streams, whole_segments(num_pages))
         return (fixed + frames * streams * self._frame_bytes) * self.num_layers
 
     def rows(self, num_segments: int) -> int:
-        """Pages of all KV heads in so many segments."""
+        """Rows, i.e. pages of all KV heads, in `num_segments` segments."""
         return num_segments * SEGMENT_PAGES * self.num_heads
 
     def resident_bytes(self, num_segments: int) -> int:
-        """Bytes of all layers in the compute tier if all pages live there."""
+        """Bytes of all layers in the compute tier, with all pages there."""
         return self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes) * self.num_layers
 
     def host_bytes(self, num_segments: int) -> int:
-        """Bytes of all layers in the cpu tier if all pages live there."""
+        """Bytes of all layers in the cpu tier, with all pages there."""
         return self.rows(num_segments) * self.host_page_bytes * self.num_layers
 
     def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
-        """The least `gpu_memory` that `num_frames` accepts, in bytes; arguments as there."""
+        """Smallest `gpu_memory` in bytes that `num_frames` accepts; same arguments."""
         resident = self.resident_bytes(num_segments)
         if self.cpu_memory is not None and self.host_bytes(num_segments) > self.cpu_memory:
             return resident
         return min(resident, self.bytes_with(self.min_frames, batch_size, num_segments, num_pages))
 
     def fits(self, batch_size: int, num_segments: int, num_pages: int) -> bool:
-        """Whether `num_frames` accepts that."""
+        """Whether `num_frames` accepts these arguments."""
         smallest = self.smallest_gpu_memory(batch_size, num_segments, num_pages)
         return self.gpu_memory is None or smallest <= self.gpu_memory
 
     def fitting_batch_size(self, batch_size: int, num_segments: int, num_pages: int) -> int:
-        """The largest batch below `batch_size` that fits, sharing no more than the `num_segments` of that; 0 for none."""
+        """Largest batch below `batch_size` that fits with at most `num_segments` segments; 0 if none does."""
         each = segments_of(num_pages)
 
         def fits(smaller: int) -> bool:
@@ -172,17 +174,17 @@ class TierBudget:
         return self.page_bytes + SLOT_PAGE_BYTES + SLOT_STEP_BYTES
 
     def _taken(self, rows: int) -> int:
-        """`rows` with what is left of the last chunk."""
+        """`rows`, rounded up to whole chunks."""
         chunk = self.rows(self.chunk_segments)
         return -(-rows // chunk) * chunk
 
     def _fixed_bytes(self, rows: int, streams: int, table_pages: int) -> int:
-        """Of one layer, whatever the number of frames."""
+        """Bytes of one layer that do not depend on the number of frames."""
         return rows * self._row_bytes + streams * table_pages * PAGE_SLOT_BYTES
 
 
 def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int, num_pages: int) -> None:
-    """Raise what `TierBudget.num_frames` raises for the layer that needs most, if for any."""
+    """Call `TierBudget.num_frames` for all layers, largest need first, and raise its first error."""
     room = batch_size, num_segments, num_pages
     for budget in sorted(set(budgets), key=lambda budget: budget.smallest_gpu_memory(*room), reverse=True):
         budget.num_frames(*room)
@@ -194,7 +196,7 @@ def whole_segments(num_pages: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `fits` holds, given that it does for all smaller ones; 0 if for none."""
+    """Largest number up to `most` that fits, by bisection; 0 if none does. `fits` must be monotonic."""
     low, high = 0, max(0, most) + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -203,7 +205,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def coarsely(number: int) -> int:
-    """`number` or a little more, at most a sixteenth and a segment: the same for most of a growing context's steps."""
+    """`number` rounded up, by at most a sixteenth and a segment, so that it seldom changes as a context grows."""
     unit = max(SEGMENT_PAGES, 1 << max(0, number.bit_length() - 5))
     return -(-number // unit) * unit
 

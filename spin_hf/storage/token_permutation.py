@@ -1,14 +1,14 @@
-"""Where the tokens of one layer's clustered pages are from, and which pages make one partition.
+"""Token permutation of one layer: which token is at each place of the clustered pages, and which pages form a cluster.
 
-    row of a page   ->  shifts     [P], int16    how far the tokens in it have come: position - place, 0 in a run of positions
-                    ->  partition  [], int16     how many pages the partition has that it begins; 0 where it continues one;
-                                                 not kept where partitions are pages
+    row of a page   ->  shifts     [P], int16    token - place, for each place; 0 in position order
+                    ->  partition  [], int16     pages of the cluster that begins at this page, 0 if it continues a cluster;
+                                                 not stored if every cluster is one page
 
     page 5          places 40 41 .. 47      shifts 56 0 .. 30      so it holds tokens 96 41 .. 77
 
-Tokens trade places with those of `longest_span` tokens at most, which is what int16 holds; whoever asks gets positions. The
-rows are those of the pages and the summaries, so sequences that share or copy a segment share or copy this too. Only rows of
-pages in spans (`spans.py`) are read: all others are runs of positions, and partitions by themselves.
+A place is an index into the tokens in page order. Shifts are int16, which limits a span to `longest_span` tokens. Row ids are
+those of the pages and summaries, so sharing or copying a segment covers this too. Only rows of pages in spans
+(`clustered_spans.py`) are read. All other pages are in position order, each a cluster of its own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .page_table import PageTable
 
 
 class TokenPermutation:
-    """Shifts and partitions of one layer.
+    """Shifts and cluster sizes of one layer.
 
     Args:
-        sequences: the batch.
-        num_heads, rows_per_chunk, device: as of the pages.
-        multi_page_clusters: whether a partition may have several pages.
+        sequences: page table of the batch.
+        num_heads, rows_per_chunk, device: as for the pages.
+        multi_page_clusters: whether a cluster may have several pages.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TokenPermutation:
 
     @property
     def arrays(self) -> list[ChunkedArray]:
-        """All that is stored, for whoever grows, copies or counts it: shifts, and partitions if they may have several pages."""
+        """The arrays behind it: shifts, and cluster sizes if clusters may have several pages."""
         return [self._shifts] if self._partition is None else [self._shifts, self._partition]
 
     def metadata(self, num_rows: int) -> dict[str, int]:
@@ -49,14 +49,14 @@ class TokenPermutation:
         return {name: num_rows * row_bytes for name, row_bytes in each.items()}
 
     def positions(self, first: int, stop: int) -> Tensor:
-        """Tokens of pages [first, stop), of all sequences and heads: [B, H, n, P], int64."""
+        """Token at each place of pages [first, stop): [B, H, n, P], int64."""
         shifts = self._shifts.take(self._rows(first, stop))
         tokens = self._runs(first, stop).contiguous()
         tokens[:, :, : shifts.shape[2]] += shifts
         return tokens
 
     def pages_per_cluster(self, first: int, stop: int) -> Tensor:
-        """Pages of the partition that each of pages [first, stop) begins, 0 for none: [B, H, n], int64."""
+        """Size in pages of the cluster that begins at each of pages [first, stop), 0 for none: [B, H, n], int64."""
         if self._partition is None:
             shape = self.sequences.batch_size, self.num_heads, stop - first
             return torch.ones(shape, dtype=torch.int64, device=self.device)
@@ -64,17 +64,20 @@ class TokenPermutation:
         return torch.cat([held, held.new_ones((*held.shape[:2], stop - first - held.shape[2]))], 2)
 
     def in_order(self, states: Tensor) -> Tensor:
-        """States [B, H, tokens, D] of all tokens, as they stand in the pages, in the order of their positions."""
+        """Reorder states [B, H, tokens, D] of all tokens from page order to position order."""
         places = self._places()
         moved = states[:, :, : places.shape[2]]
         ordered = torch.empty_like(moved).scatter_(2, places.unsqueeze(-1).expand_as(moved), moved)
         return torch.cat([ordered, states[:, :, places.shape[2] :]], 2)
 
     def by_place(self, mask: Tensor, group: int) -> Tensor:
-        """A mask over positions [B, 1 or H * group, Q, tokens] as one over the tokens as they stand in the pages.
+        """Reorder a mask from position order to page order, which differs between KV heads.
 
+        Args:
+            mask: [B, 1 or H * group, Q, tokens].
+            group: query heads per KV head.
         Returns:
-            [B, H * group, Q, tokens], with the columns of each KV head in its order.
+            [B, H * group, Q, tokens].
         """
         places = self._places()
         batch_size, num_heads, count = places.shape
@@ -83,22 +86,22 @@ class TokenPermutation:
         return torch.cat([mask[..., :count].gather(-1, index), mask[..., count:]], -1).flatten(1, 2)
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where a span does not hold its tokens, or partitions do not tile it."""
+        """Raise CacheStateError if a span does not hold exactly its tokens, or its clusters do not tile it."""
         for first, stop in self.sequences.spans.bounds:
             positions, pages = self.positions(first, stop), self.pages_per_cluster(first, stop)
             runs = self._runs(first, stop)
             _check(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a span lost tokens")
-            grouped = self.sequences.spans.grouped[:, None, first:stop].to(positions.device)
+            clustered = self.sequences.spans.clustered[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
-            _check(not bool((moved & ~grouped).any()), "a page was clustered that must stay as it is")
-            _check(bool(tiles(pages)), "partitions of a span overlap or leave pages out")
+            _check(not bool((moved & ~clustered).any()), "a page was clustered that must stay as it is")
+            _check(bool(tiles(pages)), "clusters of a span overlap or leave pages out")
 
     def _places(self) -> Tensor:
-        """Position of each place in the spans: [B, H, pages * P], int64."""
+        """Token at each place of the spans: [B, H, pages * P], int64."""
         return self.positions(0, self.sequences.spans.num_pages).flatten(2)
 
     def _rows(self, first: int, stop: int) -> Tensor:
-        """Rows of those of pages [first, stop) that lie in spans."""
+        """Rows of pages [first, stop), cut to those in spans."""
         rows = self.sequences.page_rows(self.num_heads, self.device)
         return rows[:, :, first : max(first, min(stop, self.sequences.spans.num_pages))]
 
@@ -108,24 +111,28 @@ class TokenPermutation:
 
 
 def tiles(pages_per_cluster: Tensor) -> Tensor:
-    """Whether partitions [B, H, n], each said by its first page, 0 elsewhere, cover n pages without gap or overlap: []."""
+    """Whether clusters cover n pages without gap or overlap: [], bool, on the device.
+
+    Args:
+        pages_per_cluster: [B, H, n], pages of the cluster that begins at each page, 0 for none.
+    """
     places = torch.arange(pages_per_cluster.shape[2], device=pages_per_cluster.device)
     upto = (
         torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0).cummax(2).values
-    )  # behind the latest partition
+    )  # the page behind the last cluster so far
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
     begins = (pages_per_cluster > 0) == (before == places)
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
 def longest_span(page_size: int) -> int:
-    """Most tokens that may trade places with one another: shifts, and the pages of a partition, are int16."""
+    """Most tokens of a span, as shifts and cluster sizes are int16."""
     most = torch.iinfo(torch.int16).max
     return min(most + 1, most * page_size)
 
 
 def bytes_for_clustering(page_size: int, multi_page_clusters: bool) -> dict[str, int]:
-    """Bytes that shifts and, if they may have several pages, the partition of a page take; named as in `stats()`."""
+    """Bytes per page of shifts and, with multi-page clusters, of the cluster size, by their names in `stats()`."""
     return {"clustered shifts": 2 * page_size, **({"clustered partitions": 2} if multi_page_clusters else {})}
 
 

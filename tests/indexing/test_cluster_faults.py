@@ -131,7 +131,7 @@ def test_a_method_that_loses_tokens(kv: RandomKV, wrong: str) -> None:
     Losing.multi_page_clusters = wrong != "several"
     driver = new_driver(method=Losing())
     driver.step(kv, 0, 200)
-    with pytest.raises(CacheStateError, match=r"expected .*arrange.*correct the method"):
+    with pytest.raises(CacheStateError, match=r"expected .*form_clusters.*correct the method"):
         driver.step(kv, 200, 201)
     driver.cache.check_integrity()
 

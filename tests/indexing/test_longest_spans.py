@@ -82,7 +82,7 @@ def test_longer_spans_are_refused(page_size: int, longest: int) -> None:
         lambda method: SpinCache(config, method),
         lambda method: plan(config, context_length=64, method=method),
     ):
-        message = rf"expected span_tokens of at most {longest}, .*got {longest + 1}; cluster fewer"
+        message = rf"expected span_tokens of at most {longest}, .*got {longest + 1}; lower span_tokens"
         with pytest.raises(OptionError, match=message):
             make(with_spans_of(longest + 1, page_size))
         assert config._attn_implementation == "sdpa"
