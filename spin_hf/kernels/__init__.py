@@ -1,7 +1,7 @@
-"""The operations of a cache, one typed function each: by a Triton kernel where there is one, else in PyTorch.
+"""The operations of a cache, one typed function each. They dispatch to a Triton kernel if there is one, else to PyTorch.
 
-A decode step is not made of these: `backends/triton_step.py` launches its kernels one after the other, without the host. Each
-kernel has its launch in the same file. PyTorch specifies all of them:
+A decode step does not use these functions: `backends/triton_step.py` launches its kernels directly, without host
+synchronization. Each kernel and its launch are in one file. PyTorch code specifies every kernel:
 
     kernel                 specified by                                                        compared in
     plan_zones             `backends/zones.py`, `reference.page_zones`                         test_launches
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @lru_cache(None)
 def launchers(device: torch.device) -> Launchers | None:
-    """The launches of the Triton kernels on a device, or None where the reference operations serve it."""
+    """The launches of the Triton kernels, or None if the device uses the reference operations."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from .triton_launchers import launchers as found
@@ -66,25 +66,25 @@ def launchers(device: torch.device) -> Launchers | None:
 
 
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.quantize`, by a kernel where there is one."""
+    """As `reference.quantize`."""
     launch = launchers(vectors.device)
     return (reference if launch is None else launch).quantize(vectors)
 
 
 def page_means(states: Tensor, valid: Tensor) -> Tensor:
-    """`reference.page_means`, by a kernel where there is one."""
+    """As `reference.page_means`."""
     launch = launchers(states.device)
     return (reference if launch is None else launch).page_means(states, valid)
 
 
 def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
-    """`reference.move_tokens`, by a kernel where there is one."""
+    """As `reference.move_tokens`."""
     launch = launchers(content.device)
     return (reference if launch is None else launch).move_tokens(content, order, page_size, parts)
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """`reference_clustering.bisect` of points of at most 128 numbers, by kernels where there are some: from Ampere on."""
+    """As `reference_clustering.bisect`. The kernels need Ampere or later, and points of at most 128 numbers."""
     launch = launchers(points.device)
     if launch is None or not device_limits.multiplies(points.device):
         return reference_clustering.bisect(points, page_size)
@@ -92,13 +92,13 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
 
 
 def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference_clustering.unit_vectors`, by a kernel where there is one."""
+    """As `reference_clustering.unit_vectors`."""
     launch = launchers(keys.device)
     return (reference_clustering if launch is None else launch).unit_vectors(keys, dtype)
 
 
 def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
-    """`reference_clustering.fill_clusters`, by kernels where there are some."""
+    """As `reference_clustering.fill_clusters`."""
     launch = launchers(points.device)
     if launch is None:
         return reference_clustering.fill_clusters(points, cluster_tokens, page_size)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: descriptor fields as constants, addresses of pages, valid tokens, sortable scores."""
+"""Helpers of the Triton kernels: descriptor fields as constants, page addresses, valid tokens, score bins."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ LOADS = tl.constexpr(int(Counter.LOADS))
 EVICTIONS = tl.constexpr(int(Counter.EVICTIONS))
 
 LOAD = tl.constexpr(LOAD_MARK)
-"""The mark of a listed page that is to be loaded."""
+"""Added to a listed page that must be loaded."""
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype of PyTorch."""
+    """The Triton dtype of a PyTorch dtype."""
     return _DTYPES[dtype]
 
 
 @triton.jit
 def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
-    """Rows of pages of one (sequence, KV head): see `storage/page_table.py`."""
+    """Rows of the pages of one (sequence, KV head); see `storage/page_table.py`."""
     directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))
     segments = tl.load(directory + b * tl.load(step + DIRECTORY_STRIDE) + pages // SEGMENT, mask=mask, other=0)
     return (segments.to(tl.int64) * H + h) * SEGMENT + pages % SEGMENT
@@ -81,10 +81,10 @@ def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
 
 @triton.jit
 def slots_of(layer, b, h, H: tl.constexpr):
-    """How many slots a (sequence, KV head) has, 0 without page frames, and the first of its frames; `b` and `h` are int64."""
+    """The number of slots of a (sequence, KV head), 0 without page frames, and its first frame. `b` and `h` are int64."""
     num_slots = tl.load(layer + NUM_SLOTS)
     first = (b * H + h) * num_slots
-    if num_slots < 0:  # sequences have shares of their own
+    if num_slots < 0:  # each sequence has its own slot count
         share = tl.load(layer + SHARES).to(tl.pointer_type(tl.int64)) + b * 2
         num_slots = tl.load(share)
         first = tl.load(share + 1) + h * num_slots
@@ -93,20 +93,23 @@ def slots_of(layer, b, h, H: tl.constexpr):
 
 @triton.jit
 def row_addresses(table, rows, mask, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Addresses of rows of a chunked array; `table` is the address of its table."""
+    """Addresses of rows of a chunked array; `table` is the address of its chunk table."""
     bases = tl.load(table.to(tl.pointer_type(tl.int64)) + rows // ROWS, mask=mask, other=0)
     return bases + (rows % ROWS) * ROW_BYTES
 
 
 @triton.jit
 def rounded(numbers):
-    """Numbers up to 2^22, rounded, halves to even."""
+    """Round numbers of magnitude up to 2^22, halves to even."""
     return (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23
 
 
 @triton.jit
 def to_int8(states):
-    """Vectors [n, D] as whole numbers and a scale [n] each: `Int8Layout.encode`, to the bit; what is not finite stays so."""
+    """Encode vectors [n, D] as int8 codes [n, D] and scales [n], bit for bit as `Int8Layout.encode`.
+
+    A vector with an infinity or NaN gets the scale NaN.
+    """
     exact = states.to(tl.float32)
     scale = tl.max(tl.abs(exact), 1) * (1 / 127)
     scale = tl.where(scale == 0.0, 1.0, scale) + tl.sum(exact * 0.0, 1)
@@ -115,19 +118,19 @@ def to_int8(states):
 
 @triton.jit
 def from_int8(codes, scale, dtype: tl.constexpr):
-    """Vectors [n, D] of whole numbers [n, D] and scales [n]: `Int8Layout.decode`, to the bit."""
+    """Decode int8 codes [n, D] and scales [n] to vectors [n, D], bit for bit as `Int8Layout.decode`."""
     return (codes.to(tl.float32) * scale[:, None]).to(dtype)
 
 
 @triton.jit
 def scale_addresses(row, PAGE: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Where the key scales of an int8 page begin, by the address of its row; its value scales begin behind PAGE of them."""
+    """The address of the PAGE key scales of an int8 page, from the address of its row. The value scales follow them."""
     return (row + (ROW_BYTES - 8 * PAGE)).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def tokens_valid(step, b, tokens, mask):
-    """Whether tokens of a sequence are no padding; False where `mask` is."""
+    """Whether tokens of a sequence are valid, that is, not padding; False where `mask` is False."""
     base = tl.load(step + BASE_TOKENS)
     known = mask & (tokens < base)
     table = tl.load(step + VALID).to(tl.pointer_type(tl.int8))
@@ -136,7 +139,7 @@ def tokens_valid(step, b, tokens, mask):
 
 @triton.jit
 def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
-    """How many of the first `ends` tokens of a sequence are valid."""
+    """The number of valid tokens among the first `ends` tokens of a sequence."""
     if PADDED:
         base = tl.load(step + BASE_TOKENS)
         table = tl.load(step + UPTO).to(tl.pointer_type(tl.int32)) + b * (base + 1)
@@ -149,7 +152,7 @@ def count_valid(step, b, ends, mask, PADDED: tl.constexpr):
 
 @triton.jit
 def log_tokens(step, b, pages, inside, PAGE: tl.constexpr, PADDED: tl.constexpr):
-    """Logarithm of how many tokens of complete pages are valid; 0 where `inside` is False."""
+    """Logarithm of the number of valid tokens of complete pages; 0 where `inside` is False."""
     if PADDED:
         before = count_valid(step, b, pages * PAGE, inside, PADDED)
         tokens = count_valid(step, b, (pages + 1) * PAGE, inside, PADDED) - before
@@ -161,7 +164,7 @@ def log_tokens(step, b, pages, inside, PAGE: tl.constexpr, PADDED: tl.constexpr)
 
 @triton.jit
 def log_total(most, sums):
-    """Log of the sum of exponentials of each row, whose parts (along 1) have these maxima and sums over them."""
+    """Log-sum-exp of each row, from the maxima and the sums of its splits: [rows, splits] both."""
     highest = tl.max(most, 1)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     return shift + tl.log(tl.sum(sums * tl.exp(most - shift[:, None]), 1))
@@ -169,10 +172,11 @@ def log_total(most, sums):
 
 @triton.jit
 def log_sums(stats, bh, num_splits, BLOCK_G: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr):
-    """Log of the sum of exponentials of all logits, of the first query heads of a KV head: [GROUP]; -infinity behind the last.
+    """Log-sum-exp of all logits of each query head of a KV head: [GROUP], -infinity past the last head.
 
     Args:
-        stats: as `score_kernel` left them: [B * H, num_splits, 2, BLOCK_G]; SPLITS is num_splits, up to a power of two.
+        stats: [B * H, num_splits, 2, BLOCK_G], written by `score_kernel`.
+        SPLITS: num_splits, rounded up to a power of two.
     """
     split = tl.arange(0, SPLITS)
     group = tl.arange(0, GROUP)
@@ -188,12 +192,14 @@ def segment_vectors(
     dtype: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Vectors [RUNS * SEGMENT, BLOCK] of the pages of RUNS segments, those before `end`, and their units.
+    """Load the vectors [RUNS * SEGMENT, BLOCK] of the pages of RUNS segments, and their scales [RUNS * SEGMENT].
 
-    Rows of a segment are consecutive, so one address serves them: each thread knows beforehand of which segment its rows are.
+    The rows of a segment are consecutive, so a segment needs one address look-up. A thread knows the segment of its rows at
+    compile time.
 
     Args:
-        table, units: addresses of the tables of the vectors and of their scales, which are read if `dtype` is int8.
+        end: the segment to stop before.
+        table, units: addresses of the chunk tables of vectors and scales. Scales are read only if `dtype` is int8.
     """
     row_bytes: tl.constexpr = D * (dtype.primitive_bitwidth // 8)
     quantized: tl.constexpr = dtype == tl.int8
@@ -221,10 +227,13 @@ def segment_vectors(
 
 @triton.jit
 def digits(rows, BLOCK_R: tl.constexpr):
-    """Queries [BLOCK_R, K], each in two rows, as whole numbers of two digits of base 256: the high one above the low one.
+    """Encode queries as integers of two base-256 digits, so that products with int8 vectors are exact integers.
 
-    So int8 vectors are multiplied as they are, exactly; of a product the same thread holds both digits. Also returns the
-    unit [BLOCK_R] of each row's whole number.
+    Args:
+        rows: [BLOCK_R, K]; every query stands in two adjacent rows. The first row gets the high digit, the second the low one,
+            so that one thread holds both products.
+    Returns:
+        digits: int8 [BLOCK_R, K]; unit: float32 [BLOCK_R], the value of an integer step.
     """
     unit = tl.maximum(tl.max(tl.abs(rows), 1), 1e-30) / 32512.0
     whole = rounded(rows / unit[:, None])
@@ -235,7 +244,7 @@ def digits(rows, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def candidates(step, b, pages, first, stop, PAGE: tl.constexpr, PADDED: tl.constexpr):
-    """Which pages may be selected: those in [first, stop) that hold a valid token."""
+    """Whether pages are candidates: in [first, stop), with a valid token."""
     inside = (pages >= first) & (pages < stop)
     if PADDED:
         before = count_valid(step, b, pages * PAGE, inside, PADDED)
@@ -245,13 +254,13 @@ def candidates(step, b, pages, first, stop, PAGE: tl.constexpr, PADDED: tl.const
 
 @triton.jit
 def score_bins(scores, BINS: tl.constexpr, PER_NAT: tl.constexpr):
-    """The bin of each score, the best first: 0 for infinity, then equal steps downward, the last without a bottom."""
+    """The bin of each score, best first: 0 for infinity, then steps of equal width, the last one open-ended."""
     depth = tl.minimum(tl.maximum(-scores, 0.0) * PER_NAT, BINS - 2.0)
     return tl.where(scores == float("inf"), 0, 1 + depth.to(tl.int32))
 
 
 @triton.jit
 def sortable(scores):
-    """float32 scores as int32 that sort alike."""
+    """float32 scores as int32 numbers of the same order."""
     bits = scores.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)

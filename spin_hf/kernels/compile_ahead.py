@@ -1,12 +1,12 @@
-"""Kernels compiled several at a time, before the first of them is launched.
+"""Compiles several kernels in parallel, before the first one is launched.
 
-Triton compiles a kernel when it is first launched, so one after the other: half a minute on a machine that has none of them
-yet, before the first answer. Whoever launches several in a row does it twice, the first time without launching:
+Triton compiles a kernel at its first launch, so one after the other. With an empty cache that takes half a minute before the
+first token. Code that launches several kernels therefore runs its launches twice:
 
     launches(launch)             launch(one_kernel, grid, ...); launch(other_kernel, grid, ...)
 
-    compile_ahead(launches)      what is missing is compiled on threads; nothing runs on the device
-    launches(launch_now)         now they run
+    compile_ahead(launches)      compiles missing kernels on threads; nothing runs on the device
+    launches(launch_now)         launches them
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -
 
 
 def compile_ahead(launches: Callable[[Launch], object]) -> None:
-    """Compile what `launches` launches; what is compiled already costs microseconds. Mutates nothing on the device.
+    """Compile the kernels that `launches` launches. A kernel that is compiled already costs microseconds.
 
-    What does not compile is left to the launch, which says why.
+    Mutates nothing on the device. A kernel that fails to compile is skipped here; its launch raises the error.
     """
-    # The mode is a context variable, which triton leaves set when it is interrupted: so in a context of its own.
+    # The mode is a context variable that triton leaves set after an interrupt, so it gets a context of its own.
     copy_context().run(_compile, launches)
 
 
@@ -46,7 +46,7 @@ def _compile(launches: Callable[[Launch], object]) -> None:
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads that remember what they compile."""
+    """Thread pool that records its futures."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
@@ -59,5 +59,5 @@ class _Threads(ThreadPoolExecutor):
 
 
 def _compile_one(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    if isinstance(kernel, JITFunction):  # else it is interpreted
+    if isinstance(kernel, JITFunction):  # an interpreted kernel has nothing to compile
         kernel.warmup(*args, grid=grid, **options)

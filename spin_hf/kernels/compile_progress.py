@@ -1,4 +1,4 @@
-"""Who reports that kernels are being compiled. The report itself is set from above: kernels do not import transformers."""
+"""Hook that reports kernel compilation. A higher layer sets the report, as kernels do not import transformers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _report: Report = _silent
 
 
 def report_by(report: Report) -> None:
-    """Have `report` called with the compiles that are under way, on the thread that waits for them."""
+    """Set the report. It is called with the running compiles, on the thread that waits for them."""
     global _report
     _report = report
 
 
 def report(compiles: Sequence[Future[Any]]) -> None:
-    """Report `compiles`, one future a kernel. May return before they are done."""
+    """Report `compiles`, one future per kernel. May return before they are done."""
     _report(compiles)

@@ -1,4 +1,4 @@
-"""What launches ask of the GPU that they are for; on a CPU, where kernels are interpreted, the answers serve all of them."""
+"""Device limits that launches depend on. On a CPU (Triton interpreter) fixed defaults are returned."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def multiplies(device: torch.device) -> bool:
-    """Whether Triton multiplies on tensor cores: on Ampere or later.
+    """Whether Triton multiplies matrices on tensor cores, which needs Ampere or later.
 
-    Before, it does so number by number, from registers and shared memory that hold both operands: of large ones neither does.
+    On older GPUs `tl.dot` keeps both operands in registers and shared memory, which large tiles do not fit.
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use, less some for reductions."""
+    """Bytes of shared memory that a program may use, less 4 KiB for reductions."""
     if device.type != "cuda":
         return 48 << 10
     properties: Any = torch.cuda.get_device_properties(device)

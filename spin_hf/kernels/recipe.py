@@ -1,11 +1,13 @@
-"""How the Triton kernels serve a method: which of them, with which numbers. A method without a recipe decodes by its formulas.
+"""How the Triton kernels implement a method: which of them run, with which parameters.
 
-score      product of the query with the first vector that the method keeps of a page, or with a box: the first two
-rate       what the products of a group make of the page
-           with `projects_queries`, a KV head has one query, which the method makes of its group's (`Method.project_queries`)
-closer     with `rerank_factor`: so many times the budget is rated again, by keys in four bits (third and fourth summary)
-choose     the best pages up to the budget
-estimate   with `estimated_share`: what is not chosen enters the softmax by its means (first and second summary)
+A method without a recipe decodes in PyTorch.
+
+score      logits: the query times the first summary of each page, or the bound by a box (first and second summary)
+           `projects_queries`: one query per KV head, made by `Method.project_queries`
+bin        one score per page and KV head, from the logits of the group
+rerank     `rerank_factor` > 0: that many times the budget is scored again, by 4-bit keys (third and fourth summary)
+select     the best pages up to the budget
+estimate   `estimated_share` > 0: pages that are not selected enter the softmax by their means (first and second summary)
 """
 
 from __future__ import annotations
@@ -15,29 +17,29 @@ from dataclasses import dataclass
 from .descriptor_fields import Rating
 
 MAX_SUMMARIES = 4
-"""Of a page, that a layer descriptor has fields for."""
+"""Summaries of a page that a layer descriptor has fields for."""
 
 
 MAX_CORRECTION_NATS = 4.0
-"""Nats by which a page that was looked at closer may count for more than by its mean, where its means stand for its tokens."""
+"""Upper limit, in nats, of the correction that reranking adds to the logit of an estimated page."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """See the module's head.
+    """Parameters of the Triton kernels for one method; see the module's head.
 
     Attributes:
-        rating: what the logits of a group make of a page.
-        summarised_by_append: whether the kernel that appends summarises complete pages too, whatever `index` says: only for
-            what keeps exactly ShadowKV's two summaries, by its formulas.
-        outliers_per_1024: pages of 1,024 budget tokens that go to outliers; above 0 only with these two.
-        weighs_tokens: whether a page counts in the softmax as often as it has tokens.
-        rerank_factor: how many times the budget is looked at closer; 0 for not at all. What is not chosen of it is estimated by
-            the weight that came of that.
-        estimated_share: share of the candidates that is estimated, next to what is chosen; 1 for all, 0 for none.
+        rating: how the logits of a group become a page's score.
+        summarised_by_append: whether the append kernel also summarises complete pages, instead of the method's `index`. Only
+            for methods with exactly ShadowKV's two summaries.
+        outliers_per_1024: outlier pages per 1,024 pages of budget; above 0 only with ShadowKV's two summaries.
+        weighs_tokens: whether a page's weight in the softmax is multiplied by its number of valid tokens.
+        rerank_factor: pages to rerank, as a multiple of the budget; 0 for no reranking. A reranked page that is not selected
+            is estimated with its corrected logit.
+        estimated_share: fraction of the candidates that is estimated beside the selected pages; 1 for all, 0 for none.
         projects_queries: whether the method makes the queries that pages are scored by.
-        threshold: share that a page must exceed to be chosen, unless the budget covers all candidates; 0 for any.
-        dense_layers: how many of the first paged layers attend to everything.
+        threshold: probability that a page must exceed to be selected, unless the budget covers all candidates; 0 for none.
+        dense_layers: how many of the first paged layers attend to all tokens.
     """
 
     rating: Rating
@@ -52,10 +54,10 @@ class Recipe:
 
     @property
     def estimated_billionths(self) -> int:
-        """The share that is estimated, as kernels are told: 0 only where nothing is."""
+        """`estimated_share` in billionths, for the kernels; 0 only if the fraction is 0."""
         return max(round(self.estimated_share * 1e9), int(self.estimated_share > 0))
 
     @property
     def estimates_zone(self) -> bool:
-        """Whether only some of what is not selected is estimated."""
+        """Whether only some of the pages that are not selected are estimated."""
         return 0 < self.estimated_share < 1

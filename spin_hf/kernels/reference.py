@@ -1,8 +1,8 @@
-"""PyTorch operations of the decode path: the specification of every kernel, and the CPU backend.
+"""PyTorch operations of the decode path: the specification of the decode kernels, and the CPU backend.
 
-All functions take tensors and numbers only. Arrays that grow are passed as a list of equally sized *chunks*; a row id
-counts through the chunks (see `storage/chunked_array.py`). Dims: B sequences, H KV heads, G query heads per KV head, Q query
-tokens, N pages, P tokens a page, D head size.
+All functions take tensors and numbers only. A growing array is a list of *chunks* of equal size; row ids are consecutive
+across chunks (see `storage/chunked_array.py`). Dims: B sequences, H KV heads, G query heads per KV head, Q query tokens,
+N pages, P tokens per page, D head size.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from .descriptor_fields import BINS_PER_NAT, NUM_BINS, Rating
 
 NUM_BUCKETS = 64
-"""Ages, in steps, that the residency tells apart; older slots share the last bucket (SPIN, bucketed LRU)."""
+"""Age buckets of the eviction policy, one step each; older slots share the last bucket (SPIN, bucketed LRU)."""
 
 _SCORE_TILE_ELEMENTS = 1 << 25
-"""Most elements of one float32 score tile in `attend`: 128 MiB."""
+"""Upper limit of elements of a float32 score tile in `attend`: 128 MiB."""
 
 
 # ---------------------------------------------------------------------------------------------------- rows of chunks
 
 
 def _per_chunk(chunks: Sequence[Tensor], rows: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (chunk, where `rows` lies in it, the row inside it) for every chunk that `rows` (1-D) touches."""
+    """Yield (chunk, indices into `rows`, rows inside the chunk) for every chunk that `rows` (1-D) touches."""
     size = chunks[0].shape[0]
     number = torch.div(rows, size, rounding_mode="floor")
     for index in number.unique().tolist():
@@ -39,7 +39,7 @@ def take_rows(chunks: Sequence[Tensor], rows: Tensor) -> Tensor:
     """Gather rows of a chunked array.
 
     Args:
-        chunks: tensors [rows_per_chunk, *row_shape], all alike.
+        chunks: tensors [rows_per_chunk, *row_shape] of one dtype and device.
         rows: int64 ids of any shape, on the chunks' device.
     Returns:
         [*rows.shape, *row_shape], a copy.
@@ -60,14 +60,14 @@ def put_rows(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> None:
 
 
 def rows_to_put(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> Callable[[], None]:
-    """As `put_rows`, up to the writing: that is done by what is returned, which needs no more memory."""
+    """As `put_rows`, in two phases: allocates at once, and returns a function that writes without allocating."""
     flat = rows.reshape(-1)
     values = values.reshape(flat.shape[0], *chunks[0].shape[1:]).to(chunks[0].dtype)
-    parts = [(chunk, inside, values[here]) for chunk, here, inside in _per_chunk(chunks, flat)]
+    writes = [(chunk, inside, values[here]) for chunk, here, inside in _per_chunk(chunks, flat)]
 
     def write() -> None:
-        for chunk, inside, part in parts:
-            chunk[inside] = part
+        for chunk, inside, content in writes:
+            chunk[inside] = content
 
     return write
 
@@ -79,11 +79,11 @@ def put_tokens(
     """Write single tokens into pages. Mutates the chunks.
 
     Args:
-        chunks: pages, one a row.
+        chunks: pages, one per row.
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
-        parts: what is kept of the tokens, each [n, width].
-        split: gives views [rows_per_chunk, P, width] of these parts in a chunk, as `PageLayout.split`.
+        parts: the stored fields of the tokens (keys, values, scales), each [n, width].
+        split: returns views [rows_per_chunk, P, width] of these fields in a chunk, as `PageLayout.split`.
     """
     for chunk, here, inside in _per_chunk(chunks, rows):
         for place, part in zip(split(chunk), parts, strict=True):
@@ -97,7 +97,7 @@ def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Te
 
 
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors as whole numbers and a scale each: vectors ~ values * scale, off by half a scale at most.
+    """Quantize vectors to int8, one scale per vector: |vectors - values * scale| <= scale / 2.
 
     Args:
         vectors: [..., D], float32, finite.
@@ -105,31 +105,31 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
         values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0.
     """
     largest = vectors.abs().amax(-1)
-    scale = torch.where(largest > 0, largest * (1 / 127), 1.0)  # a GPU divides by a number in this way, a CPU does not
+    scale = torch.where(largest > 0, largest * (1 / 127), 1.0)  # not largest / 127: CPU and GPU round that differently
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
 
 
 def page_means(states: Tensor, valid: Tensor) -> Tensor:
-    """Means of pages.
+    """The mean of each page over its valid tokens.
 
     Args:
         states: [B, H, n, P, D]; valid: [B, 1 or H, n, P], bool.
     Returns:
-        [B, H, n, D], float32, over the valid tokens; zeros where there are none.
+        [B, H, n, D], float32; zeros for a page without a valid token.
     """
     total = states.masked_fill(~valid.unsqueeze(-1), 0.0).sum(-2, dtype=torch.float32)
     return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[tuple[int, int]]) -> Tensor:
-    """Pages whose tokens stand in another order.
+    """Permute tokens within and between pages.
 
     Args:
         content: [B, H, n, row elements].
         order: [B, H, n * P], int64: place i gets the token at place order[i].
-        parts: where in a row each part of the tokens begins, and how many elements of it a token has.
+        parts: (first element in a row, elements per token) of each stored field.
     Returns:
-        As `content`, a copy; what belongs to no part is undefined.
+        A copy of the shape of `content`; elements outside all fields are undefined.
     """
     moved = torch.empty_like(content)
     for first, width in parts:
@@ -145,13 +145,13 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[
 
 
 def page_zones(valid_per_page: Tensor, num_sink_tokens: int, recent_window: int) -> tuple[Tensor, Tensor]:
-    """Split the pages of each sequence into those that are always attended and those a method may select.
+    """Split the pages of each sequence into fixed pages, which are always attended to, and candidates for selection.
 
-    A page is always attended if it holds one of the first `num_sink_tokens` or of the last `recent_window` valid
-    tokens; pages without a valid token belong to neither. The query's own token is the last valid one.
+    A page is fixed if it holds one of the first `num_sink_tokens` or of the last `recent_window` valid tokens. A page
+    without a valid token is neither. The query's own token is the last valid one.
 
     Args:
-        valid_per_page: [B, N], int64: tokens of each page that are no padding and not after the query.
+        valid_per_page: [B, N], int64: valid tokens of each page, up to the query.
     Returns:
         fixed, candidates: [B, N], bool, disjoint.
     """
@@ -163,21 +163,20 @@ def page_zones(valid_per_page: Tensor, num_sink_tokens: int, recent_window: int)
 
 
 def list_pages(chosen: Tensor) -> Tensor:
-    """The page numbers that are True in `chosen` [B, N], as [B, most of any row], ascending, -1 behind the end."""
+    """The page numbers that are True in `chosen` [B, N], ascending: [B, largest count of a row], padded with -1."""
     width = int(chosen.sum(1).max())
     order = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
     return torch.where(chosen.gather(1, order), order, -1)
 
 
 def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
-    """Choose the highest-scoring pages of every KV head.
+    """Select the highest-scoring pages of every KV head.
 
     Args:
-        scores: [B, H, N], float32; -inf marks a page that must not be chosen, +inf one that is chosen first.
-        num_pages: [B], int64: how many to choose in each sequence.
+        scores: [B, H, N], float32; -inf excludes a page, +inf selects it first.
+        num_pages: [B], int64: pages to select in each sequence.
     Returns:
-        Page numbers [B, H, max(num_pages)], int64, best first; -1 where a sequence has fewer candidates
-        or asks for less.
+        Page numbers [B, H, max(num_pages)], int64, best first, padded with -1.
     """
     width = min(int(num_pages.max()), scores.shape[-1])
     best, pages = scores.topk(width, dim=-1)
@@ -186,15 +185,16 @@ def select_top_pages(scores: Tensor, num_pages: Tensor) -> Tensor:
 
 
 def group_scores(logits: Tensor, candidates: Tensor, rating: Rating, log_tokens: Tensor | None = None) -> Tensor:
-    """What the logits of a group's query heads make of each page.
+    """Scores of pages for each KV head, from the logits of its query heads.
 
     Args:
         logits: [B, H, G, N], float32.
-        candidates: [B, N], bool: the pages that a softmax is over.
+        candidates: [B, N], bool: the pages that the softmax is over.
         rating: see `Rating`.
-        log_tokens: [B, N]: a page weighs as often as it has tokens; None for once. Changes SHARE only in the scores.
+        log_tokens: [B, N]: logarithm of each page's token count, added to its logits in the softmax; None for no weights.
+            With SHARE, it is added to the score too.
     Returns:
-        [B, H, N], logarithms; -inf for what is no candidate.
+        [B, H, N], logarithms; -inf for pages that are not candidates.
     """
     others = ~candidates[:, None, None]
     logits = logits.masked_fill(others, float("-inf"))
@@ -203,18 +203,18 @@ def group_scores(logits: Tensor, candidates: Tensor, rating: Rating, log_tokens:
         lowest = logits.masked_fill(others, float("inf")).amin(3, keepdim=True).amax(2, keepdim=True)
         return ((logits - highest) * (30.0 / (highest - lowest).clamp(min=1e-20))).amax(2)
     weights = logits if log_tokens is None else logits + log_tokens[:, None, None]
-    shares = logits - weights.logsumexp(3, keepdim=True)
+    log_probabilities = logits - weights.logsumexp(3, keepdim=True)
     if rating == Rating.LIKELIEST:
-        return shares.amax(2)
-    mean = shares.logsumexp(2) - math.log(logits.shape[2])
+        return log_probabilities.amax(2)
+    mean = log_probabilities.logsumexp(2) - math.log(logits.shape[2])
     return mean if log_tokens is None else mean + log_tokens[:, None]
 
 
 def score_bins(log_scores: Tensor) -> Tensor:
-    """Bins of scores, which are logarithms of about 0 at most, best first: 0 for infinity, then 64 for each nat downward.
+    """Bins of scores, best first: 0 for infinity, then 64 bins per nat downward from 0.
 
     Args:
-        log_scores: any shape.
+        log_scores: logarithms of at most about 0, any shape.
     Returns:
         int64, the same shape, in [0, NUM_BINS).
     """
@@ -223,13 +223,13 @@ def score_bins(log_scores: Tensor) -> Tensor:
 
 
 def pages_down_to(log_scores: Tensor, num_pages: Tensor) -> Tensor:
-    """The best pages of every KV head, and all that score in the same bin as the last of them.
+    """The best `num_pages` pages of every KV head, and all other pages in the bin of the last one.
 
     Args:
-        log_scores: [B, H, N], as for `score_bins`; -inf marks a page that must not be chosen.
-        num_pages: [B], int64: how many are wanted at least.
+        log_scores: [B, H, N], as for `score_bins`; -inf excludes a page.
+        num_pages: [B], int64: lower limit of the number of pages.
     Returns:
-        [B, H, N], bool; all that may be chosen where there are no more.
+        [B, H, N], bool; every candidate if there are fewer than `num_pages`.
     """
     bins = score_bins(log_scores).masked_fill(log_scores == float("-inf"), NUM_BINS)
     ranked = bins.sort(-1).values
@@ -246,19 +246,19 @@ def admit_pages(
 ) -> tuple[Tensor, Tensor, int]:
     """Make pages resident: look-up, miss list, victims by bucketed LRU, new page table. Contents are not moved.
 
-    Slots are taken free ones first, then by age in steps, oldest bucket first; inside a bucket by slot number. Slots of
-    pages asked for now are never victims.
+    Free slots are taken first, then those of the oldest bucket; within a bucket by slot number. Slots of the pages in
+    this call are never victims.
 
     Args:
         page_slot: [B, H, N], int32: the slot of each page, -1 where it is not resident. Mutated.
         slot_page: [B, H, C], int32: the page in each slot, -1 where it is free. Mutated.
         slot_step: [B, H, C], int64: the step that last touched each slot. Mutated.
         pages: [B, H, n], int64, distinct in each row, -1 for none; n <= C.
-        step: the present step.
+        step: the current step.
     Returns:
         slots: [B, H, n], int64, the slot of each page, -1 for none.
         missed: [B, H, n], bool, True where the content must be loaded.
-        evicted: how many resident pages lost their slot.
+        evicted: number of evicted pages.
     """
     wanted = pages >= 0
     slots = torch.where(wanted, page_slot.gather(2, pages.clamp(min=0)).long(), -1)
@@ -290,29 +290,30 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None = None,
     logit_correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Exact softmax attention over the given tokens, in float32, with what `merge_attention` needs.
+    """Exact softmax attention over the given tokens, in float32. Also returns the log-sum-exp, for `merge_attention`.
 
     Args:
         query: [B, H, G, Q, Dk].
         keys, values: [B, H, M, Dk] and [B, H, M, Dv].
         mask: broadcastable to [B, H, G, Q, M]; bool, True where a query may attend, or float, added to the scores.
-            What stands in tokens that no query may attend to (False, -inf) does not matter, NaN included.
-        scale: factor of the scores, before `softcap`: scores become softcap * tanh(scores / softcap).
-        logit_correction: [B, H, G, 1, M], float32: added to the scores before that; None for nothing.
+            Tokens that no query may attend to (False, -inf) are ignored, even if they are NaN.
+        scale: factor of the scores, applied before `softcap`.
+        softcap: scores become softcap * tanh(scores / softcap); None for no cap.
+        logit_correction: [B, H, G, 1, M], float32: added to the scaled scores before `softcap`; None for none.
     Returns:
-        out: [B, H, G, Q, Dv], float32; zeros where a query may attend to nothing.
-        lse: [B, H, G, Q], float32: log of the sum of exponentials; -inf there.
+        out: [B, H, G, Q, Dv], float32; zeros for a query without tokens.
+        lse: [B, H, G, Q], float32: log-sum-exp of the scores; -inf for a query without tokens.
     """
     keys, values = keys.float(), values.float()
     bias = None if mask.dtype == torch.bool else mask
     mask = mask if bias is None else mask > float("-inf")
     values = values.masked_fill(~mask.any(2).any(2).unsqueeze(-1), 0.0)
     tile = max(1, _SCORE_TILE_ELEMENTS // max(1, query[..., 0, 0].numel() * keys.shape[-2]))
-    parts = []
+    tiles = []
     for start in range(0, query.shape[3], tile):
         queries = query[..., start : start + tile, :].float()
         tokens = slice(start, start + tile) if mask.shape[-2] > 1 else slice(None)
-        heads = queries.shape[2:4]  # query heads and tokens of a KV head are one batch of rows: nothing is repeated
+        heads = queries.shape[2:4]  # heads and tokens of a KV head are rows of one product, so keys are not repeated
         scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, heads) * scale
         if logit_correction is not None:
             scores = scores + logit_correction
@@ -323,18 +324,18 @@ def attend(
         scores = scores.masked_fill(~mask[..., tokens, :], float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-        parts.append(((weights.flatten(2, 3) @ values).unflatten(2, heads), lse))
-    return torch.cat([out for out, _ in parts], 3), torch.cat([lse for _, lse in parts], 3)
+        tiles.append(((weights.flatten(2, 3) @ values).unflatten(2, heads), lse))
+    return torch.cat([out for out, _ in tiles], 3), torch.cat([lse for _, lse in tiles], 3)
 
 
-def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint token sets, from (out, lse) of each as `attend` returns them."""
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
+def merge_attention(splits: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint token sets, given (out, lse) of each set as `attend` returns them."""
+    if len(splits) == 1:
+        return splits[0]
+    lses = torch.stack([lse for _, lse in splits])
     total = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - total.masked_fill(total == float("-inf"), 0.0))
-    out = sum(out * weight.unsqueeze(-1) for (out, _), weight in zip(parts, weights, strict=True))
+    out = sum(out * weight.unsqueeze(-1) for (out, _), weight in zip(splits, weights, strict=True))
     return out, total
 
 
@@ -349,7 +350,7 @@ def apply_attention_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
 
 
 def dense_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Plain attention through torch's fused kernel.
+    """Dense attention by torch's fused kernel.
 
     Args:
         query: [B, H * G, Q, Dk]; keys, values: [B, H, M, Dk] and [B, H, M, Dv].

@@ -1,9 +1,9 @@
-"""PyTorch operations that cluster tokens: the specification of the kernels in `indexing/`, and what serves other devices.
+"""PyTorch operations that cluster tokens: the specification of the kernels in `indexing/`, and the CPU backend.
 
     bisect          Bisection: points are halved at the median along their main axis, down to pages
-    fill_clusters   RetroInfer: spherical k-means of unit vectors; clusters of whole pages
+    fill_clusters   RetroInfer: spherical k-means of unit vectors; clusters of full pages
 
-R rows, which are (span, KV head) pairs and do not depend on each other; n points of D numbers.
+R independent rows, one per (span, KV head); n points of D numbers.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 ROUNDS = (4, 2)
-"""Iterations of k-means: over all tokens, then over those left over. What is still left fills pages cluster by cluster."""
+"""Iterations of k-means per round: over all tokens, then over the left-over tokens. The rest fills pages in cluster order."""
 LIKENESS_STEPS = 4096
-"""Steps of likeness, from 1 down to -1, by which the points of a cluster lie in order; equal ones as they came."""
+"""Steps of cosine similarity from 1 down to -1. A cluster's points are sorted by step; ties stay in order."""
 _TILE_ELEMENTS = 1 << 24
-"""Most elements of a tile of likeness: 32 MiB in float16, which the second-level cache of a large GPU holds."""
+"""Upper limit of elements of a similarity tile: 32 MiB in float16, which fits the L2 cache of a large GPU."""
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """Order points so that pages of them lie together.
+    """Order points so that each page holds points that are close to each other.
 
     Args:
         points: [R, n, D], in the dtype of all products; n is a multiple of `page_size`.
     Returns:
-        order: [R, n], int64.
+        order: [R, n], int64: place i gets point order[i].
     """
     rows, count, dim = points.shape
     order = torch.arange(count, device=points.device).expand(rows, -1)
@@ -33,27 +33,27 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     while size < count:
         size *= 2
     while size > page_size:
-        parts = -(-count // size)
-        filled = count - (parts - 1) * size  # of the last part; all others are full
-        token = torch.nn.functional.pad(order, (0, size - filled)).unflatten(1, (parts, size))
-        x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).unflatten(1, (parts, size))
+        nodes = -(-count // size)
+        filled = count - (nodes - 1) * size  # points of the last node; all other nodes are full
+        token = torch.nn.functional.pad(order, (0, size - filled)).unflatten(1, (nodes, size))
+        x = points.gather(1, token.flatten(1).unsqueeze(-1).expand(-1, -1, dim)).unflatten(1, (nodes, size))
         order = halve(x, filled, token).flatten(1)[:, :count]
         size //= 2
     return order
 
 
 def halve(x: Tensor, filled: int, token: Tensor) -> Tensor:
-    """One level: of each part the half that lies lower along its main axis comes first, in the order that it had.
+    """Split every node of one level: the half lower along the node's main axis first. Order within a half stays.
 
     Args:
-        x: [R, parts, size, D]; the last part has `filled` points only. Mutated.
-        token: [R, parts, size], which they are.
+        x: [R, nodes, size, D]; the last node has only `filled` points. Mutated.
+        token: [R, nodes, size], the numbers of these points.
     Returns:
         `token` in the new order.
     """
-    parts, size = token.shape[1:]
+    nodes, size = token.shape[1:]
     x[:, -1, filled:] = 0
-    count = torch.full((parts, 1, 1), size, device=x.device)
+    count = torch.full((nodes, 1, 1), size, device=x.device)
     count[-1] = filled
     x -= x.sum(2, keepdim=True) / count
     x[:, -1, filled:] = 0
@@ -64,7 +64,7 @@ def halve(x: Tensor, filled: int, token: Tensor) -> Tensor:
 
 
 def _along_main_axis(centred: Tensor) -> Tensor:
-    """Where rows [..., m, D] lie along about their first principal axis, in some unit: [..., m]."""
+    """Projection of rows [..., m, D] onto their approximate first principal axis, up to a factor: [..., m]."""
     wide = centred.shape[-1] >= centred.shape[-2]
     gram = centred @ centred.mT if wide else centred.mT @ centred
     size = gram.diagonal(dim1=-2, dim2=-1)
@@ -77,25 +77,26 @@ def _along_main_axis(centred: Tensor) -> Tensor:
 
 
 def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys [S, H, n, D] less the mean of each span and head, of length 1: [S, H, n, D] in `dtype`, contiguous.
+    """Keys [S, H, n, D] minus their mean per span and head, normalized: [S, H, n, D] in `dtype`, contiguous.
 
-    float16 is finer than bfloat16 for what is never above 1.
+    float16 is more precise than bfloat16 here, as no number exceeds 1.
     """
     return torch.nn.functional.normalize(keys - keys.mean(2, keepdim=True, dtype=torch.float32), dim=-1).to(dtype)
 
 
 def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[Tensor, Tensor]:
-    """Order points cluster by cluster, in each the nearest to the centroid first; a cluster is a run of full pages.
+    """Order points by cluster, nearest to the centroid first. A cluster is a run of full pages.
 
     Args:
-        points: [R, n, D], unit vectors, contiguous, in the dtype in which they are compared (sums are float32 at least);
-            n is a multiple of `page_size`.
+        points: [R, n, D], unit vectors, contiguous, in the dtype of the products (sums are float32 at least); n is a multiple
+            of `page_size`.
     Returns:
-        order [R, n] and pages_per_cluster [R, n / P], int64, as `TokenClusters` has them.
+        order [R, n] and pages_per_cluster [R, n / P], int64, as in `TokenClusters`.
     """
     rows, count, _ = points.shape
     token = torch.arange(count, device=points.device).expand(rows, -1)
-    order, pages = token.new_zeros((rows, count + 1)), token.new_zeros((rows, count // page_size + 1))  # the last: none
+    # One element more than needed: points that are not placed are written there.
+    order, pages = token.new_zeros((rows, count + 1)), token.new_zeros((rows, count // page_size + 1))
     done = token.new_zeros((rows, 1))
     for iterations in ROUNDS:
         own, likeness, num_clusters = _cluster(points, count - done, cluster_tokens, iterations)
@@ -104,15 +105,15 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
         own = own.gather(1, index)
         sizes = own.new_zeros((rows, num_clusters + 1)).scatter_add_(1, own, torch.ones_like(own))
         place = torch.arange(own.shape[1], device=own.device) - (sizes.cumsum(1) - sizes).gather(1, own)
-        whole = torch.div(sizes, page_size, rounding_mode="floor").gather(1, own)
+        full_pages = torch.div(sizes, page_size, rounding_mode="floor").gather(1, own)
         alive = own < num_clusters
-        kept = alive & (place < whole * page_size)
-        to = torch.where(kept, done + kept.cumsum(1) - 1, count)
+        placed = alive & (place < full_pages * page_size)
+        to = torch.where(placed, done + placed.cumsum(1) - 1, count)
         order.scatter_(1, to, token.gather(1, index))
-        begins = kept & (place == 0)
-        pages.scatter_(1, torch.where(begins, to, count).div(page_size, rounding_mode="floor"), whole)
-        done = done + kept.sum(1, keepdim=True)
-        left, width = alive & ~kept, min(own.shape[1], num_clusters * (page_size - 1))
+        begins = placed & (place == 0)
+        pages.scatter_(1, torch.where(begins, to, count).div(page_size, rounding_mode="floor"), full_pages)
+        done = done + placed.sum(1, keepdim=True)
+        left, width = alive & ~placed, min(own.shape[1], num_clusters * (page_size - 1))
         to = torch.where(left, left.cumsum(1) - 1, width)
         index = index.new_zeros((rows, width + 1)).scatter_(1, to, index)[:, :width]
         token, points = token.gather(1, index), gather_rows(points, index)
@@ -123,13 +124,14 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 def _cluster(points: Tensor, alive: Tensor, cluster_tokens: int, iterations: int) -> tuple[Tensor, Tensor, int]:
-    """Spherical k-means, from points at equal distances in their order. An iteration assigns every other point, in turn.
+    """Spherical k-means, seeded with evenly spaced points. Iterations assign the even and the odd points in turn.
 
     Args:
-        points: [R, m, D]; alive: [R, 1], how many count, the first ones of each row.
+        points: [R, m, D]; alive: [R, 1], valid points of each row, the first ones.
     Returns:
-        cluster [R, m], int64, one behind the last where a point does not count; likeness to its centroid [R, m], 0 of what
-        is no number; how many clusters there are at most: a row has one for every `cluster_tokens` points that count.
+        cluster: [R, m], int64; `num_clusters` for a point that is not valid.
+        likeness: [R, m], cosine similarity to the centroid; 0 for NaN.
+        num_clusters: upper limit over the rows. A row has one cluster per `cluster_tokens` valid points.
     """
     rows, count, dim = points.shape
     most = max(1, count // cluster_tokens)
@@ -152,9 +154,11 @@ def _cluster(points: Tensor, alive: Tensor, cluster_tokens: int, iterations: int
 
 
 def _nearest(points: Tensor, centroids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Likeness to the most alike of the first `wanted` [R, 1] of centroids [R, k, D], and which one that is, the first of equal
-    ones, of points [R, m, D]: [R, m] both.
-    """  # fmt: skip
+    """The similarity of points [R, m, D] to the nearest of the first `wanted` [R, 1] centroids [R, k, D], and its index.
+
+    Returns:
+        likeness, own: [R, m] both; of equal centroids the first.
+    """
     behind = (torch.arange(centroids.shape[1], device=points.device) >= wanted).unsqueeze(1)
     at_once = max(1, _TILE_ELEMENTS // (points.shape[1] * centroids.shape[1]))
     tiles = zip(*(whole.split(at_once) for whole in (points, centroids, behind)), strict=True)

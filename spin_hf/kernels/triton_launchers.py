@@ -1,7 +1,7 @@
 """The launches of all Triton kernels, for `backends/` and methods, which do not import triton.
 
-Each is a typed function beside its kernel. Those of a decode step take a `Launch` first: `launch_now`, or what
-`compile_ahead` hands out. The others launch by themselves.
+Each launch is a typed function in the file of its kernel. Launches of a decode step take a `Launch` first: `launch_now`, or
+the one that `compile_ahead` passes. All other launches run their kernel at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .indexing.quantize import encode_pages, quantize
 
 
 class Launchers:
-    """See the module's head."""
+    """All launches as static methods."""
 
     launch_now = staticmethod(launch_now)
     compile_ahead = staticmethod(compile_ahead)

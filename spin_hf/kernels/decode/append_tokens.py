@@ -1,10 +1,10 @@
-"""New tokens to their pages: home page, page frame if it is resident, and ShadowKV's summaries of complete pages.
+"""Appends new tokens to their pages: in the backing store, in the page frame of a resident page, and in ShadowKV's summaries.
 
-    append_page     the tokens of a call that belong to one page; `score_kernel` has it done for the one token of a step
+    append_page     the tokens of a call in one page; `score_kernel` calls it for the single token of a step
     append_kernel   all pages of a call
 
-Where home pages are int8, tokens are encoded; page frame and summaries are of what comes of that.
-The specification is `PageStore.append`, `ShadowKV.index`, `reference.quantize` and `storage/page_layout.py`.
+An int8 backing store gets encoded tokens. Page frames and summaries are then made from the decoded tokens. The specification is
+`PageStore.append`, `ShadowKV.index`, `reference.quantize` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def append_tokens(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, key: Tensor, value: Tensor, *, num_pages: int,
     summarizes: bool, shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Write the tokens of a call to their pages, of which there are `num_pages`.
+    """Write the tokens of a call to their `num_pages` pages.
 
     Args:
         key, value: [B, H, n, D]; the last dimension is contiguous.
-        summarizes: whether ShadowKV's summaries of the pages that become complete are written too.
+        summarizes: whether ShadowKV's summaries of pages that become complete are written too.
     """
     launch(
         append_kernel, (num_pages, buffers.num_streams), buffers.step, layer.descriptor, key, value, key.shape[2],
@@ -63,12 +63,12 @@ def append_page(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
-    """Write those of `count` tokens, from POSITION on, that belong to `page`; its summaries if it is complete and SUMMARISE.
+    """Write the tokens of a call that belong to `page`. With SUMMARISE, also write the page's summaries if it is complete.
 
     Args:
-        key, value: [B, H, count, D]; the last dimension is contiguous.
+        key, value: [B, H, count, D], the tokens from POSITION on; the last dimension is contiguous.
         SUMMARY: dtype of the lowest cosines, and of landmarks unless they are QUANTIZED.
-        BACKING_BYTES: of a home page that is int8; 0 where it is as the tokens are.
+        BACKING_BYTES: size of an int8 page in the backing store; 0 if backing pages have the dtype of the tokens.
     """
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -160,7 +160,7 @@ def append_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b * H + h) does as `append_page` for the i-th page of a call."""
+    """Program (i, b * H + h) runs `append_page` for the i-th page of a call."""
     page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
     append_page(
         step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),

@@ -1,15 +1,15 @@
-"""Retrieval: which listed pages have to be loaded, and into which page frames. Called by `choose_kernel`.
+"""Retrieval: finds missing pages in the page list and assigns slots to them. Called by `choose_kernel`.
 
     look up     page -> slot; slots of resident pages are touched, missing pages are marked in the list
     victims     free slots and those of the oldest bucket, from the hand on, as many as are missing:   o o x o o x ...
                                                                                                       hand ^ ->
-                if these are too few: slots by age in 64 buckets, all of the older ones, of the boundary bucket what is needed
-    admit       missing pages take the victims' slots, in the order of both
+                if these are too few: by age in 64 buckets, all slots of older buckets and some of the boundary bucket
+    admit       the i-th missing page takes the slot of the i-th victim
 
-One program does this for one (sequence, KV head), without sorting and without the host. A buffer much larger than a step has
-old slots everywhere, so the hand finds victims after a few; a small one is looked through quickly. Nothing is copied:
-attention reads a marked page from its home and fills the frame on its way. A missing page for which no slot is left is read
-from its home and stays there. The specification is `kernels.admit_pages`, which takes free slots before old ones.
+One program serves one (sequence, KV head), without sorting and without the host. In a buffer much larger than a step's pages
+the hand finds old slots soon; a small buffer is scanned quickly. No page is copied here: attention reads a marked page from
+the backing store and fills its frame. A missing page that gets no slot is only read. The specification is
+`kernels.admit_pages`, which however takes all free slots before old ones.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ..reference import NUM_BUCKETS
 
 OLDEST = tl.constexpr(NUM_BUCKETS - 1)
 FREE = tl.constexpr(NUM_BUCKETS)
-"""The bucket of free slots, behind those of 64 ages."""
+"""The bucket of free slots, after the 64 age buckets."""
 NEVER = tl.constexpr(127)
-"""The bucket of slots that this query touches."""
+"""The bucket of slots touched by this query, which are never victims."""
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _age(slot_page, slot_step, slots, inside, clock):
 def _victims_from_hand(
     slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr
 ):  # fmt: skip
-    """List up to `missing` free or oldest slots from `origin` on; returns how many, and moves the hand behind the last one."""
+    """List up to `missing` free or oldest slots from `origin` on, and move the hand past the last one. Returns their number."""
     origin = tl.where(origin < num_slots, origin, 0)
     found = tl.zeros([], tl.int32)
     scanned = tl.zeros([], tl.int32)
@@ -83,7 +83,7 @@ def _victims_from_hand(
 
 @triton.jit
 def _victims_by_age(slot_page, slot_step, victims, missing, num_slots, clock, SLOT_TILE: tl.constexpr):
-    """List up to `missing` slots, those of older buckets first; returns how many there are."""
+    """List up to `missing` slots, older buckets first. Returns their number."""
     buckets = tl.zeros([128], tl.int32)
     for start in range(0, num_slots, SLOT_TILE):
         slots = start + tl.arange(0, SLOT_TILE)
@@ -114,7 +114,7 @@ def _victims_by_age(slot_page, slot_step, victims, missing, num_slots, clock, SL
 
 @triton.jit
 def _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE: tl.constexpr):
-    """A tile of listed pages, whose slots are touched; which of them are missing, and the how many-th missing page each is."""
+    """Load a tile of the list and touch the slots of its pages. Returns pages, whether each is missing, and its miss rank."""
     offsets = start + tl.arange(0, LIST_TILE)
     pages = tl.load(listed + offsets, mask=offsets < count, other=-1)
     slots = tl.load(page_slot + pages, mask=pages >= 0, other=0)
@@ -127,7 +127,7 @@ def _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE: tl.co
 def _admit(
     listed, page_slot, slot_page, slot_step, victims, clock, start, pages, miss, rank, available, LIST_TILE: tl.constexpr
 ):  # fmt: skip
-    """Mark a tile's missing pages, put those of rank 1 to `available` into the victims' slots; returns how many this evicts."""
+    """Mark a tile's missing pages, and give those of ranks 1 to `available` the victims' slots. Returns the evicted pages."""
     tl.store(listed + start + tl.arange(0, LIST_TILE), pages + LOAD, mask=miss)
     admitted = miss & (rank <= available)
     slots = tl.load(victims + rank - 1, mask=admitted, other=0)
@@ -146,10 +146,10 @@ def retrieve(
     PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Mark those of the `count` listed pages of one (sequence, KV head) that are missing, and update its tables.
+    """Mark the missing pages among the `count` listed pages of one (sequence, KV head), and update its tables and counters.
 
     Returns:
-        how many of the pages were missing.
+        the number of missing pages.
     """
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
     num_slots, first_frame = slots_of(layer, b, (bh % H).to(tl.int64), H)
@@ -163,7 +163,7 @@ def retrieve(
             pages = tl.load(listed + offsets, mask=inside, other=0)
             upto = count_valid(step, b, tl.minimum((pages + 1) * PAGE, position + 1), inside, PADDED)
             tokens += tl.sum(tl.where(inside, upto - count_valid(step, b, pages * PAGE, inside, PADDED), 0), 0)
-    else:  # every page is full, but for that of the query, which is always listed
+    else:  # every page is full except the query's own, which is always listed
         tokens = count * PAGE - (num_pages * PAGE - position.to(tl.int32) - 1)
     tl.atomic_add(counters + TOKENS, tokens.to(tl.int64))
     tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64))

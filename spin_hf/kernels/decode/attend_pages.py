@@ -1,12 +1,12 @@
-"""Split-KV attention over the list of pages, with the loads on the way and the merge at the end: one launch.
+"""Split-KV attention over the page list in one launch, including the loads of missing pages and the final merge.
 
-    program (b * H + h, split)   reads its share of the list: tiles of pages, from page frames or from their homes
-                                 a marked page comes from host memory, is used, and is stored to its page frame
-                                 writes its part; the last program of a (sequence, KV head) merges all parts
+    program (b * H + h, split)   reads one split of the list, in tiles of pages, from page frames or the backing store
+                                 loads a marked page from host memory, uses it, and stores it in its page frame
+                                 writes its split output; the last program of a (sequence, KV head) merges all splits
 
-Reading a missing page and attending to it is one access: the tokens are in registers when they arrive, and programs
-whose pages are resident go on meanwhile. Homes that are int8 are decoded in registers; the frame gets what came of it. The
-specification is `kernels.attend`, `kernels.merge_attention` and `storage/page_layout.py`.
+A missing page is read once, both for attention and to fill its frame. Meanwhile programs with resident pages continue. An int8
+backing store is decoded in registers, and the frame gets the decoded page. The specification is `kernels.attend`,
+`kernels.merge_attention` and `storage/page_layout.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attend_pages(
         query: [B, H * G, 1, Dk]; the last dimension is contiguous.
         out: [B, H * G, Dv]. Written.
         sinks: [H * G], logits in the denominator; None for none.
-        query_index, num_queries: of the query in the step, and of the step.
+        query_index, num_queries: index of the query in the step, and queries of the step.
         dense: whether the layer attends to all pages.
     """
     group, splits = query.shape[1] // shape.num_heads, buffers.splits.dense if dense else buffers.splits.attend
@@ -62,9 +62,9 @@ def attend_pages(
 
 
 def _tile_pages(shape: LaunchShape) -> int:
-    """Pages of a tile, or fewer if a program's shared memory does not hold them."""
+    """Pages per tile, limited by the shared memory of a program."""
     token_bytes = (shape.block_k + shape.block_v) * shape.dtype.itemsize
-    tokens = min(ATTEND_TOKENS, power_of_two(shape.shared_memory // (2 * token_bytes) + 1) // 2)  # two are under way
+    tokens = min(ATTEND_TOKENS, power_of_two(shape.shared_memory // (2 * token_bytes) + 1) // 2)  # two in flight
     return max(16, tokens, shape.page_size) // shape.page_size
 
 
@@ -78,17 +78,18 @@ def attend_kernel(
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
     BACKING_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """See the module's head.
+    """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
     Args:
         query: [B, H * G, 1, DK], one of the step's `num_queries`; the last dimension is contiguous.
-        list_count: as `choose_kernel` left it.
+        list_count: written by `choose_kernel`.
         out: [B, 1, H * G, DV]. Written.
-        sinks: float [H * G], logits in the denominator, read where SINKS.
-        parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch; the last ESTIMATED parts as `estimate_kernel` left them.
+        sinks: float [H * G], logits in the denominator; read if SINKS.
+        parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]: split outputs. Scratch, but for the last ESTIMATED ones, which
+            `estimate_kernel` wrote.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
-        DTYPE: of the pages; PAGE_BYTES: of a page of that.
-        BACKING_BYTES: of a home page that is int8, which then are in host memory; 0 where homes are of DTYPE.
+        DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
+        BACKING_BYTES: size of an int8 page in the backing store, which is then in host memory; 0 if backing pages are of DTYPE.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -123,7 +124,7 @@ def attend_kernel(
         here = page >= 0
         frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
         if BACKING_BYTES:
-            coded = frame  # address of the page that the token is to be loaded from, 0 for none
+            coded = frame  # address of the int8 page that the token is loaded from, 0 for none
         if num_slots > 0:
             away = page >= LOAD
             page = tl.where(away, page - LOAD, page)
@@ -149,14 +150,14 @@ def attend_kernel(
         pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
         place_k = within[:, None] * DK + column_k[None, :]
         place_v = PAGE * DK + within[:, None] * DV + column_v[None, :]
-        filled = here & (token < length)  # what stands in other places may be NaN
+        filled = here & (token < length)  # other places are uninitialized and may hold NaN
         inside_k = filled[:, None] & (column_k < DK)[None, :]
         inside_v = filled[:, None] & (column_v < DV)[None, :]
         if BACKING_BYTES:
             there = (coded == 0)[:, None]
             keys = tl.load(pointer[:, None] + place_k, mask=inside_k & there, other=0.0)
             values = tl.load(pointer[:, None] + place_v, mask=inside_v & there, other=0.0)
-            if missing > 0:  # a tile has pages of both kinds: these are 0 there
+            if missing > 0:  # a tile may mix resident and int8 pages; `coded` is 0 for resident ones
                 codes = tl.multiple_of(coded.to(tl.pointer_type(tl.int8)), 16)
                 scales = scale_addresses(coded, PAGE, BACKING_BYTES) + within
                 comes = filled & (coded != 0)
@@ -188,12 +189,12 @@ def attend_kernel(
         most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]
-    # The lse stands beside each value, so that the merge needs no exchange between threads.
+    # The lse is stored once per value, so the merge needs no exchange between threads.
     mine = parts + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
     inside = (group < G)[:, None] & (column_v < DV)[None, :]
     tl.store(mine, acc, mask=inside)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
-    tl.debug_barrier()  # all of this program's part is written before its arrival is
+    tl.debug_barrier()  # the split output is complete before the arrival is counted
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.store(arrivals + bh, 0)
         heads = tl.arange(0, MERGED_G)[:, None]
@@ -203,7 +204,7 @@ def attend_kernel(
         many: tl.constexpr = 16 if ESTIMATED else 8
         for part in tl.range(
             0, SPLITS + ESTIMATED, loop_unroll_factor=many
-        ):  # a latency is paid once for several parts
+        ):  # unrolled, so that the loads of several splits are in flight
             lses = outs + (part * 2 + 1) * G * DV
             top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
         base = tl.where(top == float("-inf"), 0.0, top)

@@ -1,12 +1,11 @@
-"""What each candidate page is worth to its KV head, how many are worth how much, and which may be chosen at all.
+"""Scores of candidate pages per KV head, their histogram, and lists of the pages to select from.
 
-    logits, statistics of all shares  ->  score = max over the query heads of log softmax  ->  scores, of all pages
-                                          or, of a box, of the logit, less the largest of all
-    bin of the score  <=  floor       ->  the page is kept and counted                     ->  kept pages, by part; histogram
+    logits, statistics of all splits  ->  score, see `Rating`: for LIKELIEST the max over query heads of log softmax  ->  SCORES
+    bin of the score  <=  floor       ->  the page is counted and listed  ->  histogram, bin lists
 
-The histogram says where the budget ends, so nothing has to be sorted or searched (see `select_pages.py`). The floor is where it
-ended at the step before, and a margin: a few hundred pages are kept of however many there are. The specification of the scores
-is `reference.group_scores`; see `Rating`.
+The histogram tells where the budget ends, so scores are not sorted (see `select_pages.py`). The floor is the bin where the
+budget ended at the last step, plus a margin. So the bin lists hold a few hundred pages, however long the context is. The
+specification of the scores is `reference.group_scores`.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ def bin_scores(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: Recipe,
     shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Turn the products of `score_pages`, which takes the same arguments, into scores, and count them by bin.
+    """Turn the logits of `score_pages`, which takes the same arguments, into scores, and count them by bin.
 
-    Where pages are reranked, one more program of each stream makes the operands of that.
+    With reranking, one more program per stream makes the query operands of `rerank_pages`.
     """
     group, reranks = query.shape[1] // shape.num_heads, recipe.rerank_factor > 0
     digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
@@ -81,24 +80,25 @@ def rate_kernel(
     PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) rates parts i, i + num_programs(1) - PREPARED, ... of the pages; the last one prepares
-    reranking, if PREPARED.
+    """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1) - PREPARED, ...
+
+    If PREPARED, the last program prepares the query operands of reranking instead.
 
     Args:
-        stats: as `score_kernel` left them; SPLITS is num_splits rounded up to a power of two.
-        histogram: int32 [B * H, BINS]: zeros, by `score_kernel`. Added to, where pages have to be left out.
-        floors: int32 [B * H]: the last bin whose pages are kept.
-        number: of the layer.
-        query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`, and
-        second_histogram: int32 [B * H, BINS]: made zeros; used where PREPARED.
+        stats: written by `score_kernel`; SPLITS is num_splits rounded up to a power of two.
+        histogram: int32 [B * H, BINS]: zeroed by `score_kernel`. Added to, unless the budget covers all candidates.
+        floors: int32 [B * H]: the last bin that enters the bin lists.
+        number: index of the layer among the paged layers.
+        query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`; used if PREPARED.
+        second_histogram: int32 [B * H, BINS]: zeroed if PREPARED.
         RATING: see `Rating`.
-        EVERYTHING: whether all candidates are counted; else those that are kept.
-        LISTED: whether pages are kept; else they are only rated and counted.
-        WEIGHTED: whether a page weighs as often as it has valid tokens.
-        LEAST: logarithm of a share: pages of no larger one are no candidates, unless the budget covers all; 0 for none such.
-        HEADS: query heads that are looked at together.
-        RUN: pages in a row; each part has every so many runs, so that neighbours, which are often chosen together, are
-            spread over all parts.
+        EVERYTHING: whether all candidates are counted; else only those in bins down to the floor.
+        LISTED: whether bin lists are written; else pages are only scored and counted.
+        WEIGHTED: whether a page's weight in the softmax is multiplied by its number of valid tokens.
+        LEAST: log probability that a page must exceed to be a candidate, unless the budget covers all; 0 for no threshold.
+        HEADS: query heads per reduction.
+        RUN: consecutive pages per run. Runs are dealt to the lists in turn, because neighbours are often selected together:
+            so all lists are about equally long.
     """
     bh = tl.program_id(0)
     programs = tl.num_programs(1) - PREPARED
@@ -138,7 +138,7 @@ def rate_kernel(
                 total = tl.zeros([PART], tl.float32)
                 largest = tl.full([], float("-inf"), tl.float32)
                 smallest = tl.full([], float("-inf"), tl.float32)
-                for g in tl.static_range(0, G, HEADS):  # several query heads at once: a reduction costs its latency
+                for g in tl.static_range(0, G, HEADS):  # HEADS at once, which share the latency of a reduction
                     heads = g + tl.arange(0, HEADS)
                     place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
                     most = tl.load(place, mask=known, other=float("-inf"))
@@ -156,7 +156,7 @@ def rate_kernel(
                         each = tl.where(there, each - lse[:, None], float("-inf"))
                     if RATING != SHARE:
                         best = tl.maximum(best, tl.max(each, 0))
-                    else:  # no logit is far above the logarithm of the sum that it is in
+                    else:  # `each` is at most about 0, so exp does not overflow
                         total += tl.sum(tl.exp(each), 0)
                 if RATING == BOUND:
                     width = tl.where(largest == float("-inf"), 1.0, tl.maximum(largest - smallest, 1e-20))
@@ -178,7 +178,7 @@ def rate_kernel(
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
                 rank = tl.cumsum(kept.to(tl.int32), 0)
-                # By rank, then by part: all parts keep about as many, so few places stay empty.
+                # By rank, then by list. The lists are about equally long, so few places stay empty.
                 place = (rank - 1) * parts + part
                 tl.store(kept_page + place, pages, mask=kept)
                 tl.store(kept_score + place, best, mask=kept)

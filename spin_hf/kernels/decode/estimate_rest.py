@@ -1,11 +1,11 @@
-"""What stands for pages that are not attended to: one more part of split-KV attention, of mean keys and mean values.
+"""Estimated attention to pages that are not selected: additional splits of split-KV attention, over mean keys and values.
 
-    weight of a page   tokens * exp(scale * q . mean key); the product is what `score_kernel` left in LOGITS
-    which pages        all candidates but the chosen ones, whose logits `choose_kernel` made -infinity; or only those in bins
-                       down to an edge
+    weight of a page   tokens * exp(logit), with the logit scale * q . mean key in LOGITS (or its correction by reranking)
+    pages              all candidates except the selected ones, whose logits `choose_kernel` set to -infinity
+                       ZONE: only those in bins down to an edge
 
-Programs read the mean values of their segments once, at the speed of memory, and leave parts for `attend_kernel` to merge. The
-specification is `Method.estimate` of RetroInfer and Bisection.
+The kernel reads each mean value once, at memory bandwidth. `attend_kernel` merges the split outputs. The specification is
+`Method.estimate` of RetroInfer and Bisection.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def estimate_rest(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, softcap: float | None,
     recipe: Recipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Write the partial outputs of pages that were not selected, for one query of `group` heads per KV head."""
+    """Write the split outputs of estimated pages, for one query of `group` heads per KV head."""
     quantized = shape.quantized[1]
     runs = shape.segments_at_a_time(shape.block_v, 1 if quantized else shape.dtype.itemsize)
     launch(
@@ -62,16 +62,16 @@ def estimate_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) takes its share of the segments.
+    """Program (b * H + h, i) handles split i of the segments.
 
     Args:
-        edges: int32 [B * H]: the last bin whose pages are estimated, if ZONE.
-        parts: float32 [B * H, SPLITS + num_programs(1), 2, G, DV], as `attend_kernel` has them; this program's part is
-            SPLITS + i. Written.
+        edges: int32 [B * H]: the last bin that is estimated, if ZONE.
+        parts: float32 [B * H, SPLITS + num_programs(1), 2, G, DV]: the split outputs of `attend_kernel`. Entry SPLITS + i is
+            written.
         SUMMARY: dtype of the mean values, unless they are QUANTIZED.
-        RUNS: segments at a time.
+        RUNS: segments per tile.
         DTYPE: in which weights and values are multiplied.
-        COMPILED: whether for a device; else it is interpreted.
+        COMPILED: whether the kernel is compiled for a device; else it is interpreted.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -137,10 +137,10 @@ def estimate_kernel(
 
 @triton.jit
 def whole_numbers(codes, dtype: tl.constexpr):
-    """Whole numbers in a floating dtype, exactly, where they are.
+    """Convert int8 codes to a floating dtype, exactly and in place in registers.
 
-    A GPU converts four of an instruction's 32 numbers at a time; these take two operations each. Triton would also move the
-    codes to where they are multiplied first, byte by byte through shared memory, were it to see a conversion.
+    The GPU's conversion instruction has an eighth of the normal throughput; this needs about two operations per number. Inline
+    assembly also hides the conversion from Triton, which would move the codes byte by byte through shared memory first.
     """
     if dtype == tl.bfloat16:  # 128 + the low seven bits, less 128 or 256; lop3: (a & b) | c, below (a ^ b) | c
         made = tl.inline_asm_elementwise(

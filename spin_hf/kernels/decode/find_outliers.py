@@ -1,14 +1,14 @@
-"""ShadowKV's outliers of every layer, marked by page: one launch a step. The specification is `ShadowKV.score`.
+"""Marks ShadowKV's outlier pages of all layers, in one launch per step. The specification is `ShadowKV.score`.
 
-    key(page)   min-cosine first, page number second: the lower, the more of an outlier
-    edge        the highest key that is an outlier, kept for each (layer, sequence, KV head)
-    marks       1 for candidates with a key up to the edge, in order of pages, for `rate_kernel`
+    key(page)   sorts by lowest cosine, then by page number; the pages of the lowest keys are outliers
+    edge        the highest key of an outlier, stored for each (layer, sequence, KV head)
+    marks       1 for candidates with a key up to the edge, indexed by page, for `rate_kernel`
 
-Outliers do not depend on the query, and change only when a page becomes a candidate:
+Outliers do not depend on the query. They change only when a page becomes a candidate:
 
-    the same plan       nothing to do
-    one page more       a key below the edge pushes the page of the edge out; else the page is none
-    anything else       the edge is searched, and all pages are marked anew
+    same plan           nothing to do
+    one page more       if its key is below the edge, it replaces the page of the edge; else nothing changes
+    anything else       a binary search finds the edge, and all pages are marked again
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ..common import (
 from ..launch import Launch, LaunchShape
 
 NO_EDGE = tl.constexpr((1 << 62) - 1)
-"""Above all keys of candidates: all of them are outliers."""
+"""Edge above all keys: every candidate is an outlier."""
 NO_KEY = tl.constexpr(1 << 62)
-"""The key of what is no candidate."""
+"""The key of pages that are not candidates."""
 
 
 def find_outliers(
     launch: Launch, step: Tensor, layers: Tensor, plan: Tensor, edges: Tensor, found_for: Tensor, *, first_layer: int,
     num_layers: int, shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Mark the outliers of layers [first_layer, first_layer + num_layers), for the query that `plan` is of.
+    """Mark the outliers of layers [first_layer, first_layer + num_layers) for the query of `plan`.
 
     Args:
         step, layers, plan, edges, found_for: as for `find_outliers_kernel`.
-        shape: of all these layers.
+        shape: the shape of all these layers.
     """
     launch(
         find_outliers_kernel, (edges.shape[1], num_layers), step, layers, plan, edges, found_for, first_layer,
@@ -70,7 +70,7 @@ def _keys(step, layer, b, h, pages, inside, SUMMARY: tl.constexpr, H: tl.constex
 def _candidate_keys(step, layer, b, h, start, first, stop, SUMMARY: tl.constexpr, H: tl.constexpr,
                     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr,
                     TILE: tl.constexpr):  # fmt: skip
-    """Pages from `start` on, and their keys; NO_KEY for those that are no candidates."""
+    """A tile of pages from `start` on, and their keys; NO_KEY for pages that are not candidates."""
     pages = start + tl.arange(0, TILE)
     inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
     return pages, _keys(step, layer, b, h, pages, inside, SUMMARY, H, SEGMENT, ROWS)
@@ -81,12 +81,12 @@ def find_outliers_kernel(
     step, layers, plan, edges, found_for, first_layer, SUMMARY: tl.constexpr, H: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, layer) marks the outliers of the query that `plan` is of.
+    """Program (b * H + h, layer) marks the outliers for the query of `plan`.
 
     Args:
         layers: int64 [L]: addresses of the layers' descriptors.
         edges: int64 [L, B, H]. Written.
-        found_for: int32 [L, B, H, 2]: `stop` and the number of outliers that the marks are for; -1 for none. Written.
+        found_for: int32 [L, B, H, 2]: `stop` and the number of outliers of the current marks; -1 for no marks. Written.
     """
     bh = tl.program_id(0)
     index = tl.program_id(1) + first_layer
@@ -123,7 +123,7 @@ def find_outliers_kernel(
             low = tl.full([], -(1 << 62), tl.int64)  # below the key of cosine -1
             high = tl.full(
                 [], NO_EDGE, tl.int64
-            )  # some number between the last outlier and the next page: in (low, high]
+            )  # a threshold between the last outlier and the next page is in (low, high]
             if wanted < stop - first:
                 _, kept = _candidate_keys(
                     step, layer, b, h, 0, first, stop, SUMMARY, H, SEGMENT, ROWS, PAGE, PADDED, TILE

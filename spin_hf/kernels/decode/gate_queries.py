@@ -1,9 +1,9 @@
-"""SeerAttention's gate queries by one launch, as `attention/methods/seer_gates.py` says by formulas (`LayerGate.of_queries`).
+"""SeerAttention's gate queries in one launch. The specification is `LayerGate.of_queries` in `attention/methods/seer_gates.py`.
 
-    a group's queries [G, D] -> RoPE undone -> x weights [G, D, E] -> RoPE of the gate's own frequencies -> [E]
+    a group's queries [G, D] -> undo RoPE -> x weights [G, D, E] -> RoPE with the gate's own frequencies -> [E]
 
-Weights are what has to be read, 2 MiB a layer for eight KV heads of 128 numbers: few columns a program, so that all of them are
-on their way at once.
+The time is that of reading the weights: 2 MiB per layer for eight KV heads of 128 numbers. A program therefore takes few
+columns, so that enough programs have loads in flight.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 8  # columns of either half: 32 bytes of each row of weights, what memory gives at least
+_TILE = 8  # columns of either half: 32 bytes of each row of weights, one memory sector
 
 
 def gate_queries(
     states: Tensor, positions: Tensor, weights: Tensor, frequencies: Tensor, gate_frequencies: Tensor, *,
     interleaved: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """What a gate asks pages for.
+    """Compute the gate's query of each KV head.
 
     Args:
         states: [B, H, G, D], floating point, after RoPE; the last dimension is contiguous.
         positions: [B], int32 or int64.
         weights: [H, G, D, E], float32, contiguous.
-        frequencies: [R], float32, R <= D / 2: of the model's rotation, which is undone.
+        frequencies: [R], float32, R <= D / 2: of the model's RoPE, which is undone.
         interleaved: how the model pairs channels, as in `seer_gates.rotate`.
-        gate_frequencies: [E / 2], float32: of the gate's, whose pairs are two halves.
-        scale: what the result is multiplied by.
+        gate_frequencies: [E / 2], float32: of the gate's RoPE, which pairs channel i with i + E / 2.
+        scale: factor of the result.
     Returns:
         [B, H, E], float32.
     """
@@ -43,7 +43,7 @@ def gate_queries(
     return projected
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])  # a column of a plan
+@triton.jit(do_not_specialize_on_alignment=["positions"])  # a column of the plan, at any alignment
 def gate_queries_kernel(
     states, states_b, states_h, states_g, positions, positions_b, weights, frequencies, gate_frequencies, projected, scale,
     INTERLEAVED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -67,7 +67,7 @@ def gate_queries_kernel(
         is_first = channel < PAIRS
         pair, other = tl.where(is_first, channel, channel - PAIRS), tl.where(is_first, channel + PAIRS, channel - PAIRS)
     turned = channel < 2 * PAIRS
-    angle = position * tl.load(frequencies + pair, mask=turned, other=0.0)  # the others are turned by nothing
+    angle = position * tl.load(frequencies + pair, mask=turned, other=0.0)  # other channels: no rotation
     cos = tl.cos(angle)
     sin = tl.where(is_first, tl.sin(angle), -tl.sin(angle))
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -1,4 +1,4 @@
-"""The zones of a step, on the device: fixed pages, candidates and budget of every query. One launch for all layers.
+"""Zones of a step, computed on the device: fixed pages, candidates and budget of every query. One launch for all layers.
 
 The specification is `backends/zones.py`.
 """
@@ -35,8 +35,9 @@ def plan_zones(
     Args:
         step: the step descriptor.
         plan: int32 [Q, B, len(PlanField)]. Written.
-        budget: tokens, or 0 where the step descriptor says a fraction.
-        num_sink_tokens to padded: see `Options` and `Recipe`.
+        budget: tokens, or 0 if the step descriptor has a fraction of the context.
+        num_sink_tokens, recent_window, dense_below, outliers_per_1024: see `SpinOptions` and `Recipe`.
+        padded: whether some tokens are padding.
     """
     launch(
         plan_step_kernel, (plan.shape[1], num_queries), step, plan, SINKS=num_sink_tokens, WINDOW=recent_window,

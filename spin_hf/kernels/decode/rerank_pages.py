@@ -1,13 +1,15 @@
-"""The second look: pages that score best by one vector are rated again by their keys in four bits, before some are chosen.
+"""Reranking: the best pages by their means are scored again by their 4-bit keys, before selection.
 
-    edge       the bin down to which pages are looked at: where so many times the budget ends
-    closer     log of the sum over a page's tokens of exp(scale * q . (mean + key in four bits)), of the pages down to the edge,
-               and of the sinks' pages, before all candidates; in LOGITS, for `estimate_kernel`, less the logarithm of how many
-               tokens these are, at least what was there and at most EXCESS more
-    rate       shares of these, among all candidates and sinks, and counted; what was not looked at keeps the weight it had
+    edge       the last bin that is reranked: the bin in which RERANK_FACTOR times the budget ends
+    rerank     log weight of each page down to the edge, and of the sink pages: log sum over its tokens of
+               exp(scale * q . (mean + 4-bit key))
+               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to [logit, logit + EXCESS],
+               where logit is the one by the mean
+    rate       score = log of the mean probability over the query heads, among all candidates and sinks; histogram
+               pages that are not reranked count with their weight by the mean
 
-Both take the pages in the parts of `rate_kernel`, and leave them where `choose_kernel` finds them. The specification is
-`Bisection.select`; of the four bits `attention/methods/four_bit_keys.py`.
+Both kernels use the bin lists of `rate_kernel`, and `choose_kernel` reads them. The specification is `Bisection.select`, and
+`attention/methods/four_bit_keys.py` for the codes.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_tw
 from ..recipe import MAX_CORRECTION_NATS, Recipe
 
 _COUNTED = 2
-"""Pages that are counted for each page that is reranked, if scores are spread as they were at the last step."""
+"""Pages counted by `rate_kernel` per reranked page. The floor is set from the last step's histogram to give about this many."""
 _TILE_TOKENS = 128
 
 
@@ -49,7 +51,7 @@ def rerank_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, recipe: Recipe,
     shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Score the best pages again, by their keys in four bits, for one query of `group` heads per KV head."""
+    """Score the best pages again by their 4-bit keys, for one query of `group` heads per KV head."""
     digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
     programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
@@ -79,17 +81,17 @@ def rerank_kernel(
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     EXCESS: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) looks at its share of a part of the pages, or at several parts where there are many.
+    """Program (b * H + h, i) reranks some pages of one bin list, or the pages of several lists if these outnumber programs.
 
     Args:
-        operands, factors: as `prepare_queries` left them.
-        histogram, floors: as `rate_kernel` left it and took them: candidates down to the floor.
-        rerank_stats: float32 [B * H, num_programs(1), 3, RERANK_G]: of the pages looked at, the maximum and the sum of
-            exponentials by four bits, and the share that they had before. Written.
+        operands, factors: written by `prepare_queries`.
+        histogram, floors: written and used by `rate_kernel`: the histogram counts candidates down to the floor.
+        rerank_stats: float32 [B * H, num_programs(1), 3, RERANK_G]: maximum and sum of exponentials of the new log weights of
+            this program's pages, and the probability that they had by their means. Written.
         DIGITS: whether codes are multiplied as int8; else in the dtype of `operands`.
-        RERANK_G: query heads, rounded up as a product needs it; HALF: DK / 2, likewise.
-        TILE: pages at a time.
-        ALIGNED: bytes that the codes of every token begin at a multiple of.
+        RERANK_G: query heads, padded for the product; HALF: DK / 2, padded likewise.
+        TILE: pages per tile.
+        ALIGNED: alignment in bytes of every token's codes.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
@@ -107,7 +109,7 @@ def rerank_kernel(
     scored = wanted < stop - first
     upto = tl.cumsum(tl.load(histogram + bh * BINS + tl.arange(0, BINS)), 0)
     goal = _goal(RERANK_FACTOR, wanted, stop - first)
-    edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS, if so many were not counted
+    edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS if fewer than `goal` were counted
     if scored & (edge == BINS):
         edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
     parts = tl.cdiv(stop, PART)
@@ -128,7 +130,8 @@ def rerank_kernel(
     most = tl.full([TILE, RERANK_G], float("-inf"), tl.float32)
     total = tl.zeros([TILE, RERANK_G], tl.float32)
     before = tl.zeros([TILE, RERANK_G], tl.float32)
-    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)  # programs of a part; all of them list its pages
+    # Programs per bin list; each writes the same list.
+    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)
     for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
         part = turn % parts
         pages = (lane // RUN * parts + part) * RUN + lane % RUN
@@ -141,7 +144,7 @@ def rerank_kernel(
         tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
         count = tl.max(rank, 0)
         if scored:
-            if first > part * RUN:  # the part may have pages of the sinks, which are listed behind what may be chosen
+            if first > part * RUN:  # sink pages of this list go behind its candidates, past the stored length
                 sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
                 rank = tl.cumsum(sink.to(tl.int32), 0)
                 tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
@@ -192,7 +195,7 @@ def rerank_kernel(
                 counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
                 tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
                 weighed = coarse
-                if PADDED:  # else all have as many tokens
+                if PADDED:  # without padding all pages have equally many tokens
                     weighed += tokens
                 before += tl.where(inside, tl.exp(weighed - lse[None, :]), 0.0)
                 higher = tl.maximum(most, fine)
@@ -209,15 +212,15 @@ def rerank_kernel(
 
 @triton.jit
 def _goal(RERANK_FACTOR: tl.constexpr, wanted, pages):
-    """Pages to look at for `wanted` of them: `RERANK_FACTOR` times as many, or one more than there are, which is all; int32."""
+    """Pages to rerank for `wanted` selected ones, int32: RERANK_FACTOR * wanted, at most pages + 1, which reranks all."""
     return tl.minimum(wanted.to(tl.int64) * RERANK_FACTOR, pages + 1).to(tl.int32)
 
 
 @triton.jit
 def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr):
-    """The bin down to which `goal` pages are, of which there are less down to `floor`; BINS, if there are not so many at all.
+    """The first bin down to which there are `goal` pages; BINS if there are fewer. Bins up to `floor` have too few.
 
-    Whoever needs it searches for it: that is seldom, as the floor follows the scores.
+    A binary search over all scores. It is rarely needed, as the floor follows the scores of the last step.
     """
     low = tl.minimum(floor + 1, BINS)
     high = tl.full([], BINS, tl.int32)
@@ -241,16 +244,17 @@ def rate_rerank_kernel(
     LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) rates what was kept of parts i, i + num_programs(1), ...: the mean share of its heads.
+    """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
 
     Args:
-        first_histogram: that of the first look.
-        floors: int32 [B * H]: the last bin that `rate_kernel` counts at the next step: of as many pages as COUNTED times those
-            that are looked at, if they score as they do now. It goes down by one bin a step, or to the last. Written.
-        histogram: int32 [B * H, BINS]: zeros, by `rate_kernel`. Added to, where pages have to be left out.
-        factors: as `prepare_queries` left them.
-        rerank_stats: as `rerank_kernel` left them, of num_looks programs; LOOKS is that, rounded up to a power of two.
-        TILE: kept pages of a part that are rated at a time.
+        first_histogram: by the scores of `rate_kernel`.
+        floors: int32 [B * H]: the last bin that `rate_kernel` counts at the next step, chosen from this step's histogram to
+            give COUNTED times the pages to rerank. It grows by at most one bin per step, or to BINS if too few pages were
+            counted. Written.
+        histogram: int32 [B * H, BINS]: zeroed by `rate_kernel`. Added to, unless the budget covers all candidates.
+        factors: written by `prepare_queries`.
+        rerank_stats: written by `num_looks` programs of `rerank_kernel`; LOOKS is num_looks rounded up to a power of two.
+        TILE: pages of a bin list per tile.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
@@ -280,9 +284,9 @@ def rate_rerank_kernel(
         sums = tl.load(place + RERANK_G, mask=known, other=0.0)
         share = tl.sum(tl.load(place + 2 * RERANK_G, mask=known, other=0.0), 1)
         old = tl.load(factors + bh * 4 * RERANK_G + 3 * RERANK_G + group)
-        if not PADDED:  # counted pages instead of tokens
+        if not PADDED:  # the stats count pages, not tokens
             old += tl.log(tl.full([], PAGE, tl.float32))
-        # What was not looked at keeps its weight: a share of 1 - share of exp(old).
+        # Pages that were not reranked keep their weight by the mean: the fraction 1 - share of exp(old).
         highest = tl.maximum(tl.max(most, 1), old)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         rest = tl.maximum(1.0 - share, 0.0) * tl.exp(old - shift)

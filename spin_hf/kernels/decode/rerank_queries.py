@@ -1,11 +1,10 @@
-"""Queries as reranking multiplies them with keys in four bits (see `attention/methods/four_bit_keys.py`). Called by
-`rate_kernel`.
+"""Query operands for the products with 4-bit keys (see `attention/methods/four_bit_keys.py`). Called by `rate_kernel`.
 
-    a byte of two levels = low + 16 * high
+    byte = low + 16 * high, two codes of four bits
 
     even * (low - 7.5) + odd * (high - 7.5)  =  (even - odd / 16) * low  +  odd / 16 * (byte - 128)  +  odd / 2 - 7.5 * even
 
-So of a byte only the low level is taken out, and the byte itself stands for the other; each has an operand of its own.
+So only the low code is unpacked. The byte itself takes the place of the high code. Each of the two has its own operand.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from ..common import digits, log_sums
 def _rotate(
     query, query_b, query_h, basis, rotated, bh, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Write the product of the queries of one (sequence, KV head) and the basis.
+    """Multiply the queries of one (sequence, KV head) by the basis.
 
     Args:
         query: [B, H * G, 1, DK]; the last dimension is contiguous.
-        basis: [DK, DK] of the query's dtype: whole numbers, times the lengths of the columns.
+        basis: [DK, DK] of the query's dtype: the rotation, times the length of its columns, so that entries are integers.
         rotated: float32 [B * H, G, DK]. Written.
     """
     TILE: tl.constexpr = 32
@@ -56,16 +55,16 @@ def prepare_queries(
     H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, RERANK_G: tl.constexpr, SPLITS: tl.constexpr,
     DK: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Write what `rerank_kernel` multiplies codes by, for one (sequence, KV head).
+    """Write the operands of `rerank_kernel` for one (sequence, KV head).
 
     Args:
         query, query_b, query_h, basis, rotated: as for `_rotate`.
-        operands: [B * H, 2, rows, HALF] for low levels and for bytes; if DIGITS int8 of 2 * RERANK_G rows (`common.digits`),
-            else RERANK_G rows of the dtype in which codes are multiplied. Written.
-        factors: float32 [B * H, 4, RERANK_G]: of both products, what is added to their sum, and the logarithm of the sum of all
-            weights by means. Written.
-        stats, num_splits: as `score_kernel` left them, with SINKS.
-        scale: of the products.
+        operands: [B * H, 2, rows, HALF], for low codes and for bytes. With DIGITS int8 and 2 * RERANK_G rows
+            (`common.digits`), else RERANK_G rows in the dtype of the products. Written.
+        factors: float32 [B * H, 4, RERANK_G]: the factors of both products, the constant added to their sum, and the
+            log-sum-exp of the logits of all pages by their means. Written.
+        stats, num_splits: written by `score_kernel` with SINKS.
+        scale: factor of the products.
     """
     _rotate(query, query_b, query_h, basis, rotated, bh, H, G, DK, BLOCK_K)
     tl.debug_barrier()

@@ -1,11 +1,11 @@
-"""Products of the query with one vector of every candidate page, and what the softmax over them needs.
+"""Logits of every candidate page: products of the query with one summary vector per page, and their softmax statistics.
 
-The vector is the first that the method keeps: ShadowKV's landmark, the mean of other methods. Of a box of keys there are two:
+The vector is the method's first summary: ShadowKV's landmark, or the mean for other methods. A box of keys has two vectors:
 
     largest product with a key between low and high  =  min(query, 0) . low  +  max(query, 0) . high
 
-Vectors are by far the most that a step reads of a long context: here they are read once, at the speed of memory. One more
-program of each (sequence, KV head) appends the step's token meanwhile: its page is no candidate yet.
+With a long context, most of the bytes that a step reads are these vectors. They are read once, at memory bandwidth. One more
+program per (sequence, KV head) appends the step's token in the same launch, as the token's page is never a candidate.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ def score_pages(
     """Score all candidates of one query of a step, and append the step's token.
 
     Args:
-        query: [B, H * G, 1, D], or [B, H, D] of a method that makes its own queries, in float32. The last dimension is
-            contiguous.
-        new: key and value [B, H, 1, D] of the token that is appended; None for none.
+        query: [B, H * G, 1, D], or float32 [B, H, D] if the method projects its own queries. The last dimension is contiguous.
+        new: key and value [B, H, 1, D] of the token to append; None for none.
     """
     width, group, digits = query.shape[-1], query.shape[1] // shape.num_heads, shape.scores_digits
     key, value = (query, query) if new is None else new
     vectors = (2 if recipe.rating == Rating.BOUND else 1) * max(32, triton.next_power_of_2(width))
     item_bytes = 1 if shape.quantized[0] else shape.dtype.itemsize
     if recipe.projects_queries and not digits:
-        item_bytes = 4  # vectors are converted
+        item_bytes = 4  # vectors are converted to float32
     launch(
         score_kernel, (buffers.num_streams, buffers.splits.score + (new is not None)), buffers.step, layer.descriptor, query,
         buffers.stats, plan, buffers.histogram, buffers.splits.score, *query.stride()[:2], scale, key, value,
@@ -81,20 +80,21 @@ def score_kernel(
     BOXES: tl.constexpr, SINKS: tl.constexpr,
     PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, split) scores its share of the segments; program (b * H + h, num_splits) appends, if APPEND.
+    """Program (b * H + h, split) scores one split of the segments. If APPEND, program (b * H + h, num_splits) appends.
 
     Args:
         query: [B, H * G, 1, D]; the last dimension is contiguous.
-        stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each share. Written.
-        histogram: int32 [B * H, BINS]: made zeros for `rate_kernel`.
-        key, value: [B, H, 1, D], the new token, as for `append_page`; read where APPEND.
-        DIGITS: whether int8 vectors are multiplied as such, which devices before Ampere cannot do.
-        RUNS: segments at a time.
-        WEIGHTED: whether a page counts in the statistics as often as it has valid tokens.
-        BOXES: whether pages have boxes; of these the statistics are the largest and the smallest logit.
-        SINKS: whether the pages before all candidates are scored too.
-        PROJECTED: whether queries are a method's own, in float32, so that vectors are converted to that.
-        D: size of vectors; DK, DV: of the token's key and value.
+        stats: float32 [B * H, num_splits, 2, BLOCK_G]: maximum and sum of exponentials of each split; with BOXES the largest
+            and the smallest logit. Written.
+        histogram: int32 [B * H, BINS]: zeroed for `rate_kernel`.
+        key, value: [B, H, 1, D], the new token, as for `append_page`; read if APPEND.
+        DIGITS: whether int8 vectors are multiplied as int8, which needs Ampere or later.
+        RUNS: segments per tile.
+        WEIGHTED: whether a page's weight in the statistics is multiplied by its number of valid tokens.
+        BOXES: whether pages have boxes.
+        SINKS: whether the sink pages, before all candidates, are scored too.
+        PROJECTED: whether the method projects its own queries, in float32; vectors are then converted to float32.
+        D: size of the vectors; DK, DV: sizes of the token's key and value.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -119,7 +119,7 @@ def score_kernel(
         lane = tl.arange(0, RUNS * SEGMENT)
         most = tl.full(
             [RUNS * SEGMENT, BLOCK_G], float("-inf"), tl.float32
-        )  # by place in the tile: exchanged between threads at the end
+        )  # one maximum per place in the tile; reduced over threads once, at the end
         total = tl.full([RUNS * SEGMENT, BLOCK_G], float("inf") if BOXES else 0.0, tl.float32)
         share = tl.cdiv(tl.cdiv(stop, SEGMENT * RUNS), num_splits) * RUNS
         begin = split * share
@@ -166,7 +166,7 @@ def score_kernel(
                     logits + group[None, :] * capacity + pages[:, None], scores,
                     mask=(group < G)[None, :] & (pages < stop)[:, None],
                 )  # fmt: skip
-                if WEIGHTED and PADDED:  # else all have as many
+                if WEIGHTED and PADDED:  # without padding all pages have equally many tokens
                     scores += log_tokens(step, b, pages, inside, PAGE, PADDED)[:, None]
                 higher = tl.maximum(most, scores)
                 if BOXES:
@@ -189,7 +189,7 @@ def score_kernel(
 def _operand(
     queries, scale, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """Queries [rows, K], two rows a head if DIGITS, as `_products` takes them, and what products are to be multiplied by."""
+    """The operand of `_products` for queries [rows, K] (two rows per head if DIGITS), and the factor of each product."""
     factor = tl.full([BLOCK_G], 1.0, tl.float32) * scale
     if DIGITS:
         queries, query_unit = digits(queries.to(tl.float32), 2 * BLOCK_G)
@@ -201,7 +201,7 @@ def _operand(
 
 @triton.jit
 def _products(vectors, queries, DIGITS: tl.constexpr, CONVERTED: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Products [pages, BLOCK_G] of vectors [pages, K], if need be CONVERTED, with queries from `_operand`."""
+    """Products [pages, BLOCK_G] of vectors [pages, K] with queries from `_operand`. CONVERTED: to the queries' dtype first."""
     if DIGITS:
         products = tl.dot(vectors, queries, out_dtype=tl.int32)
         products = tl.reshape(products, (vectors.shape[0], BLOCK_G, 2))

@@ -1,11 +1,11 @@
-"""Selection of pages, exactly, without sorting: what `rate_kernel` counted says in which bin the budget ends.
+"""Exact top-k selection of pages without sorting: the histogram of `rate_kernel` gives the bin in which the budget ends.
 
-    histogram      2  0  5  9 | 7 | 12 ...        pages of better bins are chosen
-    budget 19      2  2  7 16  23                 of the boundary bin the best 3 of 7: a search among these few alone
+    histogram      2  0  5  9 | 7 | 12 ...        pages of better bins are selected
+    budget 19      2  2  7 16  23                 the best 3 of 7 pages of the boundary bin: a search among these only
 
-Program b * H + h does this for one (sequence, KV head), lists the fixed pages before, and retrieves (`assign_slots.py`). It
-looks at the pages that were kept; should they be too few, it counts the others and looks at all. Which of pages that tie are
-taken is always the same. The specification is `kernels.select_top_pages`.
+Program b * H + h serves one (sequence, KV head). It lists the fixed pages, selects, and assigns slots (`assign_slots.py`).
+It reads the bin lists only. If these have too few pages, it counts the other candidates and reads all scores. Ties are broken
+deterministically, by page. The specification is `kernels.select_top_pages`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ NO_KEY = tl.constexpr(-(1 << 63))
 """Below the key of every page."""
 
 _SELECT_TILE, _SELECT_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
-"""Pages of a tile, warps; pages of a bin that are compared each with each, so many at a time."""
+"""Pages per tile; warps; pages of the boundary bin that are ranked pairwise, and how many at a time."""
 _RERANKED_TILE, _RERANKED_WARPS, _RERANKED_TIED, _RERANKED_FEW_TILE = 4096, 16, 512, 32
-"""Likewise where all reranked pages are there to select from: many more."""
+"""The same after reranking, where the bin lists are much longer."""
 _TILE_PARTS, _TIED_TILE = 128, 512
-"""Parts of a tile; pages of one bin at a time in a search."""
+"""Bin lists per tile; pages of the boundary bin per tile of the search."""
 _LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
-"""Pages of a list at a time, if it may be longer twice as many; slots at the hand, and where all are looked at."""
+"""Pages of the page list per tile (twice as many for long lists); slots per tile of the clock hand, and of a full scan."""
 _KEPT = 3
-"""Candidates kept for each selected page, if scores are spread as they were at the last step."""
+"""Candidates kept per selected page. The floor is set from the last step's histogram to give about this many."""
 
 
 def select_pages(
@@ -63,8 +63,8 @@ def select_pages(
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 
     Args:
-        query_index: of the query in the step; group: query heads per KV head that were scored.
-        most_listed: pages that a query lists at most; None if unknown.
+        query_index: index of the query in the step; group: query heads per KV head that were scored.
+        most_listed: upper limit of pages per list; None if unknown.
     """
     reranks, share = recipe.rerank_factor > 0, recipe.estimated_billionths
     tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
@@ -91,21 +91,21 @@ def choose_kernel(
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program b * H + h lists the pages that its query attends to, and retrieves them.
+    """Program b * H + h lists the pages that its query attends to, and assigns slots to missing ones.
 
     Args:
-        histogram: as `rate_kernel` left it. Added to where too few pages were kept.
-        list_count, hand: see `StepBuffers` and `LayerBuffers`. Written; counters: likewise. Added to.
-        edges: int32 [B, H]: the bin in which the zone ends that is estimated: `share` billionths of the candidates, behind
-            those that are chosen. Written, if ZONE; `histogram` then counts all candidates.
-        ESTIMATES: whether `estimate_kernel` follows: then the logits of what is listed become -infinity.
-        COMPLETE: whether all pages that may be chosen were kept, however they score.
-        COUNTED: whether `histogram` counts all candidates, and not only those that were kept.
-        PARTS: parts whose numbers of kept pages are looked at together.
-        FEW: tied pages up to this number are compared each with each, with FEW_TILE at a time.
-        KEPT: the floor is set so that this many times the wanted pages are kept, if they stay as they are. It goes down by one
-            bin a step, and anywhere after a step that kept too few.
-        floors: int32 [B, H]: the last bin whose pages are kept at the next step. Written.
+        histogram: written by `rate_kernel`. Added to if the bin lists have too few pages.
+        list_count, hand: see `StepBuffers` and `LayerBuffers`. Written. counters: see `LayerBuffers`. Added to.
+        edges: int32 [B, H]: the last bin that is estimated: the best `share` billionths of the candidates after the selected
+            pages. Written if ZONE; `histogram` then counts all candidates.
+        ESTIMATES: whether `estimate_kernel` follows. The logits of listed pages are then set to -infinity.
+        COMPLETE: whether the bin lists hold every page that may be selected, whatever its score.
+        COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
+        PARTS: bin lists per tile, when their lengths are read.
+        FEW: up to this many tied pages are ranked pairwise, against FEW_TILE at a time.
+        KEPT: the floor is set from this step's histogram to give KEPT times the selected pages. It grows by at most one bin
+            per step, or by any number after a step whose bin lists had too few pages.
+        floors: int32 [B, H]: the last bin that enters the bin lists at the next step. Written.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
@@ -129,7 +129,7 @@ def choose_kernel(
     sinks = first - leading
     fixed = sinks + num_pages - stop
     count = fixed
-    if PADDED:  # pages of nothing but padding may stand between them
+    if PADDED:  # pages of padding only may lie between the fixed pages
         count = tl.zeros([], tl.int32)
     for start in range(0, fixed, LIST_TILE):
         offsets = start + tl.arange(0, LIST_TILE)
@@ -149,7 +149,7 @@ def choose_kernel(
     too_few = wanted < 0
     if wanted < stop - first:
         boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
-        too_few = boundary == BINS  # or there are no more candidates than wanted
+        too_few = boundary == BINS  # fewer than `wanted` pages were counted
         if COMPLETE:
             too_few = wanted < 0
         elif COUNTED:
@@ -161,7 +161,7 @@ def choose_kernel(
                 uncounted = inside & (bin_of > floor)
                 tl.atomic_add(histogram + bh * BINS + bin_of, tl.full([TILE], 1, tl.int32), mask=uncounted)
             tl.debug_barrier()
-            counts = tl.load(histogram + bh * BINS + bins, cache_modifier=".cg")  # where the atomics were
+            counts = tl.load(histogram + bh * BINS + bins, cache_modifier=".cg")  # from L2, where the atomics are done
             tl.debug_barrier()
             boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
         tl.store(floors + bh, tl.where(too_few, enough, tl.minimum(enough, floor + 1)))
@@ -202,7 +202,7 @@ def choose_kernel(
             for g in tl.static_range(G):
                 nothing = tl.full([LIST_TILE], float("-inf"), tl.float32)
                 tl.store(logits + g * capacity + pages, nothing, mask=pages >= 0)
-        tl.debug_barrier()  # retrieval marks pages in the list
+        tl.debug_barrier()  # `retrieve` marks pages in the list
     missing = retrieve(
         step, layer, counters, hand, bh, b, position, num_pages, count, query_index, H, PAGE_BYTES, PAGE, PADDED,
         LIST_TILE, HAND_TILE, SLOT_TILE,
@@ -212,21 +212,21 @@ def choose_kernel(
 
 @triton.jit
 def _boundary(counts, wanted, BINS: tl.constexpr, KEPT: tl.constexpr):
-    """The bin with the last of the `wanted` pages, how many are wanted of it, and the bin that would keep KEPT times as many.
+    """The bin of the last of the `wanted` pages, the pages needed of that bin, and the bin in which KEPT * wanted pages end.
 
-    Bins are BINS where not so many pages were counted.
+    A bin is BINS if fewer pages were counted.
     """
     upto = tl.cumsum(counts, 0)
     below = tl.sum(
         (upto < wanted).to(tl.int32) + ((upto < KEPT * wanted).to(tl.int32) << 16), 0
-    )  # both in one exchange
+    )  # both sums in one reduction
     needed = wanted - tl.max(tl.where(upto < wanted, upto, 0), 0)
     return below & 0xFFFF, needed, below >> 16
 
 
 @triton.jit
 def _all_pages(scores, start, first, stop, TILE: tl.constexpr):
-    """A tile of pages, their scores, and which of them are candidates."""
+    """A tile of pages, their scores, and whether they are candidates."""
     pages = start + tl.arange(0, TILE)
     score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
     return pages, score, score > float("-inf")
@@ -236,11 +236,11 @@ def _all_pages(scores, start, first, stop, TILE: tl.constexpr):
 def _sort_out(
     listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr
 ):  # fmt: skip
-    """Append pages of better bins to the list, and those of the boundary bin to the tied; returns the new lengths."""
+    """Append pages of better bins to the list and pages of the boundary bin to `tied`. Returns both new lengths."""
     bin_of = score_bins(score, BINS, PER_NAT)
     better = inside & (bin_of < boundary)
     equal = inside & (bin_of == boundary)
-    ranks = tl.cumsum(better.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # of both kinds in one scan
+    ranks = tl.cumsum(better.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # both ranks in one scan
     tl.store(listed + count + (ranks & 0xFFFF) - 1, pages, mask=better)
     tl.store(tied + num_tied + (ranks >> 16) - 1, sortable(score).to(tl.int64) * (1 << 32) + (LAST - pages), mask=equal)
     last = tl.max(ranks, 0)
@@ -249,7 +249,7 @@ def _sort_out(
 
 @triton.jit
 def _take_best(listed, count, tied, num_tied, needed, FEW: tl.constexpr, FEW_TILE: tl.constexpr, TILE: tl.constexpr):
-    """Append the best `needed` of the tied pages, which are at least so many, to the list; returns its new length."""
+    """Append the best `needed` of the tied pages to the list. Returns its new length. Requires num_tied >= needed."""
     if num_tied <= FEW:
         keys = _keys(tied, tl.arange(0, FEW), num_tied)
         rank = tl.zeros([FEW], tl.int32)
@@ -270,22 +270,22 @@ def _take_best(listed, count, tied, num_tied, needed, FEW: tl.constexpr, FEW_TIL
 
 @triton.jit
 def _keys(tied, offsets, num_tied):
-    """Keys of tied pages; NO_KEY behind the end."""
+    """Keys of tied pages; NO_KEY past the end."""
     return tl.load(tied + offsets, mask=offsets < num_tied, other=NO_KEY)
 
 
 @triton.jit
 def _page(keys):
-    """The page that a key is of."""
+    """The page of a key."""
     return LAST - (keys & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def _reached_by(tied, num_tied, wanted, TILE: tl.constexpr):
-    """A number that exactly `wanted` of the `num_tied` keys reach; no two keys are equal.
+    """A threshold that exactly `wanted` of the `num_tied` distinct keys reach.
 
-    A search between the lowest and the highest key. A round counts how many keys reach two numbers: one where the wanted one
-    would be if the keys were evenly spread, and the middle, so that it halves at worst.
+    An interpolation search between the lowest and the highest key. Each round counts the keys above two thresholds: the
+    interpolated one, and the middle, which at least halves the interval.
     """
     low = tl.full([], (1 << 63) - 1, tl.int64)
     high = tl.full([], NO_KEY, tl.int64)
@@ -297,7 +297,7 @@ def _reached_by(tied, num_tied, wanted, TILE: tl.constexpr):
     high += 1
     reach_low, reach_high = num_tied, tl.zeros([], tl.int32)
     while reach_low != wanted:
-        width = high - low  # of scores in one bin: no overflow
+        width = high - low  # all scores are in one bin, so this does not overflow
         share = (reach_low - wanted + 0.5) / (reach_low - reach_high)
         guess = tl.minimum(tl.maximum(low + (share * width.to(tl.float32)).to(tl.int64), low + 1), high - 1)
         middle = low + width // 2

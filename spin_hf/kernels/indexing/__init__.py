@@ -1,1 +1,1 @@
-"""Triton kernels that summarise, cluster and move pages, outside of decode steps."""
+"""Triton kernels that summarise pages, cluster tokens and copy rows, outside of captured decode steps."""

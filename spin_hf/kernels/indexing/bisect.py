@@ -1,15 +1,15 @@
-"""Points in the order of `reference_clustering.bisect`, on a GPU: parts are halved at the median along their main axis.
+"""Orders points as `reference_clustering.bisect`, on a GPU: nodes of a binary tree are split at the median of their main axis.
 
-    part of more than 1,024   gram      [D, D] of products of its keys, by 1,024 of them
-                              axis      [D]    from these
-                              along     where each point lies
-                              halve     the lower half before the upper one
-    of 128 to 1,024           halve_part      all of this by one program
-    of 64 and less            halve_all       all levels at once, by products of the points with each other
+    nodes of more than 1,024 points   gram         products [D, D] of the points, one matrix per 1,024 points
+                                      axis         main axis [D] of each node, from these
+                                      along        projection of each point
+                                      halve        the lower half before the upper half
+    nodes of 128 to 1,024 points      halve_part   all of this in one program
+    nodes of up to 64 points          halve_all    all levels at once, from products of the points with each other
 
-A level of large parts reads the keys twice; nothing is sorted, and the order within a half stays. Sums and projections are
-matrix products too, as only loads for those are fetched ahead. Products of float32 are of tf32: an order needs no more, and
-exact ones, without tensor cores, take minutes to compile. The specification is `reference_clustering.halve`.
+A level of large nodes reads the keys twice. Nothing is sorted, and order within a half stays. Sums and projections are matrix
+products too, because Triton prefetches only the loads of `tl.dot`. float32 uses tf32 products: an order needs no more
+precision, and exact products, without tensor cores, take minutes to compile. The specification is `reference_clustering.halve`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CHUNK, _TILE, _GROUP = 1024, 128, 64
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
-    """As `reference_clustering.bisect`, of points [R, n, D].
+    """As `reference_clustering.bisect`, for points [R, n, D].
 
-    D is 128 at most: products of all of more numbers with each other do not fit the registers.
+    D is at most 128: a larger [D, D] matrix does not fit the registers.
     """
     points = points.contiguous()
     variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
@@ -54,26 +54,26 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
     while size < count:
         size *= 2
     while size > max(_GROUP, page_size):
-        parts = triton.cdiv(count, size)
+        nodes = triton.cdiv(count, size)
         if size > _CHUNK:
             chunks = triton.cdiv(count, _CHUNK)
             grams = along.new_empty((rows, chunks, dim + 1, dim))
-            axes = along.new_empty((rows, parts, dim))
+            axes = along.new_empty((rows, nodes, dim))
             launch(
                 gram_kernel, (chunks, rows), points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
             )  # fmt: skip
             launch(
-                axis_kernel, (parts, rows), grams, axes, count, size, CHUNK=_CHUNK, DTYPE=triton_dtype(points.dtype),
+                axis_kernel, (nodes, rows), grams, axes, count, size, CHUNK=_CHUNK, DTYPE=triton_dtype(points.dtype),
                 num_warps=8, **shape,
             )  # fmt: skip
             launch(
                 along_kernel, (triton.cdiv(count, _TILE), rows), points, order, axes, along, count, size, TILE=_TILE,
                 num_warps=8, **shape,
             )  # fmt: skip
-            launch(halve_kernel, (parts, rows), order, along, spare, count, SIZE=size, num_warps=8)
+            launch(halve_kernel, (nodes, rows), order, along, spare, count, SIZE=size, num_warps=8)
         else:
             launch(
-                halve_part_kernel, (parts, rows), points, order, along, spare, count, SIZE=size, TILE=_TILE // 2,
+                halve_part_kernel, (nodes, rows), points, order, along, spare, count, SIZE=size, TILE=_TILE // 2,
                 num_warps=4, **shape,
             )  # fmt: skip
         order, spare, size = spare, order, size // 2
@@ -87,7 +87,7 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
 
 @triton.jit
 def _points(points, order, place, stop, column, D: tl.constexpr):
-    """Points [places, BLOCK_D] that stand at these places of a row; zeros from `stop` on."""
+    """Points [places, BLOCK_D] at the given places of a row; zeros from `stop` on."""
     there = place < stop
     token = tl.load(order + place, mask=there, other=0)
     return tl.load(
@@ -98,7 +98,7 @@ def _points(points, order, place, stop, column, D: tl.constexpr):
 
 @triton.jit
 def _gram(points, order, first, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-    """Sum of products [BLOCK_D, BLOCK_D] and sum [BLOCK_D] of the points at places [first, stop) of a row."""
+    """Gram matrix [BLOCK_D, BLOCK_D] and sum [BLOCK_D] of the points at places [first, stop) of a row."""
     dtype: tl.constexpr = points.dtype.element_ty
     column = tl.arange(0, BLOCK_D)
     gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -113,21 +113,21 @@ def _gram(points, order, first, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, TI
 
 @triton.jit
 def _project(x, axis, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where points [TILE, BLOCK_D] lie along an axis [BLOCK_D]: [TILE]."""
+    """Projection of points [TILE, BLOCK_D] onto an axis [BLOCK_D]: [TILE]."""
     axes = tl.broadcast_to(axis[:, None], (BLOCK_D, 16)).to(x.dtype)
     return tl.sum(tl.dot(x, axes, input_precision="tf32"), 1) * (1.0 / 16)
 
 
 @triton.jit
 def _main_axis(gram, total, count, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
-    """First principal axis [BLOCK_D] of `count` points, by nine power iterations, in some unit."""
+    """First principal axis [BLOCK_D] of `count` points, up to a factor, by nine power iterations."""
     row = tl.arange(0, BLOCK_D)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     gram -= total[:, None] * (total / count)[None, :]
     spread = tl.sum(tl.where(row == column, gram, 0.0), 0)
     axis = tl.sum(tl.where(column == tl.argmax(spread, 0), gram, 0.0), 1)
     gram /= tl.maximum(tl.sum(spread, 0), 1e-20)
-    for _ in tl.static_range(2):  # two squarings, which make a step four
+    for _ in tl.static_range(2):  # two squarings: each step below is worth four
         trace = tl.sum(tl.sum(gram * gram, 1), 0)
         small = gram.to(DTYPE)
         gram = tl.dot(small, small, input_precision="tf32") / tl.maximum(trace, 1e-20)
@@ -139,9 +139,9 @@ def _main_axis(gram, total, count, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _lower(along, there, half, SIZE: tl.constexpr):
-    """Which `half` of the points [SIZE], of those that are `there`, come first by (along, place)."""
+    """Whether points [SIZE] are among the first `half` by (along, place), of those that are `there`."""
     bits = along.to(tl.int32, bitcast=True)
-    key = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # in the order of the numbers
+    key = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # sorts as the numbers
     if SIZE <= 128:
         place = tl.arange(0, SIZE)
         tie = (key[None, :] == key[:, None]) & (place[None, :] < place[:, None])
@@ -149,7 +149,7 @@ def _lower(along, there, half, SIZE: tl.constexpr):
     else:
         low = tl.full([], -(1 << 31), tl.int64)
         high = tl.full([], (1 << 31) - 1, tl.int64)
-        for _ in range(32):  # the least key that `half` points do not exceed
+        for _ in range(32):  # the least key that at least `half` points do not exceed
             middle = (low + high) >> 1
             enough = tl.sum((key <= middle.to(tl.int32)).to(tl.int32), 0) >= half
             high = tl.where(enough, middle, high)
@@ -163,7 +163,7 @@ def _lower(along, there, half, SIZE: tl.constexpr):
 
 @triton.jit
 def _store_halves(order, out, first, along, there, half, SIZE: tl.constexpr):
-    """Write places [first, first + SIZE) of a row: the lower `half` of those that are there, then the others."""
+    """Write places [first, first + SIZE) of a row: the lower `half` of the points, then the others."""
     place = tl.arange(0, SIZE)
     token = tl.load(order + first + place, mask=there, other=0)
     lower = _lower(along, there, half, SIZE).to(tl.int32)
@@ -177,11 +177,11 @@ def gram_kernel(
     points, order, grams, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, row).
+    """Program (chunk, row) sums the products of CHUNK points.
 
     Args:
         points: [R, count, D], contiguous; order: int32 [R, count].
-        grams: float32 [R, chunks, D + 1, D]: products, and in the last row the sum. Written.
+        grams: float32 [R, chunks, D + 1, D]: the Gram matrix, and in the last row the sum. Written.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -199,7 +199,7 @@ def axis_kernel(
     grams, axes, count, size,
     CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, row). Writes axes, float32 [R, parts, D], from `grams` as `gram_kernel` left them."""
+    """Program (node, row) writes `axes`, float32 [R, nodes, D], from the `grams` of `gram_kernel`."""
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     chunks = tl.cdiv(count, CHUNK)
@@ -222,7 +222,7 @@ def along_kernel(
     points, order, axes, along, count, size,
     TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, row). Writes along, float32 [R, count]: points by the axis of their part."""
+    """Program (tile, row) writes `along`, float32 [R, count]: the projection of each point onto the axis of its node."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -234,7 +234,7 @@ def along_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def halve_kernel(order, along, out, count, SIZE: tl.constexpr):
-    """Program (part, row): the lower half of a part, then the upper one. Writes out, int32 [R, count]."""
+    """Program (node, row) writes `out`, int32 [R, count]: the lower half of the node, then the upper half."""
     first = tl.program_id(0) * SIZE
     row = tl.program_id(1).to(tl.int64) * count
     place = first + tl.arange(0, SIZE)
@@ -248,7 +248,7 @@ def halve_kernel(order, along, out, count, SIZE: tl.constexpr):
 def halve_part_kernel(
     points, order, along, out, count, SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Program (part, row): all of a level. Writes out, int32 [R, count]; along, float32 [R, count], is scratch."""
+    """Program (node, row) splits one node. Writes `out`, int32 [R, count]; `along`, float32 [R, count], is scratch."""
     first = tl.program_id(0) * SIZE
     row = tl.program_id(1).to(tl.int64)
     stop = tl.minimum(first + SIZE, count)
@@ -274,7 +274,7 @@ def halve_all_kernel(
     points, order, count,
     FIRST: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, row): parts of FIRST points and less, down to pages, of GROUP places. Mutates order, int32 [R, count]."""
+    """Program (group, row) splits GROUP places from nodes of FIRST points down to pages. Mutates `order`, int32 [R, count]."""
     first = tl.program_id(0) * GROUP
     row = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = points.dtype.element_ty
@@ -292,7 +292,7 @@ def halve_all_kernel(
         x = _points(points, order, i, stop, column, D)
         gram = tl.where(known & there[:, None], tl.dot(x, tl.trans(x), input_precision="tf32"), 0.0)
         many = tl.maximum(tl.sum(known.to(tl.float32), 1), 1.0)
-        mean = tl.sum(gram, 1) / many  # of products with each point; then of all products of a part
+        mean = tl.sum(gram, 1) / many  # mean product of each point; below, of each node
         middle = tl.sum(tl.where(known, mean[None, :], 0.0), 1) / many
         gram = tl.where(known & there[:, None], gram - mean[:, None] - mean[None, :] + middle[:, None], 0.0)
         spread = tl.sum(tl.where(i[:, None] == j, gram, 0.0), 1)

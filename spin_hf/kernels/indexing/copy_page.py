@@ -1,8 +1,8 @@
-"""A page of many layers in one tensor, and its summaries back to where they are kept: for formulas of methods in PyTorch.
+"""Copies one page of many layers to a packed tensor, and the page's summaries back, for methods that summarise in PyTorch.
 
-A page is complete every so many steps, so indexing it need not be part of a captured step; but it must not wait for the device,
-and pages at home in host memory are still being written. The formulas run between two such launches:
-`backends/triton_indexing.py`.
+A page becomes complete only once in page_size steps, so it is summarised outside the captured step. The host must neither
+wait for the device nor read pages in host memory, which the device may still be writing. `backends/triton_indexing.py` runs
+`Method.index_pages` between two of these launches.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _BLOCK_BYTES = 4096
 def copy_page(
     step: Tensor, layers: Tensor, packed: Tensor, *, page: int, field: LayerField, put: bool, shape: LaunchShape
 ) -> None:
-    """Copy the row of `page` in an array of every layer to `packed`, or from there if `put`.
+    """Copy the rows of `page` in one array of every layer to `packed`, or from it if `put`.
 
     Args:
         step: the step descriptor.
         layers: int64 [L]: addresses of the layers' descriptors.
         packed: [L * B, H, ...], contiguous. Mutated, unless `put`.
-        field: the array's table in the layer descriptor.
+        field: the layer descriptor's field of the array's address table.
     """
     num_layers, row_bytes = layers.shape[0], packed[0, 0].nbytes
     copy_page_kernel[(packed.shape[0] // num_layers * shape.num_heads, num_layers)](
@@ -44,13 +44,13 @@ def copy_page_kernel(
     PUT: tl.constexpr, ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i) copies a page's row of an array of the i-th layer to `packed`, or from there if PUT.
+    """Program (b * H + h, i) copies the row of `page` in an array of the i-th layer to `packed`, or from it if PUT.
 
     Args:
         layers: int64 [L]: addresses of the layers' descriptors.
-        field: the `LayerField` of the array's table of addresses.
-        packed: uint8 [L, B * H, ROW_BYTES]. Written, if not PUT.
-        BLOCK: bytes at a time.
+        field: the `LayerField` of the array's address table.
+        packed: uint8 [L, B * H, ROW_BYTES]. Written, unless PUT.
+        BLOCK: bytes per load.
     """
     bh = tl.program_id(0)
     place = (tl.program_id(1) * tl.num_programs(0) + bh).to(tl.int64)

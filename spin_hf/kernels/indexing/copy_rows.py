@@ -1,6 +1,6 @@
-"""Rows of a chunked array on a GPU, found through its address table: one launch and no waiting, however many chunks there are.
+"""Gathers or scatters rows of chunked arrays on a GPU: one launch, no host synchronization, for any number of chunks.
 
-The specification is `reference.take_rows` and `reference.put_rows`.
+Rows are found through the arrays' address tables. The specification is `reference.take_rows` and `reference.put_rows`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 def rows_copier(
     tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool
 ) -> Callable[[], None]:  # fmt: skip
-    """What copies the same rows of several arrays to `packed`, or with `put` from there, and asks for no memory.
+    """Return a function that copies the same rows of several arrays to `packed`, or from it with `put`.
+
+    The function allocates no memory.
 
     Args:
-        tables: of each array, [chunks], int64: the address of each chunk.
+        tables: for each array, int64 [chunks]: the address of each chunk.
         rows: int64 of any shape, contiguous; distinct with `put`.
-        packed: [arrays, *rows.shape, *row_shape], contiguous. Mutated by the copying, without `put`.
+        packed: [arrays, *rows.shape, *row_shape], contiguous. Mutated by the copy, unless `put`.
     """
     if not packed.numel():
         return lambda: None
@@ -53,7 +55,7 @@ def copy_rows_kernel(
     tables, rows, packed, count, words, rows_per_chunk,
     PUT: tl.constexpr, MANY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Copy `count` rows of so many words; program (tile of rows, array). `tables` holds addresses of tables where MANY."""
+    """Program (tile of rows, array) copies rows of `words` words. With MANY, `tables` holds the addresses of the tables."""
     array = tl.program_id(1).to(tl.int64)
     table = tables
     if MANY:

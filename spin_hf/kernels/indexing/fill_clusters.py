@@ -1,15 +1,15 @@
-"""Clusters of whole pages, without waiting for the GPU. The specification is `reference_clustering.fill_clusters`.
+"""Clusters of full pages, without host synchronization. The specification is `reference_clustering.fill_clusters`.
 
-A round clusters the points that are left, in launches (see `kmeans.py`):
+A round clusters the points that are not placed yet, in these launches (see `kmeans.py`):
 
     seed  ->  nearest, average  ->  ...  ->  nearest  ->  sort  ->  plan  ->  place
-              once per iteration             numbers      once      where     to their places; those left over
-                                                                    each      to the next round, or in the last
-                                                                    begins    one to pages as they come
+              once per iteration             sort keys    once      where     full pages to their places;
+                                                                    each      left-over points to the next round,
+                                                                    begins    in the last round to pages in order
 
-    numbers [R, m]      (r * (most + 1) + cluster) * LIKENESS_STEPS + steps of likeness: one sort serves all rows
-    tables [R, 3, most] of each cluster: where it begins in the sorted row, in `order`, and among those left over
-    done [rounds + 1, R]    tokens in `order` before each round; `length - done` are left
+    numbers [R, m]          sort keys (r * (most + 1) + cluster) * LIKENESS_STEPS + step: one sort serves all rows
+    tables [R, 3, most]     first place of each cluster: in the sorted row, in `order`, and among the left-over points
+    done [rounds + 1, R]    points placed before each round; `length - done` remain
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .. import device_limits
 from .kmeans import average_kernel, nearest_kernel, seed_kernel, unit_vectors_kernel
 
 _HALF = 2
-"""An iteration looks at one point of so many."""
+"""An iteration assigns every second point."""
 _PLACES = 512
-"""Points that a program puts in their places."""
+"""Points that a program places."""
 
 
 def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,20 +53,21 @@ def fill_clusters(
     """As `reference_clustering.fill_clusters`.
 
     Args:
-        points: [R, n, D], float16 or float32, contiguous; rounds: iterations of each round, at least one round.
+        points: [R, n, D], float16 or float32, contiguous.
+        rounds: iterations of each round; at least one round.
     """
     rows, length, dim = points.shape
     device = points.device
     order = torch.empty((rows, length), dtype=torch.int64, device=device)
     pages = torch.zeros((rows, length // page_size), dtype=torch.int64, device=device)
     done = torch.zeros((len(rounds) + 1, rows), dtype=torch.int32, device=device)
-    tokens, count = done, length  # what is not listed is not read
-    whole = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), CLUSTER_TOKENS=cluster_tokens)
-    near, mean = _tiles(device_limits.multiplies(device) and points.dtype == torch.float16, whole["BLOCK_D"])
+    tokens, count = done, length  # a placeholder: the first round does not read `tokens`
+    constants = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), CLUSTER_TOKENS=cluster_tokens)
+    near, mean = _tiles(device_limits.multiplies(device) and points.dtype == torch.float16, constants["BLOCK_D"])
     with torch.cuda.device_of(points):
         for number, iterations in enumerate(rounds):
             most, last = max(1, count // cluster_tokens), number == len(rounds) - 1
-            common: dict[str, Any] = dict(whole, LISTED=number > 0)
+            common: dict[str, Any] = dict(constants, LISTED=number > 0)
             given, sized = (points, tokens, done[number]), (length, count, most)
             centroids = torch.empty((rows, most, dim), dtype=points.dtype, device=device)
             sums = torch.empty((2, rows, most, dim), dtype=torch.float32, device=device)
@@ -107,10 +108,10 @@ def fill_clusters(
 
 
 def _tiles(tensor_cores: bool, dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Shapes of a program of `nearest` and of `average`, by what registers and shared memory hold.
+    """Launch options of `nearest` and of `average`, chosen to fit registers and shared memory.
 
     Args:
-        tensor_cores: whether Triton multiplies on them: float16, on Ampere or later.
+        tensor_cores: whether products run on tensor cores: float16, on Ampere or later.
     """
     if not tensor_cores:
         small = dict(TILE=32, CLUSTERS=32, num_warps=4, num_stages=1)
@@ -129,8 +130,10 @@ def plan_kernel(
     """Program r finds where the clusters of row r begin, and which pages they get.
 
     Args:
-        sizes: int32 [R, most]. tables: int32 [R, 3, most], next_done: int32 [R]. Written.
-        pages: int64 [R, length / PAGE]. Written where a cluster begins; if LAST, also behind all clusters.
+        sizes: int32 [R, most].
+        tables: int32 [R, 3, most]; next_done: int32 [R]. Written.
+        pages: int64 [R, length / PAGE]: pages per cluster, at the cluster's first page. Written; if LAST, also 1 for each page
+            after all clusters.
     """
     row = tl.program_id(0).to(tl.int64)
     cluster = tl.arange(0, BLOCK)
@@ -159,12 +162,12 @@ def place_kernel(
     numbers, index, sizes, tables, tokens, next_done, left, order, length, count, width, most,
     PAGE: tl.constexpr, LIKENESS_STEPS: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, i) puts TILE of the sorted points of row r where they belong.
+    """Program (r, i) places TILE of the sorted points of row r.
 
     Args:
-        numbers: [R * count], sorted; index: int64 [R * count], where each of them stood.
-        left: int32 [R, width]. Written, if not LAST: tokens that fill no page of their cluster.
-        order: int64 [R, length]. Written: the others, or all if LAST.
+        numbers: [R * count], sorted keys; index: int64 [R * count], the position of each key before the sort.
+        left: int32 [R, width]: left-over tokens, which do not fill a page of their cluster. Written unless LAST.
+        order: int64 [R, length]: all other tokens; with LAST also the left-over ones. Written.
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -1,17 +1,16 @@
-"""Spherical k-means: points to their nearest centroids, and these to the middle of theirs. See
-`reference_clustering.fill_clusters`.
+"""Spherical k-means: assignment to the nearest centroid and centroid update. See `reference_clustering.fill_clusters`.
 
-    unit_vectors   keys [S, H, n, D], any strides, less their mean   ->  points [R, n, D] of length 1
-    seed           points at equal distances                         ->  centroids [R, most, D]
+    unit_vectors   keys [S, H, n, D], any strides, minus their mean  ->  points [R, n, D] of length 1
+    seed           evenly spaced points                              ->  centroids [R, most, D]
     nearest        every `STEP`-th point against all centroids       ->  own [R, m]
-    average        sums of these points by cluster                   ->  centroids; an empty one keeps its place
+    average        sums of these points by cluster                   ->  centroids; an empty cluster keeps its centroid
 
-Row r has `length - done[r]` points that count, its first ones, or those whose numbers are listed in `tokens` [R, m]; and
-`max(1, that / CLUSTER_TOKENS)` centroids. The others are not looked at, and nothing of them is read.
+Row r has `length - done[r]` valid points: its first ones, or those with the numbers in `tokens` [R, m]. It has
+`max(1, valid points / CLUSTER_TOKENS)` centroids. Other points and centroids are never read.
 
-The matrix of likeness is never stored: a program holds a tile of points and keeps of each the best, column by column, until all
-centroids have passed. Sums are products too, of points with zeros and ones: on tensor cores that is cheaper than adding with
-atomics, always as fast however sizes of clusters differ, and gives the same bits each time.
+The similarity matrix is never stored: a program holds a tile of points, goes through all centroids, and tracks the best one of
+each point, by column of the tile. Sums are products of points with zeros and ones. On tensor cores that is cheaper than
+atomics, its time does not depend on cluster sizes, and it is deterministic.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def seed_kernel(
     points, tokens, done, centroids, sizes, length, count, most,
     CLUSTER_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CLUSTERS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, i) puts CLUSTERS centroids of row r on points at equal distances, and zeros in the sizes of all clusters.
+    """Program (r, i) sets CLUSTERS centroids of row r to evenly spaced points, and the sizes of these clusters to 0.
 
     Args:
         centroids: [R, most, D], in the dtype of the points; sizes: int32 [R, most]. Written.
@@ -84,13 +83,13 @@ def nearest_kernel(
     CLUSTER_TOKENS: tl.constexpr, LIKENESS_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, CLUSTERS: tl.constexpr, STEP: tl.constexpr, LISTED: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, i) finds the centroids most like TILE points of row r, the first of equal ones.
+    """Program (r, i) finds the nearest centroids of TILE points of row r; of equal centroids the first.
 
     Args:
-        start: points start, start + STEP, ... of each row are looked at.
-        own: int [R, count]. Written: the cluster, or `most` where a point does not count. If FINAL, numbers that sort as points
-            shall lie: (r * (most + 1) + cluster) * LIKENESS_STEPS + steps of likeness, best first.
-        sizes: int32 [R, most]. If FINAL, each point is added to that of its cluster.
+        start: points start, start + STEP, ... of each row are assigned.
+        own: int [R, count]: the cluster of each point, `most` for a point that is not valid. If FINAL, a sort key instead:
+            (r * (most + 1) + cluster) * LIKENESS_STEPS + step, where step 0 is the highest similarity. Written.
+        sizes: int32 [R, most]: points per cluster. Added to if FINAL.
     """
     row = tl.program_id(0).to(tl.int64)
     first = start + STEP * TILE * tl.program_id(1)
@@ -104,7 +103,7 @@ def nearest_kernel(
     best = tl.full([TILE, CLUSTERS], float("-inf"), tl.float32)
     found = tl.zeros([TILE, CLUSTERS], tl.int32)
     for begin in range(0, tl.where(first < alive, wanted, 0), CLUSTERS):
-        # Behind the last cluster comes the last one again, which changes nothing
+        # Past the last cluster, the last one is read again, which changes nothing.
         cluster = tl.minimum(begin + lane, wanted - 1)
         address = centroids + (row * most + cluster)[None, :] * D + column[:, None]
         product = tl.dot(x, tl.load(address, mask=(column < D)[:, None], other=0.0), input_precision="ieee")
@@ -117,7 +116,7 @@ def nearest_kernel(
     cluster = tl.where(there, nearest, most)
     at = row * count + place
     if FINAL:
-        likeness = tl.where(there & (likeness > float("-inf")), likeness, 0.0)  # of what is no number: 0
+        likeness = tl.where(there & (likeness > float("-inf")), likeness, 0.0)  # 0 for NaN
         step = tl.minimum(tl.maximum((1.0 - likeness) * (LIKENESS_STEPS // 2), 0.0), LIKENESS_STEPS - 1.0)
         number = (row * (most + 1) + cluster) * LIKENESS_STEPS + step.to(tl.int32)
         tl.store(own + at, number.to(own.dtype.element_ty), mask=place < count)
@@ -132,13 +131,13 @@ def average_kernel(
     CLUSTER_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, CLUSTERS: tl.constexpr, STEP: tl.constexpr, LISTED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, i) sums points start, start + STEP, ... of row r by cluster, and moves the centroids, for CLUSTERS clusters.
+    """Program (r, i) sums points start, start + STEP, ... of row r by cluster and updates centroids, for CLUSTERS clusters.
 
     Args:
         own: int [R, count]: the cluster of each point.
         sums: float32 [R, most, D]. Written.
-        others: as `sums`, of the other points, or nothing if ALONE: added before the mean is taken.
-        centroids: [R, most, D]. Mutated: unit vectors; where the sum is zero they stay.
+        others: float32 [R, most, D]: the sums of the other points, added before normalization; not read if ALONE.
+        centroids: [R, most, D], unit vectors; a centroid stays if its sum is zero. Mutated.
     """
     row = tl.program_id(0).to(tl.int64)
     cluster = tl.program_id(1) * CLUSTERS + tl.arange(0, CLUSTERS)

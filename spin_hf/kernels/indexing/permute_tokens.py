@@ -1,7 +1,7 @@
-"""Tokens of packed pages, outside of steps: they change places, and pages of them are averaged; one pass over the bytes.
+"""Permutation and averaging of tokens in stored pages. Each takes one pass over the bytes.
 
-    move_tokens    pages, as they are kept, with their tokens in another order
-    page_means     mean of the tokens of each page
+    move_tokens    permutes the tokens of pages, in their storage layout
+    page_means     the mean of each page over its valid tokens
 
 The specifications are `reference.move_tokens` and `reference.page_means`.
 """
@@ -33,7 +33,7 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tup
 
 
 def page_means(states: Tensor, valid: Tensor) -> Tensor:
-    """As `reference.page_means`, where the last two dimensions of `states` [B, H, n, P, D] are contiguous."""
+    """As `reference.page_means`, for `valid` [B, 1, n, P]. Copies `states` unless its last two dimensions are contiguous."""
     batch_size, num_heads, count, page_size, dim = states.shape
     means = torch.empty((batch_size, num_heads, count, dim), dtype=torch.float32, device=states.device)
     valid = valid.expand(batch_size, 1, count, page_size).contiguous()
@@ -56,7 +56,7 @@ def move_tokens_kernel(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr, ELEMENTS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of places, row): what a token has from element FIRST of its page on.
+    """Program (tile of places, row) moves one stored field: WIDTH elements per token, from element FIRST of each page on.
 
     Args:
         content, moved: [rows, count / PAGE, ELEMENTS], contiguous. `moved` is written.
@@ -83,10 +83,10 @@ def page_means_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of pages, b * H + h).
+    """Program (tile of pages, b * H + h) averages TILE pages.
 
     Args:
-        states: [B, H, count, PAGE, D] by these strides; valid: uint8 [B, 1, count, PAGE].
+        states: [B, H, count, PAGE, D], with these strides; valid: uint8 [B, 1, count, PAGE].
         means: float32 [B, H, count, D]. Written.
     """
     b = (tl.program_id(1) // H).to(tl.int64)

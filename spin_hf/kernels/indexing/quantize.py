@@ -1,7 +1,7 @@
-"""Vectors in fewer bits, outside of steps, in one pass over them.
+"""Quantization in one pass over the vectors.
 
-quantize        eight bits a number                       the specification is `reference.quantize`
-encode_pages    keys of pages less their means, rotated, in four bits a number              `attention/methods/four_bit_keys.py`
+quantize        int8                                               specified by `reference.quantize`
+encode_pages    4-bit codes of keys minus page mean, rotated       specified by `attention/methods/four_bit_keys.py`
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def encode_pages(
     """As `four_bit_keys.encode_pages`; None if the GPU has too little shared memory for keys of this size.
 
     Args:
-        basis: float32 [D, D], whole numbers; its columns have this `length`.
+        basis: float32 [D, D], integers.
+        length: of the columns of `basis`.
+        multiples: step sizes to try, in units of the root mean square.
     """
     batch_size, num_heads, count, page_size, dim = keys.shape
     found = tiling(dim, keys.element_size(), device_limits.shared_memory(keys.device))
@@ -64,15 +66,15 @@ def encode_pages(
 
 
 def tiling(dim: int, itemsize: int, room: int) -> tuple[int, int] | None:
-    """Tokens of a tile, and how many tiles are under way at a time, for so many bytes of shared memory; None if none fits.
+    """Tokens per tile and pipeline stages, for `room` bytes of shared memory; None if no tile fits.
 
-    It holds the basis, and keys: of 16 bits in two parts.
+    Shared memory holds the basis and a tile of keys. Keys of 16 bits take two copies: the rounded numbers and the remainders.
     """
     dim = max(16, triton.next_power_of_2(dim))
-    parts = 2 if itemsize == 2 else 1
-    if dim <= 128 and parts == 2 and room >= 3 * parts * _TILE * dim * itemsize:
+    copies = 2 if itemsize == 2 else 1
+    if dim <= 128 and copies == 2 and room >= 3 * copies * _TILE * dim * itemsize:
         return _TILE, 3
-    fitting = (tile for tile in (128, 64, 32, 16) if (parts * tile + dim) * dim * itemsize <= room)
+    fitting = (tile for tile in (128, 64, 32, 16) if (copies * tile + dim) * dim * itemsize <= room)
     return next(((tile, 1) for tile in fitting), None)
 
 
@@ -80,7 +82,7 @@ def tiling(dim: int, itemsize: int, room: int) -> tuple[int, int] | None:
 def quantize_kernel(
     rows, values, scale, count, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Program i quantizes TILE of the rows, float32 [count, D]. Writes values, int8, and scale, float32 [count]."""
+    """Program i quantizes TILE of the `rows`, float32 [count, D], to `values`, int8, and `scale`, float32 [count]."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)
     inside = (row < count)[:, None] & (column < D)[None, :]
@@ -96,12 +98,12 @@ def encode_pages_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (TILES tiles of tokens, b * H + h).
+    """Program (i, b * H + h) encodes TILES tiles of TILE tokens.
 
     Args:
-        keys: [B, H, count, PAGE, D] by these strides; mean: float32 [B, H, count, D]; valid: uint8 [B, 1, count, PAGE].
-        basis: [D, D], in the dtype of the keys; `length` of its columns.
-        steps: float32 [STEPS], multiples of the root mean square.
+        keys: [B, H, count, PAGE, D], with these strides; mean: float32 [B, H, count, D]; valid: uint8 [B, 1, count, PAGE].
+        basis: [D, D], in the dtype of the keys; `length`: of its columns.
+        steps: float32 [STEPS]: step sizes to try, in units of the root mean square. The one of the least error is used.
         codes: uint8 [B, H, count, PAGE, ceil(D / 2)]; scale: float32 [B, H, count, PAGE], -1 for padding. Written.
     """
     bh = tl.program_id(1).to(tl.int64)
@@ -126,7 +128,7 @@ def encode_pages_kernel(
         )
         middle = mean + (bh * count + page) * D
         x -= tl.load(middle[:, None] + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0)
-        large = x.to(basis.dtype.element_ty)  # and what that leaves out: products with whole numbers are exact
+        large = x.to(basis.dtype.element_ty)  # plus the remainder below: each product with an integer is exact
         low = tl.dot(large, from_low, input_precision="ieee")
         high = tl.dot(large, from_high, input_precision="ieee")
         if basis.dtype.element_ty != tl.float32:
@@ -154,13 +156,13 @@ def encode_pages_kernel(
 
 @triton.jit
 def _level(numbers, step):
-    """Codes, 0 to 15, of numbers [TILE, HALF] in steps [TILE]."""
+    """Codes 0 to 15 of numbers [TILE, HALF], with step sizes [TILE]."""
     code = rounded(numbers * (1.0 / step)[:, None] + 7.5)
     return tl.minimum(tl.maximum(code, 0.0), 15.0)
 
 
 @triton.jit
 def _error(numbers, step, inside):
-    """Squared error of each number."""
+    """Squared quantization error of each number."""
     off = (_level(numbers, step) - 7.5) * step[:, None] - numbers
     return tl.where(inside, off * off, 0.0)
