@@ -23,7 +23,7 @@ MAX_CORRECTION_NATS = 4.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class KernelRecipe:
     """See the module's head.
 
     Attributes:

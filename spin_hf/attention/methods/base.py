@@ -34,7 +34,7 @@ from torch import Tensor
 from ... import kernels
 from ...config import MOST_TOKENS, require_count, require_real
 from ...errors import OptionError
-from ...kernels.recipe import MAX_SUMMARIES, Recipe
+from ...kernels.recipe import MAX_SUMMARIES, KernelRecipe
 
 Summaries = dict[str, Tensor]
 
@@ -142,7 +142,7 @@ class Method(ABC):
         return self
 
     @property
-    def recipe(self) -> Recipe | None:
+    def recipe(self) -> KernelRecipe | None:
         """How the Triton kernels serve the method; None if they do not."""
         return None
 
@@ -219,7 +219,7 @@ _FORMULAS = (
 )  # fmt: skip
 
 
-def recipe_of(method: Method) -> Recipe | None:
+def recipe_of(method: Method) -> KernelRecipe | None:
     """The recipe of a method, unless its class changes formulas that the recipe was written for."""
     for kind in type(method).__mro__:
         if "recipe" in vars(kind):

@@ -42,7 +42,7 @@ from torch import Tensor
 from ... import kernels
 from ...config import require_tokens
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import MAX_CORRECTION_NATS, Recipe
+from ...kernels.recipe import MAX_CORRECTION_NATS, KernelRecipe
 from . import four_bit_keys
 from .base import Estimate, Method, Pages, Query, Summaries
 from .clustering import ClusteringMethod, TokenClusters
@@ -71,9 +71,9 @@ class Bisection(ClusteringMethod, Method):
         object.__setattr__(self, "rerank_factor", require_tokens("rerank_factor", self.rerank_factor, 1))
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> KernelRecipe:
         """All of it by kernels, but what clusters and summarises."""
-        return Recipe(Rating.SHARE, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_share=1.0)
+        return KernelRecipe(Rating.SHARE, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_share=1.0)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`mean` [D], `value` [Dv], `codes` [P, D / 2] and `scale` [P]."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...config import require_tokens
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Query, Summaries
 
 
@@ -40,9 +40,9 @@ class Quest(PageMethod):
         object.__setattr__(self, "dense_layers", require_tokens("dense_layers", self.dense_layers, 0))
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> KernelRecipe:
         """Bounds by the boxes, and another plan for the first layers."""
-        return Recipe(Rating.BOUND, dense_layers=self.dense_layers)
+        return KernelRecipe(Rating.BOUND, dense_layers=self.dense_layers)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`low` [D] and `high` [D]."""

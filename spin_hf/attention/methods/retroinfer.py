@@ -38,7 +38,7 @@ from ... import kernels
 from ...config import require_real, require_tokens
 from ...errors import OptionError
 from ...kernels.descriptor_fields import NUM_BINS, Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from ...kernels.reference_clustering import gather_rows
 from .base import Estimate, Method, Pages, Query, Summaries
 from .clustering import ClusteringMethod, TokenClusters, merge_pages
@@ -70,9 +70,9 @@ class RetroInfer(ClusteringMethod, Method):
         object.__setattr__(self, "cluster_tokens", min(tokens, self.span_tokens))
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> KernelRecipe:
         """All of it by kernels, but what clusters and summarises."""
-        return Recipe(Rating.SHARE, estimated_share=float(self.estimated_share))
+        return KernelRecipe(Rating.SHARE, estimated_share=float(self.estimated_share))
 
     # ---------------------------------------------------------------------------------------------------------- index
 

@@ -26,7 +26,7 @@ from ... import kernels
 from ...config import require_one_of, require_real
 from ...errors import OptionError, OptionTypeError
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Pages, Query, Summaries
 from .seer_gate_file import load_gates
 from .seer_gates import REMEDY, Gates, LayerGate, check_heads
@@ -115,9 +115,9 @@ class SeerAttention(PageMethod):
         return bound
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> KernelRecipe:
         """The share that the group's one gate query gives a page."""
-        return Recipe(Rating.LIKELIEST, projects_queries=True, threshold=self.threshold or 0.0)
+        return KernelRecipe(Rating.LIKELIEST, projects_queries=True, threshold=self.threshold or 0.0)
 
     def project_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Gate queries, divided by the square root of their size."""

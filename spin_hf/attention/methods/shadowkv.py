@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...config import require_count
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Query, Summaries
 
 
@@ -41,9 +41,9 @@ class ShadowKV(PageMethod):
         object.__setattr__(self, "outlier_pages_per_1024", count)
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> KernelRecipe:
         """All of it by kernels."""
-        return Recipe(Rating.LIKELIEST, summarised_by_append=True, outliers_per_1024=self.outlier_pages_per_1024)
+        return KernelRecipe(Rating.LIKELIEST, summarised_by_append=True, outliers_per_1024=self.outlier_pages_per_1024)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`landmark` [D] and `min_cosine` []."""

@@ -38,7 +38,7 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
-from ..recipe import Recipe
+from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
@@ -47,7 +47,7 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 
 
 def bin_scores(
-    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: Recipe,
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: KernelRecipe,
     shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Turn the products of `score_pages`, which takes the same arguments, into scores, and count them by bin.

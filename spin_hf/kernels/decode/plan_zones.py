@@ -36,7 +36,7 @@ def plan_zones(
         step: the step descriptor.
         plan: int32 [Q, B, len(PlanField)]. Written.
         budget: tokens, or 0 where the step descriptor says a fraction.
-        num_sink_tokens to padded: see `Options` and `Recipe`.
+        num_sink_tokens to padded: see `Options` and `KernelRecipe`.
     """
     launch(
         plan_step_kernel, (plan.shape[1], num_queries), step, plan, SINKS=num_sink_tokens, WINDOW=recent_window,
