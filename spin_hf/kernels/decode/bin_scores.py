@@ -47,8 +47,8 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 
 
 def bin_scores(
-    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: KernelRecipe,
-    shape: LaunchShape,
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float,
+    recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Turn the products of `score_pages`, which takes the same arguments, into scores, and count them by bin.
 
