@@ -4,9 +4,9 @@
     index_pages     pages in that order                  --> summaries
 
 A cluster is a run of one or more pages. The summaries of a cluster stand in the row of each of its pages, so its pages have
-equal scores. Selection by page therefore takes complete clusters, except the last one. Tokens that are not clustered yet
-(sinks, recent window, and fewer than `cluster_interval` others) lie in pages of consecutive tokens. Each such page is a cluster
-of its own and competes like any other.
+equal scores. Selection by page therefore takes complete clusters, except the last one. Tokens that are not clustered yet, fewer
+than `cluster_interval` beside sinks and recent window, lie in pages of consecutive tokens. Each such page is a cluster of its
+own and competes like any other.
 """
 
 from __future__ import annotations
