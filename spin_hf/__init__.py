@@ -2,15 +2,11 @@
 
     model.generate(**inputs, past_key_values=SpinCache(model))
 
-Importing registers the attention implementation "spin" with transformers, and does nothing else.
+Public are the names in `__all__`, and in `spin_hf.attention.methods.__all__` for a method of your own. Everything else is
+private and may change. Importing registers the attention implementation "spin" with transformers, and nothing else.
 """
 
-from .attention.methods.base import Method, PageMethod
-from .attention.methods.bisection import Bisection
-from .attention.methods.quest import Quest
-from .attention.methods.retroinfer import RetroInfer
-from .attention.methods.seer import SeerAttention
-from .attention.methods.shadowkv import ShadowKV
+from .attention.methods import Bisection, Method, PageMethod, Quest, RetroInfer, SeerAttention, ShadowKV
 from .cache import SpinCache
 from .enable import disable, enable
 from .errors import (

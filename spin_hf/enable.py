@@ -1,11 +1,11 @@
 """`enable(model)`: a fresh SpinCache for every `generate` or `pipeline` call, without touching the calls.
 
     model.generate(...)  ->  transformers merges the generation configs
-                         ->  model._prepare_cache_for_generation = wrapped  ->  a SpinCache, if the call asks for no other
+                         ->  model._prepare_cache_for_generation = wrapped  ->  a SpinCache, unless the call names another cache
 
-Where `generate` makes its cache it knows what a call wants, whoever said it: an argument, the call's config, the model's.
-What is enabled is kept on the instance: a stack of options, the last of which count. So a copy of an enabled model is enabled
-by itself, and a pickled one is a plain model.
+The hook runs after transformers has merged arguments, the call's config and the model's config. State lives on the instance: a
+stack of options, of which the last entry applies. A copy of an enabled model is enabled independently. A pickled one is a plain
+model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _STATE = "_spin_hf_enabled"
 
 
 class _Stack:
-    """What is enabled on one instance.
+    """The options that are enabled on one instance.
 
     Attributes:
-        options: of each `enable` that is in force; the last ones count.
-        before: what stood on the instance instead of the class's own hook, if anything did.
+        options: token of each active `enable` -> its options; the last entry applies.
+        before: the instance attribute that the hook replaced; None if there was none.
     """
 
     def __init__(self, before: Any) -> None:
@@ -46,11 +46,11 @@ class _Stack:
         return twin
 
     def __reduce__(self) -> Any:
-        return dict, ()  # a pickled model is a plain one
+        return dict, ()  # a pickled model is a plain model
 
 
 class Enabled:
-    """What `enable` returns: leave it alone, or use it as a context manager that undoes this one call of `enable`."""
+    """Returned by `enable`. As a context manager it undoes that call of `enable` at its end. It may be ignored."""
 
     def __init__(self, model: PreTrainedModel, token: object) -> None:
         self.model = model
@@ -71,23 +71,26 @@ class Enabled:
 
 
 def enable(model: PreTrainedModel, **options: Any) -> Enabled:
-    """Give every later `model.generate(...)` (so every `pipeline` call too) a fresh `SpinCache(model, **options)`.
+    """Give every later `model.generate(...)`, and so every `pipeline` call, a fresh `SpinCache(model, **options)`.
 
-    A call that brings its own cache, or for which an argument or a generation config says `use_cache=False` or names a
-    `cache_implementation`, is left alone. Calling `enable` again replaces the options; as a context manager, until its end.
+    A call is left alone if it brings its own cache, or if an argument or a generation config sets `use_cache=False` or a
+    `cache_implementation`. A second `enable` replaces the options; used as a context manager, until its end.
 
     Args:
-        model: compiled or with adapters, if you like: what counts is the model inside.
-        options: as for `SpinCache`, `method` included.
+        model: may be compiled or have adapters; the inner model is enabled.
+        options: as for `SpinCache`, including `method`.
+    Returns:
+        a context manager that undoes this call of `enable`.
     Raises:
-        what `SpinCache` raises, at once.
+        OptionTypeError: `model` has no `generate`.
+        SpinError: as `SpinCache(model, **options)`, immediately.
     """
     target = unwrapped(model)
     if not hasattr(target, _HOOK):
         raise OptionTypeError(
             f"model: expected a model with generate(), got {type(model).__name__}; pass a causal language model"
         )
-    SpinCache(target, **options)  # refuses bad options now, not at the first call
+    SpinCache(target, **options)  # raises for bad options now, not at the first call
     stack = target.__dict__.get(_STATE)
     if not isinstance(stack, _Stack):
         stack = target.__dict__[_STATE] = _Stack(target.__dict__.get(_HOOK))
@@ -98,7 +101,7 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Undo `enable`, however often it was called; nothing happens if it was not."""
+    """Undo all calls of `enable`. Does nothing if there were none."""
     target = unwrapped(model)
     stack = getattr(target, "__dict__", {}).pop(_STATE, None)
     if isinstance(stack, _Stack) and getattr(target.__dict__.get(_HOOK), "__func__", None) is _prepare_cache:
@@ -109,7 +112,7 @@ def disable(model: PreTrainedModel) -> None:
 
 @functools.wraps(getattr(GenerationMixin, _HOOK))
 def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """In place of transformers' method, which gets the merged config and the model's arguments first."""
+    """Wraps transformers' method: adds a SpinCache to the model's arguments, then calls it."""
     stack = self.__dict__.get(_STATE)
     before = stack.before if isinstance(stack, _Stack) else None
     if (

@@ -1,1 +1,1 @@
-"""The methods, one file each, and the way into transformers' attention. Knows nothing of storage."""
+"""The attention function that transformers calls, and the methods that select pages. Independent of storage."""

@@ -1,12 +1,12 @@
-"""What `update` handed out, and whether attention got the very same.
+"""Tags the keys and values that `update` returns, and checks that attention receives the same ones.
 
     keys, values = hand_out(layer, k, v)     views that carry their layer as Python attributes
-    ...                                      the model may hand them on, to several attention calls and to other layers
-    layer = owner(module, keys, values)      the layer whose pages serve the call; None for states of no paged layer
+    ...                                      the model may pass them to several attention calls and to other layers
+    layer = owner(module, keys, values)      the layer with the pages for this call; None for states of no paged layer
 
-Pages hold what `update` was given. Keys or values that a model splits, repeats, rotates or overwrites in between are
-others, and attention over the pages would be silently wrong: such a call is refused before it computes anything. The
-attributes are on views, and not on the model's own tensors, so they end where an operation makes another tensor.
+Pages store what `update` received. If a model splits, repeats, rotates or overwrites keys or values after that, attention over
+the pages would be silently wrong. Such a call raises before it computes anything. The attributes are on views, not on the
+model's own tensors, so every operation that makes a new tensor drops them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _VERSION = "_spin_version"
 
 
 class Owner(Protocol):
-    """What is asked of a layer here."""
+    """A layer, as far as this module uses it."""
 
     layer_idx: int
     cache_state: Any
 
     def take_pending(self) -> bool:
-        """Whether `update` was called since the last attention; from now on it was not."""
+        """Whether `update` was called since the last attention. Clears the flag."""
 
 
-class _Awaited(threading.local):
-    """The layer that was updated last by this thread."""
+class _LastUpdated(threading.local):
+    """The layer that this thread updated last."""
 
     layer: weakref.ref[Any] | None = None
 
 
-_awaited = _Awaited()
+_last_updated = _LastUpdated()
 
 
 def hand_out(layer: Owner, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,17 +50,17 @@ def hand_out(layer: Owner, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     setattr(keys, LAYER_TAG, layer)
     setattr(values, VALUE_TAG, layer)
     if not torch.compiler.is_compiling():
-        _awaited.layer = weakref.ref(layer)
+        _last_updated.layer = weakref.ref(layer)
         for states in (keys, values):
             setattr(states, _VERSION, _version(states))
     return keys, values
 
 
 def owner(module: torch.nn.Module, keys: Tensor, values: Tensor) -> Any | None:
-    """The layer that handed out these keys and values, or None if no paged layer did.
+    """The layer that handed out these keys and values; None if no paged layer did.
 
     Raises:
-        AttentionError: they are not what a layer handed out, but made of it. The layer expects nothing any more.
+        AttentionError: they were changed or derived since a layer handed them out. Clears the layer's pending flag.
     """
     layer, of_values = getattr(keys, LAYER_TAG, None), getattr(values, VALUE_TAG, None)
     if layer is not of_values:
@@ -68,9 +68,9 @@ def owner(module: torch.nn.Module, keys: Tensor, values: Tensor) -> Any | None:
     if torch.compiler.is_compiling():
         return layer
     if layer is None:
-        awaited = None if _awaited.layer is None else _awaited.layer()
-        if awaited is not None and awaited.cache_state.pending is awaited:
-            raise _changed(module, awaited, "keys and values")
+        last = None if _last_updated.layer is None else _last_updated.layer()
+        if last is not None and last.cache_state.pending is last:
+            raise _changed(module, last, "keys and values")
         return None
     for name, states in (("keys", keys), ("values", values)):
         if _version(states) != getattr(states, _VERSION, None):
@@ -79,12 +79,12 @@ def owner(module: torch.nn.Module, keys: Tensor, values: Tensor) -> Any | None:
 
 
 def forget() -> None:
-    """A forward without a paged layer begins: what an interrupted one left open is none of its business."""
-    _awaited.layer = None
+    """Called when a forward without paged layers begins: forget the layer that an interrupted forward updated."""
+    _last_updated.layer = None
 
 
 def _version(states: Tensor) -> int | None:
-    """How often a tensor was written to; not counted under `inference_mode`."""
+    """The number of in-place writes to a tensor; None under `inference_mode`, which does not count them."""
     return None if states.is_inference() else states._version
 
 

@@ -1,14 +1,15 @@
-"""Which attention implementation a model's config names, and what it named before.
+"""Switches the attention implementation in a model's config to "spin", and restores it.
 
-Attention modules read `config._attn_implementation` at every call. It has to say "spin" while a call with a `SpinCache` runs:
+Attention modules read `config._attn_implementation` at every call. It must be "spin" while a call with a `SpinCache` runs. A
+config is switched while it has holders:
 
-    holders    calls of a model that carry a cache      for as long as each runs
-               caches that were made from a config      for as long as each lives: their calls are not seen
+    a call of a model that carries a cache     while the call runs
+    a cache that was made from a config        while the cache lives, because its calls cannot be observed
 
-The first holder of a config switches it and remembers what stood there. The last one puts that back, unless somebody has
-changed it since. In between, calls without a `SpinCache` are handed to the remembered implementation.
+The first holder switches the config and remembers the previous implementation. The last one restores it, unless somebody
+changed it in between. While the config is switched, calls without a `SpinCache` go to the previous implementation.
 
-Only the config itself is written, not its sub-configs: the setter of transformers would give all of them one value.
+Only the config itself is written, not its sub-configs: transformers' setter would set all of them to one value.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from ..errors import AttentionError
 
 NAME = "spin"
 FIELD = "_attn_implementation_internal"
-"""Where transformers' configs keep what `_attn_implementation` gives."""
+"""The attribute behind the property `_attn_implementation` of transformers' configs."""
 
 logger = logging.getLogger("spin_hf")
 
 
 class _Entry:
-    """One config: what it said before it was switched, and how many hold it switched."""
+    """One config: its previous implementation, and its number of holders."""
 
     def __init__(self, config: Any) -> None:
         self.config = weakref.ref(config)
@@ -42,11 +43,11 @@ class _Entry:
 
 _entries: dict[int, _Entry] = {}
 _lock = threading.RLock()
-"""Held while entries change; the garbage collector may drop a cache, and so come here, inside as well."""
+"""Held while entries change. Reentrant, because the garbage collector may drop a cache, and so call `release`, inside."""
 
 
 def announce(config: Any) -> None:
-    """Remember what `config` says, and log once that calls with a `SpinCache` use "spin" instead."""
+    """Remember the implementation of `config`, and log once that calls with a `SpinCache` use "spin" instead."""
     with _lock:
         entry = _entry(config)
         _remember(entry, config)
@@ -56,7 +57,7 @@ def announce(config: Any) -> None:
 
 
 def acquire(config: Any) -> None:
-    """Count one more holder of `config` and switch it to "spin"."""
+    """Add a holder of `config` and switch it to "spin"."""
     with _lock:
         entry = _entry(config)
         _remember(entry, config)
@@ -65,7 +66,7 @@ def acquire(config: Any) -> None:
 
 
 def release(config: Any) -> None:
-    """Count one holder of `config` less; the last one puts the remembered implementation back."""
+    """Remove a holder of `config`. The last one restores the previous implementation."""
     with _lock:
         entry = _entries.get(id(config))
         if entry is None:
@@ -77,7 +78,7 @@ def release(config: Any) -> None:
 
 @contextmanager
 def held(config: Any) -> Iterator[None]:
-    """Switch `config` to "spin" inside."""
+    """Hold `config` switched to "spin" inside the block."""
     acquire(config)
     try:
         yield
@@ -86,13 +87,13 @@ def held(config: Any) -> Iterator[None]:
 
 
 def previous(config: Any) -> str | None:
-    """The remembered implementation of `config`; None if it said "spin" from the start."""
+    """The previous implementation of `config`; None if it was "spin" from the start."""
     entry = _entries.get(id(config))
     return entry.previous if entry is not None else None
 
 
 def check(config: Any) -> None:
-    """Raise AttentionError where `config` names another implementation while a `SpinCache` is used."""
+    """Raise AttentionError if `config` names another implementation while a `SpinCache` is used."""
     if config._attn_implementation != NAME:
         raise AttentionError(
             f'expected the attention implementation "spin", got {config._attn_implementation!r} (changed '

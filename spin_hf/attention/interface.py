@@ -1,18 +1,17 @@
-"""The way into transformers: the attention function and the mask function registered as "spin", and the custom op.
+"""The entry from transformers: the attention function and the mask function registered as "spin", and the custom op.
 
-    cache.update(k, v)        returns the new keys and values, which carry their layer as a Python attribute
-    (`handed_states.py`)
-    mask function             hands the batch's padding to the cache
-    attention function        finds the layer on keys and values and calls one opaque op
+    cache.update(k, v)        returns the new keys and values, tagged with their layer (`handed_states.py`)
+    mask function             passes the batch's padding to the cache
+    attention function        reads the layer from keys and values and calls one opaque op
     spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
 
 Masks, as attention receives them (see `masks.py`):
     None                causal, no padding among the new tokens
-    one of the cache's  causal; the cache knows which tokens are padding (its shape does not grow)
-    [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, densely
+    own mask            causal; the cache has stored which tokens are padding (its shape does not grow with the context)
+    [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, with dense attention
 
-Keys without a layer (no cache, another cache, layers that the cache keeps densely) go to the implementation that the
-config named before. Importing this module registers both functions and nothing else.
+Keys without a layer (no cache, another cache, dense layers of the cache) go to the config's previous implementation. Importing
+this module registers both functions and nothing else.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ logger = logging.getLogger("spin_hf")
 
 
 class AttentionLayer(Protocol):
-    """What the attention function needs of a layer."""
+    """A paged layer, as far as the attention function uses it."""
 
     handle: int
 
     def fail(self) -> None:
-        """The forward will not come to its end."""
+        """Called if the step raised: the forward will not finish."""
 
     def take_pending(self) -> bool:
-        """Whether `update` was called since the last attention: then the tokens are to be appended."""
+        """Whether `update` was called since the last attention, so that the tokens must be appended. Clears the flag."""
 
     def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
-        """Raise AttentionError where the new tokens do not stand where the layer's method takes them to."""
+        """Raise AttentionError if the position ids of the new tokens are not those that the layer's method assumes."""
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
@@ -60,13 +59,13 @@ class AttentionLayer(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
         append: bool, scale: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """As `run`; returns the weights [B, heads, Q, tokens held]."""
+        """As `run`, and returns the weights [B, heads, Q, tokens held]."""
 
     def with_gradients(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None,
         append: bool, scale: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """`out`, which a step has just written, with a backward pass."""
+        """`out`, as the step has just written it, with a backward pass."""
 
 
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
@@ -74,7 +73,7 @@ _handles = itertools.count(1)
 
 
 def register_layer(layer: AttentionLayer) -> int:
-    """A handle under which the custom op finds `layer` for as long as it lives."""
+    """A handle by which the custom op finds `layer` while it lives."""
     handle = next(_handles)
     _layers[handle] = layer
     return handle
@@ -99,7 +98,7 @@ def _attend_fake(*args: Any) -> None:
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Of compiled code: lets it run without `no_grad`, and turns a backward pass, which would be wrong, into an error."""
+    """For compiled code without `no_grad`: the forward runs, a backward pass, which would be wrong, raises."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ class _InferenceOnly(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
-# Model inputs and switches that travel through **kwargs and do not change what attention computes here.
+# Model inputs and switches that models pass on in **kwargs and that do not change the result of attention.
 _HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cumulative_seqlens_k",
     "cumulative_seqlens_q",
@@ -123,7 +122,7 @@ _HARMLESS = {
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "training", "use_cache",
 }  # fmt: skip
-# What models that choose tokens by themselves hand to implementations other than "eager" and "sdpa".
+# Arguments by which models select tokens themselves; they pass them to implementations other than "eager" and "sdpa".
 _CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
 _REFUSED = (
@@ -142,18 +141,18 @@ def spin_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over what the cache holds and the new tokens. Registered as "spin".
+    """Attention over the tokens held and the new tokens. Registered as "spin".
 
-    Arguments stand in the order of transformers' own attention functions, as other libraries wrap all that are registered and
-    pass some by position.
+    The order of the arguments is that of transformers' own attention functions, because libraries that wrap registered
+    functions pass some by position.
 
     Args:
         query: [B, heads, Q, Dk]; key, value: [B, H, Q, Dk] and [B, H, Q, Dv], as `SpinCache.update` returned them.
         attention_mask: see the module's head.
     Returns:
-        [B, Q, heads, Dv] in the query's dtype; and where they are asked for (`output_attentions=True`) the weights that were
-        used, [B, heads, Q, tokens held] in the query's dtype, zero where nothing was read, else None. Rows sum to 1, to less
-        where learned sinks or a method's estimates have a share of the softmax.
+        [B, Q, heads, Dv] in the query's dtype; and with `output_attentions=True` the weights, [B, heads, Q, tokens held] in the
+        query's dtype, zero for tokens that were not read; else None. Rows sum to 1, or to less if learned sinks or a method's
+        estimates take probability.
     Raises:
         AttentionError: an argument changes the result and cannot be served, or keys or values are not what `update` returned.
     """
@@ -230,7 +229,7 @@ _warned: set[str] = set()
 def _dense_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of states that no paged layer handed out, by what the module's config named before "spin"."""
+    """Attention of states that no paged layer handed out, by the previous implementation of the module's config."""
     chosen = next((name for name in _CHOSEN if kwargs.get(name) is not None), None)
     if chosen is not None:
         raise AttentionError(
@@ -240,8 +239,8 @@ def _dense_attention(
     name = previous_implementation(module.config)
     num_queries, num_tokens = query.shape[2], key.shape[2]
     if name == "sdpa" and mask is None and 1 < num_queries < num_tokens:
-        # transformers shortens queries of layers that share keys, by the name of the implementation; "sdpa" without a mask
-        # takes the queries for the first ones.
+        # transformers drops queries in layers that share keys, depending on the implementation's name. "sdpa" without a mask
+        # would align the remaining queries with the first tokens.
         mask = torch.ones((1, 1, num_queries, num_tokens), dtype=torch.bool, device=query.device)
         mask = mask.tril(num_tokens - num_queries)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -252,7 +251,7 @@ def _dense_attention(
 
 
 def previous_implementation(config: Any) -> str:
-    """What `config` named before "spin"; for a config loaded with "spin", what its model class supports."""
+    """The implementation that `config` named before "spin"; if it was loaded with "spin", sdpa or else eager."""
     remembered = implementation.previous(config)
     if remembered is not None:
         return remembered
@@ -267,9 +266,9 @@ def previous_implementation(config: Any) -> str:
 
 
 class MaskedLength(int):
-    """A number of tokens that remembers whose they are: what `get_mask_sizes` of a paged layer returns.
+    """The number of tokens that `get_mask_sizes` of a paged layer returns, with a reference to its cache.
 
-    transformers hands it to the mask function untouched, which so learns of the cache that the mask is for.
+    transformers passes it to the mask function unchanged. So the mask function knows the cache that the mask is for.
     """
 
     reconcile: Callable[[int, Tensor | None], None] | None
@@ -279,10 +278,10 @@ class MaskedLength(int):
     def of(
         cls, length: int, reconcile: Callable[[int, Tensor | None], None] | None, window: bool = False
     ) -> MaskedLength:
-        """`length`, with the function that takes the batch's size and padding mask.
+        """`length`, with the callback `reconcile(batch_size, padding_mask)`.
 
-        While a graph is captured there is none, because padding is taken before; `window` marks a layer of which the
-        one new token sees all that is kept.
+        `reconcile` is None during capture, because padding is passed to the cache before. `window` marks a sliding-window layer
+        in which the single new token attends to all tokens held.
         """
         self = cls(length)
         self.reconcile, self.window = reconcile, window
@@ -301,17 +300,17 @@ def spin_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a forward, in the forms listed in the module's head. Registered as "spin".
+    """The mask of a forward, one of those in the module's head. Registered as "spin".
 
     Args:
-        kv_length, kv_offset: as the layer's `get_mask_sizes` returned them: a `MaskedLength` marks a paged layer, and,
-            while Dynamo traces, a tensor offset does.
+        kv_length, kv_offset: as the layer's `get_mask_sizes` returned them. A paged layer is marked by a `MaskedLength`, or by
+            a tensor offset while Dynamo traces.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None for no padding, an own mask (see `masks.py`), or a dense mask where `mask_function` is not causal. Mutates the
-        cache's padding bits where the mask changed the past, and notes those of the new tokens.
+        None for no padding, an own mask (see `masks.py`), or a dense mask if `mask_function` is not causal. Stores the padding
+        of the new tokens in the cache, and updates that of earlier tokens if the mask changed it.
     Raises:
-        AttentionError, BatchSizeError: the mask is none of this batch; nothing has changed.
+        AttentionError, BatchSizeError: the mask does not belong to this batch; nothing has changed.
     """
     traced = isinstance(kv_offset, Tensor) and torch.compiler.is_compiling()
     if not traced and not isinstance(kv_length, MaskedLength):

@@ -1,16 +1,17 @@
-"""Masks: what a user gives, and how the cache's own are told apart from it.
+"""Attention masks: those from the user, and those that the cache makes itself.
 
-    padding mask [B, tokens]     any dtype, 0 for padding    goes through the mask function; the cache keeps it
-    given mask, 4-D              bool or floating point      reaches attention as the user gave it, and is applied as it is
-    own mask [B, 1, Q, 0]        says that the cache has noted which of the Q new tokens are padding
-    own mask [B, 1, 1, 1, Q]     bool, the validity itself: of code that Dynamo traces, which cannot leave a note
+    padding mask [B, tokens]     any dtype, 0 for padding    goes through the mask function, which stores it in the cache
+    given mask, 4-D              bool or floating point      reaches attention unchanged and is applied as it is
+    own mask [B, 1, Q, 0]        marker: the cache has stored which of the Q new tokens are padding
+    own mask [B, 1, 1, 1, Q]     bool, the validity itself, for code that Dynamo traces, which cannot store it in the cache
 
-Own masks have forms that no given mask has: over no tokens, or with five dimensions. A form survives what an attribute of the
-tensor does not: copies between devices, breaks of a traced graph, compiled code that gets its masks from outside.
+The shape identifies an own mask: no tokens, or five dimensions, which no given mask has. A shape survives where a tensor
+    attribute
+is lost: copies between devices, graph breaks, compiled code that gets its masks from outside.
 
-Given masks are read as torch's scaled_dot_product_attention reads them, whatever implementation the config named before:
-bool is True where a query may attend, floating point is added to the scores, integers are refused, and size 1 or a missing
-leading dimension stands for all. Nothing is added to them: neither causality nor the padding that the cache knows.
+Given masks have the meaning that torch's scaled_dot_product_attention gives them: bool is True where a query may attend,
+floating point is added to the scores, integers are refused, and size 1 or a missing leading dimension broadcasts. Neither
+causality nor stored padding is added to them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _TRACED_DIMENSIONS = 5
 
 
 def traced_mask(valid: Tensor) -> Tensor:
-    """The own mask that holds validity `valid` [B, Q] itself."""
+    """The own mask that contains the validity `valid` [B, Q]."""
     return valid[:, None, None, None]
 
 
 def noted_mask(mask: Tensor, num_queries: int) -> Tensor:
-    """The own mask of a batch whose padding mask [B, tokens] the cache has noted."""
+    """The own mask that marks that the cache has stored the padding mask `mask` [B, tokens]."""
     return mask.new_empty((mask.shape[0], 1, num_queries, 0), dtype=torch.bool)
 
 
@@ -44,10 +45,10 @@ def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
     """Which of the new tokens are real, [B, Q], bool; None for all.
 
     Args:
-        mask: as attention received it; a given one says nothing of padding.
-        noted: what the cache has noted of the latest padding mask.
+        mask: as attention received it. A given mask means no padding.
+        noted: validity of the new tokens from the latest padding mask, as the cache stored it.
     Raises:
-        AttentionError: the mask is over no tokens, and none was made for these tokens.
+        AttentionError: the mask is over no tokens, and the cache has stored none for these tokens.
     """
     if mask is None or not is_own(mask):
         return None
@@ -62,7 +63,7 @@ def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
 
 
 def check_kind(mask: Any) -> None:
-    """Raise AttentionError where a given mask is of a kind that attention cannot apply: no tensor, or integers."""
+    """Raise AttentionError for a given mask that attention cannot apply: not a tensor, or integers."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -78,10 +79,10 @@ def check_kind(mask: Any) -> None:
 
 
 def check_argument(mask: Any) -> None:
-    """The same of the `attention_mask` that a forward gets, before it computes anything.
+    """`check_kind` for the `attention_mask` of a forward, before it computes anything.
 
     Args:
-        mask: a tensor, of which only one of 4 dimensions is a given mask; masks by layer type; or None.
+        mask: a tensor, which is a given mask only if it has 4 dimensions; masks by layer type; or None.
     """
     for each in mask.values() if isinstance(mask, dict) else (mask,):
         if not isinstance(each, Tensor) or each.dim() == 4:
@@ -89,10 +90,10 @@ def check_argument(mask: Any) -> None:
 
 
 def over_tokens(mask: Tensor, batch_size: int, num_heads: int, num_queries: int, num_tokens: int) -> Tensor:
-    """A given mask as [B, 1 or heads, Q, tokens], a view.
+    """A given mask as a view [B, 1 or heads, Q, tokens].
 
     Raises:
-        AttentionError: it is not over these sequences, heads, queries and tokens.
+        AttentionError: its shape does not broadcast to these sequences, heads, queries and tokens.
     """
     wanted = (batch_size, num_heads, num_queries, num_tokens)
     shape = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
@@ -106,7 +107,7 @@ def over_tokens(mask: Tensor, batch_size: int, num_heads: int, num_queries: int,
 
 
 def check_padding(mask: Tensor) -> None:
-    """Raise AttentionError where a mask that the mask function gets has other dimensions than [B, tokens]."""
+    """Raise AttentionError if the mask that the mask function receives is not [B, tokens]."""
     if mask.dim() != 2:
         raise AttentionError(
             f"attention_mask: expected 2 dimensions (padding, [B, tokens]) or 4 (a mask over all queries and tokens), got "
@@ -115,13 +116,14 @@ def check_padding(mask: Tensor) -> None:
 
 
 def padding_mask_of(mask: Tensor | None, length: int, batch_size: int) -> Tensor | None:
-    """A padding mask [B, n] as bool [B, length], None for no padding; as in transformers, what it does not cover is padding.
+    """A padding mask [B, n] as bool [B, length]; None for no padding. As in transformers, tokens beyond n are padding.
 
     Args:
-        mask: its rows may be of another number than the batch's where all of it is true, as transformers ignores it then.
-        length: tokens held and new.
+        mask: may have another number of rows if all its values are true; transformers ignores such a mask.
+        length: number of tokens held and new.
     Raises:
-        AttentionError, BatchSizeError: it is no mask of this batch. Reads the device only before the latter.
+        AttentionError, BatchSizeError: the mask does not belong to this batch. Only a wrong number of rows synchronises with
+            the device.
     """
     if mask is None:
         return None

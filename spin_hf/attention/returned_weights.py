@@ -1,9 +1,9 @@
-"""When attention weights are asked for, and those of layers that keep no pages.
+"""`output_attentions=True`: whether a call wants attention weights, and the weights of layers without pages.
 
-transformers collects weights by hooks on attention modules, which see what the attention function returns beside its output.
-Whether anybody collects is said by the argument `output_attentions`, which not every model hands on, and by the collector that
-the hooks write to. A layer without pages (a window, latents) is served by the implementation that the config named before; of
-these only eager attention returns weights, so for sdpa they are computed here.
+transformers collects weights by hooks on attention modules, which read the second result of the attention function. Two signs
+say that they are collected: the argument `output_attentions`, which not every model passes on, and the collector that the hooks
+write to. Layers without pages (sliding window, latents) use the config's previous implementation. Of those only eager attention
+returns weights, so for sdpa they are computed here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..errors import AttentionError
 
 try:
     from transformers.utils.output_capturing import _active_collector
-except ImportError:  # then the argument alone says it
+except ImportError:  # then the argument alone decides
     _active_collector = None
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def are_wanted(kwargs: dict[str, Any]) -> bool:
-    """Whether the present call's weights are collected.
+    """Whether the weights of this call are collected.
 
     Args:
-        kwargs: of the attention function.
+        kwargs: keyword arguments of the attention function.
     """
     if kwargs.get("output_attentions"):
         return True
@@ -39,10 +39,10 @@ def are_wanted(kwargs: dict[str, Any]) -> bool:
 
 
 def attention_of(implementation: str, attention: Attention) -> Attention:
-    """The function that attends as `attention` does, which `implementation` names, and returns weights.
+    """A function that computes the same as `attention`, the function of `implementation`, and returns the weights too.
 
     Raises:
-        AttentionError: there is none.
+        AttentionError: `implementation` is neither eager nor sdpa.
     """
     if implementation == "eager":
         return attention
@@ -58,7 +58,7 @@ def dense_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As transformers' sdpa attention, with the weights [B, heads, Q, tokens] as eager attention returns them."""
+    """Transformers' sdpa attention, with the weights [B, heads, Q, tokens] that eager attention returns."""
     if kwargs.get("position_bias") is not None:
         raise AttentionError(
             "output_attentions=True: expected no position bias, got one; use a DynamicCache for this model"
@@ -71,10 +71,10 @@ def dense_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    nothing = None
+    empty_rows = None
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        nothing = ~attention_mask.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(attention_mask | nothing), float("-inf"))
+        empty_rows = ~attention_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(attention_mask | empty_rows), float("-inf"))
     elif attention_mask is not None:
         scores = scores + attention_mask
     sinks = kwargs.get("s_aux")
@@ -82,6 +82,6 @@ def dense_attention(
         scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1).to(query.dtype)
     weights = weights if sinks is None else weights[..., :-1]
-    weights = weights if nothing is None else weights.masked_fill(nothing, 0.0)
+    weights = weights if empty_rows is None else weights.masked_fill(empty_rows, 0.0)
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

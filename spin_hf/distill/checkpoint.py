@@ -1,7 +1,7 @@
-"""What a run of distillation leaves on the disk to go on from: its report, and weights with Adam's moments.
+"""The checkpoint of a distillation run: its report, and the weights with Adam's moments.
 
-write    beside the old file, then in its place: a run that is stopped finds one or the other
-read     an error that says what to do where a file is damaged
+write    to a temporary file, then renamed: after an interruption the old or the new file is there
+read     a damaged file raises an OptionError with a remedy
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from ..errors import OptionError
 STATE, REPORT = "state.safetensors", "distill.json"
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError)
-"""What reading a file raises that is not what it should be."""
+"""Exceptions that reading a damaged file may raise."""
 
 
 def read_report(output: Path) -> dict[str, Any]:
-    """What a run says that went on here before."""
+    """The report of the earlier run in a folder.
+
+    Raises:
+        OptionError: it is damaged.
+    """
     try:
         run = json.loads((output / REPORT).read_text())
         if not (isinstance(run, dict) and {"settings", "about", "losses", "held_out"} <= run.keys()):
@@ -37,7 +41,7 @@ def read_report(output: Path) -> dict[str, Any]:
 
 
 def unreadable(output: Path, name: str, error: BaseException) -> OptionError:
-    """The error where `name` in the folder is damaged."""
+    """The error for a damaged file `name` in the folder."""
     return OptionError(
         f"output: expected a run that can go on in {str(output)!r}, got a damaged {name} ({type(error).__name__}: "
         f"{shown(str(error))}); delete the folder, or pass another --output"
@@ -45,7 +49,7 @@ def unreadable(output: Path, name: str, error: BaseException) -> OptionError:
 
 
 def save_state(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam, step: int) -> None:
-    """Write weights, Adam's moments and the number of steps that they are behind."""
+    """Write weights, Adam's moments and the number of steps done."""
     tensors = {f"{name}.weights": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
         tensors |= {f"{name}.{key}": moment for key, moment in adam.state.get(value, {}).items()}
@@ -55,12 +59,12 @@ def save_state(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam
 
 
 def load_state(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam) -> int:
-    """Read what `save_state` wrote into parameters and Adam, in place.
+    """Read a file of `save_state` into parameters and Adam, in place.
 
     Returns:
-        the number of steps.
+        the number of steps done.
     Raises:
-        one of `DAMAGED`: the file is not what it should be.
+        one of `DAMAGED`: the file is damaged.
     """
     with safe_open(path, "pt") as opened, torch.no_grad():
         step = int(opened.metadata()["step"])
@@ -69,14 +73,14 @@ def load_state(path: Path, parameters: dict[str, Tensor], adam: torch.optim.Adam
             if weights.shape != value.shape:
                 raise ValueError(f"{name} has shape {tuple(weights.shape)} instead of {tuple(value.shape)}")
             value.copy_(weights)
-            if step:  # else Adam has no moments yet
+            if step:  # at step 0 Adam has no moments yet
                 moments = {key: opened.get_tensor(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
                 adam.state[value] = {key: t if key == "step" else t.to(value.device) for key, t in moments.items()}
         return step
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in place of an old one."""
+    """Write a text file atomically."""
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text)
     unfinished.replace(path)

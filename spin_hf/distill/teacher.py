@@ -1,11 +1,11 @@
-"""A frozen model as the teacher of gates: its attention by pages, and by which rotation its keys are undone.
+"""A frozen model as the teacher of gates: its attention by page, and the RoPE frequencies of its keys.
 
-    forward of a text  --attention function "spin_hf_teacher"-->  Seen: queries, keys, scale of each paged layer, in turn
-    Seen               --page_attention-->  per KV head, query and page: the largest weight of any of the page's tokens
-                                            and of any query head of the group; in chunks of queries, never tokens x tokens
-    one token repeated --find_rotations-->  keys that differ by their rotation alone, so that what undoes it can be found
+    forward of a text   --attention "spin_hf_teacher"-->  LayerAttention of one paged layer after the other
+    LayerAttention      --page_attention-->   per KV head, query and page: the largest weight over the page's tokens and the
+                                              group's query heads; in chunks of queries, never tokens x tokens
+    one token repeated  --find_rotations-->   keys that differ by RoPE alone, so its frequencies can be found
 
-The model computes what it always does; importing this module registers the attention function and its mask function.
+The model's outputs do not change. Importing this module registers the attention function and its mask function.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ _NAME = "spin_hf_teacher"
 _PROBE_TOKENS = 256
 _MOST_TOKENS_TRIED = 8
 _CHUNK_LOGITS = 1 << 24
-"""Attention weights held at a time while targets are computed: 64 MiB."""
+"""Attention weights in memory at a time while targets are computed: 64 MiB."""
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerAttention:
     """The attention of one layer over a text of n tokens.
 
     Attributes:
         queries: [H, G, n, D], query heads by KV head, after RoPE.
         keys: [H, n, D], after RoPE.
-        scale, softcap: of the scores, as `attend.Call` has them.
+        scale: factor of the scores.
+        softcap: softcap of the scores; None for none.
     """
 
     queries: Tensor
@@ -51,19 +52,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How a layer rotates its keys: see `attention.gates.rotate`."""
+    """The RoPE of a layer's keys: arguments of `attention.methods.seer_gates.rotate`."""
 
     frequencies: Tensor
     interleaved: bool
 
 
 class Teacher:
-    """A frozen model whose attention can be watched.
+    """A frozen model with observable attention.
 
     Args:
-        model: a causal language model; it is not changed, but for `requires_grad` of its parameters.
+        model: a causal language model. It is set to evaluation mode, and `requires_grad` of its parameters to False.
     Raises:
-        UnsupportedModelError: no layer of it is one that a cache pages.
+        UnsupportedModelError: no layer of the model would be paged.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -72,21 +73,21 @@ class Teacher:
         name = type(model).__name__
         check_model(self.config, name)
         self.layers: list[int] = []
-        """The paged layers' numbers in the model."""
+        """Indices of the paged layers in the model."""
         _, reasons = build_layers(self.config, _collect(self.layers))
         if not self.layers:
             raise UnsupportedModelError(f"{name}: expected layers with full attention, got none ({reasons})")
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         device = self.model.device
         assert isinstance(device, torch.device)
         return device
 
     @torch.no_grad()
-    def watch(self, ids: Tensor, see: Callable[[int, Seen], None]) -> None:
-        """Run the model over `ids` [n] and call `see(layer, seen)` at each paged layer, by its number in the model.
+    def watch(self, ids: Tensor, see: Callable[[int, LayerAttention], None]) -> None:
+        """Run the model over `ids` [n] and call `see(layer, attention)` at each paged layer, by its index in the model.
 
         Raises:
             UnsupportedModelError: a layer did not call the attention function.
@@ -94,7 +95,7 @@ class Teacher:
         wanted, config = set(self.layers), self.config
         before, config._attn_implementation = config._attn_implementation, _NAME
 
-        def shown(layer: int, seen: Seen) -> None:
+        def shown(layer: int, seen: LayerAttention) -> None:
             wanted.discard(layer)
             see(layer, seen)
 
@@ -111,16 +112,18 @@ class Teacher:
             )
 
     def find_rotations(self, token: int = 0) -> dict[int, Rotation]:
-        """How each paged layer rotates its keys, by experiment.
+        """The RoPE of each paged layer, found by experiment.
 
-        In a text of one token repeated all values of a layer are the same, so is what attention gives, and so are all keys
-        before their rotation. Of the model's own inverse frequencies those are taken that make them so again. A token whose
-        keys are the same with and without any of them tells nothing, as one whose embedding is zero: then others are tried.
+        In a text of one repeated token all values of a layer are equal, so the outputs of attention are equal, and so are the
+        keys before RoPE. The frequencies are those of the model's `inv_freq` buffers whose inverse RoPE makes the keys equal
+        again. Some tokens are ambiguous, for example one with a zero embedding: their keys are equal with and without RoPE.
+        Then other tokens are tried.
 
         Args:
-            token: the token to repeat first; any.
+            token: the token to try first.
         Raises:
-            UnsupportedModelError: none do, or they depend on the length of the text; or no token tells.
+            UnsupportedModelError: no frequencies make the keys equal, they depend on the length of the text, or all keys are
+                zero for every token.
         """
         name, parameters = type(self.model).__name__, getattr(self.config, "rope_parameters", None)
         if any(kind in str(parameters) for kind in _CHANGING_ROPE):
@@ -131,12 +134,12 @@ class Teacher:
         for buffer, values in self.model.named_buffers():
             if buffer.endswith("inv_freq") and "original" not in buffer:
                 options += [Rotation(values.detach().float().clone(), interleaved) for interleaved in (False, True)]
-        # Keys with a large bias differ little whatever is undone: in bfloat16 0.2 % by the right rotation, 1.2 % by the next.
+        # With a large key bias all candidates come close: in bfloat16 0.2 % for the right rotation, 1.2 % for the next best.
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-3
         found: dict[int, Rotation] = {}
-        vague: dict[int, Rotation] = {}
-        for tried in self._tokens(token):
-            keys = self._keys_of(tried)
+        ambiguous: dict[int, Rotation] = {}
+        for candidate in self._tokens(token):
+            keys = self._keys_of(candidate)
             for layer in self.layers:
                 if layer in found or not bool(keys[layer].any()):
                     continue
@@ -149,59 +152,59 @@ class Teacher:
                         "the model in float32, or use ShadowKV, which needs no gates"
                     )
                 by_rotating = [value for value in spread[1:] if value < tolerance]
-                told = not (by_rotating and spread[0] < tolerance)
-                (found if told else vague).setdefault(layer, options[best])
+                unique = not (by_rotating and spread[0] < tolerance)
+                (found if unique else ambiguous).setdefault(layer, options[best])
             if len(found) == len(self.layers):
                 break
-        untold = [layer for layer in self.layers if layer not in found and layer not in vague]
-        if untold:
+        unknown = [layer for layer in self.layers if layer not in found and layer not in ambiguous]
+        if unknown:
             raise UnsupportedModelError(
-                f"{name}: expected keys that tell how they are rotated, got only zeros in layers {untold}, whichever token is "
+                f"{name}: expected keys that tell how they are rotated, got only zeros in layers {unknown}, whichever token is "
                 "read; load trained weights, or use ShadowKV, which needs no gates"
             )
-        return {layer: found.get(layer) or vague[layer] for layer in self.layers}
+        return {layer: found.get(layer) or ambiguous[layer] for layer in self.layers}
 
     def _tokens(self, first: int) -> list[int]:
-        """A token, and others from all over the vocabulary."""
+        """A token, then others spread over the vocabulary."""
         embeddings = self.model.get_input_embeddings()
         number = int(embeddings.weight.shape[0])
         return list(dict.fromkeys([first, *(number * i // _MOST_TOKENS_TRIED for i in range(1, _MOST_TOKENS_TRIED))]))
 
     def _keys_of(self, token: int) -> dict[int, Tensor]:
-        """Keys [H, n, D], float32, of each paged layer for a text of one token repeated."""
+        """Keys [H, n, D], float32, of each paged layer for a text of one repeated token."""
         keys: dict[int, Tensor] = {}
         self.watch(torch.full((_PROBE_TOKENS,), token), lambda layer, seen: keys.update({layer: seen.keys.float()}))
         return keys
 
 
-def page_attention(seen: Seen, positions: Tensor, page_size: int) -> Tensor:
-    """What queries attend to, by page: the largest weight of any of its tokens and any query head of the group.
+def page_attention(seen: LayerAttention, positions: Tensor, page_size: int) -> Tensor:
+    """Attention by page: the largest weight over the page's tokens and the group's query heads.
 
     Args:
-        positions: [Q], int64, ascending: which queries.
+        positions: [Q], int64, ascending: positions of the queries.
     Returns:
-        [H, Q, n // page_size], float32; zero where all of a page comes after the query.
+        [H, Q, n // page_size], float32; zero for pages after the query.
     """
     heads, group, num_tokens, _ = seen.queries.shape
     num_pages = num_tokens // page_size
-    keys, parts = seen.keys.float(), []
+    keys, chunks = seen.keys.float(), []
     for chunk in positions.split(max(1, _CHUNK_LOGITS // (heads * group * num_tokens))):
         logits = seen.queries[:, :, chunk].float() @ keys.unsqueeze(1).transpose(-1, -2) * seen.scale
         if seen.softcap is not None:
             logits = seen.softcap * torch.tanh(logits / seen.softcap)
         later = torch.arange(num_tokens, device=keys.device) > chunk.unsqueeze(1)
         weights = logits.masked_fill_(later, float("-inf")).softmax(-1)[..., : num_pages * page_size]
-        parts.append(weights.unflatten(-1, (num_pages, page_size)).amax((1, -1)))
-    return torch.cat(parts, 1)
+        chunks.append(weights.unflatten(-1, (num_pages, page_size)).amax((1, -1)))
+    return torch.cat(chunks, 1)
 
 
 def _spread(keys: Tensor, rotation: Rotation) -> float:
-    """Mean relative distance of keys [H, n, D] from the first one, once their rotation is undone."""
+    """Mean relative distance of keys [H, n, D] from the first one, after the inverse of `rotation`."""
     if 2 * len(rotation.frequencies) > keys.shape[-1]:
         return float("inf")
-    places = torch.arange(keys.shape[1], device=keys.device)
-    undone = rotate(keys, places, rotation.frequencies, interleaved=rotation.interleaved, undo=True)
-    distance = (undone - undone[:, :1]).norm(dim=-1) / undone[:, :1].norm(dim=-1).clamp(min=1e-20)
+    positions = torch.arange(keys.shape[1], device=keys.device)
+    keys = rotate(keys, positions, rotation.frequencies, interleaved=rotation.interleaved, undo=True)
+    distance = (keys - keys[:, :1]).norm(dim=-1) / keys[:, :1].norm(dim=-1).clamp(min=1e-20)
     return float(distance.mean())
 
 
@@ -212,22 +215,22 @@ def _collect(numbers: list[int]) -> Callable[[int], Any]:
     return note
 
 
-# --------------------------------------------------------------------------------------------------- the way into a forward
+# ------------------------------------------------------------------------------------- registered with transformers
 
-_watching: list[tuple[str, Callable[[int, Seen], None], frozenset[int]]] = []
-"""What the present forward runs with and whom it shows its layers."""
+_watching: list[tuple[str, Callable[[int, LayerAttention], None], frozenset[int]]] = []
+"""The running forward: the model's attention implementation, the callback, and the layers to observe."""
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Show a paged layer's attention, then compute it as the model does."""
+    """Pass a paged layer's attention to the callback, then compute it as the model does."""
     implementation, see, layers = _watching[-1]
     layer = getattr(module, "layer_idx", None)
     if layer in layers:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        see(layer, Seen(query[0].unflatten(0, (key.shape[1], -1)), key[0], scale, kwargs.get("softcap")))
+        see(layer, LayerAttention(query[0].unflatten(0, (key.shape[1], -1)), key[0], scale, kwargs.get("softcap")))
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     result: tuple[Tensor, Tensor | None] = attention(module, query, key, value, mask, scaling=scaling, **kwargs)

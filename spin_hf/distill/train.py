@@ -1,17 +1,17 @@
-"""Gates for `SeerAttention`, trained on a model's own attention: `python -m spin_hf.distill MODEL --text FILE --output DIR`.
+"""Trains gates for `SeerAttention` on a model's own attention: `python -m spin_hf.distill MODEL --text FILE --output DIR`.
 
-    --steps 500 --tokens 4096     windows of the text, one a step      --lr 0.001    with warm-up and cosine decay to a tenth
-    --block 32                    tokens of a page                     --queries 512 of a window, drawn anew for each
-    --device auto                 CUDA if there is one                 --convert DIR the authors' gates instead of training
+    --steps 500 --tokens 4096     one window of the text per step      --lr 0.001    with warm-up and cosine decay to a tenth
+    --block 32                    tokens per page                      --queries 512 per window, drawn at random
+    --device auto                 CUDA if there is one                 --convert DIR convert the authors' gates, no training
 
-What a gate is asked for is what a cache asks it: of the pages that are neither sinks nor recent, how much of the attention
-each deserves. The target is the largest attention weight of a page's tokens and of the group's heads, normalised over these
-pages (as in arXiv 2506.08889, which leaves out the query's own block only); the loss is the KL divergence from it.
+A gate scores the candidate pages: those outside the sinks and the recent window. The target of a page is the largest attention
+weight over its tokens and the group's query heads, normalised over the candidates. The loss is the KL divergence of the gate's
+softmax from it. (arXiv 2506.08889 excludes only the query's own block from the target.)
 
-    DIR/gates.safetensors    what SeerAttention(DIR) reads
-    DIR/distill.json         settings, device, seconds of all runs together, loss of every step and on text that is held out
+    DIR/gates.safetensors    the gates, for SeerAttention(DIR)
+    DIR/distill.json         settings, device, total seconds of all runs, loss of every step and on held-out text
     DIR/loss.csv             loss of every step
-    DIR/state.safetensors    weights and Adam's moments: the same command goes on where it stopped, with the same losses
+    DIR/state.safetensors    weights and Adam's moments: the same command resumes an interrupted run, with the same losses
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..config import MOST_TOKENS, require_count, require_one_of, require_real, s
 from ..errors import OptionError, SpinError
 from .checkpoint import DAMAGED, REPORT, STATE, load_state, read_report, save_state, unreadable, write_text
 from .convert_release import read_release
-from .teacher import Rotation, Seen, Teacher, page_attention
+from .teacher import LayerAttention, Rotation, Teacher, page_attention
 
 _CURVE = "loss.csv"
 _MOST_SEED, _MOST_GATE_DIM = 2**63 - 1, 4096
@@ -44,17 +44,18 @@ _WARM_UP, _HELD_OUT, _HELD_OUT_WINDOWS = 10, 0.1, 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run does; a run goes on only with the same.
+    """Settings of a training run. An interrupted run resumes only with the same settings.
 
     Attributes:
-        steps: windows to train on; 0 gives the gates to begin with.
-        tokens: of a window.
-        lr: Adam's step size at its highest.
-        block: tokens of a page.
-        gate_dim: numbers of a gate key; None for as many as a key has.
-        queries: of a window, that the loss is taken at.
-        num_sink_tokens, recent_window: pages with these are not asked for, as the cache always attends to them.
-        seed: of windows and queries.
+        steps: windows to train on; 0 gives untrained gates.
+        tokens: tokens per window.
+        lr: peak learning rate of Adam.
+        block: tokens per page.
+        gate_dim: dimension E of a gate key; None for that of a key.
+        queries: queries per window that enter the loss.
+        num_sink_tokens, recent_window: the cache's. Pages with these tokens are no candidates, as the cache always attends to
+            them.
+        seed: seed of windows and queries.
     """
 
     steps: int = 500
@@ -87,24 +88,24 @@ class Settings:
 
     @property
     def first_position(self) -> int:
-        """The first query that has two pages to choose from."""
+        """The first query with two candidates."""
         return self.block * (-(-self.num_sink_tokens // self.block) + 2) + self.recent_window - 1
 
     def candidates(self, positions: Tensor, num_pages: int) -> Tensor:
-        """Pages [Q, N], bool, that a cache would let a method choose from for queries at `positions` [Q]."""
+        """Candidate pages [Q, N], bool, of queries at `positions` [Q]."""
         first = torch.arange(num_pages, device=positions.device) * self.block
         return (first >= self.num_sink_tokens) & (first + self.block + self.recent_window <= positions.unsqueeze(1) + 1)
 
 
 def untrained(teacher: Teacher, rotations: dict[int, Rotation], settings: Settings, token: int) -> dict[int, LayerGate]:
-    """Gates to begin with, whose matrices are parameters: the mean key, and the mean of the group's queries.
+    """Initial gates; their matrices are parameters. A gate key is the mean key, a gate query the mean of the group's queries.
 
-    With a `gate_dim` of its own the matrices are random.
+    If `gate_dim` differs from the size of a key, the matrices are random.
     """
     gates: dict[int, LayerGate] = {}
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def make(layer: int, seen: Seen) -> None:
+    def make(layer: int, seen: LayerAttention) -> None:
         heads, group, _, dim = seen.queries.shape
         turned, width = rotations[layer], settings.gate_dim or dim
         frequencies = turned.frequencies
@@ -123,11 +124,11 @@ def untrained(teacher: Teacher, rotations: dict[int, Rotation], settings: Settin
     return gates
 
 
-def gate_loss(gate: LayerGate, seen: Seen, positions: Tensor, settings: Settings) -> Tensor:
-    """KL divergence (nats, mean over KV heads and queries) of what a gate says from what the model attends to.
+def gate_loss(gate: LayerGate, seen: LayerAttention, positions: Tensor, settings: Settings) -> Tensor:
+    """KL divergence of a gate's scores from the model's attention by page: nats, mean over KV heads and queries.
 
     Args:
-        positions: [Q], int64, ascending, from `Settings.first_position` on.
+        positions: [Q], int64, ascending, at least `Settings.first_position`.
     """
     num_pages, block = seen.keys.shape[1] // settings.block, settings.block
     candidates = settings.candidates(positions, num_pages)
@@ -136,23 +137,23 @@ def gate_loss(gate: LayerGate, seen: Seen, positions: Tensor, settings: Settings
     places = torch.arange(num_pages * block, device=positions.device).view(1, 1, num_pages, block)
     pages = seen.keys[None, :, : num_pages * block].unflatten(2, (num_pages, block))
     keys = gate.of_pages(pages, torch.ones_like(places, dtype=torch.bool), places)[0]
-    asked = gate.of_queries(seen.queries[:, :, positions].permute(2, 0, 1, 3), positions)
-    logits = torch.einsum("qhe,hne->hqn", asked, keys) / math.sqrt(keys.shape[-1])
-    said = logits.masked_fill(~candidates, float("-inf")).log_softmax(-1).where(candidates, 0.0)
-    return (torch.special.xlogy(target, target) - target * said).sum(-1).mean()
+    queries = gate.of_queries(seen.queries[:, :, positions].permute(2, 0, 1, 3), positions)
+    logits = torch.einsum("qhe,hne->hqn", queries, keys) / math.sqrt(keys.shape[-1])
+    log_scores = logits.masked_fill(~candidates, float("-inf")).log_softmax(-1).where(candidates, 0.0)
+    return (torch.special.xlogy(target, target) - target * log_scores).sum(-1).mean()
 
 
 def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Settings, *, save_every: int = 50) -> Gates:
-    """Train gates for `model` on a text, or go on with a run that was stopped.
+    """Train gates for `model` on a text, or resume an interrupted run.
 
     Args:
-        ids: [tokens], int64, on the CPU; the last tenth is held out, to measure on.
-        output: folder that is written, see the module's head.
-        save_every: steps between two states on the disk.
+        ids: [tokens], int64, on the CPU. The last tenth, at least one window, is held out for measurements.
+        output: folder to write, see the module's head.
+        save_every: steps between two checkpoints.
     Raises:
-        OptionError: the text is too short, `output` holds another run or one that cannot be read, or training diverges; then
-            the last state that was saved stays.
-        UnsupportedModelError: the model's keys are not rotated in a way that can be undone.
+        OptionError: the text is too short, `output` holds another run or a damaged one, or training diverges. The last
+            checkpoint stays.
+        UnsupportedModelError: the RoPE of the model's keys cannot be inverted.
     """
     require_count("save_every", save_every, 1, example=50)
     if ids.dim() != 1 or ids.dtype != torch.int64:
@@ -169,11 +170,11 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
     about = {**describe(teacher.config), "text": sha256(ids.numpy().tobytes()).hexdigest()[:16]}
     output.mkdir(parents=True, exist_ok=True)
     run = read_report(output) if (output / STATE).exists() else {}
-    asked = json.loads(json.dumps({"settings": asdict(settings), "about": about}))
-    differing = [f"{n}: {run[n]}" for n in asked if run and run[n] != asked[n]]
+    wanted = json.loads(json.dumps({"settings": asdict(settings), "about": about}))
+    differing = [f"{n}: {run[n]}" for n in wanted if run and run[n] != wanted[n]]
     if differing:
         raise OptionError(
-            f"output: expected an empty folder or a run of {asked}, got one of {'; '.join(differing)} in {str(output)!r}; "
+            f"output: expected an empty folder or a run of {wanted}, got one of {'; '.join(differing)} in {str(output)!r}; "
             "pass another --output"
         )
     token = int(ids[0])
@@ -195,14 +196,14 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
     else:
         step, losses, before = 0, [], _measure(teacher, gates, measured, settings)
 
-    def save() -> None:  # the state last: what it says was reached is on the disk
+    def save() -> None:  # state.safetensors last: the steps that it counts are in the other files
         after = _measure(teacher, gates, measured, settings) if step == settings.steps else None
         report = {
-            **asked, "device": _device_name(teacher.device),
+            **wanted, "device": _device_name(teacher.device),
             "seconds": round(run.get("seconds", 0.0) + time.monotonic() - begun, 1),
             "held_out": {"before": before, "after": after}, "losses": losses,
         }  # fmt: skip
-        made.save(output / FILE_NAME)  # refused where training has diverged: then the rest stays too
+        made.save(output / FILE_NAME)  # raises if training has diverged, before the other files change
         write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
         write_text(output / _CURVE, "step,loss\n" + "".join(f"{i},{x:.6f}\n" for i, x in enumerate(losses)))
         save_state(output / STATE, parameters, adam, step)
@@ -234,11 +235,11 @@ def distill(model: PreTrainedModel, ids: Tensor, output: Path, settings: Setting
 def _forward(
     teacher: Teacher, gates: dict[int, LayerGate], ids: Tensor, positions: Tensor, settings: Settings, *, backward: bool
 ) -> float:
-    """The mean loss of all layers over a window; each layer's gradient is taken while its keys are at hand."""
+    """The mean loss of all layers over a window. Each layer's backward pass runs inside its attention call."""
     losses: list[Tensor] = []
     positions = positions.to(teacher.device)
 
-    def see(layer: int, seen: Seen) -> None:
+    def see(layer: int, seen: LayerAttention) -> None:
         with torch.set_grad_enabled(backward):
             loss = gate_loss(gates[layer], seen, positions, settings)
             if backward:
@@ -250,7 +251,7 @@ def _forward(
 
 
 def _measure(teacher: Teacher, gates: dict[int, LayerGate], ids: Tensor, settings: Settings) -> float:
-    """The loss on text that is held out: the same windows and queries every time."""
+    """The loss on held-out text, always on the same windows and queries."""
     draws = [_draw(ids, settings, -1 - index) for index in range(_HELD_OUT_WINDOWS)]
     losses = [
         _forward(teacher, gates, window, positions, settings, backward=False)
@@ -260,7 +261,7 @@ def _measure(teacher: Teacher, gates: dict[int, LayerGate], ids: Tensor, setting
 
 
 def _draw(ids: Tensor, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
-    """The window [tokens] and the queries' positions of a step; the same whenever it is asked for."""
+    """The window [tokens] and the positions of the queries of a step. Deterministic for a step and seed."""
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
     start = int(torch.randint(len(ids) - settings.tokens + 1, (), generator=generator))
     first = settings.first_position
@@ -273,7 +274,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _by_halves(dim: int, pairs: int, interleaved: bool) -> Tensor:
-    """[dim, dim]: the permutation after which channels i and dim / 2 + i are the model's i-th pair."""
+    """[dim, dim]: the permutation that moves the model's i-th RoPE pair to channels i and dim / 2 + i."""
     pair = torch.arange(pairs)
     first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pairs + pair)
     rest = torch.arange(2 * pairs, dim)
@@ -281,7 +282,7 @@ def _by_halves(dim: int, pairs: int, interleaved: bool) -> Tensor:
 
 
 def _gate_frequencies(frequencies: Tensor, dim: int, width: int) -> Tensor:
-    """The model's frequencies for a gate of another width, spaced as they are; zeros for the share that is not rotated."""
+    """Frequencies [width / 2] for a gate: the model's, resampled in log space; zeros for the channels without RoPE."""
     count = round(len(frequencies) * width / dim)
     if count and count != len(frequencies):
         spaced = frequencies.log().view(1, 1, -1)
@@ -290,12 +291,12 @@ def _gate_frequencies(frequencies: Tensor, dim: int, width: int) -> Tensor:
 
 
 def _device_name(device: torch.device) -> str:
-    """What a person calls it."""
+    """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _text(file: Path) -> str:
-    """A text to train on."""
+    """A training text."""
     try:
         return file.read_text(encoding="utf-8")
     except ValueError as error:
@@ -303,7 +304,7 @@ def _text(file: Path) -> str:
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name; the GPU if there is one where it is "auto"."""
+    """The device of a name; "auto" is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("steps", "tokens", "block", "queries", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--lr", type=float, default=defaults.lr)
-    parser.add_argument("--gate-dim", type=int, help="numbers of a gate key (default: as many as a key has)")
+    parser.add_argument("--gate-dim", type=int, help="dimension of a gate key (default: that of a key)")
     parser.add_argument("--sinks", type=int, default=defaults.num_sink_tokens, help="the cache's num_sink_tokens")
     parser.add_argument("--recent", type=int, default=defaults.recent_window, help="the cache's recent_window")
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
@@ -344,11 +345,11 @@ def main(arguments: list[str] | None = None) -> None:
             args.steps, args.tokens, args.lr, args.block, args.gate_dim, args.queries, args.sinks, args.recent, args.seed
         )  # fmt: skip
         require_count("save_every", args.save_every, 1, example=50)
-        released = None if args.convert is None else read_release(args.convert)
+        release = None if args.convert is None else read_release(args.convert)
         texts = [] if args.text is None else [_text(file) for file in args.text]
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
-        if released is not None:
-            gates = released.gates(Teacher(model))
+        if release is not None:
+            gates = release.gates(Teacher(model))
             args.output.mkdir(parents=True, exist_ok=True)
             gates.save(args.output / FILE_NAME)
             print(f"wrote {args.output / FILE_NAME}")

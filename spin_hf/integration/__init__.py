@@ -1,1 +1,1 @@
-"""What is patched in transformers, and what is taken from it."""
+"""Everything that patches transformers or reads its internals."""

@@ -1,4 +1,4 @@
-"""Which sequences of a batch are meant: what users write, as a list of numbers."""
+"""Parses the sequence indices that users pass to the cache's batch operations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..errors import BatchSizeError, OptionError, OptionTypeError
 
 
 def rows_of(indices: Any, held: int | None) -> list[int]:
-    """The sequences that `indices` name, from 0 on; negative numbers count from the end.
+    """The rows that `indices` select, each in [0, held). Negative indices count from the end.
 
     Args:
-        indices: integers [n], or a bool for each sequence: a tensor, an array, a list or another sequence, or a slice.
-        held: sequences that there are; None where the cache is empty, which has none to name.
+        indices: integers [n], or a bool for each sequence: a tensor, an array, a list or another sequence; or a slice.
+        held: number of sequences; None if the cache is empty, which gives no rows.
     Raises:
-        OptionTypeError: they are no such numbers.
-        BatchSizeError: they name none, or others than those held.
+        OptionTypeError: `indices` is of another type or shape.
+        BatchSizeError: `indices` selects no sequence, or is out of range.
     """
     if isinstance(indices, slice):
         indices = list(range(held or 0))[indices]
@@ -51,10 +51,10 @@ def rows_of(indices: Any, held: int | None) -> list[int]:
 
 
 def times_of(repeats: Any) -> int:
-    """How often every sequence is to be there.
+    """`repeats` as an int.
 
     Raises:
-        OptionTypeError, OptionError: it is no number from 1 on.
+        OptionTypeError, OptionError: not an integer of 1 or more.
     """
     try:
         times = operator.index(repeats)

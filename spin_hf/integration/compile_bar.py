@@ -1,4 +1,4 @@
-"""A progress bar while Triton compiles kernels, through transformers' own bars, so that their switch serves it too."""
+"""A progress bar while Triton compiles kernels. It is one of transformers' bars, so their switch turns it off too."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from transformers.utils import logging
 
 DELAY_S = 2.0
-"""Seconds of compiling before the bar appears. Kernels in Triton's cache are loaded in less."""
+"""Seconds of compiling before the bar appears. Loading kernels from Triton's cache takes less."""
 
 
 def show_compiles(compiles: Sequence[Future[Any]]) -> None:
     """Show a bar until `compiles` are done, if they take longer than `DELAY_S`.
 
-    Returns at once where nobody would see it: stderr is neither a terminal nor a notebook, or
-    `transformers.utils.logging.disable_progress_bar()` was called.
+    Returns at once if stderr is neither a terminal nor a notebook, or after
+    `transformers.utils.logging.disable_progress_bar()`.
     """
     if not (logging.is_progress_bar_enabled() and _is_watched()):
         return
@@ -30,5 +30,5 @@ def show_compiles(compiles: Sequence[Future[Any]]) -> None:
 
 
 def _is_watched() -> bool:
-    """Whether stderr is a terminal or a notebook's."""
+    """Whether stderr is a terminal or belongs to a notebook."""
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")

@@ -1,12 +1,12 @@
-"""`generate` does not wait for the device after every token of a cache whose steps are captured.
+"""Enables transformers' deferred stop check for caches with captured steps, so that `generate` does not stall the device.
 
-    transformers reads after each step whether to stop     step ─ stop? ─> host: next call ─> step      the device waits
-    reads that one step late                               step ─ step ─ step                           for nobody
-                                                              └ stop? ─> host
+    stop check after each step      step ─ stop? ─> host: next call ─> step      the device waits for the host
+    stop check one step late        step ─ step ─ step                           the device does not wait
+                                       └ stop? ─> host
 
-Reading late is transformers' own (`DeferredStopCheck`): one forward too many behind an end-of-sequence token, whose token is
-cropped from the cache. It asks itself whether that is supported, and by now says so for MPS alone. Here the answer is widened,
-for as long as a cache lives that may want it and for such caches only.
+The late check is transformers' own (`DeferredStopCheck`). It runs one forward too many after an end-of-sequence token and crops
+that token from the cache. transformers 5.24 supports it on MPS only. While a cache that may use it lives, `is_supported` is
+patched to return True for such caches too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from transformers.generation import utils
 
 _CHECK: Any = getattr(utils, "DeferredStopCheck", None)
-"""None in a transformers that has no such thing: then every step is waited for."""
+"""None in versions of transformers without it: then the host waits for every step."""
 
 _users = 0
 _previous: Any = None
 _supports: Callable[[Any, torch.device], bool]
 _lock = threading.RLock()
-"""Held while the answer is changed; the garbage collector may drop a cache, and so come here, inside as well."""
+"""Held while `is_supported` is patched. Reentrant: the garbage collector may drop a cache, and so call `release`, inside."""
 
 
 def _is_supported(*args: Any, **kwargs: Any) -> bool:
@@ -37,10 +37,10 @@ def _is_supported(*args: Any, **kwargs: Any) -> bool:
 
 
 def acquire(supports: Callable[[Any, torch.device], bool]) -> None:
-    """Count one more cache that `generate` may read late for; the first one widens the answer.
+    """Count one more cache that may use the late check. The first one patches `is_supported`.
 
     Args:
-        supports: whether a cache can be read late on a device.
+        supports: whether a cache can use the late check on a device.
     """
     global _users, _previous, _supports
     with _lock:
@@ -52,7 +52,7 @@ def acquire(supports: Callable[[Any, torch.device], bool]) -> None:
 
 
 def release() -> None:
-    """Count one less; the last one puts back what stood there, unless somebody has changed it since."""
+    """Count one cache less. The last one restores `is_supported`, unless somebody has replaced it since."""
     global _users
     with _lock:
         _users -= 1

@@ -1,11 +1,11 @@
-"""Models whose preparation for `generate` drops the cache: they read all tokens again, into the same cache.
+"""Serves models that drop their cache in `prepare_inputs_for_generation`: all tokens are read again, into the same cache.
 
-    prepare_inputs_for_generation(ids, cache=c)     the model's own drops c: the forward would make a DynamicCache
+    prepare_inputs_for_generation(ids, cache=c)      the model drops c, and its forward would make a DynamicCache
     └── wrapped while a cache of such a model lives  c.reset(), and all tokens go to c
 
-Phi-3 and its kin (phimoe, phi4_multimodal) rotate all keys otherwise from `original_max_position_embeddings` tokens on, so what
-a cache holds is of no use from there. The wrapper is on the class, so copies of a model have nothing of it, and calls
-with any other cache go through untouched.
+Phi-3, phimoe and phi4_multimodal rotate all keys differently beyond `original_max_position_embeddings` tokens, so the keys in
+the cache become invalid there. The wrapper is on the class, so copies of a model carry no trace of it. Calls with any other
+cache pass through unchanged.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _METHOD = "prepare_inputs_for_generation"
 _served: weakref.WeakSet[Cache] = weakref.WeakSet()
 _users: dict[type, int] = {}
 _before: dict[type, Any] = {}
-"""What a class had of its own; None for what it inherits."""
+"""The method that a class defines itself; None if it inherits one."""
 _lock = threading.RLock()
 
 
 def acquire(cache: Cache, model: Any, config: Any) -> None:
-    """See to it, for as long as `cache` lives, that its model does not drop it.
+    """Keep the model from dropping `cache`, while the cache lives.
 
     Args:
-        model: the model or the config that the cache was made with.
-        config: of its decoder.
+        model: the model or the config that the cache was made from.
+        config: the config of its decoder.
     """
     if not hasattr(config, "original_max_position_embeddings"):
         return
@@ -53,7 +53,7 @@ def acquire(cache: Cache, model: Any, config: Any) -> None:
 
 
 def _kinds(model: Any) -> list[type]:
-    """The classes of a model, and of one that an adapter or `torch.compile` holds; of a config, that of its causal model."""
+    """The classes of a model and of the model inside an adapter or `torch.compile`; for a config, its causal model class."""
     if model is None:
         return []
     inner = getattr(model, "_orig_mod", model)
@@ -76,7 +76,7 @@ def _release(kinds: list[type]) -> None:
 
 
 def _wrapped(prepare: Any) -> Any:
-    """`prepare`, but of a cache that it drops all tokens are read again."""
+    """`prepare`, except that a served cache is reset and gets all tokens instead of being dropped."""
 
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +100,6 @@ def _wrapped(prepare: Any) -> Any:
 
 
 def _name_in(model: Any, given: str) -> str:
-    """What the model's forward calls the cache."""
+    """The name of the cache among the parameters of the model's forward."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), given)

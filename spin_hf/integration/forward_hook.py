@@ -1,12 +1,12 @@
-"""`forward` on instances, wrapped for as long as a cache of the model lives: so the calls that carry a cache are seen.
+"""Wraps `forward` of model instances while one of their caches lives, to observe the calls that carry a `SpinCache`.
 
     model(...)  ->  hooks of the model  ->  model.forward = wrapped  ->  cache.calls, if the call brings a SpinCache
-                                                                     ->  the forward that stood there
+                                                                     ->  the previous forward
 
-Wrapped are the model and those parts of it that users also call with a cache: `model.model`, the language model of a
-vision-language model. What wraps is a bound method, as any instance has it, and what stood there is an attribute beside it.
-So `copy.deepcopy` binds a copy's method to the copy, `pickle` finds the class's method, and code that takes a method apart
-(`accelerate` does) can. The class is not touched, and the last cache to go puts back what stood there.
+The model is wrapped, and the models inside it that users also call with a cache: `model.model`, the language model of a
+vision-language model. The wrapper is a bound method on the instance, and the previous forward an attribute beside it. So
+`copy.deepcopy` binds the copy's method to the copy, `pickle` finds the class's method, and code that unwraps bound methods
+(`accelerate`) works. The class is not changed. The last cache restores the previous forward.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from transformers import PreTrainedModel
 from ..attention import implementation
 
 ATTRIBUTE = "calls"
-"""Where a cache keeps what sees its calls: `run(model, forward, args, kwargs, name)`."""
+"""The attribute of a cache whose `run(model, forward, kwargs, name)` runs a call."""
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the cache among a forward's arguments: from 5.24 on, and before."""
+"""Names of the cache argument of a forward: from transformers 5.24 on, and before."""
 
 _PREVIOUS = "_spin_hf_forward"
-"""Where an instance keeps what stood in its dictionary as `forward`, None for the class's own; numbered if wrapped twice."""
+"""Instance attribute with the previous `forward`, None for the class's own. Numbered if an instance is wrapped twice."""
 
 _key_of: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-"""Functions that wrap a forward, and under which name what stood there is kept."""
+"""Wrapper function -> name of the attribute with the previous forward."""
 _users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-"""Held while forwards are wrapped and counted; the garbage collector may drop a cache, and so come here, inside as well."""
+"""Held while forwards are wrapped. Reentrant, because the garbage collector may drop a cache, and so call `release`, inside."""
 
 Wrapped = list["weakref.ref[nn.Module]"]
 
 
 def unwrapped(model: Any) -> Any:
-    """The module whose `generate` and `forward` a compiled model's or an adapter's wrapper calls."""
+    """The model inside the wrappers of `torch.compile` and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # torch.compile
         if inner is None and hasattr(model, "get_base_model"):  # PEFT
@@ -56,7 +56,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def acquire(model: nn.Module) -> Wrapped:
-    """Count one more cache of `model` and wrap its forwards; returns what `release` takes."""
+    """Count one more cache of `model` and wrap its forwards. Returns the argument of `release`."""
     with _lock:
         modules = list(called_with_a_cache(model))
         for module in modules:
@@ -67,7 +67,7 @@ def acquire(model: nn.Module) -> Wrapped:
 
 
 def release(wrapped: Wrapped) -> None:
-    """Count one cache less; the last one of a module unwraps its forward."""
+    """Count one cache less. The last one of a module unwraps its forward."""
     with _lock:
         for reference in wrapped:
             module = reference()
@@ -80,7 +80,7 @@ def release(wrapped: Wrapped) -> None:
 
 
 def called_with_a_cache(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and the models within it whose forward takes a cache."""
+    """The model, and the models inside it with a forward that takes a cache."""
     for module in model.modules():
         if module is model or (isinstance(module, PreTrainedModel) and _takes_cache(type(module))):
             yield module
@@ -98,9 +98,8 @@ def _wrap(module: nn.Module) -> None:
     before: Any = module.forward
     signature = inspect.signature(before)
     parameters = list(signature.parameters.values())
-    if any(
-        parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters
-    ):  # a wrapper of somebody else
+    # A wrapper of another library hides the names of the parameters.
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
     else:
         names = [parameter.name for parameter in parameters]
@@ -124,7 +123,7 @@ def _wrap(module: nn.Module) -> None:
             call = functools.partial(call, *args)
         return calls.run(self, call, given, name)
 
-    if not hasattr(before, "__func__"):  # else `inspect` finds it by `__wrapped__`
+    if not hasattr(before, "__func__"):  # otherwise `inspect` finds the signature by `__wrapped__`
         me = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = signature.replace(parameters=[me, *parameters])  # type: ignore[attr-defined]
     _key_of[forward] = key
@@ -133,7 +132,7 @@ def _wrap(module: nn.Module) -> None:
 
 
 def _unwrap(module: nn.Module) -> None:
-    """Put back what stood there; where somebody has wrapped the forward since, it stays inside and changes nothing."""
+    """Restore the previous forward. If somebody has wrapped the forward since, ours stays inside, without effect."""
     if not _is_wrapped(module):
         return
     before = module.__dict__.pop(_key_of[module.__dict__["forward"].__func__])
@@ -150,7 +149,7 @@ def _keys() -> Iterator[str]:
 
 
 def _traced(config: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The call with `config`, if any, switched in a form that Dynamo can trace: no lock, undone where the call returns."""
+    """The call, with `config` switched to "spin" if there is one. Dynamo can trace this: no lock and no `finally`."""
     if config is None:
         return call(*args, **kwargs)
     before = getattr(config, implementation.FIELD)

@@ -1,4 +1,4 @@
-"""Another cache's contents, for `SpinCache.from_cache`: whether they fit, before anything is made of them."""
+"""`SpinCache.from_cache`: checks another cache against the model, then copies its contents."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..errors import BatchSizeError, OptionError, OptionTypeError
 def check_source(
     cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None
 ) -> Tensor | None:
-    """Raise where `cache` cannot be taken over by `layers`.
+    """Check that `take_over` can copy `cache` into `layers`. Changes nothing.
 
     Args:
         cache: the source.
-        layers: of the new cache.
-        paged: the indices of those that are paged.
+        layers: layers of the new cache.
+        paged: indices of the paged layers.
         config: the decoder's config.
-        mask: [B, tokens], 0 or False for padding; None for none.
+        mask: [B, tokens], 0 or False for padding; None for no padding.
     Returns:
         the mask as bool.
     Raises:
-        OptionTypeError: `cache` is no transformers cache, or `mask` no mask.
-        OptionError: its layers do not match the model's, or each other.
-        BatchSizeError: `mask` is of other sequences or tokens.
+        OptionTypeError: `cache` is not a transformers cache, or `mask` not a padding mask.
+        OptionError: the layers of `cache` do not match the model or each other.
+        BatchSizeError: `mask` has another shape than [sequences, tokens] of `cache`.
     """
     if not isinstance(cache, Cache):
         raise OptionTypeError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass a DynamicCache")
@@ -48,22 +48,22 @@ def check_source(
                     f"{type(source).__name__}; pass a DynamicCache(config=model.config)"
                 )
             continue
-        form = _form(source, index, next(expected, None))
-        first = first or (index, form)
-        if form != first[1]:
+        sizes = _sizes(source, index, next(expected, None))
+        first = first or (index, sizes)
+        if sizes != first[1]:
             raise OptionError(
                 f"cache: expected layers that are alike, got [sequences, tokens] and dtype {first[1]} in layer {first[0]} and "
-                f"{form} in layer {index}; pass a cache that one model has filled"
+                f"{sizes} in layer {index}; pass a cache that one model has filled"
             )
     return _checked_mask(mask, first[1] if first is not None else None)
 
 
 def take_over(cache: Cache, layers: list[Any], paged: Collection[int], valid: Tensor | None) -> None:
-    """Append what `cache`, which was checked, holds to an empty SpinCache; nothing is committed.
+    """Append the contents of `cache`, which `check_source` has accepted, to an empty SpinCache. Commits nothing.
 
     Args:
-        layers: of the SpinCache; those that are not paged are replaced by copies.
-        paged: the indices of those that are paged.
+        layers: layers of the SpinCache. Those that are not paged are replaced by copies of the source's.
+        paged: indices of the paged layers.
         valid: [B, tokens], bool; None for no padding.
     """
     for index, (layer, source) in enumerate(zip(list(layers), cache.layers, strict=False)):
@@ -73,8 +73,8 @@ def take_over(cache: Cache, layers: list[Any], paged: Collection[int], valid: Te
             layer.append(source.keys, source.values, valid)
 
 
-def _form(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] | None:
-    """PageTable, tokens and dtype of a layer; None where it is empty. Raises where it cannot be served."""
+def _sizes(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] | None:
+    """((sequences, tokens), dtype) of a layer; None if it is empty. Raises OptionError if it cannot be paged."""
     keys, values = getattr(source, "keys", None), getattr(source, "values", None)
     if keys is None or values is None or not keys.numel():
         return None
@@ -102,11 +102,11 @@ def _form(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...] 
 
 
 def _is_distributed() -> bool:
-    """Whether ranks may have a part of the heads each."""
+    """Whether each rank may hold a subset of the heads."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _checked_mask(mask: Tensor | None, form: tuple[Any, ...] | None) -> Tensor | None:
+def _checked_mask(mask: Tensor | None, sizes: tuple[Any, ...] | None) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
@@ -114,9 +114,9 @@ def _checked_mask(mask: Tensor | None, form: tuple[Any, ...] | None) -> Tensor |
         raise OptionTypeError(
             f"attention_mask: expected a padding mask [sequences, tokens], got {what}; pass the tokenizer's attention_mask"
         )
-    if form is not None and tuple(mask.shape) != form[0]:
+    if sizes is not None and tuple(mask.shape) != sizes[0]:
         raise BatchSizeError(
-            f"attention_mask: expected {list(form[0])}, the sequences and tokens that the cache holds, got {list(mask.shape)}; "
-            "pass the mask of all tokens held"
+            f"attention_mask: expected {list(sizes[0])}, the sequences and tokens that the cache holds, got "
+            f"{list(mask.shape)}; pass the mask of all tokens held"
         )
     return mask.bool()

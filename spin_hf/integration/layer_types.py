@@ -1,15 +1,15 @@
-"""Which layers of a model are paged, and which are left to transformers' own cache layers, and why.
+"""Decides which layers of a model are paged. The others use transformers' own cache layers.
 
-full attention                  SpinLayer, unless a whole-model reason below applies
-sliding or chunked attention    transformers' own: keeps the window only
+full attention                  SpinLayer, except in the models named below
+sliding or chunked attention    transformers' own: stores the window only
 linear attention, convolution   transformers' own: its state does not grow
 shared KV, no attention         transformers' own placeholder
-latent attention (MLA)          transformers' own: what is cached are latents, expanded after `update`
-cross attention                 transformers' own: tokens of an image, which are not those of the text
-hybrid and indexed attention    transformers' own: their `update` does more than keys and values
+latent attention (MLA)          transformers' own: caches latents, which are expanded after `update`
+cross attention                 transformers' own: caches tokens of an image, not of the text
+hybrid and indexed attention    transformers' own: their `update` takes more than keys and values
 
-Some models attend with other keys or values than they cache, run layers several times, or ask for the name of the attention
-implementation. All their layers are left to transformers. docs/families.md lists them.
+No layer is paged in models that attend with other keys or values than they cache, run layers several times, or branch on the
+name of the attention implementation. docs/families.md lists them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from transformers.cache_utils import (
 from ..errors import OptionTypeError, UnsupportedModelError
 
 PLACEHOLDER = "no cache of its own"
-"""Why a layer that shares another one's keys, or has no attention, is not paged."""
+"""The reason for a layer that shares another layer's keys or has no attention."""
 
-# Families that compute attention by themselves and never call the attention interface.
+# Families that compute attention themselves and never call the attention interface.
 _OLD_FAMILIES = {
     "bark", "big_bird", "bloom", "clvp_decoder", "codegen", "coarse_acoustics", "cpmant", "ctrl", "falcon", "flaubert", "git",
     "gpt_neo", "gpt_neox_japanese", "gptj", "imagegpt", "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer",
@@ -41,14 +41,16 @@ _OTHER_STATES = {
     "diffllama": "differential attention: values are split in two after update, attended densely",
     "jetmoe": "mixture of attention heads: keys and values are repeated after update, attended densely",
 }
-"""Model types whose attention gets other keys or values than `update`, and why they are not paged."""
+"""Model types that attend with other keys or values than they cache, and the reason to report."""
 
 
 def decoder_config(model: Any) -> tuple[Any, str]:
-    """The config that the attention modules of a model (or of the model of a config) read, and its name for messages.
+    """The config that the attention modules of a model read, and the model's name for messages.
 
+    Args:
+        model: a model or its config.
     Raises:
-        OptionTypeError: it is neither a model nor a config.
+        OptionTypeError: `model` is neither.
     """
     config = getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
@@ -62,11 +64,11 @@ def decoder_config(model: Any) -> tuple[Any, str]:
 
 
 def check_model(config: Any, name: str) -> None:
-    """Raise UnsupportedModelError where a model cannot be served at all.
+    """Raise UnsupportedModelError if no SpinCache can serve the model.
 
     Args:
         config: the model's decoder config.
-        name: what to call the model in messages.
+        name: the model's name in messages.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -88,9 +90,9 @@ def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[
 
     Args:
         config: the decoder's config.
-        paged: makes the paged layer of a layer number.
+        paged: makes the paged layer of a layer index.
     Returns:
-        the layers, and reason -> how many layers are not paged.
+        the layers, and reason -> number of layers that are not paged for it.
     """
     layers: list[Any] = []
     reasons: dict[str, int] = {}
@@ -110,12 +112,12 @@ def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[
 
 
 def is_placeholder(layer: Any) -> bool:
-    """Whether a cache layer holds nothing of its own."""
+    """Whether a cache layer is a placeholder without keys, values or state."""
     return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
 
 
 def _reason_none_is_paged(config: Any, layers: list[Any]) -> str | None:
-    """Why the full-attention layers of a model are not paged; None if they are."""
+    """The reason why none of a model's full-attention layers is paged; None if they are."""
     if getattr(config, "kv_lora_rank", None) is not None:
         return "latent attention: cached latents are expanded after update, attended densely"
     if getattr(config, "model_type", None) in _OTHER_STATES:
@@ -124,7 +126,7 @@ def _reason_none_is_paged(config: Any, layers: list[Any]) -> str | None:
         return "keys are normalised after update, attended densely"
     if (getattr(config, "n_recurrent_loops", None) or getattr(config, "loop_num_passes", None) or 1) > 1:
         return "looped layers: the model adds cache layers of its own, attended densely"
-    for layer in layers:  # what is neither asks for the name of the implementation, and "spin" says nothing to it
+    for layer in layers:  # models with other layer classes branch on the implementation's name and do not know "spin"
         plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if isinstance(layer, CacheLayerMixin) and not plain and not isinstance(layer, LinearAttentionCacheLayerMixin):
             return f"beside {type(layer).__name__}: the model chooses tokens by itself, attended densely"

@@ -1,4 +1,4 @@
-"""What a paged layer shows of itself, as transformers' layers do: keys, values, dtype, device. To be read only."""
+"""Read-only attributes of transformers' cache layers, for paged layers: keys, values, dtype, device, batch size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..storage.read_only import read_only
 
 
 class LayerViews:
-    """Properties of a layer that follow from its pages."""
+    """Properties that are computed from a layer's pages."""
 
     layer_idx: int
     cache_state: Any
@@ -21,7 +21,7 @@ class LayerViews:
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys [B, H, tokens, Dk] in order (a copy, read-only), or None; for inspection and hand-over."""
+        """All keys [B, H, tokens, Dk] in order, a read-only copy; None for an empty layer."""
         return self._dense(0)
 
     @keys.setter
@@ -30,7 +30,7 @@ class LayerViews:
 
     @property
     def values(self) -> Tensor | None:
-        """All values [B, H, tokens, Dv] in order (a copy, read-only), or None."""
+        """All values [B, H, tokens, Dv] in order, a read-only copy; None for an empty layer."""
         return self._dense(1)
 
     @values.setter
@@ -39,17 +39,17 @@ class LayerViews:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values; AttributeError before the first token, as in transformers' layers."""
+        """The dtype of keys and values. AttributeError before the first token, as in transformers' layers."""
         return self._known("dtype").dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the compute tier, where keys come from and attention is computed; AttributeError before the first token."""
+        """The device of the model's keys, where attention is computed. AttributeError before the first token."""
         return self._known("device").device
 
     @property
     def batch_size(self) -> int:
-        """PageTable held; AttributeError before the first token, which is how transformers asks."""
+        """The number of sequences held. AttributeError before the first token, which transformers expects."""
         self.cache_state.settle()
         if self.state.store is None or not self.cache_state.sequences.batch_size:
             raise AttributeError("batch_size")

@@ -25,7 +25,7 @@ MAX_CORRECTION_NATS = 4.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class KernelRecipe:
     """Parameters of the Triton kernels for one method; see the module's head.
 
     Attributes:

@@ -20,7 +20,7 @@ from spin_hf.attention.methods.base import Method
 from spin_hf.attention.methods.registry import resolve_method
 from spin_hf.config import MOST_BYTES, MOST_TOKENS, SpinOptions, parse_bytes
 from spin_hf.kernels.descriptor_fields import Rating
-from spin_hf.kernels.recipe import Recipe
+from spin_hf.kernels.recipe import KernelRecipe
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.zoo import build_model
 
@@ -256,7 +256,7 @@ def test_classes_whose_numbers_cannot_work() -> None:
 )  # fmt: skip
 def test_recipes_whose_numbers_cannot_work(field: str, value: Any) -> None:
     class Mine(Bisection):
-        recipe: ClassVar[Recipe] = Recipe(Rating.SHARE, **{field: value})  # type: ignore[misc]
+        recipe: ClassVar[KernelRecipe] = KernelRecipe(Rating.SHARE, **{field: value})  # type: ignore[misc]
 
     with pytest.raises(SpinError, match=f"recipe: {field}: expected"):
         SpinCache(Shape().config(), Mine())

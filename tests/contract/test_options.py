@@ -12,7 +12,7 @@ from spin_hf import BudgetError, OptionError, OptionTypeError, ShadowKV, SpinCac
 from spin_hf.attention.methods.registry import resolve_method
 from spin_hf.config import SpinOptions, parse_bytes
 from spin_hf.kernels.descriptor_fields import Rating
-from spin_hf.kernels.recipe import Recipe
+from spin_hf.kernels.recipe import KernelRecipe
 from tests.support.cache_driver import Shape
 
 
@@ -149,7 +149,7 @@ def test_parameters_of_shadowkv(count: Any, error: type[SpinError]) -> None:
 
 
 class MeansOnly:
-    recipe = Recipe(Rating.LIKELIEST, summarised_by_append=True)
+    recipe = KernelRecipe(Rating.LIKELIEST, summarised_by_append=True)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         return {"mean": (head_dim,)}
@@ -157,11 +157,11 @@ class MeansOnly:
 
 class PagesOfTwelve:
     page_size = 12
-    recipe = Recipe(Rating.LIKELIEST)
+    recipe = KernelRecipe(Rating.LIKELIEST)
 
 
 class FiveVectors:
-    recipe = Recipe(Rating.LIKELIEST)
+    recipe = KernelRecipe(Rating.LIKELIEST)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         return {f"v{i}": (head_dim,) for i in range(5)}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_hf import UnsupportedModelError
 from spin_hf.attention.methods.seer_gates import rotate
-from spin_hf.distill.teacher import Seen, Teacher, page_attention
+from spin_hf.distill.teacher import LayerAttention, Teacher, page_attention
 from tests.support.zoo import build_config, build_model
 
 
@@ -19,7 +19,7 @@ def test_page_attention_is_the_largest_weight_of_a_page_and_group() -> None:
     queries = torch.randn((2, 3, 75, 8), generator=generator)
     keys = torch.randn((2, 75, 8), generator=generator)
     positions = torch.tensor([20, 31, 74])
-    actual = page_attention(Seen(queries, keys, 0.7, 4.0), positions, 16)
+    actual = page_attention(LayerAttention(queries, keys, 0.7, 4.0), positions, 16)
     assert actual.shape == (2, 3, 4)
     for h in range(2):
         for i, position in enumerate(positions.tolist()):
@@ -36,7 +36,7 @@ def test_page_attention_is_the_largest_weight_of_a_page_and_group() -> None:
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Seen(torch.randn(1, 2, 64, 8), torch.randn(1, 64, 8), 0.3, None)
+    seen = LayerAttention(torch.randn(1, 2, 64, 8), torch.randn(1, 64, 8), 0.3, None)
     whole = page_attention(seen, torch.arange(64), 16)
     monkeypatch.setattr("spin_hf.distill.teacher._CHUNK_LOGITS", 5 * 2 * 64)
     assert torch.allclose(page_attention(seen, torch.arange(64), 16), whole, atol=1e-7)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from spin_hf import SeerAttention, SpinCache
 from spin_hf.attention.methods.seer_gate_file import load_gates
-from spin_hf.distill.teacher import Seen, Teacher
+from spin_hf.distill.teacher import LayerAttention, Teacher
 from spin_hf.distill.train import Settings, _draw, distill, gate_loss, untrained
 from tests.support.distillation import SETTINGS, report, text
 from tests.support.oracle import turn
@@ -27,7 +27,7 @@ from tests.support.zoo import build_model
 def test_the_loss_is_the_divergence_from_normalised_page_attention() -> None:
     heads, group, length, dim, block = 2, 3, 130, 8, 16
     generator = torch.Generator().manual_seed(0)
-    seen = Seen(
+    seen = LayerAttention(
         torch.randn((heads, group, length, dim), generator=generator),
         torch.randn((heads, length, dim), generator=generator), 0.5, None,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def test_untrained_gates_compare_mean_keys(family: str) -> None:
     ids = torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(0))
     checked = []
 
-    def see(layer: int, seen: Seen) -> None:
+    def see(layer: int, seen: LayerAttention) -> None:
         keys = seen.keys[None, :, :, None]  # pages of one token: largest, smallest and mean are the key
         places = torch.arange(64).view(1, 1, 64, 1)
         made = gates[layer].of_pages(keys, torch.ones_like(places, dtype=torch.bool), places)[0]
@@ -221,7 +221,7 @@ def kept_mass(model: PreTrainedModel, gates: dict[int, Any], ids: Tensor, settin
     shares: list[Tensor] = []
     positions = torch.arange(100, len(ids), 7)
 
-    def see(layer: int, seen: Seen) -> None:
+    def see(layer: int, seen: LayerAttention) -> None:
         number = len(ids) // settings.block
         places = torch.arange(number * settings.block).view(1, 1, number, settings.block)
         paged = seen.keys[None, :, : places.numel()].unflatten(2, places.shape[2:])

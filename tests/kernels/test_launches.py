@@ -14,7 +14,7 @@ from spin_hf import Bisection, Quest, RetroInfer, ShadowKV
 from spin_hf.attention.methods import four_bit_keys
 from spin_hf.kernels import reference
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
-from spin_hf.kernels.recipe import Recipe
+from spin_hf.kernels.recipe import KernelRecipe
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.interpreted_kernels import interpret_kernels
 
@@ -30,8 +30,8 @@ class Weighing(RetroInfer):
     """A page counts as often as it has tokens."""
 
     @property
-    def recipe(self) -> Recipe:
-        return Recipe(Rating.SHARE, weighs_tokens=True)
+    def recipe(self) -> KernelRecipe:
+        return KernelRecipe(Rating.SHARE, weighs_tokens=True)
 
 
 def one_step(method: Any, monkeypatch: pytest.MonkeyPatch, shape: Shape, padded: bool, dtype: torch.dtype) -> Any:
@@ -105,7 +105,7 @@ def test_zones(budget: int, dense_below: int, padded: bool) -> None:
 def test_scores_and_their_histogram(method: Any, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(kv_heads=2, group=3, key_dim=48, value_dim=32)
     step, _, _ = one_step(method, monkeypatch, shape, padded, torch.float32)
-    recipe: Recipe = method.recipe
+    recipe: KernelRecipe = method.recipe
     num_pages, rows = -(-(LENGTH + 1) // method.page_size), (2, shape.kv_heads)
     logits = step.scratch[StepField.LOGITS].view(*rows, shape.group, -1)[..., :num_pages]
     scores = step.scratch[StepField.SCORES].view(*rows, -1)[..., :num_pages]

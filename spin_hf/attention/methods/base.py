@@ -1,24 +1,22 @@
-"""What a method is: how it summarises pages, and which pages a query needs.
+"""The interface of a method: how it summarises pages, and which pages it selects for a query.
 
-    index    keys of pages ----> summaries (kept on the GPU, one row per page and KV head)
-    select   query + summaries ----> pages to attend to, per sequence and KV head
-    estimate query + summaries ----> what stands for (some of) the other pages in the softmax; most methods have nothing
+    index     keys of pages      --> summaries, stored on the GPU: one row per page and KV head
+    select    query + summaries  --> pages to attend to, per sequence and KV head
+    estimate  query + summaries  --> pseudo-tokens for pages that are not selected; optional
 
-A *partition* is what a method selects as a whole. `Method` leaves its shape open: `select` may return any pages.
-`PageMethod` is the common case, partition = page: it asks for two formulas and does the rest. What tokens make a page is a
-method's business too if it is `ClusteringMethod`; pages are else runs of positions.
+`PageMethod` is the common case. It needs two formulas, `index` and `score`, and selects the pages with the best scores.
+`Method` leaves the selection open. Pages are runs of consecutive tokens, unless the method is a `ClusteringMethod` too.
 
-Sinks, the recent window and padding are not a method's business: it is shown complete pages (of valid tokens) that are
-neither, and whatever it chooses is attended to exactly once. A new method is one file with a frozen dataclass, and one
-line in `methods.py`.
+A method sees complete pages outside the sinks and the recent window. Every page that it selects is attended to exactly once.
+A new method is one file with a frozen dataclass, and one line in `registry.py`.
 
-Methods that need more than keys override, beside `index` or instead of it:
+A method that needs more than keys overrides:
 
-    bind             once per cache, before anything is stored: the model's config; refuse it, or return what serves it
-    index_pages      as `index`, with the layer, the values and, of a method that `uses_positions`, where each token stands
-    recipe           how the Triton kernels serve it; without, it decodes by its formulas on a GPU too
-    project_queries   where its recipe has `projects_queries`: what the kernels score pages by; and `projection_tensors`,
-    which that reads
+    bind                 called once per cache, before anything is stored: check the model's config, load what the model needs
+    index_pages          `index` with layers, values and, if `uses_positions`, the position of each token
+    recipe               how the Triton kernels serve the method; without one it decodes by its PyTorch formulas
+    project_queries      what the kernels score pages by, if the recipe has `projects_queries`
+    projection_tensors   the tensors that `project_queries` reads
 """
 
 from __future__ import annotations
@@ -34,24 +32,24 @@ from torch import Tensor
 from ... import kernels
 from ...config import MOST_TOKENS, require_count, require_real
 from ...errors import OptionError
-from ...kernels.recipe import MAX_SUMMARIES, Recipe
+from ...kernels.recipe import MAX_SUMMARIES, KernelRecipe
 
 Summaries = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query token of every sequence, and what it may select from.
+    """One query token of every sequence, and the pages that it may select.
 
     Attributes:
-        states: [B, H, G, D], float32: the query states of a token, by KV head.
+        states: [B, H, G, D], float32: query states, by KV head.
         candidates: [B, N], bool: the pages that may be selected.
         budget_tokens: [B], int64: tokens to select per KV head.
         page_size: tokens per page.
         scale: factor of the attention scores.
-        layer: number of the layer among the paged ones.
-        positions: [B], int64: real tokens before the query, of a method that `uses_positions`; else None.
-        page_tokens: [B, N], int64: tokens of each page that the query may attend to; None where nobody asks.
+        layer: index of the layer among the paged layers.
+        positions: [B], int64: real tokens before the query. None unless the method `uses_positions`.
+        page_tokens: [B, N], int64: tokens of each page that the query may attend to. The cache always fills it.
     """
 
     states: Tensor
@@ -71,18 +69,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages of every sequence to summarise, and where they are from.
+    """Pages to summarise.
 
     Attributes:
         keys: [B, H, n, P, D], as cached (after RoPE).
-        valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
-        layers: numbers of their layers among the paged ones: pages of as many sequences from each, one layer after the other.
-            One number only, unless the layers are alike or the pages are those that a captured step completed.
+        valid: [B, 1, n, P], bool: False for padding and empty places, which must not count.
+        layers: indices of the pages' layers among the paged layers. With several, dimension B holds the same sequences once
+            per layer, one layer after the other. Several occur if `layers_alike`, and for pages that a captured step completed.
         values: [B, H, n, P, Dv].
-        positions: [B, 1, n, P], int64: real tokens before each token when it came, which is what `generate` rotates its key
-            by; meaningless for padding. None unless the method `uses_positions`.
-        pages_per_cluster: [B, H, n], int64: pages of the partition that each page begins, 0 where it continues one; partitions
-            are whole, and their pages follow each other. None unless the method clusters tokens.
+        positions: [B, 1, n, P], int64: real tokens before each token when it was appended, so the position by which `generate`
+            rotates its key. Undefined for padding. None unless the method `uses_positions`.
+        pages_per_cluster: [B, H, n], int64: number of pages at the first page of each cluster, 0 at its other pages. Clusters
+            are complete, their pages consecutive. None unless the method clusters tokens.
     """
 
     keys: Tensor
@@ -95,15 +93,13 @@ class Pages:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Pseudo-tokens that stand for tokens which are not attended to: they enter the same softmax.
+    """Pseudo-tokens in the softmax, each in place of several tokens that are not attended to.
 
     Attributes:
         keys: [B, H, M, D], float32.
         values: [B, H, M, Dv], float32.
-        log_tokens: [B, H, M], float32: logarithm of how many tokens each stands for, which is added to its score; -inf
-            where there is none.
-        logit_correction: [B, H, G, M], float32: what is added to its score besides, by query head, and before any softcap;
-            None for nothing.
+        log_tokens: [B, H, M], float32: logarithm of the number of tokens, added to the score; -inf where there is none.
+        logit_correction: [B, H, G, M], float32: added to the score of each query head, before any softcap; None for 0.
     """
 
     keys: Tensor
@@ -114,14 +110,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to choose the pages that a query attends to. Subclasses are frozen and hold their own parameters only.
+    """Selects the pages that a query attends to. Subclasses are frozen dataclasses; their fields are the parameters.
 
     Attributes:
-        uses_positions: whether `Pages.positions` and `Query.positions` are wanted; a model whose position ids do not count
-            real tokens is then refused.
-        layers_alike: whether `index_pages` does the same for every layer, so that prompts may be summarised in several at once.
-        index_rounds: whether a page's summary may differ in its last bits with the pages it is indexed among, as sums of
-            matrix products do.
+        uses_positions: whether `Pages.positions` and `Query.positions` are filled. Position ids that do not count real tokens
+            then raise an error.
+        layers_alike: whether `index_pages` ignores the layer, so that one call may summarise the prompt in several layers.
+        index_rounds: whether the last bits of a page's summary may depend on the other pages of the call, as they do with
+            matrix products.
     """
 
     name: ClassVar[str]
@@ -131,29 +127,30 @@ class Method(ABC):
     index_rounds: ClassVar[bool] = False
 
     def bind(self, config: Any, layers: list[int]) -> Method:
-        """The method for one model; called once per cache, before anything is stored.
+        """The method for one model. Called once per cache, before anything is stored.
 
         Args:
             config: the model's decoder config.
-            layers: the paged layers' numbers in the model; `Query.layer` and `Pages.layers` count in this list.
+            layers: indices of the paged layers in the model. `Query.layer` and `Pages.layers` index this list.
         Raises:
             OptionError: the method cannot serve that model.
         """
         return self
 
     @property
-    def recipe(self) -> Recipe | None:
-        """How the Triton kernels serve the method; None if they do not."""
+    def recipe(self) -> KernelRecipe | None:
+        """How the Triton kernels serve the method; None if they cannot."""
         return None
 
     def project_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
-        """What the kernels multiply the first summary with, of a method whose recipe has `projects_queries`. Never waits for
-        the device.
+        """The queries that the kernels multiply with the first summary, if the recipe has `projects_queries`.
+
+        Runs inside a captured step, so it must not wait for the device.
 
         Args:
-            states: [B, H, G, D], the query states of a token, by KV head.
+            states: [B, H, G, D], query states, by KV head.
             positions: [B], integers, as `Query.positions`.
-            layer: number of the layer among the paged ones.
+            layer: index of the layer among the paged layers.
         Returns:
             [B, H, E], float32.
         """
@@ -162,32 +159,32 @@ class Method(ABC):
         )
 
     def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Tensors on the device that `project_queries` reads; they stay where they are for as long as the method lives."""
+        """Tensors on the device that `project_queries` reads. Their addresses do not change while the method lives."""
         return ()
 
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the float32 vectors kept of each page, given the sizes of its keys and values."""
+        """Name and shape of the vectors of one page, given the sizes of a key and a value."""
 
     def summary_dtypes(self) -> dict[str, torch.dtype]:
-        """Names of those that are kept in a dtype of their own, whatever the cache is told; the others are its choice."""
+        """Summaries with a fixed dtype, by name. The others are stored in the cache's `summary_dtype`."""
         return {}
 
     def index_pages(self, pages: Pages) -> Summaries:
-        """Summarise pages, as `index`; what is common to a partition in the row of each of its pages.
+        """Summarise pages, as `index` does. Pages of one cluster may get the same row.
 
-        By keys alone: override `index`.
+        Override `index` instead if keys are enough.
         """
         return self.index(pages.keys, pages.valid)
 
     def index(self, keys: Tensor, valid: Tensor) -> Summaries:
-        """Summarise pages. Every method has this or `index_pages`.
+        """Summarise pages. Every method overrides this or `index_pages`.
 
         Args:
             keys: [B, H, n, P, D], as cached (after RoPE).
-            valid: [B, 1, n, P], bool: False for padding and for places not filled yet, which must not count.
+            valid: [B, 1, n, P], bool: False for padding and empty places, which must not count.
         Returns:
-            name -> [B, H, n, *shape], float32 or the dtype of its own, finite even for pages without a valid token.
+            name -> [B, H, n, *shape], float32 or the dtype from `summary_dtypes`. Finite, also for pages without a valid token.
         """
         raise NotImplementedError(
             f"{type(self).__name__}: expected index or index_pages, got neither; write one of them"
@@ -195,17 +192,18 @@ class Method(ABC):
 
     @abstractmethod
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """Choose pages.
+        """Select pages.
 
         Args:
             query: the query and its budget.
-            summary: gives the summaries [B, H, N, *shape] of a name; with pages [B, H, k], those of these only.
+            summary: `summary(name)` gives [B, H, N, *shape] of all pages; `summary(name, pages)` with pages [B, H, k] gives
+                [B, H, k, *shape].
         Returns:
-            Page numbers [B, H, k], int64, distinct in each row, candidates only; -1 for none.
+            Page numbers [B, H, k], int64, candidates only, distinct in each row; -1 fills the row.
         """
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
-        """What stands for candidates that were not selected; None for nothing.
+        """Pseudo-tokens for candidates that were not selected; None for none.
 
         Args:
             query, summary: as for `select`.
@@ -219,8 +217,8 @@ _FORMULAS = (
 )  # fmt: skip
 
 
-def recipe_of(method: Method) -> Recipe | None:
-    """The recipe of a method, unless its class changes formulas that the recipe was written for."""
+def recipe_of(method: Method) -> KernelRecipe | None:
+    """The recipe of a method. None if a subclass of the class that states it overrides a formula."""
     for kind in type(method).__mro__:
         if "recipe" in vars(kind):
             return method.recipe
@@ -230,17 +228,17 @@ def recipe_of(method: Method) -> Recipe | None:
 
 
 def check_recipe(method: Method) -> None:
-    """Raise OptionError where a method's recipe asks for what the kernels cannot do."""
+    """Raise OptionError if the kernels cannot run a method's recipe."""
     recipe = recipe_of(method)
     if recipe is None:
         return
     for name in ("outliers_per_1024", "rerank_factor", "dense_layers"):
         require_count(f"{method.name}: recipe: {name}", getattr(recipe, name), 0, MOST_TOKENS)
     for name in ("estimated_share", "threshold"):
-        share = require_real(f"{method.name}: recipe: {name}", getattr(recipe, name), 0.0)
-        if not 0.0 <= share <= 1.0:
+        fraction = require_real(f"{method.name}: recipe: {name}", getattr(recipe, name), 0.0)
+        if not 0.0 <= fraction <= 1.0:
             raise OptionError(
-                f"{method.name}: recipe: {name}: expected a share in [0, 1], got {share}; pass 0.0 for none"
+                f"{method.name}: recipe: {name}: expected a fraction in [0, 1], got {fraction}; pass 0.0 for none"
             )
     shapes = list(method.summary_shapes(16, 32).values())
     if method.page_size & (method.page_size - 1):
@@ -262,11 +260,11 @@ def check_recipe(method: Method) -> None:
 
 @dataclass(frozen=True)
 class PageMethod(Method):
-    """A method whose partition is one page: the best-scoring pages up to the budget."""
+    """A method that selects single pages: those with the best scores, up to the budget."""
 
     @abstractmethod
     def score(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """Score pages [B, H, N], float32: higher is chosen first, +inf always; non-candidates are ignored."""
+        """Scores of pages [B, H, N], float32. Higher is selected first, +inf always. Only candidates count."""
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The `query.budget_pages` best candidates of every KV head."""

@@ -1,13 +1,12 @@
-"""What a method adds to choose which tokens make a page: tokens that queries want together should lie together.
+"""The interface of a method that decides which tokens form a page, so that tokens selected together share pages.
 
-    arrange            keys of spans, all of one length  ----> their order, and which pages then make a partition
-                       what a prompt's end asked
-    index_pages        pages in that order                   ----> summaries
+    form_clusters   keys of spans, observation queries   --> order of the tokens, and the number of pages of each cluster
+    index_pages     pages in that order                  --> summaries
 
-A partition is a run of pages, and the row of each of them holds what is known of it as a whole: selecting page by page, best
-rows first, takes partitions whole, but for the last. Tokens that were not clustered_pages yet (fewer than `cluster_interval`,
-besides sinks and recent window) lie in pages of consecutive tokens, each a partition by itself, and may be selected like any
-other.
+A cluster is a run of one or more pages. The summaries of a cluster stand in the row of each of its pages, so its pages have
+equal scores. Selection by page therefore takes complete clusters, except the last one. Tokens that are not clustered yet, fewer
+than `cluster_interval` beside sinks and recent window, lie in pages of consecutive tokens. Each such page is a cluster of its
+own and competes like any other.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class TokenClusters:
     """A new order of tokens, by span and KV head.
 
     Attributes:
-        order: [S, H, n], int64: which token stands at each place, a permutation in each row.
-        pages_per_cluster: [S, H, n / P], int64: how many pages the partition has that begins at a page, 0 where none does;
-            None where every page is a partition by itself, as it has to be for methods without `multi_page_clusters`.
+        order: [S, H, n], int64: the token at each place; each row is a permutation.
+        pages_per_cluster: [S, H, n / P], int64: number of pages at the first page of each cluster, 0 at its other pages. None
+            if every page is a cluster of its own, which `multi_page_clusters = False` requires.
     """
 
     order: Tensor
@@ -35,31 +34,30 @@ class TokenClusters:
 
 
 class ClusteringMethod(ABC):
-    """Mixed into a method: `class Mine(ClusteringMethod, Method)`."""
+    """A mixin of a method: `class Mine(ClusteringMethod, Method)`."""
 
     span_tokens: ClassVar[int] = 8192
-    """Most tokens that trade places with one another, 32768 or fewer; what a prefill brings is split into equal parts."""
+    """Largest number of tokens that are clustered together, at most 32768. A longer prefill is split into equal spans."""
     cluster_interval: ClassVar[int] = 1024
-    """How many tokens there must be to be clustered_pages, which is how often it happens as a context grows."""
+    """Tokens are clustered once this many are not clustered yet, so at this interval as a context grows."""
     multi_page_clusters: ClassVar[bool] = True
-    """Whether a partition may have several pages; else nothing is kept of partitions."""
+    """Whether a cluster may have several pages. If False, cluster sizes are not stored."""
     num_observation_queries: ClassVar[int] = 0
-    """How many queries of a prompt's end `form_clusters` is shown; 0 for none, which are then not kept either."""
+    """How many queries from the end of the prompt `form_clusters` gets. If 0, none are stored."""
 
     @abstractmethod
     def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         """Order the tokens of each of S spans, of one sequence or several.
 
         Args:
-            keys: [S, H, n, D] of consecutive tokens, as cached; n is a multiple of the page size, none is padding.
-            observation_queries: [S, H, G, num_observation_queries, D], what the last tokens of the prompt asked, times the
-                factor of attention scores; None where no prompt was just read: for tokens that were generated, or taken over
-                from another cache.
+            keys: [S, H, n, D] of consecutive tokens, as cached, without padding; n is a multiple of the page size.
+            observation_queries: [S, H, G, num_observation_queries, D], queries from the end of the prompt, times the scale of
+                attention scores. None for generated tokens and for tokens from `SpinCache.from_cache`.
         """
 
 
 def last_queries(query: Tensor, number: int) -> Tensor:
-    """A copy of `number` queries, evenly from the last twice as many; some of them repeated where there are fewer.
+    """A copy of `number` queries, evenly spaced over the last `2 * number`. Repeats queries if there are fewer than `number`.
 
     Args:
         query: [B, H, G, Q, D].
@@ -72,12 +70,13 @@ def last_queries(query: Tensor, number: int) -> Tensor:
 
 
 def merge_pages(means: Tensor, pages_per_cluster: Tensor) -> Tensor:
-    """Means of partitions from means of their (equally full) pages.
+    """Means of clusters from means of their pages, which are all full.
 
     Args:
-        means: [B, H, n, D]; pages_per_cluster: [B, H, n], which tile the n pages.
+        means: [B, H, n, D]
+        pages_per_cluster: [B, H, n], as in `TokenClusters`; the clusters cover the n pages.
     Returns:
-        [B, H, n, D]: the same, to the last bit, in all rows of a partition.
+        [B, H, n, D]; all rows of a cluster are bitwise equal.
     """
     places = torch.arange(means.shape[2], device=means.device)
     first = torch.where(pages_per_cluster > 0, places, 0).cummax(2).values

@@ -1,9 +1,10 @@
-"""Vectors in four bits a number: rotated by random signs and a Hadamard matrix, which spreads outliers, then rounded.
+"""Vectors in four bits per number: rotated by random signs and a Hadamard matrix, which spreads outliers, then rounded.
 
-    vector [D]  --signs, Hadamard-->  [D]  --/ scale-->  16 levels -7.5, -6.5, ... 7.5  -->  two in a byte, [ceil(D / 2)] uint8
+    vector [D]  --signs, Hadamard-->  [D]  --/ scale-->  16 levels -7.5, -6.5, ... 7.5  -->  two per byte, [ceil(D / 2)] uint8
 
-A product needs no decoding of the rotation: q . vector = (rotated q) . (rotated vector). The scale of a vector is that of six
-multiples of its root mean square which gives the least squared error. Where D is no power of two, blocks are rotated.
+Dot products do not need the inverse rotation: q . vector = (rotated q) . (rotated vector). The scale is the one of six
+multiples of the vector's root mean square that gives the smallest squared error. The block size of the Hadamard matrix is the
+largest power of two that divides D.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MIDDLE = 7.5
 
 
 def rotate(vectors: Tensor) -> Tensor:
-    """Vectors [..., D], float32, in another orthonormal basis, always the same for a D."""
+    """Vectors [..., D], float32, in an orthonormal basis that depends on D alone."""
     dim = vectors.shape[-1]
     block = dim & -dim
     signs, matrix = _rotation(dim, block, vectors.device)
@@ -31,14 +32,14 @@ def rotate(vectors: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def basis(dim: int, device: torch.device) -> Tensor:
-    """[dim, dim], float32, whole numbers: a vector times it, over the length of a column, is what `rotate` gives."""
+    """[dim, dim], float32, integers: `rotate(v)` is `v @ basis` divided by the norm of a column."""
     block = dim & -dim
     signs, matrix = _rotation(dim, block, device)
     return torch.block_diag(*[(matrix * math.sqrt(block)).round()] * (dim // block)) * signs.unsqueeze(1)
 
 
 def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Four bits for each number of what keys differ from the mean of their page.
+    """Encode keys minus the mean of their page.
 
     Args:
         keys: [B, H, n, P, D]; mean: [B, H, n, D], float32; valid: [B, 1 or H, n, P], bool.
@@ -55,16 +56,16 @@ def encode_pages(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 def encode_by_formulas(keys: Tensor, mean: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_pages` in PyTorch: the specification, and what serves GPUs before Ampere and keys too long for one."""
+    """`encode_pages` in PyTorch: the specification. Also used on GPUs before Ampere, and for keys too long for the kernel."""
     codes, scale = encode(rotate(keys.float().masked_fill(~valid.unsqueeze(-1), 0.0) - mean.unsqueeze(-2)))
     return codes, scale.masked_fill(~valid, -1.0)
 
 
 def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Four bits for each number of vectors [..., D].
+    """Encode rotated vectors [..., D].
 
     Returns:
-        codes: [..., ceil(D / 2)], uint8; scale: [...], float32, > 0: number ~ (code - 7.5) * scale.
+        codes: [..., ceil(D / 2)], uint8; scale: [...], float32, > 0. A number is about (code - 7.5) * scale.
     """
     size = rotated.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
     best = scale = lowest = torch.empty(0)
@@ -84,7 +85,7 @@ def encode(rotated: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, dim: int) -> Tensor:
-    """Levels [..., D], float32, of codes [..., ceil(D / 2)]; times the scale they are about the rotated vectors."""
+    """Levels [..., D], float32, of codes [..., ceil(D / 2)]. Levels times scale approximate the rotated vectors."""
     pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return pairs[..., :dim].float() - _MIDDLE
 

@@ -1,4 +1,4 @@
-"""How many heads a model's layers have, and of what sizes, as its config says."""
+"""Numbers and sizes of the heads of a model's layers, read from its config."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads of one layer: KV heads, and elements of a key and of a value.
+    """Heads of one layer: number of KV heads, dimensions of a key and of a value.
 
-    `group` is how many query heads a KV head has; None where that is not known.
+    `group` is the number of query heads per KV head; None if it is not known.
     """
 
     num_heads: int
@@ -21,11 +21,11 @@ class LayerShape:
 
 
 def layer_shapes(config: Any, layers: list[int]) -> list[LayerShape] | None:
-    """Shapes of full-attention layers as the config has them; None where it does not say.
+    """Shapes of full-attention layers; None if the config does not give them.
 
     Args:
         config: the decoder's config.
-        layers: their numbers in the model.
+        layers: indices of the layers in the model.
     """
     per_layer = getattr(config, "per_layer_config", None)
     shapes = [_shape(config if per_layer is None else per_layer[index]) for index in layers]
@@ -36,7 +36,7 @@ def _shape(config: Any) -> LayerShape | None:
     known = set(inspect.signature(type(config).__init__).parameters)
 
     def read(name: str) -> Any:
-        """What the config has under a name that its class knows: a model reads nothing else."""
+        """A field that the config's class declares. Models read no other fields."""
         knows = name in known or hasattr(type(config), name) or name in config.attribute_map
         return getattr(config, name, None) if knows else None
 

@@ -3,8 +3,8 @@
     low, high(page)  = smallest and largest value of its keys (after RoPE), channel by channel
     score(page)      = max over the query heads of a KV head of  sum over channels of max(q * low, q * high)
 
-No key in the box has a larger product with the query than the score. The first layers, whose attention is spread widely, choose
-all pages. The original chooses for each query head; here, as in SPIN, the heads of a KV head share their pages.
+The score is an upper bound of q . k over the keys of a page. The first layers attend to all pages, because their attention is
+spread widely. The original selects per query head; here, as in SPIN, the query heads of a KV head share their pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...config import require_tokens
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Query, Summaries
 
 
@@ -27,7 +27,7 @@ class Quest(PageMethod):
     """Boxes of minima and maxima.
 
     Args:
-        dense_layers: how many of the first paged layers attend to everything.
+        dense_layers: number of first paged layers that attend to all pages.
     Raises:
         OptionTypeError, OptionError: not an int of 0 or more.
     """
@@ -40,9 +40,9 @@ class Quest(PageMethod):
         object.__setattr__(self, "dense_layers", require_tokens("dense_layers", self.dense_layers, 0))
 
     @property
-    def recipe(self) -> Recipe:
-        """Bounds by the boxes, and another plan for the first layers."""
-        return Recipe(Rating.BOUND, dense_layers=self.dense_layers)
+    def recipe(self) -> KernelRecipe:
+        """Scores by upper bounds; the first layers are dense."""
+        return KernelRecipe(Rating.BOUND, dense_layers=self.dense_layers)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`low` [D] and `high` [D]."""
@@ -57,7 +57,7 @@ class Quest(PageMethod):
         return {"low": low.where(some, 0.0), "high": high.where(some, 0.0)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
-        """Group maximum of the upper bounds."""
+        """Maximum over the group of the upper bounds."""
         low, high = (summary(name).transpose(-1, -2) for name in ("low", "high"))
         positive = query.states.clamp(min=0)  # max(q * low, q * high) is q * high where q is positive, else q * low
         return (positive @ high + (query.states - positive) @ low).amax(2)
@@ -65,6 +65,6 @@ class Quest(PageMethod):
     def select(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
         """The best candidates up to the budget; all of them in the first layers."""
         if query.layer < self.dense_layers:
-            everything = torch.full_like(query.budget_tokens, query.candidates.shape[1] * query.page_size)
-            query = replace(query, budget_tokens=everything)
+            all_tokens = torch.full_like(query.budget_tokens, query.candidates.shape[1] * query.page_size)
+            query = replace(query, budget_tokens=all_tokens)
         return super().select(query, summary)

@@ -20,10 +20,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def resolve_method(method: str | Method) -> Method:
-    """A method from its name (with the published parameters) or as given.
+    """The method of a name, with default parameters; a method object is returned as it is.
 
     Raises:
-        OptionTypeError, OptionError: neither a method nor a known name; or a number of its class cannot work.
+        OptionTypeError, OptionError: neither a method nor a known name, or a class attribute of the method is out of range.
     """
     known = ", ".join(repr(name) for name in METHODS)
     if isinstance(method, Method):
@@ -42,7 +42,7 @@ def resolve_method(method: str | Method) -> Method:
 
 
 def _check_numbers(method: Method) -> None:
-    """Raise where what a class says of pages and spans is no count; parameters are checked by who has them."""
+    """Check class attributes about pages and spans. Methods check their parameters themselves."""
     name = type(method).__name__
     require_count(f"{name}: page_size", method.page_size, 1, _MOST_PAGE_TOKENS, example=8)
     if isinstance(method, ClusteringMethod):

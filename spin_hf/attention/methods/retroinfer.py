@@ -1,27 +1,29 @@
-"""RetroInfer (arXiv 2505.02922): clusters of similar keys, the best of them read exactly and the next ones estimated.
+"""RetroInfer (arXiv 2505.02922): clusters of similar keys. The best clusters are read exactly, the next ones are estimated.
 
-    arrange    segmented spherical k-means per KV head, about 16 tokens a cluster; tokens trade places so that a cluster is a
+    cluster    segmented spherical k-means per KV head, about 16 tokens per cluster; tokens are permuted so that a cluster is a
                run of full pages
     score      of a page: log of the sum over the query heads of a KV head of  softmax over pages (scale * q . centroid)
-    select     the best pages up to the budget; equal ones, as those of a cluster are, in their order
-    estimate   the next 23.2 % of the pages: each enters the softmax as its number of tokens times exp(scale * q . centroid),
-               with the mean value of its cluster
+    select     the best pages up to the budget; equal scores, as within a cluster, in page order
+    estimate   the next 23.2 % of the pages: mean value of the cluster, with weight tokens * exp(scale * q . centroid)
 
-    row of a page   centroid [D], value [Dv]    means over the cluster that the page belongs to
+    row of a page   centroid [D], value [Dv]    means over the cluster of the page
 
-Differences to the original. A cluster keeps a multiple of 8 of its tokens, those nearest to its centroid; those left over are
-clustered again among themselves, and what is then left, a token in twenty, fills pages in the order of its clusters. An
-iteration assigns every other token, in turn, which comes as far in half the time. Tokens not clustered yet (up to 1,024 and a
-little, and pages left in place) are clusters of one page of consecutive tokens: they compete for the budget, where the original
-reads all of them. A cluster counts in the softmax of the scores as often as it has pages. The cluster that exceeds the budget
-is cut, nearest tokens first, and what is left of it is the first to be estimated. The zone of those estimated ends at a score,
-in steps of 1/64 nat: the step in which the last of 23.2 % lies belongs to it as a whole, so that nothing need be sorted; scores
-that differ by rounding may fall to either side of an edge. Instead of the sum of the values their mean is kept, which int8
-summaries suit better.
+Differences from the original:
 
-On a GPU an arrangement is 21 launches of kernels, two sorts and a few fills, whatever the number of rows, without waiting
-(`kernels/indexing/fill_clusters.py`). If keys have 16 bits, points are compared as float16 there. Sums are rounded in another
-order than here, so that a point midway between two clusters may go to the other one.
+- A cluster has a multiple of 8 tokens, those nearest to its centroid. The leftover tokens are clustered again. What is left
+  after that, one token in twenty, fills pages in the order of its clusters.
+- An iteration of k-means assigns every other token, in turn. It converges as well in half the time.
+- Tokens that are not clustered yet (up to about 1,024, and pages left in place) form clusters of one page of consecutive
+  tokens. They compete for the budget; the original reads all of them.
+- A cluster counts in the softmax of the scores once per page.
+- The cluster that exceeds the budget is cut, nearest tokens first. Its other pages are the first to be estimated.
+- The estimated zone ends at a score bin, 1/64 nat wide, which avoids a sort. The bin that contains the last of the 23.2 %
+  belongs to the zone. Rounding may move a score to a neighbouring bin.
+- The mean of the values is stored instead of their sum, because it suits int8 better.
+
+On a GPU, clustering takes 21 kernel launches, two sorts and a few fills, whatever the number of rows, without a synchronisation
+(`kernels/indexing/fill_clusters.py`). There 16-bit keys are compared as float16, and sums are rounded in another order, so a
+point midway between two clusters may go to the other one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from ... import kernels
 from ...config import require_real, require_tokens
 from ...errors import OptionError
 from ...kernels.descriptor_fields import NUM_BINS, Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from ...kernels.reference_clustering import gather_rows
 from .base import Estimate, Method, Pages, Query, Summaries
 from .clustering import ClusteringMethod, TokenClusters, merge_pages
@@ -46,11 +48,11 @@ from .clustering import ClusteringMethod, TokenClusters, merge_pages
 
 @dataclass(frozen=True)
 class RetroInfer(ClusteringMethod, Method):
-    """Clusters, read or estimated.
+    """Clusters that are read or estimated.
 
     Args:
-        estimated_share: share of a context's pages that are estimated, beside those that are read; 0 turns that off.
-        cluster_tokens: mean number of tokens of a cluster; a span, which is clustered at a time, is one at most.
+        estimated_share: fraction of the candidate pages to estimate, next to those that are read; 0 turns estimation off.
+        cluster_tokens: mean number of tokens per cluster, at most `span_tokens`.
     Raises:
         OptionTypeError, OptionError: not a number in [0, 1]; not an int of 8 or more.
     """
@@ -60,19 +62,19 @@ class RetroInfer(ClusteringMethod, Method):
     cluster_tokens: int = 16
 
     def __post_init__(self) -> None:
-        share = require_real("estimated_share", self.estimated_share, 0.232)
-        if not 0 <= share <= 1:
+        fraction = require_real("estimated_share", self.estimated_share, 0.232)
+        if not 0 <= fraction <= 1:
             raise OptionError(
-                f"estimated_share: expected a share of the pages in [0, 1], got {share}; pass estimated_share=0.232"
+                f"estimated_share: expected a fraction of the pages in [0, 1], got {fraction}; pass estimated_share=0.232"
             )
         tokens = require_tokens("cluster_tokens", self.cluster_tokens, self.page_size)
-        object.__setattr__(self, "estimated_share", share)
+        object.__setattr__(self, "estimated_share", fraction)
         object.__setattr__(self, "cluster_tokens", min(tokens, self.span_tokens))
 
     @property
-    def recipe(self) -> Recipe:
-        """All of it by kernels, but what clusters and summarises."""
-        return Recipe(Rating.SHARE, estimated_share=float(self.estimated_share))
+    def recipe(self) -> KernelRecipe:
+        """Kernels serve the decode step, except clustering and summaries."""
+        return KernelRecipe(Rating.SHARE, estimated_share=float(self.estimated_share))
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -90,7 +92,7 @@ class RetroInfer(ClusteringMethod, Method):
         return {name: merge_pages(mean, pages.pages_per_cluster) for name, mean in means.items()}
 
     def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
-        """Cluster by cluster, in each the tokens nearest to the centroid first, whatever was asked."""
+        """Order tokens by cluster, nearest to the centroid first. Observation queries are ignored."""
         sixteen = keys.is_cuda and keys.element_size() == 2
         points = kernels.unit_vectors(keys, torch.float16 if sixteen else torch.float32)
         order, pages = kernels.fill_clusters(points.flatten(0, 1), self.cluster_tokens, self.page_size)
@@ -99,7 +101,7 @@ class RetroInfer(ClusteringMethod, Method):
     # --------------------------------------------------------------------------------------------- select and estimate
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """The best pages up to the budget, so the best clusters."""
+        """The best pages up to the budget. Pages of a cluster have equal scores, so these are the best clusters."""
         scores = self._scores(query, summary("centroid"))
         width = min(int(query.budget_pages.max()), scores.shape[2])
         pages = scores.argsort(dim=2, descending=True, stable=True)[:, :, :width]
@@ -107,7 +109,7 @@ class RetroInfer(ClusteringMethod, Method):
         return torch.where(wanted & (scores.gather(2, pages) > float("-inf")), pages, -1)
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
-        """The zone behind the pages that were selected, and what the budget left of it before."""
+        """Pages that are not selected and whose score bin is among the best `budget + estimated_share` pages."""
         if not self.estimated_share:
             return None
         assert query.page_tokens is not None
@@ -128,7 +130,7 @@ class RetroInfer(ClusteringMethod, Method):
         return Estimate(gather_rows(centroids, rows), gather_rows(summary("value"), rows), log_tokens.gather(2, rows))
 
     def _scores(self, query: Query, centroids: Tensor) -> Tensor:
-        """Logarithms of the scores of pages [B, H, N]; -inf for what may not be selected."""
+        """Log scores of pages [B, H, N]; -inf for pages that are not candidates."""
         logits = query.states @ centroids.transpose(-1, -2) * query.scale
         logits = logits.masked_fill(~query.candidates[:, None, None], float("-inf"))
         total = logits.logsumexp(3, keepdim=True)

@@ -1,13 +1,13 @@
-"""SeerAttention-R (arXiv 2506.08889): pages of 32 tokens, chosen by small gates that were trained on the model's own attention.
+"""SeerAttention-R (arXiv 2506.08889): pages of 32 tokens, selected by small gates that were trained on the model's attention.
 
-    k'(page)      = RoPE at the page's first token of  (max | min | mean of its keys before RoPE) x W_k      per KV head
-    q'            = RoPE at the query's position of  (the group's queries before RoPE, side by side) x W_q   per KV head
+    k'(page)      = RoPE at the page's first token of  (max | min | mean of its keys before RoPE) x W_k        per KV head
+    q'            = RoPE at the query's position of  (the group's queries before RoPE, concatenated) x W_q     per KV head
     score(page)   = softmax over candidates (k' . q' / sqrt(E))
-    choice        = the best pages up to the budget; with a threshold only those that score above it
+    selected      = the best pages up to the budget; with a threshold only those that score above it
 
-`python -m spin_hf.distill` makes the gates. The cache holds keys after RoPE; as rotations are undone where positions are
-known, nothing else needs to be kept. The original scores the last block too and always attends to it; here that is the recent
-window. It takes the threshold's softmax over all complete blocks; here over those that are neither sinks nor recent.
+`python -m spin_hf.distill` trains the gates. The cache stores keys after RoPE, and positions are known, so RoPE is inverted
+when pages are summarised. The original also scores the last block and always attends to it; here the recent window takes that
+place. The original's softmax for the threshold is over all complete blocks; here it is over the candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ... import kernels
 from ...config import require_one_of, require_real
 from ...errors import OptionError, OptionTypeError
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Pages, Query, Summaries
 from .seer_gate_file import load_gates
 from .seer_gates import REMEDY, Gates, LayerGate, check_heads
@@ -36,14 +36,14 @@ PAGE_SIZES = (16, 32, 64)
 
 @dataclass(frozen=True, eq=False)
 class BoundGates:
-    """Gates by number among the paged layers, on the devices where they were asked for."""
+    """Gates by index among the paged layers, copied to devices on demand."""
 
     gates: Gates
     numbers: tuple[int, ...]
     _placed: dict[tuple[int, torch.device], LayerGate] = field(default_factory=dict)
 
     def layer(self, number: int, device: torch.device) -> LayerGate:
-        """The gate of the paged layer `number` on a device."""
+        """The gate of paged layer `number` on a device."""
         found = self._placed.get((number, device))
         if found is None:
             found = self._placed[number, device] = self.gates.on(self.numbers[number], device)
@@ -51,31 +51,31 @@ class BoundGates:
 
     @cached_property
     def rotate_alike(self) -> bool:
-        """Whether the rotations of all layers are the same."""
+        """Whether all layers have the same rotation."""
         first, *others = (self.gates.layers[number] for number in self.numbers)
         return all(first.rotates_as(other) for other in others)
 
     def several(self, numbers: tuple[int, ...], device: torch.device) -> LayerGate:
-        """The keys' gates of layers that rotate alike as one."""
+        """One gate with the stacked key matrices of several layers, which must have the same rotation."""
         gates = [self.layer(number, device) for number in numbers]
         return gates[0] if len(gates) == 1 else replace(gates[0], key=torch.stack([gate.key for gate in gates]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundGates:
-        return self  # nothing in it changes
+        return self  # immutable, except for the copies on devices
 
 
 @dataclass(frozen=True)
 class SeerAttention(PageMethod):
-    """Pages by distilled gates.
+    """Pages selected by distilled gates.
 
     Args:
-        gates: a folder or file that `python -m spin_hf.distill` wrote, for this very model. The authors' release (a pickle of
-            `attn_gate` weights) is read by its option `--convert`, which writes such a folder.
-        page_size: tokens of a page: 32, 64 or 16, as the gates were made for.
-        threshold: choose only pages whose score is above it, a number in (0, 1), and at most the budget; a budget that covers
-            the context still chooses everything. None for as many as the budget allows.
+        gates: a folder or file that `python -m spin_hf.distill` wrote for this model. Its option `--convert` reads the authors'
+            release (a pickle of `attn_gate` weights) and writes such a folder.
+        page_size: tokens per page, 16, 32 or 64; the page size that the gates were trained for.
+        threshold: select only pages with a score above it, in (0, 1), up to the budget. A budget that covers the context still
+            selects all pages. None for no threshold.
     Raises:
-        OptionTypeError, OptionError: a parameter cannot work. A cache without gates for its model raises OptionError.
+        OptionTypeError, OptionError: a parameter is out of range. A cache without gates for its model raises OptionError.
     """
 
     name: ClassVar[str] = "seer"
@@ -103,7 +103,7 @@ class SeerAttention(PageMethod):
             object.__setattr__(self, "threshold", threshold)
 
     def bind(self, config: Any, layers: list[int]) -> SeerAttention:
-        """Read the gates and check that they are for this model."""
+        """Load the gates and check that they fit the model."""
         if self.gates is None:
             raise OptionError(
                 f"SeerAttention: expected gates that were distilled from the model, got gates=None; {REMEDY}"
@@ -115,14 +115,14 @@ class SeerAttention(PageMethod):
         return bound
 
     @property
-    def recipe(self) -> Recipe:
-        """The share that the group's one gate query gives a page."""
-        return Recipe(Rating.LIKELIEST, projects_queries=True, threshold=self.threshold or 0.0)
+    def recipe(self) -> KernelRecipe:
+        """Scores by the softmax of one gate query per KV head."""
+        return KernelRecipe(Rating.LIKELIEST, projects_queries=True, threshold=self.threshold or 0.0)
 
     def project_queries(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
-        """Gate queries, divided by the square root of their size."""
+        """Gate queries, divided by sqrt(E)."""
         gate = self._gate(layer, states)
-        return gate.ask(states, positions, 1.0 / math.sqrt(gate.query.shape[-1]))
+        return gate.scaled_queries(states, positions, 1.0 / math.sqrt(gate.query.shape[-1]))
 
     def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """The gate of the layer."""
@@ -143,9 +143,11 @@ class SeerAttention(PageMethod):
                 f"got {heads} of {head_dim}; {REMEDY}"
             )
         groups = [pages.layers] if bound.rotate_alike else [(number,) for number in pages.layers]
-        parts = (given.chunk(len(groups)) for given in (pages.keys, pages.valid, pages.positions))
-        made = [bound.several(group, device).of_pages(*part) for group, *part in zip(groups, *parts, strict=True)]
-        return {"gate_key": torch.cat(made)}
+        chunks = (tensor.chunk(len(groups)) for tensor in (pages.keys, pages.valid, pages.positions))
+        gate_keys = [
+            bound.several(group, device).of_pages(*chunk) for group, *chunk in zip(groups, *chunks, strict=True)
+        ]
+        return {"gate_key": torch.cat(gate_keys)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
         """Softmax over candidates of the products of gate queries and gate keys."""
@@ -162,12 +164,12 @@ class SeerAttention(PageMethod):
             return super().select(query, summary)
         scores = self.score(query, summary).masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
         pages = kernels.select_top_pages(scores, query.budget_pages)
-        whole = query.budget_pages >= query.candidates.sum(1)
+        covers_all = query.budget_pages >= query.candidates.sum(1)
         high = scores.gather(2, pages.clamp(min=0)) > self.threshold
-        return torch.where(high | whole[:, None, None], pages, -1)
+        return torch.where(high | covers_all[:, None, None], pages, -1)
 
     def _gate(self, layer: int, states: Tensor) -> LayerGate:
-        """The gate of the paged layer `layer`, which is for query states of this shape: its kernel reads by that."""
+        """The gate of paged layer `layer`. Checks the shape of the query states, because its kernel reads by that shape."""
         bound = self._bound()
         gate = bound.layer(layer, states.device)
         check_heads(tuple(gate.query.shape[:3]), tuple(states.shape[1:4]), bound.numbers[layer])

@@ -1,11 +1,10 @@
-"""The file that gates are kept in: read, held against what it promises, and kept in memory until it changes.
+"""Reads the file of gates: checks it, and caches the gates in memory until the file changes.
 
-    path    -> which file it is, in what state       the same as before: the gates that were read then
-    header  -> names, dtypes, shapes, places          checked before anything is allocated
-    tensors -> copies in memory, finite               the file may be written over or cut while they are used
+    path    -> device, inode, size, times       a known key returns the cached gates
+    header  -> names, dtypes, shapes, offsets   checked before anything is allocated
+    tensors -> copies in memory, finite         the file may be overwritten or truncated while they are used
 
-A file is the same while its device, inode, size and times are. Of one that was written a moment ago times say little, as they
-come in steps: it is read again.
+File times have a coarse resolution, so a recently written file could change again without a new key. Such a file is not cached.
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _MOST_HEADER_BYTES = 8 << 20
 _MOST_LAYERS = 10_000
 _MOST_DEPTH = 16
-"""Of what a file says about its model: rope parameters are two deep."""
+"""Nesting of the metadata about the model. Rope parameters have two levels."""
 _SETTLED_NS = 2_000_000_000
-"""How old a file has to be for its times to tell a later change; the coarsest file systems count in two seconds."""
-_MOST_KEPT = 4
+"""Age from which a file is cached. The coarsest file systems have times of two seconds."""
+_MOST_CACHED = 4
 
-_kept: OrderedDict[tuple[int, ...], Gates] = OrderedDict()
+_cached: OrderedDict[tuple[int, ...], Gates] = OrderedDict()
 _lock = threading.Lock()
 
 
 class _OtherError(Exception):
-    """What was expected of a file, and what was found instead."""
+    """Arguments: what was expected of a file, and what was found."""
 
 
 def load_gates(path: str | os.PathLike[str]) -> Gates:
-    """Gates from a file, or from `gates.safetensors` in a folder. Kept in memory until the file changes.
+    """Gates from a file, or from `gates.safetensors` in a folder. Cached in memory until the file changes.
 
     Raises:
-        OptionError: there is none, it cannot be read, or it is no file of gates.
+        OptionError: there is no such file, it cannot be read, or it is not a file of gates.
     """
     file = _find(path)
     try:
@@ -57,9 +56,9 @@ def load_gates(path: str | os.PathLike[str]) -> Gates:
             state = os.fstat(opened.fileno())
             key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
             with _lock:
-                if key in _kept:
-                    _kept.move_to_end(key)
-                    return _kept[key]
+                if key in _cached:
+                    _cached.move_to_end(key)
+                    return _cached[key]
             settled = time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS
             gates = _read(opened, state.st_size)
     except OSError as error:
@@ -68,9 +67,9 @@ def load_gates(path: str | os.PathLike[str]) -> Gates:
         raise _refusal(file, *error.args) from error
     if settled:
         with _lock:
-            _kept[key] = gates
-            while len(_kept) > _MOST_KEPT:
-                _kept.popitem(last=False)
+            _cached[key] = gates
+            while len(_cached) > _MOST_CACHED:
+                _cached.popitem(last=False)
     return gates
 
 
@@ -79,7 +78,7 @@ def _refusal(path: Any, expected: str, got: str) -> OptionError:
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
-    """The regular file that `path` means."""
+    """The regular file at `path`, or in the folder `path`."""
     given = os.fsdecode(path)
     none = OptionError(f"gates: expected a file of gates or a folder with {FILE_NAME}, got {shown(given)}; {REMEDY}")
     if not given:
@@ -87,7 +86,7 @@ def _find(path: str | os.PathLike[str]) -> Path:
     try:
         file = Path(given).expanduser()
         file = file / FILE_NAME if stat.S_ISDIR(file.stat().st_mode) else file
-        regular = stat.S_ISREG(file.stat().st_mode)  # to open a pipe would wait for somebody who writes
+        regular = stat.S_ISREG(file.stat().st_mode)  # opening a pipe would block until somebody writes
     except (OSError, ValueError, RuntimeError) as error:
         raise none from error
     if not regular:
@@ -132,7 +131,7 @@ def _read(opened: BufferedReader, size: int) -> Gates:
 
 
 def _header(opened: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
-    """The header, and where tensors begin."""
+    """The header, and the offset of the tensors."""
     length = int.from_bytes(opened.read(8), "little")
     if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
         raise _OtherError("a safetensors file", f"{size} bytes, whose first 8 say that {length} more are its header")
@@ -144,7 +143,7 @@ def _header(opened: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _json(text: Any, what: str) -> dict[str, Any]:
-    """An object without two of a name."""
+    """A JSON object; duplicate names are refused."""
     try:
         found = json.loads(text, object_pairs_hook=_unique) if isinstance(text, str) else None
     except (ValueError, RecursionError) as error:
@@ -162,7 +161,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _layers(interleaved: Any) -> dict[int, bool]:
-    """Layer -> whether its pairs are interleaved."""
+    """Layer -> whether its RoPE pairs are interleaved."""
     expected = "metadata 'interleaved' with true or false by layer number"
     if not isinstance(interleaved, dict) or not interleaved:
         raise _OtherError(expected, shown(interleaved))
@@ -182,11 +181,11 @@ def _no_deeper(value: Any, depth: int) -> bool:
 
 
 def _places(header: dict[str, Any], size: int) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """Name -> offset, shape and dtype of tensors, which fill the `size` bytes behind the header."""
+    """Name -> offset, shape and dtype of each tensor. Together they must fill the `size` bytes after the header."""
     places, spans = {}, []
     for name, entry in header.items():
         entry = entry if isinstance(entry, dict) else {}
-        dtype, shape, offsets = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (isinstance(dtype, str) and dtype in _DTYPES):
             raise _OtherError(f"{name} of dtype {', '.join(_DTYPES)}", shown(dtype))
         if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
@@ -213,7 +212,7 @@ def _are_counts(given: Any) -> TypeGuard[list[int]]:
 
 
 def _tensor(opened: BufferedReader, at: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor of the file, float32."""
+    """Read one tensor, as float32."""
     raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     opened.seek(at)
     if raw.numel() and opened.readinto(memoryview(raw.numpy())) != raw.numel():  # type: ignore[arg-type]

@@ -1,13 +1,12 @@
-"""SeerAttention's gates: what they compute from the keys and queries of one layer, and the file that they are written to.
+"""SeerAttention's gates: their formulas for the keys and queries of one layer, and the file format.
 
-    keys of a page    RoPE undone -> max | min | mean [3 D]    x key   [H, 3 D, E] -> RoPE at the page's first token -> [E]
-    queries of a group RoPE undone -> side by side    [G, D]   x query [H, G, D, E] -> RoPE at the query's position  -> [E]
+    keys of a page      inverse RoPE -> max | min | mean [3 D]    x key   [H, 3 D, E]  -> RoPE at the page's first token -> [E]
+    queries of a group  inverse RoPE -> concatenated [G, D]       x query [H, G, D, E] -> RoPE at the query's position   -> [E]
 
-    gates.safetensors    layers.<number in the model>.key, .query, .frequencies [R], .gate_frequencies [E / 2]; float32
+    gates.safetensors    layers.<index in the model>.key, .query, .frequencies [R], .gate_frequencies [E / 2]; float32
                          metadata "about": JSON of model type and sizes, page size, rotation
 
-`gate_file.py` reads it. Whether a model's rotation is undone by these frequencies is measured when gates are made
-(`distill/teacher.py`), not assumed.
+`seer_gate_file.py` reads the file. `distill/teacher.py` verifies on the model that these frequencies invert its RoPE.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ REMEDY = "make some with `python -m spin_hf.distill MODEL --text FILE --output D
 FORMAT = "spin_hf seer gates 1"
 TENSORS = ("key", "query", "frequencies", "gate_frequencies")
 _LARGEST = 1e6
-"""Of a weight: trained ones are about 1. Products of larger ones overflow where keys have 16 bits."""
+"""Largest absolute value of a weight. Trained weights are about 1. Larger ones would overflow with 16-bit keys."""
 _SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 
 
@@ -43,7 +42,8 @@ def rotate(states: Tensor, positions: Tensor, frequencies: Tensor, *, interleave
     Args:
         states: [..., D], float32; positions: [...], broadcastable to states.shape[:-1].
         frequencies: [R], radians per position.
-        interleaved: whether channels 2 i and 2 i + 1 are a pair; else i and R + i are.
+        interleaved: whether channels 2 i and 2 i + 1 form a pair; else i and R + i do.
+        undo: apply the inverse.
     Returns:
         [..., D], float32.
     """
@@ -63,10 +63,10 @@ class LayerGate:
     """The gate of one layer.
 
     Attributes:
-        key: [H, 3 D, E], float32; [L, H, 3 D, E] of layers that rotate alike, which `of_pages` serves at once.
+        key: [H, 3 D, E], float32; or [L, H, 3 D, E] for L layers with the same rotation, see `of_pages`.
         query: [H, G, D, E], float32.
-        frequencies: [R], float32: by which the model rotates this layer's keys and queries; R = 0 where it does not.
-        gate_frequencies: [E / 2], float32: by which the gate rotates its own, as two halves.
+        frequencies: [R], float32: RoPE frequencies of the layer's keys and queries; R = 0 for no RoPE.
+        gate_frequencies: [E / 2], float32: RoPE frequencies of gate keys and queries, which are not interleaved.
         interleaved: how the model pairs channels, see `rotate`.
     """
 
@@ -77,20 +77,20 @@ class LayerGate:
     interleaved: bool
 
     def to(self, device: torch.device) -> LayerGate:
-        """The same on another device."""
+        """A copy on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it computes with."""
+        """All tensors of the gate."""
         return self.key, self.query, self.frequencies, self.gate_frequencies
 
     def of_pages(self, keys: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
         """Gate keys of pages.
 
         Args:
-            keys: [B, H, n, P, D], after RoPE; valid, positions: [B, 1, n, P], bool and int64. Of several layers those of
-                each, one layer after the other: [L * B, ...].
+            keys: [B, H, n, P, D], after RoPE; valid, positions: [B, 1, n, P], bool and int64. With L stacked layers
+                [L * B, ...], one layer after the other.
         Returns:
             [B, H, n, E], float32; zeros for pages without a valid token.
         """
@@ -107,7 +107,7 @@ class LayerGate:
         return rotate(projected, first, self.gate_frequencies, interleaved=False)
 
     def rotates_as(self, other: LayerGate) -> bool:
-        """Whether both undo and apply the same rotations. Compares numbers, so on a GPU it waits."""
+        """Whether both have the same rotations. Compares values, so it synchronises with a GPU."""
         alike = (torch.equal(getattr(self, name), getattr(other, name)) for name in ("frequencies", "gate_frequencies"))
         return self.interleaved == other.interleaved and all(alike)
 
@@ -119,8 +119,8 @@ class LayerGate:
         projected = torch.einsum("bhgi,hgio->bho", states, self.query)
         return rotate(projected, positions[:, None], self.gate_frequencies, interleaved=False)
 
-    def ask(self, states: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """`of_queries` times `scale`, by a kernel where there is one."""
+    def scaled_queries(self, states: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """`of_queries` times `scale`, by a kernel if there is one."""
         launch = kernels.launchers(states.device)
         if launch is None:
             return self.of_queries(states, positions) * scale
@@ -134,9 +134,9 @@ class Gates:
     """The gates of a model.
 
     Attributes:
-        layers: number in the model -> gate.
-        page_size: tokens of a page.
-        about: model type, sizes and rotation of the model they were made for, from `describe`.
+        layers: index in the model -> gate.
+        page_size: tokens per page.
+        about: model type, sizes and rotation of their model, from `describe`.
     """
 
     layers: dict[int, LayerGate]
@@ -145,23 +145,23 @@ class Gates:
     _placed: WeakValueDictionary[tuple[int, torch.device], LayerGate] = field(default_factory=WeakValueDictionary)
 
     def on(self, number: int, device: torch.device) -> LayerGate:
-        """The gate of layer `number` on a device: the same one for all who ask, while somebody keeps it."""
+        """The gate of layer `number` on a device. Callers share one copy, which lives as long as one of them holds it."""
         found = self._placed.get((number, device))
         if found is None:
             found = self._placed[number, device] = self.layers[number].to(device)
         return found
 
     def save(self, path: Path) -> None:
-        """Write a file, at once: a reader sees the old one or the new one.
+        """Write a file atomically: a reader sees the old one or the new one.
 
         Raises:
-            OptionError: a gate has shapes or numbers that cannot work; nothing is written.
+            OptionError: a gate has invalid shapes or values; nothing is written.
         """
         for number, gate in self.layers.items():
-            parts = {name: getattr(gate, name) for name in TENSORS}
-            check_layer({name: tuple(part.shape) for name, part in parts.items()}, f"layer {number}", _unfit)
-            for name, part in parts.items():
-                check_numbers(part, f"layer {number}, {name}", _unfit)
+            named = {name: getattr(gate, name) for name in TENSORS}
+            check_layer({name: tuple(tensor.shape) for name, tensor in named.items()}, f"layer {number}", _unfit)
+            for name, tensor in named.items():
+                check_numbers(tensor, f"layer {number}, {name}", _unfit)
         tensors = {
             f"layers.{number}.{name}": getattr(gate, name).detach().float().cpu().contiguous().clone()
             for number, gate in self.layers.items()
@@ -174,7 +174,7 @@ class Gates:
         unfinished.replace(path)
 
     def check(self, config: Any, layers: list[int], page_size: int) -> None:
-        """Raise OptionError where these are not for such a model or pages of that size."""
+        """Raise OptionError if these gates are for another model or page size."""
         now, made_for = describe(config), {name: self.about.get(name) for name in describe(config)}
         if made_for["rope"] is not None and now["rope"] is not None and not _agree(made_for["rope"], now["rope"]):
             raise OptionError(
@@ -200,7 +200,7 @@ class Gates:
 
 
 def check_heads(found: tuple[int, ...], wanted: tuple[int, ...], layer: int) -> None:
-    """Raise OptionError where a gate is for other KV heads, query heads of each, or sizes of keys than the layer has."""
+    """Raise OptionError if a gate's (KV heads, query heads per KV head, key size) are not those of the layer."""
     if found != wanted:
         expected, got = (
             f"{heads} KV heads with {group} query heads each, of {dim} numbers" for heads, group, dim in (wanted, found)
@@ -209,15 +209,15 @@ def check_heads(found: tuple[int, ...], wanted: tuple[int, ...], layer: int) -> 
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """What of a model's config gates depend on: its type, sizes, and rope parameters (None where it has none)."""
-    fields = config.to_dict()  # attributes of a config whose layers differ refuse to be read
+    """The fields of a model's config that gates depend on: type, sizes and rope parameters, None for missing ones."""
+    fields = config.to_dict()  # reading attributes raises for configs with different layers
     return {**{name: fields.get(name) for name in ("model_type", *_SIZES)}, "rope": fields.get("rope_parameters")}
 
 
 def check_layer(
     shapes: Mapping[str, tuple[int, ...] | None], where: str, error: Callable[[str, str], Exception]
 ) -> None:  # fmt: skip
-    """Raise `error(expected, got)` where these are no shapes of a layer's tensors."""
+    """Raise `error(expected, got)` if the tensors of a layer have inconsistent shapes."""
     key, query, turned, own = (shapes[name] or () for name in TENSORS)
     fits = len(key) == 3 and len(query) == 4 and len(turned) == len(own) == 1 and min(*query, *own) > 0
     if not (fits and key == (query[0], 3 * query[2], query[3]) and 2 * turned[0] <= query[2] and 2 * own[0] == key[2]):
@@ -228,7 +228,7 @@ def check_layer(
 
 
 def check_numbers(tensor: Tensor, where: str, error: Callable[[str, str], Exception]) -> None:
-    """Raise `error(expected, got)` where a tensor is not floating point, or has numbers that no gate computes with."""
+    """Raise `error(expected, got)` if a tensor is not dense floating point, or has values beyond `_LARGEST`."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
         raise error(f"{where}: dense floating-point numbers", f"{tensor.dtype}, {tensor.layout}, {tensor.device}")
     largest = float(tensor.detach().float().abs().max()) if tensor.numel() else 0.0
@@ -237,7 +237,7 @@ def check_numbers(tensor: Tensor, where: str, error: Callable[[str, str], Except
 
 
 def _agree(saved: Any, now: Any) -> bool:
-    """Whether two sets of rope parameters agree in what both name; versions of transformers add defaults."""
+    """Whether two sets of rope parameters agree in their common fields. Versions of transformers add fields."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return all(_agree(saved[name], now[name]) for name in saved.keys() & now.keys())
     return bool(saved == now)

@@ -2,10 +2,11 @@
 
     landmark(page)  = mean of its keys (after RoPE)
     score(page)     = max over the query heads of a KV head of  log softmax over candidates (scale * q . landmark)
-    outliers        = the pages whose worst key is least like the landmark (lowest min-cosine): 24 per 1,024 tokens
+    outliers        = the pages with the lowest minimum cosine between a key and the landmark: 24 per 1,024 tokens of budget
 
-Outliers take part of the budget, so every method attends to the same number of tokens. The original keeps low-rank keys
-on the GPU and fetches values only; here, as in SPIN, whole pages move. Generated tokens are indexed like prompt tokens.
+Outliers count towards the budget, so every method attends to the same number of tokens. The original keeps low-rank keys on the
+GPU and fetches values only; here, as in SPIN, keys and values are fetched by page. Generated tokens are indexed like prompt
+tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ...config import require_count
 from ...kernels.descriptor_fields import Rating
-from ...kernels.recipe import Recipe
+from ...kernels.recipe import KernelRecipe
 from .base import PageMethod, Query, Summaries
 
 
@@ -28,7 +29,7 @@ class ShadowKV(PageMethod):
     """Mean landmarks with outlier pages.
 
     Args:
-        outlier_pages_per_1024: how many pages of each 1,024 budget tokens go to outliers; 0 turns them off.
+        outlier_pages_per_1024: outlier pages per 1,024 tokens of budget; 0 turns outliers off.
     Raises:
         OptionTypeError, OptionError: not an int in [0, 128] (128 pages of 8 tokens are the whole budget).
     """
@@ -41,9 +42,9 @@ class ShadowKV(PageMethod):
         object.__setattr__(self, "outlier_pages_per_1024", count)
 
     @property
-    def recipe(self) -> Recipe:
-        """All of it by kernels."""
-        return Recipe(Rating.LIKELIEST, summarised_by_append=True, outliers_per_1024=self.outlier_pages_per_1024)
+    def recipe(self) -> KernelRecipe:
+        """Kernels serve the whole decode step, and summarise pages as they fill."""
+        return KernelRecipe(Rating.LIKELIEST, summarised_by_append=True, outliers_per_1024=self.outlier_pages_per_1024)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`landmark` [D] and `min_cosine` []."""
@@ -58,7 +59,7 @@ class ShadowKV(PageMethod):
         return {"landmark": landmark, "min_cosine": cosine.masked_fill(~valid, 1.0).amin(-1)}
 
     def score(self, query: Query, summary: Callable[[str], Tensor]) -> Tensor:
-        """Group maximum of the logarithm of the softmax over candidate landmarks; +inf for outliers."""
+        """Maximum over the group of the log softmax over candidate landmarks; +inf for outliers."""
         candidates = query.candidates.unsqueeze(1)
         logits = query.states @ summary("landmark").transpose(-1, -2) * query.scale
         logits = logits.masked_fill(~candidates.unsqueeze(2), float("-inf"))
@@ -74,5 +75,5 @@ class ShadowKV(PageMethod):
         return scores.masked_fill(marks > 0, float("inf"))
 
     def num_outlier_pages(self, budget_tokens: Tensor) -> Tensor:
-        """Outlier pages [B] for a budget in tokens [B]: in proportion, rounded, at least one."""
+        """Outlier pages [B] for a budget in tokens [B]: proportional, rounded, at least one."""
         return (budget_tokens * self.outlier_pages_per_1024 / 1024).round().long().clamp(min=1)

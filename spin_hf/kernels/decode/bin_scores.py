@@ -37,7 +37,7 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
-from ..recipe import Recipe
+from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
@@ -46,8 +46,8 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 
 
 def bin_scores(
-    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float, recipe: Recipe,
-    shape: LaunchShape,
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float,
+    recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Turn the logits of `score_pages`, which takes the same arguments, into scores, and count them by bin.
 

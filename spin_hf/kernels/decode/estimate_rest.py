@@ -33,12 +33,12 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
-from ..recipe import Recipe
+from ..recipe import KernelRecipe
 
 
 def estimate_rest(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, softcap: float | None,
-    recipe: Recipe, shape: LaunchShape,
+    recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Write the split outputs of estimated pages, for one query of `group` heads per KV head."""
     quantized = shape.quantized[1]

@@ -36,7 +36,7 @@ def plan_zones(
         step: the step descriptor.
         plan: int32 [Q, B, len(PlanField)]. Written.
         budget: tokens, or 0 if the step descriptor has a fraction of the context.
-        num_sink_tokens, recent_window, dense_below, outliers_per_1024: see `SpinOptions` and `Recipe`.
+        num_sink_tokens, recent_window, dense_below, outliers_per_1024: see `SpinOptions` and `KernelRecipe`.
         padded: whether some tokens are padding.
     """
     launch(

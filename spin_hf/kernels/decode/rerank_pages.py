@@ -40,7 +40,7 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
-from ..recipe import MAX_CORRECTION_NATS, Recipe
+from ..recipe import MAX_CORRECTION_NATS, KernelRecipe
 
 _COUNTED = 2
 """Pages counted by `rate_kernel` per reranked page. The floor is set from the last step's histogram to give about this many."""
@@ -48,7 +48,7 @@ _TILE_TOKENS = 128
 
 
 def rerank_pages(
-    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, recipe: Recipe,
+    launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, group: int, recipe: KernelRecipe,
     shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Score the best pages again by their 4-bit keys, for one query of `group` heads per KV head."""

@@ -36,13 +36,13 @@ from ..common import (
 )
 from ..descriptor_fields import NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns
-from ..recipe import Recipe
+from ..recipe import KernelRecipe
 from .append_tokens import append_page
 
 
 def score_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor,
-    new: tuple[Tensor, Tensor] | None, *, scale: float, recipe: Recipe, shape: LaunchShape,
+    new: tuple[Tensor, Tensor] | None, *, scale: float, recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Score all candidates of one query of a step, and append the step's token.
 

@@ -37,7 +37,7 @@ from ..common import (
 )
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
-from ..recipe import Recipe
+from ..recipe import KernelRecipe
 from .assign_slots import retrieve
 
 LAST = tl.constexpr(0x7FFFFFFF)
@@ -58,7 +58,7 @@ _KEPT = 3
 
 def select_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
-    most_listed: int | None, recipe: Recipe, shape: LaunchShape,
+    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 

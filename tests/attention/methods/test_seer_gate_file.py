@@ -33,7 +33,7 @@ from tests.support.seer_gates import random_gates
 
 @pytest.fixture(autouse=True)
 def _no_gates_in_memory() -> None:
-    seer_gate_file._kept.clear()
+    seer_gate_file._cached.clear()
 
 
 # ------------------------------------------------------------------------------------------------------ bytes and header

@@ -21,7 +21,7 @@ from tests.support.gate_files import SHAPE, good_gates, refused, with_tensors
 
 @pytest.fixture(autouse=True)
 def _no_gates_in_memory() -> None:
-    seer_gate_file._kept.clear()
+    seer_gate_file._cached.clear()
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_another_file_of_the_same_size_and_time(
     if old:
         monkeypatch.setattr(seer_gate_file.time, "time_ns", lambda: now() + 10**11)
     first = first_weight(file)
-    assert bool(seer_gate_file._kept) == old
+    assert bool(seer_gate_file._cached) == old
     for number in (0.25, 0.5, 0.75):
         change(file, number)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -113,7 +113,7 @@ def test_gates_are_kept_while_the_file_stays(tmp_path: Path, monkeypatch: pytest
     for number in range(6):
         (tmp_path / str(number)).mkdir()
         load_gates(good_gates(tmp_path / str(number), seed=number))
-    assert len(seer_gate_file._kept) == 4
+    assert len(seer_gate_file._cached) == 4
 
 
 def test_gates_stay_what_they_were(tmp_path: Path) -> None:
