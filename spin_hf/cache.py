@@ -1,11 +1,10 @@
-"""SpinCache: the transformers contract, nothing else.
+"""SpinCache: the interface that transformers calls.
 
     SpinCache
-     ├── CacheState    options, method, sequences (directory, padding): one for all paged layers
-     └── layers[i]     SpinLayer where the model has full attention, else transformers' own layer
+     ├── CacheState    options, method, page table, padding: one for all paged layers
+     └── layers[i]     SpinLayer for full attention, else transformers' own layer
 
-Everything that changes sequences (crop, reorder, select, reset) is done once on the shared state, and handed to the
-layers that are not paged.
+Operations on sequences (crop, reorder, select, reset) run once on the shared state and once on each unpaged layer.
 """
 
 from __future__ import annotations
@@ -51,24 +50,25 @@ _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 class SpinCache(Cache):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
-    Keys and values live in pages; attention reads sinks, the recent window and the pages that `method` selects for the
+    Keys and values live in pages. Attention reads the sinks, the recent window and the pages that `method` selects for the
     query. With `budget >= context` the output equals `DynamicCache`'s.
 
     Args:
-        model: the model, or its config. `_attn_implementation` is "spin" in calls of the model that carry the cache; of a
-            config, while a cache of it lives. Calls without a `SpinCache` get the implementation that stood there.
-        method: a name, `"bisection"` unless you say another, or a method object (`ShadowKV(...)`).
-        budget: tokens selected per KV head and step, beside sinks and recent window: an int, or a float share of the
-            context. Rounded up to whole pages.
-        num_sink_tokens, recent_window: first and last tokens that are always attended to, by whole pages.
+        model: the model, or its config. Given a model, `config._attn_implementation` is "spin" during its calls that carry
+            the cache. Given a config, it is "spin" while the cache lives. Calls without a `SpinCache` use the model's
+            original implementation.
+        method: a name or a method object (`ShadowKV(...)`).
+        budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
+            the context. Rounded up to whole pages.
+        num_sink_tokens, recent_window: first and last tokens that are always attended to. Rounded up to whole pages.
         dense_below: contexts of at most this many tokens are attended to densely.
-        gpu_memory, cpu_memory: caps on the tiers: bytes, or a text such as "8GiB"; "auto" lets the cache choose.
-        summary_dtype: in which the vectors that pages are chosen by are kept: "int8" with a scale each, "model" for the
-            dtype of the keys, or "auto": int8 where keys have 16 bits.
-        cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with a scale for each key and value,
-            which takes half of 16 bits in host memory and in every load. A page's content is then what its int8 numbers
-            give, wherever it is read, so outputs do not depend on the number of page frames. While all fits the compute tier
-            nothing is int8, and prompts attend to their own keys and values as they are.
+        gpu_memory, cpu_memory: caps on the tiers: bytes, or a string such as "8GiB"; "auto" lets the cache choose.
+        summary_dtype: dtype of the vectors in page summaries: "int8" with one scale each, "model" for the dtype of the keys, or
+            "auto": int8 if keys have 16 bits.
+        cpu_dtype: dtype of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with one scale per key and
+            value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, in either tier, then gives
+            the dequantized values, so outputs do not depend on the number of page frames. Nothing is quantized while all
+            pages fit the compute tier. A prefill attends to its unquantized keys and values.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -113,19 +113,20 @@ class SpinCache(Cache):
         shared, tokens = self._shared, self._shared.committed
         return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={tokens})"
 
-    # ---------------------------------------------------------------------------------------------------- the contract
+    # -------------------------------------------------------------------------------------------- called by transformers
 
     @outside_inference_mode
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take the new keys and values of a layer, [B, H, n, Dk] and [B, H, n, Dv].
+        """Pass new keys and values, [B, H, n, Dk] and [B, H, n, Dv], to a layer.
 
         Returns:
-            What to hand to the attention function: for a paged layer the new states only (it finds the rest).
+            Keys and values for the attention function. A paged layer returns the new ones only; "spin" attention reads the
+            others from the cache.
         Raises:
             AttentionError: the config names another attention implementation.
-            BatchSizeError: the batch differs from what the cache holds. Nothing has changed.
+            BatchSizeError: the batch size differs from the cache's. Nothing has changed.
         """
         self._before(layer_idx, key_states.shape[0])
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
@@ -134,7 +135,7 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers', for linear-attention and convolution layers."""
+        """As in transformers, for linear-attention and convolution layers."""
         self._before(layer_idx, conv_states.shape[0])
         states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         self._after(layer_idx)
@@ -142,22 +143,22 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers', for linear-attention layers."""
+        """As in transformers, for linear-attention layers."""
         self._before(layer_idx, recurrent_states.shape[0])
         states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         self._after(layer_idx)
         return states
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As transformers'. Convolution layers write a single token into what this returns."""
+        """As in transformers. Convolution layers write single tokens into the returned tensor."""
         return self._writable(layer_idx, super().get_conv_state(layer_idx, *args, **kwargs))
 
     def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As transformers'. Layers may write into what this returns."""
+        """As in transformers. Layers may write into the returned tensor."""
         return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held by every layer; a forward that was interrupted does not count."""
+        """Tokens held by every layer. Those of an interrupted forward do not count."""
         if self._shared.layers:
             return self.layers[self._shared.layers[0].layer_idx].get_seq_length()  # type: ignore[return-value, unused-ignore]
         interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
@@ -165,27 +166,27 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of a layer's mask. transformers asks before a forward, so here is checked what it needs.
+        """Length and offset of a layer's mask. transformers calls this before each forward, so memory is checked here.
 
         Raises:
             AttentionError: the config names another attention implementation.
-            BudgetError, CapacityError: there is no room for the tokens to come.
-            CacheStateError: an interrupted forward cannot be taken back.
+            BudgetError, CapacityError: the new tokens do not fit.
+            CacheStateError: an interrupted forward cannot be rolled back.
         """
         if not torch.compiler.is_compiling():
             self.calls.before_mask(self)
-            if self._shared.layers:  # others may ask in the middle of a forward
+            if self._shared.layers:  # models without paged layers may call this in the middle of a forward
                 self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
-            return MaskedLength.of(length, None, window=True), 0  # a full window without padding, seen whole
+            return MaskedLength.of(length, None, window=True), 0  # the window is full and has no padding: no mask
         return length, offset
 
     @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens of every sequence; 0 lets sliding layers drop what they recorded.
+        """Remove the last `-tokens_to_remove` tokens of every sequence. With 0, sliding layers drop their recorded past.
 
-        transformers before 5.18 also passes positive numbers, the length to keep; newer versions do not.
+        Before 5.18 transformers also passes positive numbers: the length after the crop.
         """
         tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
         if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
@@ -204,11 +205,11 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def reset(self) -> None:
-        """Forget all tokens. Options, and the pages' memory, are kept; the next batch may have another size."""
+        """Remove all tokens. Options and allocated pages remain; the next batch may have another size."""
         fresh, _ = build_layers(self._config, lambda index: self.layers[index])
 
         def forget() -> None:
-            self.layers[:] = fresh  # transformers' own layers keep the batch size of their states over a reset
+            self.layers[:] = fresh  # reset() of transformers' own layers does not reset the batch size
             self._passes.clear()
             self._log.clear()
 
@@ -216,12 +217,12 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i continues what sequence `beam_idx[i]` was. Pages are shared, not copied."""
+        """Sequence i becomes a copy of sequence `beam_idx[i]`. Pages are shared, not copied."""
         self._select(beam_idx)
 
     @outside_inference_mode
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` (whole numbers, or a bool mask), in that order."""
+        """Keep the sequences `indices` (integers or a bool mask), in that order."""
         self._select(indices)
 
     @outside_inference_mode
@@ -233,11 +234,11 @@ class SpinCache(Cache):
         self._select(rows)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """As `DynamicCache`: keys, values and, of a sliding layer, the window; copies of what pages hold."""
+        """As `DynamicCache`: keys, values and, for a sliding layer, the window size. Paged layers give copies."""
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
-    # ------------------------------------------------------------------------------------------------------- our own
+    # ---------------------------------------------------------------------------------------------- SpinCache's own
 
     @classmethod
     @outside_inference_mode
@@ -245,15 +246,15 @@ class SpinCache(Cache):
         cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "bisection",
         *, attention_mask: Tensor | None = None, **options: Any,
     ) -> SpinCache:  # fmt: skip
-        """A SpinCache that holds what a `DynamicCache` holds, indexed and placed as a prefill would have.
+        """A SpinCache with the tokens of a `DynamicCache`, indexed and placed as after a prefill.
 
         Args:
-            cache: the source; it is not changed and shares nothing with the result.
-            attention_mask: [B, tokens], the padding mask of what it holds; None for no padding.
+            cache: the source. It is not changed and shares no memory with the result.
+            attention_mask: [B, tokens], padding mask of its tokens; None for no padding.
             options: as for `SpinCache`.
         Raises:
-            OptionTypeError: `cache` is no transformers cache.
-            OptionError, BatchSizeError: its layers, or the mask, do not match the model's or each other.
+            OptionTypeError: `cache` is not a transformers cache.
+            OptionError, BatchSizeError: its layers or the mask do not match the model or each other.
         """
         if not isinstance(cache, Cache):
             check_source(cache, [], (), None, None)
@@ -267,23 +268,23 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def stats(self) -> CacheStats:
-        """What the cache holds and what its steps did so far."""
+        """Memory and tokens held, and counters of the steps so far."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
         return stats_of(self._shared, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
 
     @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
-        """Give GPU memory back at once: page frames that steps can do without, and pages that can go to the cpu tier.
+        """Free GPU memory now: buffer page frames, and pages that can move to the cpu tier.
 
-        For `except torch.OutOfMemoryError:`, or before something else needs the memory. torch keeps it for reuse until
-        `torch.cuda.empty_cache()`. No token changes; pages are loaded when they are needed. The cache takes memory again, if
-        much is free, at one of its later steps. A forward that was interrupted is taken back first.
+        For `except torch.OutOfMemoryError:`, or before another allocation. torch's allocator holds the memory until
+        `torch.cuda.empty_cache()`. No output changes; pages are loaded again on demand. Later steps may allocate memory again
+        when much is free. An interrupted forward is rolled back first.
 
         Args:
-            num_bytes: how much is needed, in bytes or as "2GiB"; None for all that no step needs.
+            num_bytes: bytes to free, as an int or a string such as "2GiB"; None for everything that no step needs.
         Returns:
-            bytes given back; less than was asked for where steps need the rest.
+            Bytes freed; fewer than `num_bytes` if steps need the rest.
         """
         wanted = None if num_bytes is None else parse_bytes("num_bytes", num_bytes)
         self._log.drop_pending()
@@ -292,9 +293,9 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def roll_back(self) -> None:
-        """Forget the tokens of a forward that was interrupted, if there is one.
+        """Remove the tokens of an interrupted forward, if there is one.
 
-        A cache made from a model does so by itself. One made from a config is not told how a forward ended.
+        A cache made from a model does this itself. One made from a config cannot see how a forward ended.
         """
         self._log.drop_pending()
         if self._shared.failed or not self._log.is_complete(self.layers):
@@ -302,9 +303,9 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def check_integrity(self) -> None:
-        """Raise CacheStateError where tables, tiers or summaries contradict each other. Reads everything: for tests.
+        """Raise CacheStateError if tables, tiers or summaries contradict each other. Reads all pages; meant for tests.
 
-        A forward that was interrupted is taken back first.
+        An interrupted forward is rolled back first.
         """
         self._log.settle(self.layers)
         self._shared.sequences.check_integrity()
@@ -313,9 +314,11 @@ class SpinCache(Cache):
             layer.check_integrity()
 
     def __copy__(self) -> SpinCache:
-        """Another object with the same contents, as of transformers' caches: what happens to one happens to both."""
+        """A shallow copy, as for transformers' caches: both objects share one state."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _copied=self)  # which lives as long: what it held is given back behind both
+        twin.__dict__.update(
+            self.__dict__, _copied=self
+        )  # the original, and so the finalizer, lives as long as its copy
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -326,7 +329,7 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
-        """An independent cache of the same model with the same contents (transformers' way to reuse a prefix)."""
+        """An independent cache of the same model with the same tokens, for reusing a prefix."""
         self._log.settle(self.layers)
         self._passes.gpu.before_copy()
         twin = object.__new__(type(self))
@@ -346,7 +349,7 @@ class SpinCache(Cache):
         return [layer for layer in self.layers if not isinstance(layer, SpinLayer)]
 
     def _before(self, index: int, batch_size: int) -> None:
-        """Layer `index` is about to change: note it, and refuse a batch of another size."""
+        """Before layer `index` changes: check the batch size and log the change."""
         if torch.compiler.is_compiling():
             self.calls.check_traced()
             return
@@ -364,7 +367,7 @@ class SpinCache(Cache):
     def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
         if state is None or torch.compiler.is_compiling():
             return state
-        if self._log.last >= 0:  # a read begins no forward: `generate` may look in between
+        if self._log.last >= 0:  # a read does not begin a forward: `generate` may read between two
             self._before(index, state.shape[0])
             self._after(index)
         else:
@@ -375,19 +378,19 @@ class SpinCache(Cache):
         return held_batch(self._shared, self.layers)
 
     def _select(self, indices: Any) -> None:
-        """Check and select sequences of all layers: all or none."""
+        """Select sequences in all layers. If it fails, no layer has changed."""
         self._log.settle(self.layers)
         rows = rows_of(indices, self._held_batch())
         if not rows:
-            return  # nothing is held
+            return  # the cache is empty
         chosen = torch.tensor(rows)
         with undone(self._shared, self._unpaged_layers()):
             for layer in self._unpaged_layers():
-                layer.reorder_cache(chosen)  # of all kinds of layers, any number of rows
+                layer.reorder_cache(chosen)  # every layer type has it; any number of rows is allowed
             self._passes.select_sequences(rows)
 
     def _bind(self, config: Any, model: nn.Module | None) -> None:
-        """See the calls of `model` that carry this cache, for as long as it lives."""
+        """Hook the calls of `model` that carry this cache, while the cache lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
         dropped_cache.acquire(self, None if self._shared.served is None else self._shared.served(), config)

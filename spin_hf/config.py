@@ -1,8 +1,8 @@
 """Options of a cache: parsing, validation and messages.
 
-`SpinOptions` is what is left after validation: frozen, in plain units (tokens, bytes), the same for every layer. Numbers of
-any kind (of numpy too) become plain ints and floats here. Those without a bound of their own are cut to one that no context
-reaches, so that nothing behind this file overflows 32 or 64 bits.
+`SpinOptions` holds the validated options: frozen, in tokens and bytes, the same for every layer. Numbers of any type (numpy
+too) become plain ints and floats. Unbounded numbers are clamped to `MOST_TOKENS` or `MOST_BYTES`, so that later arithmetic
+does not overflow 32 or 64 bits.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTE_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 MOST_TOKENS = 1 << 30
-"""No context is longer, so a larger number of tokens means all of them and is cut to this. Kernels add up to it in int32."""
+"""Larger numbers of tokens are clamped to this: no context is longer, and kernels add token counts in int32."""
 MOST_BYTES = 1 << 60
-"""Likewise of bytes: no machine has more."""
+"""Larger numbers of bytes are clamped to this."""
 
 SUMMARY_DTYPES = ("auto", "int8", "model")
 CPU_DTYPES = ("auto", "int8")
 
 
 def parse_bytes(name: str, value: int | str) -> int | None:
-    """Bytes of a memory cap.
+    """Parse a memory cap.
 
     Args:
         name: the option's name, for messages.
-        value: a number of bytes, a text such as `"8GiB"` or `"500 MB"`, or `"auto"`.
+        value: a number of bytes, a string such as `"8GiB"` or `"500 MB"`, or `"auto"`.
     Returns:
         The cap in bytes; None for `"auto"`.
     Raises:
-        OptionTypeError, OptionError: not a size, or not positive.
+        OptionTypeError, OptionError: `value` is not a size or not positive.
     """
     remedy = f'pass {name}="8GiB", a number of bytes, or "auto"'
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, str)):
@@ -60,11 +60,11 @@ def parse_bytes(name: str, value: int | str) -> int | None:
 def require_count(
     name: str, value: Any, minimum: int, maximum: int | None = None, *, example: int | None = None
 ) -> int:
-    """`value` as an int from `minimum` to `maximum`; raises OptionTypeError or OptionError that name the option.
+    """`value` as an int from `minimum` to `maximum`; raises OptionTypeError or OptionError, naming the option.
 
     Args:
-        maximum: the largest that can work; None for no limit.
-        example: a value that the remedy names; None for `minimum`.
+        maximum: largest valid value; None for no limit.
+        example: the value that the message suggests; None for `minimum`.
     """
     remedy = f"pass {name}={minimum} or more" if example is None else f"pass {name}={example}"
     count = _require_int(name, value, remedy)
@@ -82,12 +82,12 @@ def _require_int(name: str, value: Any, remedy: str) -> int:
 
 
 def require_tokens(name: str, value: Any, minimum: int) -> int:
-    """As `require_count`, cut to `MOST_TOKENS`, which means all tokens."""
+    """As `require_count`, clamped to `MOST_TOKENS`."""
     return min(require_count(name, value, minimum), MOST_TOKENS)
 
 
 def require_one_of(name: str, value: Any, choices: tuple[int, ...], *, example: int) -> int:
-    """`value` as an int that is one of `choices`; raises OptionTypeError or OptionError that name the option."""
+    """`value` as an int that is one of `choices`; raises OptionTypeError or OptionError, naming the option."""
     remedy = f"pass {name}={example}"
     count = _require_int(name, value, remedy)
     if count not in choices:
@@ -96,7 +96,7 @@ def require_one_of(name: str, value: Any, choices: tuple[int, ...], *, example: 
 
 
 def require_real(name: str, value: Any, example: float) -> float:
-    """`value` as a float, infinite where it is too large for one; raises OptionTypeError, naming the option and `example`."""
+    """`value` as a float, infinite if it overflows; raises OptionTypeError, naming the option and `example`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptionTypeError(f"{name}: expected a float, got {type(value).__name__}; pass {name}={example}")
     given: Any = value
@@ -116,7 +116,7 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def shown(value: Any, most: int = 300) -> str:
-    """`value` as a message shows it: cut where it is long; by its type where Python refuses to write it, as very long ints."""
+    """`value` as text for a message: truncated if long; its type if `repr` fails, as for very long ints."""
     try:
         text = repr(value)
     except Exception:
@@ -126,20 +126,19 @@ def shown(value: Any, most: int = 300) -> str:
 
 @dataclass(frozen=True)
 class SpinOptions:
-    """What a user may choose, beside the method.
+    """Options of a cache other than its method. Numbers of tokens are at most `MOST_TOKENS`.
 
     Attributes:
-        budget: tokens that a method selects per KV head and step, beside sinks and recent window: an int, or a float
-            share (0, 1] of the tokens that the sequence holds. Rounded up to whole pages. This and the other numbers of
-            tokens are at most `MOST_TOKENS`.
-        num_sink_tokens: the first tokens of each sequence (padding not counted) that are always attended, by whole
+        budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction
+            in (0, 1] of the sequence's tokens. Rounded up to whole pages.
+        num_sink_tokens: first tokens of each sequence that are always attended to, without padding. Rounded up to whole
             pages.
-        recent_window: the last tokens (padding not counted, the query's own included) that are always attended, by
-            whole pages. At least 1: a token always attends to itself.
-        dense_below: a query whose sequence holds at most this many tokens attends to all of them.
-        gpu_memory: cap in bytes on what the cache holds in the compute tier; None for automatic.
+        recent_window: last tokens that are always attended to, without padding and including the query's own token. At
+            least 1. Rounded up to whole pages.
+        dense_below: a query attends to all tokens if its sequence has at most this many.
+        gpu_memory: cap in bytes on the compute tier; None for automatic.
         cpu_memory: cap in bytes on the cpu tier; None for no cap.
-        summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 where keys have 16 bits.
+        summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
         cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
     """
 
@@ -165,15 +164,15 @@ class SpinOptions:
         summary_dtype: Any = "auto",
         cpu_dtype: Any = "auto",
     ) -> SpinOptions:
-        """Validate what the user wrote.
+        """Validate the user's arguments.
 
         Raises:
-            OptionTypeError, OptionError, BudgetError: with expected, actual and remedy; nothing has been allocated.
+            OptionTypeError, OptionError, BudgetError: with expected, actual and remedy. Nothing has been allocated.
         """
         sinks = require_count("num_sink_tokens", num_sink_tokens, 0)
         if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
             raise OptionTypeError(
-                f"budget: expected an int (tokens) or a float (share of the context), got {type(budget).__name__}; "
+                f"budget: expected an int (tokens) or a float (fraction of the context), got {type(budget).__name__}; "
                 "pass budget=2048 or budget=0.02"
             )
         if isinstance(budget, numbers.Integral):
@@ -187,7 +186,7 @@ class SpinOptions:
             budget = require_real("budget", budget, 0.02)
             if not 0.0 < budget <= 1.0:
                 raise OptionError(
-                    f"budget: a float is a share of the context in (0, 1], got {budget}; pass an int for a number of tokens"
+                    f"budget: expected a float (fraction of the context) in (0, 1], got {budget}; pass an int for tokens"
                 )
         require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
         require_choice("cpu_dtype", cpu_dtype, CPU_DTYPES)
@@ -208,5 +207,5 @@ class SpinOptions:
         return self.cpu_dtype == "int8"
 
     def quantizes(self, item_bytes: int) -> bool:
-        """Whether vectors of summaries are int8 where keys have items of so many bytes."""
+        """Whether summaries are int8 for keys of `item_bytes` bytes per element."""
         return self.summary_dtype == "int8" or (self.summary_dtype == "auto" and item_bytes == 2)

@@ -10,16 +10,16 @@
      ├── CapacityError (MemoryError)          memory ran out, or a cap would be exceeded
      └── CacheStateError (RuntimeError)       the cache's own state is inconsistent or was misused
 
-Every message says what was expected, what was found and what to do. An error is raised before the cache changes, so
-what it holds stays usable.
+Every message states what was expected, what was found and the remedy. Every error but CacheStateError leaves the cache as it
+was before the call.
 
-When memory runs out under way, the error says whose it was:
+The error type tells which allocation failed when memory runs out during a call:
 
-    what the cache keeps            pages, summaries, page frames, tables, buffers of steps    CapacityError, from the refusal
-    what a forward computes with    its own tensors and the model's                         torch.OutOfMemoryError, as it came
+    of the cache       pages, summaries, page frames, tables, step buffers    CapacityError, raised from the allocator's error
+    of the forward     activations, attention's temporary tensors             torch.OutOfMemoryError, unchanged
 
-Either way the cache is what it was before the call, and the same call works once there is memory. Pages that went to the cpu
-tier under way stay there, with `cpu_dtype="int8"` as int8.
+Either way the cache is as before the call, and the same call succeeds once memory is available. Pages that moved to the cpu
+tier during the call stay there, as int8 with `cpu_dtype="int8"`.
 """
 
 
@@ -32,13 +32,13 @@ class OptionError(SpinError, ValueError):
 
 
 class _NoRoomError(Exception):
-    """What an error knows about a cap that is too small.
+    """Attributes of errors about a cap that is too small.
 
     Attributes:
-        needed_bytes: the smallest cap that would do; None where no cap would, or what is short is not counted in bytes.
-        available_bytes: the cap; None with the above.
-        fitting_batch_size: how many sequences of the same length a new cache with these caps holds, 0 if not even one;
-            None with the above.
+        needed_bytes: smallest sufficient cap; None if no cap suffices or the shortage is not one of bytes.
+        available_bytes: the cap; None if `needed_bytes` is.
+        fitting_batch_size: sequences of the same length that a new cache with these caps holds, 0 if not even one; None if
+            `needed_bytes` is.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class BudgetError(_NoRoomError, OptionError):
     """A token or byte budget is too small for one step.
 
     Attributes:
-        needed_bytes: the smallest `gpu_memory` that would do; None where the budget is counted in tokens, as the others.
-        available_bytes: the `gpu_memory` that there is.
-        fitting_batch_size: how many sequences of the same length fit a new cache with these caps; 0 if not even one.
+        needed_bytes: smallest sufficient `gpu_memory`. All three are None if the budget is in tokens.
+        available_bytes: the current `gpu_memory`.
+        fitting_batch_size: sequences of the same length that fit a new cache with these caps; 0 if not even one.
     """
 
 
@@ -72,7 +72,7 @@ class UnsupportedModelError(SpinError, ValueError):
 
 
 class AttentionError(SpinError, ValueError):
-    """Attention was called in a way that the cache cannot serve exactly."""
+    """Attention was called in a way that would give wrong results."""
 
 
 class BatchSizeError(SpinError, ValueError):
@@ -83,9 +83,9 @@ class CapacityError(_NoRoomError, SpinError, MemoryError):
     """A memory cap would be exceeded, or memory ran out.
 
     Attributes:
-        needed_bytes: the smallest `cpu_memory` that would do; None where it is no cap that is short, as the others.
-        available_bytes: the `cpu_memory` that there is.
-        fitting_batch_size: how many sequences of the same length fit a new cache with these caps; 0 if not even one.
+        needed_bytes: smallest sufficient `cpu_memory`. All three are None if memory ran out without a cap.
+        available_bytes: the current `cpu_memory`.
+        fitting_batch_size: sequences of the same length that fit a new cache with these caps; 0 if not even one.
     """
 
 

@@ -1,17 +1,16 @@
-"""The present forward: what it has changed so far, and how to take that back if it does not come to its end.
+"""Undo log of the current forward: which layers it has changed, and how to roll them back.
 
-    watched      a call of a model whose `forward` is wrapped (`graph/model_calls.py`): its return commits, an exception takes
-    back
-    unwatched    a cache made from a config, or layers called by hand: the last layer that holds tokens commits
+    watched      call of a model whose `forward` is wrapped (`graph/model_calls.py`): return commits, an exception rolls back
+    unwatched    cache made from a config, or layers called by hand: the last layer that holds tokens commits
 
-    taken back   paged layers        are cut back to the length before
-                 attention layers    get back the tensors they had: transformers replaces them and does not write into them
-                 linear attention    is overwritten in place, and gets back a copy, which is made before it is first read
+    roll back    paged layers        truncated to their length before the forward
+                 attention layers    previous tensors restored: transformers replaces them and does not write into them
+                 linear attention    overwritten in place: restored from a copy, which is made before the first read
 
-So a forward happens to the whole cache or not at all. A watched forward may leave layers out: a stack that was cut, an early
-exit. These layers then hold fewer tokens, as in transformers' caches. Of an unwatched forward that ends early nobody knows
-whether it was interrupted, unless that was in the cache's own code: what comes next is refused, and `SpinCache.roll_back`
-says that it was. While Dynamo traces nothing is logged; there the last paged layer commits.
+A forward is atomic over all layers. A watched forward may skip layers (truncated stack, early exit). Skipped layers then hold
+fewer tokens, as in transformers' caches. If an unwatched forward ends early outside of the cache's code, the log cannot know
+whether it was interrupted. The next use then raises, and the caller may call `SpinCache.roll_back`. Nothing is logged during
+Dynamo tracing; the last paged layer commits there.
 """
 
 from __future__ import annotations
@@ -32,26 +31,26 @@ from .layer import SpinLayer
 from .transaction import own_attributes
 
 _TABLES = ("conv_states", "recurrent_states")
-"""Where layers of linear attention keep states: number -> tensor, or None."""
+"""Attributes of linear-attention layers that hold states: index -> tensor or None."""
 
 
 @dataclass
 class Progress:
-    """How far a forward has come. It ends where another object takes the place of its own: at one instant.
+    """Progress of one forward. The forward ends when `ForwardLog.present` is replaced, which is a single assignment.
 
     Attributes:
-        held: tokens that the cache held before; None while nothing has changed.
+        held: tokens in the cache before the forward; None while no layer has changed.
         last: the layer that changed last; -1 for none.
-        seen: layers that changed. In models with loops their numbers do not grow.
-        before: attributes that layers had before.
-        behind: states of layers behind the final one before an unwatched forward, with their versions.
+        seen: layers that changed. Models with loops do not visit them in ascending order.
+        before: layer index -> its attributes before the forward.
+        after_final: states of the layers after the final one before an unwatched forward, with their versions.
     """
 
     held: int | None = None
     last: int = -1
     seen: set[int] = field(default_factory=set)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
-    behind: list[tuple[Tensor, int]] = field(default_factory=list)
+    after_final: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 class ForwardLog:
@@ -67,12 +66,12 @@ class ForwardLog:
         holding = [index for index, layer in enumerate(layers) if not is_placeholder(layer)]
         attending = [index for index in holding if isinstance(layers[index], CacheLayerMixin)]
         self.final = (attending or holding or [-1])[-1]
-        """The last layer that attends, or the last that holds anything: when it has the tokens, an unwatched forward counts."""
+        """The last attention layer, or else the last layer with storage. It commits an unwatched forward."""
         self.present = Progress()
         self.overwritten = False
-        """Whether a step that failed has overwritten states, and the cache is of no use until `reset`."""
+        """Whether a failed step has overwritten states. The cache is then unusable until `reset`."""
         self.watched = False
-        """Whether the end of the forward will be seen."""
+        """Whether the forward is a wrapped call, so that its end is seen."""
 
     @property
     def last(self) -> int:
@@ -81,30 +80,30 @@ class ForwardLog:
 
     @contextmanager
     def watching(self, layers: list[Any]) -> Iterator[None]:
-        """A call of the model: it happens whole or, if it fails wherever that is, not at all.
+        """Watch a call of the model: commit when it returns, roll back when it raises.
 
-        What cannot be taken back at once, as memory is short, is taken back before the cache is used again.
+        If the roll back fails, for instance for lack of memory, it is repeated before the cache is used again.
         """
         self.settle(layers)
-        mine = self.present = Progress(self.state.committed, before=_copies(layers))
+        progress = self.present = Progress(self.state.committed, before=_copies(layers))
         try:
             self.watched = True
             yield
-            self._end(mine)
+            self._end(progress)
         except BaseException:
-            if self.present is mine:
+            if self.present is progress:
                 self.passes.fail()
-                self.state.pending = None  # an error says enough
+                self.state.pending = None  # the call's own error is raised
                 with suppress(Exception):
                     self.settle(layers)
             raise
         finally:
             self.watched = False
 
-    def _end(self, mine: Progress) -> None:
-        """The watched forward has returned: what it appended counts, in the layers that it came to."""
+    def _end(self, progress: Progress) -> None:
+        """Commit a watched forward that has returned, in the layers that it reached."""
         state = self.state
-        if state.layers and mine.last < 0 and state.sequences.length == mine.held:
+        if state.layers and progress.last < 0 and state.sequences.length == progress.held:
             raise AttentionError(
                 f"{state.model_name}: the call was given a SpinCache and no layer used it, expected at least one to; "
                 "in training mode gradient checkpointing drops the cache: call model.gradient_checkpointing_disable() or "
@@ -118,12 +117,12 @@ class ForwardLog:
         self.clear()
 
     def may_begin(self, layers: list[Any]) -> None:
-        """An unwatched forward may come: layers of linear attention may write into what they read, and say so later."""
+        """Copy the states of linear attention. An unwatched forward may write into them before it calls `touch`."""
         if not self.watched and self.present.held is None and not self.present.before:
             self.present = Progress(before=_copies(layers))
 
     def touch(self, index: int, layers: list[Any]) -> None:
-        """Note that layer `index` is about to change; a layer that comes round again begins a new forward."""
+        """Log that layer `index` is about to change. A second change of the same layer begins a new forward."""
         layer = layers[index]
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
         if index in self.present.seen and not (index == self.present.last and linear):
@@ -135,7 +134,7 @@ class ForwardLog:
         self.may_begin(layers)
         present = self.present
         if present.held is None:
-            present.behind = [
+            present.after_final = [
                 (state, _version(state)) for layer in layers[self.final + 1 :] for state in _states(layer)
             ]
             present.held = self.state.committed
@@ -146,18 +145,18 @@ class ForwardLog:
             present.before[index] = own_attributes(layer)
 
     def touched(self, index: int, layers: list[Any]) -> None:
-        """Note that layer `index` has changed; a final layer that is not paged commits the forward."""
+        """Log that layer `index` has changed. A final layer without pages commits the forward."""
         if index == self.final and not isinstance(layers[index], SpinLayer) and not self.state.prepared:
             self.passes.commit()
 
     def settle(self, layers: list[Any]) -> None:
-        """Before the cache is used: a forward that failed is taken back, one that came to its end counts.
+        """Close the last forward before the cache is used: roll it back if it failed, else clear the log.
 
         Raises:
-            CacheStateError: it cannot be taken back, or nobody knows whether it came to its end.
+            CacheStateError: it cannot be rolled back, or it is unknown whether it was interrupted.
         """
         if self.watched and not self.state.failed:
-            return  # in the middle of a forward: some layers ask for masks of their own
+            return  # called within a forward: some layers build their own masks
         self.state.settle()
         if self.overwritten:
             raise self._lost()
@@ -166,42 +165,42 @@ class ForwardLog:
             return
         if not self.is_complete(layers):
             raise CacheStateError(
-                f"a forward of {self.state.model_name} ended behind layer {self.present.last}, expected it to reach layer "
+                f"a forward of {self.state.model_name} ended after layer {self.present.last}, expected it to reach layer "
                 f"{max(self.final, len(layers) - 1)}, and a cache that was made from a config is not told why; call "
                 "cache.roll_back() if it was interrupted, which forgets its tokens; use SpinCache(model), which is "
                 "told, with a model that leaves layers out"
             )
         if self.present.last < 0 and self.state.committed != self.state.sequences.length and not self.state.prepared:
-            self.passes.roll_back()  # a step that could not even be prepared
+            self.passes.roll_back()  # a step failed before any layer changed
         self.clear()
 
     def can_settle(self, layers: list[Any]) -> bool:
-        """Whether `settle` raises nothing that the log knows of."""
+        """Whether `settle` would succeed, as far as the log knows."""
         return not self.overwritten and (self.state.failed or self.is_complete(layers))
 
     def is_complete(self, layers: list[Any]) -> bool:
-        """Whether an unwatched forward, if there is one, has come to every layer, as far as layers show it."""
+        """Whether the unwatched forward has reached every layer, as far as the layers show. True if there is none."""
         present, state = self.present, self.state
         if present.last < 0:
             return not any(_written(layers[index], attributes) for index, attributes in present.before.items())
         if state.pending is not None:
-            return False  # its keys never came to attention
+            return False  # its keys never reached attention
         reached = self.final in present.seen and state.committed == state.sequences.length
-        changed = any(version < 0 or _version(state) != version for state, version in present.behind)
-        return reached and (not present.behind or max(present.seen) > self.final or changed)
+        changed = any(version < 0 or _version(state) != version for state, version in present.after_final)
+        return reached and (not present.after_final or max(present.seen) > self.final or changed)
 
     def drop_pending(self) -> None:
-        """A layer that was updated and has not attended never will: its forward was interrupted."""
+        """Mark the forward as failed if a layer was updated and has not attended yet."""
         if self.state.pending is not None:
             self.passes.fail()
         self.state.pending = self.state.noted = None
 
     def roll_back(self, layers: list[Any]) -> None:
-        """Take back the forward in progress. May be repeated.
+        """Roll back the forward in progress. May be repeated.
 
         Raises:
-            CacheStateError: it has overwritten what is needed for that.
-            AttentionError: keys that a layer was given never came to the attention function.
+            CacheStateError: it has overwritten states that cannot be restored.
+            AttentionError: a layer's keys never reached the attention function.
         """
         present, state = self.present, self.state
         if self.overwritten:
@@ -222,7 +221,7 @@ class ForwardLog:
         )
 
     def clear(self) -> None:
-        """Nothing is in progress."""
+        """Start with an empty log: no forward is in progress."""
         self.overwritten = False
         self.passes.forget_failure()
         self.passes.commits_with_last_paged = True
@@ -230,19 +229,19 @@ class ForwardLog:
 
 
 def _states(layer: Any) -> Iterator[Tensor]:
-    """The tensors of a layer of linear attention; none of another layer."""
+    """The states of a linear-attention layer; nothing for other layers."""
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for table in _TABLES:
             yield from (state for state in getattr(layer, table, {}).values() if isinstance(state, Tensor))
 
 
 def _version(state: Tensor) -> int:
-    """How often `state` was written to, or -1 where torch does not count: under inference mode, and in kernels on a GPU."""
+    """The version counter of `state`; -1 where torch does not count writes (inference tensors, kernels on a GPU)."""
     return -1 if state.is_inference() or state.is_cuda else state._version
 
 
 def _copies(layers: list[Any]) -> dict[int, dict[str, Any]]:
-    """The attributes of layers of linear attention, by number, with copies of their states, which a forward overwrites."""
+    """Layer index -> attributes of each linear-attention layer, with copies of the states that a forward overwrites."""
     found = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -255,7 +254,7 @@ def _copies(layers: list[Any]) -> dict[int, dict[str, Any]]:
 
 
 def _written(layer: Any, attributes: dict[str, Any]) -> bool:
-    """Whether a layer of linear attention has other states than these, which are copies."""
+    """Whether the states of a linear-attention layer differ from the copies in `attributes`."""
     pairs = [
         (state, attributes[table][number]) for table in _TABLES for number, state in getattr(layer, table, {}).items()
     ]

@@ -1,13 +1,13 @@
-"""One forward of a model over the paged layers: where it begins, and that it happens whole or not at all.
+"""One forward of a model over the paged layers. It is atomic: all of its tokens count, or none.
 
     eager      update(0) run(0)  update(1) run(1)  ...  update(n) run(n)
                begin                                    commit
 
     captured   prepare   update(0) run(0)  ...  update(n) run(n)   finish
-               the host's part, once       launches only
+               host work for all layers    launches only
 
-What fails is rolled back. This file alone writes `CacheState.phase`, whose states are drawn in `state.py`; what a forward
-changes in layers that are not paged is in `forward_log.py`, operations between two forwards are in `transaction.py`.
+A forward that fails is rolled back. Only this file writes `CacheState.phase` (state diagram in `state.py`).
+`forward_log.py` covers the unpaged layers, `transaction.py` the operations between two forwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ForwardPass:
     """The forwards of one cache.
 
     Args:
-        state: of the cache.
+        state: the cache's state.
     """
 
     def __init__(self, state: CacheState) -> None:
@@ -44,20 +44,20 @@ class ForwardPass:
         self.kernels = KernelSet(state)
         self.gpu = GpuMemory(state, state.options.gpu_memory)
         self.commits_with_last_paged = True
-        """Whether no layer that reports comes behind the last paged one in the present forward."""
+        """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
         self._prepared_for: Any = None
-        """The kernels, and the layout of pages, that the layers' descriptors were last written for."""
+        """Kernels, their buffer sizes, memory version and padding that the layers' descriptors were last written for."""
 
     # ------------------------------------------------------------------------------------------------------ a forward
 
     def admit(self, num_tokens: int, batch_size: int, mask: Tensor | None) -> None:
-        """The first tokens of a batch come: refuse them if the caps do not hold them, else take their padding.
+        """Check that a new batch fits the memory caps, then record its padding.
 
         Args:
-            num_tokens: of each sequence.
+            num_tokens: per sequence.
             batch_size, mask: as for `padding_change.accept`.
         Raises:
-            BudgetError, CapacityError: nothing has changed.
+            BudgetError, CapacityError: the batch does not fit. Nothing has changed.
         """
         check_first_batch(self.state, self.gpu, num_tokens, batch_size)
         padding_change.accept(self.state, batch_size, mask)
@@ -69,7 +69,7 @@ class ForwardPass:
             new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
         Raises:
             BatchSizeError, BudgetError, CapacityError: nothing has changed.
-            CacheStateError: an earlier forward never reached the last paged layer and cannot be taken back.
+            CacheStateError: the first forward never reached the last paged layer.
         """
         state, sequences = self.state, self.state.sequences
         if sequences.length != state.committed:
@@ -80,20 +80,20 @@ class ForwardPass:
                 )
             self.roll_back()
         self.gpu.before_step(batch_size, num_tokens)
-        chooses = num_tokens <= MAX_QUERIES  # more attend to everything, and need neither clusters nor summaries
-        if chooses:
+        selects = num_tokens <= MAX_QUERIES  # a prefill attends to all tokens: it needs neither clusters nor summaries
+        if selects:
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase = Phase.APPENDING
-        if chooses:
-            summarize.summarize_stale(state)  # pages may have taken another form
+        if selects:
+            summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
     @outside_inference_mode
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
-        """Start a step for all layers at once: after it they only launch, and `finish` ends it.
+        """Start a step and do the host work of all layers. The layers then only launch; `finish` ends the step.
 
         Raises:
-            as `begin`.
+            As `begin`.
         """
         sequences = self.state.sequences
         self.begin(batch_size, num_tokens, new_valid)
@@ -118,7 +118,7 @@ class ForwardPass:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """While a graph is captured, lengths are tensors on the device."""
+        """Within this context the cache's length is a tensor on the device, which a captured graph can read."""
         self.state.captured_length = self.kernels.in_use()[0].step[StepField.POSITION]
         try:
             yield
@@ -126,20 +126,20 @@ class ForwardPass:
             self.state.captured_length = None
 
     @outside_inference_mode
-    def finish(self, foresee: bool = False) -> None:
-        """The step that was prepared has been launched: its tokens count. Where that fails, it can be done again.
+    def finish(self, upload_next: bool = False) -> None:
+        """Commit a prepared step after its launches. May be called again if it fails.
 
         Args:
-            foresee: whether to prepare what can be of a step like it, behind it.
+            upload_next: whether to upload the descriptors of the next one-token step now.
         """
         state, sequences = self.state, self.state.sequences
         if sequences.length % sequences.page_size == 0:
             for step in self.kernels.in_use():
                 index_completed(step, state.layers)
-        if foresee:
+        if upload_next:
             for step in self.kernels.in_use():
-                step.foresee()
-        state.pending = None  # from here on nothing can fail
+                step.upload_next()
+        state.pending = None  # nothing below can fail
         for layer in state.layers:
             assert layer.store is not None
             layer.store.length = sequences.length
@@ -147,26 +147,26 @@ class ForwardPass:
         state.visible_length.fill_(state.committed)
 
     def commit(self) -> None:
-        """The forward has reached the last layer: what was appended counts."""
+        """Count the appended tokens. The forward has reached the last layer."""
         self.state.committed = self.state.sequences.length
         if not self.state.failed:
             self.state.phase = Phase.IDLE
 
     def fail(self) -> None:
-        """The forward will not come to its end."""
+        """Mark the current forward as failed."""
         self.state.phase = Phase.FAILED
 
     def forget_failure(self) -> None:
-        """What the forward changed has been taken back."""
+        """Return to IDLE after a failed forward has been rolled back."""
         if self.state.failed:
             self.state.phase = Phase.IDLE
 
     @outside_inference_mode
     def roll_back(self, held: int | None = None) -> None:
-        """Forget what an interrupted forward appended, and the room that was made for it.
+        """Remove the tokens of an interrupted forward and the pages allocated for them.
 
         Args:
-            held: tokens before the forward, where it may have been committed; None for the tokens committed.
+            held: tokens before the forward, if it may have been committed already; None for `committed`.
         """
         if held is not None:
             self.state.committed = held
@@ -189,7 +189,7 @@ class ForwardPass:
     # -------------------------------------------------------------------------------------------- between two forwards
 
     def clear(self) -> None:
-        """Forget all sequences. May be repeated."""
+        """Remove all sequences. May be repeated."""
         state = self.state
         state.sequences.clear()
         state.visible_length.zero_()
@@ -199,7 +199,7 @@ class ForwardPass:
             layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, 0
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
+        """Remove the tokens from `length` on."""
         state = self.state
         state.sequences.truncate(length, cluster.in_order(state, state.sequences.mask.valid, length))
         cluster.forget_clustered(state)
@@ -207,22 +207,22 @@ class ForwardPass:
         state.committed = state.sequences.length
 
     def select_sequences(self, rows: list[int]) -> None:
-        """Sequence i becomes what sequence rows[i] was.
+        """Sequence i becomes a copy of sequence rows[i].
 
         Raises:
             BudgetError, CapacityError: the new batch does not fit; nothing has changed.
         """
         state = self.state
         if state.sequences.batch_size:
-            observed = [
+            selected = [
                 None if layer.observation_queries is None else layer.observation_queries[rows] for layer in state.layers
             ]
             state.sequences.select(rows)
-            for layer, queries in zip(state.layers, observed, strict=True):
+            for layer, queries in zip(state.layers, selected, strict=True):
                 layer.observation_queries = queries
 
     def forget_stores(self) -> None:
-        """As before the first step, which has failed: what was settled by it is settled anew."""
+        """Drop storage, kernels and memory plan, as before the first step. The next step makes them again."""
         state = self.state
         state.sequences.stores.clear()
         for layer in state.layers:
@@ -232,7 +232,7 @@ class ForwardPass:
         self.gpu = GpuMemory(state, state.options.gpu_memory)
 
     def dispose(self) -> None:
-        """Let go of layers and storage, which refer to each other; the cache is gone."""
+        """Break the reference cycles between layers and storage once the cache has been deleted."""
         self.kernels.forget()
         self._prepared_for = self.state.pending = None
         self.state.layers.clear()
@@ -241,7 +241,7 @@ class ForwardPass:
     # --------------------------------------------------------------------------------------------------------- checks
 
     def check_nothing_pending(self) -> None:
-        """Raise AttentionError where a layer was updated and its keys never came to the attention function."""
+        """Raise AttentionError if a layer was updated and its keys never reached the attention function."""
         lost, self.state.pending = self.state.pending, None
         if lost is not None:
             raise AttentionError(
@@ -253,17 +253,17 @@ class ForwardPass:
             )
 
     def check_layer(self, index: int, num_layers: int) -> None:
-        """Raise CacheStateError where a model has a layer that the cache has not. What its forward has appended is taken back.
+        """Raise CacheStateError if the model has more layers than the cache. The forward is rolled back first.
 
         Args:
-            index: of the layer that comes.
+            index: of the layer that is about to be updated.
             num_layers: of the cache.
         """
         if index < num_layers:
             return
         state = self.state
         if state.committed == state.sequences.length:
-            self.roll_back(state.sequences.start)  # the last layer of the cache was not the model's last
+            self.roll_back(state.sequences.start)  # the cache's last layer committed, but the model has more
         raise CacheStateError(
             f"the cache has {num_layers} layers, as {state.model_name} has, got layer {index} of a model that has more; make "
             "a SpinCache of the model that uses it"

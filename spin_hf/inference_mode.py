@@ -1,7 +1,7 @@
-"""Tensors that outlive the mode they are made in.
+"""Allocation outside of inference mode.
 
-Under `torch.inference_mode()` torch makes tensors that must not be written to outside of it. What a cache keeps is written to
-by later calls, in whatever mode those are, so it is made outside of inference mode.
+Tensors made under `torch.inference_mode()` must not be written to outside of it. Later calls write to a cache's tensors in any
+mode, so the cache allocates them with inference mode off.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ R = TypeVar("R")
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the tensors that `function` makes be ordinary ones, without gradients, if inference mode is on.
+    """Run `function` with inference mode off and without gradients, so that it makes ordinary tensors.
 
-    Tensors of the caller's that it is given may be read and kept, and not be written to.
+    `function` may read and store the caller's tensors, and must not write to them.
     """
 
     @functools.wraps(function)

@@ -1,17 +1,17 @@
-"""One full-attention layer of the cache: the five operations of SPIN on its own pages.
+"""One full-attention layer of the cache: the five operations of SPIN on its pages.
 
-    index     method     summaries of the pages that this step completed
-    offload   store      tokens to their pages, in whichever tier those are
-    select    method     pages that the query needs, beside sinks and recent window
-    retrieve  store      page frames of these pages, missing ones loaded
+    index     method     summarise the pages that this step completed
+    offload   store      append tokens to their pages, in either tier
+    select    method     choose pages for the query, in addition to sinks and recent window
+    retrieve  store      load missing pages into page frames
     attend    kernels    exact softmax over the retrieved tokens
 
-A layer is called twice per forward: `update` (by the model) tags the new keys, `run` (by the custom op) does the work.
+A forward calls a layer twice: `update` (by the model) tags the new keys, `run` (by the custom op) does the work.
 
-Which queries attend to what:
+Tokens that a query attends to:
     first call on an empty cache, or more than `MAX_QUERIES` tokens (prefill)    all tokens
-    a mask that is more than padding                                                    all tokens, by that mask
-    otherwise (decode, verification)                                                    each query its own selection
+    a mask with more than padding                                                all tokens, by that mask
+    otherwise (decode, verification)                                             a selection for each query
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class SpinLayer(LayerViews, CacheLayerMixin):
     """Pages, summaries and attention of one layer.
 
     Args:
-        layer_idx: its number in the model.
-        forward: the forwards of the cache it belongs to; the layer enters its state there.
+        layer_idx: index in the model.
+        forward: the cache's `ForwardPass`. The constructor adds the layer's state to it.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
-    """`generate` compiles nothing by itself: decode steps are captured (`graph/runner.py`)."""
+    """False, so `generate` does not compile the model. Decode steps are captured instead (`graph/runner.py`)."""
 
     def __init__(self, layer_idx: int, forward: ForwardPass) -> None:
         self.layer_idx = layer_idx
@@ -81,11 +81,11 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         self.handle = register_layer(self)
         forward.state.layers.append(self.state)
 
-    # ------------------------------------------------------------------------------------ what transformers asks for
+    # -------------------------------------------------------------------------------------------- called by transformers
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the layer has seen tokens."""
+        """Whether the layer has storage."""
         return self.state.store is not None
 
     @property
@@ -94,7 +94,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return self.state.store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Build the layer's storage for states like these [B, H, n, D]. Called by the first step."""
+        """Allocate the layer's storage for keys and values of these shapes [B, H, n, D]. Called by the first step."""
         state, method, device = self.cache_state, self.cache_state.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         budget = self.forward.gpu.tier_budget(shape, key_states.dtype, device, state.sequences.room)
@@ -115,28 +115,28 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         self.state.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Tag new keys [B, H, n, Dk] and values with this layer; attention will append them. Nothing is stored yet."""
+        """Tag new keys [B, H, n, Dk] and values with this layer. Nothing is stored until attention appends them."""
         state, traced = self.cache_state, torch.compiler.is_compiling()
         if not traced:
             self.forward.check_nothing_pending()
-        if self._is_last and not state.prepared:  # layers before may still ask how many tokens there were
+        if self._is_last and not state.prepared:  # earlier layers may still read the old length
             state.visible_length.add_(key_states.shape[-2])
         state.pending = self
         return hand_out(self, key_states, value_states)
 
     def take_pending(self) -> bool:
-        """Whether `update` was called since the last attention: then its tokens are to be appended."""
+        """Whether `update` was called since the last attention, so that its tokens must be appended. Clears the flag."""
         pending = self.cache_state.pending is self
         self.cache_state.pending = None
         return pending
 
     def check_positions(self, position_ids: Tensor | None, mask: Tensor | None) -> None:
-        """Raise AttentionError where a method counts on positions that the model does not rotate by.
+        """Raise AttentionError if the method uses positions and the model's position ids differ from them.
 
-        While a graph is captured nothing is looked at: `graph/runner.py` looks before or behind each replay.
+        Skipped during graph capture: `graph/runner.py` checks positions at every replay.
 
         Args:
-            position_ids: [..., Q] of the new tokens, if the model hands them on.
+            position_ids: [..., Q] of the new tokens; None if the model does not pass them to attention.
             mask: as for `run`.
         """
         state = self.cache_state
@@ -146,7 +146,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             check_positions(state, position_ids, new_validity(mask, state.noted))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
-        """Tokens held; a tensor while Dynamo traces or a graph is captured, so that no length is compiled in."""
+        """Tokens held. A tensor during Dynamo tracing and graph capture, so that no length becomes a constant."""
         if torch.compiler.is_compiling():
             return self.cache_state.visible_length
         if self.cache_state.captured_length is not None:
@@ -155,10 +155,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return self.cache_state.committed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override, unused-ignore]
-        """Length and offset of the mask, which lead the mask function to this cache (see `attention/interface.py`).
+        """Length and offset of the mask. The length carries a callback to this cache (see `attention/interface.py`).
 
         Raises:
-            BudgetError, CapacityError: there is no room for the tokens to come; nothing has changed.
+            BudgetError, CapacityError: the new tokens do not fit. Nothing has changed.
         """
         state = self.cache_state
         if torch.compiler.is_compiling():
@@ -176,7 +176,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return -1
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Layers of a cache change together."""
+        """Not available on a layer: all layers of a cache change together."""
         raise CacheStateError("expected a call on the cache, got one on a layer; call the cache's own method")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = reset
@@ -187,15 +187,16 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
         append: bool, scale: float, softcap: float | None, weights: AttentionWeights | None = None,
     ) -> None:  # fmt: skip
-        """Append the new tokens (unless a layer that shares them did) and attend.
+        """Append the new tokens and attend.
 
         Args:
             query: [B, heads, Q, Dk], of the last Q of the n new tokens.
             key, value: [B, H, n, Dk] and [B, H, n, Dv].
-            mask: None, an own mask or a given one (`attention/masks.py`).
+            mask: None, spin_hf's own mask, or the caller's (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
-            weights: collects the weights; then the reference operations serve the call.
+            append: False if a layer that shares these keys and values has already appended them.
+            weights: collects attention weights; the call then uses the reference backend.
         Raises:
             BatchSizeError, BudgetError, CapacityError, AttentionError: the cache is as before the forward.
         """
@@ -217,8 +218,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
     ) -> Tensor:  # fmt: skip
         """As `run`; returns the weights [B, heads, Q, tokens held] in the query's dtype, without gradients.
 
-        Compiled code breaks its graph here, which `fullgraph=True` does not allow: the width of weights grows with every
-        token.
+        Compiled code has a graph break here, because the width grows with every token. `fullgraph=True` therefore fails.
         """
         warn_of_memory()
         collected = AttentionWeights()
@@ -228,12 +228,12 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             return collected.result(self._store(), query.dtype)
 
     def with_gradients(self, out: Tensor, *arguments: Any) -> Tensor:
-        """`out`, which `run` has just written for the same arguments, with a backward pass."""
+        """`out` with a backward pass. `run` has just written `out` for the same arguments."""
         attends_all = self.forward.plan.attends_all()
         return gradients.with_gradients(self.cache_state, self.state, attends_all, out, *arguments)
 
     def fail(self) -> None:
-        """The forward will not come to its end."""
+        """Mark the forward as failed."""
         self.forward.fail()
 
     @outside_inference_mode
@@ -278,17 +278,17 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return torch.cat([self._attend_selected(call.token(i), first + i) for i in range(num_queries)], 3)
 
     def _launch(self, call: Call, key: Tensor, value: Tensor, append: bool, out: Tensor) -> None:
-        """The kernels of a step that has begun; nothing happens on the host."""
+        """Launch the kernels of a step that has begun."""
         step = self.kernels()
         assert step is not None
         step.attend(self.state, call, out, (key, value) if append else None)
 
     def advance(self) -> None:
-        """The step's tokens are in this layer's pages."""
+        """Count the step's tokens, which are now in this layer's pages."""
         self._store().length = self.cache_state.sequences.length
 
     def _attend_selected(self, call: Call, position: int) -> Tensor:
-        """One query of every sequence, at `position`."""
+        """Sparse attention of one query per sequence, at `position`: [B, H, G, 1, Dv]."""
         state, store = self.cache_state, self._store()
         pages = select_pages(call, position, store, self.forward.plan, state.method, self.state.number)
         allowed = self.forward.plan.allowed(pages, position)
@@ -301,7 +301,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return attend_pages(call, pages, allowed, store, rest)
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
-        """Store new tokens and index the pages they complete.
+        """Append new tokens and index the pages they complete.
 
         Args:
             key, value: [B, H, n, Dk] and [B, H, n, Dv].
@@ -330,31 +330,31 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         else:
             store.append(key, value)
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
-        if key.shape[2] > MAX_QUERIES:  # attends to everything, and so needs no summaries yet
+        if key.shape[2] > MAX_QUERIES:  # a prefill attends to all tokens and needs no summaries yet
             self.state.invalidate(first, stop)
         else:
             index_pages([store], self.cache_state.method, self.state.number, first, stop)
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError where this layer's tiers differ or a summary is not what its page gives."""
+        """Raise CacheStateError if this layer's tiers differ or a summary does not match its page."""
         store, sequences = self.state.store, self.cache_state.sequences
         if store is None or not sequences.length:
             return
         store.check_integrity()
-        if store.length < sequences.length:  # forwards left the layer out: what it lacks has no summaries
+        if store.length < sequences.length:  # forwards skipped this layer: its missing tokens have no summaries
             return
         method = self.cache_state.method
         exact = not (self.has_kernels or method.index_rounds)
         check_summaries(store, method, self.state.number, self.layer_idx, exact)
 
     def kernels(self) -> StepKernels | None:
-        """The kernels of the present batch, or None where the reference serves it."""
+        """The kernels of the current batch; None if the reference backend serves it."""
         self._store()
         return self.forward.kernels.of(self.state)
 
     @property
     def has_kernels(self) -> bool:
-        """Whether kernels serve this layer."""
+        """Whether Triton kernels serve this layer."""
         return self.kernels() is not None
 
     @property

@@ -1,7 +1,7 @@
-"""What a cache holds between two forwards, and how far the present one has come: data, no behaviour.
+"""State of a cache between two forwards, and the phase of the current one. Data only.
 
-    CacheState     one for a cache     options, method, sequences (page table and padding), tokens committed, phase
-     └── LayerState  one for a paged layer     pages, stale summaries, observation queries, counters
+    CacheState       one per cache          options, method, page table, padding, committed tokens, phase
+     └── LayerState  one per paged layer    pages, stale summaries, observation queries, counters
 
 `forward_pass.py` writes the phase:
 
@@ -36,32 +36,31 @@ from .storage.page_table import PageTable
 
 
 class Phase(enum.Enum):
-    """Where the present forward is; see the module's head."""
+    """Phase of the current forward. Transitions are drawn at the head of this file."""
 
     IDLE = enum.auto()
     """Every layer holds `committed` tokens."""
     APPENDING = enum.auto()
     """Layers append and attend, one after the other."""
     PREPARED = enum.auto()
-    """The host has done its part for all layers, which only launch."""
+    """The host work of all layers is done. Layers only launch kernels."""
     FAILED = enum.auto()
-    """The forward will not come to its end: it is rolled back before the cache is used."""
+    """The forward has failed. It is rolled back before the cache is used again."""
 
 
 @dataclass(eq=False)
 class LayerState:
-    """What one paged layer holds.
+    """State of one paged layer.
 
     Attributes:
-        layer_idx: its number in the model.
-        number: its place among the paged layers.
-        store: its pages and summaries; None before the first token.
-        attended_tokens, attended_queries: what sparse queries of the reference attended to so far.
-        clustered_pages: pages of the spans that are clustered_pages in this layer; fewer than there are where memory ran out
-            under way.
-        stale_pages: pages [first, stop) whose summaries are made anew before the next step; None for none.
-        observation_queries: queries of the last tokens of a prompt [B, H, G, n, D], until the step behind it
-            (`indexing/cluster.py`).
+        layer_idx: index in the model.
+        number: index among the paged layers.
+        store: pages and summaries; None before the first token.
+        attended_tokens, attended_queries: totals over the sparse queries that the reference backend served.
+        clustered_pages: pages of this layer that are clustered; fewer than the spans have if memory ran out while clustering.
+        stale_pages: pages [first, stop) whose summaries are recomputed before the next step; None for none.
+        observation_queries: [B, H, G, n, D], queries of the last tokens of a prompt. The next step clusters by them and
+            drops them (`indexing/cluster.py`).
     """
 
     layer_idx: int
@@ -74,12 +73,12 @@ class LayerState:
     observation_queries: Tensor | None = None
 
     def invalidate(self, first: int, stop: int) -> None:
-        """Pages [first, stop) have changed: their summaries are stale until the next step (`indexing/summarize.py`)."""
+        """Mark the summaries of pages [first, stop) as stale. The next step recomputes them (`indexing/summarize.py`)."""
         held = self.stale_pages or (first, stop)
         self.stale_pages = min(first, held[0]), max(stop, held[1])
 
     def mark_summarized(self, first: int, stop: int) -> None:
-        """Pages [first, stop) have been summarised."""
+        """Mark the summaries of pages [first, stop) as valid."""
         if self.stale_pages is not None:
             start, end = self.stale_pages
             start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
@@ -88,19 +87,23 @@ class LayerState:
 
 @dataclass(eq=False)
 class CacheState:
-    """What the paged layers of a cache have in common.
+    """State shared by the paged layers of a cache.
 
     Attributes:
-        model_name: what to call the model in messages.
-        served: the model or config that the cache was made with, by which a first batch is judged before it computes.
+        options: what the user chose.
+        method: how pages are selected.
+        sequences: page table and padding of the batch.
+        model_name: the model's name in messages.
+        served: the model or config that the cache was made with; admission plans the first batch from it.
         layers: the paged layers.
-        visible_length: tokens held, for code that Dynamo traces: advanced by `update`, never read by the custom op.
-        captured_length: tokens held before the step, on the device, while a graph is captured; else None.
+        visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
+        captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
-        phase: of the present forward.
-        pending: the cache layer that was updated and has not attended yet.
-        noted: validity [B, Q] of the tokens that the latest padding mask was made for; None if it was no mask.
-        unfinished: what has to be done before the cache is used, as an operation was interrupted (`transaction.py`).
+        phase: of the current forward.
+        pending: the `SpinLayer` that was updated and has not attended yet; else None.
+        noted: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
+        unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
+        warned_waves, warned_clustering: whether the warning has been logged.
     """
 
     options: SpinOptions
@@ -121,16 +124,16 @@ class CacheState:
 
     @property
     def prepared(self) -> bool:
-        """Whether layers only launch."""
+        """Whether a step is prepared, so that layers only launch kernels."""
         return self.phase is Phase.PREPARED
 
     @property
     def failed(self) -> bool:
-        """Whether the present forward has to be rolled back."""
+        """Whether the current forward must be rolled back."""
         return self.phase is Phase.FAILED
 
     def settle(self) -> None:
-        """Finish or undo an operation that was interrupted, if one was."""
+        """Complete or undo the interrupted operation, if there is one."""
         if self.unfinished is not None:
             self.unfinished()
             self.unfinished = None

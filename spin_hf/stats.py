@@ -1,4 +1,4 @@
-"""What a cache holds and what its steps cost: the counters behind `SpinCache.stats()`."""
+"""Memory held by a cache and counters of its steps: the result of `SpinCache.stats()`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ class CacheStats:
 
     Attributes:
         sequences: sequences held.
-        tokens: tokens held by each of them, padding included.
-        pages: pages held, over all sequences, KV heads and paged layers; shared pages count once.
+        tokens: tokens per sequence, including padding.
+        pages: pages over all sequences, KV heads and paged layers. Shared pages count once.
         gpu_bytes: pages, page frames and summaries in the compute tier (RAM on a machine without a GPU).
         cpu_bytes: pages in the cpu tier; 0 while everything fits the compute tier.
-        metadata_bytes: directories and tables, the sum of `metadata`.
-        metadata: bytes by table, zeros included: directory and reference counts of the sequences; their padding and positions,
-            where there is padding; which page is in which page frame (page_slot, slot_page, slot_step), where pages live in
-            the cpu tier; which pages and tokens were clustered; addresses of the chunks that kernels read. What a step makes
-            of them for itself is not counted.
-        mandatory_frames: page frames, over all sequences, KV heads and layers, that hold what one step reads; 0 while all pages
-            are in the compute tier.
-        buffer_frames: page frames beside these: pages kept for later steps. They are what is given back under pressure.
-        loads: pages loaded from the cpu tier so far.
-        evictions: resident pages that made room for others so far.
-        hit_rate: share of the pages that steps needed and found resident; 1.0 where nothing was ever paged.
-        attended_tokens: mean over all sparse queries so far: tokens attended to per KV head; nan before the first one.
-        sparse_queries: queries, counted per sequence and KV head, that selected pages; on a GPU also those of short calls
-            that found everything within their budget.
+        metadata_bytes: sum of `metadata`.
+        metadata: table -> bytes, including zeros. Page directory and reference counts; padding and positions, if there is
+            padding; page frame tables (page_slot, slot_page, slot_step), if pages live in the cpu tier; clustered pages and
+            tokens; chunk addresses for kernels. Temporary buffers of a step are not counted.
+        mandatory_frames: page frames for the pages that one step reads, over all sequences, KV heads and layers; 0 while all
+            pages are in the compute tier.
+        buffer_frames: further page frames, which hold pages for later steps. They are freed under memory pressure.
+        loads: pages loaded from the cpu tier.
+        evictions: resident pages replaced by others.
+        hit_rate: fraction of the pages read by steps that were resident; 1.0 while all pages are in the compute tier.
+        attended_tokens: tokens attended to per KV head, mean over all sparse queries; nan before the first one.
+        sparse_queries: queries that selected pages, counted per sequence and KV head. On a GPU also queries of short calls
+            for which the budget covered all tokens.
         paged_layers: layers that select pages.
-        dense_layers: reason -> number of layers that the cache keeps as transformers does, whole or by their window.
+        dense_layers: reason -> number of layers with transformers' own cache layer (full or sliding window).
     """
 
     sequences: int
@@ -62,8 +61,8 @@ def table(title: str, values: Mapping[str, object]) -> str:
     """Names and values in two columns under a title.
 
     Args:
-        values: by name; None is no limit; what ends in "bytes" or "memory" is printed as a size, and so are the values of a
-            mapping whose name ends in "data" or "parts", zeros left out.
+        values: name -> value. None prints as "no limit". Names that end in "bytes" or "memory" print as sizes. A mapping
+            with a name that ends in "data" or "parts" prints its nonzero values as sizes.
     """
     width = max(map(len, values))
     rows = (f"  {name.replace('_', ' '):<{width}}  {_show(name, value)}" for name, value in values.items())
@@ -71,7 +70,7 @@ def table(title: str, values: Mapping[str, object]) -> str:
 
 
 def size(number: int) -> str:
-    """A number of bytes as people read it: `312 B`, `1.5 KiB`, `87.3 MiB`, `1,024.0 GiB`."""
+    """A number of bytes with a unit: `312 B`, `1.5 KiB`, `87.3 MiB`, `1,024.0 GiB`."""
     for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if number >= 1 << exponent:
             return f"{number / 2**exponent:,.1f} {unit}"
@@ -93,12 +92,12 @@ def _show(name: str, value: object) -> str:
 
 
 def stats_of(state: CacheState, counted: dict[str, int], tokens: int, dense_reasons: dict[str, int]) -> CacheStats:
-    """What a cache holds and what its steps did so far. Reads the device.
+    """Snapshot of a cache. Reads the device.
 
     Args:
-        counted: by the kernels, by the names of `Counter`.
-        tokens: of each sequence.
-        dense_reasons: why layers are not paged, and how many.
+        counted: kernel counters, by the names of `Counter`.
+        tokens: per sequence.
+        dense_reasons: why layers are not paged -> how many.
     """
     stores = [layer.store for layer in state.layers if layer.store is not None]
     frames = [store.frames for store in stores if store.frames is not None]

@@ -1,11 +1,10 @@
-"""Operations on a cache between two forwards (`crop`, `reset`, a selection of sequences): all of one happens, or nothing.
+"""Atomic operations on a cache between two forwards: `crop`, `reset`, selection of sequences.
 
-    undone(...)      what there was is kept  ->  the operation  ->  it counts
-                     interrupted: what there was comes back, at once
-    finished(...)    what cannot fail, and may be done twice; interrupted: it is done again, at once
+    undone(...)      snapshot  ->  operation  ->  done        on failure: the snapshot is restored
+    finished(...)    idempotent operation  ->  done           on interruption: it is run again
 
-Where an interruption comes while something is put right, that is left in `CacheState.unfinished`, and done before the cache is
-used again (`CacheState.settle`).
+If the restore or the second run is interrupted too, it stays in `CacheState.unfinished`. `CacheState.settle` runs it before
+the cache is used again.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from .state import CacheState
 
 
-class _Past:
-    """What an operation is about to change: tables and tensors by reference, as none is changed in place.
+class _Snapshot:
+    """State before an operation. Tables and tensors are referenced, not copied: no operation writes into them.
 
     Args:
         state: of the paged layers.
@@ -35,7 +34,7 @@ class _Past:
         self.lengths = [(layer.store, layer.store.length) for layer in state.layers if layer.store is not None]
 
     def restore(self) -> None:
-        """Bring it back. May be repeated."""
+        """Restore the state. May be repeated."""
         for layer, attributes in self.unpaged:
             layer.__dict__.clear()
             layer.__dict__.update({name: _own(held) for name, held in attributes.items()})
@@ -50,15 +49,15 @@ class _Past:
 
 @contextmanager
 def undone(state: CacheState, unpaged: list[Any]) -> Iterator[None]:
-    """An operation that changes a cache between two forwards: where it fails, nothing has changed.
+    """Run the block as one operation: if it fails, nothing has changed.
 
     Args:
-        state: of the paged layers; nothing is unfinished.
-        unpaged: transformers' own layers. What they hold is replaced, not written to.
+        state: of the paged layers; its `unfinished` is None.
+        unpaged: transformers' own layers. The operation replaces their tensors and does not write into them.
     """
-    past = _Past(state, unpaged)
+    snapshot = _Snapshot(state, unpaged)
     try:
-        state.unfinished = past.restore
+        state.unfinished = snapshot.restore
         yield
         state.unfinished = None
     except BaseException:
@@ -67,12 +66,12 @@ def undone(state: CacheState, unpaged: list[Any]) -> Iterator[None]:
 
 
 def finished(state: CacheState, act: Callable[[], None]) -> None:
-    """Do `act`, which may be done twice: where it is interrupted it is done once more, or before the cache is used again."""
+    """Run the idempotent `act`. If it is interrupted, run it again. If it raises, it runs again before the next use."""
     try:
         state.unfinished = act
         act()
         state.unfinished = None
-    except Exception:  # memory, perhaps: there may be some later
+    except Exception:  # out of memory, for instance: a later run may succeed
         raise
     except BaseException:
         state.settle()
@@ -80,7 +79,7 @@ def finished(state: CacheState, act: Callable[[], None]) -> None:
 
 
 def own_attributes(layer: Any) -> dict[str, Any]:
-    """What one of transformers' layers holds. Its tables of states are changed in place, so these are copied."""
+    """Attributes of a transformers layer. Its dicts of states are changed in place, so the dicts are copied."""
     return {name: _own(held) for name, held in layer.__dict__.items()}
 
 

@@ -1,13 +1,13 @@
-"""Attention weights (`output_attentions=True`): what each query gave to each token, collected while the reference attends.
+"""Attention weights (`output_attentions=True`), collected while the reference backend attends.
 
-    wave of pages  ->  scores [B, H, G, Q, tokens read]            as attention computed them
-    all waves      ->  exp(score - log of the denominator used)    the denominator has sinks and what stands for other pages
-    by place       ->  [B, heads, Q, tokens held]                  in the order of positions, zero where nothing was read
+    wave of pages  ->  scores [B, H, G, Q, tokens read]     as in attention
+    all waves      ->  exp(score - log of denominator)      the denominator includes sinks and estimates of unread pages
+    by place       ->  [B, heads, Q, tokens held]           in the order of positions, zero for unread tokens
 
-The denominator is the one that the output was made with. So the rows of an exact step sum to 1 (to less with attention sinks),
-and those of a step that lets estimates stand for pages (`Method.estimate`) to 1 less the share of the estimates.
+The denominator is the one of the output. In an exact step the weights of a query therefore sum to 1, or to less with attention
+sinks. With estimates of unread pages (`Method.estimate`) they sum to 1 minus the probability of the estimates.
 
-Weights take 4 bytes for each head, query and token while they are collected. They carry no gradient.
+Collecting takes 4 bytes per head, query and token. Weights carry no gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _warned: set[str] = set()
 
 
 def warn_of_memory() -> None:
+    """Log once that attention weights take much memory."""
     if "memory" not in _warned:
         _warned.add("memory")
         logger.warning(
@@ -34,14 +35,14 @@ def warn_of_memory() -> None:
 
 
 class AttentionWeights:
-    """Collects the weights of one attention call. Queries that attend one after the other are added in their order."""
+    """Collects the weights of one attention call. Queries that attend one at a time are concatenated in order."""
 
     def __init__(self) -> None:
         self._scores: list[Tensor] = []
         self._rows: list[tuple[Tensor, Tensor | None]] = []
 
     def add_wave(self, query: Tensor, keys: Tensor, mask: Tensor, scale: float, softcap: float | None) -> None:
-        """Take the scores of tokens that are read together; arguments as for `kernels.attend`."""
+        """Add the scores of one wave of tokens. Arguments as for `kernels.attend`."""
         scores = (query.float().flatten(2, 3) @ keys.float().transpose(-1, -2)).unflatten(2, query.shape[2:4]) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -52,13 +53,12 @@ class AttentionWeights:
         self._scores.append(scores)
 
     def close(self, lse: Tensor, sinks: Tensor | None, places: Tensor | None) -> None:
-        """All waves of these queries have come.
+        """Normalise the scores of these queries after their last wave.
 
         Args:
-            lse: [B, H, G, Q], the log of the denominator without attention sinks.
+            lse: [B, H, G, Q], log of the denominator without attention sinks.
             sinks: [H * G], or None.
-            places: [B, H, tokens read], int64, where each stands among the tokens held, negative for none; None if they stand
-                in that order.
+            places: [B, H, tokens read], int64, index of each among the tokens held, negative for none; None for 0, 1, 2, ...
         """
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float().view(lse.shape[1], lse.shape[2], 1))
@@ -67,7 +67,7 @@ class AttentionWeights:
         self._scores = []
 
     def result(self, store: PageStore, dtype: torch.dtype) -> Tensor:
-        """The weights [B, heads, Q, tokens held] in the order of positions, where `store` holds the tokens."""
+        """The weights [B, heads, Q, tokens held] in the order of positions. `store` holds the tokens."""
         length = store.sequences.length
         rows = [_by_place(weights, places, length) for weights, places in self._rows]
         weights = torch.cat(rows, 3).to(dtype)
@@ -78,7 +78,7 @@ class AttentionWeights:
 
 
 def _by_place(weights: Tensor, places: Tensor | None, length: int) -> Tensor:
-    """Weights [B, H, G, Q, tokens read] as [B, H, G, Q, length]."""
+    """Scatter weights [B, H, G, Q, tokens read] to [B, H, G, Q, length]."""
     if places is None:
         return weights[..., :length]
     spread = weights.new_zeros((*weights.shape[:4], length + 1))

@@ -1,11 +1,11 @@
-"""The descriptors of the kernels and what they point to: the host's part of a decode step on one device.
+"""Kernel descriptors and the tensors that they point to: the host work of a decode step on one device.
 
-    begin         position, clock, directory, padding -> step descriptor; tables of a layer -> layer descriptor
-    make_room     scratch that grows with the context
-    foresee       behind the launch of a step: the step descriptor for the one that will probably follow
+    begin          position, clock, page directory, padding -> step descriptor; tables of a layer -> layer descriptor
+    make_room      scratch that grows with the context
+    upload_next    after the launch of a step: step descriptor of the next one-token step
 
-A descriptor is written where it is not what it should be, in stream order and without waiting. See
-`kernels/descriptor_fields.py` for what stands in it.
+A descriptor is uploaded only if it has changed, in stream order and without waiting. Its fields are listed in
+`kernels/descriptor_fields.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Descriptors:
 
     Args:
         shared: the cache's state.
-        batch_size: sequences.
+        device: where the layers' compute tier is.
+        batch_size: number of sequences.
         num_heads: KV heads of the layers.
     """
 
@@ -46,36 +47,37 @@ class Descriptors:
         self.shared, self.device = shared, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.streams = batch_size * num_heads
-        """(sequence, KV head) pairs, which nothing but the model's own work connects."""
+        """(sequence, KV head) pairs. Kernels process them independently."""
         self.group = 0
-        """Query heads of a KV head; unknown, 0, until the first layer attends."""
+        """Query heads per KV head; 0 until the first layer attends."""
         self.step = self.new((len(StepField),), torch.int64)
         self.step_fields = [0] * len(StepField)
-        """What `step` should hold."""
+        """Fields that `step` should hold."""
         self.uploaded: list[int] = []
-        """What it holds, once all that was launched has run."""
+        """Fields that `step` holds after all launches so far; empty if unknown."""
         budget = shared.options.budget
-        share = budget if isinstance(budget, float) else 0.0
-        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", share))[0]
+        budget_fraction = budget if isinstance(budget, float) else 0.0
+        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
         self.layer_fields = self.new((len(shared.layers), len(LayerField)), torch.int64)
         size = self.layer_fields.shape[1] * 8
         self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
         self.found_for = self.new((len(shared.layers), self.streams, 2), torch.int32, -1)
-        """What the marks of outliers were found for; -1 where they have to be found anew."""
+        """[layers, streams, 2], (stop page, number of outliers) that the outlier marks are for; -1: recompute."""
         self.page_capacity, self.padded_capacity = 0, False
         self.scratch: dict[StepField, Tensor] = {}
         self.known: dict[str, Any] = {}
-        """What the step descriptor was last made from."""
+        """Inputs from which the step descriptor was last made."""
         self.layer_known: list[Any] = [None] * len(shared.layers)
+        """Inputs of each layer's descriptor; None if it must be uploaded."""
         self.padded = False
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
-        """A tensor on the device, filled. Raises CapacityError where there is no memory for it."""
+        """Allocate a filled tensor on the device. Raises CapacityError if memory runs out."""
         with allocating("tables of decode steps", math.prod(shape) * dtype.itemsize):
             return torch.full(shape, fill, dtype=dtype, device=self.device)
 
     def begin(self, layer: LayerState) -> None:
-        """Bring the descriptors up to the step that `layer` is about to take. Cheap where nothing has changed."""
+        """Update the step descriptor and the descriptor of `layer`. Cheap if nothing has changed."""
         self.begin_step()
         store, number = layer.store, layer.number
         assert store is not None
@@ -97,12 +99,12 @@ class Descriptors:
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
                 fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
-            self.layer_known[number] = None  # neither what was nor what will be, if an interruption comes here
+            self.layer_known[number] = None  # upload again if this is interrupted
             _upload(fields, self.layer_fields[number])
             self.layer_known[number] = known
 
     def begin_step(self) -> None:
-        """Bring the step descriptor up to the present step."""
+        """Update the step descriptor to the current step."""
         sequences, known, fields = self.shared.sequences, self.known, self.step_fields
         if known.get("step") != sequences.step or known.get("start") != sequences.start:
             follows = known.get("length") == sequences.start and known.get("past_version") == sequences.past_version
@@ -122,23 +124,23 @@ class Descriptors:
         if fields != self.uploaded:
             self._upload_step(fields)
 
-    def foresee(self) -> None:
-        """Write the descriptor of a next step of one token, while the device is busy with this one."""
+    def upload_next(self) -> None:
+        """Upload the descriptor of the next one-token step, while the device runs the current one."""
         ahead = list(self.step_fields)
         ahead[StepField.POSITION] += 1
         ahead[StepField.CLOCK] += 1
         self._upload_step(ahead)
 
     def make_room(self) -> None:
-        """Scratch for the step that has begun; before the first one its size is unknown."""
+        """Grow the scratch for the step that has begun. Does nothing before the first `fit`, as the group is unknown."""
         num_pages = self.shared.sequences.num_pages
         if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
             self._grow(num_pages)
 
     def most_pages(self) -> int | None:
-        """Pages that a query lists at most, with sinks and window, where nothing is padding; None for a share.
+        """Maximum pages that a query lists, with sinks and window and without padding; None if the budget is a fraction.
 
-        In layers that attend to what the budget says.
+        Valid for sparse layers.
         """
         options, page_size = self.shared.options, self.shared.method.page_size
         if isinstance(options.budget, float):
@@ -147,7 +149,7 @@ class Descriptors:
         return -(-max(options.budget, options.dense_below) // page_size) + zones
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied cache makes its own: descriptors hold the addresses of this one's memory."""
+        """None: a copied cache makes its own descriptors, since these hold addresses of this cache's memory."""
         return None
 
     def _write_directory(self) -> None:
@@ -164,9 +166,9 @@ class Descriptors:
         self.step_fields[StepField.BASE_TOKENS] = bits.shape[1]
 
     def _grow(self, num_pages: int) -> None:
-        """Scratch for contexts of `num_pages` pages and more."""
+        """Allocate scratch for contexts of at least `num_pages` pages."""
         pages = capacity_for(num_pages)
-        # With padding, a page may hold a single valid token.
+        # A padded page may hold a single valid token, so padding gives no bound.
         most = None if self.padded or self.recipe.dense_layers else self.most_pages()
         listed = pages if most is None else min(pages, most)
 
@@ -174,14 +176,14 @@ class Descriptors:
             with allocating("buffers of decode steps", self.streams * width * dtype.itemsize):
                 return torch.empty((self.streams, width), dtype=dtype, device=self.device)
 
-        outliers, closer = self.recipe.outliers_per_1024 > 0, self.recipe.rerank_factor > 0
-        self.page_capacity = 0  # made anew, if an interruption comes before all is there
+        outliers, reranks = self.recipe.outliers_per_1024 > 0, self.recipe.rerank_factor > 0
+        self.page_capacity = 0  # allocate again if this is interrupted
         self.found_for.fill_(-1)
         self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
             StepField.SCORES: make(pages, torch.float32),
             StepField.OUTLIER: make(len(self.shared.layers) * pages * outliers, torch.uint8),
-            StepField.RERANK: make(self.group * pages * closer, torch.float32),
+            StepField.RERANK: make(self.group * pages * reranks, torch.float32),
             StepField.KEPT_PAGE: make(pages, torch.int32),
             StepField.KEPT_SCORE: make(pages, torch.float32),
             StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),
@@ -195,7 +197,7 @@ class Descriptors:
         self._upload_step(self.step_fields)
 
     def _point(self, tensors: dict[StepField, Tensor]) -> None:
-        """Keep tensors, and their addresses for the next upload."""
+        """Store tensors, and their addresses for the next upload."""
         self.scratch |= tensors
         for field, tensor in tensors.items():
             self.step_fields[field] = tensor.data_ptr()
@@ -207,9 +209,9 @@ class Descriptors:
 
 
 def capacity_for(num_pages: int) -> int:
-    """Pages that buffers of a step are made for, where a context has `num_pages` and grows.
+    """Capacity in pages of a step's buffers, for a context of `num_pages` pages that grows.
 
-    Whole parts, as places of kept pages are by rank, then part, and parts may differ by a run.
+    A multiple of `PART_PAGES` if larger: candidates are stored at rank * tiles + tile, and tiles may differ in length.
     """
     if num_pages <= PART_PAGES:
         return max(_MIN_PAGES, power_of_two(num_pages))
@@ -217,5 +219,5 @@ def capacity_for(num_pages: int) -> int:
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:
-    """Write a descriptor, in stream order. The host does not wait: CUDA copies so little out of the way at once."""
+    """Write a descriptor in stream order. The host does not wait: CUDA stages so small a copy at once."""
     descriptor.copy_(torch.tensor(fields), non_blocking=True)

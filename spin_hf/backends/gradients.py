@@ -1,15 +1,15 @@
-"""Gradients through new tokens behind a prefix that needs none (training-time use).
+"""Gradients for new tokens after a prefix without gradients (training-time use).
 
-    forward     as in inference; what the new tokens' queries, keys and values were is saved, as autograd does
-    backward    dense attention once more, over the prefix as the cache holds it and those new tokens, now with a graph
+    forward     as in inference; saves queries, keys and values of the new tokens for autograd
+    backward    recomputes dense attention over the cached prefix and the new tokens, with a graph
 
-So inference without `torch.no_grad()` costs nothing more, and gradients are those of dense attention. They are exact only
-where the forward attended to everything: prompts, more than `MAX_QUERIES` tokens at once, given masks, and any step while the
-budget covers the context. Anything else is refused in the backward pass, since most forwards never get one:
+Inference without `torch.no_grad()` therefore costs nothing more. Gradients are those of dense attention. They are exact if the
+forward was dense: a prompt, more than `MAX_QUERIES` tokens in one call, the caller's own mask, or a budget that covers the
+context. Other cases raise in the backward pass, because most forwards have none:
 
-    a sparse step                           the choice of pages has no gradient
-    tokens before carried a graph           the cache keeps no graph, so they would silently get no gradient
-    tokens before were cropped or replaced  the prefix of then is gone
+    sparse step                           page selection has no gradient
+    earlier tokens carried a graph        the cache stores no graph, so they would silently get no gradient
+    earlier tokens cropped or replaced    the prefix of the forward no longer exists
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def with_gradients(
     state: CacheState, layer: LayerState, attends_all: bool, out: Tensor, query: Tensor, key: Tensor, value: Tensor,
     mask: Tensor | None, sinks: Tensor | None, append: bool, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """What a step made, with a backward pass.
+    """`out` with a backward pass.
 
     Args:
-        attends_all: whether sparse steps leave nothing out now.
-        out: [B, Q, heads, Dv], as `SpinLayer.run` has just written it for the other arguments.
+        attends_all: whether the budget covers the context.
+        out: [B, Q, heads, Dv], which `SpinLayer.run` has just written for the other arguments.
     """
     sequences, num_queries = state.sequences, key.shape[2]
     given = None if mask is None or is_own(mask) else mask
     dense = given is not None or num_queries > MAX_QUERIES or (sequences.start == 0 and num_queries > 1) or attends_all
-    behind = _carried_before(sequences, layer)
+    behind_graph = _carried_before(sequences, layer)
     step = Step(
-        sequences, layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, behind, scale, softcap
+        sequences, layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, behind_graph, scale, softcap
     )
     if append and (key.requires_grad or value.requires_grad):
         _note_graph(sequences, layer)
@@ -53,11 +53,11 @@ def with_gradients(
 
 
 _carried: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
-"""Of a layer: the first of its tokens that came with a graph, and what `Past.now` was then."""
+"""Layer -> its first token that came with a graph, and `Past.now` at that time."""
 
 
 def _carried_before(sequences: PageTable, layer: LayerState) -> bool:
-    """Whether a token before the present step came with a graph and is still held."""
+    """Whether the cache still holds an earlier token that came with a graph."""
     carried = _carried.get(layer)
     if carried is None:
         return False
@@ -72,14 +72,16 @@ def _note_graph(sequences: PageTable, layer: LayerState) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What the backward pass of a step needs of the cache.
+    """State of the cache at a forward, for its backward pass.
 
     Attributes:
-        start: tokens held before.
-        since: `Past.now` at that time.
+        sequences, layer: page table and pages of the cache.
+        start: tokens held before the forward.
+        since: `Past.now` at the forward.
         valid: [B, tokens], bool, False for padding; None for no padding.
-        dense: whether every query attended to all that it may.
-        behind_graph: whether tokens before came with a graph.
+        dense: whether every query attended to all tokens that its mask allows.
+        behind_graph: whether earlier tokens came with a graph.
+        scale, softcap: as in `Call`.
     """
 
     sequences: PageTable
@@ -93,7 +95,7 @@ class Step:
     softcap: float | None
 
     def check(self) -> None:
-        """Raise AttentionError where gradients would not be exact."""
+        """Raise AttentionError if gradients would not be exact."""
         if not self.dense:
             raise AttentionError(
                 "SpinCache: expected a backward pass through steps that attend to everything, got one through a sparse step; "
@@ -102,7 +104,7 @@ class Step:
         if self.behind_graph:
             raise AttentionError(
                 f"SpinCache: expected the {self.start} tokens before to come from forwards under torch.no_grad(), got a "
-                "backward pass behind tokens that carry gradients, which the cache does not keep; give all tokens that are to "
+                "backward pass after tokens that carry gradients, which the cache does not keep; give all tokens that are to "
                 "get gradients in one forward, or use a DynamicCache"
             )
         if not self.sequences.past.is_unchanged(self.since, self.start):
@@ -112,7 +114,7 @@ class Step:
             )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """Dense attention [B, Q, heads, Dv] over the tokens before and the new ones, by differentiable operations."""
+        """Differentiable dense attention [B, Q, heads, Dv] over the prefix and the new tokens."""
         num_queries, batch_size = query.shape[2], query.shape[0]
         if self.start:
             assert self.layer.store is not None
@@ -139,7 +141,7 @@ class Step:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that was computed without a graph, and is computed again for its gradients."""
+    """Attention computed without a graph. The backward pass recomputes it with one."""
 
     @staticmethod
     def forward(
@@ -167,7 +169,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(call: Call, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """Attention [B, H, G, Q, Dv] with softcap and sinks. A query that may attend to nothing gets zeros, and no gradient."""
+    """Attention [B, H, G, Q, Dv] with softcap and sinks. A fully masked query gets zeros and no gradient."""
     heads = call.query.shape[1:3]
     query, num_queries = call.query.float(), call.query.shape[3]
     scores = (query.flatten(2, 3) @ keys.float().transpose(-1, -2)).unflatten(2, (heads[1], num_queries)) * call.scale

@@ -1,4 +1,4 @@
-"""The Triton kernels that serve the present batch of a cache: one `StepKernels` for each device and number of KV heads."""
+"""The Triton kernels of a cache's current batch: one `StepKernels` per device and number of KV heads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .triton_step import StepKernels
 
 
 class KernelSet:
-    """See the module's head.
+    """Creates and holds the `StepKernels` of one cache.
 
     Args:
-        state: of the cache.
+        state: the cache's state.
     """
 
     def __init__(self, state: CacheState) -> None:
@@ -26,10 +26,10 @@ class KernelSet:
         self._made: dict[tuple[torch.device, int], StepKernels] = {}
         self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
         self._counted: dict[str, int] = {}
-        """What kernels counted that are gone."""
+        """Counts of kernels that were replaced."""
 
     def of(self, layer: LayerState) -> StepKernels | None:
-        """The kernels of a layer that has pages; None where the reference serves it."""
+        """The kernels of a layer with pages; None if the reference backend serves it."""
         assert layer.store is not None
         key, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
         launch, found = kernels.launchers(key[0]), self._made.get(key)
@@ -48,7 +48,7 @@ class KernelSet:
         return found
 
     def in_use(self) -> list[StepKernels]:
-        """The kernels of all layers, each once."""
+        """The kernels of all layers, without duplicates."""
         sequences, found = self.state.sequences, self._in_use
         if found is None or found[0] != (sequences.batch_size, len(sequences.stores)):
             steps = [self.of(layer) for layer in self.state.layers if layer.store is not None]
@@ -57,17 +57,17 @@ class KernelSet:
         return found[1]
 
     def counted(self) -> dict[str, int]:
-        """What the kernels counted so far, by the names of `Counter`; reads the device."""
+        """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""
         counts = [step.counters.sum(0).tolist() for step in self._made.values()]
         return {c.name: self._counted.get(c.name, 0) + sum(count[c] for count in counts) for c in Counter}
 
     def forget(self) -> None:
-        """Let go of the kernels, and of what they counted."""
+        """Drop the kernels and their counts."""
         self._made.clear()
         self._in_use = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelSet:
-        """A copied cache makes kernels of its own, as descriptors hold addresses; what was counted counts for it too."""
+        """A copied cache makes its own kernels, since descriptors hold addresses. It starts with the same counts."""
         twin = KernelSet(memo[id(self.state)])
         memo[id(self)] = twin
         twin._counted = self.counted()

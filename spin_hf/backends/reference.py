@@ -1,11 +1,11 @@
-"""Attention over what a layer holds, in its three forms. The mathematics is in `kernels`, the pages in `storage`.
+"""The PyTorch backend: attention over one layer's pages. `kernels` has the arithmetic, `storage` the pages.
 
-    prompt     the first tokens of a cache: dense and causal, on the states at hand
-    masked     all tokens held, by a mask: prefill on a filled cache, dense steps, special masks
-    selected   one query per sequence: sinks, recent window and what the method selects
+    prompt      first tokens of a cache: dense and causal, over the new keys and values
+    masked      all tokens held, with a mask: prefill on a filled cache, dense steps, special masks
+    selected    one query per sequence: sinks, recent window and selected pages
 
-Pages that do not fit the page frames at once are attended to in waves and merged, so that any amount of GPU memory that
-holds one step's fixed pages gives the same result.
+If the pages exceed the page frames, they are attended to in waves and the results are merged. The result does not depend on
+the number of frames.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .zones import StepPlan
 
 @dataclass(frozen=True)
 class Call:
-    """The queries of one attention call and how their scores become weights.
+    """Queries and softmax parameters of one attention call.
 
     Attributes:
         query: [B, H, G, Q, Dk], query heads grouped by KV head.
         scale: factor of the scores.
-        softcap: scores become softcap * tanh(scores / softcap); None for as they are.
+        softcap: scores become softcap * tanh(scores / softcap); None for no cap.
         sinks: [H * G], learned logits in the softmax's denominator; None for none.
-        weights: collects the weights that are used; None where nobody asks for them.
+        weights: collects attention weights; None if they are not returned.
     """
 
     query: Tensor
@@ -44,11 +44,11 @@ class Call:
 
     @property
     def is_plain(self) -> bool:
-        """Whether torch's fused attention computes it."""
+        """Whether torch's fused attention can compute it."""
         return self.softcap is None and self.sinks is None and self.weights is None
 
     def token(self, index: int) -> Call:
-        """The call of one of the query tokens."""
+        """The call restricted to query token `index`."""
         return replace(self, query=self.query[:, :, :, index : index + 1])
 
     def fused(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,35 +60,39 @@ class Call:
         self, waves: Iterable[tuple[slice, Tensor, Tensor]], mask: Tensor, page_size: int, rest: Estimate | None = None,
         pages: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention over `PageStore.read`'s waves, and over what stands for the rest.
+        """Attention over the waves of `PageStore.read`, and over the estimate of unread pages.
 
         Args:
+            waves: (range of pages, keys, values) of each wave.
             mask: broadcastable to [B, H, G, Q, pages * P].
-            pages: [B, H, n], those that are read, -1 for none; None for all in their order.
+            rest: estimate of the unread pages; None for none.
+            pages: [B, H, n], the pages that are read, -1 for none; None for 0, 1, 2, ...
+        Returns:
+            [B, H, G, Q, Dv].
         """
-        parts = []
+        partials = []
         for wave, keys, values in waves:
             tokens = mask[..., wave.start * page_size : wave.stop * page_size]
-            parts.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
+            partials.append(kernels.attend(self.query, keys, values, tokens, self.scale, self.softcap))
             if self.weights is not None:
                 self.weights.add_wave(self.query, keys, tokens, self.scale, self.softcap)
         if rest is not None:
             weight = rest.log_tokens[:, :, None, None]
             logit_correction = None if rest.logit_correction is None else rest.logit_correction.unsqueeze(3)
-            parts.append(
+            partials.append(
                 kernels.attend(self.query, rest.keys, rest.values, weight, self.scale, self.softcap, logit_correction)
             )
-        out, lse = kernels.merge_attention(parts)
+        out, lse = kernels.merge_attention(partials)
         if self.weights is not None:
             self.weights.close(lse, self.sinks, None if pages is None else _places(pages, page_size))
         return out if self.sinks is None else kernels.apply_attention_sinks(out, lse, self.sinks)
 
 
 def attend_prompt(call: Call, key: Tensor, value: Tensor, plan: StepPlan) -> Tensor:
-    """Causal attention of the last Q of the first tokens of a cache.
+    """Causal attention over the first tokens of a cache, for the last Q of them.
 
     Args:
-        key, value: [B, H, n, Dk] and [B, H, n, Dv], all that the cache holds.
+        key, value: [B, H, n, Dk] and [B, H, n, Dv], all tokens of the cache.
     Returns:
         [B, H, G, Q, Dv].
     """
@@ -105,7 +109,7 @@ def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
     """Attention over all tokens held.
 
     Args:
-        mask: [B, 1 or heads, 1 or Q, tokens], bool or additive; the tokens as they stand in the pages.
+        mask: [B, 1 or heads, 1 or Q, tokens], bool or additive; tokens in the order of the pages.
     Returns:
         [B, H, G, Q, Dv].
     """
@@ -124,9 +128,9 @@ def attend_masked(call: Call, mask: Tensor, store: PageStore) -> Tensor:
 def select_pages(
     call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int
 ) -> Tensor:  # fmt: skip
-    """The pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none.
+    """Pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none.
 
-    The plan's fixed pages come first, then what the method selects.
+    The plan's fixed pages come first, then the selected ones.
     """
     query, fixed = _query(call, position, store, plan, layer)
     selected = method.select(query, partial(_summary, store, query))
@@ -136,7 +140,7 @@ def select_pages(
 def estimate_rest(
     call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int, pages: Tensor
 ) -> Estimate | None:  # fmt: skip
-    """What stands for pages that are not among `pages`, as `select_pages` returned them, in the softmax of its query."""
+    """The method's estimate of the pages that are not in `pages`, the result of `select_pages`; None if it makes none."""
     if type(method).estimate is Method.estimate:
         return None
     query, fixed = _query(call, position, store, plan, layer)
@@ -144,7 +148,7 @@ def estimate_rest(
 
 
 def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: int) -> tuple[Query, Tensor]:
-    """What a method is asked, and the pages [B, F] that are attended to anyway."""
+    """The method's input, and the fixed pages [B, F]."""
     zones = plan.query(position, call.query.device)
     query = Query(
         states=call.query.squeeze(3).float(), candidates=zones.candidates, budget_tokens=zones.budget_tokens,
@@ -155,9 +159,9 @@ def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: i
 
 
 def _summary(store: PageStore, query: Query, name: str, pages: Tensor | None = None) -> Tensor:
-    kept = store.summary(name, pages)
-    kept = kept[:, :, : query.candidates.shape[1]] if pages is None else kept
-    return kept.float() if kept.is_floating_point() else kept
+    summary = store.summary(name, pages)
+    summary = summary[:, :, : query.candidates.shape[1]] if pages is None else summary
+    return summary.float() if summary.is_floating_point() else summary
 
 
 def attend_pages(
@@ -166,12 +170,13 @@ def attend_pages(
     """Attention of one query per sequence: [B, H, G, 1, Dv].
 
     Args:
-        pages: [B, H, n]; allowed: [B, H, n * P], their tokens.
-        rest: what stands for other pages.
+        pages: [B, H, n], -1 for none.
+        allowed: [B, H, n * P], bool, which of their tokens are attended to.
+        rest: estimate of the other pages; None for none.
     """
     return call.in_waves(store.read(pages), allowed[:, :, None, None], store.page_size, rest, pages)
 
 
 def _places(pages: Tensor, page_size: int) -> Tensor:
-    """Where the tokens of pages [B, H, n] (-1 for none) stand: [B, H, n * P], negative for none."""
+    """Indices of the tokens of pages [B, H, n] (-1 for none): [B, H, n * P], negative for none."""
     return (pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)).flatten(2)

@@ -1,4 +1,4 @@
-"""Whether new keys and values are of the form that a layer's pages have, and of the batch that a cache holds."""
+"""Checks new keys and values against a layer's pages and the cache's batch size."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from ..storage.page_store import PageStore
 
 
 def can_take(state: CacheState, layer: LayerState, key: Tensor, value: Tensor) -> bool:
-    """Whether a layer's pages can take keys and values; False where an empty cache has to make other pages.
+    """Whether a layer's pages can store keys and values; False if the cache is empty and must allocate other pages.
 
     Args:
         key, value: [B, H, n, Dk] and [B, H, n, Dv].
     Raises:
-        AttentionError: heads, their sizes, dtype or device differ. Nothing has changed.
+        AttentionError: heads, head sizes, dtype or device differ. Nothing has changed.
     """
     store = layer.store
-    if store is None or _form(store) == _given(key, value):
+    if store is None or _shape_of(store) == _shape_given(key, value):
         return True
     if not state.committed and not state.sequences.length:
         return False
     raise AttentionError(
-        f"layer {layer.layer_idx} holds (heads, key size, value size, dtype, device) {_form(store)}, got {_given(key, value)}; "
+        f"layer {layer.layer_idx} holds (heads, key size, value size, dtype, device) {_shape_of(store)}, got "
+        f"{_shape_given(key, value)}; "
         "run the model as it was when the cache was filled (dtype, autocast, device), or call cache.reset()"
     )
 
 
 def held_batch(state: CacheState, layers: list[Any]) -> int | None:
-    """PageTable held, by whichever layer says so; None while empty."""
+    """Number of sequences held, from the first layer that has tokens; None if the cache is empty."""
     if state.layers:
         return state.sequences.batch_size if state.committed else None
     for layer in layers:
@@ -41,9 +42,9 @@ def held_batch(state: CacheState, layers: list[Any]) -> int | None:
     return None
 
 
-def _form(store: PageStore) -> tuple[object, ...]:
+def _shape_of(store: PageStore) -> tuple[object, ...]:
     return store.num_heads, store.key_dim, store.value_dim, store.dtype, store.device
 
 
-def _given(key: Tensor, value: Tensor) -> tuple[object, ...]:
+def _shape_given(key: Tensor, value: Tensor) -> tuple[object, ...]:
     return key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device

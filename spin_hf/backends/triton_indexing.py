@@ -1,10 +1,10 @@
-"""Summaries of the page that a captured step completed, by the method's formulas, of several layers at once, without waiting.
+"""Summarises the page that a captured step completed, for several layers in one call and without waiting.
 
-    copy_page      page of every layer, from wherever its home is    ->  [layers * B, H, 1, P, D]
+    copy_page      the page of each layer, from its backing store  ->  [layers * B, H, 1, P, D]
     index_pages    the method
-    copy_page      what is kept, to the rows of every layer
+    copy_page      summaries  ->  each layer's summary arrays
 
-Launched behind the step. Only kernels of later steps read these summaries.
+Launched after the step. Only kernels of later steps read these summaries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
-    """Summarise the last page that the cache holds, which is complete, in those of `layers` that `step` serves."""
+    """Summarise the cache's last page, which is full, in the `layers` that `step` serves."""
     if step.recipe.summarised_by_append:
         return
     alike: dict[object, list[LayerState]] = {}
@@ -43,7 +43,7 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
 
     def copy(field: LayerField, packed: Tensor, put: bool) -> None:
-        """The page's row of an array of every layer from or to `packed` [layers * B, H, ...]."""
+        """Copy the page's row of each layer's array from or to `packed` [layers * B, H, ...]."""
         step.launchers.copy_page(
             step.step, addresses, packed, page=page, field=field, put=put, shape=step.shape(layers[0])
         )
@@ -54,7 +54,7 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     keys, values = store.backing_layout.take(pages)
     valid, positions = tokens_of(sequences, page, page + 1, step.device)
     single = None
-    if store.permutation is not None:  # a page by itself, until it is clustered
+    if store.permutation is not None:  # one page per cluster until tokens are clustered
         single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)
     given = Pages(
         keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,

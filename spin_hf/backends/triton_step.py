@@ -1,13 +1,13 @@
-"""The kernels of a decode step on one device: their sizes and buffers, and the launches of one layer in their order.
+"""The Triton backend: kernels of a decode step on one device, their buffers, and the launches of a layer in order.
 
-    append_tokens     tokens to pages, of a prefill too; ShadowKV's summaries
-    plan_zones        once a step for all layers; a second time where some layers attend to all
-    find_outliers     ShadowKV only, once a step for all layers
-    each query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
-                      score_pages appends the token of a step of one token
+    append_tokens    tokens to pages, also for a prefill; ShadowKV's summaries
+    plan_zones       once per step for all layers; a second time if some layers are dense
+    find_outliers    ShadowKV only, once per step for all layers
+    per query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
+                     in a one-token step score_pages appends the token
 
-No launch waits for the host, and no kernel allocates. What the kernels compute is what `zones.py`, `reference.py` and
-`kernels.reference` specify; `tests/backends/test_triton_step.py` holds both against each other.
+Launches do not wait for the host, and kernels do not allocate. `zones.py`, `reference.py` and `kernels.reference` specify the
+results; `tests/backends/test_triton_step.py` compares both backends.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ class StepKernels(Descriptors):
         self.launchers = launchers
         self.fits: tuple[Any, ...] = ()
         self.compiled_variants: set[tuple[Any, ...]] = set()
-        """Of the launches that attend: those that were compiled ahead, several at a time."""
+        """Variants of attention launches that were compiled ahead, in parallel."""
         self.compiled = device.type == "cuda"
         self.multiplies_int8, self.shared_memory = device_limits.multiplies(device), device_limits.shared_memory(device)
         layers, streams = len(shared.layers), self.streams
         plans = (MAX_QUERIES, batch_size, len(PlanField))
         self.plan = self.new(plans, torch.int32)
         self.dense_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
-        """Of layers that attend to everything."""
+        """The plan of dense layers."""
         self.outlier_edges = self.new((layers, streams), torch.int64)
         self.counters = self.new((layers, len(Counter)), torch.int64)
-        """What the kernels count, for each layer."""
+        """[layers, len(Counter)], counters of the kernels."""
         reranked = streams if self.recipe.rerank_factor else 0
         per_layer = zip(
             self.layer_fields, self.new((layers, streams), torch.int32, NUM_BINS),
@@ -79,14 +79,14 @@ class StepKernels(Descriptors):
             list_count=self.new((streams, 2), torch.int32), arrivals=self.new((streams,), torch.int32), stats=empty,
             split_outputs=empty, basis=empty, rotated=empty, operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
-        """Those that are empty become what they are by `fit`."""
+        """`fit` allocates the empty ones."""
         self.selection = Selection(self)
 
     def fit(self, group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-        """Buffers for layers of so many query heads a KV head; captured launches hold their addresses.
+        """Allocate buffers for `group` query heads per KV head. Captured launches hold their addresses.
 
         Raises:
-            CapacityError: there is no memory for them; the next call asks again.
+            CapacityError: memory ran out. The next call tries again.
         """
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
@@ -101,25 +101,25 @@ class StepKernels(Descriptors):
             stats = new(splits.score * 2 * max(16, product_columns(group, False)))
             buffers = replace(self.buffers, split_outputs=new(width), stats=stats)
             if self.recipe.rerank_factor:
-                digits, columns, half = rerank_sizes(group, key_dim, dtype, self.multiplies_int8)
+                digits, columns, key_bytes = rerank_sizes(group, key_dim, dtype, self.multiplies_int8)
                 rows = 2 * columns * (2 if digits else 1)
                 buffers = replace(
-                    buffers, rotated=new(group * key_dim), operands=new(rows * half, torch.int8 if digits else dtype),
+                    buffers, rotated=new(group * key_dim), operands=new(rows * key_bytes, torch.int8 if digits else dtype),
                     factors=new(4 * columns), rerank_stats=new(splits.programs * 3 * columns),
                     basis=four_bit_keys.basis(key_dim, self.device).to(dtype),
                 )  # fmt: skip
-        self.page_capacity = 0  # what `_grow` makes is for so many query heads too
+        self.page_capacity = 0  # the scratch depends on the group too: `_grow` allocates it again
         self.buffers, self.fits, self.group = buffers, fits, group
 
     def prepare(self, layer: LayerState) -> None:
-        """What a layer's launches need of the host for the step that has begun."""
+        """Do the host work of a layer's launches for the step that has begun."""
         self.begin(layer)
         self.selection.place(layer)
 
     # ---------------------------------------------------------------------------------------------------- the launches
 
     def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
-        """Write the step's tokens [B, H, n, D] of a layer to its pages and summarise the pages they complete."""
+        """Append the step's tokens [B, H, n, D] to a layer's pages. Summarises completed pages if the recipe says so."""
         self.begin(layer)
         sequences = self.shared.sequences
         self.launchers.append_tokens(
@@ -129,12 +129,12 @@ class StepKernels(Descriptors):
         )  # fmt: skip
 
     def attend(self, layer: LayerState, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
-        """Attend to what each query of the step selects.
+        """Select pages for each query of the step and attend to them.
 
         Args:
             out: [B, Q, heads, Dv]; written.
-            new: keys and values [B, H, 1, D] of the one token of the step, to be appended; None if the step's tokens
-                are in their pages.
+            new: keys and values [B, H, 1, D] of a one-token step, to be appended; None if the step's tokens are in their
+                pages already.
         """
         self.begin(layer)
         assert layer.store is not None
@@ -158,14 +158,14 @@ class StepKernels(Descriptors):
         self, launch: Launch, layer: LayerState, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
         shape: LaunchShape,
     ) -> None:  # fmt: skip
-        """What `attend` launches: for all layers if this is the step's first, and for each query of this layer."""
+        """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query."""
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
         num_queries, dense = query.shape[2], self.is_dense_layer(layer)
         if not self.known["planned"]:
             self._plan(launch, num_queries)
-            if num_queries == 1:  # a page that this step completes is no candidate yet, in any layer
-                mine = [other for other in self.shared.layers if self.serves(other)]
-                for layers in [mine] if len(mine) == len(self.shared.layers) else [[other] for other in mine]:
+            if num_queries == 1:  # one launch for all layers: a page that this step completes is not a candidate yet
+                served = [other for other in self.shared.layers if self.serves(other)]
+                for layers in [served] if len(served) == len(self.shared.layers) else [[other] for other in served]:
                     self._find_outliers(launch, self.plan[0], layers)
         for i in range(num_queries):
             one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.plan)[i]
@@ -195,7 +195,7 @@ class StepKernels(Descriptors):
             )  # fmt: skip
 
     def _find_outliers(self, launch: Launch, plan: Tensor, layers: list[LayerState]) -> None:
-        """Of consecutive layers, for the query that `plan` is of."""
+        """Find outlier pages in consecutive layers for the query of `plan`."""
         if not self.recipe.outliers_per_1024:
             return
         for layer in layers:
@@ -208,16 +208,16 @@ class StepKernels(Descriptors):
     # ----------------------------------------------------------------------------------------------------- of a layer
 
     def serves(self, layer: LayerState) -> bool:
-        """Whether a layer has pages on this device and so many KV heads."""
+        """Whether a layer's pages have this device and number of KV heads."""
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
 
     def is_dense_layer(self, layer: LayerState) -> bool:
-        """Whether a layer attends to everything, whatever the budget."""
+        """Whether a layer attends to all tokens, regardless of the budget."""
         return layer.number < self.recipe.dense_layers
 
     def shape(self, layer: LayerState) -> LaunchShape:
-        """What a layer's kernels are compiled for."""
+        """Compile-time parameters of a layer's kernels."""
         store = layer.store
         assert store is not None
         return LaunchShape(
@@ -236,15 +236,19 @@ def _rows(states: Tensor) -> Tensor:
 
 
 class Selection:
-    """Selects for one cache on one device. Args: step: the kernels it belongs to."""
+    """Page selection of one cache on one device.
+
+    Args:
+        step: the kernels that it belongs to.
+    """
 
     def __init__(self, step: StepKernels) -> None:
         self.step = step
         self.placed_by: dict[int, Method] = {}
-        """Whose tensors launches for a layer read: they live as long as these launches."""
+        """Layer -> method with tensors that its launches read. Keeps the tensors alive."""
 
     def place(self, layer: LayerState) -> tuple[Tensor, ...]:
-        """Tensors of the method that launches for a layer read, on the device from here on."""
+        """Move the method's tensors for a layer to the device, and return them."""
         method = self.step.shared.method
         tensors = method.projection_tensors(layer.number, self.step.device)
         self.placed_by[layer.number] = method
@@ -254,10 +258,11 @@ class Selection:
         self, launch: Launch, layer: LayerState, plan: Tensor, query: Tensor, index: int, scale: float,
         new: tuple[Tensor, Tensor] | None, shape: LaunchShape,
     ) -> None:  # fmt: skip
-        """List the pages of query `index` [B, heads, 1, Dk] of the step, and assign slots to those that are missing.
+        """List the pages of the step's query `index` and assign slots to the missing ones.
 
         Args:
             plan: int32 [B, len(PlanField)], of this query.
+            query: [B, heads, 1, Dk].
             new: as for `StepKernels.attend`.
         """
         step, launchers, recipe = self.step, self.step.launchers, self.step.recipe

@@ -1,11 +1,11 @@
-"""What one step may attend to: fixed pages, candidates and budget of every query. Computed once, used by all layers.
+"""Fixed pages, candidates and budget of each query of a step. Computed once, used by all layers.
 
     tokens   0 ........................................ t        t: the query's own position
-    pages   [sinks][    candidates: the method's choice    ][recent window, partly filled page]
-             fixed                                            fixed
+    pages   [sinks][     candidates for the method     ][recent window, partly filled page]
+             fixed                                        fixed
 
-Zones count valid tokens and cover whole pages. They depend on the position of the query alone, never on how tokens were
-grouped into calls: a token decoded in a step of its own, verified among others, or replayed after a crop has the same.
+Zones count valid tokens and cover whole pages. They depend only on the query's position, not on how tokens were batched
+into calls. Decoding, verification of several tokens and repetition after a crop give a token the same zones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class QueryPlan:
 
     Attributes:
         fixed: [B, F], int64: pages always attended to; -1 for none.
-        candidates: [B, N], bool: pages a method may select.
-        budget_tokens: [B], int64: how many tokens it may select per KV head.
-        positions: [B], int64: real tokens before the query; None where no method asks for it.
-        page_tokens: [B, N], int64: tokens of each page that are no padding and not after the query.
+        candidates: [B, N], bool: pages that the method may select.
+        budget_tokens: [B], int64: tokens that it may select per KV head.
+        positions: [B], int64: real tokens before the query; None if the method does not use positions.
+        page_tokens: [B, N], int64: tokens of each page up to the query, without padding.
     """
 
     fixed: Tensor
@@ -40,11 +40,11 @@ class QueryPlan:
 
 
 class StepPlan:
-    """Plans of the present step's queries, made on demand.
+    """Plans of the current step's queries, made on demand.
 
     Args:
         options: budget, sinks, window.
-        sequences: the batch.
+        sequences: page table of the batch.
     """
 
     def __init__(self, options: SpinOptions, sequences: PageTable) -> None:
@@ -54,11 +54,11 @@ class StepPlan:
         self._plans: dict[tuple[int, torch.device], QueryPlan] = {}
 
     def forget(self) -> None:
-        """Drop the plans of a step that was taken back."""
+        """Drop the plans of a step that was rolled back."""
         self._plans = {}
 
     def attends_all(self) -> bool:
-        """Whether no query of the step leaves any token out, whatever the padding."""
+        """Whether every query of the step attends to all earlier tokens, regardless of padding."""
         budget, length = self.options.budget, self.sequences.length
         if length <= self.options.dense_below:
             return True
@@ -85,15 +85,15 @@ class StepPlan:
             budget = torch.full_like(held, options.budget)
         else:
             budget = (held.double() * options.budget - 1e-9).ceil().long()  # 0.3 of 400 is 120, not 121
-        everything = held <= budget.clamp(min=options.dense_below)  # holes: few tokens may lie on many pages
+        everything = held <= budget.clamp(min=options.dense_below)  # padding may spread few tokens over many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
-        stands = seq.positions(position, position + 1, device)[:, 0] if seq.mask.keeps_positions else None
-        return QueryPlan(kernels.list_pages(fixed), candidates, budget, stands, per_page)
+        positions = seq.positions(position, position + 1, device)[:, 0] if seq.mask.keeps_positions else None
+        return QueryPlan(kernels.list_pages(fixed), candidates, budget, positions, per_page)
 
     def allowed(self, pages: Tensor, position: int) -> Tensor:
         """Which tokens of `pages` [B, H, n] (-1 for none) a query at `position` may attend to: [B, H, n * P], bool.
 
-        Clustered pages hold other tokens than their place says, but like those none is padding or after the query.
+        Clustered pages hold permuted tokens. The result holds for them too: none is padding or after the query.
         """
         page_size, valid = self.sequences.page_size, self.sequences.mask.valid
         tokens = pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=pages.device)
@@ -106,7 +106,7 @@ class StepPlan:
     def allowed_all(self, num_queries: int, device: torch.device) -> Tensor:
         """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool.
 
-        It holds for tokens in the order of the pages too: clustered ones are before all these queries, and no padding.
+        Valid in page order too: clustered tokens precede all these queries and are not padding.
         """
         seq = self.sequences
         tokens = torch.arange(seq.length, device=device)

@@ -1,1 +1,1 @@
-"""Whether a decode step is replayed as a CUDA graph: capture, replay, and what they take for granted."""
+"""CUDA graphs of decode steps: capture, replay and the checks before and after a replay."""

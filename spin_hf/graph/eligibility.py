@@ -1,13 +1,14 @@
-"""Whether a model's decode step can be a CUDA graph, and whether a captured one still describes the model.
+"""Whether a decode step can be captured as a CUDA graph, and whether a captured graph is still valid for the model.
 
-    reason_not_captured    the model and its cache layers, looked at once
-    reason_not_replayed    the arguments and settings of one call
-    fixed_arguments        what a captured call gets in place of its attention mask
-    ModelGuard             parameters, buffers, modules, hooks and adapters, compared with every replay
-      is_safe                before it: the addresses that it will read
-      unchanged              everything; before it, or behind it where a wrong replay can be taken back
+    reason_not_captured    model and cache layers; checked once
+    reason_not_replayed    arguments and settings of one call
+    fixed_arguments        arguments of a captured call in place of its attention mask
+    ModelGuard             parameters, buffers, modules, hooks and adapters; compared at every replay
+      is_safe                before the replay: addresses that it will read
+      unchanged              everything: before the replay, or after it if a wrong replay can be rolled back
 
-A graph replays launches by address and runs no Python: whatever would change what the Python does must be seen here.
+A graph replays launches with fixed addresses and runs no Python. These checks must detect any change that would make the
+Python code do something else.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) -> str | None:
-    """Why decode steps of `model` with a cache of these layers run eagerly; None if nothing is known against capturing."""
+    """Why decode steps of `model` with these cache layers cannot be captured; None if nothing is known against it."""
     devices = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(devices) > 1:
         return f"its parameters are on several devices ({', '.join(sorted(devices))})"
@@ -54,17 +55,17 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
 
 
 def _foreign(hook: Any) -> bool:
-    """Not one of transformers' own, which collect outputs and do so while capturing."""
+    """Whether a hook is not from transformers. transformers' hooks collect outputs, which works during capture."""
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def reason_not_replayed(watch: ModelGuard, unpaged: list[Any], kwargs: dict[str, Any], cache_name: str) -> str | None:
-    """Why a call that could else be captured runs eagerly; cheap, and asked at every call.
+    """Why a call of a capturable model runs eagerly; None if it need not. Cheap: it runs at every call.
 
     Args:
-        watch: over the model that is called.
-        unpaged: layers of the cache whose tensors a step overwrites.
-        kwargs: of the forward, the cache under `cache_name`.
+        watch: guard of the model.
+        unpaged: cache layers with tensors that a step overwrites.
+        kwargs: arguments of the forward, with the cache under `cache_name`.
     """
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -88,11 +89,11 @@ def reason_not_replayed(watch: ModelGuard, unpaged: list[Any], kwargs: dict[str,
 
 
 def fixed_arguments(model: nn.Module | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What a captured call of `model` gets beside `inputs`, the same at every replay.
+    """Arguments of a captured call of `model` in addition to `inputs`, the same at every replay.
 
-    The cache takes the padding before the step, so captured calls have no mask. OPT then makes one of the context's length,
-    which is on the device while a graph is captured, so that it would wait for it. With position ids it does not look at it:
-    a mask of the one new token spares it that.
+    The cache records padding before the step, so captured calls have no mask. Without one, OPT builds a mask of the context's
+    length, which would read that length from the device during capture. Given position ids OPT does not use the mask's
+    content, so a mask of the one new token avoids this.
     """
     if model is None or not _sizes_a_mask(model):
         return {}
@@ -110,7 +111,7 @@ def _batch_of(inputs: dict[str, Any]) -> int:
 
 
 class ModelGuard:
-    """What a captured step of `model` relies on."""
+    """Records what a captured step of `model` depends on, and detects changes."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -128,17 +129,17 @@ class ModelGuard:
         self.adapters = _adapters(self.adapted)
 
     def is_safe(self) -> bool:
-        """Whether a replay reads no memory that is gone, and no hook was made since the last look. Takes little time.
+        """Whether a replay reads valid memory and no hook was registered since the last check. Cheap.
 
-        Tensors that a module no longer has are kept alive by this watch, so what a graph reads of them stays where it was.
-        Those that it still has lose their memory in one way only, another one put under the same tensor (`model.to`, `.data`);
-        that shows in their address. A sample of addresses would do for `model.to`, and miss weights merged one by one.
+        The guard keeps the model's tensors alive, so a graph may read tensors that a module no longer has. A live tensor
+        loses its memory only if its storage is replaced (`model.to`, `.data`), which changes its address. All addresses are
+        compared: a sample would detect `model.to`, but not weights that are merged one by one.
         """
         return self.handles == RemovableHandle.next_id and self._in_place()
 
     def unchanged(self) -> bool:
-        """Whether the model is still what it was, seen from the host without looking at the device."""
-        if self.hooks or self.handles != RemovableHandle.next_id:  # handles are counted when made, and not when removed
+        """Whether the model is as it was at capture. Compares on the host and does not read the device."""
+        if self.hooks or self.handles != RemovableHandle.next_id:  # ids count registered hooks, not removed ones
             if self.hooks != _hooks(self.modules):
                 return False
             self.handles = RemovableHandle.next_id
@@ -166,7 +167,7 @@ def _hooks(modules: list[nn.Module]) -> list[int]:
 
 
 def _forwards(modules: list[nn.Module]) -> list[Any]:
-    """What was set on instances instead of their class's forward, as accelerate does."""
+    """Forwards that were set on module instances, as accelerate does; None where the class's forward is used."""
     return [module.__dict__.get("forward") for module in modules]
 
 
@@ -175,7 +176,7 @@ def _training(modules: list[nn.Module]) -> list[bool]:
 
 
 def _adapters(modules: list[Any]) -> list[Any]:
-    """State of PEFT's layers: which adapters apply, merged or not, and how strongly."""
+    """State of PEFT's layers: active and merged adapters, and their scaling."""
     return [
         (module._disable_adapters, module.active_adapters, list(module.merged_adapters), dict(getattr(module, "scaling", {})))
         for module in modules
@@ -183,5 +184,5 @@ def _adapters(modules: list[Any]) -> list[Any]:
 
 
 def host_state() -> tuple[Any, ...]:
-    """What of the calling thread's torch settings decides which launches a forward makes."""
+    """Settings of the calling thread that determine which kernels a forward launches."""
     return torch._C._len_torch_dispatch_stack(), torch.get_float32_matmul_precision()

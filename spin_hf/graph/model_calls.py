@@ -1,11 +1,11 @@
-"""Calls of a model that carry a cache: where each begins and ends.
+"""Begin and end of each model call that carries a cache.
 
-    wrapped forward ──> run ──> the config says "spin", the log watches ──> a replayed step (graph/runner.py), or the model's
-    forward ──> its tokens count, or it never happened
+    wrapped forward ──> run: config set to "spin", log watches ──> replayed step (graph/runner.py) or the model's forward
+                    ──> commit, or roll back on an exception
 
-A cache belongs to one model object. Outside of its calls nothing about the model or its config is changed, so what else uses
-the model sees it as it was. A cache that was made from a config keeps the config switched until the first forward has shown
-which model runs it (`find_model`); from the next call on it is as if it had been made from that model.
+A cache belongs to one model object. Model and config are unchanged outside of its calls, so other users of the model are not
+affected. A cache made from a config holds the config at "spin" until the first forward shows which model runs it
+(`find_model`). From the next call on it behaves as if made from that model.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .runner import GraphRunner
 
 _LATE_DEVICES = ("cuda",)
 _FRAMES = 6
-"""How far the caller of `SpinCache.update` may be."""
+"""Stack frames that are searched for the caller of `SpinCache.update`."""
 
 
 class ModelCalls:
-    """The calls of one cache. `close` undoes what the constructor did.
+    """The calls of one cache. `close` undoes the constructor's changes to model and config.
 
     Args:
-        config: the one that attention modules read.
-        model: whose calls carry the cache; None where a forward has to show it.
+        config: the config that attention modules read.
+        model: the model that is called with the cache; None if the first forward has to show it.
         layers, passes, log: of the cache.
     """
 
@@ -49,18 +49,18 @@ class ModelCalls:
     ) -> None:
         self.config = config
         self.switched = config if passes.state.layers else None
-        """What says "spin" in calls; None where no layer is paged: then a model that looks at the name sees its own."""
+        """The config that is set to "spin" in calls. None if no layer is paged: the model then keeps its own setting."""
         self.layers, self.passes, self.log = layers, passes, log
         self.wrapped: forward_hook.Wrapped = []
         self.model: Any = lambda: None
-        """Gives the model while it lives."""
+        """Returns the model while it lives, else None."""
         self.steps: GraphRunner | None = None
         self.inside = False
         """Whether a call is in progress."""
         self.holds = False
-        """Whether the config is held switched from outside of a call."""
+        """Whether the config is set to "spin" outside of a call."""
         self.belongs = model is not None
-        """Whether calls have to be those of the model; not before its first wrapped call, where a forward has shown it."""
+        """Whether only calls of the model are accepted. For a cache made from a config: from the first wrapped call on."""
         if self.switched is not None:
             implementation.announce(config)
         if model is None:
@@ -69,7 +69,7 @@ class ModelCalls:
             self._bind(model)
 
     def close(self) -> None:
-        """Give the model and its config back, and what the cache held; nothing waits for the garbage collector."""
+        """Restore model and config, and free the cache's storage without waiting for the garbage collector."""
         self._drop()
         forward_hook.release(self.wrapped)
         if self.steps is not None:
@@ -80,12 +80,12 @@ class ModelCalls:
         """Call `forward(**kwargs)` of `module`; the cache is `kwargs[name]`.
 
         Raises:
-            AttentionError: the cache was made from another model, or the attention mask is of a kind that nothing can apply.
-            What the forward raises; then the cache is as before the call.
+            AttentionError: the cache was made from another model, or the attention mask has an unsupported type.
+            Whatever the forward raises. The cache is then as before the call.
         """
-        if self.inside and self._runs():  # a part of the model, or a graph that is captured
+        if self.inside and self._runs():  # a submodel of the call, or a capture within it
             return forward(**kwargs)
-        if self.belongs and not any(part() is module for part in self.wrapped):
+        if self.belongs and not any(wrapped() is module for wrapped in self.wrapped):
             raise AttentionError(
                 f"expected a call of the {self.passes.state.model_name} that this SpinCache was made from, got one of another "
                 f"model ({type(module).__name__}); make a SpinCache of that model, or SpinCache.from_cache(cache, model) to "
@@ -105,7 +105,7 @@ class ModelCalls:
                 self._drop()
 
     def _runs(self) -> bool:
-        """Whether this thread is inside of `run`, whatever an interruption has left of `inside`."""
+        """Whether this thread is within `run`. Reads the stack, since an interruption may leave `inside` set."""
         frame: Any = sys._getframe(2)
         while frame is not None and not (
             frame.f_code is ModelCalls.run.__code__ and frame.f_locals.get("self") is self
@@ -114,13 +114,13 @@ class ModelCalls:
         return frame is not None
 
     def before_mask(self, cache: Any) -> None:
-        """A mask is asked for: from here to the end of the call the config is switched."""
+        """Called when a mask is built: set the config to "spin" until the end of the call, and find the model."""
         self._hold()
         if not self.wrapped and self.switched is not None and (model := find_model(cache, self.config)) is not None:
             self._bind(model)
 
     def _bind(self, model: nn.Module) -> None:
-        """See the calls of `model` from now on."""
+        """Wrap the forward of `model`."""
         self.wrapped, self.model = forward_hook.acquire(model), weakref.ref(model)
         if may_be_captured(model):
             self.steps = GraphRunner(model, self.layers, self.passes, self.log)
@@ -132,10 +132,10 @@ class ModelCalls:
             implementation.acquire(self.switched)
 
     def check(self) -> None:
-        """Before states of a layer are taken.
+        """Check the caller before a layer is updated.
 
         Raises:
-            AttentionError: what calls has another attention implementation, so would never ask the cache.
+            AttentionError: the caller uses another attention implementation, which would never read the cache.
         """
         config, name = self.switched, self.passes.state.model_name
         if config is None:
@@ -157,7 +157,7 @@ class ModelCalls:
             )
 
     def check_traced(self) -> None:
-        """The same while Dynamo traces."""
+        """As `check`, during Dynamo tracing."""
         if self.switched is not None:
             implementation.check(self.switched)
 
@@ -168,7 +168,7 @@ class ModelCalls:
 
 
 def _caller() -> Any:
-    """The module whose forward calls `SpinCache.update`, if it has a config that names an attention implementation."""
+    """The module that calls `SpinCache.update`; None if its config names no attention implementation."""
     frame: Any = sys._getframe(2)
     for _ in range(_FRAMES):
         module = None if frame is None else frame.f_locals.get("self")
@@ -179,9 +179,9 @@ def _caller() -> Any:
 
 
 def find_model(cache: Any, config: Any) -> PreTrainedModel | None:
-    """The model whose forward is running with `cache`, the outermost one of those that read `config`; None for none.
+    """The outermost running model that was called with `cache` and reads `config`; None if there is none.
 
-    Only frames of forwards are looked into: reading a frame's locals keeps them alive until it returns.
+    Only frames of forwards are read: reading a frame's locals keeps them alive until it returns.
     """
     frame: Any = sys._getframe(1)
     found = None
@@ -196,7 +196,7 @@ def find_model(cache: Any, config: Any) -> PreTrainedModel | None:
 
 
 def model_of(model: Any) -> nn.Module | None:
-    """The module whose calls a cache of `model` sees: within what wraps it, if anything does; None for a config."""
+    """The module within `model`'s wrappers, such as `torch.compile`'s; None for a config."""
     found = forward_hook.unwrapped(model)
     return found if isinstance(found, nn.Module) else None
 
@@ -207,7 +207,7 @@ def may_be_captured(model: nn.Module) -> bool:
 
 
 def reads_late(cache: Any, device: torch.device) -> bool:
-    """Whether `generate` may read late: the cache has captured steps, and can be cropped by a token at any time."""
+    """Whether `generate` may defer its stop check: steps can be captured, and every layer can be cropped by one token."""
     return (
         getattr(getattr(cache, forward_hook.ATTRIBUTE, None), "steps", None) is not None
         and device.type in _LATE_DEVICES

@@ -1,15 +1,14 @@
-"""What a captured step takes for granted, and what of it is looked at only behind its launch.
+"""Optimistic replay: the graph is launched first; mask, positions and model are checked while it runs.
 
-    before    assume(mask)     its shape; a mark in the stream
-    launch    of the step, as if nothing more were padded and the model were what it was
-    behind    holds(watch)     mask     on a stream of its own: wait for the mark -> the padding known so far, and else ones?
-                                        -> a flag on the host
-                               positions, of methods that need them: likewise, whether they count the tokens
-                               model    on the host: modules, parameters, hooks, adapters
+    before    start(mask)      checks the mask's shape; records an event in the stream
+    launch    the step, assuming no new padding and an unchanged model
+    after     passed(watch)    mask         on a side stream: wait for the event, compare with the known padding -> host flag
+                               positions    likewise, for methods that use them: do they count the tokens?
+                               model        on the host: modules, parameters, hooks, adapters
 
-All of that costs the host more time than it has while the device waits for work, and behind the launch it costs none: the
-device is busy for longer. It hardly ever fails. Where it does, the caller takes the step back and does the call again,
-looking first. So this is for steps that can be done twice at one place, which those that write to pages only can.
+The checks take host time. After the launch they overlap with the step; before it the GPU would be idle. If a check fails, the
+caller rolls the step back and runs the call again with the checks first. The step must therefore be repeatable, which holds
+if it writes to pages only.
 """
 
 from __future__ import annotations
@@ -23,29 +22,30 @@ from .eligibility import ModelGuard
 
 
 class ReplayCheck:
-    """Of the captured steps of one cache, one at a time."""
+    """Checks for the captured steps of one cache, one step at a time."""
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        """The mask [B, tokens] that the step under way takes for ones behind `held`."""
+        """[B, tokens], mask of the current step. Assumed to be `held`, followed by a one."""
         self.held: Tensor | None = None
-        """Validity [B, tokens held], as far as there is padding; None for all ones."""
+        """[B, tokens held], known validity; None for no padding."""
         self.positions: Tensor | None = None
-        """Position ids of its token, which are taken for `position`."""
+        """Position ids of the new token. Assumed to equal `position`."""
         self.position = 0
         self.beside: StreamBeside | None = None
 
     def start(
         self, mask: Tensor | None, length: int, positions: Tensor | None = None, held: Tensor | None = None
     ) -> bool:
-        """Take `mask` [B, n] (None: no padding) for one without padding but what is `held`; nothing waits.
+        """Begin the check of a step: compare shapes and record an event. Does not wait for the device.
 
         Args:
-            length: tokens held and new; what a mask does not cover is padding.
-            positions: position ids of the new token, to be taken for its place; None for any.
-            held: validity [B, length - 1] of the tokens before; None for no padding.
+            mask: [B, n], assumed to have no other padding than `held`; None for no padding.
+            length: tokens held plus the new one. Tokens beyond the mask are padding.
+            positions: position ids of the new token, assumed to be `length - 1`; None for no check.
+            held: [B, length - 1], validity of the earlier tokens; None for no padding.
         Returns:
-            False where shapes show other padding; then there is nothing to assume.
+            False if shapes or devices already rule out an optimistic replay.
         """
         self.mask = self.positions = self.held = None
         if mask is not None and mask.shape[1] < length:
@@ -65,31 +65,31 @@ class ReplayCheck:
         return True
 
     def passed(self, watch: ModelGuard) -> bool:
-        """Whether all that was assumed is so. Waits for mask and positions, and not for the step."""
+        """Whether the assumptions of `start` hold and the model is unchanged. Does not wait for the step."""
         mask, positions, position, held = self.mask, self.positions, self.position, self.held
         self.mask = self.positions = self.held = None
         given = positions if mask is None else mask
         if given is None:
             return watch.unchanged()
 
-        def as_assumed() -> Tensor:
+        def matches() -> Tensor:
             if mask is None:
-                right = given.new_ones((), dtype=torch.bool)
+                equal = given.new_ones((), dtype=torch.bool)
             elif held is None:
-                right = mask.all()
+                equal = mask.all()
             else:
-                right = (mask[:, :-1].bool() == held).all() & mask[:, -1].all()
-            return right if positions is None else right & (positions == position).all()
+                equal = (mask[:, :-1].bool() == held).all() & mask[:, -1].all()
+            return equal if positions is None else equal & (positions == position).all()
 
         if not given.is_cuda or self.beside is None:
-            return watch.unchanged() and bool(as_assumed())
-        self.beside.ask(as_assumed)
-        unchanged = watch.unchanged()  # while the device looks at what was given
+            return watch.unchanged() and bool(matches())
+        self.beside.ask(matches)
+        unchanged = watch.unchanged()  # on the host, while the device compares mask and positions
         return self.beside.answer() and unchanged
 
 
 class StreamBeside:
-    """Asks a question about tensors beside the work that the current stream got since `mark`.
+    """Evaluates a condition on a side stream, concurrently with work that the current stream got after `mark`.
 
     Args:
         device: a CUDA device.
@@ -97,23 +97,23 @@ class StreamBeside:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)  # before the blocks of the step, which may fill the device
+        self.stream = torch.cuda.Stream(device, priority=-1)  # high priority: the step's blocks may fill the device
         self.marked, self.answered = torch.cuda.Event(), torch.cuda.Event()
-        with torch.inference_mode(False):  # it outlives an inference mode
+        with torch.inference_mode(False):  # the flag outlives inference mode
             self.flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
 
     def mark(self) -> None:
-        """What the current stream has now is what `ask` waits for: the tensors are part of it."""
+        """Record an event in the current stream. `ask` waits for it, so its tensors must be computed before it."""
         self.marked.record(torch.cuda.current_stream(self.device))
 
     def ask(self, question: Callable[[], Tensor]) -> None:
-        """Let the device look; the tensors that the question is about must live until the answer."""
+        """Launch `question` on the side stream. Its tensors must live until `answer`."""
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.marked)
             self.flag.copy_(question(), non_blocking=True)
             self.answered.record(self.stream)
 
     def answer(self) -> bool:
-        """The answer; waits for that and nothing else."""
+        """The result of `ask`. Waits for the side stream only."""
         self.answered.synchronize()
         return bool(self.flag)

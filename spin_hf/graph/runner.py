@@ -1,22 +1,21 @@
-"""The captured decode step: `model.forward` of one new token a sequence, replayed as a CUDA graph.
+"""The captured decode step: `model.forward` of one new token per sequence, replayed as a CUDA graph.
 
-    first call of a shape     eager; compiles kernels, allocates what is allocated once
-    second                    captured, then replayed
-    later ones                host: room for the token, descriptors, inputs  ->  replay  ->  host: the token counts
+    first call of a shape    eager; compiles kernels, allocates buffers
+    second call              captured, then replayed
+    later calls              host: pages for the token, descriptors, inputs  ->  replay  ->  host: commit
 
-What a call needs of the host happens before the replay (`ForwardPass.prepare`) and after it (`finish`); between them the
-layers only launch. Inputs are copied into static tensors, outputs are handed back as copies. Tensors of layers that are not
-paged (windows, linear attention) get fixed addresses: what the step makes of them is written back as its last launches.
+Host work is done before the replay (`ForwardPass.prepare`) and after it (`finish`); in between, layers only launch. Inputs are
+copied to static tensors, and outputs are returned as copies. Unpaged layers (windows, linear attention) use static tensors,
+which the last launches of the step update.
 
-Until the replay is launched the device has nothing to do. So where all layers are paged the step is launched on trust and
-verified behind that (`graph/replay_check.py`); what does not hold is taken back:
+The device is idle until the replay is launched. If all layers are paged, the step is therefore replayed optimistically: it is
+launched first and checked afterwards (`graph/replay_check.py`). On a mismatch it is rolled back and run with the checks first:
 
-    on trust      addresses  ->  replay  ->  model, mask  ->  done, or back to where the step began and
-    looking       model, mask  ->  replay, capture or eager forward
+    optimistic       addresses  ->  replay  ->  check model and mask  ->  commit, or roll back and continue below
+    checked first    check model and mask  ->  replay, capture or eager forward
 
-While capturing, `get_seq_length` gives a tensor on the device instead of a number, so positions that a model derives from
-it are right in every replay; a model that asks the host for it, or for anything else, cannot be captured and runs eagerly,
-with one warning that says why.
+During capture `get_seq_length` returns a device tensor, so positions that a model derives from it are correct in every replay.
+A model that reads this tensor, or any other, on the host cannot be captured. It runs eagerly, with one warning that says why.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ from .static_states import StaticStates, overwritten, windows_of
 logger = logging.getLogger("spin_hf")
 
 _MAX_SHAPES = 8
-"""Captured calls of a cache that differ in shape or mode; beyond that the oldest goes."""
+"""Captured graphs per cache, one per shape and mode. The oldest one is dropped to make a new one."""
 
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _CACHE = object()
-"""Stands for the cache in what a graph keeps, so that the graph does not keep the cache alive."""
+"""Placeholder for the cache in stored outputs, so that a graph does not keep the cache alive."""
 _NOT_REPLAYED = object()
-"""Instead of outputs: a step was not replayed on trust, or was and has been taken back."""
+"""Returned instead of outputs if a step was not replayed optimistically, or was and has been rolled back."""
 
 
 class Recorder:
@@ -62,14 +61,14 @@ class Recorder:
         self.graph = torch.cuda.CUDAGraph()
 
     def record(self, step: Callable[[], Any]) -> Any:
-        """Capture `step`; returns its result, whose tensors are filled by `replay`. Other threads may go on launching."""
+        """Capture `step`; returns its result. `replay` fills the result's tensors. Other threads may launch meanwhile."""
         with ONE_AT_A_TIME, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             result = step()
-        give_back_dropped()  # what was dropped meanwhile
+        give_back_dropped()  # pinned memory that was dropped during the capture
         return result
 
     def replay(self) -> None:
-        """Launch what was captured, on the current stream."""
+        """Launch the captured graph on the current stream."""
         self.graph.replay()
 
 
@@ -83,12 +82,16 @@ class CapturedStep:
         """Arguments that are the same at every replay."""
         self.recorder = Recorder()
         self.outputs: list[Any] = []
-        self.form: Any = None
+        self.outputs_spec: Any = None
         self.overwrites = False
-        """Whether the latest replay has been launched and cannot be done again."""
+        """Whether the latest replay has overwritten its inputs and cannot be repeated."""
 
     def capture(self, forward: Callable[..., Any], cache: dict[str, Any], passes: ForwardPass) -> None:
-        """Record the call, with the cache under its name; nothing is computed yet."""
+        """Capture the call. Nothing is computed yet.
+
+        Args:
+            cache: argument name -> the cache.
+        """
 
         def step() -> Any:
             with passes.capturing():
@@ -98,18 +101,18 @@ class CapturedStep:
 
         self.state.bind()
         outputs = self.recorder.record(step)
-        leaves, self.form = pytree.tree_flatten(outputs)
+        leaves, self.outputs_spec = pytree.tree_flatten(outputs)
         (held,) = cache.values()
         self.outputs = [_CACHE if leaf is held else leaf for leaf in leaves]
 
     def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
-        """Run the step with other contents of `inputs`; returns copies of its outputs."""
+        """Replay the step with new `inputs`; returns copies of its outputs."""
         self.overwrites, copies = False, None
         for name, static in self.inputs.items():
             if isinstance(static, Tensor):
                 static.copy_(inputs[name], non_blocking=True)
         self.state.bind()
-        if self.state.tensors:  # once it is launched nothing more should ask for memory
+        if self.state.tensors:  # allocate before the launch: the step cannot be repeated if an allocation fails
             copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
             self.overwrites = True
         self.recorder.replay()
@@ -117,14 +120,14 @@ class CapturedStep:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[index] = leaf.clone() if copies is None else copies[index].copy_(leaf)
-        return pytree.tree_unflatten(leaves, self.form)
+        return pytree.tree_unflatten(leaves, self.outputs_spec)
 
 
 class GraphRunner:
     """The decode steps of one cache on one model.
 
     Args:
-        model: whose forward is wrapped; kept alive once a step has run, as a graph reads its parameters.
+        model: the model with the wrapped forward. Its parameters are kept alive once a step has run, as graphs read them.
         layers, passes, log: of the cache.
     """
 
@@ -133,28 +136,29 @@ class GraphRunner:
         self.layers, self.passes, self.log = layers, passes, log
         self.state: CacheState = passes.state
         self.captured: dict[Any, CapturedStep | None] = {}
-        """Key of a call -> its graph; None where it ran once, eagerly."""
+        """Key of a call -> its graph; None if it has run once, eagerly."""
         self.watch: ModelGuard | None = None
         self.replay_check = ReplayCheck()
         self.kernels: list[Any] = []
         self.held: list[Any] = []
-        """The layers captured; `reset` replaces those that are not paged."""
+        """The layers at capture. `reset` of the cache replaces unpaged ones."""
         self.unpaged: list[Any] = []
-        """Those of them whose tensors a step overwrites."""
+        """The layers in `held` with tensors that a step overwrites."""
         self.refused: str | None = None
+        """Why steps of this model are not captured; None if they may be."""
 
     def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
-        """Call `forward(**kwargs)`, as a replay where that gives the same; the cache is `kwargs[name]`.
+        """Call `forward(**kwargs)`, or replay its graph if that is equivalent. The cache is `kwargs[name]`.
 
         Raises:
-            what the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
+            Whatever the forward raises; BudgetError, CapacityError, BatchSizeError before any work.
         """
         if self._is_decode_step(kwargs):
             return self._run(model, forward, kwargs, name)
         return self._eager(forward, kwargs)
 
     def _eager(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """The forward as it is; where it fails, even behind the last layer, the cache is as before."""
+        """Call the forward itself. If it fails, even after the last layer, the cache is as before."""
         with self.log.watching(self.layers):
             return forward(**kwargs)
 
@@ -174,7 +178,7 @@ class GraphRunner:
         new_valid = padding_change.take(self.state, padding_mask_of(kwargs.get("attention_mask"), length, batch_size))
         counts = counts_positions(self.state, kwargs.get("position_ids"), new_valid)
         if not counts or not self._windows_are_full(new_valid):
-            return self._eager(forward, kwargs)  # which refuses positions that do not count
+            return self._eager(forward, kwargs)  # raises if the positions do not count the tokens
         key = self._key(inputs, new_valid)
         if key not in self.captured:
             while len(self.captured) >= _MAX_SHAPES:
@@ -192,7 +196,7 @@ class GraphRunner:
                 raise
             reason = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
             if isinstance(error, torch.OutOfMemoryError):
-                del self.captured[key]  # the step after the next one is captured if there is memory
+                del self.captured[key]  # the next step of this shape runs eagerly, the one after it is captured again
             else:
                 self.refused = reason
             _warn(model, reason)
@@ -205,7 +209,7 @@ class GraphRunner:
         return self._replay(step, inputs, kwargs[name])
 
     def _replay(self, step: CapturedStep, inputs: dict[str, Any], cache: Any) -> Any:
-        """Replay a step that was prepared; its tokens count."""
+        """Replay a prepared step and commit it."""
         try:
             outputs = step.replay(inputs, cache)
             self._finish(step)
@@ -215,7 +219,7 @@ class GraphRunner:
         return outputs
 
     def _may_replay_optimistically(self) -> bool:
-        """Whether to replay before the model is looked at: nothing seen so far is against it, nothing is overwritten."""
+        """Whether to replay before the model is checked: a roll back is possible and no change is known."""
         return (
             self.watch is not None
             and self.refused is None
@@ -226,10 +230,10 @@ class GraphRunner:
         )
 
     def _replay_optimistically(self, inputs: dict[str, Any], kwargs: dict[str, Any], name: str) -> Any:
-        """Replay a step that is captured, then verify it; `_NOT_REPLAYED` if that fails, and the step is taken back.
+        """Replay a captured step, then check it. If the check fails, roll the step back and return `_NOT_REPLAYED`.
 
-        It has then written to the place of its token alone, which is written again before it is read, and has had pages
-        loaded, which are what they are. What the kernels count (`stats`), they count twice.
+        A rolled back step has written only its own token, which is written again before it is read, and has loaded pages,
+        which stay valid. The kernels' counters (`stats`) count such a step twice.
         """
         watch, state, mask = self.watch, self.state, kwargs.get("attention_mask")
         positions = kwargs.get("position_ids") if state.method.uses_positions else None
@@ -239,7 +243,7 @@ class GraphRunner:
         self.log.settle(self.layers)
         length, new_valid, held = state.committed + 1, None, state.sequences.mask.valid
         if held is not None and state.method.uses_positions:
-            # Where the token of each sequence stands has to be looked up.
+            # Positions differ per sequence and are read from the padding mask before the replay.
             mask = padding_mask_of(mask, length, state.sequences.batch_size)
             new_valid, mask, held = padding_change.take(state, mask), None, None
             if not counts_positions(state, positions, new_valid):
@@ -252,19 +256,19 @@ class GraphRunner:
             if not self._prepare(new_valid):
                 return _NOT_REPLAYED
             outputs = step.replay(inputs, kwargs[name])
-            holds = self.replay_check.passed(watch)
-            if holds:
+            passed = self.replay_check.passed(watch)
+            if passed:
                 self._finish(step)
         except BaseException:
             self._roll_back()
             raise
-        if not holds:
+        if not passed:
             self._roll_back()
             return _NOT_REPLAYED
         return outputs
 
     def _prepare(self, new_valid: Tensor | None) -> bool:
-        """Begin the step; False, and taken back, if the room for it made pages take a form that no graph so far reads."""
+        """Begin the step. If allocating its pages changed the page layout, which graphs depend on: roll back, return False."""
         state = self.state
         before = state.sequences.layout_version
         self.passes.prepare(state.sequences.batch_size, 1, new_valid)
@@ -274,12 +278,12 @@ class GraphRunner:
         return False
 
     def _finish(self, step: CapturedStep) -> None:
-        self.passes.finish(foresee=True)
+        self.passes.finish(upload_next=True)
         self.log.clear()
         step.state.advance(self.state.committed)
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
-        with torch.inference_mode(False), torch.no_grad():  # static tensors outlive an inference mode
+        with torch.inference_mode(False), torch.no_grad():  # static tensors outlive inference mode
             step = CapturedStep(inputs, self.layers)
             step.fixed = fixed_arguments(self.model(), inputs)
             windows = windows_of(self.layers)
@@ -298,7 +302,7 @@ class GraphRunner:
         return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
     def _look_at(self, model: nn.Module) -> ModelGuard:
-        """The watch over the model; starts anew where the model, the layers or the kernels are others than those captured."""
+        """The guard of the model. Drops all graphs if the model, the layers or the kernels have changed since capture."""
         kernels = self.passes.kernels.in_use()
         same = kernels == self.kernels and self.layers == self.held
         if self.watch is None or not same or not self.watch.unchanged():
@@ -317,7 +321,7 @@ class GraphRunner:
         return given, padded, host_state(), self.state.sequences.layout_version
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
-        """Whether every window is full and free of padding: until then it grows, or needs a mask."""
+        """Whether every window is full and has no padding. Otherwise its tensors grow or need a mask."""
         windows = windows_of(self.unpaged)
         if any(layer.cumulative_length < layer.sliding_window for layer in windows):
             return False
@@ -328,10 +332,10 @@ class GraphRunner:
         return (valid is None or bool(valid[:, -widest:].all())) and (new_valid is None or bool(new_valid.all()))
 
     def _roll_back(self, step: CapturedStep | None = None) -> None:
-        """After a step that failed, or should not have been: only the host's count makes its tokens count.
+        """Roll back a step that failed or should not have been replayed. Resetting the host's token count is enough.
 
         Args:
-            step: what was replayed, if that may have overwritten states.
+            step: the replayed step, if it may have overwritten states; else None.
         """
         self.log.clear()
         self.log.overwritten = step is not None and step.overwrites

@@ -1,10 +1,10 @@
-"""Tensors of the layers that a captured step overwrites (windows, linear attention), at addresses that stay.
+"""Static tensors for the layers that a captured step overwrites: sliding windows and linear attention.
 
-    before a step     what the layers hold  ->  the fixed tensors, which the layers then hold       bind
-    the step          reads them; what it makes of them is copied back as its last launches         bind, while recording
-    after it          windows count the token                                                       advance
+    before a step    copy the layers' tensors to the static ones, which replace them in the layers    bind
+    in the step      read the static tensors; the last launches copy the new states back to them      bind, during capture
+    after a step     windows count the token                                                          advance
 
-A step of such layers can be done once only: what it overwrites is gone.
+A step of such layers cannot be repeated: it overwrites its inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 
 class StaticStates:
-    """The fixed tensors of one captured step.
+    """The static tensors of one captured step.
 
     Args:
         layers: the cache's layers.
@@ -28,25 +28,25 @@ class StaticStates:
         self.tensors = [table[name].clone(memory_format=torch.contiguous_format) for table, name in self.places]
 
     def bind(self) -> None:
-        """Before a step: what the layers hold now, at the fixed addresses."""
+        """Copy the layers' current tensors to the static ones, and put these into the layers."""
         for (table, name), tensor in zip(self.places, self.tensors, strict=True):
             if table[name] is not tensor:
                 tensor.copy_(table[name])
                 table[name] = tensor
 
     def advance(self, length: int) -> None:
-        """After a step: windows count their tokens on the host."""
+        """Set the windows' token count, which is on the host, after a step."""
         for layer in self.windows:
             layer.cumulative_length = length
 
 
 def overwritten(layers: list[Any]) -> list[Any]:
-    """The layers whose tensors a step overwrites; all others are paged, or hold nothing."""
+    """The layers with tensors that a step overwrites. All others are paged or empty."""
     return [layer for layer in layers if isinstance(layer, (DynamicSlidingWindowLayer, LinearAttentionLayer))]
 
 
 def windows_of(layers: list[Any]) -> list[Any]:
-    """The layers that keep a window."""
+    """The sliding-window layers."""
     return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
 

@@ -146,7 +146,7 @@ def test_a_cache_of_a_config_does_not_guess_how_its_first_forward_ended() -> Non
         lambda: cache.reorder_cache(torch.tensor([0])),
         lambda: copy.deepcopy(cache),
     ):
-        with pytest.raises(CacheStateError, match=r"behind layer 0.*layer 1.*roll_back"):
+        with pytest.raises(CacheStateError, match=r"after layer 0.*layer 1.*roll_back"):
             use()
     assert cache.get_seq_length() == 0
     assert cache.stats().tokens == 0
