@@ -47,8 +47,8 @@ def test_steps_with_a_mask_do_not_synchronise() -> None:
     with no_synchronisation():
         for mask in masks[3:]:
             model(token, past_key_values=cache, attention_mask=mask)
-    assert isinstance(cache.calls.steps.verification, ReplayCheck)
-    assert cache.calls.steps.verification.beside is not None
+    assert isinstance(cache.calls.steps.replay_check, ReplayCheck)
+    assert cache.calls.steps.replay_check.beside is not None
     cache.check_integrity()
 
 
