@@ -171,6 +171,19 @@ def index_cost(result: Result) -> Lines:
     return lines
 
 
+def compared(result: Result) -> Lines:
+    """Times of two versions of the package."""
+    lines = head(
+        "method", "context", f"sources `{result['sources_before']}`, ms", f"`{result['sources']}`, ms", "ratio"
+    )
+    for entry in result["rows"]:
+        label = decode_tables.label(entry["tokens"], "auto")
+        lines.append(row(
+            f"`{entry['method']}`", label, f"{entry['before_ms']:.2f}", f"{entry['after_ms']:.2f}", f"{entry['ratio']:.3f}"
+        ))  # fmt: skip
+    return lines
+
+
 def gates(result: Result) -> Lines:
     """KL of gate scores on text that was held out."""
     settings, kl = result["settings"], result["held_out"]
@@ -295,6 +308,12 @@ PARTS: dict[str, list[Section]] = {
             "Kernels are compiled once for each machine, in the first two steps.",
             (f"{H200}-bisection-fresh.json",),
             _one(first_steps),
+        ),
+        Section(
+            "Before and after the modules moved",
+            "Both versions one after the other on one machine.",
+            ("h200/compare-sources.json",),
+            _one(compared),
         ),
         Section(
             "Indexing a prompt",
