@@ -35,6 +35,7 @@ def _graphs(cache: SpinCache) -> int:
         ("gpt_oss", {}),
         ("gemma3_text", {}),
         ("qwen3_next", {}),
+        ("opt", {}),
     ],
 )
 def test_a_captured_step_equals_dynamic_cache(family: str, options: dict[str, Any], padded: bool) -> None:

@@ -46,9 +46,13 @@ def outcome(family: str, kind: str) -> tuple[frozenset[str], str]:
     return frozenset(re.findall(r"^FAILED \S*::(\S+)", done.stdout, re.MULTILINE)), done.stdout
 
 
+NAMES_THE_CLASS = {"test_generate_compile_model_forward_fullgraph"}
+"""Tests that assert that the cache is a DynamicCache."""
+
+
 @pytest.mark.parametrize("kind", ["exact", "tiered", "small"])
 @pytest.mark.parametrize("family", [family for family, file in FILES.items() if file.exists()])
 def test_nothing_more_fails(family: str, kind: str) -> None:
     ours, said = outcome(family, kind)
-    more = ours - outcome(family, "dynamic")[0]
+    more = ours - outcome(family, "dynamic")[0] - NAMES_THE_CLASS
     assert not more, f"{sorted(more)}\n{said[-6000:]}"
