@@ -285,7 +285,9 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Kernels of a layer",
-            "Microseconds per layer of a captured step, one H200.",
+            "Microseconds per layer of a captured step, one H200. Columns are kernels, as these sources named them: "
+            "`rate` makes one score of a page from those of the query heads, `closer` and `rate_closer` rerank, "
+            "`choose` selects.",
             (f"{H200}-bisection.json", f"{H200}.json"),
             lambda results: [(f"`{result['method']}`", decode_tables.kernels([result])) for result in results],
         ),
@@ -299,7 +301,8 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Same time instead of same budget",
             "Milliseconds per token when each method gets a share of the context as its budget. "
-            "KL and mass are those of the same shares of 4,000 tokens.",
+            "`gpu_memory` is \"8GiB\" in the last column of times; *MiB loaded* are its loads for one token. "
+            "KL and mass (see [quality](#bisection-and-shadowkv)) are those of the same shares of 4,000 tokens.",
             ("h200/equal-time-llama-8b.json", "h200/equal-time-llama-8b-again.json"),
             _equal_time,
         ),
@@ -311,7 +314,8 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Before and after the modules moved",
-            "Both versions one after the other on one machine.",
+            "Two versions of the package, before and after its modules moved to other folders, "
+            "one after the other on one machine.",
             ("h200/compare-sources.json",),
             _one(compared),
         ),
@@ -333,7 +337,8 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Tokens per second",
             "`shadowkv`, budget 2,048 tokens, 128 GiB of host memory. "
-            "A dense cache is measured up to the largest batch that fits.",
+            "A dense cache is measured up to the largest batch that fits. *GPU* is the most memory beside the weights. "
+            "*Hits* are pages that were on the GPU already. *Host memory* for a rate: the batch needs more of it.",
             ("h200/throughput-llama-8b.json", "throughput-llama-8b.json"),
             _throughput,
             "throughput-llama-8b.svg",
@@ -346,19 +351,21 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Longest context under a cap",
-            "One sequence, `shadowkv`, `gpu_memory=\"8GiB\"`. *In all* includes the weights.",
+            "One sequence, `shadowkv`, `gpu_memory=\"8GiB\"`. *In all* includes the weights. *To get memory* "
+            "includes page-locking, *to fill* is writing the keys and values.",
             ("reach-llama-8b.json",),
             _one(batch_tables.reach),
         ),
         Section(
             "Buffer pages",
-            "128K tokens in host memory, `shadowkv`, H200: page frames beside those that one step needs.",
+            "128K tokens in host memory, `shadowkv`, H200: page frames beside those that one step needs. "
+            "The last column has the hit rates of the next section.",
             ("h200/buffers-llama-8b.json", "traces.json"),
             _buffers,
         ),
         Section(
             "Hit rates of a real model",
-            "SmolLM2 reads a play, or answers. "
+            "SmolLM2 reads a play, or answers (*greedy*). *Buffer n*: page frames for n times the pages of a step. "
             "Hit rate of bucketed LRU, and in brackets its difference from exact LRU in points.",
             ("traces.json",),
             _one(batch_tables.traced),
@@ -375,7 +382,9 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "`bisection` and `shadowkv`",
             "KL divergence of the next token from dense attention (nats, lower is better), and attention mass read as a "
-            "fraction of what the best tokens hold. Estimates do not count in the mass.",
+            "fraction of what the best tokens hold. Estimates do not count in the mass. The questions are about a number "
+            "hidden in a play (*passkey*), one of six such numbers, three numbers, one found by way of two names (*chain*), "
+            "or a place.",
             ("quality-bisection-smollm2.json", "quality-bisection-qwen2.5-0.5b.json", "retrieval-bisection-qwen2.5-0.5b.json"),
             _lost(),
         ),
@@ -388,14 +397,16 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Beside kvpress, the best tokens and a window",
             "Every row attends to as many tokens as `shadowkv` does; `quest` attends to more, because of its dense layers. "
-            "kvpress drops tokens for good: its presses saw the question, except *unseen*.",
+            "kvpress drops tokens for good: its presses saw the question, except *unseen*. *window* reads sinks and recent "
+            "tokens alone, `shadowkv:model` keeps summaries in the model's dtype, and `snapkv8` observes 8 tokens "
+            "instead of 64.",
             ("quality-SmolLM2-135M-Instruct.json", "quality-qwen2.5-0.5b.json", "retrieval-qwen2.5-0.5b.json"),
             lambda results: [("", summary(results))],
             "quality.svg",
         ),
         Section(
             "More budgets",
-            "The budgets of the comparison at the same time.",
+            "Those of [the comparison at equal times](#same-time-instead-of-same-budget) that are not above.",
             ("quality-budgets-smollm2.json", "quality-budgets-qwen2.5-0.5b.json"),
             _lost(),
         ),
@@ -413,7 +424,7 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "SeerAttention's gates",
-            "Gates of SmolLM2, before and after training with `python -m spin_hf.distill`.",
+            "Gates of SmolLM2, before (`seer-untrained`) and after training with `python -m spin_hf.distill`.",
             ("quality-seer-smollm2.json",),
             _lost(),
         ),
@@ -431,7 +442,7 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Pages in int8",
-            "`cpu_dtype=\"int8\"`, with pages in host memory. At 1/1 every token is attended to.",
+            "`+int8pages` is `cpu_dtype=\"int8\"` with all pages in host memory. At 1/1 every token is attended to.",
             ("quality-int8-pages-smollm2.json", "quality-int8-pages-qwen2.5-0.5b.json"),
             _lost(),
         ),
@@ -449,6 +460,9 @@ HEAD = """# Results
 `python -m benchmarks.results_page` writes this page from the files in [benchmarks/results](../benchmarks/results).
 Below each table stand its files and what they record: date, device, versions, a hash of the package's sources, commands.
 Contexts in K are 1,024 tokens. Models of a *shape* have random weights and synthetic keys and values.
+`SpinCache(model)` decodes in a CUDA graph, unless a table says *eager*. An empty cell was not measured or does not apply.
+A budget is in tokens, or a fraction of the context such as 1/64. `smollm2` is SmolLM2-135M-Instruct, `qwen2.5-0.5b` is
+Qwen2.5-Coder-0.5B-Instruct.
 """
 
 
@@ -503,13 +517,16 @@ def readme_batches() -> Lines:
     """Two sentences: many sequences at once, and the longest context."""
     many, long = read("h200/throughput-llama-8b.json"), read("reach-llama-8b.json")
     (best,) = [each for each in many["ratios"] if (each["tokens"], each["rival"]) == (131072, "dense graph")]
+    filled = newest(many["rows"], tokens=best["tokens"], cache="spin", batch=best["spin_batch"])
     far = max(long["rows"], key=lambda entry: entry["tokens"])
+    assert filled is not None
     return [
-        f"{best['spin_batch']} sequences of 128K tokens together give {best['spin_tokens_per_s']:.0f} tokens per second with "
-        f"`shadowkv` in {many['gpu_memory_gib']:.0f} GiB of that GPU.",
-        f"Dense attention in a CUDA graph has room for {best['rival_batch']} and gives {best['rival_tokens_per_s']:.0f}. One "
-        f"sequence of {far['tokens'] >> 10}K tokens",
-        f"decodes in {far['in_all_gib']:.1f} GiB of an H100, weights included, at {ms(far['tpot_ms'])} ms per token.",
+        f"{best['spin_batch']} sequences of 128K tokens give {best['spin_tokens_per_s']:.0f} tokens per second with `shadowkv` "
+        f"in {many['gpu_memory_gib']:.0f} GiB of that GPU and {filled['cpu_gib']:.0f} GiB of host memory.",
+        f"Dense attention in a CUDA graph has room for {best['rival_batch']} of them and gives "
+        f"{best['rival_tokens_per_s']:.0f}. One sequence of {far['tokens'] >> 10}K tokens takes {ms(far['tpot_ms'])} ms",
+        f"per token on an H100 with `shadowkv`, {far['in_all_gib']:.1f} GiB of GPU memory, weights included, and "
+        f"{far['cpu_gib']:.0f} GiB of host memory.",
     ]
 
 

@@ -1,6 +1,8 @@
-"""spin_hf: SPIN (arXiv 2604.26837) for Hugging Face transformers.
+"""spin_hf: SPIN (arXiv 2604.26837) for Hugging Face transformers, a paged KV cache with sparse attention.
 
-    model.generate(**inputs, past_key_values=SpinCache(model))
+    model.generate(**inputs, past_key_values=SpinCache(model))      one call
+    with enable(model): ...                                         every call inside, also of pipelines
+    print(plan(model, context_length=131072))                       memory that a cache will take
 
 Public are the names in `__all__`, and in `spin_hf.attention.methods.__all__` for a method of your own. Everything else is
 private and may change. Importing registers the attention implementation "spin" with transformers, and nothing else.

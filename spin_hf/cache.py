@@ -50,30 +50,30 @@ _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 class SpinCache(Cache):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
-    Keys and values live in pages. Attention reads the sinks, the recent window and the pages that `method` selects for the
-    query. With `budget >= context` the output equals `DynamicCache`'s.
+    Keys and values live in pages: in the compute tier (GPU memory, or RAM without a GPU) while all fit, else in the cpu tier
+    (page-locked host memory). Attention reads the sinks (first tokens), the recent window (last tokens) and the pages that
+    `method` selects for the query. With `budget >= context` the output equals `DynamicCache`'s. Source: arXiv 2604.26837.
 
     Args:
         model: the model, or its config. Given a model, `config._attn_implementation` is "spin" during its calls that carry
             the cache. Given a config, it is "spin" while the cache lives. Calls without a `SpinCache` use the model's
             original implementation.
-        method: a name or a method object (`ShadowKV(...)`).
+        method: "bisection", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`, `SeerAttention(gates)`.
         budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
-            the context. Rounded up to whole pages.
+            the context in (0, 1]. Rounded up to whole pages.
         num_sink_tokens, recent_window: first and last tokens that are always attended to. Rounded up to whole pages.
         dense_below: contexts of at most this many tokens are attended to densely.
-        gpu_memory, cpu_memory: caps on the tiers: bytes, or a string such as "8GiB"; "auto" lets the cache choose.
+        gpu_memory, cpu_memory: caps on the tiers: bytes, or a string such as "8GiB". "auto" is free GPU memory less a margin,
+            and no cap on the cpu tier.
         summary_dtype: dtype of the vectors in page summaries: "int8" with one scale each, "model" for the dtype of the keys, or
             "auto": int8 if keys have 16 bits.
         cpu_dtype: dtype of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with one scale per key and
-            value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, in either tier, then gives
-            the dequantized values, so outputs do not depend on the number of page frames. Nothing is quantized while all
-            pages fit the compute tier. A prefill attends to its unquantized keys and values.
+            value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, also of its copy on the GPU,
+            then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
+            all pages fit the compute tier. A prefill attends to its unquantized keys and values.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
-
-    Source: SPIN, arXiv 2604.26837.
     """
 
     @outside_inference_mode
@@ -184,7 +184,7 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens of every sequence. With 0, sliding layers drop their recorded past.
+        """Remove the last n tokens of every sequence: `crop(-n)`. `crop(0)` only drops the past that sliding layers record.
 
         Before 5.18 transformers also passes positive numbers: the length after the crop.
         """
@@ -250,6 +250,7 @@ class SpinCache(Cache):
 
         Args:
             cache: the source. It is not changed and shares no memory with the result.
+            model, method: as for `SpinCache`.
             attention_mask: [B, tokens], padding mask of its tokens; None for no padding.
             options: as for `SpinCache`.
         Raises:
@@ -268,7 +269,7 @@ class SpinCache(Cache):
 
     @outside_inference_mode
     def stats(self) -> CacheStats:
-        """Memory and tokens held, and counters of the steps so far."""
+        """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
         return stats_of(self._shared, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
@@ -316,9 +317,8 @@ class SpinCache(Cache):
     def __copy__(self) -> SpinCache:
         """A shallow copy, as for transformers' caches: both objects share one state."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(
-            self.__dict__, _copied=self
-        )  # the original, and so the finalizer, lives as long as its copy
+        # The original, and so the finalizer, lives as long as its copy.
+        twin.__dict__.update(self.__dict__, _copied=self)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -136,8 +136,8 @@ class SpinOptions:
         recent_window: last tokens that are always attended to, without padding and including the query's own token. At
             least 1. Rounded up to whole pages.
         dense_below: a query attends to all tokens if its sequence has at most this many.
-        gpu_memory: cap in bytes on the compute tier; None for automatic.
-        cpu_memory: cap in bytes on the cpu tier; None for no cap.
+        gpu_memory: cap in bytes on the compute tier (GPU memory, or RAM without a GPU); None for what is free, less a margin.
+        cpu_memory: cap in bytes on the cpu tier (host memory); None for no cap.
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
         cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
     """

@@ -74,7 +74,7 @@ def enable(model: PreTrainedModel, **options: Any) -> Enabled:
     """Give every later `model.generate(...)`, and so every `pipeline` call, a fresh `SpinCache(model, **options)`.
 
     A call is left alone if it brings its own cache, or if an argument or a generation config sets `use_cache=False` or a
-    `cache_implementation`. A second `enable` replaces the options; used as a context manager, until its end.
+    `cache_implementation`. A second `enable` replaces the options. At the end of a context manager those before apply again.
 
     Args:
         model: may be compiled or have adapters; the inner model is enabled.

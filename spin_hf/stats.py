@@ -11,7 +11,7 @@ from .state import CacheState
 
 @dataclass(frozen=True)
 class CacheStats:
-    """A snapshot of a cache. `str()` prints it as a table.
+    """A snapshot of a cache. `print` shows it as a table.
 
     Attributes:
         sequences: sequences held.

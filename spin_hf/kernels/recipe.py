@@ -32,7 +32,7 @@ class KernelRecipe:
         rating: how the logits of a group become a page's score.
         summarised_by_append: whether the append kernel also summarises complete pages, instead of the method's `index`. Only
             for methods with exactly ShadowKV's two summaries.
-        outliers_per_1024: outlier pages per 1,024 pages of budget; above 0 only with ShadowKV's two summaries.
+        outliers_per_1024: outlier pages per 1,024 tokens of budget; above 0 only with ShadowKV's two summaries.
         weighs_tokens: whether a page's weight in the softmax is multiplied by its number of valid tokens.
         rerank_factor: pages to rerank, as a multiple of the budget; 0 for no reranking. A reranked page that is not selected
             is estimated with its corrected logit.

@@ -40,7 +40,10 @@ from .watermarks import cap_for_prompts, free_gpu_memory
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of a cache that holds a full batch without padding. `str()` prints it as a table.
+    """Memory of a cache that holds a full batch without padding. `print` shows it as a table.
+
+    The compute tier is GPU memory, or RAM without a GPU. The cpu tier is host memory. A page frame is a place in the compute
+    tier for a copy of a page.
 
     If the batch does not fit, sizes are those with `smallest_gpu_memory` as the cap.
 

@@ -8,6 +8,7 @@
 `Method` leaves the selection open. Pages are runs of consecutive tokens, unless the method is a `ClusteringMethod` too.
 
 A method sees complete pages outside the sinks and the recent window. Every page that it selects is attended to exactly once.
+The docstring of `Method` explains the letters in shapes.
 A new method is one file with a frozen dataclass, and one line in `registry.py`.
 
 A method that needs more than keys overrides:
@@ -112,7 +113,16 @@ class Estimate:
 class Method(ABC):
     """Selects the pages that a query attends to. Subclasses are frozen dataclasses; their fields are the parameters.
 
+    Shapes of arguments and results:
+
+        B   sequences                          N      pages of a sequence, selectable or not
+        H   KV heads                           n      pages to summarise
+        G   query heads of each KV head        k, M   pages selected, pseudo-tokens
+        P   tokens of a page (page_size)       D, Dv  numbers of a key (and query), of a value
+
     Attributes:
+        name: in messages, and in `SpinCache(method=...)` for the package's own methods.
+        page_size: tokens of a page; a power of two if the method has a recipe.
         uses_positions: whether `Pages.positions` and `Query.positions` are filled. Position ids that do not count real tokens
             then raise an error.
         layers_alike: whether `index_pages` ignores the layer, so that one call may summarise the prompt in several layers.
@@ -164,7 +174,7 @@ class Method(ABC):
 
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the vectors of one page, given the sizes of a key and a value."""
+        """Name -> shape of what is kept of one page, given the sizes of a key and a value; () is a number."""
 
     def summary_dtypes(self) -> dict[str, torch.dtype]:
         """Summaries with a fixed dtype, by name. The others are stored in the cache's `summary_dtype`."""
@@ -264,7 +274,11 @@ class PageMethod(Method):
 
     @abstractmethod
     def score(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
-        """Scores of pages [B, H, N], float32. Higher is selected first, +inf always. Only candidates count."""
+        """Scores of all pages, [B, H, N], float32: higher ones are selected first. Only candidates count.
+
+        Args:
+            query, summary: as for `select`.
+        """
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The `query.budget_pages` best candidates of every KV head."""

@@ -53,7 +53,7 @@ POINT_DIM = 128
 
 @dataclass(frozen=True)
 class Bisection(ClusteringMethod, Method):
-    """Pages of similar tokens, selected in two stages.
+    """Selects pages of similar tokens, by their mean key and then by their keys in four bits. All others are estimated.
 
     Args:
         rerank_factor: pages to rerank, as a multiple of the budget.

@@ -24,7 +24,7 @@ from .base import PageMethod, Query, Summaries
 
 @dataclass(frozen=True)
 class Quest(PageMethod):
-    """Boxes of minima and maxima.
+    """Selects pages by an upper bound of query times key, from the minima and maxima of their keys.
 
     Args:
         dense_layers: number of first paged layers that attend to all pages.

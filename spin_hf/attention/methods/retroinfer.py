@@ -48,7 +48,7 @@ from .clustering import ClusteringMethod, TokenClusters, merge_pages
 
 @dataclass(frozen=True)
 class RetroInfer(ClusteringMethod, Method):
-    """Clusters that are read or estimated.
+    """Selects clusters of similar tokens by their mean key. The next best clusters are estimated, the rest is left out.
 
     Args:
         estimated_share: fraction of the candidate pages to estimate, next to those that are read; 0 turns estimation off.

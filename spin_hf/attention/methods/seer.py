@@ -66,7 +66,7 @@ class BoundGates:
 
 @dataclass(frozen=True)
 class SeerAttention(PageMethod):
-    """Pages selected by distilled gates.
+    """Selects pages by small gates that were trained on the model's own attention. A cache needs them: `gates=None` is refused.
 
     Args:
         gates: a folder or file that `python -m spin_hf.distill` wrote for this model. Its option `--convert` reads the authors'

@@ -26,7 +26,9 @@ from .base import PageMethod, Query, Summaries
 
 @dataclass(frozen=True)
 class ShadowKV(PageMethod):
-    """Mean landmarks with outlier pages.
+    """Selects pages by the product of the query with their mean key, the landmark, and outlier pages always.
+
+    An outlier page has a key that its mean describes badly. Outliers count towards the budget.
 
     Args:
         outlier_pages_per_1024: outlier pages per 1,024 tokens of budget; 0 turns outliers off.
