@@ -102,12 +102,8 @@ class ForwardPass:
             step.begin_step()
         for step in in_use:
             step.make_room()
-        prepared_for = (
-            in_use,
-            [step.fits for step in in_use],
-            sequences.memory_version,
-            sequences.mask.valid is not None,
-        )
+        padded, fits = sequences.mask.valid is not None, [step.fits for step in in_use]
+        prepared_for = in_use, fits, sequences.memory_version, padded
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
                 kernels = self.kernels.of(layer)

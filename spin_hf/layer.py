@@ -241,12 +241,8 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
     ) -> Tensor | None:
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
-        state, sequences, num_new, num_queries = (
-            self.cache_state,
-            self.cache_state.sequences,
-            key.shape[2],
-            call.query.shape[3],
-        )
+        state, sequences = self.cache_state, self.cache_state.sequences
+        num_new, num_queries = key.shape[2], call.query.shape[3]
         new_valid = new_validity(mask, state.noted) if append else None
         if mask is not None:
             num_tokens = sequences.length + (num_new if append and self._is_first else 0)
@@ -254,14 +250,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
-            if (
-                num_new > MAX_QUERIES
-                and isinstance(state.method, ClusteringMethod)
-                and state.method.num_observation_queries
-            ):
-                self.state.observation_queries = (
-                    last_queries(call.query, state.method.num_observation_queries) * call.scale
-                )
+            method = state.method
+            if num_new > MAX_QUERIES and isinstance(method, ClusteringMethod) and method.num_observation_queries:
+                observed = last_queries(call.query, method.num_observation_queries)
+                self.state.observation_queries = observed * call.scale
         store, kernels = self._store(), self.kernels()
         if kernels is not None:
             kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)

@@ -298,11 +298,10 @@ def _form_clusters(
     for alike in _by_length(runs, _TOKENS_AT_ONCE // size):
         of_runs = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(of_runs).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
-        queries = (
-            None
-            if observation_queries is None
-            else torch.stack([observation_queries[:, run.sequences[0]] for run in alike]).flatten(0, 1)
-        )
+        queries = None
+        if observation_queries is not None:
+            held = [observation_queries[:, run.sequences[0]] for run in alike]
+            queries = torch.stack(held).flatten(0, 1)
         made = method.form_clusters(inside, queries)
         good = _is_valid(method, made, inside.shape[:3], size)
         valid.append(good)

@@ -123,11 +123,8 @@ class Bisection(ClusteringMethod, Method):
         log_tokens = query.page_tokens.float().log().unsqueeze(1).masked_fill(~rest, float("-inf"))
         coarse, reranked, fine = self._rerank(query, summary)
         index = reranked.clamp(min=0).unsqueeze(2).expand_as(fine)
-        correction = (
-            (fine - coarse.gather(3, index))
-            .clamp(0.0, MAX_CORRECTION_NATS)
-            .masked_fill((reranked < 0).unsqueeze(2), 0.0)
-        )
+        correction = (fine - coarse.gather(3, index)).clamp(0.0, MAX_CORRECTION_NATS)
+        correction = correction.masked_fill((reranked < 0).unsqueeze(2), 0.0)
         logit_correction = torch.zeros_like(coarse).scatter_add_(3, index, correction)  # -1 adds 0 to page 0
         return Estimate(summary("mean"), summary("value"), log_tokens, logit_correction)
 
