@@ -60,7 +60,7 @@ def held(batch_size: int, tokens: int, method: str, gpu_memory: int | str) -> tu
         for array in layer.store._arrays():
             _ = array.address_table  # kernels ask for it
     cache._passes.commit()
-    frames = shared.layers[0].store.frames
+    frames = cache.paged_layers[0].store.frames
     return cache.stats(), 0 if frames is None else frames.slot_page.numel()
 
 

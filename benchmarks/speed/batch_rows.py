@@ -97,7 +97,7 @@ def page_frames(cache: SpinCache) -> int:
     """Page frames of each sequence and KV head in the layer that has fewest; 0 while all pages are in GPU memory."""
     if not is_paged(cache):
         return 0
-    stores = [layer.store for layer in cache._shared.layers]
+    stores = [layer.store for layer in cache.paged_layers]
     return min(store.frames.num_slots for store in stores if store is not None and store.frames is not None)
 
 

@@ -95,7 +95,7 @@ class Case:
 
     def measure(self, repeats: int) -> dict[str, Any]:
         """Microseconds with the same and with other queries, and the rate of the loads."""
-        store = self.cache._shared.layers[0].store
+        store = self.cache.paged_layers[0].store
         assert store is not None
         if store.frames is not None:
             for _ in range(WARM):
@@ -137,7 +137,7 @@ class Case:
                 name: sum(us for kernel, us in result[f"{name}_kernels_us"].items() if "attend" in kernel)
                 for name in NAMES
             }
-            burst = loaded * self.cache._shared.layers[0].store.backing.row_bytes / PROFILED
+            burst = loaded * self.cache.paged_layers[0].store.backing.row_bytes / PROFILED
             result["attend_load_gb_s"] = round(burst / (attend["new"] - attend["same"]) / 1e3, 1)
         return result
 

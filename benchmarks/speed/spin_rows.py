@@ -38,12 +38,12 @@ def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str, meth
 
 def is_paged(cache: SpinCache) -> bool:
     """Whether pages come from host memory."""
-    return any(layer.store is not None and layer.store.frames is not None for layer in cache._shared.layers)
+    return any(layer.store is not None and layer.store.frames is not None for layer in cache.paged_layers)
 
 
 def page_bytes(cache: SpinCache) -> int:
     """Bytes of one page of one KV head."""
-    store = cache._shared.layers[0].store
+    store = cache.paged_layers[0].store
     assert store is not None
     return store.backing.row_bytes
 

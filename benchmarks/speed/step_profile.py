@@ -69,7 +69,7 @@ def bytes_per_layer(cache: SpinCache, counts: dict[str, int], steps: int) -> dic
         counts: of `steps` steps, over all layers and KV heads.
     """
     shared = cache._shared
-    layers, store = len(shared.layers), shared.layers[0].store
+    layers, store = len(cache.paged_layers), cache.paged_layers[0].store
     assert store is not None
     scored: Any = next(iter(store.summaries.values()))
     row_bytes = sum(array.row_bytes for array in scored.arrays)
@@ -104,7 +104,7 @@ def kernel_row(
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         generate(model, cache, held, STEPS)
     events = [(event.key, event.count, event.self_device_time_total) for event in profiled.key_averages()]
-    layers = len(cache._shared.layers)
+    layers = len(cache.paged_layers)
     took, launches, others = per_layer([e for e in events if e[2]], kernel_names(), STEPS, layers)
     moved = bytes_per_layer(cache, traffic.since(), STEPS)
     return {

@@ -79,7 +79,7 @@ def test_quest_paged() -> None:
     def run(seed: int) -> None:
         kv, rules = random_pages(Shape(layers=2, kv_heads=1), 1, 190, seed), replace(QUEST, dense_layers=1)
         driver = served(compare_with_oracle(kv, rules, single_steps(180, 190), gpu_memory=22_000))
-        stats, (whole, chosen) = driver.cache.stats(), driver.cache._shared.layers
+        stats, (whole, chosen) = driver.cache.stats(), driver.cache.paged_layers
         assert 0 < chosen.store.frames.num_slots < 180 // 16
         assert stats.loads > 10 * (180 // 16 - whole.store.frames.num_slots)
         assert stats.evictions > 0

@@ -178,7 +178,7 @@ def test_a_first_batch_that_is_refused_under_way(family: str) -> None:
     with pytest.raises(OptionError):
         feed(model, cache, 0, 40)
     cache = SpinCache(model.config, **EXACT)
-    attention = cache.layers[cache._shared.layers[-1].layer_idx]
+    attention = cache.paged_layers[-1]
     original = attention.append
     attention.append = _failing  # type: ignore[method-assign]
     with pytest.raises(MemoryError):

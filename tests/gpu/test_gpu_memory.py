@@ -90,7 +90,7 @@ def test_a_padded_batch_has_shares_by_length(model: Any) -> None:
         cache.check_integrity()
         logits.append(torch.cat(outputs, 1))
         if cap != "auto":
-            (short, middle, long) = cache._shared.layers[0].store.frames.slots
+            (short, middle, long) = cache.paged_layers[0].store.frames.slots
             assert short < middle < long
             assert cache.stats().evictions + cache.stats().loads > 0
     torch.testing.assert_close(*logits, rtol=0, atol=0.05)

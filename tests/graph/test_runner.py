@@ -178,7 +178,7 @@ def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
             model(_inputs()["input_ids"], past_key_values=cache)
         parts = [_loop(model, cache, tokens[:, :4])]
         assert not cache.stats().cpu_bytes
-        for layer in cache._shared.layers:  # as if the cap were lower, from here on
+        for layer in cache.paged_layers:  # as if the cap were lower, from here on
             layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
         cache._shared.sequences._become()
         replays.append(recorder.replays)

@@ -76,10 +76,10 @@ def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch:
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
     driver = new_driver()
     driver.step(kv, 0, 200)
-    assert all(layer.observation_queries is not None for layer in driver.cache._shared.layers)
+    assert all(layer.state.observation_queries is not None for layer in driver.cache.paged_layers)
     driver.step(kv, 200, 201)
     check(kv, LAST)
-    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
+    assert all(layer.state.observation_queries is None for layer in driver.cache.paged_layers)
     Asking.shown.clear()
     for position in range(201, 250):
         driver.step(kv, position, position + 1)
@@ -104,7 +104,7 @@ def test_a_verification_observes_nothing(kv: RandomKV) -> None:
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 216)
     check(kv, LAST)
-    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
+    assert all(layer.state.observation_queries is None for layer in driver.cache.paged_layers)
 
 
 def test_sequences_change_places(kv: RandomKV) -> None:
@@ -169,7 +169,7 @@ def test_forgotten(kv: RandomKV) -> None:
     driver = new_driver()
     driver.step(kv, 0, 200)
     driver.cache.reset()
-    assert all(layer.observation_queries is None for layer in driver.cache._shared.layers)
+    assert all(layer.state.observation_queries is None for layer in driver.cache.paged_layers)
     driver.step(kv.rows([1]), 0, 200)
     driver.step(kv.rows([1]), 200, 201)
     check(kv.rows([1]), LAST)

@@ -145,7 +145,7 @@ def test_a_resident_context_goes_to_the_cpu_tier_under_pressure() -> None:
         assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
         gpu.user = 0
         talk.decode(CHECK_INTERVAL_STEPS)
-        assert not talk.cache._shared.layers[0].store.lacks_frames
+        assert not talk.cache.paged_layers[0].store.lacks_frames
 
 
 def test_without_memory_in_the_cpu_tier_a_resident_context_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_free_memory_in_small_blocks(cap: Any, monkeypatch: pytest.MonkeyPatch) 
         largest = 10**9
         talk.decode(CHECK_INTERVAL_STEPS)
         assert min(talk.frames) > max(fewer)
-        least = [store.mandatory_frames for layer in talk.cache._shared.layers if (store := layer.store) is not None]
+        least = [store.mandatory_frames for layer in talk.cache.paged_layers if (store := layer.store) is not None]
         largest = min(least) // (2 * SHAPE.kv_heads) - 1
         with pytest.raises(CapacityError, match="page frames"):
             talk.cache.batch_select_indices(torch.tensor([1]))

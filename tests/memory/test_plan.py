@@ -38,12 +38,12 @@ def fill(config: Any, batch_size: int, length: int, dtype: torch.dtype = torch.f
 
 
 def add(cache: SpinCache, config: Any, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> None:
-    layers = cache._shared.layers
+    layers = cache.paged_layers
     shapes = layer_shapes(config, [layer.layer_idx for layer in layers])
     assert shapes is not None
     for layer, shape in zip(layers, shapes, strict=True):
         states = [torch.randn(batch_size, shape.num_heads, length, dim) for dim in (shape.key_dim, shape.value_dim)]
-        cache.layers[layer.layer_idx].append(*(state.to(dtype) for state in states), None)
+        layer.append(*(state.to(dtype) for state in states), None)
     cache._passes.commit()
 
 
@@ -53,7 +53,7 @@ def assert_as_planned(made: MemoryPlan, cache: SpinCache) -> None:
         assert getattr(made, name) == getattr(stats, name), name
     assert made.metadata == {name: held for name, held in stats.metadata.items() if held}
     assert sum(stats.metadata.values()) == stats.metadata_bytes
-    frames = [layer.store.frames for layer in cache._shared.layers if layer.store is not None]
+    frames = [layer.store.frames for layer in cache.paged_layers if layer.store is not None]
     assert made.page_frames == min((0 if held is None else held.num_slots for held in frames), default=0)
 
 
@@ -244,7 +244,7 @@ def test_the_config_tells_the_shapes(family: str) -> None:
     cache = SpinCache(model)
     with torch.no_grad():
         model(random_tokens(1, 9), past_key_values=cache)
-    layers = cache._shared.layers
+    layers = cache.paged_layers
     shapes = layer_shapes(cache._config, [layer.layer_idx for layer in layers])
     assert shapes is not None
     for layer, shape in zip(layers, shapes, strict=True):

@@ -148,7 +148,7 @@ def test_pages_that_move_later(method: str) -> None:
     assert late.cache.stats().cpu_bytes == 0
     exact = late.cache.layers[0].keys
     assert torch.equal(exact, kv.keys[0][:, :, :250])
-    for layer in late.cache._shared.layers:  # what lies beside the cache has taken the room
+    for layer in late.cache.paged_layers:  # what lies beside the cache has taken the room
         layer.store.budget = replace(layer.store.budget, gpu_memory=TIGHT)
     late.cache._shared.sequences._become()  # so that room is made again
     stops = [251, 256, 257, 270, 271, 280, 290, 291]

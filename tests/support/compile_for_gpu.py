@@ -153,7 +153,7 @@ def generate(
     for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
         driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
     (step,) = driver.cache._passes.kernels.in_use()  # kernels serve the method
-    index_completed(step, driver.cache._shared.layers)
+    index_completed(step, [layer.state for layer in driver.cache.paged_layers])
 
 
 def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:

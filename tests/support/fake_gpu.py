@@ -23,7 +23,7 @@ from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 
 def bytes_of(cache: SpinCache) -> int:
     """Bytes of all tensors that the layers hold in the compute tier; of arrays that grow by chunks, the rows in use."""
-    return sum(_bytes_of_store(layer.store) for layer in cache._shared.layers if layer.store is not None)
+    return sum(_bytes_of_store(layer.store) for layer in cache.paged_layers if layer.store is not None)
 
 
 def _bytes_of_store(store: PageStore) -> int:
@@ -92,7 +92,7 @@ class Conversation:
     @property
     def frames(self) -> list[int]:
         """Page frames of a KV head, of each layer that has any."""
-        stores = [layer.store for layer in self.cache._shared.layers]
+        stores = [layer.store for layer in self.cache.paged_layers]
         return [store.frames.num_slots for store in stores if store is not None and store.frames is not None]
 
     def read(self, count: int) -> None:

@@ -114,7 +114,7 @@ class Trials(Rehearsal):
 
 def frame_bytes(run: Run) -> int:
     """Bytes of page frames, their tables, and tables that layers share: a step may make them before it fails."""
-    frames = [layer.store.frames for layer in run.cache._shared.layers if layer.store is not None]
+    frames = [layer.store.frames for layer in run.cache.paged_layers if layer.store is not None]
     sequences = run.cache._shared.sequences
     common = sum(sequences.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
     return common + sum(f.frames.nbytes + sum(f.metadata.values()) for f in frames if f is not None)
@@ -122,7 +122,7 @@ def frame_bytes(run: Run) -> int:
 
 def recoded_bytes(run: Run) -> int:
     """Bytes of pages that replace those of the other layout."""
-    homes = [layer.store.backing for layer in run.cache._shared.layers if layer.store is not None]
+    homes = [layer.store.backing for layer in run.cache.paged_layers if layer.store is not None]
     return sum(home.num_rows * home.row_bytes for home in homes)
 
 

@@ -166,16 +166,16 @@ def test_positions_stay_when_tokens_before_become_padding(tmp_path: Path) -> Non
     mask[0, 5:20] = False
     driver.step(kv, 127, 128, mask)
     driver.cache.check_integrity()
-    held = driver.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1]  # tokens 32 to 63, all of them real
+    held = driver.cache.paged_layers[0].store.summary("gate_key")[0, 0, 1]  # tokens 32 to 63, all of them real
 
     whole = CacheDriver(shape, method=SeerAttention(tmp_path), budget=64, recent_window=10)
     whole.step(kv, 0, 128)
     whole.cache.check_integrity()  # a prompt's pages are summarised by whoever looks next
-    assert torch.allclose(held, whole.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-5)
+    assert torch.allclose(held, whole.cache.paged_layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-5)
     counted = CacheDriver(shape, method=SeerAttention(tmp_path), budget=64, recent_window=10)
     counted.step(kv, 0, 128, mask)
     counted.cache.check_integrity()
-    assert not torch.allclose(held, counted.cache._shared.layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-2)
+    assert not torch.allclose(held, counted.cache.paged_layers[0].store.summary("gate_key")[0, 0, 1], atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------------ with models
@@ -212,7 +212,7 @@ def test_positions_of_a_padded_batch_are_those_of_generate(tmp_path: Path) -> No
     arguments = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
     model.generate(**batch, **arguments, past_key_values=caches[0])
     model.generate(batch["input_ids"][:1, 64:], **arguments, past_key_values=caches[1])
-    for together, alone in zip(caches[0]._shared.layers, caches[1]._shared.layers, strict=True):
+    for together, alone in zip(caches[0].paged_layers, caches[1].paged_layers, strict=True):
         held, expected = (layer.store.summary("gate_key") for layer in (together, alone))
         assert torch.allclose(held[:1, :, 2:5], expected[:, :, :3], atol=1e-4)
     assert caches[0].stats().attended_tokens < 100
@@ -327,7 +327,7 @@ def test_other_files_under_the_same_name_are_read_again(tmp_path: Path) -> None:
     def summary() -> Tensor:
         driver = CacheDriver(Shape(), method=SeerAttention(tmp_path), budget=32)
         driver.step(kv, 0, 100)
-        return driver.cache._shared.layers[0].store.summary("gate_key")[:, :, :3]
+        return driver.cache.paged_layers[0].store.summary("gate_key")[:, :, :3]
 
     rules_for(Shape(), tmp_path, seed=0)
     first = summary()
