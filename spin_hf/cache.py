@@ -56,8 +56,8 @@ class SpinCache(Cache):
 
     Args:
         model: the model, or its config. Given a model, `config._attn_implementation` is "spin" during its calls that carry
-            the cache. Given a config, it is "spin" while the cache lives. Calls without a `SpinCache` use the model's
-            original implementation.
+            the cache. Given a config, it stays "spin" until the cache's first forward has shown which model runs it. Calls
+            without a `SpinCache` use the model's original implementation.
         method: "bisection", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`, `SeerAttention(gates)`.
         budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
             the context in (0, 1]. Rounded up to whole pages.
@@ -99,19 +99,19 @@ class SpinCache(Cache):
         config, name = decoder_config(model)
         check_model(config, name)
         sequences = PageTable(resolved.page_size, resolved.uses_positions)
-        self._shared = CacheState(options, resolved, sequences, name, weakref.ref(model))
-        self._passes = ForwardPass(self._shared)
+        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model))
+        self._passes = ForwardPass(self._state)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
-        self._shared.method = resolved.bind(config, [layer.layer_idx for layer in self._shared.layers])
-        check_recipe(self._shared.method)
-        check_spans(self._shared.method)
+        self._state.method = resolved.bind(config, [layer.layer_idx for layer in self._state.layers])
+        check_recipe(self._state.method)
+        check_spans(self._state.method)
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._passes)
         self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
-        shared, tokens = self._shared, self._shared.committed
-        return f"SpinCache({shared.model_name}, {shared.method}, {shared.options}, tokens={tokens})"
+        state = self._state
+        return f"SpinCache({state.model_name}, {state.method}, {state.options}, tokens={state.committed})"
 
     # -------------------------------------------------------------------------------------------- called by transformers
 
@@ -159,8 +159,8 @@ class SpinCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer. Those of an interrupted forward do not count."""
-        if self._shared.layers:
-            return self.layers[self._shared.layers[0].layer_idx].get_seq_length()  # type: ignore[return-value, unused-ignore]
+        if self._state.layers:
+            return self.layers[self._state.layers[0].layer_idx].get_seq_length()  # type: ignore[return-value, unused-ignore]
         interrupted = not torch.compiler.is_compiling() and self._log.last >= 0
         return super().get_seq_length(self._log.final if interrupted else layer_idx)
 
@@ -175,10 +175,10 @@ class SpinCache(Cache):
         """
         if not torch.compiler.is_compiling():
             self.calls.before_mask(self)
-            if self._shared.layers:  # models without paged layers may call this in the middle of a forward
+            if self._state.layers:  # models without paged layers may call this in the middle of a forward
                 self._log.settle(self.layers)
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        if self._shared.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
+        if self._state.captured_length is not None and not isinstance(self.layers[layer_idx], SpinLayer):
             return MaskedLength.of(length, None, window=True), 0  # the window is full and has no padding: no mask
         return length, offset
 
@@ -195,10 +195,10 @@ class SpinCache(Cache):
             )
         self._log.settle(self.layers)
         length = self.get_seq_length()
-        with undone(self._shared, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()):
             for layer in self._unpaged_layers():
                 layer.crop(tokens_to_remove)
-            if self._shared.layers:
+            if self._state.layers:
                 keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
                 if keep < length:
                     self._passes.truncate(keep)
@@ -213,7 +213,7 @@ class SpinCache(Cache):
             self._passes.clear()
             self._log.clear()
 
-        finished(self._shared, forget)
+        finished(self._state, forget)
 
     @outside_inference_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -260,11 +260,11 @@ class SpinCache(Cache):
         if not isinstance(cache, Cache):
             check_source(cache, [], (), None, None)
         made = cls(model, method, **options)
-        paged = {layer.layer_idx for layer in made._shared.layers}
+        paged = {layer.layer_idx for layer in made._state.layers}
         valid = check_source(cache, made.layers, paged, made._config, attention_mask)
         take_over(cache, made.layers, paged, valid)
         made._passes.commit()
-        made._shared.visible_length.fill_(made._shared.committed)
+        made._state.visible_length.fill_(made._state.committed)
         return made
 
     @outside_inference_mode
@@ -272,7 +272,7 @@ class SpinCache(Cache):
         """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
-        return stats_of(self._shared, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
+        return stats_of(self._state, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
 
     @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
@@ -296,10 +296,10 @@ class SpinCache(Cache):
     def roll_back(self) -> None:
         """Remove the tokens of an interrupted forward, if there is one.
 
-        A cache made from a model does this itself. One made from a config cannot see how a forward ended.
+        A cache does this itself, except for the first forward of a cache made from a config, whose end it cannot see.
         """
         self._log.drop_pending()
-        if self._shared.failed or not self._log.is_complete(self.layers):
+        if self._state.failed or not self._log.is_complete(self.layers):
             self._log.roll_back(self.layers)
 
     @outside_inference_mode
@@ -309,8 +309,8 @@ class SpinCache(Cache):
         An interrupted forward is rolled back first.
         """
         self._log.settle(self.layers)
-        self._shared.sequences.check_integrity()
-        cluster.check_integrity(self._shared)
+        self._state.sequences.check_integrity()
+        cluster.check_integrity(self._state)
         for layer in self.paged_layers:
             layer.check_integrity()
 
@@ -375,7 +375,7 @@ class SpinCache(Cache):
         return state
 
     def _held_batch(self) -> int | None:
-        return held_batch(self._shared, self.layers)
+        return held_batch(self._state, self.layers)
 
     def _select(self, indices: Any) -> None:
         """Select sequences in all layers. If it fails, no layer has changed."""
@@ -384,7 +384,7 @@ class SpinCache(Cache):
         if not rows:
             return  # the cache is empty
         chosen = torch.tensor(rows)
-        with undone(self._shared, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()):
             for layer in self._unpaged_layers():
                 layer.reorder_cache(chosen)  # every layer type has it; any number of rows is allowed
             self._passes.select_sequences(rows)
@@ -393,7 +393,7 @@ class SpinCache(Cache):
         """Hook the calls of `model` that carry this cache, while the cache lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
-        dropped_cache.acquire(self, None if self._shared.served is None else self._shared.served(), config)
+        dropped_cache.acquire(self, None if self._state.served is None else self._state.served(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 

@@ -1,7 +1,8 @@
 """Undo log of the current forward: which layers it has changed, and how to roll them back.
 
     watched      call of a model whose `forward` is wrapped (`graph/model_calls.py`): return commits, an exception rolls back
-    unwatched    cache made from a config, or layers called by hand: the last layer that holds tokens commits
+    unwatched    first forward of a cache made from a config, or layers called by hand: the last layer that holds tokens
+                 commits
 
     roll back    paged layers        truncated to their length before the forward
                  attention layers    previous tensors restored: transformers replaces them and does not write into them

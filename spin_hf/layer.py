@@ -32,14 +32,7 @@ from .attention.methods.clustering import ClusteringMethod, last_queries
 from .backends import gradients
 from .backends.attention_weights import AttentionWeights, warn_of_memory
 from .backends.position_check import check_positions
-from .backends.reference import (
-    Call,
-    attend_masked,
-    attend_pages,
-    attend_prompt,
-    estimate_rest,
-    select_pages,
-)
+from .backends.reference import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .backends.state_checks import can_take
 from .backends.triton_step import StepKernels
 from .errors import CacheStateError
@@ -105,12 +98,8 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
             summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
         )  # fmt: skip
-        gpu = self.forward.gpu
-        store.ask_for_more, store.short_of_frames, store.invalidate = (
-            gpu.raise_caps,
-            gpu.short_of_frames,
-            self.state.invalidate,
-        )
+        store.ask_for_more = self.forward.gpu.raise_caps
+        store.short_of_frames, store.invalidate = self.forward.gpu.short_of_frames, self.state.invalidate
         state.sequences.attach(store)
         self.state.store = store
 
@@ -275,10 +264,6 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         assert step is not None
         step.attend(self.state, call, out, (key, value) if append else None)
 
-    def advance(self) -> None:
-        """Count the step's tokens, which are now in this layer's pages."""
-        self._store().length = self.cache_state.sequences.length
-
     def _attend_selected(self, call: Call, position: int) -> Tensor:
         """Sparse attention of one query per sequence, at `position`: [B, H, G, 1, Dv]."""
         state, store = self.cache_state, self._store()
@@ -316,7 +301,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         kernels = self.kernels()
         if kernels is not None:
             kernels.append(self.state, key, value)
-            self.advance()
+            store.length = sequences.length
             if kernels.recipe.summarised_by_append:
                 return
         else:

@@ -117,7 +117,7 @@ def fill_spin(
         for layer in cache.layers:
             layer.append(*states(config, count, device, batch), valid)
         cache._passes.commit()
-    cache._shared.visible_length.fill_(num_tokens)
+    cache._state.visible_length.fill_(num_tokens)
 
 
 def chunk_tokens(batch: int) -> int:
@@ -130,7 +130,7 @@ def reserve_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "
 
     Page-locked memory comes faster in few large slabs, and pages go to the tier where they will stay.
     """
-    shared = cache._shared
+    shared = cache._state
     shared.sequences.begin(batch, num_tokens, None)
     key, value = states(config, 1, device, batch)
     for layer in cache.paged_layers:

@@ -12,7 +12,7 @@ with a warm buffer. Beside its time per token, each row says what the allocator 
     in all   the most with the weights, from before the cache was made; `reserved` what torch took from the driver for it
 
 `reserve_s` is what page-locking the host memory, with page frames and summaries, took, `fill_s` what writing the tokens took.
-`targets` in the file holds the figures against what was asked for. Writes `benchmarks/results/reach-<shape>.json`.
+`targets` in the file compares the newest figures with the targets. Writes `benchmarks/results/reach-<shape>.json`.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Allocated:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Figures of the newest rows that there are against what was asked for."""
+    """The newest figures beside their targets."""
     made = []
     row = newest(rows, tokens=TARGET_TOKENS, longest=False)
     if row is not None and row["tpot_ms"]:

@@ -32,7 +32,7 @@ UNSEEN = ("snapkv unseen",)
 
 
 class ExchangeError(Exception):
-    """kvpress's side broke off, or said something else than what was asked."""
+    """The kvpress worker ended early, or its reply does not match the request."""
 
 
 def _build(folder: Path) -> None:
@@ -93,7 +93,7 @@ def ask(model: str, cases: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str,
     Args:
         model: folder or hub id.
     Raises:
-        ExchangeError: the worker broke off, or a reply is not of what was asked.
+        ExchangeError: the worker ended early, or a reply does not match the request.
     """
     asked = {one["key"]: one for one in cases}
     if not asked:

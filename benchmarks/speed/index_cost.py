@@ -60,7 +60,7 @@ def once(model: Any, ids: Tensor, cache: Cache) -> dict[str, float]:
     """Milliseconds of one prefill, and of clustering behind it."""
     row = {"prefill_ms": milliseconds(ids.device, lambda: model(ids, past_key_values=cache, logits_to_keep=1))}
     if isinstance(cache, SpinCache):
-        row["cluster_ms"] = milliseconds(ids.device, lambda: cluster.cluster_new_tokens(cache._shared))
+        row["cluster_ms"] = milliseconds(ids.device, lambda: cluster.cluster_new_tokens(cache._state))
     return row
 
 

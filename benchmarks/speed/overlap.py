@@ -101,7 +101,7 @@ def find_spread(
 @contextmanager
 def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None]) -> Any:
     """While a model runs eager steps, call `record(layer, chosen)` after each layer: [B * KV heads, pages], bool."""
-    passes, shared = cache._passes, cache._shared
+    passes, shared = cache._passes, cache._state
 
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def measure(model: Any, cache: SpinCache, steps: int = 6, distances: tuple[int, 
         del earlier[: -max(distances)]
 
     with recorded_selections(cache, record):
-        vocab, sequences = model.config.vocab_size, cache._shared.sequences
+        vocab, sequences = model.config.vocab_size, cache._state.sequences
         token = torch.randint(vocab // 2, vocab, (sequences.batch_size, 1), device=model.device)
         for _ in range(steps):
             valid = sequences.mask.valid

@@ -130,7 +130,7 @@ def timed(model: Any, cache: SpinCache, times: int = TIMES, padding: Tensor | No
         times: the median of so many.
         padding: [B], how many tokens in front of each sequence are padding; None for none.
     """
-    traffic, batch = Traffic(cache), cache._shared.sequences.batch_size
+    traffic, batch = Traffic(cache), cache._state.sequences.batch_size
     took = tpot(
         model, cache, cache.get_seq_length(), times=times, warm=WARM if is_paged(cache) else 0,
         before_timed=traffic.start, batch=batch, padding=padding,

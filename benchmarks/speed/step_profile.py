@@ -68,7 +68,7 @@ def bytes_per_layer(cache: SpinCache, counts: dict[str, int], steps: int) -> dic
     Args:
         counts: of `steps` steps, over all layers and KV heads.
     """
-    shared = cache._shared
+    shared = cache._state
     layers, store = len(cache.paged_layers), cache.paged_layers[0].store
     assert store is not None
     scored: Any = next(iter(store.summaries.values()))

@@ -4,7 +4,7 @@ Attention modules read `config._attn_implementation` at every call. It must be "
 config is switched while it has holders:
 
     a call of a model that carries a cache     while the call runs
-    a cache that was made from a config        while the cache lives, because its calls cannot be observed
+    a cache that was made from a config        until its first forward has shown which model runs it
 
 The first holder switches the config and remembers the previous implementation. The last one restores it, unless somebody
 changed it in between. While the config is switched, calls without a `SpinCache` go to the previous implementation.

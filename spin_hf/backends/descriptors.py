@@ -34,17 +34,17 @@ class Descriptors:
     """Descriptors of the paged layers of one cache on one device.
 
     Args:
-        shared: the cache's state.
+        state: the cache's state.
         device: where the layers' compute tier is.
         batch_size: number of sequences.
         num_heads: KV heads of the layers.
     """
 
-    def __init__(self, shared: CacheState, device: torch.device, batch_size: int, num_heads: int) -> None:
-        recipe = recipe_of(shared.method)
+    def __init__(self, state: CacheState, device: torch.device, batch_size: int, num_heads: int) -> None:
+        recipe = recipe_of(state.method)
         assert recipe is not None
         self.recipe = recipe
-        self.shared, self.device = shared, device
+        self.state, self.device = state, device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.streams = batch_size * num_heads
         """(sequence, KV head) pairs. Kernels process them independently."""
@@ -55,19 +55,19 @@ class Descriptors:
         """Fields that `step` should hold."""
         self.uploaded: list[int] = []
         """Fields that `step` holds after all launches so far; empty if unknown."""
-        budget = shared.options.budget
+        budget = state.options.budget
         budget_fraction = budget if isinstance(budget, float) else 0.0
         self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
-        self.layer_fields = self.new((len(shared.layers), len(LayerField)), torch.int64)
+        self.layer_fields = self.new((len(state.layers), len(LayerField)), torch.int64)
         size = self.layer_fields.shape[1] * 8
-        self.layer_addresses = torch.arange(len(shared.layers), device=device) * size + self.layer_fields.data_ptr()
-        self.found_for = self.new((len(shared.layers), self.streams, 2), torch.int32, -1)
+        self.layer_addresses = torch.arange(len(state.layers), device=device) * size + self.layer_fields.data_ptr()
+        self.found_for = self.new((len(state.layers), self.streams, 2), torch.int32, -1)
         """[layers, streams, 2], (stop page, number of outliers) that the outlier marks are for; -1: recompute."""
         self.page_capacity, self.padded_capacity = 0, False
         self.scratch: dict[StepField, Tensor] = {}
         self.known: dict[str, Any] = {}
         """Inputs from which the step descriptor was last made."""
-        self.layer_known: list[Any] = [None] * len(shared.layers)
+        self.layer_known: list[Any] = [None] * len(state.layers)
         """Inputs of each layer's descriptor; None if it must be uploaded."""
         self.padded = False
 
@@ -105,7 +105,7 @@ class Descriptors:
 
     def begin_step(self) -> None:
         """Update the step descriptor to the current step."""
-        sequences, known, fields = self.shared.sequences, self.known, self.step_fields
+        sequences, known, fields = self.state.sequences, self.known, self.step_fields
         if known.get("step") != sequences.step or known.get("start") != sequences.start:
             follows = known.get("length") == sequences.start and known.get("past_version") == sequences.past_version
             if not follows:
@@ -133,7 +133,7 @@ class Descriptors:
 
     def make_room(self) -> None:
         """Grow the scratch for the step that has begun. Does nothing before the first `fit`, as the group is unknown."""
-        num_pages = self.shared.sequences.num_pages
+        num_pages = self.state.sequences.num_pages
         if self.group and (num_pages > self.page_capacity or (self.padded and not self.padded_capacity)):
             self._grow(num_pages)
 
@@ -142,7 +142,7 @@ class Descriptors:
 
         Valid for sparse layers.
         """
-        options, page_size = self.shared.options, self.shared.method.page_size
+        options, page_size = self.state.options, self.state.method.page_size
         if isinstance(options.budget, float):
             return None
         zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
@@ -153,7 +153,7 @@ class Descriptors:
         return None
 
     def _write_directory(self) -> None:
-        rows = self.shared.sequences.directory
+        rows = self.state.sequences.directory
         width = max(len(row) for row in rows)
         padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
         self._point({StepField.DIRECTORY: padded.to(self.device, non_blocking=True)})
@@ -182,7 +182,7 @@ class Descriptors:
         self._point({
             StepField.LOGITS: make(self.group * pages, torch.float32),
             StepField.SCORES: make(pages, torch.float32),
-            StepField.OUTLIER: make(len(self.shared.layers) * pages * outliers, torch.uint8),
+            StepField.OUTLIER: make(len(self.state.layers) * pages * outliers, torch.uint8),
             StepField.RERANK: make(self.group * pages * reranks, torch.float32),
             StepField.KEPT_PAGE: make(pages, torch.int32),
             StepField.KEPT_SCORE: make(pages, torch.float32),

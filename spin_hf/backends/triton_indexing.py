@@ -37,7 +37,7 @@ def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
 
 
 def _index(step: StepKernels, layers: list[LayerState]) -> None:
-    store, sequences, count = layers[0].store, step.shared.sequences, len(layers)
+    store, sequences, count = layers[0].store, step.state.sequences, len(layers)
     assert store is not None
     page = sequences.length // store.page_size - 1
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
@@ -60,7 +60,7 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
         keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,
         None if positions is None else positions.repeat(count, 1, 1, 1), single,
     )  # fmt: skip
-    made = step.shared.method.index_pages(given)
+    made = step.state.method.index_pages(given)
     for index, (name, summary) in enumerate(store.summaries.items()):
         for array, content in enumerate(summary.stored(made[name])):
             copy(summary_field(index, array), content.contiguous(), put=True)

@@ -39,21 +39,21 @@ class StepKernels(Descriptors):
     """Launches for the paged layers of one cache on one device.
 
     Args:
-        shared, device, batch_size, num_heads: as for `Descriptors`; another batch needs another object.
+        state, device, batch_size, num_heads: as for `Descriptors`; another batch needs another object.
         launchers: the kernels, from `kernels.launchers`.
     """
 
     def __init__(
-        self, shared: CacheState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
+        self, state: CacheState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
     ) -> None:
-        super().__init__(shared, device, batch_size, num_heads)
+        super().__init__(state, device, batch_size, num_heads)
         self.launchers = launchers
         self.fits: tuple[Any, ...] = ()
         self.compiled_variants: set[tuple[Any, ...]] = set()
         """Variants of attention launches that were compiled ahead, in parallel."""
         self.compiled = device.type == "cuda"
         self.multiplies_int8, self.shared_memory = device_limits.multiplies(device), device_limits.shared_memory(device)
-        layers, streams = len(shared.layers), self.streams
+        layers, streams = len(state.layers), self.streams
         plans = (MAX_QUERIES, batch_size, len(PlanField))
         self.plan = self.new(plans, torch.int32)
         self.dense_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
@@ -71,7 +71,7 @@ class StepKernels(Descriptors):
         most, empty = self.most_pages(), self.new((0,), torch.float32)
         self.buffers = StepBuffers(
             splits=Splits.choose(
-                streams, most_tokens=None if most is None else most * shared.method.page_size,
+                streams, most_tokens=None if most is None else most * state.method.page_size,
                 estimates=self.recipe.estimated_share > 0,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),
@@ -121,7 +121,7 @@ class StepKernels(Descriptors):
     def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
         """Append the step's tokens [B, H, n, D] to a layer's pages. Summarises completed pages if the recipe says so."""
         self.begin(layer)
-        sequences = self.shared.sequences
+        sequences = self.state.sequences
         self.launchers.append_tokens(
             self.launchers.launch_now, self.buffers, self.layer_buffers[layer.number], _rows(key), _rows(value),
             num_pages=sequences.num_pages - sequences.start // sequences.page_size,
@@ -164,8 +164,8 @@ class StepKernels(Descriptors):
         if not self.known["planned"]:
             self._plan(launch, num_queries)
             if num_queries == 1:  # one launch for all layers: a page that this step completes is not a candidate yet
-                served = [other for other in self.shared.layers if self.serves(other)]
-                for layers in [served] if len(served) == len(self.shared.layers) else [[other] for other in served]:
+                served = [other for other in self.state.layers if self.serves(other)]
+                for layers in [served] if len(served) == len(self.state.layers) else [[other] for other in served]:
                     self._find_outliers(launch, self.plan[0], layers)
         for i in range(num_queries):
             one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.plan)[i]
@@ -182,7 +182,7 @@ class StepKernels(Descriptors):
             )  # fmt: skip
 
     def _plan(self, launch: Launch, num_queries: int) -> None:
-        options = self.shared.options
+        options = self.state.options
         plans = [(self.plan, options.dense_below)]
         if self.recipe.dense_layers:
             plans.append((self.dense_plan, _ANY_LENGTH))
@@ -191,7 +191,7 @@ class StepKernels(Descriptors):
                 launch, self.step, plan, num_queries=num_queries, num_sink_tokens=options.num_sink_tokens,
                 recent_window=options.recent_window, budget=options.budget if isinstance(options.budget, int) else 0,
                 dense_below=dense_below, outliers_per_1024=self.recipe.outliers_per_1024,
-                page_size=self.shared.method.page_size, padded=self.padded,
+                page_size=self.state.method.page_size, padded=self.padded,
             )  # fmt: skip
 
     def _find_outliers(self, launch: Launch, plan: Tensor, layers: list[LayerState]) -> None:
@@ -249,7 +249,7 @@ class Selection:
 
     def place(self, layer: LayerState) -> tuple[Tensor, ...]:
         """Move the method's tensors for a layer to the device, and return them."""
-        method = self.step.shared.method
+        method = self.step.state.method
         tensors = method.projection_tensors(layer.number, self.step.device)
         self.placed_by[layer.number] = method
         return tensors
@@ -269,7 +269,7 @@ class Selection:
         buffers, own = step.buffers, step.layer_buffers[layer.number]
         if recipe.projects_queries:
             states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
-            query = step.shared.method.project_queries(states, positions, layer.number).contiguous()
+            query = step.state.method.project_queries(states, positions, layer.number).contiguous()
             scale = 1.0
         group = query.shape[1] // step.num_heads
         launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)

@@ -187,7 +187,8 @@ def find_model(cache: Any, config: Any) -> PreTrainedModel | None:
     found = None
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and not set(code.co_varnames[: code.co_argcount]).isdisjoint(CACHE_NAMES):
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if code.co_name == "forward" and not set(parameters).isdisjoint(CACHE_NAMES):
             module, given = frame.f_locals.get("self"), [frame.f_locals.get(name) for name in CACHE_NAMES]
             if isinstance(module, PreTrainedModel) and any(each is cache for each in given):
                 found = module if decoder_config(module)[0] is config else found

@@ -133,7 +133,7 @@ def test_pages_move_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             first = forward_steps(model, cache, "left", [1])
             assert cache.stats().cpu_bytes == 0
-            shared = cache._shared
+            shared = cache._state
             for layer in shared.layers:
                 layer.store.budget = layer.store.budget.__class__(**{**vars(layer.store.budget), "gpu_memory": 60_000})
             shared.sequences._become()

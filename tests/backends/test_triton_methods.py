@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import Bisection, Quest
+from spin_hf import Bisection, Method, Quest, RetroInfer, ShadowKV
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.conversation import compare_with_oracle, random_pages, single_steps, without_near_ties
 from tests.support.interpreted_kernels import interpret_kernels
@@ -71,6 +71,25 @@ def test_quest_with_padding_and_several_queries(budget: float) -> None:
         served(compare_with_oracle(random_pages(Shape(layers=2, kv_heads=1), 3, 180, seed), rules, steps))
 
     without_near_ties(run)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("method", [ShadowKV(), Quest(dense_layers=0), RetroInfer(), Bisection()], ids=lambda m: m.name)
+@pytest.mark.parametrize("count", [1, 4])
+def test_chunks_of_padding_only(method: Method, count: int) -> None:
+    """Behind nothing but padding a query attends to nothing, and what comes then is as without the padding."""
+    padding, shape = 6 * method.page_size, Shape(kv_heads=1)
+    options: dict[str, Any] = dict(method=method, budget=8, num_sink_tokens=4, recent_window=10)
+    kv, valid = random_pages(shape, 1, padding + 24, 0), torch.ones((1, padding + 24), dtype=torch.bool)
+    valid[:, :padding] = False
+    padded, bare = CacheDriver(shape, **options), CacheDriver(shape, **options)
+    for start in range(0, padding, count):
+        padded.step(kv, start, start + count, valid[:, : start + count])
+    for start in range(padding, padding + 24):
+        (ours,) = padded.step(kv, start, start + 1, valid[:, : start + 1])
+        (theirs,) = bare.step(kv.tokens(slice(padding, None)), start - padding, start - padding + 1)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    served(padded).cache.check_integrity()
 
 
 def test_quest_paged() -> None:

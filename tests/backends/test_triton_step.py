@@ -99,7 +99,7 @@ def test_kernels_of_methods_that_cluster(
         cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = forward_steps(model, cache, padding, steps)
         counted = cache.stats()
-        assert cache._shared.sequences.spans.num_pages > 3
+        assert cache._state.sequences.spans.num_pages > 3
         launched = interpret_kernels(monkeypatch)
         cache = SpinCache(model, **{"recent_window": 8, **options})
         torch.testing.assert_close(forward_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)

@@ -256,7 +256,7 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
     for one, other in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
-    valid = cache._shared.sequences.mask.valid
+    valid = cache._state.sequences.mask.valid
     assert (valid is None) == (padding is None)
     if padding is not None:
         assert [int(row.sum()) for row in valid] == [300, 200, 50]

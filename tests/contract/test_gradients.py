@@ -87,7 +87,7 @@ def test_behind_clustered_pages_in_both_tiers(method: Any) -> None:
         other = DynamicCache(config=model.config)
         for index, layer in enumerate(cache.layers):
             other.update(layer.keys, layer.values, index)
-        assert isinstance(method, ShadowKV) or cache._shared.sequences.spans.num_pages > 0
+        assert isinstance(method, ShadowKV) or cache._state.sequences.spans.num_pages > 0
         results = []
         for each in (cache, other):
             logits = model(ids[:, 120:], past_key_values=each).logits

@@ -88,7 +88,7 @@ def test_goes_on_in_the_other_mode(name: str, inside: bool) -> None:
             feed(model, cache, 270, 271, there)
             with torch.inference_mode(there):
                 cache = between(cache)
-            assert not any(tensor.is_inference() for tensor in tensors_of(cache._shared)), name
+            assert not any(tensor.is_inference() for tensor in tensors_of(cache._state)), name
             at = cache.get_seq_length()
             there = not inside if number else False
             outputs.append([feed(model, cache, at, at + count, there) for count in (20, 1, 1)])
@@ -165,7 +165,7 @@ def test_captured_steps(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         cache.crop(-2)
         outputs[-1].append(feed(model, cache, 26, 27, not inside))
         cache.check_integrity()
-        assert not any(tensor.is_inference() for tensor in tensors_of(cache._shared))
+        assert not any(tensor.is_inference() for tensor in tensors_of(cache._state))
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     assert FakeRecorder.replays > 4

@@ -55,7 +55,7 @@ def _paging_changes_nothing(family: str, mode: str, options: dict[str, Any]) -> 
     for cache, other in zip(tight.caches, roomy.caches, strict=True):
         cache.check_integrity()
         ours, theirs = cache.stats(), other.stats()
-        assert ours.gpu_bytes <= cache._shared.options.gpu_memory
+        assert ours.gpu_bytes <= cache._state.options.gpu_memory
         assert (ours.tokens, ours.sequences) == (theirs.tokens, theirs.sequences)
         assert ours.attended_tokens == pytest.approx(theirs.attended_tokens)
         assert ours.sparse_queries == theirs.sparse_queries

@@ -108,7 +108,7 @@ def assert_goes_on(driver: CacheDriver, kv: RandomKV, start: int, stop: int, und
             real = holes(last)[:, first:]
             assert float((ours - theirs)[real].abs().max()) <= 2e-6
         driver.cache.check_integrity()
-    assert int(driver.cache._shared.visible_length) == driver.cache.get_seq_length()  # what compiled code reads
+    assert int(driver.cache._state.visible_length) == driver.cache.get_seq_length()  # what compiled code reads
 
 
 POINTS: list[tuple[type, str, bool]] = [
@@ -246,7 +246,7 @@ def test_memory_runs_out_while_generating(kv: RandomKV) -> None:
     for at in range(246, 256):
         for ours, theirs in zip(driver.step(tokens, at, at + 1), undisturbed.step(tokens, at, at + 1), strict=True):
             assert float((ours - theirs).abs().max()) <= 2e-6
-    assert int(driver.cache._shared.visible_length) == driver.cache.get_seq_length()
+    assert int(driver.cache._state.visible_length) == driver.cache.get_seq_length()
 
 
 @pytest.mark.parametrize(

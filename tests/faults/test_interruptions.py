@@ -122,7 +122,7 @@ def test_unfinished_work_comes_first(again: int) -> None:
     """Interrupted while it is undone, a crop is undone by whatever looks at the cache next."""
     trials = Interruptions(scenario=SCENARIOS["crop, paged"])
     run = trials.copy()
-    began, shared = contents(run), run.cache._shared
+    began, shared = contents(run), run.cache._state
     settle = shared.settle
 
     def interrupted_too(_: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_reset_is_finished() -> None:
     trials = Interruptions(scenario=OPERATIONS["reset"])
     run = trials.copy()
     with (
-        patch.object(type(run.cache._shared.sequences), "clear", side_effect=KeyboardInterrupt),
+        patch.object(type(run.cache._state.sequences), "clear", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         run.cache.reset()

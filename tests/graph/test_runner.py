@@ -104,7 +104,7 @@ def test_methods_that_cluster(padded: bool, gpu_memory: str, monkeypatch: pytest
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     stats, counted = cache.stats(), reference.stats()
     assert (stats.sparse_queries, stats.attended_tokens) == (counted.sparse_queries, counted.attended_tokens)
-    assert len(cache._shared.sequences.spans.stops) > 1
+    assert len(cache._state.sequences.spans.stops) > 1
     cache.check_integrity()
 
 
@@ -180,7 +180,7 @@ def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not cache.stats().cpu_bytes
         for layer in cache.paged_layers:  # as if the cap were lower, from here on
             layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
-        cache._shared.sequences._become()
+        cache._state.sequences._become()
         replays.append(recorder.replays)
         parts.append(_loop(model, cache, tokens[:, 4:5]))
         replays.append(recorder.replays)

@@ -6,7 +6,6 @@ histories.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -18,22 +17,9 @@ from torch import Tensor
 from spin_hf import RetroInfer, ShadowKV
 from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import cluster, summarize
-from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
-from tests.support.clustered_pages import SHAPE, clustered, moved, new_driver, span_ends
-from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often, little_slack
-
-LENGTH = 400
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory(), little_slack():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kv() -> RandomKV:
-    return RandomKV.random(SHAPE, 3, LENGTH, seed=0)
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.clustered_pages import LENGTH, SHAPE, clustered, moved, new_driver, span_ends
+from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often
 
 
 def test_spans_of_a_growing_context(kv: RandomKV) -> None:
@@ -98,7 +84,7 @@ def test_what_stays_in_its_place(kv: RandomKV) -> None:
     driver = new_driver(num_sink_tokens=5)
     driver.step(kv, 0, 220, valid[:, :220])
     driver.step(kv, 220, 221, valid[:, :221])
-    pages = driver.cache._shared.sequences.spans.num_pages
+    pages = driver.cache._state.sequences.spans.num_pages
     assert pages == (220 - 17) // 8
     stays = ~moved(driver)
     assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
@@ -173,7 +159,7 @@ def test_sinks_that_move(kv: RandomKV) -> None:
 def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
     """Three beams of one prompt: clustering copies no segment that all of them share."""
     driver = new_driver()
-    sequences = driver.cache._shared.sequences
+    sequences = driver.cache._state.sequences
     one = kv.rows([0])
     driver.step(one, 0, 300)
     driver.cache.reorder_cache(torch.tensor([0]))
@@ -199,11 +185,11 @@ def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
         both = both.rows([0, 1])
         driver.step(both, 270, 380)
         driver.cache.check_integrity()
-    assert driver.cache._shared.sequences.segments_in_use == 3
+    assert driver.cache._state.sequences.segments_in_use == 3
     with patch.object(Backwards, "span_tokens", 400):
         driver.step(both, 380, 381)
     assert span_ends(driver) == [(380 - 17) // 8]
-    assert driver.cache._shared.sequences.segments_in_use == 4
+    assert driver.cache._state.sequences.segments_in_use == 4
     driver.cache.check_integrity()
     for layer in range(SHAPE.layers):
         assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :381])
@@ -255,7 +241,7 @@ def test_other_methods_keep_no_positions(kv: RandomKV) -> None:
         each.step(kv, 0, 200)
         each.step(kv, 200, 201)
     assert driver.cache.layers[0].store.permutation is None
-    rows = twin.cache._shared.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
+    rows = twin.cache._state.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
     tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
     assert (tables["clustered shifts"], tables["clustered partitions"]) == (rows * 16, rows * 2)
     assert not any("clustered" in name for name in none)

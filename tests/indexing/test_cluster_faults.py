@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,22 +15,9 @@ from torch import Tensor
 from spin_hf import CacheStateError, ShadowKV
 from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.indexing import cluster, summarize
-from tests.support.cache_driver import RandomKV, poisoned_memory
+from tests.support.cache_driver import RandomKV
 from tests.support.clustered_pages import SHAPE, moved, new_driver, span_ends
-from tests.support.clustering_methods import Backwards, Clumped, Shuffled, little_slack
-
-LENGTH = 400
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory(), little_slack():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kv() -> RandomKV:
-    return RandomKV.random(SHAPE, 3, LENGTH, seed=0)
+from tests.support.clustering_methods import Backwards, Clumped, Shuffled
 
 
 def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
@@ -41,15 +27,15 @@ def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> N
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         driver.step(kv.rows([0, 0]), 270, 380)
-    used = driver.cache._shared.sequences.segments_in_use
+    used = driver.cache._state.sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
     with patch.object(Clumped, "span_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
-        cluster.grow(driver.cache._shared)
+        cluster.grow(driver.cache._state)
     assert "no room" in caplog.text
     assert span_ends(driver) == [(380 - 17) // 8]
     assert not moved(driver).any()
-    assert driver.cache._shared.sequences.segments_in_use == used
+    assert driver.cache._state.sequences.segments_in_use == used
     driver.cache.check_integrity()
 
 

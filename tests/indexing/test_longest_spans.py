@@ -43,7 +43,7 @@ def test_the_longest_span(page_size: int, longest: int) -> None:
     cache = SpinCache(
         SHAPE.config(), with_spans_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
     )
-    shared = cache._shared
+    shared = cache._state
     states = torch.randn(2, SHAPE.layers, 1, 1, 8 + longest + 17, 4)  # behind the sinks, before window and slack
     for layer, keys, values in zip(cache.layers, *states, strict=True):
         layer.append(keys, values, None)

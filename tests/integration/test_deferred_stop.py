@@ -166,7 +166,7 @@ def test_cropping_nothing_changes_nothing(checks: list[Any]) -> None:
     model = small_model()
     cache = SpinCache(model, **OPTIONS)
     _generate(model, cache, torch.full((1, 41), 5))
-    sequences = cache._shared.sequences
+    sequences = cache._state.sequences
     before = (sequences.past_version, sequences.memory_version, sequences.length)
     cache.crop(0)
     assert (sequences.past_version, sequences.memory_version, sequences.length) == before

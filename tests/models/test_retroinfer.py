@@ -38,7 +38,7 @@ def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, 
     with patch.object(SpinLayer, "_attend_selected", both), torch.no_grad():
         for token in tokens:
             model(torch.tensor([[token]]), past_key_values=cache)
-    assert cache._shared.sequences.spans.stops == [(NUM_TOKENS - 128) // 8]
+    assert cache._state.sequences.spans.stops == [(NUM_TOKENS - 128) // 8]
     return found
 
 

@@ -150,7 +150,7 @@ def test_pages_that_move_later(method: str) -> None:
     assert torch.equal(exact, kv.keys[0][:, :, :250])
     for layer in late.cache.paged_layers:  # what lies beside the cache has taken the room
         layer.store.budget = replace(layer.store.budget, gpu_memory=TIGHT)
-    late.cache._shared.sequences._become()  # so that room is made again
+    late.cache._state.sequences._become()  # so that room is made again
     stops = [251, 256, 257, 270, 271, 280, 290, 291]
     assert_equal(feed(late, kv, stops), feed(early, kv, stops))
     assert late.cache.stats().cpu_bytes == early.cache.stats().cpu_bytes

@@ -12,6 +12,7 @@ from tests.support.cache_driver import CacheDriver, Shape
 from tests.support.clustering_methods import Clumped
 
 SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
+LENGTH = 400
 OPTIONS: dict[str, Any] = dict(budget=1000, num_sink_tokens=4, recent_window=9)
 
 
@@ -27,11 +28,11 @@ def clustered(driver: CacheDriver, layer: int = 0) -> TokenPermutation:
 
 def moved(driver: CacheDriver, layer: int = 0) -> Tensor:
     """Pages [B, N] that are clustered in some head: they do not hold consecutive positions."""
-    pages = driver.cache._shared.sequences.num_pages
+    pages = driver.cache._state.sequences.num_pages
     positions = clustered(driver, layer).positions(0, pages)
     return (positions != torch.arange(pages * 8).view(pages, 8)).any(3).any(1)
 
 
 def span_ends(driver: CacheDriver) -> list[int]:
     """Where the spans that are clustered together end, in pages."""
-    return driver.cache._shared.sequences.spans.stops
+    return driver.cache._state.sequences.spans.stops

@@ -115,7 +115,7 @@ class Trials(Rehearsal):
 def frame_bytes(run: Run) -> int:
     """Bytes of page frames, their tables, and tables that layers share: a step may make them before it fails."""
     frames = [layer.store.frames for layer in run.cache.paged_layers if layer.store is not None]
-    sequences = run.cache._shared.sequences
+    sequences = run.cache._state.sequences
     common = sum(sequences.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
     return common + sum(f.frames.nbytes + sum(f.metadata.values()) for f in frames if f is not None)
 
