@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import AttentionError, CacheStateError, SpinCache
 from spin_hf.forward_log import ForwardLog
+from spin_hf.graph import model_calls
 from spin_hf.layer import SpinLayer
 from tests.support.compare import Trace, assert_same
 from tests.support.runs import EVERYTHING, advance, decode, logits_of
@@ -173,6 +174,12 @@ def test_a_cache_of_a_config_is_told_how_later_forwards_end() -> None:
         logits_of(copy.deepcopy(model), random_tokens(1, 1), cache)
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward shows a cache made from a config which model runs it, as if that were none of transformers'."""
+    monkeypatch.setattr(model_calls, "find_model", lambda *_: None)
+
+
 def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption: Any, happens: bool = False) -> None:
     """Decode steps after an interrupted one give what they give without it or, if it `happens`, after it."""
     traces = []
@@ -194,6 +201,7 @@ def decodes_as_if_nothing_had_been(family: str, from_config: bool, interruption:
     assert_same(*traces)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("layer", [0, 1], ids=["first", "second"])
 def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> None:
     """Linear attention overwrites its state before the cache is told."""
@@ -211,6 +219,7 @@ def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> 
     decodes_as_if_nothing_had_been("qwen3_next", True, interruption)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_cache_of_a_config_that_is_interrupted_behind_the_last_layer_that_holds_tokens() -> None:
     """Where layers share the keys of others, windows are rolled back like pages."""
     run = SpinLayer._run

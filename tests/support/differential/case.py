@@ -58,6 +58,7 @@ class Case:
         refuses: the cap is for a smaller batch, so that some operations are refused; they then change nothing.
         interrupts: how likely an operation is to be interrupted.
         from_config: the cache is given the config instead of the model.
+        unseen: and no forward shows it a model, as if that were none of transformers'.
         records: layers with a window record their past, so that the cache can be cropped.
         max_rows, max_tokens: limits of the batch.
     """
@@ -70,6 +71,7 @@ class Case:
     refuses: bool
     interrupts: float
     from_config: bool
+    unseen: bool
     records: bool
     max_rows: int
     max_tokens: int
@@ -86,15 +88,19 @@ class Case:
         families = SEER_FAMILIES if method == "seer" else ("llama",) * 6 + tuple(ANY_METHOD)
         max_tokens = dice.choice([150, 220, 300, 400])
         tiered = not exact or dice.random() < 0.7
+        family = dice.choice(families)
+        refuses, interrupts = tiered and dice.random() < 0.15, dice.choice([0.0, 0.0, 0.15, 0.35])
+        from_config = dice.random() < 0.25
         return cls(
             seed=seed,
-            family=dice.choice(families),
+            family=family,
             method=method,
             exact=exact,
             tiered=tiered,
-            refuses=tiered and dice.random() < 0.15,
-            interrupts=dice.choice([0.0, 0.0, 0.15, 0.35]),
-            from_config=dice.random() < 0.25,
+            refuses=refuses,
+            interrupts=interrupts,
+            from_config=from_config,
+            unseen=from_config and seed % 2 == 0,
             records=dice.random() < 0.6,
             max_rows=dice.choice([1, 2, 3, 4]),
             max_tokens=max_tokens,
@@ -121,7 +127,7 @@ class Case:
 
     def __str__(self) -> str:
         kind = "exact" if self.exact else "sparse"
-        flags = [name for name in ("tiered", "refuses", "from_config", "records") if getattr(self, name)]
+        flags = [name for name in ("tiered", "refuses", "from_config", "unseen", "records") if getattr(self, name)]
         return f"case {self.seed}: {self.family}, {self.method}, {kind}, {', '.join(flags)}, {self.options}"
 
 
