@@ -357,7 +357,7 @@ class SpinCache(Cache):
         held = self._held_batch()
         if held is not None:
             check_batch(held, batch_size)
-        self._passes.check_layer(index, len(self.layers))
+        self._log.check_layer(index, self.layers)
         self._log.touch(index, self.layers)
 
     def _after(self, index: int) -> None:

@@ -175,6 +175,18 @@ class ForwardLog:
             self.passes.roll_back()  # a step failed before any layer changed
         self.clear()
 
+    def check_layer(self, index: int, layers: list[Any]) -> None:
+        """Raise CacheStateError if layer `index` of the model is not in the cache. The forward is rolled back first."""
+        if index < len(layers):
+            return
+        self.drop_pending()
+        self.passes.fail()
+        self.roll_back(layers)
+        raise CacheStateError(
+            f"the cache has {len(layers)} layers, as {self.state.model_name} has, got layer {index} of a model that has more; "
+            "make a SpinCache of the model that uses it"
+        )
+
     def can_settle(self, layers: list[Any]) -> bool:
         """Whether `settle` would succeed, as far as the log knows."""
         return not self.overwritten and (self.state.failed or self.is_complete(layers))
@@ -184,8 +196,8 @@ class ForwardLog:
         present, state = self.present, self.state
         if present.last < 0:
             return not any(_written(layers[index], attributes) for index, attributes in present.before.items())
-        if state.pending is not None:
-            return False  # its keys never reached attention
+        if state.layers and state.committed == present.held:
+            return False  # the paged layers have committed no token
         reached = self.final in present.seen and state.committed == state.sequences.length
         changed = any(version < 0 or _version(state) != version for state, version in present.after_final)
         return reached and (not present.after_final or max(present.seen) > self.final or changed)

@@ -247,20 +247,3 @@ class ForwardPass:
                 "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
                 "SpinCache.from_cache"
             )
-
-    def check_layer(self, index: int, num_layers: int) -> None:
-        """Raise CacheStateError if the model has more layers than the cache. The forward is rolled back first.
-
-        Args:
-            index: of the layer that is about to be updated.
-            num_layers: of the cache.
-        """
-        if index < num_layers:
-            return
-        state = self.state
-        if state.committed == state.sequences.length:
-            self.roll_back(state.sequences.start)  # the cache's last layer committed, but the model has more
-        raise CacheStateError(
-            f"the cache has {num_layers} layers, as {state.model_name} has, got layer {index} of a model that has more; make "
-            "a SpinCache of the model that uses it"
-        )

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from spin_hf import AttentionError, CacheStateError, SpinCache
+from spin_hf.attention import handed_states, interface
 from spin_hf.forward_log import ForwardLog
 from spin_hf.graph import model_calls
 from spin_hf.layer import SpinLayer
@@ -217,6 +218,52 @@ def test_a_cache_of_a_config_takes_back_what_is_written_in_place(layer: int) -> 
         return patch.object(cache, "update_recurrent_state", interrupted)
 
     decodes_as_if_nothing_had_been("qwen3_next", True, interruption)
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("place", [(handed_states, "owner"), (interface, "_check_arguments")], ids=["before", "after"])
+@pytest.mark.parametrize("layer", [0, 1], ids=["first", "last"])
+def test_a_cache_of_a_config_that_is_interrupted_where_attention_takes_the_keys(layer: int, place: Any) -> None:
+    """Before and after the layer learns that its tokens are to be appended, which the last layer never does."""
+    module, name = place
+    original = getattr(module, name)
+
+    def interruption(cache: SpinCache) -> Any:
+        calls = iter(range(9))
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == layer:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return patch.object(module, name, interrupted)
+
+    decodes_as_if_nothing_had_been("qwen3_next", True, interruption)
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("tells", ["roll_back", "release_gpu_memory"])
+@pytest.mark.parametrize("place", [(handed_states, "owner"), (interface, "_check_arguments")], ids=["before", "after"])
+def test_the_only_paged_layer_is_interrupted_where_attention_takes_the_keys(place: Any, tells: str) -> None:
+    """Then no paged layer has appended, so lengths alone do not show that linear attention is a token ahead."""
+    config = copy.deepcopy(build_model("qwen3_next").config)
+    config.layer_types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+    torch.manual_seed(0)
+    model = type(build_model("qwen3_next"))(config).eval()
+    cache, dense, (module, name) = SpinCache(model.config, **EVERYTHING), DynamicCache(config=model.config), place
+    for held in (cache, dense):
+        logits_of(model, random_tokens(1, 40), held)
+    with pytest.raises(KeyboardInterrupt), patch.object(module, name, side_effect=KeyboardInterrupt):
+        logits_of(model, random_tokens(1, 1), cache)
+    if tells == "release_gpu_memory" and place[0] is interface:
+        with pytest.raises(CacheStateError, match="roll_back"):
+            cache.release_gpu_memory()
+        cache.roll_back()
+    else:
+        getattr(cache, tells)()
+    for seed in (1, 2):
+        ours, theirs = (logits_of(model, random_tokens(1, 1, seed=seed), held) for held in (cache, dense))
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.usefixtures("unseen")
