@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import results_page
 from benchmarks.common.record import RESULTS
-from benchmarks.results_page import Section, command_today, page, readme, recorded, without, without_empty_columns
+from benchmarks.results_page import command_today, page, readme, recorded
+from benchmarks.results_sections import PARTS, Section, without, without_empty_columns
 
 
 def test_the_page_is_what_the_command_writes() -> None:
@@ -29,7 +30,7 @@ def test_a_readme_without_a_mark_is_refused() -> None:
 
 
 def test_every_results_file_is_on_the_page() -> None:
-    sections: list[Section] = [section for part in results_page.PARTS.values() for section in part]
+    sections: list[Section] = [section for part in PARTS.values() for section in part]
     shown = {name for section in sections for name in section.files}
     assert shown == {file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob("*.json")}
     figures = {section.figure for section in sections if section.figure}
