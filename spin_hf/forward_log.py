@@ -223,9 +223,11 @@ class ForwardLog:
             layers[index].__dict__.update(attributes)
         lost, state.noted = state.pending, None
         self.passes.roll_back(present.held)
-        self.clear()
         state.pending = lost
-        self.passes.check_nothing_pending()
+        try:
+            self.passes.check_nothing_pending()
+        finally:
+            self.clear()
 
     def _lost(self) -> CacheStateError:
         return CacheStateError(

@@ -237,9 +237,10 @@ class ForwardPass:
     # --------------------------------------------------------------------------------------------------------- checks
 
     def check_nothing_pending(self) -> None:
-        """Raise AttentionError if a layer was updated and its keys never reached the attention function."""
+        """Fail the forward and raise AttentionError if a layer's new keys never reached the attention function."""
         lost, self.state.pending = self.state.pending, None
         if lost is not None:
+            self.fail()
             raise AttentionError(
                 f"{self.state.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass "
                 'them to the attention function "spin": the model changes them in between, or calls another attention '
