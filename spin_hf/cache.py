@@ -130,7 +130,7 @@ class SpinCache(Cache):
         """
         self._before(layer_idx, key_states.shape[0])
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        self._after(layer_idx)
+        self._log.touched(layer_idx, self.layers)
         return states
 
     @outside_inference_mode
@@ -138,7 +138,7 @@ class SpinCache(Cache):
         """As in transformers, for linear-attention and convolution layers."""
         self._before(layer_idx, conv_states.shape[0])
         states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        self._after(layer_idx)
+        self._log.touched(layer_idx, self.layers)
         return states
 
     @outside_inference_mode
@@ -146,7 +146,7 @@ class SpinCache(Cache):
         """As in transformers, for linear-attention layers."""
         self._before(layer_idx, recurrent_states.shape[0])
         states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        self._after(layer_idx)
+        self._log.touched(layer_idx, self.layers)
         return states
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -156,6 +156,11 @@ class SpinCache(Cache):
     def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
         """As in transformers. Layers may write into the returned tensor."""
         return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers. Linear-attention layers may then write into their states without another call."""
+        self._log.may_begin(self.layers)
+        return super().has_previous_state(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer. Those of an interrupted forward do not count."""
@@ -360,16 +365,10 @@ class SpinCache(Cache):
         self._log.check_layer(index, self.layers)
         self._log.touch(index, self.layers)
 
-    def _after(self, index: int) -> None:
-        if not torch.compiler.is_compiling():
-            self._log.touched(index, self.layers)
-
     def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
-        if state is None or torch.compiler.is_compiling():
-            return state
-        if self._log.last >= 0:  # a read does not begin a forward: `generate` may read between two
+        if state is not None and self._log.last >= 0:  # `generate` reads between two forwards, too
             self._before(index, state.shape[0])
-            self._after(index)
+            self._log.touched(index, self.layers)
         else:
             self._log.may_begin(self.layers)
         return state

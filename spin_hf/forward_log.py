@@ -119,7 +119,9 @@ class ForwardLog:
 
     def may_begin(self, layers: list[Any]) -> None:
         """Copy the states of linear attention. An unwatched forward may write into them before it calls `touch`."""
-        if not self.watched and self.present.held is None and not self.present.before:
+        if torch.compiler.is_compiling() or self.watched:
+            return
+        if self.present.held is None and not self.present.before:
             self.present = Progress(before=_copies(layers))
 
     def touch(self, index: int, layers: list[Any]) -> None:
@@ -147,7 +149,9 @@ class ForwardLog:
 
     def touched(self, index: int, layers: list[Any]) -> None:
         """Log that layer `index` has changed. A final layer without pages commits the forward."""
-        if index == self.final and not isinstance(layers[index], SpinLayer) and not self.state.prepared:
+        if torch.compiler.is_compiling() or self.state.prepared:
+            return
+        if index == self.final and not isinstance(layers[index], SpinLayer):
             self.passes.commit()
 
     def settle(self, layers: list[Any]) -> None:
