@@ -70,7 +70,9 @@ class SpinCache(Cache):
         cpu_dtype: dtype of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with one scale per key and
             value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, also of its copy on the GPU,
             then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
-            all pages fit the compute tier. A prefill attends to its unquantized keys and values.
+            all pages fit the compute tier. A forward attends to its own keys and values unquantized.
+        prefill_chunk_size: most tokens per sequence of a prompt that are read at a time, so that activations of the others take
+            no memory. "auto" chooses by device and batch; None reads prompts whole. The result is the same.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -90,10 +92,12 @@ class SpinCache(Cache):
         cpu_memory: int | str = "auto",
         summary_dtype: str = "auto",
         cpu_dtype: str = "auto",
+        prefill_chunk_size: int | str | None = "auto",
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
             gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
+            prefill_chunk_size=prefill_chunk_size,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = decoder_config(model)

@@ -140,6 +140,7 @@ class SpinOptions:
         cpu_memory: cap in bytes on the cpu tier (host memory); None for no cap.
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
         cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
+        prefill_chunk_size: most tokens per sequence that a prompt's forward reads at a time; None for a size by device.
     """
 
     budget: int | float = 2048
@@ -150,6 +151,7 @@ class SpinOptions:
     cpu_memory: int | None = None
     summary_dtype: str = "auto"
     cpu_dtype: str = "auto"
+    prefill_chunk_size: int | None = None
 
     @classmethod
     def parse(
@@ -163,6 +165,7 @@ class SpinOptions:
         cpu_memory: Any = "auto",
         summary_dtype: Any = "auto",
         cpu_dtype: Any = "auto",
+        prefill_chunk_size: Any = "auto",
     ) -> SpinOptions:
         """Validate the user's arguments.
 
@@ -199,6 +202,7 @@ class SpinOptions:
             cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype,
             cpu_dtype=cpu_dtype,
+            prefill_chunk_size=_chunk_size(prefill_chunk_size),
         )
 
     @property
@@ -209,3 +213,16 @@ class SpinOptions:
     def quantizes(self, item_bytes: int) -> bool:
         """Whether summaries are int8 for keys of `item_bytes` bytes per element."""
         return self.summary_dtype == "int8" or (self.summary_dtype == "auto" and item_bytes == 2)
+
+
+def _chunk_size(value: Any) -> int | None:
+    """`prefill_chunk_size` in tokens: None for "auto", `MOST_TOKENS` for None (whole prompts)."""
+    if value is None:
+        return MOST_TOKENS
+    if isinstance(value, str) and value == "auto":
+        return None
+    if isinstance(value, str):
+        raise OptionError(
+            f'prefill_chunk_size: expected a number of tokens, "auto" or None, got {shown(value)}; pass prefill_chunk_size=2048'
+        )
+    return require_tokens("prefill_chunk_size", value, 1)

@@ -24,7 +24,7 @@ from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
 from .indexing import cluster, padding_change, summarize
 from .inference_mode import outside_inference_mode
-from .kernels.descriptor_fields import MAX_QUERIES, StepField
+from .kernels.descriptor_fields import StepField
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
 from .state import CacheState, Phase
@@ -80,8 +80,8 @@ class ForwardPass:
                 )
             self.roll_back()
         self.gpu.before_step(batch_size, num_tokens)
-        selects = num_tokens <= MAX_QUERIES  # a prefill attends to all tokens: it needs neither clusters nor summaries
-        if selects:
+        selects = state.selects(num_tokens)
+        if selects:  # a prefill attends to all tokens: it needs neither clusters nor summaries
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase = Phase.APPENDING

@@ -40,7 +40,6 @@ from .indexing import padding_change
 from .indexing.summarize import check_summaries
 from .inference_mode import outside_inference_mode
 from .integration.layer_views import LayerViews
-from .kernels.descriptor_fields import MAX_QUERIES
 from .memory.layer_budget import LayerShape
 from .state import CacheState, LayerState
 from .storage.page_store import PageStore
@@ -232,7 +231,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             self._observe(call)
         store, backend = self._store(), self.backend
         backend.plan(self.state, call)
-        if mask is not None or num_new > MAX_QUERIES or (sequences.start == 0 and num_new > 1):
+        if mask is not None or not state.selects(num_new) or (sequences.start == 0 and num_new > 1):
             attend_all(call, key, value, mask, store, self.forward.zones, out)
         elif num_queries == num_new and call.weights is None:
             backend.attend(self.state, call, out)
@@ -241,8 +240,12 @@ class SpinLayer(LayerViews, CacheLayerMixin):
 
     def _observe(self, call: Call) -> None:
         """Keep the last queries of a prompt for methods that cluster by them."""
-        method, num_queries = self.cache_state.method, call.query.shape[3]
-        if num_queries > MAX_QUERIES and isinstance(method, ClusteringMethod) and method.num_observation_queries:
+        state, method = self.cache_state, self.cache_state.method
+        if (
+            not state.selects(call.query.shape[3])
+            and isinstance(method, ClusteringMethod)
+            and method.num_observation_queries
+        ):
             self.state.observation_queries = last_queries(call.query, method.num_observation_queries) * call.scale
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:

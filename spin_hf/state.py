@@ -31,6 +31,7 @@ from torch import Tensor
 from .attention.methods.base import Method
 from .config import SpinOptions
 from .inference_mode import outside_inference_mode
+from .kernels.descriptor_fields import MAX_QUERIES
 from .storage.page_store import PageStore
 from .storage.page_table import PageTable
 
@@ -100,6 +101,7 @@ class CacheState:
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
         phase: of the current forward.
+        reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
         noted: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
         unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
@@ -116,6 +118,7 @@ class CacheState:
     captured_length: Tensor | None = None
     committed: int = 0
     phase: Phase = Phase.IDLE
+    reads_prompt: bool = False
     pending: Any = None
     noted: Tensor | None = None
     unfinished: Callable[[], None] | None = None
@@ -131,6 +134,10 @@ class CacheState:
     def failed(self) -> bool:
         """Whether the current forward must be rolled back."""
         return self.phase is Phase.FAILED
+
+    def selects(self, num_tokens: int) -> bool:
+        """Whether a forward of `num_tokens` tokens selects pages. Longer ones and chunks of prompts attend to all tokens."""
+        return num_tokens <= MAX_QUERIES and not self.reads_prompt
 
     def settle(self) -> None:
         """Complete or undo the interrupted operation, if there is one."""

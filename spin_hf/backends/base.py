@@ -17,10 +17,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..indexing.summarize import index_pages
-from ..kernels.descriptor_fields import MAX_QUERIES
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -53,6 +53,12 @@ class Call:
     def token(self, index: int) -> Call:
         """The call restricted to query token `index`."""
         return replace(self, query=self.query[:, :, :, index : index + 1])
+
+
+def put(result: Tensor, out: Tensor) -> None:
+    """Write [B, H, G, Q, Dv] to `out` [B, Q, heads, Dv]. Only inference mode may write to an inference tensor."""
+    with torch.inference_mode(out.is_inference()):
+        out.copy_(result.flatten(1, 2).transpose(1, 2))
 
 
 class AttentionBackend(ABC):
@@ -102,7 +108,7 @@ class AttentionBackend(ABC):
         if summarized:
             return
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
-        if key.shape[2] > MAX_QUERIES:
-            layer.invalidate(first, stop)
-        else:
+        if self.state.selects(key.shape[2]):
             index_pages([store], self.state.method, layer.number, first, stop)
+        else:
+            layer.invalidate(first, stop)

@@ -1,9 +1,11 @@
-"""Attention to all tokens, the same for every backend. `kernels` has the arithmetic, `storage` the pages.
+"""Attention to all tokens, the same for every backend: prompts, and masks from the caller.
 
-    prompt    first tokens of a cache: causal, over the new keys and values
-    held      all tokens held, with a mask: prefill on a filled cache, dense steps, masks from the caller
+    causal, any length    earlier tokens in pieces, without a mask (`storage/page_stream.py`)      fused attention of each,
+                          new tokens among themselves, causal                                      merged by log-sum-exp
+    mask                  all pages, in waves that fit the page frames
 
-If the pages exceed the page frames, they are attended to in waves and the results are merged.
+No mask of queries by tokens is made for a causal forward, and no layer is read whole. Padding is left out before attention, one
+sequence at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +18,15 @@ from torch import Tensor
 from .. import kernels
 from ..attention.methods.base import Estimate
 from ..storage.page_store import PageStore
-from .base import Call
+from ..storage.page_stream import stream_tokens
+from .base import Call, put
 from .zones import StepPlan
+
+_MOST_PARTIALS = 6
+"""Results of pieces that are held before they are merged. Each takes as much memory as the output."""
+
+Partial = tuple[Tensor, Tensor]
+"""Output [B, H, G, Q, Dv] and log-sum-exp [B, H, G, Q] of attention to some of the tokens."""
 
 
 def attend_all(
@@ -32,28 +41,66 @@ def attend_all(
     """
     if mask is not None:
         result = attend_held(call, store.by_place(mask, call.query.shape[2]), store)
-    elif store.sequences.start == 0:
-        result = attend_prompt(call, key, value, zones)
+    elif call.weights is not None:
+        result = _attend_for_weights(call, key, value, store, zones)
     else:
-        result = attend_held(call, zones.allowed_all(call.query.shape[3], key.device), store)
-    out.copy_(result.flatten(1, 2).transpose(1, 2))
+        result = attend_causal(call, key, value, store, zones)
+    put(result, out)
 
 
-def attend_prompt(call: Call, key: Tensor, value: Tensor, plan: StepPlan) -> Tensor:
-    """Causal attention over the first tokens of a cache, for the last Q of them.
+def attend_causal(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
+    """Causal attention of the last Q tokens to all tokens held: [B, H, G, Q, Dv]. Arguments as for `attend_all`."""
+    start, stop, device = store.sequences.start, store.sequences.length, key.device
+    partials = [_partial(call, key, value, zones.real_tokens(start, stop, device), causal=True)]
+    for first, keys, values in stream_tokens(store, start):
+        real = zones.real_tokens(first, first + keys.shape[2], device)
+        partials.append(_partial(call, keys, values, real, causal=False))
+        if len(partials) == _MOST_PARTIALS:
+            partials = [kernels.merge_attention(partials)]
+    out, lse = kernels.merge_attention(partials)
+    return out if call.sinks is None else kernels.apply_attention_sinks(out, lse, call.sinks)
+
+
+def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None] | None, causal: bool) -> Partial:
+    """Attention to keys [B, H, M, Dk], without the padding among them.
 
     Args:
-        key, value: [B, H, n, Dk] and [B, H, n, Dv], all tokens of the cache.
-    Returns:
-        [B, H, G, Q, Dv].
+        real: of each sequence the indices of tokens that are no padding, or None for all; None if there is no padding.
+        causal: whether the keys are new tokens, and the queries those of the last Q of them.
     """
-    num_tokens, num_queries = key.shape[2], call.query.shape[3]
-    if call.is_plain and plan.sequences.mask.valid is None and num_queries == num_tokens:
-        return fused(call, key, value, None)
-    allowed = plan.allowed_all(num_queries, key.device)
-    if call.is_plain:
-        return fused(call, key, value, allowed)
-    return attend_in_waves(call, [(slice(0, num_tokens), key, value)], allowed.unsqueeze(1), page_size=1)
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Partial:
+        return kernels.fused_attention(query, keys, values, call.scale, causal, call.softcap)
+
+    query = call.query
+    if real is None:
+        return attend(query, keys, values)
+    out = query.new_zeros((*query.shape[:4], values.shape[3]))
+    lse = torch.full(query.shape[:4], float("-inf"), dtype=torch.float32, device=query.device)
+    for row, tokens in enumerate(real):
+        one = slice(row, row + 1)
+        if tokens is None:
+            out[one], lse[one] = attend(query[one], keys[one], values[one])
+        elif len(tokens):
+            states = query[one], keys[one].index_select(2, tokens), values[one].index_select(2, tokens)
+            if not causal:
+                out[one], lse[one] = attend(*states)
+                continue
+            asking = tokens - (keys.shape[2] - query.shape[3])
+            asking = asking[asking >= 0]
+            if len(asking):
+                attended = attend(query[one].index_select(3, asking), *states[1:])
+                out[one].index_copy_(3, asking, attended[0].to(out.dtype))
+                lse[one].index_copy_(3, asking, attended[1])
+    return out, lse
+
+
+def _attend_for_weights(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
+    """As `attend_causal`, and collects the attention weights of all tokens."""
+    mask = zones.allowed_all(call.query.shape[3], key.device)
+    if store.sequences.start:
+        return attend_held(call, mask, store)
+    return attend_in_waves(call, [(slice(0, key.shape[2]), key, value)], mask.unsqueeze(1), page_size=1)
 
 
 def attend_held(call: Call, mask: Tensor, store: PageStore) -> Tensor:

@@ -43,7 +43,9 @@ def with_gradients(
     """
     sequences, num_queries = state.sequences, key.shape[2]
     given = None if mask is None or is_own(mask) else mask
-    dense = given is not None or num_queries > MAX_QUERIES or (sequences.start == 0 and num_queries > 1) or attends_all
+    dense = (
+        given is not None or not state.selects(num_queries) or (sequences.start == 0 and num_queries > 1) or attends_all
+    )
     behind_graph = _carried_before(sequences, layer)
     step = Step(
         sequences, layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, behind_graph, scale, softcap

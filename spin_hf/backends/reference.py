@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..attention.methods.base import Estimate, Method, Query
 from ..storage.page_store import PageStore
-from .base import AttentionBackend, Call
+from .base import AttentionBackend, Call, put
 from .dense import attend_held, attend_in_waves
 from .zones import StepPlan
 
@@ -58,12 +58,11 @@ class ReferenceBackend(AttentionBackend):
         assert store is not None
         if self.zones.attends_all():
             mask = self.zones.allowed_all(num_queries, call.query.device)
-            out.copy_(attend_held(call, mask, store).flatten(1, 2).transpose(1, 2))
+            put(attend_held(call, mask, store), out)
             return
         first = store.sequences.length - num_queries
         for i in range(num_queries):
-            attended = self.attend_selected(layer, call.token(i), first + i)
-            out[:, i] = attended.flatten(1, 2).squeeze(2)
+            put(self.attend_selected(layer, call.token(i), first + i), out[:, i : i + 1])
 
     def attend_selected(self, layer: LayerState, call: Call, position: int) -> Tensor:
         """Sparse attention of one query per sequence, at `position`: [B, H, G, 1, Dv]."""

@@ -52,10 +52,11 @@ class StepPlan:
         self.sequences = sequences
         self._step = -1
         self._plans: dict[tuple[int, torch.device], QueryPlan] = {}
+        self._real: dict[tuple[int, int, torch.device], list[Tensor | None] | None] = {}
 
     def forget(self) -> None:
         """Drop the plans of a step that was rolled back."""
-        self._plans = {}
+        self._plans, self._real = {}, {}
 
     def attends_all(self) -> bool:
         """Whether every query of the step attends to all earlier tokens, regardless of padding."""
@@ -66,8 +67,7 @@ class StepPlan:
 
     def query(self, position: int, device: torch.device) -> QueryPlan:
         """The plan of the query at `position`."""
-        if self._step != self.sequences.step:
-            self._step, self._plans = self.sequences.step, {}
+        self._follow_step()
         plan = self._plans.get((position, device))
         if plan is None:
             plan = self._plans[position, device] = self._make(position, device)
@@ -102,6 +102,28 @@ class StepPlan:
             rows = torch.arange(pages.shape[0], device=pages.device).view(-1, 1, 1, 1)
             allowed &= valid.to(pages.device)[rows, tokens.clamp(0, valid.shape[1] - 1)]
         return allowed.flatten(2)
+
+    def real_tokens(self, first: int, stop: int, device: torch.device) -> list[Tensor | None] | None:
+        """Which of the tokens [first, stop) are no padding: None if all are, else for each sequence their indices or None.
+
+        Indices count from `first`, int64, on `device`. Computed once a step, as it waits for the device. Valid in page order
+        too, as for `allowed_all`.
+        """
+        valid = self.sequences.mask.valid
+        if valid is None:
+            return None
+        self._follow_step()
+        key = first, stop, device
+        if key not in self._real:
+            rows = valid[:, first:stop].cpu()
+            found = [None if bool(row.all()) else row.nonzero().squeeze(1).to(device) for row in rows]
+            self._real[key] = None if all(tokens is None for tokens in found) else found
+        return self._real[key]
+
+    def _follow_step(self) -> None:
+        if self._step != self.sequences.step:
+            self.forget()
+            self._step = self.sequences.step
 
     def allowed_all(self, num_queries: int, device: torch.device) -> Tensor:
         """Causal mask over all tokens held, for the last `num_queries` of them: [B, 1, Q, tokens], bool.

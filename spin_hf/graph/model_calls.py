@@ -28,6 +28,7 @@ from ..integration import deferred_stop, forward_hook
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_placeholder
 from ..layer import SpinLayer
+from .prompt_reader import PromptReader
 from .runner import GraphRunner
 
 _LATE_DEVICES = ("cuda",)
@@ -55,6 +56,7 @@ class ModelCalls:
         self.model: Any = lambda: None
         """Returns the model while it lives, else None."""
         self.steps: GraphRunner | None = None
+        self.prompts = PromptReader(layers, passes, config)
         self.inside = False
         """Whether a call is in progress."""
         self.holds = False
@@ -84,7 +86,7 @@ class ModelCalls:
             Whatever the forward raises. The cache is then as before the call.
         """
         if self.inside and self._runs():  # a submodel of the call, or a capture within it
-            return forward(**kwargs)
+            return self.prompts.of(module, forward, kwargs, name)(**kwargs)
         if self.belongs and not any(wrapped() is module for wrapped in self.wrapped):
             raise AttentionError(
                 f"expected a call of the {self.passes.state.model_name} that this SpinCache was made from, got one of another "
@@ -96,9 +98,9 @@ class ModelCalls:
         try:
             with nullcontext() if self.switched is None else implementation.held(self.switched):
                 if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
-                    return self.steps.run(module, forward, kwargs, name)
+                    return self.steps.run(module, self.prompts.of(module, forward, kwargs, name), kwargs, name)
                 with self.log.watching(self.layers):
-                    return forward(**kwargs)
+                    return self.prompts.of(module, forward, kwargs, name)(**kwargs)
         finally:
             self.inside = False
             if self.wrapped:

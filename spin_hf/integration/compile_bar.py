@@ -19,7 +19,7 @@ def show_compiles(compiles: Sequence[Future[Any]]) -> None:
     Returns at once if stderr is neither a terminal nor a notebook, or after
     `transformers.utils.logging.disable_progress_bar()`.
     """
-    if not (logging.is_progress_bar_enabled() and _is_watched()):
+    if not (logging.is_progress_bar_enabled() and is_watched()):
         return
     done, waiting = wait(compiles, timeout=DELAY_S)
     if not waiting:
@@ -29,6 +29,6 @@ def show_compiles(compiles: Sequence[Future[Any]]) -> None:
             bar.update()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether stderr is a terminal or belongs to a notebook."""
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")

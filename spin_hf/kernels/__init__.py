@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import device_limits, reference, reference_clustering
+from .fused_attention import fused_attention
 from .reference import (
     admit_pages,
     apply_attention_sinks,
@@ -113,6 +114,7 @@ __all__ = [
     "bisect",
     "dense_attention",
     "fill_clusters",
+    "fused_attention",
     "launchers",
     "list_pages",
     "merge_attention",

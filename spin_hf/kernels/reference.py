@@ -329,14 +329,16 @@ def attend(
 
 
 def merge_attention(splits: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge attention over disjoint token sets, given (out, lse) of each set as `attend` returns them."""
+    """Merge attention over disjoint token sets, given (out, lse) of each set as `attend` returns them, in float32."""
     if len(splits) == 1:
         return splits[0]
     lses = torch.stack([lse for _, lse in splits])
     total = torch.logsumexp(lses, dim=0)
-    weights = torch.exp(lses - total.masked_fill(total == float("-inf"), 0.0))
-    out = sum(out * weight.unsqueeze(-1) for (out, _), weight in zip(splits, weights, strict=True))
-    return out, total
+    weights = torch.exp(lses - total.masked_fill(total == float("-inf"), 0.0)).unsqueeze(-1)
+    merged = splits[0][0] * weights[0]
+    for (out, _), weight in zip(splits[1:], weights[1:], strict=True):
+        merged.addcmul_(out, weight)
+    return merged, total
 
 
 def apply_attention_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from ..errors import BudgetError, CapacityError
-from ..kernels.descriptor_fields import MAX_QUERIES
 from ..state import CacheState, Phase
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
@@ -134,7 +133,7 @@ class GpuMemory:
         sequences = self.state.sequences
         if not sequences.length:
             self._replace(batch_size, num_tokens)
-        elif num_tokens > MAX_QUERIES:
+        elif not self.state.selects(num_tokens):
             self._leave_room_for_activations()
         elif not self.is_sized:
             self._size()

@@ -149,6 +149,24 @@ class ChunkedArray:
         """Copy rows (int64 ids, any device): [*rows.shape, *row_shape], on the device of `rows`."""
         return take_all([self], rows)[0]
 
+    def copy_runs(self, starts: list[int], length: int, target: Tensor) -> None:
+        """Copy rows [start, start + length) for each of `starts` to `target` [>= len(starts) * length, *row_shape], in order.
+
+        Asynchronous on a GPU: registered host memory is read by the copy engine. Consecutive runs are one copy.
+        """
+        done = 0
+        while starts:
+            run = 1
+            while run < len(starts) and starts[run] == starts[run - 1] + length:
+                run += 1
+            first, stop = starts[0], starts[0] + run * length
+            starts = starts[run:]
+            while first < stop:
+                chunk, inside = divmod(first, self.rows_per_chunk)
+                count = min(stop - first, self.rows_per_chunk - inside)
+                target[done : done + count].copy_(self.chunks[chunk][inside : inside + count], non_blocking=True)
+                first, done = first + count, done + count
+
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
         put_all([self], rows, values[None])
@@ -209,7 +227,7 @@ class ChunkedArray:
 
         The host copies if there are no kernels, or if both the rows and their ids are in host memory.
         """
-        if self.compute_device.type != "cuda" or (self._is_registered and rows.device.type == "cpu"):
+        if self.compute_device.type != "cuda" or (self.is_registered and rows.device.type == "cpu"):
             return None
         launch = kernels.launchers(self.compute_device)
         return None if launch is None else launch.rows_copier
@@ -223,12 +241,13 @@ class ChunkedArray:
         return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
 
     @property
-    def _is_registered(self) -> bool:
+    def is_registered(self) -> bool:
+        """Whether the rows are in host memory that the kernels of a GPU read directly."""
         return self.device.type == "cpu" and self.compute_device.type == "cuda"
 
     def _wait_for_kernels(self) -> None:
         """Synchronize before the host accesses registered memory, which kernels read and write directly."""
-        if self._is_registered and torch.cuda.is_initialized():
+        if self.is_registered and torch.cuda.is_initialized():
             wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
@@ -254,7 +273,7 @@ class ChunkedArray:
         """Prefetch the next chunk once half of the last one is used, so that growing by one chunk does not wait."""
         left = self.num_rows - self.used_rows
         if (
-            self._is_registered
+            self.is_registered
             and self._spare is None
             and 0 < len(self.chunks) < MAX_CHUNKS
             and left <= self.rows_per_chunk // 2

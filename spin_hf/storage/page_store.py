@@ -103,6 +103,11 @@ class PageStore:
         """Layout of pages in the backing."""
         return self._host_layout if self.backing.converted else self.layout
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the pages are in host memory that a GPU reads."""
+        return self.backing.is_registered
+
     # ------------------------------------------------------------------------------------------------- `SegmentStore`
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:

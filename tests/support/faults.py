@@ -209,7 +209,7 @@ def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaul
 
     monkeypatch.setattr(chunked_array, "allocate_rows", in_slab)
     monkeypatch.setattr(slab_prefetch.PREFETCHER, "_allocate", in_slab)
-    monkeypatch.setattr(chunked_array.ChunkedArray, "_is_registered", property(lambda array: True))
+    monkeypatch.setattr(chunked_array.ChunkedArray, "is_registered", property(lambda array: True))
     return slabs
 
 

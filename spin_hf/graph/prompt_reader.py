@@ -1,0 +1,176 @@
+"""Reads long prompts in chunks: one call of the model becomes several of its forward, with the same result.
+
+    tokens        [ chunk 0 ][ chunk 1 ][ chunk 2 ][ rest ]     each attends to all earlier tokens (`backends/dense.py`)
+    memory        activations of one chunk, instead of all tokens
+    logits        those that the caller wants (`logits_to_keep`), concatenated
+
+A call is read whole if its result would differ or is unknown: gradients, hidden states or attention weights as outputs,
+embeddings of images, rotary positions that depend on the length of the prompt, layers that do not take several tokens behind
+earlier ones. Where the outermost model is such a case, the text model inside it may be read in chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.utils import ModelOutput
+
+from ..forward_pass import ForwardPass
+from ..integration.forward_hook import is_compiled
+from ..integration.layer_types import decoder_config
+from ..integration.prompt_bar import PromptBar
+from ..memory.admission import check_first_batch
+
+CHUNK_TOKENS = 8192
+"""Tokens of all sequences in one chunk, on a GPU: enough for its matrix products to run at full speed."""
+_LEAST_CHUNK = 256
+"""Tokens per sequence that a chunk has at least."""
+
+_BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1}
+"""Arguments with an entry per new token, and the dimension of the tokens."""
+_OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_CONTINUES_STATES = {"lfm2", "lfm2_moe", "lfm3", "qwen3_next"}
+"""Model types whose linear attention or convolutions take several tokens behind a state. Others (Mamba) forget the state."""
+_ROPE_OF_LENGTH = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on the length of the whole prompt."""
+
+
+class PromptReader:
+    """Reads the prompts of one cache.
+
+    Args:
+        layers, passes: of the cache.
+        config: of the decoder.
+    """
+
+    def __init__(self, layers: list[Any], passes: ForwardPass, config: Any) -> None:
+        self.layers, self.passes, self.state = layers, passes, passes.state
+        self.size = self.state.options.prefill_chunk_size
+        self.may_split = _may_split(config, layers)
+
+    def of(
+        self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str
+    ) -> Callable[..., Any]:
+        """`forward` of `module`, or a function of the same arguments that reads the prompt in chunks.
+
+        Args:
+            kwargs: arguments of the call, with the cache under `name`.
+        """
+        new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if not isinstance(new, Tensor) or new.dim() < 2 or self.state.reads_prompt:
+            return forward
+        size = self._chunk_size(new)
+        if new.shape[1] <= size or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
+            return forward
+        return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size)
+
+    def _chunk_size(self, new: Tensor) -> int:
+        if self.size is not None:
+            return self.size
+        if new.device.type == "cpu":
+            return new.shape[1]
+        return max(_LEAST_CHUNK, CHUNK_TOKENS // max(1, new.shape[0]))
+
+    def _is_divisible(
+        self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, num_tokens: int
+    ) -> bool:
+        """Whether the call has the same result in chunks."""
+        config = getattr(module, "config", None)
+        if not (self.may_split and self.state.layers and _is_text_model(module)) or is_compiled(forward):
+            return False
+        if module.training or (torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())):
+            return False
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            return False
+        if any(kwargs.get(flag, getattr(config, flag, False)) for flag in _OUTPUT_FLAGS):
+            return False
+        if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False or kwargs.get("use_cache") is False:
+            return False
+        for key, given in kwargs.items():
+            if key == name or given is None or isinstance(given, (bool, str, int, float)):
+                continue
+            if key == "attention_mask" and isinstance(given, Tensor) and given.dim() == 2:
+                continue
+            if not (key in _BY_TOKEN and isinstance(given, Tensor) and given.shape[_BY_TOKEN[key]] == num_tokens):
+                return False
+        return True
+
+    def _read(self, forward: Callable[..., Any], kwargs: dict[str, Any], batch_size: int, stop: int, size: int) -> Any:
+        """Call `forward` chunk by chunk. Raises before the first one if the tokens of all do not fit."""
+        state, held = self.state, self.state.committed
+        if held:
+            state.sequences.check_room(held, stop)
+        else:
+            check_first_batch(state, self.passes.gpu, stop, batch_size)
+        keep = kwargs.get("logits_to_keep") or stop
+        outputs: list[Any] = []
+        state.reads_prompt = True
+        try:
+            with PromptBar(stop) as bar:
+                for first, last in chunks(stop, size):
+                    given = {key: _part(key, value, first, last, held) for key, value in kwargs.items()}
+                    wanted = last - max(first, stop - keep)
+                    if "logits_to_keep" in kwargs and keep < stop:
+                        given["logits_to_keep"] = max(1, wanted)
+                    output = forward(**given)
+                    outputs = [*outputs, output] if wanted > 0 else []
+                    bar.update(last)
+        finally:
+            state.reads_prompt = False
+        return _joined(outputs)
+
+
+def chunks(num_tokens: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens. All have `size` tokens but the last, which takes a short rest along."""
+    first = 0
+    while first < num_tokens:
+        last = first + size
+        if num_tokens - last < size // 8:
+            last = num_tokens
+        yield first, min(last, num_tokens)
+        first = last
+
+
+def _part(name: str, value: Any, first: int, last: int, held: int) -> Any:
+    """The argument `name` for tokens [first, last) of the prompt, behind `held` tokens."""
+    if not isinstance(value, Tensor):
+        return value
+    if name == "attention_mask":
+        return value[:, : held + last]
+    return value.narrow(_BY_TOKEN[name], first, last - first)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """The output of all chunks: that of the last one, with logits or hidden states of all."""
+    output = outputs[-1]
+    for name in ("logits", "last_hidden_state"):
+        if len(outputs) > 1 and isinstance(output, ModelOutput) and output.get(name) is not None:
+            output[name] = torch.cat([each[name] for each in outputs], 1)
+    return output
+
+
+def _is_text_model(module: nn.Module) -> bool:
+    """Whether `module` is one of transformers' decoders, with or without a head of logits for each token."""
+    if not isinstance(module, PreTrainedModel) or not type(module).__module__.startswith("transformers."):
+        return False
+    if decoder_config(module)[0] is not module.config:
+        return False
+    return module.base_model is module or "logits_to_keep" in inspect.signature(type(module).forward).parameters
+
+
+def _may_split(config: Any, layers: list[Any]) -> bool:
+    """Whether a model computes the same for a prompt in chunks."""
+    linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if linear and config.model_type not in _CONTINUES_STATES:
+        return False
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return not any(kind.get("rope_type") in _ROPE_OF_LENGTH for kind in kinds)

@@ -1,0 +1,52 @@
+"""A progress bar while a long prompt is read. It is one of transformers' bars, so their switch turns it off too."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .compile_bar import DELAY_S, is_watched
+
+
+class PromptBar:
+    """Shows how many tokens of a prompt have been read, once that takes longer than `DELAY_S`.
+
+    Args:
+        num_tokens: of the prompt.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self.began = num_tokens, time.monotonic()
+        self.shows = logging.is_progress_bar_enabled() and is_watched()
+        self._bar: Any = None
+        self._done: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> PromptBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, num_tokens: int) -> None:
+        """Note that the forward of the first `num_tokens` tokens has been called.
+
+        On a GPU it runs later. The host waits for the chunk before it, so that one is always queued.
+        """
+        if not self.shows:
+            return
+        event = None
+        if torch.cuda.is_initialized():
+            event = torch.cuda.Event()
+            event.record()
+        self._done.append((num_tokens, event))
+        read, event = self._done[-2 if event is not None and len(self._done) > 1 else -1]
+        if event is not None and len(self._done) > 1:
+            event.synchronize()
+        if self._bar is None and time.monotonic() - self.began > DELAY_S and num_tokens < self.num_tokens:
+            self._bar = logging.tqdm(total=self.num_tokens, desc="Reading the prompt", unit=" tokens")
+        if self._bar is not None:
+            self._bar.update(read - self._bar.n)

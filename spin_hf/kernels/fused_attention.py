@@ -1,0 +1,100 @@
+"""torch's fused attention with its log-sum-exp, so that attention over disjoint sets of tokens can be merged.
+
+    scaled_dot_product_attention chooses a kernel (cuDNN, flash, memory-efficient) for the GPU, dtype and shapes; the kernel is
+    called directly, as the public function does not return the log-sum-exp.
+
+    causal        the new tokens: queries and keys at the same positions
+    not causal    earlier tokens: no mask at all. The query heads of a KV head become rows of one product
+
+Where torch has no fused kernel (float64 on a GPU, odd head sizes), `reference.attend` computes the same in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from .reference import attend, merge_attention
+
+_DIM_MULTIPLE = 8
+"""Fused kernels need head sizes that are multiples of this. Zeros are appended to others."""
+
+
+def fused_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over tokens without padding.
+
+    Args:
+        query: [B, H, G, Q, Dk].
+        keys, values: [B, H, M, Dk] and [B, H, M, Dv].
+        scale: factor of the scores.
+        causal: whether query i attends to tokens 0 to i + M - Q, M >= Q; else to all tokens.
+        softcap: as for `reference.attend`.
+    Returns:
+        out: [B, H, G, Q, Dv], the query's dtype, or float32 where no fused kernel serves.
+        lse: [B, H, G, Q], float32: log-sum-exp of the scaled scores.
+    """
+    num_queries, num_tokens = query.shape[3], keys.shape[2]
+    if causal and num_queries == 1:
+        causal = False
+    if causal and num_tokens > num_queries:
+        earlier = num_tokens - num_queries
+        sides = ((keys[:, :, side], values[:, :, side]) for side in (slice(earlier), slice(earlier, None)))
+        return merge_attention([
+            fused_attention(query, *side, scale, last, softcap) for side, last in zip(sides, (False, True), strict=True)
+        ])  # fmt: skip
+    group, dim = query.shape[2], values.shape[3]
+    heads = query.flatten(1, 2) if causal else query.flatten(2, 3)
+    repeat = group if causal else 1
+    q, k, v = (_padded(states) for states in (heads, _repeated(keys, repeat), _repeated(values, repeat)))
+    chosen = None if softcap is not None else torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale)
+    kernel = _KERNELS.get(chosen)
+    if kernel is None:
+        mask = torch.ones((num_queries if causal else 1, num_tokens), dtype=torch.bool, device=query.device)
+        return attend(query, keys, values, (mask.tril() if causal else mask)[None, None, None], scale, softcap)
+    out, lse = kernel(q, k, v, scale, causal)
+    out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : heads.shape[2]].float()
+    grouped, index = (query.shape[1:3], 1) if causal else (query.shape[2:4], 2)
+    return out.unflatten(index, grouped), lse.unflatten(index, grouped)
+
+
+def _repeated(states: Tensor, group: int) -> Tensor:
+    return states if group == 1 else states.repeat_interleave(group, 1)
+
+
+def _padded(states: Tensor) -> Tensor:
+    missing = -states.shape[-1] % _DIM_MULTIPLE
+    return F.pad(states, (0, missing)) if missing else states
+
+
+def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, keys, values, None, True, 0.0, causal, scale=scale
+    )
+    return found[0], found[1]
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, causal, scale=scale)
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scale)
+    return found[0], found[1]
+
+
+def _efficient(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, keys, values, None, True, 0.0, causal, scale=scale
+    )
+    return found[0], found[1]
+
+
+_KERNELS: dict[int | None, Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]] = {
+    SDPBackend.CUDNN_ATTENTION.value: _cudnn,
+    SDPBackend.FLASH_ATTENTION.value: _flash,
+    SDPBackend.EFFICIENT_ATTENTION.value: _efficient,
+}

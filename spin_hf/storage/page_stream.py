@@ -1,0 +1,117 @@
+"""Reads the first tokens of a layer in pieces, for attention to all of them.
+
+    pages in the compute tier    gathered piece by piece
+    pages in host memory         copied by the copy engine on a second stream, into one of two buffers in turn
+
+        copy stream      | load 0 | load 1 |        | load 2 |        | ...
+        compute stream            | use 0           | use 1           | use 2 ...
+
+A piece is a range of whole segments, so a copy is one run of host memory per group of consecutive segments. Page frames are
+neither read nor changed: attention to all tokens reads each page once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .page_store import PageStore
+from .page_table import SEGMENT_PAGES, segments_of
+
+PIECE_BYTES = 128 << 20
+"""Keys and values of one piece. Bounds the temporary memory: two buffers, and the keys and values of the piece in use."""
+
+
+def stream_tokens(store: PageStore, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Read tokens [0, stop) of all sequences, in page order. A piece is valid until the next one is requested.
+
+    Yields:
+        position of the piece's first token, its keys [B, H, m, Dk] and values [B, H, m, Dv].
+    """
+    page_size, num_pages = store.page_size, -(-stop // store.page_size)
+    ranges = [(first, min(last, num_pages)) for first, last in _ranges(store, num_pages)]
+    loads = _HostLoads(store, ranges) if store.is_registered and ranges else None
+    try:
+        for index, (first, last) in enumerate(ranges):
+            content = store.content(first, last)[0] if loads is None else loads.wait_for(index)
+            keys, values = store.backing_layout.take(content)
+            length = stop - first * page_size
+            yield first * page_size, keys.flatten(2, -2)[:, :, :length], values.flatten(2, -2)[:, :, :length]
+            if loads is not None:
+                loads.release(index)
+    finally:
+        if loads is not None:
+            loads.close()
+
+
+def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:
+    """Ranges of pages, in whole segments. The first is shorter, as nothing hides its load."""
+    segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
+    most = max(1, PIECE_BYTES // segment_bytes)
+    most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one
+    first, width = 0, max(1, most // 4) if store.is_registered else most
+    while first < num_pages:
+        yield first, first + width * SEGMENT_PAGES
+        first, width = first + width * SEGMENT_PAGES, most
+
+
+class _HostLoads:
+    """Loads of pieces from registered host memory into two buffers.
+
+    Args:
+        store: the layer's pages.
+        ranges: pages [first, last) of each piece.
+    """
+
+    def __init__(self, store: PageStore, ranges: list[tuple[int, int]]) -> None:
+        self.store, self.ranges = store, ranges
+        backing, batch_size = store.backing, store.sequences.batch_size
+        widest = max(segments_of(last - first) for first, last in ranges)
+        shape = (batch_size, widest, store.num_heads * SEGMENT_PAGES, *backing.row_shape)
+        self.buffers = [torch.empty(shape, dtype=backing.dtype, device=store.device) for _ in ranges[:2]]
+        self.compute = torch.cuda.current_stream(store.device)
+        self.copies = _copy_stream(store.device)
+        self.copies.wait_stream(self.compute)  # the buffers are free, and the pages written, when the stream gets here
+        self.loaded = [torch.cuda.Event() for _ in self.buffers]
+        self.used = [torch.cuda.Event() for _ in self.buffers]
+        for index in range(len(self.buffers)):
+            self._load(index)
+
+    def wait_for(self, index: int) -> Tensor:
+        """Make the compute stream wait for piece `index`. Returns a view of its segments, [B, H, S, pages, page elements]."""
+        self.compute.wait_event(self.loaded[index % 2])
+        first, last = self.ranges[index]
+        segments = self.buffers[index % 2][:, : segments_of(last - first)]
+        return segments.unflatten(2, (self.store.num_heads, SEGMENT_PAGES)).transpose(1, 2)
+
+    def release(self, index: int) -> None:
+        """Load the next but one piece once the work on piece `index` that is queued so far has ended."""
+        self.used[index % 2].record(self.compute)
+        if index + 2 < len(self.ranges):
+            self.copies.wait_event(self.used[index % 2])
+            self._load(index + 2)
+
+    def close(self) -> None:
+        """Make the compute stream wait for all loads, so that the buffers can be freed."""
+        self.compute.wait_stream(self.copies)
+
+    def _load(self, index: int) -> None:
+        first, last = self.ranges[index]
+        start, stop = first // SEGMENT_PAGES, segments_of(last)
+        rows = SEGMENT_PAGES * self.store.num_heads
+        with torch.cuda.stream(self.copies):
+            for row, directory in enumerate(self.store.sequences.directory):
+                target = self.buffers[index % 2][row].flatten(0, 1)
+                self.store.backing.copy_runs([segment * rows for segment in directory[start:stop]], rows, target)
+            self.loaded[index % 2].record(self.copies)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

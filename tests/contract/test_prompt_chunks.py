@@ -1,0 +1,242 @@
+"""Prompts in chunks: whatever their size, a SpinCache gives what a DynamicCache gives for the whole prompt.
+
+Chunks of 1, 7 and 29 tokens, in every mode: with all pages resident, with the smallest `gpu_memory`, and with a budget that
+selects. Where a family's prompts are not divided (`docs/families.md`), that is asserted too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from spin_hf import CapacityError, SpinCache
+from spin_hf.graph import prompt_reader
+from tests.support import more_families
+from tests.support.all_modes import MODES
+from tests.support.compare import RELATIVE_TOLERANCE, Trace, assert_same, difference
+from tests.support.families import FAMILIES
+from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
+from tests.support.subjects import SpinSubject, dense_subject
+from tests.support.zoo import build_model, left_padded, random_tokens
+
+RUNNABLE = [
+    (family, mode)
+    for family, entry in FAMILIES.items()
+    for mode in MODES
+    if mode not in entry.limits() and mode != "compiled" and entry.paged
+]
+QUICK_FAMILIES = ("llama", "gpt_oss")
+QUICK_MODES = ("holes", "greedy")
+WHOLE = {"llama4_text"}
+"""Families whose prompts are read whole."""
+OTHERS_READ_WHOLE = {
+    "inkling_text", "diffllama", "jetmoe", "dory", "hy_v4",  # no layer is paged
+    "bamba",  # Mamba forgets its state where several tokens follow it
+    "gemma3", "gemma4",  # the model that takes images builds the masks of the text model
+}  # fmt: skip
+
+
+@functools.cache
+def expected(family: str, mode: str) -> Trace:
+    """The results of DynamicCache."""
+    return MODES[mode](dense_subject(family))
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Token counts of the prompts that are read in chunks."""
+    found: list[int] = []
+    original = prompt_reader.chunks
+
+    def noting(num_tokens: int, size: int) -> Any:
+        found.append(num_tokens)
+        return original(num_tokens, size)
+
+    monkeypatch.setattr(prompt_reader, "chunks", noting)
+    return found
+
+
+def cases(pairs: list[tuple[str, str]]) -> Any:
+    """Parameters: the quick families in all modes and all families in the quick modes are quick."""
+
+    def is_quick(family: str, mode: str) -> bool:
+        return family in QUICK_FAMILIES[:1] or mode in QUICK_MODES
+
+    return pytest.mark.parametrize(
+        ("family", "mode"),
+        [pytest.param(*pair, id="-".join(pair), marks=() if is_quick(*pair) else pytest.mark.slow) for pair in pairs],
+    )
+
+
+@cases(RUNNABLE)
+def test_exact(family: str, mode: str, divided: list[int]) -> None:
+    for size in (7, 29) if mode == "greedy" or family == "llama" else (7,):
+        subject = SpinSubject(family, prefill_chunk_size=size)
+        assert_same(MODES[mode](subject), expected(family, mode))
+        for cache in subject.caches:
+            cache.check_integrity()
+    if mode == "greedy":
+        assert bool(divided) == (family not in WHOLE)
+
+
+def _paged(family: str, mode: str) -> None:
+    def run(cap: int) -> SpinSubject:
+        subject = SpinSubject(family, gpu_memory=cap, prefill_chunk_size=11, **SMALL_ZONES)
+        assert_same(MODES[mode](subject), expected(family, mode))
+        return subject
+
+    subject = with_tight_gpu_memory(run)
+    for cache in subject.caches:
+        cache.check_integrity()
+    assert sum(cache.stats().loads for cache in subject.caches) > 0
+
+
+@cases([pair for pair in RUNNABLE if pair[1] in ("left_padding", "holes", "multi_turn", "beam_search")])
+def test_tiered(family: str, mode: str, divided: list[int]) -> None:
+    _paged(family, mode)
+    assert bool(divided) == (family not in WHOLE)
+
+
+@pytest.mark.parametrize("family", more_families.UNUSUAL | more_families.GENERATING)
+def test_other_families(family: str, divided: list[int]) -> None:
+    """A prompt of 61 tokens in chunks of 7, and the next token."""
+    model = build_model(family)
+    cache = SpinCache(model, budget=1 << 20, prefill_chunk_size=7)
+    dense = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for number, ids in enumerate((random_tokens(2, 61), random_tokens(2, 1, seed=3))):
+        with torch.no_grad():
+            ours, theirs = (model(ids, past_key_values=each).logits for each in (cache, dense))
+        assert difference(ours, theirs) <= RELATIVE_TOLERANCE, f"call {number}"
+    assert bool(divided) == (family not in OTHERS_READ_WHOLE)
+
+
+@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest"])
+@pytest.mark.parametrize("size", [1, 5, 64, 100])
+def test_the_same_selections(method: str, size: int, divided: list[int]) -> None:
+    """Behind a prompt in chunks, sparse steps select what they select behind a whole one."""
+    model, traces = build_model("llama"), []
+    ids, mask = left_padded([190, 161])
+    for chunk in (None, size):
+        cache = SpinCache(model, method, budget=24, **SMALL_ZONES, prefill_chunk_size=chunk)
+        with torch.no_grad():
+            given: dict[str, Tensor] = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+            steps = [model(ids, past_key_values=cache, **given).logits[:, -1:]]
+            for step in range(4):
+                mask_now = torch.cat([mask, mask.new_ones((2, step + 1))], 1)
+                place = mask_now.sum(1, keepdim=True) - 1
+                tokens = random_tokens(2, 1, seed=step)
+                output = model(tokens, past_key_values=cache, attention_mask=mask_now, position_ids=place)
+                steps.append(output.logits)
+        assert cache.stats().sparse_queries
+        cache.check_integrity()
+        traces.append(torch.cat(steps, 1))
+    assert divided == [190]
+    torch.testing.assert_close(*traces)
+
+
+@pytest.mark.parametrize("keep", [None, 0, 1, 3, 12, 40])
+def test_the_logits_that_the_caller_wants(keep: int | None, divided: list[int]) -> None:
+    model = build_model("llama")
+    ids, cache = random_tokens(2, 40), SpinCache(model, prefill_chunk_size=9)
+    given = {} if keep is None else {"logits_to_keep": keep}
+    with torch.no_grad():
+        ours, theirs = model(ids, past_key_values=cache, **given), model(ids, **given)
+    assert ours.past_key_values is cache
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    assert divided == [40]
+
+
+def test_the_model_below_the_head(divided: list[int]) -> None:
+    model = build_model("llama").model
+    ids = random_tokens(2, 40)
+    with torch.no_grad():
+        ours = model(inputs_embeds=model.embed_tokens(ids), past_key_values=SpinCache(model, prefill_chunk_size=9))
+        theirs = model(ids)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
+    assert divided == [40]
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [(dict(output_hidden_states=True), 0), (dict(output_attentions=True), 0), (dict(return_dict=False), 1)],  # inside
+    ids=str,
+)
+def test_outputs_that_chunks_do_not_have(options: dict[str, Any], times: int, divided: list[int]) -> None:
+    model = build_model("llama")
+    ids, cache = random_tokens(2, 40), SpinCache(model, budget=1 << 20, prefill_chunk_size=9)
+    with torch.no_grad():
+        ours, theirs = model(ids, past_key_values=cache, **options), model(ids, use_cache=True, **options)
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert len(divided) == times
+
+
+def test_gradients_are_those_of_the_whole_prompt(divided: list[int]) -> None:
+    model = copy.deepcopy(build_model("llama"))
+    ids = random_tokens(1, 40)
+    found = []
+    for cache in (SpinCache(model, prefill_chunk_size=9), None):
+        model.zero_grad()
+        model(ids, past_key_values=cache).logits.sum().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*found)
+    assert not divided
+
+
+@pytest.mark.parametrize("held", [0, 12])
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_an_interrupted_prompt_is_forgotten_whole(chunk: int, held: int) -> None:
+    """Also the chunks before the interruption; tokens held before the call stay."""
+    model = copy.deepcopy(build_model("gemma3_text"))
+    cache, dense = SpinCache(model, budget=1 << 20, prefill_chunk_size=9), DynamicCache(config=model.config)
+    with torch.no_grad():
+        if held:
+            for each in (cache, dense):
+                model(random_tokens(2, held, seed=1), past_key_values=each)
+        calls = iter(range(99))
+
+        def interrupt(*_: Any) -> None:
+            if next(calls) == chunk:
+                raise KeyboardInterrupt
+
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(random_tokens(2, 40), past_key_values=cache)
+        hook.remove()
+        assert cache.get_seq_length() == held
+        cache.check_integrity()
+        for ids in (random_tokens(2, 33, seed=2), random_tokens(2, 1, seed=3)):
+            ours, theirs = (model(ids, past_key_values=each).logits for each in (cache, dense))
+            assert difference(ours, theirs) <= RELATIVE_TOLERANCE
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk() -> None:
+    model = copy.deepcopy(build_model("llama"))
+    cache = SpinCache(model, gpu_memory="100kB", cpu_memory="100kB", prefill_chunk_size=64)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("a layer was called"))
+    with torch.no_grad(), pytest.raises(CapacityError, match="cpu_memory"):
+        model(random_tokens(1, 4000), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_prefill_chunk_size_of_generate_takes_the_same_path(divided: list[int]) -> None:
+    """transformers divides the prompt itself then, also for a cache made from a config."""
+    model, ids = build_model("llama"), random_tokens(2, 90)
+    for source in (model, model.config):
+        cache = SpinCache(source, budget=1 << 20)
+        ours = model.generate(ids, past_key_values=cache, max_new_tokens=5, prefill_chunk_size=20)
+        assert torch.equal(ours, model.generate(ids, max_new_tokens=5))
+    assert not divided
+
+
+@pytest.mark.parametrize(("tokens", "size", "wanted"), [
+    (9, 4, [(0, 4), (4, 8), (8, 9)]), (8, 4, [(0, 4), (4, 8)]), (3, 4, [(0, 3)]), (3, 1, [(0, 1), (1, 2), (2, 3)]),
+    (130, 64, [(0, 64), (64, 130)]), (140, 64, [(0, 64), (64, 128), (128, 140)]),
+])  # fmt: skip
+def test_chunks(tokens: int, size: int, wanted: list[tuple[int, int]]) -> None:
+    assert list(prompt_reader.chunks(tokens, size)) == wanted
