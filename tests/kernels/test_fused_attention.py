@@ -1,0 +1,51 @@
+"""torch's fused attention against the reference, with its log-sum-exp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spin_hf.kernels import fused_attention
+from spin_hf.kernels.reference import attend, merge_attention
+
+SHAPES = [
+    # batch, KV heads, group, queries, tokens, key dim, value dim
+    (2, 2, 3, 5, 5, 16, 16), (1, 3, 1, 33, 33, 64, 64), (2, 2, 3, 5, 9, 5, 5), (1, 2, 4, 1, 30, 64, 32),
+    (1, 2, 4, 1, 1, 64, 64), (1, 1, 8, 63, 200, 80, 80),
+]  # fmt: skip
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, softcap: float | None, causal: bool) -> None:
+    batch, heads, group, queries, tokens, key_dim, value_dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    query, keys = new(batch, heads, queries, group, key_dim).transpose(2, 3), new(batch, heads, tokens, key_dim)
+    values = new(batch, tokens, heads, value_dim).transpose(1, 2)
+    mask = torch.ones((queries, tokens), dtype=torch.bool)
+    mask = (mask.tril(tokens - queries) if causal else mask)[None, None, None]
+    out, lse = fused_attention(query, keys, values, 0.3, causal, softcap)
+    wanted, wanted_lse = attend(query, keys, values, mask, 0.3, softcap)
+    assert out.shape == (batch, heads, group, queries, value_dim)
+    torch.testing.assert_close(out.float(), wanted, rtol=0, atol=TOLERANCE[dtype] * float(wanted.abs().max()))
+    torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=1e-4)
+
+
+def test_pieces_merge_to_the_whole() -> None:
+    """Attention to earlier tokens in pieces and to the new ones is attention to all of them."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn((2, 2, *rest), generator=generator) for rest in ((3, 7, 16), (40, 16), (40, 16)))
+    pieces = [slice(0, 16), slice(16, 17), slice(17, 33)]
+    partials = [fused_attention(query, keys[:, :, at], values[:, :, at], 0.25, False) for at in pieces]
+    partials.append(fused_attention(query, keys[:, :, 33:], values[:, :, 33:], 0.25, True))
+    out, lse = merge_attention(partials)
+    wanted, wanted_lse = fused_attention(query, keys, values, 0.25, True)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(lse, wanted_lse)
