@@ -27,8 +27,6 @@ from ..integration.layer_types import decoder_config
 from ..integration.prompt_bar import PromptBar
 from ..memory.admission import check_first_batch
 
-CHUNK_TOKENS = 8192
-"""Tokens of all sequences in one chunk, on a GPU: enough for its matrix products to run at full speed."""
 _LEAST_CHUNK = 256
 """Tokens per sequence that a chunk has at least."""
 
@@ -50,7 +48,7 @@ class PromptReader:
     """
 
     def __init__(self, layers: list[Any], passes: ForwardPass, config: Any) -> None:
-        self.layers, self.passes, self.state = layers, passes, passes.state
+        self.layers, self.passes, self.state, self.config = layers, passes, passes.state, config
         self.size = self.state.options.prefill_chunk_size
         self.may_split = _may_split(config, layers)
 
@@ -65,17 +63,21 @@ class PromptReader:
         new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if not isinstance(new, Tensor) or new.dim() < 2 or self.state.reads_prompt:
             return forward
-        size = self._chunk_size(new)
+        size = self._chunk_size(module, new)
         if new.shape[1] <= size or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
             return forward
         return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size)
 
-    def _chunk_size(self, new: Tensor) -> int:
+    def _chunk_size(self, module: nn.Module, new: Tensor) -> int:
+        """Tokens of each sequence in a chunk."""
         if self.size is not None:
             return self.size
-        if new.device.type == "cpu":
-            return new.shape[1]
-        return max(_LEAST_CHUNK, CHUNK_TOKENS // max(1, new.shape[0]))
+        batch_size, num_tokens = new.shape[:2]
+        if new.device.type == "cpu" or num_tokens <= _LEAST_CHUNK:
+            return num_tokens
+        item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
+        fitting = self.passes.gpu.chunk_tokens(self.config, item_bytes, new.device)
+        return max(_LEAST_CHUNK, fitting // batch_size)
 
     def _is_divisible(
         self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, num_tokens: int

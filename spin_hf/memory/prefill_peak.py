@@ -1,0 +1,60 @@
+"""Temporary memory of a prompt: what a forward takes beside the pages, and the chunks that fit the memory that is free.
+
+    per token    hidden states and the MLP's intermediate ones; output of attention, in pieces and merged
+    pieces       earlier keys and values, as they are read (`storage/page_stream.py`)
+
+An estimate from the config: what the model's own code allocates is its own affair. `benchmarks/speed/prefill.py` measures it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..storage.page_stream import PIECE_BYTES
+from . import watermarks
+
+MOST_CHUNK_TOKENS = 8192
+"""Tokens of all sequences in a chunk, on a GPU: enough for its matrix products to run at full speed."""
+_LEAST_CHUNK_TOKENS = 256
+_HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
+"""Tensors of a decoder layer that live at once: residual, norm, queries, outputs of attention; gate, up, and their product."""
+_PIECES = 4
+"""Buffers of a stream: two loads, and the keys and values of the piece in use, once more for contiguous memory."""
+
+
+def bytes_per_token(config: Any, item_bytes: int) -> int:
+    """Temporary bytes of a forward per token of one sequence; 0 if the config does not say."""
+    hidden = getattr(config, "hidden_size", None) or 0
+    dense = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    routed = experts * (getattr(config, "moe_intermediate_size", None) or 0)
+    if isinstance(dense, (list, tuple)):
+        dense = max(dense)
+    return item_bytes * (_HIDDEN_STATES * hidden + _INTERMEDIATE_STATES * max(dense, routed))
+
+
+def prefill_bytes(config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int) -> int:
+    """Temporary bytes of reading a prompt.
+
+    Args:
+        num_tokens: of all sequences.
+        chunk_tokens: most tokens of all sequences in a forward.
+    """
+    pieces = _PIECES * PIECE_BYTES if num_tokens > chunk_tokens else 0
+    return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces
+
+
+def chunk_tokens(config: Any, item_bytes: int, held: int, device: torch.device) -> int:
+    """Tokens of all sequences in a chunk, so that a forward fits the memory that prompts leave free.
+
+    Args:
+        held: bytes that the cache holds on `device`, a GPU.
+    """
+    free = watermarks.free_gpu_memory(device)
+    if free is None:
+        return MOST_CHUNK_TOKENS
+    room = min(free, 2 * watermarks.margin(held + free)) - _PIECES * PIECE_BYTES
+    fitting = room // max(1, bytes_per_token(config, item_bytes))
+    return max(_LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, 1 << max(0, int(fitting).bit_length() - 1)))
