@@ -347,7 +347,7 @@ class SpinCache(Cache):
 
     @property
     def paged_layers(self) -> list[SpinLayer]:
-        """The layers whose keys and values live in pages."""
+        """The layers whose keys and values live in pages. Their attributes are for inspection and may change."""
         return [layer for layer in self.layers if isinstance(layer, SpinLayer)]
 
     def _unpaged_layers(self) -> list[Any]:

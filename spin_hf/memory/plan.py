@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .watermarks import cap_for_prompts, free_gpu_memory
+from .watermarks import Watermarks, free_gpu_memory
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def plan(
     states_dtype = _dtype(model, config, dtype)
     device = _device(model)
     free = free_gpu_memory(device)
-    auto = None if free is None else cap_for_prompts(0, free)
+    auto = None if free is None else Watermarks(parsed.tuning.margin_bytes).cap_for_prompts(0, free)
     cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
     budgets = [tier_budget(shape, states_dtype, resolved, parsed, cap, len(layers), device) for shape in shapes]
     arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0

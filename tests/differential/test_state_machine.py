@@ -37,6 +37,7 @@ from tests.support.cache_driver import CacheDriver, RandomKV, poisoned_memory
 from tests.support.clustering_methods import SelectingAll, ShuffledWhole, little_slack
 from tests.support.fake_gpu import bytes_of, fake_gpu
 from tests.support.plain_rows import SHAPE, Row, empty_row
+from tests.support.tuning import tuned
 
 MAX_TOKENS, MAX_ROWS = 400, 5
 TOLERANCE = 1e-5
@@ -61,11 +62,13 @@ class Histories(RuleBasedStateMachine):
         """New tokens."""
         return RandomKV.random(SHAPE, rows, count, seed)
 
-    @initialize()
-    def start(self) -> None:
-        self.driver = CacheDriver(
-            SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options
-        )
+    @initialize(interval=st.sampled_from([1, 3, 64]))
+    def start(self, interval: int) -> None:
+        """Args: interval: steps until a cache that gave memory back grows again, or gives back more."""
+        with tuned(check_interval_steps=interval):
+            self.driver = CacheDriver(
+                SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options
+            )
         self.rows: Rows = []
         self.saved: tuple[Any, Rows] | None = None
 
@@ -229,11 +232,6 @@ class Histories(RuleBasedStateMachine):
         assert given == held - bytes_of(cache)
         if not self.length and share is None:
             assert bytes_of(cache) == 0
-
-    @rule()
-    def look(self) -> None:
-        """The next step is one that grows again, or gives back."""
-        self.driver.cache._passes.gpu._steps_left = 1
 
     # ------------------------------------------------------------------------------------------------------ invariants
 
