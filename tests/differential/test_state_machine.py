@@ -50,6 +50,7 @@ class SelectAll(SelectingAll, ShadowKV):
 
 Rows = list[Row]
 seeds = st.integers(0, 2**31)
+intervals = st.sampled_from([1, 3, 64])
 
 
 class Histories(RuleBasedStateMachine):
@@ -62,9 +63,13 @@ class Histories(RuleBasedStateMachine):
         """New tokens."""
         return RandomKV.random(SHAPE, rows, count, seed)
 
-    @initialize(interval=st.sampled_from([1, 3, 64]))
+    @initialize(interval=intervals)
     def start(self, interval: int) -> None:
-        """Args: interval: steps until a cache that gave memory back grows again, or gives back more."""
+        """Make the cache.
+
+        Args:
+            interval: steps between two checks of free memory, after which frames that were released come back.
+        """
         with tuned(check_interval_steps=interval):
             self.driver = CacheDriver(
                 SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options
@@ -273,9 +278,9 @@ class HistoriesWithOthers(Histories):
     def teardown(self) -> None:
         self.stack.close()
 
-    @initialize()
-    def start(self) -> None:
-        super().start()
+    @initialize(interval=intervals)
+    def start(self, interval: int) -> None:
+        super().start(interval)
         self.gpu.caches = [self.driver.cache]
 
     @rule(share=st.sampled_from([0.0, 0.0, 0.2, 0.5]))
