@@ -277,7 +277,7 @@ class SpinCache(Cache):
         """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
-        return stats_of(self._state, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
+        return stats_of(self._state, self._passes.backends.counted(), self.get_seq_length(), self._dense_reasons)
 
     @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:

@@ -22,4 +22,4 @@ def forward_of(cache: SpinCache) -> ForwardPass:
 
 def counted_by_kernels(cache: SpinCache) -> dict[str, int]:
     """Counters of the kernels, by the names of `Counter`. Reads the device."""
-    return forward_of(cache).kernels.counted()
+    return forward_of(cache).backends.counted()

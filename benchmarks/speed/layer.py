@@ -86,7 +86,7 @@ class Case:
     def tick(self) -> None:
         """The clock of the residency goes on, and nothing is in the GPU's caches, as between steps of a model."""
         self.other_memory.zero_()
-        forward_of(self.cache).kernels.in_use()[0].step[StepField.CLOCK] += 1
+        forward_of(self.cache).backends.in_use()[0].step[StepField.CLOCK] += 1
 
     def other_query(self) -> None:
         """The next step asks something unrelated."""

@@ -248,12 +248,12 @@ def test_products_with_int8_landmarks_are_exact(
     kv = RandomKV.random(shape, 1, length + 1, seed=4)
     driver.step(kv, 0, length)
     layer = driver.cache.layers[0]
-    step, store = layer.kernels(), layer.store
+    step, store = layer.backend, layer.store
     step.multiplies_int8 = digits
     driver.step(kv, length, length + 1)
     query = kv.queries[0][:, :, length].unflatten(1, (kv.shape.kv_heads, -1))
     exact = query.double() @ store.summary("landmark").double().transpose(-1, -2) * driver.scale
-    first, stop = step.plan[0, 0, PlanField.FIRST], step.plan[0, 0, PlanField.STOP]
+    first, stop = step.zone_plan[0, 0, PlanField.FIRST], step.zone_plan[0, 0, PlanField.STOP]
     exact = exact[..., first:stop]
     held = step.scratch[StepField.LOGITS].view(*query.shape[:3], -1)[..., first:stop].double()
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale

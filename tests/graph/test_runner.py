@@ -250,7 +250,7 @@ def test_kernels_in_use_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch)
         model(tokens[:1], past_key_values=cache)  # several tokens: not a step to capture, but kernels of another batch
     cache.batch_repeat_interleave(2)
     assert _replays_of_a_step(model, cache) == 0
-    assert kernels_of(cache) == [cache.layers[0].kernels()]
+    assert kernels_of(cache) == [cache.layers[0].backend]
     cache.check_integrity()
 
 

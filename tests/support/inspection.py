@@ -27,12 +27,12 @@ def forward_of(cache: SpinCache) -> ForwardPass:
 
 def kernels_of(cache: SpinCache) -> list[StepKernels]:
     """Kernels that serve a cache; none if the reference backend does."""
-    return forward_of(cache).kernels.in_use()
+    return forward_of(cache).backends.in_use()
 
 
 def counted_by_kernels(cache: SpinCache) -> dict[str, int]:
     """Counters of the kernels, by the names of `Counter`. `stats()` adds those of the reference backend."""
-    return forward_of(cache).kernels.counted()
+    return forward_of(cache).backends.counted()
 
 
 def unpaged_layers(cache: SpinCache) -> list[Any]:
