@@ -71,8 +71,8 @@ class SpinCache(Cache):
             value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, also of its copy on the GPU,
             then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
             all pages fit the compute tier. A forward attends to its own keys and values unquantized.
-        prefill_chunk_size: most tokens per sequence of a prompt that are read at a time, so that activations of the others take
-            no memory. "auto" chooses by device and batch; None reads prompts whole. The result is the same.
+        prefill_chunk_size: tokens per sequence of a prompt that are read at a time, which bounds the memory of activations;
+            "auto" by what fits the device, None for whole prompts. The result is the same.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -239,7 +239,7 @@ class SpinCache(Cache):
         """Repeat every sequence `repeats` times, side by side. Pages are shared, not copied."""
         times = times_of(repeats)
         self._log.settle(self.layers)
-        rows = [row for row in range(self._held_batch() or 0) for _ in range(times)]
+        rows = [row for row in range(held_batch(self._state, self.layers) or 0) for _ in range(times)]
         self._select(rows)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -351,7 +351,7 @@ class SpinCache(Cache):
 
     @property
     def paged_layers(self) -> list[SpinLayer]:
-        """The layers whose keys and values live in pages."""
+        """The layers whose keys and values live in pages. Their attributes are for inspection and may change."""
         return [layer for layer in self.layers if isinstance(layer, SpinLayer)]
 
     def _unpaged_layers(self) -> list[Any]:
@@ -363,7 +363,7 @@ class SpinCache(Cache):
             self.calls.check_traced()
             return
         self.calls.check()
-        held = self._held_batch()
+        held = held_batch(self._state, self.layers)
         if held is not None:
             check_batch(held, batch_size)
         self._log.check_layer(index, self.layers)
@@ -377,13 +377,10 @@ class SpinCache(Cache):
             self._log.may_begin(self.layers)
         return state
 
-    def _held_batch(self) -> int | None:
-        return held_batch(self._state, self.layers)
-
     def _select(self, indices: Any) -> None:
         """Select sequences in all layers. If it fails, no layer has changed."""
         self._log.settle(self.layers)
-        rows = rows_of(indices, self._held_batch())
+        rows = rows_of(indices, held_batch(self._state, self.layers))
         if not rows:
             return  # the cache is empty
         chosen = torch.tensor(rows)

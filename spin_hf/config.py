@@ -1,5 +1,8 @@
 """Options of a cache: parsing, validation and messages.
 
+    SpinOptions    what the user chooses
+     └── Tuning    sizes and intervals that only tests and benchmarks change
+
 `SpinOptions` holds the validated options: frozen, in tokens and bytes, the same for every layer. Numbers of any type (numpy
 too) become plain ints and floats. Unbounded numbers are clamped to `MOST_TOKENS` or `MOST_BYTES`, so that later arithmetic
 does not overflow 32 or 64 bits.
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -125,6 +128,44 @@ def shown(value: Any, most: int = 300) -> str:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Sizes and intervals of one cache, for tests and benchmarks. Not part of the interface.
+
+    Small numbers let a small cache do what a large one does: it then has several chunks, splits, spans and checks.
+
+    Attributes:
+        programs: target number of programs of a kernel launch: four per multiprocessor of an H100.
+        min_chunk_segments, max_chunk_segments: limits on the segments of a chunk.
+        cpu_chunk_bytes, gpu_chunk_bytes: size of a chunk. Host memory is committed on first write, so its chunks may be large.
+            GPU memory and page-locked memory are committed at once.
+        index_bytes: most bytes of pages that are clustered or summarized in one call, unless one layer has more. Bounds
+            temporary memory.
+        cluster_tokens: most tokens clustered at a time, per sequence and per call of the method. Bounds temporary memory.
+        slack_tokens: tokens before the recent window that are not clustered yet, so that assisted generation can crop rejected
+            tokens cheaply.
+        margin_bytes: smallest margin of free GPU memory, but at most a fifth of the pool (`memory/watermarks.py`).
+        check_interval_steps: steps between two checks of free GPU memory, which query the driver.
+        prompt_frames: most page frames per KV head during a prefill, which does not read them.
+        prefill_tokens: most tokens of all sequences in a chunk of a prompt on a GPU: enough for matrix products at full speed.
+        piece_bytes: keys and values that a prompt reads at a time from earlier pages (`storage/page_stream.py`).
+    """
+
+    programs: int = 528
+    min_chunk_segments: int = 4
+    max_chunk_segments: int = 1024
+    cpu_chunk_bytes: int = 64 << 20
+    gpu_chunk_bytes: int = 8 << 20
+    index_bytes: int = 1 << 30
+    cluster_tokens: int = 32768
+    slack_tokens: int = 64
+    margin_bytes: int = 256 << 20
+    check_interval_steps: int = 64
+    prompt_frames: int = 2048
+    prefill_tokens: int = 8192
+    piece_bytes: int = 128 << 20
+
+
+@dataclass(frozen=True)
 class SpinOptions:
     """Options of a cache other than its method. Numbers of tokens are at most `MOST_TOKENS`.
 
@@ -141,6 +182,7 @@ class SpinOptions:
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
         cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
         prefill_chunk_size: most tokens per sequence that a prompt's forward reads at a time; None for a size by device.
+        tuning: no option of the user, see `Tuning`.
     """
 
     budget: int | float = 2048
@@ -152,6 +194,7 @@ class SpinOptions:
     summary_dtype: str = "auto"
     cpu_dtype: str = "auto"
     prefill_chunk_size: int | None = None
+    tuning: Tuning = field(default=Tuning(), repr=False)
 
     @classmethod
     def parse(

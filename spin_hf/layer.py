@@ -87,7 +87,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         store = PageStore(
             state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),
-            budget, key_states.dtype, device,
+            budget, state.options.tuning, key_states.dtype, device,
             multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
             summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
         )  # fmt: skip

@@ -5,7 +5,7 @@
     distill -> attention, integration and below
 
 A module imports from its own set and from earlier ones. Imports are read from the source, so one inside a function or under
-`TYPE_CHECKING` counts too.
+`TYPE_CHECKING` counts too. Tests, benchmarks and examples use no private attribute of a cache.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from pathlib import Path
 import pytest
 
 import spin_hf
+from tests.support.cache_driver import Shape
 
 PACKAGE = Path(spin_hf.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+OUTSIDE = sorted(
+    file
+    for folder in ("tests", "benchmarks", "examples")
+    for file in (Path(__file__).parents[1] / folder).rglob("*.py")
+    if file != Path(__file__)
+)
 MAX_LINES = 400
 
 ORDER: list[set[str]] = [
@@ -169,3 +176,35 @@ def test_all_lists_what_is_public() -> None:
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert names == set(spin_hf.__all__) - {"__version__"}
+
+
+def private_names() -> set[str]:
+    """Private attributes and methods of a cache."""
+    held = [*vars(spin_hf.SpinCache), *vars(spin_hf.SpinCache(Shape().config()))]
+    return {name for name in held if name.startswith("_") and not name.startswith("__")}
+
+
+def private_uses(source: str, private: set[str]) -> list[str]:
+    """Private names that a source takes from other objects than `self`, also as strings (`setattr`, `patch.object`)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in private and ast.unparse(node.value) != "self":
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Constant) and node.value in private:
+            found.append(f"line {node.lineno}: {node.value!r}")
+    return found
+
+
+def test_private_uses_are_found() -> None:
+    private = private_names()
+    assert {"_state", "_passes", "_log", "_select"} <= private
+    source = "self._state\ncache._state.committed\npatch.object(runs[0].cache, '_select')\ncache.paged_layers"
+    assert private_uses(source, private) == ["line 2: cache._state", "line 3: '_select'"]
+    assert len(OUTSIDE) > 100
+
+
+def test_no_private_attribute_of_a_cache_outside_the_package() -> None:
+    """Tests read `stats()` and `tests/support/inspection.py`, benchmarks `stats()` and `benchmarks/common/inspection.py`."""
+    private = private_names()
+    used = {str(file): private_uses(file.read_text(encoding="utf-8"), private) for file in OUTSIDE}
+    assert not {name: uses for name, uses in used.items() if uses}

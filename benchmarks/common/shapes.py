@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
+from benchmarks.common.inspection import forward_of, state_of
 from spin_hf import SpinCache
 
 _COMMON: dict[str, Any] = {"max_position_embeddings": 1 << 20, "dtype": torch.bfloat16}
@@ -116,8 +117,8 @@ def fill_spin(
             valid = torch.arange(start, start + count, device=device) >= padding.to(device).unsqueeze(1)
         for layer in cache.layers:
             layer.append(*states(config, count, device, batch), valid)
-        cache._passes.commit()
-    cache._state.visible_length.fill_(num_tokens)
+        forward_of(cache).commit()
+    state_of(cache).visible_length.fill_(num_tokens)
 
 
 def chunk_tokens(batch: int) -> int:
@@ -130,7 +131,7 @@ def reserve_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "
 
     Page-locked memory comes faster in few large slabs, and pages go to the tier where they will stay.
     """
-    shared = cache._state
+    shared = state_of(cache)
     shared.sequences.begin(batch, num_tokens, None)
     key, value = states(config, 1, device, batch)
     for layer in cache.paged_layers:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.inspection import forward_of, state_of
 from benchmarks.common.record import RESULTS, fingerprint
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.common.shapes import SHAPES
@@ -52,14 +53,13 @@ def held(batch_size: int, tokens: int, method: str, gpu_memory: int | str) -> tu
     """What a cache reports that has room for a batch, and the page frames of a layer, over all sequences and KV heads."""
     shape = config()
     cache = SpinCache(shape, method, gpu_memory=gpu_memory)
-    shared = cache._state
-    shared.sequences.begin(batch_size, tokens, None)
+    state_of(cache).sequences.begin(batch_size, tokens, None)
     state = torch.empty((batch_size, shape.num_key_value_heads, 1, shape.head_dim), dtype=_DTYPE, device="meta")
     for layer in cache.paged_layers:
         layer.lazy_initialization(state, state)
         for array in layer.store._arrays():
             _ = array.address_table  # kernels ask for it
-    cache._passes.commit()
+    forward_of(cache).commit()
     frames = cache.paged_layers[0].store.frames
     return cache.stats(), 0 if frames is None else frames.slot_page.numel()
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from benchmarks.common.inspection import state_of
 from benchmarks.common.record import RESULTS, fingerprint
 from benchmarks.common.rows_file import Rows
 from benchmarks.common.shapes import build
@@ -60,7 +61,7 @@ def once(model: Any, ids: Tensor, cache: Cache) -> dict[str, float]:
     """Milliseconds of one prefill, and of clustering behind it."""
     row = {"prefill_ms": milliseconds(ids.device, lambda: model(ids, past_key_values=cache, logits_to_keep=1))}
     if isinstance(cache, SpinCache):
-        row["cluster_ms"] = milliseconds(ids.device, lambda: cluster.cluster_new_tokens(cache._state))
+        row["cluster_ms"] = milliseconds(ids.device, lambda: cluster.cluster_new_tokens(state_of(cache)))
     return row
 
 

@@ -28,6 +28,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common.inspection import counted_by_kernels, forward_of
 from benchmarks.common.link import bursts, copies, gpu_us
 from benchmarks.common.record import RESULTS, fingerprint
 from benchmarks.common.shapes import SHAPES, fill_spin, states
@@ -62,8 +63,7 @@ class Case:
         self.about["fill_s"] = round(time.perf_counter() - started, 3)
         layer: Any = self.cache.layers[0]
         key, value = states(config, 1)
-        layer.append(key, value, None)
-        self.cache._passes.commit()
+        forward_of(self.cache).prepare(1, 1, None)
         shape = (1, config.num_attention_heads, 1, config.head_dim)
         self.query = torch.randn(shape, device=key.device, dtype=key.dtype)
         out = torch.empty((1, 1, *shape[1::2]), device=key.device, dtype=key.dtype)
@@ -71,7 +71,7 @@ class Case:
         self.other_memory = torch.empty(256 << 20, dtype=torch.uint8, device=key.device)
 
         def step() -> None:
-            layer.launch(self.query, key, value, None, out, True, config.head_dim**-0.5, None)
+            layer.run(self.query, key, value, None, None, out, True, config.head_dim**-0.5, None)
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -86,7 +86,7 @@ class Case:
     def tick(self) -> None:
         """The clock of the residency goes on, and nothing is in the GPU's caches, as between steps of a model."""
         self.other_memory.zero_()
-        self.cache._passes.backends.in_use()[0].step[StepField.CLOCK] += 1
+        forward_of(self.cache).backends.in_use()[0].step[StepField.CLOCK] += 1
 
     def other_query(self) -> None:
         """The next step asks something unrelated."""
@@ -105,9 +105,9 @@ class Case:
         same = statistics.median(gpu_us(self.graph.replay, before=self.tick, repeats=repeats))
         took, loaded = [], []
         for _ in range(repeats):
-            before = self.cache._passes.backends.counted()["LOADS"]
+            before = counted_by_kernels(self.cache)["LOADS"]
             took += gpu_us(self.graph.replay, before=self.other_query, repeats=1)
-            loaded.append((self.cache._passes.backends.counted()["LOADS"] - before) * store.backing.row_bytes)
+            loaded.append((counted_by_kernels(self.cache)["LOADS"] - before) * store.backing.row_bytes)
         row = {
             **self.about, "same_us": round(same, 1), "new_us": round(statistics.median(took), 1),
             "new_loads_mib": round(statistics.mean(loaded) / 2**20, 3),
@@ -120,9 +120,9 @@ class Case:
     def kernels(self) -> dict[str, Any]:
         """Microseconds of each kernel of the package with the same query and with other ones, and the rate of the loads."""
         result: dict[str, Any] = {}
-        counted, loaded = self.cache._passes.backends.counted, 0
+        loaded = 0
         for name, before in zip(NAMES, (self.tick, self.other_query), strict=True):
-            loaded = counted()["LOADS"]
+            loaded = counted_by_kernels(self.cache)["LOADS"]
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 for _ in range(PROFILED):
                     before()
@@ -131,7 +131,7 @@ class Case:
             events = [(event.key, event.count, event.self_device_time_total) for event in profiled.key_averages()]
             took, _, _ = per_layer(events, kernel_names(), PROFILED, 1)
             result[f"{name}_kernels_us"] = {kernel: round(us, 2) for kernel, us in sorted(took.items())}
-            loaded = counted()["LOADS"] - loaded
+            loaded = counted_by_kernels(self.cache)["LOADS"] - loaded
         if loaded:  # of the queries profiled last, the new ones
             attend = {
                 name: sum(us for kernel, us in result[f"{name}_kernels_us"].items() if "attend" in kernel)

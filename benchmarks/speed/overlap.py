@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.inspection import forward_of, state_of
 from benchmarks.common.record import RESULTS
 from benchmarks.common.shapes import head_dim, own_halves
 from spin_hf import SpinCache
@@ -101,16 +102,16 @@ def find_spread(
 @contextmanager
 def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None]) -> Any:
     """While a model runs eager steps, call `record(layer, chosen)` after each layer: [B * KV heads, pages], bool."""
-    passes, shared = cache._passes, cache._state
+    forward, state = forward_of(cache), state_of(cache)
 
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
-            kernels = passes.backends.in_use()[0]
-            fixed = passes.zones.query(shared.sequences.start, kernels.device).fixed
+            kernels = forward.backends.in_use()[0]
+            fixed = forward.zones.query(state.sequences.start, kernels.device).fixed
             fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
-                kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, shared.sequences.num_pages
+                kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, state.sequences.num_pages
             ))  # fmt: skip
             return result
 
@@ -158,7 +159,7 @@ def measure(model: Any, cache: SpinCache, steps: int = 6, distances: tuple[int, 
         del earlier[: -max(distances)]
 
     with recorded_selections(cache, record):
-        vocab, sequences = model.config.vocab_size, cache._state.sequences
+        vocab, sequences = model.config.vocab_size, state_of(cache).sequences
         token = torch.randint(vocab // 2, vocab, (sequences.batch_size, 1), device=model.device)
         for _ in range(steps):
             valid = sequences.mask.valid

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.inspection import counted_by_kernels
 from benchmarks.common.shapes import fill_spin
 from benchmarks.common.timing import TIMES, attempt, free, tpot, with_memory
 from benchmarks.speed.overlap import FASTEST, NEARLY_STILL, find_spread, measure, real_overlap, set_spread
@@ -57,11 +58,11 @@ class Traffic:
 
     def start(self) -> None:
         """Count from here on."""
-        self.before = self.cache._passes.backends.counted()
+        self.before = counted_by_kernels(self.cache)
 
     def since(self) -> dict[str, int]:
         """Counts since then, over layers, KV heads and steps, by the names of `Counter`."""
-        return {name: count - self.before[name] for name, count in self.cache._passes.backends.counted().items()}
+        return {name: count - self.before[name] for name, count in counted_by_kernels(self.cache).items()}
 
     def row(self, tokens: int) -> dict[str, float]:
         """Hit rate, MiB loaded per token, and tokens attended to per KV head, of the last `tokens` tokens of all sequences."""
@@ -130,7 +131,7 @@ def timed(model: Any, cache: SpinCache, times: int = TIMES, padding: Tensor | No
         times: the median of so many.
         padding: [B], how many tokens in front of each sequence are padding; None for none.
     """
-    traffic, batch = Traffic(cache), cache._state.sequences.batch_size
+    traffic, batch = Traffic(cache), cache.stats().sequences
     took = tpot(
         model, cache, cache.get_seq_length(), times=times, warm=WARM if is_paged(cache) else 0,
         before_timed=traffic.start, batch=batch, padding=padding,

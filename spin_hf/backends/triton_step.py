@@ -73,8 +73,8 @@ class StepKernels(Descriptors, AttentionBackend):
         most, empty = self.most_pages(), self.new((0,), torch.float32)
         self.buffers = StepBuffers(
             splits=Splits.choose(
-                streams, most_tokens=None if most is None else most * state.method.page_size,
-                estimates=self.recipe.estimated_share > 0,
+                streams, programs=state.options.tuning.programs, estimates=self.recipe.estimated_share > 0,
+                most_tokens=None if most is None else most * state.method.page_size,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),
             rerank_histogram=self.new((reranked, NUM_BINS), torch.int32), zone_edges=self.new((streams,), torch.int32),

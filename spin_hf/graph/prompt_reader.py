@@ -26,6 +26,7 @@ from ..integration.forward_hook import is_compiled
 from ..integration.layer_types import decoder_config
 from ..integration.prompt_bar import PromptBar
 from ..memory.admission import check_first_batch
+from ..memory.prefill_peak import chunk_tokens
 
 _LEAST_CHUNK = 256
 """Tokens per sequence that a chunk has at least."""
@@ -76,7 +77,7 @@ class PromptReader:
         if new.device.type == "cpu" or num_tokens <= _LEAST_CHUNK:
             return num_tokens
         item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
-        fitting = self.passes.gpu.chunk_tokens(self.config, item_bytes, new.device)
+        fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, new.device)
         return max(_LEAST_CHUNK, fitting // batch_size)
 
     def _is_divisible(

@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("spin_hf")
 
-SLACK_TOKENS = 64
-"""Tokens before the recent window that are not clustered yet, so that assisted generation can crop rejected tokens cheaply."""
-
-_TOKENS_AT_ONCE = 32768
-"""Most tokens clustered at a time, per sequence and per call of the method. Bounds temporary memory."""
-
 Pages = list[tuple[int, int]]
 """[first, stop) ranges of pages."""
 
@@ -76,7 +70,7 @@ def grow(state: CacheState) -> None:
     if not isinstance(method, ClusteringMethod):
         return
     _cluster_layers(state, method)  # continue after an interruption
-    window = options.recent_window + SLACK_TOKENS
+    window = options.recent_window + options.tuning.slack_tokens
     first, stop = sequences.spans.num_pages, (sequences.length - window) // sequences.page_size
     planned = sequences.spans.planned
     if planned is not None and planned[:2] != (sequences.length, first):
@@ -95,7 +89,7 @@ def grow(state: CacheState) -> None:
     )
     if planned is None:
         stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.span_tokens // sequences.page_size))
-        at_once = max(1, _TOKENS_AT_ONCE // (sequences.page_size * -(-stops[-1] // len(stops))))
+        at_once = max(1, options.tuning.cluster_tokens // (sequences.page_size * -(-stops[-1] // len(stops))))
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
@@ -209,12 +203,13 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     if not layers:
         return
     first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
+    most_tokens = state.options.tuning.cluster_tokens
     runs = [run for start, end in spans.bounds if start >= first for run in _span_runs(state, start, end)]
     valid = []
     for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
         order, cluster_pages, sound = _form_clusters(
-            method, stores_of(group), content, first, runs, _observation_queries(group)
+            method, stores_of(group), content, first, runs, _observation_queries(group), most_tokens
         )
         _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop)
         valid += sound
@@ -281,12 +276,14 @@ def _form_clusters(
     first: int,
     runs: list[Run],
     observation_queries: Tensor | None,
+    most_tokens: int,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Let the method cluster the pages from `first` on. Pages outside of runs keep their order.
 
     Args:
         content: the pages, [L * B, H, n, page elements].
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
+        most_tokens: per call of the method, unless a run has more.
     Returns:
         order [L * B, H, tokens], pages per cluster [L * B, H, n], and for each call of the method whether its result is valid
         ([], bool, on the device). Runs with an invalid result keep their order.
@@ -295,7 +292,7 @@ def _form_clusters(
     keys = stores[0].backing_layout.take(content)[0].unflatten(0, (layers, -1))
     order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
     cluster_pages = order.new_ones(keys.shape[:4])
-    for alike in _by_length(runs, _TOKENS_AT_ONCE // size):
+    for alike in _by_length(runs, most_tokens // size):
         of_runs = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(of_runs).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
         queries = None

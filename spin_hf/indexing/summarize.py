@@ -26,9 +26,6 @@ from ..storage.page_table import PageTable
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
-_BYTES_AT_ONCE = 1 << 30
-"""Most bytes of pages processed in one call, unless one layer has more. Bounds temporary memory."""
-
 _INDEX_TOKENS = 32768
 """Tokens summarized at a time. Bounds the temporary memory of a long prefill."""
 
@@ -68,7 +65,7 @@ def together(
     for group in groups.values():
         store = group[0][1]
         each = num_pages * state.sequences.batch_size * store.num_heads * store.backing.row_bytes
-        at_once = max(1, _BYTES_AT_ONCE // max(1, each))
+        at_once = max(1, state.options.tuning.index_bytes // max(1, each))
         for start in range(0, len(group), at_once):
             yield [layer for layer, _ in group[start : start + at_once]]
 

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_PROGRAMS = 528
-"""Target number of programs of a launch: four per multiprocessor of an H100."""
 _MAX_SPLITS = 64
 """Upper limit of splits per stream. Every split writes a partial result that is read again by the merge."""
 _SCORE_BYTES = 16 << 10
@@ -67,9 +65,15 @@ class Splits:
     estimate: int
 
     @classmethod
-    def choose(cls, num_streams: int, *, most_tokens: int | None, estimates: bool) -> Splits:
-        """Args: most_tokens: upper limit of tokens per query, None if unknown. estimates: whether any page is estimated."""
-        programs = max(1, _PROGRAMS // num_streams)
+    def choose(cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool) -> Splits:
+        """Choose the splits of all launches.
+
+        Args:
+            programs: target number for all streams together.
+            most_tokens: upper limit of tokens per query; None if unknown.
+            estimates: whether any page is estimated.
+        """
+        programs = max(1, programs // num_streams)
         attend = dense = min(_MAX_SPLITS, programs)
         if most_tokens is not None:  # one tile per split, up to the limit
             attend = min(attend, -(-most_tokens // ATTEND_TOKENS))

@@ -30,10 +30,6 @@ from ..storage.tier_budget import TierBudget
 from . import watermarks
 from .layer_budget import LayerShape, tier_budget
 
-CHECK_INTERVAL_STEPS = 64
-"""Steps between two checks of free memory, which query the driver."""
-PROMPT_FRAMES = 2048
-"""Most page frames per KV head during a prefill. A later prompt attends to the past in waves of this size."""
 _SEGMENTS_AHEAD = 2
 """Segments per sequence by which a context may grow until the next check, unless a prompt is added."""
 
@@ -62,7 +58,9 @@ class GpuMemory:
         """Whether there may be fewer frames than the cap allows."""
         self.pending_reclaim: dict[torch.device, int] = {}
         """Bytes by device that other caches requested while this one could not be changed."""
-        self._owner, self._steps_left = threading.get_ident(), CHECK_INTERVAL_STEPS
+        self.tuning = state.options.tuning
+        self.watermarks = watermarks.Watermarks(self.tuning.margin_bytes)
+        self._owner, self._steps_left = threading.get_ident(), self.tuning.check_interval_steps
         self._streams: dict[torch.device, Any] = {}
 
     @property
@@ -111,7 +109,7 @@ class GpuMemory:
                     self._request_from_others(device, least - found)
                     free = watermarks.free_gpu_memory(device) or 0
                     # A smaller margin is better than an error.
-                    found = max(found, min(least, self._held(device) + free))
+                    found = max(found, min(least, self.held(device) + free))
             if found is None or found > cap:
                 self._set_cap(device, found)
                 raised = True
@@ -156,15 +154,15 @@ class GpuMemory:
 
     def short_of_frames(self) -> None:
         """Note that there are fewer frames than the cap allows. Later checks try to grow them again."""
-        self.has_given_back, self._steps_left = True, CHECK_INTERVAL_STEPS
+        self.has_given_back, self._steps_left = True, self.tuning.check_interval_steps
 
     def before_copy(self) -> None:
         """Called before the cache is copied, with its frames: gives back memory to make room for the copy."""
         for device, cap in self.caps.items():
             free = None if cap is None or self.given is not None else watermarks.free_gpu_memory(device)
             if free is not None:
-                held = self._held(device)
-                missing = held - (free - watermarks.margin(held + free))
+                held = self.held(device)
+                missing = held - (free - self.watermarks.margin(held + free))
                 if missing > 0:
                     self._give_back(device, missing // 2)
 
@@ -189,7 +187,7 @@ class GpuMemory:
         if self.caps[device] is None:
             return
         self._remember(device)
-        self.is_sized, self.most_frames = False, PROMPT_FRAMES
+        self.is_sized, self.most_frames = False, self.tuning.prompt_frames
         self._request_memory(device, wanted, least)
         self.caps[device] = self._prompt_cap(device)
 
@@ -210,10 +208,10 @@ class GpuMemory:
             if cap is None or free is None or self.given is not None:
                 continue
             self._remember(device)
-            held = self._held(device)
+            held = self.held(device)
             paged = any(store.frames is not None for store in self._stores(device))
-            if watermarks.is_low(held, free) or (paged and not watermarks.is_ample(held, free)):
-                self._resize(device, watermarks.cap_for_prompts(held, free))
+            if self.watermarks.is_low(held, free) or (paged and not self.watermarks.is_ample(held, free)):
+                self._resize(device, self.watermarks.cap_for_prompts(held, free))
                 self.is_sized = False
 
     def _size(self) -> None:
@@ -221,26 +219,26 @@ class GpuMemory:
 
         Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
-        self.is_sized, self.most_frames, self._steps_left = True, None, CHECK_INTERVAL_STEPS
+        self.is_sized, self.most_frames, self._steps_left = True, None, self.tuning.check_interval_steps
         for device in list(self.caps):
             self._remember(device)
             self._request_memory(device, self._wanted(device), self._least(self._stores(device)))
             cap, free = self._decoding_cap(device), watermarks.free_gpu_memory(device)
-            if cap is not None and free is not None and not watermarks.is_low(self._held(device), free):
+            if cap is not None and free is not None and not self.watermarks.is_low(self.held(device), free):
                 cap = max(cap, self._resident(device))
             self._resize(device, cap)
 
     def _check(self) -> None:
-        self._steps_left = CHECK_INTERVAL_STEPS
+        self._steps_left = self.tuning.check_interval_steps
         complete = True
         for device in list(self.caps):
             self._remember(device)
-            free, held = watermarks.free_gpu_memory(device), self._held(device)
+            free, held = watermarks.free_gpu_memory(device), self.held(device)
             stores, cap = self._stores(device), self.caps[device]
             lacks = any(store.lacks_frames for store in stores)
             complete &= not lacks or cap == self.given
-            too_little = free is not None and self.given is None and watermarks.is_low(held, free)
-            if too_little or (lacks and (free is None or watermarks.is_ample(held, free))):
+            too_little = free is not None and self.given is None and self.watermarks.is_low(held, free)
+            if too_little or (lacks and (free is None or self.watermarks.is_ample(held, free))):
                 self._resize(device, self._decoding_cap(device))
             elif cap is not None and self._least(stores) > cap:  # the context has grown
                 self._resize(device, cap)
@@ -248,7 +246,7 @@ class GpuMemory:
             self.has_given_back = False
 
     def _give_back(self, device: torch.device, num_bytes: int | None) -> int:
-        held, sequences = self._held(device), self.state.sequences
+        held, sequences = self.held(device), self.state.sequences
         if not sequences.length:
             sequences.release()
         else:
@@ -257,7 +255,7 @@ class GpuMemory:
             if before is None or cap < before:
                 self.short_of_frames()
                 self._resize(device, cap)
-        return max(0, held - self._held(device))
+        return max(0, held - self.held(device))
 
     def _reclaim(self) -> None:
         with _lock:
@@ -282,7 +280,7 @@ class GpuMemory:
         if cap is not None and self.state.sequences.batch_size:
             least, free = self._least(stores), watermarks.free_gpu_memory(device) if self.given is None else None
             if least > cap and free is not None:  # room for growth only if memory is free
-                least = min(least, self._held(device) + max(0, free))
+                least = min(least, self.held(device) + max(0, free))
             cap = max(cap, least)
         if cap is not None and self.given is not None:
             cap = min(cap, self.given)
@@ -315,15 +313,16 @@ class GpuMemory:
 
     def _prompt_cap(self, device: torch.device) -> int | None:
         free = watermarks.free_gpu_memory(device)
-        return None if free is None else watermarks.cap_for_prompts(self._held(device), free)
+        return None if free is None else self.watermarks.cap_for_prompts(self.held(device), free)
 
     def _decoding_cap(self, device: torch.device) -> int | None:
         free = watermarks.free_gpu_memory(device)
         if self.given is not None or free is None:
             return self.given
-        return watermarks.cap_for_decoding(self._held(device), free)
+        return self.watermarks.cap_for_decoding(self.held(device), free)
 
-    def _held(self, device: torch.device) -> int:
+    def held(self, device: torch.device) -> int:
+        """Bytes that the cache holds on a device."""
         return sum(store.held_bytes for store in self._stores(device))
 
     def _stores(self, device: torch.device) -> list[PageStore]:
@@ -348,8 +347,8 @@ class GpuMemory:
         free = watermarks.free_gpu_memory(device) if others else None
         if free is None:
             return
-        held = self._held(device)
-        cap = watermarks.cap_for_prompts(held, free)
+        held = self.held(device)
+        cap = self.watermarks.cap_for_prompts(held, free)
         if wanted <= cap:
             return
         if self.given is None:
@@ -378,8 +377,8 @@ class GpuMemory:
         """Bytes that this cache can give back."""
         stores = self._stores(device)
         if not stores or not self.state.sequences.length:
-            return self._held(device)
-        return max(0, self._held(device) - self._least(stores))
+            return self.held(device)
+        return max(0, self.held(device) - self._least(stores))
 
     def _wanted(self, device: torch.device) -> int:
         """Bytes with all pages in the compute tier."""

@@ -69,6 +69,7 @@ def tier_budget(
     layout, host_layout = page_layouts(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
     # Frames are sized for selected pages, not for the rare contexts that are attended to densely.
     selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
+    segments = chunk_segments(shape.num_heads, layout.row_bytes, device, options.tuning)
     return TierBudget(
         num_layers=num_layers,
         num_heads=shape.num_heads,
@@ -83,5 +84,5 @@ def tier_budget(
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         clustering_bytes=sum(clustering_bytes(method).values()),
         selected=selected,
-        chunk_segments=chunk_segments(shape.num_heads, layout.row_bytes, device) if device.type == "cuda" else 1,
+        chunk_segments=segments if device.type == "cuda" else 1,
     )

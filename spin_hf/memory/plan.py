@@ -35,7 +35,8 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .watermarks import cap_for_prompts, free_gpu_memory
+from .prefill_peak import prefill_bytes
+from .watermarks import Watermarks, free_gpu_memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class MemoryPlan:
         gpu_bytes: pages, page frames and summaries in the compute tier, as `CacheStats.gpu_bytes`.
         cpu_bytes: pages in the cpu tier.
         metadata_bytes: the sum of `metadata`.
+        prefill_bytes: temporary memory of a prompt of this length, in addition: activations of a chunk of
+            `prefill_chunk_size` tokens, and earlier keys and values in use. An estimate from the config.
         parts: bytes of pages, page frames, summaries and host pages.
         metadata: bytes by table, as `CacheStats.metadata`, without zeros.
         page_frames: per sequence and KV head, in the layer with the fewest; 0 if all pages live in the compute tier.
@@ -71,6 +74,7 @@ class MemoryPlan:
     gpu_bytes: int
     cpu_bytes: int
     metadata_bytes: int
+    prefill_bytes: int
     parts: Mapping[str, int]
     metadata: Mapping[str, int]
     page_frames: int
@@ -126,12 +130,15 @@ def plan(
     states_dtype = _dtype(model, config, dtype)
     device = _device(model)
     free = free_gpu_memory(device)
-    auto = None if free is None else cap_for_prompts(0, free)
+    auto = None if free is None else Watermarks(parsed.tuning.margin_bytes).cap_for_prompts(0, free)
     cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
     budgets = [tier_budget(shape, states_dtype, resolved, parsed, cap, len(layers), device) for shape in shapes]
     arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
     made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
-    return replace(made, dense_layers=dict(reasons))
+    tuning, chunk = parsed.tuning, parsed.prefill_chunk_size
+    most = tuning.prefill_tokens if chunk is None else batch_size * chunk
+    peak = prefill_bytes(config, states_dtype.itemsize, batch_size * context_length, most, tuning)
+    return replace(made, dense_layers=dict(reasons), prefill_bytes=peak)
 
 
 class _Planner:
@@ -168,6 +175,7 @@ class _Planner:
             gpu_bytes=parts["pages"] + parts["page frames"] + parts["summaries"],
             cpu_bytes=parts["host pages"],
             metadata_bytes=metadata.total(),
+            prefill_bytes=0,
             parts=dict(parts),
             metadata={name: number for name, number in metadata.items() if number},
             page_frames=min(frames, default=0),

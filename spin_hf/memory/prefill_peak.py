@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from ..storage.page_stream import PIECE_BYTES
-from . import watermarks
+from ..config import Tuning
+from .gpu_memory import GpuMemory
+from .watermarks import free_gpu_memory
 
-MOST_CHUNK_TOKENS = 8192
-"""Tokens of all sequences in a chunk, on a GPU: enough for its matrix products to run at full speed."""
 _LEAST_CHUNK_TOKENS = 256
 _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
 """Tensors of a decoder layer that live at once: residual, norm, queries, outputs of attention; gate, up, and their product."""
@@ -35,26 +34,23 @@ def bytes_per_token(config: Any, item_bytes: int) -> int:
     return item_bytes * (_HIDDEN_STATES * hidden + _INTERMEDIATE_STATES * max(dense, routed))
 
 
-def prefill_bytes(config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int) -> int:
+def prefill_bytes(config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, tuning: Tuning) -> int:
     """Temporary bytes of reading a prompt.
 
     Args:
         num_tokens: of all sequences.
         chunk_tokens: most tokens of all sequences in a forward.
     """
-    pieces = _PIECES * PIECE_BYTES if num_tokens > chunk_tokens else 0
+    pieces = _PIECES * tuning.piece_bytes if num_tokens > chunk_tokens else 0
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces
 
 
-def chunk_tokens(config: Any, item_bytes: int, held: int, device: torch.device) -> int:
-    """Tokens of all sequences in a chunk, so that a forward fits the memory that prompts leave free.
-
-    Args:
-        held: bytes that the cache holds on `device`, a GPU.
-    """
-    free = watermarks.free_gpu_memory(device)
+def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device) -> int:
+    """Tokens of all sequences in a chunk, so that a forward fits the memory of `device` that is left free for prompts."""
+    free, tuning = free_gpu_memory(device), gpu.tuning
     if free is None:
-        return MOST_CHUNK_TOKENS
-    room = min(free, 2 * watermarks.margin(held + free)) - _PIECES * PIECE_BYTES
-    fitting = room // max(1, bytes_per_token(config, item_bytes))
-    return max(_LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, 1 << max(0, int(fitting).bit_length() - 1)))
+        return tuning.prefill_tokens
+    margin = gpu.watermarks.margin(gpu.held(device) + free)
+    room = min(free, 2 * margin) - _PIECES * tuning.piece_bytes
+    fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
+    return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

@@ -1,4 +1,4 @@
-"""Watermarks: GPU memory that a cache with `gpu_memory="auto"` may hold, computed from free memory. Stateless.
+"""Watermarks: GPU memory that a cache with `gpu_memory="auto"` may hold, computed from free memory.
 
     pool = bytes held by the cache + bytes free;  margin = a tenth of the pool
 
@@ -11,12 +11,43 @@ Between the two watermarks nothing changes, so small changes in free memory do n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 MARGIN_FRACTION = 0.1
 """Fraction of the pool that decode steps leave free for activations. A prefill leaves twice as much."""
-MARGIN_BYTES = 256 << 20
-"""Smallest margin in bytes, but at most a fifth of the pool."""
+
+
+@dataclass(frozen=True)
+class Watermarks:
+    """Caps and watermarks of a cache that holds `held` bytes while `free` bytes are free.
+
+    Attributes:
+        margin_bytes: smallest margin, but at most a fifth of the pool.
+    """
+
+    margin_bytes: int
+
+    def margin(self, pool: int) -> int:
+        """Bytes to leave free of a pool."""
+        return max(int(pool * MARGIN_FRACTION), min(self.margin_bytes, pool // 5))
+
+    def cap_for_prompts(self, held: int, free: int) -> int:
+        """The cap during a prefill: leaves two margins free, for its larger activations."""
+        return max(1, held + free - 2 * self.margin(held + free))
+
+    def cap_for_decoding(self, held: int, free: int) -> int:
+        """The cap during decoding: leaves one margin free."""
+        return max(1, held + free - self.margin(held + free))
+
+    def is_low(self, held: int, free: int) -> bool:
+        """Whether free memory is below the low watermark, so that the cache must shrink."""
+        return 2 * free < self.margin(held + free)
+
+    def is_ample(self, held: int, free: int) -> bool:
+        """Whether free memory is above the high watermark, so that the cache may grow."""
+        return free > 2 * self.margin(held + free)
 
 
 def free_gpu_memory(device: torch.device) -> int | None:
@@ -32,31 +63,6 @@ def free_gpu_memory(device: torch.device) -> int | None:
     if fraction < 1:
         free = max(0, min(free, int(fraction * total) - reserved))
     return free + reserved - torch.cuda.memory_allocated(index)
-
-
-def margin(pool: int) -> int:
-    """Bytes to leave free of a pool."""
-    return max(int(pool * MARGIN_FRACTION), min(MARGIN_BYTES, pool // 5))
-
-
-def cap_for_prompts(held: int, free: int) -> int:
-    """The cap during a prefill: leaves two margins free, for its larger activations."""
-    return max(1, held + free - 2 * margin(held + free))
-
-
-def cap_for_decoding(held: int, free: int) -> int:
-    """The cap during decoding: leaves one margin free."""
-    return max(1, held + free - margin(held + free))
-
-
-def is_low(held: int, free: int) -> bool:
-    """Whether free memory is below the low watermark, so that the cache must shrink."""
-    return 2 * free < margin(held + free)
-
-
-def is_ample(held: int, free: int) -> bool:
-    """Whether free memory is above the high watermark, so that the cache may grow."""
-    return free > 2 * margin(held + free)
 
 
 def fair_share(wanted: int, available: int, others: int) -> int:

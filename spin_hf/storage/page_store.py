@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..config import Tuning
 from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Conversion
 from .page_frames import PageFrames
@@ -28,16 +29,12 @@ from .summary_array import SummaryArray, stored_as
 from .tier_budget import TierBudget, whole_segments
 from .token_permutation import TokenPermutation
 
-# Host memory is committed on first write, so its chunks may be large. GPU memory and page-locked memory are committed at once.
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 << 20, 8 << 20
-_MIN_CHUNK_SEGMENTS, _MAX_CHUNK_SEGMENTS = 4, 1024
 
-
-def chunk_segments(num_heads: int, page_bytes: int, device: torch.device) -> int:
+def chunk_segments(num_heads: int, page_bytes: int, device: torch.device, tuning: Tuning) -> int:
     """Segments per chunk of a layer's arrays on a device."""
-    chunk_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    chunk_bytes = tuning.cpu_chunk_bytes if device.type == "cpu" else tuning.gpu_chunk_bytes
     segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
-    return min(max(segments, _MIN_CHUNK_SEGMENTS), _MAX_CHUNK_SEGMENTS)
+    return min(max(segments, tuning.min_chunk_segments), tuning.max_chunk_segments)
 
 
 class PageStore:
@@ -50,6 +47,7 @@ class PageStore:
         summary_shapes: name -> shape of a page's summary.
         quantized: whether vector summaries are stored as int8.
         budget: caps and sizes.
+        tuning: sizes of chunks and pieces.
         dtype: of keys and values.
         device: the compute tier.
         multi_page_clusters: for methods that cluster, whether a cluster may have several pages; None for other methods.
@@ -66,6 +64,7 @@ class PageStore:
         summary_shapes: dict[str, tuple[int, ...]],
         quantized: bool,
         budget: TierBudget,
+        tuning: Tuning,
         dtype: torch.dtype,
         device: torch.device,
         multi_page_clusters: bool | None = None,
@@ -75,12 +74,12 @@ class PageStore:
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
-        self.budget = budget
+        self.budget, self.piece_bytes = budget, tuning.piece_bytes
         self.device, self.dtype = device, dtype
         self.layout, self._host_layout = page_layouts(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.length = 0
         """Tokens written to this layer."""
-        rows = chunk_segments(num_heads, self.layout.row_bytes, device) * SEGMENT_PAGES * num_heads
+        rows = chunk_segments(num_heads, self.layout.row_bytes, device, tuning) * SEGMENT_PAGES * num_heads
         self.backing = ChunkedArray((self.layout.row_elements,), rows, dtype, device)
         self.summaries = {}
         for name, shape in summary_shapes.items():

@@ -6,8 +6,8 @@
         copy stream      | load 0 | load 1 |        | load 2 |        | ...
         compute stream            | use 0           | use 1           | use 2 ...
 
-A piece is a range of whole segments, so a copy is one run of host memory per group of consecutive segments. Page frames are
-neither read nor changed: attention to all tokens reads each page once.
+A piece is a range of whole segments with about `piece_bytes` of keys and values, so a copy is one run of host memory per group
+of consecutive segments. Page frames are neither read nor changed: attention to all tokens reads each page once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from torch import Tensor
 
 from .page_store import PageStore
 from .page_table import SEGMENT_PAGES, segments_of
-
-PIECE_BYTES = 128 << 20
-"""Keys and values of one piece. Bounds the temporary memory: two buffers, and the keys and values of the piece in use."""
 
 
 def stream_tokens(store: PageStore, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -49,7 +46,7 @@ def stream_tokens(store: PageStore, stop: int) -> Iterator[tuple[int, Tensor, Te
 def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:
     """Ranges of pages, in whole segments. The first is shorter, as nothing hides its load."""
     segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
-    most = max(1, PIECE_BYTES // segment_bytes)
+    most = max(1, store.piece_bytes // segment_bytes)
     most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one
     first, width = 0, max(1, most // 4) if store.is_registered else most
     while first < num_pages:

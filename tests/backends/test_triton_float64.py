@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import spin_hf.kernels
-from spin_hf.kernels import launch
 from tests.support.cache_driver import Shape, poisoned_memory
 from tests.support.float64_bound import ALL, BOXES, SOME, Case, check_against_float64
+from tests.support.tuning import tune
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -67,7 +67,7 @@ def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(launch, "_PROGRAMS", 8)
+    tune(monkeypatch, programs=8)
     _teach_bfloat16(monkeypatch)
     case = replace(CASES_IN_INT8[name], int8_pages=True)
     with poisoned_memory():
@@ -85,7 +85,7 @@ def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatc
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(launch, "_PROGRAMS", 8)
+    tune(monkeypatch, programs=8)
     _teach_bfloat16(monkeypatch)
     with poisoned_memory():
         check_against_float64(CASES[name], torch.device("cpu"))

@@ -15,6 +15,7 @@ from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
 from spin_hf.storage.page_layout import Int8Layout
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.inspection import counted_by_kernels, forward_of, lower_cap
 from tests.support.interpreted_kernels import forward_steps, interpret_kernels
 from tests.support.zoo import build_model
 
@@ -85,7 +86,7 @@ def test_kernels_do_what_the_reference_does(
                 driver.cache.crop(-2)
             start = 140
     stats = drivers[0].cache.stats()
-    assert drivers[0].cache._passes.backends.counted()["QUERIES"] == stats.sparse_queries > 0
+    assert counted_by_kernels(drivers[0].cache)["QUERIES"] == stats.sparse_queries > 0
     assert stats.loads > 0
     assert stats.hit_rate > 0
     drivers[0].cache.check_integrity()  # frames are what loads give
@@ -109,7 +110,7 @@ def test_rounding_is_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     driver.cache.update(keys, values, 0)
     driver.cache.layers[0].take_pending()
     driver.cache.layers[0].append(keys, values, None)
-    driver.cache._passes.commit()
+    forward_of(driver.cache).commit()
     _, held = pages_of(driver)
     form = driver.cache.layers[0].store.backing_layout
     finite = torch.ones(90, dtype=torch.bool)
@@ -133,10 +134,7 @@ def test_pages_move_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             first = forward_steps(model, cache, "left", [1])
             assert cache.stats().cpu_bytes == 0
-            shared = cache._state
-            for layer in shared.layers:
-                layer.store.budget = layer.store.budget.__class__(**{**vars(layer.store.budget), "gpu_memory": 60_000})
-            shared.sequences._become()
+            lower_cap(cache, 60_000)
             ids = torch.randint(3, 100, (2, 3), generator=torch.Generator().manual_seed(3))
             mask = torch.ones((2, 65), dtype=torch.long)
             mask[0, :11] = 0

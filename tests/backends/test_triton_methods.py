@@ -15,6 +15,7 @@ import torch
 from spin_hf import Bisection, Method, Quest, RetroInfer, ShadowKV
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.conversation import compare_with_oracle, random_pages, single_steps, without_near_ties
+from tests.support.inspection import counted_by_kernels
 from tests.support.interpreted_kernels import interpret_kernels
 from tests.support.oracle import Rules
 from tests.support.seer_gates import method_of, rules_for
@@ -36,7 +37,7 @@ def _kernels_in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def served(driver: CacheDriver) -> CacheDriver:
     """`driver`, whose cache the kernels served."""
-    assert driver.cache._passes.backends.counted()["QUERIES"] == driver.cache.stats().sparse_queries > 0
+    assert counted_by_kernels(driver.cache)["QUERIES"] == driver.cache.stats().sparse_queries > 0
     return driver
 
 

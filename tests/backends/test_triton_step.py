@@ -15,7 +15,9 @@ from spin_hf.attention.methods import bisection
 from spin_hf.kernels.descriptor_fields import LOAD_MARK, PlanField, StepField
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.clustering_methods import clustering_often, little_slack
+from tests.support.inspection import kernels_of, state_of
 from tests.support.interpreted_kernels import forward_steps, interpret_kernels, prompt_inputs
+from tests.support.tuning import tune
 from tests.support.zoo import build_model
 
 pytestmark = [
@@ -99,7 +101,7 @@ def test_kernels_of_methods_that_cluster(
         cache = SpinCache(model, **{"recent_window": 8, **options})
         expected = forward_steps(model, cache, padding, steps)
         counted = cache.stats()
-        assert cache._state.sequences.spans.num_pages > 3
+        assert state_of(cache).sequences.spans.num_pages > 3
         launched = interpret_kernels(monkeypatch)
         cache = SpinCache(model, **{"recent_window": 8, **options})
         torch.testing.assert_close(forward_steps(model, cache, padding, steps), expected, rtol=0, atol=1e-4)
@@ -199,7 +201,7 @@ def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], mon
     mask = torch.cat([mask, mask.new_ones((3, 1))], 1)
     model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
     assert bool(options) == (cache.stats().cpu_bytes > 0)
-    (step,) = cache._passes.backends.in_use()
+    (step,) = kernels_of(cache)
     real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
     lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
     for stream, count in enumerate(step.buffers.list_count[:, 0].tolist()):
@@ -239,7 +241,8 @@ def test_products_with_int8_landmarks_are_exact(
 
     Contexts of one segment and of several, in one split and in several.
     """
-    interpret_kernels(monkeypatch, _PROGRAMS=programs)
+    interpret_kernels(monkeypatch)
+    tune(monkeypatch, programs=programs)
     shape = Shape(kv_heads=2, group=3, key_dim=64, value_dim=64)
     driver = CacheDriver(shape, budget=32, recent_window=8, summary_dtype="int8")
     kv = RandomKV.random(shape, 1, length + 1, seed=4)

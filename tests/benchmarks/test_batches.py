@@ -21,9 +21,10 @@ from benchmarks.common.record import Record, newest
 from benchmarks.memory import buffers, reach
 from benchmarks.speed import batch_rows, dense_graph, equal_time, spin_rows, throughput
 from spin_hf import SpinCache
-from spin_hf.kernels import launch
 from spin_hf.memory import watermarks
 from tests.support.fake_gpu import bytes_of
+from tests.support.inspection import state_of
+from tests.support.tuning import tune
 
 LLAMA = shapes.SHAPES["llama-8b"]
 K = 1024
@@ -225,7 +226,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(launch, "_PROGRAMS", 4)
+    tune(monkeypatch, programs=4)
     monkeypatch.setattr(spin_rows, "tpot", functools.partial(timing.tpot, few=1, many=2))
     monkeypatch.setattr(spin_rows, "WARM", 2)
     monkeypatch.setattr(batch_rows, "EXTRA", 40)
@@ -256,7 +257,7 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
     for one, other in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
-    valid = cache._state.sequences.mask.valid
+    valid = state_of(cache).sequences.mask.valid
     assert (valid is None) == (padding is None)
     if padding is not None:
         assert [int(row.sum()) for row in valid] == [300, 200, 50]
@@ -270,7 +271,7 @@ def test_smaller_batches_are_selected_from_the_largest(
         held = [cache for cache in gc.get_objects() if isinstance(cache, SpinCache)]
         return max(0, 130_000 - sum(map(bytes_of, held)))
 
-    monkeypatch.setattr(watermarks, "MARGIN_BYTES", 0)
+    tune(monkeypatch, margin_bytes=0)
     for module in (spin_hf.memory.plan, watermarks):
         monkeypatch.setattr(module, "free_gpu_memory", free)
     monkeypatch.setattr(

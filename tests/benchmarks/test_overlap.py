@@ -14,7 +14,7 @@ import spin_hf.layer
 from benchmarks.common import shapes
 from benchmarks.speed import overlap
 from spin_hf import SpinCache
-from spin_hf.kernels import launch
+from tests.support.tuning import tune
 
 LISTED = torch.tensor([[0, 3, 5, 7, 9, -1, 4, 4]], dtype=torch.int32)
 
@@ -60,10 +60,10 @@ def test_spread_decides_the_overlap(kind: Any, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = shapes.condition(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    tune(monkeypatch, programs=4)
     cache = SpinCache(config, "shadowkv", budget=96)
     shapes.fill_spin(cache, config, 768, "cpu")
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(launch, "_PROGRAMS", 4)
     found = {}
     for spread, fastest in ((0.0, overlap.NEARLY_STILL), (0.3, overlap.FASTEST), (1.0, overlap.FASTEST)):
         overlap.set_spread(model, spread, fastest)

@@ -13,7 +13,7 @@ import spin_hf.kernels
 from benchmarks.speed import dense_graph, step_profile
 from benchmarks.speed.spin_rows import Traffic
 from spin_hf import SpinCache
-from spin_hf.kernels import launch
+from tests.support.tuning import tune
 from tests.support.zoo import build_model
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interprets kernels on the CPU")
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_pages_and_counters(monkeypatch: pytest.MonkeyPat
     from spin_hf.kernels.triton_launchers import launchers
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
-    monkeypatch.setattr(launch, "_PROGRAMS", 4)
+    tune(monkeypatch, programs=4)
     model = build_model("llama").eval()
     cache = SpinCache(model, "shadowkv", budget=16, recent_window=8, gpu_memory=60_000)
     tokens = torch.randint(3, 100, (1, 201), generator=torch.Generator().manual_seed(1))

@@ -19,10 +19,11 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.attention import implementation, interface
-from spin_hf.storage import page_store, pinned_slab
+from spin_hf.storage import pinned_slab
 from tests.support.faults import Faults, chunks_in_slabs
 from tests.support.memory import SMALL_ZONES
 from tests.support.threads import in_threads
+from tests.support.tuning import tune
 from tests.support.zoo import build_model, oracle_model, random_tokens
 
 PROMPTS = [random_tokens(2, 70, seed=1), random_tokens(1, 83, seed=2)]
@@ -120,8 +121,7 @@ def busy_threads() -> Iterator[None]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_threads_with_their_own_models(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are slabs here: the prefetcher makes them in its own thread, and caches that are dropped return them."""
-    monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 1)
-    monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 1)
+    tune(monkeypatch, min_chunk_segments=1, max_chunk_segments=1)
     slabs = chunks_in_slabs(Faults(), monkeypatch)
     count, steps = 4, 4
     models = [build_model("llama") for _ in range(count)]

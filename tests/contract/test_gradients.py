@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from spin_hf import AttentionError, Bisection, RetroInfer, ShadowKV, SpinCache
 from spin_hf.storage.change_log import Past
 from tests.support.clustering_methods import clustering_often
+from tests.support.inspection import state_of
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.runs import generate
 from tests.support.subjects import DenseSubject, SpinSubject
@@ -87,7 +88,7 @@ def test_behind_clustered_pages_in_both_tiers(method: Any) -> None:
         other = DynamicCache(config=model.config)
         for index, layer in enumerate(cache.layers):
             other.update(layer.keys, layer.values, index)
-        assert isinstance(method, ShadowKV) or cache._state.sequences.spans.num_pages > 0
+        assert isinstance(method, ShadowKV) or state_of(cache).sequences.spans.num_pages > 0
         results = []
         for each in (cache, other):
             logits = model(ids[:, 120:], past_key_values=each).logits

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from spin_hf import SpinCache
 from tests.support.clustering_methods import little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, random_tokens, subject_model
 
@@ -88,7 +89,7 @@ def test_goes_on_in_the_other_mode(name: str, inside: bool) -> None:
             feed(model, cache, 270, 271, there)
             with torch.inference_mode(there):
                 cache = between(cache)
-            assert not any(tensor.is_inference() for tensor in tensors_of(cache._state)), name
+            assert not any(tensor.is_inference() for tensor in tensors_of(state_of(cache))), name
             at = cache.get_seq_length()
             there = not inside if number else False
             outputs.append([feed(model, cache, at, at + count, there) for count in (20, 1, 1)])
@@ -165,7 +166,7 @@ def test_captured_steps(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         cache.crop(-2)
         outputs[-1].append(feed(model, cache, 26, 27, not inside))
         cache.check_integrity()
-        assert not any(tensor.is_inference() for tensor in tensors_of(cache._state))
+        assert not any(tensor.is_inference() for tensor in tensors_of(state_of(cache)))
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     assert FakeRecorder.replays > 4

@@ -14,6 +14,7 @@ from spin_hf.config import SpinOptions, parse_bytes
 from spin_hf.kernels.descriptor_fields import Rating
 from spin_hf.kernels.recipe import KernelRecipe
 from tests.support.cache_driver import Shape
+from tests.support.inspection import state_of
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_the_default_method() -> None:
     """The same for a cache, for one that takes over another, and for a plan."""
     config = Shape().config()
     taken = SpinCache.from_cache(DynamicCache(config=config), config)
-    assert [cache._state.method.name for cache in (SpinCache(config), taken)] == ["bisection", "bisection"]
+    assert [state_of(cache).method.name for cache in (SpinCache(config), taken)] == ["bisection", "bisection"]
     planned = plan(config, context_length=4096)
     assert planned == plan(config, context_length=4096, method="bisection")
     assert planned != plan(config, context_length=4096, method="shadowkv")

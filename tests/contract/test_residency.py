@@ -12,6 +12,7 @@ import torch
 
 from tests.support.all_modes import MODES
 from tests.support.compare import assert_same
+from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.subjects import SpinSubject
 from tests.support.zoo import random_tokens, subject_model
@@ -55,7 +56,7 @@ def _paging_changes_nothing(family: str, mode: str, options: dict[str, Any]) -> 
     for cache, other in zip(tight.caches, roomy.caches, strict=True):
         cache.check_integrity()
         ours, theirs = cache.stats(), other.stats()
-        assert ours.gpu_bytes <= cache._state.options.gpu_memory
+        assert ours.gpu_bytes <= state_of(cache).options.gpu_memory
         assert (ours.tokens, ours.sequences) == (theirs.tokens, theirs.sequences)
         assert ours.attended_tokens == pytest.approx(theirs.attended_tokens)
         assert ours.sparse_queries == theirs.sparse_queries

@@ -37,6 +37,7 @@ from tests.support.cache_driver import CacheDriver, RandomKV, poisoned_memory
 from tests.support.clustering_methods import SelectingAll, ShuffledWhole, little_slack
 from tests.support.fake_gpu import bytes_of, fake_gpu
 from tests.support.plain_rows import SHAPE, Row, empty_row
+from tests.support.tuning import tuned
 
 MAX_TOKENS, MAX_ROWS = 400, 5
 TOLERANCE = 1e-5
@@ -49,6 +50,7 @@ class SelectAll(SelectingAll, ShadowKV):
 
 Rows = list[Row]
 seeds = st.integers(0, 2**31)
+intervals = st.sampled_from([1, 3, 64])
 
 
 class Histories(RuleBasedStateMachine):
@@ -61,11 +63,17 @@ class Histories(RuleBasedStateMachine):
         """New tokens."""
         return RandomKV.random(SHAPE, rows, count, seed)
 
-    @initialize()
-    def start(self) -> None:
-        self.driver = CacheDriver(
-            SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options
-        )
+    @initialize(interval=intervals)
+    def start(self, interval: int) -> None:
+        """Make the cache.
+
+        Args:
+            interval: steps between two checks of free memory, after which frames that were released come back.
+        """
+        with tuned(check_interval_steps=interval):
+            self.driver = CacheDriver(
+                SHAPE, method=self.method, budget=8, num_sink_tokens=3, recent_window=5, **self.options
+            )
         self.rows: Rows = []
         self.saved: tuple[Any, Rows] | None = None
 
@@ -230,11 +238,6 @@ class Histories(RuleBasedStateMachine):
         if not self.length and share is None:
             assert bytes_of(cache) == 0
 
-    @rule()
-    def look(self) -> None:
-        """The next step is one that grows again, or gives back."""
-        self.driver.cache._passes.gpu._steps_left = 1
-
     # ------------------------------------------------------------------------------------------------------ invariants
 
     @invariant()
@@ -275,9 +278,9 @@ class HistoriesWithOthers(Histories):
     def teardown(self) -> None:
         self.stack.close()
 
-    @initialize()
-    def start(self) -> None:
-        super().start()
+    @initialize(interval=intervals)
+    def start(self, interval: int) -> None:
+        super().start(interval)
         self.gpu.caches = [self.driver.cache]
 
     @rule(share=st.sampled_from([0.0, 0.0, 0.2, 0.5]))

@@ -20,6 +20,7 @@ from spin_hf import BudgetError, CacheStateError, SpinCache
 from spin_hf.storage.page_frames import PageFrames
 from spin_hf.storage.page_store import PageStore
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
+from tests.support.inspection import state_of
 
 SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
 LENGTH = 130
@@ -108,7 +109,7 @@ def assert_goes_on(driver: CacheDriver, kv: RandomKV, start: int, stop: int, und
             real = holes(last)[:, first:]
             assert float((ours - theirs)[real].abs().max()) <= 2e-6
         driver.cache.check_integrity()
-    assert int(driver.cache._state.visible_length) == driver.cache.get_seq_length()  # what compiled code reads
+    assert int(state_of(driver.cache).visible_length) == driver.cache.get_seq_length()  # what compiled code reads
 
 
 POINTS: list[tuple[type, str, bool]] = [
@@ -246,7 +247,7 @@ def test_memory_runs_out_while_generating(kv: RandomKV) -> None:
     for at in range(246, 256):
         for ours, theirs in zip(driver.step(tokens, at, at + 1), undisturbed.step(tokens, at, at + 1), strict=True):
             assert float((ours - theirs).abs().max()) <= 2e-6
-    assert int(driver.cache._state.visible_length) == driver.cache.get_seq_length()
+    assert int(state_of(driver.cache).visible_length) == driver.cache.get_seq_length()
 
 
 @pytest.mark.parametrize(

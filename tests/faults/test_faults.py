@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from spin_hf.storage import page_store, pinned_slab
+from spin_hf.storage import pinned_slab
 from tests.support.clustering_methods import little_slack
 from tests.support.fault_scenarios import SCENARIOS
 from tests.support.fault_trial import Trials
 from tests.support.faults import Faults, SlabFaults, chunks_in_slabs
+from tests.support.tuning import tuned
 
 SEED = int(os.environ.get("SPIN_HF_FAULTS_SEED", "20260"))
 FAILURES = int(os.environ.get("SPIN_HF_FAULTS", "220"))
@@ -36,13 +37,11 @@ IN_SLABS = (
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_chunks() -> Iterator[None]:
     """Two segments a chunk, so that every new segment of a batch needs one; tokens are clustered early."""
-    monkeypatch.setattr(page_store, "_MIN_CHUNK_SEGMENTS", 2)
-    monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 2)
     gc.collect()
     gc.freeze()  # what was there before need not be looked through after each failure
-    with little_slack():
+    with tuned(min_chunk_segments=2, max_chunk_segments=2), little_slack():
         yield
     gc.unfreeze()
 

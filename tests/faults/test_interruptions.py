@@ -20,11 +20,12 @@ import pytest
 import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
-from spin_hf.storage import page_store
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.inspection import state_of
 from tests.support.interruption_trial import Interruptions, contents, same
 from tests.support.interruptions import every_place, interrupted, some_places
+from tests.support.tuning import tuned
 
 SEED = int(os.environ.get("SPIN_HF_INTERRUPTIONS_SEED", "20261"))
 LINES = os.environ.get("SPIN_HF_INTERRUPTIONS", "")
@@ -74,11 +75,7 @@ FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.f
 def _small_chunks() -> Iterator[None]:
     """Two segments a chunk, so that every new segment of a batch needs one; tokens are clustered early."""
     logging.disable(logging.WARNING)
-    with (
-        patch.object(page_store, "_MIN_CHUNK_SEGMENTS", 2),
-        patch.object(page_store, "_MAX_CHUNK_SEGMENTS", 2),
-        little_slack(),
-    ):
+    with tuned(min_chunk_segments=2, max_chunk_segments=2), little_slack():
         yield
     logging.disable(logging.NOTSET)
 
@@ -122,7 +119,7 @@ def test_unfinished_work_comes_first(again: int) -> None:
     """Interrupted while it is undone, a crop is undone by whatever looks at the cache next."""
     trials = Interruptions(scenario=SCENARIOS["crop, paged"])
     run = trials.copy()
-    began, shared = contents(run), run.cache._state
+    began, shared = contents(run), state_of(run.cache)
     settle = shared.settle
 
     def interrupted_too(_: Any) -> None:
@@ -151,7 +148,7 @@ def test_a_reset_is_finished() -> None:
     trials = Interruptions(scenario=OPERATIONS["reset"])
     run = trials.copy()
     with (
-        patch.object(type(run.cache._state.sequences), "clear", side_effect=KeyboardInterrupt),
+        patch.object(type(state_of(run.cache).sequences), "clear", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         run.cache.reset()

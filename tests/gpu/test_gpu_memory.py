@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_hf import SpinCache
+from spin_hf.config import Tuning
 from spin_hf.memory import watermarks
-from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
+from tests.support.tuning import tune, tuned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -100,7 +101,8 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
     """By captured steps, whose tokens are those of a cache that was left alone."""
     tokens = []
     for disturbed in (False, True):
-        cache = SpinCache(model, "shadowkv", budget=512, gpu_memory="256MiB")
+        with tuned(check_interval_steps=2):  # frames come back between two releases
+            cache = SpinCache(model, "shadowkv", budget=512, gpu_memory="256MiB")
         read(model, cache, 1, 40_000)
         out = [read(model, cache, 1, 1, seed) for seed in range(6)]
         for seed in range(6, 12):
@@ -109,8 +111,6 @@ def test_what_is_released_can_be_allocated(model: Any) -> None:
                 given = cache.release_gpu_memory("64MiB" if seed % 2 else None)
                 assert given > 0 or seed > 6
                 assert held - allocated() >= 0.98 * given - (1 << 20)  # a block of the allocator
-                if seed % 3 == 0:
-                    cache._passes.gpu._steps_left = 1
             out.append(read(model, cache, 1, 1, seed))
         cache.check_integrity()
         tokens.append(torch.cat(out, 1))
@@ -125,7 +125,7 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
     read(model, SpinCache(model, "shadowkv", budget=512), 1, 3000)  # what the model itself keeps
     torch.cuda.empty_cache()
     end = allocated() + (400 << 20)
-    monkeypatch.setattr(watermarks, "MARGIN_BYTES", 0)
+    tune(monkeypatch, margin_bytes=0)
     monkeypatch.setattr(watermarks, "free_gpu_memory", lambda device: max(0, end - torch.cuda.memory_allocated()))
     first = SpinCache(model, "shadowkv", budget=512)
     read(model, first, 1, 60_000, piece_tokens=256)
@@ -134,12 +134,12 @@ def test_auto_leaves_a_margin_and_gives_back(model: Any, monkeypatch: pytest.Mon
     frames = first.stats().buffer_frames
     assert 0 < (end - allocated()) <= 80 << 20
     whole, end = end, allocated() + (4 << 20)
-    for seed in range(CHECK_INTERVAL_STEPS + 1):
+    for seed in range(Tuning().check_interval_steps + 1):
         read(model, first, 1, 1, seed)
     assert first.stats().buffer_frames < frames
     assert end - allocated() > 16 << 20
     end = whole
-    for seed in range(CHECK_INTERVAL_STEPS + 1):
+    for seed in range(Tuning().check_interval_steps + 1):
         read(model, first, 1, 1, seed)
     frames = first.stats().buffer_frames
     second = SpinCache(model, "shadowkv", budget=512)

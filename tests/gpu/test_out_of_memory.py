@@ -14,7 +14,7 @@ import torch
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
 from tests.support.refusals import refusal_of
-from tests.support.small_chunks import segment_by_segment
+from tests.support.tuning import grow_by_segments
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -145,7 +145,7 @@ def test_pages_that_move_to_host_memory(model: Any, monkeypatch: pytest.MonkeyPa
     from spin_hf.storage import pinned_slab
     from spin_hf.storage.host_register import CudaRegistrar
 
-    segment_by_segment(monkeypatch)
+    grow_by_segments(monkeypatch)
     ids = random_tokens(2, 3000, seed=6).cuda()
     options = {**OPTIONS, "gpu_memory": "3MB"}
     undisturbed, cache = (SpinCache(model, **options) for _ in range(2))

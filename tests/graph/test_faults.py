@@ -23,6 +23,7 @@ from spin_hf.graph import runner
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.faults import Faults
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.inspection import unpaged_layers
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [
@@ -110,14 +111,14 @@ def test_the_logits_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = SpinCache(model, **OPTIONS)
     _feed(model, cache, 0, PROMPT)
     twin = deepcopy(cache)
-    windows = [layer.keys.clone() for layer in cache._unpaged_layers()]
+    windows = [layer.keys.clone() for layer in unpaged_layers(cache)]
     with monkeypatch.context() as patched:
         patched.setattr(model.lm_head, "forward", _out_of_memory)
         for count in (7, 1):
             with pytest.raises(torch.OutOfMemoryError):
                 _feed(model, cache, PROMPT, count)
             assert cache.get_seq_length() == PROMPT
-            assert all(torch.equal(a.keys, b) for a, b in zip(cache._unpaged_layers(), windows, strict=True))
+            assert all(torch.equal(a.keys, b) for a, b in zip(unpaged_layers(cache), windows, strict=True))
     for at, count in ((PROMPT, 7), (PROMPT + 7, 1)):
         assert torch.equal(_feed(model, cache, at, count), _feed(model, twin, at, count))
     cache.check_integrity()

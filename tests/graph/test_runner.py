@@ -7,7 +7,6 @@ import os
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from spin_hf import Bisection, SpinCache
 from spin_hf.backends.descriptors import Descriptors
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
+from tests.support.inspection import kernels_of, lower_cap, state_of
+from tests.support.tuning import tuned
 from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [
@@ -104,7 +105,7 @@ def test_methods_that_cluster(padded: bool, gpu_memory: str, monkeypatch: pytest
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     stats, counted = cache.stats(), reference.stats()
     assert (stats.sparse_queries, stats.attended_tokens) == (counted.sparse_queries, counted.attended_tokens)
-    assert len(cache._state.sequences.spans.stops) > 1
+    assert len(state_of(cache).sequences.spans.stops) > 1
     cache.check_integrity()
 
 
@@ -117,7 +118,8 @@ def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeyp
     logits = []
     recorder = capture_on_cpu(monkeypatch)
     for disturbed in (False, True):
-        cache = SpinCache(model, gpu_memory=gpu_memory, **OPTIONS)
+        with tuned(check_interval_steps=1):  # grows again at the next step
+            cache = SpinCache(model, gpu_memory=gpu_memory, **OPTIONS)
         with torch.no_grad():
             model(_inputs()["input_ids"], past_key_values=cache)
         before = recorder.replays
@@ -125,7 +127,6 @@ def test_frames_that_come_and_go_between_captured_steps(gpu_memory: str, monkeyp
         for step, wanted in ((4, 2000), (6, None), (8, "2kB")):
             if disturbed:
                 assert cache.release_gpu_memory(wanted) > 0 or step > 4
-                cache._passes.gpu._steps_left = 1  # grows at the next step
             parts.append(_loop(model, cache, tokens[:, step : step + 2]))
             cache.check_integrity()
         assert recorder.replays == before + 9
@@ -178,9 +179,7 @@ def test_pages_that_take_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
             model(_inputs()["input_ids"], past_key_values=cache)
         parts = [_loop(model, cache, tokens[:, :4])]
         assert not cache.stats().cpu_bytes
-        for layer in cache.paged_layers:  # as if the cap were lower, from here on
-            layer.store.budget = replace(layer.store.budget, gpu_memory=60_000)
-        cache._state.sequences._become()
+        lower_cap(cache, 60_000)
         replays.append(recorder.replays)
         parts.append(_loop(model, cache, tokens[:, 4:5]))
         replays.append(recorder.replays)
@@ -251,7 +250,7 @@ def test_kernels_in_use_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch)
         model(tokens[:1], past_key_values=cache)  # several tokens: not a step to capture, but kernels of another batch
     cache.batch_repeat_interleave(2)
     assert _replays_of_a_step(model, cache) == 0
-    assert cache._passes.backends.in_use() == [cache.layers[0].backend]
+    assert kernels_of(cache) == [cache.layers[0].backend]
     cache.check_integrity()
 
 

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from spin_hf import RetroInfer, ShadowKV
 from spin_hf.attention.methods.clustering import TokenClusters
-from spin_hf.indexing import cluster, summarize
+from spin_hf.config import Tuning
+from spin_hf.indexing import cluster
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.clustered_pages import LENGTH, SHAPE, clustered, moved, new_driver, span_ends
 from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often
+from tests.support.inspection import state_of
+from tests.support.tuning import tune, tuned
 
 
 def test_spans_of_a_growing_context(kv: RandomKV) -> None:
@@ -47,13 +50,13 @@ def test_spans_of_the_default_sizes() -> None:
 
     shape = Shape(layers=1, kv_heads=1, group=1)
     kv = RandomKV.random(shape, 1, 4800, seed=1)
-    driver = CacheDriver(shape, method=Ordinary(), budget=64)
-    with patch.object(cluster, "SLACK_TOKENS", 64):
-        driver.step(kv, 0, 4000)
-        driver.step(kv, 4000, 4001)
-        assert span_ends(driver) == [(4000 - 128) // 8]
-        driver.step(kv, 4001, 4800)
-        assert len(span_ends(driver)) == 1
+    with tuned(slack_tokens=Tuning.slack_tokens):
+        driver = CacheDriver(shape, method=Ordinary(), budget=64)
+    driver.step(kv, 0, 4000)
+    driver.step(kv, 4000, 4001)
+    assert span_ends(driver) == [(4000 - 128) // 8]
+    driver.step(kv, 4001, 4800)
+    assert len(span_ends(driver)) == 1
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_what_stays_in_its_place(kv: RandomKV) -> None:
     driver = new_driver(num_sink_tokens=5)
     driver.step(kv, 0, 220, valid[:, :220])
     driver.step(kv, 220, 221, valid[:, :221])
-    pages = driver.cache._state.sequences.spans.num_pages
+    pages = state_of(driver.cache).sequences.spans.num_pages
     assert pages == (220 - 17) // 8
     stays = ~moved(driver)
     assert stays[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 25, 26, 27]  # tokens 21 to 25 are the sinks
@@ -100,7 +103,7 @@ def test_how_many_tokens_at_once_does_not_matter(kv: RandomKV, monkeypatch: pyte
     valid[0, :21], valid[1, 83:92], valid[2, 120:220] = False, False, False
     found = []
     for tokens in (1 << 15, 300, 8):
-        monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens)
+        tune(monkeypatch, cluster_tokens=tokens)
         driver = new_driver(method=Backwards())
         driver.step(kv, 0, 390, valid[:, :390])
         with patch.object(Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters) as arrange:
@@ -159,7 +162,7 @@ def test_sinks_that_move(kv: RandomKV) -> None:
 def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
     """Three beams of one prompt: clustering copies no segment that all of them share."""
     driver = new_driver()
-    sequences = driver.cache._state.sequences
+    sequences = state_of(driver.cache).sequences
     one = kv.rows([0])
     driver.step(one, 0, 300)
     driver.cache.reorder_cache(torch.tensor([0]))
@@ -185,11 +188,11 @@ def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
         both = both.rows([0, 1])
         driver.step(both, 270, 380)
         driver.cache.check_integrity()
-    assert driver.cache._state.sequences.segments_in_use == 3
+    assert state_of(driver.cache).sequences.segments_in_use == 3
     with patch.object(Backwards, "span_tokens", 400):
         driver.step(both, 380, 381)
     assert span_ends(driver) == [(380 - 17) // 8]
-    assert driver.cache._state.sequences.segments_in_use == 4
+    assert state_of(driver.cache).sequences.segments_in_use == 4
     driver.cache.check_integrity()
     for layer in range(SHAPE.layers):
         assert torch.equal(driver.cache.layers[layer].keys, both.keys[layer][:, :, :381])
@@ -198,7 +201,7 @@ def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
 @pytest.mark.parametrize("once", [1, 1 << 30])
 def test_layers_one_by_one_or_together(kv: RandomKV, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of tokens, their summaries, and the result of a crop are the same."""
-    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", once)
+    tune(monkeypatch, index_bytes=once)
     clustered_pages = []
     arrange = Shuffled.form_clusters
 
@@ -241,7 +244,7 @@ def test_other_methods_keep_no_positions(kv: RandomKV) -> None:
         each.step(kv, 0, 200)
         each.step(kv, 200, 201)
     assert driver.cache.layers[0].store.permutation is None
-    rows = twin.cache._state.sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
+    rows = state_of(twin.cache).sequences.segments_in_use * 32 * SHAPE.kv_heads * SHAPE.layers
     tables, none = twin.cache.stats().metadata, driver.cache.stats().metadata
     assert (tables["clustered shifts"], tables["clustered partitions"]) == (rows * 16, rows * 2)
     assert not any("clustered" in name for name in none)

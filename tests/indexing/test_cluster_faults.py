@@ -14,10 +14,12 @@ from torch import Tensor
 
 from spin_hf import CacheStateError, ShadowKV
 from spin_hf.attention.methods.clustering import TokenClusters
-from spin_hf.indexing import cluster, summarize
+from spin_hf.indexing import cluster
 from tests.support.cache_driver import RandomKV
 from tests.support.clustered_pages import SHAPE, moved, new_driver, span_ends
 from tests.support.clustering_methods import Backwards, Clumped, Shuffled
+from tests.support.inspection import state_of
+from tests.support.tuning import tune
 
 
 def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
@@ -27,15 +29,15 @@ def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> N
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         driver.step(kv.rows([0, 0]), 270, 380)
-    used = driver.cache._state.sequences.segments_in_use
+    used = state_of(driver.cache).sequences.segments_in_use
     for layer in driver.cache.layers:
         object.__setattr__(layer.store.budget, "gpu_memory", 1)
     with patch.object(Clumped, "span_tokens", 400), caplog.at_level(logging.WARNING, "spin_hf"):
-        cluster.grow(driver.cache._state)
+        cluster.grow(state_of(driver.cache))
     assert "no room" in caplog.text
     assert span_ends(driver) == [(380 - 17) // 8]
     assert not moved(driver).any()
-    assert driver.cache._state.sequences.segments_in_use == used
+    assert state_of(driver.cache).sequences.segments_in_use == used
     driver.cache.check_integrity()
 
 
@@ -58,8 +60,7 @@ def test_interrupted(
 
     The next step clusters the layers that are missing.
     """
-    monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens_at_once)
-    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)  # layer by layer
+    tune(monkeypatch, cluster_tokens=tokens_at_once, index_bytes=1)  # layer by layer
     driver = new_driver(method=Shuffled())
     driver.step(kv, 0, 200)
     before = getattr(Shuffled, where)

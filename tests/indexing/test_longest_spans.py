@@ -15,6 +15,7 @@ from spin_hf.indexing import cluster
 from spin_hf.storage import permute_pages
 from tests.support.cache_driver import Shape
 from tests.support.clustering_methods import Backwards, little_slack
+from tests.support.inspection import forward_of, state_of
 
 SHAPE = Shape(layers=2, kv_heads=1, group=1, key_dim=4, value_dim=4)
 LONGEST = [(8, 32768), (1, 32767)]
@@ -40,16 +41,16 @@ def with_spans_of(tokens: int, page_size: int) -> Any:
 @pytest.mark.parametrize(("page_size", "longest"), LONGEST)
 def test_the_longest_span(page_size: int, longest: int) -> None:
     """Its first and last token change places, in all layers; a crop puts them back."""
-    cache = SpinCache(
-        SHAPE.config(), with_spans_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
-    )
-    shared = cache._state
+    with little_slack():
+        cache = SpinCache(
+            SHAPE.config(), with_spans_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
+        )
+    shared = state_of(cache)
     states = torch.randn(2, SHAPE.layers, 1, 1, 8 + longest + 17, 4)  # behind the sinks, before window and slack
     for layer, keys, values in zip(cache.layers, *states, strict=True):
         layer.append(keys, values, None)
-    cache._passes.commit()
-    with little_slack():
-        cluster.cluster_new_tokens(shared)
+    forward_of(cache).commit()
+    cluster.cluster_new_tokens(shared)
     stop = (8 + longest) // page_size
     assert shared.sequences.spans.stops == [stop]
     expected = torch.arange(8 + longest)

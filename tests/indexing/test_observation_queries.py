@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.attention.methods.clustering import TokenClusters
-from spin_hf.indexing import summarize
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.clustering_methods import Shuffled
+from tests.support.tuning import tune
 
 SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
 SCALE = 0.3
@@ -70,7 +70,7 @@ def check(kv: RandomKV, tokens: list[int]) -> None:
 @pytest.mark.parametrize("at_once", [1, 1 << 30])
 def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer, or all at once."""
-    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", at_once)
+    tune(monkeypatch, index_bytes=at_once)
     driver = new_driver()
     driver.step(kv, 0, 200)
     assert all(layer.state.observation_queries is not None for layer in driver.cache.paged_layers)
@@ -141,7 +141,7 @@ def test_tokens_taken_over() -> None:
 
 def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next step clusters with the same queries."""
-    monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
+    tune(monkeypatch, index_bytes=1)
     driver = new_driver()
     driver.step(kv, 0, 200)
     arrange, calls = Asking.form_clusters, 0

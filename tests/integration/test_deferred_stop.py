@@ -16,6 +16,7 @@ from spin_hf import SpinCache
 from spin_hf.graph import model_calls
 from spin_hf.integration import deferred_stop
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu
+from tests.support.inspection import state_of
 from tests.support.stale_graph import OPTIONS, small_model
 from tests.support.zoo import build_model
 
@@ -166,7 +167,7 @@ def test_cropping_nothing_changes_nothing(checks: list[Any]) -> None:
     model = small_model()
     cache = SpinCache(model, **OPTIONS)
     _generate(model, cache, torch.full((1, 41), 5))
-    sequences = cache._state.sequences
+    sequences = state_of(cache).sequences
     before = (sequences.past_version, sequences.memory_version, sequences.length)
     cache.crop(0)
     assert (sequences.past_version, sequences.memory_version, sequences.length) == before

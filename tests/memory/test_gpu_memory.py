@@ -14,21 +14,22 @@ import pytest
 import torch
 
 from spin_hf import BudgetError, CapacityError, SpinCache
-from spin_hf.memory import watermarks
-from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
 from tests.support.cache_driver import CacheDriver, RandomKV, smallest_gpu_memory
 from tests.support.fake_gpu import (
+    CHECK_INTERVAL_STEPS,
     OPTIONS,
     PAGE,
     SHAPE,
+    WATERMARKS,
     Conversation,
     bytes_of,
     fake_gpu,
     other_device,
     resident_batch_bytes,
 )
+from tests.support.tuning import tuned
 
 # ------------------------------------------------------------------------------------------------------------ sizing
 
@@ -55,16 +56,15 @@ def test_frames_are_sized_behind_the_prompt() -> None:
             gpu.user = user
             few = talk.frames
             talk.decode()
-            margin = watermarks.margin(total - user)
+            margin = WATERMARKS.margin(total - user)
             assert max(few) < min(talk.frames)
             assert margin <= gpu.free <= margin + 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12) + total // 50
             sizes.append(talk.frames[0])
     assert sizes[1] < sizes[0]
 
 
-def test_few_frames_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spin_hf.memory.gpu_memory.PROMPT_FRAMES", 16)
-    with fake_gpu(resident_batch_bytes(2, 1000) // 2) as gpu:
+def test_few_frames_while_a_prompt_is_read() -> None:
+    with tuned(prompt_frames=16), fake_gpu(resident_batch_bytes(2, 1000) // 2) as gpu:
         talk = Conversation(gpu, 2, 900)
         talk.read(900)
         assert talk.frames == [16, 16]
@@ -72,7 +72,7 @@ def test_few_frames_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> N
         assert min(talk.frames) > 40
         talk.read(40)  # another turn: what was made stays, up to the larger margin
         assert min(talk.frames) > 40
-        assert gpu.free >= 2 * watermarks.margin(gpu.total) - 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12)
+        assert gpu.free >= 2 * WATERMARKS.margin(gpu.total) - 2 * SHAPE.layers * SHAPE.kv_heads * (PAGE + 12)
 
 
 def test_all_pages_have_frames_at_low_load() -> None:
@@ -114,7 +114,7 @@ def test_the_users_own_allocations() -> None:
         talk.decode(CHECK_INTERVAL_STEPS)
         least = talk.frames[0]
         assert least < before
-        assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
+        assert gpu.free >= WATERMARKS.margin(gpu.total - gpu.user)
         gpu.user -= free // 2  # nor is that enough to grow
         talk.decode(CHECK_INTERVAL_STEPS)
         assert talk.frames[0] == least
@@ -142,7 +142,7 @@ def test_a_resident_context_goes_to_the_cpu_tier_under_pressure() -> None:
         gpu.user = gpu.free - 10
         talk.decode(CHECK_INTERVAL_STEPS)
         assert min(talk.frames) > 20
-        assert gpu.free >= watermarks.margin(gpu.total - gpu.user)
+        assert gpu.free >= WATERMARKS.margin(gpu.total - gpu.user)
         gpu.user = 0
         talk.decode(CHECK_INTERVAL_STEPS)
         assert not talk.cache.paged_layers[0].store.lacks_frames
@@ -181,7 +181,7 @@ def test_a_longer_batch_and_context_share_what_there_is() -> None:
         assert max(talk.frames) < min(frames or [10**6])
         talk.read(150)
         talk.decode(2)
-        assert gpu.free >= watermarks.margin(gpu.total) // 2
+        assert gpu.free >= WATERMARKS.margin(gpu.total) // 2
 
 
 @pytest.mark.parametrize("cap", ["auto", 150_000])

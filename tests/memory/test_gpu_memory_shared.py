@@ -11,8 +11,7 @@ from copy import deepcopy
 
 import pytest
 
-from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
-from tests.support.fake_gpu import Conversation, bytes_of, fake_gpu, resident_batch_bytes
+from tests.support.fake_gpu import CHECK_INTERVAL_STEPS, Conversation, bytes_of, fake_gpu, resident_batch_bytes
 
 
 def test_a_second_cache_gets_its_share() -> None:

@@ -21,8 +21,10 @@ from spin_hf import (
     UnsupportedModelError,
     plan,
 )
+from spin_hf.integration.layer_types import decoder_config
 from spin_hf.memory.layer_budget import layer_shapes
 from tests.support.families import FAMILIES
+from tests.support.inspection import forward_of
 from tests.support.zoo import build_config, random_tokens, subject_model
 
 METHODS = ("shadowkv", "quest", "bisection", "retroinfer")
@@ -44,7 +46,7 @@ def add(cache: SpinCache, config: Any, batch_size: int, length: int, dtype: torc
     for layer, shape in zip(layers, shapes, strict=True):
         states = [torch.randn(batch_size, shape.num_heads, length, dim) for dim in (shape.key_dim, shape.value_dim)]
         layer.append(*(state.to(dtype) for state in states), None)
-    cache._passes.commit()
+    forward_of(cache).commit()
 
 
 def assert_as_planned(made: MemoryPlan, cache: SpinCache) -> None:
@@ -245,7 +247,7 @@ def test_the_config_tells_the_shapes(family: str) -> None:
     with torch.no_grad():
         model(random_tokens(1, 9), past_key_values=cache)
     layers = cache.paged_layers
-    shapes = layer_shapes(cache._config, [layer.layer_idx for layer in layers])
+    shapes = layer_shapes(decoder_config(model)[0], [layer.layer_idx for layer in layers])
     assert shapes is not None
     for layer, shape in zip(layers, shapes, strict=True):
         store = layer.store

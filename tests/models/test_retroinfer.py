@@ -17,6 +17,7 @@ from spin_hf import RetroInfer, SpinCache
 from spin_hf.backends.dense import attend_held
 from spin_hf.backends.reference import ReferenceBackend
 from tests.support.examples import example_module
+from tests.support.inspection import state_of
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]  # quick: tests/attention, on topics instead of a model
 
@@ -38,7 +39,7 @@ def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, 
     with patch.object(ReferenceBackend, "attend_selected", both), torch.no_grad():
         for token in tokens:
             model(torch.tensor([[token]]), past_key_values=cache)
-    assert cache._state.sequences.spans.stops == [(NUM_TOKENS - 128) // 8]
+    assert state_of(cache).sequences.spans.stops == [(NUM_TOKENS - 128) // 8]
     return found
 
 

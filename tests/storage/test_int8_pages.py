@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
+from tests.support.inspection import lower_cap
 
 SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=16, value_dim=8)
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
@@ -140,17 +141,14 @@ def test_pages_that_move_later(method: str) -> None:
     kv = RandomKV.random(SHAPE, 2, 350, seed=2)
     options: dict[str, Any] = dict(**OPTIONS, method=METHODS[method], cpu_dtype="int8")
     early = CacheDriver(SHAPE, **options, gpu_memory=TIGHT)
-    late = CacheDriver(SHAPE, **options, gpu_memory=TIGHT)
+    late = CacheDriver(SHAPE, **options, gpu_memory=10**9)
     feed(early, kv, [250])
-    late.cache._passes.gpu.given = 10**9
     feed(late, kv, [250])
     assert early.cache.stats().cpu_bytes > 0
     assert late.cache.stats().cpu_bytes == 0
     exact = late.cache.layers[0].keys
     assert torch.equal(exact, kv.keys[0][:, :, :250])
-    for layer in late.cache.paged_layers:  # what lies beside the cache has taken the room
-        layer.store.budget = replace(layer.store.budget, gpu_memory=TIGHT)
-    late.cache._state.sequences._become()  # so that room is made again
+    lower_cap(late.cache, TIGHT)
     stops = [251, 256, 257, 270, 271, 280, 290, 291]
     assert_equal(feed(late, kv, stops), feed(early, kv, stops))
     assert late.cache.stats().cpu_bytes == early.cache.stats().cpu_bytes

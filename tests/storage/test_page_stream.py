@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.storage import page_store, page_stream
+from spin_hf.storage import page_stream
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_store import PageStore
 from spin_hf.storage.page_stream import stream_tokens
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.tuning import tune
 
 SHAPE = Shape(layers=1, kv_heads=2, group=1, key_dim=8, value_dim=4)
 LENGTH = 1211
@@ -88,7 +89,7 @@ def streamed(store: PageStore, stop: int) -> tuple[Tensor, Tensor, int]:
 @pytest.mark.parametrize("segments", [1, 2, 100])
 def test_resident(stop: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = filled()
-    monkeypatch.setattr(page_stream, "PIECE_BYTES", segments * 2 * 32 * 2 * store.layout.row_bytes)
+    monkeypatch.setattr(store, "piece_bytes", segments * 2 * 32 * 2 * store.layout.row_bytes)
     keys, values, pieces = streamed(store, stop)
     wanted = store.held(stop)
     assert torch.equal(keys, wanted[0])
@@ -103,10 +104,10 @@ def test_resident(stop: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_from_host_memory(
     stop: int, segments: int, cpu_dtype: str, monkeypatch: pytest.MonkeyPatch, streams: list[str]
 ) -> None:
-    monkeypatch.setattr(page_store, "_MAX_CHUNK_SEGMENTS", 3)  # runs cross chunks
+    tune(monkeypatch, max_chunk_segments=3, min_chunk_segments=1)  # runs cross chunks
     store, _ = filled(gpu_memory="60kB", cpu_dtype=cpu_dtype)
     assert store.frames is not None
-    monkeypatch.setattr(page_stream, "PIECE_BYTES", segments * 2 * 32 * 2 * store.layout.row_bytes)
+    monkeypatch.setattr(store, "piece_bytes", segments * 2 * 32 * 2 * store.layout.row_bytes)
     loads = store.frames.loads
     streams.clear()
     keys, values, pieces = streamed(store, stop)

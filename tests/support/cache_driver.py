@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from spin_hf import BudgetError, SpinCache
 from spin_hf.attention.interface import spin_attention
 from spin_hf.attention.methods.base import Method
-from spin_hf.storage import page_store
+from tests.support.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with patch.object(page_store, "_MAX_CHUNK_SEGMENTS", 2):
+        with tuned(max_chunk_segments=2):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

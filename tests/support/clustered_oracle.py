@@ -18,6 +18,7 @@ import torch
 
 from tests.support.cache_driver import CacheDriver, RandomKV
 from tests.support.conversation import Step, is_dense
+from tests.support.inspection import state_of
 from tests.support.oracle import Rules
 
 TOLERANCE = 1e-5
@@ -126,7 +127,7 @@ def compare_step(
                     each = zip(queries, [None] * len(queries) if logits is None else logits, strict=True)
                     expected = np.array([softmax_over(rules, head, q, seen, [], sink) for q, sink in each])
                 else:
-                    expected = expect(rules, driver.cache._state.method, head, queries, at, logits)
+                    expected = expect(rules, state_of(driver.cache).method, head, queries, at, logits)
                 worst = float(np.abs(out[b, at - start, heads].double().numpy() - expected).max())
                 assert worst <= TOLERANCE, f"token {at} of sequence {b}, layer {layer}, KV head {h}: off by {worst:.1e}"
     driver.cache.check_integrity()

@@ -10,6 +10,7 @@ from torch import Tensor
 from spin_hf.storage.token_permutation import TokenPermutation
 from tests.support.cache_driver import CacheDriver, Shape
 from tests.support.clustering_methods import Clumped
+from tests.support.inspection import state_of
 
 SHAPE = Shape(layers=3, kv_heads=2, group=2, value_dim=6)
 LENGTH = 400
@@ -28,11 +29,11 @@ def clustered(driver: CacheDriver, layer: int = 0) -> TokenPermutation:
 
 def moved(driver: CacheDriver, layer: int = 0) -> Tensor:
     """Pages [B, N] that are clustered in some head: they do not hold consecutive positions."""
-    pages = driver.cache._state.sequences.num_pages
+    pages = state_of(driver.cache).sequences.num_pages
     positions = clustered(driver, layer).positions(0, pages)
     return (positions != torch.arange(pages * 8).view(pages, 8)).any(3).any(1)
 
 
 def span_ends(driver: CacheDriver) -> list[int]:
     """Where the spans that are clustered together end, in pages."""
-    return driver.cache._state.sequences.spans.stops
+    return state_of(driver.cache).sequences.spans.stops

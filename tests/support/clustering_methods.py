@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from spin_hf import ShadowKV
 from spin_hf.attention.methods.clustering import ClusteringMethod, TokenClusters
-from spin_hf.indexing import cluster
+from tests.support.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -74,5 +73,5 @@ def clustering_often(method: type[Any], span_tokens: int, cluster_interval: int)
 @contextmanager
 def little_slack() -> Iterator[None]:
     """Cluster tokens as soon as they have left the recent window by 8 tokens."""
-    with patch.object(cluster, "SLACK_TOKENS", 8):
+    with tuned(slack_tokens=8):
         yield

@@ -40,6 +40,7 @@ from spin_hf.backends.triton_indexing import index_completed
 from spin_hf.config import MOST_TOKENS
 from spin_hf.kernels import device_limits, reference_clustering
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.inspection import kernels_of
 from tests.support.oracle import Rules
 from tests.support.seer_gates import method_of, rules_for
 
@@ -152,7 +153,7 @@ def generate(
     driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
     for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
         driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
-    (step,) = driver.cache._passes.backends.in_use()  # kernels serve the method
+    (step,) = kernels_of(driver.cache)  # kernels serve the method
     index_completed(step, [layer.state for layer in driver.cache.paged_layers])
 
 

@@ -15,10 +15,11 @@ from weakref import WeakSet
 import torch
 
 from spin_hf import SpinCache
+from spin_hf.config import Tuning
 from spin_hf.memory import gpu_memory, watermarks
-from spin_hf.memory.gpu_memory import CHECK_INTERVAL_STEPS
 from spin_hf.storage.page_store import PageStore
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.tuning import tuned
 
 
 def bytes_of(cache: SpinCache) -> int:
@@ -63,12 +64,15 @@ def fake_gpu(total: int) -> Iterator[FakeGpu]:
     gpu = FakeGpu(total)
     with (
         patch.object(watermarks, "free_gpu_memory", gpu.ask),
-        patch.object(watermarks, "MARGIN_BYTES", 0),
+        tuned(margin_bytes=0),
         patch.object(gpu_memory, "_live", WeakSet()),  # not those that a failed test keeps alive
     ):
         yield gpu
 
 
+CHECK_INTERVAL_STEPS = Tuning().check_interval_steps
+WATERMARKS = watermarks.Watermarks(margin_bytes=0)
+"""Of a fake GPU."""
 SHAPE = Shape(layers=2, kv_heads=2, group=1, key_dim=4, value_dim=4)
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
 PAGE = 8 * (4 + 4) * 4

@@ -18,15 +18,14 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from spin_hf import Bisection, SpinCache
-from spin_hf.indexing import summarize
 from tests.support.clustering_methods import Clumped, clustering_often
 from tests.support.memory import SMALL_ZONES
+from tests.support.tuning import retuned
 from tests.support.zoo import random_tokens, subject_model
 
 IDS = random_tokens(4, 400, seed=3)
@@ -100,7 +99,7 @@ def layer_by_layer(step: Step) -> Step:
     """With temporary memory for one layer at a time."""
 
     def alone(run: Run) -> Any:
-        with patch.object(summarize, "_BYTES_AT_ONCE", 1):
+        with retuned(run.cache, index_bytes=1):
             return step(run)
 
     return alone

@@ -19,6 +19,7 @@ from torch import Tensor
 from spin_hf.errors import CapacityError
 from tests.support.fault_scenarios import Rehearsal, Run
 from tests.support.faults import Faults, SlabFaults
+from tests.support.inspection import state_of
 from tests.support.refusals import refusal_of
 
 KEPT_BYTES = 40_000
@@ -115,7 +116,7 @@ class Trials(Rehearsal):
 def frame_bytes(run: Run) -> int:
     """Bytes of page frames, their tables, and tables that layers share: a step may make them before it fails."""
     frames = [layer.store.frames for layer in run.cache.paged_layers if layer.store is not None]
-    sequences = run.cache._state.sequences
+    sequences = state_of(run.cache).sequences
     common = sum(sequences.metadata.values()) + sum(rows.nbytes for rows in sequences._rows.values())
     return common + sum(f.frames.nbytes + sum(f.metadata.values()) for f in frames if f is not None)
 

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 import spin_hf.cache
 from spin_hf.graph import runner
-from spin_hf.kernels import launch
 from tests.support.cluster_by_formulas import cluster_by_formulas
+from tests.support.tuning import tune
 
 
 class FakeRecorder:
@@ -52,7 +52,7 @@ def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeRecorder]:
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     cluster_by_formulas(monkeypatch)
-    monkeypatch.setattr(launch, "_PROGRAMS", 4)
+    tune(monkeypatch, programs=4)
     monkeypatch.setattr(spin_hf.graph.model_calls, "may_be_captured", lambda model: id(model) not in _eager)
     monkeypatch.setattr(runner, "Recorder", FakeRecorder)
     FakeRecorder.replays = 0

@@ -12,6 +12,7 @@ from spin_hf import SpinCache
 from spin_hf.backends import descriptors, triton_step
 from spin_hf.kernels import launch
 from tests.support.cluster_by_formulas import cluster_by_formulas
+from tests.support.tuning import tune
 from tests.support.zoo import PAD_TOKEN_ID
 
 
@@ -27,7 +28,11 @@ def prompt_inputs(padding: str) -> dict[str, torch.Tensor]:
 
 
 def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list[torch.device]:
-    """Let kernels serve the CPU from here on, with few programs; returns where they were asked for."""
+    """Let kernels serve the CPU from here on, with few programs. Returns the devices that they are asked to serve.
+
+    Args:
+        constants: sizes of tiles and bins, by their names in the kernels' modules.
+    """
     from spin_hf.kernels.decode import bin_scores, estimate_rest, rerank_pages, score_pages, select_pages
     from spin_hf.kernels.triton_launchers import launchers
 
@@ -35,7 +40,8 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list
     cluster_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)
-    for name, number in {"_PROGRAMS": 8, **constants}.items():
+    tune(monkeypatch, programs=8)
+    for name, number in constants.items():
         modules = [module for module in (triton_step, descriptors, launch, *launches) if hasattr(module, name)]
         assert modules
         for module in modules:

@@ -28,6 +28,7 @@ from tests.support.gate_files import (
     with_tensors,
     write_parts,
 )
+from tests.support.inspection import state_of
 from tests.support.seer_gates import random_gates
 
 
@@ -243,7 +244,7 @@ def test_where_the_config_does_not_say(
     random_gates(SHAPE.config(), 2, *sizes, tmp_path)
     monkeypatch.setattr("spin_hf.attention.methods.seer_gates.layer_shapes", lambda config, layers: None)
     driver = CacheDriver(SHAPE, method=SeerAttention(tmp_path), budget=32, recent_window=8)
-    bound = driver.cache._state.method
+    bound = state_of(driver.cache).method
     states = torch.zeros((1, 2, 2, 8))
     with pytest.raises(
         OptionError, match="layer 0: expected a gate for 2 KV heads with 2 query heads each, of 8 numbers"
