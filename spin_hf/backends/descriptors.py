@@ -57,7 +57,7 @@ class Descriptors:
         """Fields that `step` holds after all launches so far; empty if unknown."""
         budget = state.options.budget
         budget_fraction = budget if isinstance(budget, float) else 0.0
-        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
+        self.step_fields[StepField.BUDGET_FRACTION] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
         self.layer_fields = self.new((len(state.layers), len(LayerField)), torch.int64)
         size = self.layer_fields.shape[1] * 8
         self.layer_addresses = torch.arange(len(state.layers), device=device) * size + self.layer_fields.data_ptr()

@@ -28,7 +28,7 @@ class StepField(IntEnum):
     """Tokens that VALID and UPTO cover; all later tokens are valid."""
     UPTO = 6
     """int32 [B, BASE_TOKENS + 1]: entry i is the number of valid tokens among the first i."""
-    SHARE = 7
+    BUDGET_FRACTION = 7
     """The budget as a fraction of the context (the bits of a float64), or 0 for a budget in tokens."""
     LOGITS = 8
     """float32 [B, H, G, PAGE_CAPACITY]: scale * query . summary."""

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
+    BUDGET_FRACTION,
     CANDIDATES,
     FIRST,
     LEADING,
@@ -19,7 +20,6 @@ from ..common import (
     OWN_POSITION,
     PLAN_FIELDS,
     POSITION,
-    SHARE,
     STOP,
     count_valid,
 )
@@ -85,8 +85,8 @@ def plan_step_kernel(
     if BUDGET > 0:
         budget = held * 0 + BUDGET
     else:
-        share = tl.load(step + SHARE).to(tl.float64, bitcast=True)
-        exact = held.to(tl.float64) * share - 1e-9
+        fraction = tl.load(step + BUDGET_FRACTION).to(tl.float64, bitcast=True)
+        exact = held.to(tl.float64) * fraction - 1e-9
         whole = exact.to(tl.int32)
         budget = whole + (exact > whole.to(tl.float64)).to(tl.int32)
     if held <= tl.maximum(budget, DENSE_BELOW):
