@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import recipe_of
-from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
+from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import allocating
 from ..storage.segment_pool import pages_of
@@ -186,7 +186,7 @@ class Descriptors:
             StepField.RERANK: make(self.group * pages * reranks, torch.float32),
             StepField.KEPT_PAGE: make(pages, torch.int32),
             StepField.KEPT_SCORE: make(pages, torch.float32),
-            StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),
+            StepField.KEPT_COUNT: make(-(-pages // BIN_TILE_PAGES), torch.int32),
             StepField.TIED: make(pages, torch.int64),
             StepField.LIST_PAGE: make(listed, torch.int32),
             StepField.VICTIMS: make(listed, torch.int32),
@@ -211,11 +211,11 @@ class Descriptors:
 def capacity_for(num_pages: int) -> int:
     """Capacity in pages of a step's buffers, for a context of `num_pages` pages that grows.
 
-    A multiple of `PART_PAGES` if larger: candidates are stored at rank * tiles + tile, and tiles may differ in length.
+    A multiple of `BIN_TILE_PAGES` if larger: candidates are stored at rank * tiles + tile, and tiles may differ in length.
     """
-    if num_pages <= PART_PAGES:
+    if num_pages <= BIN_TILE_PAGES:
         return max(_MIN_PAGES, power_of_two(num_pages))
-    return -(-coarsely(num_pages) // PART_PAGES) * PART_PAGES
+    return -(-coarsely(num_pages) // BIN_TILE_PAGES) * BIN_TILE_PAGES
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:

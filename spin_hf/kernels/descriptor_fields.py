@@ -139,7 +139,7 @@ NUM_BINS = 2048
 BINS_PER_NAT = 64
 """Scores are log probabilities, so bins reach down to exp(-32)."""
 
-PART_PAGES = 1024
+BIN_TILE_PAGES = 1024
 """Pages that one program bins at a time. Each such set of pages has its own bin list (`StepField.KEPT_PAGE`)."""
 
 LOAD_MARK = 1 << 30

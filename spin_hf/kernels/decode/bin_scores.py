@@ -35,7 +35,7 @@ from ..common import (
     log_total,
     score_bins,
 )
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
@@ -64,8 +64,8 @@ def bin_scores(
         WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
         RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
-        PADDED=shape.padded, PART=PART_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
-        RUN=min(PART_PAGES, 32), num_warps=8,
+        PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
+        RUN=min(BIN_TILE_PAGES, 32), num_warps=8,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def rate_kernel(
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+    PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1) - PREPARED, ...
@@ -117,7 +117,7 @@ def rate_kernel(
         stream = number.to(tl.int64) * tl.num_programs(0) + bh
         kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
         kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
         floor = tl.load(floors + bh)
         outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
         first = tl.load(row + FIRST)
@@ -126,16 +126,16 @@ def rate_kernel(
         num_outliers = tl.load(row + NUM_OUTLIERS)
         split = tl.arange(0, SPLITS)
         known = (split < num_splits)[None, :]
-        parts = tl.cdiv(stop, PART)
-        lane = tl.arange(0, PART)
-        for part in range(tl.program_id(1), parts, programs):
-            pages = (lane // RUN * parts + part) * RUN + lane % RUN
+        num_lists = tl.cdiv(stop, BIN_TILE)
+        lane = tl.arange(0, BIN_TILE)
+        for bin_list in range(tl.program_id(1), num_lists, programs):
+            pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
             inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
-            best = tl.zeros([PART], tl.float32)
+            best = tl.zeros([BIN_TILE], tl.float32)
             kept = inside
             if scored:
-                best = tl.full([PART], -3.0e38, tl.float32)
-                total = tl.zeros([PART], tl.float32)
+                best = tl.full([BIN_TILE], -3.0e38, tl.float32)
+                total = tl.zeros([BIN_TILE], tl.float32)
                 largest = tl.full([], float("-inf"), tl.float32)
                 smallest = tl.full([], float("-inf"), tl.float32)
                 for g in tl.static_range(0, G, HEADS):  # HEADS at once, which share the latency of a reduction
@@ -174,12 +174,14 @@ def rate_kernel(
                 bins = score_bins(best, BINS, PER_NAT)
                 kept = inside & (bins <= floor)
                 counted = inside if EVERYTHING else kept
-                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=counted, sem="relaxed")
+                tl.atomic_add(
+                    histogram + bh * BINS + bins, tl.full([BIN_TILE], 1, tl.int32), mask=counted, sem="relaxed"
+                )
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
                 rank = tl.cumsum(kept.to(tl.int32), 0)
                 # By rank, then by list. The lists are about equally long, so few places stay empty.
-                place = (rank - 1) * parts + part
+                place = (rank - 1) * num_lists + bin_list
                 tl.store(kept_page + place, pages, mask=kept)
                 tl.store(kept_score + place, best, mask=kept)
-                tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+                tl.store(kept_count + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)

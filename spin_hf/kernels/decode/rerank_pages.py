@@ -38,7 +38,7 @@ from ..common import (
     row_addresses,
     score_bins,
 )
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 from ..recipe import MAX_CORRECTION_NATS, KernelRecipe
 
@@ -56,12 +56,12 @@ def rerank_pages(
     programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
         "RERANK_FACTOR": recipe.rerank_factor, "H": shape.num_heads, "G": group, "RERANK_G": columns, "PAGE": shape.page_size,
-        "PADDED": shape.padded, "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
+        "PADDED": shape.padded, "BIN_TILE": BIN_TILE_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
     }  # fmt: skip
     launch(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
         plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
-        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
+        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(BIN_TILE_PAGES, 32),
         TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MAX_CORRECTION_NATS,
         num_stages=1, **common,
     )  # fmt: skip
@@ -77,7 +77,7 @@ def rerank_kernel(
     step, layer, operands, factors, plan, histogram, floors, rerank_stats,
     DIGITS: tl.constexpr, RERANK_FACTOR: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
     EXCESS: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def rerank_kernel(
     closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -111,9 +111,9 @@ def rerank_kernel(
     goal = _goal(RERANK_FACTOR, wanted, stop - first)
     edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS if fewer than `goal` were counted
     if scored & (edge == BINS):
-        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
-    parts = tl.cdiv(stop, PART)
-    lane = tl.arange(0, PART)
+        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, BIN_TILE)
+    num_lists = tl.cdiv(stop, BIN_TILE)
+    lane = tl.arange(0, BIN_TILE)
     group = tl.arange(0, RERANK_G)
     copies: tl.constexpr = 2 if DIGITS else 1
     copy = tl.arange(0, copies * RERANK_G)
@@ -131,31 +131,33 @@ def rerank_kernel(
     total = tl.zeros([TILE, RERANK_G], tl.float32)
     before = tl.zeros([TILE, RERANK_G], tl.float32)
     # Programs per bin list; each writes the same list.
-    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)
-    for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
-        part = turn % parts
-        pages = (lane // RUN * parts + part) * RUN + lane % RUN
+    shares = tl.maximum(tl.num_programs(1) // tl.maximum(num_lists, 1), 1)
+    for turn in range(tl.program_id(1), num_lists * shares, tl.num_programs(1)):
+        bin_list = turn % num_lists
+        pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
         score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
         kept = score > float("-inf")
         if scored:
             kept = kept & (score_bins(score, BINS, PER_NAT) <= edge)
         rank = tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(kept_page + (rank - 1) * parts + part, pages, mask=kept)
-        tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+        tl.store(kept_page + (rank - 1) * num_lists + bin_list, pages, mask=kept)
+        tl.store(kept_count + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)
         count = tl.max(rank, 0)
         if scored:
-            if first > part * RUN:  # sink pages of this list go behind its candidates, past the stored length
+            if first > bin_list * RUN:  # sink pages of this list go behind its candidates, past the stored length
                 sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
                 rank = tl.cumsum(sink.to(tl.int32), 0)
-                tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
+                tl.store(kept_page + (count + rank - 1) * num_lists + bin_list, pages, mask=sink)
                 count += tl.max(rank, 0)
             tl.debug_barrier()
-            for start in range(turn // parts * TILE, count, shares * TILE):
+            for start in range(turn // num_lists * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)
                 there = ranks < count
-                page = tl.load(kept_page + ranks * parts + part, mask=there, other=0)
+                page = tl.load(kept_page + ranks * num_lists + bin_list, mask=there, other=0)
                 token_there = start + place // PAGE < count
-                token_page = tl.load(kept_page + (start + place // PAGE) * parts + part, mask=token_there, other=0)
+                token_page = tl.load(
+                    kept_page + (start + place // PAGE) * num_lists + bin_list, mask=token_there, other=0
+                )
                 rows = page_rows(step, b, h, token_page, token_there, H, SEGMENT)
                 code_row = row_addresses(codes_table, rows, token_there, ROWS, PAGE * ((DK + 1) // 2))
                 scale_row = row_addresses(scale_table, rows, token_there, ROWS, PAGE * 2)
@@ -189,7 +191,7 @@ def rerank_kernel(
                 base = tl.where(largest == float("-inf"), 0.0, largest)
                 fine = coarse + base + tl.log(tl.sum(tl.exp(of_tokens - base[:, None, :]), 1))
                 fine = tl.where(inside, fine, float("-inf"))
-                spot = ranks * parts + part
+                spot = ranks * num_lists + bin_list
                 tl.store(closer + group[None, :] * capacity + spot[:, None], fine, mask=inside)
                 tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
                 counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
@@ -241,7 +243,7 @@ def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.cons
 def rate_rerank_kernel(
     step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_looks,
     RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
-    LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
+    LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
@@ -262,11 +264,11 @@ def rate_rerank_kernel(
     capacity = tl.load(step + PAGE_CAPACITY)
     closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     scored = tl.load(row + NUM_SELECTED) < stop - first
-    parts = tl.cdiv(stop, PART)
+    num_lists = tl.cdiv(stop, BIN_TILE)
     group = tl.arange(0, RERANK_G)
     lane = tl.arange(0, TILE)
     lse = tl.zeros([RERANK_G], tl.float32)
@@ -291,12 +293,12 @@ def rate_rerank_kernel(
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         rest = tl.maximum(1.0 - share, 0.0) * tl.exp(old - shift)
         lse = shift + tl.log(rest + tl.sum(sums * tl.exp(most - shift[:, None]), 1))
-    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
-        count = tl.load(kept_count + part)
+    for bin_list in range(tl.program_id(1), num_lists, tl.num_programs(1)):
+        count = tl.load(kept_count + bin_list)
         for start in range(0, count, TILE):
             ranks = start + lane
             there = ranks < count
-            spot = ranks * parts + part
+            spot = ranks * num_lists + bin_list
             score = tl.zeros([TILE], tl.float32)
             if scored:
                 inside = there[:, None] & (group < G)[None, :]

@@ -35,7 +35,7 @@ from ..common import (
     score_bins,
     sortable,
 )
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 from ..recipe import KernelRecipe
 from .assign_slots import retrieve
@@ -48,7 +48,7 @@ _SELECT_TILE, _SELECT_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
 """Pages per tile; warps; pages of the boundary bin that are ranked pairwise, and how many at a time."""
 _RERANKED_TILE, _RERANKED_WARPS, _RERANKED_TIED, _RERANKED_FEW_TILE = 4096, 16, 512, 32
 """The same after reranking, where the bin lists are much longer."""
-_TILE_PARTS, _TIED_TILE = 128, 512
+_TILE_LISTS, _TIED_TILE = 128, 512
 """Bin lists per tile; pages of the boundary bin per tile of the search."""
 _LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
 """Pages of the page list per tile (twice as many for long lists); slots per tile of the clock hand, and of a full scan."""
@@ -75,7 +75,7 @@ def select_pages(
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
         layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
         ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
-        PAGE=shape.page_size, PADDED=shape.padded, PART=PART_PAGES, PARTS=_TILE_PARTS, BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
+        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
         KEPT=_KEPT, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
         LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
         num_warps=warps,
@@ -86,8 +86,8 @@ def select_pages(
 def choose_kernel(
     step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
-    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
+    LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def choose_kernel(
         ESTIMATES: whether `estimate_kernel` follows. The logits of listed pages are then set to -infinity.
         COMPLETE: whether the bin lists hold every page that may be selected, whatever its score.
         COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
-        PARTS: bin lists per tile, when their lengths are read.
+        LISTS: bin lists per tile, when their lengths are read.
         FEW: up to this many tied pages are ranked pairwise, against FEW_TILE at a time.
         KEPT: the floor is set from this step's histogram to give KEPT times the selected pages. It grows by at most one bin
             per step, or by any number after a step whose bin lists had too few pages.
@@ -119,7 +119,7 @@ def choose_kernel(
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
     kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     tied = tl.load(step + TIED).to(tl.pointer_type(tl.int64)) + bh.to(tl.int64) * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
@@ -171,16 +171,16 @@ def choose_kernel(
             pages, score, inside = _all_pages(scores, start, first, stop, TILE)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     else:
-        parts = tl.cdiv(stop, PART)
+        num_lists = tl.cdiv(stop, BIN_TILE)
         most = tl.zeros([], tl.int32)
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)
-            most = tl.maximum(most, tl.max(tl.load(kept_count + part, mask=part < parts, other=0), 0))
-        places = most * parts
+        for start in range(0, num_lists, LISTS):
+            bin_list = start + tl.arange(0, LISTS)
+            most = tl.maximum(most, tl.max(tl.load(kept_count + bin_list, mask=bin_list < num_lists, other=0), 0))
+        places = most * num_lists
         for start in range(0, places, TILE):
             place = start + tl.arange(0, TILE)
-            held = tl.load(kept_count + place % parts, mask=place < places, other=0)
-            inside = place // parts < held
+            held = tl.load(kept_count + place % num_lists, mask=place < places, other=0)
+            inside = place // num_lists < held
             pages = tl.load(kept_page + place, mask=inside, other=0)
             score = tl.load(kept_score + place, mask=inside, other=0.0)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
