@@ -38,11 +38,11 @@ class StepField(IntEnum):
     """float32 [B, H, PAGE_CAPACITY]: score of each page; infinity for outliers, -infinity for pages that are not candidates."""
     OUTLIER = 11
     """uint8 [L, B, H, PAGE_CAPACITY]: 1 for outliers among the candidates."""
-    KEPT_PAGE = 12
+    BIN_LIST_PAGE = 12
     """int32 [B, H, PAGE_CAPACITY]: bin lists, the pages to select from. Entry i of list j is at i * num_lists + j."""
-    KEPT_SCORE = 13
+    BIN_LIST_SCORE = 13
     """float32, the same shape: the scores of these pages."""
-    KEPT_COUNT = 14
+    BIN_LIST_LENGTH = 14
     """int32 [B, H, num_lists]: the length of each bin list."""
     TIED = 15
     """int64 [B, H, PAGE_CAPACITY]: pages of the bin in which the budget ends, as keys that sort by score, then by page."""
@@ -52,7 +52,7 @@ class StepField(IntEnum):
     VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots to evict from."""
     RERANK = 19
-    """float32 [B, H, G, PAGE_CAPACITY]: log weights of the reranked pages, indexed as KEPT_PAGE."""
+    """float32 [B, H, G, PAGE_CAPACITY]: log weights of the reranked pages, indexed as BIN_LIST_PAGE."""
 
 
 class LayerField(IntEnum):
@@ -140,7 +140,7 @@ BINS_PER_NAT = 64
 """Scores are log probabilities, so bins reach down to exp(-32)."""
 
 BIN_TILE_PAGES = 1024
-"""Pages that one program bins at a time. Each such set of pages has its own bin list (`StepField.KEPT_PAGE`)."""
+"""Pages that one program bins at a time. Each such set of pages has its own bin list (`StepField.BIN_LIST_PAGE`)."""
 
 LOAD_MARK = 1 << 30
 """Added to a listed page that must be loaded."""

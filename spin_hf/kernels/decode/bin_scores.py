@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
+    BIN_LIST_LENGTH,
+    BIN_LIST_PAGE,
+    BIN_LIST_SCORE,
     CANDIDATES,
     FIRST,
-    KEPT_COUNT,
-    KEPT_PAGE,
-    KEPT_SCORE,
     LOGITS,
     NUM_OUTLIERS,
     NUM_SELECTED,
@@ -115,9 +115,11 @@ def rate_kernel(
         logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
         scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
         stream = number.to(tl.int64) * tl.num_programs(0) + bh
-        kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-        kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
+        bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+        bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(
+            capacity, BIN_TILE
+        )
         floor = tl.load(floors + bh)
         outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
         first = tl.load(row + FIRST)
@@ -132,7 +134,7 @@ def rate_kernel(
             pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
             inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
             best = tl.zeros([BIN_TILE], tl.float32)
-            kept = inside
+            entering = inside
             if scored:
                 best = tl.full([BIN_TILE], -3.0e38, tl.float32)
                 total = tl.zeros([BIN_TILE], tl.float32)
@@ -172,16 +174,16 @@ def rate_kernel(
                     marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
                     best = tl.where(marks != 0, float("inf"), best)
                 bins = score_bins(best, BINS, PER_NAT)
-                kept = inside & (bins <= floor)
-                counted = inside if EVERYTHING else kept
+                entering = inside & (bins <= floor)
+                counted = inside if EVERYTHING else entering
                 tl.atomic_add(
                     histogram + bh * BINS + bins, tl.full([BIN_TILE], 1, tl.int32), mask=counted, sem="relaxed"
                 )
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
-                rank = tl.cumsum(kept.to(tl.int32), 0)
+                rank = tl.cumsum(entering.to(tl.int32), 0)
                 # By rank, then by list. The lists are about equally long, so few places stay empty.
                 place = (rank - 1) * num_lists + bin_list
-                tl.store(kept_page + place, pages, mask=kept)
-                tl.store(kept_score + place, best, mask=kept)
-                tl.store(kept_count + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)
+                tl.store(bin_list_page + place, pages, mask=entering)
+                tl.store(bin_list_score + place, best, mask=entering)
+                tl.store(bin_list_length + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)

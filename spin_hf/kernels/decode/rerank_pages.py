@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
+    BIN_LIST_LENGTH,
+    BIN_LIST_PAGE,
+    BIN_LIST_SCORE,
     FIRST,
-    KEPT_COUNT,
-    KEPT_PAGE,
-    KEPT_SCORE,
     LOGITS,
     NUM_SELECTED,
     PAGE_CAPACITY,
@@ -101,8 +101,8 @@ def rerank_kernel(
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
+    bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -136,27 +136,27 @@ def rerank_kernel(
         bin_list = turn % num_lists
         pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
         score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
-        kept = score > float("-inf")
+        entering = score > float("-inf")
         if scored:
-            kept = kept & (score_bins(score, BINS, PER_NAT) <= edge)
-        rank = tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(kept_page + (rank - 1) * num_lists + bin_list, pages, mask=kept)
-        tl.store(kept_count + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)
+            entering = entering & (score_bins(score, BINS, PER_NAT) <= edge)
+        rank = tl.cumsum(entering.to(tl.int32), 0)
+        tl.store(bin_list_page + (rank - 1) * num_lists + bin_list, pages, mask=entering)
+        tl.store(bin_list_length + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)
         count = tl.max(rank, 0)
         if scored:
             if first > bin_list * RUN:  # sink pages of this list go behind its candidates, past the stored length
                 sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
                 rank = tl.cumsum(sink.to(tl.int32), 0)
-                tl.store(kept_page + (count + rank - 1) * num_lists + bin_list, pages, mask=sink)
+                tl.store(bin_list_page + (count + rank - 1) * num_lists + bin_list, pages, mask=sink)
                 count += tl.max(rank, 0)
             tl.debug_barrier()
             for start in range(turn // num_lists * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)
                 there = ranks < count
-                page = tl.load(kept_page + ranks * num_lists + bin_list, mask=there, other=0)
+                page = tl.load(bin_list_page + ranks * num_lists + bin_list, mask=there, other=0)
                 token_there = start + place // PAGE < count
                 token_page = tl.load(
-                    kept_page + (start + place // PAGE) * num_lists + bin_list, mask=token_there, other=0
+                    bin_list_page + (start + place // PAGE) * num_lists + bin_list, mask=token_there, other=0
                 )
                 rows = page_rows(step, b, h, token_page, token_there, H, SEGMENT)
                 code_row = row_addresses(codes_table, rows, token_there, ROWS, PAGE * ((DK + 1) // 2))
@@ -263,8 +263,8 @@ def rate_rerank_kernel(
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
+    bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     scored = tl.load(row + NUM_SELECTED) < stop - first
@@ -294,7 +294,7 @@ def rate_rerank_kernel(
         rest = tl.maximum(1.0 - share, 0.0) * tl.exp(old - shift)
         lse = shift + tl.log(rest + tl.sum(sums * tl.exp(most - shift[:, None]), 1))
     for bin_list in range(tl.program_id(1), num_lists, tl.num_programs(1)):
-        count = tl.load(kept_count + bin_list)
+        count = tl.load(bin_list_length + bin_list)
         for start in range(0, count, TILE):
             ranks = start + lane
             there = ranks < count
@@ -307,4 +307,4 @@ def rate_rerank_kernel(
                 score = tl.maximum(tl.log(tl.sum(shares, 1) * (1.0 / G)), -3.0e38)
                 bins = score_bins(score, BINS, PER_NAT)
                 tl.atomic_add(histogram + bh * BINS + bins, tl.full([TILE], 1, tl.int32), mask=there, sem="relaxed")
-            tl.store(kept_score + spot, score, mask=there)
+            tl.store(bin_list_score + spot, score, mask=there)
