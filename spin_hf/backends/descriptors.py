@@ -211,7 +211,7 @@ class Descriptors:
 def capacity_for(num_pages: int) -> int:
     """Capacity in pages of a step's buffers, for a context of `num_pages` pages that grows.
 
-    A multiple of `BIN_TILE_PAGES` if larger: candidates are stored at rank * tiles + tile, and tiles may differ in length.
+    A multiple of `BIN_TILE_PAGES` if larger: entry i of list j is at i * num_lists + j, and lists may differ in length.
     """
     if num_pages <= BIN_TILE_PAGES:
         return max(_MIN_PAGES, power_of_two(num_pages))

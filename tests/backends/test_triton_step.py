@@ -145,7 +145,7 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             "left",
             [1, 1],
             {"budget": 24, "recent_window": 8},
-            {"_KEPT": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
+            {"_FLOOR_FACTOR": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
         ),  # too few are kept
         (
             "none",

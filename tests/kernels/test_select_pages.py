@@ -86,12 +86,12 @@ def test_select_top_pages_without_candidates() -> None:
 
 
 @pytest.mark.parametrize("num_pages", [1, 31, 512, 513, 1023, 1024, 1025, 2049, 8681, 16_384, 32_785, 200_001])
-def test_a_context_of_kept_pages_has_places(num_pages: int) -> None:
-    """At worst all pages are listed: rank r of split p of n is at r * n + p, and the largest split has the most ranks."""
+def test_bin_lists_of_all_pages_have_places(num_pages: int) -> None:
+    """At worst all pages are listed: rank r of list p of n is at r * n + p, and the longest list has the most ranks."""
     num_lists, run = -(-num_pages // BIN_TILE_PAGES), 32
     ranks = max(
-        sum(min(run, num_pages - first) for first in range(part * run, num_pages, num_lists * run))
-        for part in range(num_lists)
+        sum(min(run, num_pages - first) for first in range(index * run, num_pages, num_lists * run))
+        for index in range(num_lists)
     )
     capacity = capacity_for(num_pages)
     assert num_pages <= capacity

@@ -53,7 +53,7 @@ _TILE_LISTS, _TIED_TILE = 128, 512
 _LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
 """Pages of the page list per tile (twice as many for long lists); slots per tile of the clock hand, and of a full scan."""
 _FLOOR_FACTOR = 3
-"""Candidates entering per selected page. The floor is set from the last step's histogram to give about this many."""
+"""Candidates in the bin lists per selected page. The floor is set from the last step's histogram to give about this many."""
 
 
 def select_pages(
@@ -75,8 +75,8 @@ def select_pages(
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
         layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
         ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
-        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
-        FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
+        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS,
+        PER_NAT=BINS_PER_NAT, FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
         LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
         num_warps=warps,
     )  # fmt: skip
@@ -103,8 +103,8 @@ def choose_kernel(
         COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
         LISTS: bin lists per tile, when their lengths are read.
         FEW: up to this many tied pages are ranked pairwise, against FEW_TILE at a time.
-        FLOOR_FACTOR: the floor is set from this step's histogram to give FLOOR_FACTOR times the selected pages. It grows by at most one bin
-            per step, or by any number after a step whose bin lists had too few pages.
+        FLOOR_FACTOR: the floor is set from this step's histogram to give FLOOR_FACTOR times the selected pages. It grows by
+            at most one bin per step, or by any number after a step whose bin lists had too few pages.
         floors: int32 [B, H]: the last bin that enters the bin lists at the next step. Written.
     """
     bh = tl.program_id(0)
@@ -212,7 +212,7 @@ def choose_kernel(
 
 @triton.jit
 def _boundary(counts, wanted, BINS: tl.constexpr, FLOOR_FACTOR: tl.constexpr):
-    """The bin of the last of the `wanted` pages, the pages needed of that bin, and the bin in which FLOOR_FACTOR * wanted pages end.
+    """The bin of the last of the `wanted` pages, the pages needed of that bin, and the bin of the last of FLOOR_FACTOR * wanted.
 
     A bin is BINS if fewer pages were counted.
     """
