@@ -126,7 +126,7 @@ class Rating(IntEnum):
 
     LIKELIEST = 0
     """The largest probability (softmax over the candidates) over the query heads."""
-    SHARE = 1
+    MEAN = 1
     """The mean probability over the query heads."""
     BOUND = 2
     """The largest product with a key in the page's box (first summary: low, second: high) over the query heads. The bounds of

@@ -192,7 +192,7 @@ def group_scores(logits: Tensor, candidates: Tensor, rating: Rating, log_tokens:
         candidates: [B, N], bool: the pages that the softmax is over.
         rating: see `Rating`.
         log_tokens: [B, N]: logarithm of each page's token count, added to its logits in the softmax; None for no weights.
-            With SHARE, it is added to the score too.
+            With MEAN, it is added to the score too.
     Returns:
         [B, H, N], logarithms; -inf for pages that are not candidates.
     """

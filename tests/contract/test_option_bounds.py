@@ -256,7 +256,7 @@ def test_classes_whose_numbers_cannot_work() -> None:
 )  # fmt: skip
 def test_recipes_whose_numbers_cannot_work(field: str, value: Any) -> None:
     class Mine(Bisection):
-        recipe: ClassVar[KernelRecipe] = KernelRecipe(Rating.SHARE, **{field: value})  # type: ignore[misc]
+        recipe: ClassVar[KernelRecipe] = KernelRecipe(Rating.MEAN, **{field: value})  # type: ignore[misc]
 
     with pytest.raises(SpinError, match=f"recipe: {field}: expected"):
         SpinCache(Shape().config(), Mine())

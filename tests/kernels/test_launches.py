@@ -31,7 +31,7 @@ class Weighing(RetroInfer):
 
     @property
     def recipe(self) -> KernelRecipe:
-        return KernelRecipe(Rating.SHARE, weighs_tokens=True)
+        return KernelRecipe(Rating.MEAN, weighs_tokens=True)
 
 
 def one_step(method: Any, monkeypatch: pytest.MonkeyPatch, shape: Shape, padded: bool, dtype: torch.dtype) -> Any:

@@ -74,7 +74,7 @@ class RetroInfer(ClusteringMethod, Method):
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, except clustering and summaries."""
-        return KernelRecipe(Rating.SHARE, estimated_share=float(self.estimated_share))
+        return KernelRecipe(Rating.MEAN, estimated_share=float(self.estimated_share))
 
     # ---------------------------------------------------------------------------------------------------------- index
 

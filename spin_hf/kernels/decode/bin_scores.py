@@ -41,7 +41,7 @@ from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
-SHARE = tl.constexpr(int(Rating.SHARE))
+MEAN = tl.constexpr(int(Rating.MEAN))
 BOUND = tl.constexpr(int(Rating.BOUND))
 
 
@@ -156,14 +156,14 @@ def rate_kernel(
                     each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
                     if RATING != BOUND:
                         each = tl.where(there, each - lse[:, None], float("-inf"))
-                    if RATING != SHARE:
+                    if RATING != MEAN:
                         best = tl.maximum(best, tl.max(each, 0))
                     else:  # `each` is at most about 0, so exp does not overflow
                         total += tl.sum(tl.exp(each), 0)
                 if RATING == BOUND:
                     width = tl.where(largest == float("-inf"), 1.0, tl.maximum(largest - smallest, 1e-20))
                     best = (best - tl.where(largest == float("-inf"), 0.0, largest)) * (30.0 / width)
-                elif RATING == SHARE:
+                elif RATING == MEAN:
                     best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
                     if WEIGHTED and PADDED:
                         best += log_tokens(step, b, pages, inside, PAGE, PADDED)
