@@ -72,7 +72,7 @@ class StepKernels(Descriptors):
         self.buffers = StepBuffers(
             splits=Splits.choose(
                 streams, most_tokens=None if most is None else most * state.method.page_size,
-                estimates=self.recipe.estimated_share > 0,
+                estimates=self.recipe.estimated_fraction > 0,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),
             rerank_histogram=self.new((reranked, NUM_BINS), torch.int32), zone_edges=self.new((streams,), torch.int32),

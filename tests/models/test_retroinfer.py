@@ -25,7 +25,7 @@ NUM_TOKENS, STEPS = 2048, 4
 
 def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, share: float) -> list[float]:
     """Relative error of the attention output of every layer and step."""
-    cache = SpinCache.from_cache(prefilled, model, RetroInfer(estimated_share=share), budget=budget)
+    cache = SpinCache.from_cache(prefilled, model, RetroInfer(estimated_fraction=share), budget=budget)
     found: list[float] = []
     sparse_attention = SpinLayer._attend_selected
 
