@@ -93,8 +93,8 @@ class Descriptors:
                     fields[summary_field(i, j)] = array.address_table.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
-                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.shares is None else -1
-                fields[LayerField.SHARES] = 0 if frames.shares is None else frames.shares.data_ptr()
+                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.slot_counts is None else -1
+                fields[LayerField.SLOT_COUNTS] = 0 if frames.slot_counts is None else frames.slot_counts.data_ptr()
                 fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()

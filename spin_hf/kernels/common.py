@@ -42,7 +42,7 @@ PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
 PAGE_SLOT_STRIDE = tl.constexpr(int(LayerField.PAGE_SLOT_STRIDE))
 SLOT_PAGE = tl.constexpr(int(LayerField.SLOT_PAGE))
 SLOT_STEP = tl.constexpr(int(LayerField.SLOT_STEP))
-SHARES = tl.constexpr(int(LayerField.SHARES))
+SLOT_COUNTS = tl.constexpr(int(LayerField.SLOT_COUNTS))
 
 FIRST = tl.constexpr(int(PlanField.FIRST))
 STOP = tl.constexpr(int(PlanField.STOP))
@@ -85,9 +85,9 @@ def slots_of(layer, b, h, H: tl.constexpr):
     num_slots = tl.load(layer + NUM_SLOTS)
     first = (b * H + h) * num_slots
     if num_slots < 0:  # each sequence has its own slot count
-        share = tl.load(layer + SHARES).to(tl.pointer_type(tl.int64)) + b * 2
-        num_slots = tl.load(share)
-        first = tl.load(share + 1) + h * num_slots
+        slot_count = tl.load(layer + SLOT_COUNTS).to(tl.pointer_type(tl.int64)) + b * 2
+        num_slots = tl.load(slot_count)
+        first = tl.load(slot_count + 1) + h * num_slots
     return num_slots, first
 
 

@@ -73,7 +73,7 @@ class LayerField(IntEnum):
     FRAMES = 9
     """Page frames, NUM_SLOTS per (sequence, KV head), in that order; 0 if the backing store is on the GPU."""
     NUM_SLOTS = 10
-    """Slots per (sequence, KV head); 0 without page frames, -1 if SHARES has a count for each sequence."""
+    """Slots per (sequence, KV head); 0 without page frames, -1 if SLOT_COUNTS has a count for each sequence."""
     PAGE_SLOT = 11
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 if the page is not resident."""
     PAGE_SLOT_STRIDE = 12
@@ -81,7 +81,7 @@ class LayerField(IntEnum):
     """int32, one per frame: slot -> page, -1 if the slot is free."""
     SLOT_STEP = 14
     """int64, one per frame: the clock when the slot was last touched."""
-    SHARES = 15
+    SLOT_COUNTS = 15
     """int64 [B, 2]: slots per KV head of a sequence, and the first frame of its first head; 0 if all counts are equal."""
 
 

@@ -57,7 +57,7 @@ class PageFrames:
         self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
         self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
         self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
-        self.shares: Tensor | None = None
+        self.slot_counts: Tensor | None = None
         """Slots per KV head and first frame of each sequence, for kernels: [B, 2], int64. None if slot counts are equal."""
         self.hits = self.loads = self.evictions = 0
 
@@ -65,7 +65,7 @@ class PageFrames:
     def tensors(self) -> tuple[Tensor, ...]:
         """Frames and tables."""
         tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
-        return tables if self.shares is None else (*tables, self.shares)
+        return tables if self.slot_counts is None else (*tables, self.slot_counts)
 
     @property
     def num_slots(self) -> int:
@@ -93,7 +93,7 @@ class PageFrames:
         """Bytes of the tables, by name."""
         tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
         sizes = {name: table.nbytes for name, table in tables.items()}
-        return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
+        return sizes if self.slot_counts is None else {**sizes, "slot slot_counts": self.slot_counts.nbytes}
 
     def held(self, row: int) -> Tensor:
         """Page in each slot of a sequence, -1 if free: [H, slots[row]], a view."""
@@ -130,7 +130,7 @@ class PageFrames:
         page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
         slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # one update
+        self.__dict__.update(tables, slots=(0,) * batch_size, slot_counts=None, frames=frames)  # one update
 
     def _take_slots(self, wanted: tuple[int, ...]) -> None:
         """Set slot counts. Keep resident pages if there is memory to copy them, else drop them."""
@@ -156,9 +156,9 @@ class PageFrames:
         frames = self.frames.new_empty((total, self.page_elements))
         slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
         page_slot = torch.full_like(self.page_slot, -1)
-        shares = None
+        slot_counts = None
         if len(set(wanted)) > 1:
-            shares = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
+            slot_counts = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
                 frames.device, non_blocking=True
             )
         for rows, old, new in self._pieces(wanted):
@@ -179,7 +179,7 @@ class PageFrames:
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
             page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # one update
+        self.__dict__.update(tables, slots=wanted, slot_counts=slot_counts, frames=frames)  # one update
 
     def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
         """Runs of sequences with equal slot counts, both before and after: their rows, old group and new group."""

@@ -137,7 +137,7 @@ class PageStore:
         """
         while True:
             try:
-                frames.resize(batch_size, self.budget.shares(wanted, num_pages, held), whole_segments(num_pages))
+                frames.resize(batch_size, self.budget.slot_counts(wanted, num_pages, held), whole_segments(num_pages))
                 return wanted
             except CapacityError:
                 least = self.budget.step_frames(num_pages)
@@ -286,11 +286,11 @@ class PageStore:
         Without columns yields one empty slice, so that attention over nothing gives zero.
         """
         stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
-        if self.frames is None or self.frames.shares is None or stop <= width:
+        if self.frames is None or self.frames.slot_counts is None or stop <= width:
             yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
             return
         counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
-        slots, first = self.frames.shares[:, :1, None], 0
+        slots, first = self.frames.slot_counts[:, :1, None], 0
         while first < stop:
             fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
             end = first + int(fits.sum())

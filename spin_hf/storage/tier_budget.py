@@ -107,7 +107,7 @@ class TierBudget:
         selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
         return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
 
-    def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
+    def slot_counts(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
         """Slots per KV head of each sequence, in proportion to its pages. On average at most `frames`.
 
         A sequence gets at least min(frames, mandatory frames), and beyond that at most its pages, rounded up.
