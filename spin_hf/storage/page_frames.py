@@ -93,7 +93,7 @@ class PageFrames:
         """Bytes of the tables, by name."""
         tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
         sizes = {name: table.nbytes for name, table in tables.items()}
-        return sizes if self.slot_counts is None else {**sizes, "slot slot_counts": self.slot_counts.nbytes}
+        return sizes if self.slot_counts is None else {**sizes, "slot_counts": self.slot_counts.nbytes}
 
     def held(self, row: int) -> Tensor:
         """Page in each slot of a sequence, -1 if free: [H, slots[row]], a view."""
