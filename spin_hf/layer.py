@@ -27,7 +27,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
-from .attention.masks import is_own, new_validity, over_tokens
+from .attention.masks import is_internal, new_validity, over_tokens
 from .attention.methods.clustering import ClusteringMethod, last_queries
 from .backends import gradients
 from .backends.attention_weights import AttentionWeights, warn_of_memory
@@ -181,7 +181,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         Args:
             query: [B, heads, Q, Dk], of the last Q of the n new tokens.
             key, value: [B, H, n, Dk] and [B, H, n, Dv].
-            mask: None, spin_hf's own mask, or the caller's (`attention/masks.py`).
+            mask: None, a marker or validity mask, or a given mask (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
             append: False if a layer that shares these keys and values has already appended them.
@@ -236,7 +236,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         if mask is not None:
             num_tokens = sequences.length + (num_new if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]
-            mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
+            mask = None if is_internal(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
             method = state.method

@@ -7,7 +7,8 @@
 
 Masks, as attention receives them (see `masks.py`):
     None                causal, no padding among the new tokens
-    own mask            causal; the cache has stored which tokens are padding (its shape does not grow with the context)
+    marker mask         causal; the cache has stored which tokens are padding (its shape does not grow with the context)
+    validity mask       causal; contains which of the new tokens are padding
     [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, with dense attention
 
 Keys without a layer (no cache, another cache, dense layers of the cache) go to the config's previous implementation. Importing
@@ -164,7 +165,7 @@ def spin_attention(
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
             )
-        if masks.is_own(attention_mask):
+        if masks.is_internal(attention_mask):
             raise AttentionError(
                 f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask of the cache; "
                 "gradient checkpointing drops the cache in training mode, so call model.gradient_checkpointing_disable() or "
@@ -211,7 +212,7 @@ def _check_arguments(
             f"SpinCache: expected dropout 0, got {dropout}; call model.eval(), or set the config's attention dropout to "
             "0 (training mode alone is served)"
         )
-    if not causal and num_queries > 1 and (mask is None or masks.is_own(mask)):
+    if not causal and num_queries > 1 and (mask is None or masks.is_internal(mask)):
         raise AttentionError(
             "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
         )
@@ -307,7 +308,7 @@ def spin_mask(
             a tensor offset while Dynamo traces.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None for no padding, an own mask (see `masks.py`), or a dense mask if `mask_function` is not causal. Stores the padding
+        None for no padding, a marker or validity mask, or a dense mask if `mask_function` is not causal. Stores the padding
         of the new tokens in the cache, and updates that of earlier tokens if the mask changed it.
     Raises:
         AttentionError, BatchSizeError: the mask does not belong to this batch; nothing has changed.
@@ -329,7 +330,7 @@ def spin_mask(
         if attention_mask is None:
             return None
         masks.check_padding(attention_mask)
-        return masks.traced_mask(attention_mask[:, -q_length:])
+        return masks.validity_mask(attention_mask[:, -q_length:])
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if kv_length.reconcile is None:
@@ -344,7 +345,7 @@ def spin_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-    return None if attention_mask is None else masks.noted_mask(attention_mask, q_length)
+    return None if attention_mask is None else masks.marker_mask(attention_mask, q_length)
 
 
 AttentionInterface.register(implementation.NAME, spin_attention)

@@ -212,7 +212,7 @@ def choose_kernel(
 
 @triton.jit
 def _boundary(counts, wanted, BINS: tl.constexpr, FLOOR_FACTOR: tl.constexpr):
-    """The bin of the last of the `wanted` pages, the pages needed of that bin, and the bin of the FLOOR_FACTOR * wanted-th.
+    """The bin in which `wanted` pages end, the pages needed of that bin, and the bin in which FLOOR_FACTOR * wanted pages end.
 
     A bin is BINS if fewer pages were counted.
     """
