@@ -132,7 +132,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         if state.captured_length is not None:
             return
         if position_ids is not None and self._is_first and state.method.uses_positions:
-            check_positions(state, position_ids, new_validity(mask, state.noted))
+            check_positions(state, position_ids, new_validity(mask, state.new_token_validity))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held. A tensor during Dynamo tracing and graph capture, so that no length becomes a constant."""
@@ -232,7 +232,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
         state, sequences = self.cache_state, self.cache_state.sequences
         num_new, num_queries = key.shape[2], call.query.shape[3]
-        new_valid = new_validity(mask, state.noted) if append else None
+        new_valid = new_validity(mask, state.new_token_validity) if append else None
         if mask is not None:
             num_tokens = sequences.length + (num_new if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]

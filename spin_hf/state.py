@@ -101,7 +101,7 @@ class CacheState:
         committed: tokens that every layer holds.
         phase: of the current forward.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
-        noted: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
+        new_token_validity: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
         unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
         warned_waves, warned_clustering: whether the warning has been logged.
     """
@@ -117,7 +117,7 @@ class CacheState:
     committed: int = 0
     phase: Phase = Phase.IDLE
     pending: Any = None
-    noted: Tensor | None = None
+    new_token_validity: Tensor | None = None
     unfinished: Callable[[], None] | None = None
     warned_waves: bool = False
     warned_clustering: bool = False

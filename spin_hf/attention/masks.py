@@ -41,12 +41,12 @@ def is_internal(mask: Tensor | None) -> bool:
     return mask is not None and (mask.dim() == _TRACED_DIMENSIONS or mask.shape[-1] == 0)
 
 
-def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
+def new_validity(mask: Tensor | None, stored: Tensor | None) -> Tensor | None:
     """Which of the new tokens are real, [B, Q], bool; None for all.
 
     Args:
         mask: as attention received it. A given mask means no padding.
-        noted: validity of the new tokens from the latest padding mask, as the cache stored it.
+        stored: validity of the new tokens from the latest padding mask, as the cache stored it.
     Raises:
         AttentionError: the mask is over no tokens, and the cache has stored none for these tokens.
     """
@@ -54,12 +54,12 @@ def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
         return None
     if mask.dim() == _TRACED_DIMENSIONS:
         return mask[:, 0, 0, 0]
-    if noted is None or noted.shape != (mask.shape[0], mask.shape[-2]):
+    if stored is None or stored.shape != (mask.shape[0], mask.shape[-2]):
         raise AttentionError(
             f"attention_mask: expected a mask over the tokens held and new, got one over none, {tuple(mask.shape)}; pass a "
             "padding mask [B, tokens]"
         )
-    return noted
+    return stored
 
 
 def check_kind(mask: Any) -> None:

@@ -118,4 +118,4 @@ def _notes(stores: list[PageStore], rows: Tensor, shifts: Tensor, cluster_pages:
         *(clustered(store).arrays for store in stores), strict=True
     )  # shifts alone if clusters are single pages
     pairs = zip(kinds, (shifts, cluster_pages), strict=False)
-    return [write for held, noted in pairs for write in writers(list(held), rows, noted)]
+    return [write for held, offsets in pairs for write in writers(list(held), rows, offsets)]
