@@ -52,8 +52,8 @@ def held(batch_size: int, tokens: int, method: str, gpu_memory: int | str) -> tu
     """What a cache reports that has room for a batch, and the page frames of a layer, over all sequences and KV heads."""
     shape = config()
     cache = SpinCache(shape, method, gpu_memory=gpu_memory)
-    shared = cache._state
-    shared.sequences.begin(batch_size, tokens, None)
+    state = cache._state
+    state.sequences.begin(batch_size, tokens, None)
     state = torch.empty((batch_size, shape.num_key_value_heads, 1, shape.head_dim), dtype=_DTYPE, device="meta")
     for layer in cache.paged_layers:
         layer.lazy_initialization(state, state)

@@ -101,16 +101,16 @@ def find_spread(
 @contextmanager
 def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None]) -> Any:
     """While a model runs eager steps, call `record(layer, chosen)` after each layer: [B * KV heads, pages], bool."""
-    passes, shared = cache._passes, cache._state
+    passes, state = cache._passes, cache._state
 
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
             kernels = passes.kernels.in_use()[0]
-            fixed = passes.plan.query(shared.sequences.start, kernels.device).fixed
+            fixed = passes.plan.query(state.sequences.start, kernels.device).fixed
             fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
-                kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, shared.sequences.num_pages
+                kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, state.sequences.num_pages
             ))  # fmt: skip
             return result
 

@@ -68,12 +68,12 @@ def bytes_per_layer(cache: SpinCache, counts: dict[str, int], steps: int) -> dic
     Args:
         counts: of `steps` steps, over all layers and KV heads.
     """
-    shared = cache._state
+    state = cache._state
     layers, store = len(cache.paged_layers), cache.paged_layers[0].store
     assert store is not None
     scored: Any = next(iter(store.summaries.values()))
     row_bytes = sum(array.row_bytes for array in scored.arrays)
-    pages = shared.sequences.length // store.page_size
+    pages = state.sequences.length // store.page_size
     return {
         "summaries": pages * row_bytes * store.num_heads,
         "attended": round(counts["TOKENS"] / steps / layers * store.backing.row_bytes / store.page_size),

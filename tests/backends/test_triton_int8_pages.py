@@ -133,10 +133,10 @@ def test_pages_move_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             first = forward_steps(model, cache, "left", [1])
             assert cache.stats().cpu_bytes == 0
-            shared = cache._state
-            for layer in shared.layers:
+            state = cache._state
+            for layer in state.layers:
                 layer.store.budget = layer.store.budget.__class__(**{**vars(layer.store.budget), "gpu_memory": 60_000})
-            shared.sequences._become()
+            state.sequences._become()
             ids = torch.randint(3, 100, (2, 3), generator=torch.Generator().manual_seed(3))
             mask = torch.ones((2, 65), dtype=torch.long)
             mask[0, :11] = 0

@@ -93,9 +93,9 @@ def test_padding_that_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     capture_on_cpu(monkeypatch)
     looked, take = list[int](), padding_change.take
 
-    def watched(shared: Any, mask: Tensor | None) -> Tensor | None:
-        looked.append(shared.committed)
-        return take(shared, mask)
+    def watched(state: Any, mask: Tensor | None) -> Tensor | None:
+        looked.append(state.committed)
+        return take(state, mask)
 
     monkeypatch.setattr(padding_change, "take", watched)
     actual, replays = _padded_from("model", lambda mask: None, 38, padded=True)

@@ -175,7 +175,7 @@ def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
 def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
     """A span over a segment that beams share and one that they do not: each beam gets its own."""
     driver = new_driver(method=Shuffled(), dense_below=1000)
-    with patch.object(cluster, "grow", lambda shared: None):  # until they differ
+    with patch.object(cluster, "grow", lambda state: None):  # until they differ
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         both = RandomKV(SHAPE, *([x.clone() for x in xs[:3]] for xs in (kv.keys, kv.values, kv.queries)))

@@ -23,7 +23,7 @@ from tests.support.clustering_methods import Backwards, Clumped, Shuffled
 def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
     """A span that beams share in part is not clustered where there is no memory for copies; one warning is logged."""
     driver = new_driver()
-    with patch.object(cluster, "grow", lambda shared: None):
+    with patch.object(cluster, "grow", lambda state: None):
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         driver.step(kv.rows([0, 0]), 270, 380)
@@ -139,7 +139,7 @@ def test_integrity_sees_a_clustered_page_in_the_recent_window(kv: RandomKV) -> N
     driver = new_driver()
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 201)
-    with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.spans):
+    with patch.object(cluster, "in_order", lambda state, valid, length: state.sequences.spans):
         driver.cache.crop(-20)
     with pytest.raises(CacheStateError, match="run of positions"):
         driver.cache.check_integrity()
