@@ -202,9 +202,9 @@ def test_layers_one_by_one_or_together(kv: RandomKV, once: int, monkeypatch: pyt
     clustered_pages = []
     arrange = Shuffled.form_clusters
 
-    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def counting(self: Shuffled, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         clustered_pages.append(keys.shape[0])
-        return arrange(self, keys, asked)
+        return arrange(self, keys, observation_queries)
 
     monkeypatch.setattr(Shuffled, "form_clusters", counting)
     driver = new_driver(method=Shuffled())

@@ -101,7 +101,7 @@ def test_interrupted(
 def test_a_method_that_loses_tokens(kv: RandomKV, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
-        def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+        def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
             if wrong in ("twice", "short"):
                 return TokenClusters(places // 2 if wrong == "twice" else places[:, :, 1:])

@@ -27,10 +27,10 @@ class FromEndToEnd(Backwards):
 
     span_tokens: ClassVar[int] = 32768
 
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         pages[:, :, 0] = pages.shape[2]
-        return TokenClusters(super().form_clusters(keys, asked).order, pages)
+        return TokenClusters(super().form_clusters(keys, observation_queries).order, pages)
 
 
 def with_spans_of(tokens: int, page_size: int) -> Any:
