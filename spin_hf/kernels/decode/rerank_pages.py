@@ -68,7 +68,7 @@ def rerank_pages(
     launch(
         rate_rerank_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
         buffers.rerank_histogram, buffers.factors, buffers.rerank_stats, programs, COUNTED=_COUNTED,
-        LOOKS=power_of_two(programs), TILE=256, **common,
+        SPLITS=power_of_two(programs), TILE=256, **common,
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def rerank_kernel(
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    reranked = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
     bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
@@ -192,7 +192,7 @@ def rerank_kernel(
                 fine = coarse + base + tl.log(tl.sum(tl.exp(of_tokens - base[:, None, :]), 1))
                 fine = tl.where(inside, fine, float("-inf"))
                 spot = ranks * num_lists + bin_list
-                tl.store(closer + group[None, :] * capacity + spot[:, None], fine, mask=inside)
+                tl.store(reranked + group[None, :] * capacity + spot[:, None], fine, mask=inside)
                 tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
                 counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
                 tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
@@ -241,9 +241,9 @@ def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.cons
 
 @triton.jit
 def rate_rerank_kernel(
-    step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_looks,
+    step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_splits,
     RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
-    LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
@@ -255,14 +255,14 @@ def rate_rerank_kernel(
             counted. Written.
         histogram: int32 [B * H, BINS]: zeroed by `rate_kernel`. Added to, unless the budget covers all candidates.
         factors: written by `prepare_queries`.
-        rerank_stats: written by `num_looks` programs of `rerank_kernel`; LOOKS is num_looks rounded up to a power of two.
+        rerank_stats: written by `num_splits` programs of `rerank_kernel`; SPLITS is num_splits rounded up to a power of two.
         TILE: pages of a bin list per tile.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
-    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    reranked = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
     bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
@@ -279,9 +279,9 @@ def rate_rerank_kernel(
         floor = tl.minimum(enough, tl.load(floors + bh) + 1)
         tl.store(floors + bh, tl.where(tl.max(upto, 0) < goal, BINS, floor))
     if scored:
-        looks = tl.arange(0, LOOKS)
-        place = rerank_stats + (bh * num_looks + looks)[None, :] * 3 * RERANK_G + group[:, None]
-        known = (looks < num_looks)[None, :]
+        split = tl.arange(0, SPLITS)
+        place = rerank_stats + (bh * num_splits + split)[None, :] * 3 * RERANK_G + group[:, None]
+        known = (split < num_splits)[None, :]
         most = tl.load(place, mask=known, other=float("-inf"))
         sums = tl.load(place + RERANK_G, mask=known, other=0.0)
         share = tl.sum(tl.load(place + 2 * RERANK_G, mask=known, other=0.0), 1)
@@ -302,7 +302,7 @@ def rate_rerank_kernel(
             score = tl.zeros([TILE], tl.float32)
             if scored:
                 inside = there[:, None] & (group < G)[None, :]
-                fine = tl.load(closer + group[None, :] * capacity + spot[:, None], mask=inside, other=float("-inf"))
+                fine = tl.load(reranked + group[None, :] * capacity + spot[:, None], mask=inside, other=float("-inf"))
                 shares = tl.where(inside, tl.exp(fine - lse[None, :]), 0.0)
                 score = tl.maximum(tl.log(tl.sum(shares, 1) * (1.0 / G)), -3.0e38)
                 bins = score_bins(score, BINS, PER_NAT)
