@@ -77,10 +77,10 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     return (reference if launch is None else launch).page_means(states, valid)
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tuple[int, int], ...]) -> Tensor:
     """As `reference.move_tokens`."""
     launch = launchers(content.device)
-    return (reference if launch is None else launch).move_tokens(content, order, page_size, parts)
+    return (reference if launch is None else launch).move_tokens(content, order, page_size, fields)
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:

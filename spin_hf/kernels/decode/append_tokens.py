@@ -92,8 +92,8 @@ def append_page(
     backing = tl.load(table + row // ROWS) + (row % ROWS) * backing_row_bytes
     place_k = tl.arange(0, PAGE)[:, None] * DK + column_k[None, :]
     place_v = PAGE * DK + tl.arange(0, PAGE)[:, None] * DV + column_v[None, :]
-    kept: tl.constexpr = tl.int8 if BACKING_BYTES else dtype
-    pointer = tl.multiple_of(backing.to(tl.pointer_type(kept)), 16)
+    stored: tl.constexpr = tl.int8 if BACKING_BYTES else dtype
+    pointer = tl.multiple_of(backing.to(tl.pointer_type(stored)), 16)
     if BACKING_BYTES:
         key_codes, key_scale = to_int8(keys)
         value_codes, value_scale = to_int8(values)
