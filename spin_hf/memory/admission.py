@@ -44,15 +44,15 @@ def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, in
     if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
     served = None if state.served is None else state.served()
-    expected = None if served is None else foresee(served, [layer.layer_idx for layer in state.layers])
-    if expected is None or (expected.device is None and state.options.gpu_memory is None):
+    predicted = None if served is None else predict_states(served, [layer.layer_idx for layer in state.layers])
+    if predicted is None or (predicted.device is None and state.options.gpu_memory is None):
         return set()
-    device = torch.device("cpu") if expected.device is None else expected.device  # a cap in bytes is the same on all
-    return {gpu.tier_budget(shape, expected.dtype, device, room) for shape in expected.shapes}
+    device = torch.device("cpu") if predicted.device is None else predicted.device  # a cap in bytes is the same on all
+    return {gpu.tier_budget(shape, predicted.dtype, device, room) for shape in predicted.shapes}
 
 
 @dataclass(frozen=True)
-class ExpectedStates:
+class PredictedStates:
     """Shapes, dtype and device of the next forward's keys and values in all paged layers.
 
     Attributes:
@@ -66,7 +66,7 @@ class ExpectedStates:
     device: torch.device | None
 
 
-def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
+def predict_states(served: Any, layers: list[int]) -> PredictedStates | None:
     """Predict the next forward's keys and values. None if config and parameters do not determine them.
 
     That is so under torch.distributed, where a rank may hold only some of the heads, and if the model may compute in another
@@ -85,7 +85,7 @@ def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
     if not isinstance(served, nn.Module):
         declared = getattr(config, "dtype", None)
         if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
-            return ExpectedStates(shapes, declared, None)
+            return PredictedStates(shapes, declared, None)
         return None
     parameters = [parameter for parameter in served.parameters() if parameter.is_floating_point()]
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
@@ -96,4 +96,4 @@ def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
     device = devices.pop() if len(devices) == 1 else None
     if dtype.itemsize > 2 and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
-    return ExpectedStates(shapes, dtype, device)
+    return PredictedStates(shapes, dtype, device)
