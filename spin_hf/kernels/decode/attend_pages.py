@@ -85,7 +85,7 @@ def attend_kernel(
         list_count: written by `choose_kernel`.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator; read if SINKS.
-        split_outputs: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]: split outputs. Scratch, but for the last ESTIMATED ones, which
+        split_outputs: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch, but for the last ESTIMATED ones, which
             `estimate_kernel` wrote.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.

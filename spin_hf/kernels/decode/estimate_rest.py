@@ -66,7 +66,7 @@ def estimate_kernel(
 
     Args:
         edges: int32 [B * H]: the last bin that is estimated, if ZONE.
-        split_outputs: float32 [B * H, SPLITS + num_programs(1), 2, G, DV]: the split outputs of `attend_kernel`. Entry SPLITS + i is
+        split_outputs: float32 [B * H, SPLITS + num_programs(1), 2, G, DV], also given to `attend_kernel`. Entry SPLITS + i is
             written.
         SUMMARY: dtype of the mean values, unless they are QUANTIZED.
         RUNS: segments per tile.
