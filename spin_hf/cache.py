@@ -392,7 +392,9 @@ class SpinCache(Cache):
         """Hook the calls of `model` that carry this cache, while the cache lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
-        dropped_cache.acquire(self, None if self._state.served is None else self._state.served(), config)
+        dropped_cache.acquire(
+            self, None if self._state.model_or_config is None else self._state.model_or_config(), config
+        )
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 

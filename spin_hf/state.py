@@ -94,7 +94,7 @@ class CacheState:
         method: how pages are selected.
         sequences: page table and padding of the batch.
         model_name: the model's name in messages.
-        served: the model or config that the cache was made with; admission plans the first batch from it.
+        model_or_config: the model or config that the cache was made with; admission plans the first batch from it.
         layers: the paged layers.
         visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
         captured_length: tokens held before the step, on the device, during graph capture; else None.
@@ -110,7 +110,7 @@ class CacheState:
     method: Method
     sequences: PageTable
     model_name: str
-    served: weakref.ref[Any] | None = None
+    model_or_config: weakref.ref[Any] | None = None
     layers: list[LayerState] = field(default_factory=list)
     visible_length: Tensor = field(default_factory=outside_inference_mode(lambda: torch.zeros((), dtype=torch.int64)))
     captured_length: Tensor | None = None

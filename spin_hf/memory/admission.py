@@ -43,8 +43,12 @@ def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, in
     """Budgets of the layers, if they are certain. Empty if there is no cap, or none known yet."""
     if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
-    served = None if state.served is None else state.served()
-    predicted = None if served is None else predict_states(served, [layer.layer_idx for layer in state.layers])
+    model_or_config = None if state.model_or_config is None else state.model_or_config()
+    predicted = (
+        None
+        if model_or_config is None
+        else predict_states(model_or_config, [layer.layer_idx for layer in state.layers])
+    )
     if predicted is None or (predicted.device is None and state.options.gpu_memory is None):
         return set()
     device = torch.device("cpu") if predicted.device is None else predicted.device  # a cap in bytes is the same on all
@@ -66,28 +70,28 @@ class PredictedStates:
     device: torch.device | None
 
 
-def predict_states(served: Any, layers: list[int]) -> PredictedStates | None:
+def predict_states(model_or_config: Any, layers: list[int]) -> PredictedStates | None:
     """Predict the next forward's keys and values. None if config and parameters do not determine them.
 
     That is so under torch.distributed, where a rank may hold only some of the heads, and if the model may compute in another
     dtype than the declared one.
 
     Args:
-        served: the model, or its config.
+        model_or_config: the model, or its config.
         layers: indices of the paged layers.
     """
-    config, _ = decoder_config(served)
+    config, _ = decoder_config(model_or_config)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
     shapes = layer_shapes(config, layers)
     if shapes is None:
         return None
-    if not isinstance(served, nn.Module):
+    if not isinstance(model_or_config, nn.Module):
         declared = getattr(config, "dtype", None)
         if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
             return PredictedStates(shapes, declared, None)
         return None
-    parameters = [parameter for parameter in served.parameters() if parameter.is_floating_point()]
+    parameters = [parameter for parameter in model_or_config.parameters() if parameter.is_floating_point()]
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
     devices = {parameter.device for parameter in parameters}
     if not dtypes:
