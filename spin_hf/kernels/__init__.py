@@ -107,25 +107,7 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "admit_pages",
-    "apply_attention_sinks",
-    "attend",
-    "bisect",
-    "dense_attention",
-    "fill_clusters",
-    "launchers",
-    "list_pages",
-    "merge_attention",
-    "move_tokens",
-    "page_means",
-    "page_zones",
-    "pages_down_to",
-    "put_tokens",
-    "quantize",
-    "rows_to_put",
-    "score_bins",
-    "select_top_pages",
-    "split_pages",
-    "take_rows",
-    "unit_vectors",
-]
+    "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters", "launchers",
+    "list_pages", "merge_attention", "move_tokens", "page_means", "page_zones", "pages_down_to", "put_tokens",
+    "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+]  # fmt: skip
