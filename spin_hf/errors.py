@@ -91,3 +91,9 @@ class CapacityError(_NoRoomError, SpinError, MemoryError):
 
 class CacheStateError(SpinError, RuntimeError):
     """The cache was used in a state that does not allow it, or its invariants do not hold."""
+
+
+def require_integrity(condition: bool, message: str) -> None:
+    """Raise CacheStateError unless `condition` holds."""
+    if not condition:
+        raise CacheStateError(f"integrity: {message}; please report this as a bug")

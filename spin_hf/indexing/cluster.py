@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..attention.methods.base import Method
 from ..attention.methods.clustering import ClusteringMethod, TokenClusters
-from ..errors import BudgetError, CacheStateError, CapacityError
+from ..errors import BudgetError, CacheStateError, CapacityError, require_integrity
 from ..storage import permute_pages
 from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
@@ -157,8 +157,9 @@ def check_integrity(state: CacheState) -> None:
     """Raise CacheStateError if sinks, recent pages or pages with padding are clustered. Summarizes stale pages first."""
     summarize_stale(state)
     sequences = state.sequences
-    if sequences.spans.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
-        raise CacheStateError("integrity: a clustered page has to be a run of positions; please report this as a bug")
+    if sequences.spans.stops:
+        misplaced = bool(_misplaced(state, sequences.mask.valid, sequences.length).any())
+        require_integrity(not misplaced, "a clustered page has to be a run of positions")
 
 
 def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:

@@ -35,11 +35,9 @@ def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: S
 
 def clustering_bytes(method: Method) -> dict[str, int]:
     """Bytes per page of the tables of clustering, by name. Empty for methods that do not cluster."""
-    return (
-        bytes_for_clustering(method.page_size, method.multi_page_clusters)
-        if isinstance(method, ClusteringMethod)
-        else {}
-    )
+    if not isinstance(method, ClusteringMethod):
+        return {}
+    return bytes_for_clustering(method.page_size, method.multi_page_clusters)
 
 
 def check_spans(method: Method) -> None:
@@ -69,19 +67,14 @@ def tier_budget(
     layout, host_layout = page_layouts(page_size, shape.key_dim, shape.value_dim, dtype, options.host_int8)
     # Frames are sized for selected pages, not for the rare contexts that are attended to densely.
     selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
-    return TierBudget(
-        num_layers=num_layers,
-        num_heads=shape.num_heads,
-        page_bytes=layout.row_bytes,
-        host_page_bytes=host_layout.row_bytes,
-        summary_bytes=sum(
-            bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
-            for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
-        ),
-        gpu_memory=gpu_memory,
-        cpu_memory=options.cpu_memory,
-        min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
-        clustering_bytes=sum(clustering_bytes(method).values()),
-        selected=selected,
-        chunk_segments=chunk_segments(shape.num_heads, layout.row_bytes, device) if device.type == "cuda" else 1,
+    summary_bytes = sum(
+        bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
+        for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
     )
+    return TierBudget(
+        num_layers=num_layers, num_heads=shape.num_heads, page_bytes=layout.row_bytes, host_page_bytes=host_layout.row_bytes,
+        summary_bytes=summary_bytes, gpu_memory=gpu_memory, cpu_memory=options.cpu_memory,
+        min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
+        clustering_bytes=sum(clustering_bytes(method).values()), selected=selected,
+        chunk_segments=chunk_segments(shape.num_heads, layout.row_bytes, device) if device.type == "cuda" else 1,
+    )  # fmt: skip

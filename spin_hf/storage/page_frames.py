@@ -15,6 +15,7 @@ tier is always complete: eviction never copies, and frames may be freed and allo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..errors import CacheStateError
+from ..errors import require_integrity
 from .out_of_memory import allocating, out_of_memory
 from .tier_budget import coarsely
 
@@ -39,6 +40,11 @@ class Group(NamedTuple):
     stop: int
     first: int
     num_slots: int
+
+    @property
+    def rows(self) -> slice:
+        """The sequences, as an index."""
+        return slice(self.start, self.stop)
 
 
 class PageFrames:
@@ -75,13 +81,7 @@ class PageFrames:
     @property
     def groups(self) -> list[Group]:
         """Runs of consecutive sequences with equal slot counts."""
-        found: list[Group] = []
-        for row, (slots, first) in enumerate(zip(self.slots, self._first(self.slots), strict=True)):
-            if found and found[-1].num_slots == slots:
-                found[-1] = found[-1]._replace(stop=row + 1)
-            else:
-                found.append(Group(row, row + 1, first, slots))
-        return found
+        return [group for group, _ in self._pieces(self.slots)]
 
     @property
     def nbytes(self) -> int:
@@ -161,9 +161,9 @@ class PageFrames:
             slot_counts = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
                 frames.device, non_blocking=True
             )
-        for rows, old, new in self._pieces(wanted):
-            keep, shape = min(old.num_slots, new.num_slots), (rows.stop - rows.start, self.num_heads)
-            pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
+        for old, new in self._pieces(wanted):
+            keep = min(old.num_slots, new.num_slots)
+            pages, steps = self._view(self.slot_page, old), self._view(self.slot_step, old)
             if keep < old.num_slots:
                 touched = steps.masked_fill(pages < 0, -1)
                 newest = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
@@ -171,34 +171,30 @@ class PageFrames:
                 source = self._frame(newest, old).flatten()
                 torch.index_select(self.frames, 0, source, out=frames[new.first : new.first + source.numel()])
             else:
-                self._view(frames, new, shape)[:, :, :keep] = self._view(self.frames, old, shape)
-            self._view(slot_page, new, shape)[:, :, :keep] = pages
-            self._view(slot_step, new, shape)[:, :, :keep] = steps
+                self._view(frames, new)[:, :, :keep] = self._view(self.frames, old)
+            self._view(slot_page, new)[:, :, :keep] = pages
+            self._view(slot_step, new)[:, :, :keep] = steps
             columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to an extra column
-            placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
+            placed = page_slot.new_full((*pages.shape[:2], page_slot.shape[2] + 1), -1)
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
-            page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
+            page_slot[new.rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
         self.__dict__.update(tables, slots=wanted, slot_counts=slot_counts, frames=frames)  # one update
 
-    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
-        """Runs of sequences with equal slot counts, both before and after: their rows, old group and new group."""
+    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[Group, Group]]:
+        """Runs of sequences with equal slot counts, both before and after: old group and new group."""
         old, new = self._first(self.slots), self._first(wanted)
         start = 0
         for row in range(1, len(wanted) + 1):
-            same = row < len(wanted) and (self.slots[row], wanted[row]) == (self.slots[start], wanted[start])
-            if not same:
-                yield (
-                    slice(start, row),
-                    Group(start, row, old[start], self.slots[start]),
-                    Group(start, row, new[start], wanted[start]),
-                )
+            slots = self.slots[start], wanted[start]
+            if row == len(wanted) or (self.slots[row], wanted[row]) != slots:
+                yield Group(start, row, old[start], slots[0]), Group(start, row, new[start], slots[1])
                 start = row
 
-    def _view(self, table: Tensor, group: Group, shape: tuple[int, int]) -> Tensor:
+    def _view(self, table: Tensor, group: Group) -> Tensor:
         """View of a group's slots in a table [F, ...]: [sequences, H, slots, ...]."""
-        count = shape[0] * shape[1] * group.num_slots
-        return table[group.first : group.first + count].view(*shape, group.num_slots, *table.shape[1:])
+        shape = group.stop - group.start, self.num_heads, group.num_slots
+        return table[group.first : group.first + math.prod(shape)].view(*shape, *table.shape[1:])
 
     def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
         """Make pages resident and return their contents.
@@ -214,8 +210,7 @@ class PageFrames:
         evicted = 0
         try:
             for group in self.groups:
-                mine, shape = slice(group.start, group.stop), (group.stop - group.start, self.num_heads)
-                page, touched = (self._view(table, group, shape) for table in (self.slot_page, self.slot_step))
+                mine, page, touched = group.rows, self._view(self.slot_page, group), self._view(self.slot_step, group)
                 slots, missed[mine], count = kernels.admit_pages(self.page_slot[mine], page, touched, pages[mine], step)
                 frames[mine] = self._frame(slots.clamp(min=0), group)
                 evicted += count
@@ -240,7 +235,7 @@ class PageFrames:
         frame_keys, frame_values = kernels.split_pages(self.frames, page_size, keys.shape[-1])
         stop = first_offset + keys.shape[2]
         for group in self.groups:
-            mine = slice(group.start, group.stop)
+            mine = group.rows
             slots = self.page_slot[mine, :, page].long()
             b, h = (slots >= 0).nonzero(as_tuple=True)
             frames = self._frame(slots.unsqueeze(2), group).squeeze(2)[b, h]
@@ -304,20 +299,15 @@ class PageFrames:
             h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
             page = self.held(row)[h, slot].long()
             resident += page.numel()
-            good = page < num_pages
-            if bool(good.all()):
-                good = self.page_slot[row, h, page] == slot
-            if not bool(good.all()):
-                raise CacheStateError(_DISAGREE)
+            require_integrity(bool((page < num_pages).all()), _DISAGREE)
+            require_integrity(bool((self.page_slot[row, h, page] == slot).all()), _DISAGREE)
             frame = self.frames[self._first(self.slots)[row] + h * self.slots[row] + slot]
             origin = load(rows[row, h, page])
             differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
-            if bool((differs & partial.expand(len(self.slots), -1, -1)[row, page]).any()):
-                raise CacheStateError(
-                    "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
-                )
-        if any(int((table >= 0).sum()) != resident for table in (self.page_slot, self.slot_page)):
-            raise CacheStateError(_DISAGREE)
+            differs &= partial.expand(len(self.slots), -1, -1)[row, page]
+            require_integrity(not bool(differs.any()), "a frame differs from its page in the cpu tier")
+        for table in (self.page_slot, self.slot_page):
+            require_integrity(int((table >= 0).sum()) == resident, _DISAGREE)
 
     def _first(self, slots: Sequence[int]) -> list[int]:
         """First frame of each sequence."""
@@ -329,7 +319,7 @@ class PageFrames:
         return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
 
 
-_DISAGREE = "integrity: page_slot and slot_page disagree; please report this as a bug"
+_DISAGREE = "page_slot and slot_page disagree"
 
 
 def _fit(table: Tensor, width: int, fill: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import BatchSizeError, CacheStateError
+from ..errors import BatchSizeError, require_integrity
 from ..kernels.descriptor_fields import MAX_QUERIES
 from .change_log import Past
 from .clustered_spans import ClusteredSpans
@@ -321,16 +321,18 @@ class PageTable:
         """Raise CacheStateError if directory, reference counts, free list and padding disagree."""
         counts, needed = [0] * len(self.refcounts), segments_of(self.num_pages)
         for row in self.directory:
-            _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
+            require_integrity(len(row) == needed, f"{self.length} tokens have {len(row)} segments, expected {needed}")
             for segment in row:
                 counts[segment] += 1
-        _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
+        require_integrity(
+            counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}"
+        )
         free, unused = sorted(self.free), [segment for segment, count in enumerate(counts) if not count]
-        _check(free == unused, f"free segments are {free}, unused are {unused}")
+        require_integrity(free == unused, f"free segments are {free}, unused are {unused}")
         expected, clustered = (self.batch_size, self.length), self.spans.num_pages
         for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
-            _check(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
-        _check(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
+            require_integrity(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
+        require_integrity(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
 
     def set_spans(self, spans: ClusteredSpans) -> None:
         """Replace the spans."""
@@ -382,11 +384,6 @@ class PageTable:
         self._become(refcounts=[], free=[])
         for store in self.stores:
             store.release()
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise CacheStateError(f"integrity: {message}; please report this as a bug")
 
 
 def check_batch(held: int, batch_size: int) -> None:
