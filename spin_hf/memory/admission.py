@@ -44,11 +44,8 @@ def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, in
     if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
     model_or_config = None if state.model_or_config is None else state.model_or_config()
-    predicted = (
-        None
-        if model_or_config is None
-        else predict_states(model_or_config, [layer.layer_idx for layer in state.layers])
-    )
+    layers = [layer.layer_idx for layer in state.layers]
+    predicted = None if model_or_config is None else predict_states(model_or_config, layers)
     if predicted is None or (predicted.device is None and state.options.gpu_memory is None):
         return set()
     device = torch.device("cpu") if predicted.device is None else predicted.device  # a cap in bytes is the same on all

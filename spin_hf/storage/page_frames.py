@@ -29,6 +29,9 @@ from ..errors import require_integrity
 from .out_of_memory import allocating, out_of_memory
 from .tier_budget import coarsely
 
+Load = Callable[[Tensor], Tensor]
+"""Maps rows of the cpu tier to page contents [*rows.shape, page elements]."""
+
 NO_PAGE = (1 << 31) - 1
 """Larger than every page index."""
 
@@ -119,9 +122,8 @@ class PageFrames:
             with allocating("the table of resident pages", 4 * batch_size * self.num_heads * width):
                 self.page_slot = _fit(self.page_slot, width, -1)
         if wanted != self.slots:
-            with allocating(
-                "page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()
-            ):
+            frame_bytes = self.page_elements * self.frames.element_size()
+            with allocating("page frames", self.num_heads * sum(wanted) * frame_bytes):
                 self._take_slots(wanted)
 
     def forget_sequences(self, batch_size: int) -> None:
@@ -158,9 +160,8 @@ class PageFrames:
         page_slot = torch.full_like(self.page_slot, -1)
         slot_counts = None
         if len(set(wanted)) > 1:
-            slot_counts = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
-                frames.device, non_blocking=True
-            )
+            table = torch.tensor([wanted, self._first(wanted)]).T.contiguous()
+            slot_counts = table.to(frames.device, non_blocking=True)
         for old, new in self._pieces(wanted):
             keep = min(old.num_slots, new.num_slots)
             pages, steps = self._view(self.slot_page, old), self._view(self.slot_step, old)
@@ -196,7 +197,7 @@ class PageFrames:
         shape = group.stop - group.start, self.num_heads, group.num_slots
         return table[group.first : group.first + math.prod(shape)].view(*shape, *table.shape[1:])
 
-    def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
+    def bring_in(self, pages: Tensor, rows: Tensor, load: Load, step: int) -> Tensor:
         """Make pages resident and return their contents.
 
         Args:
@@ -284,9 +285,7 @@ class PageFrames:
             if not out_of_memory(error):
                 raise
 
-    def check_integrity(
-        self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
-    ) -> None:  # fmt: skip
+    def check_integrity(self, num_pages: int, rows: Tensor, load: Load, partial: Tensor) -> None:
         """Raise CacheStateError if the tables disagree or a frame differs from its page in the cpu tier.
 
         Args:

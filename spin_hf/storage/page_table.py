@@ -151,10 +151,9 @@ class PageTable:
         if valid is None or not self.length:
             return None
         if self._counted is None or self._counted[0] != self.past_version:
-            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
-                1, (-1, self.page_size)
-            )
-            self._counted = self.past_version, valid.shape[1], filled.any(2).sum(1).tolist()
+            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size))
+            pages = filled.unflatten(1, (-1, self.page_size)).any(2)
+            self._counted = self.past_version, valid.shape[1], pages.sum(1).tolist()
         more = self.num_pages - -(-self._counted[1] // self.page_size)
         return [number + max(0, more) for number in self._counted[2]]
 
@@ -175,9 +174,8 @@ class PageTable:
             CapacityError, BudgetError: from the stores. Nothing has changed.
         """
         if self.length and batch_size != self.batch_size:
-            raise BatchSizeError(
-                f"expected {self.batch_size} sequences, got {batch_size}; begin with as many as are held"
-            )
+            held = self.batch_size
+            raise BatchSizeError(f"expected {held} sequences, got {batch_size}; begin with as many as are held")
         length = self.length + num_tokens
         mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
         before = self.directory, self.refcounts, self.free
@@ -271,10 +269,8 @@ class PageTable:
             for row in directory:
                 release_segments(row[keep:], refcounts, free)
             directory = [row[:keep] for row in directory]
-        more = {"mask": self.mask.truncate(length), "spans": spans or self.spans}
-        self._become(
-            directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, prefix=length
-        )
+        more = {"mask": self.mask.truncate(length), "spans": spans or self.spans, "start": length, "length": length}
+        self._become(directory=directory, refcounts=refcounts, free=free, **more, prefix=length)
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes the old sequence rows[i]. Segments are shared, not copied."""
@@ -343,9 +339,8 @@ class PageTable:
         if prefix is not None:
             self.past.change(prefix)
         known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
-        self.__dict__.update(
-            known, past_version=self.past_version + 1, memory_version=self.memory_version + 1, **tables
-        )
+        versions = {"past_version": self.past_version + 1, "memory_version": self.memory_version + 1}
+        self.__dict__.update(known | versions, **tables)
 
     def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
         """Reserve room and copy (source, copy) segments. On an error the added room is freed."""

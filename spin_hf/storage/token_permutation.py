@@ -117,9 +117,8 @@ def tiles(pages_per_cluster: Tensor) -> Tensor:
         pages_per_cluster: [B, H, n], pages of the cluster that begins at each page, 0 for none.
     """
     places = torch.arange(pages_per_cluster.shape[2], device=pages_per_cluster.device)
-    upto = (
-        torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0).cummax(2).values
-    )  # the page behind the last cluster so far
+    behind = torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0)
+    upto = behind.cummax(2).values  # the page behind the last cluster so far
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
     begins = (pages_per_cluster > 0) == (before == places)
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
