@@ -126,9 +126,7 @@ _HARMLESS = {
 # Arguments by which models select tokens themselves; they pass them to implementations other than "eager" and "sdpa".
 _CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
-_REFUSED = (
-    "alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias",
-)  # fmt: skip
+_REFUSED = ("alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias")
 
 
 def spin_attention(

@@ -179,9 +179,7 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (number + 1) for number in range(count)]
 
 
-def _add_spans(
-    state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan
-) -> None:  # fmt: skip
+def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan) -> None:
     """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them."""
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]

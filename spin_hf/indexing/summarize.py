@@ -51,9 +51,7 @@ def summarize_stale(state: CacheState) -> None:
                 layer.stale_pages = None
 
 
-def together(
-    state: CacheState, num_pages: int, layers: list[LayerState] | None = None
-) -> Iterator[list[LayerState]]:  # fmt: skip
+def together(state: CacheState, num_pages: int, layers: list[LayerState] | None = None) -> Iterator[list[LayerState]]:
     """Batches of layers whose pages can be processed in one call, as many as temporary memory allows.
 
     Args:

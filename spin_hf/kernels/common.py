@@ -17,12 +17,10 @@ from .descriptor_fields import LOAD_MARK, Counter, LayerField, PlanField, StepFi
     BACKING, SUMMARY_0, SCALE_0, SUMMARY_1, SCALE_1, SUMMARY_2, SCALE_2, SUMMARY_3, SCALE_3, FRAMES, NUM_SLOTS,
     PAGE_SLOT, PAGE_SLOT_STRIDE, SLOT_PAGE, SLOT_STEP, SLOT_COUNTS,
 ) = (tl.constexpr(int(field)) for field in LayerField)  # fmt: skip
-(
-    FIRST, STOP, NUM_PAGES, NUM_SELECTED, NUM_OUTLIERS, OWN_POSITION, CANDIDATES, LEADING,
-) = (tl.constexpr(int(field)) for field in PlanField)  # fmt: skip
-(
-    TOKENS, QUERIES, HITS, LOADS, EVICTIONS,
-) = (tl.constexpr(int(field)) for field in Counter)  # fmt: skip
+(FIRST, STOP, NUM_PAGES, NUM_SELECTED, NUM_OUTLIERS, OWN_POSITION, CANDIDATES, LEADING) = (
+    tl.constexpr(int(field)) for field in PlanField
+)
+(TOKENS, QUERIES, HITS, LOADS, EVICTIONS) = (tl.constexpr(int(field)) for field in Counter)
 PLAN_FIELDS = tl.constexpr(len(PlanField))
 
 LOAD = tl.constexpr(LOAD_MARK)

@@ -192,7 +192,7 @@ class _Planner:
 
 def _sizes(
     budgets: list[TierBudget], room: tuple[int, int, int], clustering: dict[str, int]
-) -> tuple[Counter[str], Counter[str], list[int]]:  # fmt: skip
+) -> tuple[Counter[str], Counter[str], list[int]]:
     """Bytes by part and by table of a batch that fits, and the page frames of layers that have frames.
 
     Args:

@@ -61,9 +61,7 @@ class SummaryArray:
         return values.float() * scale[0].unsqueeze(-1) if scale else values
 
 
-def stored_as(
-    name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]
-) -> tuple[torch.dtype, bool]:  # fmt: skip
+def stored_as(name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]) -> tuple[torch.dtype, bool]:
     """Storage of the summary `name`: dtype while unquantized, and whether vectors are stored as int8.
 
     Args:

@@ -56,9 +56,7 @@ def _age(slot_page, slot_step, slots, inside, clock):
 
 
 @triton.jit
-def _victims_from_hand(
-    slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr
-):  # fmt: skip
+def _victims_from_hand(slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr):
     """List up to `missing` free or oldest slots from `origin` on, and move the hand past the last one. Returns their number."""
     origin = tl.where(origin < num_slots, origin, 0)
     found = tl.zeros([], tl.int32)

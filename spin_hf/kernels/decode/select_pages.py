@@ -233,9 +233,7 @@ def _all_pages(scores, start, first, stop, TILE: tl.constexpr):
 
 
 @triton.jit
-def _sort_out(
-    listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr
-):  # fmt: skip
+def _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr):
     """Append pages of better bins to the list and pages of the boundary bin to `tied`. Returns both new lengths."""
     bin_of = score_bins(score, BINS, PER_NAT)
     better = inside & (bin_of < boundary)

@@ -18,7 +18,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 def rows_copier(
     tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """Return a function that copies the same rows of several arrays to `packed`, or from it with `put`.
 
     The function allocates no memory.
