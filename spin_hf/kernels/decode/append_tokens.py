@@ -14,23 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING,
-    FRAMES,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    POSITION,
-    SCALE_0,
-    SUMMARY_0,
-    SUMMARY_1,
-    from_int8,
-    page_rows,
-    rounded,
-    scale_addresses,
-    slots_of,
-    to_int8,
-    tokens_valid,
-    triton_dtype,
-)
+    BACKING, FRAMES, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, SCALE_0, SUMMARY_0, SUMMARY_1, from_int8, page_rows,
+    rounded, scale_addresses, slots_of, to_int8, tokens_valid, triton_dtype,
+)  # fmt: skip
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 
 _WARP_TOKENS = 8

@@ -18,23 +18,9 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    CLOCK,
-    EVICTIONS,
-    HITS,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOAD,
-    LOADS,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    QUERIES,
-    SLOT_PAGE,
-    SLOT_STEP,
-    TOKENS,
-    VICTIMS,
-    count_valid,
-    slots_of,
-)
+    CLOCK, EVICTIONS, HITS, LIST_CAPACITY, LIST_PAGE, LOAD, LOADS, PAGE_SLOT, PAGE_SLOT_STRIDE, QUERIES, SLOT_PAGE,
+    SLOT_STEP, TOKENS, VICTIMS, count_valid, slots_of,
+)  # fmt: skip
 from ..reference import NUM_BUCKETS
 
 OLDEST = tl.constexpr(NUM_BUCKETS - 1)

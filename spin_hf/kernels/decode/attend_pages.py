@@ -16,22 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING,
-    FRAMES,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOAD,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    POSITION,
-    from_int8,
-    page_rows,
-    row_addresses,
-    scale_addresses,
-    slots_of,
-    tokens_valid,
-    triton_dtype,
-)
+    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, page_rows,
+    row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype,
+)  # fmt: skip
 from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 
 

@@ -17,24 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BIN_LIST_LENGTH,
-    BIN_LIST_PAGE,
-    BIN_LIST_SCORE,
-    CANDIDATES,
-    FIRST,
-    LOGITS,
-    NUM_OUTLIERS,
-    NUM_SELECTED,
-    OUTLIER,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    SCORES,
-    STOP,
-    candidates,
-    log_tokens,
-    log_total,
-    score_bins,
-)
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, CANDIDATES, FIRST, LOGITS, NUM_OUTLIERS, NUM_SELECTED, OUTLIER,
+    PAGE_CAPACITY, PLAN_FIELDS, SCORES, STOP, candidates, log_tokens, log_total, score_bins,
+)  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from ..recipe import KernelRecipe

@@ -15,22 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    DIRECTORY,
-    DIRECTORY_STRIDE,
-    FIRST,
-    LOGITS,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    SCALE_1,
-    SCORES,
-    STOP,
-    SUMMARY_1,
-    log_tokens,
-    score_bins,
-    segment_vectors,
-    triton_dtype,
-)
+    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_1, SCORES, STOP,
+    SUMMARY_1, log_tokens, score_bins, segment_vectors, triton_dtype,
+)  # fmt: skip
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 from ..recipe import KernelRecipe

@@ -10,19 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BUDGET_FRACTION,
-    CANDIDATES,
-    FIRST,
-    LEADING,
-    NUM_OUTLIERS,
-    NUM_PAGES,
-    NUM_SELECTED,
-    OWN_POSITION,
-    PLAN_FIELDS,
-    POSITION,
-    STOP,
-    count_valid,
-)
+    BUDGET_FRACTION, CANDIDATES, FIRST, LEADING, NUM_OUTLIERS, NUM_PAGES, NUM_SELECTED, OWN_POSITION, PLAN_FIELDS,
+    POSITION, STOP, count_valid,
+)  # fmt: skip
 from ..launch import Launch
 
 

@@ -19,25 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BIN_LIST_LENGTH,
-    BIN_LIST_PAGE,
-    BIN_LIST_SCORE,
-    FIRST,
-    LOGITS,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    RERANK,
-    SCORES,
-    STOP,
-    SUMMARY_2,
-    SUMMARY_3,
-    candidates,
-    log_tokens,
-    page_rows,
-    row_addresses,
-    score_bins,
-)
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, RERANK,
+    SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, page_rows, row_addresses, score_bins,
+)  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 from ..recipe import MAX_CORRECTION_NATS, KernelRecipe

@@ -15,26 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BIN_LIST_LENGTH,
-    BIN_LIST_PAGE,
-    BIN_LIST_SCORE,
-    FIRST,
-    LEADING,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOGITS,
-    NUM_PAGES,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    POSITION,
-    SCORES,
-    STOP,
-    TIED,
-    count_valid,
-    score_bins,
-    sortable,
-)
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES,
+    NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, score_bins, sortable,
+)  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 from ..recipe import KernelRecipe
