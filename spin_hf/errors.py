@@ -42,12 +42,9 @@ class _NoRoomError(Exception):
     """
 
     def __init__(
-        self,
-        message: str,
-        needed_bytes: int | None = None,
-        available_bytes: int | None = None,
+        self, message: str, needed_bytes: int | None = None, available_bytes: int | None = None,
         fitting_batch_size: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
         self.fitting_batch_size = fitting_batch_size

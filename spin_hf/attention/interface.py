@@ -130,16 +130,9 @@ _REFUSED = ("alibi", "attention_bias", "block_indices", "block_mask", "cache", "
 
 
 def spin_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention over the tokens held and the new tokens. Registered as "spin".
 
     The order of the arguments is that of transformers' own attention functions, because libraries that wrap registered
@@ -288,17 +281,10 @@ class MaskedLength(int):
 
 
 def spin_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    *,
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, *,
+    config: Any = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
     """The mask of a forward, one of those in the module's head. Registered as "spin".
 
     Args:

@@ -100,12 +100,12 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize vectors to int8, one scale per vector: |vectors - values * scale| <= scale / 2.
 
     Args:
-        vectors: [..., D], float32, finite.
+        vectors: [..., D], float32.
     Returns:
-        values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0.
+        values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0, or non-finite as the vector.
     """
-    largest = vectors.abs().amax(-1)
-    scale = torch.where(largest > 0, largest * (1 / 127), 1.0)  # not largest / 127: CPU and GPU round that differently
+    scale = vectors.abs().amax(-1) * (1 / 127)  # not `/ 127`: CPU and GPU round that differently
+    scale = torch.where(scale == 0, 1.0, scale)  # a vector that underflows is stored as zeros
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
 
 

@@ -120,7 +120,7 @@ class PageFrames:
         if self.page_slot.shape[2] < num_pages:  # grows in coarse steps, so it is seldom copied
             width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
             with allocating("the table of resident pages", 4 * batch_size * self.num_heads * width):
-                self.page_slot = _fit(self.page_slot, width, -1)
+                self.page_slot = _fit(self.page_slot, width)
         if wanted != self.slots:
             frame_bytes = self.page_elements * self.frames.element_size()
             with allocating("page frames", self.num_heads * sum(wanted) * frame_bytes):
@@ -145,7 +145,7 @@ class PageFrames:
                 raise
         width = self.page_slot.shape[2]
         self.forget_sequences(len(wanted))
-        self.page_slot = _fit(self.page_slot, width, -1)
+        self.page_slot = _fit(self.page_slot, width)
         try:
             self._move_slots(wanted)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
@@ -321,9 +321,9 @@ class PageFrames:
 _DISAGREE = "page_slot and slot_page disagree"
 
 
-def _fit(table: Tensor, width: int, fill: int) -> Tensor:
-    """`table`, truncated or padded with `fill` to `width` in its last dimension."""
-    fitted = table.new_full((*table.shape[:2], width), fill)
+def _fit(table: Tensor, width: int) -> Tensor:
+    """`table`, truncated or padded with -1 to `width` in its last dimension."""
+    fitted = table.new_full((*table.shape[:2], width), -1)
     keep = min(width, table.shape[2])
     fitted[..., :keep] = table[..., :keep]
     return fitted

@@ -208,20 +208,6 @@ class PageStore(SegmentStore):
             self.frames.write(start // self.page_size, offset, *decoded)
         self.length = start + count
 
-    def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read pages [first, stop) of all sequences and heads from the backing, for indexing and export.
-
-        Returns:
-            keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
-        """
-        content, rows = self.content(first, stop)
-        return *self.backing_layout.take(content), rows
-
-    def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Pages [first, stop) in `backing_layout`, [B, H, n, page elements], and their rows [B, H, n]."""
-        rows = self.rows(first, stop)
-        return self.backing.take(rows), rows
-
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows [B, H, n] of pages [first, stop), in the backing and in all summaries."""
         return self._rows()[:, :, first:stop]
@@ -239,8 +225,8 @@ class PageStore(SegmentStore):
     def held(self, length: int) -> tuple[Tensor, Tensor]:
         """Copies of keys [B, H, length, Dk] and values [B, H, length, Dv] of the first tokens, in position order."""
         clustered = self.sequences.spans.num_pages
-        keys, values, _ = self.pages(0, max(-(-length // self.page_size), clustered))
-        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+        rows = self.rows(0, max(-(-length // self.page_size), clustered))
+        keys, values = (pages.flatten(2, 3) for pages in self.backing_layout.take(self.backing.take(rows)))
         if clustered:  # spans were read whole, as their pages are not in position order
             keys, values = self.in_order(keys), self.in_order(values)
         return keys[:, :, :length], values[:, :, :length]

@@ -60,7 +60,7 @@ def _parts(driver: CacheDriver) -> list[torch.Tensor]:
     """Codes and scales of all tokens in the backing store."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
     assert isinstance(store.backing_layout, Int8Layout)
-    rows = store.pages(0, store.sequences.num_pages)[2]
+    rows = store.rows(0, store.sequences.num_pages)
     torch.cuda.synchronize()
     return [part.flatten(2, 3)[:, :, :length] for part in store.backing_layout.split(store.backing.take(rows))]
 
