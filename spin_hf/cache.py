@@ -277,7 +277,7 @@ class SpinCache(Cache):
         """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
-        return stats_of(self._state, self._passes.kernels.counted(), self.get_seq_length(), self._dense_reasons)
+        return stats_of(self._state, self._passes.backends.counted(), self.get_seq_length(), self._dense_reasons)
 
     @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
@@ -392,9 +392,8 @@ class SpinCache(Cache):
         """Hook the calls of `model` that carry this cache, while the cache lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
-        dropped_cache.acquire(
-            self, None if self._state.model_or_config is None else self._state.model_or_config(), config
-        )
+        made_from = self._state.model_or_config
+        dropped_cache.acquire(self, None if made_from is None else made_from(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 

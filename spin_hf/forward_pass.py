@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backends.kernel_set import KernelSet
+from .backends.backend_set import BackendSet
 from .backends.triton_indexing import index_completed
 from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
@@ -40,8 +40,8 @@ class ForwardPass:
 
     def __init__(self, state: CacheState) -> None:
         self.state = state
-        self.plan = StepPlan(state.options, state.sequences)
-        self.kernels = KernelSet(state)
+        self.zones = StepPlan(state.options, state.sequences)
+        self.backends = BackendSet(state, self.zones)
         self.gpu = GpuMemory(state, state.options.gpu_memory)
         self.commits_with_last_paged = True
         """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
@@ -97,7 +97,7 @@ class ForwardPass:
         """
         sequences = self.state.sequences
         self.begin(batch_size, num_tokens, new_valid)
-        in_use = self.kernels.in_use()
+        in_use = self.backends.in_use()
         for step in in_use:
             step.begin_step()
         for step in in_use:
@@ -106,7 +106,7 @@ class ForwardPass:
         prepared_for = in_use, fits, sequences.memory_version, padded
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
-                kernels = self.kernels.of(layer)
+                kernels = self.backends.kernels_of(layer)
                 assert kernels is not None
                 kernels.prepare(layer)
             self._prepared_for = prepared_for
@@ -115,7 +115,7 @@ class ForwardPass:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Within this context the cache's length is a tensor on the device, which a captured graph can read."""
-        self.state.captured_length = self.kernels.in_use()[0].step[StepField.POSITION]
+        self.state.captured_length = self.backends.in_use()[0].step[StepField.POSITION]
         try:
             yield
         finally:
@@ -130,10 +130,10 @@ class ForwardPass:
         """
         state, sequences = self.state, self.state.sequences
         if sequences.length % sequences.page_size == 0:
-            for step in self.kernels.in_use():
+            for step in self.backends.in_use():
                 index_completed(step, state.layers)
         if upload_next:
-            for step in self.kernels.in_use():
+            for step in self.backends.in_use():
                 step.upload_next()
         state.pending = None  # nothing below can fail
         for layer in state.layers:
@@ -174,7 +174,7 @@ class ForwardPass:
         if sequences.length != state.committed:
             cluster.restore(state, sequences.mask.valid, state.committed)
         sequences.roll_back(state.committed)
-        self.plan.forget()
+        self.zones.forget()
         state.visible_length.fill_(state.committed)
         if not state.committed and not sequences.refcounts:
             self.forget_stores()
@@ -223,13 +223,13 @@ class ForwardPass:
         state.sequences.stores.clear()
         for layer in state.layers:
             layer.store, layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, None, 0
-        self.kernels.forget()
+        self.backends.forget()
         self._prepared_for = None
         self.gpu = GpuMemory(state, state.options.gpu_memory)
 
     def dispose(self) -> None:
         """Break the reference cycles between layers and storage once the cache has been deleted."""
-        self.kernels.forget()
+        self.backends.forget()
         self._prepared_for = self.state.pending = None
         self.state.layers.clear()
         self.state.sequences.stores.clear()

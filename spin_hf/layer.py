@@ -16,7 +16,6 @@ Tokens that a query attends to:
 
 from __future__ import annotations
 
-import logging
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -31,26 +30,21 @@ from .attention.masks import is_internal, new_validity, over_tokens
 from .attention.methods.clustering import ClusteringMethod, last_queries
 from .backends import gradients
 from .backends.attention_weights import AttentionWeights, warn_of_memory
+from .backends.base import AttentionBackend, Call
+from .backends.dense import attend_all
 from .backends.position_check import check_positions
-from .backends.reference import Call, attend_masked, attend_pages, attend_prompt, estimate_rest, select_pages
 from .backends.state_checks import can_take
-from .backends.triton_step import StepKernels
 from .errors import CacheStateError
 from .forward_pass import ForwardPass
 from .indexing import padding_change
-from .indexing.summarize import check_summaries, index_pages
+from .indexing.summarize import check_summaries
 from .inference_mode import outside_inference_mode
-from .integration.compile_bar import show_compiles
 from .integration.layer_views import LayerViews
-from .kernels.compile_progress import report_by
 from .kernels.descriptor_fields import MAX_QUERIES
 from .memory.layer_budget import LayerShape
 from .state import CacheState, LayerState
 from .storage.page_store import PageStore
 from .transaction import finished
-
-logger = logging.getLogger("spin_hf")
-report_by(show_compiles)
 
 
 class SpinLayer(LayerViews, CacheLayerMixin):
@@ -191,12 +185,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         """
         call = Call(query.unflatten(1, (key.shape[1], -1)), scale, softcap, sinks, weights)
         if self.cache_state.prepared:
-            self._launch(call, key, value, append, out)
+            self.backend.attend(self.state, call, out, (key, value) if append else None)
             return
         self.cache_state.settle()
-        result = self._run(call, key, value, mask, append, out)
-        if result is not None:
-            out.copy_(result.flatten(1, 2).transpose(1, 2))
+        self._run(call, key, value, mask, append, out)
         if append and self._is_last and self.forward.commits_with_last_paged:
             self.forward.commit()
 
@@ -218,7 +210,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
 
     def with_gradients(self, out: Tensor, *arguments: Any) -> Tensor:
         """`out` with a backward pass. `run` has just written `out` for the same arguments."""
-        attends_all = self.forward.plan.attends_all()
+        attends_all = self.forward.zones.attends_all()
         return gradients.with_gradients(self.cache_state, self.state, attends_all, out, *arguments)
 
     def fail(self) -> None:
@@ -226,10 +218,8 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         self.forward.fail()
 
     @outside_inference_mode
-    def _run(
-        self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor
-    ) -> Tensor | None:
-        """As `run`; returns [B, H, G, Q, Dv], or None where kernels wrote `out`."""
+    def _run(self, call: Call, key: Tensor, value: Tensor, mask: Tensor | None, append: bool, out: Tensor) -> None:
+        """As `run`, for a step that is not prepared."""
         state, sequences = self.cache_state, self.cache_state.sequences
         num_new, num_queries = key.shape[2], call.query.shape[3]
         new_valid = new_validity(mask, state.new_token_validity) if append else None
@@ -239,43 +229,21 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             mask = None if is_internal(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
-            method = state.method
-            if num_new > MAX_QUERIES and isinstance(method, ClusteringMethod) and method.num_observation_queries:
-                observed = last_queries(call.query, method.num_observation_queries)
-                self.state.observation_queries = observed * call.scale
-        store, kernels = self._store(), self.kernels()
-        if kernels is not None:
-            kernels.fit(call.query.shape[2], store.key_dim, store.value_dim, store.dtype)
-        if mask is not None:
-            return attend_masked(call, store.by_place(mask, call.query.shape[2]), store)
-        if sequences.start == 0 and num_new > 1:
-            return attend_prompt(call, key, value, self.forward.plan)
-        if num_queries == num_new <= MAX_QUERIES and kernels is not None and call.weights is None:
-            self._launch(call, key, value, False, out)
-            return None
-        if num_new > MAX_QUERIES or self.forward.plan.attends_all():
-            return attend_masked(call, self.forward.plan.allowed_all(num_queries, key.device), store)
-        first = sequences.length - num_queries
-        return torch.cat([self._attend_selected(call.token(i), first + i) for i in range(num_queries)], 3)
+            self._observe(call)
+        store, backend = self._store(), self.backend
+        backend.plan(self.state, call)
+        if mask is not None or num_new > MAX_QUERIES or (sequences.start == 0 and num_new > 1):
+            attend_all(call, key, value, mask, store, self.forward.zones, out)
+        elif num_queries == num_new and call.weights is None:
+            backend.attend(self.state, call, out)
+        else:  # kernels serve neither fewer queries than tokens nor attention weights
+            self.forward.backends.reference.attend(self.state, call, out)
 
-    def _launch(self, call: Call, key: Tensor, value: Tensor, append: bool, out: Tensor) -> None:
-        """Launch the kernels of a step that has begun."""
-        step = self.kernels()
-        assert step is not None
-        step.attend(self.state, call, out, (key, value) if append else None)
-
-    def _attend_selected(self, call: Call, position: int) -> Tensor:
-        """Sparse attention of one query per sequence, at `position`: [B, H, G, 1, Dv]."""
-        state, store = self.cache_state, self._store()
-        pages = select_pages(call, position, store, self.forward.plan, state.method, self.state.number)
-        allowed = self.forward.plan.allowed(pages, position)
-        self.state.attended_tokens += int(allowed.sum())
-        self.state.attended_queries += allowed.shape[0] * allowed.shape[1]
-        if store.frames is not None and pages.shape[2] > store.frames.num_slots and not state.warned_waves:
-            state.warned_waves = True
-            logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
-        rest = estimate_rest(call, position, store, self.forward.plan, state.method, self.state.number, pages)
-        return attend_pages(call, pages, allowed, store, rest)
+    def _observe(self, call: Call) -> None:
+        """Keep the last queries of a prompt for methods that cluster by them."""
+        method, num_queries = self.cache_state.method, call.query.shape[3]
+        if num_queries > MAX_QUERIES and isinstance(method, ClusteringMethod) and method.num_observation_queries:
+            self.state.observation_queries = last_queries(call.query, method.num_observation_queries) * call.scale
 
     def append(self, key: Tensor, value: Tensor, new_valid: Tensor | None) -> None:
         """Append new tokens and index the pages they complete.
@@ -298,19 +266,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
                 f"layer {self.layer_idx} holds {store.length} tokens and got {key.shape[2]} more, the cache's step "
                 f"goes from {sequences.start} to {sequences.length}; call cache.reset()"
             )
-        kernels = self.kernels()
-        if kernels is not None:
-            kernels.append(self.state, key, value)
-            store.length = sequences.length
-            if kernels.recipe.summarised_by_append:
-                return
-        else:
-            store.append(key, value)
-        first, stop = sequences.start // store.page_size, sequences.length // store.page_size
-        if key.shape[2] > MAX_QUERIES:  # a prefill attends to all tokens and needs no summaries yet
-            self.state.invalidate(first, stop)
-        else:
-            index_pages([store], self.cache_state.method, self.state.number, first, stop)
+        self.backend.append(self.state, key, value)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError if this layer's tiers differ or a summary does not match its page."""
@@ -321,18 +277,14 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         if store.length < sequences.length:  # forwards skipped this layer: its missing tokens have no summaries
             return
         method = self.cache_state.method
-        exact = not (self.has_kernels or method.index_rounds)
+        exact = not (self.backend.capturable or method.index_rounds)
         check_summaries(store, method, self.state.number, self.layer_idx, exact)
 
-    def kernels(self) -> StepKernels | None:
-        """The kernels of the current batch; None if the reference backend serves it."""
-        self._store()
-        return self.forward.kernels.of(self.state)
-
     @property
-    def has_kernels(self) -> bool:
-        """Whether Triton kernels serve this layer."""
-        return self.kernels() is not None
+    def backend(self) -> AttentionBackend:
+        """The backend of the current batch."""
+        self._store()
+        return self.forward.backends.of(self.state)
 
     @property
     def _is_first(self) -> bool:
@@ -354,9 +306,3 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             setattr(twin, name, deepcopy(attribute, memo))
         twin.handle = register_layer(twin)
         return twin
-
-
-_WAVES = (
-    "gpu_memory holds %d of the %d pages that a step reads per KV head, so all are loaded again at every step; "
-    "raise gpu_memory or lower budget"
-)

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import spin_hf.layer
+import spin_hf.backends.reference
 from benchmarks.common.example_models import default_model, play
 from benchmarks.common.record import RESULTS
 from benchmarks.common.rows_file import command_line
@@ -77,7 +77,7 @@ def record(model: Any, last: int, cache: SpinCache, steps: int, follow: list[int
         How many of the n columns are mandatory pages.
     """
     recorded: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    original = spin_hf.layer.select_pages
+    original = spin_hf.backends.reference.select_pages
 
     def recording(call: Any, position: int, store: Any, plan: Any, *args: Any) -> Tensor:
         pages = original(call, position, store, plan, *args)
@@ -85,7 +85,7 @@ def record(model: Any, last: int, cache: SpinCache, steps: int, follow: list[int
         recorded.setdefault(position, []).append((pages[0, :, :mandatory], pages[0, :, mandatory:]))
         return pages
 
-    with patch.object(spin_hf.layer, "select_pages", recording):
+    with patch.object(spin_hf.backends.reference, "select_pages", recording):
         for step in range(steps):
             logits = model(torch.tensor([[last]]), past_key_values=cache).logits
             last = follow[step] if follow is not None else int(logits[0, -1].argmax())

@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import spin_hf.backends.reference
 import spin_hf.kernels
-import spin_hf.layer
 from benchmarks.common.example_models import play
 from benchmarks.common.rows_file import Rows
 from benchmarks.quality import kvpress_rivals, run_options
@@ -57,7 +57,7 @@ EVERY = 8
 
 def recording(mass: Mass) -> Any:
     """A context in which a SpinCache's selections are recorded: `select_pages` is called by every layer for every step."""
-    original = spin_hf.layer.select_pages
+    original = spin_hf.backends.reference.select_pages
 
     def select_pages(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int) -> Tensor:
         pages = original(call, position, store, plan, method, layer)
@@ -75,7 +75,7 @@ def recording(mass: Mass) -> Any:
             mass.add(layer, shares, chosen)
         return pages
 
-    return patch.object(spin_hf.layer, "select_pages", select_pages)
+    return patch.object(spin_hf.backends.reference, "select_pages", select_pages)
 
 
 @torch.no_grad()

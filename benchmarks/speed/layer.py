@@ -86,7 +86,7 @@ class Case:
     def tick(self) -> None:
         """The clock of the residency goes on, and nothing is in the GPU's caches, as between steps of a model."""
         self.other_memory.zero_()
-        self.cache._passes.kernels.in_use()[0].step[StepField.CLOCK] += 1
+        self.cache._passes.backends.in_use()[0].step[StepField.CLOCK] += 1
 
     def other_query(self) -> None:
         """The next step asks something unrelated."""
@@ -105,9 +105,9 @@ class Case:
         same = statistics.median(gpu_us(self.graph.replay, before=self.tick, repeats=repeats))
         took, loaded = [], []
         for _ in range(repeats):
-            before = self.cache._passes.kernels.counted()["LOADS"]
+            before = self.cache._passes.backends.counted()["LOADS"]
             took += gpu_us(self.graph.replay, before=self.other_query, repeats=1)
-            loaded.append((self.cache._passes.kernels.counted()["LOADS"] - before) * store.backing.row_bytes)
+            loaded.append((self.cache._passes.backends.counted()["LOADS"] - before) * store.backing.row_bytes)
         row = {
             **self.about, "same_us": round(same, 1), "new_us": round(statistics.median(took), 1),
             "new_loads_mib": round(statistics.mean(loaded) / 2**20, 3),
@@ -120,7 +120,7 @@ class Case:
     def kernels(self) -> dict[str, Any]:
         """Microseconds of each kernel of the package with the same query and with other ones, and the rate of the loads."""
         result: dict[str, Any] = {}
-        counted, loaded = self.cache._passes.kernels.counted, 0
+        counted, loaded = self.cache._passes.backends.counted, 0
         for name, before in zip(NAMES, (self.tick, self.other_query), strict=True):
             loaded = counted()["LOADS"]
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:

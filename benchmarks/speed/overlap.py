@@ -106,8 +106,8 @@ def recorded_selections(cache: SpinCache, record: Callable[[int, Tensor], None])
     def recording(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
-            kernels = passes.kernels.in_use()[0]
-            fixed = passes.plan.query(state.sequences.start, kernels.device).fixed
+            kernels = passes.backends.in_use()[0]
+            fixed = passes.zones.query(state.sequences.start, kernels.device).fixed
             fixed = fixed.repeat_interleave(kernels.num_heads, 0)
             record(number, chosen_pages(
                 kernels.scratch[StepField.LIST_PAGE], kernels.buffers.list_count[:, 0], fixed, state.sequences.num_pages

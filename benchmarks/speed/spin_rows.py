@@ -57,11 +57,11 @@ class Traffic:
 
     def start(self) -> None:
         """Count from here on."""
-        self.before = self.cache._passes.kernels.counted()
+        self.before = self.cache._passes.backends.counted()
 
     def since(self) -> dict[str, int]:
         """Counts since then, over layers, KV heads and steps, by the names of `Counter`."""
-        return {name: count - self.before[name] for name, count in self.cache._passes.kernels.counted().items()}
+        return {name: count - self.before[name] for name, count in self.cache._passes.backends.counted().items()}
 
     def row(self, tokens: int) -> dict[str, float]:
         """Hit rate, MiB loaded per token, and tokens attended to per KV head, of the last `tokens` tokens of all sequences."""

@@ -27,7 +27,8 @@ from ..errors import AttentionError
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..state import CacheState, LayerState
 from ..storage.page_table import PageTable
-from .reference import Call
+from .base import Call
+from .dense import fused
 
 
 def with_gradients(
@@ -134,7 +135,7 @@ class Step:
         call = Call(query.unflatten(1, (key.shape[1], -1)), self.scale, self.softcap, sinks)
         if call.is_plain:
             floats = allowed is not None and allowed.dtype != torch.bool
-            out = call.fused(key, value, allowed.to(query.dtype) if floats and allowed is not None else allowed)
+            out = fused(call, key, value, allowed.to(query.dtype) if floats and allowed is not None else allowed)
         else:
             out = _attend(call, key, value, allowed)
         return out.flatten(1, 2).transpose(1, 2)

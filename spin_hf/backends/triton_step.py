@@ -25,8 +25,8 @@ from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanFiel
 from ..kernels.launch import Launch, LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
 from ..storage.out_of_memory import allocating
 from ..storage.page_table import SEGMENT_PAGES
+from .base import AttentionBackend, Call
 from .descriptors import Descriptors
-from .reference import Call
 
 if TYPE_CHECKING:
     from ..kernels.triton_launchers import Launchers
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _ANY_LENGTH = (1 << 31) - 1
 
 
-class StepKernels(Descriptors):
+class StepKernels(Descriptors, AttentionBackend):
     """Launches for the paged layers of one cache on one device.
 
     Args:
@@ -43,10 +43,12 @@ class StepKernels(Descriptors):
         launchers: the kernels, from `kernels.launchers`.
     """
 
+    capturable = True
+
     def __init__(
         self, state: CacheState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
     ) -> None:
-        super().__init__(state, device, batch_size, num_heads)
+        Descriptors.__init__(self, state, device, batch_size, num_heads)
         self.launchers = launchers
         self.fits: tuple[Any, ...] = ()
         self.compiled_variants: set[tuple[Any, ...]] = set()
@@ -55,7 +57,7 @@ class StepKernels(Descriptors):
         self.multiplies_int8, self.shared_memory = device_limits.multiplies(device), device_limits.shared_memory(device)
         layers, streams = len(state.layers), self.streams
         plans = (MAX_QUERIES, batch_size, len(PlanField))
-        self.plan = self.new(plans, torch.int32)
+        self.zone_plan = self.new(plans, torch.int32)
         self.dense_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
         """The plan of dense layers."""
         self.outlier_edges = self.new((layers, streams), torch.int64)
@@ -118,8 +120,13 @@ class StepKernels(Descriptors):
 
     # ---------------------------------------------------------------------------------------------------- the launches
 
-    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
-        """Append the step's tokens [B, H, n, D] to a layer's pages. Summarises completed pages if the recipe says so."""
+    def plan(self, layer: LayerState, call: Call) -> None:
+        """Allocate the buffers of `call` and of later steps."""
+        assert layer.store is not None
+        self.fit(call.query.shape[2], layer.store.key_dim, layer.store.value_dim, layer.store.dtype)
+
+    def write(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
+        """Write the step's tokens [B, H, n, D] to a layer's pages. Summarizes completed pages if the recipe says so."""
         self.begin(layer)
         sequences = self.state.sequences
         self.launchers.append_tokens(
@@ -127,18 +134,12 @@ class StepKernels(Descriptors):
             num_pages=sequences.num_pages - sequences.start // sequences.page_size,
             summarizes=self.recipe.summarised_by_append, shape=self.shape(layer),
         )  # fmt: skip
+        return self.recipe.summarised_by_append
 
     def attend(self, layer: LayerState, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
-        """Select pages for each query of the step and attend to them.
-
-        Args:
-            out: [B, Q, heads, Dv]; written.
-            new: keys and values [B, H, 1, D] of a one-token step, to be appended; None if the step's tokens are in their
-                pages already.
-        """
+        """As `AttentionBackend.attend`, in launches that do not wait for the host."""
         self.begin(layer)
-        assert layer.store is not None
-        self.fit(call.query.shape[2], call.query.shape[-1], out.shape[-1], layer.store.dtype)
+        self.plan(layer, call)
         self.make_room()
         shape = self.shape(layer)
         new = None if new is None else (_rows(new[0]), _rows(new[1]))
@@ -166,11 +167,11 @@ class StepKernels(Descriptors):
             if num_queries == 1:  # one launch for all layers: a page that this step completes is not a candidate yet
                 served = [other for other in self.state.layers if self.serves(other)]
                 for layers in [served] if len(served) == len(self.state.layers) else [[other] for other in served]:
-                    self._find_outliers(launch, self.plan[0], layers)
+                    self._find_outliers(launch, self.zone_plan[0], layers)
         for i in range(num_queries):
-            one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.plan)[i]
+            one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.zone_plan)[i]
             if num_queries > 1:
-                self._find_outliers(launch, self.plan[i], [layer])
+                self._find_outliers(launch, self.zone_plan[i], [layer])
             self.selection.select(launch, layer, plan, one, i, call.scale, new, shape)
             if buffers.splits.estimate:
                 launchers.estimate_rest(
@@ -183,7 +184,7 @@ class StepKernels(Descriptors):
 
     def _plan(self, launch: Launch, num_queries: int) -> None:
         options = self.state.options
-        plans = [(self.plan, options.dense_below)]
+        plans = [(self.zone_plan, options.dense_below)]
         if self.recipe.dense_layers:
             plans.append((self.dense_plan, _ANY_LENGTH))
         for plan, dense_below in plans:

@@ -47,7 +47,7 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
         return "chunked attention starts a new chunk at certain positions"
     for layer in layers:
         if isinstance(layer, SpinLayer):
-            if not layer.has_kernels:
+            if not layer.backend.capturable:
                 return f"method {state.method} has no kernels for its layers"
         elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
             return f"a {type(layer).__name__} of its cache grows with every token"

@@ -225,7 +225,7 @@ class GraphRunner:
             and self.refused is None
             and not self.unpaged
             and self.layers == self.held
-            and self.kernels == self.passes.kernels.in_use()
+            and self.kernels == self.passes.backends.in_use()
             and self.watch.is_safe()
         )
 
@@ -303,7 +303,7 @@ class GraphRunner:
 
     def _look_at(self, model: nn.Module) -> ModelGuard:
         """The guard of the model. Drops all graphs if the model, the layers or the kernels have changed since capture."""
-        kernels = self.passes.kernels.in_use()
+        kernels = self.passes.backends.in_use()
         same = kernels == self.kernels and self.layers == self.held
         if self.watch is None or not same or not self.watch.unchanged():
             self.captured.clear()

@@ -85,7 +85,7 @@ def test_kernels_do_what_the_reference_does(
                 driver.cache.crop(-2)
             start = 140
     stats = drivers[0].cache.stats()
-    assert drivers[0].cache._passes.kernels.counted()["QUERIES"] == stats.sparse_queries > 0
+    assert drivers[0].cache._passes.backends.counted()["QUERIES"] == stats.sparse_queries > 0
     assert stats.loads > 0
     assert stats.hit_rate > 0
     drivers[0].cache.check_integrity()  # frames are what loads give

@@ -36,7 +36,7 @@ def _kernels_in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def served(driver: CacheDriver) -> CacheDriver:
     """`driver`, whose cache the kernels served."""
-    assert driver.cache._passes.kernels.counted()["QUERIES"] == driver.cache.stats().sparse_queries > 0
+    assert driver.cache._passes.backends.counted()["QUERIES"] == driver.cache.stats().sparse_queries > 0
     return driver
 
 

@@ -45,7 +45,7 @@ def test_sequences_with_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
         assert short < long
     assert sum(seen[3]) < sum(seen[0]) == sum(seen[-1])
     stats = drivers[0].cache.stats()
-    assert drivers[0].cache._passes.kernels.counted()["QUERIES"] == stats.sparse_queries > 0
+    assert drivers[0].cache._passes.backends.counted()["QUERIES"] == stats.sparse_queries > 0
     assert stats.evictions > 0
     assert stats.mandatory_frames + stats.buffer_frames == sum(seen[-1])
     drivers[0].cache.check_integrity()

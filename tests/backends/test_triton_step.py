@@ -199,7 +199,7 @@ def test_pages_of_padding_are_not_listed(tile: int, options: dict[str, Any], mon
     mask = torch.cat([mask, mask.new_ones((3, 1))], 1)
     model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
     assert bool(options) == (cache.stats().cpu_bytes > 0)
-    (step,) = cache._passes.kernels.in_use()
+    (step,) = cache._passes.backends.in_use()
     real = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).any(2)
     lists = step.scratch[StepField.LIST_PAGE] & ~LOAD_MARK
     for stream, count in enumerate(step.buffers.list_count[:, 0].tolist()):
@@ -245,12 +245,12 @@ def test_products_with_int8_landmarks_are_exact(
     kv = RandomKV.random(shape, 1, length + 1, seed=4)
     driver.step(kv, 0, length)
     layer = driver.cache.layers[0]
-    step, store = layer.kernels(), layer.store
+    step, store = layer.backend, layer.store
     step.multiplies_int8 = digits
     driver.step(kv, length, length + 1)
     query = kv.queries[0][:, :, length].unflatten(1, (kv.shape.kv_heads, -1))
     exact = query.double() @ store.summary("landmark").double().transpose(-1, -2) * driver.scale
-    first, stop = step.plan[0, 0, PlanField.FIRST], step.plan[0, 0, PlanField.STOP]
+    first, stop = step.zone_plan[0, 0, PlanField.FIRST], step.zone_plan[0, 0, PlanField.STOP]
     exact = exact[..., first:stop]
     held = step.scratch[StepField.LOGITS].view(*query.shape[:3], -1)[..., first:stop].double()
     largest = query.abs().amax(-1, keepdim=True) * store.summary("landmark").abs().sum(-1).unsqueeze(2) * driver.scale

@@ -113,7 +113,7 @@ def test_real_sizes_in_sixteen_bits(
     twin = deepcopy(driver.cache)
     actual = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()
     driver.cache.check_integrity()
-    assert driver.cache._passes.kernels.counted()["QUERIES"] > 0
+    assert driver.cache._passes.backends.counted()["QUERIES"] > 0
     driver.cache = twin
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: None)
     expected = torch.cat(driver.steps(kv, length + 1, range(length + 2, length + 6)), 1).float()

@@ -251,7 +251,7 @@ def test_kernels_in_use_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch)
         model(tokens[:1], past_key_values=cache)  # several tokens: not a step to capture, but kernels of another batch
     cache.batch_repeat_interleave(2)
     assert _replays_of_a_step(model, cache) == 0
-    assert cache._passes.kernels.in_use() == [cache.layers[0].kernels()]
+    assert cache._passes.backends.in_use() == [cache.layers[0].backend]
     cache.check_integrity()
 
 

@@ -44,7 +44,7 @@ def one_step(method: Any, monkeypatch: pytest.MonkeyPatch, shape: Shape, padded:
         driver.step(world, start, stop, mask(stop) if padded else None)
     layer = driver.cache.layers[shape.layers - 1]
     query = world.queries[-1][:, :, LENGTH].unflatten(1, (shape.kv_heads, -1)).float()
-    return layer.kernels(), driver, query
+    return layer.backend, driver, query
 
 
 def mask(length: int) -> Tensor:
@@ -110,12 +110,12 @@ def test_scores_and_their_histogram(method: Any, padded: bool, monkeypatch: pyte
     logits = step.scratch[StepField.LOGITS].view(*rows, shape.group, -1)[..., :num_pages]
     scores = step.scratch[StepField.SCORES].view(*rows, -1)[..., :num_pages]
     _, candidates = reference.page_zones(valid_per_page(LENGTH + 1, method.page_size, padded), 4, 16)
-    stop = int(step.plan[0, :, PlanField.STOP].min())
+    stop = int(step.zone_plan[0, :, PlanField.STOP].min())
     logits, scores, candidates = logits[..., :stop], scores[..., :stop], candidates[:, :stop]
     tokens = valid_per_page(LENGTH + 1, method.page_size, padded)[:, :stop].clamp(min=1).log()
     expected = reference.group_scores(logits, candidates, recipe.rating, tokens if recipe.weighs_tokens else None)
     outliers = scores == float("inf")
-    wanted = step.plan[0, :, PlanField.NUM_OUTLIERS] if recipe.outliers_per_1024 else torch.zeros(2)
+    wanted = step.zone_plan[0, :, PlanField.NUM_OUTLIERS] if recipe.outliers_per_1024 else torch.zeros(2)
     assert torch.equal(outliers.sum(2), wanted[:, None].expand(rows).long())
     torch.testing.assert_close(scores[~outliers], expected[~outliers], rtol=0, atol=1e-4)
     bins = reference.score_bins(scores)

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from spin_hf import RetroInfer, SpinCache
-from spin_hf.backends.reference import attend_masked
-from spin_hf.layer import SpinLayer
+from spin_hf.backends.dense import attend_held
+from spin_hf.backends.reference import ReferenceBackend
 from tests.support.examples import example_module
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]  # quick: tests/attention, on topics instead of a model
@@ -27,15 +27,15 @@ def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, 
     """Relative error of the attention output of every layer and step."""
     cache = SpinCache.from_cache(prefilled, model, RetroInfer(estimated_fraction=fraction), budget=budget)
     found: list[float] = []
-    sparse_attention = SpinLayer._attend_selected
+    sparse_attention = ReferenceBackend.attend_selected
 
-    def both(self: SpinLayer, call: Any, position: int) -> Any:
-        sparse = sparse_attention(self, call, position)
-        dense = attend_masked(call, self.forward.plan.allowed_all(1, call.query.device), self.store).float()
+    def both(self: ReferenceBackend, layer: Any, call: Any, position: int) -> Any:
+        sparse = sparse_attention(self, layer, call, position)
+        dense = attend_held(call, self.zones.allowed_all(1, call.query.device), layer.store).float()
         found.append(float((sparse - dense).norm() / dense.norm()))
         return dense
 
-    with patch.object(SpinLayer, "_attend_selected", both), torch.no_grad():
+    with patch.object(ReferenceBackend, "attend_selected", both), torch.no_grad():
         for token in tokens:
             model(torch.tensor([[token]]), past_key_values=cache)
     assert cache._state.sequences.spans.stops == [(NUM_TOKENS - 128) // 8]

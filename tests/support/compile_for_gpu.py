@@ -152,7 +152,7 @@ def generate(
     driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
     for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
         driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
-    (step,) = driver.cache._passes.kernels.in_use()  # kernels serve the method
+    (step,) = driver.cache._passes.backends.in_use()  # kernels serve the method
     index_completed(step, [layer.state for layer in driver.cache.paged_layers])
 
 

@@ -110,7 +110,7 @@ def check_against_float64(case: Case, device: torch.device, seed: int = 0, **opt
         assert bool(out.isfinite().all())
         tokens += _compare(case, rules, kv, sinks, out, start)
         start += size
-    counted = layer.forward.kernels.counted()
+    counted = layer.forward.backends.counted()
     assert counted["QUERIES"] == len(tokens), "the kernels did not serve every query"
     assert counted["TOKENS"] == sum(tokens)
     assert rules.budget != SOME.budget or max(tokens) < case.prompt // 2
@@ -169,7 +169,7 @@ _NO_SCRATCH = (StepField.DIRECTORY, StepField.VALID, StepField.UPTO, StepField.O
 
 def _poison(layer: SpinLayer) -> None:
     """Fill all memory that the next step must not read."""
-    store, sequences, step = layer.store, layer.cache_state.sequences, layer.kernels()
+    store, sequences, step = layer.store, layer.cache_state.sequences, layer.backend
     assert store is not None
     assert step is not None
     if store.device.type == "cuda":
@@ -204,6 +204,6 @@ def _poison(layer: SpinLayer) -> None:
     for field, tensor in step.scratch.items():
         if field not in _NO_SCRATCH:
             tensor.fill_(junk.get(field, 0))
-    step.plan.fill_(1)
+    step.zone_plan.fill_(1)
     step.dense_plan.fill_(1)
     step.buffers.list_count.fill_(1)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import spin_hf.layer
+import spin_hf.backends.reference
 from spin_hf.attention.methods.base import Estimate
 from tests.support.compare import difference
 
@@ -53,14 +53,14 @@ class Choices:
     def of(self, side: str) -> Iterator[None]:
         """Record the selections of this block; earlier ones are dropped."""
         made = self.made[side] = []
-        estimate = spin_hf.layer.estimate_rest
+        estimate = spin_hf.backends.reference.estimate_rest
 
         def noting(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int, pages: Tensor) -> Any:
             rest = estimate(call, position, store, plan, method, layer, pages)
             made.append(Choice(call.query.float(), pages, rest))
             return rest
 
-        with patch.object(spin_hf.layer, "estimate_rest", noting):
+        with patch.object(spin_hf.backends.reference, "estimate_rest", noting):
             yield
 
     def part_at_a_tie(self) -> bool:

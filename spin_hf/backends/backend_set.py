@@ -1,7 +1,8 @@
-"""The Triton kernels of a cache's current batch: one `StepKernels` per device and number of KV heads."""
+"""The backends of one cache: the reference, and one `StepKernels` per device and number of KV heads of the current batch."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -9,27 +10,40 @@ import torch
 from .. import kernels
 from ..attention.methods.base import recipe_of
 from ..inference_mode import outside_inference_mode
+from ..integration.compile_bar import show_compiles
+from ..kernels.compile_progress import report_by
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
+from .base import AttentionBackend
+from .reference import ReferenceBackend
 from .triton_step import StepKernels
+from .zones import StepPlan
+
+report_by(show_compiles)
 
 
-class KernelSet:
-    """Creates and holds the `StepKernels` of one cache.
+class BackendSet:
+    """Creates and holds the backends of one cache.
 
     Args:
         state: the cache's state.
+        zones: plans of the step's queries, for the reference.
     """
 
-    def __init__(self, state: CacheState) -> None:
+    def __init__(self, state: CacheState, zones: StepPlan) -> None:
         self.state = state
+        self.reference = ReferenceBackend(state, zones)
         self._made: dict[tuple[torch.device, int], StepKernels] = {}
         self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
         self._counted: dict[str, int] = {}
         """Counts of kernels that were replaced."""
 
-    def of(self, layer: LayerState) -> StepKernels | None:
-        """The kernels of a layer with pages; None if the reference backend serves it."""
+    def of(self, layer: LayerState) -> AttentionBackend:
+        """The backend of a layer with pages: kernels where device and method have them, else the reference."""
+        return self.kernels_of(layer) or self.reference
+
+    def kernels_of(self, layer: LayerState) -> StepKernels | None:
+        """The kernels of a layer with pages; None if the reference serves it."""
         assert layer.store is not None
         key, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
         launch, found = kernels.launchers(key[0]), self._made.get(key)
@@ -51,7 +65,7 @@ class KernelSet:
         """The kernels of all layers, without duplicates."""
         sequences, found = self.state.sequences, self._in_use
         if found is None or found[0] != (sequences.batch_size, len(sequences.stores)):
-            steps = [self.of(layer) for layer in self.state.layers if layer.store is not None]
+            steps = [self.kernels_of(layer) for layer in self.state.layers if layer.store is not None]
             distinct = list(dict.fromkeys(step for step in steps if step is not None))
             found = self._in_use = ((sequences.batch_size, len(sequences.stores)), distinct)
         return found[1]
@@ -66,9 +80,9 @@ class KernelSet:
         self._made.clear()
         self._in_use = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KernelSet:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BackendSet:
         """A copied cache makes its own kernels, since descriptors hold addresses. It starts with the same counts."""
-        twin = KernelSet(memo[id(self.state)])
+        twin = BackendSet(memo[id(self.state)], deepcopy(self.reference.zones, memo))
         memo[id(self)] = twin
         twin._counted = self.counted()
         return twin
