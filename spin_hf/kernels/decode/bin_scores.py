@@ -45,7 +45,7 @@ def bin_scores(
         buffers.histogram, layer.rerank_floors if reranks else layer.floors, layer.number, buffers.splits.score, query,
         *query.stride()[:2], buffers.basis, buffers.rotated, buffers.operands, buffers.factors,
         scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram, RATING=int(recipe.rating),
-        OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=recipe.estimates_zone, LISTED=not reranks,
+        OUTLIERS=recipe.outliers_per_1024 > 0, COUNT_ALL=recipe.estimates_zone, LISTED=not reranks,
         WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
         RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
@@ -58,7 +58,7 @@ def bin_scores(
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
     rerank_scale, second_histogram,
-    RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    RATING: tl.constexpr, OUTLIERS: tl.constexpr, COUNT_ALL: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -77,7 +77,7 @@ def rate_kernel(
         query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`; used if PREPARED.
         second_histogram: int32 [B * H, BINS]: zeroed if PREPARED.
         RATING: see `Rating`.
-        EVERYTHING: whether all candidates are counted; else only those in bins down to the floor.
+        COUNT_ALL: whether all candidates are counted; else only those in bins down to the floor.
         LISTED: whether bin lists are written; else pages are only scored and counted.
         WEIGHTED: whether a page's weight in the softmax is multiplied by its number of valid tokens.
         LEAST: log probability that a page must exceed to be a candidate, unless the budget covers all; 0 for no threshold.
@@ -160,7 +160,7 @@ def rate_kernel(
                     best = tl.where(marks != 0, float("inf"), best)
                 bins = score_bins(best, BINS, PER_NAT)
                 entering = inside & (bins <= floor)
-                counted = inside if EVERYTHING else entering
+                counted = inside if COUNT_ALL else entering
                 tl.atomic_add(
                     histogram + bh * BINS + bins, tl.full([BIN_TILE], 1, tl.int32), mask=counted, sem="relaxed"
                 )

@@ -3,7 +3,7 @@
     edge       the last bin that is reranked: the bin in which RERANK_FACTOR times the budget ends
     rerank     log weight of each page down to the edge, and of the sink pages: log sum over its tokens of
                exp(scale * q . (mean + 4-bit key))
-               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to [logit, logit + EXCESS],
+               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to [logit, logit + MAX_CORRECTION],
                where logit is the one by the mean
     rate       score = log of the mean probability over the query heads, among all candidates and sinks; histogram
                pages that are not reranked count with their weight by the mean
@@ -46,7 +46,7 @@ def rerank_pages(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
         plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
         HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(BIN_TILE_PAGES, 32),
-        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MAX_CORRECTION_NATS,
+        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), MAX_CORRECTION=MAX_CORRECTION_NATS,
         num_stages=1, **common,
     )  # fmt: skip
     launch(
@@ -63,7 +63,7 @@ def rerank_kernel(
     RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    EXCESS: tl.constexpr,
+    MAX_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) reranks some pages of one bin list, or the pages of several lists if these outnumber programs.
 
@@ -178,7 +178,7 @@ def rerank_kernel(
                 spot = ranks * num_lists + bin_list
                 tl.store(reranked + group[None, :] * capacity + spot[:, None], fine, mask=inside)
                 tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
-                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
+                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), MAX_CORRECTION)
                 tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
                 weighed = coarse
                 if PADDED:  # without padding all pages have equally many tokens
