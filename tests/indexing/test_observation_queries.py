@@ -144,14 +144,14 @@ def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summarize, "_BYTES_AT_ONCE", 1)
     driver = new_driver()
     driver.step(kv, 0, 200)
-    arrange, calls = Asking.form_clusters, 0
+    form_clusters, calls = Asking.form_clusters, 0
 
     def failing(self: Asking, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError
-        return arrange(self, keys, observation_queries)
+        return form_clusters(self, keys, observation_queries)
 
     with monkeypatch.context() as context:
         context.setattr(Asking, "form_clusters", failing)

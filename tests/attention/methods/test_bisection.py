@@ -65,7 +65,7 @@ def basis_of(dim: int) -> np.ndarray:
     return four_bit_keys.rotate(torch.eye(dim)).double().numpy()
 
 
-@functools.lru_cache(1 << 14)  # most pages are looked at by many queries
+@functools.lru_cache(1 << 14)  # most pages are rated by many queries
 def page_of(contents: bytes, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the keys of a page: their mean in eight bits [D], and the keys in four bits around it [n, D]."""
     keys = np.frombuffer(contents).reshape(-1, dim)
