@@ -98,7 +98,7 @@ def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: b
     assert plan(model, context_length=350, batch_size=2, gpu_memory=cap, **OPTIONS).cpu_bytes > 0
     caches = [SpinCache(model, **OPTIONS, gpu_memory=cap) for _ in range(2)]
     caches[0].calls.steps.refused = "the test wants eager steps"
-    caches[0].calls.steps._look_at = lambda model: None
+    caches[0].calls.steps._guard_of = lambda model: None
     expected, actual = (generate(model, cache, padded, 180) for cache in caches)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)

@@ -103,12 +103,10 @@ def test_how_many_tokens_at_once_does_not_matter(kv: RandomKV, monkeypatch: pyte
         monkeypatch.setattr(cluster, "_TOKENS_AT_ONCE", tokens)
         driver = new_driver(method=Backwards())
         driver.step(kv, 0, 390, valid[:, :390])
-        with patch.object(
-            Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters
-        ) as form_clusters:
+        with patch.object(Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters) as formed:
             driver.step(kv, 390, 391, valid[:, :391])
         driver.cache.check_integrity()
-        shapes = [call.args[1].shape for call in form_clusters.call_args_list]
+        shapes = [call.args[1].shape for call in formed.call_args_list]
         runs = [shape[0] // SHAPE.layers for shape in shapes]  # each of all layers
         assert all(many == 1 or many * shape[2] <= tokens for many, shape in zip(runs, shapes, strict=True))
         found.append((len(shapes), span_ends(driver), clustered(driver, 2).positions(0, 46).tolist()))

@@ -3,8 +3,8 @@
     edge       the last bin that is reranked: the bin in which RERANK_FACTOR times the budget ends
     rerank     log weight of each page down to the edge, and of the sink pages: log sum over its tokens of
                exp(scale * q . (mean + 4-bit key))
-               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to [logit, logit + MAX_CORRECTION],
-               where logit is the one by the mean
+               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to
+               [logit, logit + MAX_CORRECTION], where logit is the one by the mean
     rate       score = log of the mean probability over the query heads, among all candidates and sinks; histogram
                pages that are not reranked count with their weight by the mean
 
@@ -46,8 +46,8 @@ def rerank_pages(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
         plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
         HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(BIN_TILE_PAGES, 32),
-        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), MAX_CORRECTION=MAX_CORRECTION_NATS,
-        num_stages=1, **common,
+        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes),
+        MAX_CORRECTION=MAX_CORRECTION_NATS, num_stages=1, **common,
     )  # fmt: skip
     launch(
         rate_rerank_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
