@@ -62,7 +62,7 @@ def recording(mass: Mass) -> Any:
     def select_pages(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int) -> Tensor:
         pages = original(call, position, store, plan, method, layer)
         if position % EVERY == 0:
-            keys = store.pages(0, store.sequences.num_pages)[0].flatten(2, 3)[0, :, : position + 1].float()
+            keys = store.pages(store.sequences.num_pages)[0][0, :, : position + 1].float()
             logits = call.query[0, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
             shares = logits.softmax(-1).mean(1)  # [H, tokens]: what every token gets from the group
             # Places in the pages, whatever tokens stand there, as of `keys`; sinks and recent tokens are never moved.

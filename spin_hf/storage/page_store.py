@@ -208,6 +208,11 @@ class PageStore(SegmentStore):
             self.frames.write(start // self.page_size, offset, *decoded)
         self.length = start + count
 
+    def pages(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, count * P, Dk] and values [B, H, count * P, Dv] of the first pages, in page order."""
+        keys, values = self.backing_layout.take(self.backing.take(self.rows(0, count)))
+        return keys.flatten(2, 3), values.flatten(2, 3)
+
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows [B, H, n] of pages [first, stop), in the backing and in all summaries."""
         return self._rows()[:, :, first:stop]
@@ -225,8 +230,7 @@ class PageStore(SegmentStore):
     def held(self, length: int) -> tuple[Tensor, Tensor]:
         """Copies of keys [B, H, length, Dk] and values [B, H, length, Dv] of the first tokens, in position order."""
         clustered = self.sequences.spans.num_pages
-        rows = self.rows(0, max(-(-length // self.page_size), clustered))
-        keys, values = (pages.flatten(2, 3) for pages in self.backing_layout.take(self.backing.take(rows)))
+        keys, values = self.pages(max(-(-length // self.page_size), clustered))
         if clustered:  # spans were read whole, as their pages are not in position order
             keys, values = self.in_order(keys), self.in_order(values)
         return keys[:, :, :length], values[:, :, :length]
