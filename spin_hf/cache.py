@@ -393,7 +393,8 @@ class SpinCache(Cache):
         """Hook the calls of `model` that carry this cache, while the cache lives."""
         self._config = config
         self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
-        dropped_cache.acquire(self, None if self._state.served is None else self._state.served(), config)
+        made_from = self._state.model_or_config
+        dropped_cache.acquire(self, None if made_from is None else made_from(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
 
 

@@ -237,16 +237,12 @@ class SpinOptions:
         require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
         require_choice("cpu_dtype", cpu_dtype, CPU_DTYPES)
         return cls(
-            budget=budget,
-            num_sink_tokens=min(sinks, MOST_TOKENS),
+            budget=budget, num_sink_tokens=min(sinks, MOST_TOKENS),
             recent_window=require_tokens("recent_window", recent_window, 1),
             dense_below=require_tokens("dense_below", dense_below, 0),
-            gpu_memory=parse_bytes("gpu_memory", gpu_memory),
-            cpu_memory=parse_bytes("cpu_memory", cpu_memory),
-            summary_dtype=summary_dtype,
-            cpu_dtype=cpu_dtype,
-            prefill_chunk_size=_chunk_size(prefill_chunk_size),
-        )
+            gpu_memory=parse_bytes("gpu_memory", gpu_memory), cpu_memory=parse_bytes("cpu_memory", cpu_memory),
+            summary_dtype=summary_dtype, cpu_dtype=cpu_dtype, prefill_chunk_size=_chunk_size(prefill_chunk_size),
+        )  # fmt: skip
 
     @property
     def host_int8(self) -> bool:

@@ -42,12 +42,9 @@ class _NoRoomError(Exception):
     """
 
     def __init__(
-        self,
-        message: str,
-        needed_bytes: int | None = None,
-        available_bytes: int | None = None,
+        self, message: str, needed_bytes: int | None = None, available_bytes: int | None = None,
         fitting_batch_size: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
         self.fitting_batch_size = fitting_batch_size
@@ -91,3 +88,9 @@ class CapacityError(_NoRoomError, SpinError, MemoryError):
 
 class CacheStateError(SpinError, RuntimeError):
     """The cache was used in a state that does not allow it, or its invariants do not hold."""
+
+
+def require_integrity(condition: bool, message: str) -> None:
+    """Raise CacheStateError unless `condition` holds."""
+    if not condition:
+        raise CacheStateError(f"integrity: {message}; please report this as a bug")

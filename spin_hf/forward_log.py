@@ -210,7 +210,7 @@ class ForwardLog:
         """Mark the forward as failed if a layer was updated and has not attended yet."""
         if self.state.pending is not None:
             self.passes.fail()
-        self.state.pending = self.state.noted = None
+        self.state.pending = self.state.new_token_validity = None
 
     def roll_back(self, layers: list[Any]) -> None:
         """Roll back the forward in progress. May be repeated.
@@ -225,7 +225,7 @@ class ForwardLog:
         for index, attributes in present.before.items():
             layers[index].__dict__.clear()
             layers[index].__dict__.update(attributes)
-        lost, state.noted = state.pending, None
+        lost, state.new_token_validity = state.pending, None
         self.passes.roll_back(present.held)
         state.pending = lost
         try:

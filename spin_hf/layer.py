@@ -26,7 +26,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
-from .attention.masks import is_own, new_validity, over_tokens
+from .attention.masks import is_internal, new_validity, over_tokens
 from .attention.methods.clustering import ClusteringMethod, last_queries
 from .backends import gradients
 from .backends.attention_weights import AttentionWeights, warn_of_memory
@@ -125,7 +125,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         if state.captured_length is not None:
             return
         if position_ids is not None and self._is_first and state.method.uses_positions:
-            check_positions(state, position_ids, new_validity(mask, state.noted))
+            check_positions(state, position_ids, new_validity(mask, state.new_token_validity))
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override, unused-ignore]
         """Tokens held. A tensor during Dynamo tracing and graph capture, so that no length becomes a constant."""
@@ -174,7 +174,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         Args:
             query: [B, heads, Q, Dk], of the last Q of the n new tokens.
             key, value: [B, H, n, Dk] and [B, H, n, Dv].
-            mask: None, spin_hf's own mask, or the caller's (`attention/masks.py`).
+            mask: None, a marker or validity mask, or a given mask (`attention/masks.py`).
             sinks: [heads], learned logits in the softmax's denominator, or None.
             out: [B, Q, heads, Dv]; written.
             append: False if a layer that shares these keys and values has already appended them.
@@ -221,11 +221,11 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         """As `run`, for a step that is not prepared."""
         state, sequences = self.cache_state, self.cache_state.sequences
         num_new, num_queries = key.shape[2], call.query.shape[3]
-        new_valid = new_validity(mask, state.noted) if append else None
+        new_valid = new_validity(mask, state.new_token_validity) if append else None
         if mask is not None:
             num_tokens = sequences.length + (num_new if append and self._is_first else 0)
             num_heads = call.query.shape[1] * call.query.shape[2]
-            mask = None if is_own(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
+            mask = None if is_internal(mask) else over_tokens(mask, len(key), num_heads, num_queries, num_tokens)
         if append:
             self.append(key, value, new_valid)
             self._observe(call)

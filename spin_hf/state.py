@@ -95,7 +95,7 @@ class CacheState:
         method: how pages are selected.
         sequences: page table and padding of the batch.
         model_name: the model's name in messages.
-        served: the model or config that the cache was made with; admission plans the first batch from it.
+        model_or_config: the model or config that the cache was made with; admission plans the first batch from it.
         layers: the paged layers.
         visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
         captured_length: tokens held before the step, on the device, during graph capture; else None.
@@ -103,7 +103,7 @@ class CacheState:
         phase: of the current forward.
         reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
-        noted: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
+        new_token_validity: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
         unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
         warned_waves, warned_clustering: whether the warning has been logged.
     """
@@ -112,7 +112,7 @@ class CacheState:
     method: Method
     sequences: PageTable
     model_name: str
-    served: weakref.ref[Any] | None = None
+    model_or_config: weakref.ref[Any] | None = None
     layers: list[LayerState] = field(default_factory=list)
     visible_length: Tensor = field(default_factory=outside_inference_mode(lambda: torch.zeros((), dtype=torch.int64)))
     captured_length: Tensor | None = None
@@ -120,7 +120,7 @@ class CacheState:
     phase: Phase = Phase.IDLE
     reads_prompt: bool = False
     pending: Any = None
-    noted: Tensor | None = None
+    new_token_validity: Tensor | None = None
     unfinished: Callable[[], None] | None = None
     warned_waves: bool = False
     warned_clustering: bool = False

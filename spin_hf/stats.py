@@ -109,20 +109,13 @@ def stats_of(state: CacheState, counted: dict[str, int], tokens: int, dense_reas
     for store in stores:
         metadata.update(store.metadata(segments))
     return CacheStats(
-        sequences=state.sequences.batch_size,
-        tokens=tokens,
-        pages=sum(store.pages_held() for store in stores),
+        sequences=state.sequences.batch_size, tokens=tokens, pages=sum(store.pages_held() for store in stores),
         gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),
         cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
-        metadata_bytes=metadata.total(),
-        metadata=dict(metadata),
-        mandatory_frames=mandatory,
-        buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory,
-        loads=loads,
+        metadata_bytes=metadata.total(), metadata=dict(metadata), mandatory_frames=mandatory,
+        buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory, loads=loads,
         evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
         hit_rate=hits / (hits + loads) if hits + loads else 1.0,
-        attended_tokens=attended / queries if queries else float("nan"),
-        sparse_queries=queries,
-        paged_layers=len(state.layers),
-        dense_layers=dict(dense_reasons),
-    )
+        attended_tokens=attended / queries if queries else float("nan"), sparse_queries=queries,
+        paged_layers=len(state.layers), dense_layers=dict(dense_reasons),
+    )  # fmt: skip

@@ -146,6 +146,21 @@ def open_record(module: str, name: str, common: dict[str, Any], options: argpars
     return record
 
 
+def begins(module: str, tasks: list[AnyTask], chosen: list[AnyTask], plan: bool) -> bool:
+    """Print what is measured and what is left. False if that is all that was wanted (`plan`); exits without a GPU."""
+    later = [task.label for task in tasks if task not in chosen]
+    total = sum(task.seconds for task in chosen) + SETUP_SECONDS
+    print(f"{len(chosen)} tasks, about {total:.0f} s; left for another run: {', '.join(later) or 'none'}", flush=True)
+    if plan:
+        for task in chosen:
+            print(f"{task.seconds:6.0f} s  {task.label}")
+        return False
+    if not torch.cuda.is_available():
+        raise SystemExit(f"benchmarks.{module}: expected a CUDA GPU, found none; run it on a machine with one")
+    logging.getLogger("spin_hf").setLevel(logging.WARNING)
+    return True
+
+
 def run(
     module: str, options: argparse.Namespace, record: Record, tasks: list[AnyTask],
     rows_of: Callable[[AnyTask, Bench], Iterator[dict[str, Any]]], line: Callable[[dict[str, Any]], str],
@@ -160,16 +175,8 @@ def run(
         after: called behind every row that was added, to write what is made of the rows.
     """
     chosen = within(tasks, options.seconds - SETUP_SECONDS)
-    later = [task.label for task in tasks if task not in chosen]
-    total = sum(task.seconds for task in chosen) + SETUP_SECONDS
-    print(f"{len(chosen)} tasks, about {total:.0f} s; left for another run: {', '.join(later) or 'none'}", flush=True)
-    if options.plan:
-        for task in chosen:
-            print(f"{task.seconds:6.0f} s  {task.label}")
+    if not begins(module, tasks, chosen, options.plan):
         return
-    if not torch.cuda.is_available():
-        raise SystemExit(f"benchmarks.{module}: expected a CUDA GPU, found none; run it on a machine with one")
-    logging.getLogger("spin_hf").setLevel(logging.WARNING)
     link = {**copies(), "burst_gb_s": bursts()}
     free()
     model = build(options.shape)

@@ -131,13 +131,13 @@ def reserve_spin(cache: SpinCache, config: Any, num_tokens: int, device: str = "
 
     Page-locked memory comes faster in few large slabs, and pages go to the tier where they will stay.
     """
-    shared = state_of(cache)
-    shared.sequences.begin(batch, num_tokens, None)
+    state = state_of(cache)
+    state.sequences.begin(batch, num_tokens, None)
     key, value = states(config, 1, device, batch)
     for layer in cache.paged_layers:
         layer.lazy_initialization(key, value)
-    shared.sequences.truncate(0)
-    shared.sequences.free.sort(reverse=True)  # taken from the end: sequences lie one after the other, as without this
+    state.sequences.truncate(0)
+    state.sequences.free.sort(reverse=True)  # taken from the end: sequences lie one after the other, as without this
 
 
 def fill(cache: Cache, config: Any, num_tokens: int, batch: int = 1) -> Cache:

@@ -25,8 +25,6 @@ was stopped goes on; `--again` starts anew. Writes `benchmarks/results/quality-<
 
 from __future__ import annotations
 
-import argparse
-import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +32,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -42,15 +39,14 @@ from transformers import AutoTokenizer
 
 import spin_hf.backends.reference
 import spin_hf.kernels
-from benchmarks.common.example_models import default_model, play
-from benchmarks.common.record import RESULTS, fingerprint
-from benchmarks.common.rows_file import Rows, command_line
-from benchmarks.quality import kvpress_rivals
+from benchmarks.common.example_models import play
+from benchmarks.common.rows_file import Rows
+from benchmarks.quality import kvpress_rivals, run_options
 from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, Mass, chooser
 from benchmarks.quality.divergence import divergence
-from benchmarks.quality.prefill import Prefill, add_model_options, load_model
+from benchmarks.quality.prefill import Prefill, load_model
 from benchmarks.quality.quality_tables import kl_table
-from spin_hf import SeerAttention, __version__, plan
+from spin_hf import SeerAttention, plan
 from spin_hf.attention.methods.seer_gate_file import load_gates
 
 PLAYS = ("macbeth", "hamlet", "othello")
@@ -66,7 +62,7 @@ def recording(mass: Mass) -> Any:
     def select_pages(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int) -> Tensor:
         pages = original(call, position, store, plan, method, layer)
         if position % EVERY == 0:
-            keys = store.pages(0, store.sequences.num_pages)[0].flatten(2, 3)[0, :, : position + 1].float()
+            keys = store.pages(store.sequences.num_pages)[0][0, :, : position + 1].float()
             logits = call.query[0, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
             shares = logits.softmax(-1).mean(1)  # [H, tokens]: what every token gets from the group
             # Places in the pages, whatever tokens stand there, as of `keys`; sinks and recent tokens are never moved.
@@ -185,37 +181,17 @@ def ask_kvpress(name: str, texts: Iterator[tuple[str, Text]], rows: Rows, shares
 
 def main() -> None:
     """Measure what is missing, write JSON, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser = run_options.parser(__doc__, METHODS, 4000)
     parser.add_argument("--gates", nargs="+", default=[], metavar="NAME=DIR", help="gates by name of a method")
-    parser.add_argument("--kvpress", action="store_true", help="kvpress too, in an environment of its own")
-    parser.add_argument(
-        "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
-    )
-    parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--plays", nargs="+", default=list(PLAYS))
-    parser.add_argument("--again", action="store_true", help="measure finished rows again")
-    add_model_options(parser)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    if args.methods[0] != "shadowkv":
-        parser.error("--methods: expected shadowkv first, as others get as many tokens as it attends to")
-
-    name, gates = args.model or default_model(), dict(entry.split("=", 1) for entry in args.gates)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = load_model(name, args.dtype, args.device)
+    args = run_options.parse(parser)
+    gates = dict(entry.split("=", 1) for entry in args.gates)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = load_model(args.model, args.dtype, args.device)
     if args.kvpress and set(getattr(model.config, "layer_types", ())) - {"full_attention"}:
         parser.error("--kvpress: expected a model whose layers all attend to everything; its presses are for those")
-    about = {
-        "model": Path(name).name, "tokens": args.tokens, "steps": args.steps, "dtype": args.dtype, "device": args.device,
-        "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
-        "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "kvpress": kvpress_rivals.VERSION},
-    }  # fmt: skip
-    output = args.output or RESULTS / f"quality-{Path(name).name}.json"
-    rows = Rows(output, about, command_line("quality.quality", args.model), args.again)
+    rows = run_options.open_rows("quality", args, steps=args.steps)
     cells = [(method, share) for method in args.methods for share in args.shares]
     presses = [kvpress_rivals.cell(p, s) for p in kvpress_rivals.PRESSES for s in args.shares if args.kvpress]
     texts: dict[str, Text] = {}
@@ -238,7 +214,7 @@ def main() -> None:
             bar.update(sum(f"{cell}, {title}" in rows for cell in presses))
         open_for = [title for title in args.plays if any(f"{cell}, {title}" not in rows for cell in presses)]
         if open_for:
-            ask_kvpress(name, ((title, text(title)) for title in open_for), rows, args.shares, bar)
+            ask_kvpress(args.model, ((title, text(title)) for title in open_for), rows, args.shares, bar)
     print("\n" + "\n".join(kl_table(rows.rows)))
 
 

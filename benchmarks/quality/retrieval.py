@@ -15,25 +15,18 @@ Writes `benchmarks/results/retrieval-<model>.json` and prints a table: the share
 
 from __future__ import annotations
 
-import argparse
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, Cache
 
-from benchmarks.common.example_models import default_model, play
-from benchmarks.common.record import RESULTS, fingerprint
-from benchmarks.common.rows_file import Rows, command_line
-from benchmarks.quality import kvpress_rivals
+from benchmarks.common.example_models import play
+from benchmarks.quality import kvpress_rivals, run_options
 from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, chooser
-from benchmarks.quality.prefill import Prefill, add_model_options, load_model
+from benchmarks.quality.prefill import Prefill, load_model
 from benchmarks.quality.quality_tables import task_table
 from benchmarks.quality.tasks import TASKS, Example, example, prompt, question
-from spin_hf import __version__
 
 NEW_TOKENS = 28
 """Three numbers of five digits, each a token, with commas; an answer ends at the end of its line."""
@@ -131,35 +124,13 @@ def equal_tokens(held: dict[str, Any], share: int) -> int:
 
 def main() -> None:
     """Ask what is missing, write JSON, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--methods", nargs="+", default=["shadowkv", "quest", "oracle", "window"])
-    parser.add_argument("--kvpress", action="store_true", help="kvpress too, in an environment of its own")
-    parser.add_argument(
-        "--shares", type=int, nargs="+", default=[64, 32, 16, 8], help="budgets: 1/share of the context"
-    )
-    parser.add_argument("--tokens", type=int, default=3000)
+    parser = run_options.parser(__doc__, ["shadowkv", "quest", "oracle", "window"], 3000)
     parser.add_argument("--examples", type=int, default=4, help="of each task")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--again", action="store_true", help="ask finished examples again")
-    add_model_options(parser)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    if args.methods[0] != "shadowkv":
-        parser.error("--methods: expected shadowkv first, as others get as many tokens as it attends to")
-
-    name = args.model or default_model()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = load_model(name, args.dtype, args.device)
-    about = {
-        "model": Path(name).name, "tokens": args.tokens, "new_tokens": NEW_TOKENS, "dtype": args.dtype, "device": args.device,
-        "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
-        "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "kvpress": kvpress_rivals.VERSION},
-    }  # fmt: skip
-    output = args.output or RESULTS / f"retrieval-{Path(name).name}.json"
-    rows = Rows(output, about, command_line("quality.retrieval", args.model), args.again)
-    asker = Asker(model, tokenizer, args.tokens)
+    args = run_options.parse(parser)
+    model = load_model(args.model, args.dtype, args.device)
+    asker = Asker(model, AutoTokenizer.from_pretrained(args.model), args.tokens)
+    rows = run_options.open_rows("retrieval", args, new_tokens=NEW_TOKENS)
     cells = [(method, share) for method in args.methods for share in args.shares]
     examples = {f"{task}, {index}": (task, index) for index in range(args.examples) for task in args.tasks}
     presses = [kvpress_rivals.cell(press, share) for press in PRESSES for share in args.shares if args.kvpress]
@@ -173,7 +144,7 @@ def main() -> None:
             bar.update(len(cells) + 1 + sum(cell in held for cell in presses))
         open_for = [key for key in examples if any(cell not in rows[key] for cell in presses)]
         cases = [asker.case(key, *examples[key], args.shares, rows[key]) for key in open_for]
-        for key, cell, reply in kvpress_rivals.ask(name, cases):
+        for key, cell, reply in kvpress_rivals.ask(args.model, cases):
             entry = asker.entry(example(*examples[key]), reply["tokens"], reply["attended_tokens"])
             rows.put(key, {**rows[key], cell: entry})
             bar.update()

@@ -21,7 +21,6 @@ and versions (`record.py`). Writes `benchmarks/results/decode-<shape>.json`; `de
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +62,12 @@ class Task:
     method: str = "shadowkv"
     gpu_memory: str | None = None
     selections: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join(
+            [f"{self.tokens >> 10}K", self.name, self.method, *([self.gpu_memory] if self.gpu_memory else [])]
+        )
 
     @property
     def seconds(self) -> float:
@@ -174,7 +179,7 @@ def rows_of(task: Task, model: Any, record: Record, budget: int, weights: int) -
 
 def line(task: Task, row: dict[str, Any]) -> str:
     """What is printed of a row."""
-    shown = [f"{task.tokens >> 10}K", task.name, task.method, task.gpu_memory or "", row.get("overlap", "")]
+    shown = [task.label, row.get("overlap", "")]
     wanted = ("tpot_ms", "spread_ms", "overlap_at_1", "overlap_at_16", "hit_rate", "loads_mib_per_token", "first_call_s",
               "peak_gpu_gib", "splits", "us_per_layer", "spin_us_per_layer", "others_us_per_layer", "step_ms", "gb_s",
               "why", "failed")  # fmt: skip
@@ -212,17 +217,9 @@ def main() -> None:
             options.tokens, options.rivals, not options.no_kernels, method, tuple(options.overlaps), not options.no_caps
         )
         tasks += left_to_do(own, record) if options.missing else own
-    chosen = within(tasks, options.seconds - 45)  # imports, weights, the link, first compilation of the kernels
-    later = [f"{task.tokens >> 10}K {task.name} {task.method}" for task in tasks if task not in chosen]
-    about = sum(task.seconds for task in chosen) + 45
-    print(f"{len(chosen)} tasks, about {about:.0f} s; left for another run: {', '.join(later) or 'none'}", flush=True)
-    if options.plan:
-        for task in chosen:
-            print(f"{task.seconds:6.0f} s  {task.tokens >> 10}K {task.name} {task.method} {task.gpu_memory or ''}")
+    chosen = within(tasks, options.seconds - campaign.SETUP_SECONDS)
+    if not campaign.begins("speed.decode", tasks, chosen, options.plan):
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.speed.decode: expected a CUDA GPU, found none; run it on a machine with one")
-    logging.getLogger("spin_hf").setLevel(logging.WARNING)
     link = {**copies(), "burst_gb_s": bursts()}
     model = build(options.shape)
     weights = torch.cuda.memory_allocated()
@@ -230,8 +227,8 @@ def main() -> None:
         record.about_run(**link, weights_gib=round(weights / 2**30, 2))
     print(link, flush=True)
     for task in chosen:
-        if time.perf_counter() - started + task.seconds > options.seconds + 20:  # estimates are no promises
-            print(f"no time left for {task.tokens >> 10}K {task.name} {task.method}", flush=True)
+        if time.perf_counter() - started + task.seconds > options.seconds + campaign.LATE_SECONDS:
+            print(f"no time left for {task.label}", flush=True)
             continue
         record = records[task.method]
         for row in rows_of(task, model, record, options.budget, weights):

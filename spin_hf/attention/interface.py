@@ -7,7 +7,8 @@
 
 Masks, as attention receives them (see `masks.py`):
     None                causal, no padding among the new tokens
-    own mask            causal; the cache has stored which tokens are padding (its shape does not grow with the context)
+    marker mask         causal; the cache has stored which tokens are padding (its shape does not grow with the context)
+    validity mask       causal; contains which of the new tokens are padding
     [B, h, Q, n]        a given mask, boolean or additive, over all n tokens: applied as it is, with dense attention
 
 Keys without a layer (no cache, another cache, dense layers of the cache) go to the config's previous implementation. Importing
@@ -125,22 +126,13 @@ _HARMLESS = {
 # Arguments by which models select tokens themselves; they pass them to implementations other than "eager" and "sdpa".
 _CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
-_REFUSED = (
-    "alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias",
-)  # fmt: skip
+_REFUSED = ("alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias")
 
 
 def spin_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention over the tokens held and the new tokens. Registered as "spin".
 
     The order of the arguments is that of transformers' own attention functions, because libraries that wrap registered
@@ -164,7 +156,7 @@ def spin_attention(
                 f"{type(module).__name__} under torch.compile: expected the keys of the layer it shares, got a copy of them; "
                 "run this model without compiling, or delete its SpinCache first"
             )
-        if masks.is_own(attention_mask):
+        if masks.is_internal(attention_mask):
             raise AttentionError(
                 f"{type(module).__name__}: expected the keys that the cache gave back, got others with a mask of the cache; "
                 "gradient checkpointing drops the cache in training mode, so call model.gradient_checkpointing_disable() or "
@@ -211,7 +203,7 @@ def _check_arguments(
             f"SpinCache: expected dropout 0, got {dropout}; call model.eval(), or set the config's attention dropout to "
             "0 (training mode alone is served)"
         )
-    if not causal and num_queries > 1 and (mask is None or masks.is_own(mask)):
+    if not causal and num_queries > 1 and (mask is None or masks.is_internal(mask)):
         raise AttentionError(
             "SpinCache: expected causal attention, got is_causal=False; use a DynamicCache for this model"
         )
@@ -289,17 +281,10 @@ class MaskedLength(int):
 
 
 def spin_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    *,
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, *,
+    config: Any = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
     """The mask of a forward, one of those in the module's head. Registered as "spin".
 
     Args:
@@ -307,7 +292,7 @@ def spin_mask(
             a tensor offset while Dynamo traces.
         attention_mask: [B, tokens], bool, the batch's padding mask; None for no padding.
     Returns:
-        None for no padding, an own mask (see `masks.py`), or a dense mask if `mask_function` is not causal. Stores the padding
+        None for no padding, a marker or validity mask, or a dense mask if `mask_function` is not causal. Stores the padding
         of the new tokens in the cache, and updates that of earlier tokens if the mask changed it.
     Raises:
         AttentionError, BatchSizeError: the mask does not belong to this batch; nothing has changed.
@@ -329,7 +314,7 @@ def spin_mask(
         if attention_mask is None:
             return None
         masks.check_padding(attention_mask)
-        return masks.traced_mask(attention_mask[:, -q_length:])
+        return masks.validity_mask(attention_mask[:, -q_length:])
     assert isinstance(kv_length, MaskedLength)
     length = int(kv_length)
     if kv_length.reconcile is None:
@@ -344,7 +329,7 @@ def spin_mask(
             batch_size=batch_size, q_length=q_length, kv_length=length, q_offset=length - q_length, kv_offset=0,
             mask_function=mask_function, attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-    return None if attention_mask is None else masks.noted_mask(attention_mask, q_length)
+    return None if attention_mask is None else masks.marker_mask(attention_mask, q_length)
 
 
 AttentionInterface.register(implementation.NAME, spin_attention)

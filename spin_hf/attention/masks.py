@@ -1,13 +1,13 @@
 """Attention masks: those from the user, and those that the cache makes itself.
 
-    padding mask [B, tokens]     any dtype, 0 for padding    goes through the mask function, which stores it in the cache
-    given mask, 4-D              bool or floating point      reaches attention unchanged and is applied as it is
-    own mask [B, 1, Q, 0]        marker: the cache has stored which of the Q new tokens are padding
-    own mask [B, 1, 1, 1, Q]     bool, the validity itself, for code that Dynamo traces, which cannot store it in the cache
+    padding mask [B, tokens]         any dtype, 0 for padding    goes through the mask function, which stores it in the cache
+    given mask, 4-D                  bool or floating point      reaches attention unchanged and is applied as it is
+    marker mask [B, 1, Q, 0]         no elements                 the cache has stored which of the Q new tokens are padding
+    validity mask [B, 1, 1, 1, Q]    bool                        which new tokens are real. For code that Dynamo traces, which
+                                                                 cannot store it in the cache
 
-The shape identifies an own mask: no tokens, or five dimensions, which no given mask has. A shape survives where a tensor
-    attribute
-is lost: copies between devices, graph breaks, compiled code that gets its masks from outside.
+Marker and validity masks are recognized by their shapes, which no given mask has. A shape survives where a tensor attribute is
+lost: copies between devices, graph breaks, compiled code that gets its masks from outside.
 
 Given masks have the meaning that torch's scaled_dot_product_attention gives them: bool is True where a query may attend,
 floating point is added to the scores, integers are refused, and size 1 or a missing leading dimension broadcasts. Neither
@@ -26,40 +26,40 @@ from ..errors import AttentionError, BatchSizeError
 _TRACED_DIMENSIONS = 5
 
 
-def traced_mask(valid: Tensor) -> Tensor:
-    """The own mask that contains the validity `valid` [B, Q]."""
+def validity_mask(valid: Tensor) -> Tensor:
+    """The validity mask of `valid` [B, Q]."""
     return valid[:, None, None, None]
 
 
-def noted_mask(mask: Tensor, num_queries: int) -> Tensor:
-    """The own mask that marks that the cache has stored the padding mask `mask` [B, tokens]."""
+def marker_mask(mask: Tensor, num_queries: int) -> Tensor:
+    """The marker mask for a cache that has stored the padding mask `mask` [B, tokens]."""
     return mask.new_empty((mask.shape[0], 1, num_queries, 0), dtype=torch.bool)
 
 
-def is_own(mask: Tensor | None) -> bool:
-    """Whether `mask` was made by `traced_mask` or `noted_mask`."""
+def is_internal(mask: Tensor | None) -> bool:
+    """Whether `mask` was made by `validity_mask` or `marker_mask`."""
     return mask is not None and (mask.dim() == _TRACED_DIMENSIONS or mask.shape[-1] == 0)
 
 
-def new_validity(mask: Tensor | None, noted: Tensor | None) -> Tensor | None:
+def new_validity(mask: Tensor | None, stored: Tensor | None) -> Tensor | None:
     """Which of the new tokens are real, [B, Q], bool; None for all.
 
     Args:
         mask: as attention received it. A given mask means no padding.
-        noted: validity of the new tokens from the latest padding mask, as the cache stored it.
+        stored: validity of the new tokens from the latest padding mask, as the cache stored it.
     Raises:
         AttentionError: the mask is over no tokens, and the cache has stored none for these tokens.
     """
-    if mask is None or not is_own(mask):
+    if mask is None or not is_internal(mask):
         return None
     if mask.dim() == _TRACED_DIMENSIONS:
         return mask[:, 0, 0, 0]
-    if noted is None or noted.shape != (mask.shape[0], mask.shape[-2]):
+    if stored is None or stored.shape != (mask.shape[0], mask.shape[-2]):
         raise AttentionError(
             f"attention_mask: expected a mask over the tokens held and new, got one over none, {tuple(mask.shape)}; pass a "
             "padding mask [B, tokens]"
         )
-    return noted
+    return stored
 
 
 def check_kind(mask: Any) -> None:

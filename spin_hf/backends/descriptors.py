@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import recipe_of
-from ..kernels.descriptor_fields import PART_PAGES, LayerField, StepField, summary_field
+from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import allocating
 from ..storage.segment_pool import pages_of
@@ -57,7 +57,7 @@ class Descriptors:
         """Fields that `step` holds after all launches so far; empty if unknown."""
         budget = state.options.budget
         budget_fraction = budget if isinstance(budget, float) else 0.0
-        self.step_fields[StepField.SHARE] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
+        self.step_fields[StepField.BUDGET_FRACTION] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
         self.layer_fields = self.new((len(state.layers), len(LayerField)), torch.int64)
         size = self.layer_fields.shape[1] * 8
         self.layer_addresses = torch.arange(len(state.layers), device=device) * size + self.layer_fields.data_ptr()
@@ -93,8 +93,8 @@ class Descriptors:
                     fields[summary_field(i, j)] = array.address_table.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
-                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.shares is None else -1
-                fields[LayerField.SHARES] = 0 if frames.shares is None else frames.shares.data_ptr()
+                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.slot_counts is None else -1
+                fields[LayerField.SLOT_COUNTS] = 0 if frames.slot_counts is None else frames.slot_counts.data_ptr()
                 fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
@@ -184,9 +184,9 @@ class Descriptors:
             StepField.SCORES: make(pages, torch.float32),
             StepField.OUTLIER: make(len(self.state.layers) * pages * outliers, torch.uint8),
             StepField.RERANK: make(self.group * pages * reranks, torch.float32),
-            StepField.KEPT_PAGE: make(pages, torch.int32),
-            StepField.KEPT_SCORE: make(pages, torch.float32),
-            StepField.KEPT_COUNT: make(-(-pages // PART_PAGES), torch.int32),
+            StepField.BIN_LIST_PAGE: make(pages, torch.int32),
+            StepField.BIN_LIST_SCORE: make(pages, torch.float32),
+            StepField.BIN_LIST_LENGTH: make(-(-pages // BIN_TILE_PAGES), torch.int32),
             StepField.TIED: make(pages, torch.int64),
             StepField.LIST_PAGE: make(listed, torch.int32),
             StepField.VICTIMS: make(listed, torch.int32),
@@ -211,11 +211,11 @@ class Descriptors:
 def capacity_for(num_pages: int) -> int:
     """Capacity in pages of a step's buffers, for a context of `num_pages` pages that grows.
 
-    A multiple of `PART_PAGES` if larger: candidates are stored at rank * tiles + tile, and tiles may differ in length.
+    A multiple of `BIN_TILE_PAGES` if larger: entry i of list j is at i * num_lists + j, and lists may differ in length.
     """
-    if num_pages <= PART_PAGES:
+    if num_pages <= BIN_TILE_PAGES:
         return max(_MIN_PAGES, power_of_two(num_pages))
-    return -(-coarsely(num_pages) // PART_PAGES) * PART_PAGES
+    return -(-coarsely(num_pages) // BIN_TILE_PAGES) * BIN_TILE_PAGES
 
 
 def _upload(fields: list[int], descriptor: Tensor) -> None:

@@ -4,7 +4,7 @@
     backward    recomputes dense attention over the cached prefix and the new tokens, with a graph
 
 Inference without `torch.no_grad()` therefore costs nothing more. Gradients are those of dense attention. They are exact if the
-forward was dense: a prompt, more than `MAX_QUERIES` tokens in one call, the caller's own mask, or a budget that covers the
+forward was dense: a prompt, more than `MAX_QUERIES` tokens in one call, a given mask, or a budget that covers the
 context. Other cases raise in the backward pass, because most forwards have none:
 
     sparse step                           page selection has no gradient
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention.masks import is_own, over_tokens
+from ..attention.masks import is_internal, over_tokens
 from ..errors import AttentionError
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..state import CacheState, LayerState
@@ -42,10 +42,9 @@ def with_gradients(
         out: [B, Q, heads, Dv], which `SpinLayer.run` has just written for the other arguments.
     """
     sequences, num_queries = state.sequences, key.shape[2]
-    given = None if mask is None or is_own(mask) else mask
-    dense = (
-        given is not None or not state.selects(num_queries) or (sequences.start == 0 and num_queries > 1) or attends_all
-    )
+    given = None if mask is None or is_internal(mask) else mask
+    starts_cache = sequences.start == 0 and num_queries > 1
+    dense = given is not None or starts_cache or attends_all or not state.selects(num_queries)
     behind_graph = _carried_before(sequences, layer)
     step = Step(
         sequences, layer, sequences.start, sequences.past.now, sequences.mask.valid, dense, behind_graph, scale, softcap

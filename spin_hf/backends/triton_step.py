@@ -73,7 +73,7 @@ class StepKernels(Descriptors, AttentionBackend):
         most, empty = self.most_pages(), self.new((0,), torch.float32)
         self.buffers = StepBuffers(
             splits=Splits.choose(
-                streams, programs=state.options.tuning.programs, estimates=self.recipe.estimated_share > 0,
+                streams, programs=state.options.tuning.programs, estimates=self.recipe.estimated_fraction > 0,
                 most_tokens=None if most is None else most * state.method.page_size,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),

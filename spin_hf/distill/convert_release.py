@@ -88,11 +88,6 @@ class Release:
             )
 
 
-def convert(folder: Path, teacher: Teacher) -> Gates:
-    """The authors' gates for a model: `read_release`, then `Release.gates`."""
-    return read_release(folder).gates(teacher)
-
-
 def read_release(folder: Path) -> Release:
     """Read the authors' folder.
 

@@ -74,7 +74,7 @@ class Teacher:
         check_model(self.config, name)
         self.layers: list[int] = []
         """Indices of the paged layers in the model."""
-        _, reasons = build_layers(self.config, _collect(self.layers))
+        _, reasons = build_layers(self.config, self.layers.append)
         if not self.layers:
             raise UnsupportedModelError(f"{name}: expected layers with full attention, got none ({reasons})")
 
@@ -206,13 +206,6 @@ def _spread(keys: Tensor, rotation: Rotation) -> float:
     keys = rotate(keys, positions, rotation.frequencies, interleaved=rotation.interleaved, undo=True)
     distance = (keys - keys[:, :1]).norm(dim=-1) / keys[:, :1].norm(dim=-1).clamp(min=1e-20)
     return float(distance.mean())
-
-
-def _collect(numbers: list[int]) -> Callable[[int], Any]:
-    def note(number: int) -> None:
-        numbers.append(number)
-
-    return note
 
 
 # ------------------------------------------------------------------------------------- registered with transformers

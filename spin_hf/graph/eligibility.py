@@ -121,7 +121,7 @@ class ModelGuard:
         self.modules = modules
         self.dicts: list[dict[str, Any]] = [
             table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
-        ]  # fmt: skip
+        ]
         self.members = self._members()
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))

@@ -32,7 +32,7 @@ class ReplayCheck:
         self.positions: Tensor | None = None
         """Position ids of the new token. Assumed to equal `position`."""
         self.position = 0
-        self.beside: StreamBeside | None = None
+        self.side_stream: SideStreamCheck | None = None
 
     def start(
         self, mask: Tensor | None, length: int, positions: Tensor | None = None, held: Tensor | None = None
@@ -59,9 +59,9 @@ class ReplayCheck:
         self.positions, self.position, self.held = positions, length - 1, held
         given = positions if mask is None else mask
         if given is not None and given.is_cuda:
-            if self.beside is None or self.beside.device != given.device:
-                self.beside = StreamBeside(given.device)
-            self.beside.mark()
+            if self.side_stream is None or self.side_stream.device != given.device:
+                self.side_stream = SideStreamCheck(given.device)
+            self.side_stream.mark()
         return True
 
     def passed(self, watch: ModelGuard) -> bool:
@@ -81,14 +81,14 @@ class ReplayCheck:
                 equal = (mask[:, :-1].bool() == held).all() & mask[:, -1].all()
             return equal if positions is None else equal & (positions == position).all()
 
-        if not given.is_cuda or self.beside is None:
+        if not given.is_cuda or self.side_stream is None:
             return watch.unchanged() and bool(matches())
-        self.beside.ask(matches)
+        self.side_stream.launch(matches)
         unchanged = watch.unchanged()  # on the host, while the device compares mask and positions
-        return self.beside.answer() and unchanged
+        return self.side_stream.result() and unchanged
 
 
-class StreamBeside:
+class SideStreamCheck:
     """Evaluates a condition on a side stream, concurrently with work that the current stream got after `mark`.
 
     Args:
@@ -98,22 +98,22 @@ class StreamBeside:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device, priority=-1)  # high priority: the step's blocks may fill the device
-        self.marked, self.answered = torch.cuda.Event(), torch.cuda.Event()
+        self.marked, self.evaluated = torch.cuda.Event(), torch.cuda.Event()
         with torch.inference_mode(False):  # the flag outlives inference mode
             self.flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
 
     def mark(self) -> None:
-        """Record an event in the current stream. `ask` waits for it, so its tensors must be computed before it."""
+        """Record an event in the current stream. `launch` waits for it, so its tensors must be computed before it."""
         self.marked.record(torch.cuda.current_stream(self.device))
 
-    def ask(self, question: Callable[[], Tensor]) -> None:
-        """Launch `question` on the side stream. Its tensors must live until `answer`."""
+    def launch(self, condition: Callable[[], Tensor]) -> None:
+        """Launch `condition` on the side stream. Its tensors must live until `result`."""
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.marked)
-            self.flag.copy_(question(), non_blocking=True)
-            self.answered.record(self.stream)
+            self.flag.copy_(condition(), non_blocking=True)
+            self.evaluated.record(self.stream)
 
-    def answer(self) -> bool:
-        """The result of `ask`. Waits for the side stream only."""
-        self.answered.synchronize()
+    def result(self) -> bool:
+        """The result of `launch`. Waits for the side stream only."""
+        self.evaluated.synchronize()
         return bool(self.flag)

@@ -168,7 +168,7 @@ class GraphRunner:
             outputs = self._replay_optimistically(inputs, kwargs, name)
             if outputs is not _NOT_REPLAYED:
                 return outputs
-        watch = self._look_at(model)
+        watch = self._guard_of(model)
         reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
         if reason is not None:
             _warn(model, reason)
@@ -301,7 +301,7 @@ class GraphRunner:
         shape = (self.state.sequences.batch_size, 1)
         return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
-    def _look_at(self, model: nn.Module) -> ModelGuard:
+    def _guard_of(self, model: nn.Module) -> ModelGuard:
         """The guard of the model. Drops all graphs if the model, the layers or the kernels have changed since capture."""
         kernels = self.passes.backends.in_use()
         same = kernels == self.kernels and self.layers == self.held

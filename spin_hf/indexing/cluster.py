@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..attention.methods.base import Method
 from ..attention.methods.clustering import ClusteringMethod, TokenClusters
-from ..errors import BudgetError, CacheStateError, CapacityError
+from ..errors import BudgetError, CacheStateError, CapacityError, require_integrity
 from ..storage import permute_pages
 from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
@@ -80,13 +80,8 @@ def grow(state: CacheState) -> None:
         if tokens < method.cluster_interval or not sequences.batch_size:
             return
     may_move = pages_that_may_move(
-        sequences.mask.valid,
-        sequences.batch_size,
-        sequences.length,
-        sequences.page_size,
-        options.num_sink_tokens,
-        window,
-    )
+        sequences.mask.valid, sequences.batch_size, sequences.length, sequences.page_size, options.num_sink_tokens, window
+    )  # fmt: skip
     if planned is None:
         stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.span_tokens // sequences.page_size))
         at_once = max(1, options.tuning.cluster_tokens // (sequences.page_size * -(-stops[-1] // len(stops))))
@@ -151,8 +146,9 @@ def check_integrity(state: CacheState) -> None:
     """Raise CacheStateError if sinks, recent pages or pages with padding are clustered. Summarizes stale pages first."""
     summarize_stale(state)
     sequences = state.sequences
-    if sequences.spans.stops and bool(_misplaced(state, sequences.mask.valid, sequences.length).any()):
-        raise CacheStateError("integrity: a clustered page has to be a run of positions; please report this as a bug")
+    if sequences.spans.stops:
+        misplaced = bool(_misplaced(state, sequences.mask.valid, sequences.length).any())
+        require_integrity(not misplaced, "a clustered page has to be a run of positions")
 
 
 def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:
@@ -177,9 +173,7 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (number + 1) for number in range(count)]
 
 
-def _add_spans(
-    state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan
-) -> None:  # fmt: skip
+def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan) -> None:
     """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them."""
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]
@@ -208,8 +202,9 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     valid = []
     for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
+        queries = _observation_queries(group)
         order, cluster_pages, sound = _form_clusters(
-            method, stores_of(group), content, first, runs, _observation_queries(group), most_tokens
+            method, stores_of(group), content, first, runs, queries, most_tokens
         )
         _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop)
         valid += sound
@@ -270,14 +265,10 @@ def _movable_runs(may_move: list[bool]) -> Pages:
 
 
 def _form_clusters(
-    method: ClusteringMethod,
-    stores: list[PageStore],
-    content: Tensor,
-    first: int,
-    runs: list[Run],
+    method: ClusteringMethod, stores: list[PageStore], content: Tensor, first: int, runs: list[Run],
     observation_queries: Tensor | None,
     most_tokens: int,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Let the method cluster the pages from `first` on. Pages outside of runs keep their order.
 
     Args:
@@ -302,14 +293,9 @@ def _form_clusters(
         made = method.form_clusters(inside, queries)
         good = _is_valid(method, made, inside.shape[:3], size)
         valid.append(good)
-        for run, places, pages in zip(
-            alike,
-            made.order.unflatten(0, (-1, layers)),
-            [None] * len(alike)
-            if made.pages_per_cluster is None
-            else made.pages_per_cluster.unflatten(0, (-1, layers)),
-            strict=True,
-        ):
+        each, sizes = (len(alike), layers), made.pages_per_cluster
+        of_run = [None] * len(alike) if sizes is None else sizes.unflatten(0, each)
+        for run, places, pages in zip(alike, made.order.unflatten(0, each), of_run, strict=True):
             start, end = run.first - first, run.stop - first
             for row in run.sequences:
                 stay = order[:, row, :, start * size : end * size]
@@ -337,15 +323,9 @@ def _by_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
 
 
 def _permute_span(
-    method: Method,
-    layers: list[LayerState],
-    first: int,
-    stop: int,
-    order: Tensor,
-    cluster_pages: Tensor,
-    content: Tensor,
+    method: Method, layers: list[LayerState], first: int, stop: int, order: Tensor, cluster_pages: Tensor, content: Tensor,
     clustered_pages: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Permute the tokens of a span, in all of the layers or in none, then summarize it.
 
     If summarizing fails, the pages stay stale until `summarize_stale`.

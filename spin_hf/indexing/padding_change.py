@@ -5,7 +5,7 @@
 If memory runs out before the mask is written, nothing has changed. The changed pages are marked stale (`LayerState.invalidate`)
 and summarized before the next step.
 
-The validity of new tokens is stored in `CacheState.noted` when the mask is made, and taken by the first layer.
+The validity of new tokens is stored in `CacheState.new_token_validity` when the mask is made, and taken by the first layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_mask(batch_size: int, mask: Tensor | None) -> None:
 
 def note(state: CacheState, mask: Tensor | None) -> None:
     """Store the validity of the next forward's new tokens, until the next mask is made. `mask` as for `reconcile`."""
-    state.noted = None if mask is None else mask[:, state.committed :]
+    state.new_token_validity = None if mask is None else mask[:, state.committed :]
 
 
 def take(state: CacheState, mask: Tensor | None) -> Tensor | None:

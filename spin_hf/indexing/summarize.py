@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..attention.methods.base import Method, Pages, Summaries
 from ..attention.methods.clustering import ClusteringMethod
-from ..errors import CacheStateError
+from ..errors import require_integrity
 from ..storage import permute_pages
 from ..storage.chunked_array import put_all
 from ..storage.page_store import PageStore
@@ -48,9 +48,7 @@ def summarize_stale(state: CacheState) -> None:
                 layer.stale_pages = None
 
 
-def together(
-    state: CacheState, num_pages: int, layers: list[LayerState] | None = None
-) -> Iterator[list[LayerState]]:  # fmt: skip
+def together(state: CacheState, num_pages: int, layers: list[LayerState] | None = None) -> Iterator[list[LayerState]]:
     """Batches of layers whose pages can be processed in one call, as many as temporary memory allows.
 
     Args:
@@ -114,10 +112,8 @@ def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int
     for name, vectors in expected.items():
         summary = store.summaries[name]
         held, vectors = summary.take(rows), summary.rounded(vectors)
-        if not (_same(held, vectors) or (not exact and _close(held, vectors, summary.quantized))):
-            raise CacheStateError(
-                f"integrity: layer {layer_idx} has a stale summary {name!r}; please report this as a bug"
-            )
+        fresh = _same(held, vectors) or (not exact and _close(held, vectors, summary.quantized))
+        require_integrity(fresh, f"layer {layer_idx} has a stale summary {name!r}")
 
 
 def _summarize(

@@ -85,12 +85,12 @@ def check_model(config: Any, name: str) -> None:
         )
 
 
-def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[list[Any], dict[str, int]]:
+def build_layers(config: Any, paged: Callable[[int], Any]) -> tuple[list[Any], dict[str, int]]:
     """The cache layers of a model.
 
     Args:
         config: the decoder's config.
-        paged: makes the paged layer of a layer index.
+        paged: makes the paged layer of a layer index; or only notes the index.
     Returns:
         the layers, and reason -> number of layers that are not paged for it.
     """
@@ -100,14 +100,10 @@ def build_layers(config: Any, paged: Callable[[int], CacheLayerMixin]) -> tuple[
     of_all = _reason_none_is_paged(config, found)
     crossing = getattr(config, "cross_attention_layers", None) or ()
     for index, layer in enumerate(found):
-        reason = _reason_not_paged(layer, of_all)
-        if index in crossing:
-            reason = "cross attention: tokens of an image"
-        if reason is None:
-            layers.append(paged(index))
-            continue
-        layers.append(layer)
-        reasons[reason] = reasons.get(reason, 0) + 1
+        reason = "cross attention: tokens of an image" if index in crossing else _reason_not_paged(layer, of_all)
+        layers.append(paged(index) if reason is None else layer)
+        if reason is not None:
+            reasons[reason] = reasons.get(reason, 0) + 1
     return layers, reasons
 
 

@@ -78,10 +78,10 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     return (reference if launch is None else launch).page_means(states, valid)
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tuple[int, int], ...]) -> Tensor:
     """As `reference.move_tokens`."""
     launch = launchers(content.device)
-    return (reference if launch is None else launch).move_tokens(content, order, page_size, parts)
+    return (reference if launch is None else launch).move_tokens(content, order, page_size, fields)
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
@@ -108,26 +108,7 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "admit_pages",
-    "apply_attention_sinks",
-    "attend",
-    "bisect",
-    "dense_attention",
-    "fill_clusters",
-    "fused_attention",
-    "launchers",
-    "list_pages",
-    "merge_attention",
-    "move_tokens",
-    "page_means",
-    "page_zones",
-    "pages_down_to",
-    "put_tokens",
-    "quantize",
-    "rows_to_put",
-    "score_bins",
-    "select_top_pages",
-    "split_pages",
-    "take_rows",
-    "unit_vectors",
-]
+    "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters", "fused_attention",
+    "launchers", "list_pages", "merge_attention", "move_tokens", "page_means", "page_zones", "pages_down_to", "put_tokens",
+    "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+]  # fmt: skip

@@ -8,57 +8,20 @@ import triton.language as tl
 
 from .descriptor_fields import LOAD_MARK, Counter, LayerField, PlanField, StepField
 
-POSITION = tl.constexpr(int(StepField.POSITION))
-CLOCK = tl.constexpr(int(StepField.CLOCK))
-DIRECTORY = tl.constexpr(int(StepField.DIRECTORY))
-DIRECTORY_STRIDE = tl.constexpr(int(StepField.DIRECTORY_STRIDE))
-VALID = tl.constexpr(int(StepField.VALID))
-BASE_TOKENS = tl.constexpr(int(StepField.BASE_TOKENS))
-UPTO = tl.constexpr(int(StepField.UPTO))
-SHARE = tl.constexpr(int(StepField.SHARE))
-LOGITS = tl.constexpr(int(StepField.LOGITS))
-PAGE_CAPACITY = tl.constexpr(int(StepField.PAGE_CAPACITY))
-SCORES = tl.constexpr(int(StepField.SCORES))
-OUTLIER = tl.constexpr(int(StepField.OUTLIER))
-KEPT_PAGE = tl.constexpr(int(StepField.KEPT_PAGE))
-KEPT_SCORE = tl.constexpr(int(StepField.KEPT_SCORE))
-KEPT_COUNT = tl.constexpr(int(StepField.KEPT_COUNT))
-TIED = tl.constexpr(int(StepField.TIED))
-LIST_PAGE = tl.constexpr(int(StepField.LIST_PAGE))
-LIST_CAPACITY = tl.constexpr(int(StepField.LIST_CAPACITY))
-VICTIMS = tl.constexpr(int(StepField.VICTIMS))
-RERANK = tl.constexpr(int(StepField.RERANK))
-
-BACKING = tl.constexpr(int(LayerField.BACKING))
-SUMMARY_0 = tl.constexpr(int(LayerField.SUMMARY_0))
-SCALE_0 = tl.constexpr(int(LayerField.SCALE_0))
-SUMMARY_1 = tl.constexpr(int(LayerField.SUMMARY_1))
-SCALE_1 = tl.constexpr(int(LayerField.SCALE_1))
-SUMMARY_2 = tl.constexpr(int(LayerField.SUMMARY_2))
-SUMMARY_3 = tl.constexpr(int(LayerField.SUMMARY_3))
-FRAMES = tl.constexpr(int(LayerField.FRAMES))
-NUM_SLOTS = tl.constexpr(int(LayerField.NUM_SLOTS))
-PAGE_SLOT = tl.constexpr(int(LayerField.PAGE_SLOT))
-PAGE_SLOT_STRIDE = tl.constexpr(int(LayerField.PAGE_SLOT_STRIDE))
-SLOT_PAGE = tl.constexpr(int(LayerField.SLOT_PAGE))
-SLOT_STEP = tl.constexpr(int(LayerField.SLOT_STEP))
-SHARES = tl.constexpr(int(LayerField.SHARES))
-
-FIRST = tl.constexpr(int(PlanField.FIRST))
-STOP = tl.constexpr(int(PlanField.STOP))
-NUM_PAGES = tl.constexpr(int(PlanField.NUM_PAGES))
-NUM_SELECTED = tl.constexpr(int(PlanField.NUM_SELECTED))
-NUM_OUTLIERS = tl.constexpr(int(PlanField.NUM_OUTLIERS))
-OWN_POSITION = tl.constexpr(int(PlanField.OWN_POSITION))
-CANDIDATES = tl.constexpr(int(PlanField.CANDIDATES))
-LEADING = tl.constexpr(int(PlanField.LEADING))
+# Names in the order of their enumeration.
+(
+    POSITION, CLOCK, DIRECTORY, DIRECTORY_STRIDE, VALID, BASE_TOKENS, UPTO, BUDGET_FRACTION, LOGITS, PAGE_CAPACITY,
+    SCORES, OUTLIER, BIN_LIST_PAGE, BIN_LIST_SCORE, BIN_LIST_LENGTH, TIED, LIST_PAGE, LIST_CAPACITY, VICTIMS, RERANK,
+) = (tl.constexpr(int(field)) for field in StepField)  # fmt: skip
+(
+    BACKING, SUMMARY_0, SCALE_0, SUMMARY_1, SCALE_1, SUMMARY_2, SCALE_2, SUMMARY_3, SCALE_3, FRAMES, NUM_SLOTS,
+    PAGE_SLOT, PAGE_SLOT_STRIDE, SLOT_PAGE, SLOT_STEP, SLOT_COUNTS,
+) = (tl.constexpr(int(field)) for field in LayerField)  # fmt: skip
+(FIRST, STOP, NUM_PAGES, NUM_SELECTED, NUM_OUTLIERS, OWN_POSITION, CANDIDATES, LEADING) = (
+    tl.constexpr(int(field)) for field in PlanField
+)
+(TOKENS, QUERIES, HITS, LOADS, EVICTIONS) = (tl.constexpr(int(field)) for field in Counter)
 PLAN_FIELDS = tl.constexpr(len(PlanField))
-
-TOKENS = tl.constexpr(int(Counter.TOKENS))
-QUERIES = tl.constexpr(int(Counter.QUERIES))
-HITS = tl.constexpr(int(Counter.HITS))
-LOADS = tl.constexpr(int(Counter.LOADS))
-EVICTIONS = tl.constexpr(int(Counter.EVICTIONS))
 
 LOAD = tl.constexpr(LOAD_MARK)
 """Added to a listed page that must be loaded."""
@@ -85,9 +48,9 @@ def slots_of(layer, b, h, H: tl.constexpr):
     num_slots = tl.load(layer + NUM_SLOTS)
     first = (b * H + h) * num_slots
     if num_slots < 0:  # each sequence has its own slot count
-        share = tl.load(layer + SHARES).to(tl.pointer_type(tl.int64)) + b * 2
-        num_slots = tl.load(share)
-        first = tl.load(share + 1) + h * num_slots
+        slot_count = tl.load(layer + SLOT_COUNTS).to(tl.pointer_type(tl.int64)) + b * 2
+        num_slots = tl.load(slot_count)
+        first = tl.load(slot_count + 1) + h * num_slots
     return num_slots, first
 
 

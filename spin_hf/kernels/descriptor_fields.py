@@ -28,7 +28,7 @@ class StepField(IntEnum):
     """Tokens that VALID and UPTO cover; all later tokens are valid."""
     UPTO = 6
     """int32 [B, BASE_TOKENS + 1]: entry i is the number of valid tokens among the first i."""
-    SHARE = 7
+    BUDGET_FRACTION = 7
     """The budget as a fraction of the context (the bits of a float64), or 0 for a budget in tokens."""
     LOGITS = 8
     """float32 [B, H, G, PAGE_CAPACITY]: scale * query . summary."""
@@ -38,11 +38,11 @@ class StepField(IntEnum):
     """float32 [B, H, PAGE_CAPACITY]: score of each page; infinity for outliers, -infinity for pages that are not candidates."""
     OUTLIER = 11
     """uint8 [L, B, H, PAGE_CAPACITY]: 1 for outliers among the candidates."""
-    KEPT_PAGE = 12
+    BIN_LIST_PAGE = 12
     """int32 [B, H, PAGE_CAPACITY]: bin lists, the pages to select from. Entry i of list j is at i * num_lists + j."""
-    KEPT_SCORE = 13
+    BIN_LIST_SCORE = 13
     """float32, the same shape: the scores of these pages."""
-    KEPT_COUNT = 14
+    BIN_LIST_LENGTH = 14
     """int32 [B, H, num_lists]: the length of each bin list."""
     TIED = 15
     """int64 [B, H, PAGE_CAPACITY]: pages of the bin in which the budget ends, as keys that sort by score, then by page."""
@@ -52,7 +52,7 @@ class StepField(IntEnum):
     VICTIMS = 18
     """int32, the shape of LIST_PAGE: slots to evict from."""
     RERANK = 19
-    """float32 [B, H, G, PAGE_CAPACITY]: log weights of the reranked pages, indexed as KEPT_PAGE."""
+    """float32 [B, H, G, PAGE_CAPACITY]: log weights of the reranked pages, indexed as BIN_LIST_PAGE."""
 
 
 class LayerField(IntEnum):
@@ -73,7 +73,7 @@ class LayerField(IntEnum):
     FRAMES = 9
     """Page frames, NUM_SLOTS per (sequence, KV head), in that order; 0 if the backing store is on the GPU."""
     NUM_SLOTS = 10
-    """Slots per (sequence, KV head); 0 without page frames, -1 if SHARES has a count for each sequence."""
+    """Slots per (sequence, KV head); 0 without page frames, -1 if SLOT_COUNTS has a count for each sequence."""
     PAGE_SLOT = 11
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 if the page is not resident."""
     PAGE_SLOT_STRIDE = 12
@@ -81,7 +81,7 @@ class LayerField(IntEnum):
     """int32, one per frame: slot -> page, -1 if the slot is free."""
     SLOT_STEP = 14
     """int64, one per frame: the clock when the slot was last touched."""
-    SHARES = 15
+    SLOT_COUNTS = 15
     """int64 [B, 2]: slots per KV head of a sequence, and the first frame of its first head; 0 if all counts are equal."""
 
 
@@ -126,7 +126,7 @@ class Rating(IntEnum):
 
     LIKELIEST = 0
     """The largest probability (softmax over the candidates) over the query heads."""
-    SHARE = 1
+    MEAN = 1
     """The mean probability over the query heads."""
     BOUND = 2
     """The largest product with a key in the page's box (first summary: low, second: high) over the query heads. The bounds of
@@ -139,8 +139,8 @@ NUM_BINS = 2048
 BINS_PER_NAT = 64
 """Scores are log probabilities, so bins reach down to exp(-32)."""
 
-PART_PAGES = 1024
-"""Pages that one program bins at a time. Each such set of pages has its own bin list (`StepField.KEPT_PAGE`)."""
+BIN_TILE_PAGES = 1024
+"""Pages that one program bins at a time. Each such set of pages has its own bin list (`StepField.BIN_LIST_PAGE`)."""
 
 LOAD_MARK = 1 << 30
 """Added to a listed page that must be loaded."""

@@ -7,7 +7,7 @@ score      logits: the query times the first summary of each page, or the bound 
 bin        one score per page and KV head, from the logits of the group
 rerank     `rerank_factor` > 0: that many times the budget is scored again, by 4-bit keys (third and fourth summary)
 select     the best pages up to the budget
-estimate   `estimated_share` > 0: pages that are not selected enter the softmax by their means (first and second summary)
+estimate   `estimated_fraction` > 0: pages that are not selected enter the softmax by their means (first and second summary)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KernelRecipe:
         weighs_tokens: whether a page's weight in the softmax is multiplied by its number of valid tokens.
         rerank_factor: pages to rerank, as a multiple of the budget; 0 for no reranking. A reranked page that is not selected
             is estimated with its corrected logit.
-        estimated_share: fraction of the candidates that is estimated beside the selected pages; 1 for all, 0 for none.
+        estimated_fraction: fraction of the candidates that is estimated beside the selected pages; 1 for all, 0 for none.
         projects_queries: whether the method makes the queries that pages are scored by.
         threshold: probability that a page must exceed to be selected, unless the budget covers all candidates; 0 for none.
         dense_layers: how many of the first paged layers attend to all tokens.
@@ -47,17 +47,17 @@ class KernelRecipe:
     outliers_per_1024: int = 0
     weighs_tokens: bool = False
     rerank_factor: int = 0
-    estimated_share: float = 0.0
+    estimated_fraction: float = 0.0
     projects_queries: bool = False
     threshold: float = 0.0
     dense_layers: int = 0
 
     @property
     def estimated_billionths(self) -> int:
-        """`estimated_share` in billionths, for the kernels; 0 only if the fraction is 0."""
-        return max(round(self.estimated_share * 1e9), int(self.estimated_share > 0))
+        """`estimated_fraction` in billionths, for the kernels; 0 only if the fraction is 0."""
+        return max(round(self.estimated_fraction * 1e9), int(self.estimated_fraction > 0))
 
     @property
     def estimates_zone(self) -> bool:
         """Whether only some of the pages that are not selected are estimated."""
-        return 0 < self.estimated_share < 1
+        return 0 < self.estimated_fraction < 1

@@ -73,7 +73,7 @@ def rows_to_put(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> Calla
 
 
 def put_tokens(
-    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, parts: Sequence[Tensor],
+    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, fields: Sequence[Tensor],
     split: Callable[[Tensor], Sequence[Tensor]],
 ) -> None:  # fmt: skip
     """Write single tokens into pages. Mutates the chunks.
@@ -82,12 +82,12 @@ def put_tokens(
         chunks: pages, one per row.
         rows: [n], int64, the page of each token.
         offsets: [n], int64, its place in the page.
-        parts: the stored fields of the tokens (keys, values, scales), each [n, width].
+        fields: the stored fields of the tokens (keys, values, scales), each [n, width].
         split: returns views [rows_per_chunk, P, width] of these fields in a chunk, as `PageLayout.split`.
     """
     for chunk, here, inside in _per_chunk(chunks, rows):
-        for place, part in zip(split(chunk), parts, strict=True):
-            place[inside, offsets[here]] = part[here]
+        for place, field in zip(split(chunk), fields, strict=True):
+            place[inside, offsets[here]] = field[here]
 
 
 def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,12 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize vectors to int8, one scale per vector: |vectors - values * scale| <= scale / 2.
 
     Args:
-        vectors: [..., D], float32, finite.
+        vectors: [..., D], float32.
     Returns:
-        values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0.
+        values: [..., D], int8, in [-127, 127], halves rounded to even; scale: [...], float32, > 0, or non-finite as the vector.
     """
-    largest = vectors.abs().amax(-1)
-    scale = torch.where(largest > 0, largest * (1 / 127), 1.0)  # not largest / 127: CPU and GPU round that differently
+    scale = vectors.abs().amax(-1) * (1 / 127)  # not `/ 127`: CPU and GPU round that differently
+    scale = torch.where(scale == 0, 1.0, scale)  # a vector that underflows is stored as zeros
     return torch.round(vectors / scale.unsqueeze(-1)).to(torch.int8), scale
 
 
@@ -121,18 +121,18 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: Sequence[tuple[int, int]]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: Sequence[tuple[int, int]]) -> Tensor:
     """Permute tokens within and between pages.
 
     Args:
         content: [B, H, n, row elements].
         order: [B, H, n * P], int64: place i gets the token at place order[i].
-        parts: (first element in a row, elements per token) of each stored field.
+        fields: (first element in a row, elements per token) of each stored field.
     Returns:
         A copy of the shape of `content`; elements outside all fields are undefined.
     """
     moved = torch.empty_like(content)
-    for first, width in parts:
+    for first, width in fields:
         tokens = content[..., first : first + page_size * width].unflatten(3, (page_size, width)).flatten(2, 3)
         index = order.unsqueeze(-1).expand(-1, -1, -1, width)
         moved[..., first : first + page_size * width] = tokens.gather(2, index).view(
@@ -192,7 +192,7 @@ def group_scores(logits: Tensor, candidates: Tensor, rating: Rating, log_tokens:
         candidates: [B, N], bool: the pages that the softmax is over.
         rating: see `Rating`.
         log_tokens: [B, N]: logarithm of each page's token count, added to its logits in the softmax; None for no weights.
-            With SHARE, it is added to the score too.
+            With MEAN, it is added to the score too.
     Returns:
         [B, H, N], logarithms; -inf for pages that are not candidates.
     """

@@ -43,16 +43,17 @@ def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, in
     """Budgets of the layers, if they are certain. Empty if there is no cap, or none known yet."""
     if state.options.gpu_memory is None and not torch.cuda.is_available():
         return set()
-    served = None if state.served is None else state.served()
-    expected = None if served is None else foresee(served, [layer.layer_idx for layer in state.layers])
-    if expected is None or (expected.device is None and state.options.gpu_memory is None):
+    model_or_config = None if state.model_or_config is None else state.model_or_config()
+    layers = [layer.layer_idx for layer in state.layers]
+    predicted = None if model_or_config is None else predict_states(model_or_config, layers)
+    if predicted is None or (predicted.device is None and state.options.gpu_memory is None):
         return set()
-    device = torch.device("cpu") if expected.device is None else expected.device  # a cap in bytes is the same on all
-    return {gpu.tier_budget(shape, expected.dtype, device, room) for shape in expected.shapes}
+    device = torch.device("cpu") if predicted.device is None else predicted.device  # a cap in bytes is the same on all
+    return {gpu.tier_budget(shape, predicted.dtype, device, room) for shape in predicted.shapes}
 
 
 @dataclass(frozen=True)
-class ExpectedStates:
+class PredictedStates:
     """Shapes, dtype and device of the next forward's keys and values in all paged layers.
 
     Attributes:
@@ -66,28 +67,28 @@ class ExpectedStates:
     device: torch.device | None
 
 
-def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
+def predict_states(model_or_config: Any, layers: list[int]) -> PredictedStates | None:
     """Predict the next forward's keys and values. None if config and parameters do not determine them.
 
     That is so under torch.distributed, where a rank may hold only some of the heads, and if the model may compute in another
     dtype than the declared one.
 
     Args:
-        served: the model, or its config.
+        model_or_config: the model, or its config.
         layers: indices of the paged layers.
     """
-    config, _ = decoder_config(served)
+    config, _ = decoder_config(model_or_config)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
     shapes = layer_shapes(config, layers)
     if shapes is None:
         return None
-    if not isinstance(served, nn.Module):
+    if not isinstance(model_or_config, nn.Module):
         declared = getattr(config, "dtype", None)
         if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
-            return ExpectedStates(shapes, declared, None)
+            return PredictedStates(shapes, declared, None)
         return None
-    parameters = [parameter for parameter in served.parameters() if parameter.is_floating_point()]
+    parameters = [parameter for parameter in model_or_config.parameters() if parameter.is_floating_point()]
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
     devices = {parameter.device for parameter in parameters}
     if not dtypes:
@@ -96,4 +97,4 @@ def foresee(served: Any, layers: list[int]) -> ExpectedStates | None:
     device = devices.pop() if len(devices) == 1 else None
     if dtype.itemsize > 2 and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
-    return ExpectedStates(shapes, dtype, device)
+    return PredictedStates(shapes, dtype, device)

@@ -33,6 +33,9 @@ from .layer_budget import LayerShape, tier_budget
 _SEGMENTS_AHEAD = 2
 """Segments per sequence by which a context may grow until the next check, unless a prompt is added."""
 
+Room = tuple[int, int, int]
+"""Batch size, segments in the pool, pages per sequence."""
+
 _live: weakref.WeakSet[GpuMemory] = weakref.WeakSet()
 """Instances with `gpu_memory="auto"`, which share devices."""
 _lock = threading.RLock()
@@ -72,14 +75,12 @@ class GpuMemory:
 
     # ------------------------------------------------------------------------------------------------------ budgets
 
-    def tier_budget(
-        self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: tuple[int, int, int]
-    ) -> TierBudget:  # fmt: skip
+    def tier_budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: Room) -> TierBudget:
         """Budget of a layer with keys and values of this shape and dtype; `room` as for `limit`."""
         method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
         return self.limit(tier_budget(shape, dtype, method, options, None, num_layers, device), device, room)
 
-    def limit(self, budget: TierBudget, device: torch.device, room: tuple[int, int, int]) -> TierBudget:
+    def limit(self, budget: TierBudget, device: torch.device, room: Room) -> TierBudget:
         """`budget` of a new layer, with the cap of its device. The first layer of a device sets the cap.
 
         Args:
@@ -353,9 +354,8 @@ class GpuMemory:
             return
         if self.given is None:
             available = cap + sum(other._givable(device) for other in others)
-            wanted = max(
-                least, watermarks.fair_share(wanted, available, sum(other._wanted(device) for other in others))
-            )
+            of_others = sum(other._wanted(device) for other in others)
+            wanted = max(least, watermarks.fair_share(wanted, available, of_others))
         if wanted > cap:
             self._request_from_others(device, wanted - cap)
 

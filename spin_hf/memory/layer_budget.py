@@ -35,11 +35,9 @@ def num_arrays(shape: LayerShape, dtype: torch.dtype, method: Method, options: S
 
 def clustering_bytes(method: Method) -> dict[str, int]:
     """Bytes per page of the tables of clustering, by name. Empty for methods that do not cluster."""
-    return (
-        bytes_for_clustering(method.page_size, method.multi_page_clusters)
-        if isinstance(method, ClusteringMethod)
-        else {}
-    )
+    if not isinstance(method, ClusteringMethod):
+        return {}
+    return bytes_for_clustering(method.page_size, method.multi_page_clusters)
 
 
 def check_spans(method: Method) -> None:
@@ -70,19 +68,14 @@ def tier_budget(
     # Frames are sized for selected pages, not for the rare contexts that are attended to densely.
     selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
     segments = chunk_segments(shape.num_heads, layout.row_bytes, device, options.tuning)
-    return TierBudget(
-        num_layers=num_layers,
-        num_heads=shape.num_heads,
-        page_bytes=layout.row_bytes,
-        host_page_bytes=host_layout.row_bytes,
-        summary_bytes=sum(
-            bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
-            for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
-        ),
-        gpu_memory=gpu_memory,
-        cpu_memory=options.cpu_memory,
-        min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
-        clustering_bytes=sum(clustering_bytes(method).values()),
-        selected=selected,
-        chunk_segments=segments if device.type == "cuda" else 1,
+    summary_bytes = sum(
+        bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
+        for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
     )
+    return TierBudget(
+        num_layers=num_layers, num_heads=shape.num_heads, page_bytes=layout.row_bytes, host_page_bytes=host_layout.row_bytes,
+        summary_bytes=summary_bytes, gpu_memory=gpu_memory, cpu_memory=options.cpu_memory,
+        min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
+        clustering_bytes=sum(clustering_bytes(method).values()), selected=selected,
+        chunk_segments=segments if device.type == "cuda" else 1,
+    )  # fmt: skip

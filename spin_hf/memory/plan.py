@@ -117,7 +117,7 @@ def plan(
     config, name = decoder_config(config_or_model)
     check_model(config, name)
     layers: list[int] = []
-    _, reasons = build_layers(config, lambda index: layers.append(index))
+    _, reasons = build_layers(config, layers.append)
     resolved = resolved.bind(config, layers)
     check_spans(resolved)
     shapes = layer_shapes(config, layers)
@@ -168,23 +168,15 @@ class _Planner:
         metadata["address tables"] = self.arrays * MAX_CHUNKS * 8
         held = "all pages stay in the compute tier" if not frames else "pages live in the cpu tier"
         return MemoryPlan(
-            batch_size=batch_size,
-            context_length=context_length,
-            fits=refusal is None,
+            batch_size=batch_size, context_length=context_length, fits=refusal is None,
             reason=(held if self.budgets else "no layer keeps pages") if refusal is None else refusal,
-            gpu_bytes=parts["pages"] + parts["page frames"] + parts["summaries"],
-            cpu_bytes=parts["host pages"],
-            metadata_bytes=metadata.total(),
-            prefill_bytes=0,
-            parts=dict(parts),
+            gpu_bytes=parts["pages"] + parts["page frames"] + parts["summaries"], cpu_bytes=parts["host pages"],
+            metadata_bytes=metadata.total(), prefill_bytes=0, parts=dict(parts),
             metadata={name: number for name, number in metadata.items() if number},
-            page_frames=min(frames, default=0),
-            smallest_gpu_memory=smallest,
+            page_frames=min(frames, default=0), smallest_gpu_memory=smallest,
             largest_batch_size=self._most(lambda number: self._fits(number, segments_of(pages))),
-            largest_context_length=self._longest(batch_size),
-            paged_layers=len(self.budgets),
-            dense_layers={},
-        )
+            largest_context_length=self._longest(batch_size), paged_layers=len(self.budgets), dense_layers={},
+        )  # fmt: skip
 
     def _longest(self, batch_size: int) -> int | None:
         segments = self._most(lambda number: self._fits(batch_size, number))
@@ -207,7 +199,7 @@ class _Planner:
 
 def _sizes(
     budgets: list[TierBudget], room: tuple[int, int, int], clustering: dict[str, int]
-) -> tuple[Counter[str], Counter[str], list[int]]:  # fmt: skip
+) -> tuple[Counter[str], Counter[str], list[int]]:
     """Bytes by part and by table of a batch that fits, and the page frames of layers that have frames.
 
     Args:

@@ -57,14 +57,9 @@ class ChunkedArray:
     """
 
     def __init__(
-        self,
-        row_shape: tuple[int, ...],
-        rows_per_chunk: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
+        self, row_shape: tuple[int, ...], rows_per_chunk: int, dtype: torch.dtype, device: torch.device, *,
         compute_device: torch.device | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.row_shape = row_shape
         self.rows_per_chunk = rows_per_chunk
         self.dtype = dtype
@@ -211,9 +206,8 @@ class ChunkedArray:
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """Copy the rows in use. The rest of the last chunk is not written, so on a CPU it takes no memory."""
-        twin = ChunkedArray(
-            self.row_shape, self.rows_per_chunk, self.dtype, self.device, compute_device=self.compute_device
-        )
+        shape, size = self.row_shape, self.rows_per_chunk
+        twin = ChunkedArray(shape, size, self.dtype, self.device, compute_device=self.compute_device)
         twin.converted = self.converted
         twin.grow(self.used_rows)
         self._wait_for_kernels()
@@ -271,13 +265,8 @@ class ChunkedArray:
 
     def _order_spare(self) -> None:
         """Prefetch the next chunk once half of the last one is used, so that growing by one chunk does not wait."""
-        left = self.num_rows - self.used_rows
-        if (
-            self.is_registered
-            and self._spare is None
-            and 0 < len(self.chunks) < MAX_CHUNKS
-            and left <= self.rows_per_chunk // 2
-        ):
+        full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
+        if full and self.is_registered and self._spare is None and 0 < len(self.chunks) < MAX_CHUNKS:
             shape = (self.rows_per_chunk, *self.row_shape)
             self._spare = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device)
 

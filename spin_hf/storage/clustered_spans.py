@@ -11,6 +11,8 @@ position order in the spans that it touches and in all later spans.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,19 @@ Plan = tuple[int, int, list[list[int]]]
 """Tokens held, first page, and batches of spans to cluster together, each span given by the page behind it."""
 
 
+@dataclass(eq=False)
 class ClusteredSpans:
-    """Spans of a batch, contiguous from page 0, and the clustered pages of each sequence."""
+    """Spans of a batch, contiguous from page 0, and the clustered pages of each sequence.
 
-    def __init__(self) -> None:
-        self.stops: list[int] = []
-        """The page behind each span, ascending."""
-        self.clustered = torch.zeros((0, 0), dtype=torch.bool)
-        """[B, num_pages], on the CPU."""
-        self.planned: Plan | None = None
-        """Spans still to be clustered; None unless clustering is under way or was interrupted."""
+    Attributes:
+        stops: the page behind each span, ascending.
+        clustered: [B, num_pages], bool, on the CPU.
+        planned: spans still to be clustered; None unless clustering is under way or was interrupted.
+    """
+
+    stops: list[int] = field(default_factory=list)
+    clustered: Tensor = field(default_factory=lambda: torch.zeros((0, 0), dtype=torch.bool))
+    planned: Plan | None = None
 
     @property
     def num_pages(self) -> int:
@@ -48,9 +53,7 @@ class ClusteredSpans:
 
     def copy(self) -> ClusteredSpans:
         """An independent copy, without `planned`."""
-        made = ClusteredSpans()
-        made.stops, made.clustered = list(self.stops), self.clustered
-        return made
+        return ClusteredSpans(list(self.stops), self.clustered)
 
     def append(self, stop: int, clustered: Tensor) -> None:
         """Append a span up to page `stop`; `clustered` [B, stop - num_pages], bool, marks its clustered pages."""
@@ -60,17 +63,13 @@ class ClusteredSpans:
 
     def without_last(self) -> ClusteredSpans:
         """A copy without the last span."""
-        made = ClusteredSpans()
-        made.stops = self.stops[:-1]
-        made.clustered = self.clustered[:, : made.num_pages]
-        return made
+        stops = self.stops[:-1]
+        return ClusteredSpans(stops, self.clustered[:, : stops[-1] if stops else 0])
 
     def selected(self, rows: Tensor) -> ClusteredSpans:
         """A copy in which sequence i is sequence rows[i] of this batch."""
-        made = self.copy()
-        if self.stops:
-            made.clustered = self.clustered.index_select(0, rows.to(self.clustered.device))
-        return made
+        clustered = self.clustered.index_select(0, rows.to(self.clustered.device)) if self.stops else self.clustered
+        return ClusteredSpans(list(self.stops), clustered)
 
 
 def pages_that_may_move(

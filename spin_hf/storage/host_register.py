@@ -38,7 +38,7 @@ class Registrar(Protocol):
         """Whether the calling thread is capturing a CUDA graph. It must not synchronize then."""
 
 
-class CudaRegistrar:
+class CudaRegistrar(Registrar):
     """Registers memory for all CUDA devices, through the context of one device.
 
     Args:
@@ -75,7 +75,6 @@ class CudaRegistrar:
                 _clear_last_error()
 
     def capturing(self) -> bool:
-        """Whether the calling thread is capturing a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
 
 

@@ -13,23 +13,26 @@ Some methods need the RoPE position of a key. It is fixed when the token is appe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class TokenMask:
     """Immutable validity of tokens. Every change returns a new object.
 
-    Args:
+    Attributes:
         keeps_positions: whether to store `positions`.
+        valid: [B, length], bool, False for padding; None while all tokens are valid.
+        positions: [B, length], int64, undefined for padding; None while token i is at position i.
     """
 
-    def __init__(self, keeps_positions: bool = False) -> None:
-        self.valid: Tensor | None = None
-        """[B, length], bool, False for padding; None while all tokens are valid."""
-        self.keeps_positions = keeps_positions
-        self.positions: Tensor | None = None
-        """[B, length], int64, undefined for padding; None while token i is at position i."""
+    keeps_positions: bool = False
+    valid: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -46,20 +49,16 @@ class TokenMask:
         unpadded = self.valid is None and (new is None or bool(new.all()))
         if unpadded and self.positions is None:
             return self
-        made = TokenMask(self.keeps_positions)
         if unpadded:
             assert self.positions is not None
-            made.positions = self._with_positions(start, self.positions.new_ones((batch_size, count)))
-            return made
+            return replace(self, positions=self._with_positions(start, self.positions.new_ones((batch_size, count))))
         held = self.valid
         if held is None:
             assert new is not None
             held = torch.ones((batch_size, start), dtype=torch.bool, device=new.device)
         fresh = held.new_ones((batch_size, count)) if new is None else new.to(held.device)
-        if self.keeps_positions:
-            made.positions = self._with_positions(start, fresh)
-        made.valid = torch.cat([held[:, :start], fresh], dim=1)
-        return made
+        positions = self._with_positions(start, fresh) if self.keeps_positions else None
+        return replace(self, valid=torch.cat([held[:, :start], fresh], dim=1), positions=positions)
 
     def next_positions(self, start: int, fresh: Tensor) -> Tensor:
         """Positions [B, count] of tokens with validity `fresh` [B, count] if appended at `start`; undefined for padding."""
@@ -81,25 +80,18 @@ class TokenMask:
 
     def replaced(self, mask: Tensor | None, length: int) -> TokenMask:
         """The mask with the first `length` columns of `mask` [B, >= length] (None: all valid) as validity; same positions."""
-        made = TokenMask(self.keeps_positions)
-        made.positions = self.positions
-        made.valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
-        return made
+        valid = None if mask is None or bool(mask[:, :length].all()) else mask[:, :length].clone()
+        return replace(self, valid=valid)
 
     def truncate(self, length: int) -> TokenMask:
         """The mask of the first `length` tokens."""
-        made = TokenMask(self.keeps_positions)
-        if self.valid is not None:
-            made.valid = self.valid[:, :length] if length else None
-        if self.positions is not None:
-            made.positions = self.positions[:, :length] if length else None
-        return made
+        return self._changed(lambda table: table[:, :length] if length else None)
 
     def selected(self, rows: Tensor) -> TokenMask:
         """The mask whose row i is row `rows[i]` of this one."""
-        made = TokenMask(self.keeps_positions)
-        if self.valid is not None:
-            made.valid = self.valid.index_select(0, rows.to(self.valid.device))
-        if self.positions is not None:
-            made.positions = self.positions.index_select(0, rows.to(self.positions.device))
-        return made
+        return self._changed(lambda table: table.index_select(0, rows.to(table.device)))
+
+    def _changed(self, change: Callable[[Tensor], Tensor | None]) -> TokenMask:
+        """The mask with `change` applied to both tables, if they are stored."""
+        valid, positions = (None if table is None else change(table) for table in (self.valid, self.positions))
+        return replace(self, valid=valid, positions=positions)

@@ -15,6 +15,7 @@ tier is always complete: eviction never copies, and frames may be freed and allo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -24,9 +25,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..errors import CacheStateError
+from ..errors import require_integrity
 from .out_of_memory import allocating, out_of_memory
 from .tier_budget import coarsely
+
+Load = Callable[[Tensor], Tensor]
+"""Maps rows of the cpu tier to page contents [*rows.shape, page elements]."""
 
 NO_PAGE = (1 << 31) - 1
 """Larger than every page index."""
@@ -39,6 +43,11 @@ class Group(NamedTuple):
     stop: int
     first: int
     num_slots: int
+
+    @property
+    def rows(self) -> slice:
+        """The sequences, as an index."""
+        return slice(self.start, self.stop)
 
 
 class PageFrames:
@@ -57,7 +66,7 @@ class PageFrames:
         self.page_slot = torch.empty((0, num_heads, 0), dtype=torch.int32, device=device)
         self.slot_page = torch.empty((0,), dtype=torch.int32, device=device)
         self.slot_step = torch.empty((0,), dtype=torch.int64, device=device)
-        self.shares: Tensor | None = None
+        self.slot_counts: Tensor | None = None
         """Slots per KV head and first frame of each sequence, for kernels: [B, 2], int64. None if slot counts are equal."""
         self.hits = self.loads = self.evictions = 0
 
@@ -65,7 +74,7 @@ class PageFrames:
     def tensors(self) -> tuple[Tensor, ...]:
         """Frames and tables."""
         tables = (self.frames, self.page_slot, self.slot_page, self.slot_step)
-        return tables if self.shares is None else (*tables, self.shares)
+        return tables if self.slot_counts is None else (*tables, self.slot_counts)
 
     @property
     def num_slots(self) -> int:
@@ -75,13 +84,7 @@ class PageFrames:
     @property
     def groups(self) -> list[Group]:
         """Runs of consecutive sequences with equal slot counts."""
-        found: list[Group] = []
-        for row, (slots, first) in enumerate(zip(self.slots, self._first(self.slots), strict=True)):
-            if found and found[-1].num_slots == slots:
-                found[-1] = found[-1]._replace(stop=row + 1)
-            else:
-                found.append(Group(row, row + 1, first, slots))
-        return found
+        return [group for group, _ in self._pieces(self.slots)]
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +96,7 @@ class PageFrames:
         """Bytes of the tables, by name."""
         tables = {"page_slot": self.page_slot, "slot_page": self.slot_page, "slot_step": self.slot_step}
         sizes = {name: table.nbytes for name, table in tables.items()}
-        return sizes if self.shares is None else {**sizes, "slot shares": self.shares.nbytes}
+        return sizes if self.slot_counts is None else {**sizes, "slot_counts": self.slot_counts.nbytes}
 
     def held(self, row: int) -> Tensor:
         """Page in each slot of a sequence, -1 if free: [H, slots[row]], a view."""
@@ -117,11 +120,10 @@ class PageFrames:
         if self.page_slot.shape[2] < num_pages:  # grows in coarse steps, so it is seldom copied
             width = coarsely(num_pages) if self.page_slot.shape[2] else num_pages
             with allocating("the table of resident pages", 4 * batch_size * self.num_heads * width):
-                self.page_slot = _fit(self.page_slot, width, -1)
+                self.page_slot = _fit(self.page_slot, width)
         if wanted != self.slots:
-            with allocating(
-                "page frames", self.num_heads * sum(wanted) * self.page_elements * self.frames.element_size()
-            ):
+            frame_bytes = self.page_elements * self.frames.element_size()
+            with allocating("page frames", self.num_heads * sum(wanted) * frame_bytes):
                 self._take_slots(wanted)
 
     def forget_sequences(self, batch_size: int) -> None:
@@ -130,7 +132,7 @@ class PageFrames:
         page_slot = self.page_slot.new_empty((batch_size, self.num_heads, 0))
         slot_page, slot_step = self.slot_page.new_empty((0,)), self.slot_step.new_empty((0,))
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=(0,) * batch_size, shares=None, frames=frames)  # one update
+        self.__dict__.update(tables, slots=(0,) * batch_size, slot_counts=None, frames=frames)  # one update
 
     def _take_slots(self, wanted: tuple[int, ...]) -> None:
         """Set slot counts. Keep resident pages if there is memory to copy them, else drop them."""
@@ -143,7 +145,7 @@ class PageFrames:
                 raise
         width = self.page_slot.shape[2]
         self.forget_sequences(len(wanted))
-        self.page_slot = _fit(self.page_slot, width, -1)
+        self.page_slot = _fit(self.page_slot, width)
         try:
             self._move_slots(wanted)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
@@ -156,14 +158,13 @@ class PageFrames:
         frames = self.frames.new_empty((total, self.page_elements))
         slot_page, slot_step = self.slot_page.new_full((total,), -1), self.slot_step.new_zeros((total,))
         page_slot = torch.full_like(self.page_slot, -1)
-        shares = None
+        slot_counts = None
         if len(set(wanted)) > 1:
-            shares = torch.tensor(list(zip(wanted, self._first(wanted), strict=True))).to(
-                frames.device, non_blocking=True
-            )
-        for rows, old, new in self._pieces(wanted):
-            keep, shape = min(old.num_slots, new.num_slots), (rows.stop - rows.start, self.num_heads)
-            pages, steps = (self._view(table, old, shape) for table in (self.slot_page, self.slot_step))
+            table = torch.tensor([wanted, self._first(wanted)]).T.contiguous()
+            slot_counts = table.to(frames.device, non_blocking=True)
+        for old, new in self._pieces(wanted):
+            keep = min(old.num_slots, new.num_slots)
+            pages, steps = self._view(self.slot_page, old), self._view(self.slot_step, old)
             if keep < old.num_slots:
                 touched = steps.masked_fill(pages < 0, -1)
                 newest = touched.argsort(dim=2, descending=True, stable=True)[:, :, :keep].sort(2).values
@@ -171,36 +172,32 @@ class PageFrames:
                 source = self._frame(newest, old).flatten()
                 torch.index_select(self.frames, 0, source, out=frames[new.first : new.first + source.numel()])
             else:
-                self._view(frames, new, shape)[:, :, :keep] = self._view(self.frames, old, shape)
-            self._view(slot_page, new, shape)[:, :, :keep] = pages
-            self._view(slot_step, new, shape)[:, :, :keep] = steps
+                self._view(frames, new)[:, :, :keep] = self._view(self.frames, old)
+            self._view(slot_page, new)[:, :, :keep] = pages
+            self._view(slot_step, new)[:, :, :keep] = steps
             columns = torch.where(pages < 0, page_slot.shape[2], pages).long()  # free slots go to an extra column
-            placed = page_slot.new_full((*shape, page_slot.shape[2] + 1), -1)
+            placed = page_slot.new_full((*pages.shape[:2], page_slot.shape[2] + 1), -1)
             slot = torch.arange(keep, dtype=torch.int32, device=placed.device).expand_as(columns)
-            page_slot[rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
+            page_slot[new.rows] = placed.scatter_(2, columns, slot)[:, :, :-1]
         tables = {"page_slot": page_slot, "slot_page": slot_page, "slot_step": slot_step}
-        self.__dict__.update(tables, slots=wanted, shares=shares, frames=frames)  # one update
+        self.__dict__.update(tables, slots=wanted, slot_counts=slot_counts, frames=frames)  # one update
 
-    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[slice, Group, Group]]:
-        """Runs of sequences with equal slot counts, both before and after: their rows, old group and new group."""
+    def _pieces(self, wanted: tuple[int, ...]) -> Iterator[tuple[Group, Group]]:
+        """Runs of sequences with equal slot counts, both before and after: old group and new group."""
         old, new = self._first(self.slots), self._first(wanted)
         start = 0
         for row in range(1, len(wanted) + 1):
-            same = row < len(wanted) and (self.slots[row], wanted[row]) == (self.slots[start], wanted[start])
-            if not same:
-                yield (
-                    slice(start, row),
-                    Group(start, row, old[start], self.slots[start]),
-                    Group(start, row, new[start], wanted[start]),
-                )
+            slots = self.slots[start], wanted[start]
+            if row == len(wanted) or (self.slots[row], wanted[row]) != slots:
+                yield Group(start, row, old[start], slots[0]), Group(start, row, new[start], slots[1])
                 start = row
 
-    def _view(self, table: Tensor, group: Group, shape: tuple[int, int]) -> Tensor:
+    def _view(self, table: Tensor, group: Group) -> Tensor:
         """View of a group's slots in a table [F, ...]: [sequences, H, slots, ...]."""
-        count = shape[0] * shape[1] * group.num_slots
-        return table[group.first : group.first + count].view(*shape, group.num_slots, *table.shape[1:])
+        shape = group.stop - group.start, self.num_heads, group.num_slots
+        return table[group.first : group.first + math.prod(shape)].view(*shape, *table.shape[1:])
 
-    def bring_in(self, pages: Tensor, rows: Tensor, load: Callable[[Tensor], Tensor], step: int) -> Tensor:
+    def bring_in(self, pages: Tensor, rows: Tensor, load: Load, step: int) -> Tensor:
         """Make pages resident and return their contents.
 
         Args:
@@ -214,8 +211,7 @@ class PageFrames:
         evicted = 0
         try:
             for group in self.groups:
-                mine, shape = slice(group.start, group.stop), (group.stop - group.start, self.num_heads)
-                page, touched = (self._view(table, group, shape) for table in (self.slot_page, self.slot_step))
+                mine, page, touched = group.rows, self._view(self.slot_page, group), self._view(self.slot_step, group)
                 slots, missed[mine], count = kernels.admit_pages(self.page_slot[mine], page, touched, pages[mine], step)
                 frames[mine] = self._frame(slots.clamp(min=0), group)
                 evicted += count
@@ -240,7 +236,7 @@ class PageFrames:
         frame_keys, frame_values = kernels.split_pages(self.frames, page_size, keys.shape[-1])
         stop = first_offset + keys.shape[2]
         for group in self.groups:
-            mine = slice(group.start, group.stop)
+            mine = group.rows
             slots = self.page_slot[mine, :, page].long()
             b, h = (slots >= 0).nonzero(as_tuple=True)
             frames = self._frame(slots.unsqueeze(2), group).squeeze(2)[b, h]
@@ -289,9 +285,7 @@ class PageFrames:
             if not out_of_memory(error):
                 raise
 
-    def check_integrity(
-        self, num_pages: int, rows: Tensor, load: Callable[[Tensor], Tensor], partial: Tensor
-    ) -> None:  # fmt: skip
+    def check_integrity(self, num_pages: int, rows: Tensor, load: Load, partial: Tensor) -> None:
         """Raise CacheStateError if the tables disagree or a frame differs from its page in the cpu tier.
 
         Args:
@@ -304,20 +298,15 @@ class PageFrames:
             h, slot = (self.held(row) >= 0).nonzero(as_tuple=True)
             page = self.held(row)[h, slot].long()
             resident += page.numel()
-            good = page < num_pages
-            if bool(good.all()):
-                good = self.page_slot[row, h, page] == slot
-            if not bool(good.all()):
-                raise CacheStateError(_DISAGREE)
+            require_integrity(bool((page < num_pages).all()), _DISAGREE)
+            require_integrity(bool((self.page_slot[row, h, page] == slot).all()), _DISAGREE)
             frame = self.frames[self._first(self.slots)[row] + h * self.slots[row] + slot]
             origin = load(rows[row, h, page])
             differs = (frame != origin) & ~(frame.isnan() & origin.isnan())
-            if bool((differs & partial.expand(len(self.slots), -1, -1)[row, page]).any()):
-                raise CacheStateError(
-                    "integrity: a frame differs from its page in the cpu tier; please report this as a bug"
-                )
-        if any(int((table >= 0).sum()) != resident for table in (self.page_slot, self.slot_page)):
-            raise CacheStateError(_DISAGREE)
+            differs &= partial.expand(len(self.slots), -1, -1)[row, page]
+            require_integrity(not bool(differs.any()), "a frame differs from its page in the cpu tier")
+        for table in (self.page_slot, self.slot_page):
+            require_integrity(int((table >= 0).sum()) == resident, _DISAGREE)
 
     def _first(self, slots: Sequence[int]) -> list[int]:
         """First frame of each sequence."""
@@ -329,12 +318,12 @@ class PageFrames:
         return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
 
 
-_DISAGREE = "integrity: page_slot and slot_page disagree; please report this as a bug"
+_DISAGREE = "page_slot and slot_page disagree"
 
 
-def _fit(table: Tensor, width: int, fill: int) -> Tensor:
-    """`table`, truncated or padded with `fill` to `width` in its last dimension."""
-    fitted = table.new_full((*table.shape[:2], width), fill)
+def _fit(table: Tensor, width: int) -> Tensor:
+    """`table`, truncated or padded with -1 to `width` in its last dimension."""
+    fitted = table.new_full((*table.shape[:2], width), -1)
     keep = min(width, table.shape[2])
     fitted[..., :keep] = table[..., :keep]
     return fitted

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.reference import split_pages
+from ..kernels.reference import quantize, split_pages
 
 SCALES_BYTES = 8
 """Bytes of a token's scales: two float32."""
@@ -102,8 +102,8 @@ class Int8Layout(PageLayout):
 
     def encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """Encode to int8 keys and values, and their scales [..., 1], float32, > 0. A non-finite vector stays non-finite."""
-        (key_codes, key_scale), (value_codes, value_scale) = _encode(keys), _encode(values)
-        return [key_codes, value_codes, key_scale, value_scale]
+        (key_codes, key_scale), (value_codes, value_scale) = quantize(keys.float()), quantize(values.float())
+        return [key_codes, value_codes, key_scale.unsqueeze(-1), value_scale.unsqueeze(-1)]
 
     def decode(self, fields: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         keys, values, key_scale, value_scale = fields
@@ -128,10 +128,3 @@ def page_layouts(
     """Layouts of pages in the compute tier and in the cpu tier; `int8` selects int8 in the cpu tier."""
     shape = page_size, key_dim, value_dim, dtype
     return PageLayout(*shape), Int8Layout(*shape) if int8 else PageLayout(*shape)
-
-
-def _encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    exact = vectors.float()
-    scale = exact.abs().amax(-1, keepdim=True) * (1 / 127)  # not `/ 127`: GPUs may round a division differently
-    scale = torch.where(scale == 0, 1.0, scale)  # a vector that underflows is stored as zeros
-    return torch.round(exact / scale).to(torch.int8), scale

@@ -24,7 +24,7 @@ from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Conversion
 from .page_frames import PageFrames
 from .page_layout import PageLayout, page_layouts
-from .page_table import SEGMENT_PAGES, PageTable
+from .page_table import SEGMENT_PAGES, PageTable, SegmentStore
 from .summary_array import SummaryArray, stored_as
 from .tier_budget import TierBudget, whole_segments
 from .token_permutation import TokenPermutation
@@ -37,7 +37,7 @@ def chunk_segments(num_heads: int, page_bytes: int, device: torch.device, tuning
     return min(max(segments, tuning.min_chunk_segments), tuning.max_chunk_segments)
 
 
-class PageStore:
+class PageStore(SegmentStore):
     """Pages and summaries of one layer.
 
     Args:
@@ -56,21 +56,11 @@ class PageStore:
     """
 
     def __init__(
-        self,
-        sequences: PageTable,
-        num_heads: int,
-        key_dim: int,
-        value_dim: int,
-        summary_shapes: dict[str, tuple[int, ...]],
-        quantized: bool,
-        budget: TierBudget,
-        tuning: Tuning,
-        dtype: torch.dtype,
-        device: torch.device,
-        multi_page_clusters: bool | None = None,
-        summary_dtypes: dict[str, torch.dtype] | None = None,
+        self, sequences: PageTable, num_heads: int, key_dim: int, value_dim: int, summary_shapes: dict[str, tuple[int, ...]],
+        quantized: bool, budget: TierBudget, tuning: Tuning, dtype: torch.dtype, device: torch.device,
+        multi_page_clusters: bool | None = None, summary_dtypes: dict[str, torch.dtype] | None = None,
         host_int8: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
@@ -107,10 +97,9 @@ class PageStore:
         """Whether the pages are in host memory that a GPU reads."""
         return self.backing.is_registered
 
-    # ------------------------------------------------------------------------------------------------- `SegmentStore`
+    # -------------------------------------------------------------------------- `SegmentStore`, which documents these
 
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Raise BudgetError or CapacityError if `reserve` would exceed a cap."""
         try:
             self._num_frames(batch_size, num_segments, num_pages)
         except BudgetError as error:
@@ -129,7 +118,7 @@ class PageStore:
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
         for array in self._arrays():
-            array.grow(num_segments * SEGMENT_PAGES * self.num_heads)
+            array.grow(self.budget.rows(num_segments))
         self.num_segments = num_segments
 
     def _take_frames(
@@ -141,7 +130,7 @@ class PageStore:
         """
         while True:
             try:
-                frames.resize(batch_size, self.budget.shares(wanted, num_pages, held), whole_segments(num_pages))
+                frames.resize(batch_size, self.budget.slot_counts(wanted, num_pages, held), whole_segments(num_pages))
                 return wanted
             except CapacityError:
                 least = self.budget.step_frames(num_pages)
@@ -153,10 +142,9 @@ class PageStore:
                     self.short_of_frames()
 
     def shrink(self, num_segments: int) -> None:
-        """Free the rows of segments from `num_segments` on. Allocates nothing."""
         self.num_segments = min(self.num_segments, num_segments)
         for array in self._arrays():
-            array.shrink(num_segments * SEGMENT_PAGES * self.num_heads)
+            array.shrink(self.budget.rows(num_segments))
 
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
@@ -165,16 +153,12 @@ class PageStore:
         """Copy pages and summaries of (source, destination) segments."""
         if not pairs:
             return
-        span = torch.arange(SEGMENT_PAGES * self.num_heads)
-        source, destination = (
-            (torch.tensor(side).unsqueeze(1) * SEGMENT_PAGES * self.num_heads + span)
-            for side in zip(*pairs, strict=True)
-        )
+        each = self.budget.rows(1)
+        source, destination = torch.tensor(pairs).T.unsqueeze(2) * each + torch.arange(each)
         for array in self._arrays():
             array.put(destination, array.take(source))
 
     def truncate(self, length: int) -> None:
-        """Drop tokens from `length` on."""
         self.length = min(self.length, length)
         if self.frames is not None:
             self.frames.forget_from(-(-length // self.page_size))
@@ -191,7 +175,6 @@ class PageStore:
             self.frames.forget_sequences(batch_size)
 
     def clear(self) -> None:
-        """Drop all tokens. Memory stays allocated."""
         self.length = 0
         if self.frames is not None:
             self.frames.forget_all()
@@ -217,9 +200,7 @@ class PageStore:
         positions = torch.arange(start, start + count, device=self.device)
         pages = torch.div(positions, self.page_size, rounding_mode="floor")
         rows = self._rows()[:, :, pages].reshape(-1).to(self.backing.device)
-        offsets = (
-            (positions % self.page_size).expand(batch_size, self.num_heads, -1).reshape(-1).to(self.backing.device)
-        )
+        offsets = (positions % self.page_size).repeat(batch_size * self.num_heads).to(self.backing.device)
         fields = self.backing_layout.encode(keys, values)
         flat = [field.reshape(-1, field.shape[-1]).to(self.backing.device) for field in fields]
         kernels.put_tokens(self.backing.chunks, rows, offsets, flat, self.backing_layout.split)
@@ -230,19 +211,10 @@ class PageStore:
             self.frames.write(start // self.page_size, offset, *decoded)
         self.length = start + count
 
-    def pages(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read pages [first, stop) of all sequences and heads from the backing, for indexing and export.
-
-        Returns:
-            keys [B, H, n, P, Dk], values [B, H, n, P, Dv], rows [B, H, n].
-        """
-        content, rows = self.content(first, stop)
-        return *self.backing_layout.take(content), rows
-
-    def content(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Pages [first, stop) in `backing_layout`, [B, H, n, page elements], and their rows [B, H, n]."""
-        rows = self.rows(first, stop)
-        return self.backing.take(rows), rows
+    def pages(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, count * P, Dk] and values [B, H, count * P, Dv] of the first pages, in page order."""
+        keys, values = self.backing_layout.take(self.backing.take(self.rows(0, count)))
+        return keys.flatten(2, 3), values.flatten(2, 3)
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows [B, H, n] of pages [first, stop), in the backing and in all summaries."""
@@ -261,8 +233,7 @@ class PageStore:
     def held(self, length: int) -> tuple[Tensor, Tensor]:
         """Copies of keys [B, H, length, Dk] and values [B, H, length, Dv] of the first tokens, in position order."""
         clustered = self.sequences.spans.num_pages
-        keys, values, _ = self.pages(0, max(-(-length // self.page_size), clustered))
-        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+        keys, values = self.pages(max(-(-length // self.page_size), clustered))
         if clustered:  # spans were read whole, as their pages are not in position order
             keys, values = self.in_order(keys), self.in_order(values)
         return keys[:, :, :length], values[:, :, :length]
@@ -290,11 +261,11 @@ class PageStore:
         Without columns yields one empty slice, so that attention over nothing gives zero.
         """
         stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
-        if self.frames is None or self.frames.shares is None or stop <= width:
+        if self.frames is None or self.frames.slot_counts is None or stop <= width:
             yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
             return
         counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
-        slots, first = self.frames.shares[:, :1, None], 0
+        slots, first = self.frames.slot_counts[:, :1, None], 0
         while first < stop:
             fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
             end = first + int(fits.sum())
@@ -337,17 +308,17 @@ class PageStore:
 
     def gpu_bytes(self, num_segments: int) -> int:
         """Bytes of `num_segments` segments in the compute tier: pages or page frames, and summaries."""
-        rows = num_segments * SEGMENT_PAGES * self.num_heads
+        rows = self.budget.rows(num_segments)
         summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
         return summaries + (rows * self.backing.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
         """Bytes of `num_segments` segments in the cpu tier."""
-        return 0 if self.frames is None else num_segments * SEGMENT_PAGES * self.num_heads * self.backing.row_bytes
+        return 0 if self.frames is None else self.budget.rows(num_segments) * self.backing.row_bytes
 
     def metadata(self, num_segments: int) -> dict[str, int]:
         """Bytes of this layer's tables for `num_segments` segments, by name; all in the compute tier."""
-        rows = num_segments * SEGMENT_PAGES * self.num_heads
+        rows = self.budget.rows(num_segments)
         tables = {} if self.frames is None else self.frames.metadata
         clustered = {} if self.permutation is None else self.permutation.metadata(rows)
         return {**tables, **clustered, "address tables": sum(array.table_bytes for array in self._arrays())}

@@ -32,7 +32,7 @@ def stream_tokens(store: PageStore, stop: int) -> Iterator[tuple[int, Tensor, Te
     loads = _HostLoads(store, ranges) if store.is_registered and ranges else None
     try:
         for index, (first, last) in enumerate(ranges):
-            content = store.content(first, last)[0] if loads is None else loads.wait_for(index)
+            content = store.backing.take(store.rows(first, last)) if loads is None else loads.wait_for(index)
             keys, values = store.backing_layout.take(content)
             length = stop - first * page_size
             yield first * page_size, keys.flatten(2, -2)[:, :, :length], values.flatten(2, -2)[:, :, :length]

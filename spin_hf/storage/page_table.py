@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import BatchSizeError, CacheStateError
+from ..errors import BatchSizeError, require_integrity
 from ..kernels.descriptor_fields import MAX_QUERIES
 from .change_log import Past
 from .clustered_spans import ClusteredSpans
@@ -151,10 +151,9 @@ class PageTable:
         if valid is None or not self.length:
             return None
         if self._counted is None or self._counted[0] != self.past_version:
-            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size)).unflatten(
-                1, (-1, self.page_size)
-            )
-            self._counted = self.past_version, valid.shape[1], filled.any(2).sum(1).tolist()
+            filled = torch.nn.functional.pad(valid, (0, -valid.shape[1] % self.page_size))
+            pages = filled.unflatten(1, (-1, self.page_size)).any(2)
+            self._counted = self.past_version, valid.shape[1], pages.sum(1).tolist()
         more = self.num_pages - -(-self._counted[1] // self.page_size)
         return [number + max(0, more) for number in self._counted[2]]
 
@@ -175,9 +174,8 @@ class PageTable:
             CapacityError, BudgetError: from the stores. Nothing has changed.
         """
         if self.length and batch_size != self.batch_size:
-            raise BatchSizeError(
-                f"expected {self.batch_size} sequences, got {batch_size}; begin with as many as are held"
-            )
+            held = self.batch_size
+            raise BatchSizeError(f"expected {held} sequences, got {batch_size}; begin with as many as are held")
         length = self.length + num_tokens
         mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
         before = self.directory, self.refcounts, self.free
@@ -271,10 +269,8 @@ class PageTable:
             for row in directory:
                 release_segments(row[keep:], refcounts, free)
             directory = [row[:keep] for row in directory]
-        more = {"mask": self.mask.truncate(length), "spans": spans or self.spans}
-        self._become(
-            directory=directory, refcounts=refcounts, free=free, **more, start=length, length=length, prefix=length
-        )
+        more = {"mask": self.mask.truncate(length), "spans": spans or self.spans, "start": length, "length": length}
+        self._become(directory=directory, refcounts=refcounts, free=free, **more, prefix=length)
 
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes the old sequence rows[i]. Segments are shared, not copied."""
@@ -321,16 +317,18 @@ class PageTable:
         """Raise CacheStateError if directory, reference counts, free list and padding disagree."""
         counts, needed = [0] * len(self.refcounts), segments_of(self.num_pages)
         for row in self.directory:
-            _check(len(row) == needed, f"a sequence of {self.length} tokens has {len(row)} segments, expected {needed}")
+            require_integrity(len(row) == needed, f"{self.length} tokens have {len(row)} segments, expected {needed}")
             for segment in row:
                 counts[segment] += 1
-        _check(counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}")
+        require_integrity(
+            counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}"
+        )
         free, unused = sorted(self.free), [segment for segment, count in enumerate(counts) if not count]
-        _check(free == unused, f"free segments are {free}, unused are {unused}")
+        require_integrity(free == unused, f"free segments are {free}, unused are {unused}")
         expected, clustered = (self.batch_size, self.length), self.spans.num_pages
         for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
-            _check(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
-        _check(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
+            require_integrity(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
+        require_integrity(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
 
     def set_spans(self, spans: ClusteredSpans) -> None:
         """Replace the spans."""
@@ -341,9 +339,8 @@ class PageTable:
         if prefix is not None:
             self.past.change(prefix)
         known: dict[str, Any] = {"_rows": {}, "_counted": None, "_room": None, "_before": None}
-        self.__dict__.update(
-            known, past_version=self.past_version + 1, memory_version=self.memory_version + 1, **tables
-        )
+        versions = {"past_version": self.past_version + 1, "memory_version": self.memory_version + 1}
+        self.__dict__.update(known | versions, **tables)
 
     def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
         """Reserve room and copy (source, copy) segments. On an error the added room is freed."""
@@ -382,11 +379,6 @@ class PageTable:
         self._become(refcounts=[], free=[])
         for store in self.stores:
             store.release()
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise CacheStateError(f"integrity: {message}; please report this as a bug")
 
 
 def check_batch(held: int, batch_size: int) -> None:

@@ -39,9 +39,7 @@ def pages_per_cluster(stores: list[PageStore], first: int, stop: int) -> Tensor:
     inside = max(first, min(stop, stores[0].sequences.spans.num_pages))
     rows, arrays = stores[0].rows(first, inside), [clustered(store).arrays[1:] for store in stores]
     if not arrays[0]:  # every cluster is one page
-        return torch.ones(
-            (len(stores) * rows.shape[0], rows.shape[1], stop - first), dtype=torch.int16, device=rows.device
-        )
+        return rows.new_ones((len(stores) * rows.shape[0], rows.shape[1], stop - first), dtype=torch.int16)
     held = take_all([held for (held,) in arrays], rows).flatten(0, 1)
     return torch.nn.functional.pad(held, (0, stop - inside), value=1)  # behind the spans every page is its own cluster
 
@@ -55,14 +53,9 @@ def write_runs(stores: list[PageStore], first: int, stop: int) -> None:
 
 
 def permute_tokens(
-    stores: list[PageStore],
-    first: int,
-    stop: int,
-    order: Tensor,
-    cluster_pages: Tensor,
-    content: Tensor,
+    stores: list[PageStore], first: int, stop: int, order: Tensor, cluster_pages: Tensor, content: Tensor,
     marks: tuple[Callable[[], None], Callable[[], None]],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Permute the tokens of pages [first, stop) of all sequences, in all layers or, on an error, in none.
 
     Drops these pages from the frames. Does not update summaries.
@@ -114,8 +107,6 @@ def _shifts(stores: list[PageStore], first: int, stop: int) -> Tensor:
 
 def _notes(stores: list[PageStore], rows: Tensor, shifts: Tensor, cluster_pages: Tensor) -> list[Callable[[], None]]:
     """Writers of shifts [L, B, H, n, P] and pages per cluster [L, B, H, n] to rows [B, H, n] of all stores, as int16."""
-    kinds = zip(
-        *(clustered(store).arrays for store in stores), strict=True
-    )  # shifts alone if clusters are single pages
-    pairs = zip(kinds, (shifts, cluster_pages), strict=False)
-    return [write for held, noted in pairs for write in writers(list(held), rows, noted)]
+    kinds = zip(*(clustered(store).arrays for store in stores), strict=True)
+    pairs = zip(kinds, (shifts, cluster_pages), strict=False)  # shifts alone if clusters are single pages
+    return [write for held, contents in pairs for write in writers(list(held), rows, contents)]

@@ -41,11 +41,6 @@ class SummaryArray:
         """The arrays behind it: values, and scales if quantized."""
         return [self.values] if self.scale is None else [self.values, self.scale]
 
-    def put(self, rows: Tensor, summaries: Tensor) -> None:
-        """Write `summaries` [*rows.shape, *shape], float32, to rows."""
-        for array, content in zip(self.arrays, self.stored(summaries), strict=True):
-            array.put(rows, content)
-
     def stored(self, summaries: Tensor) -> list[Tensor]:
         """Encode `summaries` [..., *shape], float32: one tensor for each of `arrays`."""
         return [summaries.to(self.values.dtype)] if self.scale is None else list(kernels.quantize(summaries))
@@ -56,14 +51,12 @@ class SummaryArray:
         return values if self.scale is None else values.float() * self.scale.take(rows).unsqueeze(-1)
 
     def rounded(self, summaries: Tensor) -> Tensor:
-        """`summaries` [..., *shape] as `take` returns them after `put`."""
+        """`summaries` [..., *shape] as `take` returns them once they are stored."""
         values, *scale = self.stored(summaries)
         return values.float() * scale[0].unsqueeze(-1) if scale else values
 
 
-def stored_as(
-    name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]
-) -> tuple[torch.dtype, bool]:  # fmt: skip
+def stored_as(name: str, dtype: torch.dtype, quantized: bool, own: dict[str, torch.dtype]) -> tuple[torch.dtype, bool]:
     """Storage of the summary `name`: dtype while unquantized, and whether vectors are stored as int8.
 
     Args:

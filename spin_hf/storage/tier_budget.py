@@ -50,9 +50,7 @@ class TierBudget:
     chunk_segments: int = 1
     most_frames: int | None = None
 
-    def num_frames(
-        self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False
-    ) -> int | None:  # fmt: skip
+    def num_frames(self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False) -> int | None:
         """Frames per (sequence, KV head), or None if all pages may live in the compute tier.
 
         Args:
@@ -107,7 +105,7 @@ class TierBudget:
         selected = self.selected if isinstance(self.selected, int) else math.ceil(self.selected * num_pages)
         return max(self.min_frames, min(self.min_frames - 1 + selected, num_pages))
 
-    def shares(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
+    def slot_counts(self, frames: int, num_pages: int, held: Sequence[int] | None) -> tuple[int, ...] | int:
         """Slots per KV head of each sequence, in proportion to its pages. On average at most `frames`.
 
         A sequence gets at least min(frames, mandatory frames), and beyond that at most its pages, rounded up.
@@ -118,9 +116,8 @@ class TierBudget:
         if held is None or frames >= num_pages:
             return frames
         least = min(frames, self.step_frames(num_pages))
-        pages = [
-            max(least, min(coarsely(number), num_pages)) for number in held
-        ]  # coarse, so that slot counts seldom change
+        # Coarse, so that slot counts seldom change.
+        pages = [max(least, min(coarsely(number), num_pages)) for number in held]
         left, wanted = (frames - least) * len(pages), sum(pages) - least * len(pages)
         if left >= wanted:
             return tuple(pages)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import CacheStateError
+from ..errors import require_integrity
 from .chunked_array import ChunkedArray
 from .page_table import PageTable
 
@@ -90,11 +90,11 @@ class TokenPermutation:
         for first, stop in self.sequences.spans.bounds:
             positions, pages = self.positions(first, stop), self.pages_per_cluster(first, stop)
             runs = self._runs(first, stop)
-            _check(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a span lost tokens")
+            require_integrity(torch.equal(positions.flatten(2).sort(2).values, runs.flatten(2)), "a span lost tokens")
             clustered = self.sequences.spans.clustered[:, None, first:stop].to(positions.device)
             moved = (positions != runs).any(3) | (pages != 1)
-            _check(not bool((moved & ~clustered).any()), "a page was clustered that must stay as it is")
-            _check(bool(tiles(pages)), "clusters of a span overlap or leave pages out")
+            require_integrity(not bool((moved & ~clustered).any()), "a page was clustered that must stay as it is")
+            require_integrity(bool(tiles(pages)), "clusters of a span overlap or leave pages out")
 
     def _places(self) -> Tensor:
         """Token at each place of the spans: [B, H, pages * P], int64."""
@@ -117,9 +117,8 @@ def tiles(pages_per_cluster: Tensor) -> Tensor:
         pages_per_cluster: [B, H, n], pages of the cluster that begins at each page, 0 for none.
     """
     places = torch.arange(pages_per_cluster.shape[2], device=pages_per_cluster.device)
-    upto = (
-        torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0).cummax(2).values
-    )  # the page behind the last cluster so far
+    behind = torch.where(pages_per_cluster > 0, places + pages_per_cluster, 0)
+    upto = behind.cummax(2).values  # the page behind the last cluster so far
     before = torch.nn.functional.pad(upto[:, :, :-1], (1, 0))
     begins = (pages_per_cluster > 0) == (before == places)
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
@@ -134,8 +133,3 @@ def longest_span(page_size: int) -> int:
 def bytes_for_clustering(page_size: int, multi_page_clusters: bool) -> dict[str, int]:
     """Bytes per page of shifts and, with multi-page clusters, of the cluster size, by their names in `stats()`."""
     return {"clustered shifts": 2 * page_size, **({"clustered partitions": 2} if multi_page_clusters else {})}
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise CacheStateError(f"integrity: {message}; please report this as a bug")

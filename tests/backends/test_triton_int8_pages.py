@@ -40,7 +40,7 @@ def _poison() -> Iterator[None]:
 def pages_of(driver: CacheDriver) -> tuple[Tensor, list[Tensor]]:
     """Rows of all pages of the only layer, as keys and values, or codes and scales."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
-    rows = store.pages(0, store.sequences.num_pages)[2]
+    rows = store.rows(0, store.sequences.num_pages)
     assert isinstance(store.backing_layout, Int8Layout)
     return rows, [part.flatten(2, 3)[:, :, :length] for part in store.backing_layout.split(store.backing.take(rows))]
 

@@ -18,7 +18,7 @@ from tests.support.conversation import compare_with_oracle, random_pages, single
 from tests.support.inspection import counted_by_kernels
 from tests.support.interpreted_kernels import interpret_kernels
 from tests.support.oracle import Rules
-from tests.support.seer_gates import method_of, rules_for
+from tests.support.seer_gates import RULES, compare_above, method_of, rules_for
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -130,15 +130,12 @@ def test_quest_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(monkeypatch, random_pages(shape, 1, 180, 0), steps, method=Quest(0), **options)
 
 
-SEER = Rules(budget=64, num_sink_tokens=4, recent_window=10)
-
-
 @pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize(("page_size", "group", "prompt"), [(32, 3, 250), (16, 1, 33), (64, 2, 380)])
 def test_seer(page_size: int, group: int, prompt: int, tmp_path: Path) -> None:
     """Through pages that the steps complete, in two layers with gates of their own."""
     shape = Shape(layers=2, kv_heads=1, group=group)
-    rules = rules_for(shape, tmp_path, replace(SEER, budget=2 * page_size), page_size=page_size)
+    rules = rules_for(shape, tmp_path, replace(RULES, budget=2 * page_size), page_size=page_size)
 
     def run(seed: int) -> None:
         steps = single_steps(prompt, prompt + 20)
@@ -156,7 +153,7 @@ def test_seer(page_size: int, group: int, prompt: int, tmp_path: Path) -> None:
 def test_seer_with_padding_and_several_queries(budget: float, threshold: float | None, tmp_path: Path) -> None:
     """Of the last budget all candidates of a sequence with holes are chosen, whatever the threshold."""
     shape = Shape(kv_heads=1)
-    rules = rules_for(shape, tmp_path, replace(SEER, budget=budget))
+    rules = rules_for(shape, tmp_path, replace(RULES, budget=budget))
     assert rules.seer is not None
     rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
 
@@ -172,18 +169,7 @@ def test_seer_with_padding_and_several_queries(budget: float, threshold: float |
 
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
 def test_threshold_of_seer(threshold: float, tmp_path: Path) -> None:
-    rules = rules_for(Shape(), tmp_path, replace(SEER, budget=128))
-    assert rules.seer is not None
-    rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
-    counts = []
-
-    def run(seed: int) -> None:
-        kv = random_pages(Shape(), 1, 405, seed)
-        driver = served(compare_with_oracle(kv, rules, single_steps(400, 405), method=method_of(rules, tmp_path)))
-        counts.append(driver.cache.stats().attended_tokens)
-
-    without_near_ties(run)
-    assert counts[-1] < 128 + 2 * 32  # what the budget alone would be, beside sinks and recent window
+    served(compare_above(threshold, 405, tmp_path))
 
 
 def test_seer_paged(tmp_path: Path) -> None:

@@ -141,13 +141,13 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             "none",
             [1],
             {"budget": 16, "recent_window": 8},
-            {"PART_PAGES": 2, "_SELECT_TILE": 2, "_TILE_PARTS": 1},
+            {"BIN_TILE_PAGES": 2, "_SELECT_TILE": 2, "_TILE_LISTS": 1},
         ),  # several tiles
         (
             "left",
             [1, 1],
             {"budget": 24, "recent_window": 8},
-            {"_KEPT": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
+            {"_FLOOR_FACTOR": 0, "_SELECT_TILE": 4, "BINS_PER_NAT": 2},
         ),  # too few are kept
         (
             "none",
@@ -167,7 +167,7 @@ def test_a_rerank_adds_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -
             {"budget": 8, "recent_window": 8, "method": OFTEN},
             {
                 "_COUNTED": 1,
-                "PART_PAGES": 4,
+                "BIN_TILE_PAGES": 4,
                 "_RERANKED_TILE": 4,
                 "_RERANKED_FEW_TILE": 2,
                 "_LIST_TILE": 4,

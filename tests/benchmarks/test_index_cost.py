@@ -21,9 +21,9 @@ def test_all_methods_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM(config).eval()
     clustered, add = [], cluster._add_spans
 
-    def adding(shared: Any, method: Any, stops: list[int], *more: Any) -> None:
+    def adding(state: Any, method: Any, stops: list[int], *more: Any) -> None:
         clustered.append((method.name, stops))
-        add(shared, method, stops, *more)
+        add(state, method, stops, *more)
 
     monkeypatch.setattr(cluster, "_add_spans", adding)
     rows: dict[str, dict[str, float]] = {}

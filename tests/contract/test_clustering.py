@@ -37,10 +37,10 @@ def spans() -> Iterator[list[int]]:
     made: list[int] = []
     add = cluster._add_spans
 
-    def adding(shared: Any, method: Any, stops: list[int], may_move: Any, *more: Any) -> None:
+    def adding(state: Any, method: Any, stops: list[int], may_move: Any, *more: Any) -> None:
         made.extend(stops)
         assert bool(may_move.any())
-        add(shared, method, stops, may_move, *more)
+        add(state, method, stops, may_move, *more)
 
     with little_slack(), patch.object(cluster, "_add_spans", adding):
         yield made

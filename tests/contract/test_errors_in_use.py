@@ -166,7 +166,7 @@ def test_an_interrupted_forward(family: str, layer: int) -> None:
             cache.crop(-3)
 
     if layer % (last + 1) == last and (any(subject.new().is_sliding) or any(subject.new().is_linear)):
-        return  # these have let go of what they would need to take back
+        return  # these have let go of what they would need to roll back
     assert_goes_on(subject, between, may_refuse=True)
 
 

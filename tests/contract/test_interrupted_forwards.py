@@ -154,7 +154,7 @@ def test_a_cache_of_a_config_does_not_guess_how_its_first_forward_ended() -> Non
     assert cache.stats().tokens == 0
     cache.roll_back()
     torch.testing.assert_close(logits_of(model, random_tokens(1, 30), cache), model(random_tokens(1, 30)).logits)
-    cache.roll_back()  # nothing to take back
+    cache.roll_back()  # nothing to roll back
     assert cache.get_seq_length() == 30
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from spin_hf import AttentionError, BatchSizeError, SpinCache, SpinError
-from spin_hf.attention.masks import is_own, noted_mask, traced_mask
+from spin_hf.attention.masks import is_internal, marker_mask, validity_mask
 from tests.support.compare import difference
 from tests.support.zoo import build_model, random_tokens
 
@@ -272,13 +272,13 @@ def test_generate_with_a_given_mask(given: str) -> None:
         assert difference(ours, theirs) <= TOLERANCE
 
 
-def test_own_masks_have_a_form_of_their_own() -> None:
+def test_masks_of_the_cache_have_shapes_of_their_own() -> None:
     """None of the forms above is taken for one that the cache made."""
     valid = torch.ones(ROWS, PROMPT, dtype=torch.bool)
-    assert is_own(traced_mask(valid))
-    assert is_own(noted_mask(valid, PROMPT))
+    assert is_internal(validity_mask(valid))
+    assert is_internal(marker_mask(valid, PROMPT))
     for form in FORMS.values():
-        assert not is_own(form(allowed_pairs(PROMPT, PROMPT, False), PROMPT))
+        assert not is_internal(form(allowed_pairs(PROMPT, PROMPT, False), PROMPT))
 
 
 def test_a_mask_over_no_tokens_is_refused() -> None:

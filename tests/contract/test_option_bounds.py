@@ -92,7 +92,7 @@ def test_a_tiny_share_is_estimated_by_kernels_too() -> None:
     """It is handed over in billionths, and 0 of them would turn that off."""
     method = RetroInfer(1e-12)
     assert method.recipe is not None
-    assert method.recipe.estimated_share == 1e-12
+    assert method.recipe.estimated_fraction == 1e-12
     assert method.recipe.estimated_billionths == 1
     assert [RetroInfer(share).recipe.estimated_billionths for share in (0, 0.232, 1)] == [0, 232_000_000, 10**9]
 
@@ -171,7 +171,8 @@ def test_ints_of_numpy(kind: Any) -> None:
 @pytest.mark.parametrize("number", [np.float64(0.25), np.float32(0.25), np.float16(0.25), Fraction(1, 4)])
 def test_floats_of_numpy(number: Any) -> None:
     found = [
-        SpinOptions.parse(budget=number).budget, RetroInfer(number).estimated_share, SeerAttention(threshold=number).threshold,
+        SpinOptions.parse(budget=number).budget, RetroInfer(number).estimated_fraction,
+        SeerAttention(threshold=number).threshold,
     ]  # fmt: skip
     assert found == [0.25] * 3
     assert all(type(value) is float for value in found)
@@ -204,14 +205,14 @@ def test_what_is_no_count(make: Callable[[Any], Any], name: str) -> None:
             make(value)
 
 
-SHARES: list[tuple[Callable[[Any], Any], str]] = [
+FRACTIONS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda value: SpinOptions.parse(budget=value), "budget"),
-    (lambda value: RetroInfer(value), "estimated_share"),
+    (lambda value: RetroInfer(value), "estimated_fraction"),
     (lambda value: SeerAttention(threshold=value), "threshold"),
 ]
 
 
-@pytest.mark.parametrize(("make", "name"), SHARES, ids=[name for _, name in SHARES])
+@pytest.mark.parametrize(("make", "name"), FRACTIONS, ids=[name for _, name in FRACTIONS])
 def test_what_is_no_share(make: Callable[[Any], Any], name: str) -> None:
     wrong: list[Any] = [
         float("nan"),
@@ -251,12 +252,13 @@ def test_classes_whose_numbers_cannot_work() -> None:
     ("field", "value"),
     [
         ("rerank_factor", 2**31), ("rerank_factor", -1), ("rerank_factor", True), ("dense_layers", 1.0), ("outliers_per_1024",
-        -1), ("estimated_share", float("nan")), ("estimated_share", 1.5), ("threshold", float("inf")), ("threshold", "0.1"),
+        -1), ("estimated_fraction", float("nan")), ("estimated_fraction", 1.5), ("threshold", float("inf")),
+        ("threshold", "0.1"),
     ],
 )  # fmt: skip
 def test_recipes_whose_numbers_cannot_work(field: str, value: Any) -> None:
     class Mine(Bisection):
-        recipe: ClassVar[KernelRecipe] = KernelRecipe(Rating.SHARE, **{field: value})  # type: ignore[misc]
+        recipe: ClassVar[KernelRecipe] = KernelRecipe(Rating.MEAN, **{field: value})  # type: ignore[misc]
 
     with pytest.raises(SpinError, match=f"recipe: {field}: expected"):
         SpinCache(Shape().config(), Mine())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spin_hf import OptionError, SeerAttention, SpinCache, UnsupportedModelError
-from spin_hf.distill.convert_release import convert, read_release
+from spin_hf.distill.convert_release import read_release
 from spin_hf.distill.teacher import Teacher
 from tests.support.zoo import build_model
 
@@ -30,7 +30,7 @@ def write(folder: Path, prefix: str = "attngate", width: int = 16, **config: Any
 def test_a_folder_in_the_authors_form(prefix: str, tmp_path: Path) -> None:
     weights = write(tmp_path, prefix)
     model = build_model("llama")
-    gates = convert(tmp_path, Teacher(model))
+    gates = read_release(tmp_path).gates(Teacher(model))
     gates.save(tmp_path / "gates.safetensors")
     assert gates.page_size == 64
     for layer, gate in gates.layers.items():
@@ -55,16 +55,16 @@ def test_a_folder_in_the_authors_form(prefix: str, tmp_path: Path) -> None:
 def test_other_forms_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path, **options)
     with pytest.raises(OptionError, match=message):
-        convert(tmp_path, Teacher(build_model("llama")))
+        read_release(tmp_path).gates(Teacher(build_model("llama")))
 
 
 def test_missing_and_harmful_files(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"expected config\.json .* got none"):
-        convert(tmp_path, Teacher(build_model("llama")))
+        read_release(tmp_path).gates(Teacher(build_model("llama")))
     write(tmp_path)
     torch.save({"a": Teacher}, tmp_path / "attn_gate_weights.pth")  # a pickle that names code
     with pytest.raises(OptionError, match=r"expected tensors in attn_gate_weights\.pth"):
-        convert(tmp_path, Teacher(build_model("llama")))
+        read_release(tmp_path).gates(Teacher(build_model("llama")))
 
 
 def refused(folder: Path, message: str) -> None:
@@ -142,21 +142,21 @@ def test_other_models(tmp_path: Path) -> None:
     for other in (one, three):
         torch.save(other, tmp_path / "attn_gate_weights.pth")
         with pytest.raises(OptionError, match=r"convert: expected gates for layers \[0, 1\] of 2, got some for"):
-            convert(tmp_path, teacher)
+            read_release(tmp_path).gates(teacher)
     group = {name: tensor.repeat(1, 2, 1, 1) if "_q" in name else tensor for name, tensor in weights.items()}
     torch.save(group, tmp_path / "attn_gate_weights.pth")
     with pytest.raises(OptionError, match=r"layer 0: expected matrices .*\(2, 2, 16, 16\)\}, got .*\(2, 4, 16, 16\)"):
-        convert(tmp_path, teacher)
+        read_release(tmp_path).gates(teacher)
 
 
 @pytest.mark.parametrize("tokens", [[0], [0, 7], list(range(0, 128, 16))])
 def test_tokens_whose_embedding_is_zero(tokens: list[int], tmp_path: Path) -> None:
     """As that of padding often is: its keys are the same with any rotation undone, so it tells nothing of the model's."""
     write(tmp_path)
-    expected, model = convert(tmp_path, Teacher(build_model("llama"))), build_model("llama")
+    expected, model = read_release(tmp_path).gates(Teacher(build_model("llama"))), build_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[tokens[:7]] = 0.0
-    for layer, gate in convert(tmp_path, Teacher(model)).layers.items():
+    for layer, gate in read_release(tmp_path).gates(Teacher(model)).layers.items():
         assert all(
             ours.equal(theirs) for ours, theirs in zip(gate.tensors, expected.layers[layer].tensors, strict=True)
         )
@@ -170,4 +170,4 @@ def test_a_model_that_tells_nothing(tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"keys that tell how they are rotated, got only zeros in layers .0, 1."
     ):
-        convert(tmp_path, Teacher(model))
+        read_release(tmp_path).gates(Teacher(model))

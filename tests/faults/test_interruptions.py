@@ -119,17 +119,17 @@ def test_unfinished_work_comes_first(again: int) -> None:
     """Interrupted while it is undone, a crop is undone by whatever looks at the cache next."""
     trials = Interruptions(scenario=SCENARIOS["crop, paged"])
     run = trials.copy()
-    began, shared = contents(run), state_of(run.cache)
-    settle = shared.settle
+    began, state = contents(run), state_of(run.cache)
+    settle = state.settle
 
     def interrupted_too(_: Any) -> None:
-        if shared.unfinished is not None and interrupted(settle, again) is not None:
+        if state.unfinished is not None and interrupted(settle, again) is not None:
             raise KeyboardInterrupt
 
     number = trials.lines.index(next(line for line in trials.lines if line[0] == "storage/page_frames.py"))
-    with patch.object(type(shared), "settle", interrupted_too):
+    with patch.object(type(state), "settle", interrupted_too):
         assert interrupted(lambda: trials.scenario.call(run), number) is not None
-    if shared.unfinished is None:
+    if state.unfinished is None:
         return  # it has fewer lines than that
     assert run.cache.get_seq_length() == began[0]
     assert same(contents(run), began)

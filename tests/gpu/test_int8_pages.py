@@ -61,7 +61,7 @@ def _parts(driver: CacheDriver) -> list[torch.Tensor]:
     """Codes and scales of all tokens in the backing store."""
     store, length = driver.cache.layers[0].store, driver.cache.get_seq_length()
     assert isinstance(store.backing_layout, Int8Layout)
-    rows = store.pages(0, store.sequences.num_pages)[2]
+    rows = store.rows(0, store.sequences.num_pages)
     torch.cuda.synchronize()
     return [part.flatten(2, 3)[:, :, :length] for part in store.backing_layout.split(store.backing.take(rows))]
 
@@ -99,7 +99,7 @@ def test_captured_steps_do_what_eager_ones_do(model: Any, moves: bool, padded: b
     assert plan(model, context_length=350, batch_size=2, gpu_memory=cap, **OPTIONS).cpu_bytes > 0
     caches = [SpinCache(model, **OPTIONS, gpu_memory=cap) for _ in range(2)]
     caches[0].calls.steps.refused = "the test wants eager steps"
-    caches[0].calls.steps._look_at = lambda model: None
+    caches[0].calls.steps._guard_of = lambda model: None
     expected, actual = (generate(model, cache, padded, 180) for cache in caches)
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=1e-3)

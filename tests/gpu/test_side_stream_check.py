@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.graph.replay_check import ReplayCheck, StreamBeside
+from spin_hf.graph.replay_check import ReplayCheck, SideStreamCheck
 from tests.support.synchronisation import no_synchronisation
 from tests.support.zoo import build_model
 
@@ -19,18 +19,18 @@ OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 24, "recent_window": 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_answer_is_of_the_mask_and_does_not_wait_for_the_step(dtype: torch.dtype, mode: Any) -> None:
-    beside = StreamBeside(torch.device("cuda", torch.cuda.current_device()))
+def test_the_result_is_that_of_the_mask_and_does_not_wait_for_the_step(dtype: torch.dtype, mode: Any) -> None:
+    check = SideStreamCheck(torch.device("cuda", torch.cuda.current_device()))
     step = torch.cuda.Event()
     with mode():
         mask = torch.ones((2, 5000), dtype=dtype, device="cuda")
         for turn, full in enumerate((True, False, True)):
             mask[1, 4321] = int(full)
-            beside.mark()
+            check.mark()
             torch.cuda._sleep(200_000_000)  # the step
             step.record()
-            beside.ask(lambda: mask.all())
-            assert beside.answer() == full
+            check.launch(lambda: mask.all())
+            assert check.result() == full
             assert not turn or not step.query()  # the first loads kernels
             torch.cuda.synchronize()
 
@@ -48,7 +48,7 @@ def test_steps_with_a_mask_do_not_synchronise() -> None:
         for mask in masks[3:]:
             model(token, past_key_values=cache, attention_mask=mask)
     assert isinstance(cache.calls.steps.replay_check, ReplayCheck)
-    assert cache.calls.steps.replay_check.beside is not None
+    assert cache.calls.steps.replay_check.side_stream is not None
     cache.check_integrity()
 
 

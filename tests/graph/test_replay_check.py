@@ -191,7 +191,7 @@ def test_a_changed_model_gives_what_it_gives_eagerly(
 def test_a_step_that_is_taken_back_leaves_nothing(
     place: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = place - 3  # the fourth token is taken back
+    prompt = place - 3  # the fourth token is rolled back
     expected, eager, _ = _conversation("config", prompt, _replace_parameter, **options)
     capture_stale(monkeypatch)
     actual, cache, replays = _conversation("model", prompt, _replace_parameter, **options)

@@ -74,7 +74,7 @@ def test_padding_that_appears_later(paint: Any, prompt: int, monkeypatch: pytest
     capture_on_cpu(monkeypatch)
     actual, replays = _padded_from("model", paint, prompt)
     assert_same(actual, expected)
-    assert replays == [0, 1, 1, 1, 1, 1]  # the fourth is taken back, and eager; the next has a graph for padding
+    assert replays == [0, 1, 1, 1, 1, 1]  # the fourth is rolled back, and eager; the next has a graph for padding
 
 
 @pytest.mark.sweep(keep=[0])
@@ -84,24 +84,24 @@ def test_padding_that_changes_later(paint: Any, monkeypatch: pytest.MonkeyPatch)
     capture_on_cpu(monkeypatch)
     actual, replays = _padded_from("model", paint, 38, padded=True)
     assert_same(actual, expected)
-    assert replays == [0, 1, 1, 2, 1, 1]  # the fourth is taken back, and replayed with what is padding now
+    assert replays == [0, 1, 1, 2, 1, 1]  # the fourth is rolled back, and replayed with what is padding now
 
 
 def test_padding_that_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a step is captured, the mask is compared after the launch only."""
     expected, _ = _padded_from("config", lambda mask: None, 38, padded=True)
     capture_on_cpu(monkeypatch)
-    looked, take = list[int](), padding_change.take
+    checked, take = list[int](), padding_change.take
 
-    def watched(shared: Any, mask: Tensor | None) -> Tensor | None:
-        looked.append(shared.committed)
-        return take(shared, mask)
+    def watched(state: Any, mask: Tensor | None) -> Tensor | None:
+        checked.append(state.committed)
+        return take(state, mask)
 
     monkeypatch.setattr(padding_change, "take", watched)
     actual, replays = _padded_from("model", lambda mask: None, 38, padded=True)
     assert_same(actual, expected)
     assert replays == [0, 1, 1, 1, 1, 1]
-    assert looked == [38, 39]  # eager, and captured
+    assert checked == [38, 39]  # eager, and captured
 
 
 def test_a_mask_that_is_too_short_shows_it_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> No
     _loop(model, cache, torch.full((2, 2), 5))
     assert _replays_of_a_step(model, cache) == 1
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
-    assert _replays_of_a_step(model, cache) == 1  # taken back: the first step of a new model is eager
+    assert _replays_of_a_step(model, cache) == 1  # rolled back: the first step of a new model is eager
     assert list(cache.calls.steps.captured.values()) == [None]
     assert _replays_of_a_step(model, cache) == 1
     assert None not in cache.calls.steps.captured.values()

@@ -106,10 +106,10 @@ def test_how_many_tokens_at_once_does_not_matter(kv: RandomKV, monkeypatch: pyte
         tune(monkeypatch, cluster_tokens=tokens)
         driver = new_driver(method=Backwards())
         driver.step(kv, 0, 390, valid[:, :390])
-        with patch.object(Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters) as arrange:
+        with patch.object(Backwards, "form_clusters", autospec=True, side_effect=Backwards.form_clusters) as formed:
             driver.step(kv, 390, 391, valid[:, :391])
         driver.cache.check_integrity()
-        shapes = [call.args[1].shape for call in arrange.call_args_list]
+        shapes = [call.args[1].shape for call in formed.call_args_list]
         runs = [shape[0] // SHAPE.layers for shape in shapes]  # each of all layers
         assert all(many == 1 or many * shape[2] <= tokens for many, shape in zip(runs, shapes, strict=True))
         found.append((len(shapes), span_ends(driver), clustered(driver, 2).positions(0, 46).tolist()))
@@ -168,9 +168,9 @@ def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
     driver.cache.reorder_cache(torch.tensor([0]))
     driver.cache.batch_repeat_interleave(3)
     assert sequences.segments_in_use == 2
-    with patch.object(Clumped, "form_clusters", autospec=True, side_effect=Clumped.form_clusters) as arrange:
+    with patch.object(Clumped, "form_clusters", autospec=True, side_effect=Clumped.form_clusters) as form_clusters:
         driver.step(kv.rows([0, 0, 0]), 300, 301)
-    assert [call.args[1].shape[0] for call in arrange.call_args_list] == [SHAPE.layers * len(span_ends(driver))]
+    assert [call.args[1].shape[0] for call in form_clusters.call_args_list] == [SHAPE.layers * len(span_ends(driver))]
     assert sequences.segments_in_use == 4  # the new token's segment is each beam's own
     driver.cache.check_integrity()
 
@@ -178,7 +178,7 @@ def test_what_sequences_share_is_clustered_once(kv: RandomKV) -> None:
 def test_beams_that_differ_do_not_disturb_each_other(kv: RandomKV) -> None:
     """A span over a segment that beams share and one that they do not: each beam gets its own."""
     driver = new_driver(method=Shuffled(), dense_below=1000)
-    with patch.object(cluster, "grow", lambda shared: None):  # until they differ
+    with patch.object(cluster, "grow", lambda state: None):  # until they differ
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         both = RandomKV(SHAPE, *([x.clone() for x in xs[:3]] for xs in (kv.keys, kv.values, kv.queries)))
@@ -203,11 +203,11 @@ def test_layers_one_by_one_or_together(kv: RandomKV, once: int, monkeypatch: pyt
     """The order of tokens, their summaries, and the result of a crop are the same."""
     tune(monkeypatch, index_bytes=once)
     clustered_pages = []
-    arrange = Shuffled.form_clusters
+    form_clusters = Shuffled.form_clusters
 
-    def counting(self: Shuffled, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def counting(self: Shuffled, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         clustered_pages.append(keys.shape[0])
-        return arrange(self, keys, asked)
+        return form_clusters(self, keys, observation_queries)
 
     monkeypatch.setattr(Shuffled, "form_clusters", counting)
     driver = new_driver(method=Shuffled())

@@ -25,7 +25,7 @@ from tests.support.tuning import tune
 def test_no_room_for_copies(kv: RandomKV, caplog: pytest.LogCaptureFixture) -> None:
     """A span that beams share in part is not clustered where there is no memory for copies; one warning is logged."""
     driver = new_driver()
-    with patch.object(cluster, "grow", lambda shared: None):
+    with patch.object(cluster, "grow", lambda state: None):
         driver.step(kv.rows([0]), 0, 270)
         driver.cache.batch_repeat_interleave(2)
         driver.step(kv.rows([0, 0]), 270, 380)
@@ -102,7 +102,7 @@ def test_interrupted(
 def test_a_method_that_loses_tokens(kv: RandomKV, wrong: str) -> None:
     @dataclass(frozen=True)
     class Losing(Backwards):
-        def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+        def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
             places = torch.arange(keys.shape[2]).expand(keys.shape[:3])
             if wrong in ("twice", "short"):
                 return TokenClusters(places // 2 if wrong == "twice" else places[:, :, 1:])
@@ -140,7 +140,7 @@ def test_integrity_sees_a_clustered_page_in_the_recent_window(kv: RandomKV) -> N
     driver = new_driver()
     driver.step(kv, 0, 200)
     driver.step(kv, 200, 201)
-    with patch.object(cluster, "in_order", lambda shared, valid, length: shared.sequences.spans):
+    with patch.object(cluster, "in_order", lambda state, valid, length: state.sequences.spans):
         driver.cache.crop(-20)
     with pytest.raises(CacheStateError, match="run of positions"):
         driver.cache.check_integrity()

@@ -28,10 +28,10 @@ class FromEndToEnd(Backwards):
 
     span_tokens: ClassVar[int] = 32768
 
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         pages[:, :, 0] = pages.shape[2]
-        return TokenClusters(super().form_clusters(keys, asked).order, pages)
+        return TokenClusters(super().form_clusters(keys, observation_queries).order, pages)
 
 
 def with_spans_of(tokens: int, page_size: int) -> Any:
@@ -45,18 +45,18 @@ def test_the_longest_span(page_size: int, longest: int) -> None:
         cache = SpinCache(
             SHAPE.config(), with_spans_of(longest, page_size), num_sink_tokens=8, recent_window=9, summary_dtype="model"
         )
-    shared = state_of(cache)
+    state = state_of(cache)
     states = torch.randn(2, SHAPE.layers, 1, 1, 8 + longest + 17, 4)  # behind the sinks, before window and slack
     for layer, keys, values in zip(cache.layers, *states, strict=True):
         layer.append(keys, values, None)
     forward_of(cache).commit()
-    cluster.cluster_new_tokens(shared)
+    cluster.cluster_new_tokens(state)
     stop = (8 + longest) // page_size
-    assert shared.sequences.spans.stops == [stop]
+    assert state.sequences.spans.stops == [stop]
     expected = torch.arange(8 + longest)
     expected[8:] = expected[8:].flip(0)
     sinks = 8 // page_size
-    for layer in shared.layers:
+    for layer in state.layers:
         held = layer.store.permutation
         assert torch.equal(held.positions(0, stop).flatten(), expected)
         assert held.arrays[0].dtype == held.arrays[1].dtype == torch.int16
@@ -68,7 +68,7 @@ def test_the_longest_span(page_size: int, longest: int) -> None:
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
     cache.crop(-17 - page_size)
-    assert shared.sequences.spans.stops == []
+    assert state.sequences.spans.stops == []
     cache.check_integrity()
     for layer, keys in zip(cache.layers, states[0], strict=True):
         assert torch.equal(layer.keys, keys[:, :, : 8 + longest - page_size])

@@ -28,9 +28,9 @@ class Asking(Shuffled):
     num_observation_queries: ClassVar[int] = 4
     shown: ClassVar[list[tuple[Tensor, Tensor | None]]] = []
 
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
-        self.shown.append((keys, asked))
-        return super().form_clusters(keys, asked)
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
+        self.shown.append((keys, observation_queries))
+        return super().form_clusters(keys, observation_queries)
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,10 @@ def check(kv: RandomKV, tokens: list[int]) -> None:
         for number in keys[row, 0, :, 0]
     }
     seen = set()
-    for keys, asked in Asking.shown:
-        assert asked is not None
-        assert asked.shape == (len(keys), 2, 2, 4, 8)
-        for span, queries in zip(keys, asked, strict=True):
+    for keys, observation_queries in Asking.shown:
+        assert observation_queries is not None
+        assert observation_queries.shape == (len(keys), 2, 2, 4, 8)
+        for span, queries in zip(keys, observation_queries, strict=True):
             layer, row = of[float(span[0, 0, 0])]
             expected = kv.queries[layer][row].unflatten(0, (2, 2))[:, :, tokens] * SCALE
             assert torch.equal(queries, expected)
@@ -81,7 +81,7 @@ def test_a_prompt_and_what_is_generated(kv: RandomKV, at_once: int, monkeypatch:
     for position in range(201, 250):
         driver.step(kv, position, position + 1)
     assert Asking.shown
-    assert all(asked is None for _, asked in Asking.shown)
+    assert all(observation_queries is None for _, observation_queries in Asking.shown)
 
 
 def test_a_prompt_in_parts(kv: RandomKV) -> None:
@@ -131,7 +131,7 @@ def test_tokens_taken_over() -> None:
     again = SpinCache.from_cache(taken, SHAPE.config(), Asking(), **options)
     driver.step(kv, 150, 151)
     assert Asking.shown
-    assert all(asked is None for _, asked in Asking.shown)
+    assert all(observation_queries is None for _, observation_queries in Asking.shown)
     Asking.shown.clear()
     driver.cache = again
     driver.step(kv, 150, 200)
@@ -144,14 +144,14 @@ def test_interrupted(kv: RandomKV, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(monkeypatch, index_bytes=1)
     driver = new_driver()
     driver.step(kv, 0, 200)
-    arrange, calls = Asking.form_clusters, 0
+    form_clusters, calls = Asking.form_clusters, 0
 
-    def failing(self: Asking, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def failing(self: Asking, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError
-        return arrange(self, keys, asked)
+        return form_clusters(self, keys, observation_queries)
 
     with monkeypatch.context() as context:
         context.setattr(Asking, "form_clusters", failing)

@@ -163,7 +163,7 @@ def test_a_batch_whose_sequences_end_at_different_times(checks: list[Any], monke
 
 
 def test_cropping_nothing_changes_nothing(checks: list[Any]) -> None:
-    """It happens after every token, and a changed past would cost every step its foreseen descriptor."""
+    """It happens after every token, and a changed past would cost every step its uploaded descriptor."""
     model = small_model()
     cache = SpinCache(model, **OPTIONS)
     _generate(model, cache, torch.full((1, 41), 5))

@@ -31,7 +31,7 @@ class Weighing(RetroInfer):
 
     @property
     def recipe(self) -> KernelRecipe:
-        return KernelRecipe(Rating.SHARE, weighs_tokens=True)
+        return KernelRecipe(Rating.MEAN, weighs_tokens=True)
 
 
 def one_step(method: Any, monkeypatch: pytest.MonkeyPatch, shape: Shape, padded: bool, dtype: torch.dtype) -> Any:
@@ -71,7 +71,7 @@ def test_zones(budget: int, dense_below: int, padded: bool) -> None:
     upto = torch.nn.functional.pad(known.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
     step[StepField.POSITION], step[StepField.BASE_TOKENS] = LENGTH, known.shape[1]
     step[StepField.UPTO] = upto.data_ptr()
-    step[StepField.SHARE] = torch.tensor(0.3, dtype=torch.float64).view(torch.int64)
+    step[StepField.BUDGET_FRACTION] = torch.tensor(0.3, dtype=torch.float64).view(torch.int64)
     plan = torch.full((4, 2, len(PlanField)), -1, dtype=torch.int32)
     launchers.plan_zones(
         launchers.launch_now, step, plan, num_queries=3, num_sink_tokens=sinks, recent_window=window, budget=budget,

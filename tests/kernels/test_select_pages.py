@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_hf.backends.descriptors import capacity_for
-from spin_hf.kernels.descriptor_fields import PART_PAGES
+from spin_hf.kernels.descriptor_fields import BIN_TILE_PAGES
 from spin_hf.kernels.reference import list_pages, page_zones, select_top_pages
 
 PAGE_SIZE = 8
@@ -86,14 +86,15 @@ def test_select_top_pages_without_candidates() -> None:
 
 
 @pytest.mark.parametrize("num_pages", [1, 31, 512, 513, 1023, 1024, 1025, 2049, 8681, 16_384, 32_785, 200_001])
-def test_a_context_of_kept_pages_has_places(num_pages: int) -> None:
-    """At worst all pages are listed: rank r of split p of n is at r * n + p, and the largest split has the most ranks."""
-    parts, run = -(-num_pages // PART_PAGES), 32
+def test_bin_lists_of_all_pages_have_places(num_pages: int) -> None:
+    """At worst all pages are listed: rank r of list p of n is at r * n + p, and the longest list has the most ranks."""
+    num_lists, run = -(-num_pages // BIN_TILE_PAGES), 32
     ranks = max(
-        sum(min(run, num_pages - first) for first in range(part * run, num_pages, parts * run)) for part in range(parts)
+        sum(min(run, num_pages - first) for first in range(index * run, num_pages, num_lists * run))
+        for index in range(num_lists)
     )
     capacity = capacity_for(num_pages)
     assert num_pages <= capacity
-    assert ranks * parts <= capacity
+    assert ranks * num_lists <= capacity
     assert capacity <= max(1024, 2 * num_pages)
-    assert num_pages < 16 * PART_PAGES or capacity < 1.13 * num_pages
+    assert num_pages < 16 * BIN_TILE_PAGES or capacity < 1.13 * num_pages

@@ -241,7 +241,7 @@ PAGED = [name for name, family in FAMILIES.items() if family.paged]
 
 @pytest.mark.parametrize("family", PAGED)
 def test_the_config_tells_the_shapes(family: str) -> None:
-    """What is foreseen by the config is what comes, in every family."""
+    """What the config predicts is what comes, in every family."""
     model = subject_model(family)
     cache = SpinCache(model)
     with torch.no_grad():

@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]  # quick: tests/attention, on
 NUM_TOKENS, STEPS = 2048, 4
 
 
-def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, share: float) -> list[float]:
+def errors(model: Any, prefilled: DynamicCache, tokens: list[int], budget: int, fraction: float) -> list[float]:
     """Relative error of the attention output of every layer and step."""
-    cache = SpinCache.from_cache(prefilled, model, RetroInfer(estimated_share=share), budget=budget)
+    cache = SpinCache.from_cache(prefilled, model, RetroInfer(estimated_fraction=fraction), budget=budget)
     found: list[float] = []
     sparse_attention = ReferenceBackend.attend_selected
 
@@ -54,7 +54,7 @@ def test_the_estimate_lowers_the_error() -> None:
         model(torch.tensor([ids[:NUM_TOKENS]]), past_key_values=prefilled, logits_to_keep=1)
     for budget in (32, 128):
         without, estimated = (
-            torch.tensor(errors(model, prefilled, ids[NUM_TOKENS:], budget, share)) for share in (0.0, 0.232)
+            torch.tensor(errors(model, prefilled, ids[NUM_TOKENS:], budget, fraction)) for fraction in (0.0, 0.232)
         )
         assert len(without) == STEPS * model.config.num_hidden_layers
         assert estimated.mean() < 0.9 * without.mean()

@@ -6,6 +6,8 @@ each sequence must read its own tokens, whatever it shares with others.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,6 +203,6 @@ def test_integrity_notices(damage: str) -> None:
     elif damage == "directory":
         sequences.directory[0] = []
     else:
-        sequences.mask.valid = torch.ones((2, 19), dtype=torch.bool)
+        sequences.mask = replace(sequences.mask, valid=torch.ones((2, 19), dtype=torch.bool))
     with pytest.raises(CacheStateError, match="integrity"):
         sequences.check_integrity()

@@ -38,7 +38,8 @@ def test_what_is_put_is_taken(shape: tuple[int, ...], quantized: bool) -> None:
         part.grow(12)
     summaries = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(2))
     rows = torch.tensor([[0, 5, 11], [4, 2, 9]])
-    array.put(rows, summaries)
+    for stored, content in zip(array.arrays, array.stored(summaries), strict=True):
+        stored.put(rows, content)
     held = array.take(rows)
     assert torch.equal(held, array.rounded(summaries))
     assert array.quantized == (quantized and shape != ())

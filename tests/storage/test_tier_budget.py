@@ -103,21 +103,21 @@ def test_frames_stay_as_many_while_a_context_grows() -> None:
 def test_shares_by_length(num_pages: int, frames: int, held: list[int]) -> None:
     """No more in total than before, none below the minimum or above its pages, and longer rows have no fewer."""
     held, sizes = [min(number, num_pages) for number in held], budget(10**6, selected=8)
-    assert sizes.shares(frames, num_pages, None) == frames
-    shares = sizes.shares(frames, num_pages, held)
+    assert sizes.slot_counts(frames, num_pages, None) == frames
+    counts = sizes.slot_counts(frames, num_pages, held)
     if frames >= num_pages:
-        assert shares == frames
+        assert counts == frames
         return
-    assert isinstance(shares, tuple)
-    assert sum(shares) <= frames * len(held)
+    assert isinstance(counts, tuple)
+    assert sum(counts) <= frames * len(held)
     least = min(frames, sizes.step_frames(num_pages))
-    for share, number in zip(shares, held, strict=True):
-        assert least <= share <= max(least, min(num_pages, coarsely(number)))
-    assert [shares[i] for i in sorted(range(len(held)), key=held.__getitem__)] == sorted(shares)
-    spare = frames * len(held) - sum(shares)
-    full = all(share == max(least, min(num_pages, coarsely(n))) for share, n in zip(shares, held, strict=True))
+    for count, number in zip(counts, held, strict=True):
+        assert least <= count <= max(least, min(num_pages, coarsely(number)))
+    assert [counts[i] for i in sorted(range(len(held)), key=held.__getitem__)] == sorted(counts)
+    spare = frames * len(held) - sum(counts)
+    full = all(count == max(least, min(num_pages, coarsely(n))) for count, n in zip(counts, held, strict=True))
     assert full or spare < len(held)
-    even = sizes.shares(frames, num_pages, [num_pages] * len(held))
+    even = sizes.slot_counts(frames, num_pages, [num_pages] * len(held))
     assert even == (frames,) * len(held)
 
 

@@ -25,20 +25,20 @@ class Backwards(ClusteringMethod, ShadowKV):
     span_tokens: ClassVar[int] = 64
     cluster_interval: ClassVar[int] = 24
 
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         return TokenClusters(torch.arange(keys.shape[2] - 1, -1, -1).expand(keys.shape[:3]))
 
 
 @dataclass(frozen=True)
 class Shuffled(Backwards):
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         generator = torch.Generator().manual_seed(keys.shape[2])
         return TokenClusters(torch.rand(keys.shape[:3], generator=generator).argsort(2))
 
 
 @dataclass(frozen=True)
 class Clumped(Shuffled):
-    def form_clusters(self, keys: Tensor, asked: Tensor | None) -> TokenClusters:
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         pages = torch.zeros((*keys.shape[:2], keys.shape[2] // self.page_size), dtype=torch.int64)
         for head in range(pages.shape[1]):
             begin, size = 0, 1 + head
@@ -46,7 +46,7 @@ class Clumped(Shuffled):
                 size = min(size % 3 + 1, pages.shape[2] - begin)
                 pages[:, head, begin] = size
                 begin += size
-        return TokenClusters(super().form_clusters(keys, asked).order, pages)
+        return TokenClusters(super().form_clusters(keys, observation_queries).order, pages)
 
 
 class SelectingAll:

@@ -163,7 +163,7 @@ _PAGED = {"gpu_memory": "200kB"}
 _MOVES = {"gpu_memory": "400kB"}
 """Two segments of two sequences take 280 kB in both layers, four twice as much."""
 _INT8 = {"cpu_dtype": "int8"}
-_REGROUPS = {"method": clustering_often(Clumped, 64, 24)()}
+_CLUSTERS = {"method": clustering_often(Clumped, 64, 24)()}
 _BISECTS = {"method": clustering_often(Bisection, 64, 24)(2)}
 _TO_BEAMS = on_cache("reorder_cache", torch.tensor([1, 1]), rows=[1, 1])
 
@@ -198,25 +198,25 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "crop": Scenario(on_cache("crop", -7, removes=7), before=feed(60, 1), forward=False),
     "crop, paged": Scenario(on_cache("crop", -17, removes=17), before=feed(270, 1), options=_PAGED, forward=False),
-    "clustering": Scenario(feed(1), before=feed(160, 1), options=_REGROUPS),
-    "clustering, paged": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED}),
+    "clustering": Scenario(feed(1), before=feed(160, 1), options=_CLUSTERS),
+    "clustering, paged": Scenario(feed(1), before=feed(270, 1), options={**_CLUSTERS, **_PAGED}),
     "clustering, padded": Scenario(
         padded(1, slice(0, 11)),
         before=then(padded(160, slice(0, 11))),
-        options=_REGROUPS,
+        options=_CLUSTERS,
         after=padded(1, slice(0, 11)),
     ),
-    "clustering of what is shared": Scenario(feed(1), before=then(feed(100), _TO_BEAMS, feed(60)), options=_REGROUPS),
+    "clustering of what is shared": Scenario(feed(1), before=then(feed(100), _TO_BEAMS, feed(60)), options=_CLUSTERS),
     "clustered tokens turn to padding": Scenario(
-        padded(1, slice(30, 50)), before=feed(160, 1, 1), options=_REGROUPS, after=padded(1, slice(30, 50))
+        padded(1, slice(30, 50)), before=feed(160, 1, 1), options=_CLUSTERS, after=padded(1, slice(30, 50))
     ),
     "clustered, cropped": Scenario(
-        on_cache("crop", -70, removes=70), before=feed(160, 1, 1), options=_REGROUPS, forward=False
+        on_cache("crop", -70, removes=70), before=feed(160, 1, 1), options=_CLUSTERS, forward=False
     ),
-    "clustering, layer by layer": Scenario(layer_by_layer(feed(1)), before=feed(160, 1), options=_REGROUPS),
-    "clustering of int8 pages": Scenario(feed(1), before=feed(270, 1), options={**_REGROUPS, **_PAGED, **_INT8}),
-    "clustering behind a prompt": Scenario(feed(1), before=feed(160), options=_REGROUPS),
-    "second prompt, clustered": Scenario(feed(30), before=feed(160, 1, 1), options=_REGROUPS),
+    "clustering, layer by layer": Scenario(layer_by_layer(feed(1)), before=feed(160, 1), options=_CLUSTERS),
+    "clustering of int8 pages": Scenario(feed(1), before=feed(270, 1), options={**_CLUSTERS, **_PAGED, **_INT8}),
+    "clustering behind a prompt": Scenario(feed(1), before=feed(160), options=_CLUSTERS),
+    "second prompt, clustered": Scenario(feed(30), before=feed(160, 1, 1), options=_CLUSTERS),
     "int8 pages": Scenario(feed(30), before=feed(270, 1), options={**_PAGED, **_INT8}),
     "token that recodes pages": Scenario(feed(1), before=feed(255, 1), options={**_MOVES, **_INT8}, recodes=True),
     "padded batch, paged": Scenario(

@@ -175,7 +175,7 @@ def _poison(layer: SpinLayer) -> None:
     if store.device.type == "cuda":
         torch.cuda.synchronize()  # pages in host memory are read by kernels under way
     nan, length = float("nan"), sequences.length
-    complete, rows = length // store.page_size, store.pages(0, sequences.num_pages)[2]
+    complete, rows = length // store.page_size, store.rows(0, sequences.num_pages)
     pages = store.backing.take(rows)
     for part in store.backing_layout.split(pages):
         part[:, :, complete:, length % store.page_size :] = nan if part.is_floating_point() else 127

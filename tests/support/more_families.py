@@ -99,6 +99,9 @@ _ALTERNATING: dict[str, Any] = dict(num_hidden_layers=4, sliding_window=WINDOW, 
 _VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
 )
+_CLIP, _SIGLIP = (_VISION | {"model_type": f"{name}_vision_model"} for name in ("clip", "siglip"))
+_QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)
+_IMAGE_TOKENS = dict(image_token_id=IMAGE_TOKEN_ID, image_token_index=IMAGE_TOKEN_ID)
 _MROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 
 
@@ -161,55 +164,32 @@ _GENERATING: dict[str, Family] = {
     "solar_open": _amplified("SolarOpenConfig", _ALL_EXPERTS | dict(n_group=1, topk_group=1)),
     "aya_vision": _amplified(
         "AyaVisionConfig",
-        dict(
-            image_token_id=IMAGE_TOKEN_ID,
-            image_token_index=IMAGE_TOKEN_ID,
-            vision_config=_VISION | {"model_type": "siglip_vision_model"},
-        ),
+        dict(vision_config=_SIGLIP, **_IMAGE_TOKENS),
         text=dict(model_type="cohere2") | _ALTERNATING,
         image=1,
     ),
     "gemma3": _amplified(
         "Gemma3Config",
-        dict(
-            image_token_id=IMAGE_TOKEN_ID,
-            image_token_index=IMAGE_TOKEN_ID,
-            vision_config=_VISION,
-            mm_tokens_per_image=4,
-        ),
+        dict(vision_config=_VISION, mm_tokens_per_image=4, **_IMAGE_TOKENS),
         text=_ALTERNATING | dict(query_pre_attn_scalar=16),
         image=4,
     ),
     "idefics3": _amplified("Idefics3Config", dict(vision_config=_VISION), text=dict(model_type="llama")),
     "internvl": _amplified(
         "InternVLConfig",
-        dict(
-            image_token_id=IMAGE_TOKEN_ID,
-            image_token_index=IMAGE_TOKEN_ID,
-            image_seq_length=1,
-            vision_config=_VISION | dict(image_size=[16, 16], patch_size=[8, 8]),
-        ),
+        dict(vision_config=_VISION | dict(image_size=[16, 16], patch_size=[8, 8]), image_seq_length=1, **_IMAGE_TOKENS),
         text=dict(model_type="qwen2"),
         image=1,
     ),
     "llava": _amplified(
         "LlavaConfig",
-        dict(
-            image_token_id=IMAGE_TOKEN_ID,
-            image_token_index=IMAGE_TOKEN_ID,
-            vision_config=_VISION | {"model_type": "clip_vision_model"},
-        ),
+        dict(vision_config=_CLIP, **_IMAGE_TOKENS),
         text=dict(model_type="llama"),
         image=4,
     ),
     "mistral3": _amplified(
         "Mistral3Config",
-        dict(
-            image_token_id=IMAGE_TOKEN_ID,
-            image_token_index=IMAGE_TOKEN_ID,
-            spatial_merge_size=1,
-            vision_config=_VISION | {"model_type": "pixtral"},
-        ),
+        dict(vision_config=_VISION | {"model_type": "pixtral"}, spatial_merge_size=1, **_IMAGE_TOKENS),
         text=dict(model_type="mistral", sliding_window=None),
         image=4,
     ),
@@ -220,41 +200,23 @@ _GENERATING: dict[str, Family] = {
     ),
     "qwen2_5_vl": _amplified(
         "Qwen2_5_VLConfig",
-        dict(vision_config=dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)),
+        dict(vision_config=_QWEN_VISION),
         text=dict(rope_parameters=_MROPE),
     ),
     "qwen3_vl": _amplified(
         "Qwen3VLConfig",
-        dict(
-            vision_config=dict(
-                depth=1,
-                hidden_size=32,
-                intermediate_size=48,
-                num_heads=2,
-                out_hidden_size=64,
-                deepstack_visual_indexes=[0],
-            )
-        ),
+        dict(vision_config=_QWEN_VISION | dict(deepstack_visual_indexes=[0])),
         text=dict(rope_parameters=_MROPE | {"mrope_interleaved": True}),
     ),
     "qwen3_vl_moe": _amplified(
         "Qwen3VLMoeConfig",
-        dict(
-            vision_config=dict(
-                depth=1,
-                hidden_size=32,
-                intermediate_size=48,
-                num_heads=2,
-                out_hidden_size=64,
-                deepstack_visual_indexes=[0],
-            )
-        ),
+        dict(vision_config=_QWEN_VISION | dict(deepstack_visual_indexes=[0])),
         text=_ALL_EXPERTS | dict(rope_parameters=_MROPE | {"mrope_interleaved": True}),
     ),
     "smolvlm": _amplified("SmolVLMConfig", dict(vision_config=_VISION), text=dict(model_type="llama")),
     "glm4v": _amplified(
         "Glm4vConfig",
-        dict(vision_config=dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)),
+        dict(vision_config=_QWEN_VISION),
         text=dict(rope_parameters=_MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}),
     ),
     "got_ocr2": _amplified(
@@ -274,7 +236,7 @@ _GENERATING: dict[str, Family] = {
     ),
     "llava_next": _amplified(
         "LlavaNextConfig",
-        dict(vision_config=_VISION | {"model_type": "clip_vision_model"}),
+        dict(vision_config=_CLIP),
         text=dict(model_type="llama"),
     ),
     "gemma4": _amplified(
@@ -285,7 +247,7 @@ _GENERATING: dict[str, Family] = {
     "deepseek_vl": _amplified("DeepseekVLConfig", dict(vision_config=_VISION), text=dict(model_type="llama")),
     "cohere2_vision": _amplified(
         "Cohere2VisionConfig",
-        dict(vision_config=_VISION | {"model_type": "siglip_vision_model"}),
+        dict(vision_config=_SIGLIP),
         text=dict(model_type="cohere2") | _ALTERNATING,
     ),
 }

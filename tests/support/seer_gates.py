@@ -4,6 +4,7 @@ random_gates   writes the file and returns `SeerRules`
 rules_for      `Rules` with random gates for a tiny shape
 method_of      the method that reads the gates of such rules
 gates_for      the method with random gates for a model
+compare_above  single steps of pages above a threshold, against the oracle
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 
 from spin_hf import SeerAttention
 from spin_hf.attention.methods.seer_gates import Gates, LayerGate, describe
-from tests.support.cache_driver import Shape
+from tests.support.cache_driver import CacheDriver, Shape
+from tests.support.conversation import compare_with_oracle, random_pages, single_steps, without_near_ties
 from tests.support.oracle import Rules, SeerRules
 
 RULES = Rules(budget=64, num_sink_tokens=4, recent_window=10)
@@ -55,3 +57,19 @@ def gates_for(model: Any, folder: Path, **options: Any) -> SeerAttention:
     sizes = (config.num_hidden_layers, config.num_key_value_heads, group, 16)
     random_gates(config, *sizes, folder, **options)
     return SeerAttention(folder)
+
+
+def compare_above(threshold: float, stop: int, folder: Path) -> CacheDriver:
+    """Compare steps 400 to `stop` with the oracle, where fewer pages than the budget reach `threshold`."""
+    budget, drivers = 128, list[CacheDriver]()
+    rules = rules_for(Shape(), folder, replace(RULES, budget=budget))
+    assert rules.seer is not None
+    rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
+
+    def run(seed: int) -> None:
+        kv = random_pages(Shape(), 1, stop, seed)
+        drivers.append(compare_with_oracle(kv, rules, single_steps(400, stop), method=method_of(rules, folder)))
+
+    without_near_ties(run)
+    assert drivers[-1].cache.stats().attended_tokens < budget + 2 * 32  # two pages hold sinks and recent window
+    return drivers[-1]

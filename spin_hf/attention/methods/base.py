@@ -244,7 +244,7 @@ def check_recipe(method: Method) -> None:
         return
     for name in ("outliers_per_1024", "rerank_factor", "dense_layers"):
         require_count(f"{method.name}: recipe: {name}", getattr(recipe, name), 0, MOST_TOKENS)
-    for name in ("estimated_share", "threshold"):
+    for name in ("estimated_fraction", "threshold"):
         fraction = require_real(f"{method.name}: recipe: {name}", getattr(recipe, name), 0.0)
         if not 0.0 <= fraction <= 1.0:
             raise OptionError(

@@ -51,30 +51,30 @@ class RetroInfer(ClusteringMethod, Method):
     """Selects clusters of similar tokens by their mean key. The next best clusters are estimated, the rest is left out.
 
     Args:
-        estimated_share: fraction of the candidate pages to estimate, next to those that are read; 0 turns estimation off.
+        estimated_fraction: fraction of the candidate pages to estimate, next to those that are read; 0 turns estimation off.
         cluster_tokens: mean number of tokens per cluster, at most `span_tokens`.
     Raises:
         OptionTypeError, OptionError: not a number in [0, 1]; not an int of 8 or more.
     """
 
     name: ClassVar[str] = "retroinfer"
-    estimated_share: float = 0.232
+    estimated_fraction: float = 0.232
     cluster_tokens: int = 16
 
     def __post_init__(self) -> None:
-        fraction = require_real("estimated_share", self.estimated_share, 0.232)
+        fraction = require_real("estimated_fraction", self.estimated_fraction, 0.232)
         if not 0 <= fraction <= 1:
             raise OptionError(
-                f"estimated_share: expected a fraction of the pages in [0, 1], got {fraction}; pass estimated_share=0.232"
+                f"estimated_fraction: expected a fraction of the pages in [0, 1], got {fraction}; pass estimated_fraction=0.232"
             )
         tokens = require_tokens("cluster_tokens", self.cluster_tokens, self.page_size)
-        object.__setattr__(self, "estimated_share", fraction)
+        object.__setattr__(self, "estimated_fraction", fraction)
         object.__setattr__(self, "cluster_tokens", min(tokens, self.span_tokens))
 
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, except clustering and summaries."""
-        return KernelRecipe(Rating.SHARE, estimated_share=float(self.estimated_share))
+        return KernelRecipe(Rating.MEAN, estimated_fraction=float(self.estimated_fraction))
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -109,15 +109,15 @@ class RetroInfer(ClusteringMethod, Method):
         return torch.where(wanted & (scores.gather(2, pages) > float("-inf")), pages, -1)
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
-        """Pages that are not selected and whose score bin is among the best `budget + estimated_share` pages."""
-        if not self.estimated_share:
+        """Pages that are not selected and whose score bin is among the best `budget + estimated_fraction` pages."""
+        if not self.estimated_fraction:
             return None
         assert query.page_tokens is not None
         centroids, candidates = summary("centroid"), query.candidates.unsqueeze(1)
         scores = self._scores(query, centroids)
         bins = kernels.score_bins(scores - math.log(query.states.shape[2])).masked_fill(~candidates, NUM_BINS)
         count = query.candidates.sum(1)
-        wanted = query.budget_pages + (count.double() * self.estimated_share - 1e-9).ceil().long()
+        wanted = query.budget_pages + (count.double() * self.estimated_fraction - 1e-9).ceil().long()
         last = (wanted.minimum(count) - 1).clamp(min=0)[:, None, None].expand(-1, bins.shape[1], -1)
         chosen = (bins <= bins.sort(dim=2).values.gather(2, last)) & candidates
         selected = torch.zeros_like(bins).scatter_add_(2, pages.clamp(min=0), (pages >= 0).long())

@@ -216,7 +216,7 @@ def describe(config: Any) -> dict[str, Any]:
 
 def check_layer(
     shapes: Mapping[str, tuple[int, ...] | None], where: str, error: Callable[[str, str], Exception]
-) -> None:  # fmt: skip
+) -> None:
     """Raise `error(expected, got)` if the tensors of a layer have inconsistent shapes."""
     key, query, turned, own = (shapes[name] or () for name in TENSORS)
     fits = len(key) == 3 and len(query) == 4 and len(turned) == len(own) == 1 and min(*query, *own) > 0

@@ -14,23 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING,
-    FRAMES,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    POSITION,
-    SCALE_0,
-    SUMMARY_0,
-    SUMMARY_1,
-    from_int8,
-    page_rows,
-    rounded,
-    scale_addresses,
-    slots_of,
-    to_int8,
-    tokens_valid,
-    triton_dtype,
-)
+    BACKING, FRAMES, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, SCALE_0, SUMMARY_0, SUMMARY_1, from_int8, page_rows,
+    rounded, scale_addresses, slots_of, to_int8, tokens_valid, triton_dtype,
+)  # fmt: skip
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 
 _WARP_TOKENS = 8
@@ -88,18 +74,18 @@ def append_page(
     )
     row = tl.sum(page_rows(step, b, h, page + tl.zeros([1], tl.int64), tl.full([1], 1, tl.int1), H, SEGMENT), 0)
     table = tl.load(layer + BACKING).to(tl.pointer_type(tl.int64))
-    home_bytes: tl.constexpr = BACKING_BYTES if BACKING_BYTES else PAGE * (DK + DV) * item
-    home = tl.load(table + row // ROWS) + (row % ROWS) * home_bytes
+    backing_row_bytes: tl.constexpr = BACKING_BYTES if BACKING_BYTES else PAGE * (DK + DV) * item
+    backing = tl.load(table + row // ROWS) + (row % ROWS) * backing_row_bytes
     place_k = tl.arange(0, PAGE)[:, None] * DK + column_k[None, :]
     place_v = PAGE * DK + tl.arange(0, PAGE)[:, None] * DV + column_v[None, :]
-    kept: tl.constexpr = tl.int8 if BACKING_BYTES else dtype
-    pointer = tl.multiple_of(home.to(tl.pointer_type(kept)), 16)
+    stored: tl.constexpr = tl.int8 if BACKING_BYTES else dtype
+    pointer = tl.multiple_of(backing.to(tl.pointer_type(stored)), 16)
     if BACKING_BYTES:
         key_codes, key_scale = to_int8(keys)
         value_codes, value_scale = to_int8(values)
         tl.store(pointer + place_k, key_codes, mask=inside_k)
         tl.store(pointer + place_v, value_codes, mask=inside_v)
-        place = scale_addresses(home, PAGE, BACKING_BYTES) + tl.arange(0, PAGE)
+        place = scale_addresses(backing, PAGE, BACKING_BYTES) + tl.arange(0, PAGE)
         tl.store(place, key_scale, mask=new)
         tl.store(place + PAGE, value_scale, mask=new)
         keys = from_int8(key_codes, key_scale, dtype)

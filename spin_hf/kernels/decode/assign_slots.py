@@ -18,23 +18,9 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    CLOCK,
-    EVICTIONS,
-    HITS,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOAD,
-    LOADS,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    QUERIES,
-    SLOT_PAGE,
-    SLOT_STEP,
-    TOKENS,
-    VICTIMS,
-    count_valid,
-    slots_of,
-)
+    CLOCK, EVICTIONS, HITS, LIST_CAPACITY, LIST_PAGE, LOAD, LOADS, PAGE_SLOT, PAGE_SLOT_STRIDE, QUERIES, SLOT_PAGE,
+    SLOT_STEP, TOKENS, VICTIMS, count_valid, slots_of,
+)  # fmt: skip
 from ..reference import NUM_BUCKETS
 
 OLDEST = tl.constexpr(NUM_BUCKETS - 1)
@@ -56,9 +42,7 @@ def _age(slot_page, slot_step, slots, inside, clock):
 
 
 @triton.jit
-def _victims_from_hand(
-    slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr
-):  # fmt: skip
+def _victims_from_hand(slot_page, slot_step, victims, hand, origin, missing, num_slots, clock, SLOT_TILE: tl.constexpr):
     """List up to `missing` free or oldest slots from `origin` on, and move the hand past the last one. Returns their number."""
     origin = tl.where(origin < num_slots, origin, 0)
     found = tl.zeros([], tl.int32)

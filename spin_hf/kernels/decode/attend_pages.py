@@ -16,22 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING,
-    FRAMES,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOAD,
-    PAGE_SLOT,
-    PAGE_SLOT_STRIDE,
-    POSITION,
-    from_int8,
-    page_rows,
-    row_addresses,
-    scale_addresses,
-    slots_of,
-    tokens_valid,
-    triton_dtype,
-)
+    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, page_rows,
+    row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype,
+)  # fmt: skip
 from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 
 
@@ -70,7 +57,7 @@ def _tile_pages(shape: LaunchShape) -> int:
 
 @triton.jit
 def attend_kernel(
-    step, layer, query, out, sinks, list_count, parts, arrivals, query_index, num_queries,
+    step, layer, query, out, sinks, list_count, split_outputs, arrivals, query_index, num_queries,
     query_b, query_h, out_b, out_h, scale, softcap,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
@@ -85,7 +72,7 @@ def attend_kernel(
         list_count: written by `choose_kernel`.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator; read if SINKS.
-        parts: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]: split outputs. Scratch, but for the last ESTIMATED ones, which
+        split_outputs: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch, but for the last ESTIMATED ones, which
             `estimate_kernel` wrote.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
@@ -190,7 +177,7 @@ def attend_kernel(
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]
     # The lse is stored once per value, so the merge needs no exchange between threads.
-    mine = parts + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
+    mine = split_outputs + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
     inside = (group < G)[:, None] & (column_v < DV)[None, :]
     tl.store(mine, acc, mask=inside)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
@@ -199,22 +186,22 @@ def attend_kernel(
         tl.store(arrivals + bh, 0)
         heads = tl.arange(0, MERGED_G)[:, None]
         there = (heads < G) & (column_v < DV)[None, :]
-        outs = parts + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
+        outs = split_outputs + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
         top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
         many: tl.constexpr = 16 if ESTIMATED else 8
-        for part in tl.range(
+        for other in tl.range(
             0, SPLITS + ESTIMATED, loop_unroll_factor=many
         ):  # unrolled, so that the loads of several splits are in flight
-            lses = outs + (part * 2 + 1) * G * DV
+            lses = outs + (other * 2 + 1) * G * DV
             top = tl.maximum(top, tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg"))
         base = tl.where(top == float("-inf"), 0.0, top)
         denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
-        for part in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=many):
-            lses = outs + (part * 2 + 1) * G * DV
+        for other in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=many):
+            lses = outs + (other * 2 + 1) * G * DV
             weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
             denominator += weight
-            merged += weight * tl.load(outs + part * 2 * G * DV, mask=there, other=0.0, cache_modifier=".cg")
+            merged += weight * tl.load(outs + other * 2 * G * DV, mask=there, other=0.0, cache_modifier=".cg")
         if SINKS:
             logits = tl.load(sinks + h * G + heads, mask=heads < G, other=float("-inf")).to(tl.float32)
             denominator += tl.exp(logits - base)

@@ -17,31 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    CANDIDATES,
-    FIRST,
-    KEPT_COUNT,
-    KEPT_PAGE,
-    KEPT_SCORE,
-    LOGITS,
-    NUM_OUTLIERS,
-    NUM_SELECTED,
-    OUTLIER,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    SCORES,
-    STOP,
-    candidates,
-    log_tokens,
-    log_total,
-    score_bins,
-)
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES, Rating
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, CANDIDATES, FIRST, LOGITS, NUM_OUTLIERS, NUM_SELECTED, OUTLIER,
+    PAGE_CAPACITY, PLAN_FIELDS, SCORES, STOP, candidates, log_tokens, log_total, score_bins,
+)  # fmt: skip
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes
 from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
-SHARE = tl.constexpr(int(Rating.SHARE))
+MEAN = tl.constexpr(int(Rating.MEAN))
 BOUND = tl.constexpr(int(Rating.BOUND))
 
 
@@ -60,12 +45,12 @@ def bin_scores(
         buffers.histogram, layer.rerank_floors if reranks else layer.floors, layer.number, buffers.splits.score, query,
         *query.stride()[:2], buffers.basis, buffers.rotated, buffers.operands, buffers.factors,
         scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram, RATING=int(recipe.rating),
-        OUTLIERS=recipe.outliers_per_1024 > 0, EVERYTHING=recipe.estimates_zone, LISTED=not reranks,
+        OUTLIERS=recipe.outliers_per_1024 > 0, COUNT_ALL=recipe.estimates_zone, LISTED=not reranks,
         WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
         RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
-        PADDED=shape.padded, PART=PART_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
-        RUN=min(PART_PAGES, 32), num_warps=8,
+        PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
+        RUN=min(BIN_TILE_PAGES, 32), num_warps=8,
     )  # fmt: skip
 
 
@@ -73,11 +58,11 @@ def bin_scores(
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
     rerank_scale, second_histogram,
-    RATING: tl.constexpr, OUTLIERS: tl.constexpr, EVERYTHING: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    RATING: tl.constexpr, OUTLIERS: tl.constexpr, COUNT_ALL: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+    PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1) - PREPARED, ...
@@ -92,7 +77,7 @@ def rate_kernel(
         query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`; used if PREPARED.
         second_histogram: int32 [B * H, BINS]: zeroed if PREPARED.
         RATING: see `Rating`.
-        EVERYTHING: whether all candidates are counted; else only those in bins down to the floor.
+        COUNT_ALL: whether all candidates are counted; else only those in bins down to the floor.
         LISTED: whether bin lists are written; else pages are only scored and counted.
         WEIGHTED: whether a page's weight in the softmax is multiplied by its number of valid tokens.
         LEAST: log probability that a page must exceed to be a candidate, unless the budget covers all; 0 for no threshold.
@@ -115,9 +100,11 @@ def rate_kernel(
         logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
         scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
         stream = number.to(tl.int64) * tl.num_programs(0) + bh
-        kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-        kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-        kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+        bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+        bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+        bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(
+            capacity, BIN_TILE
+        )
         floor = tl.load(floors + bh)
         outlier = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream * capacity
         first = tl.load(row + FIRST)
@@ -126,16 +113,16 @@ def rate_kernel(
         num_outliers = tl.load(row + NUM_OUTLIERS)
         split = tl.arange(0, SPLITS)
         known = (split < num_splits)[None, :]
-        parts = tl.cdiv(stop, PART)
-        lane = tl.arange(0, PART)
-        for part in range(tl.program_id(1), parts, programs):
-            pages = (lane // RUN * parts + part) * RUN + lane % RUN
+        num_lists = tl.cdiv(stop, BIN_TILE)
+        lane = tl.arange(0, BIN_TILE)
+        for bin_list in range(tl.program_id(1), num_lists, programs):
+            pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
             inside = candidates(step, b, pages, first, stop, PAGE, PADDED)
-            best = tl.zeros([PART], tl.float32)
-            kept = inside
+            best = tl.zeros([BIN_TILE], tl.float32)
+            entering = inside
             if scored:
-                best = tl.full([PART], -3.0e38, tl.float32)
-                total = tl.zeros([PART], tl.float32)
+                best = tl.full([BIN_TILE], -3.0e38, tl.float32)
+                total = tl.zeros([BIN_TILE], tl.float32)
                 largest = tl.full([], float("-inf"), tl.float32)
                 smallest = tl.full([], float("-inf"), tl.float32)
                 for g in tl.static_range(0, G, HEADS):  # HEADS at once, which share the latency of a reduction
@@ -154,14 +141,14 @@ def rate_kernel(
                     each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
                     if RATING != BOUND:
                         each = tl.where(there, each - lse[:, None], float("-inf"))
-                    if RATING != SHARE:
+                    if RATING != MEAN:
                         best = tl.maximum(best, tl.max(each, 0))
                     else:  # `each` is at most about 0, so exp does not overflow
                         total += tl.sum(tl.exp(each), 0)
                 if RATING == BOUND:
                     width = tl.where(largest == float("-inf"), 1.0, tl.maximum(largest - smallest, 1e-20))
                     best = (best - tl.where(largest == float("-inf"), 0.0, largest)) * (30.0 / width)
-                elif RATING == SHARE:
+                elif RATING == MEAN:
                     best = tl.maximum(tl.log(total * (1.0 / G)), -3.0e38)
                     if WEIGHTED and PADDED:
                         best += log_tokens(step, b, pages, inside, PAGE, PADDED)
@@ -172,14 +159,16 @@ def rate_kernel(
                     marks = tl.load(outlier + pages, mask=inside & (num_outliers > 0), other=0)
                     best = tl.where(marks != 0, float("inf"), best)
                 bins = score_bins(best, BINS, PER_NAT)
-                kept = inside & (bins <= floor)
-                counted = inside if EVERYTHING else kept
-                tl.atomic_add(histogram + bh * BINS + bins, tl.full([PART], 1, tl.int32), mask=counted, sem="relaxed")
+                entering = inside & (bins <= floor)
+                counted = inside if COUNT_ALL else entering
+                tl.atomic_add(
+                    histogram + bh * BINS + bins, tl.full([BIN_TILE], 1, tl.int32), mask=counted, sem="relaxed"
+                )
             tl.store(scores + pages, tl.where(inside, best, float("-inf")), mask=pages < stop)
             if LISTED:
-                rank = tl.cumsum(kept.to(tl.int32), 0)
+                rank = tl.cumsum(entering.to(tl.int32), 0)
                 # By rank, then by list. The lists are about equally long, so few places stay empty.
-                place = (rank - 1) * parts + part
-                tl.store(kept_page + place, pages, mask=kept)
-                tl.store(kept_score + place, best, mask=kept)
-                tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+                place = (rank - 1) * num_lists + bin_list
+                tl.store(bin_list_page + place, pages, mask=entering)
+                tl.store(bin_list_score + place, best, mask=entering)
+                tl.store(bin_list_length + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)

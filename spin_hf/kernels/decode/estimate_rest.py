@@ -15,22 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    DIRECTORY,
-    DIRECTORY_STRIDE,
-    FIRST,
-    LOGITS,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    SCALE_1,
-    SCORES,
-    STOP,
-    SUMMARY_1,
-    log_tokens,
-    score_bins,
-    segment_vectors,
-    triton_dtype,
-)
+    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_1, SCORES, STOP,
+    SUMMARY_1, log_tokens, score_bins, segment_vectors, triton_dtype,
+)  # fmt: skip
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 from ..recipe import KernelRecipe
@@ -56,7 +43,7 @@ def estimate_rest(
 
 @triton.jit
 def estimate_kernel(
-    step, layer, plan, edges, parts, softcap,
+    step, layer, plan, edges, split_outputs, softcap,
     CAPPED: tl.constexpr, ZONE: tl.constexpr, QUANTIZED: tl.constexpr, SUMMARY: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
@@ -66,7 +53,7 @@ def estimate_kernel(
 
     Args:
         edges: int32 [B * H]: the last bin that is estimated, if ZONE.
-        parts: float32 [B * H, SPLITS + num_programs(1), 2, G, DV]: the split outputs of `attend_kernel`. Entry SPLITS + i is
+        split_outputs: float32 [B * H, SPLITS + num_programs(1), 2, G, DV], also given to `attend_kernel`. Entry SPLITS + i is
             written.
         SUMMARY: dtype of the mean values, unless they are QUANTIZED.
         RUNS: segments per tile.
@@ -128,8 +115,8 @@ def estimate_kernel(
             most = higher
     lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-37)[:, None]
-    part = bh * (SPLITS + tl.num_programs(1)) + SPLITS + split
-    mine = parts + (part * 2 * G + group)[:, None] * DV + column[None, :]
+    entry = bh * (SPLITS + tl.num_programs(1)) + SPLITS + split
+    mine = split_outputs + (entry * 2 * G + group)[:, None] * DV + column[None, :]
     there = (group < G)[:, None] & (column < DV)[None, :]
     tl.store(mine, acc, mask=there)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=there)

@@ -18,19 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    FIRST,
-    NUM_OUTLIERS,
-    OUTLIER,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    STOP,
-    SUMMARY_1,
-    candidates,
-    page_rows,
-    row_addresses,
-    sortable,
-    triton_dtype,
-)
+    FIRST, NUM_OUTLIERS, OUTLIER, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_1, candidates, page_rows, row_addresses,
+    sortable, triton_dtype,
+)  # fmt: skip
 from ..launch import Launch, LaunchShape
 
 NO_EDGE = tl.constexpr((1 << 62) - 1)

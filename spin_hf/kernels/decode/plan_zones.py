@@ -10,19 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    CANDIDATES,
-    FIRST,
-    LEADING,
-    NUM_OUTLIERS,
-    NUM_PAGES,
-    NUM_SELECTED,
-    OWN_POSITION,
-    PLAN_FIELDS,
-    POSITION,
-    SHARE,
-    STOP,
-    count_valid,
-)
+    BUDGET_FRACTION, CANDIDATES, FIRST, LEADING, NUM_OUTLIERS, NUM_PAGES, NUM_SELECTED, OWN_POSITION, PLAN_FIELDS,
+    POSITION, STOP, count_valid,
+)  # fmt: skip
 from ..launch import Launch
 
 
@@ -85,8 +75,8 @@ def plan_step_kernel(
     if BUDGET > 0:
         budget = held * 0 + BUDGET
     else:
-        share = tl.load(step + SHARE).to(tl.float64, bitcast=True)
-        exact = held.to(tl.float64) * share - 1e-9
+        fraction = tl.load(step + BUDGET_FRACTION).to(tl.float64, bitcast=True)
+        exact = held.to(tl.float64) * fraction - 1e-9
         whole = exact.to(tl.int32)
         budget = whole + (exact > whole.to(tl.float64)).to(tl.int32)
     if held <= tl.maximum(budget, DENSE_BELOW):

@@ -3,8 +3,8 @@
     edge       the last bin that is reranked: the bin in which RERANK_FACTOR times the budget ends
     rerank     log weight of each page down to the edge, and of the sink pages: log sum over its tokens of
                exp(scale * q . (mean + 4-bit key))
-               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to [logit, logit + EXCESS],
-               where logit is the one by the mean
+               LOGITS of these pages, for `estimate_kernel`: log weight - log(tokens), limited to
+               [logit, logit + MAX_CORRECTION], where logit is the one by the mean
     rate       score = log of the mean probability over the query heads, among all candidates and sinks; histogram
                pages that are not reranked count with their weight by the mean
 
@@ -19,26 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    FIRST,
-    KEPT_COUNT,
-    KEPT_PAGE,
-    KEPT_SCORE,
-    LOGITS,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    RERANK,
-    SCORES,
-    STOP,
-    SUMMARY_2,
-    SUMMARY_3,
-    candidates,
-    log_tokens,
-    page_rows,
-    row_addresses,
-    score_bins,
-)
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, RERANK,
+    SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, page_rows, row_addresses, score_bins,
+)  # fmt: skip
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
 from ..recipe import MAX_CORRECTION_NATS, KernelRecipe
 
@@ -56,19 +40,19 @@ def rerank_pages(
     programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
         "RERANK_FACTOR": recipe.rerank_factor, "H": shape.num_heads, "G": group, "RERANK_G": columns, "PAGE": shape.page_size,
-        "PADDED": shape.padded, "PART": PART_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
+        "PADDED": shape.padded, "BIN_TILE": BIN_TILE_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
     }  # fmt: skip
     launch(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
         plan, buffers.histogram, layer.rerank_floors, buffers.rerank_stats, DIGITS=digits, DK=shape.key_dim,
-        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(PART_PAGES, 32),
-        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes), EXCESS=MAX_CORRECTION_NATS,
-        num_stages=1, **common,
+        HALF=half, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, RUN=min(BIN_TILE_PAGES, 32),
+        TILE=max(1, _TILE_TOKENS // shape.page_size), ALIGNED=min(16, code_bytes & -code_bytes),
+        MAX_CORRECTION=MAX_CORRECTION_NATS, num_stages=1, **common,
     )  # fmt: skip
     launch(
         rate_rerank_kernel, (buffers.num_streams, programs), buffers.step, plan, buffers.histogram, layer.rerank_floors,
         buffers.rerank_histogram, buffers.factors, buffers.rerank_stats, programs, COUNTED=_COUNTED,
-        LOOKS=power_of_two(programs), TILE=256, **common,
+        SPLITS=power_of_two(programs), TILE=256, **common,
     )  # fmt: skip
 
 
@@ -77,9 +61,9 @@ def rerank_kernel(
     step, layer, operands, factors, plan, histogram, floors, rerank_stats,
     DIGITS: tl.constexpr, RERANK_FACTOR: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    EXCESS: tl.constexpr,
+    MAX_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) reranks some pages of one bin list, or the pages of several lists if these outnumber programs.
 
@@ -99,10 +83,10 @@ def rerank_kernel(
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    reranked = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     wanted = tl.load(row + NUM_SELECTED)
@@ -111,9 +95,9 @@ def rerank_kernel(
     goal = _goal(RERANK_FACTOR, wanted, stop - first)
     edge = tl.sum((upto < goal).to(tl.int32), 0)  # BINS if fewer than `goal` were counted
     if scored & (edge == BINS):
-        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, PART)
-    parts = tl.cdiv(stop, PART)
-    lane = tl.arange(0, PART)
+        edge = _edge(scores, tl.load(floors + bh), first, stop, goal, BINS, PER_NAT, BIN_TILE)
+    num_lists = tl.cdiv(stop, BIN_TILE)
+    lane = tl.arange(0, BIN_TILE)
     group = tl.arange(0, RERANK_G)
     copies: tl.constexpr = 2 if DIGITS else 1
     copy = tl.arange(0, copies * RERANK_G)
@@ -131,31 +115,33 @@ def rerank_kernel(
     total = tl.zeros([TILE, RERANK_G], tl.float32)
     before = tl.zeros([TILE, RERANK_G], tl.float32)
     # Programs per bin list; each writes the same list.
-    shares = tl.maximum(tl.num_programs(1) // tl.maximum(parts, 1), 1)
-    for turn in range(tl.program_id(1), parts * shares, tl.num_programs(1)):
-        part = turn % parts
-        pages = (lane // RUN * parts + part) * RUN + lane % RUN
+    shares = tl.maximum(tl.num_programs(1) // tl.maximum(num_lists, 1), 1)
+    for turn in range(tl.program_id(1), num_lists * shares, tl.num_programs(1)):
+        bin_list = turn % num_lists
+        pages = (lane // RUN * num_lists + bin_list) * RUN + lane % RUN
         score = tl.load(scores + pages, mask=(pages >= first) & (pages < stop), other=float("-inf"))
-        kept = score > float("-inf")
+        entering = score > float("-inf")
         if scored:
-            kept = kept & (score_bins(score, BINS, PER_NAT) <= edge)
-        rank = tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(kept_page + (rank - 1) * parts + part, pages, mask=kept)
-        tl.store(kept_count + part + 0 * lane, rank, mask=lane == PART - 1)
+            entering = entering & (score_bins(score, BINS, PER_NAT) <= edge)
+        rank = tl.cumsum(entering.to(tl.int32), 0)
+        tl.store(bin_list_page + (rank - 1) * num_lists + bin_list, pages, mask=entering)
+        tl.store(bin_list_length + bin_list + 0 * lane, rank, mask=lane == BIN_TILE - 1)
         count = tl.max(rank, 0)
         if scored:
-            if first > part * RUN:  # sink pages of this list go behind its candidates, past the stored length
+            if first > bin_list * RUN:  # sink pages of this list go behind its candidates, past the stored length
                 sink = candidates(step, b, pages, 0, first, PAGE, PADDED)
                 rank = tl.cumsum(sink.to(tl.int32), 0)
-                tl.store(kept_page + (count + rank - 1) * parts + part, pages, mask=sink)
+                tl.store(bin_list_page + (count + rank - 1) * num_lists + bin_list, pages, mask=sink)
                 count += tl.max(rank, 0)
             tl.debug_barrier()
-            for start in range(turn // parts * TILE, count, shares * TILE):
+            for start in range(turn // num_lists * TILE, count, shares * TILE):
                 ranks = start + tl.arange(0, TILE)
                 there = ranks < count
-                page = tl.load(kept_page + ranks * parts + part, mask=there, other=0)
+                page = tl.load(bin_list_page + ranks * num_lists + bin_list, mask=there, other=0)
                 token_there = start + place // PAGE < count
-                token_page = tl.load(kept_page + (start + place // PAGE) * parts + part, mask=token_there, other=0)
+                token_page = tl.load(
+                    bin_list_page + (start + place // PAGE) * num_lists + bin_list, mask=token_there, other=0
+                )
                 rows = page_rows(step, b, h, token_page, token_there, H, SEGMENT)
                 code_row = row_addresses(codes_table, rows, token_there, ROWS, PAGE * ((DK + 1) // 2))
                 scale_row = row_addresses(scale_table, rows, token_there, ROWS, PAGE * 2)
@@ -189,10 +175,10 @@ def rerank_kernel(
                 base = tl.where(largest == float("-inf"), 0.0, largest)
                 fine = coarse + base + tl.log(tl.sum(tl.exp(of_tokens - base[:, None, :]), 1))
                 fine = tl.where(inside, fine, float("-inf"))
-                spot = ranks * parts + part
-                tl.store(closer + group[None, :] * capacity + spot[:, None], fine, mask=inside)
+                spot = ranks * num_lists + bin_list
+                tl.store(reranked + group[None, :] * capacity + spot[:, None], fine, mask=inside)
                 tokens = log_tokens(step, b, page, there, PAGE, PADDED)[:, None]
-                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), EXCESS)
+                counted = coarse + tl.minimum(tl.maximum(fine - tokens - coarse, 0.0), MAX_CORRECTION)
                 tl.store(logits + group[None, :] * capacity + page[:, None], counted, mask=inside)
                 weighed = coarse
                 if PADDED:  # without padding all pages have equally many tokens
@@ -239,9 +225,9 @@ def _edge(scores, floor, first, stop, goal, BINS: tl.constexpr, PER_NAT: tl.cons
 
 @triton.jit
 def rate_rerank_kernel(
-    step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_looks,
+    step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_splits,
     RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
-    LOOKS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
@@ -253,20 +239,20 @@ def rate_rerank_kernel(
             counted. Written.
         histogram: int32 [B * H, BINS]: zeroed by `rate_kernel`. Added to, unless the budget covers all candidates.
         factors: written by `prepare_queries`.
-        rerank_stats: written by `num_looks` programs of `rerank_kernel`; LOOKS is num_looks rounded up to a power of two.
+        rerank_stats: written by `num_splits` programs of `rerank_kernel`; SPLITS is num_splits rounded up to a power of two.
         TILE: pages of a bin list per tile.
     """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
-    closer = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    reranked = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
     scored = tl.load(row + NUM_SELECTED) < stop - first
-    parts = tl.cdiv(stop, PART)
+    num_lists = tl.cdiv(stop, BIN_TILE)
     group = tl.arange(0, RERANK_G)
     lane = tl.arange(0, TILE)
     lse = tl.zeros([RERANK_G], tl.float32)
@@ -277,9 +263,9 @@ def rate_rerank_kernel(
         floor = tl.minimum(enough, tl.load(floors + bh) + 1)
         tl.store(floors + bh, tl.where(tl.max(upto, 0) < goal, BINS, floor))
     if scored:
-        looks = tl.arange(0, LOOKS)
-        place = rerank_stats + (bh * num_looks + looks)[None, :] * 3 * RERANK_G + group[:, None]
-        known = (looks < num_looks)[None, :]
+        split = tl.arange(0, SPLITS)
+        place = rerank_stats + (bh * num_splits + split)[None, :] * 3 * RERANK_G + group[:, None]
+        known = (split < num_splits)[None, :]
         most = tl.load(place, mask=known, other=float("-inf"))
         sums = tl.load(place + RERANK_G, mask=known, other=0.0)
         share = tl.sum(tl.load(place + 2 * RERANK_G, mask=known, other=0.0), 1)
@@ -291,18 +277,18 @@ def rate_rerank_kernel(
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         rest = tl.maximum(1.0 - share, 0.0) * tl.exp(old - shift)
         lse = shift + tl.log(rest + tl.sum(sums * tl.exp(most - shift[:, None]), 1))
-    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
-        count = tl.load(kept_count + part)
+    for bin_list in range(tl.program_id(1), num_lists, tl.num_programs(1)):
+        count = tl.load(bin_list_length + bin_list)
         for start in range(0, count, TILE):
             ranks = start + lane
             there = ranks < count
-            spot = ranks * parts + part
+            spot = ranks * num_lists + bin_list
             score = tl.zeros([TILE], tl.float32)
             if scored:
                 inside = there[:, None] & (group < G)[None, :]
-                fine = tl.load(closer + group[None, :] * capacity + spot[:, None], mask=inside, other=float("-inf"))
+                fine = tl.load(reranked + group[None, :] * capacity + spot[:, None], mask=inside, other=float("-inf"))
                 shares = tl.where(inside, tl.exp(fine - lse[None, :]), 0.0)
                 score = tl.maximum(tl.log(tl.sum(shares, 1) * (1.0 / G)), -3.0e38)
                 bins = score_bins(score, BINS, PER_NAT)
                 tl.atomic_add(histogram + bh * BINS + bins, tl.full([TILE], 1, tl.int32), mask=there, sem="relaxed")
-            tl.store(kept_score + spot, score, mask=there)
+            tl.store(bin_list_score + spot, score, mask=there)

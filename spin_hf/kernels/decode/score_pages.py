@@ -15,25 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    DIRECTORY,
-    DIRECTORY_STRIDE,
-    FIRST,
-    LOGITS,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    POSITION,
-    SCALE_0,
-    SCALE_1,
-    STOP,
-    SUMMARY_0,
-    SUMMARY_1,
-    candidates,
-    digits,
-    log_tokens,
-    segment_vectors,
-    triton_dtype,
-)
+    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCALE_0, SCALE_1,
+    STOP, SUMMARY_0, SUMMARY_1, candidates, digits, log_tokens, segment_vectors, triton_dtype,
+)  # fmt: skip
 from ..descriptor_fields import NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns
 from ..recipe import KernelRecipe

@@ -15,27 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    FIRST,
-    KEPT_COUNT,
-    KEPT_PAGE,
-    KEPT_SCORE,
-    LEADING,
-    LIST_CAPACITY,
-    LIST_PAGE,
-    LOGITS,
-    NUM_PAGES,
-    NUM_SELECTED,
-    PAGE_CAPACITY,
-    PLAN_FIELDS,
-    POSITION,
-    SCORES,
-    STOP,
-    TIED,
-    count_valid,
-    score_bins,
-    sortable,
-)
-from ..descriptor_fields import BINS_PER_NAT, NUM_BINS, PART_PAGES
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES,
+    NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, score_bins, sortable,
+)  # fmt: skip
+from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
 from ..recipe import KernelRecipe
 from .assign_slots import retrieve
@@ -48,12 +31,12 @@ _SELECT_TILE, _SELECT_WARPS, _FEW_TIED, _FEW_TILE = 1024, 8, 64, 64
 """Pages per tile; warps; pages of the boundary bin that are ranked pairwise, and how many at a time."""
 _RERANKED_TILE, _RERANKED_WARPS, _RERANKED_TIED, _RERANKED_FEW_TILE = 4096, 16, 512, 32
 """The same after reranking, where the bin lists are much longer."""
-_TILE_PARTS, _TIED_TILE = 128, 512
+_TILE_LISTS, _TIED_TILE = 128, 512
 """Bin lists per tile; pages of the boundary bin per tile of the search."""
 _LIST_TILE, _HAND_TILE, _SLOT_TILE = 512, 512, 2048
 """Pages of the page list per tile (twice as many for long lists); slots per tile of the clock hand, and of a full scan."""
-_KEPT = 3
-"""Candidates kept per selected page. The floor is set from the last step's histogram to give about this many."""
+_FLOOR_FACTOR = 3
+"""Candidates in the bin lists per selected page. The floor is set from the last step's histogram to give about this many."""
 
 
 def select_pages(
@@ -75,8 +58,8 @@ def select_pages(
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
         layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
         ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
-        PAGE=shape.page_size, PADDED=shape.padded, PART=PART_PAGES, PARTS=_TILE_PARTS, BINS=NUM_BINS, PER_NAT=BINS_PER_NAT,
-        KEPT=_KEPT, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
+        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS,
+        PER_NAT=BINS_PER_NAT, FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
         LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
         num_warps=warps,
     )  # fmt: skip
@@ -86,8 +69,8 @@ def select_pages(
 def choose_kernel(
     step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
-    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
+    LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -101,10 +84,10 @@ def choose_kernel(
         ESTIMATES: whether `estimate_kernel` follows. The logits of listed pages are then set to -infinity.
         COMPLETE: whether the bin lists hold every page that may be selected, whatever its score.
         COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
-        PARTS: bin lists per tile, when their lengths are read.
+        LISTS: bin lists per tile, when their lengths are read.
         FEW: up to this many tied pages are ranked pairwise, against FEW_TILE at a time.
-        KEPT: the floor is set from this step's histogram to give KEPT times the selected pages. It grows by at most one bin
-            per step, or by any number after a step whose bin lists had too few pages.
+        FLOOR_FACTOR: the floor is set from this step's histogram to give FLOOR_FACTOR times the selected pages. It grows by
+            at most one bin per step, or by any number after a step whose bin lists had too few pages.
         floors: int32 [B, H]: the last bin that enters the bin lists at the next step. Written.
     """
     bh = tl.program_id(0)
@@ -117,9 +100,9 @@ def choose_kernel(
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
     capacity = tl.load(step + PAGE_CAPACITY)
     scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_page = tl.load(step + KEPT_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    kept_score = tl.load(step + KEPT_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    kept_count = tl.load(step + KEPT_COUNT).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, PART)
+    bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
+    bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
+    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
     tied = tl.load(step + TIED).to(tl.pointer_type(tl.int64)) + bh.to(tl.int64) * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
@@ -148,7 +131,7 @@ def choose_kernel(
     needed = tl.zeros([], tl.int32)
     too_few = wanted < 0
     if wanted < stop - first:
-        boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
+        boundary, needed, enough = _boundary(counts, wanted, BINS, FLOOR_FACTOR)
         too_few = boundary == BINS  # fewer than `wanted` pages were counted
         if COMPLETE:
             too_few = wanted < 0
@@ -163,7 +146,7 @@ def choose_kernel(
             tl.debug_barrier()
             counts = tl.load(histogram + bh * BINS + bins, cache_modifier=".cg")  # from L2, where the atomics are done
             tl.debug_barrier()
-            boundary, needed, enough = _boundary(counts, wanted, BINS, KEPT)
+            boundary, needed, enough = _boundary(counts, wanted, BINS, FLOOR_FACTOR)
         tl.store(floors + bh, tl.where(too_few, enough, tl.minimum(enough, floor + 1)))
     num_tied = tl.zeros([], tl.int32)
     if too_few:
@@ -171,18 +154,18 @@ def choose_kernel(
             pages, score, inside = _all_pages(scores, start, first, stop, TILE)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     else:
-        parts = tl.cdiv(stop, PART)
+        num_lists = tl.cdiv(stop, BIN_TILE)
         most = tl.zeros([], tl.int32)
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)
-            most = tl.maximum(most, tl.max(tl.load(kept_count + part, mask=part < parts, other=0), 0))
-        places = most * parts
+        for start in range(0, num_lists, LISTS):
+            bin_list = start + tl.arange(0, LISTS)
+            most = tl.maximum(most, tl.max(tl.load(bin_list_length + bin_list, mask=bin_list < num_lists, other=0), 0))
+        places = most * num_lists
         for start in range(0, places, TILE):
             place = start + tl.arange(0, TILE)
-            held = tl.load(kept_count + place % parts, mask=place < places, other=0)
-            inside = place // parts < held
-            pages = tl.load(kept_page + place, mask=inside, other=0)
-            score = tl.load(kept_score + place, mask=inside, other=0.0)
+            held = tl.load(bin_list_length + place % num_lists, mask=place < places, other=0)
+            inside = place // num_lists < held
+            pages = tl.load(bin_list_page + place, mask=inside, other=0)
+            score = tl.load(bin_list_score + place, mask=inside, other=0.0)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     if ZONE:
         upto = tl.cumsum(counts, 0)
@@ -211,14 +194,14 @@ def choose_kernel(
 
 
 @triton.jit
-def _boundary(counts, wanted, BINS: tl.constexpr, KEPT: tl.constexpr):
-    """The bin of the last of the `wanted` pages, the pages needed of that bin, and the bin in which KEPT * wanted pages end.
+def _boundary(counts, wanted, BINS: tl.constexpr, FLOOR_FACTOR: tl.constexpr):
+    """The bin in which `wanted` pages end, the pages needed of that bin, and the bin in which FLOOR_FACTOR * wanted pages end.
 
     A bin is BINS if fewer pages were counted.
     """
     upto = tl.cumsum(counts, 0)
     below = tl.sum(
-        (upto < wanted).to(tl.int32) + ((upto < KEPT * wanted).to(tl.int32) << 16), 0
+        (upto < wanted).to(tl.int32) + ((upto < FLOOR_FACTOR * wanted).to(tl.int32) << 16), 0
     )  # both sums in one reduction
     needed = wanted - tl.max(tl.where(upto < wanted, upto, 0), 0)
     return below & 0xFFFF, needed, below >> 16
@@ -233,9 +216,7 @@ def _all_pages(scores, start, first, stop, TILE: tl.constexpr):
 
 
 @triton.jit
-def _sort_out(
-    listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr
-):  # fmt: skip
+def _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS: tl.constexpr, PER_NAT: tl.constexpr):
     """Append pages of better bins to the list and pages of the boundary bin to `tied`. Returns both new lengths."""
     bin_of = score_bins(score, BINS, PER_NAT)
     better = inside & (bin_of < boundary)

@@ -61,7 +61,7 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
             axes = along.new_empty((rows, nodes, dim))
             launch(
                 gram_kernel, (chunks, rows), points, order, grams, count, CHUNK=_CHUNK, TILE=_TILE, num_warps=8, **shape
-            )  # fmt: skip
+            )
             launch(
                 axis_kernel, (nodes, rows), grams, axes, count, size, CHUNK=_CHUNK, DTYPE=triton_dtype(points.dtype),
                 num_warps=8, **shape,
@@ -174,9 +174,8 @@ def _store_halves(order, out, first, along, there, half, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def gram_kernel(
-    points, order, grams, count,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    points, order, grams, count, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
+):
     """Program (chunk, row) sums the products of CHUNK points.
 
     Args:
@@ -196,9 +195,8 @@ def gram_kernel(
 
 @triton.jit(do_not_specialize=["count", "size"])
 def axis_kernel(
-    grams, axes, count, size,
-    CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    grams, axes, count, size, CHUNK: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Program (node, row) writes `axes`, float32 [R, nodes, D], from the `grams` of `gram_kernel`."""
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -218,10 +216,7 @@ def axis_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "size"])
-def along_kernel(
-    points, order, axes, along, count, size,
-    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def along_kernel(points, order, axes, along, count, size, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Program (tile, row) writes `along`, float32 [R, count]: the projection of each point onto the axis of its node."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1).to(tl.int64)
@@ -247,7 +242,7 @@ def halve_kernel(order, along, out, count, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def halve_part_kernel(
     points, order, along, out, count, SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+):
     """Program (node, row) splits one node. Writes `out`, int32 [R, count]; `along`, float32 [R, count], is scratch."""
     first = tl.program_id(0) * SIZE
     row = tl.program_id(1).to(tl.int64)

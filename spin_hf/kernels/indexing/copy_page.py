@@ -58,11 +58,11 @@ def copy_page_kernel(
     pages = page + tl.zeros([1], tl.int64)
     row = page_rows(step, (bh // H).to(tl.int64), (bh % H).to(tl.int64), pages, pages >= 0, H, SEGMENT)
     address = tl.sum(row_addresses(tl.load(layer + field), row, row >= 0, ROWS, ROW_BYTES), 0)
-    kept = address.to(tl.pointer_type(tl.uint8))
+    stored = address.to(tl.pointer_type(tl.uint8))
     for start in tl.static_range(0, ROW_BYTES, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         inside = offset < ROW_BYTES
         if PUT:
-            tl.store(kept + offset, tl.load(packed + place * ROW_BYTES + offset, mask=inside), mask=inside)
+            tl.store(stored + offset, tl.load(packed + place * ROW_BYTES + offset, mask=inside), mask=inside)
         else:
-            tl.store(packed + place * ROW_BYTES + offset, tl.load(kept + offset, mask=inside), mask=inside)
+            tl.store(packed + place * ROW_BYTES + offset, tl.load(stored + offset, mask=inside), mask=inside)

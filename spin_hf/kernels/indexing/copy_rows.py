@@ -18,7 +18,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 def rows_copier(
     tables: list[Tensor], rows_per_chunk: int, rows: Tensor, packed: Tensor, put: bool
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """Return a function that copies the same rows of several arrays to `packed`, or from it with `put`.
 
     The function allocates no memory.
@@ -61,14 +61,14 @@ def copy_rows_kernel(
     if MANY:
         table = tl.load(tables + array).to(tl.pointer_type(tl.int64))
     index = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    asked = index < count
-    row = tl.load(rows + index, mask=asked, other=0)
-    chunk = tl.load(table + row // rows_per_chunk, mask=asked, other=0).to(tl.pointer_type(packed.dtype.element_ty))
+    requested = index < count
+    row = tl.load(rows + index, mask=requested, other=0)
+    chunk = tl.load(table + row // rows_per_chunk, mask=requested, other=0).to(tl.pointer_type(packed.dtype.element_ty))
     there = chunk + (row % rows_per_chunk) * words
     here = packed + (array * count + index) * words
     for first in range(0, words, TILE_WORDS):
         word = first + tl.arange(0, TILE_WORDS)
-        inside = asked[:, None] & (word < words)[None, :]
+        inside = requested[:, None] & (word < words)[None, :]
         if PUT:
             tl.store(there[:, None] + word[None, :], tl.load(here[:, None] + word[None, :], mask=inside), mask=inside)
         else:

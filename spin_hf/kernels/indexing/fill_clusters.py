@@ -41,15 +41,14 @@ def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
     tile = max(1, 4096 // triton.next_power_of_2(dim))
     with torch.cuda.device_of(keys):
         unit_vectors_kernel[(spans * heads, triton.cdiv(count, tile))](
-            keys, mean, points, count, heads, *keys.stride()[:3],
-            D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile,
-        )  # fmt: skip
+            keys, mean, points, count, heads, *keys.stride()[:3], D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile
+        )
     return points
 
 
 def fill_clusters(
     points: Tensor, rounds: Sequence[int], cluster_tokens: int, page_size: int, likeness_steps: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """As `reference_clustering.fill_clusters`.
 
     Args:
@@ -126,7 +125,7 @@ def _tiles(tensor_cores: bool, dim: int) -> tuple[dict[str, int], dict[str, int]
 @triton.jit(do_not_specialize=["length", "most"])
 def plan_kernel(
     sizes, done, next_done, tables, pages, length, most, PAGE: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
-):  # fmt: skip
+):
     """Program r finds where the clusters of row r begin, and which pages they get.
 
     Args:

@@ -44,7 +44,7 @@ def unit_vectors_kernel(
 @triton.jit
 def load_points(
     points, tokens, row, place, there, length, count, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr
-):  # fmt: skip
+):
     """Points [places, BLOCK_D] of a row; zeros where `there` is False."""
     token = place
     if LISTED:

@@ -16,7 +16,7 @@ from torch import Tensor
 _TILE = 32
 
 
-def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
+def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tuple[int, int], ...]) -> Tensor:
     """As `reference.move_tokens`."""
     content, order = content.contiguous(), order.contiguous()
     moved = torch.empty_like(content)
@@ -24,7 +24,7 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, parts: tuple[tup
     if not moved.numel():
         return moved
     with torch.cuda.device_of(content):
-        for first, width in parts:
+        for first, width in fields:
             move_tokens_kernel[(triton.cdiv(count, _TILE), rows)](
                 content, order, moved, count, FIRST=first, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
                 PAGE=page_size, ELEMENTS=content.shape[3], TILE=_TILE,

@@ -79,9 +79,7 @@ def tiling(dim: int, itemsize: int, room: int) -> tuple[int, int] | None:
 
 
 @triton.jit(do_not_specialize=["count"])
-def quantize_kernel(
-    rows, values, scale, count, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def quantize_kernel(rows, values, scale, count, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
     """Program i quantizes TILE of the `rows`, float32 [count, D], to `values`, int8, and `scale`, float32 [count]."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)

@@ -65,7 +65,7 @@ def basis_of(dim: int) -> np.ndarray:
     return four_bit_keys.rotate(torch.eye(dim)).double().numpy()
 
 
-@functools.lru_cache(1 << 14)  # most pages are looked at by many queries
+@functools.lru_cache(1 << 14)  # most pages are rated by many queries
 def page_of(contents: bytes, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the keys of a page: their mean in eight bits [D], and the keys in four bits around it [n, D]."""
     keys = np.frombuffer(contents).reshape(-1, dim)
@@ -223,15 +223,15 @@ def test_points() -> None:
     """Keys, and log(1 + n * weight) for each query, spread as much: by loops over float64."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn((2, 3, 40, 6), generator=generator) * 2 + 1
-    asked = torch.randn((2, 3, 2, 5, 6), generator=generator)
-    points = as_points(keys, asked)
+    observed = torch.randn((2, 3, 2, 5, 6), generator=generator)
+    points = as_points(keys, observed)
     assert points.shape == (2, 3, 40, 11)
     assert torch.equal(points[..., :6], keys)
     for s in range(2):
         for h in range(3):
             k = keys[s, h].double().numpy()
             wanted = np.zeros((40, 5))
-            for queries in asked[s, h].double().numpy():
+            for queries in observed[s, h].double().numpy():
                 weights = np.exp(k @ queries.T)
                 wanted += weights / weights.sum(0) / 2
             wanted = np.log(1 + 40 * wanted)
@@ -246,8 +246,8 @@ def test_points_of_long_keys(dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     keys = torch.randn((1, 2, 64, dim), generator=generator)
     keys[..., [3, 50]] *= 30
-    asked = torch.randn((1, 2, 4, 32, dim), generator=generator) / dim
-    alone, both = as_points(keys, None), as_points(keys, asked)
+    observed = torch.randn((1, 2, 4, 32, dim), generator=generator) / dim
+    alone, both = as_points(keys, None), as_points(keys, observed)
     assert alone.shape[3] == min(dim, POINT_DIM)
     assert both.shape[3] == POINT_DIM
     exact = torch.cdist(keys, keys)
@@ -265,13 +265,13 @@ def test_what_is_wanted_together_lies_together() -> None:
     wanted = torch.randperm(512, generator=generator)[:16]
     keys[..., 5] *= 0.1
     keys[0, 0, wanted] += direction
-    asked = 8 * direction.expand(1, 1, 2, 32, 32) + 0.1 * torch.randn((1, 1, 2, 32, 32), generator=generator)
+    observed = 8 * direction.expand(1, 1, 2, 32, 32) + 0.1 * torch.randn((1, 1, 2, 32, 32), generator=generator)
 
-    def pages_with_wanted(asked: torch.Tensor | None) -> int:
-        order = Bisection().form_clusters(keys, asked).order[0, 0].view(-1, 4)
+    def pages_with_wanted(observed: torch.Tensor | None) -> int:
+        order = Bisection().form_clusters(keys, observed).order[0, 0].view(-1, 4)
         return int(torch.isin(order, wanted).any(1).sum())
 
-    assert pages_with_wanted(asked) <= 4
+    assert pages_with_wanted(observed) <= 4
     assert pages_with_wanted(None) >= 9
 
 

@@ -67,7 +67,9 @@ def expect(rules: Rules, method: RetroInfer, head: Head, query: np.ndarray, at: 
         if 0 < len(chosen) < len(order) and 0 < score[chosen[-1]] - score[order[len(chosen)]] < MARGIN:
             raise NearTieError("pages")
         exact += [token for page in chosen for token in zones.held[page]]
-        zone = zone_of({page: math.log(len(query)) - score[page] for page in row}, zones.room, method.estimated_share)
+        zone = zone_of(
+            {page: math.log(len(query)) - score[page] for page in row}, zones.room, method.estimated_fraction
+        )
         estimated = [(len(zones.held[page]), *row[page]) for page in zone if page not in chosen]
     sinks = [None] * len(query) if sinks is None else sinks
     return np.array([softmax_over(rules, head, q, exact, estimated, s) for q, s in zip(query, sinks, strict=True)])
@@ -98,7 +100,9 @@ def zone_of(depth: dict[int, float], room: int, share: float) -> list[int]:
 def test_choice_and_estimate(group: int, share: float) -> None:
     def run(seed: int) -> None:
         kv = random_pages(Shape(layers=2, kv_heads=2, group=group, value_dim=6), 2, 190, seed)
-        driver = compare_with_clustered_oracle(expect, Small(estimated_share=share), kv, RULES, single_steps(180, 190))
+        driver = compare_with_clustered_oracle(
+            expect, Small(estimated_fraction=share), kv, RULES, single_steps(180, 190)
+        )
         assert len(span_ends(driver)) == 2
         assert driver.cache.stats().attended_tokens < 60
 
@@ -220,7 +224,7 @@ def test_int8_summaries_estimate_nearly_the_same() -> None:
     outputs = []
     for dtype in ("model", "int8"):
         driver = CacheDriver(
-            kv.shape, method=Small(estimated_share=1.0), budget=80, recent_window=10, summary_dtype=dtype
+            kv.shape, method=Small(estimated_fraction=1.0), budget=80, recent_window=10, summary_dtype=dtype
         )
         driver.step(kv, 0, 199)
         outputs.append(driver.step(kv, 199, 200)[0])
@@ -240,7 +244,7 @@ def test_the_estimate_brings_the_output_nearer() -> None:
     for share in (0.0, 0.232, 1.0):
         outputs = []
         for budget in (32, 1000):
-            driver = CacheDriver(shape, method=Whole(estimated_share=share), budget=budget, recent_window=10)
+            driver = CacheDriver(shape, method=Whole(estimated_fraction=share), budget=budget, recent_window=10)
             with torch.no_grad():
                 driver.step(kv, 0, 400)
                 outputs.append(driver.step(kv, 400, 401)[0])
@@ -345,8 +349,8 @@ def test_hopeless_points_end_up_on_pages(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (dict(estimated_share=1.5), OptionError), (dict(estimated_share=-0.1), OptionError),
-        (dict(estimated_share="all"), OptionTypeError), (dict(estimated_share=True), OptionTypeError),
+        (dict(estimated_fraction=1.5), OptionError), (dict(estimated_fraction=-0.1), OptionError),
+        (dict(estimated_fraction="all"), OptionTypeError), (dict(estimated_fraction=True), OptionTypeError),
         (dict(cluster_tokens=4), OptionError), (dict(cluster_tokens=16.0), OptionTypeError),
         (dict(cluster_tokens=True), OptionTypeError),
     ],

@@ -17,7 +17,7 @@ from spin_hf.attention.methods.seer_gate_file import load_gates
 from spin_hf.attention.methods.seer_gates import Gates, LayerGate, describe
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.conversation import compare_with_oracle, random_pages, single_steps, without_near_ties
-from tests.support.seer_gates import RULES, gates_for, method_of, rules_for
+from tests.support.seer_gates import RULES, compare_above, gates_for, method_of, rules_for
 from tests.support.zoo import build_model
 
 
@@ -101,18 +101,7 @@ def test_paged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threshold", [0.02, 0.2])
 def test_threshold(threshold: float, tmp_path: Path) -> None:
-    rules = rules_for(Shape(), tmp_path, replace(RULES, budget=128))
-    assert rules.seer is not None
-    rules = replace(rules, seer=replace(rules.seer, threshold=threshold))
-    counts = []
-
-    def run(seed: int) -> None:
-        kv = random_pages(Shape(), 1, 410, seed)
-        driver = compare_with_oracle(kv, rules, single_steps(400, 410), method=method_of(rules, tmp_path))
-        counts.append(driver.cache.stats().attended_tokens)
-
-    without_near_ties(run)
-    assert counts[-1] < 128 + 2 * 32  # what the budget alone would be, beside sinks and recent window
+    compare_above(threshold, 410, tmp_path)
 
 
 def test_crop_and_append_again(tmp_path: Path) -> None:
