@@ -71,8 +71,7 @@ class SpinCache(Cache):
             value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, also of its copy on the GPU,
             then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
             all pages fit the compute tier. A forward attends to its own keys and values unquantized.
-        prefill_chunk_size: tokens per sequence of a prompt that are read at a time, which bounds the memory of activations;
-            "auto" by what fits the device, None for whole prompts. The result is the same.
+        prefill_chunk_size: tokens of a prompt that are read at a time; "auto" by free memory, None for all. Same result.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.

@@ -28,6 +28,7 @@ from .kernels.descriptor_fields import StepField
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
 from .state import CacheState, Phase
+from .storage.token_log import TokenLog
 from .transaction import finished
 
 
@@ -190,7 +191,7 @@ class ForwardPass:
         state.sequences.clear()
         state.visible_length.zero_()
         self._end()
-        state.committed = 0
+        state.committed, state.tokens = 0, TokenLog()
         for layer in state.layers:
             layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, 0
 
@@ -214,6 +215,7 @@ class ForwardPass:
                 None if layer.observation_queries is None else layer.observation_queries[rows] for layer in state.layers
             ]
             state.sequences.select(rows)
+            state.tokens = state.tokens.selected(rows)
             for layer, queries in zip(state.layers, selected, strict=True):
                 layer.observation_queries = queries
 

@@ -34,6 +34,7 @@ from .inference_mode import outside_inference_mode
 from .kernels.descriptor_fields import MAX_QUERIES
 from .storage.page_store import PageStore
 from .storage.page_table import PageTable
+from .storage.token_log import TokenLog
 
 
 class Phase(enum.Enum):
@@ -100,6 +101,7 @@ class CacheState:
         visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
+        tokens: their ids, as far as they are known.
         phase: of the current forward.
         reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
@@ -117,6 +119,7 @@ class CacheState:
     visible_length: Tensor = field(default_factory=outside_inference_mode(lambda: torch.zeros((), dtype=torch.int64)))
     captured_length: Tensor | None = None
     committed: int = 0
+    tokens: TokenLog = field(default_factory=TokenLog)
     phase: Phase = Phase.IDLE
     reads_prompt: bool = False
     pending: Any = None

@@ -29,6 +29,7 @@ class _Snapshot:
 
     def __init__(self, state: CacheState, unpaged: list[Any]) -> None:
         self.state, self.committed, self.tables = state, state.committed, state.sequences.tables()
+        self.tokens = state.tokens
         self.unpaged = [(layer, own_attributes(layer)) for layer in unpaged]
         self.observation_queries: list[Tensor | None] = [layer.observation_queries for layer in state.layers]
         self.lengths = [(layer.store, layer.store.length) for layer in state.layers if layer.store is not None]
@@ -43,7 +44,7 @@ class _Snapshot:
         for store, length in self.lengths:
             store.length = length
         self.state.sequences.restore(self.tables)
-        self.state.committed = self.committed
+        self.state.committed, self.state.tokens = self.committed, self.tokens
         self.state.visible_length.fill_(self.committed)
 
 

@@ -10,14 +10,16 @@ affected. A cache made from a config holds the config at "spin" until the first 
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..attention import implementation
 from ..attention.masks import check_argument
@@ -30,6 +32,8 @@ from ..integration.layer_types import decoder_config, is_placeholder
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
 from .runner import GraphRunner
+
+logger = logging.getLogger("spin_hf")
 
 _LATE_DEVICES = ("cuda",)
 _FRAMES = 6
@@ -98,13 +102,46 @@ class ModelCalls:
         try:
             with nullcontext() if self.switched is None else implementation.held(self.switched):
                 if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
-                    return self.steps.run(module, self.prompts.of(module, forward, kwargs, name), kwargs, name)
-                with self.log.watching(self.layers):
-                    return self.prompts.of(module, forward, kwargs, name)(**kwargs)
+                    output = self.steps.run(module, self.prompts.of(module, forward, kwargs, name), kwargs, name)
+                else:
+                    with self.log.watching(self.layers):
+                        output = self.prompts.of(module, forward, kwargs, name)(**kwargs)
+            self._record(kwargs)
+            return output
         finally:
             self.inside = False
             if self.wrapped:
                 self._drop()
+
+    def _record(self, kwargs: dict[str, Any]) -> None:
+        """Note the ids of the tokens that a forward has added."""
+        state, ids = self.passes.state, kwargs.get("input_ids")
+        new = kwargs.get("inputs_embeds") if ids is None else ids
+        if isinstance(new, Tensor) and state.committed >= new.shape[1]:
+            state.tokens = state.tokens.recorded(state.committed - new.shape[1], ids)
+
+    def before_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+        """Remove the tokens of `cache` that are not the first ones of a prompt which `generate` is about to read.
+
+        At least one token of the prompt is left to read. Layers that cannot be cropped are read anew.
+
+        Args:
+            ids: [B, n], the whole prompt.
+            mask: [B, n], its padding mask; None for no padding.
+        """
+        held = cache.get_seq_length()
+        common = self.passes.state.tokens.common_prefix(ids, held, mask)
+        keep = min(common, ids.shape[1] - 1)
+        if keep >= held or not held:
+            return
+        if not all(_may_be_cropped(layer) for layer in self.layers):
+            keep = 0
+        if common < held and common < ids.shape[1]:
+            logger.warning(_OTHER_PROMPT, type(self.model()).__name__, common, held, held - keep, ids.shape[1] - keep)
+        if keep:
+            cache.crop(keep - held)
+        else:
+            cache.reset()
 
     def _runs(self) -> bool:
         """Whether this thread is within `run`. Reads the stack, since an interruption may leave `inside` set."""
@@ -167,6 +204,19 @@ class ModelCalls:
         if self.holds:
             self.holds = False
             implementation.release(self.switched)
+
+
+def _may_be_cropped(layer: Any) -> bool:
+    """Whether a cache layer can forget its last tokens: it has pages, or a window that is not full yet."""
+    if isinstance(layer, SpinLayer) or is_placeholder(layer) or type(layer) is DynamicLayer:
+        return True
+    return type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window
+
+
+_OTHER_PROMPT = (
+    "%s: the prompt has the first %d of the %d tokens that the cache holds, and others then; the last %d are removed from the "
+    "cache, and %d are read"
+)
 
 
 def _caller() -> Any:

@@ -25,12 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import implementation
-
-ATTRIBUTE = "calls"
-"""The attribute of a cache whose `run(model, forward, kwargs, name)` runs a call."""
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the cache argument of a forward: from transformers 5.24 on, and before."""
+from . import prefill_hook
+from .prefill_hook import ATTRIBUTE, CACHE_NAMES
 
 _PREVIOUS = "_spin_hf_forward"
 """Instance attribute with the previous `forward`, None for the class's own. Numbered if an instance is wrapped twice."""
@@ -63,6 +59,7 @@ def acquire(model: nn.Module) -> Wrapped:
             _users[module] = _users.get(module, 0) + 1
             if not _is_wrapped(module):
                 _wrap(module)
+        prefill_hook.install(model)
     return [weakref.ref(module) for module in modules]
 
 
@@ -77,6 +74,7 @@ def release(wrapped: Wrapped) -> None:
             if not _users[module]:
                 del _users[module]
                 _unwrap(module)
+                prefill_hook.remove(module)
 
 
 def called_with_a_cache(model: nn.Module) -> Iterator[nn.Module]:

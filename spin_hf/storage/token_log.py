@@ -1,0 +1,71 @@
+"""Token ids that a cache holds, as far as its model was given ids.
+
+    pieces    [0, 900)  [900, 901)  [901, 902) ...      each [B, n]; tokens between pieces came as embeddings and are unknown
+
+Kept so that a prompt which no longer begins with these tokens is noticed. Pieces behind the length of the cache are leftovers
+of a crop; the next piece replaces them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MOST_PIECES = 256
+
+
+class TokenLog:
+    """The ids of one cache's tokens. Immutable: changes return another object.
+
+    Args:
+        pieces: position of the first token, and ids [B, n], of each piece.
+    """
+
+    def __init__(self, pieces: tuple[tuple[int, Tensor], ...] = ()) -> None:
+        self.pieces = pieces
+
+    def recorded(self, start: int, ids: Tensor | None) -> TokenLog:
+        """With tokens `ids` [B, n] from position `start` on, in place of what stood there; None if they are unknown."""
+        held = [(first, piece[:, : start - first]) for first, piece in self.pieces if first < start]
+        if ids is not None:
+            held.append((start, ids.detach().clone()))
+        return TokenLog(tuple(_joined(held) if len(held) > _MOST_PIECES else held))
+
+    def selected(self, rows: list[int]) -> TokenLog:
+        """The log whose sequence i is sequence rows[i] of this one."""
+        return TokenLog(tuple((first, piece[rows]) for first, piece in self.pieces))
+
+    def common_prefix(self, ids: Tensor, held: int, real: Tensor | None = None) -> int:
+        """How many of the `held` tokens of a cache are the first ones of `ids` in every sequence. Unknown ones count as equal.
+
+        Args:
+            ids: [B, n], a whole prompt.
+            real: [B, n], False for padding, which equals anything; None for none.
+        """
+        stop = min(held, ids.shape[1])
+        for first, piece in self.pieces:
+            last = min(first + piece.shape[1], stop)
+            if first >= last:
+                continue
+            if len(piece) != len(ids):  # an error, which the forward raises
+                return stop
+            differs = piece[:, : last - first].to(ids.device) != ids[:, first:last]
+            if real is not None:
+                differs &= real[:, first:last].to(ids.device).bool()
+            columns = differs.any(0)
+            if bool(columns.any()):
+                return first + int(columns.int().argmax())
+        return stop
+
+
+def _joined(pieces: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Join pieces that follow each other."""
+    joined: list[tuple[int, list[Tensor]]] = []
+    stop = -1
+    for first, piece in pieces:
+        if first == stop:
+            joined[-1][1].append(piece)
+        else:
+            joined.append((first, [piece]))
+        stop = first + piece.shape[1]
+    return [(first, torch.cat(parts, 1)) for first, parts in joined]
