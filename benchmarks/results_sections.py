@@ -62,6 +62,27 @@ def day(run: str) -> str:
 # Tables of one file each, which no benchmark prints
 
 
+PROMPTS = {
+    "dynamic": "`DynamicCache`", "dynamic, chunks of 8192": "`DynamicCache`, `prefill_chunk_size=8192`",
+    "spin": "`SpinCache(model)`", "spin, chunks of 2048": "`SpinCache(model)`, `generate(prefill_chunk_size=2048)`",
+    "spin, chunks of 4096": "`SpinCache(model, prefill_chunk_size=4096)`",
+    "spin, whole": "`SpinCache(model, prefill_chunk_size=None)`",
+    "shadowkv": '`SpinCache(model, "shadowkv")`', "shadowkv 2GiB": '`SpinCache(model, "shadowkv", gpu_memory="2GiB")`',
+}  # fmt: skip
+"""Rows of `benchmarks/speed/prefill.py`, and how the page calls them."""
+
+
+def prompts(result: Result) -> Lines:
+    """Seconds and memory to the first token, by prompt and cache."""
+    lines = head("tokens", "cache", "seconds", "peak, GiB")
+    rows = [each for each in result["rows"].values() if each["new_tokens"] == 1 and "seconds" in each]
+    for each in sorted(rows, key=lambda each: (each["tokens"], list(PROMPTS).index(each["way"]))):
+        lines.append(
+            row(f"{each['tokens']:,}", PROMPTS[each["way"]], f"{each['seconds']:.2f}", f"{each['peak_gib']:.1f}")
+        )
+    return lines
+
+
 def by_method(results: list[Result]) -> Lines:
     """Time per token and time of a layer's sparse attention: a row for each method, budget and context."""
     lines = head("method", "budget", "context", "ms per token", "sparse attention of a layer, µs", "measured")
@@ -273,6 +294,14 @@ PARTS: dict[str, list[Section]] = {
             "one after the other on one machine.",
             ("h200/compare-sources.json",),
             _one(compared),
+        ),
+        Section(
+            "Prompts",
+            "Time to the first token of one prompt under `generate`, and the most GPU memory beside the weights. Llama-3.1-8B "
+            "shape, bfloat16, one H200, each measured once behind a shorter prompt. Keys and values of 131,072 tokens take 16 GiB, "
+            "summaries of `bisection` 4.1 GiB.",
+            ("h200/prefill-llama-8b.json",),
+            _one(prompts),
         ),
         Section(
             "Indexing a prompt",
