@@ -298,8 +298,8 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Prompts",
             "Time to the first token of one prompt under `generate`, and the most GPU memory beside the weights. Llama-3.1-8B "
-            "shape, bfloat16, one H200, each measured once behind a shorter prompt. Keys and values of 131,072 tokens take 16 GiB, "
-            "summaries of `bisection` 4.1 GiB.",
+            "shape, bfloat16, one H200, each measured once behind a shorter prompt. Keys and values of 131,072 tokens take "
+            "16 GiB, summaries of `bisection` 4.1 GiB.",
             ("h200/prefill-llama-8b.json",),
             _one(prompts),
         ),
