@@ -158,3 +158,14 @@ def test_a_reset_is_finished() -> None:
     assert torch.isfinite(run.feed(5)).all()
     with pytest.raises(CacheStateError, match="cache's own method"):
         run.cache.layers[0].reset()
+
+
+def test_between_the_reservation_and_the_tables() -> None:
+    """Room that was reserved for a new segment is freed, and reserved again by the next step."""
+    trials = Interruptions(scenario=FORWARDS["token that moves pages to the cpu tier"])
+    files = [file for file, _ in trials.lines]
+    begun = files.index(
+        "forward_pass.py", files.index("storage/page_store.py")
+    )  # the first line behind `PageTable.begin`
+    for number in range(begun - 12, begun):
+        trials.at_line(number)
