@@ -164,8 +164,7 @@ def test_between_the_reservation_and_the_tables() -> None:
     """Room that was reserved for a new segment is freed, and reserved again by the next step."""
     trials = Interruptions(scenario=FORWARDS["token that moves pages to the cpu tier"])
     files = [file for file, _ in trials.lines]
-    begun = files.index(
-        "forward_pass.py", files.index("storage/page_store.py")
-    )  # the first line behind `PageTable.begin`
-    for number in range(begun - 12, begun):
+    returns = [i for i in range(1, len(files)) if files[i - 1 : i + 1] == ["storage/page_table.py", "forward_pass.py"]]
+    assert returns, "PageTable.begin returns to ForwardPass.begin"
+    for number in (number for end in returns for number in range(end - 6, end)):
         trials.at_line(number)
