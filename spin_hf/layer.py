@@ -37,7 +37,7 @@ from .backends.state_checks import can_take
 from .errors import CacheStateError
 from .forward_pass import ForwardPass
 from .indexing import padding_change
-from .indexing.summarize import check_summaries
+from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import outside_inference_mode
 from .integration.layer_views import LayerViews
 from .memory.layer_budget import LayerShape
@@ -269,7 +269,13 @@ class SpinLayer(LayerViews, CacheLayerMixin):
                 f"layer {self.layer_idx} holds {store.length} tokens and got {key.shape[2]} more, the cache's step "
                 f"goes from {sequences.start} to {sequences.length}; call cache.reset()"
             )
-        self.backend.append(self.state, key, value)
+        summarized = self.backend.append(self.state, key, value)
+        store.length = sequences.length
+        first, stop = sequences.start // store.page_size, sequences.length // store.page_size
+        if not summarized and self.cache_state.selects(key.shape[2]):
+            index_pages([store], self.cache_state.method, self.state.number, first, stop)
+        elif not summarized:  # a prompt attends to all tokens, and clustering may move its tokens first
+            self.state.invalidate(first, stop)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError if this layer's tiers differ or a summary does not match its page."""

@@ -1,7 +1,7 @@
 """The interface of a backend: how the paged layers of one device compute a step.
 
     plan      host work of a step that has begun: tables, buffers, descriptors
-    append    the step's tokens to their pages, and summaries of the pages that they complete
+    append    the step's tokens to their pages; may summarize the pages that they complete
     attend    each query to its sinks, its recent window and the pages that the method selects
 
     ReferenceBackend    PyTorch, any device                             `reference.py`
@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-
-from ..indexing.summarize import index_pages
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -83,8 +81,8 @@ class AttentionBackend(ABC):
         """
 
     @abstractmethod
-    def write(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
-        """Write the step's tokens [B, H, n, D] to a layer's pages. Returns whether completed pages are summarized, too."""
+    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
+        """Write the step's tokens [B, H, n, D] to a layer's pages. Returns whether completed pages are summarized."""
 
     @abstractmethod
     def attend(self, layer: LayerState, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None = None) -> None:
@@ -95,20 +93,3 @@ class AttentionBackend(ABC):
             new: keys and values [B, H, 1, D] of a planned one-token step, to be appended; None if the step's tokens are in
                 their pages already.
         """
-
-    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> None:
-        """Append the step's tokens [B, H, n, D] to a layer's pages and summarize the pages that they complete.
-
-        The pages of a prompt are only marked: a prompt attends to all tokens, and clustering may move its tokens first.
-        """
-        store, sequences = layer.store, self.state.sequences
-        assert store is not None
-        summarized = self.write(layer, key, value)
-        store.length = sequences.length
-        if summarized:
-            return
-        first, stop = sequences.start // store.page_size, sequences.length // store.page_size
-        if self.state.selects(key.shape[2]):
-            index_pages([store], self.state.method, layer.number, first, stop)
-        else:
-            layer.invalidate(first, stop)

@@ -46,7 +46,7 @@ class ReferenceBackend(AttentionBackend):
     def plan(self, layer: LayerState, call: Call) -> None:
         """Nothing: PyTorch allocates as it goes."""
 
-    def write(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
+    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
         """Write the step's tokens [B, H, n, D] to a layer's pages."""
         assert layer.store is not None
         layer.store.append(key, value)

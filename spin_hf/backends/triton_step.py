@@ -125,7 +125,7 @@ class StepKernels(Descriptors, AttentionBackend):
         assert layer.store is not None
         self.fit(call.query.shape[2], layer.store.key_dim, layer.store.value_dim, layer.store.dtype)
 
-    def write(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
+    def append(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
         """Write the step's tokens [B, H, n, D] to a layer's pages. Summarizes completed pages if the recipe says so."""
         self.begin(layer)
         sequences = self.state.sequences

@@ -349,11 +349,12 @@ class PageTable:
             for store in self.stores:
                 store.copy_segments(copies)
         except BaseException:
-            self._room = None
             self._shrink()
             raise
 
     def _shrink(self) -> None:
+        """Free the room that no segment needs. A step that was interrupted behind its reservation leaves such room."""
+        self._room = None
         for store in self.stores:
             store.shrink(len(self.refcounts))
 

@@ -158,3 +158,13 @@ def test_a_reset_is_finished() -> None:
     assert torch.isfinite(run.feed(5)).all()
     with pytest.raises(CacheStateError, match="cache's own method"):
         run.cache.layers[0].reset()
+
+
+def test_between_the_reservation_and_the_tables() -> None:
+    """Room that was reserved for a new segment is freed, and reserved again by the next step."""
+    trials = Interruptions(scenario=FORWARDS["token that moves pages to the cpu tier"])
+    files = [file for file, _ in trials.lines]
+    returns = [i for i in range(1, len(files)) if files[i - 1 : i + 1] == ["storage/page_table.py", "forward_pass.py"]]
+    assert returns, "PageTable.begin returns to ForwardPass.begin"
+    for number in (number for end in returns for number in range(end - 6, end)):
+        trials.at_line(number)
