@@ -183,9 +183,11 @@ class PageStore(SegmentStore):
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes the old sequence rows[i]. After an error, resident pages may have been dropped."""
         if self.frames is not None:
+            had_slots = any(self.frames.slots)
             self.frames.select(rows)
-            # Slot counts depend on the batch.
-            self.reserve(len(rows), self.num_segments, self.sequences.num_pages, len(self.sequences.refcounts))
+            if had_slots:  # a fork without frames gets them with its first step
+                segments = self.num_segments, len(self.sequences.refcounts)
+                self.reserve(len(rows), segments[0], self.sequences.num_pages, segments[1])
 
     def forget_resident(self, batch_size: int) -> None:
         """Drop all resident pages and free the frames until the next `reserve`. Safe at any time."""

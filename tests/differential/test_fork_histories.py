@@ -3,8 +3,8 @@
     rules    append one, several or many tokens (with padding, and holes that change), crop, reorder, select, repeat, reset,
              release GPU memory; fork, also into a batch; delete a member
 
-After every rule every member is sound and holds what its mirror holds. Every forward returns the outputs of the mirror, at
-a budget that leaves tokens out. New memory is filled with NaN, so that a read of memory that another member has not written shows.
+After every rule every member is sound and holds what its mirror holds. Every forward returns the outputs of the mirror, at a
+budget that leaves tokens out. New memory is filled with NaN, which shows if one member reads what only another has written.
 """
 
 from __future__ import annotations

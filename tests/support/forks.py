@@ -19,9 +19,9 @@ from torch import Tensor
 
 from spin_hf import BudgetError, SpinCache
 from spin_hf.indexing.cluster import cluster_new_tokens
+from spin_hf.storage.segment_pool import SEGMENT_PAGES, segments_of
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.inspection import state_of
-
 
 TOLERANCE = 1e-5
 """For sums in another order: one side may hold its pages in frames and the other not."""
@@ -86,7 +86,16 @@ class Pair:
         length = self.length
         new = RandomKV.random(self.driver.shape, self.rows if length else rows, count, seed)
         kv = _behind(new.exact_in_int8(), length)  # the same whether its pages are int8 yet or not
-        return self.both(lambda driver: driver.step(kv, length, length + count, valid))
+        did = self.both(lambda driver: driver.step(kv, length, length + count, valid))
+        assert not did or self._owns_last(count), "tokens were written to memory that a fork uses"
+        return did
+
+    def _owns_last(self, count: int) -> bool:
+        """Whether no fork uses the segments of the last `count` tokens."""
+        sequences = state_of(self.cache).sequences
+        pages = (sequences.length - count) // sequences.page_size, sequences.num_pages
+        indices = range(pages[0] // SEGMENT_PAGES, segments_of(pages[1]))
+        return all(sequences.shared.owns(row[index]) for row in sequences.directory for index in indices)
 
     def check(self) -> None:
         """Both are sound, and hold the same keys, values and padding."""
