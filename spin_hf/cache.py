@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .attention.methods.base import Method, check_recipe
 from .attention.methods.registry import resolve_method
 from .backends.state_checks import held_batch
 from .config import SpinOptions, parse_bytes
-from .errors import OptionError, OptionTypeError
+from .errors import OptionError
 from .forward_log import ForwardLog
 from .forward_pass import ForwardPass
 from .graph.model_calls import ModelCalls, model_of
@@ -35,6 +34,7 @@ from .indexing import cluster
 from .inference_mode import outside_inference_mode
 from .integration import dropped_cache
 from .integration.batch_indices import rows_of, times_of
+from .integration.cache_copies import CacheCopies
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
 from .layer import SpinLayer
@@ -47,7 +47,7 @@ from .transaction import finished, undone
 _CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
 
-class SpinCache(Cache):
+class SpinCache(CacheCopies, Cache):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
     Keys and values live in pages: in the compute tier (GPU memory, or RAM without a GPU) while all fit, else in the cpu tier
@@ -322,32 +322,6 @@ class SpinCache(Cache):
         for layer in self.paged_layers:
             layer.check_integrity()
 
-    def __copy__(self) -> SpinCache:
-        """A shallow copy, as for transformers' caches: both objects share one state."""
-        twin = object.__new__(type(self))
-        # The original, and so the finalizer, lives as long as its copy.
-        twin.__dict__.update(self.__dict__, _copied=self)
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise OptionTypeError(
-            "a SpinCache belongs to a model of this process, expected no pickle of it; pickle DynamicCache(iter(cache)) and "
-            "take that over with SpinCache.from_cache"
-        )
-
-    @outside_inference_mode
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpinCache:
-        """An independent cache of the same model with the same tokens, for reusing a prefix."""
-        self._log.settle(self.layers)
-        self._passes.gpu.before_copy()
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for name, attribute in self.__dict__.items():
-            if name not in _BOUND:
-                setattr(twin, name, deepcopy(attribute, memo))
-        twin._bind(self._config, self.calls.model())
-        return twin
-
     @property
     def paged_layers(self) -> list[SpinLayer]:
         """The layers whose keys and values live in pages. Their attributes are for inspection and may change."""
@@ -395,6 +369,3 @@ class SpinCache(Cache):
         made_from = self._state.model_or_config
         dropped_cache.acquire(self, None if made_from is None else made_from(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)
-
-
-_BOUND = ("_config", "_copied", "_finalizer", "calls")

@@ -28,6 +28,7 @@ from .kernels.descriptor_fields import StepField
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
 from .state import CacheState, Phase
+from .storage.page_table import PageTable
 from .storage.token_log import TokenLog
 from .transaction import finished
 
@@ -219,10 +220,37 @@ class ForwardPass:
             for layer, queries in zip(state.layers, selected, strict=True):
                 layer.observation_queries = queries
 
+    def fork(self) -> dict[int, Any]:
+        """Prepare the cache for forks, and begin one: a memo with which `deepcopy` shares pages instead of copying them.
+
+        Clusters and summarizes first what a step would, as each side would otherwise copy the pages for that.
+
+        Raises:
+            CacheStateError: the method returned invalid clusters.
+        """
+        state, memo = self.state, dict[int, Any]()
+        cluster.cluster_new_tokens(state)
+        twin = state.sequences.fork(memo)
+        memo[id(self.zones)] = StepPlan(state.options, twin)
+        immutable = (
+            state.options,
+            state.tokens,
+            twin.mask.valid,
+            twin.mask.positions,
+            twin.spans.clustered,
+            state.new_token_validity,
+        )
+        memo.update((id(each), each) for each in immutable)
+        return memo
+
+    def attach(self, forked: PageTable, memo: dict[int, Any]) -> None:
+        """Give the page table of a fork its stores, the copies of those of `forked` that `memo` lists."""
+        self.state.sequences.stores = [memo[id(store)] for store in forked.stores]
+
     def forget_stores(self) -> None:
         """Drop storage, kernels and memory plan, as before the first step. The next step makes them again."""
         state = self.state
-        state.sequences.stores.clear()
+        state.sequences.forget_stores()
         for layer in state.layers:
             layer.store, layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, None, 0
         self.backends.forget()
@@ -234,7 +262,7 @@ class ForwardPass:
         self.backends.forget()
         self._prepared_for = self.state.pending = None
         self.state.layers.clear()
-        self.state.sequences.stores.clear()
+        self.state.sequences.forget_stores()
 
     # --------------------------------------------------------------------------------------------------------- checks
 

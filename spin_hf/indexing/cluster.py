@@ -13,7 +13,7 @@ Pages of sequences that share segments are clustered once. If sequences share on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -88,7 +88,8 @@ def grow(state: CacheState) -> None:
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
-        _add_spans(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :]))
+        if not _add_spans(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :])):
+            return
 
 
 def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
@@ -124,6 +125,7 @@ def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredS
     while spans.num_pages > min(lowest, length // sequences.page_size):
         first, stop = spans.bounds[-1]
         if first * sequences.page_size < length:  # else the crop drops it
+            sequences.own(range(first, stop))
             for group in together(state, stop - first):
                 for layer in group:  # if interrupted, the span is clustered again
                     layer.clustered_pages = min(layer.clustered_pages, first)
@@ -173,10 +175,16 @@ def _cut(may_move: list[bool], most: int) -> list[int]:
     return [lead + each * (number + 1) for number in range(count)]
 
 
-def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan) -> None:
-    """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them."""
+def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan) -> bool:
+    """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them.
+
+    Returns:
+        False if nothing has changed, as the caps leave no room for copies of pages that forks use.
+    """
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]
+    if not _has_room(state, lambda: sequences.own(range(first, stop))):
+        return False
     clustered = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
     for group in together(state, stop - first):
         permute_pages.write_runs(stores_of(group), first, stop)
@@ -188,6 +196,7 @@ def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], ma
     spans.planned = planned if planned[2] else None
     sequences.set_spans(spans)
     _cluster_layers(state, method)
+    return True
 
 
 def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
@@ -197,6 +206,7 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     if not layers:
         return
     first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
+    state.sequences.own(range(first, stop))
     most_tokens = state.options.tuning.cluster_tokens
     runs = [run for start, end in spans.bounds if start >= first for run in _span_runs(state, start, end)]
     valid = []
@@ -223,18 +233,27 @@ def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> T
     """
     sequences = state.sequences
     pages = [_movable_runs(row) for row in may_move.tolist()]
-    try:
+
+    def unshare() -> None:
         for rows in _group_equal(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
             if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
+
+    return may_move if _has_room(state, unshare) else torch.zeros_like(may_move)
+
+
+def _has_room(state: CacheState, unshare: Callable[[], None]) -> bool:
+    """Call `unshare`, which copies segments. False, and a warning once, if the caps leave no room for the copies."""
+    try:
+        unshare()
+        return True
     except (BudgetError, CapacityError) as error:
         if error.available_bytes is None:  # not a cap: memory ran out
             raise
         if not state.warned_clustering:
             state.warned_clustering = True
             logger.warning("tokens stay unclustered, as there is no room for copies of what sequences share: %s", error)
-        return torch.zeros_like(may_move)
-    return may_move
+        return False
 
 
 def _span_runs(state: CacheState, first: int, stop: int) -> list[Run]:

@@ -41,6 +41,8 @@ def summarize_stale(state: CacheState) -> None:
         end = min(stop, complete)
         if isinstance(state.method, ClusteringMethod) and state.method.multi_page_clusters:
             first, end = state.sequences.spans.around(first, end)
+        if first < end:
+            state.sequences.own(range(first, end))
         for group in together(state, max(1, end - first), layers):
             if first < end:
                 index_pages(stores_of(group), state.method, group[0].number, first, end)

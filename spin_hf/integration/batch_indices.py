@@ -50,8 +50,8 @@ def rows_of(indices: Any, held: int | None) -> list[int]:
     return [row % held for row in rows]
 
 
-def times_of(repeats: Any) -> int:
-    """`repeats` as an int.
+def times_of(repeats: Any, name: str = "repeats") -> int:
+    """`repeats` as an int; `name` is the argument's name in messages.
 
     Raises:
         OptionTypeError, OptionError: not an integer of 1 or more.
@@ -60,11 +60,11 @@ def times_of(repeats: Any) -> int:
         times = operator.index(repeats)
     except TypeError as error:
         raise OptionTypeError(
-            f"repeats: expected a whole number, got {repeats!r}; pass one number for all sequences, or name them with "
+            f"{name}: expected a whole number, got {repeats!r}; pass one number for all sequences, or name them with "
             "batch_select_indices"
         ) from error
     if times < 1:
-        raise OptionError(f"repeats: expected 1 or more, got {times}; call cache.reset() to forget all sequences")
+        raise OptionError(f"{name}: expected 1 or more, got {times}; call cache.reset() to forget all sequences")
     return times
 
 

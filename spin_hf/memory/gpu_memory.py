@@ -29,6 +29,7 @@ from ..storage.page_table import SEGMENT_PAGES
 from ..storage.tier_budget import TierBudget
 from . import watermarks
 from .layer_budget import LayerShape, tier_budget
+from .shared_pages import own_bytes, share_pages
 
 _SEGMENTS_AHEAD = 2
 """Segments per sequence by which a context may grow until the next check, unless a prompt is added."""
@@ -76,16 +77,13 @@ class GpuMemory:
     # ------------------------------------------------------------------------------------------------------ budgets
 
     def tier_budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, room: Room) -> TierBudget:
-        """Budget of a layer with keys and values of this shape and dtype; `room` as for `limit`."""
-        method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
-        return self.limit(tier_budget(shape, dtype, method, options, None, num_layers, device), device, room)
-
-    def limit(self, budget: TierBudget, device: torch.device, room: Room) -> TierBudget:
-        """`budget` of a new layer, with the cap of its device. The first layer of a device sets the cap.
+        """Budget of a new layer, with the cap of its device. The first layer of a device sets the cap.
 
         Args:
             room: expected batch size, segments and pages per sequence.
         """
+        method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
+        budget = tier_budget(shape, dtype, method, options, None, num_layers, device)
         if device not in self.caps:
             wanted = budget.resident_bytes(room[1])
             least = budget.bytes_with(budget.step_frames(room[2]), *room)
@@ -247,16 +245,19 @@ class GpuMemory:
             self.has_given_back = False
 
     def _give_back(self, device: torch.device, num_bytes: int | None) -> int:
-        held, sequences = self.held(device), self.state.sequences
+        sequences = self.state.sequences
+        if self.state.unfinished is None:
+            sequences.settle_forks()
+        held = own_bytes(self._stores(device))
         if not sequences.length:
             sequences.release()
-        else:
+        elif not share_pages(self._stores(device)):
             before = self.caps[device]
             cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
             if before is None or cap < before:
                 self.short_of_frames()
                 self._resize(device, cap)
-        return max(0, held - self.held(device))
+        return max(0, held - own_bytes(self._stores(device)))
 
     def _reclaim(self) -> None:
         with _lock:
@@ -292,7 +293,7 @@ class GpuMemory:
 
     def _resident(self, device: torch.device) -> int:
         """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
-        segments, stores = len(self.state.sequences.refcounts), self._stores(device)
+        segments, stores = self.state.sequences.num_segments, self._stores(device)
         inside = [store.budget.resident_bytes(segments) for store in stores if store.frames is None]
         return self._share(max(inside), stores) if inside else 0
 
@@ -377,8 +378,8 @@ class GpuMemory:
         """Bytes that this cache can give back."""
         stores = self._stores(device)
         if not stores or not self.state.sequences.length:
-            return self.held(device)
-        return max(0, self.held(device) - self._least(stores))
+            return own_bytes(stores)
+        return 0 if share_pages(stores) else max(0, self.held(device) - self._least(stores))
 
     def _wanted(self, device: torch.device) -> int:
         """Bytes with all pages in the compute tier."""

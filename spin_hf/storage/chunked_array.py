@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from copy import copy as shallow_copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ class ChunkedArray:
         self.compute_device = device if compute_device is None else compute_device
         self.chunks: list[Tensor] = []
         self.used_rows = 0
+        self.is_shared = False
+        """Whether a fork may use the same chunks. Not reset when the fork ends."""
         self.converted = False
         """Whether `move` has converted the rows to another shape or dtype."""
         self._table: Tensor | None = None
@@ -177,17 +180,27 @@ class ChunkedArray:
         if conversion is not None:
             self._convert(device, conversion)
             return
-        if device.type == self.device.type == "cpu":
-            return
-        if device.type == "cpu":
-            moved = self._allocate(len(self.chunks), device)
-            for copy, chunk in zip(moved, self.chunks, strict=True):
-                copy.copy_(chunk)
-        else:
-            moved = [chunk.to(device) for chunk in self.chunks]
+        if not device.type == self.device.type == "cpu":
+            self._copy_chunks(device)
+
+    def unshare(self) -> None:
+        """Copy all chunks if a fork may use them. Rows keep their ids.
+
+        Raises:
+            CapacityError: no memory for the copies. Nothing has changed.
+        """
+        if self.is_shared:
+            self._wait_for_kernels()
+            self._copy_chunks(self.device)
+
+    def _copy_chunks(self, device: torch.device) -> None:
+        moved = self._allocate(len(self.chunks), device)
+        for copy, chunk in zip(moved, self.chunks, strict=True):
+            copy.copy_(chunk)
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        self.chunks, self.device, self._spare, self._table_is_behind = moved, device, None, False
+        known = {"device": device, "is_shared": False, "_spare": None, "_table_is_behind": False}
+        self.__dict__.update(known, chunks=moved)
 
     def _convert(self, device: torch.device, conversion: Conversion) -> None:
         """`move` with conversion. Unused rows are not converted."""
@@ -198,11 +211,19 @@ class ChunkedArray:
             for first in range(0, inside, at_once):
                 rows = slice(first, min(first + at_once, inside))
                 copy[rows] = conversion.convert(chunk[rows])
-        layout = {"row_shape": conversion.row_shape, "dtype": conversion.dtype, "converted": True}
+        layout: dict[str, Any] = {"row_shape": conversion.row_shape, "dtype": conversion.dtype, "converted": True}
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
         # One update, so that an interruption leaves either the old state or the new one.
-        self.__dict__.update(layout, chunks=moved, device=device, _spare=None, _table_is_behind=False)
+        known: dict[str, Any] = {"device": device, "is_shared": False, "_spare": None, "_table_is_behind": False}
+        self.__dict__.update(layout | known, chunks=moved)
+
+    def fork(self) -> ChunkedArray:
+        """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
+        self.is_shared = True
+        twin = shallow_copy(self)
+        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spare=None)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """Copy the rows in use. The rest of the last chunk is not written, so on a CPU it takes no memory."""

@@ -126,6 +126,12 @@ class PageFrames:
             with allocating("page frames", self.num_heads * sum(wanted) * frame_bytes):
                 self._take_slots(wanted)
 
+    def without_pages(self) -> PageFrames:
+        """Frames for another cache with the same pages: none until `resize`, and the same counters."""
+        twin = PageFrames(self.num_heads, self.page_elements, self.frames.dtype, self.frames.device)
+        twin.hits, twin.loads, twin.evictions = self.hits, self.loads, self.evictions
+        return twin
+
     def forget_sequences(self, batch_size: int) -> None:
         """Free all frames and tables. `batch_size` sequences without slots remain."""
         frames = self.frames.new_empty((0, self.page_elements))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +108,8 @@ class PageStore(SegmentStore):
                 raise
             self._num_frames(batch_size, num_segments, num_pages)
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Allocate for `num_segments` segments and a step over `num_pages` pages."""
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
+        """Allocate rows for segments below `num_ids`, and frames for `num_segments` segments and `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
             if self.frames is None:
@@ -118,7 +119,7 @@ class PageStore(SegmentStore):
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
         for array in self._arrays():
-            array.grow(self.budget.rows(num_segments))
+            array.grow(self.budget.rows(num_ids))
         self.num_segments = num_segments
 
     def _take_frames(
@@ -146,6 +147,22 @@ class PageStore(SegmentStore):
         for array in self._arrays():
             array.shrink(self.budget.rows(num_segments))
 
+    @property
+    def capacity(self) -> int:
+        return max(array.num_rows for array in self._arrays()) // self.budget.rows(1)
+
+    @property
+    def shares_rows(self) -> bool:
+        return any(array.is_shared for array in self._arrays())
+
+    def fork_rows(self, memo: dict[int, Any]) -> None:
+        for array in self._arrays():
+            memo[id(array)] = array.fork()
+        if self.frames is not None:
+            memo[id(self.frames)] = self.frames.without_pages()
+        shared = (self.budget, self.layout, self._host_layout, self.device, self.dtype)  # immutable
+        memo.update((id(each), each) for each in shared)
+
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
 
@@ -166,8 +183,11 @@ class PageStore(SegmentStore):
     def select(self, rows: list[int]) -> None:
         """Sequence i becomes the old sequence rows[i]. After an error, resident pages may have been dropped."""
         if self.frames is not None:
+            had_slots = any(self.frames.slots)
             self.frames.select(rows)
-            self.reserve(len(rows), self.num_segments, self.sequences.num_pages)  # slot counts depend on the batch
+            if had_slots:  # a fork without frames gets them with its first step
+                segments = self.num_segments, len(self.sequences.refcounts)
+                self.reserve(len(rows), segments[0], self.sequences.num_pages, segments[1])
 
     def forget_resident(self, batch_size: int) -> None:
         """Drop all resident pages and free the frames until the next `reserve`. Safe at any time."""
@@ -297,9 +317,19 @@ class PageStore(SegmentStore):
     @property
     def held_bytes(self) -> int:
         """Bytes allocated in the compute tier. Includes unused rows of chunks on a GPU, where they take memory at once."""
-        arrays, at_once = self._arrays()[self.frames is not None :], self.device.type == "cuda"
-        taken = sum((array.num_rows if at_once else array.used_rows) * array.row_bytes for array in arrays)
+        taken = sum(self._allocated_bytes(array) for array in self._arrays()[self.frames is not None :])
         return taken + (0 if self.frames is None else self.frames.nbytes)
+
+    def _allocated_bytes(self, array: ChunkedArray) -> int:
+        return (array.num_rows if self.device.type == "cuda" else array.used_rows) * array.row_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of `held_bytes`, what forks use too: it stays allocated while they hold it."""
+        if not self.sequences.shared:
+            return 0
+        arrays = [array for array in self._arrays()[self.frames is not None :] if array.is_shared]
+        return sum(self._allocated_bytes(array) for array in arrays)
 
     def pages_held(self) -> int:
         """Pages of all KV heads that hold tokens. Shared pages count once."""
@@ -344,6 +374,8 @@ class PageStore(SegmentStore):
         def convert(rows: Tensor) -> Tensor:
             return host.join(host.encode(*self.layout.take(rows)))
 
+        for array in self._arrays()[1:]:  # a fork's summaries belong to pages that are not converted
+            array.unshare()
         self.sequences.layout_version += 1  # before the move, so that an interruption does not lose it
         if self.invalidate is not None:
             self.invalidate(0, self.length // self.page_size)

@@ -18,8 +18,9 @@ Shared segments are copied on write (`begin`). All sequences have the same numbe
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,48 +31,14 @@ from .change_log import Past
 from .clustered_spans import ClusteredSpans
 from .padding_mask import TokenMask
 from .segment_pool import ENTRY_BYTES, SEGMENT_PAGES, own_segment, release_segments, segments_of, take_segments
+from .segment_store import SegmentStore
+from .segment_tables import SegmentTables, Tables
+from .shared_segments import SharedSegments
 
 __all__ = ["ENTRY_BYTES", "SEGMENT_PAGES", "PageTable", "SegmentStore", "check_batch", "segments_of"]
 
 
-_Tables = tuple[list[list[int]], list[int], list[int]]
-"""Directory, reference counts, free segments."""
-
-
-class SegmentStore(Protocol):
-    """Storage of a layer, as the page table drives it."""
-
-    length: int
-
-    def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Raise BudgetError or CapacityError if `reserve` would exceed a cap. Changes nothing."""
-
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int) -> None:
-        """Allocate for a batch of this size."""
-
-    def shrink(self, num_segments: int) -> None:
-        """Free the rows of segments from `num_segments` on. Allocates nothing."""
-
-    def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy the rows of (source, destination) segments."""
-
-    def truncate(self, length: int) -> None:
-        """Drop tokens from `length` on."""
-
-    def select(self, rows: list[int]) -> None:
-        """Sequence i becomes the old sequence rows[i]."""
-
-    def forget_resident(self, batch_size: int) -> None:
-        """Drop all resident pages. They are loaded again on their next use."""
-
-    def clear(self) -> None:
-        """Drop all tokens. Memory stays allocated."""
-
-    def release(self) -> None:
-        """Free all memory. No tokens are held."""
-
-
-class PageTable:
+class PageTable(SegmentTables):
     """Lengths, directory, reference counts, padding and clustered pages of a batch.
 
     Args:
@@ -80,13 +47,10 @@ class PageTable:
     """
 
     def __init__(self, page_size: int, keeps_positions: bool = False) -> None:
+        super().__init__()
         self.page_size = page_size
-        self.directory: list[list[int]] = []
-        self.refcounts: list[int] = []
-        self.free: list[int] = []
         self.mask = TokenMask(keeps_positions)
         self.spans = ClusteredSpans()
-        self.stores: list[SegmentStore] = []
         self.start = 0
         """Tokens held before the current step."""
         self.length = 0
@@ -98,8 +62,6 @@ class PageTable:
         """Counts changes to the past, i.e. all changes except appended tokens."""
         self.memory_version = 0
         """Counts events that may move or resize memory: reservations and changes to the past."""
-        self._before: _Tables | None = None
-        """Directory, reference counts and free segments before the current step; None after any other change."""
         self.layout_version = 0
         """Counts conversions of a store's layout. Kernels compiled for the old layout cannot read the new one."""
         self._room: tuple[int, ...] | None = None
@@ -109,24 +71,14 @@ class PageTable:
         """Cache of `pages_held`: past version, tokens, and pages with real tokens of each sequence."""
 
     @property
-    def batch_size(self) -> int:
-        """Number of sequences held."""
-        return len(self.directory)
-
-    @property
     def num_pages(self) -> int:
         """Pages of one KV head of one sequence, including a partly filled last page."""
         return -(-self.length // self.page_size)
 
     @property
-    def segments_in_use(self) -> int:
-        """Segments referenced by at least one sequence."""
-        return len(self.refcounts) - len(self.free)
-
-    @property
     def room(self) -> tuple[int, int, int]:
         """Batch size, segments in the pool, and page capacity per sequence."""
-        return self.batch_size, len(self.refcounts), len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
+        return self.batch_size, self.num_segments, len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -159,8 +111,8 @@ class PageTable:
 
     def attach(self, store: SegmentStore) -> None:
         """Register `store` for all later changes and reserve room for what is held."""
-        store.check(self.batch_size, len(self.refcounts), self.num_pages)
-        store.reserve(*self.room)
+        store.check(self.batch_size, self.num_segments, self.num_pages)
+        store.reserve(*self.room, len(self.refcounts))
         self.stores.append(store)
         self.memory_version += 1
 
@@ -178,10 +130,12 @@ class PageTable:
             raise BatchSizeError(f"expected {held} sequences, got {batch_size}; begin with as many as are held")
         length = self.length + num_tokens
         mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
+        pages = self.length // self.page_size, -(-length // self.page_size)
+        owns = self._owns(*pages)
+        if not owns or self.shared.is_behind:
+            self.settle_forks()
         before = self.directory, self.refcounts, self.free
-        tables: dict[str, Any] = {}
-        if not self._owns(self.length // self.page_size, -(-length // self.page_size)):
-            tables = self._take(batch_size, self.length // self.page_size, -(-length // self.page_size))
+        tables = {} if owns else self._take(batch_size, *pages)
         step = self.step + min(max(1, self.length - self.start), MAX_QUERIES)
         self.__dict__.update(tables, mask=mask, _before=before, step=step, start=self.length, length=length)
 
@@ -190,16 +144,17 @@ class PageTable:
         if self._room is None or self._room[0] != len(self.directory):
             return False
         indices = range(first // SEGMENT_PAGES, segments_of(stop))
-        return all(index < len(row) and self.refcounts[row[index]] == 1 for row in self.directory for index in indices)
+        own, refcounts = self.shared.owns, self.refcounts
+        return all(i < len(row) and refcounts[row[i]] == 1 and own(row[i]) for row in self.directory for i in indices)
 
     def _take(self, batch_size: int, first: int, stop: int) -> dict[str, Any]:
         """Tables in which every sequence owns the segments of pages [first, stop). Adds segments and copies shared ones."""
         directory = [list(row) for row in self.directory] if self.length else [[] for _ in range(batch_size)]
         reuse = self.length or self.stores  # without stores, segments of a rejected batch have no rows
         refcounts, free = (list(self.refcounts), list(self.free)) if reuse else ([], [])
-        copies = take_segments(directory, refcounts, free, first, stop)
+        copies = take_segments(directory, refcounts, free, self.shared, first, stop)
         num_pages = len(directory[0]) * SEGMENT_PAGES  # whole segments, so that tables seldom change size
-        self._prepare(copies, batch_size, len(refcounts), num_pages)
+        self._prepare(copies, batch_size, self.available(refcounts), num_pages, len(refcounts))
         if (directory, refcounts) == (self.directory, self.refcounts):
             return {}
         return {"directory": directory, "refcounts": refcounts, "free": free, "_rows": {}}
@@ -213,14 +168,14 @@ class PageTable:
             return
         num_pages = -(-(length + num_tokens) // self.page_size)
         more = self.batch_size * max(0, segments_of(num_pages) - segments_of(-(-length // self.page_size)))
-        num_segments = len(self.refcounts) + max(0, more - len(self.free))
+        num_segments = self.num_segments + max(0, more - len(self.free))
         for store in self.stores:
             store.check(self.batch_size, num_segments, num_pages)
 
     def first_room(self, batch_size: int, num_tokens: int) -> tuple[int, int, int]:
         """Batch size, segments and pages per sequence after the first `num_tokens` of a batch."""
         num_pages = -(-num_tokens // self.page_size)
-        held = len(self.refcounts) if self.stores else 0
+        held = self.num_segments if self.stores else 0
         return batch_size, max(held, batch_size * segments_of(num_pages)), num_pages
 
     def page_rows(self, num_heads: int, device: torch.device) -> Tensor:
@@ -246,9 +201,15 @@ class PageTable:
         for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
-                copies += own_segment(holders, index, refcounts, free)
-        self._prepare(copies, self.batch_size, len(refcounts), self.num_pages)
+                copies += own_segment(holders, index, refcounts, free, self.shared)
+        self._prepare(copies, self.batch_size, self.available(refcounts), self.num_pages, len(refcounts))
         self._become(directory=directory, refcounts=refcounts, free=free)
+
+    def own(self, pages: range) -> None:
+        """Copy segments of `pages` that forks use too, for all sequences. Raises as `unshare`."""
+        indices = range(pages.start // SEGMENT_PAGES, segments_of(pages.stop))
+        if self.shared and not all(self.shared.owns(row[index]) for row in self.directory for index in indices):
+            self.unshare(list(range(self.batch_size)), pages)
 
     def truncate(self, length: int, spans: ClusteredSpans | None = None) -> None:
         """Drop tokens from `length` on and release unused segments. `spans` replaces the spans, if given."""
@@ -260,14 +221,14 @@ class PageTable:
             self._truncate(length, self._before if self.start == length else None, None)
         self._shrink()
 
-    def _truncate(self, length: int, tables: _Tables | None, spans: ClusteredSpans | None) -> None:
+    def _truncate(self, length: int, tables: Tables | None, spans: ClusteredSpans | None) -> None:
         for store in self.stores:
             store.truncate(length)
         directory, refcounts, free = tables or (self.directory, list(self.refcounts), list(self.free))
         keep = segments_of(-(-length // self.page_size))
         if tables is None:
             for row in directory:
-                release_segments(row[keep:], refcounts, free)
+                release_segments(row[keep:], refcounts, free, self.shared)
             directory = [row[:keep] for row in directory]
         more = {"mask": self.mask.truncate(length), "spans": spans or self.spans, "start": length, "length": length}
         self._become(directory=directory, refcounts=refcounts, free=free, **more, prefix=length)
@@ -279,7 +240,7 @@ class PageTable:
             held = self.batch_size
             raise BatchSizeError(f"indices {bad} are outside the {held} sequences held; pass 0 to {held - 1}")
         for store in self.stores:
-            store.check(len(rows), len(self.refcounts), self.num_pages)
+            store.check(len(rows), self.num_segments, self.num_pages)
         chosen = torch.tensor(rows, dtype=torch.int64)
         mask, spans = self.mask.selected(chosen), self.spans.selected(chosen)
         for store in self.stores:
@@ -287,16 +248,18 @@ class PageTable:
         directory, refcounts, free = [list(self.directory[row]) for row in rows], list(self.refcounts), list(self.free)
         for segment in chain.from_iterable(directory):
             refcounts[segment] += 1
-        release_segments(list(chain.from_iterable(self.directory)), refcounts, free)
+        release_segments(list(chain.from_iterable(self.directory)), refcounts, free, self.shared)
         self._become(directory=directory, refcounts=refcounts, free=free, mask=mask, spans=spans, prefix=0)
 
     def clear(self) -> None:
         """Drop all sequences. The memory of their rows stays allocated."""
         number, mask = len(self.refcounts), TokenMask(self.mask.keeps_positions)
-        tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": list(range(number))[::-1]}
+        free = [segment for segment in reversed(range(number)) if segment not in self.shared]
+        tables: dict[str, Any] = {"directory": [], "refcounts": [0] * number, "free": free}
         self._become(**tables, mask=mask, spans=ClusteredSpans(), start=0, length=0, prefix=0)
         for store in self.stores:
             store.clear()
+        self.settle_forks()
 
     def replace_padding(self, valid: Tensor | None, length: int) -> None:
         """Set the validity of the first `length` tokens to `valid` [B, >= length] (None: all valid)."""
@@ -315,16 +278,7 @@ class PageTable:
 
     def check_integrity(self) -> None:
         """Raise CacheStateError if directory, reference counts, free list and padding disagree."""
-        counts, needed = [0] * len(self.refcounts), segments_of(self.num_pages)
-        for row in self.directory:
-            require_integrity(len(row) == needed, f"{self.length} tokens have {len(row)} segments, expected {needed}")
-            for segment in row:
-                counts[segment] += 1
-        require_integrity(
-            counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}"
-        )
-        free, unused = sorted(self.free), [segment for segment, count in enumerate(counts) if not count]
-        require_integrity(free == unused, f"free segments are {free}, unused are {unused}")
+        self.check_segments(segments_of(self.num_pages))
         expected, clustered = (self.batch_size, self.length), self.spans.num_pages
         for name, table in (("padding mask", self.mask.valid), ("positions", self.mask.positions)):
             require_integrity(table is None or tuple(table.shape) == expected, f"{name} is not {expected}")
@@ -359,12 +313,12 @@ class PageTable:
             store.shrink(len(self.refcounts))
 
     def _make_room(self, *room: int) -> None:
-        """Reserve room for (batch size, segments, pages) in all stores. No work if unchanged since the last step."""
+        """Reserve room for (batch size, segments, pages, ids) in all stores. No work if unchanged since the last step."""
         if room == self._room:
             return
         self.memory_version, self._room = self.memory_version + 1, None
         for store in self.stores:
-            store.check(*room)
+            store.check(*room[:3])
         for store in self.stores:
             store.reserve(*room)
         self._room = room
@@ -373,13 +327,48 @@ class PageTable:
         """Reserve again after the stores' budgets changed."""
         if self.directory:
             self._room = None
-            self._make_room(*self.room)
+            self._make_room(*self.room, len(self.refcounts))
 
     def release(self) -> None:
         """Free the memory of all stores. The batch must be empty."""
-        self._become(refcounts=[], free=[])
+        self._become()
+        self.stop_sharing(refcounts=[], free=[])
         for store in self.stores:
             store.release()
+
+    def forget_stores(self) -> None:
+        """Drop all stores. The batch must be empty."""
+        self.stores.clear()
+        self.stop_sharing(refcounts=[], free=[])
+
+    # ---------------------------------------------------------------------------------------------------------- forks
+
+    def fork(self, memo: dict[int, Any]) -> PageTable:
+        """A table of the same sequences that shares their segments until one side writes. Neither holds a current step.
+
+        Args:
+            memo: for `deepcopy` of what uses this table. Gets the new table and all that stores share with their forks.
+        Returns:
+            the new table, without stores. The caller attaches copies of the stores, made with `memo`.
+        """
+        self.settle_forks()
+        self.shared.share(self.refcounts, max((store.capacity for store in self.stores), default=0))
+        self.free = []  # forks see these segments too
+        twin = memo[id(self)] = copy(self)
+        twin.__dict__.update(stores=[], free=[], _rows=dict(self._rows), _room=None)
+        twin.past, twin.spans, twin.shared = deepcopy(self.past), self.spans.copy(), self.shared.fork(self.refcounts)
+        for store in self.stores:
+            store.fork_rows(memo)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
+        """A table that shares nothing with forks of this one."""
+        twin = memo[id(self)] = object.__new__(PageTable)
+        twin.__dict__.update(deepcopy({name: held for name, held in self.__dict__.items() if name != "shared"}, memo))
+        twin.shared = SharedSegments()
+        if self.shared:
+            twin.free = [segment for segment, count in enumerate(twin.refcounts) if not count][::-1]
+        return twin
 
 
 def check_batch(held: int, batch_size: int) -> None:

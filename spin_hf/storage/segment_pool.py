@@ -3,12 +3,15 @@
     directory   sequence 0  [ 3 | 0 | 5 ]       refcounts   segment     0:2  3:2  5:1  6:1       free: 1 2 4
                 sequence 1  [ 3 | 0 | 6 ]
 
-`page_table.py` explains these tables. It passes copies of its lists and commits them once all memory is allocated.
+`page_table.py` explains these tables. It passes copies of its lists and commits them once all memory is allocated. Reference
+counts are those of one table. Segments that forks may see (`shared_segments.py`) are never in its free list.
 """
 
 from __future__ import annotations
 
 import math
+
+from .shared_segments import SharedSegments
 
 SEGMENT_PAGES = 32
 """Pages of a segment, per KV head."""
@@ -22,46 +25,60 @@ def segments_of(num_pages: int) -> int:
 
 
 def take_segments(
-    directory: list[list[int]], refcounts: list[int], free: list[int], first_page: int, num_pages: int
+    directory: list[list[int]],
+    refcounts: list[int],
+    free: list[int],
+    shared: SharedSegments,
+    first_page: int,
+    num_pages: int,
 ) -> list[tuple[int, int]]:
     """Extend every sequence to `num_pages` and unshare the segment of `first_page`. Returns (source, copy) pairs."""
     copies: list[tuple[int, int]] = []
     for row in directory:
         if first_page // SEGMENT_PAGES < len(row):
-            copies += own_segment([row], first_page // SEGMENT_PAGES, refcounts, free)
+            copies += own_segment([row], first_page // SEGMENT_PAGES, refcounts, free, shared)
         while len(row) * SEGMENT_PAGES < num_pages:
-            row.append(_new_segment(refcounts, free))
+            row.append(_new_segment(refcounts, free, shared))
     return copies
 
 
-def own_segment(holders: list[list[int]], index: int, refcounts: list[int], free: list[int]) -> list[tuple[int, int]]:
-    """Replace a segment shared outside `holders` by a new one in all of `holders`. Returns the (source, copy) pair, if any."""
+def own_segment(
+    holders: list[list[int]], index: int, refcounts: list[int], free: list[int], shared: SharedSegments
+) -> list[tuple[int, int]]:
+    """Replace a segment shared outside `holders`, or with a fork, by a new one in all of `holders`.
+
+    Returns:
+        the (source, copy) pair, if any.
+    """
     source = holders[0][index]
-    if refcounts[source] == len(holders):
+    if refcounts[source] == len(holders) and shared.owns(source):
         return []
+    copy = _new_segment(refcounts, free, shared)
     refcounts[source] -= len(holders)
-    copy = _new_segment(refcounts, free)
+    shared.is_behind |= source in shared
     refcounts[copy] = len(holders)
     for row in holders:
         row[index] = copy
     return [(source, copy)]
 
 
-def release_segments(segments: list[int], refcounts: list[int], free: list[int]) -> None:
-    """Drop one reference to each segment. Unreferenced segments become free."""
+def release_segments(segments: list[int], refcounts: list[int], free: list[int], shared: SharedSegments) -> None:
+    """Drop one reference to each segment. Unreferenced segments become free, except those that forks may see."""
     for segment in segments:
         refcounts[segment] -= 1
-        if not refcounts[segment]:
+        if segment in shared:
+            shared.is_behind = True
+        elif not refcounts[segment]:
             free.append(segment)
 
 
-def _new_segment(refcounts: list[int], free: list[int]) -> int:
-    if free:
-        segment = free.pop()
-        refcounts[segment] = 1
-        return segment
-    refcounts.append(1)
-    return len(refcounts) - 1
+def _new_segment(refcounts: list[int], free: list[int], shared: SharedSegments) -> int:
+    segment = free.pop() if free else shared.claim(refcounts)
+    if segment is None:
+        segment = max(len(refcounts), len(shared))  # behind the chunks that forks see
+    refcounts += [0] * (segment + 1 - len(refcounts))
+    refcounts[segment] = 1
+    return segment
 
 
 def pages_of(tokens: int, page_size: int) -> int:

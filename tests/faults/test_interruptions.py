@@ -21,7 +21,7 @@ import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
 from tests.support.clustering_methods import clustering_often, little_slack
-from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded
+from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded, then
 from tests.support.inspection import state_of
 from tests.support.interruption_trial import Interruptions, contents, same
 from tests.support.interruptions import every_place, interrupted, some_places
@@ -46,6 +46,10 @@ def _copy(run: Run) -> None:
     run.kept = deepcopy(run.cache)  # type: ignore[attr-defined]
 
 
+def _fork(run: Run) -> None:
+    run.kept = run.cache.fork()  # type: ignore[attr-defined]
+
+
 _REPEAT: Step = on_cache("batch_repeat_interleave", 2, rows=[0, 0, 1, 1])
 _CROP: Step = on_cache("crop", -70, removes=70)
 
@@ -64,6 +68,11 @@ OPERATIONS = {name: scenario for name, scenario in SCENARIOS.items() if not scen
         "clusters, cropped, paged": Scenario(_CROP, before=feed(270, 1, 1), options={**_CLUSTERS, **_PAGED}),
         "release of memory": Scenario(on_cache("release_gpu_memory"), before=feed(270, 1), options=_PAGED),
         "copy": Scenario(_copy, before=feed(270, 1), options=_PAGED),
+        "fork": Scenario(_fork, before=feed(270, 1)),
+        "fork, paged": Scenario(_fork, before=feed(270, 1), options=_PAGED),
+        "fork, clusters": Scenario(_fork, before=feed(160, 1, 1), options=_CLUSTERS),
+        "fork, linear attention": Scenario(_fork, before=feed(40, 1), family="qwen3_next"),
+        "fork of a fork": Scenario(_fork, before=then(feed(270, 1), _fork, feed(1))),
     }.items()
 }
 FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.forward} | {

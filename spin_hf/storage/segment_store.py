@@ -1,0 +1,49 @@
+"""What the page table needs of a layer's storage: rows for segments, which it reserves, copies and frees."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class SegmentStore(Protocol):
+    """Storage of a layer, as the page table drives it."""
+
+    length: int
+
+    def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
+        """Raise BudgetError or CapacityError if `reserve` would exceed a cap. Changes nothing."""
+
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
+        """Allocate for a batch of this size, and rows for segments below `num_ids`."""
+
+    def shrink(self, num_segments: int) -> None:
+        """Free the rows of segments from `num_segments` on. Allocates nothing."""
+
+    def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the rows of (source, destination) segments."""
+
+    def truncate(self, length: int) -> None:
+        """Drop tokens from `length` on."""
+
+    def select(self, rows: list[int]) -> None:
+        """Sequence i becomes the old sequence rows[i]."""
+
+    def forget_resident(self, batch_size: int) -> None:
+        """Drop all resident pages. They are loaded again on their next use."""
+
+    def clear(self) -> None:
+        """Drop all tokens. Memory stays allocated."""
+
+    def release(self) -> None:
+        """Free all memory. No tokens are held."""
+
+    @property
+    def capacity(self) -> int:
+        """Segments that have rows in the allocated chunks. Their ids are below this number."""
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether a fork may see some of the rows."""
+
+    def fork_rows(self, memo: dict[int, Any]) -> None:
+        """Add to `memo`, for `deepcopy` of this store: arrays that share their rows, and frames without pages."""

@@ -1,0 +1,101 @@
+"""Directory, reference counts and free list of a page table, and what of them it shares with forks.
+
+    referenced    by a sequence of this table: its reference count is positive
+    free          in the free list: this table alone can see its rows
+    neither       in `shared`, without a reference here: forks use it, or may claim it
+
+Every segment of a pool is one of these. Its rows follow from its number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import require_integrity
+from .segment_store import SegmentStore
+from .shared_segments import SharedSegments
+
+Tables = tuple[list[list[int]], list[int], list[int]]
+"""Directory, reference counts, free segments."""
+
+
+class SegmentTables:
+    """The segments of a page table. `page_table.py` draws them."""
+
+    def __init__(self) -> None:
+        self.directory: list[list[int]] = []
+        self.refcounts: list[int] = []
+        self.free: list[int] = []
+        self.shared = SharedSegments()
+        """Segments that forks may see."""
+        self.stores: list[SegmentStore] = []
+        self._before: Tables | None = None
+        """Directory, reference counts and free segments before the current step; None after any other change."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences held."""
+        return len(self.directory)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments in the pool, without those that only forks use."""
+        return self.available(self.refcounts)
+
+    @property
+    def segments_in_use(self) -> int:
+        """Segments referenced by at least one sequence."""
+        return sum(count > 0 for count in self.refcounts)
+
+    def available(self, refcounts: list[int]) -> int:
+        """Segments in a pool with these reference counts, without those that only forks use."""
+        return len(refcounts) - self.shared.unused(refcounts)
+
+    def settle_forks(self) -> None:
+        """Give up segments that are no longer used here, and take back those that no fork can see any more. Idempotent.
+
+        Not to be called while an earlier state of the tables may be restored.
+        """
+        if not self.shared:
+            return
+        self._before = None
+        gone = self.shared.publish(self.refcounts)
+        if not any(store.shares_rows for store in self.stores):
+            gone = list(self.shared)
+        if not gone:
+            return
+        left = set(self.shared).difference(gone)
+        free = [segment for segment, count in enumerate(self.refcounts) if not count and segment not in left]
+        if left:
+            self.free = free[::-1]
+            self.shared.forget(gone)
+        else:
+            self.stop_sharing(free=free[::-1])
+
+    def stop_sharing(self, **tables: Any) -> None:
+        """Replace tables, by ones for which forks do not matter: this cache has its own rows, or none."""
+        before = self.shared
+        self.__dict__.update(tables, shared=SharedSegments())
+        before.leave()
+
+    def check_segments(self, each: int) -> None:
+        """Raise CacheStateError if directory, reference counts and free list disagree.
+
+        Args:
+            each: segments that every sequence must have.
+        """
+        counts = [0] * len(self.refcounts)
+        for row in self.directory:
+            require_integrity(len(row) == each, f"a sequence has {len(row)} segments, expected {each}")
+            for segment in row:
+                counts[segment] += 1
+        require_integrity(
+            counts == self.refcounts, f"reference counts are {self.refcounts}, the directory gives {counts}"
+        )
+        unused = [segment for segment, count in enumerate(counts) if not count]
+        known = sorted({*self.free, *(segment for segment in unused if segment in self.shared)})
+        require_integrity(
+            known == unused and len(self.free) == len(set(self.free)),
+            f"free segments are {sorted(self.free)}, unused are {unused}",
+        )
+        self.shared.check_integrity(self.refcounts)
