@@ -192,7 +192,7 @@ class ForwardPass:
         state.sequences.clear()
         state.visible_length.zero_()
         self._end()
-        state.committed, state.tokens = 0, TokenLog()
+        state.committed, state.tokens, state.reused_tokens = 0, TokenLog(), 0
         for layer in state.layers:
             layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, 0
 

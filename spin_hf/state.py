@@ -102,6 +102,8 @@ class CacheState:
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
         tokens: their ids, as far as they are known.
+        store: a `PromptStore` of prompts that were read before; None for none.
+        reused_tokens: tokens of the present sequences that came from the store.
         phase: of the current forward.
         reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
@@ -120,6 +122,8 @@ class CacheState:
     captured_length: Tensor | None = None
     committed: int = 0
     tokens: TokenLog = field(default_factory=TokenLog)
+    store: Any = None
+    reused_tokens: int = 0
     phase: Phase = Phase.IDLE
     reads_prompt: bool = False
     pending: Any = None

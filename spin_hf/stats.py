@@ -32,6 +32,7 @@ class CacheStats:
         attended_tokens: tokens attended to per KV head, mean over all sparse queries; nan before the first one.
         sparse_queries: queries that selected pages, counted per sequence and KV head. On a GPU also queries of short calls
             for which the budget covered all tokens.
+        reused_tokens: tokens of the present sequences that a `PromptStore` has restored instead of the model reading them.
         paged_layers: layers that select pages.
         dense_layers: reason -> number of layers with transformers' own cache layer (full or sliding window).
     """
@@ -50,6 +51,7 @@ class CacheStats:
     hit_rate: float
     attended_tokens: float
     sparse_queries: int
+    reused_tokens: int
     paged_layers: int
     dense_layers: Mapping[str, int] = field(default_factory=dict)
 
@@ -117,5 +119,5 @@ def stats_of(state: CacheState, counted: dict[str, int], tokens: int, dense_reas
         evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
         hit_rate=hits / (hits + loads) if hits + loads else 1.0,
         attended_tokens=attended / queries if queries else float("nan"), sparse_queries=queries,
-        paged_layers=len(state.layers), dense_layers=dict(dense_reasons),
+        reused_tokens=state.reused_tokens, paged_layers=len(state.layers), dense_layers=dict(dense_reasons),
     )  # fmt: skip

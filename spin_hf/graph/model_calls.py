@@ -121,15 +121,19 @@ class ModelCalls:
             state.tokens = state.tokens.recorded(state.committed - new.shape[1], ids)
 
     def before_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
-        """Remove the tokens of `cache` that are not the first ones of a prompt which `generate` is about to read.
+        """Prepare `cache` for a prompt which `generate` is about to read.
 
-        At least one token of the prompt is left to read. Layers that cannot be cropped are read anew.
+        Tokens that are not the first ones of the prompt are removed. Layers that cannot be cropped are read anew. An empty cache
+        gets what its store has of the prompt. At least one token is left to read.
 
         Args:
             ids: [B, n], the whole prompt.
             mask: [B, n], its padding mask; None for no padding.
         """
-        held = cache.get_seq_length()
+        held, store = cache.get_seq_length(), self.passes.state.store
+        if not held and store is not None:
+            restored = store.restore(cache, ids, mask)
+            cache._state.reused_tokens = restored
         common = self.passes.state.tokens.common_prefix(ids, held, mask)
         keep = min(common, ids.shape[1] - 1)
         if keep >= held or not held:
@@ -142,6 +146,11 @@ class ModelCalls:
             cache.crop(keep - held)
         else:
             cache.reset()
+
+    def after_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+        """Store a prompt that `generate` has read. Arguments as for `before_prompt`."""
+        if self.passes.state.store is not None:
+            self.passes.state.store.keep(cache, ids, mask)
 
     def _runs(self) -> bool:
         """Whether this thread is within `run`. Reads the stack, since an interruption may leave `inside` set."""

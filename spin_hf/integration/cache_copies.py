@@ -33,6 +33,7 @@ class CacheCopies:
     _config: Any
     layers: Any
     calls: Any
+    _finalizer: Any
     batch_repeat_interleave: Any
 
     @outside_inference_mode
@@ -55,12 +56,24 @@ class CacheCopies:
         """
         times = 1 if num_sequences is None else times_of(num_sequences, "num_sequences")
         self._log.settle(self.layers)
-        memo = self._passes.fork()
-        fork_states(self.layers, memo)
-        twin = self._copied_with(memo)
-        twin._passes.attach(self._state.sequences, memo)
+        twin = self._forked(object.__new__(type(self)))
         if times > 1:
             twin.batch_repeat_interleave(times)
+        return twin
+
+    @outside_inference_mode
+    def fork_into(self: Copied, other: Copied) -> None:
+        """Make the empty cache `other`, of the same model and with the same options, a fork of this one."""
+        self._log.settle(self.layers)
+        other._finalizer()  # its memory, and the hooks of its model
+        self._forked(other)
+
+    def _forked(self: Copied, twin: Copied) -> Copied:
+        """Make `twin` a fork of this cache."""
+        memo = self._passes.fork()
+        fork_states(self.layers, memo)
+        self._copied_with(memo, twin)
+        twin._passes.attach(self._state.sequences, memo)
         return twin
 
     def __copy__(self: Copied) -> Copied:
@@ -81,11 +94,11 @@ class CacheCopies:
         """An independent cache of the same model with the same tokens, for reusing a prefix. It shares nothing."""
         self._log.settle(self.layers)
         self._passes.gpu.before_copy()
-        return self._copied_with(memo)
+        return self._copied_with(memo, object.__new__(type(self)))
 
-    def _copied_with(self: Copied, memo: dict[int, Any]) -> Copied:
-        """A deep copy, of all that is not in `memo`."""
-        twin = memo[id(self)] = object.__new__(type(self))
+    def _copied_with(self: Copied, memo: dict[int, Any], twin: Copied) -> Copied:
+        """Make `twin` a deep copy, of all that is not in `memo`."""
+        memo[id(self)] = twin
         for name, attribute in self.__dict__.items():
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))

@@ -1,6 +1,6 @@
 """Wraps `generate`'s prefill on model instances while one of their caches lives, to see whole prompts.
 
-    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls.before_prompt(whole ids)
+    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls.before_prompt, .after_prompt
                                                                               ->  transformers' method, which cuts off what
                                                                                   the cache holds
 
@@ -42,11 +42,14 @@ def _prefill(
     self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
-    calls = getattr(cache, ATTRIBUTE, None)
+    mask, call = model_kwargs.get("attention_mask"), getattr(type(self), _HOOK)
     is_first = args[0] if args else kwargs.get("is_first_iteration", True)
-    if calls is not None and is_first and model_kwargs.get("inputs_embeds") is None:
-        mask = model_kwargs.get("attention_mask")
-        width = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        if width == input_ids.shape[1]:  # else the ids are only the new ones
-            calls.before_prompt(cache, input_ids, mask)
-    return getattr(type(self), _HOOK)(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    width = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    # Ids that the mask is longer than are the new ones only.
+    whole = is_first and model_kwargs.get("inputs_embeds") is None and width == input_ids.shape[1]
+    if not whole or getattr(cache, ATTRIBUTE, None) is None:
+        return call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    getattr(cache, ATTRIBUTE).before_prompt(cache, input_ids, mask)
+    output = call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    getattr(cache, ATTRIBUTE).after_prompt(cache, input_ids, mask)
+    return output

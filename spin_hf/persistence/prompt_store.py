@@ -1,0 +1,404 @@
+"""`PromptStore`: prompts that were read before, recognised by their tokens.
+
+    generate(ids, cache)  ->  before_prompt: longest stored prefix of ids  ->  restored into the empty cache
+                          ->  the model reads the rest
+                          ->  after_prompt: what the cache holds now is stored
+
+    in memory    forks of the caches, which share their pages; gone with the process
+    on disk      folders of `save_pretrained`, in `entries/`; an index in SQLite (`prefix_index.py`)
+
+    directory/   index.sqlite   entries/<name>/   entries/<name>.new/ while it is written
+
+An entry enters the index once its folder is complete, and leaves it before its folder goes, so other processes see whole entries
+or none. An entry that cannot be read is removed, and the prompt is read by the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ..config import MOST_BYTES, parse_bytes, require_count
+from ..errors import OptionError, OptionTypeError, SpinError
+from ..integration.layer_types import is_placeholder
+from ..layer import SpinLayer
+from ..storage.token_log import TokenLog
+from .fingerprint import fingerprint
+from .opened import saved_tokens
+from .prefix_index import IndexFormatError, PrefixIndex
+from .reader import SavedCache
+
+logger = logging.getLogger("spin_hf")
+
+_LEFT_BEHIND_S = 3600.0
+"""Seconds after which a folder that is in no index was left by a killed process."""
+_SAMPLES = 64
+"""Numbers of each parameter that are hashed."""
+_NEW_PART = 8
+"""On disk, a prompt is stored if more than this part of its tokens (1/8) is in no entry yet."""
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Contents and use of a store.
+
+    Attributes:
+        entries, stored_bytes: prefixes held, in memory and on disk. Pages that entries in memory share count once.
+        lookups: prompts looked up.
+        hits: those of which a stored prefix was restored.
+        reused_tokens: tokens restored, over all hits.
+    """
+
+    entries: int
+    stored_bytes: int
+    lookups: int
+    hits: int
+    reused_tokens: int
+
+
+@dataclass
+class _Held:
+    """An entry in memory: a cache that nobody steps, and the tokens that it holds."""
+
+    cache: Any
+    ids: list[int]
+    model: weakref.ref[Any]
+
+
+@dataclass
+class _Counts:
+    lookups: int = 0
+    hits: int = 0
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The best entry for a prompt, and the number of tokens of it that the prompt begins with."""
+
+    name: str
+    is_held: bool
+    num_tokens: int
+    common: int
+
+
+class PromptStore:
+    """Stored prompts of any models. Safe for several processes and threads at once.
+
+    A prompt is looked up by the tokens of its only sequence, or of a batch of equal ones, without padding. It must begin with a
+    whole block of a stored one.
+
+    Args:
+        directory: folder of entries that outlive the process; made if it does not exist. None for entries in memory only.
+        max_bytes: cap on the entries on disk, in bytes or as "50GiB"; "auto" for none. The least recently used ones go first.
+        max_host_bytes: likewise of entries in memory; None for none in memory. "auto" is no cap if `directory` is None, else
+            none in memory. Summaries of entries stay in GPU memory, and pages where they are.
+        block_tokens: tokens of a block.
+    Raises:
+        OptionTypeError, OptionError: an argument is invalid, or `directory` cannot be used.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str] | None = None, *, max_bytes: int | str = "auto",
+        max_host_bytes: int | str | None = "auto", block_tokens: int = 256,
+    ) -> None:  # fmt: skip
+        block_tokens = require_count("block_tokens", block_tokens, 1, example=256)
+        self.max_bytes = parse_bytes("max_bytes", max_bytes) or MOST_BYTES
+        in_memory = max_host_bytes is not None and (directory is None or max_host_bytes != "auto")
+        self.max_host_bytes = (parse_bytes("max_host_bytes", max_host_bytes) or MOST_BYTES) if in_memory else 0  # type: ignore[arg-type]
+        self._memory = PrefixIndex(None, block_tokens)
+        self._held: dict[str, _Held] = {}
+        self._counts, self._lock = _Counts(), threading.RLock()
+        self.directory, self._disk = None, None
+        if directory is None:
+            if not in_memory:
+                raise OptionError("directory: expected a folder where max_host_bytes is None, got none; pass one of them")
+            return
+        if not isinstance(directory, (str, os.PathLike)):
+            raise OptionTypeError(f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder")
+        self.directory = Path(directory)
+        try:
+            self._entries.mkdir(parents=True, exist_ok=True)
+            self._disk = PrefixIndex(self.directory / "index.sqlite", block_tokens)
+            self._sweep()
+        except (OSError, IndexFormatError) as error:
+            raise OptionError(
+                f"directory: expected a folder of a PromptStore, or an empty one, got {directory}: {error}; pass another folder"
+            ) from error
+
+    @property
+    def _entries(self) -> Path:
+        assert self.directory is not None
+        return self.directory / "entries"
+
+    def stats(self) -> StoreStats:
+        """Entries held, and how often they were of use in this process."""
+        indexes = [self._memory] if self._disk is None else [self._memory, self._disk]
+        return StoreStats(
+            sum(len(index.names()) for index in indexes), sum(index.num_bytes for index in indexes),
+            self._counts.lookups, self._counts.hits, self._counts.reused_tokens,
+        )  # fmt: skip
+
+    def clear(self) -> None:
+        """Remove all entries, on disk too."""
+        with self._lock:
+            self._drop_held(self._memory.remove_beyond(-1))
+            if self._disk is not None:
+                self._delete_folders(self._disk.remove_beyond(-1))
+
+    def __repr__(self) -> str:
+        return f"PromptStore({str(self.directory) if self.directory is not None else None!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptStore:
+        return self  # copies of a cache use the same store
+
+    # --------------------------------------------------------------------------------------------- called by the caches
+
+    def restore(self, cache: Any, ids: Tensor, mask: Tensor | None) -> int:
+        """Fill an empty cache with the longest stored prefix of a prompt. Returns the number of tokens restored.
+
+        At least one token of the prompt is left to read.
+
+        Args:
+            cache: a `SpinCache` without tokens.
+            ids: [B, n], the prompt.
+            mask: [B, n], its padding mask; None for no padding.
+        """
+        tokens = _only_row(ids, mask)
+        if tokens is None:
+            return 0
+        with self._lock:
+            self._counts.lookups += 1
+            for found in self._candidates(cache, tokens):
+                restored = self._restored(cache, found, tokens)
+                if restored:
+                    if len(ids) > 1:
+                        cache.batch_repeat_interleave(len(ids))
+                    self._counts.hits += 1
+                    self._counts.reused_tokens += restored
+                    where = "memory" if found.is_held else "disk"
+                    logger.info("%d of %d tokens of the prompt restored from %s", restored, len(tokens), where)
+                    return restored
+        return 0
+
+    def keep(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+        """Store what a cache holds behind a prompt, unless most of it is stored already.
+
+        Args:
+            cache: a `SpinCache` that holds exactly the prompt.
+            ids, mask: as for `restore`.
+        """
+        tokens = _only_row(ids, mask)
+        if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
+            return
+        if cache.get_seq_length() != len(tokens):
+            return
+        with self._lock:
+            if self.max_host_bytes:
+                self._keep_in_memory(cache, tokens)
+            if self._disk is not None:
+                self._keep_on_disk(cache, tokens)
+
+    # ---------------------------------------------------------------------------------------------------------- lookups
+
+    def _candidates(self, cache: Any, tokens: list[int]) -> list[_Found]:
+        """Entries that begin like a prompt, the longest common prefix first; in memory before on disk."""
+        found, space = [], space_of(cache)
+        for match in self._memory.find(_with_options(space, cache), tokens):
+            held = self._held.get(match.name)
+            if held is not None and held.model() is cache.calls.model():
+                common = _common(held.ids, tokens, match.shared)
+                found.append(_Found(match.name, True, match.num_tokens, common))
+        if self._disk is not None:
+            for match in self._disk.find(space, tokens):
+                stored = self._tokens_of(match.name)
+                if stored is not None:
+                    common = _common(stored, tokens, match.shared)
+                    found.append(_Found(match.name, False, match.num_tokens, common))
+        croppable = all(_can_be_cropped(layer) for layer in cache.layers)
+        usable = [each for each in found if croppable or each.common == each.num_tokens < len(tokens)]
+        return sorted(usable, key=lambda each: (-each.common, not each.is_held))
+
+    def _restored(self, cache: Any, found: _Found, tokens: list[int]) -> int:
+        """Restore an entry and crop it to what it has in common with a prompt. Returns the tokens restored; 0 if that fails."""
+        try:
+            if found.is_held:
+                self._held[found.name].cache.fork_into(cache)
+                self._memory.touch(found.name)
+            else:
+                assert self._disk is not None
+                with closing(SavedCache(self._entries / found.name)) as saved:
+                    saved.restore(cache._state, cache.layers, cache._config, cache.calls.model())
+                cache._state.tokens = TokenLog().recorded(0, torch.tensor([tokens[: found.common]]))
+                self._disk.touch(found.name)
+            keep = min(found.common, len(tokens) - 1)
+            if keep < cache.get_seq_length():
+                cache.crop(keep - cache.get_seq_length())
+            return keep
+        except (SpinError, OSError) as error:
+            cache.reset()
+            if not found.is_held:
+                logger.warning("a stored prompt cannot be restored and is removed: %s", error)
+                self._remove(found.name)
+            return 0
+
+    def _tokens_of(self, name: str) -> list[int] | None:
+        """The tokens of an entry on disk; None, and the entry is removed, if they cannot be read."""
+        try:
+            stored = saved_tokens(self._entries / name)
+        except (SpinError, OSError) as error:
+            logger.warning("a stored prompt cannot be read and is removed: %s", error)
+            stored = None
+        if stored is None:
+            self._remove(name)
+            return None
+        return [int(token) for token in stored[0].tolist()]
+
+    # ---------------------------------------------------------------------------------------------------------- storing
+
+    def _keep_in_memory(self, cache: Any, tokens: list[int]) -> None:
+        space, index = _with_options(space_of(cache), cache), self._memory
+        shared, covered = 0, []
+        for match in index.find(space, tokens, most=1000):
+            held = self._held.get(match.name)
+            common = 0 if held is None else _common(held.ids, tokens, match.shared)
+            if common == len(tokens):
+                return
+            if held is not None and common == len(held.ids):
+                covered.append(match.name)
+            else:
+                shared = max(shared, common)
+        stats = cache.stats()
+        per_token = -(-(stats.gpu_bytes + stats.cpu_bytes) // len(tokens))
+        name = uuid.uuid4().hex
+        self._held[name] = _Held(cache.fork(), tokens, weakref.ref(cache.calls.model()))
+        index.insert(name, space, tokens, per_token * (len(tokens) - shared))
+        for old in covered:
+            index.remove(old)
+        self._drop_held(covered + index.remove_beyond(self.max_host_bytes, keep=name))
+
+    def _keep_on_disk(self, cache: Any, tokens: list[int]) -> None:
+        assert self._disk is not None
+        space, covered = space_of(cache), []
+        for match in self._disk.find(space, tokens):
+            if len(tokens) - match.shared <= max(self._disk.block_tokens, len(tokens) // _NEW_PART):
+                return
+            stored = self._tokens_of(match.name)
+            if stored is not None and _common(stored, tokens, match.shared) == len(stored):
+                covered.append(match.name)
+        name = uuid.uuid4().hex
+        folder, unfinished = self._entries / name, self._entries / f"{name}.new"
+        try:
+            cache.save_pretrained(unfinished, tokens=torch.tensor([tokens]))
+            num_bytes = sum(file.stat().st_size for file in unfinished.iterdir())
+            if num_bytes > self.max_bytes:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                return
+            unfinished.rename(folder)
+        except (SpinError, OSError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            logger.warning("a prompt could not be stored in %s: %s", self.directory, error)
+            return
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        self._disk.insert(name, space, tokens, num_bytes)
+        removed = [old for old in covered if self._disk.remove(old)]
+        self._delete_folders(removed + self._disk.remove_beyond(self.max_bytes, keep=name))
+
+    def _drop_held(self, names: list[str]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+    def _remove(self, name: str) -> None:
+        """Remove an entry on disk."""
+        assert self._disk is not None
+        if self._disk.remove(name):
+            self._delete_folders([name])
+
+    def _delete_folders(self, names: list[str]) -> None:
+        for name in names:
+            shutil.rmtree(self._entries / name, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Delete folders that a killed process left behind, and entries whose folder is gone."""
+        assert self._disk is not None
+        known, now = set(self._disk.names()), time.time()
+        for folder in self._entries.iterdir():
+            if folder.name not in known:
+                try:
+                    old = now - folder.stat().st_mtime > _LEFT_BEHIND_S
+                except OSError:
+                    continue  # another process has deleted it
+                if old and folder.name not in self._disk.names():
+                    shutil.rmtree(folder, ignore_errors=True)
+        for name in known:
+            if not (self._entries / name).exists():
+                self._disk.remove(name)
+
+
+def _only_row(ids: Tensor, mask: Tensor | None) -> list[int] | None:
+    """The tokens of a prompt whose sequences are equal and without padding; None for others."""
+    if ids.dim() != 2 or not ids.numel() or (mask is not None and (mask.shape != ids.shape or not bool(mask.all()))):
+        return None
+    if len(ids) > 1 and not bool((ids == ids[:1]).all()):
+        return None
+    return [int(token) for token in ids[0].tolist()]
+
+
+def space_of(cache: Any) -> str:
+    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, and weights.
+
+    Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
+    modules with the same weights, hooks, plain attributes.
+    """
+    state, model = cache._state, cache.calls.model()
+    dtype = getattr(model, "dtype", None)
+    about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
+    made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+    if model is not None:
+        samples = []
+        for name, parameter in model.named_parameters():
+            made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
+            flat = parameter.detach().flatten()
+            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].double().cpu())
+        made.update(torch.cat(samples).numpy().tobytes() if samples else b"")
+        for name, module in model.named_modules():
+            if hasattr(module, "active_adapters"):
+                state_of = (str(module.active_adapters), bool(getattr(module, "disable_adapters", False)))
+                made.update(f"{name} {state_of}\0".encode())
+    return made.hexdigest()
+
+
+def _with_options(space: str, cache: Any) -> str:
+    """A fork has the options of its origin."""
+    return f"{space} {cache._state.options} {cache._state.method!r}"
+
+
+def _can_be_cropped(layer: Any) -> bool:
+    """Whether tokens can be removed from a layer however many it holds. Windows and states of linear attention cannot."""
+    return isinstance(layer, SpinLayer) or is_placeholder(layer) or type(layer) is DynamicLayer
+
+
+def _common(stored: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """Number of tokens that both begin with; the first `start` are known to be equal."""
+    stop = min(len(stored), len(tokens))
+    while start < stop and stored[start] == tokens[start]:
+        start += 1
+    return start
