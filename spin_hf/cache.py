@@ -15,8 +15,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -27,16 +25,17 @@ from .attention.methods.base import Method, check_recipe
 from .attention.methods.registry import resolve_method
 from .backends.state_checks import held_batch
 from .config import SpinOptions, parse_bytes
-from .errors import OptionError, OptionTypeError
+from .errors import OptionTypeError
 from .forward_log import ForwardLog
 from .forward_pass import ForwardPass
 from .graph.model_calls import ModelCalls, model_of
 from .indexing import cluster
 from .inference_mode import outside_inference_mode
 from .integration import dropped_cache
-from .integration.batch_indices import rows_of, times_of
+from .integration.batch_indices import removed_by_crop, rows_of, times_of
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
+from .integration.linear_states import LinearStates
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
 from .state import CacheState
@@ -44,10 +43,8 @@ from .stats import CacheStats, stats_of
 from .storage.page_table import PageTable, check_batch
 from .transaction import finished, undone
 
-_CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
-
-class SpinCache(Cache):
+class SpinCache(LinearStates):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
     Keys and values live in pages: in the compute tier (GPU memory, or RAM without a GPU) while all fit, else in the cpu tier
@@ -114,8 +111,8 @@ class SpinCache(Cache):
         self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
-        state = self._state
-        return f"SpinCache({state.model_name}, {state.method}, {state.options}, tokens={state.committed})"
+        held = self._state
+        return f"SpinCache({held.model_name}, {held.method}, {held.options}, tokens={held.committed})"
 
     # -------------------------------------------------------------------------------------------- called by transformers
 
@@ -136,35 +133,6 @@ class SpinCache(Cache):
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         self._log.touched(layer_idx, self.layers)
         return states
-
-    @outside_inference_mode
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear-attention and convolution layers."""
-        self._before(layer_idx, conv_states.shape[0])
-        states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
-        return states
-
-    @outside_inference_mode
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear-attention layers."""
-        self._before(layer_idx, recurrent_states.shape[0])
-        states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
-        return states
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As in transformers. Convolution layers write single tokens into the returned tensor."""
-        return self._writable(layer_idx, super().get_conv_state(layer_idx, *args, **kwargs))
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As in transformers. Layers may write into the returned tensor."""
-        return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
-
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """As in transformers. Linear-attention layers may then write into their states without another call."""
-        self._log.may_begin(self.layers)
-        return super().has_previous_state(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer. Those of an interrupted forward do not count."""
@@ -197,11 +165,7 @@ class SpinCache(Cache):
 
         Before 5.18 transformers also passes positive numbers: the length after the crop.
         """
-        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
-        if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
-            raise OptionError(
-                f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n"
-            )
+        tokens_to_remove = removed_by_crop(tokens_to_remove)
         self._log.settle(self.layers)
         length = self.get_seq_length()
         with undone(self._state, self._unpaged_layers()):
@@ -263,8 +227,7 @@ class SpinCache(Cache):
             attention_mask: [B, tokens], padding mask of its tokens; None for no padding.
             options: as for `SpinCache`.
         Raises:
-            OptionTypeError: `cache` is not a transformers cache.
-            OptionError, BatchSizeError: its layers or the mask do not match the model or each other.
+            OptionTypeError, OptionError, BatchSizeError: not a cache, or layers or mask do not match the model or each other.
         """
         if not isinstance(cache, Cache):
             check_source(cache, [], (), None, None)
@@ -368,14 +331,6 @@ class SpinCache(Cache):
             check_batch(held, batch_size)
         self._log.check_layer(index, self.layers)
         self._log.touch(index, self.layers)
-
-    def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
-        if state is not None and self._log.last >= 0:  # `generate` reads between two forwards, too
-            self._before(index, state.shape[0])
-            self._log.touched(index, self.layers)
-        else:
-            self._log.may_begin(self.layers)
-        return state
 
     def _select(self, indices: Any) -> None:
         """Select sequences in all layers. If it fails, no layer has changed."""
