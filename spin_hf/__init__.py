@@ -19,6 +19,7 @@ from .errors import (
     CapacityError,
     OptionError,
     OptionTypeError,
+    SavedCacheError,
     SpinError,
     UnsupportedModelError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "PageMethod",
     "Quest",
     "RetroInfer",
+    "SavedCacheError",
     "SeerAttention",
     "ShadowKV",
     "SpinCache",

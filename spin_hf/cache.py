@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from copy import deepcopy
+from os import PathLike
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ from .integration.layer_types import build_layers, check_model, decoder_config
 from .integration.linear_states import LinearStates
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
+from .persistence.reader import SavedCache
+from .persistence.writer import save
 from .state import CacheState
 from .stats import CacheStats, stats_of
 from .storage.page_table import PageTable, check_batch
@@ -237,6 +241,46 @@ class SpinCache(LinearStates):
         take_over(cache, made.layers, paged, valid)
         made._passes.commit()
         made._state.visible_length.fill_(made._state.committed)
+        return made
+
+    @outside_inference_mode
+    def save_pretrained(
+        self, directory: str | PathLike[str], tokens: Any = None, *, max_shard_bytes: int | str = "1GiB"
+    ) -> None:
+        """Write the contents to a folder, as safetensors files and JSON. A crash leaves the saved cache before it, or this one.
+
+        Args:
+            directory: a folder. It is made if there is none. A saved cache in it is replaced.
+            tokens: ids of the tokens held, [B, tokens] or longer, to be saved too.
+            max_shard_bytes: most bytes of tensors in a file, such as "4GiB"; "auto" for no limit.
+        Raises:
+            OptionError, SavedCacheError: a layer or argument cannot be saved, or a file could not be written.
+        """
+        self._log.settle(self.layers)
+        held = self.get_seq_length(), held_batch(self._state, self.layers), tokens, max_shard_bytes
+        save(directory, self._state, self.layers, self._config, self.calls.model(), *held)
+
+    @classmethod
+    @outside_inference_mode
+    def from_pretrained(
+        cls, directory: str | PathLike[str], model: PreTrainedModel | PreTrainedConfig,
+        method: str | Method | None = None, *, verify: bool = True, **options: Any,
+    ) -> SpinCache:  # fmt: skip
+        """A SpinCache with the contents that `save_pretrained` wrote, which goes on as the saved one would.
+
+        Args:
+            model: as for `SpinCache`. A config gives no weights to compare, and its cache is on torch's default device.
+            method: as for `SpinCache`; None for the saved one. Its parameters must be those of the saved one.
+            verify: compare the SHA-256 of all that is read. False saves that time, and trusts the files.
+            options: as for `SpinCache`. By default those of the saved cache, and the caps are "auto".
+        Raises:
+            SavedCacheError: the files are damaged, or do not fit model, method or options.
+            OptionError, BudgetError, CapacityError: as for `SpinCache` and its first batch.
+        """
+        with closing(SavedCache(directory, verify)) as saved:
+            method, options = saved.arguments(method, options)
+            made = cls(model, method, **options)
+            saved.restore(made._state, made.layers, made._config, made.calls.model())
         return made
 
     @outside_inference_mode
