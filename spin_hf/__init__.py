@@ -19,10 +19,12 @@ from .errors import (
     CapacityError,
     OptionError,
     OptionTypeError,
+    SavedCacheError,
     SpinError,
     UnsupportedModelError,
 )
 from .memory.plan import MemoryPlan, plan
+from .persistence.prompt_store import PromptStore, StoreStats
 from .stats import CacheStats
 
 __version__ = "0.1.0"
@@ -40,12 +42,15 @@ __all__ = [
     "OptionError",
     "OptionTypeError",
     "PageMethod",
+    "PromptStore",
     "Quest",
     "RetroInfer",
+    "SavedCacheError",
     "SeerAttention",
     "ShadowKV",
     "SpinCache",
     "SpinError",
+    "StoreStats",
     "UnsupportedModelError",
     "__version__",
     "disable",

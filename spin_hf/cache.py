@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
+from os import PathLike
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -26,28 +26,29 @@ from .attention.methods.base import Method, check_recipe
 from .attention.methods.registry import resolve_method
 from .backends.state_checks import held_batch
 from .config import SpinOptions, parse_bytes
-from .errors import OptionError
 from .forward_log import ForwardLog
 from .forward_pass import ForwardPass
 from .graph.model_calls import ModelCalls, model_of
 from .indexing import cluster
 from .inference_mode import outside_inference_mode
 from .integration import dropped_cache
-from .integration.batch_indices import rows_of, times_of
+from .integration.batch_indices import removed_by_crop, rows_of, times_of
 from .integration.cache_copies import CacheCopies
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
+from .integration.linear_states import LinearStates
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
+from .persistence.prompt_store import PromptStore, checked_store
+from .persistence.reader import SavedCache
+from .persistence.writer import save
 from .state import CacheState
 from .stats import CacheStats, stats_of
 from .storage.page_table import PageTable, check_batch
 from .transaction import finished, undone
 
-_CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
-
-class SpinCache(CacheCopies, Cache):
+class SpinCache(CacheCopies, LinearStates):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
     Keys and values live in pages: in the compute tier (GPU memory, or RAM without a GPU) while all fit, else in the cpu tier
@@ -72,6 +73,8 @@ class SpinCache(CacheCopies, Cache):
             then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
             all pages fit the compute tier. A forward attends to its own keys and values unquantized.
         prefill_chunk_size: tokens of a prompt that are read at a time; "auto" by free memory, None for all. Same result.
+        store: prompts that were read before. A prompt of `generate` that begins like one of them is restored as far as that
+            goes, and stored for later ones. None for none.
     Raises:
         OptionTypeError, OptionError, BudgetError: an option cannot work.
         UnsupportedModelError: the model cannot be served.
@@ -92,6 +95,7 @@ class SpinCache(CacheCopies, Cache):
         summary_dtype: str = "auto",
         cpu_dtype: str = "auto",
         prefill_chunk_size: int | str | None = "auto",
+        store: PromptStore | None = None,
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
@@ -102,7 +106,7 @@ class SpinCache(CacheCopies, Cache):
         config, name = decoder_config(model)
         check_model(config, name)
         sequences = PageTable(resolved.page_size, resolved.uses_positions)
-        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model))
+        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model), store=checked_store(store))
         self._passes = ForwardPass(self._state)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
         self._state.method = resolved.bind(config, [layer.layer_idx for layer in self._state.layers])
@@ -113,8 +117,8 @@ class SpinCache(CacheCopies, Cache):
         self._bind(config, model_of(model))
 
     def __repr__(self) -> str:
-        state = self._state
-        return f"SpinCache({state.model_name}, {state.method}, {state.options}, tokens={state.committed})"
+        held = self._state
+        return f"SpinCache({held.model_name}, {held.method}, {held.options}, tokens={held.committed})"
 
     # -------------------------------------------------------------------------------------------- called by transformers
 
@@ -135,35 +139,6 @@ class SpinCache(CacheCopies, Cache):
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         self._log.touched(layer_idx, self.layers)
         return states
-
-    @outside_inference_mode
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear-attention and convolution layers."""
-        self._before(layer_idx, conv_states.shape[0])
-        states = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
-        return states
-
-    @outside_inference_mode
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers, for linear-attention layers."""
-        self._before(layer_idx, recurrent_states.shape[0])
-        states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        self._log.touched(layer_idx, self.layers)
-        return states
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As in transformers. Convolution layers write single tokens into the returned tensor."""
-        return self._writable(layer_idx, super().get_conv_state(layer_idx, *args, **kwargs))
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """As in transformers. Layers may write into the returned tensor."""
-        return self._writable(layer_idx, super().get_recurrent_state(layer_idx, *args, **kwargs))
-
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """As in transformers. Linear-attention layers may then write into their states without another call."""
-        self._log.may_begin(self.layers)
-        return super().has_previous_state(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by every layer. Those of an interrupted forward do not count."""
@@ -196,11 +171,7 @@ class SpinCache(CacheCopies, Cache):
 
         Before 5.18 transformers also passes positive numbers: the length after the crop.
         """
-        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
-        if tokens_to_remove > 0 and not _CROP_TAKES_LENGTHS:
-            raise OptionError(
-                f"crop: expected 0 or a negative number of tokens to remove, got {tokens_to_remove}; pass -n"
-            )
+        tokens_to_remove = removed_by_crop(tokens_to_remove)
         self._log.settle(self.layers)
         length = self.get_seq_length()
         with undone(self._state, self._unpaged_layers()):
@@ -262,8 +233,7 @@ class SpinCache(CacheCopies, Cache):
             attention_mask: [B, tokens], padding mask of its tokens; None for no padding.
             options: as for `SpinCache`.
         Raises:
-            OptionTypeError: `cache` is not a transformers cache.
-            OptionError, BatchSizeError: its layers or the mask do not match the model or each other.
+            OptionTypeError, OptionError, BatchSizeError: not a cache, or layers or mask do not match the model or each other.
         """
         if not isinstance(cache, Cache):
             check_source(cache, [], (), None, None)
@@ -273,6 +243,49 @@ class SpinCache(CacheCopies, Cache):
         take_over(cache, made.layers, paged, valid)
         made._passes.commit()
         made._state.visible_length.fill_(made._state.committed)
+        return made
+
+    @outside_inference_mode
+    def save_pretrained(
+        self, directory: str | PathLike[str], tokens: Any = None, *, max_shard_bytes: int | str = "1GiB"
+    ) -> None:
+        """Write the contents to a folder, as safetensors files and JSON. A crash leaves the saved cache before it, or this one.
+
+        Args:
+            directory: a folder. It is made if there is none. A saved cache in it is replaced.
+            tokens: ids of the tokens held, [B, tokens] or longer, to be saved too. None for those that the model was given.
+            max_shard_bytes: most bytes of tensors in a file, such as "4GiB"; "auto" for no limit.
+        Raises:
+            OptionError, SavedCacheError: a layer or argument cannot be saved, or a file could not be written.
+        """
+        self._log.settle(self.layers)
+        length = self.get_seq_length()
+        tokens = self._state.tokens.ids(length) if tokens is None else tokens
+        held = length, held_batch(self._state, self.layers), tokens, max_shard_bytes
+        save(directory, self._state, self.layers, self._config, self.calls.model(), *held)
+
+    @classmethod
+    @outside_inference_mode
+    def from_pretrained(
+        cls, directory: str | PathLike[str], model: PreTrainedModel | PreTrainedConfig,
+        method: str | Method | None = None, *, verify: bool = True, **options: Any,
+    ) -> SpinCache:  # fmt: skip
+        """A SpinCache with the contents that `save_pretrained` wrote, which goes on as the saved one would.
+
+        Args:
+            model: as for `SpinCache`. A config gives no weights to compare, and its cache is on torch's default device.
+            method: as for `SpinCache`; None for the saved one. Its parameters must be those of the saved one.
+            verify: compare the SHA-256 of all that is read. False saves that time, and trusts the files.
+            options: as for `SpinCache`. By default those of the saved cache, and the caps are "auto".
+        Raises:
+            SavedCacheError: the files are damaged, or do not fit model, method or options.
+            OptionError, BudgetError, CapacityError: as for `SpinCache` and its first batch.
+        """
+        with closing(SavedCache(directory, verify)) as saved:
+            method, options = saved.arguments(method, options)
+            made = cls(model, method, **options)
+            saved.restore(made._state, made.layers, made._config, made.calls.model())
+            made._state.tokens = made._state.tokens.recorded(0, saved.tokens())
         return made
 
     @outside_inference_mode
@@ -341,14 +354,6 @@ class SpinCache(CacheCopies, Cache):
             check_batch(held, batch_size)
         self._log.check_layer(index, self.layers)
         self._log.touch(index, self.layers)
-
-    def _writable(self, index: int, state: Tensor | None) -> Tensor | None:
-        if state is not None and self._log.last >= 0:  # `generate` reads between two forwards, too
-            self._before(index, state.shape[0])
-            self._log.touched(index, self.layers)
-        else:
-            self._log.may_begin(self.layers)
-        return state
 
     def _select(self, indices: Any) -> None:
         """Select sequences in all layers. If it fails, no layer has changed."""

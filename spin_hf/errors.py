@@ -8,6 +8,7 @@
      ├── AttentionError (ValueError)          attention was called in a way that would give wrong tokens
      ├── BatchSizeError (ValueError)          the batch does not match what the cache holds
      ├── CapacityError (MemoryError)          memory ran out, or a cap would be exceeded
+     ├── SavedCacheError (ValueError)         a saved cache is damaged or belongs to another model, or saving failed
      └── CacheStateError (RuntimeError)       the cache's own state is inconsistent or was misused
 
 Every message states what was expected, what was found and the remedy. Every error but CacheStateError leaves the cache as it
@@ -84,6 +85,10 @@ class CapacityError(_NoRoomError, SpinError, MemoryError):
         available_bytes: the current `cpu_memory`.
         fitting_batch_size: sequences of the same length that fit a new cache with these caps; 0 if not even one.
     """
+
+
+class SavedCacheError(SpinError, ValueError):
+    """A saved cache is damaged, or does not fit the model or the options, or could not be written."""
 
 
 class CacheStateError(SpinError, RuntimeError):

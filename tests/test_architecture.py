@@ -1,7 +1,8 @@
 """The package's shape: who may import whom, who may import transformers and triton, docstrings, and the size of files.
 
     errors, inference_mode <- config <- kernels <- {storage | attention | integration} <- state <- {stats, transaction}
-           <- {memory | indexing} <- backends <- forward_pass <- layer <- forward_log <- graph <- cache <- enable <- __init__
+           <- {memory | indexing} <- backends <- forward_pass <- layer <- forward_log <- graph <- persistence
+           <- cache <- enable <- __init__
     distill -> attention, integration and below
 
 A module imports from its own set and from earlier ones. Imports are read from the source, so one inside a function or under
@@ -44,6 +45,7 @@ ORDER: list[set[str]] = [
     {"layer"},
     {"forward_log"},
     {"graph"},
+    {"persistence"},
     {"cache"},
     {"enable"},
     {"__init__"},
@@ -53,7 +55,7 @@ ORDER: list[set[str]] = [
 STRANGERS = {("storage", "attention"), ("attention", "storage"), ("memory", "indexing"), ("indexing", "memory")}
 MAY_IMPORT_TRANSFORMERS = {
     "cache", "layer", "enable", "forward_log", "memory.plan", "attention.interface", "attention.returned_weights",
-    "backends.state_checks",
+    "backends.state_checks", "persistence.writer",
 }  # fmt: skip
 """Beside all of `graph`, `integration` and `distill`."""
 MOST_MODULES_AT_THE_TOP = 12

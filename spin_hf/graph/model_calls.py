@@ -123,8 +123,8 @@ class ModelCalls:
     def before_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Prepare `cache` for a prompt which `generate` is about to read.
 
-        Tokens that are not the first ones of the prompt are removed. Layers that cannot be cropped are read anew. An empty cache
-        gets what its store has of the prompt. At least one token is left to read.
+        Tokens that are not the first ones of the prompt are removed. Layers that cannot be cropped are read anew. An empty
+        cache gets what its store has of the prompt. At least one token is left to read.
 
         Args:
             ids: [B, n], the whole prompt.

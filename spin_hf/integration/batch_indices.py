@@ -6,9 +6,13 @@ import operator
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from ..errors import BatchSizeError, OptionError, OptionTypeError
+
+_CROP_TAKES_LENGTHS = Version(transformers.__version__) < Version("5.18")
 
 
 def rows_of(indices: Any, held: int | None) -> list[int]:
@@ -73,3 +77,15 @@ def _wrong(indices: Any) -> OptionTypeError:
         f"indices: expected whole numbers in one dimension, or a bool for each sequence, got {indices!r}; pass a tensor or "
         "a list such as [0, 2]"
     )
+
+
+def removed_by_crop(tokens_to_remove: Any) -> int:
+    """The argument of `crop` as an int: 0 or negative. Before transformers 5.18 also a length, which is positive.
+
+    Raises:
+        OptionError: it is positive.
+    """
+    removed = int(tokens_to_remove)  # older transformers pass a tensor
+    if removed > 0 and not _CROP_TAKES_LENGTHS:
+        raise OptionError(f"crop: expected 0 or a negative number of tokens to remove, got {removed}; pass -n")
+    return removed

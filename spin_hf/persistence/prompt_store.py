@@ -9,8 +9,8 @@
 
     directory/   index.sqlite   entries/<name>/   entries/<name>.new/ while it is written
 
-An entry enters the index once its folder is complete, and leaves it before its folder goes, so other processes see whole entries
-or none. An entry that cannot be read is removed, and the prompt is read by the model.
+An entry enters the index once its folder is complete, and leaves it before its folder goes. So other processes see whole
+entries or none. An entry that cannot be read is removed, and the prompt is read by the model.
 """
 
 from __future__ import annotations
@@ -128,10 +128,14 @@ class PromptStore:
         self.directory, self._disk = None, None
         if directory is None:
             if not in_memory:
-                raise OptionError("directory: expected a folder where max_host_bytes is None, got none; pass one of them")
+                raise OptionError(
+                    "directory: expected a folder where max_host_bytes is None, got none; pass one of them"
+                )
             return
         if not isinstance(directory, (str, os.PathLike)):
-            raise OptionTypeError(f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder")
+            raise OptionTypeError(
+                f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder"
+            )
         self.directory = Path(directory)
         try:
             self._entries.mkdir(parents=True, exist_ok=True)
@@ -245,7 +249,7 @@ class PromptStore:
                 assert self._disk is not None
                 with closing(SavedCache(self._entries / found.name)) as saved:
                     saved.restore(cache._state, cache.layers, cache._config, cache.calls.model())
-                cache._state.tokens = TokenLog().recorded(0, torch.tensor([tokens[: found.common]]))
+                    cache._state.tokens = TokenLog().recorded(0, saved.tokens())
                 self._disk.touch(found.name)
             keep = min(found.common, len(tokens) - 1)
             if keep < cache.get_seq_length():
@@ -284,8 +288,7 @@ class PromptStore:
                 covered.append(match.name)
             else:
                 shared = max(shared, common)
-        stats = cache.stats()
-        per_token = -(-(stats.gpu_bytes + stats.cpu_bytes) // len(tokens))
+        per_token = -(-_bytes_of(cache) // len(tokens))
         name = uuid.uuid4().hex
         self._held[name] = _Held(cache.fork(), tokens, weakref.ref(cache.calls.model()))
         index.insert(name, space, tokens, per_token * (len(tokens) - shared))
@@ -353,6 +356,13 @@ class PromptStore:
                 self._disk.remove(name)
 
 
+def checked_store(store: Any) -> PromptStore | None:
+    """`store`, or OptionTypeError if it is none."""
+    if store is not None and not isinstance(store, PromptStore):
+        raise OptionTypeError(f"store: expected a PromptStore, got {type(store).__name__}; pass PromptStore(directory)")
+    return store
+
+
 def _only_row(ids: Tensor, mask: Tensor | None) -> list[int] | None:
     """The tokens of a prompt whose sequences are equal and without padding; None for others."""
     if ids.dim() != 2 or not ids.numel() or (mask is not None and (mask.shape != ids.shape or not bool(mask.all()))):
@@ -394,6 +404,14 @@ def _with_options(space: str, cache: Any) -> str:
 def _can_be_cropped(layer: Any) -> bool:
     """Whether tokens can be removed from a layer however many it holds. Windows and states of linear attention cannot."""
     return isinstance(layer, SpinLayer) or is_placeholder(layer) or type(layer) is DynamicLayer
+
+
+def _bytes_of(cache: Any) -> int:
+    """Bytes of pages and summaries, and of the tensors of transformers' own layers."""
+    stats, others = cache.stats(), [layer for layer in cache.layers if not isinstance(layer, SpinLayer)]
+    held = [each for layer in others for each in vars(layer).values()]
+    held += [each for states in held if isinstance(states, dict) for each in states.values()]
+    return int(stats.gpu_bytes + stats.cpu_bytes + sum(each.nbytes for each in held if isinstance(each, Tensor)))
 
 
 def _common(stored: Sequence[int], tokens: Sequence[int], start: int) -> int:

@@ -35,6 +35,13 @@ class TokenLog:
         """The log whose sequence i is sequence rows[i] of this one."""
         return TokenLog(tuple((first, piece[rows]) for first, piece in self.pieces))
 
+    def ids(self, length: int) -> Tensor | None:
+        """Ids [B, length] of the first tokens; None if some are unknown."""
+        joined = _joined(list(self.pieces))
+        if len(joined) != 1 or joined[0][0] or joined[0][1].shape[1] < length:
+            return None
+        return joined[0][1][:, :length]
+
     def common_prefix(self, ids: Tensor, held: int, real: Tensor | None = None) -> int:
         """How many of the `held` tokens of a cache are the first ones of `ids` in every sequence. Unknown ones count as equal.
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -171,6 +171,14 @@ class Method(ABC):
     def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """Tensors on the device that `project_queries` reads. Their addresses do not change while the method lives."""
         return ()
+
+    def saved_parameters(self) -> dict[str, Any]:
+        """What a saved cache records of the method; a cache that loads it must have a method with the same.
+
+        By default the fields. A tensor is recorded by its hash, other objects by their `repr`. Tensors of
+        `projection_tensors` are recorded too.
+        """
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:

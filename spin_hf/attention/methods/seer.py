@@ -128,6 +128,10 @@ class SeerAttention(PageMethod):
         """The gate of the layer."""
         return self._bound().layer(layer, device).tensors
 
+    def saved_parameters(self) -> dict[str, Any]:
+        """Without the path of the gates: a saved cache records their numbers."""
+        return {name: value for name, value in super().saved_parameters().items() if name != "gates"}
+
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`gate_key` [E]."""
         return {"gate_key": (next(iter(self._bound().gates.layers.values())).key.shape[2],)}

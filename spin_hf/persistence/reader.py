@@ -1,0 +1,233 @@
+"""`SpinCache.from_pretrained`: checks a saved cache, then fills a new cache from it.
+
+    open      manifest parsed, shards opened; sizes and headers are as the manifest implies        nothing is allocated
+    check     fingerprint, layers and tables fit the new cache
+    restore   page table, storage by the new cache's caps, pages read straight into their chunks
+              digests compared while reading; tables whose numbers are used as indices are checked
+
+Nothing in a file is trusted beyond what these checks establish. Pages are read by several threads, in pieces. Only pages that
+change their layout, or go to a GPU, pass through a buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.methods.clustering import ClusteringMethod
+from ..attention.methods.layer_shapes import LayerShape, layer_shapes
+from ..attention.methods.registry import METHODS
+from ..config import shown
+from ..errors import CacheStateError, SpinError, require_integrity
+from ..indexing import cluster
+from ..state import CacheState
+from ..storage.clustered_spans import ClusteredSpans
+from ..storage.host_register import wait_for_device
+from ..storage.padding_mask import TokenMask
+from ..storage.token_permutation import longest_span, tiles
+from . import other_layers
+from .devices import layer_devices
+from .fills import Fill, PlainTensor, pages_fill
+from .fingerprint import check_same, fingerprint
+from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer
+from .opened import OpenCache
+from .shards import cut
+from .strict_json import RefusedError
+from .writer import arrays_of
+
+
+class SavedCache(OpenCache):
+    """A saved cache that fills a new cache; see `OpenCache`."""
+
+    def arguments(self, method: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Method and options for the new cache: those given, else those of the saved cache."""
+        saved = self.manifest.options
+        try:
+            if saved.keys() != set(OPTIONS):
+                raise RefusedError(f"options {', '.join(OPTIONS)}", shown(sorted(saved), 120))
+            return self._method() if method is None else method, {**saved, **options}
+        except RefusedError as error:
+            raise self.named(error) from error
+
+    def _method(self) -> Any:
+        about = self.manifest.fingerprint.get("method")
+        about = about if isinstance(about, dict) else {}
+        name, parameters = about.get("name"), about.get("parameters")
+        kind = METHODS.get(name) if isinstance(name, str) else None
+        if kind is None or about.get("class") != kind.__qualname__ or about.get("tensors") is not None:
+            raise RefusedError("a method that its name describes", shown(name, 80), "pass method=, as for SpinCache")
+        try:
+            if not isinstance(parameters, dict) or parameters.keys() != kind().saved_parameters().keys():
+                raise TypeError
+            return kind(**parameters)
+        except (SpinError, TypeError) as error:
+            raise RefusedError(f"parameters of method {name!r}", shown(parameters, 120)) from error
+
+    # ------------------------------------------------------------------------------------------------------- checking
+
+    def restore(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
+        """Fill a new, empty cache.
+
+        Args:
+            state, layers, config: of the cache; `layers` are changed in place.
+            model: the model; None if only the config is known.
+        Raises:
+            SavedCacheError: the saved cache is damaged, or does not fit model, method or options.
+            BudgetError, CapacityError: it does not fit the caps.
+        """
+        try:
+            self._check(state, layers, config, model)
+            self._restore(state, layers, config, model)
+        except (RefusedError, OSError) as error:
+            raise self.named(error) from error
+
+    def _check(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
+        made, method = self.manifest, state.method
+        if len(made.layers) != len(layers):
+            raise RefusedError(
+                f"{len(layers)} layers as the model has", f"{len(made.layers)}", "use the model of the cache"
+            )
+        paged = [layer.layer_idx for layer in state.layers]
+        known_shapes = layer_shapes(config, paged)
+        shapes = dict(zip(paged, known_shapes or paged, strict=True))
+        dtypes: list[torch.dtype] = []
+        for index, (entry, layer) in enumerate(zip(made.layers, layers, strict=True)):
+            if (index in shapes) == isinstance(entry, OtherLayer):
+                raise RefusedError(f"layer {index} as a {type(layer).__name__}", shown(entry, 120))
+            if isinstance(entry, PagedLayer):
+                expected, dtypes = shapes[index], [*dtypes, entry.dtype]
+                found = LayerShape(entry.num_heads, entry.key_dim, entry.value_dim)
+                spanned = made.span_stops[-1] if made.span_stops else 0
+                if entry.clustered_pages != spanned:
+                    raise RefusedError(f"{spanned} clustered pages in layer {index}", f"{entry.clustered_pages}")
+                if known_shapes is not None and expected != found:
+                    raise RefusedError(f"layer {index} with {expected} as the model has", f"{found}")
+        check_same(
+            made.fingerprint,
+            fingerprint(config, model, method, len(paged), state.options, dtypes[0] if dtypes else None),
+        )
+        if method.page_size != made.page_size or (made.positions and not method.uses_positions):
+            raise RefusedError(f"pages of {method.page_size} tokens", f"{made.page_size}")
+        longest = max((stop - first for first, stop in ClusteredSpans(made.span_stops).bounds), default=0)
+        if made.span_stops and not isinstance(method, ClusteringMethod):
+            raise RefusedError("no spans, as the method does not cluster", "some")
+        if longest * made.page_size > longest_span(made.page_size):
+            raise RefusedError("spans that shifts can express", f"{longest} pages")
+        for index, entry in enumerate(made.layers):
+            if isinstance(entry, OtherLayer):
+                other_layers.check(index, entry, layers[index], made.batch_size, made.length)
+        self._check_files(state)
+
+    def _check_files(self, state: CacheState) -> None:
+        """Compare names, sizes and headers with those that the manifest implies."""
+        made = self.manifest
+        specs = made.specs(state.method, state.options)
+        whole = sum(file.size for file in self.files)
+        if sum(spec.num_bytes for spec in specs) > whole:  # before a long list of shards is made
+            raise RefusedError(f"{sum(spec.num_bytes for spec in specs)} bytes of tensors", f"{whole} (was it cut?)")
+        self.shards = cut(specs, made.max_shard_bytes, made.save_id, len(made.shards))
+        if len(self.shards) != len(made.shards):
+            raise RefusedError(f"{len(self.shards)} shards", f"{len(made.shards)}")
+        for shard, file, (name, size, _) in zip(self.shards, self.files, made.shards, strict=True):
+            if shard.name != name:
+                raise RefusedError(f"a shard {shard.name}", shown(name, 80))
+            if not shard.num_bytes == size == file.size:
+                raise RefusedError(f"{shard.num_bytes} bytes in {name}", f"{file.size} (was it cut?)")
+            header = bytearray(len(shard.header))
+            file.read_into([memoryview(header)], 0)
+            if header != shard.header:
+                raise RefusedError(f"the header of {name} that {FILE_NAME} implies", "another one")
+
+    # ------------------------------------------------------------------------------------------------------ restoring
+
+    def _restore(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
+        made = self.manifest
+        devices = layer_devices(model, len(layers))
+        if state.layers and made.num_segments:
+            self._restore_tables(state, devices[state.layers[0].layer_idx])
+        fills: dict[str, Fill] = {}
+        others: list[tuple[OtherLayer, int, dict[str, PlainTensor]]] = []
+        by_index = {layer.layer_idx: layer for layer in state.layers}
+        for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
+            if isinstance(entry, PagedLayer):
+                sizes = made.batch_size, entry.num_heads, 0
+                states = [
+                    torch.empty((*sizes, dim), dtype=entry.dtype, device=device)
+                    for dim in (entry.key_dim, entry.value_dim)
+                ]
+                layer.lazy_initialization(*states)
+                assert layer.store is not None
+                for name, array in arrays_of(layer.store):
+                    fills[f"layers.{index}.{name}"] = pages_fill(layer.store, array, entry, name)
+            elif entry is not None:
+                plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
+                fills |= {f"layers.{index}.{name}": tensor.fill for name, tensor in plain.items()}
+                others.append((entry, index, plain))
+        for device in {device for device in devices if device.type == "cuda"}:
+            wait_for_device(device)  # threads write new memory on streams of their own
+        self.read(lambda part: part.spec.name in fills, fills)
+        self.compare_digests()
+        for entry, index, tensors in others:
+            placed = {name: tensor.finished(devices[index]) for name, tensor in tensors.items()}
+            other_layers.restore(entry, layers[index], placed)
+        for index, entry in enumerate(made.layers):
+            if isinstance(entry, PagedLayer):
+                state_of, store = by_index[index], layers[index].store
+                store.length, state_of.clustered_pages, state_of.stale_pages = entry.length, entry.clustered_pages, None
+                if store.backing.converted and not entry.int8:
+                    state_of.invalidate(0, entry.length // made.page_size)
+        if state.layers and made.num_segments:
+            state.committed = made.length
+            state.visible_length.fill_(made.length)
+            self._check_clusters(state)
+
+    def _restore_tables(self, state: CacheState, device: torch.device) -> None:
+        """Read the tables that all layers share, check them, and give them to the page table."""
+        made = self.manifest
+        tables = {
+            name: PlainTensor(dtype, shape)
+            for name, dtype, shape in (
+                (spec.name, spec.dtype, spec.shape) for spec in made.specs(state.method, state.options)
+            )
+            if name in ("directory", "valid", "positions", "clustered")
+        }
+        self.read(lambda part: part.spec.name in tables, {name: table.fill for name, table in tables.items()})
+        read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
+        directory = read["directory"].tolist()
+        indices = [segment for row in directory for segment in row]
+        if set(indices) != set(range(made.num_segments)):
+            raise RefusedError(f"a directory of segments 0 to {made.num_segments - 1}", "other segments")
+        positions = read.get("positions")
+        if positions is not None and not 0 <= int(positions.min()) <= int(positions.max()) <= made.length:
+            raise RefusedError(f"positions from 0 to {made.length}", "others")
+        refcounts = torch.bincount(torch.tensor(indices), minlength=made.num_segments).tolist()
+        mask = TokenMask(state.method.uses_positions, _placed(read.get("valid"), device), _placed(positions, device))
+        spans = ClusteredSpans(list(made.span_stops), read["clustered"]) if made.span_stops else ClusteredSpans()
+        state.sequences.restore(
+            {"directory": directory, "refcounts": refcounts, "free": [], "mask": mask, "spans": spans,
+             "start": made.length, "length": made.length}
+        )  # fmt: skip
+
+    def _check_clusters(self, state: CacheState) -> None:
+        """Refuse shifts and clusters that would be indices out of bounds, and spans that the options do not allow."""
+        try:
+            for layer in state.layers:
+                held = None if layer.store is None else layer.store.permutation
+                for first, stop in state.sequences.spans.bounds:
+                    if held is not None:
+                        tokens = held.positions(first, stop)
+                        bounds = first * held.page_size, stop * held.page_size
+                        inside = bool(((tokens >= bounds[0]) & (tokens < bounds[1])).all())
+                        require_integrity(inside, "a token is in another span")
+                        pages = held.pages_per_cluster(first, stop)
+                        require_integrity(bool((pages >= 0).all() & tiles(pages)), "clusters overlap")
+            if state.sequences.spans.stops:
+                cluster.check_integrity(state)
+        except CacheStateError as error:
+            raise RefusedError("clusters of tokens within their spans", f"other ones ({error})") from error
+
+
+def _placed(table: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if table is None else table.to(device)

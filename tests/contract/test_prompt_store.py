@@ -1,0 +1,297 @@
+"""PromptStore: prompts that begin like stored ones are restored as far as that goes, in memory and from disk."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from spin_hf import OptionError, OptionTypeError, PromptStore, SpinCache, enable
+from tests.support.memory import SMALL_ZONES
+from tests.support.zoo import build_model, left_padded, random_tokens
+
+BLOCK = 8
+Maker = Callable[..., PromptStore]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
+    """Makes stores with small blocks, in memory or in one folder."""
+
+    def made(**options: Any) -> PromptStore:
+        if request.param == "memory":
+            return PromptStore(block_tokens=BLOCK, **options)
+        return PromptStore(tmp_path / "store", block_tokens=BLOCK, **options)
+
+    return made
+
+
+@contextmanager
+def tokens_read(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Token counts of the forwards with more than one token in this block."""
+    read: list[int] = []
+
+    def note(_: Any, args: Any) -> None:
+        if args[0].shape[1] > 1:
+            read.append(args[0].shape[1])
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+def answer(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> Any:
+    mask = given.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True, **given,
+    )  # fmt: skip
+
+
+def assert_fresh(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> None:
+    """The answer is that of an empty cache."""
+    ours, theirs = answer(model, ids, cache, **given), answer(model, ids, DynamicCache(config=model.config), **given)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    ours_logits, theirs_logits = torch.stack(ours.logits), torch.stack(theirs.logits)
+    torch.testing.assert_close(ours_logits, theirs_logits, rtol=1e-3, atol=1e-4 * float(theirs_logits.abs().max()))
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
+def test_questions_about_a_document(family: str, make: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    model, document, store = build_model(family), random_tokens(1, 60), make()
+    with tokens_read(model) as read:
+        for question in range(3):
+            ids = torch.cat([document, random_tokens(1, 7, seed=question + 1)], 1)
+            cache = SpinCache(model, budget=1 << 20, store=store)
+            with caplog.at_level(logging.INFO, "spin_hf"):
+                ours = answer(model, ids, cache)
+            assert cache.stats().reused_tokens == (60 if question else 0)
+            theirs = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            assert torch.equal(ours.sequences, theirs)
+            cache.check_integrity()
+    assert [number for number in read if number < 60] == [7, 7]
+    assert "60 of 67 tokens of the prompt restored" in caplog.text
+    stats = store.stats()
+    assert (stats.lookups, stats.hits, stats.reused_tokens) == (3, 2, 120)
+    assert stats.stored_bytes > 0
+
+
+def test_a_prompt_restored_whole_leaves_a_token_to_read(make: Maker) -> None:
+    model, ids, store = build_model("llama"), random_tokens(1, 40), make()
+    for _ in range(2):
+        assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 39
+    assert_fresh(model, ids[:, :23], SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 39 + 22
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next", "gemma3n_text"])
+def test_states_that_cannot_be_cropped_are_restored_whole(family: str, make: Maker) -> None:
+    """Windows and linear attention: an entry serves prompts that begin with all of it."""
+    model, ids, store = build_model(family), random_tokens(1, 60), make()
+    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    longer = torch.cat([ids, random_tokens(1, 9, seed=1)], 1)
+    assert_fresh(model, longer, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 60
+    assert_fresh(model, ids[:, :50], SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 60
+
+
+@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest"])
+def test_sparse_and_tiered(method: str, make: Maker) -> None:
+    """What is restored is what is stored, pages in either tier: answers do not change from the second call on."""
+    model, ids, store = build_model("llama"), random_tokens(1, 200), make()
+    options: dict[str, Any] = dict(budget=24, gpu_memory=200_000, store=store, **SMALL_ZONES)
+    found = []
+    for _ in range(3):
+        cache = SpinCache(model, method, **options)
+        found.append(answer(model, ids, cache).sequences)
+        cache.check_integrity()
+    assert torch.equal(found[1], found[2])
+    assert store.stats().hits == 2
+
+
+def test_a_chat_that_grows(make: Maker) -> None:
+    """Each turn reads what is new; entries that a longer one begins with are dropped."""
+    model, store = build_model("llama"), make()
+    ids = random_tokens(1, 60)
+    with tokens_read(model) as read, enable(model, budget=1 << 20, store=store):
+        for turn in range(4):
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+            ids = torch.cat([ids, random_tokens(1, 30, seed=turn)], 1)
+    assert read == [60, 35, 35, 35]
+    assert store.stats().entries == 1
+
+
+def test_other_weights_methods_and_options(make: Maker) -> None:
+    """Keys of other weights are never restored; another method's entries neither."""
+    model, ids, store = copy.deepcopy(build_model("llama")), random_tokens(1, 40), make()
+    answer(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    answer(model, ids, SpinCache(model, "shadowkv", budget=1 << 20, store=store))
+    assert store.stats().hits == 0
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().hits == 0
+    twin = copy.deepcopy(model)
+    assert_fresh(twin, ids, SpinCache(twin, budget=1 << 20, store=store))
+    assert store.stats().hits == (0 if store.directory is None else 1), "entries in memory belong to one model object"
+
+
+def test_batches(make: Maker) -> None:
+    model, store = build_model("llama"), make()
+    ids = random_tokens(1, 40)
+    answer(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    many = torch.cat([ids, random_tokens(1, 5, seed=1)], 1).expand(3, -1)
+    assert_fresh(model, many, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 40
+    beams = SpinCache(model, budget=1 << 20, store=store)
+    assert_fresh(model, many[:1], beams, num_beams=3)
+    assert store.stats().reused_tokens == 80
+    padded, mask = left_padded([45, 40])
+    assert_fresh(model, padded, SpinCache(model, budget=1 << 20, store=store), attention_mask=mask)
+    different = torch.cat([many[:1], random_tokens(1, 45, seed=9)])
+    assert_fresh(model, different, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().hits == 2
+
+
+def test_caps(make: Maker) -> None:
+    """The least recently used entries go; one that is larger than the cap is not kept."""
+    model, store = build_model("llama"), make()
+    one = SpinCache(model, budget=1 << 20, store=store)
+    answer(model, random_tokens(1, 40), one)
+    size = store.stats().stored_bytes
+    store.clear()
+    assert store.stats().entries == store.stats().stored_bytes == 0
+    in_memory = store.directory is None
+    capped = make(**{"max_host_bytes" if in_memory else "max_bytes": int(2.5 * size)})
+    for seed in (0, 1, 0, 2):
+        answer(model, random_tokens(1, 40, seed=seed), SpinCache(model, budget=1 << 20, store=capped))
+    assert capped.stats().stored_bytes <= 2.5 * size
+    assert capped.stats().entries == 2
+    hits = capped.stats().hits
+    for seed, more in ((0, 1), (2, 1), (1, 0)):
+        answer(model, random_tokens(1, 40, seed=seed), SpinCache(model, budget=1 << 20, store=capped))
+        hits += more
+        assert capped.stats().hits == hits
+    tiny = make(**{"max_host_bytes" if in_memory else "max_bytes": 100})
+    assert_fresh(model, random_tokens(1, 40), SpinCache(model, budget=1 << 20, store=tiny))
+
+
+def test_entries_outlive_caches_and_are_not_changed_by_them(make: Maker) -> None:
+    model, ids, store = build_model("llama"), random_tokens(1, 60), make()
+    cache = SpinCache(model, budget=1 << 20, store=store)
+    answer(model, ids, cache)
+    cache.crop(-40)
+    answer(model, torch.cat([ids[:, :25], random_tokens(1, 30, seed=5)], 1), cache)
+    del cache
+    for question in range(2):
+        longer = torch.cat([ids, random_tokens(1, 4, seed=question + 1)], 1)
+        assert_fresh(model, longer, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens >= 120
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+_PROGRAM = """
+import sys, torch
+from spin_hf import PromptStore, SpinCache
+from tests.support.zoo import build_model, random_tokens
+store = PromptStore(sys.argv[1], block_tokens=8)
+model = build_model("llama")
+ids = torch.cat([random_tokens(1, 40), random_tokens(1, 5, seed=int(sys.argv[2]))], 1)
+cache = SpinCache(model, budget=1 << 20, store=store)
+tokens = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=5, do_sample=False)
+print(store.stats().reused_tokens, tokens[0, -5:].tolist())
+"""
+
+
+def test_another_process_goes_on(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+
+    def run(seed: int) -> list[str]:
+        command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "store"), str(seed)]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+        return made.stdout.strip().splitlines()[-1].split(" ", 1)
+
+    first, second, again = run(1), run(2), run(1)
+    assert [first[0], second[0], again[0]] == ["0", "40", "44"]
+    assert first[1] == again[1]
+    model = build_model("llama")
+    ids = torch.cat([random_tokens(1, 40), random_tokens(1, 5, seed=2)], 1)
+    assert second[1] == str(model.generate(ids, max_new_tokens=5, do_sample=False)[0, -5:].tolist())
+
+
+def test_damaged_entries_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids, draw = build_model("llama"), random_tokens(1, 40), random.Random(0)
+    for trial in range(12):
+        store = PromptStore(tmp_path / f"store {trial}", block_tokens=BLOCK)
+        answer(model, ids, SpinCache(model, budget=1 << 20, store=store))
+        (folder,) = (tmp_path / f"store {trial}" / "entries").iterdir()
+        file = draw.choice(sorted(each for each in folder.iterdir() if each.stat().st_size))
+        content = bytearray(file.read_bytes())
+        if trial % 3 == 0:
+            file.unlink()
+        elif trial % 3 == 1:
+            file.write_bytes(content[: draw.randrange(len(content))])
+        else:
+            content[draw.randrange(len(content))] ^= 255
+            file.write_bytes(content)
+        caplog.clear()
+        later = PromptStore(tmp_path / f"store {trial}", block_tokens=BLOCK)
+        assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=later))
+        if not later.stats().hits:
+            assert "is removed" in caplog.text
+        assert later.stats().entries == 1, "the prompt is stored again"
+        assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=later))
+        assert later.stats().hits
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    import os
+    import time
+
+    store = PromptStore(tmp_path, block_tokens=BLOCK)
+    for name, age in (("old.new", 7200), ("young.new", 10)):
+        (tmp_path / "entries" / name).mkdir()
+        os.utime(tmp_path / "entries" / name, (time.time() - age,) * 2)
+    model = build_model("llama")
+    answer(model, random_tokens(1, 40), SpinCache(model, store=store))
+    gone = PromptStore(tmp_path, block_tokens=BLOCK)
+    assert sorted(folder.name for folder in (tmp_path / "entries").iterdir() if "new" in folder.name) == ["young.new"]
+    assert gone.stats().entries == 1
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x" * 1000)
+    for arguments, error, words in (
+        (dict(directory=3), OptionTypeError, "expected a path"),
+        (dict(directory=file), OptionError, "folder of a PromptStore"),
+        (dict(max_host_bytes=None), OptionError, "expected a folder"),
+        (dict(directory=tmp_path, max_bytes="many"), OptionError, "max_bytes"),
+        (dict(block_tokens=0), OptionError, "block_tokens"),
+    ):
+        with pytest.raises(error, match=words):
+            PromptStore(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(OptionTypeError, match="expected a PromptStore"):
+        SpinCache(build_model("llama"), store="folder")  # type: ignore[arg-type]
+    (tmp_path / "index.sqlite").unlink(missing_ok=True)
+    (tmp_path / "index.sqlite").write_text("no database " * 100)
+    with pytest.raises(OptionError, match="folder of a PromptStore"):
+        PromptStore(tmp_path)

@@ -1,0 +1,378 @@
+"""Damaged and hostile saved caches: refused with the reason, or what is loaded is right; never more memory than the files.
+
+damaged   bytes, sizes, links, shards of another save; digests and checksum are those of the sound files
+hostile   the JSON, headers or tables are changed, and digests and checksum are made to match
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spin_hf import BudgetError, CapacityError, SavedCacheError, SpinCache, SpinError
+from spin_hf.persistence.opened import saved_tokens
+from tests.support.gate_files import header_and_tensors, write_parts
+from tests.support.saved_caches import (
+    JSON,
+    SPARSE,
+    advance,
+    change_json,
+    prefilled,
+    read,
+    read_json,
+    shards_of,
+    write_json,
+)
+from tests.support.tuning import tuned
+from tests.support.zoo import left_padded, random_tokens, subject_model
+
+Change = Callable[[Path, random.Random], None]
+
+
+def clustered() -> SpinCache:
+    """Three sequences, two of which share pages, with padding, clusters and tokens; several shards."""
+    model = subject_model("llama")
+    cache = SpinCache(model, "retroinfer", **SPARSE)
+    ids, mask = left_padded([1200, 1100])
+    read(model, cache, ids, attention_mask=mask)
+    cache.batch_select_indices(torch.tensor([0, 1, 1]))
+    return cache
+
+
+CACHES: dict[str, tuple[str, Callable[[], SpinCache]]] = {
+    "clustered": ("llama", clustered), "linear": ("qwen3_next", lambda: prefilled("qwen3_next")),
+    "windows": ("gemma3_text", lambda: prefilled("gemma3_text", padded=True)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, SpinCache]]]:
+    """Saved caches by name, with what they hold. Chunks are small, so that memory tells of sizes."""
+    made = {}
+    with tuned(cpu_chunk_bytes=1, min_chunk_segments=1, max_chunk_segments=1):
+        for name, (_, make) in CACHES.items():
+            folder, cache = tmp_path_factory.mktemp(name), make()
+            size = sum(layer.store.cpu_bytes(1) for layer in cache.paged_layers) or 100_000
+            cache.save_pretrained(folder, random_tokens(3 if name == "clustered" else 2, cache.get_seq_length()),
+                                  max_shard_bytes=max(size, 60_000))  # fmt: skip
+            made[name] = folder, cache
+        yield made
+
+
+@contextmanager
+def bounded_memory(folder: Path) -> Iterator[None]:
+    """Tensors made in this block take little more than the files. Python's own memory is bounded by the test's end."""
+    made, empty = [0], torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        tensor = empty(*args, **kwargs)
+        made[0] += tensor.nbytes
+        return tensor
+
+    honest = sum(os.stat(folder / file).st_size for file in os.listdir(folder) if os.path.isfile(folder / file))
+    torch.empty = counted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = empty
+    assert made[0] <= 2 * honest + (1 << 20), f"{made[0]} bytes for {honest} bytes of files"
+
+
+def outcome(name: str, folder: Path, expected: SpinCache, *, exact: bool) -> str:
+    """ "refused" with a useful message, or "loaded" and right. Anything else fails."""
+    model = subject_model(CACHES[name][0])
+    try:
+        with bounded_memory(folder):
+            found = SpinCache.from_pretrained(folder, model)
+    except CapacityError as error:
+        raise AssertionError("memory ran out") from error
+    except SpinError as error:
+        assert "expected" in str(error) or isinstance(error, BudgetError)
+        assert "; " in str(error)
+        assert len(str(error)) < 1500
+        return "refused"
+    if exact:
+        assert found.get_seq_length() == expected.get_seq_length()
+        for ours, theirs in zip(found.layers, expected.layers, strict=True):
+            for attribute in ("keys", "values"):
+                if getattr(theirs, attribute, None) is not None:
+                    assert torch.equal(getattr(ours, attribute), getattr(theirs, attribute))
+    try:
+        advance(model, found, 0)
+    except SpinError:
+        pass  # the file says that a layer has fewer tokens, which the next step refuses
+    except (RuntimeError, ValueError, TypeError):
+        assert not exact or name != "clustered"  # transformers' own layers with other sizes
+    return "loaded"
+
+
+def some_shard(folder: Path, rng: random.Random) -> Path:
+    return rng.choice(shards_of(folder))
+
+
+def some_file(folder: Path, rng: random.Random) -> Path:
+    return rng.choice([folder / JSON, *shards_of(folder)])
+
+
+def flip(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    content = bytearray(file.read_bytes())
+    for _ in range(rng.choice([1, 1, 1, 20])):
+        content[rng.choice([rng.randrange(len(content)), rng.randrange(min(len(content), 400))])] ^= 1 << rng.randrange(
+            8
+        )
+    file.write_bytes(content)
+
+
+def cut(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    size = file.stat().st_size
+    os.truncate(file, rng.choice([0, 1, 7, 8, 9, size - 1, rng.randrange(size)]))
+
+
+def lengthen(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    size = file.stat().st_size
+    with file.open("ab") as opened:
+        opened.write(rng.choice([b"\0", b"x" * 100, file.read_bytes()]))
+    if rng.random() < 0.2:
+        os.truncate(file, size + (1 << 40))  # a hole: much size, no memory
+
+
+def remove(folder: Path, rng: random.Random) -> None:
+    some_file(folder, rng).unlink()
+
+
+def swap(folder: Path, rng: random.Random) -> None:
+    first, second = rng.sample(shards_of(folder), 2)
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+
+
+def link(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    target = folder.parent / "elsewhere"
+    shutil.copy(file, target)
+    file.unlink()
+    file.symlink_to(rng.choice([target, Path("/dev/zero"), Path("/etc/passwd"), folder / "nothing", file]))
+
+
+def no_file(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    file.unlink()
+    rng.choice([os.mkdir, os.mkfifo])(file)
+
+
+def overwrite(folder: Path, rng: random.Random) -> None:
+    file = some_file(folder, rng)
+    size = file.stat().st_size
+    content = bytearray(file.read_bytes())
+    begin, end = sorted(rng.randrange(size + 1) for _ in range(2))
+    content[begin:end] = rng.choice([bytes(end - begin), rng.randbytes(end - begin), b"\xff" * (end - begin)])
+    file.write_bytes(content)
+
+
+DAMAGES: list[Change] = [flip, flip, cut, lengthen, remove, swap, link, no_file, overwrite]
+
+VALUES: list[Any] = [
+    -1, 0, 1, 2, 3, 33, 255, 4096, 65537, 1 << 31, 1 << 40, 1 << 63, 1 << 70, 1.5, -0.0, 1e308, True, False, None, "", "x",
+    "../../etc/passwd", "/etc/passwd", "pages", "unused", "A" * 5000, "\0", [], [[]], {}, {"a": 1}, [0] * 50, "BF16", "I64",
+    "F32", "DynamicLayer", "spin_hf saved cache", list(range(9)),
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a JSON value."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def mutate(content: Any, rng: random.Random) -> None:
+    """Change, remove, add or double one value of a JSON object."""
+    *before, last = rng.choice([path for path in places(content) if path != ("checksum",)])
+    holder = content
+    for key in before:
+        holder = holder[key]
+    kind = rng.randrange(10)
+    if kind == 0:
+        del holder[last]
+    elif kind == 1 and isinstance(holder, dict):
+        holder[rng.choice(["more", "keys", "0", "__class__", "../x"])] = rng.choice(VALUES)
+    elif kind == 1:
+        holder.insert(last, rng.choice([holder[last], *VALUES]))
+    elif kind < 5 and type(holder[last]) is int:
+        holder[last] += rng.choice([-1, 1, 7, -holder[last] - 1, holder[last], 1 << 33])
+    else:
+        holder[last] = rng.choice(VALUES)
+
+
+def hostile_json(folder: Path, rng: random.Random) -> None:
+    content = read_json(folder)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        mutate(content, rng)
+    write_json(folder, content)
+
+
+def hostile_text(folder: Path, rng: random.Random) -> None:
+    """JSON that parsers take differently: duplicates, constants, depth, size, other encodings."""
+    text = (folder / JSON).read_text()
+    (folder / JSON).write_bytes(
+        rng.choice([
+            text.replace('"id"', '"id": "0", "id"', 1).encode(), text.replace("false", "NaN", 1).encode(),
+            ("[" * 100_000).encode(), b'{"a":' * 50_000, text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), b"null", b"[]",
+            text.encode() + b" " * (17 << 20), (text + text).encode(), text.replace("1", "1" * 5000, 1).encode(), b"\xff\xfe",
+        ])
+    )  # fmt: skip
+
+
+def reseal(folder: Path) -> None:
+    """Make sizes, digests and checksum match the files. A part is one piece here."""
+
+    def change(content: dict[str, Any]) -> None:
+        for entry in content["shards"]:
+            raw = (folder / entry["name"]).read_bytes()
+            length = int.from_bytes(raw[:8], "little")
+            try:
+                header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+                spans = [about["data_offsets"] for name, about in header.items() if name != "__metadata__"]
+                digests = [hashlib.sha256(body[begin:end]).digest() for begin, end in spans if begin != end]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                digests = []
+            entry["bytes"] = len(raw)
+            entry["sha256"] = hashlib.sha256(raw[: 8 + length] + b"".join(digests)).hexdigest()
+
+    change_json(folder, change)
+
+
+def hostile_header(folder: Path, rng: random.Random) -> None:
+    file = some_shard(folder, rng)
+    header, data = header_and_tensors(file)
+    mutate(header, rng)
+    if rng.random() < 0.2:
+        write_parts(file, rng.choice([b"", b"{}", b"[1]", b"{" * 9, rng.randbytes(50)]), data)
+    elif rng.random() < 0.2:
+        file.write_bytes((1 << rng.choice([24, 40, 63])).to_bytes(8, "little") + file.read_bytes()[8:])
+    else:
+        write_parts(file, header, data)
+    reseal(folder)
+
+
+def hostile_tables(folder: Path, rng: random.Random) -> None:
+    """Numbers that the cache uses as indices, or trusts: with digests that match."""
+    names = ("directory", "valid", "positions", "clustered", "shifts", "partition", "tokens", "conv_states", "keys")
+    found = []
+    for file in shards_of(folder):
+        header, _ = header_and_tensors(file)
+        found += [(file, name) for name in header if any(wanted in name for wanted in names)]
+    file, name = rng.choice(found)
+    header, data = header_and_tensors(file)
+    begin, end = header[name]["data_offsets"]
+    content = bytearray(data)
+    for _ in range(rng.choice([1, 3, 100])):
+        at = rng.randrange(begin, end)
+        content[at] = rng.choice([0, 1, 2, 127, 128, 255, rng.randrange(256)])
+    write_parts(file, header, bytes(content))
+    reseal(folder)
+
+
+HOSTILITIES: list[Change] = [hostile_json, hostile_json, hostile_json, hostile_text, hostile_header]
+
+
+def fuzz(
+    name: str, sound: dict[str, tuple[Path, SpinCache]], folder: Path, changes: list[Change], seeds: range, *,
+    exact: bool = True,
+) -> dict[str, int]:  # fmt: skip
+    """Change copies of the sound files and load them; returns how many were refused and loaded."""
+    source, expected = sound[name]
+    found = {"refused": 0, "loaded": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in seeds:
+        rng, place = random.Random(f"{name} {seed}"), folder / str(seed)
+        shutil.copytree(source, place)
+        change = changes[seed % len(changes)]
+        change(place, rng)
+        try:
+            found[outcome(name, place, expected, exact=exact)] += 1
+        except BaseException as error:
+            raise AssertionError(f"{change.__name__}, seed {seed}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(place)
+    if sys.platform == "linux":
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "in KiB"
+    return found
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_damaged_files(name: str, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    """All are refused, but where a change gives the same file."""
+    found = fuzz(name, sound, tmp_path, DAMAGES, range(90))
+    assert found["refused"] >= 85
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_hostile_files(name: str, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    """What is loaded holds the same keys and values: options and versions may be other ones."""
+    found = fuzz(name, sound, tmp_path, HOSTILITIES, range(75))
+    assert found["refused"] > 50
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_hostile_tables(name: str, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    """Never an index out of bounds: refused, or a cache that works on other numbers."""
+    fuzz(name, sound, tmp_path, [hostile_tables], range(30), exact=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("name", CACHES)
+def test_many_more(name: str, part: int, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    seeds = range(1000 + 150 * part, 1000 + 150 * (part + 1))
+    fuzz(name, sound, tmp_path / "damaged", DAMAGES, seeds)
+    fuzz(name, sound, tmp_path / "hostile", HOSTILITIES, seeds)
+    fuzz(name, sound, tmp_path / "tables", [hostile_tables], seeds, exact=False)
+
+
+def test_files_of_another_save_of_the_same_cache(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    """Even without digests: every save has an id, in names and headers."""
+    _, cache = sound["clustered"]
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        cache.save_pretrained(folder, max_shard_bytes=200_000)
+    theirs, ours = shards_of(tmp_path / "two"), shards_of(tmp_path / "one")
+    shutil.copy(theirs[1], ours[1])
+    with pytest.raises(SavedCacheError, match="the header of"):
+        SpinCache.from_pretrained(tmp_path / "one", subject_model("llama"), verify=False)
+
+
+def test_token_ids(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    source, cache = sound["clustered"]
+    assert torch.equal(saved_tokens(source), random_tokens(3, 1200))
+    for most in (1000, 10_000, 1 << 30):
+        cache.save_pretrained(tmp_path / str(most), random_tokens(3, 1300), max_shard_bytes=max(most, 60_000))
+        assert torch.equal(saved_tokens(tmp_path / str(most)), random_tokens(3, 1300)[:, :1200])
+    cache.save_pretrained(tmp_path / "none")
+    assert saved_tokens(tmp_path / "none") is None
+    for seed in range(40):
+        place = tmp_path / f"changed {seed}"
+        shutil.copytree(source, place)
+        rng = random.Random(seed)
+        ([*DAMAGES, *HOSTILITIES])[seed % 14](place, rng)
+        try:
+            found = saved_tokens(place)
+        except SavedCacheError:
+            continue
+        assert found is None or torch.equal(found, random_tokens(3, 1200))
