@@ -136,7 +136,7 @@ def held(books: list[Book]) -> int:
     return len(used)
 
 
-@settings(deadline=None, derandomize=True, max_examples=250)
+@settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.data())
 def test_random_families(data: st.DataObject) -> None:
     books, fresh = [Book()], iter(range(10**7))
@@ -155,7 +155,7 @@ def test_random_families(data: st.DataObject) -> None:
         "copy",
     ]
     for _ in range(data.draw(st.integers(4, 30))):
-        book = data.draw(st.sampled_from(books))
+        book = books[data.draw(st.integers(0, len(books) - 1))]  # hypothesis keeps what it draws
         action = data.draw(st.sampled_from(actions))
         if action in ("append", "fail"):
             rows = len(book.tokens) or data.draw(st.integers(1, 2))
