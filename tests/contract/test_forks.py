@@ -207,7 +207,9 @@ def test_one_side_goes_to_the_cpu_tier(method: str) -> None:
         fork.step(kv, 600, 601)
         assert fork.cache.stats().cpu_bytes > driver.cache.stats().cpu_bytes == 0
         sequences = state_of(fork.cache).sequences
-        assert len(sequences.refcounts) <= 4, "pages were copied before they were converted, or again after that"
+        assert len(sequences.refcounts) <= sequences.segments_in_use + 1, (
+            "pages were copied before they were converted, or again after that"
+        )
         for cache in (driver.cache, fork.cache):
             cache.check_integrity()
         for stop in range(202, 240):
@@ -345,13 +347,16 @@ def test_a_fork_that_is_deleted_frees_its_memory() -> None:
     fork = driver.cache.fork()
     chunk, table = weakref.ref(arrays_of(fork)[0]), weakref.ref(state_of(fork).sequences)
     del fork
+    gc.collect()
     assert chunk() is None
     assert table() is None
     chunks = [weakref.ref(chunk) for array in arrays_of(driver.cache) for chunk in array.chunks]
     fork = driver.cache.fork()
     del driver.cache
+    gc.collect()
     assert all(chunk() is not None for chunk in chunks)
     del fork
+    gc.collect()
     assert all(chunk() is None for chunk in chunks)
 
 

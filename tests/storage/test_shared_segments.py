@@ -136,7 +136,7 @@ def held(books: list[Book]) -> int:
     return len(used)
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(deadline=None, derandomize=True, max_examples=400)
 @given(st.data())
 def test_random_families(data: st.DataObject) -> None:
     books, fresh = [Book()], iter(range(10**7))
