@@ -7,6 +7,7 @@ sparse budget both equal deep copies. Random histories of forks are in tests/dif
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
