@@ -17,8 +17,9 @@ class CacheStats:
         sequences: sequences held.
         tokens: tokens per sequence, including padding.
         pages: pages over all sequences, KV heads and paged layers. Shared pages count once.
-        gpu_bytes: pages, page frames and summaries in the compute tier (RAM on a machine without a GPU).
-        cpu_bytes: pages in the cpu tier; 0 while everything fits the compute tier.
+        gpu_bytes: pages, page frames and summaries in the compute tier (RAM on a machine without a GPU). Pages that forks share
+            count in each of them.
+        cpu_bytes: pages in the cpu tier, counted likewise; 0 while everything fits the compute tier.
         metadata_bytes: sum of `metadata`.
         metadata: table -> bytes, including zeros. Page directory and reference counts; padding and positions, if there is
             padding; page frame tables (page_slot, slot_page, slot_step), if pages live in the cpu tier; clustered pages and

@@ -208,7 +208,9 @@ class PageTable(SegmentTables):
     def own(self, pages: range) -> None:
         """Copy segments of `pages` that forks use too, for all sequences. Raises as `unshare`."""
         indices = range(pages.start // SEGMENT_PAGES, segments_of(pages.stop))
-        if self.shared and not all(self.shared.owns(row[index]) for row in self.directory for index in indices):
+        if not self.shared or not any(store.shares_rows for store in self.stores):
+            return
+        if not all(self.shared.owns(row[index]) for row in self.directory for index in indices):
             self.unshare(list(range(self.batch_size)), pages)
 
     def truncate(self, length: int, spans: ClusteredSpans | None = None) -> None:

@@ -21,15 +21,15 @@ import torch
 
 from spin_hf import Bisection, CacheStateError, RetroInfer
 from tests.support.clustering_methods import clustering_often, little_slack
-from tests.support.fault_scenarios import SCENARIOS, Run, Scenario, Step, feed, on_cache, padded, then
+from tests.support.fault_scenarios import SCENARIOS, Rehearsal, Run, Scenario, Step, feed, on_cache, padded, then
 from tests.support.inspection import state_of
 from tests.support.interruption_trial import Interruptions, contents, same
-from tests.support.interruptions import every_place, interrupted, some_places
+from tests.support.interruptions import every_place, interrupted, lines_of, some_places
 from tests.support.tuning import tuned
 
 SEED = int(os.environ.get("SPIN_HF_INTERRUPTIONS_SEED", "20261"))
 LINES = os.environ.get("SPIN_HF_INTERRUPTIONS", "")
-IN_OPERATIONS, IN_FORWARDS = 12, 4
+IN_OPERATIONS, IN_FORWARDS, IN_FORKS = 12, 4, 4
 """Lines of a scenario, unless it is said otherwise."""
 
 _PAGED = {"gpu_memory": "200kB"}
@@ -75,6 +75,18 @@ OPERATIONS = {name: scenario for name, scenario in SCENARIOS.items() if not scen
         "fork of a fork": Scenario(_fork, before=then(feed(270, 1), _fork, feed(1))),
     }.items()
 }
+FORKED = {
+    "token": Scenario(feed(1), before=feed(270, 1)),
+    "token, paged": Scenario(feed(1), before=feed(270, 1), options=_PAGED),
+    "crop into clusters": Scenario(_CROP, before=feed(160, 1, 1), options=_CLUSTERS),
+    "crop into clusters, paged": Scenario(_CROP, before=feed(270, 1, 1), options={**_CLUSTERS, **_PAGED}),
+    "repeat": Scenario(_REPEAT, before=feed(270, 1)),
+    "reset": Scenario(_reset, before=feed(270, 1)),
+    "release of memory": Scenario(on_cache("release_gpu_memory"), before=feed(270, 1)),
+    "second fork": Scenario(_fork, before=feed(270, 1)),
+    "clustering": Scenario(feed(1), before=feed(100, 1, 60, 1), options=_CLUSTERS),
+    "linear attention": Scenario(feed(1), before=feed(40, 1), family="qwen3_next"),
+}
 FORWARDS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.forward} | {
     "linear attention, prompt": Scenario(feed(50), family="qwen3_next"),
 }
@@ -112,6 +124,32 @@ def test_operations(name: str) -> None:
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards(name: str) -> None:
     _check(name, FORWARDS[name], IN_FORWARDS)
+
+
+@pytest.mark.parametrize("name", FORKED)
+def test_forks_of_what_is_interrupted(name: str) -> None:
+    """The other side is as before, whatever happens to this one, and both go on."""
+    scenario, generator = FORKED[name], random.Random(SEED ^ zlib.crc32(name.encode()))
+    rehearsal = Rehearsal(scenario=scenario)
+
+    def forked() -> tuple[Run, Run]:
+        run = rehearsal.copy()
+        return run, Run(run.model, run.cache.fork(), run.at, list(run.rows))
+
+    run, other = forked()
+    lines = lines_of(lambda: scenario.call(run))
+    for number in every_place(lines) if LINES == "all" else some_places(lines, int(LINES or IN_FORKS), generator):
+        run, other = forked()
+        mirror = Run(other.model, deepcopy(other.cache), other.at, list(other.rows))
+        began = contents(other)
+        place = interrupted(lambda run=run: scenario.call(run), number)  # type: ignore[misc]
+        for turn in range(2):
+            run.cache.check_integrity()
+            other.cache.check_integrity()
+            assert same(contents(other), began) or turn, f"the fork has changed, interrupted before {place}"
+            assert torch.equal(other.decode(), mirror.decode()), f"interrupted before {place}"
+            run.at, run.rows = run.cache.get_seq_length(), list(range(run.cache.stats().sequences or 2))
+            run.feed(1)
 
 
 @pytest.mark.parametrize("name", ["crop, paged", "repeat, paged", "reset, paged", "windows, reorder", "token, paged"])

@@ -332,3 +332,55 @@ def test_deepcopy_is_registered_too(registrar: FakeRegistrar, reserve: Reserve) 
     del array
     assert len(registrar.registered) == 1
     assert all(registrar.has(chunk) for chunk in twin.chunks)
+
+
+def test_a_fork_has_the_same_chunks_and_grows_alone() -> None:
+    array = filled(6)
+    fork = array.fork()
+    assert all(one is other for one, other in zip(fork.chunks, array.chunks, strict=True))
+    array.grow(9)
+    fork.grow(20)
+    assert (len(array.chunks), len(fork.chunks)) == (3, 5)
+    assert array.chunks[2] is not fork.chunks[2]
+    array.shrink(4)
+    array.release()
+    assert torch.equal(fork.take(torch.arange(6)), content(6))
+
+
+def test_a_fork_has_a_table_of_its_own() -> None:
+    array = filled(6)
+    before = array.address_table.clone()
+    fork = array.fork()
+    fork.grow(20)
+    assert fork.address_table[:5].tolist() == [chunk.data_ptr() for chunk in fork.chunks]
+    assert torch.equal(array.address_table, before)
+
+
+@pytest.mark.parametrize("way", ["unshare", "convert", "deepcopy"])
+def test_chunks_of_its_own_again(way: str) -> None:
+    array = filled(6)
+    fork = array.fork()
+    assert array.is_shared
+    assert fork.is_shared
+    if way == "unshare":
+        table = fork.address_table
+        fork.unshare()
+        assert table[:2].tolist() == [chunk.data_ptr() for chunk in fork.chunks]
+        fork.unshare()  # nothing is left to do
+    elif way == "convert":
+        fork.move(CPU, chunked_array.Conversion((3,), torch.float64, lambda rows: rows.double()))
+    else:
+        fork = deepcopy(fork)
+    assert not fork.is_shared
+    assert torch.equal(fork.take(torch.arange(6)).float(), content(6))
+    fork.put(torch.arange(6), torch.zeros((6, 3)))
+    assert torch.equal(array.take(torch.arange(6)), content(6))
+
+
+def test_registered_chunks_live_as_long_as_a_fork(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(6)
+    fork = array.fork()
+    chunks = [chunk.data_ptr() for chunk in array.chunks]
+    del array
+    assert torch.equal(fork.take(torch.arange(6)), content(6))
+    assert [chunk.data_ptr() for chunk in fork.chunks] == chunks

@@ -8,7 +8,6 @@ A fork clusters what a step would cluster first. The mirror does the same when i
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -135,7 +134,6 @@ class Family:
     def end(self, index: int) -> None:
         """Delete a cache."""
         del self.pairs[index]
-        gc.collect(0)
 
     def check(self) -> None:
         """All caches are sound, equal their mirrors, and write to no memory that another one reads."""
