@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..attention import implementation
 from ..attention.masks import check_argument
@@ -28,7 +28,7 @@ from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..integration import deferred_stop, forward_hook
 from ..integration.forward_hook import CACHE_NAMES
-from ..integration.layer_types import decoder_config, is_placeholder
+from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
 from .runner import GraphRunner
@@ -216,10 +216,9 @@ class ModelCalls:
 
 
 def _may_be_cropped(layer: Any) -> bool:
-    """Whether a cache layer can forget its last tokens: it has pages, or a window that is not full yet."""
-    if isinstance(layer, SpinLayer) or is_placeholder(layer) or type(layer) is DynamicLayer:
-        return True
-    return type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window
+    """Whether a cache layer can forget its last tokens; a window can while it is not full."""
+    window = type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window
+    return window or is_croppable(layer)
 
 
 _OTHER_PROMPT = (

@@ -112,6 +112,13 @@ def is_placeholder(layer: Any) -> bool:
     return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
 
 
+def is_croppable(layer: Any) -> bool:
+    """Whether tokens can be removed from a cache layer, however many it holds: not from windows, nor from states."""
+    if is_placeholder(layer) or type(layer) is DynamicLayer:
+        return True
+    return isinstance(layer, CacheLayerMixin) and layer.is_croppable and not isinstance(layer, DynamicLayer)
+
+
 def _reason_none_is_paged(config: Any, layers: list[Any]) -> str | None:
     """The reason why none of a model's full-attention layers is paged; None if they are."""
     if getattr(config, "kv_lora_rank", None) is not None:

@@ -15,8 +15,6 @@ entries or none. An entry that cannot be read is removed, and the prompt is read
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,7 +22,6 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,24 +29,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from ..config import MOST_BYTES, parse_bytes, require_count
 from ..errors import OptionError, OptionTypeError, SpinError
-from ..integration.layer_types import is_placeholder
-from ..layer import SpinLayer
+from ..integration.layer_types import is_croppable
 from ..storage.token_log import TokenLog
-from .fingerprint import fingerprint
 from .opened import saved_tokens
 from .prefix_index import IndexFormatError, PrefixIndex
+from .prompt_identity import bytes_of, common_length, only_row, space_of, with_options
 from .reader import SavedCache
 
 logger = logging.getLogger("spin_hf")
 
 _LEFT_BEHIND_S = 3600.0
 """Seconds after which a folder that is in no index was left by a killed process."""
-_SAMPLES = 64
-"""Numbers of each parameter that are hashed."""
 _NEW_PART = 8
 """On disk, a prompt is stored if more than this part of its tokens (1/8) is in no entry yet."""
 
@@ -184,7 +177,7 @@ class PromptStore:
             ids: [B, n], the prompt.
             mask: [B, n], its padding mask; None for no padding.
         """
-        tokens = _only_row(ids, mask)
+        tokens = only_row(ids, mask)
         if tokens is None:
             return 0
         with self._lock:
@@ -208,7 +201,7 @@ class PromptStore:
             cache: a `SpinCache` that holds exactly the prompt.
             ids, mask: as for `restore`.
         """
-        tokens = _only_row(ids, mask)
+        tokens = only_row(ids, mask)
         if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
             return
         if cache.get_seq_length() != len(tokens):
@@ -224,18 +217,18 @@ class PromptStore:
     def _candidates(self, cache: Any, tokens: list[int]) -> list[_Found]:
         """Entries that begin like a prompt, the longest common prefix first; in memory before on disk."""
         found, space = [], space_of(cache)
-        for match in self._memory.find(_with_options(space, cache), tokens):
+        for match in self._memory.find(with_options(space, cache), tokens):
             held = self._held.get(match.name)
             if held is not None and held.model() is cache.calls.model():
-                common = _common(held.ids, tokens, match.shared)
+                common = common_length(held.ids, tokens, match.shared)
                 found.append(_Found(match.name, True, match.num_tokens, common))
         if self._disk is not None:
             for match in self._disk.find(space, tokens):
                 stored = self._tokens_of(match.name)
                 if stored is not None:
-                    common = _common(stored, tokens, match.shared)
+                    common = common_length(stored, tokens, match.shared)
                     found.append(_Found(match.name, False, match.num_tokens, common))
-        croppable = all(_can_be_cropped(layer) for layer in cache.layers)
+        croppable = all(is_croppable(layer) for layer in cache.layers)
         usable = [each for each in found if croppable or each.common == each.num_tokens < len(tokens)]
         return sorted(usable, key=lambda each: (-each.common, not each.is_held))
 
@@ -277,18 +270,18 @@ class PromptStore:
     # ---------------------------------------------------------------------------------------------------------- storing
 
     def _keep_in_memory(self, cache: Any, tokens: list[int]) -> None:
-        space, index = _with_options(space_of(cache), cache), self._memory
+        space, index = with_options(space_of(cache), cache), self._memory
         shared, covered = 0, []
         for match in index.find(space, tokens, most=1000):
             held = self._held.get(match.name)
-            common = 0 if held is None else _common(held.ids, tokens, match.shared)
+            common = 0 if held is None else common_length(held.ids, tokens, match.shared)
             if common == len(tokens):
                 return
             if held is not None and common == len(held.ids):
                 covered.append(match.name)
             else:
                 shared = max(shared, common)
-        per_token = -(-_bytes_of(cache) // len(tokens))
+        per_token = -(-bytes_of(cache) // len(tokens))
         name = uuid.uuid4().hex
         self._held[name] = _Held(cache.fork(), tokens, weakref.ref(cache.calls.model()))
         index.insert(name, space, tokens, per_token * (len(tokens) - shared))
@@ -303,7 +296,7 @@ class PromptStore:
             if len(tokens) - match.shared <= max(self._disk.block_tokens, len(tokens) // _NEW_PART):
                 return
             stored = self._tokens_of(match.name)
-            if stored is not None and _common(stored, tokens, match.shared) == len(stored):
+            if stored is not None and common_length(stored, tokens, match.shared) == len(stored):
                 covered.append(match.name)
         name = uuid.uuid4().hex
         folder, unfinished = self._entries / name, self._entries / f"{name}.new"
@@ -361,62 +354,3 @@ def checked_store(store: Any) -> PromptStore | None:
     if store is not None and not isinstance(store, PromptStore):
         raise OptionTypeError(f"store: expected a PromptStore, got {type(store).__name__}; pass PromptStore(directory)")
     return store
-
-
-def _only_row(ids: Tensor, mask: Tensor | None) -> list[int] | None:
-    """The tokens of a prompt whose sequences are equal and without padding; None for others."""
-    if ids.dim() != 2 or not ids.numel() or (mask is not None and (mask.shape != ids.shape or not bool(mask.all()))):
-        return None
-    if len(ids) > 1 and not bool((ids == ids[:1]).all()):
-        return None
-    return [int(token) for token in ids[0].tolist()]
-
-
-def space_of(cache: Any) -> str:
-    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, and weights.
-
-    Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
-    modules with the same weights, hooks, plain attributes.
-    """
-    state, model = cache._state, cache.calls.model()
-    dtype = getattr(model, "dtype", None)
-    about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
-    made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
-    if model is not None:
-        samples = []
-        for name, parameter in model.named_parameters():
-            made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
-            flat = parameter.detach().flatten()
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].double().cpu())
-        made.update(torch.cat(samples).numpy().tobytes() if samples else b"")
-        for name, module in model.named_modules():
-            if hasattr(module, "active_adapters"):
-                state_of = (str(module.active_adapters), bool(getattr(module, "disable_adapters", False)))
-                made.update(f"{name} {state_of}\0".encode())
-    return made.hexdigest()
-
-
-def _with_options(space: str, cache: Any) -> str:
-    """A fork has the options of its origin."""
-    return f"{space} {cache._state.options} {cache._state.method!r}"
-
-
-def _can_be_cropped(layer: Any) -> bool:
-    """Whether tokens can be removed from a layer however many it holds. Windows and states of linear attention cannot."""
-    return isinstance(layer, SpinLayer) or is_placeholder(layer) or type(layer) is DynamicLayer
-
-
-def _bytes_of(cache: Any) -> int:
-    """Bytes of pages and summaries, and of the tensors of transformers' own layers."""
-    stats, others = cache.stats(), [layer for layer in cache.layers if not isinstance(layer, SpinLayer)]
-    held = [each for layer in others for each in vars(layer).values()]
-    held += [each for states in held if isinstance(states, dict) for each in states.values()]
-    return int(stats.gpu_bytes + stats.cpu_bytes + sum(each.nbytes for each in held if isinstance(each, Tensor)))
-
-
-def _common(stored: Sequence[int], tokens: Sequence[int], start: int) -> int:
-    """Number of tokens that both begin with; the first `start` are known to be equal."""
-    stop = min(len(stored), len(tokens))
-    while start < stop and stored[start] == tokens[start]:
-        start += 1
-    return start

@@ -1,0 +1,71 @@
+"""What identifies a stored prompt: its tokens, and all that keys, values and summaries depend on beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layer import SpinLayer
+from .fingerprint import fingerprint
+
+_SAMPLES = 64
+"""Numbers of each parameter that are hashed."""
+
+
+def only_row(ids: Tensor, mask: Tensor | None) -> list[int] | None:
+    """The tokens of a prompt whose sequences are equal and without padding; None for others."""
+    if ids.dim() != 2 or not ids.numel() or (mask is not None and (mask.shape != ids.shape or not bool(mask.all()))):
+        return None
+    if len(ids) > 1 and not bool((ids == ids[:1]).all()):
+        return None
+    return [int(token) for token in ids[0].tolist()]
+
+
+def space_of(cache: Any) -> str:
+    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, and weights.
+
+    Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
+    modules with the same weights, hooks, plain attributes.
+    """
+    state, model = cache._state, cache.calls.model()
+    dtype = getattr(model, "dtype", None)
+    about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
+    made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+    if model is not None:
+        samples = []
+        for name, parameter in model.named_parameters():
+            made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
+            flat = parameter.detach().flatten()
+            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].double().cpu())
+        made.update(torch.cat(samples).numpy().tobytes() if samples else b"")
+        for name, module in model.named_modules():
+            if hasattr(module, "active_adapters"):
+                state_of = (str(module.active_adapters), bool(getattr(module, "disable_adapters", False)))
+                made.update(f"{name} {state_of}\0".encode())
+    return made.hexdigest()
+
+
+def with_options(space: str, cache: Any) -> str:
+    """A fork has the options of its origin."""
+    return f"{space} {cache._state.options} {cache._state.method!r}"
+
+
+def bytes_of(cache: Any) -> int:
+    """Bytes of pages and summaries, and of the tensors of transformers' own layers."""
+    stats, others = cache.stats(), [layer for layer in cache.layers if not isinstance(layer, SpinLayer)]
+    held = [each for layer in others for each in vars(layer).values()]
+    held += [each for states in held if isinstance(states, dict) for each in states.values()]
+    return int(stats.gpu_bytes + stats.cpu_bytes + sum(each.nbytes for each in held if isinstance(each, Tensor)))
+
+
+def common_length(stored: Sequence[int], tokens: Sequence[int], start: int) -> int:
+    """Number of tokens that both begin with; the first `start` are known to be equal."""
+    stop = min(len(stored), len(tokens))
+    while start < stop and stored[start] == tokens[start]:
+        start += 1
+    return start
