@@ -70,6 +70,30 @@ def test_pipeline_takes_one_prompt_a_batch_and_a_chat(run_here):
 
 
 @pytest.mark.model
+def test_questions_read_the_document_once(run_here):
+    printed = run_here("questions.py", "--tokens", 200, "--questions", 2, "--max-new-tokens", 4)
+    assert "200 tokens read" in printed
+    assert printed.count(" s  Wh") == 2
+
+
+@pytest.mark.model
+def test_a_restart_goes_on(run_here, tmp_path):
+    arguments = ["--folder", tmp_path, "--tokens", 200, "--max-new-tokens", 4]
+    first, second = run_here("restart.py", *arguments), run_here("restart.py", *arguments)
+    assert "200 tokens read" in first
+    assert "tokens restored" in second
+    assert "Who is the thane" in first
+    assert "What do the three" in second
+
+
+@pytest.mark.model
+def test_an_agent_rereads_only_what_is_new(run_here):
+    printed = run_here("agent.py", "--turns", 2, "--max-new-tokens", 4)
+    assert "turn  2:    604 tokens,    300 restored" in printed
+    assert "turn  2:    604 tokens,      0 restored" in printed
+
+
+@pytest.mark.model
 def test_demo_answers_through_both_caches(tmp_path):
     """A shorter text than the demo's own, so that the test stays quick; the same question and the same two answers."""
     speech = "Thrice the brinded cat hath mewed. Thrice and once the hedge-pig whined. Round the cauldron go.\n\n"
