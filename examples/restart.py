@@ -41,9 +41,8 @@ def main() -> None:
     history, asked = args.folder / "history.json", 0
     try:
         cache = SpinCache.from_pretrained(args.folder / "cache", model)
-        ids, asked = (
-            torch.load(history, weights_only=True, map_location=model.device)[key] for key in ("ids", "asked")
-        )
+        held = json.loads(history.read_text())
+        ids, asked = torch.tensor([held["ids"]], device=model.device), held["asked"]
         print(f"{cache.get_seq_length():,} tokens restored in {time.perf_counter() - began:.2f} s")
     except (SavedCacheError, FileNotFoundError):
         text = play("macbeth") if args.file is None else args.file.read_text()
