@@ -72,6 +72,7 @@ def continued(subject: Subject, between: Callable[[], None]) -> Trace:
     return trace
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tier", [{}, {"gpu_memory": "90kB"}], ids=["resident", "tiered"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_equal_dynamic_caches(family: str, tier: dict[str, Any]) -> None:
@@ -125,6 +126,7 @@ def family(method: Any, **options: Any) -> Family:
     return Family(SHAPE, method=method, budget=16, num_sink_tokens=3, recent_window=5, **options)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_sparse_steps_equal_those_of_deep_copies(method: str, tier: str) -> None:
@@ -218,6 +220,7 @@ def test_one_side_goes_to_the_cpu_tier(method: str) -> None:
         driver.cache.check_integrity()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("method", ["bisection", "retroinfer", "clusters"])
 @pytest.mark.parametrize("side", [0, 1])
