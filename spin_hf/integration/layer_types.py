@@ -112,6 +112,14 @@ def is_placeholder(layer: Any) -> bool:
     return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
 
 
+def layers_with_contents(layers: list[Any]) -> list[Any]:
+    """`layers` without the last ones that share other layers' keys. Before 5.18 transformers does not list them."""
+    count = len(layers)
+    while count and is_placeholder(layers[count - 1]):
+        count -= 1
+    return layers[:count]
+
+
 def is_croppable(layer: Any) -> bool:
     """Whether tokens can be removed from a cache layer, however many it holds: not from windows, nor from states."""
     if is_placeholder(layer) or type(layer) is DynamicLayer:

@@ -22,6 +22,7 @@ from ..attention.methods.registry import METHODS
 from ..config import shown
 from ..errors import CacheStateError, SpinError, require_integrity
 from ..indexing import cluster
+from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from ..storage.clustered_spans import ClusteredSpans
 from ..storage.host_register import wait_for_device
@@ -77,6 +78,7 @@ class SavedCache(OpenCache):
             SavedCacheError: the saved cache is damaged, or does not fit model, method or options.
             BudgetError, CapacityError: it does not fit the caps.
         """
+        layers = layers_with_contents(layers)
         try:
             self._check(state, layers, config, model)
             self._restore(state, layers, config, model)

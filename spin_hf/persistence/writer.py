@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import MOST_BYTES, parse_bytes
 from ..errors import OptionError, OptionTypeError, SavedCacheError
 from ..indexing import cluster
-from ..integration.layer_types import is_placeholder
+from ..integration.layer_types import is_placeholder, layers_with_contents
 from ..state import CacheState, LayerState
 from ..storage.chunked_array import ChunkedArray
 from ..storage.page_store import PageStore
@@ -72,7 +72,7 @@ def save(
     )
     if state.committed:
         cluster.cluster_new_tokens(state)
-    source = _Contents(state, layers, config, model, length, batch_size, ids, most)
+    source = _Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
     folder = Path(directory)
     try:
         new = not folder.is_dir()
