@@ -25,8 +25,8 @@ def generate(
         padding: [batch], how many tokens in front of each sequence are padding; None for none.
     """
     vocab = model.config.vocab_size
-    ids = torch.randint(vocab // 2, vocab, (batch, held + 1), device=model.device)
-    mask = torch.ones_like(ids)
+    ids = torch.randint(vocab // 2, vocab, (batch, 1), device=model.device)  # new ones, as the mask is longer
+    mask = torch.ones((batch, held + 1), dtype=torch.long, device=model.device)
     if padding is not None:
         mask = (torch.arange(held + 1, device=ids.device) >= padding.to(ids.device).unsqueeze(1)).long()
     _wait()

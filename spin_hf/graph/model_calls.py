@@ -26,6 +26,7 @@ from ..attention.masks import check_argument
 from ..errors import AttentionError
 from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
+from ..inference_mode import outside_inference_mode
 from ..integration import deferred_stop, forward_hook
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
@@ -98,6 +99,7 @@ class ModelCalls:
                 "take over its tokens"
             )
         check_argument(kwargs.get("attention_mask"))
+        num_tokens, ids = new_tokens(kwargs)
         self.inside, self.belongs = True, bool(self.wrapped)
         try:
             with nullcontext() if self.switched is None else implementation.held(self.switched):
@@ -106,19 +108,19 @@ class ModelCalls:
                 else:
                     with self.log.watching(self.layers):
                         output = self.prompts.of(module, forward, kwargs, name)(**kwargs)
-            self._record(kwargs)
+            self._record(num_tokens, ids)
             return output
         finally:
             self.inside = False
             if self.wrapped:
                 self._drop()
 
-    def _record(self, kwargs: dict[str, Any]) -> None:
-        """Note the ids of the tokens that a forward has added."""
-        state, ids = self.passes.state, kwargs.get("input_ids")
-        new = kwargs.get("inputs_embeds") if ids is None else ids
-        if isinstance(new, Tensor) and state.committed >= new.shape[1]:
-            state.tokens = state.tokens.recorded(state.committed - new.shape[1], ids)
+    @outside_inference_mode
+    def _record(self, num_tokens: int, ids: Tensor | None) -> None:
+        """Note the ids of the tokens that a forward has added; None if they are unknown."""
+        state = self.passes.state
+        if state.committed >= num_tokens:
+            state.tokens = state.tokens.recorded(state.committed - num_tokens, ids)
 
     def before_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Prepare `cache` for a prompt which `generate` is about to read.
@@ -213,6 +215,15 @@ class ModelCalls:
         if self.holds:
             self.holds = False
             implementation.release(self.switched)
+
+
+@outside_inference_mode
+def new_tokens(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
+    """Number of tokens of a forward, and a copy of their ids; None for embeddings. The caller may reuse its tensor."""
+    ids = kwargs.get("input_ids")
+    new = kwargs.get("inputs_embeds") if ids is None else ids
+    count = new.shape[1] if isinstance(new, Tensor) and new.dim() > 1 else 0
+    return count, ids.detach().clone() if count and isinstance(ids, Tensor) else None
 
 
 def _may_be_cropped(layer: Any) -> bool:

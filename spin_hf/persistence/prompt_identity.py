@@ -37,12 +37,14 @@ def space_of(cache: Any) -> str:
     about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
     made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
     if model is not None:
-        samples = []
+        samples: dict[torch.device, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
             flat = parameter.detach().flatten()
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].double().cpu())
-        made.update(torch.cat(samples).numpy().tobytes() if samples else b"")
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+            samples.setdefault(parameter.device, []).append(sample.double())
+        for each in samples.values():  # one copy from each device
+            made.update(torch.cat(each).cpu().numpy().tobytes())
         for name, module in model.named_modules():
             if hasattr(module, "active_adapters"):
                 state_of = (str(module.active_adapters), bool(getattr(module, "disable_adapters", False)))

@@ -100,8 +100,8 @@ class PromptStore:
     Args:
         directory: folder of entries that outlive the process; made if it does not exist. None for entries in memory only.
         max_bytes: cap on the entries on disk, in bytes or as "50GiB"; "auto" for none. The least recently used ones go first.
-        max_host_bytes: likewise of entries in memory; None for none in memory. "auto" is no cap if `directory` is None, else
-            none in memory. Summaries of entries stay in GPU memory, and pages where they are.
+        max_host_bytes: likewise of entries in memory; None for none in memory. "auto" is half of the machine's memory if
+            `directory` is None, else none in memory. Summaries of entries stay in GPU memory, and pages where they are.
         block_tokens: tokens of a block.
     Raises:
         OptionTypeError, OptionError: an argument is invalid, or `directory` cannot be used.
@@ -114,7 +114,9 @@ class PromptStore:
         block_tokens = require_count("block_tokens", block_tokens, 1, example=256)
         self.max_bytes = parse_bytes("max_bytes", max_bytes) or MOST_BYTES
         in_memory = max_host_bytes is not None and (directory is None or max_host_bytes != "auto")
-        self.max_host_bytes = (parse_bytes("max_host_bytes", max_host_bytes) or MOST_BYTES) if in_memory else 0  # type: ignore[arg-type]
+        self.max_host_bytes = 0
+        if in_memory and max_host_bytes is not None:
+            self.max_host_bytes = parse_bytes("max_host_bytes", max_host_bytes) or _half_of_memory()
         self._memory = PrefixIndex(None, block_tokens)
         self._held: dict[str, _Held] = {}
         self._counts, self._lock = _Counts(), threading.RLock()
@@ -251,8 +253,7 @@ class PromptStore:
         except (SpinError, OSError) as error:
             cache.reset()
             if not found.is_held:
-                logger.warning("a stored prompt cannot be restored and is removed: %s", error)
-                self._remove(found.name)
+                self._remove(found.name, error)
             return 0
 
     def _tokens_of(self, name: str) -> list[int] | None:
@@ -260,12 +261,9 @@ class PromptStore:
         try:
             stored = saved_tokens(self._entries / name)
         except (SpinError, OSError) as error:
-            logger.warning("a stored prompt cannot be read and is removed: %s", error)
-            stored = None
-        if stored is None:
-            self._remove(name)
+            self._remove(name, error)
             return None
-        return [int(token) for token in stored[0].tolist()]
+        return None if stored is None else [int(token) for token in stored[0].tolist()]
 
     # ---------------------------------------------------------------------------------------------------------- storing
 
@@ -322,10 +320,11 @@ class PromptStore:
         for name in names:
             self._held.pop(name, None)
 
-    def _remove(self, name: str) -> None:
-        """Remove an entry on disk."""
+    def _remove(self, name: str, error: Exception) -> None:
+        """Remove an entry on disk that cannot be read. It may be another process's that has just removed it."""
         assert self._disk is not None
         if self._disk.remove(name):
+            logger.warning("a stored prompt cannot be restored and is removed: %s", error)
             self._delete_folders([name])
 
     def _delete_folders(self, names: list[str]) -> None:
@@ -354,3 +353,11 @@ def checked_store(store: Any) -> PromptStore | None:
     if store is not None and not isinstance(store, PromptStore):
         raise OptionTypeError(f"store: expected a PromptStore, got {type(store).__name__}; pass PromptStore(directory)")
     return store
+
+
+def _half_of_memory() -> int:
+    """Half of the machine's memory in bytes; no cap where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return MOST_BYTES

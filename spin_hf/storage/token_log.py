@@ -8,6 +8,8 @@ of a crop; the next piece replaces them.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,17 @@ class TokenLog:
         self.pieces = pieces
 
     def recorded(self, start: int, ids: Tensor | None) -> TokenLog:
-        """With tokens `ids` [B, n] from position `start` on, in place of what stood there; None if they are unknown."""
+        """With tokens `ids` [B, n] from position `start` on, in place of what stood there; None if they are unknown.
+
+        `ids` is kept, not copied.
+        """
         held = [(first, piece[:, : start - first]) for first, piece in self.pieces if first < start]
         if ids is not None:
-            held.append((start, ids.detach().clone()))
-        return TokenLog(tuple(_joined(held) if len(held) > _MOST_PIECES else held))
+            held.append((start, ids))
+        if len(held) > _MOST_PIECES:
+            with suppress(RuntimeError):  # out of memory: joined by a later call
+                held = _joined(held)
+        return TokenLog(tuple(held))
 
     def selected(self, rows: list[int]) -> TokenLog:
         """The log whose sequence i is sequence rows[i] of this one."""

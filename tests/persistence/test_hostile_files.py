@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from spin_hf import BudgetError, CapacityError, SavedCacheError, SpinCache, SpinError
 from spin_hf.persistence.opened import saved_tokens
@@ -364,7 +365,12 @@ def test_token_ids(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> 
     for most in (1000, 10_000, 1 << 30):
         cache.save_pretrained(tmp_path / str(most), random_tokens(3, 1300), max_shard_bytes=max(most, 60_000))
         assert torch.equal(saved_tokens(tmp_path / str(most)), random_tokens(3, 1300)[:, :1200])
-    cache.save_pretrained(tmp_path / "none")
+    cache.save_pretrained(tmp_path / "known")
+    known = saved_tokens(tmp_path / "known")
+    assert known is not None, "those that the model was given"
+    assert known.shape == (3, 1200)
+    unknown = SpinCache.from_cache(DynamicCache(iter(cache)), subject_model("llama"))
+    unknown.save_pretrained(tmp_path / "none")
     assert saved_tokens(tmp_path / "none") is None
     for seed in range(40):
         place = tmp_path / f"changed {seed}"
