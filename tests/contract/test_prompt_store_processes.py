@@ -60,7 +60,7 @@ def assert_sound(folder: Path) -> int:
     return stats.entries
 
 
-@pytest.mark.parametrize(("processes", "seconds"), [(2, 4.0), pytest.param(8, 60.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "seconds"), [(2, 4.0), pytest.param(8, 30.0, marks=pytest.mark.slow)])
 def test_at_once(processes: int, seconds: float, tmp_path: Path) -> None:
     running = [start(tmp_path, number, seconds) for number in range(processes)]
     printed = [process.communicate(timeout=600) for process in running]
@@ -70,7 +70,7 @@ def test_at_once(processes: int, seconds: float, tmp_path: Path) -> None:
     assert_sound(tmp_path)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed(kills: int, tmp_path: Path) -> None:
     """At drawn moments, mostly while something is stored, as that takes most of the time."""
     draw = random.Random(0)
