@@ -180,7 +180,7 @@ class PromptStore:
             mask: [B, n], its padding mask; None for no padding.
         """
         tokens = only_row(ids, mask)
-        if tokens is None:
+        if tokens is None or cache.calls.model() is None:
             return 0
         with self._lock:
             self._counts.lookups += 1
@@ -206,7 +206,7 @@ class PromptStore:
         tokens = only_row(ids, mask)
         if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
             return
-        if cache.get_seq_length() != len(tokens):
+        if cache.get_seq_length() != len(tokens) or cache.calls.model() is None:
             return
         with self._lock:
             if self.max_host_bytes:
