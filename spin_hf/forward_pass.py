@@ -202,7 +202,7 @@ class ForwardPass:
         state.sequences.truncate(length, cluster.in_order(state, state.sequences.mask.valid, length))
         cluster.forget_clustered(state)
         state.visible_length.fill_(length)
-        state.committed = state.sequences.length
+        state.committed, state.tokens = state.sequences.length, state.tokens.truncated(length)
 
     def select_sequences(self, rows: list[int]) -> None:
         """Sequence i becomes a copy of sequence rows[i].

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import kernels
 from ..attention.methods.base import Estimate
 from ..storage.page_store import PageStore
-from ..storage.page_stream import stream_tokens
+from ..storage.page_stream import TokenStream
 from .base import Call, put
 from .zones import StepPlan
 
@@ -51,12 +51,13 @@ def attend_all(
 def attend_causal(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
     """Causal attention of the last Q tokens to all tokens held: [B, H, G, Q, Dv]. Arguments as for `attend_all`."""
     start, stop, device = store.sequences.start, store.sequences.length, key.device
-    partials = [_partial(call, key, value, zones.real_tokens(start, stop, device), causal=True)]
-    for first, keys, values in stream_tokens(store, start):
-        real = zones.real_tokens(first, first + keys.shape[2], device)
-        partials.append(_partial(call, keys, values, real, causal=False))
-        if len(partials) == _MOST_PARTIALS:
-            partials = [kernels.merge_attention(partials)]
+    with TokenStream(store, start) as earlier:  # its first load runs beside the attention of the new tokens
+        partials = [_partial(call, key, value, zones.real_tokens(start, stop, device), causal=True)]
+        for first, keys, values in earlier:
+            real = zones.real_tokens(first, first + keys.shape[2], device)
+            partials.append(_partial(call, keys, values, real, causal=False))
+            if len(partials) == _MOST_PARTIALS:
+                partials = [kernels.merge_attention(partials)]
     out, lse = kernels.merge_attention(partials)
     return out if call.sinks is None else kernels.apply_attention_sinks(out, lse, call.sinks)
 
@@ -86,12 +87,12 @@ def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None]
             if not causal:
                 out[one], lse[one] = attend(*states)
                 continue
-            asking = tokens - (keys.shape[2] - query.shape[3])
-            asking = asking[asking >= 0]
-            if len(asking):
-                attended = attend(query[one].index_select(3, asking), *states[1:])
-                out[one].index_copy_(3, asking, attended[0].to(out.dtype))
-                lse[one].index_copy_(3, asking, attended[1])
+            queries = tokens - (keys.shape[2] - query.shape[3])
+            queries = queries[queries >= 0]
+            if len(queries):
+                attended = attend(query[one].index_select(3, queries), *states[1:])
+                out[one].index_copy_(3, queries, attended[0].to(out.dtype))
+                lse[one].index_copy_(3, queries, attended[1])
     return out, lse
 
 

@@ -23,14 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention.methods.seer_gates import rotate
 from ..errors import UnsupportedModelError
-from ..integration.layer_types import build_layers, check_model
+from ..integration.layer_types import build_layers, check_model, rope_depends_on_length
 
 _NAME = "spin_hf_teacher"
 _PROBE_TOKENS = 256
 _MOST_TOKENS_TRIED = 8
 _CHUNK_LOGITS = 1 << 24
 """Attention weights in memory at a time while targets are computed: 64 MiB."""
-_CHANGING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Teacher:
                 zero for every token.
         """
         name, parameters = type(self.model).__name__, getattr(self.config, "rope_parameters", None)
-        if any(kind in str(parameters) for kind in _CHANGING_ROPE):
+        if rope_depends_on_length(self.config):
             raise UnsupportedModelError(
                 f"{name}: expected a rotation that does not depend on the length of the text, got {parameters}; use ShadowKV"
             )

@@ -132,13 +132,14 @@ class ModelCalls:
             ids: [B, n], the whole prompt.
             mask: [B, n], its padding mask; None for no padding.
         """
-        held, store = cache.get_seq_length(), self.passes.state.store
-        if not held and store is not None:
-            restored = store.restore(cache, ids, mask)
-            cache._state.reused_tokens = restored
-        common = self.passes.state.tokens.common_prefix(ids, held, mask)
+        held, state = cache.get_seq_length(), self.passes.state
+        if not held:
+            if state.store is not None:
+                state.store.restore(cache, ids, mask)
+            return
+        common = state.tokens.common_prefix(ids, held, mask)
         keep = min(common, ids.shape[1] - 1)
-        if keep >= held or not held:
+        if keep >= held:
             return
         if not all(_may_be_cropped(layer) for layer in self.layers):
             keep = 0
@@ -220,10 +221,10 @@ class ModelCalls:
 @outside_inference_mode
 def new_tokens(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
     """Number of tokens of a forward, and a copy of their ids; None for embeddings. The caller may reuse its tensor."""
-    ids = kwargs.get("input_ids")
-    new = kwargs.get("inputs_embeds") if ids is None else ids
-    count = new.shape[1] if isinstance(new, Tensor) and new.dim() > 1 else 0
-    return count, ids.detach().clone() if count and isinstance(ids, Tensor) else None
+    new = forward_hook.new_inputs(kwargs)
+    if new is None:
+        return 0, None
+    return new.shape[1], None if kwargs.get("input_ids") is None else new.detach().clone()
 
 
 def _may_be_cropped(layer: Any) -> bool:

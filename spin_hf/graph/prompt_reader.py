@@ -22,8 +22,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
 from ..forward_pass import ForwardPass
-from ..integration.forward_hook import is_compiled
-from ..integration.layer_types import decoder_config
+from ..integration.forward_hook import is_compiled, new_inputs
+from ..integration.layer_types import decoder_config, rope_depends_on_length
 from ..integration.prompt_bar import PromptBar
 from ..memory.admission import check_first_batch
 from ..memory.prefill_peak import chunk_tokens
@@ -36,8 +36,6 @@ _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_posi
 _OUTPUT_FLAGS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _CONTINUES_STATES = {"lfm2", "lfm2_moe", "lfm3", "qwen3_next"}
 """Model types whose linear attention or convolutions take several tokens behind a state. Others (Mamba) forget the state."""
-_ROPE_OF_LENGTH = ("dynamic", "longrope")
-"""RoPE types whose frequencies depend on the length of the whole prompt."""
 
 
 class PromptReader:
@@ -61,8 +59,8 @@ class PromptReader:
         Args:
             kwargs: arguments of the call, with the cache under `name`.
         """
-        new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if not isinstance(new, Tensor) or new.dim() < 2 or self.state.reads_prompt:
+        new = new_inputs(kwargs)
+        if new is None or self.state.reads_prompt:
             return forward
         size = self._chunk_size(module, new)
         if new.shape[1] <= size or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
@@ -91,9 +89,9 @@ class PromptReader:
             return False
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             return False
-        if any(kwargs.get(flag, getattr(config, flag, False)) for flag in _OUTPUT_FLAGS):
+        if any(_setting(kwargs, config, flag) for flag in _OUTPUT_FLAGS):
             return False
-        if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False or kwargs.get("use_cache") is False:
+        if _setting(kwargs, config, "return_dict") is False or kwargs.get("use_cache") is False:
             return False
         for key, given in kwargs.items():
             if key == name or given is None or isinstance(given, (bool, str, int, float)):
@@ -158,6 +156,12 @@ def _joined(outputs: list[Any]) -> Any:
     return output
 
 
+def _setting(kwargs: dict[str, Any], config: Any, name: str) -> Any:
+    """A setting of a forward: the argument, or the config's where that is None."""
+    given = kwargs.get(name)
+    return getattr(config, name, None) if given is None else given
+
+
 def _is_text_model(module: nn.Module) -> bool:
     """Whether `module` is one of transformers' decoders, with or without a head of logits for each token."""
     if not isinstance(module, PreTrainedModel) or not type(module).__module__.startswith("transformers."):
@@ -174,6 +178,4 @@ def _may_split(config: Any, layers: list[Any]) -> bool:
         return False
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return False
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return not any(kind.get("rope_type") in _ROPE_OF_LENGTH for kind in kinds)
+    return not rope_depends_on_length(config)

@@ -35,6 +35,7 @@ from ..errors import SpinError
 from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..indexing import padding_change
+from ..integration.forward_hook import new_inputs
 from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
@@ -297,9 +298,8 @@ class GraphRunner:
         return step
 
     def _is_decode_step(self, kwargs: dict[str, Any]) -> bool:
-        new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        shape = (self.state.sequences.batch_size, 1)
-        return isinstance(new, Tensor) and tuple(new.shape[:2]) == shape and self.state.committed > 0
+        new, shape = new_inputs(kwargs), (self.state.sequences.batch_size, 1)
+        return new is not None and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
     def _guard_of(self, model: nn.Module) -> ModelGuard:
         """The guard of the model. Drops all graphs if the model, the layers or the kernels have changed since capture."""

@@ -21,7 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..attention import implementation
@@ -38,6 +38,13 @@ _lock = threading.RLock()
 """Held while forwards are wrapped. Reentrant, because the garbage collector may drop a cache, and so call `release`, inside."""
 
 Wrapped = list["weakref.ref[nn.Module]"]
+
+
+def new_inputs(kwargs: dict[str, Any]) -> Tensor | None:
+    """The new tokens of a forward: ids [B, n] or embeddings [B, n, hidden size]; None if it has neither."""
+    ids = kwargs.get("input_ids")
+    new = kwargs.get("inputs_embeds") if ids is None else ids
+    return new if isinstance(new, Tensor) and new.dim() > 1 else None
 
 
 def unwrapped(model: Any) -> Any:

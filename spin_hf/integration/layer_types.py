@@ -112,6 +112,11 @@ def is_placeholder(layer: Any) -> bool:
     return not isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin))
 
 
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether rotary frequencies of a model depend on the length of the whole text."""
+    return any(f"'{kind}'" in str(getattr(config, "rope_parameters", None)) for kind in ("dynamic", "longrope"))
+
+
 def layers_with_contents(layers: list[Any]) -> list[Any]:
     """`layers` without the last ones that share other layers' keys. Before 5.18 transformers does not list them."""
     count = len(layers)

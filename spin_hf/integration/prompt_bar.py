@@ -22,7 +22,8 @@ class PromptBar:
         self.num_tokens, self.began = num_tokens, time.monotonic()
         self.shows = logging.is_progress_bar_enabled() and is_watched()
         self._bar: Any = None
-        self._done: list[tuple[int, Any]] = []
+        self._last: tuple[int, Any] = (0, None)
+        """Tokens of the last chunk and those before it, and an event behind it on a GPU."""
 
     def __enter__(self) -> PromptBar:
         return self
@@ -38,14 +39,14 @@ class PromptBar:
         """
         if not self.shows:
             return
-        event = None
-        if torch.cuda.is_initialized():
-            event = torch.cuda.Event()
+        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if event is not None:
             event.record()
-        self._done.append((num_tokens, event))
-        read, event = self._done[-2 if event is not None and len(self._done) > 1 else -1]
-        if event is not None and len(self._done) > 1:
-            event.synchronize()
+        (read, before), self._last = self._last, (num_tokens, event)
+        if before is not None:
+            before.synchronize()
+        elif event is None:
+            read = num_tokens
         if self._bar is None and time.monotonic() - self.began > DELAY_S and num_tokens < self.num_tokens:
             self._bar = logging.tqdm(total=self.num_tokens, desc="Reading the prompt", unit=" tokens")
         if self._bar is not None:

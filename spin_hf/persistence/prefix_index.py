@@ -181,9 +181,9 @@ class PrefixIndex:
     def hashes(self, space: str, ids: Sequence[int]) -> list[bytes]:
         """The hash of each whole block of `ids`, with all tokens before it."""
         tokens, width = array("q", ids).tobytes(), 8 * self.block_tokens
-        made, last = [], f"{self.block_tokens}\0{space}".encode()
+        made, last = [], _hash(f"{self.block_tokens}\0{space}".encode())
         for first in range(0, len(tokens) - width + 1, width):
-            last = hashlib.blake2b(tokens[first : first + width], digest_size=_HASH_BYTES, key=_key(last)).digest()
+            last = _hash(last + tokens[first : first + width])
             made.append(last)
         return made
 
@@ -196,8 +196,8 @@ class PrefixIndex:
         return True
 
 
-def _key(last: bytes) -> bytes:
-    return last if len(last) == _HASH_BYTES else hashlib.blake2b(last, digest_size=_HASH_BYTES).digest()
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
 
 class _Change:

@@ -18,11 +18,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sqlite3
 import threading
 import time
 import uuid
 import weakref
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..config import MOST_BYTES, parse_bytes, require_count
-from ..errors import OptionError, OptionTypeError, SpinError
+from ..errors import OptionError, OptionTypeError, SavedCacheError, SpinError
 from ..integration.layer_types import is_croppable
 from ..storage.token_log import TokenLog
 from .opened import saved_tokens
@@ -136,7 +138,7 @@ class PromptStore:
             self._entries.mkdir(parents=True, exist_ok=True)
             self._disk = PrefixIndex(self.directory / "index.sqlite", block_tokens)
             self._sweep()
-        except (OSError, IndexFormatError) as error:
+        except (OSError, IndexFormatError, sqlite3.Error) as error:
             raise OptionError(
                 f"directory: expected a folder of a PromptStore, or an empty one, got {directory}: {error}; pass another folder"
             ) from error
@@ -169,10 +171,8 @@ class PromptStore:
 
     # --------------------------------------------------------------------------------------------- called by the caches
 
-    def restore(self, cache: Any, ids: Tensor, mask: Tensor | None) -> int:
-        """Fill an empty cache with the longest stored prefix of a prompt. Returns the number of tokens restored.
-
-        At least one token of the prompt is left to read.
+    def restore(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+        """Fill an empty cache with the longest stored prefix of a prompt, if there is one. At least one token is left to read.
 
         Args:
             cache: a `SpinCache` without tokens.
@@ -181,20 +181,19 @@ class PromptStore:
         """
         tokens = only_row(ids, mask)
         if tokens is None or cache.calls.model() is None:
-            return 0
-        with self._lock:
+            return
+        with self._lock, self._tolerant():
             self._counts.lookups += 1
-            for found in self._candidates(cache, tokens):
-                restored = self._restored(cache, found, tokens)
-                if restored:
-                    if len(ids) > 1:
-                        cache.batch_repeat_interleave(len(ids))
-                    self._counts.hits += 1
-                    self._counts.reused_tokens += restored
-                    where = "memory" if found.is_held else "disk"
-                    logger.info("%d of %d tokens of the prompt restored from %s", restored, len(tokens), where)
-                    return restored
-        return 0
+            for found in self._candidates(cache, tokens, space_of(cache)):
+                keep = min(found.common, len(tokens) - 1)
+                if not self._restored(cache, found, keep, len(ids)):
+                    continue
+                cache._state.reused_tokens = keep
+                self._counts.hits += 1
+                self._counts.reused_tokens += keep
+                where = "memory" if found.is_held else "disk"
+                logger.info("%d of %d tokens of the prompt restored from %s", keep, len(tokens), where)
+                return
 
     def keep(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Store what a cache holds behind a prompt, unless most of it is stored already.
@@ -208,20 +207,29 @@ class PromptStore:
             return
         if cache.get_seq_length() != len(tokens) or cache.calls.model() is None:
             return
-        with self._lock:
+        with self._lock, self._tolerant():
+            space = space_of(cache)
             if self.max_host_bytes:
-                self._keep_in_memory(cache, tokens)
+                self._keep_in_memory(cache, tokens, with_options(space, cache))
             if self._disk is not None:
-                self._keep_on_disk(cache, tokens)
+                self._keep_on_disk(self._disk, cache, tokens, space)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Log that the index could not be read or written. The prompt is then read by the model, or not stored."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            logger.warning("the index of stored prompts in %s cannot be used: %s", self.directory, error)
 
     # ---------------------------------------------------------------------------------------------------------- lookups
 
-    def _candidates(self, cache: Any, tokens: list[int]) -> list[_Found]:
+    def _candidates(self, cache: Any, tokens: list[int], space: str) -> list[_Found]:
         """Entries that begin like a prompt, the longest common prefix first; in memory before on disk."""
-        found, space = [], space_of(cache)
+        found = []
         for match in self._memory.find(with_options(space, cache), tokens):
-            held = self._held.get(match.name)
-            if held is not None and held.model() is cache.calls.model():
+            held = self._held[match.name]
+            if held.model() is cache.calls.model():
                 common = common_length(held.ids, tokens, match.shared)
                 found.append(_Found(match.name, True, match.num_tokens, common))
         if self._disk is not None:
@@ -234,8 +242,8 @@ class PromptStore:
         usable = [each for each in found if croppable or each.common == each.num_tokens < len(tokens)]
         return sorted(usable, key=lambda each: (-each.common, not each.is_held))
 
-    def _restored(self, cache: Any, found: _Found, tokens: list[int]) -> int:
-        """Restore an entry and crop it to what it has in common with a prompt. Returns the tokens restored; 0 if that fails."""
+    def _restored(self, cache: Any, found: _Found, keep: int, rows: int) -> bool:
+        """Restore the first `keep` tokens of an entry, for `rows` sequences. If that fails, the cache is empty again."""
         try:
             if found.is_held:
                 self._held[found.name].cache.fork_into(cache)
@@ -246,15 +254,21 @@ class PromptStore:
                     saved.restore(cache._state, cache.layers, cache._config, cache.calls.model())
                     cache._state.tokens = TokenLog().recorded(0, saved.tokens())
                 self._disk.touch(found.name)
-            keep = min(found.common, len(tokens) - 1)
             if keep < cache.get_seq_length():
                 cache.crop(keep - cache.get_seq_length())
-            return keep
-        except (SpinError, OSError) as error:
+            if rows > 1:
+                cache.batch_repeat_interleave(rows)
+            return True
+        except (SavedCacheError, OSError) as error:
             cache.reset()
-            if not found.is_held:
-                self._remove(found.name, error)
-            return 0
+            self._remove(found.name, error)
+        except SpinError as error:  # it does not fit the caps of this cache
+            cache.reset()
+            logger.info("a stored prompt is not restored: %s", error)
+        except BaseException:
+            cache.reset()
+            raise
+        return False
 
     def _tokens_of(self, name: str) -> list[int] | None:
         """The tokens of an entry on disk; None, and the entry is removed, if they cannot be read."""
@@ -263,58 +277,53 @@ class PromptStore:
         except (SpinError, OSError) as error:
             self._remove(name, error)
             return None
-        return None if stored is None else [int(token) for token in stored[0].tolist()]
+        return None if stored is None else list(map(int, stored[0].tolist()))
 
     # ---------------------------------------------------------------------------------------------------------- storing
 
-    def _keep_in_memory(self, cache: Any, tokens: list[int]) -> None:
-        space, index = with_options(space_of(cache), cache), self._memory
+    def _keep_in_memory(self, cache: Any, tokens: list[int], space: str) -> None:
         shared, covered = 0, []
-        for match in index.find(space, tokens, most=1000):
-            held = self._held.get(match.name)
-            common = 0 if held is None else common_length(held.ids, tokens, match.shared)
+        for match in self._memory.find(space, tokens, most=1000):
+            held = self._held[match.name]
+            common = common_length(held.ids, tokens, match.shared)
             if common == len(tokens):
                 return
-            if held is not None and common == len(held.ids):
+            if common == len(held.ids):
                 covered.append(match.name)
             else:
                 shared = max(shared, common)
         per_token = -(-bytes_of(cache) // len(tokens))
         name = uuid.uuid4().hex
         self._held[name] = _Held(cache.fork(), tokens, weakref.ref(cache.calls.model()))
-        index.insert(name, space, tokens, per_token * (len(tokens) - shared))
+        self._memory.insert(name, space, tokens, per_token * (len(tokens) - shared))
         for old in covered:
-            index.remove(old)
-        self._drop_held(covered + index.remove_beyond(self.max_host_bytes, keep=name))
+            self._memory.remove(old)
+        self._drop_held(covered + self._memory.remove_beyond(self.max_host_bytes, keep=name))
 
-    def _keep_on_disk(self, cache: Any, tokens: list[int]) -> None:
-        assert self._disk is not None
-        space, covered = space_of(cache), []
-        for match in self._disk.find(space, tokens):
-            if len(tokens) - match.shared <= max(self._disk.block_tokens, len(tokens) // _NEW_PART):
+    def _keep_on_disk(self, disk: PrefixIndex, cache: Any, tokens: list[int], space: str) -> None:
+        covered = []
+        for match in disk.find(space, tokens):
+            if len(tokens) - match.shared <= max(disk.block_tokens, len(tokens) // _NEW_PART):
                 return
             stored = self._tokens_of(match.name)
             if stored is not None and common_length(stored, tokens, match.shared) == len(stored):
                 covered.append(match.name)
         name = uuid.uuid4().hex
-        folder, unfinished = self._entries / name, self._entries / f"{name}.new"
+        unfinished = self._entries / f"{name}.new"
         try:
             cache.save_pretrained(unfinished, tokens=torch.tensor([tokens]))
             num_bytes = sum(file.stat().st_size for file in unfinished.iterdir())
             if num_bytes > self.max_bytes:
-                shutil.rmtree(unfinished, ignore_errors=True)
                 return
-            unfinished.rename(folder)
+            unfinished.rename(self._entries / name)
         except (SpinError, OSError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             logger.warning("a prompt could not be stored in %s: %s", self.directory, error)
             return
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        self._disk.insert(name, space, tokens, num_bytes)
-        removed = [old for old in covered if self._disk.remove(old)]
-        self._delete_folders(removed + self._disk.remove_beyond(self.max_bytes, keep=name))
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # nothing is there once it is renamed
+        disk.insert(name, space, tokens, num_bytes)
+        removed = [old for old in covered if disk.remove(old)]
+        self._delete_folders(removed + disk.remove_beyond(self.max_bytes, keep=name))
 
     def _drop_held(self, names: list[str]) -> None:
         for name in names:

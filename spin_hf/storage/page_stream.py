@@ -21,30 +21,44 @@ from .page_store import PageStore
 from .page_table import SEGMENT_PAGES, segments_of
 
 
-def stream_tokens(store: PageStore, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Read tokens [0, stop) of all sequences, in page order. A piece is valid until the next one is requested.
+class TokenStream:
+    """Tokens [0, stop) of all sequences, in page order, once. A context manager; loads from host memory begin when it is made.
 
-    Yields:
-        position of the piece's first token, its keys [B, H, m, Dk] and values [B, H, m, Dv].
+    Iterating yields the position of a piece's first token, its keys [B, H, m, Dk] and values [B, H, m, Dv]. A piece is valid
+    until the next one is requested.
+
+    Args:
+        store: the layer's pages.
     """
-    page_size, num_pages = store.page_size, -(-stop // store.page_size)
-    ranges = [(first, min(last, num_pages)) for first, last in _ranges(store, num_pages)]
-    loads = _HostLoads(store, ranges) if store.is_registered and ranges else None
-    try:
-        for index, (first, last) in enumerate(ranges):
+
+    def __init__(self, store: PageStore, stop: int) -> None:
+        num_pages = -(-stop // store.page_size)
+        self.store, self.stop = store, stop
+        self.ranges = [(first, min(last, num_pages)) for first, last in _ranges(store, num_pages)]
+        self.loads = _HostLoads(store, self.ranges) if store.is_registered and self.ranges else None
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.loads is not None:
+            self.loads.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        store = self.store
+        for index, (first, last) in enumerate(self.ranges):
+            loads, start = self.loads, first * store.page_size
             content = store.backing.take(store.rows(first, last)) if loads is None else loads.wait_for(index)
-            keys, values = store.backing_layout.take(content)
-            length = stop - first * page_size
-            yield first * page_size, keys.flatten(2, -2)[:, :, :length], values.flatten(2, -2)[:, :, :length]
+            keys, values = (
+                states.flatten(2, -2)[:, :, : self.stop - start] for states in store.backing_layout.take(content)
+            )
+            yield start, keys, values
             if loads is not None:
                 loads.release(index)
-    finally:
-        if loads is not None:
-            loads.close()
 
 
 def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pages, in whole segments. The first is shorter, as nothing hides its load."""
+    """Ranges of pages, in whole segments. The first is shorter: its load runs beside the attention of the new tokens only."""
     segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
     most = max(1, store.piece_bytes // segment_bytes)
     most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one

@@ -2,12 +2,12 @@
 
     pieces    [0, 900)  [900, 901)  [901, 902) ...      each [B, n]; tokens between pieces came as embeddings and are unknown
 
-Kept so that a prompt which no longer begins with these tokens is noticed. Pieces behind the length of the cache are leftovers
-of a crop; the next piece replaces them.
+The cache keeps them to notice a prompt that no longer begins with these tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -29,15 +29,21 @@ class TokenLog:
     def recorded(self, start: int, ids: Tensor | None) -> TokenLog:
         """With tokens `ids` [B, n] from position `start` on, in place of what stood there; None if they are unknown.
 
-        `ids` is kept, not copied.
+        `ids` is kept, not copied. Called at every decode step: unless tokens are replaced, the pieces before are not looked at.
         """
-        held = [(first, piece[:, : start - first]) for first, piece in self.pieces if first < start]
-        if ids is not None:
-            held.append((start, ids))
-        if len(held) > _MOST_PIECES:
+        held = self.truncated(start).pieces
+        if ids is None:
+            return TokenLog(held)
+        if len(held) >= _MOST_PIECES:
             with suppress(RuntimeError):  # out of memory: joined by a later call
-                held = _joined(held)
-        return TokenLog(tuple(held))
+                held = tuple(_joined(held))
+        return TokenLog((*held, (start, ids)))
+
+    def truncated(self, length: int) -> TokenLog:
+        """Without the tokens from `length` on."""
+        if not self.pieces or self.pieces[-1][0] + self.pieces[-1][1].shape[1] <= length:
+            return self
+        return TokenLog(tuple((first, piece[:, : length - first]) for first, piece in self.pieces if first < length))
 
     def selected(self, rows: list[int]) -> TokenLog:
         """The log whose sequence i is sequence rows[i] of this one."""
@@ -45,7 +51,7 @@ class TokenLog:
 
     def ids(self, length: int) -> Tensor | None:
         """Ids [B, length] of the first tokens; None if some are unknown."""
-        joined = _joined(list(self.pieces))
+        joined = _joined(self.pieces)
         if len(joined) != 1 or joined[0][0] or joined[0][1].shape[1] < length:
             return None
         return joined[0][1][:, :length]
@@ -73,7 +79,7 @@ class TokenLog:
         return stop
 
 
-def _joined(pieces: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+def _joined(pieces: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
     """Join pieces that follow each other."""
     joined: list[tuple[int, list[Tensor]]] = []
     stop = -1

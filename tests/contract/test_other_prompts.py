@@ -9,32 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from spin_hf import SpinCache
+from tests.support.answers import answer, assert_fresh
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, left_padded, random_tokens
 
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "qwen3_next", "gemma3n_text"]
 WARNING = "removed from the cache"
-
-
-def answer(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> Any:
-    mask = given.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True, **given,
-    )  # fmt: skip
-
-
-def assert_fresh(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> None:
-    """The answer is that of an empty cache."""
-    ours = answer(model, ids, cache, **given)
-    theirs = answer(model, ids, DynamicCache(config=model.config), **given)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    ours_logits, theirs_logits = torch.stack(ours.logits), torch.stack(theirs.logits)
-    torch.testing.assert_close(ours_logits, theirs_logits, rtol=1e-3, atol=1e-4 * float(theirs_logits.abs().max()))
-    cache.check_integrity()
 
 
 def edited(ids: Tensor, position: int) -> Tensor:
@@ -55,7 +38,7 @@ def test_an_edited_history(family: str, position: int, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "spin_hf"):
         assert_fresh(model, ids, cache)
     assert caplog.text.count(WARNING) == 1
-    assert f"the first {position} of the 65 tokens" in caplog.text
+    assert f"the first {position} of the 64 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +74,7 @@ def test_a_batch_is_cropped_to_what_all_of_it_has_in_common(caplog: pytest.LogCa
     first = answer(model, ids, cache, attention_mask=mask).sequences
     mask = torch.cat([mask, mask.new_ones(2, first.shape[1] - mask.shape[1])], 1)
     assert_fresh(model, edited(first, 40)[:, :62], cache, attention_mask=mask[:, :62])
-    assert "the first 40 of the 65 tokens" in caplog.text
+    assert "the first 40 of the 64 tokens" in caplog.text
 
 
 def test_padding_may_hold_anything(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,7 +96,7 @@ def test_sparse_tiered_and_clustered() -> None:
     first = answer(model, random_tokens(1, 200), cache).sequences
     ids = torch.cat([edited(first, 120), random_tokens(1, 9, seed=1)], 1)
     answer(model, ids, cache)
-    assert cache.get_seq_length() == ids.shape[1] + 5
+    assert cache.get_seq_length() == ids.shape[1] + 4
     cache.check_integrity()
 
 

@@ -176,6 +176,20 @@ def test_outputs_that_chunks_do_not_have(options: dict[str, Any], times: int, di
     assert len(divided) == times
 
 
+@pytest.mark.parametrize("given", [{}, {"output_hidden_states": None}], ids=str)
+def test_outputs_that_the_config_sets(given: dict[str, Any], divided: list[int]) -> None:
+    """What transformers makes of the setting, also where the argument is None, is what a cache gives."""
+    model = copy.deepcopy(build_model("llama"))
+    model.config.output_hidden_states = True
+    ids, cache = random_tokens(2, 40), SpinCache(model, prefill_chunk_size=9)
+    with torch.no_grad():
+        ours, theirs = model(ids, past_key_values=cache, **given).hidden_states, model(ids, **given).hidden_states
+    assert (ours is None) == (theirs is None)
+    if theirs is not None:
+        torch.testing.assert_close(ours, theirs)
+    assert not divided
+
+
 def test_gradients_are_those_of_the_whole_prompt(divided: list[int]) -> None:
     model = copy.deepcopy(build_model("llama"))
     ids = random_tokens(1, 40)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from spin_hf import OptionError, OptionTypeError, PromptStore, SpinCache, enable
+from spin_hf import BudgetError, CapacityError, OptionError, OptionTypeError, PromptStore, SpinCache, enable
+from spin_hf.persistence.prefix_index import PrefixIndex
+from tests.support.answers import answer, assert_fresh
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, left_padded, random_tokens
 
@@ -51,23 +55,6 @@ def tokens_read(model: PreTrainedModel) -> Iterator[list[int]]:
         yield read
     finally:
         hook.remove()
-
-
-def answer(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> Any:
-    mask = given.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True, **given,
-    )  # fmt: skip
-
-
-def assert_fresh(model: PreTrainedModel, ids: Tensor, cache: Any, **given: Any) -> None:
-    """The answer is that of an empty cache."""
-    ours, theirs = answer(model, ids, cache, **given), answer(model, ids, DynamicCache(config=model.config), **given)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    ours_logits, theirs_logits = torch.stack(ours.logits), torch.stack(theirs.logits)
-    torch.testing.assert_close(ours_logits, theirs_logits, rtol=1e-3, atol=1e-4 * float(theirs_logits.abs().max()))
-    cache.check_integrity()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
@@ -262,10 +249,35 @@ def test_damaged_entries_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert later.stats().hits
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    import os
-    import time
+def test_an_entry_that_does_not_fit_a_cache_stays(tmp_path: Path) -> None:
+    model, ids, store = build_model("llama"), random_tokens(1, 200), PromptStore(tmp_path, block_tokens=BLOCK)
+    answer(model, ids, SpinCache(model, "shadowkv", budget=24, store=store, **SMALL_ZONES))
+    small = SpinCache(model, "shadowkv", budget=24, store=store, gpu_memory=1000, cpu_memory=1000, **SMALL_ZONES)
+    with pytest.raises((BudgetError, CapacityError)):  # the model cannot read it either
+        answer(model, ids, small)
+    assert small.get_seq_length() == 0
+    assert store.stats().entries == 1
+    answer(model, ids, SpinCache(model, "shadowkv", budget=24, store=store, **SMALL_ZONES))
+    assert store.stats().hits == 1
 
+
+@pytest.mark.parametrize("name", ["find", "insert", "touch"])
+def test_an_index_that_cannot_be_used_costs_no_answer(
+    name: str, make: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, store = build_model("llama"), random_tokens(1, 40), make()
+    if name == "touch":
+        answer(model, ids, SpinCache(model, budget=1 << 20, store=store))
+
+    def locked(*_: Any, **__: Any) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(PrefixIndex, name, locked)
+    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    assert "cannot be used: database is locked" in caplog.text
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     store = PromptStore(tmp_path, block_tokens=BLOCK)
     for name, age in (("old.new", 7200), ("young.new", 10)):
         (tmp_path / "entries" / name).mkdir()

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from spin_hf.kernels import fused_attention
-from spin_hf.storage.page_stream import stream_tokens
+from spin_hf.storage.page_stream import TokenStream
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tune
 from tests.support.zoo import PAD_TOKEN_ID, build_model
@@ -80,10 +80,11 @@ def test_a_stream_from_host_memory(segments: int, cpu_dtype: str, monkeypatch: p
     busy = torch.randn(4096, 4096, device="cuda")
     for stop in (1, 700, 4999):
         keys, values = [], []
-        for _, some_keys, some_values in stream_tokens(store, stop):
-            busy = busy @ busy  # the piece is read late
-            keys.append(some_keys.clone())
-            values.append(some_values.clone())
+        with TokenStream(store, stop) as stream:
+            for _, some_keys, some_values in stream:
+                busy = busy @ busy  # the piece is read late
+                keys.append(some_keys.clone())
+                values.append(some_values.clone())
         wanted = store.held(stop)
         assert torch.equal(torch.cat(keys, 2), wanted[0])
         assert torch.equal(torch.cat(values, 2), wanted[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from spin_hf.storage import page_stream
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_store import PageStore
-from spin_hf.storage.page_stream import stream_tokens
+from spin_hf.storage.page_stream import TokenStream
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tune
 
@@ -78,10 +78,11 @@ def filled(**options: Any) -> tuple[PageStore, RandomKV]:
 def streamed(store: PageStore, stop: int) -> tuple[Tensor, Tensor, int]:
     """Keys and values of a stream, concatenated, and the number of pieces. A piece is copied before the next."""
     pieces, position = [], 0
-    for first, keys, values in stream_tokens(store, stop):
-        assert first == position
-        position += keys.shape[2]
-        pieces.append((keys.clone(), values.clone()))
+    with TokenStream(store, stop) as stream:
+        for first, keys, values in stream:
+            assert first == position
+            position += keys.shape[2]
+            pieces.append((keys.clone(), values.clone()))
     return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2), len(pieces)
 
 
@@ -122,9 +123,9 @@ def test_from_host_memory(
 
 def test_a_stream_that_is_left_early_waits_for_its_loads(streams: list[str]) -> None:
     store, _ = filled(gpu_memory="60kB")
-    stream = stream_tokens(store, LENGTH)
-    next(stream)
-    stream.close()
+    with TokenStream(store, LENGTH) as stream:
+        assert "load on copies" in streams, "loads begin before the first piece is requested"
+        next(iter(stream))
     assert streams[-1] == "compute waits for copies"
 
 
