@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from spin_hf import SpinCache
 from tests.support.answers import answer, assert_fresh
+from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, left_padded, random_tokens
 
@@ -142,3 +143,14 @@ def test_models_are_left_as_they_were() -> None:
     assert_fresh(twin, random_tokens(1, 20), SpinCache(twin, budget=1 << 20))
     del cache
     assert "_prefill" not in vars(model)
+
+
+def test_a_crop_forgets_the_ids_of_its_tokens() -> None:
+    """Otherwise they could be taken for those of tokens that come later and are not known."""
+    model = build_model("llama")
+    cache, ids = SpinCache(model, budget=1 << 20), random_tokens(1, 60)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.crop(-20)
+    assert torch.equal(state_of(cache).tokens.ids(40), ids[:, :40])
+    assert state_of(cache).tokens.ids(60) is None
