@@ -115,7 +115,7 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Prompts",
             "Time to the first token of one prompt under `generate`, and the most GPU memory beside the weights. Llama-3.1-8B "
-            "shape, bfloat16, one H200, each measured once behind a shorter prompt. Keys and values of 131,072 tokens take "
+            "shape, bfloat16, one H200, each measured once, after a shorter prompt. Keys and values of 131,072 tokens take "
             "16 GiB, summaries of `bisection` 4.1 GiB.",
             ("h200/prefill-llama-8b.json",),
             of_each(prompts),
@@ -139,7 +139,7 @@ PARTS: dict[str, list[Section]] = {
             "Tokens per second",
             "`shadowkv`, budget 2,048 tokens, 128 GiB of host memory. "
             "A dense cache is measured up to the largest batch that fits. *GPU* is the most memory beside the weights. "
-            "*Hits* are pages that were on the GPU already. *Host memory* for a rate: the batch needs more of it.",
+            "*Hits* are pages that were on the GPU already. *Host memory* in place of a rate: the batch needs more.",
             ("h200/throughput-llama-8b.json", "throughput-llama-8b.json"),
             throughput,
             "throughput-llama-8b.svg",
@@ -207,7 +207,7 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "More budgets",
-            "Those of [the comparison at equal times](#same-time-instead-of-same-budget) that are not above.",
+            "Further budgets of [the comparison at equal times](#same-time-instead-of-same-budget).",
             ("quality-budgets-smollm2.json", "quality-budgets-qwen2.5-0.5b.json"),
             losses(),
         ),
