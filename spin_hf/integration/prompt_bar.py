@@ -34,8 +34,8 @@ class PromptBar:
     def update(self, num_tokens: int) -> None:
         """Record that the forwards of the first `num_tokens` tokens have been called, and update the bar.
 
-        On a GPU they may still be queued. The host waits for the chunk before the last one: the bar shows finished chunks, and one
-        chunk stays queued.
+        On a GPU they may still be queued. The host waits for the chunk before the last one: the bar shows finished chunks, and
+        one chunk stays queued.
         """
         if not self.shows:
             return
