@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.common.record import RESULTS, newest
 from benchmarks.quality.quality_tables import kl_lines, score_lines
-from benchmarks.results_sections import H200, PARTS, Lines, Result, Section, day, head, row
+from benchmarks.results_sections import H200, PARTS, Section
+from benchmarks.results_tables import Lines, Result, day, head, row
 from benchmarks.speed.decode_tables import ms
 
 ROOT = RESULTS.parents[1]

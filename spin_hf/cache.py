@@ -72,7 +72,8 @@ class SpinCache(CacheCopies, LinearStates):
             value. Int8 halves 16-bit pages in host memory and in transfers. Every read of a page, also of its copy on the GPU,
             then gives the dequantized values, so outputs do not depend on which pages have copies. Nothing is quantized while
             all pages fit the compute tier. A forward attends to its own keys and values unquantized.
-        prefill_chunk_size: tokens of a prompt that are read at a time; "auto" by free memory, None for all. Same result.
+        prefill_chunk_size: tokens of a prompt that are read at a time; "auto" by free memory, None for all.
+            Exact, unless `cpu_dtype` is "int8".
         store: prompts that were read before. A prompt of `generate` that begins like one of them is restored as far as that
             goes, and stored for later ones. None for none.
     Raises:

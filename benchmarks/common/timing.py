@@ -29,12 +29,12 @@ def generate(
     mask = torch.ones((batch, held + 1), dtype=torch.long, device=model.device)
     if padding is not None:
         mask = (torch.arange(held + 1, device=ids.device) >= padding.to(ids.device).unsqueeze(1)).long()
-    _wait()
+    wait_for_device()
     started = time.perf_counter()
     model.generate(
         ids, past_key_values=cache, max_new_tokens=count, do_sample=False, attention_mask=mask, **options,
     )  # fmt: skip
-    _wait()
+    wait_for_device()
     return time.perf_counter() - started
 
 
@@ -70,7 +70,8 @@ def tpot(
     }  # fmt: skip
 
 
-def _wait() -> None:
+def wait_for_device() -> None:
+    """Wait until the GPU has done all that was launched; nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -45,19 +45,19 @@ BASES = {
 
 
 class Every(BasePress):  # type: ignore[misc]
-    """Lets every asked press compress the same prefill, and leaves the prefill as it is.
+    """Lets several presses compress one prefill, and leaves the prefill as it is.
 
     Attributes:
         compressed: by cell, keys and values of every layer.
     """
 
-    def __init__(self, asked: list[dict[str, Any]], context: int) -> None:
-        self.observation_queries, self.context = asked, context
-        self.compressed: dict[str, list[tuple[Tensor, Tensor]]] = {one["cell"]: [] for one in asked}
+    def __init__(self, presses: list[dict[str, Any]], context: int) -> None:
+        self.presses, self.context = presses, context
+        self.compressed: dict[str, list[tuple[Tensor, Tensor]]] = {one["cell"]: [] for one in presses}
 
     def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, _: Any, kwargs: Any) -> Any:
         """Called by kvpress after a layer's attention."""
-        for one in self.observation_queries:
+        for one in self.presses:
             name, _, unseen = one["press"].partition(" ")
             length = self.context if unseen else keys.shape[2]
             press = BASES[name](compression_ratio=1 - (one["kept"] + 0.5) / length)

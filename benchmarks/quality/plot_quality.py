@@ -1,7 +1,7 @@
 """The figure of quality against budget: `python -m benchmarks.quality.plot_quality [results.json ...]` (needs matplotlib).
 
-A panel for each results file of `quality.py` (KL, logarithmic) and `retrieval.py` (share of what was asked for that was
-answered, dense attention as a line). A method has one colour in all of them; `bisection` is taken from the files of its own
+A panel for each results file of `quality.py` (KL, logarithmic) and `retrieval.py` (mean score of the answers, dense attention
+as a line). A method has one colour in all of them; `bisection` is taken from the files of its own
 runs, `quality-bisection-*.json` of the same model and number of tokens. Writes `benchmarks/results/quality.svg`.
 """
 
@@ -60,7 +60,7 @@ def draw(results: list[dict[str, Any]], target: Path, beside: list[dict[str, Any
 def main() -> None:
     """Draw the figure of all results files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="*", help="default: all that kvpress was asked for")
+    parser.add_argument("results", type=Path, nargs="*", help="default: all files with results of kvpress")
     results = [json.loads(file.read_text()) for file in parser.parse_args().results]
     found = found_results()
     own = [result for file, result in found.items() if file.name.startswith("quality-bisection-")]

@@ -142,7 +142,7 @@ def measure(
 
 
 class Text:
-    """One play: what is prefilled, and what is forced behind it. Prefilled when it is first asked for."""
+    """One play: the tokens that are prefilled, and those that are forced behind them."""
 
     def __init__(self, model: Any, tokenizer: Any, title: str, num_tokens: int, steps: int) -> None:
         ids = tokenizer(play(title)).input_ids[: num_tokens + steps]  # begins as the model's texts do

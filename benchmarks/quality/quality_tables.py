@@ -57,7 +57,7 @@ def kl_table(rows: dict[str, Any]) -> list[str]:
 
 
 def task_means(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each cell the mean score of every task, and of all as `mean`; of cells that were asked all examples."""
+    """For each cell that has all examples, the mean score of every task, and of all tasks as `mean`."""
     found = of_tasks(rows)
     tasks = [task for task in TASKS if task in found.get("dense", {})]
     means = {}
@@ -69,7 +69,7 @@ def task_means(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def task_table(rows: dict[str, Any]) -> list[str]:
-    """The share of what was asked for that was answered, by cell and task."""
+    """The mean score of the answers, by cell and task."""
     means = task_means(rows)
     names = list(means["dense"]) if "dense" in means else []
     lines = ["| budget | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
@@ -126,7 +126,7 @@ def found_results() -> dict[Path, dict[str, Any]]:
 
 
 def has_rivals(result: dict[str, Any]) -> bool:
-    """Whether kvpress was asked for a result."""
+    """Whether a result has rows of kvpress."""
     rows = result["rows"]
     return any("kvpress" in name for name in ([cell for row in rows.values() for cell in row] + list(rows)))
 

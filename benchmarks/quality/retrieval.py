@@ -9,8 +9,9 @@ prefill (`prefill.py`), or from the prefill itself by a mask inside attention (`
 or by kvpress (`--kvpress`, see `kvpress_worker.py`). Those others get as many tokens as `shadowkv` attends to at the same
 budget.
 
-Finished examples are kept in the results file and not asked again, so a run that was stopped goes on; `--again` starts anew.
-Writes `benchmarks/results/retrieval-<model>.json` and prints a table: the share of what was asked for that was answered.
+Finished examples are in the results file and are not run again, so a run that was stopped goes on; `--again` starts anew.
+Writes `benchmarks/results/retrieval-<model>.json` and prints a table of mean scores. A score is the fraction of the expected
+values that the answer contains.
 """
 
 from __future__ import annotations

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.common.record import RESULTS, fingerprint
-from benchmarks.common.rows_file import Rows
+from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.common.shapes import SHAPES, build
-from benchmarks.common.timing import failure, free
+from benchmarks.common.timing import failure, free, wait_for_device, with_memory
 from spin_hf import SpinCache
 
 CHUNK = 8192
@@ -46,16 +47,10 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 """Name -> maker of the cache, and arguments of `generate`."""
 
 
-def once(model: Any, num_tokens: int, way: str, new: int) -> tuple[float, float]:
-    """Seconds of one call of `generate`, and GiB at its peak beside the weights."""
+def once(model: Any, ids: Tensor, way: str, new: int) -> float:
+    """Seconds of one call of `generate` with a new cache."""
     make, options = WAYS[way]
-    device = model.device
-    ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), device=device)
-    free()
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
+    wait_for_device()
     started = time.perf_counter()
     cache = make(model)
     with torch.no_grad():
@@ -67,22 +62,30 @@ def once(model: Any, num_tokens: int, way: str, new: int) -> tuple[float, float]
             do_sample=False,
             **options,
         )
-    if device.type != "cuda":
-        return time.perf_counter() - started, 0.0
-    torch.cuda.synchronize()
-    return time.perf_counter() - started, (torch.cuda.max_memory_allocated() - held) / 2**30
+    wait_for_device()
+    return time.perf_counter() - started
+
+
+def prompt(model: Any, num_tokens: int) -> Tensor:
+    """Random ids [1, num_tokens]."""
+    return torch.randint(0, model.config.vocab_size, (1, num_tokens), device=model.device)
 
 
 def row(model: Any, num_tokens: int, way: str, times: int, new: int) -> dict[str, Any]:
     """One row of the results."""
     made: dict[str, Any] = {"tokens": num_tokens, "way": way, "new_tokens": new, "times": times}
+    taken = []
     try:
-        taken = [once(model, num_tokens, way, new) for _ in range(times)]
+        for _ in range(times):
+            ids = prompt(model, num_tokens)
+            free()
+            held = torch.cuda.memory_allocated()
+            taken.append(with_memory(lambda ids=ids: {"seconds": once(model, ids, way, new)}, held))
     except Exception as error:
         return made | failure(error)
     return made | {
-        "seconds": round(statistics.median(seconds for seconds, _ in taken), 4),
-        "peak_gib": round(max(peak for _, peak in taken), 2),
+        "seconds": round(statistics.median(each["seconds"] for each in taken), 4),
+        "peak_gib": max(each["peak_gpu_gib"] for each in taken),
     }
 
 
@@ -104,10 +107,12 @@ def main() -> None:
         "python": platform.python_version(),
     }  # fmt: skip
     output = given.output or RESULTS / "h200" / f"prefill-{given.shape}.json"
-    rows = Rows(output, about, "python -m benchmarks.speed.prefill", again=False)
+    command = command_line("speed.prefill", None).replace(f" --output {given.output}", "")
+    rows = Rows(output, about, command)
     model = build(given.shape)
     for way in given.ways:  # compiles kernels and fills the allocator
-        once(model, 20000, way, max(given.new, 2))
+        free()
+        once(model, prompt(model, 20000), way, max(given.new, 2))
     for tokens in given.tokens:
         for way in given.ways:
             if time.monotonic() - began > given.seconds:

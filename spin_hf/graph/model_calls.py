@@ -234,8 +234,8 @@ def _may_be_cropped(layer: Any) -> bool:
 
 
 _OTHER_PROMPT = (
-    "%s: the prompt has the first %d of the %d tokens that the cache holds, and others then; the last %d are removed from the "
-    "cache, and %d are read"
+    "%s: the prompt differs from the cache behind the first %d of the %d tokens held; the last %d are removed from the cache, "
+    "and %d tokens of the prompt are read"
 )
 
 

@@ -1,4 +1,4 @@
-"""A progress bar while a long prompt is read. It is one of transformers' bars, so their switch turns it off too."""
+"""A progress bar while a long prompt is read. `transformers.utils.logging.disable_progress_bar()` turns it off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .compile_bar import DELAY_S, is_watched
 
 
 class PromptBar:
-    """Shows how many tokens of a prompt have been read, once that takes longer than `DELAY_S`.
+    """Shows how many tokens of a prompt have been read, once reading has taken `DELAY_S` seconds.
 
     Args:
         num_tokens: of the prompt.
@@ -33,9 +33,10 @@ class PromptBar:
             self._bar.close()
 
     def update(self, num_tokens: int) -> None:
-        """Note that the forward of the first `num_tokens` tokens has been called.
+        """Record that the forwards of the first `num_tokens` tokens have been called, and update the bar.
 
-        On a GPU it runs later. The host waits for the chunk before it, so that one is always queued.
+        On a GPU they may still be queued. The host waits for the chunk before the last one: the bar shows finished chunks, and
+        one chunk stays queued.
         """
         if not self.shows:
             return

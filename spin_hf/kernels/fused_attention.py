@@ -1,10 +1,10 @@
 """torch's fused attention with its log-sum-exp, so that attention over disjoint sets of tokens can be merged.
 
-    scaled_dot_product_attention chooses a kernel (cuDNN, flash, memory-efficient) for the GPU, dtype and shapes; the kernel is
-    called directly, as the public function does not return the log-sum-exp.
+    causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads
+    not causal    earlier tokens, without a mask: the query heads of a KV head become more queries
 
-    causal        the new tokens: queries and keys at the same positions
-    not causal    earlier tokens: no mask at all. The query heads of a KV head become rows of one product
+torch chooses the kernel (cuDNN, flash, memory-efficient) by device, dtype and shapes, as for `scaled_dot_product_attention`.
+The kernel is called directly, because that function does not return the log-sum-exp.
 
 Where torch has no fused kernel (float64 on a GPU, odd head sizes), `reference.attend` computes the same in float32.
 """
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from .reference import attend, merge_attention
 
 _DIM_MULTIPLE = 8
-"""Fused kernels need head sizes that are multiples of this. Zeros are appended to others."""
+"""Fused kernels need head sizes that are multiples of this. Other sizes are padded with zeros."""
 
 
 def fused_attention(

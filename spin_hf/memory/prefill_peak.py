@@ -1,9 +1,10 @@
-"""Temporary memory of a prompt: what a forward takes beside the pages, and the chunks that fit the memory that is free.
+"""Temporary memory of a prompt, in addition to its pages, and the chunk size that fits the free memory.
 
-    per token    hidden states and the MLP's intermediate ones; output of attention, in pieces and merged
-    pieces       earlier keys and values, as they are read (`storage/page_stream.py`)
+    per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
+    pieces       buffers for earlier keys and values (`storage/page_stream.py`)
 
-An estimate from the config: what the model's own code allocates is its own affair. `benchmarks/speed/prefill.py` measures it.
+Both are estimates from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures the
+peak.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from .watermarks import free_gpu_memory
 
 _LEAST_CHUNK_TOKENS = 256
 _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
-"""Tensors of a decoder layer that live at once: residual, norm, queries, outputs of attention; gate, up, and their product."""
+"""Tensors of a decoder layer that exist at once: residual, norm, queries, attention outputs; gate, up, and their product."""
 _PIECES = 4
-"""Buffers of a stream: two loads, and the keys and values of the piece in use, once more for contiguous memory."""
+"""Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
 
 
 def bytes_per_token(config: Any, item_bytes: int) -> int:
@@ -46,7 +47,7 @@ def prefill_bytes(config: Any, item_bytes: int, num_tokens: int, chunk_tokens: i
 
 
 def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device) -> int:
-    """Tokens of all sequences in a chunk, so that a forward fits the memory of `device` that is left free for prompts."""
+    """Tokens of all sequences in a chunk whose forward fits the memory of `device` that caches leave free for prompts."""
     free, tuning = free_gpu_memory(device), gpu.tuning
     if free is None:
         return tuning.prefill_tokens

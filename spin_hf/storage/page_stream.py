@@ -1,4 +1,4 @@
-"""Reads the first tokens of a layer in pieces, for attention to all of them.
+"""Reads the earlier tokens of a layer in pieces, for attention to all of them.
 
     pages in the compute tier    gathered piece by piece
     pages in host memory         copied by the copy engine on a second stream, into one of two buffers in turn
@@ -6,8 +6,8 @@
         copy stream      | load 0 | load 1 |        | load 2 |        | ...
         compute stream            | use 0           | use 1           | use 2 ...
 
-A piece is a range of whole segments with about `piece_bytes` of keys and values, so a copy is one run of host memory per group
-of consecutive segments. Page frames are neither read nor changed: attention to all tokens reads each page once.
+A piece is a range of whole segments with at most `piece_bytes` of keys and values, but at least one segment. Consecutive
+segments in host memory are one copy. Page frames are neither read nor changed, as each page is read only once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TokenStream:
 
 
 def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pages, in whole segments. The first is shorter: its load runs beside the attention of the new tokens only."""
+    """Ranges of pages, in whole segments. The first is shorter, as only attention of the new tokens hides its load."""
     segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
     most = max(1, store.piece_bytes // segment_bytes)
     most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one

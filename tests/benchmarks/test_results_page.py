@@ -9,7 +9,8 @@ import pytest
 from benchmarks import results_page
 from benchmarks.common.record import RESULTS
 from benchmarks.results_page import command_today, page, readme, recorded
-from benchmarks.results_sections import PARTS, Section, without, without_empty_columns
+from benchmarks.results_sections import PARTS, Section
+from benchmarks.results_tables import without, without_empty_columns
 
 
 def test_the_page_is_what_the_command_writes() -> None:
