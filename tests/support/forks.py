@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spin_hf import BudgetError, SpinCache
 from spin_hf.indexing.cluster import cluster_new_tokens
-from spin_hf.storage.segment_pool import SEGMENT_PAGES, segments_of
+from spin_hf.storage.segment_pool import segment_indices
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.inspection import state_of
 
@@ -94,8 +94,7 @@ class Pair:
     def _owns_last(self, count: int) -> bool:
         """Whether no fork uses the segments of the last `count` tokens."""
         sequences = state_of(self.cache).sequences
-        pages = (sequences.length - count) // sequences.page_size, sequences.num_pages
-        indices = range(pages[0] // SEGMENT_PAGES, segments_of(pages[1]))
+        indices = segment_indices((sequences.length - count) // sequences.page_size, sequences.num_pages)
         return all(sequences.shared.owns(row[index]) for row in sequences.directory for index in indices)
 
     def check(self) -> None:
