@@ -8,14 +8,16 @@ import weakref
 from typing import Any
 
 import pytest
+import torch
 
 from spin_hf import ShadowKV, SpinCache
 from tests.support.cache_driver import RandomKV, poisoned_memory
 from tests.support.fake_gpu import bytes_of, fake_gpu
 from tests.support.faults import Faults
 from tests.support.forks import SHAPE, TIERS, assert_apart, document, sparse_family
-from tests.support.inspection import state_of
+from tests.support.inspection import state_of, unpaged_layers
 from tests.support.tuning import tuned
+from tests.support.zoo import random_tokens, subject_model
 
 
 def arrays_of(cache: SpinCache) -> list[Any]:
@@ -106,6 +108,18 @@ def test_a_fork_that_is_deleted_frees_its_memory() -> None:
     del fork
     gc.collect()
     assert all(chunk() is None for chunk in chunks)
+
+
+def test_a_fork_copies_windows_without_the_tokens_before_them() -> None:
+    model = subject_model("gemma3_text")
+    cache = SpinCache(model)
+    with torch.no_grad():
+        model(random_tokens(1, 200), past_key_values=cache)
+    layers = unpaged_layers(cache.fork())
+    assert layers
+    for layer in layers:
+        for states in (layer.keys, layer.values):
+            assert states.untyped_storage().nbytes() == states.nbytes
 
 
 def test_shared_pages_are_not_promised_to_others() -> None:

@@ -86,6 +86,21 @@ def test_every_method_and_tier_goes_on(method: str, tiers: str, cpu_dtype: str, 
     assert_goes_on(model, cache, restored, exact=before == after)
 
 
+def test_pages_of_several_chunks_are_converted(tmp_path: Path) -> None:
+    """A piece of a file is larger than a chunk here."""
+    with tuned(cpu_chunk_bytes=1, min_chunk_segments=1, max_chunk_segments=1):
+        cache = prefilled("llama", cpu_dtype="int8", tokens=700, steps=0)
+        cache.save_pretrained(tmp_path)
+        restored = loaded(tmp_path)
+    store = restored.paged_layers[0].store
+    assert store is not None
+    assert store.backing.converted
+    assert len(store.backing.chunks) > 3
+    for ours, theirs in zip(restored.layers, cache.layers, strict=True):
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(one, other, rtol=0, atol=2 * float(other.abs().max()) / 127)
+
+
 def test_clusters_come_back(tmp_path: Path) -> None:
     """A prompt that is not clustered yet is clustered when it is saved; the restored cache holds the same clusters."""
     cache = prefilled("llama", method="retroinfer", tokens=1400, steps=0)

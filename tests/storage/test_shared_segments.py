@@ -263,6 +263,18 @@ def test_a_copy_is_undone_with_its_step() -> None:
         each.check()
 
 
+def test_a_dropped_segment_is_published_by_the_next_step() -> None:
+    """Also by a step that needs no segment. The fork then holds the segment alone and does not copy it."""
+    book, fork = book_and_fork(70)
+    book.append([[1]])  # in a copy of the last segment
+    book.append([[2]])
+    before = fork.table.directory
+    fork.append([[3]])
+    assert fork.table.directory == before
+    for each in (book, fork):
+        each.check()
+
+
 @pytest.mark.parametrize("damage", ["holder", "member", "free"])
 def test_integrity_notices(damage: str) -> None:
     book, fork = book_and_fork(40)
