@@ -233,13 +233,8 @@ class ForwardPass:
         twin = state.sequences.fork(memo)
         memo[id(self.zones)] = StepPlan(state.options, twin)
         immutable = (
-            state.options,
-            state.tokens,
-            twin.mask.valid,
-            twin.mask.positions,
-            twin.spans.clustered,
-            state.new_token_validity,
-        )
+            state.options, state.tokens, twin.mask.valid, twin.mask.positions, twin.spans.clustered, state.new_token_validity,
+        )  # fmt: skip
         memo.update((id(each), each) for each in immutable)
         return memo
 

@@ -11,7 +11,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 
 
 def layer_devices(model: Any, count: int) -> list[torch.device]:
-    """Devices of the first `count` decoder layers, of which a model may spread its own; the default device without a model."""
+    """Device of each of the first `count` decoder layers, which may differ. Without a model: the default device."""
     if model is None:
         return [torch.get_default_device()] * count
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -23,10 +23,14 @@ def layer_devices(model: Any, count: int) -> list[torch.device]:
         match, first = _LAYER.search(name), first or parameter.device
         if match is not None:
             found.setdefault(int(match[1]), parameter.device)
-    hooks = (
-        getattr(module, "_hf_hook", None) for module in model.modules()
-    )  # of weights that accelerate loads on demand
-    used = (getattr(hook, "execution_device", None) for hook in hooks)
-    given = next((device for device in used if device is not None), None)
-    rest = first if first is not None else torch.get_default_device() if given is None else torch.device(given)
+    rest = first if first is not None else _offloaded_device(model)
     return [found.get(index, rest) for index in range(count)]
+
+
+def _offloaded_device(model: Any) -> torch.device:
+    """Device on which accelerate runs a model whose weights it loads on demand; else the default device."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.get_default_device()

@@ -16,14 +16,23 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from ..errors import OptionTypeError
 from .strict_json import RefusedError
 
 _OURS = re.compile(r"pages-[0-9a-f]{12}-\d{5}-of-\d{5}\.safetensors|spin_cache\.json\.tmp")
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
-"""Opening a pipe would block until somebody writes."""
+"""Without this flag, opening a pipe blocks until another process writes to it."""
+
+
+def folder_path(directory: Any) -> Path:
+    """The argument `directory` as a path. Raises OptionTypeError."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise OptionTypeError(f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder")
+    return Path(directory)
 
 
 def write_all(descriptor: int, content: Any) -> None:
@@ -34,7 +43,7 @@ def write_all(descriptor: int, content: Any) -> None:
 
 
 def create(path: Path, write: Callable[[int], None]) -> None:
-    """Make a new file, let `write` fill it through its descriptor, and bring it to the disk."""
+    """Create a file, let `write` fill it through its descriptor, and flush it to the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
     try:
         write(descriptor)
@@ -44,7 +53,7 @@ def create(path: Path, write: Callable[[int], None]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to the disk, on systems that can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -71,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def switch(folder: Path, name: str, content: bytes) -> None:
-    """Replace the file `name` by one with other content, in one step."""
+    """Replace the content of the file `name` atomically."""
     temporary = folder / f"{name}.tmp"
     with suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -106,7 +115,7 @@ class OpenFile:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self.name = name
+        self.name, self._lock = name, Lock()
         if path.is_symlink():
             raise RefusedError(f"{name} to be no link", "a link")
         self.descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _NO_WAIT)
@@ -133,11 +142,12 @@ class OpenFile:
     def _read(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self.descriptor, [view], offset)
-        with suppress(AttributeError):
+        if hasattr(os, "pread"):  # macOS
             content = os.pread(self.descriptor, len(view), offset)
             view[: len(content)] = content
             return len(content)
-        with open(self.descriptor, "rb", closefd=False, buffering=0) as file:  # one position for all threads
+        # Windows: all threads share the position of the descriptor.
+        with self._lock, open(self.descriptor, "rb", closefd=False, buffering=0) as file:
             file.seek(offset)
             return file.readinto(view) or 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,68 +13,74 @@ from ..storage.page_store import PageStore
 from .manifest import PagedLayer
 from .strict_json import RefusedError
 
-Fill = Callable[[int, int], list[Tensor]]
-"""Memory for bytes [begin, end) of a tensor: uint8 on the CPU. Where it has `done`, that is called once it is full."""
+
+class Target(NamedTuple):
+    """Memory for a piece of a tensor.
+
+    Attributes:
+        buffers: CPU tensors that together take the bytes of the piece, in order.
+        finish: called once they are full, if given.
+    """
+
+    buffers: list[Tensor]
+    finish: Callable[[], None] | None = None
 
 
-class Staged(list[Tensor]):
-    """Memory for a piece, and what is to be done once it is filled."""
-
-    def __init__(self, buffer: Tensor, done: Callable[[], None]) -> None:
-        super().__init__([buffer])
-        self.done = done
+Fill = Callable[[int, int], Target]
+"""Memory for bytes [begin, end) of a tensor."""
 
 
 class PlainTensor:
-    """A tensor on the CPU that is being read."""
+    """Memory of a tensor that is read as a whole, on the CPU."""
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
         self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
 
-    def fill(self, begin: int, end: int) -> list[Tensor]:
+    def fill(self, begin: int, end: int) -> Target:
         """Memory for bytes [begin, end)."""
-        return [self.bytes[begin:end]]
+        return Target([self.bytes[begin:end]])
 
     def finished(self, device: torch.device) -> Tensor:
-        """The tensor, on a device."""
+        """The tensor on a device, once it has been read."""
         if self.dtype == torch.bool and self.bytes.numel() and int(self.bytes.max()) > 1:
             raise RefusedError("bools of 0 and 1", f"{int(self.bytes.max())}")
         return self.bytes.view(self.dtype).view(self.shape).to(device)
 
 
 def pages_fill(store: PageStore, array: ChunkedArray, entry: PagedLayer, name: str) -> Fill:
-    """Memory for rows of an array: the chunks themselves, or a buffer whose rows are converted or moved to them."""
-    source = entry.layout(store.page_size)
-    converts = name == "pages" and source != store.backing_layout
-    row_bytes = source.row_bytes if name == "pages" else array.row_bytes
-    target = store.backing_layout
+    """Memory for rows of an array of a page store: its chunks, or a buffer.
 
-    def chunks(first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of rows, the rows) in each chunk."""
+    A buffer is used for rows on a GPU, and for pages that the file has in another layout. `finish` converts and copies them.
+    """
+    source, target = entry.layout(store.page_size), store.backing_layout
+    converts = name == "pages" and source != target
+    dtype, row_shape = (source.row_dtype, (source.row_elements,)) if converts else (array.dtype, array.row_shape)
+    row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
+
+    def chunks(first: int, stop: int) -> Iterator[Tensor]:
+        """Rows [first, stop), those of each chunk."""
         while first < stop:
             chunk, inside = divmod(first, array.rows_per_chunk)
             count = min(stop - first, array.rows_per_chunk - inside)
-            yield count, array.chunks[chunk][inside : inside + count]
+            yield array.chunks[chunk][inside : inside + count]
             first += count
 
-    def fill(begin: int, end: int) -> list[Tensor]:
+    def fill(begin: int, end: int) -> Target:
         first, stop = begin // row_bytes, end // row_bytes
         if not converts and array.device.type == "cpu":
-            return [rows.reshape(-1).view(torch.uint8) for _, rows in chunks(first, stop)]
+            return Target([rows.reshape(-1).view(torch.uint8) for rows in chunks(first, stop)])
         buffer = torch.empty(end - begin, dtype=torch.uint8)
 
-        def done() -> None:
-            rows = buffer.view(source.row_dtype if name == "pages" else array.dtype)
-            rows = rows.view(stop - first, *((source.row_elements,) if name == "pages" else array.row_shape))
+        def finish() -> None:
+            rows = buffer.view(dtype).view(stop - first, *row_shape)
             if converts:
-                fields = source.take(rows)
-                rows = target.join(target.encode(*fields))
+                rows = target.join(target.encode(*source.take(rows)))
             at = 0
-            for count, place in chunks(first, stop):
-                place.copy_(rows[at : at + count])
-                at += count
+            for place in chunks(first, stop):
+                place.copy_(rows[at : at + len(place)])
+                at += len(place)
 
-        return Staged(buffer, done)
+        return Target([buffer], finish)
 
     return fill

@@ -1,4 +1,4 @@
-"""Fingerprint of a cache: what decides its keys, values and summaries. A saved cache is loaded only where it is the same.
+"""Fingerprint of a cache: what decides its keys, values and summaries. A cache loads saved caches of the same fingerprint only.
 
     config    fields of the decoder's config that decide keys and values
     dtype     of the model; None if not known
@@ -6,7 +6,8 @@
     method    class, page size, parameters, and SHA-256 of its tensors (gates)
     storage   how summaries are stored; for methods that cluster also sinks and recent window, which are never clustered
 
-A field that one of two sides does not know is not compared: versions of transformers add fields to configs.
+Not compared: a dtype or weights that one side does not know, and fields of the config that one side does not have. Versions of
+transformers add fields.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def fingerprint(
     found = {
         "config": {name: value for name, value in config.to_dict().items() if name in _CONFIG_FIELDS},
         "dtype": _name(getattr(config if model is None else model, "dtype", None)),
-        "weights": None if model is None else weights_hash(model),
+        "weights": None if model is None else _weights_hash(model),
         "method": _of_method(method, num_layers),
         "storage": storage,
     }
@@ -127,10 +128,10 @@ def _of_method(method: Method, num_layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def weights_hash(model: nn.Module) -> str | None:
+def _weights_hash(model: nn.Module) -> str | None:
     """SHA-256 of sampled rows of the model's embedding and key and value projections; None if some are not loaded.
 
-    Adapters of these count too. It does not depend on the device, nor on the names that wrappers give to modules.
+    Adapters of these projections are included. The device and the names that wrappers give to modules do not matter.
     """
     sampled: list[Tensor] = [tensor for name, tensor in model.named_parameters() if _PROJECTIONS.search(name)]
     find: Any = getattr(model, "get_input_embeddings", None)

@@ -1,12 +1,12 @@
 """`spin_cache.json`: what a saved cache holds, and how the tensors in its shards are named and shaped.
 
     fingerprint   model, method and options that decide keys, values and summaries (`fingerprint.py`)
-    options       of the cache that was saved; defaults of the one that is loaded
-    layers        "pages": heads, sizes, dtype, layout;  "unused": no tokens yet;  else the class of transformers' layer
+    options       of the cache that was saved; the defaults of `from_pretrained`
+    layers        kind "pages": heads, sizes, dtype, layout;  "unused": no tokens yet;  else the class of transformers' layer
     shards        name, size and digest of each file
     checksum      SHA-256 of all the rest
 
-`parse` refuses everything that `Manifest.text` does not write.
+`parse_manifest` refuses everything that `Manifest.text` does not write.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class OtherLayer:
 
 Layer = PagedLayer | OtherLayer | None
 """None: a paged layer without tokens."""
+
+
+def pages_dtype(layers: list[Layer]) -> torch.dtype | None:
+    """Dtype of the first paged layer; None without one."""
+    return next((layer.dtype for layer in layers if isinstance(layer, PagedLayer)), None)
 
 
 @dataclass(frozen=True)
@@ -204,9 +209,8 @@ def parse_manifest(text: bytes) -> Manifest:
     versions = fields.take("versions", dict)
     if len(versions) > 8 or not all(isinstance(version, str) and len(version) < 100 for version in versions.values()):
         raise RefusedError("'versions' as texts", shown(versions, 80))
-    tokens = None if content.get("tokens", "") is None else fields.hexadecimal("tokens", 64)
-    if tokens is None:
-        fields.take("tokens", type(None))
+    has_tokens = content.get("tokens") is not None
+    tokens = fields.hexadecimal("tokens", 64) if has_tokens else fields.take("tokens", type(None))
     made = Manifest(
         save_id=fields.hexadecimal("id", 12), fingerprint=fields.take("fingerprint", dict),
         options=fields.take("options", dict), batch_size=fields.count("sequences", MOST_SEQUENCES, 1),
@@ -283,6 +287,5 @@ def _check(made: Manifest) -> None:
             raise RefusedError(
                 f"at most {made.length} tokens in a layer, and clusters up to a span's end", shown(layer)
             )
-    tables = made.padded or made.positions
-    if tables and not paged:
+    if (made.padded or made.positions) and not paged:
         raise RefusedError("no padding and positions without pages", "some")

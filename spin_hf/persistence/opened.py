@@ -1,25 +1,23 @@
-"""A saved cache that is open for reading: manifest, files, and pieces, which several threads read and compare with digests."""
+"""A saved cache that is open for reading: its manifest and files. Several threads read pieces and compute their digests."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import shown
-from ..errors import OptionTypeError, SavedCacheError, SpinError
-from .files import OpenFile
+from ..errors import SavedCacheError, SpinError
+from .files import OpenFile, folder_path
 from .fills import Fill, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
-from .shards import Part, Shard, bytes_of
+from .shards import Part, Shard, TensorSpec, bytes_of, cut
 from .strict_json import RefusedError
 
 _MOST_THREADS = 8
@@ -40,15 +38,12 @@ class OpenCache:
     """
 
     def __init__(self, directory: Any, verify: bool = True) -> None:
-        if not isinstance(directory, (str, os.PathLike)):
-            raise OptionTypeError(
-                f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder"
-            )
-        self.folder, self.verify = Path(directory), verify
+        self.folder, self.verify = folder_path(directory), verify
         self.files: list[OpenFile] = []
         self.shards: list[Shard] = []
-        """What is in the files. Set by who knows the method and options of the cache."""
-        self._digests: dict[tuple[str, int], dict[int, bytes]] = {}
+        """Content of each file. A subclass sets it: it follows from the method and the options of the new cache."""
+        self._digests: dict[tuple[str, int], bytes] = {}
+        """SHA-256 of each piece read, by file name and offset."""
         try:
             self._open()
         except BaseException as error:
@@ -80,7 +75,7 @@ class OpenCache:
             return bytes(text)
 
     def named(self, error: BaseException) -> BaseException:
-        """`error` as one that says which saved cache it is about."""
+        """`error` as a SavedCacheError that names this folder; itself if it is an error of another kind."""
         where = shown(str(self.folder))
         if isinstance(error, RefusedError):
             expected, got, *remedy = error.args
@@ -98,30 +93,21 @@ class OpenCache:
         while self.files:
             self.files.pop().close()
 
-    def read(self, wanted: Callable[[Part], bool], fills: dict[str, Fill]) -> None:
-        """Read parts into memory, by several threads."""
-        tasks = [
-            (number, file, index, part)
-            for number, (shard, file) in enumerate(zip(self.shards, self.files, strict=True))
-            for index, part in enumerate(shard.parts)
-            if wanted(part)
-        ]
+    def read(self, fills: dict[str, Fill]) -> None:
+        """Read the tensors that `fills` names into memory, by several threads."""
         pieces = [
-            (file, part, begin, end, self._digests.setdefault((self.shards[number].name, index), {}))
-            for number, file, index, part in tasks
+            (file, part, begin, end)
+            for shard, file in zip(self.shards, self.files, strict=True)
+            for part in shard.parts
+            if part.spec.name in fills
             for begin, end in part.pieces()
         ]
 
-        def read(task: tuple[OpenFile, Part, int, int, dict[int, bytes]]) -> None:
-            file, part, begin, end, digests = task
-            with torch.inference_mode(False), torch.no_grad():
-                self._read_piece(file, part, begin, end, digests, fills[part.spec.name])
+        def read(piece: tuple[OpenFile, Part, int, int]) -> None:
+            with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
+                self._read_piece(*piece, fills[piece[1].spec.name])
 
         threads = min(_MOST_THREADS, os.cpu_count() or 1, max(1, len(pieces)))
-        if threads == 1:
-            for task in pieces:
-                read(task)
-            return
         with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_load") as pool:
             try:
                 for _ in pool.map(read, pieces):
@@ -130,20 +116,17 @@ class OpenCache:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _read_piece(
-        self, file: OpenFile, part: Part, begin: int, end: int, digests: dict[int, bytes], fill: Fill
-    ) -> None:
-        put = fill(part.start + begin, part.start + end)
-        views = [bytes_of(piece) for piece in put]
-        file.read_into(views, part.offset + begin)
+    def _read_piece(self, file: OpenFile, part: Part, begin: int, end: int, fill: Fill) -> None:
+        target, offset = fill(part.start + begin, part.start + end), part.offset + begin
+        views = [bytes_of(buffer) for buffer in target.buffers]
+        file.read_into(views, offset)
         if self.verify:
             digest = hashlib.sha256()
             for view in views:
                 digest.update(view)
-            digests[begin] = digest.digest()
-        done = getattr(put, "done", None)
-        if done is not None:
-            done()
+            self._digests[file.name, offset] = digest.digest()
+        if target.finish is not None:
+            target.finish()
 
     def compare_digests(self) -> None:
         """Compare the digests of everything read with the manifest's."""
@@ -157,14 +140,15 @@ class OpenCache:
 
     def _digest(self, shard: Shard, file: OpenFile) -> str:
         digest = hashlib.sha256(shard.header)
-        for index, part in enumerate(shard.parts):
-            known = self._digests.get((shard.name, index), {})
+        for part in shard.parts:
             for begin, end in part.pieces():
-                if begin not in known:  # not needed by the cache, such as token ids
+                offset = part.offset + begin
+                known = self._digests.get((file.name, offset))
+                if known is None:  # the cache does not need this tensor, such as token ids
                     content = bytearray(end - begin)
-                    file.read_into([memoryview(content)], part.offset + begin)
-                    known[begin] = hashlib.sha256(content).digest()
-                digest.update(known[begin])
+                    file.read_into([memoryview(content)], offset)
+                    known = hashlib.sha256(content).digest()
+                digest.update(known)
         return digest.hexdigest()
 
     def tokens(self) -> Tensor | None:
@@ -182,24 +166,24 @@ class OpenCache:
             raise self.named(error) from error
 
     def _tokens(self, made: Manifest) -> Tensor:
-        shape = made.batch_size, made.length
-        if 8 * shape[0] * shape[1] > sum(file.size for file in self.files):
-            raise RefusedError(f"token ids {list(shape)}", "fewer bytes (was it cut?)")
-        held = PlainTensor(torch.int64, shape)
-        left, at = 8 * shape[0] * shape[1], 0
-        for file in self.files:  # they are the first tensor; headers are read for their length only
+        spec = TensorSpec("tokens", torch.int64, (made.batch_size, made.length))
+        if spec.num_bytes > sum(file.size for file in self.files):
+            raise RefusedError(f"token ids {list(spec.shape)}", "fewer bytes (was it cut?)")
+        held = PlainTensor(spec.dtype, spec.shape)
+        # They are the first tensor. The other tensors change the lengths of the headers, and not how it is cut.
+        shards = cut([spec], made.max_shard_bytes, made.save_id, len(self.files))
+        for shard, file in zip(shards, self.files, strict=False):
+            (part,) = shard.parts
             length = bytearray(8)
             file.read_into([memoryview(length)], 0)
             begin = 8 + int.from_bytes(length, "little")
-            index = 8 * shape[1]
-            count = min(left, max(1, made.max_shard_bytes // index) * index, max(0, file.size - begin))
-            for piece in held.fill(at, at + count):
-                file.read_into([bytes_of(piece)], begin)
-            left, at = left - count, at + count
-            if not left:
-                break
+            if begin + part.num_bytes > file.size:
+                raise RefusedError(f"{part.num_bytes} bytes of token ids in {file.name}", "fewer (was it cut?)")
+            file.read_into(
+                [bytes_of(buffer) for buffer in held.fill(part.start, part.start + part.num_bytes).buffers], begin
+            )
         ids = held.finished(torch.device("cpu"))
-        if left or tokens_hash(ids) != made.tokens:
+        if tokens_hash(ids) != made.tokens:
             raise RefusedError("the token ids that their digest belongs to", "other ones (was it altered?)")
         return ids
 

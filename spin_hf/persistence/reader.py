@@ -1,12 +1,12 @@
 """`SpinCache.from_pretrained`: checks a saved cache, then fills a new cache from it.
 
-    open      manifest parsed, shards opened; sizes and headers are as the manifest implies        nothing is allocated
-    check     fingerprint, layers and tables fit the new cache
-    restore   page table, storage by the new cache's caps, pages read straight into their chunks
-              digests compared while reading; tables whose numbers are used as indices are checked
+    open      parse the manifest, open the shards
+    check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
+    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests
+              check tables whose numbers are used as indices
 
-Nothing in a file is trusted beyond what these checks establish. Pages are read by several threads, in pieces. Only pages that
-change their layout, or go to a GPU, pass through a buffer.
+No tensor is allocated before `restore`. Threads read pieces of pages. A piece passes through a buffer only if its pages change
+their layout or go to a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from . import other_layers
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
 from .fingerprint import check_same, fingerprint
-from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer
+from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
 from .strict_json import RefusedError
@@ -43,7 +43,7 @@ class SavedCache(OpenCache):
     """A saved cache that fills a new cache; see `OpenCache`."""
 
     def arguments(self, method: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Method and options for the new cache: those given, else those of the saved cache."""
+        """Method and options for the new cache. The saved cache has the defaults."""
         saved = self.manifest.options
         try:
             if saved.keys() != set(OPTIONS):
@@ -91,25 +91,9 @@ class SavedCache(OpenCache):
             raise RefusedError(
                 f"{len(layers)} layers as the model has", f"{len(made.layers)}", "use the model of the cache"
             )
-        paged = [layer.layer_idx for layer in state.layers]
-        known_shapes = layer_shapes(config, paged)
-        shapes = dict(zip(paged, known_shapes or paged, strict=True))
-        dtypes: list[torch.dtype] = []
-        for index, (entry, layer) in enumerate(zip(made.layers, layers, strict=True)):
-            if (index in shapes) == isinstance(entry, OtherLayer):
-                raise RefusedError(f"layer {index} as a {type(layer).__name__}", shown(entry, 120))
-            if isinstance(entry, PagedLayer):
-                expected, dtypes = shapes[index], [*dtypes, entry.dtype]
-                found = LayerShape(entry.num_heads, entry.key_dim, entry.value_dim)
-                spanned = made.span_stops[-1] if made.span_stops else 0
-                if entry.clustered_pages != spanned:
-                    raise RefusedError(f"{spanned} clustered pages in layer {index}", f"{entry.clustered_pages}")
-                if known_shapes is not None and expected != found:
-                    raise RefusedError(f"layer {index} with {expected} as the model has", f"{found}")
-        check_same(
-            made.fingerprint,
-            fingerprint(config, model, method, len(paged), state.options, dtypes[0] if dtypes else None),
-        )
+        self._check_layers(state, layers, config)
+        dtype = pages_dtype(made.layers)
+        check_same(made.fingerprint, fingerprint(config, model, method, len(state.layers), state.options, dtype))
         if method.page_size != made.page_size or (made.positions and not method.uses_positions):
             raise RefusedError(f"pages of {method.page_size} tokens", f"{made.page_size}")
         longest = max((stop - first for first, stop in ClusteredSpans(made.span_stops).bounds), default=0)
@@ -121,6 +105,26 @@ class SavedCache(OpenCache):
             if isinstance(entry, OtherLayer):
                 other_layers.check(index, entry, layers[index], made.batch_size, made.length)
         self._check_files(state)
+
+    def _check_layers(self, state: CacheState, layers: list[Any], config: Any) -> None:
+        """Refuse layers of other kinds than the model's, and pages of other sizes."""
+        made = self.manifest
+        paged = [layer.layer_idx for layer in state.layers]
+        shapes = dict(
+            zip(paged, layer_shapes(config, paged) or (), strict=False)
+        )  # empty if the config does not tell them
+        spanned = made.span_stops[-1] if made.span_stops else 0
+        for index, (entry, layer) in enumerate(zip(made.layers, layers, strict=True)):
+            if (index in paged) == isinstance(entry, OtherLayer):
+                raise RefusedError(f"layer {index} as a {type(layer).__name__}", shown(entry, 120))
+            if not isinstance(entry, PagedLayer):
+                continue
+            if entry.clustered_pages != spanned:
+                raise RefusedError(f"{spanned} clustered pages in layer {index}", f"{entry.clustered_pages}")
+            found = LayerShape(entry.num_heads, entry.key_dim, entry.value_dim)
+            expected = shapes.get(index, found)
+            if expected != found:
+                raise RefusedError(f"layer {index} with {expected} as the model has", f"{found}")
 
     def _check_files(self, state: CacheState) -> None:
         """Compare names, sizes and headers with those that the manifest implies."""
@@ -169,7 +173,7 @@ class SavedCache(OpenCache):
                 others.append((entry, index, plain))
         for device in {device for device in devices if device.type == "cuda"}:
             wait_for_device(device)  # threads write new memory on streams of their own
-        self.read(lambda part: part.spec.name in fills, fills)
+        self.read(fills)
         self.compare_digests()
         for entry, index, tensors in others:
             placed = {name: tensor.finished(devices[index]) for name, tensor in tensors.items()}
@@ -189,13 +193,11 @@ class SavedCache(OpenCache):
         """Read the tables that all layers share, check them, and give them to the page table."""
         made = self.manifest
         tables = {
-            name: PlainTensor(dtype, shape)
-            for name, dtype, shape in (
-                (spec.name, spec.dtype, spec.shape) for spec in made.specs(state.method, state.options)
-            )
-            if name in ("directory", "valid", "positions", "clustered")
+            spec.name: PlainTensor(spec.dtype, spec.shape)
+            for spec in made.specs(state.method, state.options)
+            if spec.name in ("directory", "valid", "positions", "clustered")
         }
-        self.read(lambda part: part.spec.name in tables, {name: table.fill for name, table in tables.items()})
+        self.read({name: table.fill for name, table in tables.items()})
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()
         indices = [segment for row in directory for segment in row]
@@ -213,18 +215,17 @@ class SavedCache(OpenCache):
         )  # fmt: skip
 
     def _check_clusters(self, state: CacheState) -> None:
-        """Refuse shifts and clusters that would be indices out of bounds, and spans that the options do not allow."""
+        """Refuse shifts and clusters that are no valid indices, and spans that the options do not allow."""
         try:
-            for layer in state.layers:
-                held = None if layer.store is None else layer.store.permutation
+            held = [layer.store.permutation for layer in state.layers if layer.store is not None]
+            for permutation in filter(None, held):
                 for first, stop in state.sequences.spans.bounds:
-                    if held is not None:
-                        tokens = held.positions(first, stop)
-                        bounds = first * held.page_size, stop * held.page_size
-                        inside = bool(((tokens >= bounds[0]) & (tokens < bounds[1])).all())
-                        require_integrity(inside, "a token is in another span")
-                        pages = held.pages_per_cluster(first, stop)
-                        require_integrity(bool((pages >= 0).all() & tiles(pages)), "clusters overlap")
+                    tokens = permutation.positions(first, stop)
+                    bounds = first * permutation.page_size, stop * permutation.page_size
+                    inside = bool(((tokens >= bounds[0]) & (tokens < bounds[1])).all())
+                    require_integrity(inside, "a token is in another span")
+                    pages = permutation.pages_per_cluster(first, stop)
+                    require_integrity(bool((pages >= 0).all() & tiles(pages)), "clusters overlap")
             if state.sequences.spans.stops:
                 cluster.check_integrity(state)
         except CacheStateError as error:

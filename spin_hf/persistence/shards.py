@@ -1,8 +1,8 @@
 """Tensors of a saved cache, cut into shards and pieces: names, headers and offsets follow from names, dtypes and shapes.
 
-    spec    "layers.0.pages" bfloat16 [segments, H, pages, elements]        what is stored
-    shard   header | part | part | ...      parts are runs of indices along dimension 0
-    piece   at most 4 MiB of a part, whole rows                             read, written and hashed at a time
+    spec    "layers.0.pages" bfloat16 [segments, H, pages, elements]        a tensor
+    shard   header | part | part | ...                                      a file; part: consecutive indices of dimension 0
+    piece   whole rows of a part, at most 4 MiB                             read, written and hashed at a time
 
 A reader computes headers from the manifest and compares bytes. It never parses a header, so it trusts no offset and no shape.
 A shard's digest is SHA-256 of its header and the SHA-256 digests of its pieces, so several threads can hash pieces.
@@ -100,6 +100,11 @@ class Part:
         """[begin, end) bytes of each piece in the part."""
         for begin in range(0, self.num_bytes, self.spec.piece_bytes):
             yield begin, min(begin + self.spec.piece_bytes, self.num_bytes)
+
+    def piece_rows(self) -> Iterator[tuple[int, int]]:
+        """[first, stop) rows of the tensor in each piece."""
+        for begin, end in self.pieces():
+            yield (self.start + begin) // self.spec.row_bytes, (self.start + end) // self.spec.row_bytes
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..attention.methods.json_checks import is_no_deeper, unique
 from ..config import shown
 
-MOST_DEPTH = 16
+_MOST_DEPTH = 16
 
 
 class RefusedError(Exception):
@@ -18,32 +19,19 @@ def parse(text: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        RefusedError: anything else, or an object that is too deep.
+        RefusedError: it is no JSON object, or it is nested too deeply.
     """
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RefusedError("JSON", f"{type(error).__name__} ({shown(str(error))})") from error
-    if not isinstance(found, dict) or not _no_deeper(found, MOST_DEPTH):
-        raise RefusedError(f"a JSON object that is at most {MOST_DEPTH} deep", shown(found, 80))
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("two values of one name")
+    if not isinstance(found, dict) or not is_no_deeper(found, _MOST_DEPTH):
+        raise RefusedError(f"a JSON object that is at most {_MOST_DEPTH} deep", shown(found, 80))
     return found
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
-
-
-def _no_deeper(value: Any, depth: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return True
-    return depth > 0 and all(_no_deeper(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 class Fields:
@@ -102,11 +90,6 @@ class Fields:
                 f"{name!r} in {self.where} as at most {longest} numbers from 0 to {most}", shown(value, 80)
             )
         return value
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the fields that were not read yet."""
-        return list(self._left)
 
     def done(self) -> None:
         """Refuse fields that were not read."""

@@ -1,8 +1,8 @@
 """`SpinCache.save_pretrained`: writes a cache's contents, in pieces.
 
-stale summaries, pending clusters  ->  brought up to date, as the next step would do
-segments in use                    ->  numbered anew in the order of sequences, each written once
-places without a token             ->  zeros, so that no other memory gets into a file
+stale summaries, pending clusters  ->  computed first, as the next step would do
+segments in use                    ->  renumbered in the order of sequences, each written once
+places without a token             ->  zeros, so that no unrelated memory gets into a file
 everything else                    ->  as it is stored, in either tier
 """
 
@@ -32,9 +32,9 @@ from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
 from . import files
 from .fingerprint import fingerprint, tokens_hash
-from .manifest import FILE_NAME, MOST_SEQUENCES, OPTIONS, Layer, Manifest, OtherLayer, PagedLayer
+from .manifest import FILE_NAME, MOST_SEQUENCES, OPTIONS, Layer, Manifest, OtherLayer, PagedLayer, pages_dtype
 from .other_layers import contents
-from .shards import DTYPES, PIECE_BYTES, Part, Shard, TensorSpec, bytes_of, cut
+from .shards import DTYPES, PIECE_BYTES, Part, Shard, bytes_of, cut
 from .strict_json import RefusedError
 
 
@@ -55,8 +55,7 @@ def save(
         OptionTypeError, OptionError: an argument, or the cache holds nothing that can be saved.
         SavedCacheError: a file could not be written. A saved cache that was there is as before.
     """
-    if not isinstance(directory, (str, os.PathLike)):
-        raise OptionTypeError(f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder")
+    folder = files.folder_path(directory)
     if not length or not batch_size:
         raise OptionError(
             "save_pretrained: expected a cache that holds tokens, got none or states of linear attention only; call the model"
@@ -66,14 +65,11 @@ def save(
             f"save_pretrained: expected at most {MOST_SEQUENCES} sequences, got {batch_size}; use "
             "batch_select_indices on copies of the cache, and save each"
         )
-    ids, most = (
-        _checked_tokens(tokens, batch_size, length),
-        parse_bytes("max_shard_bytes", max_shard_bytes) or MOST_BYTES,
-    )
+    ids = _checked_tokens(tokens, batch_size, length)
+    most = parse_bytes("max_shard_bytes", max_shard_bytes) or MOST_BYTES
     if state.committed:
         cluster.cluster_new_tokens(state)
     source = _Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
-    folder = Path(directory)
     try:
         new = not folder.is_dir()
         os.makedirs(folder, exist_ok=True)
@@ -135,7 +131,7 @@ def _is_current(folder: Path, save_id: str) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, UnicodeDecodeError):
-        return True  # not known: shards too many do no harm
+        return True  # unknown: shards without a manifest are harmless, a manifest without its shards is not
 
 
 def _fill(shard: Shard, source: _Contents, digest: Any, descriptor: int) -> None:
@@ -192,12 +188,11 @@ class _Contents:
             self._paged(paged[index]) if index in paged else self._other(index, layer)
             for index, layer in enumerate(layers)
         ]
-        dtypes = [store.dtype for store, _, _ in self.stores.values()]
         options = {name: getattr(state.options, name) for name in OPTIONS}
         self.manifest = Manifest(
             save_id=secrets.token_hex(6),
             fingerprint=fingerprint(
-                config, model, state.method, len(state.layers), state.options, dtypes[0] if dtypes else None
+                config, model, state.method, len(state.layers), state.options, pages_dtype(entries)
             ),
             options=options, batch_size=batch_size, length=length, page_size=self.sequences.page_size,
             num_segments=len(self.segments), padded=mask.valid is not None, positions=mask.positions is not None,
@@ -236,8 +231,7 @@ class _Contents:
             yield from _tensor_pieces(self.tensors[part.spec.name], part)
             return
         store, array, name = self.stores[part.spec.name]
-        for begin, end in part.pieces():
-            first, stop = ((part.start + at) // part.spec.row_bytes for at in (begin, end))
+        for first, stop in part.piece_rows():
             yield self._rows(store, array, name, torch.arange(first, stop))
 
     def _rows(self, store: PageStore, array: ChunkedArray, name: str, rows: Tensor) -> Tensor:
@@ -269,12 +263,10 @@ def arrays_of(store: PageStore) -> Iterator[tuple[str, ChunkedArray]]:
 
 
 def _tensor_pieces(tensor: Tensor, part: Part) -> Iterator[Tensor]:
-    """Pieces of a part of a tensor, in its own order of memory if it is contiguous, else gathered piece by piece."""
-    spec: TensorSpec = part.spec
+    """Pieces of a part of a tensor. A large tensor that is not contiguous is gathered piece by piece, not copied at once."""
     source = tensor.detach()
     flat = source.reshape(-1) if source.is_contiguous() or source.nbytes <= PIECE_BYTES else None
-    for begin, end in part.pieces():
-        first, stop = ((part.start + at) // spec.row_bytes for at in (begin, end))
+    for first, stop in part.piece_rows():
         if flat is not None:
             yield flat[first:stop].cpu()
         else:

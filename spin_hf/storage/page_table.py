@@ -30,7 +30,15 @@ from ..kernels.descriptor_fields import MAX_QUERIES
 from .change_log import Past
 from .clustered_spans import ClusteredSpans
 from .padding_mask import TokenMask
-from .segment_pool import ENTRY_BYTES, SEGMENT_PAGES, own_segment, release_segments, segments_of, take_segments
+from .segment_pool import (
+    ENTRY_BYTES,
+    SEGMENT_PAGES,
+    own_segment,
+    release_segments,
+    segment_indices,
+    segments_of,
+    take_segments,
+)
 from .segment_store import SegmentStore
 from .segment_tables import SegmentTables, Tables
 from .shared_segments import SharedSegments
@@ -143,7 +151,7 @@ class PageTable(SegmentTables):
         """Whether every sequence already owns the segments of pages [first, stop), unshared and reserved. Usual in decoding."""
         if self._room is None or self._room[0] != len(self.directory):
             return False
-        indices = range(first // SEGMENT_PAGES, segments_of(stop))
+        indices = segment_indices(first, stop)
         own, refcounts = self.shared.owns, self.refcounts
         return all(i < len(row) and refcounts[row[i]] == 1 and own(row[i]) for row in self.directory for i in indices)
 
@@ -198,7 +206,7 @@ class PageTable(SegmentTables):
         """
         directory, refcounts, free = [list(row) for row in self.directory], list(self.refcounts), list(self.free)
         copies = []
-        for index in range(pages.start // SEGMENT_PAGES, segments_of(pages.stop)):
+        for index in segment_indices(pages.start, pages.stop):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
                 copies += own_segment(holders, index, refcounts, free, self.shared)
@@ -207,9 +215,9 @@ class PageTable(SegmentTables):
 
     def own(self, pages: range) -> None:
         """Copy segments of `pages` that forks use too, for all sequences. Raises as `unshare`."""
-        indices = range(pages.start // SEGMENT_PAGES, segments_of(pages.stop))
         if not self.shared or not any(store.shares_rows for store in self.stores):
             return
+        indices = segment_indices(pages.start, pages.stop)
         if not all(self.shared.owns(row[index]) for row in self.directory for index in indices):
             self.unshare(list(range(self.batch_size)), pages)
 
@@ -355,7 +363,7 @@ class PageTable(SegmentTables):
         """
         self.settle_forks()
         self.shared.share(self.refcounts, max((store.capacity for store in self.stores), default=0))
-        self.free = []  # forks see these segments too
+        self.free = []  # forks may claim these segments too
         twin = memo[id(self)] = copy(self)
         twin.__dict__.update(stores=[], free=[], _rows=dict(self._rows), _room=None)
         twin.past, twin.spans, twin.shared = deepcopy(self.past), self.spans.copy(), self.shared.fork(self.refcounts)

@@ -4,7 +4,7 @@
                 sequence 1  [ 3 | 0 | 6 ]
 
 `page_table.py` explains these tables. It passes copies of its lists and commits them once all memory is allocated. Reference
-counts are those of one table. Segments that forks may see (`shared_segments.py`) are never in its free list.
+counts are those of one page table. Its free list contains no segments that forks may see (`shared_segments.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ ENTRY_BYTES = 8
 def segments_of(num_pages: int) -> int:
     """Segments that `num_pages` pages of a sequence need."""
     return -(-num_pages // SEGMENT_PAGES)
+
+
+def segment_indices(first_page: int, stop_page: int) -> range:
+    """Indices into a row of the directory: the segments that contain pages [first_page, stop_page)."""
+    return range(first_page // SEGMENT_PAGES, segments_of(stop_page))
 
 
 def take_segments(
@@ -73,6 +78,7 @@ def release_segments(segments: list[int], refcounts: list[int], free: list[int],
 
 
 def _new_segment(refcounts: list[int], free: list[int], shared: SharedSegments) -> int:
+    """A segment with one reference: a free one, else one that no fork uses any more, else one behind all rows."""
     segment = free.pop() if free else shared.claim(refcounts)
     if segment is None:
         segment = max(len(refcounts), len(shared))  # behind the chunks that forks see

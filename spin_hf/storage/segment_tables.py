@@ -1,10 +1,10 @@
-"""Directory, reference counts and free list of a page table, and what of them it shares with forks.
+"""Directory, reference counts and free list of a page table, and the segments that it shares with forks.
 
     referenced    by a sequence of this table: its reference count is positive
-    free          in the free list: this table alone can see its rows
-    neither       in `shared`, without a reference here: forks use it, or may claim it
+    free          in the free list: only this table can see its rows
+    neither       in `shared`, without a reference in this table: forks use it, or may claim it
 
-Every segment of a pool is one of these. Its rows follow from its number.
+Every segment of a pool is in one of these states. Its rows follow from its number.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class SegmentTables:
         return len(refcounts) - self.shared.unused(refcounts)
 
     def settle_forks(self) -> None:
-        """Give up segments that are no longer used here, and take back those that no fork can see any more. Idempotent.
+        """Stop holding segments that this table no longer references, and free those that no fork can see any more.
 
-        Not to be called while an earlier state of the tables may be restored.
+        Idempotent. Must not be called while an earlier state of the tables may be restored: forks may overwrite its segments.
         """
         if not self.shared:
             return
@@ -73,7 +73,7 @@ class SegmentTables:
             self.stop_sharing(free=free[::-1])
 
     def stop_sharing(self, **tables: Any) -> None:
-        """Replace tables, by ones for which forks do not matter: this cache has its own rows, or none."""
+        """Replace tables, and stop sharing segments. For a cache that has rows of its own, or none."""
         before = self.shared
         self.__dict__.update(tables, shared=SharedSegments())
         before.leave()

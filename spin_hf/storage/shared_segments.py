@@ -4,11 +4,12 @@
     referenced by    A         x    x         x               `holders` of 0: A, B      1: A      2: B      3: A      4: none
                      B         x         x
 
-A table writes only to segments that it holds alone. It copies the others first. A segment that nobody holds goes to the table
-that claims it first, so memory that one side has left serves the others.
+A table writes only to segments that no other table holds. It copies the others first. A segment without holders goes to the
+table that claims it first. So tables reuse memory that other tables no longer need.
 
-A table that has stopped using a segment is a holder until `publish`. Others then copy more than they must, and never less. A
-table that is freed leaves all its segments. All updates are idempotent, so they may be interrupted.
+A table that drops its last reference to a segment stays a holder until `publish`. Until then other tables may copy the segment
+without need, which is safe. A table that is freed leaves all its segments. All updates are idempotent, so they may be
+interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import require_integrity
 
@@ -24,18 +25,17 @@ _lock = threading.Lock()
 """Held while a free segment is claimed. Finalizers do not take it: they only remove."""
 
 
+@dataclass(eq=False, slots=True)
 class _Share:
     """One segment.
 
     Attributes:
-        members: tables whose chunks contain the segment.
+        members: tables whose chunks contain the segment. Segments that are shared by the same call of `share` have one set.
         holders: tables that reference it.
     """
 
-    __slots__ = ("holders", "members")
-
-    def __init__(self, members: set[object], holders: set[object]) -> None:
-        self.members, self.holders = members, holders
+    members: set[object]
+    holders: set[object]
 
 
 class SharedSegments:
@@ -43,8 +43,9 @@ class SharedSegments:
 
     def __init__(self) -> None:
         self._table = object()
+        self._alone = frozenset({self._table})
         self._shares: dict[int, _Share] = {}
-        self._finalizer: Any = None
+        weakref.finalize(self, _leave, self._table, self._shares).atexit = False
         self.is_behind = False
         """Whether segments may have been dropped since the last `publish`."""
 
@@ -60,7 +61,7 @@ class SharedSegments:
     def owns(self, segment: int) -> bool:
         """Whether no other table holds a segment of this table."""
         share = self._shares.get(segment)
-        return share is None or share.holders <= {self._table}
+        return share is None or share.holders <= self._alone
 
     def unused(self, refcounts: Sequence[int]) -> int:
         """Number of shared segments that this table does not reference, of those in `refcounts`."""
@@ -69,9 +70,9 @@ class SharedSegments:
     def claim(self, refcounts: Sequence[int]) -> int | None:
         """Take a segment that no table references; None if there is none."""
         for segment, share in self._shares.items():
-            if (segment >= len(refcounts) or not refcounts[segment]) and share.holders <= {self._table}:
+            if not _is_referenced(segment, refcounts) and share.holders <= self._alone:
                 with _lock:
-                    if share.holders <= {self._table}:
+                    if share.holders <= self._alone:
                         share.holders.add(self._table)
                         self.is_behind = True  # unless the caller's tables are swapped in
                         return segment
@@ -79,32 +80,29 @@ class SharedSegments:
 
     def share(self, refcounts: Sequence[int], capacity: int) -> None:
         """Make all segments below `capacity` ready to be seen by forks."""
-        self._watch()
         members: set[object] = {self._table}
         for segment in range(capacity):
-            holds = segment < len(refcounts) and refcounts[segment]
             share = self._shares.setdefault(segment, _Share(members, set()))
-            if holds:
+            if _is_referenced(segment, refcounts):
                 share.holders.add(self._table)
 
     def fork(self, refcounts: Sequence[int]) -> SharedSegments:
         """The shared segments of a new table that sees the same chunks and references the same segments."""
         twin = SharedSegments()
-        twin._shares = dict(self._shares)
-        twin._watch()
+        twin._shares.update(self._shares)
         for segment, share in twin._shares.items():
             share.members.add(twin._table)
-            if segment < len(refcounts) and refcounts[segment]:
+            if _is_referenced(segment, refcounts):
                 share.holders.add(twin._table)
         return twin
 
     def publish(self, refcounts: Sequence[int]) -> list[int]:
         """Stop holding segments that are not referenced. Returns the segments that only this table can see, for `forget`."""
-        alone, gone = {self._table}, []
+        gone = []
         for segment, share in self._shares.items():
-            if segment >= len(refcounts) or not refcounts[segment]:
+            if not _is_referenced(segment, refcounts):
                 share.holders.discard(self._table)
-            if share.members == alone:
+            if share.members == self._alone:
                 gone.append(segment)
         self.is_behind = False
         return gone
@@ -121,19 +119,18 @@ class SharedSegments:
     def check_integrity(self, refcounts: Sequence[int]) -> None:
         """Raise CacheStateError if a referenced segment is not held, or holders are not members."""
         for segment, share in self._shares.items():
-            holds = segment < len(refcounts) and refcounts[segment] > 0
-            # An interrupted `publish` may have left a segment that only this table sees.
+            # An interrupted `settle_forks` may have left a segment that only this table sees.
+            is_held = self._table in share.holders or share.members == self._alone
             require_integrity(
-                not holds or self._table in share.holders or share.members == {self._table},
-                f"segment {segment} is referenced and not held",
+                is_held or not _is_referenced(segment, refcounts), f"segment {segment} is referenced and not held"
             )
             require_integrity(share.holders <= share.members, f"a table holds segment {segment} and cannot see it")
             require_integrity(self._table in share.members, f"segment {segment} is shared by others only")
 
-    def _watch(self) -> None:
-        if self._finalizer is None:
-            self._finalizer = weakref.finalize(self, _leave, self._table, self._shares)
-            self._finalizer.atexit = False
+
+def _is_referenced(segment: int, refcounts: Sequence[int]) -> bool:
+    """Whether the table with these reference counts uses a segment, which may lie behind all that it has used."""
+    return segment < len(refcounts) and refcounts[segment] > 0
 
 
 def _leave(table: object, shares: dict[int, _Share]) -> None:

@@ -1,14 +1,12 @@
 """`SpinCache.fork`: an independent continuation that shares pages until one side writes them.
 
 A fork and its original go on with other tokens. At full budget both equal copies of a DynamicCache that do the same. At a
-sparse budget both equal deep copies. Random histories of forks are in tests/differential.
+sparse budget both equal deep copies. Memory of forks is in `test_memory_of_forks.py`, random histories in tests/differential.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,28 +16,21 @@ import torch
 from torch import Tensor
 
 from spin_hf import Bisection, OptionError, OptionTypeError, Quest, RetroInfer, ShadowKV, SpinCache
-from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
+from tests.support.cache_driver import CacheDriver, RandomKV, poisoned_memory
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
 from tests.support.compare import Trace, assert_same
-from tests.support.fake_gpu import bytes_of, fake_gpu
-from tests.support.faults import Faults
-from tests.support.forks import Family, assert_apart
+from tests.support.forks import SHAPE, TIERS, document, sparse_family
 from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES
 from tests.support.runs import advance, decode, generate
 from tests.support.seer_gates import gates_for
 from tests.support.subjects import SpinSubject, Subject, dense_subject
-from tests.support.tuning import tuned
 from tests.support.zoo import build_model, left_padded, random_tokens, subject_model
 
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "qwen3_next", "gemma3n_text", "deepseek_v3"]
-SHAPE = Shape(layers=2)
 METHODS: dict[str, Any] = {
     "shadowkv": ShadowKV(), "quest": Quest(), "bisection": clustering_often(Bisection, 64, 24)(),
     "retroinfer": clustering_often(RetroInfer, 64, 24)(), "clusters": Clumped(),
-}  # fmt: skip
-TIERS: dict[str, dict[str, Any]] = {
-    "resident": {}, "tiered": {"gpu_memory": 110_000}, "int8": {"gpu_memory": 110_000, "cpu_dtype": "int8"},
 }  # fmt: skip
 
 
@@ -122,17 +113,13 @@ def test_from_one_sequence_to_a_batch(family: str) -> None:
 # ------------------------------------------------------------------------------------------------- against a deep copy
 
 
-def family(method: Any, **options: Any) -> Family:
-    return Family(SHAPE, method=method, budget=16, num_sink_tokens=3, recent_window=5, **options)
-
-
 @pytest.mark.sweep
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_sparse_steps_equal_those_of_deep_copies(method: str, tier: str) -> None:
     """Every operation, on either side, in turn. All caches are checked after each."""
     with poisoned_memory(), little_slack():
-        caches = family(METHODS[method], **TIERS[tier])
+        caches = sparse_family(METHODS[method], **TIERS[tier])
         caches.pairs[0].append(270, 0, rows=2)
         assert caches.fork(0)
         for turn, (name, *arguments) in enumerate(
@@ -179,7 +166,7 @@ def test_padding_that_changes_on_one_side() -> None:
     """Pages whose tokens turn to padding are copied first, in clusters too."""
     for method in METHODS.values():
         with poisoned_memory(), little_slack():
-            caches = family(method)
+            caches = sparse_family(method)
             caches.pairs[0].append(200, 0, rows=2)
             caches.pairs[0].append(1, 1)
             caches.fork(0)
@@ -227,7 +214,7 @@ def test_one_side_goes_to_the_cpu_tier(method: str) -> None:
 def test_a_crop_into_clusters_on_one_side(method: str, tier: str, side: int) -> None:
     """It puts tokens back in order, in copies of the pages."""
     with poisoned_memory(), little_slack():
-        caches = family(METHODS[method], **TIERS[tier])
+        caches = sparse_family(METHODS[method], **TIERS[tier])
         caches.pairs[0].append(270, 0)
         for step in range(4):
             caches.pairs[0].append(1, step)
@@ -248,7 +235,7 @@ def test_chains_and_trees() -> None:
     """Forks of forks, of which ancestors end first, last and in between."""
     for order in ([0, 0, 0, 0], [0, 1, 0, 0], [3, 2, 1, 0]):
         with poisoned_memory():
-            caches = family(ShadowKV())
+            caches = sparse_family(ShadowKV())
             caches.pairs[0].append(300, 0)
             for depth in range(3):
                 caches.fork(len(caches.pairs) - 1)  # of the newest
@@ -261,137 +248,6 @@ def test_chains_and_trees() -> None:
                     pair.on_cache("crop", -20)
                     pair.append(45, number)
                     caches.check()
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def document(tokens: int = 5000, **options: Any) -> CacheDriver:
-    driver = CacheDriver(SHAPE, budget=32, **SMALL_ZONES, **options)
-    kv = RandomKV.random(SHAPE, 1, tokens + 1, 0)
-    driver.step(kv, 0, tokens)
-    driver.step(kv, tokens, tokens + 1)
-    return driver
-
-
-def arrays_of(cache: SpinCache) -> list[Any]:
-    return [array for layer in cache.paged_layers for array in layer.store._arrays()]  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_a_fork_copies_nothing(tier: str) -> None:
-    with tuned(max_chunk_segments=4):
-        driver = document(**(TIERS[tier] | ({"gpu_memory": 400_000} if TIERS[tier] else {})))
-        faults = Faults()
-        with faults.armed(None):
-            fork = driver.cache.fork(8)
-            made = faults.held()
-        for ours, theirs in zip(arrays_of(fork), arrays_of(driver.cache), strict=True):
-            assert len(ours.chunks) > 1
-            assert all(one is other for one, other in zip(ours.chunks, theirs.chunks, strict=True))
-        stats = driver.cache.stats()
-        assert made <= (stats.gpu_bytes + stats.cpu_bytes) / 100
-        assert fork.stats().sequences == 8
-        assert fork.stats().pages == stats.pages
-        assert (stats.cpu_bytes > 0) == bool(TIERS[tier])
-
-
-def distinct_bytes(caches: list[SpinCache]) -> int:
-    """Bytes of all chunks, each counted once."""
-    return sum(
-        {chunk.data_ptr(): chunk.nbytes for cache in caches for a in arrays_of(cache) for chunk in a.chunks}.values()
-    )
-
-
-@pytest.mark.parametrize("forks", [1, 8], ids=["a fork of eight sequences", "eight forks"])
-def test_eight_questions_hold_one_document(forks: int) -> None:
-    """Each question adds the segments that it writes: here one of 20."""
-    with tuned(max_chunk_segments=1, min_chunk_segments=1):
-        driver = document()
-        one = distinct_bytes([driver.cache])
-        caches = [driver.cache.fork(8 // forks) for _ in range(forks)]
-        for seed, cache in enumerate(caches):
-            side = copy.copy(driver)
-            side.cache = cache
-            rows = state_of(cache).sequences.batch_size
-            kv = RandomKV.random(SHAPE, rows, 5010, seed)
-            for stop in range(5002, 5010):
-                side.step(kv, stop - 1, stop)
-            cache.check_integrity()
-        assert distinct_bytes([driver.cache, *caches]) <= one * 28 // 20
-        assert_apart([driver.cache, *caches])
-        del driver.cache
-        assert distinct_bytes(caches) <= one * 28 // 20
-
-
-def test_what_one_side_leaves_serves_the_other() -> None:
-    """After its forks have ended, a cache writes to its pages without copies, and its pool does not grow."""
-    with poisoned_memory():
-        caches = family(ShadowKV())
-        caches.pairs[0].append(300, 0)
-        sequences = state_of(caches.pairs[0].cache).sequences
-        for round_ in range(5):
-            caches.fork(0)
-            caches.pairs[1].append(50, round_)
-            caches.end(1)
-            caches.pairs[0].append(1, round_)
-            caches.check()
-        caches.pairs[0].append(300, 8)
-        assert not sequences.shared
-        assert len(sequences.refcounts) <= 4
-        before = [list(row) for row in sequences.directory]
-        caches.fork(0)
-        caches.end(1)
-        caches.pairs[0].append(1, 9)
-        assert sequences.directory == before, "a segment that no fork uses any more was copied"
-
-
-def test_a_fork_that_is_deleted_frees_its_memory() -> None:
-    driver = document()
-    fork = driver.cache.fork()
-    chunk, table = weakref.ref(arrays_of(fork)[0]), weakref.ref(state_of(fork).sequences)
-    del fork
-    gc.collect()
-    assert chunk() is None
-    assert table() is None
-    chunks = [weakref.ref(chunk) for array in arrays_of(driver.cache) for chunk in array.chunks]
-    fork = driver.cache.fork()
-    del driver.cache
-    gc.collect()
-    assert all(chunk() is not None for chunk in chunks)
-    del fork
-    gc.collect()
-    assert all(chunk() is None for chunk in chunks)
-
-
-def test_shared_pages_are_not_promised_to_others() -> None:
-    """To move shared pages to the cpu tier would take memory and free none."""
-    with fake_gpu(100_000_000) as gpu:
-        driver = document()
-        gpu.caches = [driver.cache]
-        held = bytes_of(driver.cache)
-        fork = driver.cache.fork()
-        assert driver.cache.release_gpu_memory() == fork.release_gpu_memory() == 0
-        assert bytes_of(driver.cache) == held
-        assert driver.cache.stats().cpu_bytes == 0
-        del fork
-        given = driver.cache.release_gpu_memory()
-        assert given == held - bytes_of(driver.cache) > held / 2
-        fork = driver.cache.fork()
-        fork.reset()
-        assert fork.release_gpu_memory() == 0
-        driver.cache.check_integrity()
-
-
-def test_a_deep_copy_of_a_fork_shares_nothing() -> None:
-    driver = document()
-    fork = driver.cache.fork()
-    apart = copy.deepcopy(fork)
-    ours = {chunk.data_ptr() for array in arrays_of(apart) for chunk in array.chunks}
-    theirs = {chunk.data_ptr() for array in arrays_of(fork) for chunk in array.chunks}
-    assert not ours & theirs
-    assert not state_of(apart).sequences.shared
-    apart.check_integrity()
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest

@@ -1,4 +1,7 @@
-"""`save_pretrained` and `from_pretrained`: a restored cache goes on as the saved one, and fits only where it belongs."""
+"""`save_pretrained` and `from_pretrained`: a restored cache goes on as the saved one.
+
+Which saved caches a model, method and options accept is in `test_saved_cache_compatibility.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from spin_hf import (
-    Bisection,
-    BudgetError,
-    OptionError,
-    OptionTypeError,
-    Quest,
-    RetroInfer,
-    SavedCacheError,
-    SeerAttention,
-    ShadowKV,
-    SpinCache,
-)  # fmt: skip
+from spin_hf import SavedCacheError, SeerAttention, SpinCache
 from tests.support.cache_driver import poisoned_memory
-from tests.support.error_messages import check_message
 from tests.support.families import FAMILIES
 from tests.support.gate_files import header_and_tensors
+from tests.support.inspection import state_of
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.saved_caches import (
     SPARSE,
     advance,
     assert_goes_on,
-    change_json,
     prefilled,
     read,
     read_json,
@@ -95,14 +86,29 @@ def test_every_method_and_tier_goes_on(method: str, tiers: str, cpu_dtype: str, 
     assert_goes_on(model, cache, restored, exact=before == after)
 
 
+def test_pages_of_several_chunks_are_converted(tmp_path: Path) -> None:
+    """A piece of a file is larger than a chunk here."""
+    with tuned(cpu_chunk_bytes=1, min_chunk_segments=1, max_chunk_segments=1):
+        cache = prefilled("llama", cpu_dtype="int8", tokens=700, steps=0)
+        cache.save_pretrained(tmp_path)
+        restored = loaded(tmp_path)
+    store = restored.paged_layers[0].store
+    assert store is not None
+    assert store.backing.converted
+    assert len(store.backing.chunks) > 3
+    for ours, theirs in zip(restored.layers, cache.layers, strict=True):
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(one, other, rtol=0, atol=2 * float(other.abs().max()) / 127)
+
+
 def test_clusters_come_back(tmp_path: Path) -> None:
     """A prompt that is not clustered yet is clustered when it is saved; the restored cache holds the same clusters."""
     cache = prefilled("llama", method="retroinfer", tokens=1400, steps=0)
-    spans = cache.paged_layers[0].cache_state.sequences.spans
+    spans = state_of(cache).sequences.spans
     assert not spans.stops
     cache.save_pretrained(tmp_path)
     restored = SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-    ours, theirs = (each.paged_layers[0].cache_state.sequences.spans for each in (restored, cache))
+    ours, theirs = (state_of(each).sequences.spans for each in (restored, cache))
     assert ours.stops == theirs.stops != []
     assert torch.equal(ours.clustered, theirs.clustered)
     assert_goes_on(subject_model("llama"), cache, restored)
@@ -132,13 +138,14 @@ def test_sequences_share_pages_in_the_file_and_behind_it(tmp_path: Path) -> None
     for repeats in (1, 6):
         cache = SpinCache(model, **SPARSE)
         read(model, cache, random_tokens(1, 400))
-        cache.batch_repeat_interleave(repeats) if repeats > 1 else None
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
         folder = tmp_path / str(repeats)
         cache.save_pretrained(folder)
         sizes[repeats] = sum(file.stat().st_size for file in shards_of(folder))
     assert sizes[6] < 1.1 * sizes[1]
     restored = SpinCache.from_pretrained(folder, model)
-    sequences = restored.paged_layers[0].cache_state.sequences
+    sequences = state_of(restored).sequences
     assert sequences.batch_size == 6
     assert sequences.segments_in_use == len(sequences.directory[0])
     assert_goes_on(model, cache, restored)
@@ -156,11 +163,11 @@ def test_segments_in_another_order_and_free_ones(tmp_path: Path) -> None:
         cache.batch_select_indices(torch.tensor(rows))
         for _ in range(40):
             advance(model, cache, step)
-    assert cache.paged_layers[0].cache_state.sequences.free
+    assert state_of(cache).sequences.free
     cache.save_pretrained(tmp_path, max_shard_bytes=20_000)
     assert len(shards_of(tmp_path)) > 4
     restored = SpinCache.from_pretrained(tmp_path, model)
-    assert not restored.paged_layers[0].cache_state.sequences.free
+    assert not state_of(restored).sequences.free
     assert_goes_on(model, cache, restored)
 
 
@@ -296,175 +303,6 @@ def test_a_model_in_bfloat16_with_int8_summaries(tmp_path: Path) -> None:
     for other, options in ((model, {"summary_dtype": "model"}), (build_model("llama"), {})):
         with pytest.raises(SavedCacheError, match=r"summaries|dtype"):
             SpinCache.from_pretrained(tmp_path, other, **options)
-
-
-# ---------------------------------------------------------------------------------------------------------- what fits
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved cache that no test changes."""
-    folder = tmp_path_factory.mktemp("saved")
-    prefilled("llama", method="bisection").save_pretrained(folder, random_tokens(2, 73))
-    return folder
-
-
-def other_weights() -> Any:
-    model = copy.deepcopy(build_model("llama"))
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 3] += 1
-    return model
-
-
-def other_eps() -> Any:
-    model = build_model("llama")
-    model.config.rms_norm_eps *= 2
-    return model
-
-
-def fewer_layers() -> Any:
-    model = build_model("llama")
-    model.config.num_hidden_layers = 1
-    return model
-
-
-OTHER_MODELS = {
-    "other weights": (other_weights, "weights"), "other eps": (other_eps, "rms_norm_eps"),
-    "another family": (lambda: build_model("qwen2"), "model_type"), "fewer layers": (fewer_layers, "layers"),
-    "half precision": (lambda: build_model("llama").half(), "dtype"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_another_model_is_refused(name: str, saved: Path) -> None:
-    make, fact = OTHER_MODELS[name]
-    model = make()
-    implementation = model.config._attn_implementation
-    with pytest.raises(SavedCacheError) as raised:
-        SpinCache.from_pretrained(saved, model)
-    check_message(raised.value, fact, "expected", "got")
-    assert model.config._attn_implementation == implementation
-
-
-OTHER_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "another method": ({"method": "quest"}, "Quest"), "another parameter": ({"method": Bisection(4)}, "rerank_factor"),
-    "another window": ({"recent_window": 16}, "recent_window"), "other sinks": ({"num_sink_tokens": 8}, "num_sink_tokens"),
-    "other summaries": ({"summary_dtype": "int8"}, "summaries"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHER_OPTIONS)
-def test_options_that_change_what_is_stored_are_refused(name: str, saved: Path) -> None:
-    options, fact = OTHER_OPTIONS[name]
-    with pytest.raises(SavedCacheError) as raised:
-        SpinCache.from_pretrained(saved, subject_model("llama"), **options)
-    check_message(raised.value, fact, "expected", "got", "as in the saved cache")
-
-
-@pytest.mark.parametrize("options", [{"budget": 24}, {"budget": 0.3}, {"dense_below": 100}, {"prefill_chunk_size": 32}])
-def test_other_options_are_free(options: dict[str, Any], tmp_path: Path) -> None:
-    """They act as they do in a cache that has read the prompt with them."""
-    model = subject_model("llama")
-    prefilled("llama", steps=0).save_pretrained(tmp_path)
-    restored = SpinCache.from_pretrained(tmp_path, model, **options)
-    assert_goes_on(model, prefilled("llama", steps=0, **options), restored, exact=False)
-
-
-def test_windows_are_free_where_nothing_is_clustered(tmp_path: Path) -> None:
-    prefilled("llama", method=ShadowKV(), steps=0).save_pretrained(tmp_path)
-    other = {"recent_window": 24, "num_sink_tokens": 12}
-    restored = SpinCache.from_pretrained(tmp_path, subject_model("llama"), **other)
-    assert_goes_on(subject_model("llama"), prefilled("llama", method=ShadowKV(), steps=0, **other), restored)
-
-
-@pytest.mark.parametrize("method", [Bisection(4), Quest(0), RetroInfer(0.5, 32), ShadowKV(7)], ids=lambda m: m.name)
-def test_method_and_options_are_those_of_the_saved_cache(method: Any, tmp_path: Path) -> None:
-    cache = prefilled("llama", method=method)
-    cache.save_pretrained(tmp_path)
-    restored = SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-    assert str(restored).split("gpu_memory")[0] == str(cache).split("gpu_memory")[0]
-
-
-def test_caps_are_kept(saved: Path) -> None:
-    with pytest.raises(BudgetError):
-        SpinCache.from_pretrained(saved, subject_model("llama"), gpu_memory=1000)
-    with pytest.raises(MemoryError):
-        SpinCache.from_pretrained(saved, subject_model("llama"), gpu_memory="20kB", cpu_memory=1000)
-
-
-def test_what_is_no_saved_cache(tmp_path: Path, saved: Path) -> None:
-    model = subject_model("llama")
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path, tmp_path / "nowhere", tmp_path / "file", "", "\0"):
-        with pytest.raises(SavedCacheError) as raised:
-            SpinCache.from_pretrained(place, model)
-        check_message(raised.value, "expected a folder that SpinCache.save_pretrained wrote")
-    for place in (None, 3, b"x"):
-        with pytest.raises(OptionTypeError, match="directory: expected a path"):
-            SpinCache.from_pretrained(place, model)
-    with pytest.raises(OptionTypeError, match="model"):
-        SpinCache.from_pretrained(saved, "llama")
-
-
-def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    model = subject_model("llama")
-    with pytest.raises(OptionError, match="expected a cache that holds tokens, got none"):
-        SpinCache(model).save_pretrained(tmp_path)
-    cache = prefilled("llama")
-    for tokens, error in (
-        (random_tokens(2, 72), OptionError), (random_tokens(1, 73), OptionError), (torch.ones(2, 73), OptionError),
-        ("text", OptionTypeError), (object(), OptionTypeError),
-    ):  # fmt: skip
-        with pytest.raises(error, match="tokens: expected"):
-            cache.save_pretrained(tmp_path, tokens)
-    for size in (0, "much", 1.5):
-        with pytest.raises((OptionError, OptionTypeError), match="max_shard_bytes"):
-            cache.save_pretrained(tmp_path, max_shard_bytes=size)
-    with pytest.raises(OptionTypeError, match="directory"):
-        cache.save_pretrained(3)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(SavedCacheError, match="expected to write"):
-        cache.save_pretrained(tmp_path / "file")
-    assert_goes_on(model, prefilled("llama"), cache)
-
-
-def test_a_layer_of_another_kind_is_not_saved_in_part(tmp_path: Path) -> None:
-    cache = prefilled("mistral")
-    cache.layers[1].more = {"a": object()}
-    with pytest.raises(OptionError, match=r"layer 1 is a DynamicSlidingWindowLayer whose more\.a"):
-        cache.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_altered_byte_is_noticed_or_trusted(tmp_path: Path) -> None:
-    prefilled("llama").save_pretrained(tmp_path)
-    (shard,) = shards_of(tmp_path)
-    content = bytearray(shard.read_bytes())
-    content[-2000] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(SavedCacheError, match="was it altered"):
-        SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-    SpinCache.from_pretrained(tmp_path, subject_model("llama"), verify=False)
-
-
-def test_a_future_format_says_so(tmp_path: Path) -> None:
-    prefilled("llama").save_pretrained(tmp_path)
-    change_json(tmp_path, lambda content: content.update(version=2))
-    with pytest.raises(SavedCacheError, match="version 1 of the format"):
-        SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-    change_json(tmp_path, lambda content: content.update(version=1))
-    SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-
-
-def test_transformers_version_is_recorded_and_not_compared(tmp_path: Path) -> None:
-    import transformers
-
-    cache = prefilled("qwen3_next")
-    cache.save_pretrained(tmp_path)
-    assert read_json(tmp_path)["versions"]["transformers"] == transformers.__version__
-    change_json(tmp_path, lambda content: content["versions"].update(transformers="4.0"))
-    assert_goes_on(subject_model("qwen3_next"), cache, SpinCache.from_pretrained(tmp_path, subject_model("qwen3_next")))
 
 
 def test_a_dynamic_cache_that_was_taken_over(tmp_path: Path) -> None:

@@ -274,6 +274,18 @@ def hostile_header(folder: Path, rng: random.Random) -> None:
     reseal(folder)
 
 
+@contextmanager
+def bytes_of_tensor(file: Path, name: str) -> Iterator[bytearray]:
+    """The bytes of a tensor in a shard, to be changed. The header stays as it is, byte by byte."""
+    begin, end = header_and_tensors(file)[0][name]["data_offsets"]
+    raw = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    content = raw[start + begin : start + end]
+    yield content
+    raw[start + begin : start + end] = content
+    file.write_bytes(raw)
+
+
 def hostile_tables(folder: Path, rng: random.Random) -> None:
     """Numbers that the cache uses as indices, or trusts: with digests that match."""
     names = ("directory", "valid", "positions", "clustered", "shifts", "partition", "tokens", "conv_states", "keys")
@@ -282,13 +294,9 @@ def hostile_tables(folder: Path, rng: random.Random) -> None:
         header, _ = header_and_tensors(file)
         found += [(file, name) for name in header if any(wanted in name for wanted in names)]
     file, name = rng.choice(found)
-    header, data = header_and_tensors(file)
-    begin, end = header[name]["data_offsets"]
-    content = bytearray(data)
-    for _ in range(rng.choice([1, 3, 100])):
-        at = rng.randrange(begin, end)
-        content[at] = rng.choice([0, 1, 2, 127, 128, 255, rng.randrange(256)])
-    write_parts(file, header, bytes(content))
+    with bytes_of_tensor(file, name) as content:
+        for _ in range(rng.choice([1, 3, 100])):
+            content[rng.randrange(len(content))] = rng.choice([0, 1, 2, 127, 128, 255, rng.randrange(256)])
     reseal(folder)
 
 
@@ -335,7 +343,9 @@ def test_hostile_files(name: str, sound: dict[str, tuple[Path, SpinCache]], tmp_
 @pytest.mark.parametrize("name", CACHES)
 def test_hostile_tables(name: str, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
     """Never an index out of bounds: refused, or a cache that works on other numbers."""
-    fuzz(name, sound, tmp_path, [hostile_tables], range(30), exact=False)
+    found = fuzz(name, sound, tmp_path, [hostile_tables], range(30), exact=False)
+    assert found["loaded"]
+    assert name != "clustered" or found["refused"] > 3
 
 
 @pytest.mark.slow
@@ -357,6 +367,48 @@ def test_files_of_another_save_of_the_same_cache(sound: dict[str, tuple[Path, Sp
     shutil.copy(theirs[1], ours[1])
     with pytest.raises(SavedCacheError, match="the header of"):
         SpinCache.from_pretrained(tmp_path / "one", subject_model("llama"), verify=False)
+
+
+CONTRADICTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "heads": ("clustered", lambda made: made["layers"][1].update(heads=4), "as the model has"),
+    "kind": ("linear", lambda made: made["layers"][0].update(kind="DynamicLayer"), "layer 0 as"),
+    "values": (
+        "windows", lambda made: made["layers"][0]["tensors"]["values"]["shape"].reverse(), "as a tensor of 2 sequences",
+    ),
+    "tokens of values": (
+        "windows", lambda made: made["layers"][0]["tensors"]["values"]["shape"].__setitem__(2, 3), "keys and values",
+    ),
+    "spans": ("clustered", lambda made: made.update(spans=[*made["spans"][::-1], 1]), "spans that ascend"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_contradictions(contradiction: str, sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    """Numbers of the JSON that do not fit the model or each other, with a checksum that matches."""
+    name, change, message = CONTRADICTIONS[contradiction]
+    shutil.copytree(sound[name][0], tmp_path / "copy")
+    change_json(tmp_path / "copy", change)
+    with pytest.raises(SavedCacheError, match=message):
+        SpinCache.from_pretrained(tmp_path / "copy", subject_model(CACHES[name][0]))
+
+
+def test_a_directory_of_segments_that_do_not_exist(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    shutil.copytree(sound["clustered"][0], tmp_path / "copy")
+    for file in shards_of(tmp_path / "copy"):
+        if "directory" in header_and_tensors(file)[0]:
+            with bytes_of_tensor(file, "directory") as content:
+                content[:] = b"\x7f" * len(content)
+    reseal(tmp_path / "copy")
+    with pytest.raises(SavedCacheError, match="a directory of segments"):
+        SpinCache.from_pretrained(tmp_path / "copy", subject_model("llama"))
+
+
+def test_token_ids_behind_a_header_of_any_length(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:
+    shutil.copytree(sound["clustered"][0], tmp_path / "copy")
+    file = shards_of(tmp_path / "copy")[0]
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    with pytest.raises(SavedCacheError, match="bytes of token ids"):
+        saved_tokens(tmp_path / "copy")
 
 
 def test_token_ids(sound: dict[str, tuple[Path, SpinCache]], tmp_path: Path) -> None:

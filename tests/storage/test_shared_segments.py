@@ -1,4 +1,4 @@
-"""Page tables that share segments: whatever they do, each reads its own tokens, and pools do not grow without need.
+"""Page tables that share segments: each reads its own tokens after any calls, and pools do not grow without need.
 
 A `Ledger` is storage of one KV head with one token per page, in chunks that forks share by reference.
 """
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from spin_hf.errors import CacheStateError
 from spin_hf.storage.page_table import SEGMENT_PAGES, PageTable
-from spin_hf.storage.segment_pool import segments_of
+from spin_hf.storage.segment_pool import segment_indices
 from spin_hf.storage.shared_segments import SharedSegments
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ Chunk = dict[tuple[int, int], int]
 
 
 class Ledger:
-    """See the module's head. Chunks hold `each` segments."""
+    """See the docstring of this module. Chunks hold `each` segments."""
 
     def __init__(self, each: int, chunks: list[Chunk] | None = None) -> None:
         self.each, self.chunks, self.length = each, chunks or [], 0
@@ -125,6 +125,12 @@ class Book:
                 assert found == expected
 
 
+def book_and_fork(num_tokens: int) -> tuple[Book, Book]:
+    book = Book()
+    book.append([list(range(num_tokens))])
+    return book, book.fork()
+
+
 def held(books: list[Book]) -> int:
     """Different segments in use, in the first ledgers."""
     used = {
@@ -141,19 +147,8 @@ def held(books: list[Book]) -> int:
 def test_random_families(data: st.DataObject) -> None:
     books, fresh = [Book()], iter(range(10**7))
     actions = [
-        "append",
-        "append",
-        "fail",
-        "fork",
-        "fork",
-        "truncate",
-        "select",
-        "own",
-        "clear",
-        "release",
-        "delete",
-        "copy",
-    ]
+        "append", "append", "fail", "fork", "fork", "truncate", "select", "own", "clear", "release", "delete", "copy",
+    ]  # fmt: skip
     for _ in range(data.draw(st.integers(4, 30))):
         book = books[data.draw(st.integers(0, len(books) - 1))]  # hypothesis keeps what it draws
         action = data.draw(st.sampled_from(actions))
@@ -176,7 +171,7 @@ def test_random_families(data: st.DataObject) -> None:
         elif action == "own" and book.tokens:
             pages = range(data.draw(st.integers(0, book.length - 1)), book.length)
             book.table.own(pages)
-            indices = range(pages.start // SEGMENT_PAGES, segments_of(pages.stop))
+            indices = segment_indices(pages.start, pages.stop)
             assert all(book.table.shared.owns(row[index]) for row in book.table.directory for index in indices)
         elif action in ("clear", "release"):
             book.table.clear()
@@ -229,9 +224,7 @@ def test_segments_of_a_fork_that_ended_are_used_again() -> None:
 
 def test_segments_that_one_side_leaves_go_to_the_other() -> None:
     """The pool of a survivor grows only when nothing is left in the chunks that it sees."""
-    book = Book()
-    book.append([list(range(6 * SEGMENT_PAGES))])
-    fork = book.fork()
+    book, fork = book_and_fork(6 * SEGMENT_PAGES)
     book.table.clear()
     book.tokens = []
     fork.append([[1]])  # the seventh segment
@@ -245,10 +238,8 @@ def test_segments_that_one_side_leaves_go_to_the_other() -> None:
 
 
 def test_a_table_with_its_own_rows_leaves() -> None:
-    """As when pages and summaries were copied: the pool is its own from then on, and the fork's too."""
-    book = Book()
-    book.append([list(range(70))])
-    fork = book.fork()
+    """Such as after a conversion of its pages. Each side then has a pool of its own."""
+    book, fork = book_and_fork(70)
     for ledger in book.ledgers:
         ledger.chunks, ledger.shares_rows = deepcopy(ledger.chunks), False
     book.table.settle_forks()
@@ -261,11 +252,9 @@ def test_a_table_with_its_own_rows_leaves() -> None:
         each.check()
 
 
-def test_a_drop_that_is_not_published_yet_is_taken_back() -> None:
-    """A step that copies a segment and is rolled back finds its old one as it was."""
-    book = Book()
-    book.append([list(range(40))])
-    fork = book.fork()
+def test_a_copy_is_undone_with_its_step() -> None:
+    """The old segment is still held and unchanged."""
+    book, fork = book_and_fork(40)
     before = book.table.directory
     book.append([[7]], fails=True)
     assert book.table.directory == before
@@ -274,11 +263,21 @@ def test_a_drop_that_is_not_published_yet_is_taken_back() -> None:
         each.check()
 
 
+def test_a_dropped_segment_is_published_by_the_next_step() -> None:
+    """Also by a step that needs no segment. The fork then holds the segment alone and does not copy it."""
+    book, fork = book_and_fork(70)
+    book.append([[1]])  # in a copy of the last segment
+    book.append([[2]])
+    before = fork.table.directory
+    fork.append([[3]])
+    assert fork.table.directory == before
+    for each in (book, fork):
+        each.check()
+
+
 @pytest.mark.parametrize("damage", ["holder", "member", "free"])
 def test_integrity_notices(damage: str) -> None:
-    book = Book()
-    book.append([list(range(40))])
-    fork = book.fork()
+    book, fork = book_and_fork(40)
     shares: Any = book.table.shared
     share = shares._shares[book.table.directory[0][0]]
     if damage == "holder":
@@ -291,7 +290,7 @@ def test_integrity_notices(damage: str) -> None:
         book.table.check_integrity()
 
 
-def test_a_table_without_forks_pays_nothing() -> None:
+def test_a_table_without_forks_shares_nothing() -> None:
     shared = SharedSegments()
     assert not shared
     assert shared.owns(3)

@@ -18,10 +18,15 @@ from torch import Tensor
 
 from spin_hf import BudgetError, SpinCache
 from spin_hf.indexing.cluster import cluster_new_tokens
-from spin_hf.storage.segment_pool import SEGMENT_PAGES, segments_of
+from spin_hf.storage.segment_pool import segment_indices
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.inspection import state_of
+from tests.support.memory import SMALL_ZONES
 
+SHAPE = Shape(layers=2)
+TIERS: dict[str, dict[str, Any]] = {
+    "resident": {}, "tiered": {"gpu_memory": 110_000}, "int8": {"gpu_memory": 110_000, "cpu_dtype": "int8"},
+}  # fmt: skip
 TOLERANCE = 1e-5
 """For sums in another order: one side may hold its pages in frames and the other not."""
 
@@ -94,8 +99,7 @@ class Pair:
     def _owns_last(self, count: int) -> bool:
         """Whether no fork uses the segments of the last `count` tokens."""
         sequences = state_of(self.cache).sequences
-        pages = (sequences.length - count) // sequences.page_size, sequences.num_pages
-        indices = range(pages[0] // SEGMENT_PAGES, segments_of(pages[1]))
+        indices = segment_indices((sequences.length - count) // sequences.page_size, sequences.num_pages)
         return all(sequences.shared.owns(row[index]) for row in sequences.directory for index in indices)
 
     def check(self) -> None:
@@ -143,6 +147,20 @@ class Family:
         for pair in self.pairs:
             pair.check()
         assert_apart([pair.cache for pair in self.pairs])
+
+
+def sparse_family(method: Any, **options: Any) -> Family:
+    """A family at a budget that leaves most tokens out."""
+    return Family(SHAPE, method=method, budget=16, num_sink_tokens=3, recent_window=5, **options)
+
+
+def document(tokens: int = 5000, **options: Any) -> CacheDriver:
+    """A cache after a prompt of random tokens and one more step."""
+    driver = CacheDriver(SHAPE, budget=32, **SMALL_ZONES, **options)
+    kv = RandomKV.random(SHAPE, 1, tokens + 1, 0)
+    driver.step(kv, 0, tokens)
+    driver.step(kv, tokens, tokens + 1)
+    return driver
 
 
 def assert_apart(caches: Iterable[SpinCache]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spin_hf import SpinCache
+from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import left_padded, random_tokens, subject_model
 
@@ -42,7 +43,7 @@ def prefilled(family: str, *, padded: bool = False, tokens: int = 70, steps: int
 def advance(model: Any, cache: Any, seed: int) -> Tensor:
     """Logits of one more token of every sequence. Padding held stays padding."""
     length = cache.get_seq_length()
-    valid = None if not cache.paged_layers else cache.paged_layers[0].cache_state.sequences.mask.valid
+    valid = state_of(cache).sequences.mask.valid if cache.paged_layers else None
     batch = rows_of(cache)
     mask = torch.ones(batch, length + 1, dtype=torch.long)
     if valid is not None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...config import shown
 from ...errors import OptionError
+from .json_checks import is_no_deeper, unique
 from .seer_gates import FILE_NAME, FORMAT, REMEDY, TENSORS, Gates, LayerGate, check_layer, check_numbers
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,7 +106,7 @@ def _read(opened: BufferedReader, size: int) -> Gates:
     if type(page_size) is not int or page_size < 1:
         raise _OtherError("a page_size of 1 or more", shown(page_size))
     numbers = _layers(interleaved)
-    if not _no_deeper(about, _MOST_DEPTH):
+    if not is_no_deeper(about, _MOST_DEPTH):
         raise _OtherError(f"metadata 'about' that is at most {_MOST_DEPTH} deep", "some that is deeper")
     wanted = {f"layers.{number}.{name}" for number in numbers for name in TENSORS}
     if wanted != header.keys():
@@ -145,18 +146,11 @@ def _header(opened: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
 def _json(text: Any, what: str) -> dict[str, Any]:
     """A JSON object; duplicate names are refused."""
     try:
-        found = json.loads(text, object_pairs_hook=_unique) if isinstance(text, str) else None
+        found = json.loads(text, object_pairs_hook=unique) if isinstance(text, str) else None
     except (ValueError, RecursionError) as error:
         raise _OtherError(f"JSON as {what}", f"{type(error).__name__} ({shown(str(error))})") from error
     if not isinstance(found, dict):
         raise _OtherError(f"a JSON object as {what}", shown(text))
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("two values of one name")
     return found
 
 
@@ -172,12 +166,6 @@ def _layers(interleaved: Any) -> dict[int, bool]:
         if not plain or type(flag) is not bool:
             raise _OtherError(expected, f"{shown(name)}: {shown(flag)}")
     return {int(name): flag for name, flag in interleaved.items()}
-
-
-def _no_deeper(value: Any, depth: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return True
-    return depth > 0 and all(_no_deeper(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _places(header: dict[str, Any], size: int) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
