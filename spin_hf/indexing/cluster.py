@@ -27,7 +27,7 @@ from ..errors import BudgetError, CacheStateError, CapacityError, require_integr
 from ..storage import permute_pages
 from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
-from ..storage.page_table import SEGMENT_PAGES, segments_of
+from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
 from .summarize import index_pages, stores_of, summarize_stale, together
 
@@ -235,7 +235,7 @@ def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> T
     pages = [_movable_runs(row) for row in may_move.tolist()]
 
     def unshare() -> None:
-        for rows in _group_equal(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages):
+        for rows in _group_equal(sequences.directory, segment_indices(first, stop), pages):
             if pages[rows[0]]:
                 sequences.unshare(rows, range(first, stop))
 
@@ -260,7 +260,7 @@ def _span_runs(state: CacheState, first: int, stop: int) -> list[Run]:
     """Runs of a span to be clustered, once for all sequences that share them."""
     sequences = state.sequences
     pages = [_movable_runs(row) for row in sequences.spans.clustered[:, first:stop].tolist()]
-    groups = _group_equal(sequences.directory, range(first // SEGMENT_PAGES, segments_of(stop)), pages)
+    groups = _group_equal(sequences.directory, segment_indices(first, stop), pages)
     return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
 
 

@@ -55,7 +55,6 @@ class CacheCopies:
             BudgetError, CapacityError: that many sequences do not fit the caps. Nothing has changed.
         """
         times = 1 if num_sequences is None else times_of(num_sequences, "num_sequences")
-        self._log.settle(self.layers)
         twin = self._forked(object.__new__(type(self)))
         if times > 1:
             twin.batch_repeat_interleave(times)
@@ -64,14 +63,15 @@ class CacheCopies:
     @outside_inference_mode
     def fork_into(self: Copied, other: Copied) -> None:
         """Make the empty cache `other`, of the same model and with the same options, a fork of this one."""
-        self._log.settle(self.layers)
-        other._finalizer()  # its memory, and the hooks of its model
         self._forked(other)
 
     def _forked(self: Copied, twin: Copied) -> Copied:
-        """Make `twin` a fork of this cache."""
+        """Make `twin`, an object without contents or an empty cache, a fork of this cache."""
+        self._log.settle(self.layers)
         memo = self._passes.fork()
         fork_states(self.layers, memo)
+        if "_finalizer" in twin.__dict__:
+            twin._finalizer()  # frees its memory, and unhooks its model
         self._copied_with(memo, twin)
         twin._passes.attach(self._state.sequences, memo)
         return twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,18 +58,10 @@ def pages_fill(store: PageStore, array: ChunkedArray, entry: PagedLayer, name: s
     dtype, row_shape = (source.row_dtype, (source.row_elements,)) if converts else (array.dtype, array.row_shape)
     row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
 
-    def chunks(first: int, stop: int) -> Iterator[Tensor]:
-        """Rows [first, stop), those of each chunk."""
-        while first < stop:
-            chunk, inside = divmod(first, array.rows_per_chunk)
-            count = min(stop - first, array.rows_per_chunk - inside)
-            yield array.chunks[chunk][inside : inside + count]
-            first += count
-
     def fill(begin: int, end: int) -> Target:
         first, stop = begin // row_bytes, end // row_bytes
         if not converts and array.device.type == "cpu":
-            return Target([rows.reshape(-1).view(torch.uint8) for rows in chunks(first, stop)])
+            return Target([rows.reshape(-1).view(torch.uint8) for rows in array.views(first, stop)])
         buffer = torch.empty(end - begin, dtype=torch.uint8)
 
         def finish() -> None:
@@ -77,7 +69,7 @@ def pages_fill(store: PageStore, array: ChunkedArray, entry: PagedLayer, name: s
             if converts:
                 rows = target.join(target.encode(*source.take(rows)))
             at = 0
-            for place in chunks(first, stop):
+            for place in array.views(first, stop):
                 place.copy_(rows[at : at + len(place)])
                 at += len(place)
 

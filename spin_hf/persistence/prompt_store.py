@@ -36,6 +36,7 @@ from ..config import MOST_BYTES, parse_bytes, require_count
 from ..errors import OptionError, OptionTypeError, SavedCacheError, SpinError
 from ..integration.layer_types import is_croppable
 from ..storage.token_log import TokenLog
+from .files import folder_path
 from .opened import saved_tokens
 from .prefix_index import IndexFormatError, PrefixIndex
 from .prompt_identity import bytes_of, common_length, only_row, space_of, with_options
@@ -129,11 +130,7 @@ class PromptStore:
                     "directory: expected a folder where max_host_bytes is None, got none; pass one of them"
                 )
             return
-        if not isinstance(directory, (str, os.PathLike)):
-            raise OptionTypeError(
-                f"directory: expected a path, got {type(directory).__name__}; pass the path of a folder"
-            )
-        self.directory = Path(directory)
+        self.directory = folder_path(directory)
         try:
             self._entries.mkdir(parents=True, exist_ok=True)
             self._disk = PrefixIndex(self.directory / "index.sqlite", block_tokens)

@@ -11,7 +11,7 @@ The table keeps its own address, even when the array moves to another device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy as shallow_copy
 from typing import Any, NamedTuple
 
@@ -157,13 +157,18 @@ class ChunkedArray:
             run = 1
             while run < len(starts) and starts[run] == starts[run - 1] + length:
                 run += 1
-            first, stop = starts[0], starts[0] + run * length
+            for rows in self.views(starts[0], starts[0] + run * length):
+                target[done : done + len(rows)].copy_(rows, non_blocking=True)
+                done += len(rows)
             starts = starts[run:]
-            while first < stop:
-                chunk, inside = divmod(first, self.rows_per_chunk)
-                count = min(stop - first, self.rows_per_chunk - inside)
-                target[done : done + count].copy_(self.chunks[chunk][inside : inside + count], non_blocking=True)
-                first, done = first + count, done + count
+
+    def views(self, first: int, stop: int) -> Iterator[Tensor]:
+        """Rows [first, stop), as a view of each chunk that they lie in."""
+        while first < stop:
+            chunk, inside = divmod(first, self.rows_per_chunk)
+            rows = self.chunks[chunk][inside : inside + stop - first]
+            yield rows
+            first += len(rows)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
