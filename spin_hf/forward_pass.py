@@ -81,7 +81,7 @@ class ForwardPass:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
-        self.gpu.before_step(batch_size, num_tokens)
+        self.gpu.before_step(batch_size, max(num_tokens, sequences.expected_tokens - sequences.length))
         selects = state.selects(num_tokens)
         if selects:  # a prefill attends to all tokens: it needs neither clusters nor summaries
             cluster.cluster_new_tokens(state)
@@ -89,6 +89,16 @@ class ForwardPass:
         state.phase = Phase.APPENDING
         if selects:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
+
+    @contextmanager
+    def reading(self, num_tokens: int) -> Iterator[None]:
+        """Within this context, forwards are chunks of a prompt that will have `num_tokens` tokens, with those held before."""
+        state = self.state
+        state.reads_prompt, state.sequences.expected_tokens = True, num_tokens
+        try:
+            yield
+        finally:
+            state.reads_prompt, state.sequences.expected_tokens = False, 0
 
     @outside_inference_mode
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:

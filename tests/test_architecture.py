@@ -59,7 +59,14 @@ MAY_IMPORT_TRANSFORMERS = {
 }  # fmt: skip
 """Beside all of `graph`, `integration` and `distill`."""
 MOST_MODULES_AT_THE_TOP = 12
-TRITON = ("kernels.decode.", "kernels.indexing.", "kernels.triton_launchers", "kernels.common", "kernels.compile_ahead")
+TRITON = (
+    "kernels.decode.",
+    "kernels.indexing.",
+    "kernels.prompt.",
+    "kernels.triton_launchers",
+    "kernels.common",
+    "kernels.compile_ahead",
+)
 
 
 def name_of(file: Path) -> str:

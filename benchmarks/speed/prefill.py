@@ -47,6 +47,15 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 """Name -> maker of the cache, and arguments of `generate`."""
 
 
+def about(shape: str) -> dict[str, Any]:
+    """What all rows of a results file have in common."""
+    return {
+        "shape": shape, "dtype": "bfloat16", "gpu": torch.cuda.get_device_name(), "sources": fingerprint(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
 def once(model: Any, ids: Tensor, way: str, new: int) -> float:
     """Seconds of one call of `generate` with a new cache."""
     make, options = WAYS[way]
@@ -101,14 +110,9 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
-    about = {
-        "shape": given.shape, "dtype": "bfloat16", "machine": torch.cuda.get_device_name(), "sources": fingerprint(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
-        "python": platform.python_version(),
-    }  # fmt: skip
     output = given.output or RESULTS / "h200" / f"prefill-{given.shape}.json"
     command = command_line("speed.prefill", None).replace(f" --output {given.output}", "")
-    rows = Rows(output, about, command)
+    rows = Rows(output, about(given.shape), command)
     model = build(given.shape)
     for way in given.ways:  # compiles kernels and fills the allocator
         free()

@@ -40,16 +40,17 @@ def attend_all(
         out: [B, Q, heads, Dv]; written.
     """
     if mask is not None:
-        result = attend_held(call, store.by_place(mask, call.query.shape[2]), store)
+        put(attend_held(call, store.by_place(mask, call.query.shape[2]), store), out)
     elif call.weights is not None:
-        result = _attend_for_weights(call, key, value, store, zones)
+        put(_attend_for_weights(call, key, value, store, zones), out)
     else:
-        result = attend_causal(call, key, value, store, zones)
-    put(result, out)
+        _attend_causal(call, key, value, store, zones, out)
 
 
-def attend_causal(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
-    """Causal attention of the last Q tokens to all tokens held: [B, H, G, Q, Dv]. Arguments as for `attend_all`."""
+def _attend_causal(
+    call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan, out: Tensor
+) -> None:  # fmt: skip
+    """Causal attention of the last Q tokens to all tokens held. Arguments as for `attend_all`."""
     start, stop, device = store.sequences.start, store.sequences.length, key.device
     with TokenStream(store, start) as earlier:  # its first load runs beside the attention of the new tokens
         partials = [_partial(call, key, value, zones.real_tokens(start, stop, device), causal=True)]
@@ -58,8 +59,8 @@ def attend_causal(call: Call, key: Tensor, value: Tensor, store: PageStore, zone
             partials.append(_partial(call, keys, values, real, causal=False))
             if len(partials) == _MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
-    out, lse = kernels.merge_attention(partials)
-    return out if call.sinks is None else kernels.apply_attention_sinks(out, lse, call.sinks)
+    with torch.inference_mode(out.is_inference()):  # as in `put`
+        kernels.merge_into(partials, call.sinks, out)
 
 
 def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None] | None, causal: bool) -> Partial:
@@ -97,7 +98,7 @@ def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None]
 
 
 def _attend_for_weights(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
-    """As `attend_causal`, and collects the attention weights of all tokens."""
+    """As `_attend_causal`, and collects the attention weights of all tokens."""
     mask = zones.allowed_all(call.query.shape[3], key.device)
     if store.sequences.start:
         return attend_held(call, mask, store)

@@ -115,6 +115,7 @@ class ModelCalls:
             if self.wrapped:
                 self._drop()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # see `new_tokens`
     @outside_inference_mode
     def _record(self, num_tokens: int, ids: Tensor | None) -> None:
         """Note the ids of the tokens that a forward has added; None if they are unknown."""
@@ -218,13 +219,17 @@ class ModelCalls:
             implementation.release(self.switched)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 @outside_inference_mode
 def new_tokens(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
-    """Number of tokens of a forward, and a copy of their ids; None for embeddings. The caller may reuse its tensor."""
+    """Number of tokens of a forward, and a copy of their ids, int32; None for embeddings. The caller may reuse its tensor.
+
+    Never traced: the next replay of a CUDA graph that a user's compiled forward makes would overwrite the copy.
+    """
     new = forward_hook.new_inputs(kwargs)
     if new is None:
         return 0, None
-    return new.shape[1], None if kwargs.get("input_ids") is None else new.detach().clone()
+    return new.shape[1], None if kwargs.get("input_ids") is None else new.detach().to(torch.int32, copy=True)
 
 
 def _may_be_cropped(layer: Any) -> bool:

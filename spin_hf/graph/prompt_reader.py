@@ -111,19 +111,15 @@ class PromptReader:
             check_first_batch(state, self.passes.gpu, stop, batch_size)
         keep = kwargs.get("logits_to_keep") or stop
         outputs: list[Any] = []
-        state.reads_prompt = True
-        try:
-            with PromptBar(stop) as bar:
-                for first, last in chunks(stop, size):
-                    given = {key: _part(key, value, first, last, held) for key, value in kwargs.items()}
-                    wanted = last - max(first, stop - keep)
-                    if "logits_to_keep" in kwargs and keep < stop:
-                        given["logits_to_keep"] = max(1, wanted)
-                    output = forward(**given)
-                    outputs = [*outputs, output] if wanted > 0 else []
-                    bar.update(last)
-        finally:
-            state.reads_prompt = False
+        with self.passes.reading(held + stop), PromptBar(stop) as bar:
+            for first, last in chunks(stop, size):
+                given = {key: _part(key, value, first, last, held) for key, value in kwargs.items()}
+                wanted = last - max(first, stop - keep)
+                if "logits_to_keep" in kwargs and keep < stop:
+                    given["logits_to_keep"] = max(1, wanted)
+                output = forward(**given)
+                outputs = [*outputs, output] if wanted > 0 else []
+                bar.update(last)
         return _joined(outputs)
 
 

@@ -22,11 +22,13 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens
     copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
     copy_page              the same, of one page in several layers                             test_launches
+    merge_partials         `reference.merge_attention`, `reference.merge_into`                 test_merge_partials
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,6 @@ from .reference import (
     attend,
     dense_attention,
     list_pages,
-    merge_attention,
     page_zones,
     pages_down_to,
     put_tokens,
@@ -84,6 +85,18 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tu
     return (reference if launch is None else launch).move_tokens(content, order, page_size, fields)
 
 
+def merge_attention(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """As `reference.merge_attention`."""
+    launch = launchers(partials[0][0].device)
+    return (reference if launch is None else launch).merge_attention(partials)
+
+
+def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, out: Tensor) -> None:
+    """As `reference.merge_into`."""
+    launch = launchers(out.device)
+    (reference if launch is None else launch).merge_into(partials, sinks, out)
+
+
 def bisect(points: Tensor, page_size: int) -> Tensor:
     """As `reference_clustering.bisect`. The kernels need Ampere or later, and points of at most 128 numbers."""
     launch = launchers(points.device)
@@ -109,6 +122,6 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 __all__ = [
     "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters", "fused_attention",
-    "launchers", "list_pages", "merge_attention", "move_tokens", "page_means", "page_zones", "pages_down_to", "put_tokens",
-    "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+    "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones", "pages_down_to",
+    "put_tokens", "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip

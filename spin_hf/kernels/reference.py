@@ -351,6 +351,13 @@ def apply_attention_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return out * torch.sigmoid(lse - sinks.float().view(out.shape[1], out.shape[2], 1)).unsqueeze(-1)
 
 
+def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, out: Tensor) -> None:
+    """As `merge_attention` and, if there are sinks, `apply_attention_sinks`; written to `out` [B, Q, H * G, Dv]."""
+    merged, lse = merge_attention(partials)
+    merged = merged if sinks is None else apply_attention_sinks(merged, lse, sinks)
+    out.copy_(merged.flatten(1, 2).transpose(1, 2))
+
+
 def dense_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense attention by torch's fused kernel.
 

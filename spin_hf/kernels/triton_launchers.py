@@ -23,6 +23,7 @@ from .indexing.copy_rows import rows_copier
 from .indexing.fill_clusters import fill_clusters, unit_vectors
 from .indexing.permute_tokens import move_tokens, page_means
 from .indexing.quantize import encode_pages, quantize
+from .prompt.merge_partials import merge_attention, merge_into
 
 
 class Launchers:
@@ -51,6 +52,9 @@ class Launchers:
     page_means = staticmethod(page_means)
     rows_copier = staticmethod(rows_copier)
     copy_page = staticmethod(copy_page)
+
+    merge_attention = staticmethod(merge_attention)
+    merge_into = staticmethod(merge_into)
 
 
 launchers = Launchers()

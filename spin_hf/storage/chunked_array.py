@@ -11,6 +11,7 @@ The table keeps its own address, even when the array moves to another device.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy as shallow_copy
 from typing import Any, NamedTuple
@@ -75,7 +76,8 @@ class ChunkedArray:
         self._table: Tensor | None = None
         self._table_is_behind = False
         """Whether the table may hold old addresses. Set while chunks move."""
-        self._spare: PrefetchedChunk | None = None
+        self._spares: deque[PrefetchedChunk] = deque()
+        """The next chunks, allocated ahead."""
 
     @property
     def num_rows(self) -> int:
@@ -105,12 +107,15 @@ class ChunkedArray:
             self._table = table
         return self._table
 
-    def grow(self, num_rows: int) -> None:
+    def grow(self, num_rows: int, expected: int = 0) -> None:
         """Allocate rows up to `num_rows`. New rows are uninitialized; old rows keep their addresses.
 
+        Args:
+            expected: rows that are needed soon. Allocated too, in the background if they are registered host memory.
         Raises:
             CapacityError: this needs more than MAX_CHUNKS chunks, or memory ran out. Nothing has changed.
         """
+        num_rows = num_rows if self.is_registered else max(num_rows, expected)
         if self._table_is_behind:  # a move was interrupted
             self._write_addresses(self._table, 0, self.chunks)
             self._table_is_behind = False
@@ -125,12 +130,15 @@ class ChunkedArray:
             self._write_addresses(self._table, len(self.chunks), made)
             self.chunks += made
         self.used_rows = max(self.used_rows, num_rows)
-        self._order_spare()
+        is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
+        self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
 
     def shrink(self, num_rows: int) -> None:
         """Free the chunks behind row `num_rows`. Allocates nothing."""
         needed = -(-num_rows // self.rows_per_chunk)
         held, self.used_rows = len(self.chunks), min(self.used_rows, num_rows)
+        while len(self._spares) > 1:
+            self._spares.pop()
         if needed < held:
             self.chunks = self.chunks[:needed]  # before the table is cleared: every chunk in use has its address there
             if self._table is not None:
@@ -139,7 +147,7 @@ class ChunkedArray:
     def release(self) -> None:
         """Free all rows. The address table keeps its address."""
         self._wait_for_kernels()
-        self.chunks, self.used_rows, self._spare = [], 0, None
+        self.chunks, self.used_rows, self._spares = [], 0, deque()
         if self._table is not None:
             self._table.zero_()
 
@@ -204,7 +212,7 @@ class ChunkedArray:
             copy.copy_(chunk)
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        known = {"device": device, "is_shared": False, "_spare": None, "_table_is_behind": False}
+        known = {"device": device, "is_shared": False, "_spares": deque(), "_table_is_behind": False}
         self.__dict__.update(known, chunks=moved)
 
     def _convert(self, device: torch.device, conversion: Conversion) -> None:
@@ -220,14 +228,14 @@ class ChunkedArray:
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
         # One update, so that an interruption leaves either the old state or the new one.
-        known: dict[str, Any] = {"device": device, "is_shared": False, "_spare": None, "_table_is_behind": False}
+        known: dict[str, Any] = {"device": device, "is_shared": False, "_spares": deque(), "_table_is_behind": False}
         self.__dict__.update(layout | known, chunks=moved)
 
     def fork(self) -> ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
         twin = shallow_copy(self)
-        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spare=None)
+        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spares=deque())
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
@@ -271,12 +279,14 @@ class ChunkedArray:
             wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
-        """Return the prefetched chunk if one is enough. Otherwise allocate, and leave the prefetched chunk for later."""
-        if count == 1 and self._spare is not None:
-            chunk, self._spare = self._spare.take(), None
-            if chunk is not None:
-                return [chunk]
-        return self._allocate(count, self.device)
+        """The chunks that were allocated ahead, as far as there are any, and newly allocated ones."""
+        chunks: list[Tensor] = []
+        while self._spares and len(chunks) < count:
+            chunk = self._spares.popleft().take()
+            if chunk is None:
+                break
+            chunks.append(chunk)
+        return chunks + self._allocate(count - len(chunks), self.device)
 
     def _allocate(
         self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
@@ -289,12 +299,13 @@ class ChunkedArray:
                 return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
 
-    def _order_spare(self) -> None:
-        """Prefetch the next chunk once half of the last one is used, so that growing by one chunk does not wait."""
-        full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
-        if full and self.is_registered and self._spare is None and 0 < len(self.chunks) < MAX_CHUNKS:
-            shape = (self.rows_per_chunk, *self.row_shape)
-            self._spare = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device)
+    def _prefetch(self, num_chunks: int) -> None:
+        """Have chunks below number `num_chunks` allocated ahead, so that growing does not wait."""
+        if not (self.is_registered and self.chunks):
+            return
+        shape = (self.rows_per_chunk, *self.row_shape)
+        for number in range(len(self.chunks) + len(self._spares), min(num_chunks, MAX_CHUNKS)):
+            self._spares.append(PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device, number=number))
 
     def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
         """Write the addresses of chunks [first, first + len(chunks)) to `table`, if given."""

@@ -108,7 +108,7 @@ class PageStore(SegmentStore):
                 raise
             self._num_frames(batch_size, num_segments, num_pages)
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
         """Allocate rows for segments below `num_ids`, and frames for `num_segments` segments and `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
@@ -119,7 +119,7 @@ class PageStore(SegmentStore):
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
         for array in self._arrays():
-            array.grow(self.budget.rows(num_ids))
+            array.grow(self.budget.rows(num_ids), self.budget.rows(num_expected))
         self.num_segments = num_segments
 
     def _take_frames(
@@ -187,7 +187,7 @@ class PageStore(SegmentStore):
             self.frames.select(rows)
             if had_slots:  # a fork without frames gets them with its first step
                 segments = self.num_segments, len(self.sequences.refcounts)
-                self.reserve(len(rows), segments[0], self.sequences.num_pages, segments[1])
+                self.reserve(len(rows), segments[0], self.sequences.num_pages, segments[1], segments[1])
 
     def forget_resident(self, batch_size: int) -> None:
         """Drop all resident pages and free the frames until the next `reserve`. Safe at any time."""

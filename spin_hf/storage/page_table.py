@@ -39,7 +39,7 @@ from .segment_pool import (
     segments_of,
     take_segments,
 )
-from .segment_store import SegmentStore
+from .segment_store import Room, SegmentStore
 from .segment_tables import SegmentTables, Tables
 from .shared_segments import SharedSegments
 
@@ -63,6 +63,8 @@ class PageTable(SegmentTables):
         """Tokens held before the current step."""
         self.length = 0
         """Tokens held, including the current step."""
+        self.expected_tokens = 0
+        """Tokens that a prompt in progress will have added at its end. Room for them is reserved with its first chunk."""
         self.step = 0
         """LRU clock of the page frames. A step advances it by its queries, at most MAX_QUERIES."""
         self.past = Past()
@@ -72,8 +74,8 @@ class PageTable(SegmentTables):
         """Counts events that may move or resize memory: reservations and changes to the past."""
         self.layout_version = 0
         """Counts conversions of a store's layout. Kernels compiled for the old layout cannot read the new one."""
-        self._room: tuple[int, ...] | None = None
-        """Arguments of the last `reserve`; None if it must be repeated."""
+        self._room: Room | None = None
+        """The room that was reserved last; None if that must be repeated."""
         self._rows: dict[tuple[int, torch.device], Tensor] = {}
         self._counted: tuple[int, int, list[int]] | None = None
         """Cache of `pages_held`: past version, tokens, and pages with real tokens of each sequence."""
@@ -85,8 +87,8 @@ class PageTable(SegmentTables):
 
     @property
     def room(self) -> tuple[int, int, int]:
-        """Batch size, segments in the pool, and page capacity per sequence."""
-        return self.batch_size, self.num_segments, len(self.directory[0]) * SEGMENT_PAGES if self.directory else 0
+        """Batch size, segments in the pool, and page capacity per sequence, expected tokens included."""
+        return self._room_for(self.directory, self.refcounts, self.free)[:3]
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -117,10 +119,14 @@ class PageTable(SegmentTables):
         more = self.num_pages - -(-self._counted[1] // self.page_size)
         return [number + max(0, more) for number in self._counted[2]]
 
+    def _room_for(self, directory: list[list[int]], refcounts: list[int], free: list[int]) -> Room:
+        return self.room_for(directory, refcounts, free, segments_of(-(-self.expected_tokens // self.page_size)))
+
     def attach(self, store: SegmentStore) -> None:
         """Register `store` for all later changes and reserve room for what is held."""
-        store.check(self.batch_size, self.num_segments, self.num_pages)
-        store.reserve(*self.room, len(self.refcounts))
+        room = self._room_for(self.directory, self.refcounts, self.free)
+        store.check(*room[:2], max(self.num_pages, -(-self.expected_tokens // self.page_size)))
+        store.reserve(*room)
         self.stores.append(store)
         self.memory_version += 1
 
@@ -149,7 +155,10 @@ class PageTable(SegmentTables):
 
     def _owns(self, first: int, stop: int) -> bool:
         """Whether every sequence already owns the segments of pages [first, stop), unshared and reserved. Usual in decoding."""
-        if self._room is None or self._room[0] != len(self.directory):
+        room = self._room
+        if room is None or room.batch_size != len(self.directory):
+            return False
+        if room.num_pages * self.page_size < self.expected_tokens:
             return False
         indices = segment_indices(first, stop)
         own, refcounts = self.shared.owns, self.refcounts
@@ -161,8 +170,7 @@ class PageTable(SegmentTables):
         reuse = self.length or self.stores  # without stores, segments of a rejected batch have no rows
         refcounts, free = (list(self.refcounts), list(self.free)) if reuse else ([], [])
         copies = take_segments(directory, refcounts, free, self.shared, first, stop)
-        num_pages = len(directory[0]) * SEGMENT_PAGES  # whole segments, so that tables seldom change size
-        self._prepare(copies, batch_size, self.available(refcounts), num_pages, len(refcounts))
+        self._prepare(copies, self._room_for(directory, refcounts, free))
         if (directory, refcounts) == (self.directory, self.refcounts):
             return {}
         return {"directory": directory, "refcounts": refcounts, "free": free, "_rows": {}}
@@ -210,7 +218,7 @@ class PageTable(SegmentTables):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
                 copies += own_segment(holders, index, refcounts, free, self.shared)
-        self._prepare(copies, self.batch_size, self.available(refcounts), self.num_pages, len(refcounts))
+        self._prepare(copies, self._room_for(directory, refcounts, free))
         self._become(directory=directory, refcounts=refcounts, free=free)
 
     def own(self, pages: range) -> None:
@@ -239,7 +247,7 @@ class PageTable(SegmentTables):
         if tables is None:
             for row in directory:
                 release_segments(row[keep:], refcounts, free, self.shared)
-            directory = [row[:keep] for row in directory]
+            directory = [row[:keep] for row in directory] if length else []
         more = {"mask": self.mask.truncate(length), "spans": spans or self.spans, "start": length, "length": length}
         self._become(directory=directory, refcounts=refcounts, free=free, **more, prefix=length)
 
@@ -306,10 +314,10 @@ class PageTable(SegmentTables):
         versions = {"past_version": self.past_version + 1, "memory_version": self.memory_version + 1}
         self.__dict__.update(known | versions, **tables)
 
-    def _prepare(self, copies: list[tuple[int, int]], *room: int) -> None:
+    def _prepare(self, copies: list[tuple[int, int]], room: Room) -> None:
         """Reserve room and copy (source, copy) segments. On an error the added room is freed."""
         try:
-            self._make_room(*room)
+            self._make_room(room)
             for store in self.stores:
                 store.copy_segments(copies)
         except BaseException:
@@ -322,8 +330,8 @@ class PageTable(SegmentTables):
         for store in self.stores:
             store.shrink(len(self.refcounts))
 
-    def _make_room(self, *room: int) -> None:
-        """Reserve room for (batch size, segments, pages, ids) in all stores. No work if unchanged since the last step."""
+    def _make_room(self, room: Room) -> None:
+        """Reserve room in all stores. No work if unchanged since the last step."""
         if room == self._room:
             return
         self.memory_version, self._room = self.memory_version + 1, None
@@ -337,7 +345,7 @@ class PageTable(SegmentTables):
         """Reserve again after the stores' budgets changed."""
         if self.directory:
             self._room = None
-            self._make_room(*self.room, len(self.refcounts))
+            self._make_room(self._room_for(self.directory, self.refcounts, self.free))
 
     def release(self) -> None:
         """Free the memory of all stores. The batch must be empty."""

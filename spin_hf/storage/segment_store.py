@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+
+class Room(NamedTuple):
+    """What is reserved in a store; the arguments of `SegmentStore.reserve`.
+
+    Attributes:
+        batch_size: sequences.
+        num_segments: segments in the pool, expected ones included.
+        num_pages: pages per sequence, expected ones included.
+        num_ids: ids of segments that get rows now are below this.
+        num_expected: likewise of segments that follow soon.
+    """
+
+    batch_size: int
+    num_segments: int
+    num_pages: int
+    num_ids: int
+    num_expected: int
 
 
 class SegmentStore(Protocol):
@@ -13,8 +31,11 @@ class SegmentStore(Protocol):
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Raise BudgetError or CapacityError if `reserve` would exceed a cap. Changes nothing."""
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
-        """Allocate for a batch of this size, and rows for segments below `num_ids`."""
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+        """Allocate for a batch of this size, and rows for segments below `num_ids`.
+
+        Segments below `num_expected` follow soon: their rows may be allocated too, or prepared in the background.
+        """
 
     def shrink(self, num_segments: int) -> None:
         """Free the rows of segments from `num_segments` on. Allocates nothing."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import require_integrity
-from .segment_store import SegmentStore
+from .segment_pool import SEGMENT_PAGES
+from .segment_store import Room, SegmentStore
 from .shared_segments import SharedSegments
 
 Tables = tuple[list[list[int]], list[int], list[int]]
@@ -50,6 +51,19 @@ class SegmentTables:
     def available(self, refcounts: list[int]) -> int:
         """Segments in a pool with these reference counts, without those that only forks use."""
         return len(refcounts) - self.shared.unused(refcounts)
+
+    def room_for(
+        self, directory: list[list[int]], refcounts: list[int], free: list[int], expected: int
+    ) -> Room:  # fmt: skip
+        """The room that these tables need. Pages are whole segments, so that tables of pages seldom change size.
+
+        Args:
+            expected: segments that each sequence will have, if that is more than it has.
+        """
+        each = len(directory[0]) if directory else 0
+        more = max(0, len(directory) * (expected - each) - len(free))
+        num_pages = max(each, expected) * SEGMENT_PAGES if directory else 0
+        return Room(len(directory), self.available(refcounts) + more, num_pages, len(refcounts), len(refcounts) + more)
 
     def settle_forks(self) -> None:
         """Stop holding segments that this table no longer references, and free those that no fork can see any more.

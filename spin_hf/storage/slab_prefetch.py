@@ -1,18 +1,20 @@
-"""Prefetches chunks in a background thread, so that a decode step does not wait for page-locking.
+"""Prefetches chunks in a background thread, so that no step waits for page-locking.
 
     array --ask--> PrefetchedChunk (empty) --background thread--> PrefetchedChunk (filled) --take--> array
 
-An array's next chunk is allocated while its last one fills. One thread serves the process.
+An array's next chunk is allocated while its last one fills, and the chunks of a prompt while its first tokens are read. One
+thread serves the process. Chunks with low numbers come first: all layers need their second chunk before any needs its third.
 """
 
 from __future__ import annotations
 
 import atexit
+import heapq
+import itertools
 import os
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -54,7 +56,7 @@ class PrefetchedChunk:
 
 
 class SlabPrefetcher:
-    """Fills prefetched chunks of all arrays of the process in one background thread, first in, first out.
+    """Fills prefetched chunks of all arrays of the process in one background thread: lowest number first, then first asked.
 
     It holds weak references only, so dropping a `PrefetchedChunk` frees its memory.
 
@@ -68,18 +70,25 @@ class SlabPrefetcher:
 
     def reset(self) -> None:
         """Reset all state. Needed in a forked child, which has no such thread and may inherit a held lock."""
-        self._requests: deque[weakref.ref[PrefetchedChunk]] = deque()
+        self._requests: list[tuple[int, int, weakref.ref[PrefetchedChunk]]] = []
+        self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def ask(self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device) -> PrefetchedChunk:
-        """Request a chunk. Returns at once; allocation errors are not raised here."""
+    def ask(
+        self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device, number: int = 0
+    ) -> PrefetchedChunk:  # fmt: skip
+        """Request a chunk. Returns at once; allocation errors are not raised here.
+
+        Args:
+            number: of the chunk in its array.
+        """
         shape = tuple(chunk_shape)
         spare = PrefetchedChunk(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
         with self._changed:
             if not self._stopped:
-                self._requests.append(weakref.ref(spare))
+                heapq.heappush(self._requests, (number, next(self._order), weakref.ref(spare)))
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}ahead", daemon=True)
                     self._thread.start()
@@ -100,7 +109,7 @@ class SlabPrefetcher:
                 self._changed.wait_for(lambda: self._requests or self._stopped)
                 if self._stopped:
                     return
-                spare = self._requests.popleft()()
+                spare = heapq.heappop(self._requests)[2]()
             if spare is not None:
                 spare.fill()
             del spare  # do not keep it alive while waiting

@@ -223,6 +223,7 @@ def test_an_interrupted_prompt_is_forgotten_whole(chunk: int, held: int) -> None
             model(random_tokens(2, 40), past_key_values=cache)
         hook.remove()
         assert cache.get_seq_length() == held
+        assert cache.stats().sequences == (2 if held else 0)
         cache.check_integrity()
         for ids in (random_tokens(2, 33, seed=2), random_tokens(2, 1, seed=3)):
             ours, theirs = (model(ids, past_key_values=each).logits for each in (cache, dense))
@@ -236,6 +237,34 @@ def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk() -> None:
     with torch.no_grad(), pytest.raises(CapacityError, match="cpu_memory"):
         model(random_tokens(1, 4000), past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("held", [0, 70])
+@pytest.mark.parametrize("gpu_memory", ["auto", "600kB"])
+def test_memory_is_reserved_with_the_first_chunk(gpu_memory: str, held: int) -> None:
+    """Later chunks neither resize page frames nor move pages, and the sizes at the end are those of a prompt read whole."""
+    model, ids = build_model("llama"), random_tokens(2, 1300, seed=2)
+    found = []
+    for size in (None, 100):
+        cache = SpinCache(model, "shadowkv", gpu_memory=gpu_memory, prefill_chunk_size=size, **SMALL_ZONES)
+        sizes = []
+
+        def note(*_: Any, cache: SpinCache = cache, sizes: list[Any] = sizes) -> None:
+            store = cache.paged_layers[0].store
+            sizes.append(None if store is None or store.frames is None else store.frames.slots)
+
+        with torch.no_grad():
+            if held:
+                model(random_tokens(2, held), past_key_values=cache)
+            hook = model.model.layers[1].register_forward_pre_hook(note)
+            model(ids, past_key_values=cache)
+            hook.remove()
+        assert len(set(sizes)) == 1
+        assert (sizes[0] is None) == (gpu_memory == "auto")
+        stats = cache.stats()
+        found.append((sizes[0], stats.gpu_bytes, stats.cpu_bytes, stats.metadata_bytes))
+        cache.check_integrity()
+    assert found[0] == found[1]
 
 
 def test_prefill_chunk_size_of_generate_takes_the_same_path(divided: list[int]) -> None:

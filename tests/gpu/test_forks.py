@@ -38,13 +38,15 @@ def test_both_sides_equal_deep_copies(family: str, method: Any, gpu_memory: Any)
     _decode(model, cache, 1)
     fork = cache.fork()
     mirrors = deepcopy(cache), deepcopy(fork)
+    croppable = family == "llama"  # a full sliding window forgets what a crop would need
     for turn in range(3):
         for side, (held, mirror) in enumerate(zip((cache, fork), mirrors, strict=True)):
             seed = 10 + 2 * turn + side
             torch.testing.assert_close(_decode(model, held, seed), _decode(model, mirror, seed), rtol=1e-4, atol=1e-4)
             held.check_integrity()
-        fork.crop(-40)
-        mirrors[1].crop(-40)
+        if croppable:
+            fork.crop(-40)
+            mirrors[1].crop(-40)
     del cache, held
     _decode(model, fork, 99)
     fork.check_integrity()

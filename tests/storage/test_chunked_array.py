@@ -50,8 +50,7 @@ def registered(num_rows: int, rows_per_chunk: int = 4) -> ChunkedArray:
 
 def wait_for_spare(array: ChunkedArray) -> torch.Tensor:
     """The array's spare chunk, which stays where it is."""
-    spare = array._spare
-    assert spare is not None
+    spare = array._spares[0]
     deadline = 3000
     while spare._chunk is None and deadline:
         threading.Event().wait(0.01)
@@ -227,20 +226,44 @@ def test_spare_is_made_while_the_last_chunk_fills(registrar: FakeRegistrar, rese
     registrar.refuses = True  # nothing more has to be registered
     array.grow(9)
     assert array.chunks[-1] is spare
-    assert array._spare is None
+    assert not array._spares
     registrar.refuses = False
     array.grow(10)
     assert reserve.observation_queries == 2
 
 
-def test_spare_is_kept_where_one_is_not_enough(registrar: FakeRegistrar, reserve: Reserve) -> None:
+def test_spare_is_used_where_one_is_not_enough(registrar: FakeRegistrar, reserve: Reserve) -> None:
     array = registered(4)
     spare = wait_for_spare(array)
     array.grow(20)
     assert len(array.chunks) == 5
-    assert all(chunk is not spare for chunk in array.chunks)
-    array.grow(21)
-    assert array.chunks[-1] is spare
+    assert array.chunks[1] is spare
+
+
+def test_expected_chunks_are_made_in_the_background(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    """All arrays get their second chunk before any gets its third."""
+    arrays = [registered(3), registered(3)]
+    for array in arrays:
+        array.grow(3, 14)
+        array.grow(3, 14)
+    assert [len(array._spares) for array in arrays] == [3, 3]
+    assert reserve.observation_queries == 6
+    spares = [wait_for_spare(array) for array in arrays]
+    for array, spare in zip(arrays, spares, strict=True):
+        array.grow(14)
+        assert len(array.chunks) == 4
+        assert array.chunks[1] is spare
+        assert torch.equal(array.take(torch.arange(3)), content(3))
+
+
+def test_expected_chunks_that_are_not_needed_are_given_back(registrar: FakeRegistrar, reserve: Reserve) -> None:
+    array = registered(3)
+    array.grow(3, 40)
+    array.shrink(3)
+    assert len(array._spares) == 1
+    reserve.stop()
+    array.release()
+    assert not registrar.registered
 
 
 def test_growing_without_the_spare_where_it_failed(registrar: FakeRegistrar, reserve: Reserve) -> None:

@@ -32,7 +32,7 @@ class Notebook:
         if num_segments > self.room:
             raise BudgetError("no room")
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
         self.calls.append("reserve")
 
     def shrink(self, num_segments: int) -> None:

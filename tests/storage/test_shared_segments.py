@@ -37,7 +37,7 @@ class Ledger:
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         pass
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
         while self.capacity < num_ids:
             self.chunks.append({})
 

@@ -93,6 +93,22 @@ def test_one_thread_in_order_of_asking(reserve: SlabPrefetcher, maker: Maker) ->
     assert maker.threads[0] is not threading.current_thread()
 
 
+def test_low_numbers_come_first(reserve: SlabPrefetcher, maker: Maker) -> None:
+    """All layers need their second chunk before any needs its third."""
+    first = ask(reserve, 1)
+    begun(maker)  # it is being made while the others are asked for
+    others = [
+        reserve.ask((size,), torch.float16, compute_device=CUDA, number=number)
+        for size, number in ((10, 1), (11, 2), (12, 3), (20, 1), (21, 2))
+    ]
+    for _ in range(6):
+        maker.gate.release()
+    for spare in (first, *others):
+        while spare._chunk is None:
+            threading.Event().wait(0.01)
+    assert maker.made == [(1,), (10,), (20,), (11,), (21,), (12,)]
+
+
 def test_taking_before_the_making_begins_calls_it_off(reserve: SlabPrefetcher, maker: Maker) -> None:
     first, second, third = ask(reserve, 1), ask(reserve, 2), ask(reserve, 3)
     begun(maker)

@@ -54,3 +54,16 @@ def test_a_replaced_token_is_forgotten() -> None:
     log = TokenLog().recorded(0, torch.tensor([[1, 2, 3, 4]])).recorded(2, torch.tensor([[7]]))
     assert torch.equal(log.ids(3), torch.tensor([[1, 2, 7]]))
     assert log.ids(4) is None
+
+
+def test_selected_sequences_share_ids() -> None:
+    """Forks and beams copy no ids, also when single tokens are joined."""
+    prompt = torch.arange(500)[None]
+    log = TokenLog().recorded(0, prompt).selected([0] * 4)
+    for position in range(600):
+        log = log.recorded(500 + position, torch.full((4, 1), position)).selected([1, 0, 3, 2])
+    assert log.pieces[0].stored.shape == (1, 500)
+    assert len(log.pieces) <= 258
+    ids = log.ids(1100)
+    assert ids is not None
+    assert torch.equal(ids, torch.cat([prompt, torch.arange(600)[None]], 1).expand(4, -1))

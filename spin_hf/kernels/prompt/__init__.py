@@ -1,0 +1,1 @@
+"""Triton kernels of prompts, outside of captured decode steps."""
