@@ -8,8 +8,8 @@
     compute stream   | k k k k   k k k k k  k |        busy: time under kernels and copies; idle: the gaps between them
     copy stream        | load | load |                 busy; hidden: the part beside a busy compute stream
 
-A gap is named by the operations before and behind it. Calls of the CUDA runtime that take long on the host are listed too. The
-profiler itself costs the host time, so gaps are upper bounds; `prefill.py` measures the time of a prompt.
+A gap is named by the operations before and behind it, and by the call of the CUDA runtime that fills most of it, if one does.
+The profiler itself costs the host time, so gaps are upper bounds; `prefill.py` measures the time of a prompt.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ TOP = 16
 """Kernels, gaps and host calls listed."""
 LONG_GAP = 20_000
 """Nanoseconds from which a gap is listed by name."""
+NEARBY = 2000
+"""Calls of the host that are looked at for one gap."""
 
 Span = tuple[int, int, str]
 """Start and stop in nanoseconds, and name."""
@@ -66,13 +68,19 @@ def common(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> int:
     return total
 
 
-def gaps(spans: list[Span]) -> dict[str, tuple[int, int]]:
-    """Gaps longer than LONG_GAP: names before and behind -> how many, and nanoseconds in all."""
+def gaps(spans: list[Span], host: list[Span]) -> dict[str, tuple[int, int]]:
+    """Gaps longer than LONG_GAP: names before and behind, and of a call on the host -> how many, and nanoseconds in all."""
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    calls, at = sorted(host), 0
     stop, before = None, ""
     for first, last, name in sorted(spans):
         if stop is not None and first - stop > LONG_GAP:
-            entry = found[f"{before} -> {name}"]
+            while at < len(calls) and calls[at][1] < stop:
+                at += 1
+            beside = [call for call in calls[at : at + NEARBY] if call[0] < first]
+            call = max(beside, key=lambda each: min(each[1], first) - max(each[0], stop), default=(0, 0, ""))
+            fills = min(call[1], first) - max(call[0], stop) > (first - stop) // 2
+            entry = found[f"{before} -> {name}" + (f" ({call[2]})" if fills else "")]
             entry[0] += 1
             entry[1] += first - stop
         if stop is None or last > stop:
@@ -112,7 +120,7 @@ def summary(streams: dict[int, list[Span]], host: list[Span]) -> dict[str, Any]:
         "copies_hidden_ms": round(common(busy, other) / 1e6, 1),
         "kernels": largest(sums(streams[compute])),
         "copies": largest(sums([s for stream, spans in streams.items() if stream != compute for s in spans])),
-        "gaps": largest(gaps(streams[compute])),
+        "gaps": largest(gaps(streams[compute], host)),
         "host_calls": largest(sums(host)),
     }
 
@@ -126,7 +134,7 @@ def trace(model: Any, num_tokens: int, way: str) -> dict[str, Any]:
     streams: dict[int, list[Span]] = defaultdict(list)
     host: list[Span] = []
     for event in profiled.profiler.kineto_results.events():
-        span = event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:80]
+        span = event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:60]
         if event.device_type() == torch.autograd.DeviceType.CUDA:
             streams[event.device_resource_id()].append(span)
         elif event.name().startswith("cu"):

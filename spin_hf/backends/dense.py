@@ -22,9 +22,6 @@ from ..storage.page_stream import TokenStream
 from .base import Call, put
 from .zones import StepPlan
 
-_MOST_PARTIALS = 6
-"""Results of pieces that are held before they are merged. Each takes as much memory as the output."""
-
 Partial = tuple[Tensor, Tensor]
 """Output [B, H, G, Q, Dv] and log-sum-exp [B, H, G, Q] of attention to some of the tokens."""
 
@@ -57,7 +54,7 @@ def _attend_causal(
         for first, keys, values in earlier:
             real = zones.real_tokens(first, first + keys.shape[2], device)
             partials.append(_partial(call, keys, values, real, causal=False))
-            if len(partials) == _MOST_PARTIALS:
+            if len(partials) == kernels.MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
     with torch.inference_mode(out.is_inference()):  # as in `put`
         kernels.merge_into(partials, call.sinks, out)

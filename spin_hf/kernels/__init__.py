@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from . import device_limits, reference, reference_clustering
-from .fused_attention import fused_attention
+from .fused_attention import MOST_PARTIALS, fused_attention
 from .reference import (
     admit_pages,
     apply_attention_sinks,
@@ -121,7 +121,8 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters", "fused_attention",
-    "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones", "pages_down_to",
-    "put_tokens", "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+    "MOST_PARTIALS", "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters",
+    "fused_attention", "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones",
+    "pages_down_to", "put_tokens", "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows",
+    "unit_vectors",
 ]  # fmt: skip

@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend
 
 from .reference import attend, merge_attention
 
+MOST_PARTIALS = 6
+"""Most partial results that are merged at a time. Each takes as much memory as the output."""
 _DIM_MULTIPLE = 8
 """Fused kernels need head sizes that are multiples of this. Other sizes are padded with zeros."""
 

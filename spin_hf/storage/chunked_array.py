@@ -25,11 +25,13 @@ from ..inference_mode import outside_inference_mode
 from .host_register import wait_for_device
 from .out_of_memory import allocating
 from .pinned_slab import allocate_rows
-from .slab_prefetch import PREFETCHER, PrefetchedChunk
+from .slab_prefetch import PREFETCHER, PrefetchedSlab
 
 MAX_CHUNKS = 4096
 """Most chunks of an array; also the length of its address table."""
 
+_SLAB_BYTES = 64 << 20
+"""Most bytes of chunks that are one allocation, which is freed with the last of them. Allocating takes a call to the driver."""
 _CONVERT_BYTES = 16 << 20
 """Bytes of rows converted at a time. Bounds temporary memory."""
 
@@ -76,7 +78,7 @@ class ChunkedArray:
         self._table: Tensor | None = None
         self._table_is_behind = False
         """Whether the table may hold old addresses. Set while chunks move."""
-        self._spares: deque[PrefetchedChunk] = deque()
+        self._spares: deque[PrefetchedSlab] = deque()
         """The next chunks, allocated ahead."""
 
     @property
@@ -279,14 +281,14 @@ class ChunkedArray:
             wait_for_device(self.compute_device)
 
     def _new_chunks(self, count: int) -> list[Tensor]:
-        """The chunks that were allocated ahead, as far as there are any, and newly allocated ones."""
+        """At least `count` chunks: slabs that were allocated ahead, as far as there are any, and newly allocated chunks."""
         chunks: list[Tensor] = []
         while self._spares and len(chunks) < count:
-            chunk = self._spares.popleft().take()
-            if chunk is None:
+            slab = self._spares.popleft().take()
+            if slab is None:
                 break
-            chunks.append(chunk)
-        return chunks + self._allocate(count - len(chunks), self.device)
+            chunks += slab
+        return chunks + self._allocate(max(0, count - len(chunks)), self.device)
 
     def _allocate(
         self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
@@ -297,15 +299,21 @@ class ChunkedArray:
         with allocating("pages and summaries", count * math.prod(shape) * dtype.itemsize):
             if device.type == "cpu":
                 return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
+            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize)
+            slabs = [min(each, count - first) for first in range(0, count, each)]
+            return [chunk for number in slabs for chunk in torch.empty((number, *shape), dtype=dtype, device=device)]
 
     def _prefetch(self, num_chunks: int) -> None:
         """Have chunks below number `num_chunks` allocated ahead, so that growing does not wait."""
         if not (self.is_registered and self.chunks):
             return
         shape = (self.rows_per_chunk, *self.row_shape)
-        for number in range(len(self.chunks) + len(self._spares), min(num_chunks, MAX_CHUNKS)):
-            self._spares.append(PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device, number=number))
+        each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes)
+        first, stop = len(self.chunks) + sum(slab.count for slab in self._spares), min(num_chunks, MAX_CHUNKS)
+        for number in range(first, stop, each):
+            count = min(each, stop - number)
+            slab = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device, count=count, number=number)
+            self._spares.append(slab)
 
     def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
         """Write the addresses of chunks [first, first + len(chunks)) to `table`, if given."""
@@ -313,6 +321,11 @@ class ChunkedArray:
             with allocating("addresses of pages", 8 * len(chunks)):
                 addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
                 table[first : first + len(chunks)].copy_(addresses, non_blocking=True)
+
+
+def _chunks_per_slab(chunk_bytes: int) -> int:
+    """Chunks that are allocated at once, where several are needed."""
+    return max(1, _SLAB_BYTES // max(1, chunk_bytes))
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:

@@ -237,6 +237,7 @@ class PageTable(SegmentTables):
         """Drop tokens from `length` on and free their memory. Undoing the current step also undoes its copies."""
         if self.length != length:
             self._truncate(length, self._before if self.start == length else None, None)
+        self.forget_last_free()
         self._shrink()
 
     def _truncate(self, length: int, tables: Tables | None, spans: ClusteredSpans | None) -> None:

@@ -65,6 +65,15 @@ class SegmentTables:
         num_pages = max(each, expected) * SEGMENT_PAGES if directory else 0
         return Room(len(directory), self.available(refcounts) + more, num_pages, len(refcounts), len(refcounts) + more)
 
+    def forget_last_free(self) -> None:
+        """Forget the free segments behind all others, so that their rows can be freed."""
+        number = len(self.refcounts)
+        while number and not self.refcounts[number - 1] and number - 1 not in self.shared:
+            number -= 1
+        if number < len(self.refcounts):
+            free = [segment for segment in self.free if segment < number]
+            self.__dict__.update(refcounts=self.refcounts[:number], free=free)
+
     def settle_forks(self) -> None:
         """Stop holding segments that this table no longer references, and free those that no fork can see any more.
 

@@ -1,6 +1,6 @@
 """Prefetches chunks in a background thread, so that no step waits for page-locking.
 
-    array --ask--> PrefetchedChunk (empty) --background thread--> PrefetchedChunk (filled) --take--> array
+    array --ask--> PrefetchedSlab (empty) --background thread--> PrefetchedSlab (filled) --take--> array
 
 An array's next chunk is allocated while its last one fills, and the chunks of a prompt while its first tokens are read. One
 thread serves the process. Chunks with low numbers come first: all layers need their second chunk before any needs its third.
@@ -24,41 +24,42 @@ from torch import Tensor
 from .pinned_slab import THREAD_PREFIX, allocate_rows, leave_mapped
 
 
-class PrefetchedChunk:
-    """A chunk allocated ahead of need. Owns the chunk until `take`.
+class PrefetchedSlab:
+    """The next chunks of an array, allocated ahead of need. Owns them until `take`.
 
     Args:
-        make: allocates the chunk.
+        count: chunks of the slab.
+        make: allocates them.
     """
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
-        self._chunk: Tensor | None = None
+    def __init__(self, count: int, make: Callable[[], list[Tensor]]) -> None:
+        self.count, self._make = count, make
+        self._chunks: list[Tensor] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def fill(self) -> None:
-        """Allocate the chunk, unless `take` came first. Errors are dropped: the taker then allocates and raises them itself."""
+        """Allocate the chunks, unless `take` came first. Drops errors: the taker then allocates and raises them itself."""
         with self._lock:
             if not self._closed:
                 with suppress(Exception):
-                    self._chunk = self._make()
+                    self._chunks = self._make()
 
-    def take(self) -> Tensor | None:
-        """The chunk, or None if its allocation failed or has not started. Waits for an allocation under way.
+    def take(self) -> list[Tensor] | None:
+        """The chunks, or None if their allocation failed or has not started. Waits for an allocation under way.
 
-        Only the first call can return a chunk.
+        Only the first call can return chunks.
         """
         with self._lock:
             self._closed = True
-            chunk, self._chunk = self._chunk, None
-            return chunk
+            chunks, self._chunks = self._chunks, None
+            return chunks
 
 
 class SlabPrefetcher:
-    """Fills prefetched chunks of all arrays of the process in one background thread: lowest number first, then first asked.
+    """Fills prefetched slabs of all arrays of the process in one background thread: lowest number first, then first asked.
 
-    It holds weak references only, so dropping a `PrefetchedChunk` frees its memory.
+    It holds weak references only, so dropping a `PrefetchedSlab` frees its memory.
 
     Args:
         allocate: allocates chunks, see `allocate_rows`.
@@ -70,22 +71,22 @@ class SlabPrefetcher:
 
     def reset(self) -> None:
         """Reset all state. Needed in a forked child, which has no such thread and may inherit a held lock."""
-        self._requests: list[tuple[int, int, weakref.ref[PrefetchedChunk]]] = []
+        self._requests: list[tuple[int, int, weakref.ref[PrefetchedSlab]]] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopped = False
 
     def ask(
-        self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device, number: int = 0
-    ) -> PrefetchedChunk:  # fmt: skip
-        """Request a chunk. Returns at once; allocation errors are not raised here.
+        self, chunk_shape: Sequence[int], dtype: torch.dtype, *, compute_device: torch.device, count: int = 1, number: int = 0
+    ) -> PrefetchedSlab:  # fmt: skip
+        """Request chunks. Returns at once; allocation errors are not raised here.
 
         Args:
-            number: of the chunk in its array.
+            number: of the first chunk in its array.
         """
         shape = tuple(chunk_shape)
-        spare = PrefetchedChunk(lambda: self._allocate(1, shape, dtype, compute_device=compute_device)[0])
+        spare = PrefetchedSlab(count, lambda: self._allocate(count, shape, dtype, compute_device=compute_device))
         with self._changed:
             if not self._stopped:
                 heapq.heappush(self._requests, (number, next(self._order), weakref.ref(spare)))

@@ -15,7 +15,7 @@ import torch
 from spin_hf.errors import CapacityError
 from spin_hf.storage import chunked_array, pinned_slab
 from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray
-from spin_hf.storage.slab_prefetch import PrefetchedChunk, SlabPrefetcher
+from spin_hf.storage.slab_prefetch import PrefetchedSlab, SlabPrefetcher
 from tests.support.fake_registrar import FakeRegistrar
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,7 +28,7 @@ class Reserve(SlabPrefetcher):
         self.observation_queries = 0
         super().__init__(lambda *args, **named: pinned_slab.allocate_rows(*args, **named))
 
-    def ask(self, *args: object, **named: object) -> PrefetchedChunk:
+    def ask(self, *args: object, **named: object) -> PrefetchedSlab:
         self.observation_queries += 1
         return super().ask(*args, **named)  # type: ignore[arg-type]
 
@@ -52,11 +52,11 @@ def wait_for_spare(array: ChunkedArray) -> torch.Tensor:
     """The array's spare chunk, which stays where it is."""
     spare = array._spares[0]
     deadline = 3000
-    while spare._chunk is None and deadline:
+    while spare._chunks is None and deadline:
         threading.Event().wait(0.01)
         deadline -= 1
-    assert spare._chunk is not None
-    return spare._chunk
+    assert spare._chunks is not None
+    return spare._chunks[0]
 
 
 def filled(num_rows: int, rows_per_chunk: int = 4, row_shape: tuple[int, ...] = (3,)) -> ChunkedArray:
@@ -240,14 +240,17 @@ def test_spare_is_used_where_one_is_not_enough(registrar: FakeRegistrar, reserve
     assert array.chunks[1] is spare
 
 
-def test_expected_chunks_are_made_in_the_background(registrar: FakeRegistrar, reserve: Reserve) -> None:
-    """All arrays get their second chunk before any gets its third."""
+def test_expected_chunks_are_made_in_the_background(
+    registrar: FakeRegistrar, reserve: Reserve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slabs of two chunks here."""
+    monkeypatch.setattr(chunked_array, "_SLAB_BYTES", 2 * 48)
     arrays = [registered(3), registered(3)]
     for array in arrays:
         array.grow(3, 14)
         array.grow(3, 14)
-    assert [len(array._spares) for array in arrays] == [3, 3]
-    assert reserve.observation_queries == 6
+    assert [[slab.count for slab in array._spares] for array in arrays] == [[1, 2], [1, 2]]
+    assert reserve.observation_queries == 4
     spares = [wait_for_spare(array) for array in arrays]
     for array, spare in zip(arrays, spares, strict=True):
         array.grow(14)
@@ -258,7 +261,8 @@ def test_expected_chunks_are_made_in_the_background(registrar: FakeRegistrar, re
 
 def test_expected_chunks_that_are_not_needed_are_given_back(registrar: FakeRegistrar, reserve: Reserve) -> None:
     array = registered(3)
-    array.grow(3, 40)
+    array.grow(3, 4000)
+    array.grow(3, 8000)
     array.shrink(3)
     assert len(array._spares) == 1
     reserve.stop()

@@ -15,7 +15,7 @@ import torch
 
 from spin_hf.errors import CapacityError
 from spin_hf.storage.pinned_slab import PAGE, HostSlab
-from spin_hf.storage.slab_prefetch import PrefetchedChunk, SlabPrefetcher
+from spin_hf.storage.slab_prefetch import PrefetchedSlab, SlabPrefetcher
 from tests.support.fake_registrar import FakeRegistrar
 
 CUDA = torch.device("cuda", 0)
@@ -59,7 +59,7 @@ def reserve(maker: Maker) -> Iterator[SlabPrefetcher]:
     assert made._thread is None or not made._thread.is_alive()
 
 
-def ask(reserve: SlabPrefetcher, size: int = 3) -> PrefetchedChunk:
+def ask(reserve: SlabPrefetcher, size: int = 3) -> PrefetchedSlab:
     return reserve.ask((size,), torch.float16, compute_device=CUDA)
 
 
@@ -73,8 +73,7 @@ def test_asking_does_not_wait_and_taking_does(reserve: SlabPrefetcher, maker: Ma
     assert not maker.made  # and yet `ask` has returned
     timer = threading.Timer(0.05, maker.gate.release)
     timer.start()
-    chunk = spare.take()
-    assert chunk is not None
+    (chunk,) = spare.take() or []
     assert (chunk.shape, chunk.dtype) == ((3,), torch.float16)
     assert spare.take() is None
 
@@ -85,8 +84,8 @@ def test_one_thread_in_order_of_asking(reserve: SlabPrefetcher, maker: Maker) ->
         maker.gate.release()
     for _ in spares:
         begun(maker)
-    chunks = [spare.take() for spare in spares]
-    assert [chunk is not None and chunk.numel() for chunk in chunks] == list(range(1, 9))
+    slabs = [spare.take() or [] for spare in spares]
+    assert [chunk.numel() for slab in slabs for chunk in slab] == list(range(1, 9))
     assert maker.made == [(size,) for size in range(1, 9)]
     assert len(set(maker.threads)) == 1
     assert maker.threads[0].daemon
@@ -104,7 +103,7 @@ def test_low_numbers_come_first(reserve: SlabPrefetcher, maker: Maker) -> None:
     for _ in range(6):
         maker.gate.release()
     for spare in (first, *others):
-        while spare._chunk is None:
+        while spare._chunks is None:
             threading.Event().wait(0.01)
     assert maker.made == [(1,), (10,), (20,), (11,), (21,), (12,)]
 
@@ -165,7 +164,7 @@ def test_thread_that_waits_keeps_no_spare(reserve: SlabPrefetcher, maker: Maker)
     begun(maker)
     maker.gate.release()
     with spare._lock:  # until it is filled
-        assert spare._chunk is not None
+        assert spare._chunks is not None
     gone = threading.Event()
     weakref.finalize(spare, gone.set)
     del spare

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fused_attention import MOST_PARTIALS
 from ..launch import power_of_two
 
 _BLOCK_QUERIES = 32
 
 
 def merge_attention(partials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """As `reference.merge_attention`."""
+    """As `reference.merge_attention`, for at most MOST_PARTIALS partial results."""
     if len(partials) == 1:
         return partials[0]
     out, lse = (torch.empty(each.shape, dtype=torch.float32, device=each.device) for each in partials[0])
@@ -37,28 +38,29 @@ def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, 
 def _merge(
     partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, out: Tensor, merged_lse: Tensor | None
 ) -> None:  # fmt: skip
-    outs = tuple(each if each.stride(-1) == 1 else each.contiguous() for each, _ in partials)
-    lses = tuple(lse.contiguous() for _, lse in partials)
+    padded = [*partials, *[partials[-1]] * (MOST_PARTIALS - len(partials))]  # one variant of the kernel for all numbers
+    outs = tuple(each if each.stride(-1) == 1 else each.contiguous() for each, _ in padded)
+    lses = tuple(lse.contiguous() for _, lse in padded)
     batch_size, num_heads, group, num_queries, dim = outs[0].shape
     blocks = triton.cdiv(num_queries, _BLOCK_QUERIES)
     merge_partials_kernel[(blocks, batch_size * num_heads * group)](
         outs, lses, tuple(stride for each in outs for stride in each.stride()[:4]), sinks, out, *out.stride()[:3],
-        merged_lse, num_queries, H=num_heads, G=group, D=dim, COUNT=len(outs), HAS_SINKS=sinks is not None,
-        HAS_LSE=merged_lse is not None,        BLOCK_Q=_BLOCK_QUERIES, BLOCK_D=power_of_two(dim),
+        merged_lse, num_queries, len(partials), H=num_heads, G=group, D=dim, COUNT=MOST_PARTIALS,
+        HAS_SINKS=sinks is not None, HAS_LSE=merged_lse is not None, BLOCK_Q=_BLOCK_QUERIES, BLOCK_D=power_of_two(dim),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "count"])
 def merge_partials_kernel(
-    outs, lses, strides, sinks, out, out_b, out_q, out_h, merged_lse, num_queries,
+    outs, lses, strides, sinks, out, out_b, out_q, out_h, merged_lse, num_queries, count,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (i, (b * H + h) * G + g) writes queries [i * BLOCK_Q, (i + 1) * BLOCK_Q) of one query head.
 
     Args:
-        outs: COUNT tensors [B, H, G, Q, D], with contiguous rows; strides: 4 numbers for each.
-        lses: COUNT tensors [B, H, G, Q], float32, contiguous.
+        outs: COUNT tensors [B, H, G, Q, D], with contiguous rows, of which `count` are read; strides: 4 numbers for each.
+        lses: likewise, [B, H, G, Q], float32, contiguous.
         sinks: [H * G], logits. Read if HAS_SINKS.
         out: [B, Q, H * G, D], with contiguous rows. Written.
         merged_lse: [B, H, G, Q], float32, contiguous. Written if HAS_LSE.
@@ -72,15 +74,18 @@ def merge_partials_kernel(
     inside = has_query[:, None] & (column < D)[None, :]
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     for i in tl.static_range(COUNT):
-        top = tl.maximum(top, tl.load(lses[i] + row * num_queries + query, mask=has_query, other=float("-inf")))
+        lse = tl.load(lses[i] + row * num_queries + query, mask=has_query & (i < count), other=float("-inf"))
+        top = tl.maximum(top, lse)
     top = tl.where(top == float("-inf"), 0.0, top)  # a query without tokens
     total = tl.zeros([BLOCK_Q], tl.float32)
     merged = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for i in tl.static_range(COUNT):
-        lse = tl.load(lses[i] + row * num_queries + query, mask=has_query, other=float("-inf"))
+        given = i < count
+        lse = tl.load(lses[i] + row * num_queries + query, mask=has_query & given, other=float("-inf"))
         weight = tl.exp(lse - top)
         start = b * strides[4 * i] + h * strides[4 * i + 1] + g * strides[4 * i + 2]
-        part = tl.load(outs[i] + start + query[:, None] * strides[4 * i + 3] + column[None, :], mask=inside, other=0.0)
+        part = outs[i] + start + query[:, None] * strides[4 * i + 3] + column[None, :]
+        part = tl.load(part, mask=inside & given, other=0.0)
         merged += part.to(tl.float32) * weight[:, None]
         total += weight
     if HAS_SINKS:
