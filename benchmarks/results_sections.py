@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.common.record import RESULTS
 from benchmarks.quality import passkey
 from benchmarks.quality.quality_tables import summary
 from benchmarks.results_tables import (
@@ -29,7 +30,7 @@ from benchmarks.results_tables import (
     throughput,
     without_empty_columns,
 )
-from benchmarks.speed import batch_tables, decode_tables
+from benchmarks.speed import batch_tables, decode_tables, prefix_tables
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Section:
     files: tuple[str, ...]
     tables: Tables
     figure: str = ""
+
+
+def measured(section: Section) -> list[Section]:
+    """The section; nothing if one of its files does not exist yet."""
+    return [section] if all((RESULTS / name).exists() for name in section.files) else []
 
 
 H200 = "h200/decode-llama-8b"
@@ -120,6 +126,15 @@ PARTS: dict[str, list[Section]] = {
             ("h200/prefill-llama-8b.json",),
             of_each(prompts),
         ),
+        *measured(Section(
+            "Prompts that are read once and used again",
+            "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200, `bisection` unless a row says "
+            "otherwise. A restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* "
+            "ones are not. Peak memory is beside the weights; of questions, it is that of the answers. The prefill for each "
+            "question is measured once and multiplied by eight.",
+            ("h200/prefixes-llama-8b.json",),
+            lambda results: prefix_tables.tables(results[0]),
+        )),
         Section(
             "Indexing a prompt",
             "Prefill of 32,768 tokens, Llama-3.1-8B shape.",
