@@ -109,6 +109,8 @@ class PromptReader:
             state.sequences.check_room(held, stop)
         else:
             check_first_batch(state, self.passes.gpu, stop, batch_size)
+        if _has_no_padding(kwargs.get("attention_mask"), state.sequences.mask.valid, batch_size, held + stop):
+            kwargs = {**kwargs, "attention_mask": None}  # else every chunk would look, and wait for the one before
         keep = kwargs.get("logits_to_keep") or stop
         outputs: list[Any] = []
         with self.passes.reading(held + stop), PromptBar(stop) as bar:
@@ -121,6 +123,13 @@ class PromptReader:
                 outputs = [*outputs, output] if wanted > 0 else []
                 bar.update(last)
         return _joined(outputs)
+
+
+def _has_no_padding(mask: Any, held: Tensor | None, batch_size: int, num_tokens: int) -> bool:
+    """Whether a padding mask is [batch_size, num_tokens] and all true, and no token held is padding. Reads the device."""
+    if not isinstance(mask, Tensor) or held is not None or mask.shape != (batch_size, num_tokens):
+        return False
+    return bool(mask.all())
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[tuple[int, int]]:

@@ -46,6 +46,9 @@ THREAD_PREFIX = "spin_hf-host-"
 _TASK_BYTES = 32 << 20
 """Bytes that a thread populates at a time."""
 _MAX_TOUCH_THREADS = 16
+_THREADED_BYTES = 256 << 20
+"""Slabs from this size on are populated by several threads. For smaller ones, starting the threads would take longer, and many
+threads that start keep the interpreter from the thread that launches kernels."""
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 _mappings: dict[int, mmap.mmap] = {}
@@ -152,10 +155,10 @@ def _touch_and_register(address: int, size: int, unit_bytes: int, registrar: Reg
     Args:
         pieces: receives the address of each registered piece, also if a later one fails.
     """
-    threads = min(_MAX_TOUCH_THREADS, os.cpu_count() or 1)
+    threads = min(_MAX_TOUCH_THREADS, os.cpu_count() or 1) if size >= _THREADED_BYTES else 1
     task = min(_TASK_BYTES, _round_up(-(-size // threads), HUGE_PAGE))
     piece = unit_bytes * max(1, PIECE_BYTES // unit_bytes)
-    if size <= task:
+    if size <= task or size < _THREADED_BYTES:
         _touch(address, size)
         _register(address, size, size, registrar, pieces)
         return

@@ -69,6 +69,7 @@ def test_threads_touch_everything_once(
 
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
     monkeypatch.setattr(pinned_slab, "_touch", touch)
+    monkeypatch.setattr(pinned_slab, "_THREADED_BYTES", 0)
     pinned_slab._touch_and_register(HUGE_PAGE, pages * PAGE, PAGE, registrar, [])
     end = HUGE_PAGE
     for address, num_bytes in sorted(touched):

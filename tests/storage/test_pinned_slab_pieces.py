@@ -26,6 +26,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 4 MiB and tasks of 2 MiB, done by three threads."""
     monkeypatch.setattr(pinned_slab, "PIECE_BYTES", 4 * MIB)
     monkeypatch.setattr(pinned_slab, "_TASK_BYTES", HUGE_PAGE)
+    monkeypatch.setattr(pinned_slab, "_THREADED_BYTES", HUGE_PAGE)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
 
 
