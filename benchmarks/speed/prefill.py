@@ -4,7 +4,8 @@
     --tokens 32768 131072 8192       prompts
     --ways dynamic spin ...          only these rows (see `WAYS`)
     --times 1                        the median of so many, after one short call that is not counted
-    --new 1                          new tokens: 1 for the time to the first one
+    --new 1                          new tokens: 1 for the time to the first one; more for the cost of the first steps behind it
+    --gpu-gib 22.4                   as on a smaller GPU: torch takes no more memory; rows of another name
     --seconds 540                    starts nothing behind this time
     --output FILE                    where to write (default: benchmarks/results/h200/prefill-<shape>.json)
 
@@ -43,6 +44,11 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "spin, chunks of 4096": (lambda model: SpinCache(model, prefill_chunk_size=4096), {}),
     "spin, whole": (lambda model: SpinCache(model, prefill_chunk_size=None), {}),
     "shadowkv": (lambda model: SpinCache(model, "shadowkv"), {}),
+    "dynamic, chunks of 2048": (lambda model: DynamicCache(config=model.config), {"prefill_chunk_size": 2048}),
+    "dynamic offloaded, chunks of 4096": (
+        lambda model: DynamicCache(config=model.config, offloading=True),
+        {"prefill_chunk_size": 4096},
+    ),
 }
 """Name -> maker of the cache, and arguments of `generate`."""
 
@@ -105,6 +111,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--new", type=int, default=1)
+    parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -113,6 +120,9 @@ def main() -> None:
     output = given.output or RESULTS / "h200" / f"prefill-{given.shape}.json"
     command = command_line("speed.prefill", None).replace(f" --output {given.output}", "")
     rows = Rows(output, about(given.shape), command)
+    limit = "" if given.gpu_gib is None else f", {given.gpu_gib:g} GiB"
+    if given.gpu_gib is not None:
+        torch.cuda.set_per_process_memory_fraction(given.gpu_gib * 2**30 / torch.cuda.mem_get_info()[1])
     model = build(given.shape)
     for way in given.ways:  # compiles kernels and fills the allocator
         free()
@@ -122,7 +132,7 @@ def main() -> None:
             if time.monotonic() - began > given.seconds:
                 return
             made = row(model, tokens, way, given.times, given.new)
-            rows.put(f"{way}, {tokens}, {given.new} new", made)
+            rows.put(f"{way}, {tokens}, {given.new} new{limit}", made | {"gpu_gib": given.gpu_gib})
             print(made, flush=True)
 
 
