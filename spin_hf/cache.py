@@ -74,6 +74,10 @@ class SpinCache(CacheCopies, LinearStates):
             all pages fit the compute tier. A forward attends to its own keys and values unquantized.
         prefill_chunk_size: tokens of a prompt that are read at a time; "auto" by free memory, None for all.
             Exact, unless `cpu_dtype` is "int8".
+        prefill: "sparse" lets blocks of 128 queries of a long prompt attend to the blocks of keys that matter to them, as
+            estimated, and its last 512 tokens to everything. Faster from about 32K tokens on; approximate. Padded prompts and
+            models with a softcap are read densely.
+        prefill_top_p: share of the estimated attention that a sparse prompt reads.
         store: prompts that were read before. A prompt of `generate` that begins like one of them is restored as far as that
             goes, and stored for later ones. None for none.
     Raises:
@@ -96,12 +100,14 @@ class SpinCache(CacheCopies, LinearStates):
         summary_dtype: str = "auto",
         cpu_dtype: str = "auto",
         prefill_chunk_size: int | str | None = "auto",
+        prefill: str = "dense",
+        prefill_top_p: float = 0.9,
         store: PromptStore | None = None,
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
             gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
-            prefill_chunk_size=prefill_chunk_size,
+            prefill_chunk_size=prefill_chunk_size, prefill=prefill, prefill_top_p=prefill_top_p,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = decoder_config(model)

@@ -29,6 +29,7 @@ MOST_BYTES = 1 << 60
 
 SUMMARY_DTYPES = ("auto", "int8", "model")
 CPU_DTYPES = ("auto", "int8")
+PREFILLS = ("dense", "sparse")
 
 
 def parse_bytes(name: str, value: int | str) -> int | None:
@@ -182,6 +183,8 @@ class SpinOptions:
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
         cpu_dtype: of pages in the cpu tier: "auto" for the dtype of the keys, or "int8".
         prefill_chunk_size: most tokens per sequence that a prompt's forward reads at a time; None for a size by device.
+        prefill: "dense", or "sparse" for block-sparse attention of prompts (`backends/sparse_prompt.py`).
+        prefill_top_p: share of attention, as estimated, that a block of queries of a sparse prompt reads, in (0, 1].
         tuning: no option of the user, see `Tuning`.
     """
 
@@ -194,6 +197,8 @@ class SpinOptions:
     summary_dtype: str = "auto"
     cpu_dtype: str = "auto"
     prefill_chunk_size: int | None = None
+    prefill: str = "dense"
+    prefill_top_p: float = 0.9
     tuning: Tuning = field(default=Tuning(), repr=False)
 
     @classmethod
@@ -209,6 +214,8 @@ class SpinOptions:
         summary_dtype: Any = "auto",
         cpu_dtype: Any = "auto",
         prefill_chunk_size: Any = "auto",
+        prefill: Any = "dense",
+        prefill_top_p: Any = 0.9,
     ) -> SpinOptions:
         """Validate the user's arguments.
 
@@ -236,12 +243,17 @@ class SpinOptions:
                 )
         require_choice("summary_dtype", summary_dtype, SUMMARY_DTYPES)
         require_choice("cpu_dtype", cpu_dtype, CPU_DTYPES)
+        require_choice("prefill", prefill, PREFILLS)
+        top_p = require_real("prefill_top_p", prefill_top_p, 0.9)
+        if not 0.0 < top_p <= 1.0:
+            raise OptionError(f"prefill_top_p: expected a share in (0, 1], got {top_p}; pass prefill_top_p=0.9")
         return cls(
             budget=budget, num_sink_tokens=min(sinks, MOST_TOKENS),
             recent_window=require_tokens("recent_window", recent_window, 1),
             dense_below=require_tokens("dense_below", dense_below, 0),
             gpu_memory=parse_bytes("gpu_memory", gpu_memory), cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype, cpu_dtype=cpu_dtype, prefill_chunk_size=_chunk_size(prefill_chunk_size),
+            prefill=prefill, prefill_top_p=top_p,
         )  # fmt: skip
 
     @property

@@ -99,6 +99,8 @@ class ForwardPass:
             yield
         finally:
             state.reads_prompt, state.sequences.expected_tokens = False, 0
+            for layer in state.layers:
+                layer.key_means = None
 
     @outside_inference_mode
     def prepare(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:

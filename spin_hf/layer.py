@@ -28,7 +28,7 @@ from .attention.handed_states import hand_out
 from .attention.interface import MaskedLength, register_layer
 from .attention.masks import is_internal, new_validity, over_tokens
 from .attention.methods.clustering import ClusteringMethod, last_queries
-from .backends import gradients
+from .backends import gradients, sparse_prompt
 from .backends.attention_weights import AttentionWeights, warn_of_memory
 from .backends.base import AttentionBackend, Call
 from .backends.dense import attend_all
@@ -232,7 +232,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         store, backend = self._store(), self.backend
         backend.plan(self.state, call)
         if mask is not None or not state.selects(num_new) or (sequences.start == 0 and num_new > 1):
-            attend_all(call, key, value, mask, store, self.forward.zones, out)
+            if mask is None and sparse_prompt.serves(state, call, key):
+                sparse_prompt.attend(state, self.state, call, key, value, out)
+            else:
+                attend_all(call, key, value, mask, store, self.forward.zones, out)
         elif num_queries == num_new and call.weights is None:
             backend.attend(self.state, call, out)
         else:  # kernels serve neither fewer queries than tokens nor attention weights

@@ -63,6 +63,7 @@ class LayerState:
         stale_pages: pages [first, stop) whose summaries are recomputed before the next step; None for none.
         observation_queries: [B, H, G, n, D], queries of the last tokens of a prompt. The next step clusters by them and
             drops them (`indexing/cluster.py`).
+        key_means: of a sparse prompt in progress: mean keys, and the tokens that they cover (`backends/sparse_prompt.py`).
     """
 
     layer_idx: int
@@ -73,6 +74,7 @@ class LayerState:
     clustered_pages: int = 0
     stale_pages: tuple[int, int] | None = None
     observation_queries: Tensor | None = None
+    key_means: tuple[Tensor, int] | None = None
 
     def invalidate(self, first: int, stop: int) -> None:
         """Mark the summaries of pages [first, stop) as stale. The next step recomputes them (`indexing/summarize.py`)."""

@@ -23,6 +23,8 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
     copy_page              the same, of one page in several layers                             test_launches
     merge_partials         `reference.merge_attention`, `reference.merge_into`                 test_merge_partials
+    choose_blocks          `reference_blocks.choose_blocks`                                    test_sparse_blocks
+    attend_blocks          `reference_blocks.attend_blocks`                                    test_sparse_blocks
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import device_limits, reference, reference_clustering
+from . import device_limits, reference, reference_blocks, reference_clustering
 from .fused_attention import MOST_PARTIALS, fused_attention
 from .reference import (
     admit_pages,
@@ -52,6 +54,7 @@ from .reference import (
     split_pages,
     take_rows,
 )
+from .reference_blocks import BLOCK_TOKENS, BlockLists, block_means, pages_of
 
 if TYPE_CHECKING:
     from .triton_launchers import Launchers
@@ -97,6 +100,24 @@ def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, 
     (reference if launch is None else launch).merge_into(partials, sinks, out)
 
 
+def choose_blocks(
+    query_means: Tensor, key_means: Tensor, scale: float, top_p: float, first: int, dense_from: int
+) -> BlockLists:
+    """As `reference_blocks.choose_blocks`."""
+    launch = launchers(query_means.device)
+    chosen = reference_blocks if launch is None else launch
+    return chosen.choose_blocks(query_means, key_means, scale, top_p, first, dense_from)
+
+
+def attend_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, lists: BlockLists, scale: float, first: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """As `reference_blocks.attend_blocks`."""
+    launch = launchers(query.device)
+    chosen = reference_blocks if launch is None else launch
+    return chosen.attend_blocks(query, keys, values, lists, scale, first, causal)
+
+
 def bisect(points: Tensor, page_size: int) -> Tensor:
     """As `reference_clustering.bisect`. The kernels need Ampere or later, and points of at most 128 numbers."""
     launch = launchers(points.device)
@@ -121,8 +142,9 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "MOST_PARTIALS", "admit_pages", "apply_attention_sinks", "attend", "bisect", "dense_attention", "fill_clusters",
-    "fused_attention", "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones",
-    "pages_down_to", "put_tokens", "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows",
-    "unit_vectors",
+    "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "admit_pages", "apply_attention_sinks", "attend", "attend_blocks", "bisect",
+    "block_means", "choose_blocks", "dense_attention", "fill_clusters", "fused_attention", "launchers", "list_pages",
+    "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones", "pages_down_to", "pages_of", "put_tokens",
+    "quantize",
+    "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip

@@ -23,6 +23,8 @@ from .indexing.copy_rows import rows_copier
 from .indexing.fill_clusters import fill_clusters, unit_vectors
 from .indexing.permute_tokens import move_tokens, page_means
 from .indexing.quantize import encode_pages, quantize
+from .prompt.attend_blocks import attend_blocks
+from .prompt.choose_blocks import choose_blocks
 from .prompt.merge_partials import merge_attention, merge_into
 
 
@@ -55,6 +57,8 @@ class Launchers:
 
     merge_attention = staticmethod(merge_attention)
     merge_into = staticmethod(merge_into)
+    choose_blocks = staticmethod(choose_blocks)
+    attend_blocks = staticmethod(attend_blocks)
 
 
 launchers = Launchers()

@@ -1,0 +1,140 @@
+"""Attention of a sparse prompt's query blocks to the key blocks that they chose. `reference_blocks.attend_blocks` specifies it.
+
+program    one query block of a head: its listed blocks among the given keys, with online softmax
+masked     only the query block's own keys: all other listed blocks are earlier, and complete
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device_limits
+from ..launch import power_of_two
+from ..reference_blocks import BLOCK_TOKENS, BlockLists
+
+_LOG2_E = 1.4426950408889634
+
+
+def attend_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, lists: BlockLists, scale: float, first: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """As `reference_blocks.attend_blocks`."""
+    batch_size, num_heads, group, num_queries, key_dim = query.shape
+    num_keys, value_dim = values.shape[2:]
+    query, keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, keys, values))
+    out = torch.empty((*query.shape[:4], value_dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
+    blocks, columns = lists.blocks.shape[2:]
+    width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
+    tile, warps, stages = _sizes(width_k + width_v, query.element_size(), device_limits.shared_memory(query.device))
+    attend_blocks_kernel[(blocks, batch_size * num_heads * group)](
+        query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
+        out, lse, scale * _LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
+        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, TILE=tile, LISTED=power_of_two(columns),
+        CAUSAL=causal, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return out, lse
+
+
+def _sizes(widths: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
+    """Keys per tile, warps and pipeline stages that fit the shared memory."""
+    for tile, stages in ((128, 2), (64, 2), (32, 2), (32, 1)):
+        if (BLOCK_TOKENS * widths // 2 + stages * tile * widths) * item_bytes <= shared_memory:
+            return tile, 8, stages
+    return 16, 8, 1
+
+
+@triton.jit
+def _add_tile(
+    queries, keys, values, key_n, value_n, scale, token, stop, own, top, total, acc,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add keys `token` to the online softmax. With MASKED only those before `stop`, and not behind the query `own`."""
+    column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    key_at = keys + token[None, :] * key_n + column_k[:, None]
+    value_at = values + token[:, None] * value_n + column_v[None, :]
+    if MASKED:
+        tile_k = tl.load(key_at, mask=(token < stop)[None, :] & (column_k < DK)[:, None], other=0.0)
+        tile_v = tl.load(value_at, mask=(token < stop)[:, None] & (column_v < DV)[None, :], other=0.0)
+    else:
+        tile_k = tl.load(key_at) if DK == BLOCK_K else tl.load(key_at, mask=(column_k < DK)[:, None], other=0.0)
+        tile_v = tl.load(value_at) if DV == BLOCK_V else tl.load(value_at, mask=(column_v < DV)[None, :], other=0.0)
+    scores = tl.dot(queries, tile_k, input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where((token[None, :] <= own[:, None]) & (token < stop)[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+    decay = tl.exp2(top - shift)
+    weights = tl.exp2(scores - shift[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc * decay[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_query_block", "first_key_block", "num_columns"])
+def attend_blocks_kernel(
+    query, query_b, query_h, query_g, query_n, keys, key_b, key_h, key_n, values, value_b, value_h, value_n, lists, counts,
+    out, lse, scale, num_queries, num_keys, first_query_block, first_key_block, num_columns,
+    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, (b * H + h) * G + g) attends from the i-th query block, counted from the last.
+
+    Args:
+        query: [B, H, G, num_queries, DK]; keys: [B, H, num_keys, DK]; values: [B, H, num_keys, DV]; rows are contiguous.
+        lists: int32 [B, H * G, query blocks, num_columns]; counts: int32 [B, H * G, query blocks].
+        out: [B, H, G, num_queries, DV]; lse: float32 [B, H, G, num_queries]; contiguous. Written.
+        scale: of the scores, times log2(e).
+        first_query_block, first_key_block: index of the first query's and of the first key's block.
+    """
+    blocks = tl.num_programs(0)
+    index = blocks - 1 - tl.program_id(0)  # late query blocks, which have more keys, start first
+    row = tl.program_id(1).to(tl.int64)
+    b, head = row // (H * G), row % (H * G)
+    h, g = head // G, head % G
+    listed = tl.arange(0, LISTED)
+    count = tl.load(counts + row * blocks + index)
+    entries = lists + (row * blocks + index) * num_columns
+    known = tl.load(entries + listed, mask=listed < count, other=0x7FFFFFFF)
+    stop_block = first_key_block + (num_keys + BLOCK - 1) // BLOCK
+    begin = tl.sum((known < first_key_block).to(tl.int32), 0)
+    end = tl.sum((known < stop_block).to(tl.int32), 0)
+    place = tl.arange(0, BLOCK)
+    position = index * BLOCK + place
+    has_query = position < num_queries
+    column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    at = query + b * query_b + h * query_h + g * query_g + position.to(tl.int64)[:, None] * query_n + column_k[None, :]
+    queries = tl.load(at, mask=has_query[:, None] & (column_k < DK)[None, :], other=0.0)
+    keys += b * key_b + h * key_h
+    values += b * value_b + h * value_h
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    PARTS: tl.constexpr = BLOCK // TILE
+    earlier = end - begin
+    if CAUSAL:
+        earlier -= 1  # the last one is the query block's own
+    for i in tl.range(0, earlier * PARTS, num_stages=STAGES):
+        block = tl.load(entries + begin + i // PARTS) - first_key_block
+        token = block.to(tl.int64) * BLOCK + (i % PARTS) * TILE + tl.arange(0, TILE)
+        top, total, acc = _add_tile(
+            queries, keys, values, key_n, value_n, scale, token, num_keys, position, top, total, acc, DK, DV, BLOCK_K,
+            BLOCK_V, False,
+        )  # fmt: skip
+    if CAUSAL:
+        for part in range(0, PARTS):
+            token = index.to(tl.int64) * BLOCK + part * TILE + tl.arange(0, TILE)
+            top, total, acc = _add_tile(
+                queries, keys, values, key_n, value_n, scale, token, num_keys, position, top, total, acc, DK, DV, BLOCK_K,
+                BLOCK_V, True,
+            )  # fmt: skip
+    found = total > 0.0
+    acc = acc / tl.where(found, total, 1.0)[:, None]
+    base = row * num_queries + position
+    inside = has_query[:, None] & (column_v < DV)[None, :]
+    tl.store(out + base[:, None] * DV + column_v[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    natural = (top + tl.log2(tl.where(found, total, 1.0))) * 0.6931471805599453
+    tl.store(lse + base, tl.where(found, natural, float("-inf")), mask=has_query)
