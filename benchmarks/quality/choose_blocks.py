@@ -1,12 +1,13 @@
 """Which blocks of keys a block of queries reads in a sparse prefill, in PyTorch: the reference for kernels.
 
-    sample    the last of every `stride` queries                                   128 / stride queries of a block
-    weigh     their exact softmax over all earlier keys, summed over each block    mass of a block, mean over the sample
-    choose    masses of at least `threshold`, the first visible block, the block's own keys
+    pool      mean query of 16 queries, mean key of 16 keys                a page of each
+    weigh     softmax of each query page over the key pages before its end
+    mass      of a block of keys: the weights of its pages, mean over the 8 query pages of a block of queries
+    choose    masses of at least `threshold`; the first visible block; the blocks of the queries' own positions
 
-A query block so reads at most 1 / threshold + 2 blocks of a chunk that begins at a multiple of 128, whatever the context.
+The masses of a row sum to 1, so a block of queries reads at most 1 / threshold blocks beside those, whatever the context.
 
-Cost: 1 / stride of the products and exponentials of QK^T, and all keys once for every tile of sampled queries.
+Cost: 1 / 256 of the products and exponentials of QK^T. Queries and keys are read once for their means.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 128
+PAGE_TOKENS = 16
 
 
 @torch.no_grad()
@@ -24,7 +26,6 @@ def choose_blocks(
     *,
     threshold: float,
     scale: float,
-    stride: int = 16,
     dense_from: int | None = None,
     visible: Tensor | None = None,
     per_kv_head: bool = False,
@@ -35,55 +36,64 @@ def choose_blocks(
         query: [B, heads, S, D], the queries at positions T - S..T. A block of queries is 128 of them, from the first one.
         keys: [B, H, T, D], the keys at positions 0..T, those of the chunk included. A block of keys begins at a multiple
             of 128. `heads` is a multiple of H.
-        threshold: least share of the sampled queries' attention for which a block is read.
+        threshold: least share of a block of queries' attention for which a block of keys is read.
         scale: of the logits.
-        stride: distance of sampled queries, a divisor of 128.
         dense_from: position from which queries read everything; None for nowhere.
         visible: bool [B, T], False for padding; None if all keys are visible.
         per_kv_head: whether the query heads of a KV head read the same blocks, by their mean mass.
     Returns:
         bool [B, heads or H, ceil(S / 128), ceil(T / 128)]. The kernel still masks single keys: by position, and padding.
     Raises:
-        ValueError: more queries than keys, or a stride that does not divide 128.
+        ValueError: more queries than keys.
     """
     batch, _, queries, _ = query.shape
     kv_heads, total = keys.shape[1:3]
-    if queries > total or BLOCK_TOKENS % stride:
+    if queries > total:
         raise ValueError(
-            f"expected at most {total} queries (one for every key) and a stride that divides {BLOCK_TOKENS}, "
-            f"got {queries} queries and a stride of {stride}; pass the keys of the chunk too"
+            f"expected at most {total} queries, one for every key, got {queries}; pass the keys of the chunk too"
         )
     device, start = query.device, total - queries
-    rows, columns = -(-queries // BLOCK_TOKENS), -(-total // BLOCK_TOKENS)
     if visible is None:
         visible = torch.ones(batch, total, dtype=torch.bool, device=device)
 
-    sample = torch.arange(stride - 1, rows * BLOCK_TOKENS, stride, device=device).clamp(max=queries - 1)
-    allowed = (torch.arange(total, device=device) <= start + sample[:, None]) & visible[:, None]  # [B, samples, T]
-    masses = torch.stack(
-        [
-            _masses(states, keys[:, head], allowed, scale, rows)
-            for head, states in enumerate(query[:, :, sample].unflatten(1, (kv_heads, -1)).unbind(1))
-        ],
-        1,
-    )  # [B, H, G, rows, columns]
+    rows = _page_means(query, visible[:, None, start:])[0].unflatten(1, (kv_heads, -1))  # [B, H, G, m, D]
+    columns, occupied = _page_means(keys, visible[:, None])  # [B, H, n, D], [B, 1, n]
+    last_query = (start + PAGE_TOKENS * (torch.arange(rows.shape[3], device=device) + 1)).clamp(max=total) - 1
+    earlier = PAGE_TOKENS * torch.arange(columns.shape[2], device=device) <= last_query[:, None]
+    logits = (rows @ columns[:, :, None].mT * scale).masked_fill(~(earlier & occupied[:, :, None, None]), float("-inf"))
+    masses = _block_masses(logits.softmax(-1).nan_to_num(0.0))  # a page of padding sees nothing
     chosen = (masses.mean(2) if per_kv_head else masses.flatten(1, 2)) >= threshold
 
-    first_query = start + BLOCK_TOKENS * torch.arange(rows, device=device)
-    last_query = (first_query + BLOCK_TOKENS - 1).clamp(max=total - 1)
-    block = torch.arange(columns, device=device)
-    causal = block <= last_query[:, None] // BLOCK_TOKENS
-    chosen |= causal & (block >= first_query[:, None] // BLOCK_TOKENS)
-    sink = visible.int().argmax(-1) // BLOCK_TOKENS
-    chosen |= (block == sink[:, None])[:, None, None] & causal
+    first = start + BLOCK_TOKENS * torch.arange(chosen.shape[2], device=device)[:, None]
+    last = (first + BLOCK_TOKENS - 1).clamp(max=total - 1)
+    block = torch.arange(chosen.shape[3], device=device)
+    causal = block <= last // BLOCK_TOKENS
+    sink = visible.int().argmax(-1)[:, None, None, None] // BLOCK_TOKENS
+    chosen |= (block >= first // BLOCK_TOKENS) | (block == sink)
     if dense_from is not None:
-        chosen |= causal & (last_query >= dense_from)[:, None]
-    return chosen
+        chosen |= last >= dense_from
+    return chosen & causal
 
 
-def _masses(query: Tensor, keys: Tensor, allowed: Tensor, scale: float, rows: int) -> Tensor:
-    """Masses [B, G, rows, columns] of sampled queries [B, G, samples, D] over the keys [B, T, D] of one KV head, float32."""
-    logits = (query.float() @ keys.float()[:, None].mT * scale).masked_fill(~allowed[:, None], float("-inf"))
-    weights = logits.softmax(-1).nan_to_num(0.0)  # a query of padding sees nothing
-    weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK_TOKENS))
-    return weights.unflatten(-1, (-1, BLOCK_TOKENS)).sum(-1).unflatten(-2, (rows, -1)).mean(-2)
+def _page_means(states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean states [..., n, D] of the visible tokens of each page, in float32, and bool [..., n], whether there are any.
+
+    Args:
+        states: [..., tokens, D].
+        visible: bool [..., tokens].
+    """
+    spare = -states.shape[-2] % PAGE_TOKENS
+    weights = torch.nn.functional.pad(visible, (0, spare)).unflatten(-1, (-1, PAGE_TOKENS)).float()
+    pages = torch.nn.functional.pad(states, (0, 0, 0, spare)).unflatten(-2, (-1, PAGE_TOKENS)).float()
+    count = weights.sum(-1)
+    return (weights.unsqueeze(-2) @ pages).squeeze(-2) / count.clamp(min=1).unsqueeze(-1), count > 0
+
+
+def _block_masses(weights: Tensor) -> Tensor:
+    """Masses [..., rows, columns] of blocks: weights [..., m, n] of pages, summed over key pages, mean over query pages."""
+    pages = BLOCK_TOKENS // PAGE_TOKENS
+    queries, keys = weights.shape[-2:]
+    padded = torch.nn.functional.pad(weights, (0, -keys % pages, 0, -queries % pages))
+    summed = padded.unflatten(-1, (-1, pages)).sum(-1).unflatten(-2, (-1, pages)).sum(-2)
+    rows = torch.arange(summed.shape[-2], device=weights.device)
+    return summed / (queries - pages * rows).clamp(max=pages).unsqueeze(-1)

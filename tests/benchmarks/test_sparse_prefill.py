@@ -13,11 +13,14 @@ SCALE = 0.25
 
 
 def states(queries: int, keys: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys that are alike for 64 tokens: means of random ones would all weigh the same."""
     draw = torch.Generator().manual_seed(queries + keys)
-    return (
-        3 * torch.randn(batch, 4, queries, 16, generator=draw),
-        3 * torch.randn(batch, 2, keys, 16, generator=draw),
-    )
+
+    def made(heads: int, tokens: int) -> torch.Tensor:
+        slow = torch.randn(batch, heads, tokens // 64 + 1, 16, generator=draw).repeat_interleave(64, 2)[:, :, :tokens]
+        return 2 * slow + torch.randn(batch, heads, tokens, 16, generator=draw)
+
+    return made(4, queries), made(2, keys)
 
 
 def test_a_threshold_of_zero_chooses_what_is_causal() -> None:
@@ -69,7 +72,7 @@ def test_padding_is_not_seen_and_the_sinks_are_behind_it() -> None:
 @pytest.mark.parametrize(("per", "per_kv_head"), [("head", False), ("mean", True)])
 def test_the_benchmark_chooses_the_same(per: str, per_kv_head: bool) -> None:
     query, keys = states(512, 1024)
-    masses = block_choice.sampled(16)(*block_choice.scaled(query, keys, SCALE), 512)
+    masses = block_choice.means(16, 16)(*block_choice.scaled(query, keys, SCALE), 512)
     expected = block_choice.choose(block_choice.combine(masses, per), "mass", 0.05)
     assert torch.equal(choose_blocks(query, keys, threshold=0.05, scale=SCALE, per_kv_head=per_kv_head)[0], expected)
 
@@ -94,7 +97,7 @@ def test_attention_over_blocks_is_masked_attention(per: str) -> None:
     query, keys = states(640, 1024)
     values = states(1, 1024)[1]
     attention = BlockSparse()
-    attention.cell, attention.parameter, attention.dense_from = ("sampled-16", "mass", per), 0.06, 896
+    attention.cell, attention.parameter, attention.dense_from = ("means-16-16", "mass", per), 0.06, 896
     out, _ = attention(None, query, keys, values, None, scaling=SCALE)
     chosen = choose_blocks(
         query, keys, threshold=0.06, scale=SCALE, dense_from=896, per_kv_head=per == "mean"
