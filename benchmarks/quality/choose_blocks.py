@@ -3,9 +3,10 @@
     pool      mean query of 16 queries, mean key of 16 keys                a page of each
     weigh     softmax of each query page over the key pages before its end
     mass      of a block of keys: the weights of its pages, mean over the 8 query pages of a block of queries
-    choose    masses of at least `threshold`; the first visible block; the blocks of the queries' own positions
+    choose    the first visible block, the blocks of the queries' own positions, then the heaviest, until `top_p` is reached
 
-The masses of a row sum to 1, so a block of queries reads at most 1 / threshold blocks beside those, whatever the context.
+Heads with sharp attention so read few blocks, and heads with even attention many. A threshold on the mass itself would give
+the latter nothing.
 
 Cost: 1 / 256 of the products and exponentials of QK^T. Queries and keys are read once for their means.
 """
@@ -24,7 +25,7 @@ def choose_blocks(
     query: Tensor,
     keys: Tensor,
     *,
-    threshold: float,
+    top_p: float,
     scale: float,
     dense_from: int | None = None,
     visible: Tensor | None = None,
@@ -36,7 +37,7 @@ def choose_blocks(
         query: [B, heads, S, D], the queries at positions T - S..T. A block of queries is 128 of them, from the first one.
         keys: [B, H, T, D], the keys at positions 0..T, those of the chunk included. A block of keys begins at a multiple
             of 128. `heads` is a multiple of H.
-        threshold: least share of a block of queries' attention for which a block of keys is read.
+        top_p: share of a block of queries' estimated attention that is read, above 0. With 1 everything that weighs is.
         scale: of the logits.
         dense_from: position from which queries read everything; None for nowhere.
         visible: bool [B, T], False for padding; None if all keys are visible.
@@ -62,17 +63,25 @@ def choose_blocks(
     earlier = PAGE_TOKENS * torch.arange(columns.shape[2], device=device) <= last_query[:, None]
     logits = (rows @ columns[:, :, None].mT * scale).masked_fill(~(earlier & occupied[:, :, None, None]), float("-inf"))
     masses = _block_masses(logits.softmax(-1).nan_to_num(0.0))  # a page of padding sees nothing
-    chosen = (masses.mean(2) if per_kv_head else masses.flatten(1, 2)) >= threshold
+    masses = masses.mean(2) if per_kv_head else masses.flatten(1, 2)
 
-    first = start + BLOCK_TOKENS * torch.arange(chosen.shape[2], device=device)[:, None]
+    first = start + BLOCK_TOKENS * torch.arange(masses.shape[2], device=device)[:, None]
     last = (first + BLOCK_TOKENS - 1).clamp(max=total - 1)
-    block = torch.arange(chosen.shape[3], device=device)
+    block = torch.arange(masses.shape[3], device=device)
     causal = block <= last // BLOCK_TOKENS
     sink = visible.int().argmax(-1)[:, None, None, None] // BLOCK_TOKENS
-    chosen |= (block >= first // BLOCK_TOKENS) | (block == sink)
+    always = (block >= first // BLOCK_TOKENS) | (block == sink)
     if dense_from is not None:
-        chosen |= last >= dense_from
-    return chosen & causal
+        always = always | (last >= dense_from)
+    return (_top_p(masses, always & causal, top_p) | always) & causal
+
+
+def _top_p(masses: Tensor, always: Tensor, top_p: float) -> Tensor:
+    """The heaviest blocks of each row that reach `top_p` together with those of `always`, bool [..., columns]."""
+    given = (masses * always).sum(-1, keepdim=True)
+    order = masses.masked_fill(always, 0.0).sort(-1, descending=True)
+    before = given + order.values.cumsum(-1) - order.values
+    return torch.zeros_like(always.expand_as(masses)).scatter(-1, order.indices, (before < top_p) & (order.values > 0))
 
 
 def _page_means(states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
