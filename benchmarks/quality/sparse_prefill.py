@@ -1,7 +1,7 @@
 """How much of the answer a sparse prefill changes: `python -m benchmarks.quality.sparse_prefill`.
 
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4096     --chunk 8192     --last 512
-    --cells sampled-32/max/mean ...        way/rule/combine, see `block_choice.py`
+    --cells means-16-16/top-p/head ...     way/rule/combine, see `block_choice.py`
     --densities 0.3 0.2                    share of the causal blocks of 128 x 128 that are read
     --parameters 0.01 0.02                 of the rule, instead of densities
     --texts 2    --steps 128               plays, and real tokens behind each prompt
@@ -48,9 +48,9 @@ from benchmarks.quality.retrieval import NEW_TOKENS, PLAYS, answer, ending, one_
 from benchmarks.quality.tasks import TASKS, example, prompt
 
 CELLS = [
-    "sampled-16/mass/mean", "sampled-16/top-p/mean", "sampled-16/mass/head", "antidiagonal-16/top-p/mean",
-    "antidiagonal-16/mass/mean", "means-16-16/mass/mean", "exact/mass/mean", "vertical-slash/top-p/mean",
-    "block-means/max/mean", "prism/top-p/mean",
+    "means-16-16/top-p/head", "antidiagonal-16/top-p/head", "sampled-16/top-p/head", "exact/top-p/head",
+    "vertical-slash/top-p/head", "prism/top-p/head", "block-means/max/head", "means-16-16/top-p/mean",
+    "means-16-16/mass/head",
 ]  # fmt: skip
 ALL = "all/max/mean"
 """Everything is read, by the code that reads blocks: what its rounding alone changes."""
