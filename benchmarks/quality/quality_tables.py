@@ -162,10 +162,11 @@ def sparse_prefill_table(result: dict[str, Any]) -> list[str]:
             example, cell = name.split(": ")
             scores.setdefault(cell, {}).setdefault(example.split(",")[0], []).append(entry["score"])
             densities.setdefault(cell, []).append(entry["density"])
-        tasks = list(next(iter(scores.values())))
+        tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
         lines = ["| blocks | density | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
         for cell, by_task in scores.items():
-            means = [f"{sum(found) / len(found):.2f} of {len(found)}" for found in map(by_task.__getitem__, tasks)]
+            found = [by_task.get(task, []) for task in tasks]
+            means = [f"{sum(given) / len(given):.2f} ({len(given)})" if given else "" for given in found]
             density = sum(densities[cell]) / len(densities[cell])
             lines.append(f"| {cell} | {100 * density:.1f} % | " + " | ".join(means) + " |")
         return lines
