@@ -151,3 +151,31 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def sparse_prefill_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `sparse_prefill.py`: KL and density of every way, or mean scores of questions."""
+    if "new_tokens" in result:
+        scores: dict[str, dict[str, list[float]]] = {}
+        densities: dict[str, list[float]] = {}
+        for name, entry in result["rows"].items():
+            example, cell = name.split(": ")
+            scores.setdefault(cell, {}).setdefault(example.split(",")[0], []).append(entry["score"])
+            densities.setdefault(cell, []).append(entry["density"])
+        tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+        lines = ["| blocks | density | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
+        for cell, by_task in scores.items():
+            found = [by_task.get(task, []) for task in tasks]
+            means = [f"{sum(given) / len(given):.2f} ({len(given)})" if given else "" for given in found]
+            density = sum(densities[cell]) / len(densities[cell])
+            lines.append(f"| {cell} | {100 * density:.1f} % | " + " | ".join(means) + " |")
+        return lines
+    lines = ["| way | rule | per | parameter | density | KL | same best token | lost mass |", "|---" * 8 + "|"]
+    for name, entry in result["rows"].items():
+        way, rule, per = name.split(",")[0].split(" at ")[0].split("/")
+        lost = "" if entry["lost_mass"] is None else f"{100 * entry['lost_mass']:.1f} %"
+        head = "| all | | | |" if way == "all" else f"| {way} | {rule} | {per} | {entry['parameter']:.3g} |"
+        lines.append(
+            f"{head} {100 * entry['density']:.1f} % | {entry['kl']:.4f} | {100 * entry['top1_agrees']:.0f} % | {lost} |"
+        )
+    return lines
