@@ -146,7 +146,7 @@ def test_the_attending_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     query, keys, values = (each.to(dtype) for each in states(shape))
     first, scale, start = shape[3], 1 / math.sqrt(shape[5]), 128 * shape[3]
     lists = choose_blocks(*means_of(query.float(), keys.float()), scale, 0.6, first, 1 << 20)
-    tolerance: Any = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    tolerance: Any = dict(rtol=1e-3, atol=1e-4) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     for piece, block, causal in [(slice(start, None), first, True), (slice(0, start), 0, False)]:
         if keys[:, :, piece].shape[2]:
             given = (query, keys[:, :, piece], values[:, :, piece], lists, scale, block, causal)
