@@ -1,4 +1,4 @@
-"""A saved cache that is open for reading: its manifest and files. Several threads read pieces and compute their digests."""
+"""A saved cache that is open for reading: its manifest and files. Several threads read pieces and check them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .files import OpenFile, folder_path
 from .fills import Fill, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
-from .shards import Part, Shard, TensorSpec, bytes_of, cut
+from .shards import Part, Shard, TensorSpec, bytes_of, cut, piece_checksum
 from .strict_json import RefusedError
 
 _MOST_THREADS = 8
@@ -42,8 +42,8 @@ class OpenCache:
         self.files: list[OpenFile] = []
         self.shards: list[Shard] = []
         """Content of each file. A subclass sets it: it follows from the method and the options of the new cache."""
-        self._digests: dict[tuple[str, int], bytes] = {}
-        """SHA-256 of each piece read, by file name and offset."""
+        self._checksums: dict[tuple[str, int], bytes] = {}
+        """Checksum of each piece read, by file name and offset."""
         try:
             self._open()
         except BaseException as error:
@@ -121,10 +121,7 @@ class OpenCache:
         views = [bytes_of(buffer) for buffer in target.buffers]
         file.read_into(views, offset)
         if self.verify:
-            digest = hashlib.sha256()
-            for view in views:
-                digest.update(view)
-            self._digests[file.name, offset] = digest.digest()
+            self._checksums[file.name, offset] = piece_checksum(views)
         if target.finish is not None:
             target.finish()
 
@@ -143,11 +140,11 @@ class OpenCache:
         for part in shard.parts:
             for begin, end in part.pieces():
                 offset = part.offset + begin
-                known = self._digests.get((file.name, offset))
+                known = self._checksums.get((file.name, offset))
                 if known is None:  # the cache does not need this tensor, such as token ids
                     content = bytearray(end - begin)
                     file.read_into([memoryview(content)], offset)
-                    known = hashlib.sha256(content).digest()
+                    known = piece_checksum([memoryview(content)])
                 digest.update(known)
         return digest.hexdigest()
 

@@ -2,7 +2,7 @@
 
     open      parse the manifest, open the shards
     check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
-    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests
+    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards
               check tables whose numbers are used as indices
 
 No tensor is allocated before `restore`. Threads read pieces of pages. A piece passes through a buffer only if its pages change

@@ -12,7 +12,6 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from . import files
 from .fingerprint import fingerprint, tokens_hash
 from .manifest import FILE_NAME, MOST_SEQUENCES, OPTIONS, Layer, Manifest, OtherLayer, PagedLayer, pages_dtype
 from .other_layers import contents
-from .shards import DTYPES, PIECE_BYTES, Part, Shard, bytes_of, cut
+from .shards import DTYPES, PIECE_BYTES, Part, Shard, bytes_of, cut, piece_checksum
 from .strict_json import RefusedError
 
 
@@ -135,24 +134,14 @@ def _is_current(folder: Path, save_id: str) -> bool:
 
 
 def _fill(shard: Shard, source: _Contents, digest: Any, descriptor: int) -> None:
-    """Write a shard, and add the digests of its pieces to `digest`. A thread hashes a piece while the next one is written."""
+    """Write a shard, and add the checksums of its pieces to `digest`."""
     files.write_all(descriptor, shard.header)
-    with ThreadPoolExecutor(1, thread_name_prefix="spin_hf_save") as pool:
-        hashed: Future[bytes] | None = None
-        for part in shard.parts:
-            for piece, (begin, end) in zip(source.pieces(part), part.pieces(), strict=True):
-                content = bytes_of(piece.contiguous())
-                assert content.nbytes == end - begin
-                if hashed is not None:
-                    digest.update(hashed.result())
-                hashed = pool.submit(_sha256, content)
-                files.write_all(descriptor, content)
-        if hashed is not None:
-            digest.update(hashed.result())
-
-
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
+    for part in shard.parts:
+        for piece, (begin, end) in zip(source.pieces(part), part.pieces(), strict=True):
+            content = bytes_of(piece.contiguous())
+            assert content.nbytes == end - begin
+            digest.update(piece_checksum([content]))
+            files.write_all(descriptor, content)
 
 
 class _Contents:
