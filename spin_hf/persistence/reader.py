@@ -29,6 +29,7 @@ from ..storage.host_register import wait_for_stream
 from ..storage.padding_mask import TokenMask
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
+from .contents import arrays_of
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
 from .fingerprint import check_same, fingerprint
@@ -36,7 +37,6 @@ from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
 from .strict_json import RefusedError
-from .writer import arrays_of
 
 
 class SavedCache(OpenCache):

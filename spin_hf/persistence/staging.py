@@ -1,10 +1,10 @@
-"""Buffers between a file and memory that it cannot be read into: memory of a GPU, or pages in another layout.
+"""Buffers between a file and memory that it cannot be read into or written from: memory of a GPU, or pages in another layout.
 
     read piece 0 -> buffer 0 -> copy on the thread's stream
     read piece 1 -> buffer 1 -> copy
     read piece 2 -> wait for the copy of piece 0 -> buffer 0 -> copy
 
-Each reading thread has its own. For a GPU its buffers are page-locked, so that copies run while the next piece is read.
+Each thread has its own. For a GPU its buffers are page-locked, so that copies run while the next piece is read.
 """
 
 from __future__ import annotations
@@ -79,7 +79,20 @@ class Staging:
             rows: [n, ...], in the buffer that `buffer` gave last, or computed from it.
             places: [m, ...] each, n in all.
         """
-        pairs = list(zip(places, rows.split([len(place) for place in places]), strict=True))
+        self._start(list(zip(places, _parts_like(rows, places), strict=True)), device)
+
+    def gather(self, views: Sequence[Tensor], rows: Tensor, device: torch.device) -> None:
+        """Copy views of memory of a device to rows, one after the other. Returns once they are there.
+
+        Args:
+            views: [m, ...] each, n in all.
+            rows: [n, ...], in the buffer that `buffer` gave last.
+        """
+        self._start(list(zip(_parts_like(rows, views), views, strict=True)), device)
+        self._buffers[-1].settle()
+
+    def _start(self, pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        """Copy (place, content) pairs. For a GPU the buffer that was given last waits for it."""
         if not has_streams(device):
             for place, content in pairs:
                 place.copy_(content)
@@ -105,7 +118,7 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device)
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        """Start copies of (place on the device, content in host memory). Returns a function that waits for them."""
+        """Start copies of (place, content) pairs, to the device or from it. Returns a function that waits for them."""
         with torch.cuda.stream(self._stream):
             for place, content in pairs:
                 place.copy_(content, non_blocking=True)
@@ -116,6 +129,11 @@ class CopyStream:
     def wait(self) -> None:
         """Wait for all copies."""
         self._stream.synchronize()
+
+
+def _parts_like(rows: Tensor, others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Split rows into parts as long as `others`."""
+    return rows.split([len(other) for other in others])
 
 
 def _allocate(num_bytes: int, locks: bool) -> Tensor:

@@ -1,7 +1,4 @@
-"""Threads that load a saved cache: what is copied is right, reading begins early, and an error leaves no thread and no copy.
-
-A stand-in for a GPU copies late: what a copy reads is looked at when the copy is waited for, not when it is started.
-"""
+"""Threads that load a saved cache: what is copied is right, reading begins early, and an error leaves no thread and no copy."""
 
 from __future__ import annotations
 
@@ -16,10 +13,11 @@ import torch
 from torch import Tensor
 
 from spin_hf import SpinCache
-from spin_hf.persistence import fills, opened, shards, staging
+from spin_hf.persistence import opened
 from spin_hf.persistence.piece_reader import PieceReader
 from spin_hf.persistence.staging import Staging
 from spin_hf.storage.page_store import PageStore
+from tests.support.late_copies import LateStream, copies_are_late
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.saved_caches import assert_goes_on, prefilled
 from tests.support.zoo import subject_model
@@ -27,45 +25,10 @@ from tests.support.zoo import subject_model
 CPU = torch.device("cpu")
 
 
-class LateStream:
-    """A `CopyStream` whose copies are made when they are waited for."""
-
-    made: list[LateStream] = []
-
-    def __init__(self, device: torch.device) -> None:
-        self.waiting: list[list[tuple[Tensor, Tensor]]] = []
-        self.copies = 0
-        LateStream.made.append(self)
-
-    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        self.waiting.append(pairs)
-        self.copies += 1
-
-        def wait() -> None:
-            while any(each is pairs for each in self.waiting):
-                self._next()
-
-        return wait
-
-    def wait(self) -> None:
-        while self.waiting:
-            self._next()
-
-    def _next(self) -> None:
-        for place, content in self.waiting.pop(0):
-            place.copy_(content)
-
-
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> list[LateStream]:
     """All pages go through buffers and streams that copy late. Pieces are small."""
-    monkeypatch.setattr(LateStream, "made", [])
-    monkeypatch.setattr(staging, "CopyStream", LateStream)
-    monkeypatch.setattr(staging, "has_streams", lambda device: True)
-    monkeypatch.setattr(staging, "_allocate", lambda num_bytes, locks: torch.empty(num_bytes, dtype=torch.uint8))
-    monkeypatch.setattr(fills, "in_host_memory", lambda device: False)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 4096)
-    return LateStream.made
+    return copies_are_late(monkeypatch)
 
 
 def loading() -> list[str]:
@@ -99,9 +62,7 @@ def test_pages_of_another_layout_go_through_buffers(late: list[LateStream], tmp_
 
 
 def test_a_buffer_is_free_before_it_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "CopyStream", LateStream)
-    monkeypatch.setattr(staging, "has_streams", lambda device: True)
-    monkeypatch.setattr(staging, "_allocate", lambda num_bytes, locks: torch.empty(num_bytes, dtype=torch.uint8))
+    copies_are_late(monkeypatch)
     held, places = Staging(), [torch.zeros(6, dtype=torch.uint8) for _ in range(9)]
     addresses = set()
     for number, place in enumerate(places):
