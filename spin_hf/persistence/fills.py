@@ -37,7 +37,7 @@ class PlainTensor:
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
-        self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
+        self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device="cpu")
 
     def view(self, begin: int, end: int) -> memoryview:
         """Memory of bytes [begin, end)."""

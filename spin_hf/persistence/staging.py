@@ -137,4 +137,4 @@ def _parts_like(rows: Tensor, others: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _allocate(num_bytes: int, locks: bool) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=locks)
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=locks)
