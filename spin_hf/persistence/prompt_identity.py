@@ -34,7 +34,7 @@ def row_of(ids: Tensor) -> array[int]:
 
 
 def space_of(cache: Any) -> str:
-    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, and weights.
+    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, weights, sparse reading.
 
     Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
     modules with the same weights, hooks, plain attributes.
@@ -43,6 +43,8 @@ def space_of(cache: Any) -> str:
     dtype = getattr(model, "dtype", None)
     about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
     made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+    if state.options.prefill != "dense":
+        made.update(f"{state.options.prefill} {state.options.prefill_top_p}\0".encode())
     if model is not None:
         samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for name, parameter in model.named_parameters():

@@ -220,6 +220,17 @@ def test_other_weights_methods_and_options(make: Maker) -> None:
     assert store.stats().hits == (0 if store.directory is None else 1), "entries in memory belong to one model object"
 
 
+def test_a_prompt_that_was_read_sparsely_is_for_such_caches(make: Maker) -> None:
+    """Its keys are approximate from the second layer on."""
+    model, ids, store = build_model("llama"), random_tokens(1, 700), make()
+    more = torch.cat([ids, random_tokens(1, 9, seed=1)], 1)
+    for options, hits in (
+        ({"prefill": "sparse"}, 0), ({}, 0), ({"prefill": "sparse", "prefill_top_p": 0.5}, 0), ({"prefill": "sparse"}, 1),
+    ):  # fmt: skip
+        answer(model, more if hits else ids, SpinCache(model, store=store, **options))
+        assert store.stats().hits == hits
+
+
 def test_batches(make: Maker) -> None:
     model, store = build_model("llama"), make()
     ids = random_tokens(1, 40)
