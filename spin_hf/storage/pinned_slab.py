@@ -160,7 +160,8 @@ def _touch_and_register(address: int, size: int, unit_bytes: int, registrar: Reg
     piece = unit_bytes * max(1, PIECE_BYTES // unit_bytes)
     if size <= task or size < _THREADED_BYTES:
         _touch(address, size)
-        _register(address, size, size, registrar, pieces)
+        for first in range(0, size, piece):
+            _register(address + first, min(piece, size - first), size, registrar, pieces)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix=THREAD_PREFIX) as pool:
         try:

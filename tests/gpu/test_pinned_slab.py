@@ -181,13 +181,13 @@ def test_registering_while_another_thread_captures(cuda: torch.device) -> None:
         out.copy_(source * 3)
         chunk = reserve.ask((MIB,), torch.float32, compute_device=cuda)
         deadline = time.monotonic() + 30
-        while chunk._chunk is None and time.monotonic() < deadline:
+        while chunk._chunks is None and time.monotonic() < deadline:
             time.sleep(0.01)
         out.add_(1)
     taken = chunk.take()
     reserve.stop()
     assert taken is not None
-    assert taken.is_pinned()
+    assert taken[0].is_pinned()
     graph.replay()
     assert out.tolist() == [4.0] * 8
 

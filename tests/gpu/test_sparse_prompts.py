@@ -59,7 +59,7 @@ def test_kernels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         wanted_lse = scores.logsumexp(-1)
         weights = (scores - wanted_lse.masked_fill(wanted_lse.isneginf(), 0).unsqueeze(-1)).exp()
         wanted = weights @ v.double().unsqueeze(2)
-        tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6) * float(wanted.abs().max())
+        tolerance = 4 * max(torch.finfo(dtype).eps, 3e-6) * float(wanted.abs().max())
         assert float((out.double() - wanted).abs().max()) <= tolerance
         found = wanted_lse.isfinite()
         assert torch.equal(found, lse.isfinite())

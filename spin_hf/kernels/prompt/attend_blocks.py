@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import device_limits
 from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, BlockLists
+from .choose_blocks import LEAST_COLUMNS
 
 _LOG2_E = 1.4426950408889634
 
@@ -35,7 +36,8 @@ def attend_blocks(
     attend_blocks_kernel[(blocks * (BLOCK_TOKENS // rows), batch_size * num_heads * group)](
         query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
         out, lse, scale * _LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
-        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile, LISTED=power_of_two(columns),
+        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
+        LISTED=max(LEAST_COLUMNS, power_of_two(columns)),
         CAUSAL=causal, STAGES=stages, num_warps=8 if rows == BLOCK_TOKENS else 4,
     )  # fmt: skip
     return out, lse
@@ -43,10 +45,11 @@ def attend_blocks(
 
 def _sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
     """Queries of a program, keys per tile and pipeline stages that fit the shared memory."""
-    for rows, tile, stages in ((128, 128, 2), (128, 64, 2), (128, 32, 2), (64, 32, 2)):
+    sizes = [(128, 128, 2), (128, 64, 2), (128, 32, 2), (64, 32, 2), (64, 16, 1)]
+    for rows, tile, stages in sizes[3 if max(width_k, width_v) > 128 else 0 :]:
         if (rows * (width_k + tile) + stages * tile * (width_k + width_v)) * item_bytes <= shared_memory:
             return rows, tile, stages
-    return 64, 16, 1
+    return 32, 16, 1
 
 
 @triton.jit

@@ -13,37 +13,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import device_limits, reference_blocks
 from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, PAGE_TOKENS, BlockLists
 
 _PAIR = 2
 """Query blocks of a program: with them, matrix products have at least 16 rows."""
 _PAGES = BLOCK_TOKENS // PAGE_TOKENS
-_TILE_PAGES = 64
-"""Mean keys that are loaded at a time."""
+LEAST_COLUMNS = 1024
+"""Key blocks that all variants of the kernels can list: 128K tokens. More of them need another variant."""
 
 
 def choose_blocks(
     query_means: Tensor, key_means: Tensor, scale: float, top_p: float, first: int, dense_from: int
 ) -> BlockLists:  # fmt: skip
-    """As `reference_blocks.choose_blocks`."""
+    """As `reference_blocks.choose_blocks`, by which the choice is made where the shared memory is too small."""
     batch_size, heads, num_queries, dim = query_means.shape
     num_heads, num_keys = key_means.shape[1:3]
     blocks, columns = triton.cdiv(num_queries, _PAGES), triton.cdiv(num_keys, _PAGES)
+    width, rows = max(16, power_of_two(dim)), power_of_two(heads // num_heads) * _PAIR * _PAGES
+    sizes = _sizes(rows, width, query_means.element_size(), device_limits.shared_memory(query_means.device))
+    if sizes is None:
+        return reference_blocks.choose_blocks(query_means, key_means, scale, top_p, first, dense_from)
     masses = torch.empty((batch_size, heads, blocks, columns), dtype=torch.float32, device=query_means.device)
     group, means = heads // num_heads, key_means if key_means.stride(-1) == 1 else key_means.contiguous()
     weigh_blocks_kernel[(triton.cdiv(blocks, _PAIR), batch_size * num_heads)](
         query_means.contiguous(), means, *means.stride()[:3], masses, num_queries, num_keys, first * _PAGES, scale,
-        blocks, columns, H=num_heads, G=group, BLOCK_G=power_of_two(group), D=dim, BLOCK_D=max(16, power_of_two(dim)),
-        TILE=_TILE_PAGES, PAGES=_PAGES, num_warps=4 if group <= 4 else 8,
+        blocks, columns, H=num_heads, G=group, BLOCK_G=power_of_two(group), D=dim, BLOCK_D=width,
+        TILE=sizes[0], PAGES=_PAGES, num_warps=4 if group <= 4 else 8, num_stages=sizes[1],
     )  # fmt: skip
     lists = torch.empty(masses.shape, dtype=torch.int32, device=masses.device)
     counts = torch.empty(masses.shape[:3], dtype=torch.int32, device=masses.device)
     list_blocks_kernel[(batch_size * heads * blocks,)](
-        masses, lists, counts, top_p, first, dense_from, blocks, columns, BLOCK=power_of_two(columns),
+        masses, lists, counts, top_p, first, dense_from, blocks, columns, BLOCK=max(LEAST_COLUMNS, power_of_two(columns)),
         num_warps=4 if columns <= 2048 else 8,
     )  # fmt: skip
     return BlockLists(lists, counts, first)
+
+
+def _sizes(rows: int, width: int, item_bytes: int, shared_memory: int) -> tuple[int, int] | None:
+    """Mean keys per tile and pipeline stages that fit the shared memory; None if none do."""
+    for tile, stages in ((64, 3), (64, 2), (32, 2), (16, 2), (16, 1)):
+        if (rows + stages * tile) * width * item_bytes + rows * tile * 4 <= shared_memory:
+            return tile, stages
+    return None
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_page", "num_blocks", "num_columns"])
