@@ -35,8 +35,6 @@ def space_of(cache: Any) -> str:
     state, model = cache._state, cache.calls.model()
     dtype = getattr(model, "dtype", None)
     about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
-    if state.options.prefill == "sparse":  # other keys and values than those of a dense prompt
-        about["prefill"] = {"top_p": state.options.prefill_top_p}
     made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
     if model is not None:
         samples: dict[torch.device, list[Tensor]] = {}

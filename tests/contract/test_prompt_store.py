@@ -139,18 +139,6 @@ def test_other_weights_methods_and_options(make: Maker) -> None:
     assert store.stats().hits == (0 if store.directory is None else 1), "entries in memory belong to one model object"
 
 
-def test_sparse_prompts_have_entries_of_their_own(make: Maker) -> None:
-    """Their keys and values are not those of a dense prompt, nor of another share."""
-    model, ids, store = build_model("llama"), random_tokens(1, 40), make()
-    kinds: list[dict[str, Any]] = [{"prefill": "sparse"}, {}, {"prefill": "sparse", "prefill_top_p": 0.5}]
-    for options in kinds:
-        answer(model, ids, SpinCache(model, budget=1 << 20, store=store, **options))
-    assert store.stats().hits == 0
-    for options in kinds:
-        answer(model, ids, SpinCache(model, budget=1 << 20, store=store, **options))
-    assert store.stats().hits == len(kinds)
-
-
 def test_batches(make: Maker) -> None:
     model, store = build_model("llama"), make()
     ids = random_tokens(1, 40)
