@@ -282,7 +282,7 @@ class SpinCache(CacheCopies, LinearStates):
         Args:
             model: as for `SpinCache`. A config gives no weights to compare, and its cache is on torch's default device.
             method: as for `SpinCache`; None for the saved one. Its parameters must be those of the saved one.
-            verify: compare the SHA-256 of all that is read. False saves that time, and trusts the files.
+            verify: compare checksums of all that is read, which finds damage. False saves that time, and trusts the files.
             options: as for `SpinCache`. By default those of the saved cache, and the caps are "auto".
         Raises:
             SavedCacheError: the files are damaged, or do not fit model, method or options.

@@ -9,6 +9,10 @@
     --seconds 540                    starts nothing behind this time
     --output FILE                    where to write (default: benchmarks/results/h200/prefill-<shape>.json)
 
+Random weights have no sparse attention. A sparse way chooses blocks as the product does, and then reads a given share of the
+blocks before each query block, drawn at random, so that its time is that of this share. Which share a real model needs is
+measured by `benchmarks.quality.sparse_prefill`.
+
 Peak memory is the most that tensors take beside the weights. Rows of other sources, machines or versions are left behind.
 """
 
@@ -18,7 +22,8 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,8 @@ from benchmarks.common.record import RESULTS, fingerprint
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.common.shapes import SHAPES, build
 from benchmarks.common.timing import failure, free, wait_for_device, with_memory
-from spin_hf import SpinCache
+from spin_hf import SpinCache, kernels
+from spin_hf.kernels import BlockLists
 
 CHUNK = 8192
 WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
@@ -51,6 +57,43 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     ),
 }
 """Name -> maker of the cache, and arguments of `generate`."""
+SHARES = {f"spin, sparse, {percent} % of blocks": percent / 100 for percent in (8, 15, 30)}
+"""Name -> share of the blocks that a sparse way reads."""
+WAYS |= {name: (lambda model: SpinCache(model, prefill="sparse"), {}) for name in SHARES}
+
+
+@contextmanager
+def share_of_blocks(share: float | None) -> Iterator[None]:
+    """Let sparse prompts read this share of the blocks. None changes nothing."""
+    original, drawn = kernels.choose_blocks, dict[tuple[int, ...], BlockLists]()
+
+    def choose(*arguments: Any) -> BlockLists:
+        chosen = original(*arguments)
+        key = chosen.first, *chosen.blocks.shape
+        if key not in drawn:  # once for all layers
+            drawn[key] = random_lists(chosen, share or 0.0, arguments[-1])
+        return drawn[key]
+
+    if share is not None:
+        kernels.choose_blocks = choose
+    try:
+        yield
+    finally:
+        kernels.choose_blocks = original
+
+
+def random_lists(like: BlockLists, share: float, dense_from: int) -> BlockLists:
+    """Lists of the same shape: the first block, a query block's own, and others up to a share of those before it."""
+    columns = like.blocks.shape[3]
+    own = like.first + torch.arange(like.counts.shape[2], device=like.blocks.device).unsqueeze(1)
+    block = torch.arange(columns, device=like.blocks.device)
+    weight = torch.rand(like.blocks.shape, device=like.blocks.device)
+    weight = weight.masked_fill((block == 0) | (block == own), 2.0).masked_fill(block > own, -1.0)
+    rank = weight.argsort(-1, descending=True).argsort(-1)
+    number = torch.where(own >= dense_from, own + 1, (share * (own + 1)).ceil().clamp(min=2).minimum(own + 1))
+    mask = rank < number
+    order = mask.int().argsort(dim=-1, descending=True, stable=True)
+    return BlockLists(order.int(), mask.sum(-1, dtype=torch.int32), like.first)
 
 
 def about(shape: str) -> dict[str, Any]:
@@ -68,7 +111,7 @@ def once(model: Any, ids: Tensor, way: str, new: int) -> float:
     wait_for_device()
     started = time.perf_counter()
     cache = make(model)
-    with torch.no_grad():
+    with torch.no_grad(), share_of_blocks(SHARES.get(way)):
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

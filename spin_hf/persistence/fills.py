@@ -11,6 +11,8 @@ from torch import Tensor
 from ..storage.chunked_array import ChunkedArray
 from ..storage.page_store import PageStore
 from .manifest import PagedLayer
+from .shards import bytes_of
+from .staging import Staging, in_host_memory
 from .strict_json import RefusedError
 
 
@@ -18,16 +20,16 @@ class Target(NamedTuple):
     """Memory for a piece of a tensor.
 
     Attributes:
-        buffers: CPU tensors that together take the bytes of the piece, in order.
+        views: memory that together takes the bytes of the piece, in order.
         finish: called once they are full, if given.
     """
 
-    buffers: list[Tensor]
+    views: list[memoryview]
     finish: Callable[[], None] | None = None
 
 
-Fill = Callable[[int, int], Target]
-"""Memory for bytes [begin, end) of a tensor."""
+Fill = Callable[[int, int, Staging], Target]
+"""Memory for bytes [begin, end) of a tensor. A thread passes its buffers."""
 
 
 class PlainTensor:
@@ -35,11 +37,15 @@ class PlainTensor:
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
-        self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
+        self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device="cpu")
 
-    def fill(self, begin: int, end: int) -> Target:
+    def view(self, begin: int, end: int) -> memoryview:
+        """Memory of bytes [begin, end)."""
+        return bytes_of(self.bytes[begin:end])
+
+    def fill(self, begin: int, end: int, staging: Staging) -> Target:
         """Memory for bytes [begin, end)."""
-        return Target([self.bytes[begin:end]])
+        return Target([self.view(begin, end)])
 
     def finished(self, device: torch.device) -> Tensor:
         """The tensor on a device, once it has been read."""
@@ -58,21 +64,18 @@ def pages_fill(store: PageStore, array: ChunkedArray, entry: PagedLayer, name: s
     dtype, row_shape = (source.row_dtype, (source.row_elements,)) if converts else (array.dtype, array.row_shape)
     row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
 
-    def fill(begin: int, end: int) -> Target:
+    def fill(begin: int, end: int, staging: Staging) -> Target:
         first, stop = begin // row_bytes, end // row_bytes
-        if not converts and array.device.type == "cpu":
-            return Target([rows.reshape(-1).view(torch.uint8) for rows in array.views(first, stop)])
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
+        if not converts and in_host_memory(array.device):
+            return Target([bytes_of(rows) for rows in array.views(first, stop)])
+        buffer = staging.buffer(end - begin, array.device)
 
         def finish() -> None:
             rows = buffer.view(dtype).view(stop - first, *row_shape)
             if converts:
                 rows = target.join(target.encode(*source.take(rows)))
-            at = 0
-            for place in array.views(first, stop):
-                place.copy_(rows[at : at + len(place)])
-                at += len(place)
+            staging.copy(rows, list(array.views(first, stop)), array.device)
 
-        return Target([buffer], finish)
+        return Target([bytes_of(buffer)], finish)
 
     return fill

@@ -152,11 +152,22 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _hash(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
+    for tensor, content in zip(tensors, _contents(tensors), strict=True):
         digest.update(f"{DTYPES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
+        digest.update(content)
     return digest.hexdigest()
+
+
+def _contents(tensors: list[Tensor]) -> list[memoryview]:
+    """The bytes of each tensor. All tensors of a device are copied from it at once."""
+    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    for device in {each.device for each in flat if each.device.type != "cpu"}:
+        places = [place for place, each in enumerate(flat) if each.device == device]
+        copied = torch.cat([flat[place] for place in places]).cpu()
+        parts = copied.split([len(flat[place]) for place in places])
+        for place, part in zip(places, parts, strict=True):
+            flat[place] = part
+    return [bytes_of(each) for each in flat]
 
 
 def tokens_hash(tokens: Tensor) -> str:

@@ -1,12 +1,12 @@
-"""A saved cache that is open for reading: its manifest and files. Several threads read pieces and compute their digests."""
+"""A saved cache that is open for reading: its manifest and files. Several threads read pieces and check them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,25 @@ from .files import OpenFile, folder_path
 from .fills import Fill, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
-from .shards import Part, Shard, TensorSpec, bytes_of, cut
+from .piece_reader import PieceReader
+from .shards import Part, Shard, TensorSpec, cut, piece_checksum
+from .staging import Staging
 from .strict_json import RefusedError
 
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"
+
+
+class FilledPiece(NamedTuple):
+    """Bytes [begin, end) of a part in a file, and the memory that they are read into."""
+
+    file: OpenFile
+    part: Part
+    begin: int
+    end: int
+    fill: Fill
 
 
 class OpenCache:
@@ -41,9 +53,11 @@ class OpenCache:
         self.folder, self.verify = folder_path(directory), verify
         self.files: list[OpenFile] = []
         self.shards: list[Shard] = []
-        """Content of each file. A subclass sets it: it follows from the method and the options of the new cache."""
-        self._digests: dict[tuple[str, int], bytes] = {}
-        """SHA-256 of each piece read, by file name and offset."""
+        """Content of each file, once `set_shards` was called."""
+        self._parts: dict[str, list[tuple[Part, OpenFile]]] = {}
+        """The parts of each tensor."""
+        self._checksums: dict[tuple[str, int], bytes] = {}
+        """Checksum of each piece read, by file name and offset."""
         try:
             self._open()
         except BaseException as error:
@@ -93,38 +107,36 @@ class OpenCache:
         while self.files:
             self.files.pop().close()
 
-    def read(self, fills: dict[str, Fill]) -> None:
-        """Read the tensors that `fills` names into memory, by several threads."""
-        pieces = [
-            (file, part, begin, end)
-            for shard, file in zip(self.shards, self.files, strict=True)
-            for part in shard.parts
-            if part.spec.name in fills
-            for begin, end in part.pieces()
-        ]
+    def set_shards(self, shards: list[Shard]) -> None:
+        """Set the content of each file. It follows from the method and the options of the new cache."""
+        self.shards, self._parts = shards, {}
+        for shard, file in zip(shards, self.files, strict=True):
+            for part in shard.parts:
+                self._parts.setdefault(part.spec.name, []).append((part, file))
 
-        def read(piece: tuple[OpenFile, Part, int, int]) -> None:
-            with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
-                self._read_piece(*piece, fills[piece[1].spec.name])
+    def reader(self, names: Collection[str] | None = None) -> PieceReader[FilledPiece]:
+        """Threads that read pieces of tensors into memory, to be used as a context manager.
 
-        threads = min(_MOST_THREADS, os.cpu_count() or 1, max(1, len(pieces)))
-        with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_load") as pool:
-            try:
-                for _ in pool.map(read, pieces):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        Args:
+            names: of the tensors that will be read; None for all.
+        """
+        parts = [part for shard in self.shards for part in shard.parts if names is None or part.spec.name in names]
+        num_pieces = sum(-(-part.num_bytes // part.spec.piece_bytes) for part in parts)
+        return PieceReader(self._read_piece, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_pieces)))
 
-    def _read_piece(self, file: OpenFile, part: Part, begin: int, end: int, fill: Fill) -> None:
-        target, offset = fill(part.start + begin, part.start + end), part.offset + begin
-        views = [bytes_of(buffer) for buffer in target.buffers]
-        file.read_into(views, offset)
+    def pieces(self, fills: Mapping[str, Fill]) -> Iterator[FilledPiece]:
+        """The pieces of the tensors that `fills` names, with where they go."""
+        for name, fill in fills.items():
+            for part, file in self._parts.get(name, ()):
+                for begin, end in part.pieces():
+                    yield FilledPiece(file, part, begin, end, fill)
+
+    def _read_piece(self, piece: FilledPiece, staging: Staging) -> None:
+        file, part, begin, end, fill = piece
+        target, offset = fill(part.start + begin, part.start + end, staging), part.offset + begin
+        file.read_into(target.views, offset)
         if self.verify:
-            digest = hashlib.sha256()
-            for view in views:
-                digest.update(view)
-            self._digests[file.name, offset] = digest.digest()
+            self._checksums[file.name, offset] = piece_checksum(target.views)
         if target.finish is not None:
             target.finish()
 
@@ -143,11 +155,11 @@ class OpenCache:
         for part in shard.parts:
             for begin, end in part.pieces():
                 offset = part.offset + begin
-                known = self._digests.get((file.name, offset))
+                known = self._checksums.get((file.name, offset))
                 if known is None:  # the cache does not need this tensor, such as token ids
                     content = bytearray(end - begin)
                     file.read_into([memoryview(content)], offset)
-                    known = hashlib.sha256(content).digest()
+                    known = piece_checksum([memoryview(content)])
                 digest.update(known)
         return digest.hexdigest()
 
@@ -179,9 +191,7 @@ class OpenCache:
             begin = 8 + int.from_bytes(length, "little")
             if begin + part.num_bytes > file.size:
                 raise RefusedError(f"{part.num_bytes} bytes of token ids in {file.name}", "fewer (was it cut?)")
-            file.read_into(
-                [bytes_of(buffer) for buffer in held.fill(part.start, part.start + part.num_bytes).buffers], begin
-            )
+            file.read_into([held.view(part.start, part.start + part.num_bytes)], begin)
         ids = held.finished(torch.device("cpu"))
         if tokens_hash(ids) != made.tokens:
             raise RefusedError("the token ids that their digest belongs to", "other ones (was it altered?)")

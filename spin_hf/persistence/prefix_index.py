@@ -73,6 +73,8 @@ class PrefixIndex:
     def __init__(self, file: Path | None, block_tokens: int = 256) -> None:
         self.file, self.block_tokens = file, block_tokens
         self._lock = threading.RLock()
+        self._hashed: tuple[str, bytes, list[bytes]] = "", b"", []
+        """Space, tokens and hashes of the last prompt: a prompt that is looked up is often inserted next."""
         self._connection = sqlite3.connect(
             ":memory:" if file is None else file, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -180,11 +182,18 @@ class PrefixIndex:
 
     def hashes(self, space: str, ids: Sequence[int]) -> list[bytes]:
         """The hash of each whole block of `ids`, with all tokens before it."""
-        tokens, width = array("q", ids).tobytes(), 8 * self.block_tokens
+        tokens, width = (
+            (ids if isinstance(ids, array) and ids.typecode == "q" else array("q", ids)).tobytes(),
+            8 * self.block_tokens,
+        )
+        known = self._hashed
+        if known[:2] == (space, tokens):
+            return known[2]
         made, last = [], _hash(f"{self.block_tokens}\0{space}".encode())
         for first in range(0, len(tokens) - width + 1, width):
             last = _hash(last + tokens[first : first + width])
             made.append(last)
+        self._hashed = space, tokens, made
         return made
 
     def _delete(self, name: str) -> bool:

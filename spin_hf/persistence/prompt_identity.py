@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,22 +13,28 @@ from torch import Tensor
 
 from ..layer import SpinLayer
 from .fingerprint import fingerprint
+from .shards import bytes_of
 
 _SAMPLES = 64
 """Numbers of each parameter that are hashed."""
 
 
-def only_row(ids: Tensor, mask: Tensor | None) -> list[int] | None:
-    """The tokens of a prompt whose sequences are equal and without padding; None for others."""
+def only_row(ids: Tensor, mask: Tensor | None) -> array[int] | None:
+    """The tokens of a prompt whose sequences are equal and without padding, of type "q"; None for others."""
     if ids.dim() != 2 or not ids.numel() or (mask is not None and (mask.shape != ids.shape or not bool(mask.all()))):
         return None
     if len(ids) > 1 and not bool((ids == ids[:1]).all()):
         return None
-    return [int(token) for token in ids[0].tolist()]
+    return row_of(ids)
+
+
+def row_of(ids: Tensor) -> array[int]:
+    """The ids of the first sequence of [B, n], of type "q"."""
+    return array("q", bytes_of(ids[0].detach().long().cpu().contiguous()).tobytes())
 
 
 def space_of(cache: Any) -> str:
-    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, and weights.
+    """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, weights, sparse reading.
 
     Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
     modules with the same weights, hooks, plain attributes.
@@ -36,19 +43,21 @@ def space_of(cache: Any) -> str:
     dtype = getattr(model, "dtype", None)
     about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
     made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+    if state.options.prefill != "dense":
+        made.update(f"{state.options.prefill} {state.options.prefill_top_p}\0".encode())
     if model is not None:
-        samples: dict[torch.device, list[Tensor]] = {}
+        samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
             flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-            samples.setdefault(parameter.device, []).append(sample.double())
+            step = max(1, len(flat) // _SAMPLES)
+            samples.setdefault((parameter.device, parameter.dtype), []).append(flat[: step * _SAMPLES : step])
         for each in samples.values():  # one copy from each device
-            made.update(torch.cat(each).cpu().numpy().tobytes())
+            made.update(bytes_of(torch.cat(each).cpu()))
         for name, module in model.named_modules():
-            if hasattr(module, "active_adapters"):
-                state_of = (str(module.active_adapters), bool(getattr(module, "disable_adapters", False)))
-                made.update(f"{name} {state_of}\0".encode())
+            active = getattr(module, "active_adapters", None)
+            if active is not None and not callable(active):  # a method of models, an attribute of layers with adapters
+                made.update(f"{name} {active} {bool(getattr(module, 'disable_adapters', False))}\0".encode())
     return made.hexdigest()
 
 
@@ -57,12 +66,15 @@ def with_options(space: str, cache: Any) -> str:
     return f"{space} {cache._state.options} {cache._state.method!r}"
 
 
-def bytes_of(cache: Any) -> int:
+def bytes_of_cache(cache: Any) -> int:
     """Bytes of pages and summaries, and of the tensors of transformers' own layers."""
-    stats, others = cache.stats(), [layer for layer in cache.layers if not isinstance(layer, SpinLayer)]
+    segments = cache._state.sequences.segments_in_use
+    stores = [layer.store for layer in cache._state.layers if layer.store is not None]
+    others = [layer for layer in cache.layers if not isinstance(layer, SpinLayer)]
     held = [each for layer in others for each in vars(layer).values()]
     held += [each for states in held if isinstance(states, dict) for each in states.values()]
-    return int(stats.gpu_bytes + stats.cpu_bytes + sum(each.nbytes for each in held if isinstance(each, Tensor)))
+    paged = sum(store.gpu_bytes(segments) + store.cpu_bytes(segments) for store in stores)
+    return int(paged + sum(each.nbytes for each in held if isinstance(each, Tensor)))
 
 
 def common_length(stored: Sequence[int], tokens: Sequence[int], start: int) -> int:

@@ -23,6 +23,7 @@ import threading
 import time
 import uuid
 import weakref
+from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -39,15 +40,17 @@ from ..storage.token_log import TokenLog
 from .files import folder_path
 from .opened import saved_tokens
 from .prefix_index import IndexFormatError, PrefixIndex
-from .prompt_identity import bytes_of, common_length, only_row, space_of, with_options
+from .prompt_identity import bytes_of_cache, common_length, only_row, row_of, space_of, with_options
 from .reader import SavedCache
 
 logger = logging.getLogger("spin_hf")
 
 _LEFT_BEHIND_S = 3600.0
 """Seconds after which a folder that is in no index was left by a killed process."""
+_MOST_IN_MEMORY = 1000
+"""Entries in memory that are compared token by token. On disk, where tokens have to be read first, a few are."""
 _NEW_PART = 8
-"""On disk, a prompt is stored if more than this part of its tokens (1/8) is in no entry yet."""
+"""On disk, a prompt is stored if more than this part of its tokens (1/8) is in no entry yet. In memory: more than a block."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,22 @@ class _Held:
     """An entry in memory: a cache that nobody steps, and the tokens that it holds."""
 
     cache: Any
-    ids: list[int]
+    ids: array[int]
     model: weakref.ref[Any]
+
+
+@dataclass
+class _Seen:
+    """A prompt that was looked up and is being read.
+
+    Attributes:
+        ids: the tensor that it came as.
+        tokens, space: of `only_row` and `space_of`.
+    """
+
+    ids: weakref.ref[Tensor]
+    tokens: array[int]
+    space: str
 
 
 @dataclass
@@ -123,6 +140,8 @@ class PromptStore:
         self._memory = PrefixIndex(None, block_tokens)
         self._held: dict[str, _Held] = {}
         self._counts, self._lock = _Counts(), threading.RLock()
+        self._seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()
+        """By cache: what `restore` found out about the prompt and `keep` needs again."""
         self.directory, self._disk = None, None
         if directory is None:
             if not in_memory:
@@ -181,7 +200,9 @@ class PromptStore:
             return
         with self._lock, self._tolerant():
             self._counts.lookups += 1
-            for found in self._candidates(cache, tokens, space_of(cache)):
+            space = space_of(cache)
+            self._seen[cache] = _Seen(weakref.ref(ids), tokens, space)
+            for found in self._candidates(cache, tokens, space):
                 keep = min(found.common, len(tokens) - 1)
                 if not self._restored(cache, found, keep, len(ids)):
                     continue
@@ -193,19 +214,23 @@ class PromptStore:
                 return
 
     def keep(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
-        """Store what a cache holds behind a prompt, unless most of it is stored already.
+        """Store what a cache holds behind a prompt, unless all but its last tokens is stored already.
+
+        In memory a block may be missing, on disk an eighth of the tokens.
 
         Args:
             cache: a `SpinCache` that holds exactly the prompt.
             ids, mask: as for `restore`.
         """
-        tokens = only_row(ids, mask)
+        seen = self._seen.pop(cache, None)
+        known = seen is not None and seen.ids() is ids
+        tokens = seen.tokens if seen is not None and known else only_row(ids, mask)
         if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
             return
         if cache.get_seq_length() != len(tokens) or cache.calls.model() is None:
             return
         with self._lock, self._tolerant():
-            space = space_of(cache)
+            space = seen.space if seen is not None and known else space_of(cache)
             if self.max_host_bytes:
                 self._keep_in_memory(cache, tokens, with_options(space, cache))
             if self._disk is not None:
@@ -221,10 +246,10 @@ class PromptStore:
 
     # ---------------------------------------------------------------------------------------------------------- lookups
 
-    def _candidates(self, cache: Any, tokens: list[int], space: str) -> list[_Found]:
+    def _candidates(self, cache: Any, tokens: array[int], space: str) -> list[_Found]:
         """Entries that begin like a prompt, the longest common prefix first; in memory before on disk."""
         found = []
-        for match in self._memory.find(with_options(space, cache), tokens):
+        for match in self._memory.find(with_options(space, cache), tokens, most=_MOST_IN_MEMORY):
             held = self._held[match.name]
             if held.model() is cache.calls.model():
                 common = common_length(held.ids, tokens, match.shared)
@@ -267,29 +292,33 @@ class PromptStore:
             raise
         return False
 
-    def _tokens_of(self, name: str) -> list[int] | None:
+    def _tokens_of(self, name: str) -> array[int] | None:
         """The tokens of an entry on disk; None, and the entry is removed, if they cannot be read."""
         try:
             stored = saved_tokens(self._entries / name)
         except (SpinError, OSError) as error:
             self._remove(name, error)
             return None
-        return None if stored is None else list(map(int, stored[0].tolist()))
+        return None if stored is None else row_of(stored)
 
     # ---------------------------------------------------------------------------------------------------------- storing
 
-    def _keep_in_memory(self, cache: Any, tokens: list[int], space: str) -> None:
+    def _keep_in_memory(self, cache: Any, tokens: array[int], space: str) -> None:
         shared, covered = 0, []
-        for match in self._memory.find(space, tokens, most=1000):
+        croppable = all(is_croppable(layer) for layer in cache.layers)
+        for match in self._memory.find(space, tokens, most=_MOST_IN_MEMORY):
             held = self._held[match.name]
             common = common_length(held.ids, tokens, match.shared)
-            if common == len(tokens):
+            is_whole = common == len(held.ids)
+            if held.model() is not cache.calls.model() or not (is_whole or croppable):
+                continue  # it cannot serve this prompt
+            if len(tokens) - common <= self._memory.block_tokens:
                 return
-            if common == len(held.ids):
+            if is_whole:
                 covered.append(match.name)
             else:
                 shared = max(shared, common)
-        per_token = -(-bytes_of(cache) // len(tokens))
+        per_token = -(-bytes_of_cache(cache) // len(tokens))
         name = uuid.uuid4().hex
         self._held[name] = _Held(cache.fork(), tokens, weakref.ref(cache.calls.model()))
         self._memory.insert(name, space, tokens, per_token * (len(tokens) - shared))
@@ -297,7 +326,7 @@ class PromptStore:
             self._memory.remove(old)
         self._drop_held(covered + self._memory.remove_beyond(self.max_host_bytes, keep=name))
 
-    def _keep_on_disk(self, disk: PrefixIndex, cache: Any, tokens: list[int], space: str) -> None:
+    def _keep_on_disk(self, disk: PrefixIndex, cache: Any, tokens: array[int], space: str) -> None:
         covered = []
         for match in disk.find(space, tokens):
             if len(tokens) - match.shared <= max(disk.block_tokens, len(tokens) // _NEW_PART):
@@ -308,7 +337,7 @@ class PromptStore:
         name = uuid.uuid4().hex
         unfinished = self._entries / f"{name}.new"
         try:
-            cache.save_pretrained(unfinished, tokens=torch.tensor([tokens]))
+            cache.save_pretrained(unfinished, tokens=torch.frombuffer(tokens, dtype=torch.int64)[None])
             num_bytes = sum(file.stat().st_size for file in unfinished.iterdir())
             if num_bytes > self.max_bytes:
                 return

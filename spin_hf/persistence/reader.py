@@ -2,11 +2,11 @@
 
     open      parse the manifest, open the shards
     check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
-    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests
+    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards
               check tables whose numbers are used as indices
 
-No tensor is allocated before `restore`. Threads read pieces of pages. A piece passes through a buffer only if its pages change
-their layout or go to a GPU.
+No tensor is allocated before `restore`. Threads read a layer while memory of the next one is allocated. A piece of pages passes
+through a buffer only if its pages change their layout or go to a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from ..indexing import cluster
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from ..storage.clustered_spans import ClusteredSpans
-from ..storage.host_register import wait_for_device
+from ..storage.host_register import wait_for_stream
 from ..storage.padding_mask import TokenMask
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
+from .contents import arrays_of
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
 from .fingerprint import check_same, fingerprint
@@ -36,7 +37,6 @@ from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
 from .strict_json import RefusedError
-from .writer import arrays_of
 
 
 class SavedCache(OpenCache):
@@ -133,10 +133,10 @@ class SavedCache(OpenCache):
         whole = sum(file.size for file in self.files)
         if sum(spec.num_bytes for spec in specs) > whole:  # before a long list of shards is made
             raise RefusedError(f"{sum(spec.num_bytes for spec in specs)} bytes of tensors", f"{whole} (was it cut?)")
-        self.shards = cut(specs, made.max_shard_bytes, made.save_id, len(made.shards))
-        if len(self.shards) != len(made.shards):
-            raise RefusedError(f"{len(self.shards)} shards", f"{len(made.shards)}")
-        for shard, file, (name, size, _) in zip(self.shards, self.files, made.shards, strict=True):
+        shards = cut(specs, made.max_shard_bytes, made.save_id, len(made.shards))
+        if len(shards) != len(made.shards):
+            raise RefusedError(f"{len(shards)} shards", f"{len(made.shards)}")
+        for shard, file, (name, size, _) in zip(shards, self.files, made.shards, strict=True):
             if shard.name != name:
                 raise RefusedError(f"a shard {shard.name}", shown(name, 80))
             if not shard.num_bytes == size == file.size:
@@ -145,6 +145,7 @@ class SavedCache(OpenCache):
             file.read_into([memoryview(header)], 0)
             if header != shard.header:
                 raise RefusedError(f"the header of {name} that {FILE_NAME} implies", "another one")
+        self.set_shards(shards)
 
     # ------------------------------------------------------------------------------------------------------ restoring
 
@@ -153,27 +154,17 @@ class SavedCache(OpenCache):
         devices = layer_devices(model, len(layers))
         if state.layers and made.num_segments:
             self._restore_tables(state, devices[state.layers[0].layer_idx])
-        fills: dict[str, Fill] = {}
         others: list[tuple[OtherLayer, int, dict[str, PlainTensor]]] = []
         by_index = {layer.layer_idx: layer for layer in state.layers}
-        for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
-            if isinstance(entry, PagedLayer):
-                sizes = made.batch_size, entry.num_heads, 0
-                states = [
-                    torch.empty((*sizes, dim), dtype=entry.dtype, device=device)
-                    for dim in (entry.key_dim, entry.value_dim)
-                ]
-                layer.lazy_initialization(*states)
-                assert layer.store is not None
-                for name, array in arrays_of(layer.store):
-                    fills[f"layers.{index}.{name}"] = pages_fill(layer.store, array, entry, name)
-            elif entry is not None:
-                plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
-                fills |= {f"layers.{index}.{name}": tensor.fill for name, tensor in plain.items()}
-                others.append((entry, index, plain))
-        for device in {device for device in devices if device.type == "cuda"}:
-            wait_for_device(device)  # threads write new memory on streams of their own
-        self.read(fills)
+        with self.reader() as reading:  # reads one layer while the next one's memory is allocated
+            for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
+                if isinstance(entry, PagedLayer):
+                    reading.submit(self.pieces(self._allocated(index, entry, layer, device)))
+                elif entry is not None:
+                    plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
+                    reading.submit(self.pieces({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
+                    others.append((entry, index, plain))
+            reading.finish()
         self.compare_digests()
         for entry, index, tensors in others:
             placed = {name: tensor.finished(devices[index]) for name, tensor in tensors.items()}
@@ -189,6 +180,17 @@ class SavedCache(OpenCache):
             state.visible_length.fill_(made.length)
             self._check_clusters(state)
 
+    def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Fill]:
+        """Allocate a paged layer. Returns the memory of its tensors."""
+        sizes = self.manifest.batch_size, entry.num_heads, 0
+        states = [
+            torch.empty((*sizes, dim), dtype=entry.dtype, device=device) for dim in (entry.key_dim, entry.value_dim)
+        ]
+        layer.lazy_initialization(*states)
+        wait_for_stream(device)  # threads write to the new memory on streams of their own
+        named = arrays_of(layer.store)
+        return {f"layers.{index}.{name}": pages_fill(layer.store, array, entry, name) for name, array in named}
+
     def _restore_tables(self, state: CacheState, device: torch.device) -> None:
         """Read the tables that all layers share, check them, and give them to the page table."""
         made = self.manifest
@@ -197,7 +199,9 @@ class SavedCache(OpenCache):
             for spec in made.specs(state.method, state.options)
             if spec.name in ("directory", "valid", "positions", "clustered")
         }
-        self.read({name: table.fill for name, table in tables.items()})
+        with self.reader(tables) as reading:
+            reading.submit(self.pieces({name: table.fill for name, table in tables.items()}))
+            reading.finish()
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()
         indices = [segment for row in directory for segment in row]

@@ -1,41 +1,36 @@
-"""`SpinCache.save_pretrained`: writes a cache's contents, in pieces.
+"""`SpinCache.save_pretrained`: writes a cache's contents, in pieces, several shards at once.
 
 stale summaries, pending clusters  ->  computed first, as the next step would do
-segments in use                    ->  renumbered in the order of sequences, each written once
-places without a token             ->  zeros, so that no unrelated memory gets into a file
-everything else                    ->  as it is stored, in either tier
+contents of the cache              ->  `contents.py`
+shards                             ->  one thread each, at most 8 at a time;  then one rename (`files.py`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ..config import MOST_BYTES, parse_bytes
 from ..errors import OptionError, OptionTypeError, SavedCacheError
 from ..indexing import cluster
-from ..integration.layer_types import is_placeholder, layers_with_contents
-from ..state import CacheState, LayerState
-from ..storage.chunked_array import ChunkedArray
-from ..storage.page_store import PageStore
-from ..storage.page_table import SEGMENT_PAGES
+from ..integration.layer_types import layers_with_contents
+from ..state import CacheState
 from . import files
-from .fingerprint import fingerprint, tokens_hash
-from .manifest import FILE_NAME, MOST_SEQUENCES, OPTIONS, Layer, Manifest, OtherLayer, PagedLayer, pages_dtype
-from .other_layers import contents
-from .shards import DTYPES, PIECE_BYTES, Part, Shard, bytes_of, cut
+from .contents import Contents
+from .manifest import FILE_NAME, MOST_SEQUENCES
+from .shards import Shard, cut, piece_checksum
+from .staging import Staging
 from .strict_json import RefusedError
+
+_MOST_THREADS = 8
 
 
 def save(
@@ -69,7 +64,7 @@ def save(
     most = parse_bytes("max_shard_bytes", max_shard_bytes) or MOST_BYTES
     if state.committed:
         cluster.cluster_new_tokens(state)
-    source = _Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
+    source = Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
     try:
         new = not folder.is_dir()
         os.makedirs(folder, exist_ok=True)
@@ -104,24 +99,54 @@ def _checked_tokens(tokens: Any, batch_size: int, length: int) -> Tensor | None:
     return ids[:, :length].long().contiguous()
 
 
-def _write(folder: Path, source: _Contents) -> None:
+def _write(folder: Path, source: Contents) -> None:
     """Write shards, then switch to them. On an error the new files are removed."""
-    manifest, written = source.manifest, list[str]()
+    manifest = source.manifest
     shards = cut(manifest.specs(source.state.method, source.state.options), manifest.max_shard_bytes, manifest.save_id)
     try:
-        for shard in shards:
-            written.append(shard.name)
-            digest = hashlib.sha256(shard.header)
-            files.create(folder / shard.name, partial(_fill, shard, source, digest))
-            manifest.shards.append((shard.name, shard.num_bytes, digest.hexdigest()))
+        manifest.shards[:] = _written(folder, shards, source)
         files.switch(folder, FILE_NAME, manifest.text())
     except BaseException:
         if not _is_current(folder, manifest.save_id):
-            for name in written:
+            for shard in shards:
                 with suppress(OSError):
-                    os.unlink(folder / name)
+                    os.unlink(folder / shard.name)
         raise
-    files.remove_others(folder, written)
+    files.remove_others(folder, [shard.name for shard in shards])
+
+
+def _written(folder: Path, shards: list[Shard], source: Contents) -> list[tuple[str, int, str]]:
+    """Write shards by several threads. Returns name, size and digest of each. No thread runs behind an error."""
+    failed: list[BaseException] = []
+    """Errors, the first one first. Threads stop once there is one."""
+
+    def write(shard: Shard) -> tuple[str, int, str]:
+        digest, staging = hashlib.sha256(shard.header), Staging()
+        with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
+            try:
+                files.create(folder / shard.name, partial(_fill, shard, source, staging, digest, failed))
+            except BaseException as error:
+                failed.append(error)
+                raise
+            finally:
+                staging.wait()
+        return shard.name, shard.num_bytes, digest.hexdigest()
+
+    source.wait_for_kernels()
+    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(shards))
+    with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_save") as pool:
+        writing = []
+        try:
+            for shard in shards:
+                writing.append(pool.submit(write, shard))
+            wait(writing, return_when=FIRST_EXCEPTION)
+            if failed:
+                raise failed[0]
+            return [each.result() for each in writing]
+        except BaseException as error:
+            failed.append(error)
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _is_current(folder: Path, save_id: str) -> bool:
@@ -134,141 +159,20 @@ def _is_current(folder: Path, save_id: str) -> bool:
         return True  # unknown: shards without a manifest are harmless, a manifest without its shards is not
 
 
-def _fill(shard: Shard, source: _Contents, digest: Any, descriptor: int) -> None:
-    """Write a shard, and add the digests of its pieces to `digest`. A thread hashes a piece while the next one is written."""
+def _fill(
+    shard: Shard, source: Contents, staging: Staging, digest: Any, failed: list[BaseException], descriptor: int
+) -> None:
+    """Write a shard, and add the checksums of its pieces to `digest`. Stops if another thread has failed."""
     files.write_all(descriptor, shard.header)
-    with ThreadPoolExecutor(1, thread_name_prefix="spin_hf_save") as pool:
-        hashed: Future[bytes] | None = None
-        for part in shard.parts:
-            for piece, (begin, end) in zip(source.pieces(part), part.pieces(), strict=True):
-                content = bytes_of(piece.contiguous())
-                assert content.nbytes == end - begin
-                if hashed is not None:
-                    digest.update(hashed.result())
-                hashed = pool.submit(_sha256, content)
-                files.write_all(descriptor, content)
-        if hashed is not None:
-            digest.update(hashed.result())
+    for part in shard.parts:
+        for views, (begin, end) in zip(source.pieces(part, staging), part.pieces(), strict=True):
+            if failed:
+                raise _StoppedError
+            assert sum(view.nbytes for view in views) == end - begin
+            digest.update(piece_checksum(views))
+            for view in views:
+                files.write_all(descriptor, view)
 
 
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-class _Contents:
-    """A cache as tensors and a manifest."""
-
-    def __init__(
-        self, state: CacheState, layers: list[Any], config: Any, model: Any, length: int, batch_size: int,
-        tokens: Tensor | None, max_shard_bytes: int,
-    ) -> None:  # fmt: skip
-        self.state, self.sequences = state, state.sequences
-        found: dict[int, int] = {}  # segment -> index in its sequences
-        for row in self.sequences.directory:
-            for index, segment in enumerate(row):
-                found.setdefault(segment, index)
-        self.segments, self.places = (torch.tensor([*held], dtype=torch.int64) for held in (found, found.values()))
-        numbers = {segment: number for number, segment in enumerate(found)}
-        mask, spans = self.sequences.mask, self.sequences.spans
-        self.tensors: dict[str, Tensor] = {}
-        if tokens is not None:
-            self.tensors["tokens"] = tokens
-        if found:
-            rows = [[numbers[segment] for segment in row] for row in self.sequences.directory]
-            self.tensors["directory"] = torch.tensor(rows, dtype=torch.int32)
-        if mask.valid is not None:
-            self.tensors["valid"] = mask.valid
-        if mask.positions is not None:
-            self.tensors["positions"] = mask.positions
-        if spans.stops:
-            self.tensors["clustered"] = spans.clustered
-        self.stores: dict[str, tuple[PageStore, ChunkedArray, str]] = {}
-        paged = {layer.layer_idx: layer for layer in state.layers}
-        entries = [
-            self._paged(paged[index]) if index in paged else self._other(index, layer)
-            for index, layer in enumerate(layers)
-        ]
-        options = {name: getattr(state.options, name) for name in OPTIONS}
-        self.manifest = Manifest(
-            save_id=secrets.token_hex(6),
-            fingerprint=fingerprint(
-                config, model, state.method, len(state.layers), state.options, pages_dtype(entries)
-            ),
-            options=options, batch_size=batch_size, length=length, page_size=self.sequences.page_size,
-            num_segments=len(self.segments), padded=mask.valid is not None, positions=mask.positions is not None,
-            span_stops=list(spans.stops), tokens=None if tokens is None else tokens_hash(tokens), layers=entries,
-            max_shard_bytes=max_shard_bytes, versions={"transformers": transformers.__version__, "torch": torch.__version__},
-        )  # fmt: skip
-
-    def _paged(self, layer: LayerState) -> Layer:
-        store = layer.store
-        if store is None:
-            return None
-        entry = PagedLayer(
-            store.num_heads, store.key_dim, store.value_dim, store.dtype, store.backing.converted, store.length,
-            layer.clustered_pages,
-        )  # fmt: skip
-        for name, array in arrays_of(store):
-            if array.dtype not in DTYPES:
-                raise OptionError(
-                    f"save_pretrained: expected {name} of a dtype of {', '.join(DTYPES.values())}, got {array.dtype}; use "
-                    "copy.deepcopy for a cache of this model"
-                )
-            self.stores[f"layers.{layer.layer_idx}.{name}"] = store, array, name
-        return entry
-
-    def _other(self, index: int, layer: Any) -> Layer:
-        if is_placeholder(layer):
-            return OtherLayer(type(layer).__name__)
-        numbers, tensors = contents(index, layer)
-        self.tensors |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        return OtherLayer(type(layer).__name__, numbers, shapes)
-
-    def pieces(self, part: Part) -> Iterator[Tensor]:
-        """The content of each piece of a part, on the CPU."""
-        if part.spec.name in self.tensors:
-            yield from _tensor_pieces(self.tensors[part.spec.name], part)
-            return
-        store, array, name = self.stores[part.spec.name]
-        for first, stop in part.piece_rows():
-            yield self._rows(store, array, name, torch.arange(first, stop))
-
-    def _rows(self, store: PageStore, array: ChunkedArray, name: str, rows: Tensor) -> Tensor:
-        """Rows of an array, by their numbers in the files. Places without a token are zero."""
-        each = store.num_heads * SEGMENT_PAGES
-        segment, inside = rows // each, rows % each
-        content = array.take(self.segments[segment] * each + inside)
-        page = self.places[segment] * SEGMENT_PAGES + inside % SEGMENT_PAGES
-        full, rest = divmod(store.length, store.page_size)
-        if name in ("shifts", "partition"):
-            full = self.sequences.spans.num_pages
-        elif name == "pages" and rest:
-            last = (page == full).nonzero().flatten()
-            for field in store.backing_layout.split(content):
-                field[last, rest:] = 0
-            full += 1
-        content[page >= full] = 0
-        return content
-
-
-def arrays_of(store: PageStore) -> Iterator[tuple[str, ChunkedArray]]:
-    """Names and arrays of a layer, in the order of the files."""
-    yield "pages", store.backing
-    for name, summary in store.summaries.items():
-        for array, end in zip(summary.arrays, ("", ".scale"), strict=False):
-            yield f"summary.{name}{end}", array
-    if store.permutation is not None:
-        yield from zip(("shifts", "partition"), store.permutation.arrays, strict=False)
-
-
-def _tensor_pieces(tensor: Tensor, part: Part) -> Iterator[Tensor]:
-    """Pieces of a part of a tensor. A large tensor that is not contiguous is gathered piece by piece, not copied at once."""
-    source = tensor.detach()
-    flat = source.reshape(-1) if source.is_contiguous() or source.nbytes <= PIECE_BYTES else None
-    for first, stop in part.piece_rows():
-        if flat is not None:
-            yield flat[first:stop].cpu()
-        else:
-            where = torch.arange(first, stop, device=source.device)
-            yield source[torch.unravel_index(where, source.shape)].cpu()
+class _StoppedError(Exception):
+    """Another thread has failed."""

@@ -84,6 +84,13 @@ def wait_for_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Synchronize the current stream of a device, after any CUDA graph capture of another thread. No-op for a CPU."""
+    if device.type == "cuda":
+        with ONE_AT_A_TIME:
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _runtime_function(name: str) -> Callable[..., int] | None:
     """A CUDA runtime function that torch loads but does not wrap; None if it is not found."""
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.speed import prefill
+from spin_hf.backends import sparse_prompt
 from tests.support.zoo import build_model
 
 
@@ -40,3 +41,23 @@ def test_a_prompt_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(prefill.WAYS, "spin", (full, {}))
     row = prefill.row(build_model("llama"), 40, "spin", 1, 1)
     assert row == {"tokens": 40, "way": "spin", "new_tokens": 1, "times": 1, "why": "out of GPU memory"}
+
+
+def test_a_sparse_way_reads_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[Any] = []
+    original = sparse_prompt.kernels.attend_blocks
+
+    def noting(query: Any, keys: Any, values: Any, chosen: Any, *rest: Any, **named: Any) -> Any:
+        lists.append(chosen)
+        return original(query, keys, values, chosen, *rest, **named)
+
+    monkeypatch.setattr(sparse_prompt.kernels, "attend_blocks", noting)
+    choose = sparse_prompt.kernels.choose_blocks
+    row = prefill.row(build_model("llama"), 2560, "spin, sparse, 30 % of blocks", 1, 1)
+    assert row["seconds"] > 0
+    (mask,) = {id(each): each.mask(20) for each in lists}.values()  # drawn once
+    counts = mask.sum(-1)[0, 0].tolist()
+    assert counts == [min(i + 1, max(2, -(-3 * (i + 1) // 10))) for i in range(16)] + [17, 18, 19, 20]
+    assert all(bool(mask[..., i, i].all()) and bool(mask[..., i, 0].all()) for i in range(20))
+    assert not bool(mask.triu(1).any())
+    assert sparse_prompt.kernels.choose_blocks is choose

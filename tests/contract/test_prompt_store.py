@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from spin_hf import BudgetError, CapacityError, OptionError, OptionTypeError, PromptStore, SpinCache, enable
+from spin_hf.persistence import prompt_store
 from spin_hf.persistence.prefix_index import PrefixIndex
+from spin_hf.persistence.prompt_identity import space_of
 from tests.support.answers import answer, assert_fresh
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, left_padded, random_tokens
@@ -124,6 +128,83 @@ def test_a_chat_that_grows(make: Maker) -> None:
     assert store.stats().entries == 1
 
 
+def test_a_prompt_with_few_new_tokens_is_not_stored() -> None:
+    """In memory, an entry that holds all of it but a block serves it as well."""
+    model, document, store = build_model("llama"), random_tokens(1, 60), PromptStore(block_tokens=BLOCK)
+    answer(model, document, SpinCache(model, budget=1 << 20, store=store))
+    for new in (BLOCK, 1, BLOCK + 1):  # the last one replaces the document
+        ids = torch.cat([document, random_tokens(1, new, seed=new)], 1)
+        assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+        assert store.stats().entries == 1
+    (held,) = store._held.values()
+    assert len(held.ids) == 60 + BLOCK + 1
+
+
+def test_an_entry_that_cannot_serve_a_prompt_does_not_keep_it_out() -> None:
+    """Of a model with windows, a prompt is served by entries that it holds whole."""
+    model, ids, store = build_model("gemma3_text"), random_tokens(1, 60), PromptStore(block_tokens=BLOCK)
+    other = torch.cat([ids[:, :57], (ids[:, 57:] + 1) % 50], 1)
+    for prompt in (ids, other):
+        answer(model, prompt, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().entries == 2
+    assert_fresh(model, torch.cat([other, ids[:, :5]], 1), SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 60
+    twin = build_model("gemma3_text")  # equal weights; a cache of one model cannot serve the other
+    answer(twin, ids, SpinCache(twin, budget=1 << 20, store=store))
+    assert len([held for held in store._held.values() if held.model() is twin]) == 1
+
+
+def test_the_best_of_many_entries_with_the_same_blocks() -> None:
+    """Entries that differ within the last block, of which the first one is the best."""
+    model, ids, store = build_model("gemma3_text"), random_tokens(1, 60), PromptStore(block_tokens=16)
+    prompts = [ids, *(torch.cat([ids[:, :50], random_tokens(1, 9, seed=seed)], 1) for seed in range(1, 9))]
+    for prompt in prompts:
+        answer(model, prompt, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().entries == 9
+    assert_fresh(model, torch.cat([ids, ids[:, :20]], 1), SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 60
+
+
+def test_a_prompt_is_identified_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the look-up found out about prompt and model is used again when the prompt is stored; not for another prompt."""
+    model, store, calls = build_model("llama"), make(), [0]
+    space_of = prompt_store.space_of
+
+    def counted(cache: Any) -> str:
+        calls[0] += 1
+        return space_of(cache)
+
+    monkeypatch.setattr(prompt_store, "space_of", counted)
+    answer(model, random_tokens(1, 40), SpinCache(model, budget=1 << 20, store=store))
+    assert calls == [1]
+    assert store.stats().entries == 1
+    cache, ids = SpinCache(model, budget=1 << 20, store=store), random_tokens(1, 40, seed=1)
+    store.restore(cache, random_tokens(1, 30, seed=2), None)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    store.keep(cache, ids, None)
+    assert calls == [3]
+    assert store.stats().entries == 2
+    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store))
+    assert store.stats().reused_tokens == 39
+
+
+def test_adapters_tell_models_apart() -> None:
+    """A disabled adapter has the same weights as an enabled one."""
+    model = build_model("llama")
+    plain = space_of(SpinCache(model))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["v_proj"], r=2, init_lora_weights=False), model)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers
+    enabled = space_of(SpinCache(model))
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert len({plain, enabled, space_of(SpinCache(model))}) == 3
+    for layer in layers:
+        layer.enable_adapters(True)
+    assert space_of(SpinCache(model)) == enabled
+
+
 def test_other_weights_methods_and_options(make: Maker) -> None:
     """Keys of other weights are never restored; another method's entries neither."""
     model, ids, store = copy.deepcopy(build_model("llama")), random_tokens(1, 40), make()
@@ -137,6 +218,17 @@ def test_other_weights_methods_and_options(make: Maker) -> None:
     twin = copy.deepcopy(model)
     assert_fresh(twin, ids, SpinCache(twin, budget=1 << 20, store=store))
     assert store.stats().hits == (0 if store.directory is None else 1), "entries in memory belong to one model object"
+
+
+def test_a_prompt_that_was_read_sparsely_is_for_such_caches(make: Maker) -> None:
+    """Its keys are approximate from the second layer on."""
+    model, ids, store = build_model("llama"), random_tokens(1, 700), make()
+    more = torch.cat([ids, random_tokens(1, 9, seed=1)], 1)
+    for options, hits in (
+        ({"prefill": "sparse"}, 0), ({}, 0), ({"prefill": "sparse", "prefill_top_p": 0.5}, 0), ({"prefill": "sparse"}, 1),
+    ):  # fmt: skip
+        answer(model, more if hits else ids, SpinCache(model, store=store, **options))
+        assert store.stats().hits == hits
 
 
 def test_batches(make: Maker) -> None:

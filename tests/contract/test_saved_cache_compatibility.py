@@ -21,6 +21,7 @@ from spin_hf import (
     ShadowKV,
     SpinCache,
 )  # fmt: skip
+from spin_hf.persistence.manifest import VERSION
 from tests.support.error_messages import check_message
 from tests.support.saved_caches import assert_goes_on, change_json, prefilled, read_json, shards_of
 from tests.support.zoo import build_model, random_tokens, subject_model
@@ -179,12 +180,13 @@ def test_an_altered_byte_is_noticed_or_trusted(tmp_path: Path) -> None:
     SpinCache.from_pretrained(tmp_path, subject_model("llama"), verify=False)
 
 
-def test_a_future_format_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
+def test_another_version_of_the_format_is_refused(version: int, tmp_path: Path) -> None:
     prefilled("llama").save_pretrained(tmp_path)
-    change_json(tmp_path, lambda content: content.update(version=2))
-    with pytest.raises(SavedCacheError, match="version 1 of the format"):
+    change_json(tmp_path, lambda content: content.update(version=version))
+    with pytest.raises(SavedCacheError, match=f"version {VERSION} of the format, got {version}"):
         SpinCache.from_pretrained(tmp_path, subject_model("llama"))
-    change_json(tmp_path, lambda content: content.update(version=1))
+    change_json(tmp_path, lambda content: content.update(version=VERSION))
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
 
 

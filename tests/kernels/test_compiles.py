@@ -22,14 +22,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton exists f
 
 BEFORE_AMPERE_BY_FORMULAS = {
     "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
-    "encode_pages_kernel",
+    "encode_pages_kernel", "weigh_blocks_kernel", "list_blocks_kernel", "attend_blocks_kernel",
 }  # fmt: skip
 """Without tensor cores their matrices do not fit the shared memory."""
 
 
 COMPILED_AHEAD = {
-    *(BEFORE_AMPERE_BY_FORMULAS - {"encode_pages_kernel"}), "plan_step_kernel", "find_outliers_kernel", "score_kernel",
-    "rate_kernel", "rerank_kernel", "rate_rerank_kernel", "choose_kernel", "estimate_kernel", "attend_kernel",
+    "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
+    "plan_step_kernel", "find_outliers_kernel", "score_kernel", "rate_kernel", "rerank_kernel", "rate_rerank_kernel",
+    "choose_kernel", "estimate_kernel", "attend_kernel",
 }  # fmt: skip
 """What a step launches behind its tokens' keys, and what parts tokens."""
 

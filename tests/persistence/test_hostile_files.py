@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from spin_hf import BudgetError, CapacityError, SavedCacheError, SpinCache, SpinError
 from spin_hf.persistence.opened import saved_tokens
+from spin_hf.persistence.shards import piece_checksum
 from tests.support.gate_files import header_and_tensors, write_parts
 from tests.support.saved_caches import (
     JSON,
@@ -252,7 +253,7 @@ def reseal(folder: Path) -> None:
             try:
                 header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
                 spans = [about["data_offsets"] for name, about in header.items() if name != "__metadata__"]
-                digests = [hashlib.sha256(body[begin:end]).digest() for begin, end in spans if begin != end]
+                digests = [piece_checksum([memoryview(body[begin:end])]) for begin, end in spans if begin != end]
             except (ValueError, TypeError, KeyError, AttributeError):
                 digests = []
             entry["bytes"] = len(raw)

@@ -36,17 +36,22 @@ class KilledError(BaseException):
 
 @contextmanager
 def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, error: BaseException | None = None) -> Iterator[list[int]]:
-    """System calls from number `at` on fail: all of them, or only that one with `error`. Yields the number of calls."""
-    count, me = [0], threading.get_ident()
+    """System calls from number `at` on fail: all of them, or only that one with `error`. Yields the number of calls.
+
+    Calls of this thread count, and those of threads that save.
+    """
+    count, me, lock = [0], threading.get_ident(), threading.Lock()
 
     def wrapped(name: str, call: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != me:
+            if threading.get_ident() != me and not threading.current_thread().name.startswith("spin_hf_save"):
                 return call(*args, **kwargs)
-            count[0] += 1
-            if error is None and count[0] > at:
+            with lock:
+                count[0] += 1
+                number = count[0]
+            if error is None and number > at:
                 raise KilledError
-            if error is not None and count[0] == at + 1:
+            if error is not None and number == at + 1:
                 raise error
             if name == "write" and len(args[1]) > 3000:  # a large write is several calls, any of which may be the last
                 return call(args[0], args[1][:3000])

@@ -184,6 +184,7 @@ def launch_all(dtype: torch.dtype) -> None:
     """Every method, and every layout of pages, summaries and masks, once each: all combinations would take very long."""
     sinks = torch.zeros(SHAPE.heads, dtype=dtype)
     generate(dtype, ShadowKV())
+    generate(dtype, ShadowKV(), prefill="sparse")
     generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
     generate(dtype, RetroInfer(), gpu_memory=PAGE_FRAMES, cpu_dtype="int8")
     generate(dtype, Quest(0), padded=True, softcap=30.0, sink_logits=sinks)

@@ -1,7 +1,9 @@
 """Attention of a sparse prompt's query blocks to the key blocks that they chose. `reference_blocks.attend_blocks` specifies it.
 
-program    one query block of a head: its listed blocks among the given keys, with online softmax
-masked     only the query block's own keys: all other listed blocks are earlier, and complete
+    program    one query block of a head, or a part of it: its listed blocks among the given keys, with online softmax
+    masked     only the query block's own keys: all other listed blocks are earlier, and complete
+
+The sizes of a program follow from the shared memory. Keys and values of listed blocks are loaded ahead by the pipeline.
 """
 
 from __future__ import annotations
@@ -29,22 +31,22 @@ def attend_blocks(
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
     blocks, columns = lists.blocks.shape[2:]
     width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
-    tile, warps, stages = _sizes(width_k + width_v, query.element_size(), device_limits.shared_memory(query.device))
-    attend_blocks_kernel[(blocks, batch_size * num_heads * group)](
+    rows, tile, stages = _sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
+    attend_blocks_kernel[(blocks * (BLOCK_TOKENS // rows), batch_size * num_heads * group)](
         query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
         out, lse, scale * _LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
-        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, TILE=tile, LISTED=power_of_two(columns),
-        CAUSAL=causal, STAGES=stages, num_warps=warps,
+        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile, LISTED=power_of_two(columns),
+        CAUSAL=causal, STAGES=stages, num_warps=8 if rows == BLOCK_TOKENS else 4,
     )  # fmt: skip
     return out, lse
 
 
-def _sizes(widths: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
-    """Keys per tile, warps and pipeline stages that fit the shared memory."""
-    for tile, stages in ((128, 2), (64, 2), (32, 2), (32, 1)):
-        if (BLOCK_TOKENS * widths // 2 + stages * tile * widths) * item_bytes <= shared_memory:
-            return tile, 8, stages
-    return 16, 8, 1
+def _sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
+    """Queries of a program, keys per tile and pipeline stages that fit the shared memory."""
+    for rows, tile, stages in ((128, 128, 2), (128, 64, 2), (128, 32, 2), (64, 32, 2)):
+        if (rows * (width_k + tile) + stages * tile * (width_k + width_v)) * item_bytes <= shared_memory:
+            return rows, tile, stages
+    return 64, 16, 1
 
 
 @triton.jit
@@ -79,9 +81,10 @@ def attend_blocks_kernel(
     query, query_b, query_h, query_g, query_n, keys, key_b, key_h, key_n, values, value_b, value_h, value_n, lists, counts,
     out, lse, scale, num_queries, num_keys, first_query_block, first_key_block, num_columns,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, (b * H + h) * G + g) attends from the i-th query block, counted from the last.
+    """Program (i, (b * H + h) * G + g) attends from the i-th ROWS queries, counted from the last.
 
     Args:
         query: [B, H, G, num_queries, DK]; keys: [B, H, num_keys, DK]; values: [B, H, num_keys, DV]; rows are contiguous.
@@ -90,8 +93,10 @@ def attend_blocks_kernel(
         scale: of the scores, times log2(e).
         first_query_block, first_key_block: index of the first query's and of the first key's block.
     """
-    blocks = tl.num_programs(0)
-    index = blocks - 1 - tl.program_id(0)  # late query blocks, which have more keys, start first
+    SHARES: tl.constexpr = BLOCK // ROWS
+    blocks = tl.num_programs(0) // SHARES
+    part = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries, which have more keys, start first
+    index = part // SHARES
     row = tl.program_id(1).to(tl.int64)
     b, head = row // (H * G), row % (H * G)
     h, g = head // G, head % G
@@ -102,17 +107,16 @@ def attend_blocks_kernel(
     stop_block = first_key_block + (num_keys + BLOCK - 1) // BLOCK
     begin = tl.sum((known < first_key_block).to(tl.int32), 0)
     end = tl.sum((known < stop_block).to(tl.int32), 0)
-    place = tl.arange(0, BLOCK)
-    position = index * BLOCK + place
+    position = part * ROWS + tl.arange(0, ROWS)
     has_query = position < num_queries
     column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     at = query + b * query_b + h * query_h + g * query_g + position.to(tl.int64)[:, None] * query_n + column_k[None, :]
     queries = tl.load(at, mask=has_query[:, None] & (column_k < DK)[None, :], other=0.0)
     keys += b * key_b + h * key_h
     values += b * value_b + h * value_h
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     PARTS: tl.constexpr = BLOCK // TILE
     earlier = end - begin
     if CAUSAL:
@@ -125,8 +129,8 @@ def attend_blocks_kernel(
             BLOCK_V, False,
         )  # fmt: skip
     if CAUSAL:
-        for part in range(0, PARTS):
-            token = index.to(tl.int64) * BLOCK + part * TILE + tl.arange(0, TILE)
+        for i in range(0, PARTS):
+            token = index.to(tl.int64) * BLOCK + i * TILE + tl.arange(0, TILE)
             top, total, acc = _add_tile(
                 queries, keys, values, key_n, value_n, scale, token, num_keys, position, top, total, acc, DK, DV, BLOCK_K,
                 BLOCK_V, True,
