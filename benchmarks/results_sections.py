@@ -239,9 +239,18 @@ PARTS: dict[str, list[Section]] = {
             "the causal blocks that was read before the last 512 tokens. At 4K 13 % of them are first blocks and diagonal, "
             "at 8K 7 %. *all* reads everything: its KL is rounding. *Lost mass* is that of dense states. "
             "*per* head: each query head chooses; mean: the query heads of a KV head choose together. "
-            "Ways: `benchmarks/quality/block_choice.py`. In the last table: scores, and the number of questions.",
+            "Ways: `benchmarks/quality/block_choice.py`. In tables of questions: scores, and the number of questions.",
             ("sparse-prefill-smollm2.json", "sparse-prefill-qwen2.5-0.5b.json", "sparse-prefill-16k-qwen2.5-0.5b.json",
              "sparse-prefill-tasks-qwen2.5-0.5b.json"),
+            lambda results: [(f"{result['model']}, {result['tokens']:,} tokens", sparse_prefill_table(result))
+                             for result in results],
+        ),
+        Section(
+            "Sparse prompts",
+            'What `SpinCache(model, budget=1 << 20, prefill="sparse")` reads and gives, measured as in the section above; the '
+            "parameter is `prefill_top_p`. With 1 nothing that weighs is left out: its KL is rounding.",
+            ("sparse-prefill-spin-smollm2.json", "sparse-prefill-spin-qwen2.5-0.5b.json",
+             "sparse-prefill-spin-tasks-qwen2.5-0.5b.json"),
             lambda results: [(f"{result['model']}, {result['tokens']:,} tokens", sparse_prefill_table(result))
                              for result in results],
         ),

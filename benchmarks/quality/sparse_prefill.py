@@ -2,6 +2,7 @@
 
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4096     --chunk 8192     --last 512
     --cells means-16-16/top-p/head ...     way/rule/combine, see `block_choice.py`
+    --cells spin/top-p/head                `SpinCache(model, prefill="sparse")` reads the prompt and decodes; needs --parameters
     --densities 0.3 0.2                    share of the causal blocks of 128 x 128 that are read
     --parameters 0.01 0.02                 of the rule, instead of densities
     --texts 2    --steps 128               plays, and real tokens behind each prompt
@@ -9,6 +10,7 @@
 
 A prompt is read with block-sparse attention, in chunks, its last tokens with dense attention. Real tokens behind it are then
 read densely over the KV cache that the prefill left. Exactly causal; the first block and the diagonal are always read.
+`spin` is the package itself, with its own last tokens; the parameter is `prefill_top_p`. With 1 its KL is rounding.
 
     parameter    of the rule, such that the density is the given one on the dense states of the first text. Other texts take it.
     density      share of the causal blocks that were read in the sparse prefill, of query blocks before the last tokens
@@ -21,14 +23,17 @@ Finished rows are not measured again; `--again` starts anew. Writes `benchmarks/
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoTokenizer, Cache, DynamicCache
 
 from benchmarks.common.example_models import default_model, play
 from benchmarks.common.record import RESULTS
@@ -46,6 +51,8 @@ from benchmarks.quality.divergence import divergence
 from benchmarks.quality.prefill import add_model_options, load_model
 from benchmarks.quality.retrieval import NEW_TOKENS, PLAYS, answer, ending, one_line
 from benchmarks.quality.tasks import TASKS, example, prompt
+from spin_hf import SpinCache, kernels
+from spin_hf.kernels import BlockLists
 
 CELLS = [
     "means-16-16/top-p/head", "antidiagonal-16/top-p/head", "sampled-16/top-p/head", "exact/top-p/head",
@@ -54,6 +61,8 @@ CELLS = [
 ]  # fmt: skip
 ALL = "all/max/mean"
 """Everything is read, by the code that reads blocks: what its rounding alone changes."""
+SPIN = "spin"
+"""The way of cells whose prompts `SpinCache` reads."""
 
 
 class BlockSparse:
@@ -145,10 +154,12 @@ class Reader:
         model.set_attn_implementation("block_sparse_prefill")
 
     @torch.no_grad()
-    def read(self, ids: list[int], cell: str | None, parameter: float = 0.0) -> tuple[DynamicCache, Tensor, float]:
+    def read(self, ids: list[int], cell: str | None, parameter: float = 0.0) -> tuple[Cache, Tensor, float]:
         """The cache, the last logits [vocabulary] and the density of a prompt."""
-        attention = self.attention
-        attention.cell, attention.parameter = parse(cell), parameter
+        attention, parsed = self.attention, parse(cell)
+        if parsed is not None and parsed[0] == SPIN:
+            return self._read_by_spin(ids, parameter)
+        attention.cell, attention.parameter = parsed, parameter
         attention.read = attention.causal = 0
         attention.dense_from = len(ids) - self.last
         cache = DynamicCache(config=self.model.config)
@@ -158,8 +169,17 @@ class Reader:
         attention.cell, attention.dense_from, attention.collect = None, 0, []
         return cache, logits, attention.read / max(attention.causal, 1)
 
+    def _read_by_spin(self, ids: list[int], top_p: float) -> tuple[Cache, Tensor, float]:
+        """As `read`, by a `SpinCache` whose decoding attends to everything."""
+        cache = SpinCache(
+            self.model, budget=1 << 20, prefill="sparse", prefill_top_p=top_p, prefill_chunk_size=self.chunk
+        )
+        with counted_blocks() as counts:
+            logits = self.model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        return cache, logits, counts["read"] / max(counts["causal"], 1)
+
     @torch.no_grad()
-    def next_tokens(self, cache: DynamicCache, logits: Tensor, ids: list[int]) -> Tensor:
+    def next_tokens(self, cache: Cache, logits: Tensor, ids: list[int]) -> Tensor:
         """Log-probabilities [steps, vocabulary] before each of `ids`, which the cache then holds but the last."""
         rest = self.model(torch.tensor([ids[:-1]]), past_key_values=cache).logits[0]
         return torch.cat((logits[None], rest)).float().log_softmax(-1)
@@ -183,6 +203,23 @@ class Reader:
         return found
 
 
+@contextmanager
+def counted_blocks() -> Iterator[dict[str, int]]:
+    """Counts of the blocks that `SpinCache` reads meanwhile, and of the causal ones, of query blocks that may skip some."""
+    counts, original = {"read": 0, "causal": 0}, kernels.choose_blocks
+
+    def counting(*args: Any) -> BlockLists:
+        lists, (first, dense_from) = original(*args), args[4:]
+        sparse = lists.counts[:, :, : max(0, dense_from - first)]
+        counts["read"] += int(sparse.sum())
+        own = first + torch.arange(sparse.shape[2], device=sparse.device)
+        counts["causal"] += int((own + 1).sum()) * sparse.shape[0] * sparse.shape[1]
+        return lists
+
+    with mock.patch.object(kernels, "choose_blocks", counting):
+        yield counts
+
+
 def parse(cell: str | None) -> tuple[str, str, str] | None:
     """The parts of way/rule/combine, or None."""
     if cell is None:
@@ -193,6 +230,8 @@ def parse(cell: str | None) -> tuple[str, str, str] | None:
 
 def settings(reader: Reader, ids: list[int], args: argparse.Namespace) -> list[tuple[str, str, float, float | None]]:
     """Name, cell, parameter and lost mass of every row; a prompt's dense states are needed for given densities."""
+    if any(cell.startswith(f"{SPIN}/") for cell in args.cells) and not args.parameters:
+        raise ValueError("--cells spin/...: expected --parameters, got densities; pass --parameters 0.9")
     if args.parameters:
         return [(f"{cell}, parameter {value:g}", cell, value, None) for cell in args.cells for value in args.parameters]
     found = reader.parameters(ids, args.cells, args.densities)

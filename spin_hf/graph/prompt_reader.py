@@ -25,11 +25,13 @@ from ..forward_pass import ForwardPass
 from ..integration.forward_hook import is_compiled, new_inputs
 from ..integration.layer_types import decoder_config, rope_depends_on_length
 from ..integration.prompt_bar import PromptBar
+from ..kernels import BLOCK_TOKENS
 from ..memory.admission import check_first_batch
-from ..memory.prefill_peak import chunk_tokens
+from ..memory.layer_budget import layer_shapes
+from ..memory.prefill_peak import chunk_tokens, key_means_bytes
 
 _LEAST_CHUNK = 256
-"""Tokens per sequence that a chunk has at least."""
+"""Tokens per sequence that a chunk has at least. Sparse prompts need chunks of whole blocks (`backends/sparse_prompt.py`)."""
 
 _BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1}
 """Arguments with an entry per new token, and the dimension of the tokens."""
@@ -75,8 +77,16 @@ class PromptReader:
         if new.device.type == "cpu" or num_tokens <= _LEAST_CHUNK:
             return num_tokens
         item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
-        fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, new.device)
-        return max(_LEAST_CHUNK, fitting // batch_size)
+        means = self._key_means_bytes(item_bytes, batch_size, self.state.committed + num_tokens)
+        fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, new.device, means)
+        return max(_LEAST_CHUNK, fitting // batch_size // BLOCK_TOKENS * BLOCK_TOKENS)
+
+    def _key_means_bytes(self, item_bytes: int, batch_size: int, num_tokens: int) -> int:
+        """Bytes of the mean keys of a sparse prompt; 0 for dense ones, and where the config does not tell."""
+        if self.state.options.prefill != "sparse":
+            return 0
+        shapes = layer_shapes(self.config, [layer.layer_idx for layer in self.state.layers])
+        return key_means_bytes(shapes or (), item_bytes, batch_size, num_tokens)
 
     def _is_divisible(
         self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, num_tokens: int

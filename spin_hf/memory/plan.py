@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .prefill_peak import prefill_bytes
+from .prefill_peak import key_means_bytes, prefill_bytes
 from .watermarks import Watermarks, free_gpu_memory
 
 
@@ -56,7 +56,8 @@ class MemoryPlan:
         cpu_bytes: pages in the cpu tier.
         metadata_bytes: the sum of `metadata`.
         prefill_bytes: temporary memory of a prompt of this length, in addition: activations of a chunk of
-            `prefill_chunk_size` tokens, and earlier keys and values in use. An estimate from the config.
+            `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`. An estimate
+            from the config.
         parts: bytes of pages, page frames, summaries and host pages.
         metadata: bytes by table, as `CacheStats.metadata`, without zeros.
         page_frames: per sequence and KV head, in the layer with the fewest; 0 if all pages live in the compute tier.
@@ -137,7 +138,12 @@ def plan(
     made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
     tuning, chunk = parsed.tuning, parsed.prefill_chunk_size
     most = tuning.prefill_tokens if chunk is None else batch_size * chunk
-    peak = prefill_bytes(config, states_dtype.itemsize, batch_size * context_length, most, tuning)
+    item_bytes, tokens = states_dtype.itemsize, batch_size * context_length
+    means = 0
+    if parsed.prefill == "sparse":
+        by_layer = [key_means_bytes([shape], item_bytes, batch_size, context_length) for shape in shapes]
+        means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
+    peak = prefill_bytes(config, item_bytes, tokens, most, tuning, means)
     return replace(made, dense_layers=dict(reasons), prefill_bytes=peak)
 
 

@@ -2,18 +2,22 @@
 
     per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
     pieces       buffers for earlier keys and values (`storage/page_stream.py`)
+    mean keys    of a sparse prompt, one for 16 tokens (`backends/sparse_prompt.py`): 1/32 of the pages
 
-Both are estimates from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures the
-peak.
+The first is an estimate from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures
+the peak.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..attention.methods.layer_shapes import LayerShape
 from ..config import Tuning
+from ..kernels import pages_of
 from .gpu_memory import GpuMemory
 from .watermarks import free_gpu_memory
 
@@ -35,23 +39,41 @@ def bytes_per_token(config: Any, item_bytes: int) -> int:
     return item_bytes * (_HIDDEN_STATES * hidden + _INTERMEDIATE_STATES * max(dense, routed))
 
 
-def prefill_bytes(config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, tuning: Tuning) -> int:
+def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: int, context_length: int) -> int:
+    """Bytes of the mean keys of a sparse prompt.
+
+    Args:
+        shapes: of the paged layers. All have mean keys at once while a prompt is read in chunks, else one at a time.
+        context_length: tokens of each sequence.
+    """
+    numbers = sum(shape.num_heads * shape.key_dim for shape in shapes)
+    return numbers * item_bytes * batch_size * pages_of(context_length)
+
+
+def prefill_bytes(
+    config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, tuning: Tuning, key_means: int = 0
+) -> int:
     """Temporary bytes of reading a prompt.
 
     Args:
         num_tokens: of all sequences.
         chunk_tokens: most tokens of all sequences in a forward.
+        key_means: bytes of mean keys.
     """
     pieces = _PIECES * tuning.piece_bytes if num_tokens > chunk_tokens else 0
-    return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces
+    return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
 
 
-def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device) -> int:
-    """Tokens of all sequences in a chunk whose forward fits the memory of `device` that caches leave free for prompts."""
+def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device, key_means: int = 0) -> int:
+    """Tokens of all sequences in a chunk whose forward fits the memory of `device` that caches leave free for prompts.
+
+    Args:
+        key_means: bytes of mean keys that the prompt takes.
+    """
     free, tuning = free_gpu_memory(device), gpu.tuning
     if free is None:
         return tuning.prefill_tokens
     margin = gpu.watermarks.margin(gpu.held(device) + free)
-    room = min(free, 2 * margin) - _PIECES * tuning.piece_bytes
+    room = min(free, 2 * margin) - _PIECES * tuning.piece_bytes - key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

@@ -1,92 +1,48 @@
-"""Blocks that a sparse prefill reads: what is always read, causality, chunks, and attention over chosen blocks."""
+"""The benchmark of sparse prompts: its ways of choosing blocks, attention over them, and prompts that the package reads."""
 
 from __future__ import annotations
+
+import argparse
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.quality import block_choice
-from benchmarks.quality.choose_blocks import _top_p, choose_blocks
-from benchmarks.quality.sparse_prefill import BlockSparse
+from benchmarks.quality.quality_tables import sparse_prefill_table
+from benchmarks.quality.sparse_prefill import BlockSparse, Reader, settings
+from spin_hf import kernels
+from spin_hf.kernels import reference_blocks
+from tests.support.zoo import build_model, random_tokens
 
 SCALE = 0.25
+PROMPT = 1536
+SPIN_CELL = "spin/top-p/head"
 
 
-def states(queries: int, keys: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def states(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys that are alike for 64 tokens: means of random ones would all weigh the same."""
     draw = torch.Generator().manual_seed(queries + keys)
 
     def made(heads: int, tokens: int) -> torch.Tensor:
-        slow = torch.randn(batch, heads, tokens // 64 + 1, 16, generator=draw).repeat_interleave(64, 2)[:, :, :tokens]
-        return 2 * slow + torch.randn(batch, heads, tokens, 16, generator=draw)
+        slow = torch.randn(1, heads, tokens // 64 + 1, 16, generator=draw).repeat_interleave(64, 2)[:, :, :tokens]
+        return 2 * slow + torch.randn(1, heads, tokens, 16, generator=draw)
 
     return made(4, queries), made(2, keys)
 
 
-def test_all_mass_is_all_causal_blocks() -> None:
-    chosen = choose_blocks(*states(512, 1024), top_p=1.1, scale=SCALE)
-    assert torch.equal(chosen, block_choice.causal(4, 8).expand(1, 4, -1, -1))
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader(build_model("llama"), chunk=512, last=512)
 
 
-def test_the_heaviest_blocks_are_read_until_their_mass_is_reached() -> None:
-    masses = torch.tensor([0.1, 0.05, 0.4, 0.15, 0.3])
-    always = torch.tensor([True, False, False, False, False])
-    for top_p, others in ((0.09, []), (0.11, [2]), (0.6, [2, 4]), (0.81, [2, 3, 4])):
-        assert _top_p(masses, always, top_p).nonzero()[:, 0].tolist() == others
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (300, 300), (130, 901), (256, 1024)])
-def test_the_first_block_and_the_diagonal_are_always_read(queries: int, keys: int) -> None:
-    chosen = choose_blocks(*states(queries, keys), top_p=1e-9, scale=SCALE)
-    positions = keys - queries + torch.arange(queries)
-    own = torch.zeros(chosen.shape[2:], dtype=torch.bool)
-    own[torch.arange(queries) // 128, positions // 128] = True
-    own[:, 0] = True
-    assert torch.equal(chosen, own.expand_as(chosen))
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (130, 901), (256, 1024), (5, 700)])
-def test_a_block_in_the_future_is_never_chosen(queries: int, keys: int) -> None:
-    chosen = choose_blocks(*states(queries, keys), top_p=0.9, scale=SCALE, dense_from=keys - 100)
-    last = (keys - queries + 128 * torch.arange(chosen.shape[2]) + 127).clamp(max=keys - 1)
-    assert not chosen[..., torch.arange(chosen.shape[3]) * 128 > last[:, None]].any()
-    assert chosen[:, :, -1].all()
-
-
-def test_a_chunk_chooses_as_the_whole_prompt_does() -> None:
-    query, keys = states(1024, 1024)
-    whole = choose_blocks(query, keys, top_p=0.6, scale=SCALE)
-    parts = [
-        choose_blocks(query[:, :, start : start + 256], keys[:, :, : start + 256], top_p=0.6, scale=SCALE)
-        for start in range(0, 1024, 256)
-    ]
-    padded = [torch.nn.functional.pad(part, (0, 8 - part.shape[3])) for part in parts]
-    assert block_choice.always(8, 8).float().mean() < whole.float().mean() < block_choice.causal(8, 8).float().mean()
-    assert torch.equal(torch.cat(padded, 2), whole)
-
-
-def test_padding_is_not_seen_and_the_sinks_are_behind_it() -> None:
-    query, keys = states(512, 512, batch=2)
-    visible = torch.ones(2, 512, dtype=torch.bool)
-    visible[1, :200] = False
-    chosen = choose_blocks(query, keys, top_p=0.8, scale=SCALE, visible=visible)
-    assert torch.equal(chosen[:1], choose_blocks(query[:1], keys[:1], top_p=0.8, scale=SCALE))
-    assert not chosen[1, :, 1:, 0].any()
-    assert chosen[1, :, 1:, 1].all()
-
-
-@pytest.mark.parametrize(("per", "per_kv_head"), [("head", False), ("mean", True)])
-def test_the_benchmark_chooses_the_same(per: str, per_kv_head: bool) -> None:
+def test_the_package_chooses_what_the_benchmark_does() -> None:
     query, keys = states(512, 1024)
     masses = block_choice.means(16, 16)(*block_choice.scaled(query, keys, SCALE), 512)
-    expected = block_choice.choose(block_choice.combine(masses, per), "top-p", 0.6)
-    assert torch.equal(choose_blocks(query, keys, top_p=0.6, scale=SCALE, per_kv_head=per_kv_head)[0], expected)
-
-
-def test_more_queries_than_keys_are_an_error() -> None:
-    query, keys = states(256, 128)
-    with pytest.raises(ValueError, match="pass the keys of the chunk"):
-        choose_blocks(query, keys, top_p=0.5, scale=SCALE)
+    expected = block_choice.choose(block_choice.combine(masses, "head"), "top-p", 0.6)
+    means = [reference_blocks.block_means(each) for each in (query, keys)]
+    lists = reference_blocks.choose_blocks(means[0], means[1], SCALE, 0.6, 4, 99)
+    assert torch.equal(lists.mask(8)[0], expected)
 
 
 @pytest.mark.parametrize("way", sorted(block_choice.WAYS))
@@ -105,13 +61,52 @@ def test_attention_over_blocks_is_masked_attention(per: str) -> None:
     attention = BlockSparse()
     attention.cell, attention.parameter, attention.dense_from = ("means-16-16", "top-p", per), 0.6, 896
     out, _ = attention(None, query, keys, values, None, scaling=SCALE)
-    chosen = choose_blocks(
-        query, keys, top_p=0.6, scale=SCALE, dense_from=896, per_kv_head=per == "mean"
-    ).repeat_interleave(2 if per == "mean" else 1, 1)
-    allowed = chosen.repeat_interleave(128, 2).repeat_interleave(128, 3)
+    masses = block_choice.means(16, 16)(*block_choice.scaled(query[:, :, :512], keys[:, :, :896], SCALE), 384)
+    chosen = block_choice.choose(block_choice.combine(masses, per), "top-p", 0.6)
+    allowed = torch.ones(4, 5, 8, dtype=torch.bool)
+    allowed[:, :4, :7] = chosen.repeat_interleave(2 if per == "mean" else 1, 0)
+    allowed = allowed.repeat_interleave(128, 1).repeat_interleave(128, 2)
     allowed = allowed & (torch.arange(1024) <= 384 + torch.arange(640)[:, None])
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=allowed, scale=SCALE, enable_gqa=True
     )
-    assert 0 < attention.read < attention.causal
+    assert (attention.read, attention.causal) == (int(chosen.sum()), chosen.shape[0] * (4 + 5 + 6 + 7))
     assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)
+
+
+def test_the_package_reads_a_prompt(reader: Reader) -> None:
+    """Its distributions are those of the benchmark's own formula where nothing is left out, and near them elsewhere."""
+    ids = random_tokens(1, PROMPT + 8)[0].tolist()
+
+    def found(cell: str | None, parameter: float) -> tuple[torch.Tensor, float]:
+        cache, logits, density = reader.read(ids[:PROMPT], cell, parameter)
+        return reader.next_tokens(cache, logits, ids[PROMPT:]), density
+
+    dense, _ = found(None, 0.0)
+    whole, everything = found(SPIN_CELL, 1.0)
+    torch.testing.assert_close(whole, dense, rtol=1e-3, atol=1e-4)
+    sparse, density = found(SPIN_CELL, 0.6)
+    same, expected = found("means-16-16/top-p/head", 0.6)
+    assert everything == 1.0
+    assert density == pytest.approx(expected, abs=0.01)
+    assert density < 0.95
+    torch.testing.assert_close(sparse, same, rtol=1e-2, atol=1e-2)
+
+
+def test_counting_ends_with_the_prompt(reader: Reader) -> None:
+    original = kernels.choose_blocks
+    reader.read(random_tokens(1, PROMPT)[0].tolist(), SPIN_CELL, 0.5)
+    assert kernels.choose_blocks is original
+
+
+def test_densities_of_the_package_are_refused(reader: Reader) -> None:
+    args: Any = argparse.Namespace(cells=[SPIN_CELL], parameters=None, densities=[0.3])
+    with pytest.raises(ValueError, match="expected --parameters"):
+        settings(reader, [], args)
+
+
+def test_the_table_of_the_package() -> None:
+    row = {"kl": 0.01, "density": 0.25, "lost_mass": None, "parameter": 0.9, "top1_agrees": 0.97}
+    assert sparse_prefill_table({"rows": {f"{SPIN_CELL}, parameter 0.9": row}})[2:] == [
+        "| spin | top-p | head | 0.9 | 25.0 % | 0.0100 | 97 % |  |"
+    ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from spin_hf import SpinCache, disable, enable
+from spin_hf import OptionError, SpinCache, disable, enable
 from tests.support.zoo import assistant_model, build_model, left_padded, oracle_model, random_tokens
 
 EVERYTHING = dict(budget=1 << 20)
@@ -58,6 +58,25 @@ def test_options_reach_the_cache(model: PreTrainedModel) -> None:
     assert 0 < stats.attended_tokens < 48
     with enable(model, budget=16), enable(model, **EVERYTHING):  # the later options count
         assert torch.equal(call(model), call(oracle_model("llama")))
+
+
+def test_sparse_prompts(model: PreTrainedModel) -> None:
+    """Both options reach the cache: a small share gives other logits than a share of all, and wrong ones are refused."""
+    ids = random_tokens(1, 1500)
+
+    def logits(**options: Any) -> torch.Tensor:
+        with enable(model, budget=1 << 20, prefill_chunk_size=512, **options):
+            output = model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        found: torch.Tensor = output.logits[0]
+        return found
+
+    dense = logits()
+    torch.testing.assert_close(logits(prefill="sparse", prefill_top_p=1.0), dense, rtol=1e-3, atol=1e-4)
+    assert float((logits(prefill="sparse", prefill_top_p=0.05) - dense).abs().max()) > 1e-3
+    assert torch.equal(logits(prefill_top_p=0.05), dense)
+    for options in ({"prefill": "sprase"}, {"prefill_top_p": 2.0}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            enable(model, **options)
 
 
 def test_calls_that_choose_for_themselves(model: PreTrainedModel) -> None:

@@ -57,7 +57,8 @@ def test_defaults_and_units() -> None:
     [
         dict(budget=1, num_sink_tokens=0), dict(budget=1.0), dict(budget=1e-9), dict(budget=4), dict(recent_window=1),
         dict(num_sink_tokens=0), dict(dense_below=0), dict(dense_below=10**9), dict(budget=1 << 30),
-        dict(cpu_dtype="int8"), dict(cpu_dtype="auto"),
+        dict(cpu_dtype="int8"), dict(cpu_dtype="auto"), dict(prefill="sparse"), dict(prefill="dense"),
+        dict(prefill_top_p=1.0), dict(prefill_top_p=1e-9),
     ],
 )  # fmt: skip
 def test_edges_that_are_fine(options: dict[str, Any]) -> None:
@@ -94,6 +95,16 @@ WRONG: list[tuple[dict[str, Any], type[SpinError], str]] = [
     ),
     (dict(cpu_dtype=None), OptionTypeError, "cpu_dtype: expected one of .* got None"),
     (dict(cpu_dtype="model"), OptionError, "cpu_dtype"),
+    (dict(prefill="sprase"), OptionError, "prefill: expected one of 'dense', 'sparse', got 'sprase'"),
+    (dict(prefill=None), OptionTypeError, "prefill: expected one of .* got None"),
+    (
+        dict(prefill_top_p=0),
+        OptionError,
+        r"prefill_top_p: expected a share in \(0, 1\], got 0.0; pass prefill_top_p=0.9",
+    ),
+    (dict(prefill_top_p=1.01), OptionError, "got 1.01"),
+    (dict(prefill_top_p=float("nan")), OptionError, "prefill_top_p: .*got nan"),
+    (dict(prefill_top_p="0.9"), OptionTypeError, "prefill_top_p: expected a float, got str"),
 ]
 
 

@@ -87,7 +87,13 @@ def test_options_that_change_what_is_stored_are_refused(name: str, saved: Path) 
     check_message(raised.value, fact, "expected", "got", "as in the saved cache")
 
 
-@pytest.mark.parametrize("options", [{"budget": 24}, {"budget": 0.3}, {"dense_below": 100}, {"prefill_chunk_size": 32}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 24}, {"budget": 0.3}, {"dense_below": 100}, {"prefill_chunk_size": 32},
+        {"prefill": "sparse", "prefill_top_p": 0.5},
+    ],
+)  # fmt: skip
 def test_other_options_are_free(options: dict[str, Any], tmp_path: Path) -> None:
     """They act as they do in a cache that has read the prompt with them."""
     model = subject_model("llama")

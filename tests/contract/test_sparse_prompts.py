@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from spin_hf import OptionError, SpinCache
 from spin_hf.backends import sparse_prompt
-from tests.support.inspection import state_of
+from spin_hf.graph.prompt_reader import PromptReader
+from tests.support.inspection import forward_of, state_of
 from tests.support.memory import SMALL_ZONES
 from tests.support.zoo import build_model, left_padded, random_tokens
 
@@ -112,6 +113,17 @@ def test_a_second_turn_is_sparse_where_blocks_divide_the_first(served: list[int]
         found.append(logits(model, cache, random_tokens(1, 1100, seed=2)))
     assert 640 in served
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_chunks_of_auto_size_are_whole_blocks(batch_size: int) -> None:
+    """Else later chunks would be read densely."""
+    model = build_model("llama")
+    cache = SpinCache(model, prefill="sparse")
+    reader = PromptReader(cache.layers, forward_of(cache), model.config)
+    size = reader._chunk_size(model, torch.empty((batch_size, 1 << 20), dtype=torch.int64, device="meta"))
+    assert size % 128 == 0
+    assert max(256, 8192 // batch_size - 128) <= size <= max(256, 8192 // batch_size)
 
 
 def test_an_interrupted_prompt(served: list[int]) -> None:

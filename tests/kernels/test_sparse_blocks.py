@@ -90,6 +90,48 @@ def test_choice(shape: tuple[int, ...], top_p: float, dense: int) -> None:
         assert listed[:count].tolist() == sorted(listed[:count].tolist())
 
 
+@pytest.mark.parametrize("size", [128, 256, 384])
+def test_a_chunk_chooses_as_the_whole_prompt_does(size: int) -> None:
+    query, keys, _ = states((1, 2, 2, 0, 1000, 16, 16))
+    queries, means = query.flatten(1, 2), block_means(keys)
+    whole = choose_blocks(block_means(queries), means, 0.25, 0.6, 0, 6).mask(8)
+    parts = []
+    for start in range(0, 1000, size):
+        stop = min(start + size, 1000)
+        rows = block_means(queries[:, :, start:stop])
+        parts.append(choose_blocks(rows, block_means(keys[:, :, :stop]), 0.25, 0.6, start // 128, 6).mask(8))
+    assert torch.equal(torch.cat(parts, 2), whole)
+    assert 4 * (8 + 7) < int(whole.sum()) < 4 * 36
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.6, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_block_of_the_future_is_chosen(shape: tuple[int, ...], top_p: float) -> None:
+    """The first block and the query block's own always are, and nothing else where hardly any mass is wanted."""
+    query, keys, _ = states(shape)
+    first = shape[3]
+    mask = choose_blocks(*means_of(query, keys), 0.25, top_p, first, 1 << 20).mask(-(-keys.shape[2] // 128))
+    block, own = torch.arange(mask.shape[3]), first + torch.arange(mask.shape[2]).unsqueeze(1)
+    always = (block == own) | (block == 0)
+    assert not bool(mask[..., block > own].any())
+    assert bool(mask[..., always].all())
+    if top_p < 0.1:
+        assert torch.equal(mask, always.expand_as(mask))
+
+
+def test_later_tokens_change_no_earlier_choice() -> None:
+    query, keys, _ = states((1, 2, 2, 2, 512, 16, 16))
+    changed_query, changed_keys = query.clone(), keys.clone()
+    changed_query[:, :, :, 256:] += 5
+    changed_keys[:, :, 512:] -= 5
+    before, after = (
+        choose_blocks(*means_of(*given), 0.25, 0.6, 2, 99).mask(6)
+        for given in ((query, keys), (changed_query, changed_keys))
+    )
+    assert torch.equal(before[:, :, :2], after[:, :, :2])
+    assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_to_the_chosen_blocks(shape: tuple[int, ...]) -> None:
     """Pieces of the keys merge to masked attention over all."""

@@ -5,7 +5,9 @@ Caches are filled by hand, layer by layer, so that configs with windows or linea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +23,14 @@ from spin_hf import (
     UnsupportedModelError,
     plan,
 )
+from spin_hf.backends import sparse_prompt
 from spin_hf.integration.layer_types import decoder_config
-from spin_hf.memory.layer_budget import layer_shapes
+from spin_hf.memory import prefill_peak
+from spin_hf.memory.layer_budget import LayerShape, layer_shapes
+from spin_hf.memory.prefill_peak import key_means_bytes
 from tests.support.families import FAMILIES
 from tests.support.inspection import forward_of
-from tests.support.zoo import build_config, random_tokens, subject_model
+from tests.support.zoo import build_config, build_model, random_tokens, subject_model
 
 METHODS = ("shadowkv", "quest", "bisection", "retroinfer")
 ZONES: dict[str, Any] = dict(budget=16, num_sink_tokens=4, recent_window=10)
@@ -202,6 +207,50 @@ def test_models_and_their_dtype() -> None:
     assert plan(config, context_length=100) == plan(config, context_length=100, dtype=torch.float16)
 
 
+@pytest.mark.parametrize(("family", "size"), [("llama", 512), ("llama", None), ("gpt_oss", 256), ("qwen3_next", 512)])
+def test_mean_keys_of_sparse_prompts(family: str, size: int | None) -> None:
+    """Planned are the bytes that a prompt takes: for all layers if it is read in chunks, else for one at a time."""
+    model, batch = build_model(family), dict(batch_size=2, context_length=1500)
+    made = {
+        prefill: plan(model, **batch, prefill=prefill, prefill_chunk_size=size)  # type: ignore[arg-type]
+        for prefill in ("dense", "sparse")
+    }
+    cache = SpinCache(model, prefill="sparse", prefill_chunk_size=size)
+    held: list[int] = []
+    original = sparse_prompt._key_means
+
+    def noting(state: Any, layer: Any, *rest: Any) -> torch.Tensor:
+        means = original(state, layer, *rest)
+        others = [each.key_means[0] for each in state.layers if each is not layer and each.key_means is not None]
+        held.append(means.nbytes + sum(each.nbytes for each in others))
+        return means
+
+    with mock.patch.object(sparse_prompt, "_key_means", noting), torch.no_grad():
+        model(random_tokens(2, 1500), past_key_values=cache)
+    assert made["sparse"].prefill_bytes - made["dense"].prefill_bytes == max(held) > 0
+    assert replace(made["sparse"], prefill_bytes=0) == replace(made["dense"], prefill_bytes=0)
+
+
+def test_mean_keys_are_a_32nd_of_the_pages() -> None:
+    shape = LayerShape(8, 128, 128)
+    pages = 2 * 8 * 128 * 2 * 131072
+    assert key_means_bytes([shape] * 32, 2, 1, 131072) == 32 * pages // 32
+    assert key_means_bytes([shape], 2, 3, 17) == 3 * 2 * 8 * 128 * 2
+
+
+def test_chunks_leave_room_for_mean_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk is smaller by what mean keys take."""
+    monkeypatch.setattr(prefill_peak, "free_gpu_memory", lambda _: 8 << 30)
+    config, gpu = build_config("llama"), forward_of(SpinCache(build_config("llama"))).gpu
+    device = torch.device("cpu")
+    room = 2 * gpu.watermarks.margin(gpu.held(device) + (8 << 30)) - 4 * gpu.tuning.piece_bytes
+    assert room > 0
+    each = prefill_peak.bytes_per_token(config, 2)
+    sizes = [prefill_peak.chunk_tokens(config, 2, gpu, device, means) for means in (0, room - 1000 * each, room)]
+    assert sizes[0] > sizes[1] == 512
+    assert sizes[2] == 256
+
+
 def test_nothing_is_paged() -> None:
     made = plan(build_config("mistral"), context_length=100, gpu_memory=1)
     assert (made.fits, made.gpu_bytes, made.metadata_bytes, made.paged_layers) == (True, 0, 0, 0)
@@ -217,6 +266,8 @@ def test_wrong_arguments() -> None:
         (OptionError, "unknown method", dict(method="none")),
         (OptionError, "gpu_memory", dict(gpu_memory=0)),
         (TypeError, "bugdet", dict(bugdet=1)),
+        (OptionError, "prefill: expected", dict(prefill="sprase")),
+        (OptionError, "prefill_top_p", dict(prefill_top_p=0.0)),
     ):
         with pytest.raises(error, match=words):
             plan(config, **(dict(context_length=10) | arguments))
