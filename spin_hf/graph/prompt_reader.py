@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
+from ..backends.sparse_prompt import DENSE_TOKENS
 from ..forward_pass import ForwardPass
 from ..integration.forward_hook import is_compiled, new_inputs
 from ..integration.layer_types import decoder_config, rope_depends_on_length
@@ -64,15 +65,22 @@ class PromptReader:
         new = new_inputs(kwargs)
         if new is None or self.state.reads_prompt:
             return forward
-        size = self._chunk_size(module, new)
-        if new.shape[1] <= size or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
+        size, lead = self._chunk_size(module, new), self._lead(new.shape[1])
+        is_short = new.shape[1] <= size and not lead
+        if is_short or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
             return forward
-        return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size)
+        return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size, lead)
+
+    def _lead(self, num_tokens: int) -> int:
+        """Tokens in front of a sparse prompt's first whole block, which are read as a chunk of their own."""
+        lead = -self.state.committed % BLOCK_TOKENS
+        return lead if self.state.options.prefill == "sparse" and num_tokens > lead + DENSE_TOKENS else 0
 
     def _chunk_size(self, module: nn.Module, new: Tensor) -> int:
         """Tokens of each sequence in a chunk."""
         if self.size is not None:
-            return self.size
+            whole = self.size // BLOCK_TOKENS * BLOCK_TOKENS if self.state.options.prefill == "sparse" else 0
+            return whole or self.size
         batch_size, num_tokens = new.shape[:2]
         if new.device.type == "cpu" or num_tokens <= _LEAST_CHUNK:
             return num_tokens
@@ -112,7 +120,9 @@ class PromptReader:
                 return False
         return True
 
-    def _read(self, forward: Callable[..., Any], kwargs: dict[str, Any], batch_size: int, stop: int, size: int) -> Any:
+    def _read(
+        self, forward: Callable[..., Any], kwargs: dict[str, Any], batch_size: int, stop: int, size: int, lead: int
+    ) -> Any:  # fmt: skip
         """Call `forward` chunk by chunk. Raises before the first one if the tokens of all do not fit."""
         state, held = self.state, self.state.committed
         if held:
@@ -124,7 +134,7 @@ class PromptReader:
         keep = kwargs.get("logits_to_keep") or stop
         outputs: list[Any] = []
         with self.passes.reading(held + stop), PromptBar(stop) as bar:
-            for first, last in chunks(stop, size):
+            for first, last in chunks(stop, size, lead):
                 given = {key: _part(key, value, first, last, held) for key, value in kwargs.items()}
                 wanted = last - max(first, stop - keep)
                 if "logits_to_keep" in kwargs and keep < stop:
@@ -142,9 +152,11 @@ def _has_no_padding(mask: Any, held: Tensor | None, batch_size: int, num_tokens:
     return bool(mask.all())
 
 
-def chunks(num_tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of tokens. All have `size` tokens but the last, which takes a short rest along."""
-    first = 0
+def chunks(num_tokens: int, size: int, lead: int = 0) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens. Behind the first `lead` tokens all have `size` tokens but the last, which takes a short rest along."""
+    if lead:
+        yield 0, lead
+    first = lead
     while first < num_tokens:
         last = first + size
         if num_tokens - last < size // 8:

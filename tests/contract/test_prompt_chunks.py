@@ -54,9 +54,9 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = prompt_reader.chunks
 
-    def noting(num_tokens: int, size: int) -> Any:
+    def noting(num_tokens: int, size: int, lead: int) -> Any:
         found.append(num_tokens)
-        return original(num_tokens, size)
+        return original(num_tokens, size, lead)
 
     monkeypatch.setattr(prompt_reader, "chunks", noting)
     return found

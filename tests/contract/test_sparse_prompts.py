@@ -82,7 +82,7 @@ def test_only_the_first_layer_reads_less() -> None:
 
 
 def test_what_is_read_densely(served: list[int]) -> None:
-    """Padding, softcaps, and tokens behind a number that blocks do not divide."""
+    """Padding, softcaps, and a later turn that is little longer than what is read densely anyway."""
     for family, (ids, mask) in (
         ("llama", left_padded([LENGTH, LENGTH - 90])),
         ("gemma2", (random_tokens(2, LENGTH), None)),
@@ -98,21 +98,30 @@ def test_what_is_read_densely(served: list[int]) -> None:
     model = build_model("llama")
     cache = SpinCache(model, prefill="sparse", prefill_top_p=0.05)
     logits(model, cache, random_tokens(1, 100))
-    logits(model, cache, random_tokens(1, 900))
+    logits(model, cache, random_tokens(1, 530))
     assert not served
 
 
-def test_a_second_turn_is_sparse_where_blocks_divide_the_first(served: list[int]) -> None:
-    """Earlier mean keys are computed from the pages, clustered ones too."""
+@pytest.mark.parametrize("held", [640, 649, 511])
+def test_a_second_turn_is_sparse(held: int, served: list[int]) -> None:
+    """From its first whole block on. Earlier mean keys are computed from the pages, clustered ones too."""
     model = build_model("llama")
     found = []
     for prefill in ("sparse", "dense"):
         cache = SpinCache(model, budget=1 << 20, prefill=prefill, prefill_top_p=1.0)
-        logits(model, cache, random_tokens(1, 639))
+        logits(model, cache, random_tokens(1, held - 1))
         logits(model, cache, random_tokens(1, 1, seed=1))
         found.append(logits(model, cache, random_tokens(1, 1100, seed=2)))
-    assert 640 in served
+    assert -(-held // 128) * 128 in served
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [200, 383])
+def test_chunks_of_a_given_size_are_whole_blocks(size: int, served: list[int]) -> None:
+    model = build_model("llama")
+    logits(model, SpinCache(model, prefill="sparse", prefill_chunk_size=size), random_tokens(1, LENGTH))
+    each = size // 128 * 128
+    assert sorted(set(served)) == list(range(0, (LENGTH - 512) // 128 * 128, each))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
