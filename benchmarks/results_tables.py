@@ -50,10 +50,14 @@ def day(run: str) -> str:
 
 PROMPTS = {
     "dynamic": "`DynamicCache`", "dynamic, chunks of 8192": "`DynamicCache`, `prefill_chunk_size=8192`",
+    "dynamic, chunks of 2048": "`DynamicCache`, `prefill_chunk_size=2048`",
+    "dynamic offloaded, chunks of 4096": "`DynamicCache(offloading=True)`, `prefill_chunk_size=4096`",
     "spin": "`SpinCache(model)`", "spin, chunks of 2048": "`SpinCache(model)`, `generate(prefill_chunk_size=2048)`",
     "spin, chunks of 4096": "`SpinCache(model, prefill_chunk_size=4096)`",
     "spin, whole": "`SpinCache(model, prefill_chunk_size=None)`",
     "shadowkv": '`SpinCache(model, "shadowkv")`', "shadowkv 2GiB": '`SpinCache(model, "shadowkv", gpu_memory="2GiB")`',
+    **{f"spin, sparse, {share} % of blocks": f"`SpinCache(model, prefill=\"sparse\")`, {share} % of blocks"
+       for share in (8, 15, 30)},
 }  # fmt: skip
 """Rows of `benchmarks/speed/prefill.py`, and how the page calls them."""
 
