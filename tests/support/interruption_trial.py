@@ -68,7 +68,7 @@ class Interruptions(Rehearsal):
 
 
 def contents(run: Run) -> list[Any]:
-    """What a user sees of a cache."""
+    """What a user sees of a cache. Copies: later forwards write into the states of linear attention."""
     cache = run.cache
     length, stats = cache.get_seq_length(), cache.stats()
     found: list[Any] = [length, stats.tokens, stats.sequences]
@@ -76,7 +76,7 @@ def contents(run: Run) -> list[Any]:
         for name in ("keys", "values", "conv_states", "recurrent_states"):
             held = getattr(layer, name, None)
             found += list(held.values()) if isinstance(held, dict) else [held]
-    return found
+    return [each.clone() if isinstance(each, Tensor) else each for each in found]
 
 
 def same(ours: list[Any], theirs: list[Any]) -> bool:
