@@ -10,7 +10,8 @@ sequence at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,32 +42,38 @@ def attend_all(
     elif call.weights is not None:
         put(_attend_for_weights(call, key, value, store, zones), out)
     else:
-        _attend_causal(call, key, value, store, zones, out)
+        attend_in_pieces(call, key, value, store, out, partial(_partial, call, zones))
 
 
-def _attend_causal(
-    call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan, out: Tensor
+def attend_in_pieces(
+    call: Call, key: Tensor, value: Tensor, store: PageStore, out: Tensor,
+    attend: Callable[[int, Tensor, Tensor, bool], Partial],
 ) -> None:  # fmt: skip
-    """Causal attention of the last Q tokens to all tokens held. Arguments as for `attend_all`."""
-    start, stop, device = store.sequences.start, store.sequences.length, key.device
+    """Attention to the new tokens and, piece by piece, to all earlier ones, merged.
+
+    Args:
+        key, value, out: as for `attend_all`.
+        attend: attention of the queries to a piece, given the position of its first token, its keys and values, and whether
+            they are the new tokens, so that causality matters.
+    """
+    start = store.sequences.start
     with TokenStream(store, start) as earlier:  # its first load runs beside the attention of the new tokens
-        partials = [_partial(call, key, value, zones.real_tokens(start, stop, device), causal=True)]
+        partials = [attend(start, key, value, True)]
         for first, keys, values in earlier:
-            real = zones.real_tokens(first, first + keys.shape[2], device)
-            partials.append(_partial(call, keys, values, real, causal=False))
+            partials.append(attend(first, keys, values, False))
             if len(partials) == kernels.MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
     with torch.inference_mode(out.is_inference()):  # as in `put`
         kernels.merge_into(partials, call.sinks, out)
 
 
-def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None] | None, causal: bool) -> Partial:
-    """Attention to keys [B, H, M, Dk], without the padding among them.
+def _partial(call: Call, zones: StepPlan, first: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:
+    """Attention to keys [B, H, M, Dk] and values from position `first` on, without the padding among them.
 
     Args:
-        real: of each sequence the indices of tokens that are no padding, or None for all; None if there is no padding.
         causal: whether the keys are new tokens, and the queries those of the last Q of them.
     """
+    real = zones.real_tokens(first, first + keys.shape[2], keys.device)
 
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Partial:
         return kernels.fused_attention(query, keys, values, call.scale, causal, call.softcap)
@@ -95,7 +102,7 @@ def _partial(call: Call, keys: Tensor, values: Tensor, real: list[Tensor | None]
 
 
 def _attend_for_weights(call: Call, key: Tensor, value: Tensor, store: PageStore, zones: StepPlan) -> Tensor:
-    """As `_attend_causal`, and collects the attention weights of all tokens."""
+    """As `attend_in_pieces`, and collects the attention weights of all tokens."""
     mask = zones.allowed_all(call.query.shape[3], key.device)
     if store.sequences.start:
         return attend_held(call, mask, store)

@@ -10,7 +10,6 @@ until the prompt has been read: 1/32 of the pages' memory.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -19,6 +18,7 @@ from ..state import CacheState, LayerState
 from ..storage.page_store import PageStore
 from ..storage.page_stream import TokenStream
 from .base import Call
+from .dense import Partial, attend_in_pieces
 
 DENSE_TOKENS = 512
 """Last tokens of a prompt that attend to everything."""
@@ -49,18 +49,14 @@ def attend(state: CacheState, layer: LayerState, call: Call, key: Tensor, value:
     assert store is not None
     first, means = start // BLOCK_TOKENS, _key_means(state, layer, store, key)
     chosen = kernels.choose_blocks(
-        kernels.block_means(call.query.flatten(1, 2)), means[:, :, : kernels.pages_of(stop)], call.scale,
+        kernels.block_means(call.query.flatten(1, 2)), means[:, :, : kernels.num_means(stop)], call.scale,
         state.options.prefill_top_p, first, _dense_from(state),
     )  # fmt: skip
-    with TokenStream(store, start) as earlier:
-        partials = [kernels.attend_blocks(call.query, key, value, chosen, call.scale, first, causal=True)]
-        for token, keys, values in earlier:
-            block = token // BLOCK_TOKENS
-            partials.append(kernels.attend_blocks(call.query, keys, values, chosen, call.scale, block, causal=False))
-            if len(partials) == kernels.MOST_PARTIALS:
-                partials = [kernels.merge_attention(partials)]
-    with torch.inference_mode(out.is_inference()):
-        kernels.merge_into(partials, call.sinks, out)
+
+    def attend_piece(token: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:
+        return kernels.attend_blocks(call.query, keys, values, chosen, call.scale, token // BLOCK_TOKENS, causal)
+
+    attend_in_pieces(call, key, value, store, out, attend_piece)
 
 
 def _dense_from(state: CacheState) -> int:
@@ -72,14 +68,14 @@ def _dense_from(state: CacheState) -> int:
 def _key_means(state: CacheState, layer: LayerState, store: PageStore, key: Tensor) -> Tensor:
     """Mean keys of all tokens held, [B, H, pages or more, Dk]. Kept in `layer.key_means` while chunks of the prompt follow."""
     start, stop, expected = state.sequences.start, state.sequences.length, state.sequences.expected_tokens
-    before = kernels.pages_of(start)
+    before = kernels.num_means(start)
     means = None if layer.key_means is None or layer.key_means[1] != start else layer.key_means[0]
     if means is None:
-        means = key.new_empty((*key.shape[:2], kernels.pages_of(max(stop, expected)), key.shape[3]))
+        means = key.new_empty((*key.shape[:2], kernels.num_means(max(stop, expected)), key.shape[3]))
         with TokenStream(store, start) as earlier:
             for token, keys, _ in earlier:
                 found = kernels.block_means(keys)
-                means[:, :, kernels.pages_of(token) : kernels.pages_of(token) + found.shape[2]] = found
-    means[:, :, before : kernels.pages_of(stop)] = kernels.block_means(key)
+                means[:, :, kernels.num_means(token) : kernels.num_means(token) + found.shape[2]] = found
+    means[:, :, before : kernels.num_means(stop)] = kernels.block_means(key)
     layer.key_means = (means, stop) if stop < expected else None
     return means

@@ -54,7 +54,7 @@ from .reference import (
     split_pages,
     take_rows,
 )
-from .reference_blocks import BLOCK_TOKENS, BlockLists, block_means, pages_of
+from .reference_blocks import BLOCK_TOKENS, BlockLists, block_means, num_means
 
 if TYPE_CHECKING:
     from .triton_launchers import Launchers
@@ -144,7 +144,6 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 __all__ = [
     "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "admit_pages", "apply_attention_sinks", "attend", "attend_blocks", "bisect",
     "block_means", "choose_blocks", "dense_attention", "fill_clusters", "fused_attention", "launchers", "list_pages",
-    "merge_attention", "merge_into", "move_tokens", "page_means", "page_zones", "pages_down_to", "pages_of", "put_tokens",
-    "quantize",
-    "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+    "merge_attention", "merge_into", "move_tokens", "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens",
+    "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Block-sparse attention of prompts, in PyTorch: the specification of the kernels in `prompt/`.
 
-    block       128 consecutive tokens, from a multiple of 128 on; 8 pages of 16 tokens
-    weigh       softmax of each mean query of 16 tokens over the mean keys of the pages up to its own
-    mass        of a key block for a query block: the weights of its pages, mean over the query block's pages
+    block       128 consecutive tokens, from a multiple of 128 on
+    mean        of 16 consecutive tokens' queries or keys; a block has 8
+    weigh       softmax of each mean query over the mean keys up to its own
+    mass        of a key block for a query block: the weights of its mean keys, averaged over the block's mean queries
     choose      the first block, the query block's own one, then the heaviest until they have `top_p` of the mass
 
 Queries and keys are read once for their means. The products of means are 1/256 of those of attention.
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from .reference import attend
 
-BLOCK_TOKENS, PAGE_TOKENS = 128, 16
-_BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
+BLOCK_TOKENS, MEAN_TOKENS = 128, 16
+_BLOCK_MEANS = BLOCK_TOKENS // MEAN_TOKENS
 
 
 class BlockLists(NamedTuple):
@@ -44,15 +45,15 @@ class BlockLists(NamedTuple):
         ]
 
 
-def pages_of(num_tokens: int) -> int:
-    """Pages of 16 tokens that `num_tokens` tokens take."""
-    return -(-num_tokens // PAGE_TOKENS)
+def num_means(num_tokens: int) -> int:
+    """Means of 16 tokens each that `num_tokens` tokens have."""
+    return -(-num_tokens // MEAN_TOKENS)
 
 
 def block_means(states: Tensor) -> Tensor:
     """Mean of each 16 tokens of states [..., n, D]: [..., ceil(n / 16), D]. The last mean may have fewer tokens."""
-    whole = states.shape[-2] // PAGE_TOKENS * PAGE_TOKENS
-    means = states[..., :whole, :].unflatten(-2, (-1, PAGE_TOKENS)).mean(-2)
+    whole = states.shape[-2] // MEAN_TOKENS * MEAN_TOKENS
+    means = states[..., :whole, :].unflatten(-2, (-1, MEAN_TOKENS)).mean(-2)
     if whole == states.shape[-2]:
         return means
     return torch.cat([means, states[..., whole:, :].mean(-2, keepdim=True)], -2)
@@ -64,8 +65,8 @@ def choose_blocks(
     """Choose the key blocks of each query block.
 
     Args:
-        query_means: [B, H * G, m, D], of consecutive pages from block `first` on.
-        key_means: [B, H, n, D], of all pages from the first to the last query's.
+        query_means: [B, H * G, m, D], from block `first` on.
+        key_means: [B, H, n, D], of all tokens up to the last query.
         scale: factor of the scores.
         top_p: share of the mass that is read.
         dense_from: index of the block from which query blocks read everything.
@@ -86,13 +87,13 @@ def _block_masses(query_means: Tensor, key_means: Tensor, scale: float, first: i
     num_heads, num_queries, num_keys = key_means.shape[1], query_means.shape[2], key_means.shape[2]
     grouped = query_means.unflatten(1, (num_heads, -1)).float()
     scores = (grouped @ key_means.float().unsqueeze(2).mT * scale).flatten(1, 2)
-    pages = torch.arange(num_keys, device=scores.device)
-    own = first * _BLOCK_PAGES + torch.arange(num_queries, device=scores.device).unsqueeze(1)
-    weights = scores.masked_fill(pages > own, float("-inf")).softmax(-1)
-    padded = torch.nn.functional.pad(weights, (0, -num_keys % _BLOCK_PAGES, 0, -num_queries % _BLOCK_PAGES))
-    masses = padded.unflatten(-1, (-1, _BLOCK_PAGES)).sum(-1).unflatten(-2, (-1, _BLOCK_PAGES)).sum(-2)
-    rows = _BLOCK_PAGES * torch.arange(masses.shape[2], device=masses.device)
-    return masses / (num_queries - rows).clamp(max=_BLOCK_PAGES).unsqueeze(1)
+    index = torch.arange(num_keys, device=scores.device)
+    own = first * _BLOCK_MEANS + torch.arange(num_queries, device=scores.device).unsqueeze(1)
+    weights = scores.masked_fill(index > own, float("-inf")).softmax(-1)
+    padded = torch.nn.functional.pad(weights, (0, -num_keys % _BLOCK_MEANS, 0, -num_queries % _BLOCK_MEANS))
+    masses = padded.unflatten(-1, (-1, _BLOCK_MEANS)).sum(-1).unflatten(-2, (-1, _BLOCK_MEANS)).sum(-2)
+    rows = _BLOCK_MEANS * torch.arange(masses.shape[2], device=masses.device)
+    return masses / (num_queries - rows).clamp(max=_BLOCK_MEANS).unsqueeze(1)
 
 
 def _least_mass(masses: Tensor, given: Tensor, top_p: float) -> Tensor:

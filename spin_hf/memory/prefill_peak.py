@@ -17,7 +17,7 @@ import torch
 
 from ..attention.methods.layer_shapes import LayerShape
 from ..config import Tuning
-from ..kernels import pages_of
+from ..kernels import num_means
 from .gpu_memory import GpuMemory
 from .watermarks import free_gpu_memory
 
@@ -47,7 +47,7 @@ def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: i
         context_length: tokens of each sequence.
     """
     numbers = sum(shape.num_heads * shape.key_dim for shape in shapes)
-    return numbers * item_bytes * batch_size * pages_of(context_length)
+    return numbers * item_bytes * batch_size * num_means(context_length)
 
 
 def prefill_bytes(

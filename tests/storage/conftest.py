@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from spin_hf.storage import pinned_slab
+from spin_hf.storage import chunked_array, pinned_slab
+from tests.support.chunked_arrays import Reserve
 from tests.support.fake_registrar import FakeRegistrar
 
 
@@ -42,3 +43,12 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[mmap.mmap]]:
     assert not pinned_slab._mappings
     assert not pinned_slab._dropped
     assert not unraisable
+
+
+@pytest.fixture
+def reserve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reserve]:
+    """Replaces the prefetcher of chunked arrays."""
+    made = Reserve()
+    monkeypatch.setattr(chunked_array, "PREFETCHER", made)
+    yield made
+    made.stop()

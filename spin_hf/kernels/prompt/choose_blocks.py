@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .. import device_limits, reference_blocks
 from ..launch import power_of_two
-from ..reference_blocks import BLOCK_TOKENS, PAGE_TOKENS, BlockLists
+from ..reference_blocks import BLOCK_TOKENS, MEAN_TOKENS, BlockLists
 
 _PAIR = 2
 """Query blocks of a program: with them, matrix products have at least 16 rows."""
-_PAGES = BLOCK_TOKENS // PAGE_TOKENS
+_MEANS = BLOCK_TOKENS // MEAN_TOKENS
 LEAST_COLUMNS = 1024
 """Key blocks that all variants of the kernels can list: 128K tokens. More of them need another variant."""
 
@@ -30,17 +30,17 @@ def choose_blocks(
     """As `reference_blocks.choose_blocks`, by which the choice is made where the shared memory is too small."""
     batch_size, heads, num_queries, dim = query_means.shape
     num_heads, num_keys = key_means.shape[1:3]
-    blocks, columns = triton.cdiv(num_queries, _PAGES), triton.cdiv(num_keys, _PAGES)
-    width, rows = max(16, power_of_two(dim)), power_of_two(heads // num_heads) * _PAIR * _PAGES
+    blocks, columns = triton.cdiv(num_queries, _MEANS), triton.cdiv(num_keys, _MEANS)
+    width, rows = max(16, power_of_two(dim)), power_of_two(heads // num_heads) * _PAIR * _MEANS
     sizes = _sizes(rows, width, query_means.element_size(), device_limits.shared_memory(query_means.device))
     if sizes is None:
         return reference_blocks.choose_blocks(query_means, key_means, scale, top_p, first, dense_from)
     masses = torch.empty((batch_size, heads, blocks, columns), dtype=torch.float32, device=query_means.device)
     group, means = heads // num_heads, key_means if key_means.stride(-1) == 1 else key_means.contiguous()
     weigh_blocks_kernel[(triton.cdiv(blocks, _PAIR), batch_size * num_heads)](
-        query_means.contiguous(), means, *means.stride()[:3], masses, num_queries, num_keys, first * _PAGES, scale,
+        query_means.contiguous(), means, *means.stride()[:3], masses, num_queries, num_keys, first * _MEANS, scale,
         blocks, columns, H=num_heads, G=group, BLOCK_G=power_of_two(group), D=dim, BLOCK_D=width,
-        TILE=sizes[0], PAGES=_PAGES, num_warps=4 if group <= 4 else 8, num_stages=sizes[1],
+        TILE=sizes[0], MEANS=_MEANS, num_warps=4 if group <= 4 else 8, num_stages=sizes[1],
     )  # fmt: skip
     lists = torch.empty(masses.shape, dtype=torch.int32, device=masses.device)
     counts = torch.empty(masses.shape[:3], dtype=torch.int32, device=masses.device)
@@ -59,31 +59,31 @@ def _sizes(rows: int, width: int, item_bytes: int, shared_memory: int) -> tuple[
     return None
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_page", "num_blocks", "num_columns"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_mean", "num_blocks", "num_columns"])
 def weigh_blocks_kernel(
-    query_means, key_means, key_b, key_h, key_n, masses, num_queries, num_keys, first_page, scale, num_blocks, num_columns,
+    query_means, key_means, key_b, key_h, key_n, masses, num_queries, num_keys, first_mean, scale, num_blocks, num_columns,
     H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    PAGES: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H + h) writes the masses of query blocks 2 i and 2 i + 1 for the heads of a KV head.
 
     Args:
-        query_means: [B, H * G, num_queries, D], contiguous; the first one is of page `first_page`.
+        query_means: [B, H * G, num_queries, D], contiguous; `first_mean` of all means are before them.
         key_means: [B, H, num_keys, D], with contiguous rows.
         masses: [B, H * G, num_blocks, num_columns], float32. Written up to the query blocks' own columns.
     """
-    PAIR: tl.constexpr = 2 * PAGES
+    PAIR: tl.constexpr = 2 * MEANS
     pair = tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row = tl.arange(0, BLOCK_G * PAIR)
-    g, page = row // PAIR, pair * PAIR + row % PAIR
+    g, index = row // PAIR, pair * PAIR + row % PAIR
     column = tl.arange(0, BLOCK_D)
-    has_query = (g < G) & (page < num_queries)
-    source = ((b * H + h) * G + g) * num_queries + page
+    has_query = (g < G) & (index < num_queries)
+    source = ((b * H + h) * G + g) * num_queries + index
     inside = has_query[:, None] & (column < D)[None, :]
     queries = tl.load(query_means + source[:, None] * D + column[None, :], mask=inside, other=0.0)
-    own = first_page + page
-    stop = tl.minimum(num_keys, first_page + (pair + 1) * PAIR)
+    own = first_mean + index
+    stop = tl.minimum(num_keys, first_mean + (pair + 1) * PAIR)
     keys = key_means + b * key_b + h * key_h
     top = tl.full([BLOCK_G * PAIR], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G * PAIR], tl.float32)
@@ -102,8 +102,8 @@ def weigh_blocks_kernel(
     block = pair * 2 + tl.arange(0, BLOCK_G * 2) % 2
     of_head = ((b * H + h) * G + tl.arange(0, BLOCK_G * 2) // 2) * num_blocks + block
     has_block = (tl.arange(0, BLOCK_G * 2) // 2 < G) & (block < num_blocks)
-    pages = tl.minimum(num_queries - block * PAGES, PAGES)
-    share = tl.where(has_block, 1.0 / tl.maximum(pages, 1).to(tl.float32), 0.0)
+    count = tl.minimum(num_queries - block * MEANS, MEANS)
+    share = tl.where(has_block, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
     for start in range(0, stop, TILE):
         n = start + tl.arange(0, TILE)
         there = (n < stop)[None, :] & (column < D)[:, None]
@@ -111,9 +111,9 @@ def weigh_blocks_kernel(
         scores = tl.dot(queries, tile, input_precision="ieee") * scale
         allowed = (n[None, :] <= own[:, None]) & (n < stop)[None, :]
         weights = tl.where(allowed, tl.exp(scores - shift[:, None]), 0.0) * factor[:, None]
-        weights = tl.reshape(weights, (BLOCK_G * 2, PAGES, TILE // PAGES, PAGES))
+        weights = tl.reshape(weights, (BLOCK_G * 2, MEANS, TILE // MEANS, MEANS))
         mass = tl.sum(tl.sum(weights, 3), 1) * share[:, None]
-        column_block = start // PAGES + tl.arange(0, TILE // PAGES)
+        column_block = start // MEANS + tl.arange(0, TILE // MEANS)
         written = has_block[:, None] & (column_block < num_columns)[None, :]
         tl.store(masses + of_head[:, None] * num_columns + column_block[None, :], mass, mask=written)
 
