@@ -202,6 +202,11 @@ def test_gradients_are_those_of_the_whole_prompt(divided: list[int]) -> None:
     assert not divided
 
 
+def allocated(cache: SpinCache) -> int:
+    """Bytes of pages and summaries, with room that no token uses."""
+    return sum(layer.store.held_bytes for layer in cache.paged_layers if layer.store is not None)
+
+
 @pytest.mark.parametrize("held", [0, 12])
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_an_interrupted_prompt_is_forgotten_whole(chunk: int, held: int) -> None:
@@ -212,7 +217,7 @@ def test_an_interrupted_prompt_is_forgotten_whole(chunk: int, held: int) -> None
         if held:
             for each in (cache, dense):
                 model(random_tokens(2, held, seed=1), past_key_values=each)
-        calls = iter(range(99))
+        before, calls = allocated(cache), iter(range(99))
 
         def interrupt(*_: Any) -> None:
             if next(calls) == chunk:
@@ -224,6 +229,7 @@ def test_an_interrupted_prompt_is_forgotten_whole(chunk: int, held: int) -> None
         hook.remove()
         assert cache.get_seq_length() == held
         assert cache.stats().sequences == (2 if held else 0)
+        assert allocated(cache) == before
         cache.check_integrity()
         for ids in (random_tokens(2, 33, seed=2), random_tokens(2, 1, seed=3)):
             ours, theirs = (model(ids, past_key_values=each).logits for each in (cache, dense))
