@@ -1,0 +1,245 @@
+"""Vectors in two bits per number on average, in a basis that is fitted to a prompt: keys of tokens, and mean values of pages.
+
+    vector [D]  --minus origin, times the basis-->  [D], largest variance first
+                --minus the mean of its unit (keys only)-->  quarters in 4, 2, 2 and 0 bits, one scale  -->  [D / 4] uint8
+
+A unit is 16 tokens of 4 consecutive pages. Its keys share one mean, int8.
+
+Basis of keys. What counts is the error of dot products with queries. With C the second moment of the observation queries and S
+the covariance of the keys about the means of their units, the basis is `L @ B`: L is the Cholesky factor of C, and B holds the
+eigenvectors of L' S L. Errors of equal size in any two coordinates then change logits equally, and the first quarter of the
+coordinates has most of the variance. C is averaged with its diagonal, in which both coordinates of a rotary pair get their
+mean, as positions rotate later queries differently. Queries are transformed by the inverse:
+q . k = (q @ inverse) . (k @ forward).
+
+Basis of values. Eigenvectors of the covariance of the pages' mean values.
+
+B comes from `ITERATIONS` steps of subspace iteration. Only the quarters need to be separated, not single eigenvectors. Inside a
+quarter the Hadamard rotation of `four_bit_keys` makes the numbers alike, so that one width serves the quarter.
+
+Levels are odd multiples of half a width, times the scale of the vector: 16 levels in the first quarter, 4 in the second and
+third. The scale is the least-squares one of the best of five first guesses.
+
+Bytes of a unit for D = 64: mean 64 + 2, codes 256, scales 32, values 4 * (16 + 2): 426, 10.4 % of keys and values in 16 bits.
+For D = 128: 128 + 2, 512, 32, 4 * (32 + 2): 810, 9.9 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...errors import OptionError
+from . import four_bit_keys
+
+UNIT_TOKENS = 16
+"""Tokens that share a mean key."""
+ITERATIONS = 8
+"""Steps of subspace iteration."""
+_SMOOTHING = 0.3
+"""Weight of the diagonal in the second moment of queries."""
+_STEPS = (0.335, 0.996, 0.996, 0.0)
+"""Widths of levels of each quarter, in standard deviations: those of least squared error for 4 and 2 bits; 0 for no bits."""
+_GUESSES = (0.75, 0.87, 1.0, 1.15, 1.35)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Coordinates of vectors of each KV head, [..., D] for any leading dimensions, float32.
+
+    Attributes:
+        origin: [..., D]: subtracted first. Its dot product with the query is added to logits.
+        forward: [..., D, D]: coordinates are (vector - origin) @ forward.
+        inverse: [..., D, D]: queries are transformed by q @ inverse, for keys; vectors are coordinates @ inverse.mT + origin.
+        widths: [..., D]: distance of two levels at scale 1; 0 in the last quarter.
+    """
+
+    origin: Tensor
+    forward: Tensor
+    inverse: Tensor
+    widths: Tensor
+
+    def coordinates(self, vectors: Tensor) -> Tensor:
+        """Coordinates [..., n, D] of vectors [..., n, D]."""
+        return (vectors.float() - self.origin.unsqueeze(-2)) @ self.forward
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """Vectors [..., n, D] of coordinates [..., n, D]."""
+        return coordinates @ self.inverse.mT + self.origin.unsqueeze(-2)
+
+
+def fit_keys(keys: Tensor, observation_queries: Tensor) -> Basis:
+    """The basis of keys.
+
+    Args:
+        keys: [..., n, D], in the order of their pages; n is a multiple of `UNIT_TOKENS`.
+        observation_queries: [..., m, D] of all query heads of the KV head, times the scale of attention scores.
+    Raises:
+        OptionError: D is not a multiple of 16.
+    """
+    keys, queries, dim = keys.float(), observation_queries.float(), _require_quarters(keys.shape[-1])
+    units = keys.unflatten(-2, (-1, UNIT_TOKENS))
+    inside = (units - units.mean(-2, keepdim=True)).flatten(-3, -2)
+    covariance = inside.mT @ inside / keys.shape[-2]
+    moment = queries.mT @ queries / queries.shape[-2]
+    pairs = moment.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, dim // 2)).mean(-2).repeat([1] * (keys.dim() - 2) + [2])
+    pairs = pairs + 0.01 * pairs.mean(-1, keepdim=True) + 1e-20
+    root = torch.linalg.cholesky((1 - _SMOOTHING) * moment + _SMOOTHING * torch.diag_embed(pairs))
+    axes, variances = _main_axes(root.mT @ covariance @ root)
+    inverse = torch.linalg.solve_triangular(root.mT, axes, upper=True)
+    return Basis(keys.mean(-2), *_with_quarters(root @ axes, inverse, variances))
+
+
+def fit_values(means: Tensor) -> Basis:
+    """The basis of mean values of pages [..., n, Dv]. Raises OptionError if Dv is not a multiple of 16."""
+    means, _ = means.float(), _require_quarters(means.shape[-1])
+    origin = means.mean(-2)
+    inside = means - origin.unsqueeze(-2)
+    axes, variances = _main_axes(inside.mT @ inside / means.shape[-2])
+    return Basis(origin, *_with_quarters(axes, axes, variances))
+
+
+def encode_keys(keys: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encode the keys of units.
+
+    Args:
+        keys: [..., n, 16, D].
+    Returns:
+        mean [..., n, D], int8; unit [..., n], float32; codes [..., n, 16, D / 4], uint8; scale [..., n, 16], float32.
+    """
+    inside = basis.coordinates(keys.flatten(-3, -2)).unflatten(-2, keys.shape[-3:-1])
+    mean, unit = kernels.quantize(inside.mean(-2))
+    inside = inside - (mean * unit.unsqueeze(-1)).unsqueeze(-2)
+    codes, scale = encode(inside, basis.widths[..., None, None, :])
+    return mean, unit, codes, scale
+
+
+def key_logits(queries: Tensor, basis: Basis, mean: Tensor, unit: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Dot products of queries with encoded keys.
+
+    Args:
+        queries: [..., G, D], times the scale of attention scores; the rest as `encode_keys` returns it.
+    Returns:
+        [..., G, n, 16], float32.
+    """
+    states = queries.float() @ basis.inverse
+    middle = states @ (mean * unit.unsqueeze(-1)).mT + queries.float() @ basis.origin.unsqueeze(-1)
+    levels = decode(codes, states.shape[-1])
+    inside = (states * basis.widths.unsqueeze(-2)) @ levels.flatten(-3, -2).mT
+    return middle.unsqueeze(-1) + inside.unflatten(-1, levels.shape[-3:-1]) * scale.unsqueeze(-3)
+
+
+def encode_values(means: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Encode mean values of pages [..., n, Dv]: codes [..., n, Dv / 4], uint8, and scale [..., n], float32."""
+    return encode(basis.coordinates(means), basis.widths.unsqueeze(-2))
+
+
+def weighted_values(weights: Tensor, basis: Basis, codes: Tensor, scale: Tensor) -> Tensor:
+    """Sums of encoded values with weights [..., G, n]: [..., G, Dv], float32. The basis is undone once, after the sum."""
+    levels = decode(codes, basis.widths.shape[-1])
+    inside = (weights * scale.unsqueeze(-2)) @ levels * basis.widths.unsqueeze(-2)
+    return inside @ basis.inverse.mT + weights.sum(-1, keepdim=True) * basis.origin.unsqueeze(-2)
+
+
+def encode(inside: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode coordinates.
+
+    Args:
+        inside: [..., D], float32; widths: as `Basis.widths`, broadcastable.
+    Returns:
+        codes: [..., D / 4], uint8: two numbers in each of the first D / 8 bytes, four in each of the others.
+        scale: [...], float32, > 0 and exact in bfloat16. A coordinate is about level * width * scale.
+    """
+    dim = inside.shape[-1]
+    quarter = dim // 4
+    used, widths = inside[..., : 3 * quarter], widths[..., : 3 * quarter].expand_as(inside[..., : 3 * quarter])
+    top = _by_quarter((15.0, 3.0, 3.0), quarter, inside.device)
+    steps = _by_quarter(_STEPS[:3], quarter, inside.device)
+    size = (used * steps / widths).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
+    best = scale = lowest = torch.empty(0)
+    for index, guess in enumerate(_GUESSES):
+        codes = (used / (widths * (size * guess)) + top / 2).round().clamp(min=0).minimum(top)
+        levels = (codes - top / 2) * widths
+        fitted = (levels * used).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+        fitted = fitted.clamp(min=1e-20).to(torch.bfloat16).float()
+        error = (levels * fitted - used).square().sum(-1, keepdim=True)
+        if not index:
+            best, scale, lowest = codes, fitted, error
+            continue
+        better = error < lowest
+        best, scale, lowest = best.where(~better, codes), scale.where(~better, fitted), lowest.minimum(error)
+    fine, rough = best.to(torch.uint8).split([quarter, 2 * quarter], -1)
+    return torch.cat([_packed(fine, 2), _packed(rough, 4)], -1), scale.squeeze(-1)
+
+
+def decode(codes: Tensor, dim: int) -> Tensor:
+    """Levels [..., D], float32, of codes [..., D / 4]; 0 in the last quarter."""
+    fine, rough = codes.split([dim // 8, dim // 8], -1)
+    levels = torch.cat([_unpacked(fine, 2).float() - 7.5, _unpacked(rough, 4).float() - 1.5], -1)
+    return torch.nn.functional.pad(levels, (0, dim // 4))
+
+
+def _packed(codes: Tensor, per_byte: int) -> Tensor:
+    """Several codes per byte, the first in the lowest bits."""
+    bits = 8 // per_byte
+    parts = codes.unflatten(-1, (-1, per_byte)).unbind(-1)
+    whole = torch.zeros_like(parts[0])
+    for index, part in enumerate(parts):
+        whole = whole | (part << (bits * index))
+    return whole
+
+
+def _unpacked(codes: Tensor, per_byte: int) -> Tensor:
+    bits = 8 // per_byte
+    return torch.stack([(codes >> (bits * index)) & ((1 << bits) - 1) for index in range(per_byte)], -1).flatten(-2)
+
+
+def _main_axes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Approximate eigenvectors of symmetric matrices [..., D, D], largest first, and the variances along them [..., D]."""
+    dim = matrix.shape[-1]
+    size = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-20)[..., None, None]
+    eye = torch.eye(dim, device=matrix.device)
+    matrix = matrix / size + 1e-7 * eye
+    axes = eye.expand_as(matrix)
+    for _ in range(ITERATIONS):
+        axes = torch.linalg.qr(matrix @ axes).Q
+    variances = (axes * (matrix @ axes)).sum(-2)
+    order = variances.argsort(-1, descending=True)
+    axes = axes.gather(-1, order.unsqueeze(-2).expand_as(axes))
+    return axes, variances.gather(-1, order) * size.squeeze(-1)
+
+
+def _with_quarters(forward: Tensor, inverse: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate inside quarters: the new matrices, and the widths of levels."""
+    quarter = variances.shape[-1] // 4
+    spread = variances.unflatten(-1, (4, quarter)).mean(-1).clamp(min=1e-20).sqrt()
+    widths = (spread * torch.tensor(_STEPS, device=spread.device)).repeat_interleave(quarter, -1)
+    turned = [four_bit_keys.rotate(part.unflatten(-1, (4, quarter))).flatten(-2) for part in (forward, inverse)]
+    return turned[0], turned[1], widths
+
+
+def _by_quarter(numbers: tuple[float, ...], quarter: int, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device).repeat_interleave(quarter)
+
+
+def _require_quarters(dim: int) -> int:
+    if dim % 16:
+        raise OptionError(
+            f"fitted codes: expected a head size that is a multiple of 16, got {dim}; take another method"
+        )
+    return dim
+
+
+def bytes_per_token(head_dim: int, value_dim: int, page_size: int = 4) -> float:
+    """Bytes of summaries of a token and KV head."""
+    mean, codes = (head_dim + 2) / UNIT_TOKENS, head_dim / 4 + 2
+    return mean + codes + (value_dim / 4 + 2) / page_size
+
+
+__all__ = [
+    "Basis", "bytes_per_token", "decode", "encode", "encode_keys", "encode_values", "fit_keys", "fit_values", "key_logits",
+    "weighted_values",
+]  # fmt: skip
