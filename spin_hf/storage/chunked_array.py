@@ -11,6 +11,7 @@ The table keeps its own address, even when the array moves to another device.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy as shallow_copy
@@ -22,6 +23,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import CapacityError
 from ..inference_mode import outside_inference_mode
+from .chunk_runs import runs_of
 from .host_register import wait_for_device
 from .out_of_memory import allocating
 from .pinned_slab import allocate_rows
@@ -32,6 +34,8 @@ MAX_CHUNKS = 4096
 
 _SLAB_BYTES = 64 << 20
 """Most bytes of chunks that are one allocation, which is freed with the last of them. Allocating takes a call to the driver."""
+_MOST_BLOCK_COPIES = 16
+"""Most blocks that are copied one by one; more are copied by one kernel."""
 _CONVERT_BYTES = 16 << 20
 """Bytes of rows converted at a time. Bounds temporary memory."""
 
@@ -80,6 +84,8 @@ class ChunkedArray:
         """Whether the table may hold old addresses. Set while chunks move."""
         self._spares: deque[PrefetchedSlab] = deque()
         """The next chunks, allocated ahead."""
+        self._runs: tuple[int, list[tuple[int, Tensor]]] | None = None
+        """What `_adjacent` found, and for how many chunks; None if chunks have been replaced since."""
 
     @property
     def num_rows(self) -> int:
@@ -142,6 +148,7 @@ class ChunkedArray:
         while len(self._spares) > 1:
             self._spares.pop()
         if needed < held:
+            self._runs = None
             self.chunks = self.chunks[:needed]  # before the table is cleared: every chunk in use has its address there
             if self._table is not None:
                 self._table[needed:held].zero_()
@@ -149,7 +156,7 @@ class ChunkedArray:
     def release(self) -> None:
         """Free all rows. The address table keeps its address."""
         self._wait_for_kernels()
-        self.chunks, self.used_rows, self._spares = [], 0, deque()
+        self.chunks, self.used_rows, self._spares, self._runs = [], 0, deque(), None
         if self._table is not None:
             self._table.zero_()
 
@@ -172,13 +179,34 @@ class ChunkedArray:
                 done += len(rows)
             starts = starts[run:]
 
+    def copy_blocks(self, pairs: list[tuple[int, int]], length: int) -> None:
+        """Copy rows [s * length, (s + 1) * length) to the place of block d, for each pair (s, d). A block lies in one chunk.
+
+        Asynchronous on a GPU. No destination is a source.
+        """
+        if self.device.type == "cuda" and len(pairs) <= _MOST_BLOCK_COPIES:
+            for pair in pairs:
+                (source,), (destination,) = (self.views(block * length, (block + 1) * length) for block in pair)
+                destination.copy_(source, non_blocking=True)
+        elif pairs:
+            source, destination = torch.tensor(pairs).T.unsqueeze(2) * length + torch.arange(length)
+            self.put(destination, self.take(source))
+
     def views(self, first: int, stop: int) -> Iterator[Tensor]:
-        """Rows [first, stop), as a view of each chunk that they lie in."""
+        """Rows [first, stop), as a view of each run of adjacent chunks that they lie in."""
+        runs = self._adjacent()
+        at = bisect_right(runs, first, key=lambda run: run[0]) - 1
         while first < stop:
-            chunk, inside = divmod(first, self.rows_per_chunk)
-            rows = self.chunks[chunk][inside : inside + stop - first]
+            begin, memory = runs[at]
+            rows = memory[first - begin : stop - begin]
             yield rows
-            first += len(rows)
+            first, at = first + len(rows), at + 1
+
+    def _adjacent(self) -> list[tuple[int, Tensor]]:
+        """The first row of each run of adjacent chunks, and its rows. CUDA cannot copy across two registrations."""
+        if self._runs is None or self._runs[0] != len(self.chunks):
+            self._runs = len(self.chunks), runs_of(self.chunks, joins=not self.is_registered)
+        return self._runs[1]
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
@@ -214,8 +242,7 @@ class ChunkedArray:
             copy.copy_(chunk)
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        known = {"device": device, "is_shared": False, "_spares": deque(), "_table_is_behind": False}
-        self.__dict__.update(known, chunks=moved)
+        self._replace(device, moved, {})
 
     def _convert(self, device: torch.device, conversion: Conversion) -> None:
         """`move` with conversion. Unused rows are not converted."""
@@ -229,15 +256,18 @@ class ChunkedArray:
         layout: dict[str, Any] = {"row_shape": conversion.row_shape, "dtype": conversion.dtype, "converted": True}
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        # One update, so that an interruption leaves either the old state or the new one.
-        known: dict[str, Any] = {"device": device, "is_shared": False, "_spares": deque(), "_table_is_behind": False}
-        self.__dict__.update(layout | known, chunks=moved)
+        self._replace(device, moved, layout)
+
+    def _replace(self, device: torch.device, moved: list[Tensor], layout: dict[str, Any]) -> None:
+        """Replace the chunks. One update, so that an interruption leaves either the old state or the new one."""
+        known = {"device": device, "chunks": moved, "is_shared": False, "_spares": deque(), "_runs": None}
+        self.__dict__.update(layout, _table_is_behind=False, **known)
 
     def fork(self) -> ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
         twin = shallow_copy(self)
-        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spares=deque())
+        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spares=deque(), _runs=None)
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
