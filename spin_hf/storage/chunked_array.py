@@ -14,7 +14,6 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from copy import copy as shallow_copy
 from typing import Any, NamedTuple
 
 import torch
@@ -266,7 +265,8 @@ class ChunkedArray:
     def fork(self) -> ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
-        twin = shallow_copy(self)
+        twin = object.__new__(ChunkedArray)
+        twin.__dict__.update(self.__dict__)
         twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spares=deque(), _runs=None)
         return twin
 
