@@ -34,7 +34,9 @@ def test_a_fork_copies_nothing(tier: str) -> None:
             made = faults.held()
         for ours, theirs in zip(arrays_of(fork), arrays_of(driver.cache), strict=True):
             assert len(ours.chunks) > 1
-            assert all(one.data_ptr() == other.data_ptr() for one, other in zip(ours.chunks, theirs.chunks, strict=True))
+            assert all(
+                one.data_ptr() == other.data_ptr() for one, other in zip(ours.chunks, theirs.chunks, strict=True)
+            )
         stats = driver.cache.stats()
         assert made <= (stats.gpu_bytes + stats.cpu_bytes) / 100
         assert fork.stats().sequences == 8
