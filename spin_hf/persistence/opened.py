@@ -137,9 +137,9 @@ class OpenCache:
     def _read(self, content: FilledBytes, staging: Staging) -> None:
         file, part, begin, end, fill = content
         target, offset = fill(part.start + begin, part.start + end, staging), part.offset + begin
-        file.read_into(target.views, offset)
-        if self.verify:
-            for at, piece in _cut(target.views, part.spec.piece_bytes):
+        for at, piece in _cut(target.views, part.spec.piece_bytes):
+            file.read_into(piece, offset + at)
+            if self.verify:  # while the piece is in the processor's cache
                 self._checksums[file.name, offset + at] = piece_checksum(piece)
         if target.finish is not None:
             target.finish()

@@ -30,8 +30,10 @@ from .slab_prefetch import PREFETCHER, PrefetchedSlab
 MAX_CHUNKS = 4096
 """Most chunks of an array; also the length of its address table."""
 
+_GPU_SLAB_BYTES = 256 << 20
+"""Most bytes of chunks on a GPU that are one allocation, which is freed with the last of them. Each is a call to the driver."""
 _SLAB_BYTES = 64 << 20
-"""Most bytes of chunks that are one allocation, which is freed with the last of them. Allocating takes a call to the driver."""
+"""Likewise in host memory that is allocated ahead."""
 _MOST_BLOCK_COPIES = 16
 """Most blocks that are copied one by one; more are copied by one kernel."""
 _CONVERT_BYTES = 16 << 20
@@ -322,7 +324,7 @@ class ChunkedArray:
             if device.type == "cpu":
                 chunks = allocate_rows(count, shape, dtype, compute_device=self.compute_device)
                 return [chunk[None] for chunk in chunks]
-            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize)
+            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize, _GPU_SLAB_BYTES)
             slabs = [min(each, count - first) for first in range(0, count, each)]
             return [torch.empty((number, *shape), dtype=dtype, device=device) for number in slabs]
 
@@ -331,7 +333,7 @@ class ChunkedArray:
         if not (self.is_registered and self.chunks):
             return
         shape = (self.rows_per_chunk, *self.row_shape)
-        each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes)
+        each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes, _SLAB_BYTES)
         first, stop = len(self.chunks) + sum(slab.count for slab in self._spares), min(num_chunks, MAX_CHUNKS)
         for number in range(first, stop, each):
             count = min(each, stop - number)
@@ -345,9 +347,9 @@ class ChunkedArray:
                 table[first : first + len(chunks)].copy_(chunks.addresses(), non_blocking=True)
 
 
-def _chunks_per_slab(chunk_bytes: int) -> int:
+def _chunks_per_slab(chunk_bytes: int, slab_bytes: int) -> int:
     """Chunks that are allocated at once, where several are needed."""
-    return max(1, _SLAB_BYTES // max(1, chunk_bytes))
+    return max(1, slab_bytes // max(1, chunk_bytes))
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
