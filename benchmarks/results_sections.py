@@ -62,7 +62,7 @@ PARTS: dict[str, list[Section]] = {
             "Time per token, `bisection` (the default method)",
             "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights. "
             "A factor compares with `SpinCache(model)` of the same run.",
-            (f"{H200}-bisection.json", f"{H200}-bisection-again.json", f"{H200}-bisection-8k-again.json"),
+            (f"{H200}-bisection.json", f"{H200}-bisection-kernels.json"),
             lambda results: [
                 (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results
             ],
@@ -88,7 +88,7 @@ PARTS: dict[str, list[Section]] = {
             "Microseconds per layer of a captured step, one H200. Columns are kernels, as these sources named them: "
             "`rate` makes one score of a page from those of the query heads, `closer` and `rate_closer` rerank, "
             "`choose` selects.",
-            (f"{H200}-bisection.json", f"{H200}.json"),
+            (f"{H200}-bisection-kernels.json", f"{H200}.json"),
             lambda results: [(f"`{result['method']}`", decode_tables.kernels([result])) for result in results],
         ),
         Section(

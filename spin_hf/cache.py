@@ -374,10 +374,11 @@ class SpinCache(CacheCopies, LinearStates):
                 layer.reorder_cache(chosen)  # every layer type has it; any number of rows is allowed
             self._passes.select_sequences(rows)
 
-    def _bind(self, config: Any, model: nn.Module | None) -> None:
-        """Hook the calls of `model` that carry this cache, while the cache lives."""
+    def _bind(self, config: Any, model: nn.Module | None, copied: ModelCalls | None = None) -> None:
+        """Hook the calls of `model` that carry this cache, while the cache lives. `copied` is of the cache it is a copy of."""
         self._config = config
-        self.calls = ModelCalls(config, model, self.layers, self._passes, self._log)
+        wrapped = None if copied is None else copied.wrapped
+        self.calls = ModelCalls(config, model, self.layers, self._passes, self._log, wrapped)
         made_from = self._state.model_or_config
         dropped_cache.acquire(self, None if made_from is None else made_from(), config)
         self._finalizer = weakref.finalize(self, self.calls.close)

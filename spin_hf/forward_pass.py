@@ -116,8 +116,8 @@ class ForwardPass:
             step.begin_step()
         for step in in_use:
             step.make_room()
-        padded, fits = sequences.mask.valid is not None, [step.fits for step in in_use]
-        prepared_for = in_use, fits, sequences.memory_version, padded
+        padded, as_they_are = sequences.mask.valid is not None, [(step.binding, step.fits) for step in in_use]
+        prepared_for = in_use, as_they_are, sequences.memory_version, padded
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
                 kernels = self.backends.kernels_of(layer)

@@ -1,11 +1,17 @@
-"""The backends of one cache: the reference, and one `StepKernels` per device and number of KV heads of the current batch."""
+"""The backends of one cache: the reference, and one `StepKernels` per device and number of KV heads of the current batch.
+
+Kernels belong to a pool (`kernel_pool.py`). Between two forwards another cache of the model may take them over.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import kernels
 from ..attention.methods.base import recipe_of
@@ -15,11 +21,15 @@ from ..kernels.compile_progress import report_by
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
 from .base import AttentionBackend
+from .kernel_pool import KernelPool
 from .reference import ReferenceBackend
 from .triton_step import StepKernels
 from .zones import StepPlan
 
 report_by(show_compiles)
+
+_Place = tuple[torch.device, int]
+"""Device and number of KV heads of layers."""
 
 
 class BackendSet:
@@ -33,10 +43,42 @@ class BackendSet:
     def __init__(self, state: CacheState, zones: StepPlan) -> None:
         self.state = state
         self.reference = ReferenceBackend(state, zones)
-        self._made: dict[tuple[torch.device, int], StepKernels] = {}
+        self.pool = KernelPool()
+        self.is_busy = False
+        """Whether a forward is in progress. Another cache does not take over the kernels then."""
+        self._taken: dict[_Place, StepKernels] = {}
+        """Kernels that this cache has taken. Another cache may own them by now."""
         self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
+        self._stored: dict[_Place, list[Tensor]] = {}
+        """What kernels that another cache has taken over had counted."""
         self._counted: dict[str, int] = {}
-        """Counts of kernels that were replaced."""
+        """Counts of kernels for another batch size."""
+
+    def use_pool(self, pool: KernelPool) -> None:
+        """Take kernels from this pool from now on. A cache that has kernels already keeps its own pool."""
+        if not self._taken:
+            self.pool = pool
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward of the model. Within it no other cache takes over the kernels."""
+        with self.pool.lock:
+            self.is_busy = True
+        try:
+            yield
+        finally:
+            for step in self._taken.values():
+                if step.device.type == "cuda" and self._owns(step):
+                    step.last_stream = torch.cuda.current_stream(step.device)
+            self.is_busy = False
+
+    def _leave(self, step: StepKernels) -> None:
+        binding = step.binding  # another cache may replace it at any time
+        if binding.owner is self:
+            binding.end()
+
+    def _owns(self, step: StepKernels) -> bool:
+        return step.binding.owner is self
 
     def of(self, layer: LayerState) -> AttentionBackend:
         """The backend of a layer with pages: kernels where device and method have them, else the reference."""
@@ -45,44 +87,85 @@ class BackendSet:
     def kernels_of(self, layer: LayerState) -> StepKernels | None:
         """The kernels of a layer with pages; None if the reference serves it."""
         assert layer.store is not None
-        key, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
-        launch, found = kernels.launchers(key[0]), self._made.get(key)
+        place, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
+        launch, found = kernels.launchers(place[0]), self._taken.get(place)
         if launch is None or (found is None and recipe_of(self.state.method) is None):
             return None
-        if found is None or found.batch_size != batch_size:
-            counts = [] if found is None else found.counters.sum(0).tolist()
-            made = outside_inference_mode(StepKernels)(self.state, launch, key[0], batch_size, key[1])
-            if found is not None:
-                if found.fits:
-                    made.fit(*found.fits)
-                for counter, count in zip(Counter, counts, strict=True):
-                    self._counted[counter.name] = self._counted.get(counter.name, 0) + count
-            found = self._made[key] = made
-            self._in_use = None
+        if found is None or not self._owns(found) or found.batch_size != batch_size:
+            found = self._take(place, batch_size, found)
         return found
+
+    def _take(self, place: _Place, batch_size: int, before: StepKernels | None) -> StepKernels:
+        """Take kernels from the pool, in place of `before`."""
+        launch = kernels.launchers(place[0])
+        assert launch is not None
+
+        def make() -> StepKernels:
+            return outside_inference_mode(StepKernels)(self.state, launch, place[0], batch_size, place[1])
+
+        self._in_use = None
+        stored, has_lost = self._stored.pop(place, None), before is not None and not self._owns(before)
+        if before is not None and before.batch_size != batch_size:
+            for name, count in _counts(before.counters if stored is None else stored[0]).items():
+                self._counted[name] = self._counted.get(name, 0) + count
+            stored = None
+            self._leave(before)
+        taken = self.pool.take(self._key(place, batch_size), self, not has_lost, make)
+        taken.restore(stored)
+        if before is not None and before.fits:
+            taken.fit(*before.fits)
+        self._taken[place] = taken
+        return taken
+
+    def _key(self, place: _Place, batch_size: int) -> Any:
+        """What determines the buffers and the launches of kernels, the layout of pages left out."""
+        options, method, recipe = self.state.options, self.state.method, recipe_of(self.state.method)
+        assert recipe is not None
+        return (
+            place, batch_size, len(self.state.layers), recipe, method if recipe.projects_queries else None, method.page_size,
+            options.budget, options.num_sink_tokens, options.recent_window, options.dense_below, options.tuning,
+        )  # fmt: skip
+
+    def store(self, kernels: StepKernels) -> None:
+        """Keep what kernels have counted, as another cache takes them over."""
+        for place, taken in self._taken.items():
+            if taken is kernels:
+                self._stored[place] = kernels.stored()
 
     def in_use(self) -> list[StepKernels]:
         """The kernels of all layers, without duplicates."""
         sequences, found = self.state.sequences, self._in_use
-        if found is None or found[0] != (sequences.batch_size, len(sequences.stores)):
+        current = sequences.batch_size, len(sequences.stores)
+        if found is None or found[0] != current or not all(map(self._owns, found[1])):
             steps = [self.kernels_of(layer) for layer in self.state.layers if layer.store is not None]
             distinct = list(dict.fromkeys(step for step in steps if step is not None))
-            found = self._in_use = ((sequences.batch_size, len(sequences.stores)), distinct)
+            found = self._in_use = (current, distinct)
         return found[1]
 
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""
-        counts = [step.counters.sum(0).tolist() for step in self._made.values()]
-        return {c.name: self._counted.get(c.name, 0) + sum(count[c] for count in counts) for c in Counter}
+        with self.pool.lock:
+            held = [step.counters for step in self._taken.values() if self._owns(step)]
+            held += [stored[0] for stored in self._stored.values()]
+            counts = [_counts(each) for each in held]
+        return {c.name: self._counted.get(c.name, 0) + sum(count[c.name] for count in counts) for c in Counter}
 
     def forget(self) -> None:
-        """Drop the kernels and their counts."""
-        self._made.clear()
+        """Leave the kernels, and drop their counts."""
+        for step in self._taken.values():
+            self._leave(step)
+        self._taken.clear()
+        self._stored.clear()
         self._in_use = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BackendSet:
-        """A copied cache makes its own kernels, since descriptors hold addresses. It starts with the same counts."""
+        """A copied cache takes its own kernels, since descriptors hold addresses. It starts with the same counts."""
         twin = BackendSet(memo[id(self.state)], deepcopy(self.reference.zones, memo))
         memo[id(self)] = twin
         twin._counted = self.counted()
         return twin
+
+
+def _counts(counters: Tensor) -> dict[str, int]:
+    """Counts of all layers, by the names of `Counter`. Reads the device."""
+    return {counter.name: count for counter, count in zip(Counter, counters.sum(0).tolist(), strict=True)}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..state import CacheState, LayerState
+    from ..state import LayerState
     from .attention_weights import AttentionWeights
 
 
@@ -60,17 +60,10 @@ def put(result: Tensor, out: Tensor) -> None:
 
 
 class AttentionBackend(ABC):
-    """Computes the steps of paged layers with one device and number of KV heads.
-
-    Args:
-        state: the cache's state.
-    """
+    """Computes the steps of paged layers with one device and number of KV heads."""
 
     capturable: ClassVar[bool]
     """Whether a planned step only launches kernels, so that a CUDA graph can replay it."""
-
-    def __init__(self, state: CacheState) -> None:
-        self.state = state
 
     @abstractmethod
     def plan(self, layer: LayerState, call: Call) -> None:

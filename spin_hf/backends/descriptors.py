@@ -30,11 +30,33 @@ if TYPE_CHECKING:
 _MIN_PAGES = 512
 
 
+class Binding:
+    """The cache that descriptors are written for.
+
+    Attributes:
+        state: the cache's state.
+        owner: whose state it is, if several caches use the descriptors in turn; None once the cache does not need them.
+        known: inputs from which the step descriptor was last made.
+        layer_known: inputs of each layer's descriptor; None if it must be uploaded.
+    """
+
+    def __init__(self, state: CacheState, owner: Any = None) -> None:
+        self.state, self.owner = state, owner
+        self.known: dict[str, Any] = {}
+        self.layer_known: list[Any] = [None] * len(state.layers)
+
+    def end(self) -> None:
+        """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
+        self.owner = None
+        self.known, self.layer_known = {}, []
+        del self.state
+
+
 class Descriptors:
-    """Descriptors of the paged layers of one cache on one device.
+    """Descriptors of the paged layers of one cache at a time on one device.
 
     Args:
-        state: the cache's state.
+        state: the state of the first cache.
         device: where the layers' compute tier is.
         batch_size: number of sequences.
         num_heads: KV heads of the layers.
@@ -44,7 +66,7 @@ class Descriptors:
         recipe = recipe_of(state.method)
         assert recipe is not None
         self.recipe = recipe
-        self.state, self.device = state, device
+        self.binding, self.device = Binding(state), device
         self.batch_size, self.num_heads = batch_size, num_heads
         self.streams = batch_size * num_heads
         """(sequence, KV head) pairs. Kernels process them independently."""
@@ -65,10 +87,6 @@ class Descriptors:
         """[layers, streams, 2], (stop page, number of outliers) that the outlier marks are for; -1: recompute."""
         self.page_capacity, self.padded_capacity = 0, False
         self.scratch: dict[StepField, Tensor] = {}
-        self.known: dict[str, Any] = {}
-        """Inputs from which the step descriptor was last made."""
-        self.layer_known: list[Any] = [None] * len(state.layers)
-        """Inputs of each layer's descriptor; None if it must be uploaded."""
         self.padded = False
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
@@ -76,16 +94,27 @@ class Descriptors:
         with allocating("tables of decode steps", math.prod(shape) * dtype.itemsize):
             return torch.full(shape, fill, dtype=dtype, device=self.device)
 
+    def bind(self, binding: Binding) -> None:
+        """Serve another cache from now on. Its next step writes its descriptors. Launches nothing."""
+        self.binding, self.uploaded, self.padded = binding, [], False
+        for field in (StepField.DIRECTORY, StepField.VALID, StepField.UPTO):
+            self.scratch.pop(field, None)
+
+    @property
+    def state(self) -> CacheState:
+        """The state of the cache that is served."""
+        return self.binding.state
+
     def begin(self, layer: LayerState) -> None:
         """Update the step descriptor and the descriptor of `layer`. Cheap if nothing has changed."""
         self.begin_step()
-        store, number = layer.store, layer.number
+        store, number, layer_known = layer.store, layer.number, self.binding.layer_known
         assert store is not None
         frames = store.frames
         tables = () if frames is None else frames.tensors
         slots = () if frames is None else frames.slots
         known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
-        if self.layer_known[number] != known:
+        if layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
             for i, summary in enumerate(store.summaries.values()):
@@ -99,13 +128,13 @@ class Descriptors:
                 fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
                 fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
                 fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
-            self.layer_known[number] = None  # upload again if this is interrupted
+            layer_known[number] = None  # upload again if this is interrupted
             _upload(fields, self.layer_fields[number])
-            self.layer_known[number] = known
+            layer_known[number] = known
 
     def begin_step(self) -> None:
         """Update the step descriptor to the current step."""
-        sequences, known, fields = self.state.sequences, self.known, self.step_fields
+        sequences, known, fields = self.state.sequences, self.binding.known, self.step_fields
         if known.get("step") != sequences.step or known.get("start") != sequences.start:
             follows = known.get("length") == sequences.start and known.get("past_version") == sequences.past_version
             if not follows:
@@ -117,7 +146,7 @@ class Descriptors:
             self.padded = valid is not None
             if valid is not None and known.get("valid") is not valid:
                 self._write_padding(valid)
-            self.known = {
+            self.binding.known = {
                 "step": sequences.step, "start": sequences.start, "length": sequences.length,
                 "past_version": sequences.past_version, "directory": sequences.directory, "valid": valid, "planned": False,
             }  # fmt: skip

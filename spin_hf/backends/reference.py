@@ -40,7 +40,7 @@ class ReferenceBackend(AttentionBackend):
     capturable = False
 
     def __init__(self, state: CacheState, zones: StepPlan) -> None:
-        super().__init__(state)
+        self.state = state
         self.zones = zones
 
     def plan(self, layer: LayerState, call: Call) -> None:

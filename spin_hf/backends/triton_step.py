@@ -36,7 +36,7 @@ _ANY_LENGTH = (1 << 31) - 1
 
 
 class StepKernels(Descriptors, AttentionBackend):
-    """Launches for the paged layers of one cache on one device.
+    """Launches for the paged layers of one cache at a time on one device.
 
     Args:
         state, device, batch_size, num_heads: as for `Descriptors`; another batch needs another object.
@@ -53,6 +53,11 @@ class StepKernels(Descriptors, AttentionBackend):
         self.fits: tuple[Any, ...] = ()
         self.compiled_variants: set[tuple[Any, ...]] = set()
         """Variants of attention launches that were compiled ahead, in parallel."""
+        self.graphs: dict[Any, Any] = {}
+        """Call -> captured step that holds addresses of these buffers; None if the call has run once, eagerly."""
+        self.key: Any = None
+        self.last_stream: Any = None
+        """Of the pool (`kernel_pool.py`): what these kernels were made for, and the stream of the last forward."""
         self.compiled = device.type == "cuda"
         self.multiplies_int8, self.shared_memory = device_limits.multiplies(device), device_limits.shared_memory(device)
         layers, streams = len(state.layers), self.streams
@@ -64,11 +69,12 @@ class StepKernels(Descriptors, AttentionBackend):
         self.counters = self.new((layers, len(Counter)), torch.int64)
         """[layers, len(Counter)], counters of the kernels."""
         reranked = streams if self.recipe.rerank_factor else 0
-        per_layer = zip(
-            self.layer_fields, self.new((layers, streams), torch.int32, NUM_BINS),
-            self.new((layers, reranked), torch.int32, NUM_BINS), self.new((layers, streams), torch.int32), self.counters,
-            strict=True,
-        )  # fmt: skip
+        floors, rerank_floors = self.new((layers, streams), torch.int32), self.new((layers, reranked), torch.int32)
+        hands = self.new((layers, streams), torch.int32)
+        self.carried = ((self.counters, 0), (floors, NUM_BINS), (rerank_floors, NUM_BINS), (hands, 0))
+        """Tensors that a step leaves for the next one, and what they are filled with before the first step."""
+        self.restore(None)
+        per_layer = zip(self.layer_fields, floors, rerank_floors, hands, self.counters, strict=True)
         self.layer_buffers = [LayerBuffers(number, *tensors) for number, tensors in enumerate(per_layer)]
         most, empty = self.most_pages(), self.new((0,), torch.float32)
         self.buffers = StepBuffers(
@@ -111,7 +117,18 @@ class StepKernels(Descriptors, AttentionBackend):
                     basis=four_bit_keys.basis(key_dim, self.device).to(dtype),
                 )  # fmt: skip
         self.page_capacity = 0  # the scratch depends on the group too: `_grow` allocates it again
+        self.graphs.clear()
         self.buffers, self.fits, self.group = buffers, fits, group
+
+    def stored(self) -> list[Tensor]:
+        """A copy of what a step leaves for the next one."""
+        return [tensor.clone() for tensor, _ in self.carried]
+
+    def restore(self, stored: list[Tensor] | None) -> None:
+        """Continue from what `stored` returned; None to begin anew."""
+        self.found_for.fill_(-1)
+        for index, (tensor, initial) in enumerate(self.carried):
+            tensor.fill_(initial) if stored is None else tensor.copy_(stored[index])
 
     def prepare(self, layer: LayerState) -> None:
         """Do the host work of a layer's launches for the step that has begun."""
@@ -153,7 +170,7 @@ class StepKernels(Descriptors, AttentionBackend):
             self.launchers.compile_ahead(launches)
             self.compiled_variants.add(variant)
         launches(self.launchers.launch_now)
-        self.known["planned"] = True
+        self.binding.known["planned"] = True
 
     def _launches(
         self, launch: Launch, layer: LayerState, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
@@ -162,7 +179,7 @@ class StepKernels(Descriptors, AttentionBackend):
         """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query."""
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
         num_queries, dense = query.shape[2], self.is_dense_layer(layer)
-        if not self.known["planned"]:
+        if not self.binding.known["planned"]:
             self._plan(launch, num_queries)
             if num_queries == 1:  # one launch for all layers: a page that this step completes is not a candidate yet
                 served = [other for other in self.state.layers if self.serves(other)]
@@ -216,6 +233,10 @@ class StepKernels(Descriptors, AttentionBackend):
     def is_dense_layer(self, layer: LayerState) -> bool:
         """Whether a layer attends to all tokens, regardless of the budget."""
         return layer.number < self.recipe.dense_layers
+
+    def layout(self, layer: LayerState) -> LaunchShape:
+        """Compile-time parameters of a layer's kernels that do not depend on padding."""
+        return replace(self.shape(layer), padded=False)
 
     def shape(self, layer: LayerState) -> LaunchShape:
         """Compile-time parameters of a layer's kernels."""

@@ -14,6 +14,7 @@ Python code do something else.
 from __future__ import annotations
 
 import operator
+import weakref
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn.modules import module as everywhere
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ..integration.forward_hook import without_wrapper
 from ..integration.layer_types import is_placeholder
 from ..layer import SpinLayer
 from ..state import CacheState
@@ -70,15 +72,15 @@ def reason_not_replayed(watch: ModelGuard, unpaged: list[Any], kwargs: dict[str,
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return "its attention mask is more than padding"
-    if _sizes_a_mask(watch.modules[0]) and kwargs.get("position_ids") is None:
+    if _sizes_a_mask(watch.model) and kwargs.get("position_ids") is None:
         return "OPT counts positions in a mask of the context's length; pass position_ids"
     if any(getattr(layer, "record_past", False) for layer in unpaged):
         return "its window or linear-attention layers record the past"
-    if watch.modules[0].training:
+    if watch.model.training:
         return "the model is in training mode; call model.eval()"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in watch.tensors):
         return "gradients are recorded; call it under torch.no_grad()"
-    if kwargs.get("output_attentions") or getattr(watch.modules[0].config, "output_attentions", False):
+    if kwargs.get("output_attentions") or getattr(watch.model.config, "output_attentions", False):
         return "it returns attention weights, which the reference path makes"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on; convert the model to the dtype instead"
@@ -111,14 +113,14 @@ def _batch_of(inputs: dict[str, Any]) -> int:
 
 
 class ModelGuard:
-    """Records what a captured step of `model` depends on, and detects changes."""
+    """Records what a captured step of `model` depends on, and detects changes. Does not keep the model itself alive."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.training, self.forwards = _training(modules), _forwards(modules)
         self.handles = RemovableHandle.next_id
         self.hooks = _hooks(modules)
-        self.modules = modules
+        self._model, self._inner = weakref.ref(model), modules[1:]
         self.dicts: list[dict[str, Any]] = [
             table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
         ]
@@ -127,6 +129,18 @@ class ModelGuard:
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.adapted = [module for module in modules if hasattr(module, "_disable_adapters")]
         self.adapters = _adapters(self.adapted)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which its caller keeps alive."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model and all modules in it, as they were."""
+        return [self.model, *self._inner]
 
     def is_safe(self) -> bool:
         """Whether a replay reads valid memory and no hook was registered since the last check. Cheap.
@@ -139,14 +153,15 @@ class ModelGuard:
 
     def unchanged(self) -> bool:
         """Whether the model is as it was at capture. Compares on the host and does not read the device."""
+        modules = self.modules
         if self.hooks or self.handles != RemovableHandle.next_id:  # ids count registered hooks, not removed ones
-            if self.hooks != _hooks(self.modules):
+            if self.hooks != _hooks(modules):
                 return False
             self.handles = RemovableHandle.next_id
         members = self._members()
         return (
-            self.training == _training(self.modules)
-            and self.forwards == _forwards(self.modules)
+            self.training == _training(modules)
+            and self.forwards == _forwards(modules)
             and len(members) == len(self.members)
             and all(map(operator.is_, members, self.members))
             and self._in_place()
@@ -167,8 +182,14 @@ def _hooks(modules: list[nn.Module]) -> list[int]:
 
 
 def _forwards(modules: list[nn.Module]) -> list[Any]:
-    """Forwards that were set on module instances, as accelerate does; None where the class's forward is used."""
-    return [module.__dict__.get("forward") for module in modules]
+    """Forwards that were set on module instances, as accelerate does, below this package's wrappers; None for the class's.
+
+    That of the model itself, which may refer to it, is a weak reference.
+    """
+    model, *inner = [without_wrapper(module) for module in modules]
+    if model is not None:
+        model = weakref.ref(getattr(model, "__func__", model))
+    return [model, *inner]
 
 
 def _training(modules: list[nn.Module]) -> list[bool]:

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..attention import implementation
 from ..attention.masks import check_argument
+from ..backends.kernel_pool import pool_of
 from ..errors import AttentionError
 from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
@@ -33,6 +34,7 @@ from ..integration.layer_types import decoder_config, is_croppable, is_placehold
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
 from .runner import GraphRunner
+from .static_states import overwritten
 
 logger = logging.getLogger("spin_hf")
 
@@ -48,11 +50,13 @@ class ModelCalls:
         config: the config that attention modules read.
         model: the model that is called with the cache; None if the first forward has to show it.
         layers, passes, log: of the cache.
+        wrapped: the forwards that a living cache of `model` has wrapped, if one is copied; None to look for them.
     """
 
     def __init__(
-        self, config: Any, model: nn.Module | None, layers: list[Any], passes: ForwardPass, log: ForwardLog
-    ) -> None:
+        self, config: Any, model: nn.Module | None, layers: list[Any], passes: ForwardPass, log: ForwardLog,
+        wrapped: forward_hook.Wrapped | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.switched = config if passes.state.layers else None
         """The config that is set to "spin" in calls. None if no layer is paged: the model then keeps its own setting."""
@@ -73,7 +77,7 @@ class ModelCalls:
         if model is None:
             self._hold()
         else:
-            self._bind(model)
+            self._bind(model, wrapped)
 
     def close(self) -> None:
         """Restore model and config, and free the cache's storage without waiting for the garbage collector."""
@@ -102,7 +106,8 @@ class ModelCalls:
         num_tokens, ids = new_tokens(kwargs)
         self.inside, self.belongs = True, bool(self.wrapped)
         try:
-            with nullcontext() if self.switched is None else implementation.held(self.switched):
+            held = nullcontext() if self.switched is None else implementation.held(self.switched)
+            with held, self.passes.backends.forward():
                 if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
                     output = self.steps.run(module, self.prompts.of(module, forward, kwargs, name), kwargs, name)
                 else:
@@ -171,10 +176,13 @@ class ModelCalls:
         if not self.wrapped and self.switched is not None and (model := find_model(cache, self.config)) is not None:
             self._bind(model)
 
-    def _bind(self, model: nn.Module) -> None:
+    def _bind(self, model: nn.Module, wrapped: forward_hook.Wrapped | None = None) -> None:
         """Wrap the forward of `model`."""
-        self.wrapped, self.model = forward_hook.acquire(model), weakref.ref(model)
+        self.wrapped = forward_hook.acquire_again(wrapped) if wrapped else forward_hook.acquire(model)
+        self.model = weakref.ref(model)
         if may_be_captured(model):
+            if not overwritten(self.layers):
+                self.passes.backends.use_pool(pool_of(model))
             self.steps = GraphRunner(model, self.layers, self.passes, self.log)
             deferred_stop.acquire(reads_late)
 

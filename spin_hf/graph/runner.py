@@ -4,6 +4,9 @@
     second call              captured, then replayed
     later calls              host: pages for the token, descriptors, inputs  ->  replay  ->  host: commit
 
+Later calls may be those of another cache with the same model and options: graphs belong to the kernels that caches take over
+from each other (`backends/kernel_pool.py`). Caches with unpaged layers share no graphs.
+
 Host work is done before the replay (`ForwardPass.prepare`) and after it (`finish`); in between, layers only launch. Inputs are
 copied to static tensors, and outputs are returned as copies. Unpaged layers (windows, linear attention) use static tensors,
 which the last launches of the step update.
@@ -136,8 +139,6 @@ class GraphRunner:
         self.model = weakref.ref(model)
         self.layers, self.passes, self.log = layers, passes, log
         self.state: CacheState = passes.state
-        self.captured: dict[Any, CapturedStep | None] = {}
-        """Key of a call -> its graph; None if it has run once, eagerly."""
         self.watch: ModelGuard | None = None
         self.replay_check = ReplayCheck()
         self.kernels: list[Any] = []
@@ -147,6 +148,13 @@ class GraphRunner:
         """The layers in `held` with tensors that a step overwrites."""
         self.refused: str | None = None
         """Why steps of this model are not captured; None if they may be."""
+        self._layout = (-1, -1)
+        """Version of the page layout, and the pool's number for that layout."""
+
+    @property
+    def captured(self) -> dict[Any, CapturedStep | None]:
+        """Key of a call -> its graph; None if it has run once, eagerly."""
+        return self.kernels[0].graphs if self.kernels else {}
 
     def run(self, model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> Any:
         """Call `forward(**kwargs)`, or replay its graph if that is equivalent. The cache is `kwargs[name]`.
@@ -180,26 +188,26 @@ class GraphRunner:
         counts = counts_positions(self.state, kwargs.get("position_ids"), new_valid)
         if not counts or not self._windows_are_full(new_valid):
             return self._eager(forward, kwargs)  # raises if the positions do not count the tokens
-        key = self._key(inputs, new_valid)
-        if key not in self.captured:
-            while len(self.captured) >= _MAX_SHAPES:
-                del self.captured[next(iter(self.captured))]
-            self.captured[key] = None
+        key, captured = self._key(inputs, new_valid), self.captured
+        if key not in captured:
+            while len(captured) >= _MAX_SHAPES:
+                del captured[next(iter(captured))]
+            captured[key] = None
             return self._eager(forward, kwargs)
-        step = self.captured[key]
+        step = captured[key]
         try:
             prepared = self._prepare(new_valid)
             if prepared and step is None:
-                step = self.captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
+                step = captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
         except Exception as error:
             self._roll_back()
             if step is not None or isinstance(error, (SpinError, MemoryError)):
                 raise
             reason = f"capturing failed: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
             if isinstance(error, torch.OutOfMemoryError):
-                del self.captured[key]  # the next step of this shape runs eagerly, the one after it is captured again
+                captured.pop(key, None)  # the next step of this shape runs eagerly, the one after it is captured again
             else:
-                self.refused = reason
+                self.refused = self.passes.backends.pool.refused = reason
             _warn(model, reason)
             return self._eager(forward, kwargs)
         except BaseException:
@@ -302,14 +310,18 @@ class GraphRunner:
         return new is not None and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
     def _guard_of(self, model: nn.Module) -> ModelGuard:
-        """The guard of the model. Drops all graphs if the model, the layers or the kernels have changed since capture."""
-        kernels = self.passes.backends.in_use()
-        same = kernels == self.kernels and self.layers == self.held
-        if self.watch is None or not same or not self.watch.unchanged():
-            self.captured.clear()
-            self.watch, self.kernels, self.held = ModelGuard(model), kernels, list(self.layers)
+        """The guard of the model. Drops all graphs if the model or the unpaged layers have changed since capture."""
+        kernels, pool = self.passes.backends.in_use(), self.passes.backends.pool
+        if pool.guard is None or not pool.guard.unchanged():
+            pool.replace_guard(ModelGuard(model))
+        if self.held and self.held != self.layers:
+            for each in kernels:
+                each.graphs.clear()
+        if self.watch is not pool.guard or self.held != self.layers or self.kernels != kernels:
+            self.watch, self.kernels, self.held = pool.guard, kernels, list(self.layers)
             self.unpaged = overwritten(self.layers)
-            self.refused = reason_not_captured(model, self.layers, self.state)
+            self.refused = reason_not_captured(model, self.layers, self.state) or pool.refused
+        assert self.watch is not None
         return self.watch
 
     def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
@@ -318,7 +330,17 @@ class GraphRunner:
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state(), self.state.sequences.layout_version
+        return given, padded, host_state(), self._layout_number(), *self.kernels[1:]
+
+    def _layout_number(self) -> int:
+        """A number for the layout of all pages, equal for caches whose pages have the same layout."""
+        version = self.state.sequences.layout_version
+        if self._layout[0] != version:
+            backends = self.passes.backends
+            found = [(layer, backends.kernels_of(layer)) for layer in self.state.layers]
+            layouts = tuple(kernels.layout(layer) for layer, kernels in found if kernels is not None)
+            self._layout = version, backends.pool.number_of(layouts)
+        return self._layout[1]
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:
         """Whether every window is full and has no padding. Otherwise its tensors grow or need a mask."""

@@ -102,5 +102,5 @@ class CacheCopies:
         for name, attribute in self.__dict__.items():
             if name not in _BOUND:
                 setattr(twin, name, deepcopy(attribute, memo))
-        twin._bind(self._config, self.calls.model())
+        twin._bind(self._config, self.calls.model(), self.calls)
         return twin

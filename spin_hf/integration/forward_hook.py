@@ -70,6 +70,16 @@ def acquire(model: nn.Module) -> Wrapped:
     return [weakref.ref(module) for module in modules]
 
 
+def acquire_again(wrapped: Wrapped) -> Wrapped:
+    """Count one more cache of the same modules, which a living cache has acquired."""
+    with _lock:
+        for reference in wrapped:
+            module = reference()
+            if module is not None and module in _users:
+                _users[module] += 1
+    return list(wrapped)
+
+
 def release(wrapped: Wrapped) -> None:
     """Count one cache less. The last one of a module unwraps its forward."""
     with _lock:
@@ -97,6 +107,12 @@ def _takes_cache(kind: type[nn.Module]) -> bool:
 
 def _is_wrapped(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) in _key_of
+
+
+def without_wrapper(module: nn.Module) -> Any:
+    """The forward that was set on a module instance, below this package's wrapper; None for the class's own."""
+    forward = module.__dict__.get("forward")
+    return module.__dict__[_key_of[forward.__func__]] if _is_wrapped(module) else forward  # type: ignore[union-attr]
 
 
 def _wrap(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """torch's fused attention with its log-sum-exp, so that attention over disjoint sets of tokens can be merged.
 
-    causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads
+    causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads, unless the kernel
+                  takes fewer heads of keys (cuDNN, flash on a GPU)
     not causal    earlier tokens, without a mask: the query heads of a KV head become more queries
 
 torch chooses the kernel (cuDNN, flash, memory-efficient) by device, dtype and shapes, as for `scaled_dot_product_attention`.
@@ -52,10 +53,11 @@ def fused_attention(
         ])  # fmt: skip
     group, dim = query.shape[2], values.shape[3]
     heads = query.flatten(1, 2) if causal else query.flatten(2, 3)
-    repeat = group if causal else 1
-    q, k, v = (_padded(states) for states in (heads, _repeated(keys, repeat), _repeated(values, repeat)))
-    chosen = None if softcap is not None else torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale)
-    kernel = _KERNELS.get(chosen)
+    q, k, v = (_padded(states) for states in (heads, keys, values))
+    kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
+    if kernel is None and softcap is None and causal and group > 1:
+        k, v = (states.repeat_interleave(group, 1) for states in (k, v))
+        kernel = _chosen_kernel(q, k, v, scale, causal)
     if kernel is None:
         mask = torch.ones((num_queries if causal else 1, num_tokens), dtype=torch.bool, device=query.device)
         return attend(query, keys, values, (mask.tril() if causal else mask)[None, None, None], scale, softcap)
@@ -65,8 +67,13 @@ def fused_attention(
     return out.unflatten(index, grouped), lse.unflatten(index, grouped)
 
 
-def _repeated(states: Tensor, group: int) -> Tensor:
-    return states if group == 1 else states.repeat_interleave(group, 1)
+def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Kernel | None:
+    """The fused kernel that torch chooses for these states; None if none serves them as they are."""
+    groups = keys.shape[1] != query.shape[1]
+    if groups and query.device.type != "cuda":
+        return None
+    chosen = torch._fused_sdp_choice(query, keys, values, None, 0.0, causal, scale=scale, enable_gqa=groups)
+    return (_WITH_GROUPS if groups else _KERNELS).get(chosen)
 
 
 def _padded(states: Tensor) -> Tensor:
@@ -95,7 +102,14 @@ def _efficient(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal
     return found[0], found[1]
 
 
-_KERNELS: dict[int | None, Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]] = {
+Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+
+_WITH_GROUPS: dict[int, Kernel] = {
+    SDPBackend.CUDNN_ATTENTION.value: _cudnn,
+    SDPBackend.FLASH_ATTENTION.value: _flash,
+}
+"""Kernels that take fewer heads of keys and values than of queries."""
+_KERNELS: dict[int, Kernel] = {
     SDPBackend.CUDNN_ATTENTION.value: _cudnn,
     SDPBackend.FLASH_ATTENTION.value: _flash,
     SDPBackend.EFFICIENT_ATTENTION.value: _efficient,

@@ -159,10 +159,10 @@ class SavedCache(OpenCache):
         with self.reader() as reading:  # reads one layer while the next one's memory is allocated
             for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
                 if isinstance(entry, PagedLayer):
-                    reading.submit(self.pieces(self._allocated(index, entry, layer, device)))
+                    reading.submit(self.reads(self._allocated(index, entry, layer, device)))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
-                    reading.submit(self.pieces({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
+                    reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
                     others.append((entry, index, plain))
             reading.finish()
         self.compare_digests()
@@ -200,7 +200,7 @@ class SavedCache(OpenCache):
             if spec.name in ("directory", "valid", "positions", "clustered")
         }
         with self.reader(tables) as reading:
-            reading.submit(self.pieces({name: table.fill for name, table in tables.items()}))
+            reading.submit(self.reads({name: table.fill for name, table in tables.items()}))
             reading.finish()
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()

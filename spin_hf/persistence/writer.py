@@ -24,9 +24,10 @@ from ..indexing import cluster
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from . import files
+from .checksum import piece_checksum
 from .contents import Contents
 from .manifest import FILE_NAME, MOST_SEQUENCES
-from .shards import Shard, cut, piece_checksum
+from .shards import Shard, cut
 from .staging import Staging
 from .strict_json import RefusedError
 

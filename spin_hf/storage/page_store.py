@@ -168,12 +168,8 @@ class PageStore(SegmentStore):
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages and summaries of (source, destination) segments."""
-        if not pairs:
-            return
-        each = self.budget.rows(1)
-        source, destination = torch.tensor(pairs).T.unsqueeze(2) * each + torch.arange(each)
         for array in self._arrays():
-            array.put(destination, array.take(source))
+            array.copy_blocks(pairs, self.budget.rows(1))
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)

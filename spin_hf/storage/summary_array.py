@@ -11,6 +11,8 @@ Scoring reads all summaries of the context at every step, so its time is proport
 from __future__ import annotations
 
 import math
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +42,16 @@ class SummaryArray:
     def arrays(self) -> list[ChunkedArray]:
         """The arrays behind it: values, and scales if quantized."""
         return [self.values] if self.scale is None else [self.values, self.scale]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SummaryArray:
+        """As the default, without its overhead: a fork copies every array of every layer."""
+        twin = object.__new__(SummaryArray)
+        twin.quantized, twin.values, twin.scale = (
+            self.quantized,
+            deepcopy(self.values, memo),
+            deepcopy(self.scale, memo),
+        )
+        return twin
 
     def stored(self, summaries: Tensor) -> list[Tensor]:
         """Encode `summaries` [..., *shape], float32: one tensor for each of `arrays`."""

@@ -117,7 +117,7 @@ def test_an_error_while_memory_is_allocated(
 
 def test_a_layer_is_read_while_the_next_one_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
-    reserve, read, was_read, number = PageStore.reserve, opened.OpenCache._read_piece, threading.Event(), [0]
+    reserve, read, was_read, number = PageStore.reserve, opened.OpenCache._read, threading.Event(), [0]
 
     def slow_reserve(self: PageStore, *room: Any) -> None:
         number[0] += 1
@@ -131,7 +131,7 @@ def test_a_layer_is_read_while_the_next_one_is_allocated(tmp_path: Path, monkeyp
             was_read.set()
 
     monkeypatch.setattr(PageStore, "reserve", slow_reserve)
-    monkeypatch.setattr(opened.OpenCache, "_read_piece", noted)
+    monkeypatch.setattr(opened.OpenCache, "_read", noted)
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
     assert number[0] > 1
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from ...inference_mode import outside_inference_mode
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,14 @@ def last_queries(query: Tensor, number: int) -> Tensor:
         [B, H, G, number, D].
     """
     count = query.shape[3]
-    back = torch.arange(number, device=query.device) * min(count, 2 * number) // number
-    return query.index_select(3, count - 1 - back)
+    return query.index_select(3, _evenly_back(count, number, min(count, 2 * number), query.device))
+
+
+@lru_cache(maxsize=8)
+@outside_inference_mode
+def _evenly_back(count: int, number: int, within: int, device: torch.device) -> Tensor:
+    """`number` indices, evenly spaced over the last `within` of `count`, the last one first."""
+    return count - 1 - torch.arange(number, device=device) * within // number
 
 
 def merge_pages(means: Tensor, pages_per_cluster: Tensor) -> Tensor:
