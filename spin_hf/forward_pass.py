@@ -23,6 +23,7 @@ from .backends.triton_indexing import index_completed
 from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
 from .indexing import cluster, padding_change, summarize
+from .indexing.fit import selected_fits
 from .inference_mode import outside_inference_mode
 from .kernels.descriptor_fields import StepField
 from .memory.admission import check_first_batch
@@ -187,9 +188,12 @@ class ForwardPass:
         self._end()
         if sequences.length != state.committed:
             cluster.restore(state, sequences.mask.valid, state.committed)
+            summarize.invalidate_last_unit(state, state.committed)
         sequences.roll_back(state.committed)
         self.zones.forget()
         state.visible_length.fill_(state.committed)
+        if not state.committed:
+            cluster.forget_clustered(state)
         if not state.committed and not sequences.refcounts:
             self.forget_stores()
 
@@ -206,12 +210,14 @@ class ForwardPass:
         self._end()
         state.committed, state.tokens, state.reused_tokens = 0, TokenLog(), 0
         for layer in state.layers:
-            layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, 0
+            layer.stale_pages, layer.observation_queries, layer.clustered_pages, layer.fitted = None, None, 0, None
 
     def truncate(self, length: int) -> None:
         """Remove the tokens from `length` on."""
         state = self.state
-        state.sequences.truncate(length, cluster.in_order(state, state.sequences.mask.valid, length))
+        left = cluster.in_order(state, state.sequences.mask.valid, length)
+        summarize.invalidate_last_unit(state, length)
+        state.sequences.truncate(length, left)
         cluster.forget_clustered(state)
         state.visible_length.fill_(length)
         state.committed, state.tokens = state.sequences.length, state.tokens.truncated(length)
@@ -227,10 +233,11 @@ class ForwardPass:
             selected = [
                 None if layer.observation_queries is None else layer.observation_queries[rows] for layer in state.layers
             ]
+            fitted = [selected_fits(layer, rows) for layer in state.layers]
             state.sequences.select(rows)
             state.tokens = state.tokens.selected(rows)
-            for layer, queries in zip(state.layers, selected, strict=True):
-                layer.observation_queries = queries
+            for layer, queries, of_rows in zip(state.layers, selected, fitted, strict=True):
+                layer.observation_queries, layer.fitted = queries, of_rows
 
     def fork(self) -> dict[int, Any]:
         """Prepare the cache for forks, and begin one: a memo with which `deepcopy` shares pages instead of copying them.
@@ -247,7 +254,8 @@ class ForwardPass:
         immutable = (
             state.options, state.tokens, twin.mask.valid, twin.mask.positions, twin.spans.clustered, state.new_token_validity,
         )  # fmt: skip
-        memo.update((id(each), each) for each in immutable)
+        fitted = [tensor for layer in state.layers for tensor in (layer.fitted or {}).values()]
+        memo.update((id(each), each) for each in (*immutable, *fitted))
         return memo
 
     def attach(self, forked: PageTable, memo: dict[int, Any]) -> None:
@@ -260,6 +268,7 @@ class ForwardPass:
         state.sequences.forget_stores()
         for layer in state.layers:
             layer.store, layer.stale_pages, layer.observation_queries, layer.clustered_pages = None, None, None, 0
+            layer.fitted = None
         self.backends.forget()
         self._prepared_for = None
         self.gpu = GpuMemory(state, state.options.gpu_memory)

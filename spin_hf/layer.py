@@ -276,7 +276,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         store.length = sequences.length
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
         if not summarized and self.cache_state.selects(key.shape[2]):
-            index_pages([store], self.cache_state.method, self.state.number, first, stop)
+            index_pages([self.state], self.cache_state.method, first, stop)
         elif not summarized:  # a prompt attends to all tokens, and clustering may move its tokens first
             self.state.invalidate(first, stop)
 
@@ -290,7 +290,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             return
         method = self.cache_state.method
         exact = not (self.backend.capturable or method.index_rounds)
-        check_summaries(store, method, self.state.number, self.layer_idx, exact)
+        check_summaries(self.state, method, exact)
 
     @property
     def backend(self) -> AttentionBackend:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention.methods.base import Method
+from .attention.methods.base import FittedTensors, Method
 from .config import SpinOptions
 from .inference_mode import outside_inference_mode
 from .kernels.descriptor_fields import MAX_QUERIES
@@ -61,6 +61,8 @@ class LayerState:
         attended_tokens, attended_queries: totals over the sparse queries that the reference backend served.
         clustered_pages: pages of this layer that are clustered; fewer than the spans have if memory ran out while clustering.
         stale_pages: pages [first, stop) whose summaries are recomputed before the next step; None for none.
+        fitted: name -> [B, H, ...], tensors that the method fitted to each sequence (`indexing/fit.py`); None before the first
+            fit. They are replaced, not written to.
         observation_queries: [B, H, G, n, D], queries of the last tokens of a prompt. The next step clusters by them and
             drops them (`indexing/cluster.py`).
         key_means: of a sparse prompt in progress: mean keys, and the tokens that they cover (`backends/sparse_prompt.py`).
@@ -73,6 +75,7 @@ class LayerState:
     attended_queries: int = 0
     clustered_pages: int = 0
     stale_pages: tuple[int, int] | None = None
+    fitted: FittedTensors | None = None
     observation_queries: Tensor | None = None
     key_means: tuple[Tensor, int] | None = None
 

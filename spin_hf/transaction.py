@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from .state import CacheState
 
@@ -31,7 +29,7 @@ class _Snapshot:
         self.state, self.committed, self.tables = state, state.committed, state.sequences.tables()
         self.tokens = state.tokens
         self.unpaged = [(layer, own_attributes(layer)) for layer in unpaged]
-        self.observation_queries: list[Tensor | None] = [layer.observation_queries for layer in state.layers]
+        self.of_layers = [(layer.observation_queries, layer.fitted) for layer in state.layers]
         self.lengths = [(layer.store, layer.store.length) for layer in state.layers if layer.store is not None]
 
     def restore(self) -> None:
@@ -39,8 +37,8 @@ class _Snapshot:
         for layer, attributes in self.unpaged:
             layer.__dict__.clear()
             layer.__dict__.update({name: _own(held) for name, held in attributes.items()})
-        for paged, queries in zip(self.state.layers, self.observation_queries, strict=True):
-            paged.observation_queries = queries
+        for paged, (queries, fitted) in zip(self.state.layers, self.of_layers, strict=True):
+            paged.observation_queries, paged.fitted = queries, fitted
         for store, length in self.lengths:
             store.length = length
         self.state.sequences.restore(self.tables)

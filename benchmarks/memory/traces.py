@@ -79,8 +79,8 @@ def record(model: Any, last: int, cache: SpinCache, steps: int, follow: list[int
     recorded: dict[int, list[tuple[Tensor, Tensor]]] = {}
     original = spin_hf.backends.reference.select_pages
 
-    def recording(call: Any, position: int, store: Any, plan: Any, *args: Any) -> Tensor:
-        pages = original(call, position, store, plan, *args)
+    def recording(call: Any, position: int, layer: Any, plan: Any, *args: Any) -> Tensor:
+        pages = original(call, position, layer, plan, *args)
         mandatory = plan.query(position, pages.device).fixed.shape[1]
         recorded.setdefault(position, []).append((pages[0, :, :mandatory], pages[0, :, mandatory:]))
         return pages

@@ -59,8 +59,8 @@ def recording(mass: Mass) -> Any:
     """A context in which a SpinCache's selections are recorded: `select_pages` is called by every layer for every step."""
     original = spin_hf.backends.reference.select_pages
 
-    def select_pages(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int) -> Tensor:
-        pages = original(call, position, store, plan, method, layer)
+    def select_pages(call: Any, position: int, layer: Any, plan: Any, method: Any) -> Tensor:
+        pages, store = original(call, position, layer, plan, method), layer.store
         if position % EVERY == 0:
             keys = store.pages(store.sequences.num_pages)[0][0, :, : position + 1].float()
             logits = call.query[0, :, :, 0].float() @ keys.transpose(-1, -2) * call.scale
@@ -72,7 +72,7 @@ def recording(mass: Mass) -> Any:
             chosen = torch.zeros_like(shares, dtype=torch.bool)
             for head, allowed in enumerate(plan.allowed(pages, position)[0]):
                 chosen[head, tokens[head][allowed]] = True
-            mass.add(layer, shares, chosen)
+            mass.add(layer.number, shares, chosen)
         return pages
 
     return patch.object(spin_hf.backends.reference, "select_pages", select_pages)

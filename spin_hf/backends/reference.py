@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import Estimate, Method, Query
+from ..indexing.fit import fitted_of
 from ..storage.page_store import PageStore
 from .base import AttentionBackend, Call, put
 from .dense import attend_held, attend_in_waves
@@ -68,14 +69,14 @@ class ReferenceBackend(AttentionBackend):
         """Sparse attention of one query per sequence, at `position`: [B, H, G, 1, Dv]."""
         state, store, zones = self.state, layer.store, self.zones
         assert store is not None
-        pages = select_pages(call, position, store, zones, state.method, layer.number)
+        pages = select_pages(call, position, layer, zones, state.method)
         allowed = zones.allowed(pages, position)
         layer.attended_tokens += int(allowed.sum())
         layer.attended_queries += allowed.shape[0] * allowed.shape[1]
         if store.frames is not None and pages.shape[2] > store.frames.num_slots and not state.warned_waves:
             state.warned_waves = True
             logger.warning(_WAVES, store.frames.num_slots, pages.shape[2])
-        rest = estimate_rest(call, position, store, zones, state.method, layer.number, pages)
+        rest = estimate_rest(call, position, layer, zones, state.method, pages)
         return attend_in_waves(call, store.read(pages), allowed[:, :, None, None], store.page_size, rest, pages)
 
 
@@ -85,35 +86,40 @@ _WAVES = (
 )
 
 
-def select_pages(
-    call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int
-) -> Tensor:  # fmt: skip
+def select_pages(call: Call, position: int, layer: LayerState, plan: StepPlan, method: Method) -> Tensor:
     """Pages that the single query of `call`, at `position`, attends to in a layer: [B, H, n], int64, -1 for none.
 
     The plan's fixed pages come first, then the selected ones.
     """
-    query, fixed = _query(call, position, store, plan, layer)
+    query, fixed = _query(call, position, layer, plan, method)
+    store = held_store(layer)
     selected = method.select(query, partial(_summary, store, query))
     return torch.cat([fixed.unsqueeze(1).expand(-1, store.num_heads, -1), selected], 2)
 
 
 def estimate_rest(
-    call: Call, position: int, store: PageStore, plan: StepPlan, method: Method, layer: int, pages: Tensor
+    call: Call, position: int, layer: LayerState, plan: StepPlan, method: Method, pages: Tensor
 ) -> Estimate | None:  # fmt: skip
     """The method's estimate of the pages that are not in `pages`, the result of `select_pages`; None if it makes none."""
     if type(method).estimate is Method.estimate:
         return None
-    query, fixed = _query(call, position, store, plan, layer)
-    return method.estimate(query, partial(_summary, store, query), pages[:, :, fixed.shape[1] :])
+    query, fixed = _query(call, position, layer, plan, method)
+    return method.estimate(query, partial(_summary, held_store(layer), query), pages[:, :, fixed.shape[1] :])
 
 
-def _query(call: Call, position: int, store: PageStore, plan: StepPlan, layer: int) -> tuple[Query, Tensor]:
+def held_store(layer: LayerState) -> PageStore:
+    """The pages of a layer that has some."""
+    assert layer.store is not None
+    return layer.store
+
+
+def _query(call: Call, position: int, layer: LayerState, plan: StepPlan, method: Method) -> tuple[Query, Tensor]:
     """The method's input, and the fixed pages [B, F]."""
     zones = plan.query(position, call.query.device)
     query = Query(
         states=call.query.squeeze(3).float(), candidates=zones.candidates, budget_tokens=zones.budget_tokens,
-        page_size=store.page_size, scale=call.scale, layer=layer, page_tokens=zones.page_tokens,
-        positions=zones.positions,
+        page_size=method.page_size, scale=call.scale, layer=layer.number, page_tokens=zones.page_tokens,
+        positions=zones.positions, fitted=fitted_of([layer], method),
     )  # fmt: skip
     return query, zones.fixed
 

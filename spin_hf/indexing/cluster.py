@@ -13,10 +13,10 @@ Pages of sequences that share segments are clustered once. If sequences share on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,23 +29,14 @@ from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
+from .fit import fit_new, fits, forget_fits, unfitted_rows
+from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
 from .summarize import index_pages, stores_of, summarize_stale, together
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
 logger = logging.getLogger("spin_hf")
-
-Pages = list[tuple[int, int]]
-"""[first, stop) ranges of pages."""
-
-
-class Run(NamedTuple):
-    """Pages [first, stop), clustered once for all `sequences`, which share them."""
-
-    sequences: list[int]
-    first: int
-    stop: int
 
 
 def cluster_new_tokens(state: CacheState) -> None:
@@ -72,6 +63,7 @@ def grow(state: CacheState) -> None:
     _cluster_layers(state, method)  # continue after an interruption
     window = options.recent_window + options.tuning.slack_tokens
     first, stop = sequences.spans.num_pages, (sequences.length - window) // sequences.page_size
+    stop -= stop % state.method.unit_pages
     planned = sequences.spans.planned
     if planned is not None and planned[:2] != (sequences.length, first):
         planned = None
@@ -82,8 +74,10 @@ def grow(state: CacheState) -> None:
     may_move = pages_that_may_move(
         sequences.mask.valid, sequences.batch_size, sequences.length, sequences.page_size, options.num_sink_tokens, window
     )  # fmt: skip
+    may_move = in_whole_units(may_move, state.method.unit_pages)
     if planned is None:
-        stops = _cut(may_move[:, first:stop].any(0).tolist(), max(1, method.span_tokens // sequences.page_size))
+        most = max(1, method.span_tokens // sequences.page_size)
+        stops = cut(may_move[:, first:stop].any(0).tolist(), most, state.method.unit_pages)
         at_once = max(1, options.tuning.cluster_tokens // (sequences.page_size * -(-stops[-1] // len(stops))))
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
@@ -139,9 +133,10 @@ def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredS
 
 
 def forget_clustered(state: CacheState) -> None:
-    """Lower `clustered_pages` of all layers to the pages in spans."""
+    """Lower `clustered_pages` of all layers to the pages in spans, and forget what was fitted to others."""
     for layer in state.layers:
         layer.clustered_pages = min(layer.clustered_pages, state.sequences.spans.num_pages)
+    forget_fits(state)
 
 
 def check_integrity(state: CacheState) -> None:
@@ -164,17 +159,6 @@ def _misplaced(state: CacheState, valid: Tensor | None, length: int) -> Tensor:
     return misplaced
 
 
-def _cut(may_move: list[bool], most: int) -> list[int]:
-    """Cut pages into equal spans of at most `most` pages. Returns the page behind each span.
-
-    The first span also covers the leading pages that must not move. A remainder of fewer pages than spans is left for later.
-    """
-    lead = may_move.index(True) if True in may_move else 0
-    count = -(-(len(may_move) - lead) // most)
-    each = (len(may_move) - lead) // count
-    return [lead + each * (number + 1) for number in range(count)]
-
-
 def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], may_move: Tensor, planned: Plan) -> bool:
     """Add spans that end at `stops` and cluster their pages in `may_move` [B, N]. `planned` lists the spans after them.
 
@@ -183,7 +167,10 @@ def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], ma
     """
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]
-    if not _has_room(state, lambda: sequences.own(range(first, stop))):
+    changed = range(first, stop)
+    if fits(state.method) and unfitted_rows(state, first):  # all their pages are summarised again
+        changed = range(sequences.num_pages)
+    if not _has_room(state, lambda: sequences.own(changed)):
         return False
     clustered = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
     for group in together(state, stop - first):
@@ -208,7 +195,8 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
     state.sequences.own(range(first, stop))
     most_tokens = state.options.tuning.cluster_tokens
-    runs = [run for start, end in spans.bounds if start >= first for run in _span_runs(state, start, end)]
+    bounds = [(start, end) for start, end in spans.bounds if start >= first]
+    runs = [run for around in bounds for run in runs_of(state.sequences.directory, spans.clustered, *around)]
     valid = []
     for group in together(state, stop - first, layers):
         content = permute_pages.content(stores_of(group), first, stop)
@@ -216,7 +204,8 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
         order, cluster_pages, sound = _form_clusters(
             method, stores_of(group), content, first, runs, queries, most_tokens
         )
-        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop)
+        fit = partial(fit_new, state, group, first=first, runs=runs, observation_queries=queries)
+        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, fit)
         valid += sound
     if valid and not bool(torch.stack(valid).all()):  # the only synchronization
         raise CacheStateError(
@@ -232,12 +221,14 @@ def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> T
         `may_move` [B, n], bool; all False if the caps leave no room for the copies.
     """
     sequences = state.sequences
-    pages = [_movable_runs(row) for row in may_move.tolist()]
+    pages = [movable_runs(row) for row in may_move.tolist()]
+    new = set(unfitted_rows(state, first) if fits(state.method) else [])
+    labels = [(tuple(held), row in new) for row, held in enumerate(pages)]
 
     def unshare() -> None:
-        for rows in _group_equal(sequences.directory, segment_indices(first, stop), pages):
+        for rows in group_equal(sequences.directory, segment_indices(first, stop), labels):
             if pages[rows[0]]:
-                sequences.unshare(rows, range(first, stop))
+                sequences.unshare(rows, range(sequences.num_pages) if rows[0] in new else range(first, stop))
 
     return may_move if _has_room(state, unshare) else torch.zeros_like(may_move)
 
@@ -254,33 +245,6 @@ def _has_room(state: CacheState, unshare: Callable[[], None]) -> bool:
             state.warned_clustering = True
             logger.warning("tokens stay unclustered, as there is no room for copies of what sequences share: %s", error)
         return False
-
-
-def _span_runs(state: CacheState, first: int, stop: int) -> list[Run]:
-    """Runs of a span to be clustered, once for all sequences that share them."""
-    sequences = state.sequences
-    pages = [_movable_runs(row) for row in sequences.spans.clustered[:, first:stop].tolist()]
-    groups = _group_equal(sequences.directory, segment_indices(first, stop), pages)
-    return [Run(rows, first + start, first + end) for rows in groups for start, end in pages[rows[0]]]
-
-
-def _group_equal(directory: list[list[int]], segments: range, runs: list[Pages]) -> list[list[int]]:
-    """Group the sequences that share `segments` and may move the same pages."""
-    groups: dict[object, list[int]] = {}
-    for row, held in enumerate(directory):
-        groups.setdefault((tuple(held[index] for index in segments), tuple(runs[row])), []).append(row)
-    return list(groups.values())
-
-
-def _movable_runs(may_move: list[bool]) -> Pages:
-    """[first, stop) of each run of two or more pages that may move."""
-    runs, start = [], 0
-    for page, moves in enumerate([*may_move, False]):
-        if not moves:
-            if page - start > 1:
-                runs.append((start, page))
-            start = page + 1
-    return runs
 
 
 def _form_clusters(
@@ -302,7 +266,7 @@ def _form_clusters(
     keys = stores[0].backing_layout.take(content)[0].unflatten(0, (layers, -1))
     order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
     cluster_pages = order.new_ones(keys.shape[:4])
-    for alike in _by_length(runs, most_tokens // size):
+    for alike in by_length(runs, most_tokens // size):
         of_runs = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(of_runs).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
         queries = None
@@ -331,27 +295,18 @@ def _observation_queries(layers: list[LayerState]) -> Tensor | None:
     return torch.stack(held) if alike else None
 
 
-def _by_length(runs: list[Run], most_pages: int) -> Iterator[list[Run]]:
-    """Batches of runs of equal length, of at most `most_pages` pages or a single run."""
-    by_length: dict[int, list[Run]] = {}
-    for run in runs:
-        by_length.setdefault(run.stop - run.first, []).append(run)
-    for length, alike in by_length.items():
-        at_once = max(1, most_pages // length)
-        yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
-
-
 def _permute_span(
     method: Method, layers: list[LayerState], first: int, stop: int, order: Tensor, cluster_pages: Tensor, content: Tensor,
-    clustered_pages: int = 0,
+    clustered_pages: int = 0, fit: Callable[[Tensor], None] | None = None,
 ) -> None:  # fmt: skip
-    """Permute the tokens of a span, in all of the layers or in none, then summarize it.
+    """Permute the tokens of a span, in all of the layers or in none, then fit to it and summarize it.
 
     If summarizing fails, the pages stay stale until `summarize_stale`.
 
     Args:
         order, cluster_pages, content: as for `permute_pages.permute_tokens`.
         clustered_pages: lower bound of the layers' `clustered_pages` afterwards.
+        fit: called with the permuted content.
     """
     stores, before = stores_of(layers), [layer.clustered_pages for layer in layers]
     for layer in layers:
@@ -363,7 +318,9 @@ def _permute_span(
 
     marks = partial(note, [max(each, clustered_pages) for each in before]), partial(note, before)
     moved = permute_pages.permute_tokens(stores, first, stop, order, cluster_pages, content, marks)
-    index_pages(stores, method, layers[0].number, first, stop, moved)
+    if fit is not None:
+        fit(moved)
+    index_pages(layers, method, first, stop, moved)
     for layer in layers:
         layer.mark_summarized(first, stop)
 

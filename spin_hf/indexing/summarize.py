@@ -22,6 +22,7 @@ from ..storage import permute_pages
 from ..storage.chunked_array import put_all
 from ..storage.page_store import PageStore
 from ..storage.page_table import PageTable
+from .fit import fitted_of
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -45,7 +46,7 @@ def summarize_stale(state: CacheState) -> None:
             state.sequences.own(range(first, end))
         for group in together(state, max(1, end - first), layers):
             if first < end:
-                index_pages(stores_of(group), state.method, group[0].number, first, end)
+                index_pages(group, state.method, first, end)
             for layer in group:
                 layer.stale_pages = None
 
@@ -76,24 +77,27 @@ def stores_of(layers: list[LayerState]) -> list[PageStore]:
 
 
 def index_pages(
-    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
-) -> None:
-    """Summarize the full pages [first, stop) of all sequences, in layers from one batch of `together`. Writes summaries.
+    layers: list[LayerState], method: Method, first: int, stop: int, content: Tensor | None = None
+) -> None:  # fmt: skip
+    """Summarize the full pages [first, stop) of all sequences, and the rest of their units. Writes summaries.
 
     Clusters must not cross `first` or `stop`.
 
     Args:
-        layer: number of one of the layers; the method must treat them alike.
-        content: these pages in the backing layout, [L * B, H, n, page elements], if already read.
+        layers: from one batch of `together`.
+        content: these pages in the backing layout, [L * B, H, n, page elements], if already read. They are whole units.
     """
+    stores = stores_of(layers)
     one = stores[0]
+    if content is None:
+        first, stop = _whole_units(first, stop, one.sequences.length // one.page_size, method.unit_pages)
     in_spans = min(stop, max(first, one.sequences.spans.num_pages))  # summarized at once, as clusters must not be cut
     at_once = max(1, _INDEX_TOKENS // one.page_size)
     ranges = [(first, in_spans), *((start, min(start + at_once, stop)) for start in range(in_spans, stop, at_once))]
     for start, end in ranges:
         if start < end:
             inside = None if content is None else content[:, :, start - first : end - first]
-            rows, made = _summarize(stores, method, layer, start, end, inside)
+            rows, made = _summarize(layers, method, start, end, inside)
             for name, vectors in made.items():
                 summary = one.summaries[name]
                 for which, encoded in enumerate(summary.stored(vectors)):
@@ -101,27 +105,42 @@ def index_pages(
                     put_all(arrays, rows, encoded.unflatten(0, (len(stores), -1)))
 
 
-def check_summaries(store: PageStore, method: Method, layer: int, layer_idx: int, exact: bool) -> None:
+def check_summaries(layer: LayerState, method: Method, exact: bool) -> None:
     """Raise CacheStateError if a stored summary differs from one recomputed from its page or cluster.
 
     Args:
-        layer: number of the layer among the paged layers.
-        layer_idx: number of the layer in the model, for the message.
         exact: compare bitwise; else allow for rounding by another order of summation.
     """
+    store = layer.store
+    assert store is not None
     stop = store.sequences.length // store.page_size
-    rows, expected = _summarize([store], method, layer, 0, stop)
+    rows, expected = _summarize([layer], method, 0, stop)
     for name, vectors in expected.items():
         summary = store.summaries[name]
         held, vectors = summary.take(rows), summary.rounded(vectors)
         fresh = _same(held, vectors) or (not exact and _close(held, vectors, summary.quantized))
-        require_integrity(fresh, f"layer {layer_idx} has a stale summary {name!r}")
+        require_integrity(fresh, f"layer {layer.layer_idx} has a stale summary {name!r}")
+
+
+def invalidate_last_unit(state: CacheState, length: int) -> None:
+    """Mark the summaries of the last unit of `length` tokens as stale, before a crop to them, if it loses pages."""
+    size, each = state.sequences.page_size, state.method.unit_pages
+    stop = length // size
+    if stop % each and state.sequences.length // size > stop:
+        for layer in state.layers:
+            layer.invalidate(stop // each * each, stop)
+
+
+def _whole_units(first: int, stop: int, num_pages: int, each: int) -> tuple[int, int]:
+    """Pages [first, stop), extended to whole units of `each` pages as far as there are full pages."""
+    return first // each * each, max(stop, min(-(-stop // each) * each, num_pages))
 
 
 def _summarize(
-    stores: list[PageStore], method: Method, layer: int, first: int, stop: int, content: Tensor | None = None
-) -> tuple[Tensor, Summaries]:
+    layers: list[LayerState], method: Method, first: int, stop: int, content: Tensor | None = None
+) -> tuple[Tensor, Summaries]:  # fmt: skip
     """Rows [B, H, n] and newly computed summaries [L * B, H, n, ...] of the full pages [first, stop)."""
+    stores = stores_of(layers)
     one, rows = stores[0], stores[0].rows(first, stop)
     if content is None:
         content = permute_pages.content(stores, first, stop)
@@ -131,7 +150,10 @@ def _summarize(
         valid = valid.repeat(len(stores), 1, 1, 1)
         positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
     pages_per_cluster = None if one.permutation is None else permute_pages.pages_per_cluster(stores, first, stop).long()
-    return rows, method.index_pages(Pages(keys, valid, (layer,), values, positions, pages_per_cluster))
+    fitted = fitted_of(layers, method)
+    return rows, method.index_pages(
+        Pages(keys, valid, (layers[0].number,), values, positions, pages_per_cluster, fitted)
+    )
 
 
 def tokens_of(sequences: PageTable, first: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from ...kernels.recipe import KernelRecipe
 from .base import Estimate, Method, PageMethod, Pages, Query, Summaries
 from .bisection import Bisection
 from .clustering import ClusteringMethod, TokenClusters
+from .fitted import Fitted
 from .quest import Quest
 from .retroinfer import RetroInfer
 from .seer import SeerAttention
@@ -21,6 +22,7 @@ __all__ = [
     "Bisection",
     "ClusteringMethod",
     "Estimate",
+    "Fitted",
     "KernelRecipe",
     "Method",
     "PageMethod",

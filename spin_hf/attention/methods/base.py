@@ -36,6 +36,8 @@ from ...errors import OptionError
 from ...kernels.recipe import MAX_SUMMARIES, KernelRecipe
 
 Summaries = dict[str, Tensor]
+FittedTensors = dict[str, Tensor]
+"""Name -> tensor of `Method.fitted_shapes`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Query:
         layer: index of the layer among the paged layers.
         positions: [B], int64: real tokens before the query. None unless the method `uses_positions`.
         page_tokens: [B, N], int64: tokens of each page that the query may attend to. The cache always fills it.
+        fitted: name -> [B, H, *shape], float32, of `Method.fitted_shapes`. None if the method fits nothing.
     """
 
     states: Tensor
@@ -61,6 +64,7 @@ class Query:
     layer: int = 0
     positions: Tensor | None = None
     page_tokens: Tensor | None = None
+    fitted: FittedTensors | None = None
 
     @property
     def budget_pages(self) -> Tensor:
@@ -82,6 +86,7 @@ class Pages:
             rotates its key. Undefined for padding. None unless the method `uses_positions`.
         pages_per_cluster: [B, H, n], int64: number of pages at the first page of each cluster, 0 at its other pages. Clusters
             are complete, their pages consecutive. None unless the method clusters tokens.
+        fitted: as in `Query`, with the B of these pages.
     """
 
     keys: Tensor
@@ -90,6 +95,7 @@ class Pages:
     values: Tensor
     positions: Tensor | None = None
     pages_per_cluster: Tensor | None = None
+    fitted: FittedTensors | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ class Method(ABC):
         uses_positions: whether `Pages.positions` and `Query.positions` are filled. Position ids that do not count real tokens
             then raise an error.
         layers_alike: whether `index_pages` ignores the layer, so that one call may summarise the prompt in several layers.
+        unit_pages: pages that are summarised together, because their summaries depend on one another: pages u * unit_pages to
+            (u + 1) * unit_pages - 1, fewer at the end. `index_pages` gets whole units. A power of two up to 32.
         index_rounds: whether the last bits of a page's summary may depend on the other pages of the call, as they do with
             matrix products.
     """
@@ -134,6 +142,7 @@ class Method(ABC):
     page_size: ClassVar[int] = 8
     uses_positions: ClassVar[bool] = False
     layers_alike: ClassVar[bool] = True
+    unit_pages: ClassVar[int] = 1
     index_rounds: ClassVar[bool] = False
 
     def bind(self, config: Any, layers: list[int]) -> Method:
@@ -179,6 +188,10 @@ class Method(ABC):
         `projection_tensors` are recorded too.
         """
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+
+    def fitted_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of tensors, per KV head, that a `ClusteringMethod` fits to each sequence. {} for none."""
+        return {}
 
     @abstractmethod
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:

@@ -97,9 +97,7 @@ class Bisection(ClusteringMethod, Method):
 
     def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
         """Order tokens so that each page is one leaf of the bisection."""
-        fast = keys.is_cuda and keys.element_size() == 2
-        points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), observation_queries).flatten(0, 1)
-        return TokenClusters(kernels.bisect(points, self.page_size).unflatten(0, keys.shape[:2]))
+        return bisect_tokens(keys, observation_queries, self.page_size)
 
     def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """The best pages by their four-bit keys, among the best by their means."""
@@ -108,7 +106,7 @@ class Bisection(ClusteringMethod, Method):
         spare = coarse.shape[3]  # a column that takes the writes of -1
         index = pages.masked_fill(none, spare).unsqueeze(2).expand_as(fine)
         rated = torch.nn.functional.pad(coarse, (0, 1)).scatter(3, index, fine)[..., :spare]
-        scores = self._group_scores(query, rated).gather(2, rows).masked_fill(none, float("-inf"))
+        scores = mean_shares(query, rated).gather(2, rows).masked_fill(none, float("-inf"))
         best = kernels.select_top_pages(scores, query.budget_pages)
         return torch.where(best >= 0, pages.gather(2, best.clamp(min=0)), -1)
 
@@ -135,10 +133,8 @@ class Bisection(ClusteringMethod, Method):
             Log weights by means [B, H, G, N], the reranked pages [B, H, k], and their log weights [B, H, G, k].
         """
         coarse = self._coarse(query, summary)
-        best_by_means = kernels.pages_down_to(
-            self._group_scores(query, coarse), query.budget_pages * self.rerank_factor
-        )
-        reranked = best_by_means | _sinks(query).unsqueeze(1)
+        best_by_means = kernels.pages_down_to(mean_shares(query, coarse), query.budget_pages * self.rerank_factor)
+        reranked = best_by_means | sink_pages(query).unsqueeze(1)
         pages = kernels.list_pages(reranked.flatten(0, 1)).unflatten(0, reranked.shape[:2])
         return coarse, pages, self._fine(query, summary, pages.clamp(min=0))
 
@@ -147,7 +143,7 @@ class Bisection(ClusteringMethod, Method):
         assert query.page_tokens is not None
         tokens = query.page_tokens.float().log()[:, None, None]
         logits = query.states @ summary("mean").transpose(-1, -2) * query.scale + tokens
-        return logits.masked_fill(~(query.candidates | _sinks(query))[:, None, None], float("-inf"))
+        return logits.masked_fill(~(query.candidates | sink_pages(query))[:, None, None], float("-inf"))
 
     def _fine(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Tensor:
         """Log weights of pages [B, H, k] by their four-bit keys, [B, H, G, k]."""
@@ -159,14 +155,26 @@ class Bisection(ClusteringMethod, Method):
         logits = (middle.unsqueeze(-1) + inside * scale.unsqueeze(2)) * query.scale
         return logits.masked_fill((scale < 0).unsqueeze(2), float("-inf")).logsumexp(-1)
 
-    def _group_scores(self, query: Query, log_weights: Tensor) -> Tensor:
-        """Log of the normalised weight of each candidate, mean over the group, [B, H, N]; -inf for other pages."""
-        total = log_weights.logsumexp(-1, keepdim=True)
-        scores = (log_weights - total).logsumexp(2) - math.log(log_weights.shape[2])
-        return scores.masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
+
+def bisect_tokens(keys: Tensor, observation_queries: Tensor | None, page_size: int) -> TokenClusters:
+    """Clusters of one page each, the leaves of the bisection. Arguments as for `ClusteringMethod.form_clusters`."""
+    fast = keys.is_cuda and keys.element_size() == 2
+    points = as_points(keys.to(torch.bfloat16 if fast else torch.float32), observation_queries).flatten(0, 1)
+    return TokenClusters(kernels.bisect(points, page_size).unflatten(0, keys.shape[:2]))
 
 
-def _sinks(query: Query) -> Tensor:
+def mean_shares(query: Query, log_weights: Tensor) -> Tensor:
+    """Logarithm of the share of each candidate in the weights [B, H, G, N] of candidates and sinks, mean over the group.
+
+    Returns:
+        [B, H, N], float32; -inf for pages that are not candidates.
+    """
+    total = log_weights.logsumexp(-1, keepdim=True)
+    scores = (log_weights - total).logsumexp(2) - math.log(log_weights.shape[2])
+    return scores.masked_fill(~query.candidates.unsqueeze(1), float("-inf"))
+
+
+def sink_pages(query: Query) -> Tensor:
     """Pages of the sinks: those with tokens before the first candidate, [B, N], bool."""
     assert query.page_tokens is not None
     candidates = query.candidates

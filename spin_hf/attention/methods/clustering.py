@@ -1,12 +1,17 @@
 """The interface of a method that decides which tokens form a page, so that tokens selected together share pages.
 
     form_clusters   keys of spans, observation queries   --> order of the tokens, and the number of pages of each cluster
+    fit             pages in that order, once            --> tensors of the sequence; optional
     index_pages     pages in that order                  --> summaries
 
 A cluster is a run of one or more pages. The summaries of a cluster stand in the row of each of its pages, so its pages have
 equal scores. Selection by page therefore takes complete clusters, except the last one. Tokens that are not clustered yet, fewer
 than `cluster_interval` beside sinks and recent window, lie in pages of consecutive tokens. Each such page is a cluster of its
 own and competes like any other.
+
+A method with `fitted_shapes` gets tensors for each sequence, in `Pages.fitted` and `Query.fitted`. They are those of `unfitted`
+until tokens of the sequence are clustered first, and then those of `fit`. They stay as they are until a crop or a change of
+padding leaves no clustered page. Pages that were summarised with other tensors are summarised again.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...inference_mode import outside_inference_mode
+from .base import FittedTensors
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,22 @@ class ClusteringMethod(ABC):
             observation_queries: [S, H, G, num_observation_queries, D], queries from the end of the prompt, times the scale of
                 attention scores. None for generated tokens and for tokens from `SpinCache.from_cache`.
         """
+
+    def unfitted(self, head_dim: int, value_dim: int, device: torch.device) -> FittedTensors:
+        """The tensors of `fitted_shapes` before the fit, float32, the same for all KV heads. They are not written to."""
+        raise NotImplementedError(f"{type(self).__name__}: expected unfitted, as it has fitted_shapes; write it")
+
+    def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
+        """Fit the tensors of `fitted_shapes` to the first clustered pages of S sequences.
+
+        Args:
+            keys, values: [S, H, n, P, D] and [S, H, n, P, Dv], without padding, in their new order; n is a multiple of
+                `unit_pages`.
+            observation_queries: as for `form_clusters`.
+        Returns:
+            name -> [S, H, *shape], float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected fit, as it has fitted_shapes; write it")
 
 
 def last_queries(query: Tensor, number: int) -> Tensor:

@@ -22,6 +22,8 @@ third. The scale is the least-squares one of the best of five first guesses.
 
 Bytes of a unit for D = 64: mean 64 + 2, codes 256, scales 32, values 4 * (16 + 2): 426, 10.4 % of keys and values in 16 bits.
 For D = 128: 128 + 2, 512, 32, 4 * (32 + 2): 810, 9.9 %.
+
+There are E coordinates, the next multiple of 16 from D on. Those beyond D are zero.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ...errors import OptionError
 from . import four_bit_keys
 
 UNIT_TOKENS = 16
@@ -43,6 +44,8 @@ _SMOOTHING = 0.3
 """Weight of the diagonal in the second moment of queries."""
 _STEPS = (0.335, 0.996, 0.996, 0.0)
 """Widths of levels of each quarter, in standard deviations: those of least squared error for 4 and 2 bits; 0 for no bits."""
+_FLOOR = 1e-4
+"""Part of the mean variance that is added to the variance of each quarter. Some quarters of short prompts have none."""
 _GUESSES = (0.75, 0.87, 1.0, 1.15, 1.35)
 
 
@@ -52,9 +55,9 @@ class Basis:
 
     Attributes:
         origin: [..., D]: subtracted first. Its dot product with the query is added to logits.
-        forward: [..., D, D]: coordinates are (vector - origin) @ forward.
-        inverse: [..., D, D]: queries are transformed by q @ inverse, for keys; vectors are coordinates @ inverse.mT + origin.
-        widths: [..., D]: distance of two levels at scale 1; 0 in the last quarter.
+        forward: [..., D, E]: coordinates are (vector - origin) @ forward.
+        inverse: [..., D, E]: queries are transformed by q @ inverse, for keys; vectors are coordinates @ inverse.mT + origin.
+        widths: [..., E]: distance of two levels at scale 1; 0 in the last quarter.
     """
 
     origin: Tensor
@@ -63,78 +66,118 @@ class Basis:
     widths: Tensor
 
     def coordinates(self, vectors: Tensor) -> Tensor:
-        """Coordinates [..., n, D] of vectors [..., n, D]."""
-        return (vectors.float() - self.origin.unsqueeze(-2)) @ self.forward
+        """Coordinates [..., n, E] of vectors [..., n, D].
+
+        Products are summed in 64 bits, so that a vector gets the same coordinates whatever else is in the call.
+        """
+        return ((vectors.float() - self.origin.unsqueeze(-2)).double() @ self.forward.double()).float()
 
     def vectors(self, coordinates: Tensor) -> Tensor:
-        """Vectors [..., n, D] of coordinates [..., n, D]."""
+        """Vectors [..., n, D] of coordinates [..., n, E]."""
         return coordinates @ self.inverse.mT + self.origin.unsqueeze(-2)
 
 
-def fit_keys(keys: Tensor, observation_queries: Tensor) -> Basis:
+def num_coordinates(dim: int) -> int:
+    """Coordinates of a vector of `dim` numbers: the next multiple of 16."""
+    return -(-dim // 16) * 16
+
+
+def fixed_basis(dim: int, device: torch.device) -> Basis:
+    """A basis that depends on the head size alone: the rotation of `four_bit_keys`, all variances alike."""
+    axes = four_bit_keys.rotate(torch.eye(dim, device=device))
+    return Basis(torch.zeros(dim, device=device), *_with_quarters(axes, axes, torch.ones(dim, device=device)))
+
+
+def fit_keys(keys: Tensor, observation_queries: Tensor | None) -> Basis:
     """The basis of keys.
 
     Args:
         keys: [..., n, D], in the order of their pages; n is a multiple of `UNIT_TOKENS`.
-        observation_queries: [..., m, D] of all query heads of the KV head, times the scale of attention scores.
-    Raises:
-        OptionError: D is not a multiple of 16.
+        observation_queries: [..., m, D] of all query heads of the KV head, times the scale of attention scores. None if there
+            are none: all directions of a query then count alike.
     """
-    keys, queries, dim = keys.float(), observation_queries.float(), _require_quarters(keys.shape[-1])
+    keys, dim = keys.float(), keys.shape[-1]
     units = keys.unflatten(-2, (-1, UNIT_TOKENS))
     inside = (units - units.mean(-2, keepdim=True)).flatten(-3, -2)
     covariance = inside.mT @ inside / keys.shape[-2]
-    moment = queries.mT @ queries / queries.shape[-2]
-    pairs = moment.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, dim // 2)).mean(-2).repeat([1] * (keys.dim() - 2) + [2])
-    pairs = pairs + 0.01 * pairs.mean(-1, keepdim=True) + 1e-20
-    root = torch.linalg.cholesky((1 - _SMOOTHING) * moment + _SMOOTHING * torch.diag_embed(pairs))
+    if observation_queries is None:
+        root = torch.eye(dim, device=keys.device).expand_as(covariance)
+    else:
+        root = torch.linalg.cholesky(_moment(observation_queries.float()))
     axes, variances = _main_axes(root.mT @ covariance @ root)
     inverse = torch.linalg.solve_triangular(root.mT, axes, upper=True)
     return Basis(keys.mean(-2), *_with_quarters(root @ axes, inverse, variances))
 
 
+def _moment(queries: Tensor) -> Tensor:
+    """Smoothed second moment [..., D, D] of queries [..., m, D]. It is positive definite."""
+    dim = queries.shape[-1]
+    moment = queries.mT @ queries / queries.shape[-2]
+    pairs = moment.diagonal(dim1=-2, dim2=-1)
+    if dim % 2 == 0:  # both coordinates of a rotary pair get their mean
+        halves = pairs.unflatten(-1, (2, dim // 2)).mean(-2)
+        pairs = torch.cat([halves, halves], -1)
+    pairs = pairs + 0.01 * pairs.mean(-1, keepdim=True) + 1e-12
+    return (1 - _SMOOTHING) * moment + _SMOOTHING * torch.diag_embed(pairs)
+
+
 def fit_values(means: Tensor) -> Basis:
-    """The basis of mean values of pages [..., n, Dv]. Raises OptionError if Dv is not a multiple of 16."""
-    means, _ = means.float(), _require_quarters(means.shape[-1])
+    """The basis of mean values of pages [..., n, Dv]."""
+    means = means.float()
     origin = means.mean(-2)
     inside = means - origin.unsqueeze(-2)
     axes, variances = _main_axes(inside.mT @ inside / means.shape[-2])
     return Basis(origin, *_with_quarters(axes, axes, variances))
 
 
-def encode_keys(keys: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def encode_keys(keys: Tensor, basis: Basis, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Encode the keys of units.
 
     Args:
         keys: [..., n, 16, D].
+        valid: [..., n, 16], bool, broadcastable: False for tokens that do not count; None for all.
     Returns:
-        mean [..., n, D], int8; unit [..., n], float32; codes [..., n, 16, D / 4], uint8; scale [..., n, 16], float32.
+        mean [..., n, E], int8; unit [..., n], float32; codes [..., n, 16, E / 4], uint8; scale [..., n, 16], float32, -1 for
+        tokens that are not valid.
     """
     inside = basis.coordinates(keys.flatten(-3, -2)).unflatten(-2, keys.shape[-3:-1])
-    mean, unit = kernels.quantize(inside.mean(-2))
+    if valid is None:
+        valid = torch.ones((1,) * (keys.dim() - 2) + (keys.shape[-2],), dtype=torch.bool, device=keys.device)
+    inside = inside.masked_fill(~valid.unsqueeze(-1), 0.0)
+    middle = inside.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
+    mean, unit = kernels.quantize(middle)
     inside = inside - (mean * unit.unsqueeze(-1)).unsqueeze(-2)
     codes, scale = encode(inside, basis.widths[..., None, None, :])
-    return mean, unit, codes, scale
+    return mean, unit, codes, scale.masked_fill(~valid, -1.0)
 
 
-def key_logits(queries: Tensor, basis: Basis, mean: Tensor, unit: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def key_logits(queries: Tensor, basis: Basis, mean: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Dot products of queries with encoded keys.
 
     Args:
-        queries: [..., G, D], times the scale of attention scores; the rest as `encode_keys` returns it.
+        queries: [..., G, D], times the scale of attention scores.
+        mean: [..., n, E], decoded means of the units or of the pages' units.
+        codes, scale: [..., n, P, E / 4] and [..., n, P], of the P tokens that have this mean, as `encode_keys` returns them.
     Returns:
-        [..., G, n, 16], float32.
+        [..., G, n, P], float32; -inf for tokens that are not valid.
     """
     states = queries.float() @ basis.inverse
-    middle = states @ (mean * unit.unsqueeze(-1)).mT + queries.float() @ basis.origin.unsqueeze(-1)
+    middle = states @ mean.float().mT + queries.float() @ basis.origin.unsqueeze(-1)
     levels = decode(codes, states.shape[-1])
     inside = (states * basis.widths.unsqueeze(-2)) @ levels.flatten(-3, -2).mT
-    return middle.unsqueeze(-1) + inside.unflatten(-1, levels.shape[-3:-1]) * scale.unsqueeze(-3)
+    logits = middle.unsqueeze(-1) + inside.unflatten(-1, levels.shape[-3:-1]) * scale.float().unsqueeze(-3)
+    return logits.masked_fill((scale < 0).unsqueeze(-3), float("-inf"))
 
 
 def encode_values(means: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Encode mean values of pages [..., n, Dv]: codes [..., n, Dv / 4], uint8, and scale [..., n], float32."""
+    """Encode mean values of pages [..., n, Dv]: codes [..., n, E / 4], uint8, and scale [..., n], float32."""
     return encode(basis.coordinates(means), basis.widths.unsqueeze(-2))
+
+
+def decode_values(basis: Basis, codes: Tensor, scale: Tensor) -> Tensor:
+    """Mean values [..., n, Dv], float32, as `encode_values` returned them."""
+    levels = decode(codes, basis.widths.shape[-1])
+    return basis.vectors(levels * basis.widths.unsqueeze(-2) * scale.float().unsqueeze(-1))
 
 
 def weighted_values(weights: Tensor, basis: Basis, codes: Tensor, scale: Tensor) -> Tensor:
@@ -148,9 +191,9 @@ def encode(inside: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
     """Encode coordinates.
 
     Args:
-        inside: [..., D], float32; widths: as `Basis.widths`, broadcastable.
+        inside: [..., E], float32; widths: as `Basis.widths`, broadcastable.
     Returns:
-        codes: [..., D / 4], uint8: two numbers in each of the first D / 8 bytes, four in each of the others.
+        codes: [..., E / 4], uint8: two numbers in each of the first E / 8 bytes, four in each of the others.
         scale: [...], float32, > 0 and exact in bfloat16. A coordinate is about level * width * scale.
     """
     dim = inside.shape[-1]
@@ -176,7 +219,7 @@ def encode(inside: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, dim: int) -> Tensor:
-    """Levels [..., D], float32, of codes [..., D / 4]; 0 in the last quarter."""
+    """Levels [..., E], float32, of codes [..., E / 4]; 0 in the last quarter. `dim` is E."""
     fine, rough = codes.split([dim // 8, dim // 8], -1)
     levels = torch.cat([_unpacked(fine, 2).float() - 7.5, _unpacked(rough, 4).float() - 1.5], -1)
     return torch.nn.functional.pad(levels, (0, dim // 4))
@@ -213,11 +256,14 @@ def _main_axes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_quarters(forward: Tensor, inverse: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate inside quarters: the new matrices, and the widths of levels."""
-    quarter = variances.shape[-1] // 4
-    spread = variances.unflatten(-1, (4, quarter)).mean(-1).clamp(min=1e-20).sqrt()
+    """Append coordinates that are zero, and rotate inside quarters: the new matrices, and the widths of levels."""
+    more = num_coordinates(variances.shape[-1]) - variances.shape[-1]
+    padded = [torch.nn.functional.pad(matrix, (0, more)) for matrix in (forward, inverse, variances)]
+    quarter = padded[2].shape[-1] // 4
+    spread = padded[2].unflatten(-1, (4, quarter)).mean(-1)
+    spread = (spread + _FLOOR * spread.mean(-1, keepdim=True)).clamp(min=1e-20).sqrt()
     widths = (spread * torch.tensor(_STEPS, device=spread.device)).repeat_interleave(quarter, -1)
-    turned = [four_bit_keys.rotate(part.unflatten(-1, (4, quarter))).flatten(-2) for part in (forward, inverse)]
+    turned = [four_bit_keys.rotate(part.unflatten(-1, (4, quarter))).flatten(-2) for part in padded[:2]]
     return turned[0], turned[1], widths
 
 
@@ -225,21 +271,13 @@ def _by_quarter(numbers: tuple[float, ...], quarter: int, device: torch.device) 
     return torch.tensor(numbers, device=device).repeat_interleave(quarter)
 
 
-def _require_quarters(dim: int) -> int:
-    if dim % 16:
-        raise OptionError(
-            f"fitted codes: expected a head size that is a multiple of 16, got {dim}; take another method"
-        )
-    return dim
-
-
 def bytes_per_token(head_dim: int, value_dim: int, page_size: int = 4) -> float:
     """Bytes of summaries of a token and KV head."""
-    mean, codes = (head_dim + 2) / UNIT_TOKENS, head_dim / 4 + 2
-    return mean + codes + (value_dim / 4 + 2) / page_size
+    key, value = num_coordinates(head_dim), num_coordinates(value_dim)
+    return (key + 2) / UNIT_TOKENS + key / 4 + 2 + (value / 4 + 2) / page_size
 
 
 __all__ = [
-    "Basis", "bytes_per_token", "decode", "encode", "encode_keys", "encode_values", "fit_keys", "fit_values", "key_logits",
-    "weighted_values",
+    "Basis", "bytes_per_token", "decode", "decode_values", "encode", "encode_keys", "encode_values", "fit_keys", "fit_values",
+    "fixed_basis", "key_logits", "num_coordinates", "weighted_values",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from ...errors import OptionError, OptionTypeError
 from .base import Method
 from .bisection import Bisection
 from .clustering import ClusteringMethod
+from .fitted import Fitted
 from .quest import Quest
 from .retroinfer import RetroInfer
 from .seer import SeerAttention
@@ -15,7 +16,7 @@ from .shadowkv import ShadowKV
 _MOST_PAGE_TOKENS = 1 << 15
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ShadowKV, Bisection, RetroInfer, SeerAttention, Quest)
+    method.name: method for method in (ShadowKV, Bisection, RetroInfer, SeerAttention, Quest, Fitted)
 }
 
 

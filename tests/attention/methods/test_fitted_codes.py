@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from spin_hf.attention.methods import fitted_codes, four_bit_keys
-from spin_hf.errors import OptionError
 
 HEADS, UNITS, QUERIES = 2, 64, 48
 
@@ -59,16 +58,16 @@ def test_logits_are_those_of_the_decoded_keys() -> None:
     _, queries, basis, (mean, unit, codes, scale) = _encoded(64)
     inside = fitted_codes.decode(codes, 64) * basis.widths[:, None, None] * scale.unsqueeze(-1)
     decoded = basis.vectors((inside + (mean * unit.unsqueeze(-1)).unsqueeze(2)).flatten(1, 2))
-    logits = fitted_codes.key_logits(queries, basis, mean, unit, codes, scale)
+    logits = fitted_codes.key_logits(queries, basis, mean * unit.unsqueeze(-1), codes, scale)
     assert logits.shape == (HEADS, QUERIES, UNITS, fitted_codes.UNIT_TOKENS)
     torch.testing.assert_close(logits.flatten(-2), queries @ decoded.mT, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_logits_are_nearer_than_those_of_four_bit_codes_without_a_fit(dim: int) -> None:
-    keys, queries, basis, encoded = _encoded(dim)
+    keys, queries, basis, (middle, unit, *encoded) = _encoded(dim)
     exact = queries @ keys.mT
-    fitted = fitted_codes.key_logits(queries, basis, *encoded).flatten(-2) - exact
+    fitted = fitted_codes.key_logits(queries, basis, middle * unit.unsqueeze(-1), *encoded).flatten(-2) - exact
     units = keys.unflatten(1, (UNITS, -1))
     mean = units.mean(2, keepdim=True)
     codes, scale = four_bit_keys.encode(four_bit_keys.rotate(units - mean))
@@ -86,6 +85,7 @@ def test_values_are_summed_in_the_basis() -> None:
     decoded = basis.vectors(fitted_codes.decode(codes, 64) * basis.widths.unsqueeze(1) * scale.unsqueeze(-1))
     summed = fitted_codes.weighted_values(weights, basis, codes, scale)
     torch.testing.assert_close(summed, weights @ decoded, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(fitted_codes.decode_values(basis, codes, scale), decoded)
     error = (decoded - means).square().mean() / (means - means.mean(1, keepdim=True)).square().mean()
     assert error < 0.12
 
@@ -93,14 +93,52 @@ def test_values_are_summed_in_the_basis() -> None:
 def test_keys_that_are_all_alike_and_queries_of_zero_give_finite_codes() -> None:
     keys = torch.full((1, 32, 64), 5.0)
     basis = fitted_codes.fit_keys(keys, torch.zeros(1, 4, 64))
-    encoded = fitted_codes.encode_keys(keys.unflatten(1, (2, -1)), basis)
-    logits = fitted_codes.key_logits(torch.ones(1, 1, 64), basis, *encoded)
+    mean, unit, *encoded = fitted_codes.encode_keys(keys.unflatten(1, (2, -1)), basis)
+    logits = fitted_codes.key_logits(torch.ones(1, 1, 64), basis, mean * unit.unsqueeze(-1), *encoded)
     torch.testing.assert_close(logits, torch.full_like(logits, 320.0), rtol=1e-2, atol=1.0)
 
 
-def test_a_head_size_that_has_no_quarters_is_refused() -> None:
-    with pytest.raises(OptionError, match="multiple of 16, got 24"):
-        fitted_codes.fit_keys(torch.ones(1, 32, 24), torch.ones(1, 4, 24))
+@pytest.mark.parametrize("dim", [6, 8, 24, 33, 64])
+@pytest.mark.parametrize("observed", [True, False])
+def test_any_head_size_is_coded(dim: int, observed: bool) -> None:
+    keys, queries = _states(dim)
+    basis = fitted_codes.fit_keys(keys, queries if observed else None)
+    assert torch.allclose(basis.forward @ basis.inverse.mT, torch.eye(dim), atol=1e-3)
+    mean, unit, *encoded = fitted_codes.encode_keys(keys.unflatten(1, (UNITS, -1)), basis)
+    logits = fitted_codes.key_logits(queries, basis, mean * unit.unsqueeze(-1), *encoded).flatten(-2)
+    exact = queries @ keys.mT
+    assert (logits - exact).square().mean() < 0.1 * (exact - exact.mean(-1, keepdim=True)).square().mean()
+
+
+def test_places_that_are_not_valid_do_not_count() -> None:
+    keys, queries = _states(64)
+    basis = fitted_codes.fit_keys(keys, queries)
+    units = keys.unflatten(1, (UNITS, -1))
+    valid = torch.arange(fitted_codes.UNIT_TOKENS) < 5
+    mean, unit, codes, scale = fitted_codes.encode_keys(units, basis, valid)
+    again = fitted_codes.encode_keys(units.masked_fill(~valid.unsqueeze(-1), float("nan")), basis, valid)
+    assert torch.equal(mean, again[0])
+    assert torch.equal(scale, again[3])
+    assert torch.equal(codes[:, :, :5], again[2][:, :, :5])
+    assert bool((scale[..., 5:] == -1).all())
+    logits = fitted_codes.key_logits(queries, basis, mean * unit.unsqueeze(-1), codes, scale)
+    assert torch.equal(logits.isinf(), (~valid).expand_as(logits))
+
+
+def test_the_fixed_basis_is_orthonormal() -> None:
+    for dim in (8, 64):
+        basis = fitted_codes.fixed_basis(dim, torch.device("cpu"))
+        torch.testing.assert_close(basis.forward @ basis.inverse.mT, torch.eye(dim))
+
+
+def test_codes_do_not_depend_on_the_other_units() -> None:
+    keys, queries = _states(64)
+    basis = fitted_codes.fit_keys(keys, queries)
+    units = keys.unflatten(1, (UNITS, -1))
+    whole = fitted_codes.encode_keys(units, basis)
+    for first, stop in ((0, 1), (3, 8), (63, 64)):
+        part = fitted_codes.encode_keys(units[:, first:stop], basis)
+        assert all(torch.equal(mine, all_of[:, first:stop]) for mine, all_of in zip(part, whole, strict=True))
 
 
 def test_summaries_take_a_tenth_of_keys_and_values() -> None:

@@ -55,8 +55,8 @@ class Choices:
         made = self.made[side] = []
         estimate = spin_hf.backends.reference.estimate_rest
 
-        def noting(call: Any, position: int, store: Any, plan: Any, method: Any, layer: int, pages: Tensor) -> Any:
-            rest = estimate(call, position, store, plan, method, layer, pages)
+        def noting(call: Any, position: int, layer: Any, plan: Any, method: Any, pages: Tensor) -> Any:
+            rest = estimate(call, position, layer, plan, method, pages)
             made.append(Choice(call.query.float(), pages, rest))
             return rest
 

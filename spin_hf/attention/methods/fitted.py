@@ -1,0 +1,150 @@
+"""Fitted, this project's own method: one pass over codes of two bits per number, in a basis that is fitted to the sequence.
+
+    cluster    as `Bisection` does
+    fit        once per sequence, layer and KV head, when tokens are clustered first: a basis of keys, from these keys and the
+               observation queries, and one of mean values (`fitted_codes.py`). Before that, a fixed basis
+    score      every page         sum over its tokens of exp(scale * q . coded key)
+    select     the budget         share of candidates and sinks, mean over the query heads of a KV head
+    estimate   all other pages    coded mean value, with the same weight
+
+    row of a page   mean [E]                       of the 16 tokens of its unit, which is 4 pages; all 4 have it
+                    codes [P, E / 4]  scale [P]    keys minus the mean; scale -1 marks an empty place
+                    value [E / 4]  value_scale     mean value
+
+Keys are cached as they are, so attention to selected pages is exact. Pages that were summarised before the fit are summarised
+again with the new basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...inference_mode import outside_inference_mode
+from . import fitted_codes
+from .base import Estimate, FittedTensors, Method, Pages, Query, Summaries
+from .bisection import bisect_tokens, mean_shares, sink_pages
+from .clustering import ClusteringMethod, TokenClusters
+from .fitted_codes import Basis, num_coordinates
+
+
+@dataclass(frozen=True)
+class Fitted(ClusteringMethod, Method):
+    """Selects pages of similar tokens by their keys in two bits per number. All others are estimated."""
+
+    name: ClassVar[str] = "fitted"
+    page_size: ClassVar[int] = 4
+    unit_pages: ClassVar[int] = 4
+    multi_page_clusters: ClassVar[bool] = False
+    num_observation_queries: ClassVar[int] = 32
+
+    # ------------------------------------------------------------------------------------------------------- the basis
+
+    def fitted_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """Origin, matrices and widths of levels: `Basis` of keys, and of values without `inverse`, which is `forward`."""
+        keys, values = num_coordinates(head_dim), num_coordinates(value_dim)
+        return {
+            "key_origin": (head_dim,), "key_forward": (head_dim, keys), "key_inverse": (head_dim, keys), "key_widths": (keys,),
+            "value_origin": (value_dim,), "value_axes": (value_dim, values), "value_widths": (values,),
+        }  # fmt: skip
+
+    def unfitted(self, head_dim: int, value_dim: int, device: torch.device) -> FittedTensors:
+        """The fixed basis."""
+        return _unfitted(head_dim, value_dim, device)
+
+    def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
+        """The basis of clustered tokens."""
+        queries = None if observation_queries is None else observation_queries.flatten(2, 3)
+        key_basis = fitted_codes.fit_keys(keys.flatten(2, 3), queries)
+        return _tensors(key_basis, fitted_codes.fit_values(values.mean(3, dtype=torch.float32)))
+
+    # ---------------------------------------------------------------------------------------------------------- index
+
+    def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
+        """Order tokens so that each page is one leaf of the bisection."""
+        return bisect_tokens(keys, observation_queries, self.page_size)
+
+    def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """`mean` [E], `codes` [P, E / 4], `scale` [P], `value` [E / 4] and `value_scale` []."""
+        page, keys, values = self.page_size, num_coordinates(head_dim), num_coordinates(value_dim)
+        return {
+            "mean": (keys,), "codes": (page, keys // 4), "scale": (page,), "value": (values // 4,), "value_scale": (),
+        }  # fmt: skip
+
+    def summary_dtypes(self) -> dict[str, torch.dtype]:
+        """Codes are bytes. Scales are bfloat16, so they are not rounded to int8."""
+        return {
+            "codes": torch.uint8, "scale": torch.bfloat16, "value": torch.uint8, "value_scale": torch.bfloat16,
+        }  # fmt: skip
+
+    def index_pages(self, pages: Pages) -> Summaries:
+        """Means of units, codes of keys and of mean values. The last unit may have fewer pages."""
+        keys, values = _bases(pages.fitted)
+        count = pages.keys.shape[2]
+        short = -count % self.unit_pages
+        held = torch.nn.functional.pad(pages.keys, (0, 0, 0, 0, 0, short))
+        valid = torch.nn.functional.pad(pages.valid, (0, 0, 0, short))
+        shape = (-1, self.unit_pages * self.page_size)
+        mean, unit, codes, scale = fitted_codes.encode_keys(
+            held.flatten(2, 3).unflatten(2, shape), keys, valid.flatten(2, 3).unflatten(2, shape)
+        )
+        means = (mean * unit.unsqueeze(-1)).repeat_interleave(self.unit_pages, 2)[:, :, :count]
+        codes, scale = (part.flatten(2, 3).unflatten(2, (-1, self.page_size))[:, :, :count] for part in (codes, scale))
+        value, value_scale = fitted_codes.encode_values(kernels.page_means(pages.values, pages.valid), values)
+        return {"mean": means, "codes": codes, "scale": scale, "value": value, "value_scale": value_scale}
+
+    # --------------------------------------------------------------------------------------------- select and estimate
+
+    def select(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
+        """The best candidates up to the budget, by their coded keys."""
+        return kernels.select_top_pages(mean_shares(query, self._log_weights(query, summary)), query.budget_pages)
+
+    def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
+        """All candidates except `pages`, with the weights of their coded keys."""
+        assert query.page_tokens is not None
+        rest = query.candidates.unsqueeze(1).repeat(1, pages.shape[1], 1)
+        b, h, i = (pages >= 0).nonzero(as_tuple=True)
+        rest[b, h, pages[b, h, i]] = False
+        if not bool(rest.any()):
+            return None
+        values = fitted_codes.decode_values(_bases(query.fitted)[1], summary("value"), summary("value_scale"))
+        values = values.masked_fill(~rest.unsqueeze(-1), 0.0)
+        tokens = query.page_tokens.float().log()[:, None]
+        weights = self._log_weights(query, summary) - tokens.unsqueeze(1)
+        keys = torch.zeros((), device=values.device).expand(*rest.shape, query.states.shape[-1])
+        correction = weights.masked_fill(~rest.unsqueeze(2), 0.0)  # with keys of zeros, it is the whole logit
+        return Estimate(keys, values, tokens.masked_fill(~rest, float("-inf")), correction)
+
+    def _log_weights(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
+        """Log weights of candidates and sinks by their coded keys, [B, H, G, N]; -inf for other pages."""
+        coded = summary("mean"), summary("codes"), summary("scale")
+        logits = fitted_codes.key_logits(query.states * query.scale, _bases(query.fitted)[0], *coded)
+        counted = query.candidates | sink_pages(query)
+        return logits.logsumexp(-1).masked_fill(~counted[:, None, None], float("-inf"))
+
+
+def _tensors(keys: Basis, values: Basis) -> FittedTensors:
+    """The tensors of `Fitted.fitted_shapes`."""
+    return {
+        "key_origin": keys.origin, "key_forward": keys.forward, "key_inverse": keys.inverse, "key_widths": keys.widths,
+        "value_origin": values.origin, "value_axes": values.forward, "value_widths": values.widths,
+    }  # fmt: skip
+
+
+def _bases(held: FittedTensors | None) -> tuple[Basis, Basis]:
+    """The bases of keys and of values in tensors of `Fitted.fitted_shapes`."""
+    assert held is not None
+    keys = Basis(held["key_origin"], held["key_forward"], held["key_inverse"], held["key_widths"])
+    return keys, Basis(held["value_origin"], held["value_axes"], held["value_axes"], held["value_widths"])
+
+
+@lru_cache(maxsize=64)
+@outside_inference_mode
+def _unfitted(head_dim: int, value_dim: int, device: torch.device) -> FittedTensors:
+    return _tensors(fitted_codes.fixed_basis(head_dim, device), fitted_codes.fixed_basis(value_dim, device))
