@@ -8,7 +8,7 @@ Public are the names in `__all__`, and in `spin_hf.attention.methods.__all__` fo
 private and may change. Importing registers the attention implementation "spin" with transformers, and nothing else.
 """
 
-from .attention.methods import Bisection, Method, PageMethod, Quest, RetroInfer, SeerAttention, ShadowKV
+from .attention.methods import Bisection, Fitted, Method, PageMethod, Quest, RetroInfer, SeerAttention, ShadowKV
 from .cache import SpinCache
 from .enable import disable, enable
 from .errors import (
@@ -37,6 +37,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "CapacityError",
+    "Fitted",
     "MemoryPlan",
     "Method",
     "OptionError",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention.methods.base import Method
+from ..attention.methods.base import FittedTensors, Method
 from ..attention.methods.clustering import ClusteringMethod, TokenClusters
 from ..errors import BudgetError, CacheStateError, CapacityError, require_integrity
 from ..storage import permute_pages
@@ -29,7 +29,7 @@ from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
-from .fit import fit_new, fits, forget_fits, unfitted_rows
+from .fit import fits, forget_fits, new_fits, unfitted_rows
 from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
 from .summarize import index_pages, stores_of, summarize_stale, together
 
@@ -204,8 +204,8 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
         order, cluster_pages, sound = _form_clusters(
             method, stores_of(group), content, first, runs, queries, most_tokens
         )
-        fit = partial(fit_new, state, group, first=first, runs=runs, observation_queries=queries)
-        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, fit)
+        fitted = new_fits(state, group, content, order, first, runs, queries)
+        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, fitted)
         valid += sound
     if valid and not bool(torch.stack(valid).all()):  # the only synchronization
         raise CacheStateError(
@@ -297,29 +297,32 @@ def _observation_queries(layers: list[LayerState]) -> Tensor | None:
 
 def _permute_span(
     method: Method, layers: list[LayerState], first: int, stop: int, order: Tensor, cluster_pages: Tensor, content: Tensor,
-    clustered_pages: int = 0, fit: Callable[[Tensor], None] | None = None,
+    clustered_pages: int = 0, fitted: list[FittedTensors] | None = None,
 ) -> None:  # fmt: skip
-    """Permute the tokens of a span, in all of the layers or in none, then fit to it and summarize it.
+    """Permute the tokens of a span, in all of the layers or in none, then summarize it.
 
     If summarizing fails, the pages stay stale until `summarize_stale`.
 
     Args:
         order, cluster_pages, content: as for `permute_pages.permute_tokens`.
         clustered_pages: lower bound of the layers' `clustered_pages` afterwards.
-        fit: called with the permuted content.
+        fitted: new tensors of the layers, with which all their pages are to be summarized. They are set with the permutation.
     """
-    stores, before = stores_of(layers), [layer.clustered_pages for layer in layers]
+    stores, before = stores_of(layers), [(layer.clustered_pages, layer.fitted) for layer in layers]
+    after = [(max(each, clustered_pages), held) for each, held in before]
+    if fitted is not None:
+        after = [(each, held) for (each, _), held in zip(after, fitted, strict=True)]
     for layer in layers:
         layer.invalidate(first, stop)
+        if fitted is not None:
+            layer.invalidate(0, stores[0].length // stores[0].page_size)
 
-    def note(pages: list[int]) -> None:
-        for layer, each in zip(layers, pages, strict=True):
-            layer.clustered_pages = each
+    def note(states: list[tuple[int, FittedTensors | None]]) -> None:
+        for layer, (pages, held) in zip(layers, states, strict=True):
+            layer.clustered_pages, layer.fitted = pages, held
 
-    marks = partial(note, [max(each, clustered_pages) for each in before]), partial(note, before)
+    marks = partial(note, after), partial(note, before)
     moved = permute_pages.permute_tokens(stores, first, stop, order, cluster_pages, content, marks)
-    if fit is not None:
-        fit(moved)
     index_pages(layers, method, first, stop, moved)
     for layer in layers:
         layer.mark_summarized(first, stop)

@@ -1,6 +1,6 @@
 """Tensors that a method fits to each sequence, once: when tokens of the sequence are clustered first.
 
-    fit_new      a span has been clustered        ->  tensors of the sequences that have none yet; all their pages are stale
+    new_fits     a span is clustered              ->  tensors of the sequences that have none yet; all pages are stale
     forget_fits  no clustered page is left        ->  the tensors of `ClusteringMethod.unfitted` again; all pages are stale
     fitted_of    tensors of layers, to summarise pages or to select by them
 
@@ -50,22 +50,24 @@ def unfitted_rows(state: CacheState, num_pages: int) -> list[int]:
     return [row for row, held in enumerate(clustered.tolist()) if not movable_runs(held)]
 
 
-def fit_new(
-    state: CacheState, layers: list[LayerState], content: Tensor, first: int, runs: Iterable[Run],
+def new_fits(
+    state: CacheState, layers: list[LayerState], content: Tensor, order: Tensor, first: int, runs: Iterable[Run],
     observation_queries: Tensor | None,
-) -> None:  # fmt: skip
-    """Fit the tensors of sequences that have none, to the first of their new runs. Marks all pages as stale.
+) -> list[FittedTensors] | None:  # fmt: skip
+    """Fit the tensors of sequences that have none, to the first of their new runs.
 
     Args:
         layers: with pages that can be processed in one call.
-        content: pages from `first` on, in their new order, [L * B, H, n, page elements].
-        runs: the runs that were clustered.
+        content: pages from `first` on, in their old order, [L * B, H, n, page elements].
+        order: [L * B, H, tokens], int64: place i will get the token at place order[i].
+        runs: the runs that are clustered.
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
+    Returns:
+        the new tensors of each layer; None if nothing is fitted.
     """
-    method, sequences = state.method, state.sequences
-    store = layers[0].store
+    method, store = state.method, layers[0].store
     if not fits(method) or not isinstance(method, ClusteringMethod) or store is None:
-        return
+        return None
     rows, chosen = set(unfitted_rows(state, first)), list[tuple[Run, list[int]]]()
     for run in sorted(runs, key=lambda run: run.first):
         members = sorted(rows.intersection(run.sequences))
@@ -73,20 +75,22 @@ def fit_new(
         if members:
             chosen.append((run, members))
     if not chosen:
-        return
-    keys, values = (part.unflatten(0, (len(layers), -1)) for part in store.backing_layout.take(content))
-    before = [_fitted(layer, method) for layer in layers]
-    made = [{name: tensor.clone() for name, tensor in held.items()} for held in before]
+        return None
+    each, size = (len(layers), -1), store.page_size
+    tokens = [part.flatten(2, 3).unflatten(0, each) for part in store.backing_layout.take(content)]
+    order = order.unflatten(0, each)
+    made = [{name: tensor.clone() for name, tensor in _fitted(layer, method).items()} for layer in layers]
     for run, members in chosen:
-        row, pages = members[0], slice(run.first - first, run.stop - first)
+        row, places = members[0], slice((run.first - first) * size, (run.stop - first) * size)
+        index = order[:, row, :, places, None]
+        moved = [part[:, row].gather(2, index.expand(-1, -1, -1, part.shape[-1])) for part in tokens]
         queries = None if observation_queries is None else observation_queries[:, row]
-        found = method.fit(keys[:, row, :, pages], values[:, row, :, pages], queries)
+        keys, values = (part.unflatten(2, (-1, size)) for part in moved)
+        found = method.fit(keys, values, queries)
         for name, tensors in found.items():
             for held, tensor in zip(made, tensors, strict=True):
                 held[name][members] = tensor
-    for layer, held in zip(layers, made, strict=True):
-        layer.invalidate(0, sequences.length // sequences.page_size)
-        layer.fitted = held
+    return made
 
 
 def forget_fits(state: CacheState) -> None:

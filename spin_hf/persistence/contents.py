@@ -80,8 +80,10 @@ class Contents:
             return None
         entry = PagedLayer(
             store.num_heads, store.key_dim, store.value_dim, store.dtype, store.backing.converted, store.length,
-            layer.clustered_pages,
+            layer.clustered_pages, layer.fitted is not None,
         )  # fmt: skip
+        for name, tensor in (layer.fitted or {}).items():
+            self.tensors[f"layers.{layer.layer_idx}.fitted.{name}"] = tensor
         for name, array in arrays_of(store):
             if array.dtype not in DTYPES:
                 raise OptionError(

@@ -46,6 +46,7 @@ class PagedLayer:
         int8: whether its pages are int8.
         length: tokens written; fewer than the cache's if forwards skipped the layer.
         clustered_pages: pages of each sequence that are clustered.
+        fitted: whether there are tensors that the method fitted.
     """
 
     num_heads: int
@@ -55,6 +56,7 @@ class PagedLayer:
     int8: bool
     length: int
     clustered_pages: int
+    fitted: bool = False
 
     def layout(self, page_size: int) -> PageLayout:
         """Layout of its pages in the files."""
@@ -155,10 +157,19 @@ class Manifest:
             if method.multi_page_clusters:
                 rows.append(("partition", torch.int16, ()))
         before = self.num_segments, layer.num_heads, SEGMENT_PAGES
+        fitted = self.fitted_specs(index, layer, method) if layer.fitted else {}
         return [
             TensorSpec(f"layers.{index}.{name}", kind, (*before, *shape), torch.Size(shape).numel())
             for name, kind, shape in rows
-        ]
+        ] + list(fitted.values())
+
+    def fitted_specs(self, index: int, layer: PagedLayer, method: Method) -> dict[str, TensorSpec]:
+        """Tensors that the method fitted to the sequences, by their names in `Method.fitted_shapes`."""
+        each = self.batch_size, layer.num_heads
+        return {
+            name: TensorSpec(f"layers.{index}.fitted.{name}", torch.float32, (*each, *shape))
+            for name, shape in method.fitted_shapes(layer.key_dim, layer.value_dim).items()
+        }
 
     def text(self) -> bytes:
         """The JSON."""
@@ -181,7 +192,8 @@ def _layer_json(layer: Layer) -> dict[str, Any]:
     if layer is None:
         return {"kind": UNUSED}
     if isinstance(layer, PagedLayer):
-        return {
+        fitted = {"fitted": True} if layer.fitted else {}
+        return fitted | {
             "kind": PAGES, "heads": layer.num_heads, "key_dim": layer.key_dim, "value_dim": layer.value_dim,
             "dtype": DTYPES[layer.dtype], "int8": layer.int8, "tokens": layer.length, "clustered": layer.clustered_pages,
         }  # fmt: skip
@@ -236,8 +248,10 @@ def _layer(given: Any, index: int) -> Layer:
         heads, key_dim, value_dim = (fields.count(name, _MOST_DIM, 1) for name in ("heads", "key_dim", "value_dim"))
         layer = PagedLayer(
             heads, key_dim, value_dim, _dtype(fields), fields.flag("int8"), fields.count("tokens", MOST_TOKENS),
-            fields.count("clustered", MOST_TOKENS),
+            fields.count("clustered", MOST_TOKENS), "fitted" in given,
         )  # fmt: skip
+        if layer.fitted and not fields.flag("fitted"):
+            raise RefusedError(f"'fitted' in layer {index} only if it is true", "false")
         if not layer.dtype.is_floating_point:
             raise RefusedError(f"keys of a floating-point dtype in layer {index}", str(layer.dtype))
     elif kind != UNUSED:

@@ -22,6 +22,7 @@ from ..attention.methods.registry import METHODS
 from ..config import shown
 from ..errors import CacheStateError, SpinError, require_integrity
 from ..indexing import cluster
+from ..indexing.fit import fits
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from ..storage.clustered_spans import ClusteredSpans
@@ -121,6 +122,8 @@ class SavedCache(OpenCache):
                 continue
             if entry.clustered_pages != spanned:
                 raise RefusedError(f"{spanned} clustered pages in layer {index}", f"{entry.clustered_pages}")
+            if entry.fitted and not fits(state.method):
+                raise RefusedError(f"no fitted tensors in layer {index}, as the method fits none", "some")
             found = LayerShape(entry.num_heads, entry.key_dim, entry.value_dim)
             expected = shapes.get(index, found)
             if expected != found:
@@ -155,11 +158,18 @@ class SavedCache(OpenCache):
         if state.layers and made.num_segments:
             self._restore_tables(state, devices[state.layers[0].layer_idx])
         others: list[tuple[OtherLayer, int, dict[str, PlainTensor]]] = []
+        fitted: dict[int, dict[str, PlainTensor]] = {}
         by_index = {layer.layer_idx: layer for layer in state.layers}
         with self.reader() as reading:  # reads one layer while the next one's memory is allocated
             for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
                 if isinstance(entry, PagedLayer):
                     reading.submit(self.reads(self._allocated(index, entry, layer, device)))
+                    if entry.fitted:
+                        specs = made.fitted_specs(index, entry, state.method)
+                        fitted[index] = {name: PlainTensor(spec.dtype, spec.shape) for name, spec in specs.items()}
+                        reading.submit(
+                            self.reads({specs[name].name: held.fill for name, held in fitted[index].items()})
+                        )
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
                     reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
@@ -173,6 +183,8 @@ class SavedCache(OpenCache):
             if isinstance(entry, PagedLayer):
                 state_of, store = by_index[index], layers[index].store
                 store.length, state_of.clustered_pages, state_of.stale_pages = entry.length, entry.clustered_pages, None
+                held = {name: tensor.finished(devices[index]) for name, tensor in fitted.get(index, {}).items()}
+                state_of.fitted = held or None
                 if store.backing.converted and not entry.int8:
                     state_of.invalidate(0, entry.length // made.page_size)
         if state.layers and made.num_segments:

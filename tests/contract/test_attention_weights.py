@@ -125,7 +125,7 @@ def test_tokens_do_not_depend_on_who_looks() -> None:
 
 SHAPE = Shape(layers=1, kv_heads=2, group=2, value_dim=5)
 STOPS = [120, 121, 122, 124, 180, 181, 182]
-METHODS: list[Any] = ["shadowkv", Quest(dense_layers=0), "retroinfer", "bisection"]
+METHODS: list[Any] = ["shadowkv", Quest(dense_layers=0), "retroinfer", "bisection", "fitted"]
 
 
 def step(driver: CacheDriver, kv: RandomKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ def test_of_sparse_steps(method: Any, extras: bool, tight: bool) -> None:
             run(None)
 
 
-@pytest.mark.parametrize("method", ["retroinfer", "bisection"])
+@pytest.mark.parametrize("method", ["retroinfer", "bisection", "fitted"])
 def test_estimates_have_the_rest(method: str) -> None:
     """Where a method estimates pages, rows sum to less than 1: the rest is the weight of the estimates."""
     kv = random_pages(SHAPE, 2, 301, seed=4)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from spin_hf import Bisection, Method, RetroInfer
+from spin_hf import Bisection, Fitted, Method, RetroInfer
 from spin_hf.indexing import cluster
 from tests.support.all_modes import MODES
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
@@ -29,6 +29,7 @@ LOADING = [mode for mode in MODES if mode != "compiled"]
 
 SmallRetroInfer = clustering_often(RetroInfer, 64, 24)
 SmallBisection = clustering_often(Bisection, 64, 24)
+SmallFitted = clustering_often(Fitted, 64, 24)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_everything_selected(mode: str, spans: list[int]) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("mode", [*FEW_MODES, "assisted", "multi_turn", "from_cache", "left_padding", "compiled"])
 @pytest.mark.parametrize("budget", [110, 1 << 20])
-@pytest.mark.parametrize("method", [SmallRetroInfer(), SmallBisection()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [SmallRetroInfer(), SmallBisection(), SmallFitted()], ids=lambda method: method.name)
 def test_methods_that_estimate(method: Method, mode: str, budget: int, spans: list[int]) -> None:
     """With room for everything nothing is left to be estimated."""
     subject = SpinSubject("llama", method=method, budget=budget, num_sink_tokens=4, recent_window=16)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import Bisection, OptionError, OptionTypeError, Quest, RetroInfer, ShadowKV, SpinCache
+from spin_hf import Bisection, Fitted, OptionError, OptionTypeError, Quest, RetroInfer, ShadowKV, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV, poisoned_memory
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
 from tests.support.compare import Trace, assert_same
@@ -30,7 +30,7 @@ from tests.support.zoo import build_model, left_padded, random_tokens, subject_m
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "qwen3_next", "gemma3n_text", "deepseek_v3"]
 METHODS: dict[str, Any] = {
     "shadowkv": ShadowKV(), "quest": Quest(), "bisection": clustering_often(Bisection, 64, 24)(),
-    "retroinfer": clustering_often(RetroInfer, 64, 24)(), "clusters": Clumped(),
+    "retroinfer": clustering_often(RetroInfer, 64, 24)(), "clusters": Clumped(), "fitted": clustering_often(Fitted, 64, 24)(),
 }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_one_side_goes_to_the_cpu_tier(method: str) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("method", ["bisection", "retroinfer", "clusters"])
+@pytest.mark.parametrize("method", ["bisection", "retroinfer", "clusters", "fitted"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_crop_into_clusters_on_one_side(method: str, tier: str, side: int) -> None:
     """It puts tokens back in order, in copies of the pages."""

@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paged": {"method": "shadowkv", "gpu_memory": "200kB", **SMALL_ZONES},
     "int8": {"method": "shadowkv", "gpu_memory": "200kB", "cpu_dtype": "int8", **SMALL_ZONES},
     "bisection": {"method": "bisection", **SMALL_ZONES},
+    "fitted": {"method": "fitted", **SMALL_ZONES},
     "retroinfer": {"method": "retroinfer", **SMALL_ZONES},
     "sparse": {"method": "shadowkv", "budget": 32, **SMALL_ZONES},
 }

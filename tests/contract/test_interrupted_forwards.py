@@ -34,7 +34,7 @@ def shorten(model: PreTrainedModel, layers: int) -> None:
 
 
 @pytest.mark.parametrize("midway", [False, True])
-@pytest.mark.parametrize("method", ["shadowkv", "bisection"])
+@pytest.mark.parametrize("method", ["shadowkv", "bisection", "fitted"])
 def test_a_stack_that_was_cut(midway: bool, method: str) -> None:
     """The layers that are left hold what `DynamicCache`'s hold, and attend to all of it."""
     traces = []

@@ -154,7 +154,7 @@ def test_a_model_with_more_layers(tiers: str) -> None:
             model.config._attn_implementation = before
 
 
-@pytest.mark.parametrize("method", ["shadowkv", "bisection", "retroinfer", "quest"])
+@pytest.mark.parametrize("method", ["shadowkv", "bisection", "retroinfer", "quest", "fitted"])
 @pytest.mark.parametrize("tiers", TIERS)
 def test_keys_that_are_no_numbers(method: str, tiers: str) -> None:
     """A model that overflows gives no numbers, as with a DynamicCache; the cache is sound all the same."""

@@ -63,7 +63,7 @@ def test_huge_numbers_of_tokens_mean_the_whole_context(name: str, number: int, m
     assert torch.equal(ours, outputs(method=method(), **{**options, **small, name: 1000}))
 
 
-@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest"])
+@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest", "fitted"])
 def test_a_huge_budget_is_exact(method: str) -> None:
     model = build_model("llama")
     ids = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))

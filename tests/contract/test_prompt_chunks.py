@@ -116,7 +116,7 @@ def test_other_families(family: str, divided: list[int]) -> None:
     assert bool(divided) == (family not in OTHERS_READ_WHOLE)
 
 
-@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest"])
+@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest", "fitted"])
 @pytest.mark.parametrize("size", [1, 5, 64, 100])
 def test_the_same_selections(method: str, size: int, divided: list[int]) -> None:
     """Behind a prompt in chunks, sparse steps select what they select behind a whole one."""

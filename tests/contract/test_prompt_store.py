@@ -98,7 +98,7 @@ def test_states_that_cannot_be_cropped_are_restored_whole(family: str, make: Mak
     assert store.stats().reused_tokens == 60
 
 
-@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest"])
+@pytest.mark.parametrize("method", ["bisection", "shadowkv", "retroinfer", "quest", "fitted"])
 def test_sparse_and_tiered(method: str, make: Maker) -> None:
     """What is restored is what is stored, pages in either tier: answers do not change from the second call on."""
     model, ids, store = build_model("llama"), random_tokens(1, 200), make()

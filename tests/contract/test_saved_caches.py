@@ -36,7 +36,7 @@ from tests.support.tuning import tuned
 from tests.support.zoo import build_model, random_tokens, subject_model
 
 _UNUSUAL = ["hy_v4", "gemma4_shared", "lfm2", "jetmoe", "qwen3_vl"]
-METHODS = ["bisection", "shadowkv", "retroinfer", "quest"]
+METHODS = ["bisection", "shadowkv", "retroinfer", "quest", "fitted"]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from spin_hf import Bisection, CacheStateError, RetroInfer
+from spin_hf import Bisection, CacheStateError, Fitted, RetroInfer
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.fault_scenarios import SCENARIOS, Rehearsal, Run, Scenario, Step, feed, on_cache, padded, then
 from tests.support.inspection import state_of
@@ -34,6 +34,7 @@ IN_OPERATIONS, IN_FORWARDS, IN_FORKS = 12, 4, 4
 
 _PAGED = {"gpu_memory": "200kB"}
 _BISECTS = {"method": clustering_often(Bisection, 64, 24)(2)}
+_FITS = {"method": clustering_often(Fitted, 64, 24)()}
 _CLUSTERS = {"method": clustering_often(RetroInfer, 64, 24)()}
 
 
@@ -65,6 +66,8 @@ OPERATIONS = {name: scenario for name, scenario in SCENARIOS.items() if not scen
         "linear attention, repeat": Scenario(_REPEAT, before=feed(40, 1), family="qwen3_next"),
         "bisection, cropped": Scenario(_CROP, before=feed(160, 1, 1), options=_BISECTS),
         "bisection, repeated": Scenario(_REPEAT, before=feed(160, 1, 1), options=_BISECTS),
+        "fitted, cropped": Scenario(_CROP, before=feed(160, 1, 1), options=_FITS),
+        "fitted, repeated": Scenario(_REPEAT, before=feed(160, 1, 1), options=_FITS),
         "clusters, cropped, paged": Scenario(_CROP, before=feed(270, 1, 1), options={**_CLUSTERS, **_PAGED}),
         "release of memory": Scenario(on_cache("release_gpu_memory"), before=feed(270, 1), options=_PAGED),
         "copy": Scenario(_copy, before=feed(270, 1), options=_PAGED),

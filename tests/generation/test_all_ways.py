@@ -35,7 +35,7 @@ def test_tiered(name: str, way: str) -> None:
         assert cache.stats().evictions, "nothing was evicted: the cap was not tight"
 
 
-METHODS = ("bisection", "shadowkv", "retroinfer", "quest")
+METHODS = ("bisection", "shadowkv", "retroinfer", "quest", "fitted")
 
 
 @pytest.mark.parametrize(

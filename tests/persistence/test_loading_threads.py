@@ -36,7 +36,7 @@ def loading() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("spin_hf_load")]
 
 
-@pytest.mark.parametrize("method", ["shadowkv", "retroinfer"])
+@pytest.mark.parametrize("method", ["shadowkv", "retroinfer", "fitted"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pages_go_through_buffers(
     threads: int, method: str, late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

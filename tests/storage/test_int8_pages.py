@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from spin_hf import Bisection, Quest, RetroInfer, ShadowKV, SpinCache
+from spin_hf import Bisection, Fitted, Quest, RetroInfer, ShadowKV, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
 from tests.support.inspection import lower_cap
@@ -25,7 +25,7 @@ SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=16, value_dim=8)
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
 METHODS = {
     "shadowkv": ShadowKV(), "quest": Quest(0), "clumped": Clumped(), "bisection": clustering_often(Bisection, 32, 16)(2),
-    "retroinfer": clustering_often(RetroInfer, 32, 16)(),
+    "retroinfer": clustering_often(RetroInfer, 32, 16)(), "fitted": clustering_often(Fitted, 32, 16)(),
 }  # fmt: skip
 PLENTY = 300_000
 """Bytes of a cap with page frames for every step here, but not for all pages."""
@@ -111,7 +111,10 @@ def test_the_number_of_page_frames_changes_nothing(method: str, summary_dtype: s
     """Down to the frames of one step. With fewer, a step reads in waves, whose sum is rounded differently."""
     kv = RandomKV.random(SHAPE, 2, 350, seed=1)
     options: dict[str, Any] = dict(**OPTIONS, method=METHODS[method], summary_dtype=summary_dtype, cpu_dtype="int8")
-    runs, more = [], PLENTY * (17 if method == "bisection" else 20) // 16  # with a little more, small pages all stay
+    runs, more = (
+        [],
+        PLENTY * (17 if method in ("bisection", "fitted") else 20) // 16,
+    )  # with a little more, small pages all stay
     for cap in (PLENTY, more):
         driver = CacheDriver(SHAPE, **options, gpu_memory=cap)
         runs.append((life(driver, kv, None), driver.cache.stats()))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spin_hf import Bisection, SpinCache
+from spin_hf import Bisection, Fitted, SpinCache
 from tests.support.clustering_methods import Clumped, clustering_often
 from tests.support.memory import SMALL_ZONES
 from tests.support.tuning import retuned
@@ -165,6 +165,7 @@ _MOVES = {"gpu_memory": "400kB"}
 _INT8 = {"cpu_dtype": "int8"}
 _CLUSTERS = {"method": clustering_often(Clumped, 64, 24)()}
 _BISECTS = {"method": clustering_often(Bisection, 64, 24)(2)}
+_FITS = {"method": clustering_often(Fitted, 64, 24)()}
 _TO_BEAMS = on_cache("reorder_cache", torch.tensor([1, 1]), rows=[1, 1])
 
 SCENARIOS: dict[str, Scenario] = {
@@ -223,6 +224,11 @@ SCENARIOS: dict[str, Scenario] = {
         padded(1, slice(0, 200)), before=padded(270, slice(0, 200)), options=_PAGED, after=padded(1, slice(0, 200))
     ),
     "bisection": Scenario(feed(1), before=feed(120, 1), options=_BISECTS),
+    "fit": Scenario(feed(1), before=feed(120), options=_FITS),
+    "fit, again": Scenario(
+        feed(1), before=then(feed(120, 1, 1), on_cache("crop", -70, removes=70), feed(40)), options=_FITS
+    ),
+    "fit of what is shared": Scenario(feed(1), before=then(feed(40), _TO_BEAMS, feed(40)), options=_FITS),
     "windows": Scenario(feed(1), before=feed(40, 1), family="gemma3_text"),
     "windows, prompt": Scenario(feed(50), family="gemma3_text"),
     "windows, second prompt": Scenario(feed(30), before=feed(40, 1), family="gemma3_text"),

@@ -263,7 +263,9 @@ def _with_quarters(forward: Tensor, inverse: Tensor, variances: Tensor) -> tuple
     spread = padded[2].unflatten(-1, (4, quarter)).mean(-1)
     spread = (spread + _FLOOR * spread.mean(-1, keepdim=True)).clamp(min=1e-20).sqrt()
     widths = (spread * torch.tensor(_STEPS, device=spread.device)).repeat_interleave(quarter, -1)
-    turned = [four_bit_keys.rotate(part.unflatten(-1, (4, quarter))).flatten(-2) for part in padded[:2]]
+    block = quarter & -quarter  # of the rotation; each block gets large and small variances
+    mixed = [part.unflatten(-1, (4, block, -1)).transpose(-1, -2).flatten(-2) for part in padded[:2]]
+    turned = [four_bit_keys.rotate(part).flatten(-2) for part in mixed]
     return turned[0], turned[1], widths
 
 

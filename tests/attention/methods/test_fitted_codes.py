@@ -107,7 +107,8 @@ def test_any_head_size_is_coded(dim: int, observed: bool) -> None:
     mean, unit, *encoded = fitted_codes.encode_keys(keys.unflatten(1, (UNITS, -1)), basis)
     logits = fitted_codes.key_logits(queries, basis, mean * unit.unsqueeze(-1), *encoded).flatten(-2)
     exact = queries @ keys.mT
-    assert (logits - exact).square().mean() < 0.1 * (exact - exact.mean(-1, keepdim=True)).square().mean()
+    most = 0.1 if observed else 0.2  # without queries the huge channels take the bits
+    assert (logits - exact).square().mean() < most * (exact - exact.mean(-1, keepdim=True)).square().mean()
 
 
 def test_places_that_are_not_valid_do_not_count() -> None:

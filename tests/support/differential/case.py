@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spin_hf import Bisection, Method, Quest, RetroInfer, ShadowKV, plan
+from spin_hf import Bisection, Fitted, Method, Quest, RetroInfer, ShadowKV, plan
 from tests.support.clustering_methods import Clumped, SelectingAll, ShuffledWhole, clustering_often
 from tests.support.families import FAMILIES
 from tests.support.seer_gates import gates_for
@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "bisection": lambda family: clustering_often(Bisection, 64, 24)(),
     "shadowkv": lambda family: ShadowKV(),
     "quest": lambda family: Quest(dense_layers=0),
+    "fitted": lambda family: clustering_often(Fitted, 64, 24)(),
     "retroinfer": lambda family: clustering_often(RetroInfer, 64, 24)(),
     "seer": _gates,
     "clumped": lambda family: Clumped(),
