@@ -90,6 +90,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             budget, state.options.tuning, key_states.dtype, device,
             multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
             summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
+            pages_per_row=method.pages_per_row,
         )  # fmt: skip
         store.ask_for_more = self.forward.gpu.raise_caps
         store.short_of_frames, store.invalidate = self.forward.gpu.short_of_frames, self.state.invalidate

@@ -102,7 +102,7 @@ def index_pages(
                 summary = one.summaries[name]
                 for which, encoded in enumerate(summary.stored(vectors)):
                     arrays = [store.summaries[name].arrays[which] for store in stores]
-                    put_all(arrays, rows, encoded.unflatten(0, (len(stores), -1)))
+                    put_all(arrays, summary.rows_of(rows), encoded.unflatten(0, (len(stores), -1)))
 
 
 def check_summaries(layer: LayerState, method: Method, exact: bool) -> None:
@@ -117,7 +117,7 @@ def check_summaries(layer: LayerState, method: Method, exact: bool) -> None:
     rows, expected = _summarize([layer], method, 0, stop)
     for name, vectors in expected.items():
         summary = store.summaries[name]
-        held, vectors = summary.take(rows), summary.rounded(vectors)
+        held, vectors = summary.take(summary.rows_of(rows)), summary.rounded(vectors)
         fresh = _same(held, vectors) or (not exact and _close(held, vectors, summary.quantized))
         require_integrity(fresh, f"layer {layer.layer_idx} has a stale summary {name!r}")
 

@@ -69,7 +69,7 @@ def tier_budget(
     selected = options.budget if isinstance(options.budget, float) else -(-options.budget // page_size)
     segments = chunk_segments(shape.num_heads, layout.row_bytes, device, options.tuning)
     summary_bytes = sum(
-        bytes_per_page(vector, *stored_as(name, dtype, quantized, own))
+        bytes_per_page(vector, *stored_as(name, dtype, quantized, own), method.pages_per_row.get(name, 1))
         for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
     )
     return TierBudget(

@@ -128,13 +128,16 @@ class Contents:
 
         Pages in host memory are not copied, unless a place is without a token.
         """
-        each = store.num_heads * SEGMENT_PAGES
+        pages = pages_per_row(store, name)
+        places = SEGMENT_PAGES // pages
+        each = store.num_heads * places
         full, rest = divmod(store.length, store.page_size)
+        full = -(-full // pages)
         if name in ("shifts", "partition"):
             full, rest = self.sequences.spans.num_pages, 0
         numbers = range(first // each, -(-stop // each))
         views = [view for start, end in self._runs(numbers, each, first, stop) for view in array.views(start, end)]
-        partly = [number for number in numbers if (self.places[number] + 1) * SEGMENT_PAGES > full]
+        partly = [number for number in numbers if (self.places[number] + 1) * places > full]
         if not partly and in_host_memory(array.device):
             return [bytes_of(view) for view in views]
         buffer = staging.buffer((stop - first) * array.row_bytes, array.device)
@@ -142,7 +145,7 @@ class Contents:
         staging.gather(views, content, array.device)
         for number in partly:
             begin, end = max(first, number * each), min(stop, (number + 1) * each)
-            page = self.places[number] * SEGMENT_PAGES + torch.arange(begin, end) % SEGMENT_PAGES
+            page = self.places[number] * places + torch.arange(begin, end) % places
             inside = content[begin - first : end - first]
             if name == "pages" and rest:
                 last = (page == full).nonzero().flatten()
@@ -179,6 +182,12 @@ def arrays_of(store: PageStore) -> Iterator[tuple[str, ChunkedArray]]:
             yield f"summary.{name}{end}", array
     if store.permutation is not None:
         yield from zip(("shifts", "partition"), store.permutation.arrays, strict=False)
+
+
+def pages_per_row(store: PageStore, name: str) -> int:
+    """Pages that have one row of an array of `arrays_of`."""
+    kind, _, rest = name.partition(".")
+    return store.summaries[rest.removesuffix(".scale")].pages_per_row if kind == "summary" else 1
 
 
 def _tensor_pieces(tensor: Tensor, part: Part) -> Iterator[Tensor]:

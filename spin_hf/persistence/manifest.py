@@ -145,22 +145,27 @@ class Manifest:
     def _page_specs(self, index: int, layer: PagedLayer, method: Method, options: SpinOptions) -> list[TensorSpec]:
         """Tensors of a paged layer, in the order of `arrays_of`."""
         layout, dtype = layer.layout(self.page_size), layer.dtype
-        rows: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("pages", layout.row_dtype, (layout.row_elements,))]
+        rows: list[tuple[str, torch.dtype, tuple[int, ...], int]] = [
+            ("pages", layout.row_dtype, (layout.row_elements,), 1)
+        ]
         for name, shape in method.summary_shapes(layer.key_dim, layer.value_dim).items():
             stored, int8 = stored_as(name, dtype, options.quantizes(dtype.itemsize), method.summary_dtypes())
             int8 = int8 and bool(shape)
-            rows.append((f"summary.{name}", torch.int8 if int8 else stored, shape))
+            pages = method.pages_per_row.get(name, 1)
+            rows.append((f"summary.{name}", torch.int8 if int8 else stored, shape, pages))
             if int8:
-                rows.append((f"summary.{name}.scale", torch.float32, ()))
+                rows.append((f"summary.{name}.scale", torch.float32, (), pages))
         if isinstance(method, ClusteringMethod):
-            rows.append(("shifts", torch.int16, (self.page_size,)))
+            rows.append(("shifts", torch.int16, (self.page_size,), 1))
             if method.multi_page_clusters:
-                rows.append(("partition", torch.int16, ()))
-        before = self.num_segments, layer.num_heads, SEGMENT_PAGES
+                rows.append(("partition", torch.int16, (), 1))
+        before = self.num_segments, layer.num_heads
         fitted = self.fitted_specs(index, layer, method) if layer.fitted else {}
         return [
-            TensorSpec(f"layers.{index}.{name}", kind, (*before, *shape), torch.Size(shape).numel())
-            for name, kind, shape in rows
+            TensorSpec(
+                f"layers.{index}.{name}", kind, (*before, SEGMENT_PAGES // pages, *shape), torch.Size(shape).numel()
+            )
+            for name, kind, shape, pages in rows
         ] + list(fitted.values())
 
     def fitted_specs(self, index: int, layer: PagedLayer, method: Method) -> dict[str, TensorSpec]:

@@ -2,11 +2,11 @@
 
     backing      ChunkedArray of pages, keys then values: in the compute tier if all pages fit, else in the cpu tier, where they
                  may be int8
-    summaries    SummaryArrays of the method, one row per page; always in the compute tier
+    summaries    SummaryArrays of the method, one row per page or unit of pages; always in the compute tier
     frames       PageFrames in the model's dtype; only while the backing is in the cpu tier
     permutation  TokenPermutation: which token is at each place; only for methods that cluster; always in the compute tier
 
-Pages and summaries have the same row ids, which come from `PageTable.page_rows`, so sharing or copying a segment covers both.
+Row ids of pages and summaries come from `PageTable.page_rows`, so sharing or copying a segment covers both.
 Summaries are computed from decoded keys and values. Results therefore do not depend on which pages are resident.
 """
 
@@ -54,13 +54,14 @@ class PageStore(SegmentStore):
         multi_page_clusters: for methods that cluster, whether a cluster may have several pages; None for other methods.
         summary_dtypes: name -> dtype of summaries that are never quantized.
         host_int8: whether pages in the cpu tier are int8.
+        pages_per_row: name -> pages that have one row of a summary, 1 if it is missing. They divide the pages of a segment.
     """
 
     def __init__(
         self, sequences: PageTable, num_heads: int, key_dim: int, value_dim: int, summary_shapes: dict[str, tuple[int, ...]],
         quantized: bool, budget: TierBudget, tuning: Tuning, dtype: torch.dtype, device: torch.device,
         multi_page_clusters: bool | None = None, summary_dtypes: dict[str, torch.dtype] | None = None,
-        host_int8: bool = False,
+        host_int8: bool = False, pages_per_row: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -75,7 +76,8 @@ class PageStore(SegmentStore):
         self.summaries = {}
         for name, shape in summary_shapes.items():
             summary_dtype, as_int8 = stored_as(name, dtype, quantized, summary_dtypes or {})
-            self.summaries[name] = SummaryArray(shape, rows, summary_dtype, device, as_int8)
+            each = (pages_per_row or {}).get(name, 1)
+            self.summaries[name] = SummaryArray(shape, rows // each, summary_dtype, device, as_int8, each)
         self.permutation: TokenPermutation | None = None
         if multi_page_clusters is not None:
             self.permutation = TokenPermutation(sequences, num_heads, rows, device, multi_page_clusters)
@@ -118,8 +120,8 @@ class PageStore(SegmentStore):
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
-        for array in self._arrays():
-            array.grow(self.budget.rows(num_ids), self.budget.rows(num_expected))
+        for array, pages in self._by_pages():
+            array.grow(self.budget.rows(num_ids) // pages, self.budget.rows(num_expected) // pages)
         self.num_segments = num_segments
 
     def _take_frames(
@@ -144,12 +146,12 @@ class PageStore(SegmentStore):
 
     def shrink(self, num_segments: int) -> None:
         self.num_segments = min(self.num_segments, num_segments)
-        for array in self._arrays():
-            array.shrink(self.budget.rows(num_segments))
+        for array, pages in self._by_pages():
+            array.shrink(self.budget.rows(num_segments) // pages)
 
     @property
     def capacity(self) -> int:
-        return max(array.num_rows for array in self._arrays()) // self.budget.rows(1)
+        return max(array.num_rows * pages for array, pages in self._by_pages()) // self.budget.rows(1)
 
     @property
     def shares_rows(self) -> bool:
@@ -168,8 +170,8 @@ class PageStore(SegmentStore):
 
     def copy_segments(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages and summaries of (source, destination) segments."""
-        for array in self._arrays():
-            array.copy_blocks(pairs, self.budget.rows(1))
+        for array, pages in self._by_pages():
+            array.copy_blocks(pairs, self.budget.rows(1) // pages)
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
@@ -233,7 +235,7 @@ class PageStore(SegmentStore):
         return keys.flatten(2, 3), values.flatten(2, 3)
 
     def rows(self, first: int, stop: int) -> Tensor:
-        """Rows [B, H, n] of pages [first, stop), in the backing and in all summaries."""
+        """Rows [B, H, n] of pages [first, stop) in the backing. `SummaryArray.rows_of` gives those in a summary."""
         return self._rows()[:, :, first:stop]
 
     def in_order(self, states: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ class PageStore(SegmentStore):
         """Summaries [B, H, N, ...] of all pages, or [B, H, k, ...] of `pages` [B, H, k]."""
         rows = self._rows()
         rows = rows[:, :, : self.sequences.num_pages] if pages is None else rows.gather(2, pages)
-        return self.summaries[name].take(rows)
+        return self.summaries[name].of_pages(rows)
 
     @property
     def lacks_frames(self) -> bool:
@@ -335,7 +337,7 @@ class PageStore(SegmentStore):
     def gpu_bytes(self, num_segments: int) -> int:
         """Bytes of `num_segments` segments in the compute tier: pages or page frames, and summaries."""
         rows = self.budget.rows(num_segments)
-        summaries = rows * sum(array.row_bytes for array in self._summary_arrays())
+        summaries = sum(rows // pages * array.row_bytes for array, pages in self._summary_arrays())
         return summaries + (rows * self.backing.row_bytes if self.frames is None else self.frames.frames.nbytes)
 
     def cpu_bytes(self, num_segments: int) -> int:
@@ -383,11 +385,15 @@ class PageStore(SegmentStore):
         return content if self.backing_layout == self.layout else self.layout.join(self.backing_layout.take(content))
 
     def _arrays(self) -> list[ChunkedArray]:
-        clustered = [] if self.permutation is None else self.permutation.arrays
-        return [self.backing, *self._summary_arrays(), *clustered]
+        return [array for array, _ in self._by_pages()]
 
-    def _summary_arrays(self) -> list[ChunkedArray]:
-        return [array for summary in self.summaries.values() for array in summary.arrays]
+    def _by_pages(self) -> list[tuple[ChunkedArray, int]]:
+        """All arrays, the backing first, with the pages that have one row."""
+        clustered = [] if self.permutation is None else self.permutation.arrays
+        return [(self.backing, 1), *self._summary_arrays(), *((array, 1) for array in clustered)]
+
+    def _summary_arrays(self) -> list[tuple[ChunkedArray, int]]:
+        return [(array, held.pages_per_row) for held in self.summaries.values() for array in held.arrays]
 
     def _rows(self) -> Tensor:
         return self.sequences.page_rows(self.num_heads, self.device)

@@ -1,9 +1,11 @@
-"""Page summaries of a method, one row per page: int8 vectors with a scale each, or unquantized.
+"""Page summaries of a method, one row per page or unit of pages: int8 vectors with a scale each, or unquantized.
 
     quantized     values  ChunkedArray of int8 [D]       vector = values * scale;  scale = max |x| / 127
                   scale   ChunkedArray of float32 []
     unquantized   values  ChunkedArray in the model's dtype;  scalars are never quantized
     own dtype     values  ChunkedArray in the dtype that the method names, such as uint8 codes
+
+    page p of a unit of u pages  ->  row p // u
 
 Scoring reads all summaries of the context at every step, so its time is proportional to their bytes.
 """
@@ -29,12 +31,14 @@ class SummaryArray:
         rows_per_chunk, device: as for `ChunkedArray`.
         dtype: of unquantized summaries.
         quantized: whether vectors are stored as int8.
+        pages_per_row: pages that have one row.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], rows_per_chunk: int, dtype: torch.dtype, device: torch.device, quantized: bool
-    ) -> None:
-        self.quantized = quantized and bool(shape)
+        self, shape: tuple[int, ...], rows_per_chunk: int, dtype: torch.dtype, device: torch.device, quantized: bool,
+        pages_per_row: int = 1,
+    ) -> None:  # fmt: skip
+        self.quantized, self.pages_per_row = quantized and bool(shape), pages_per_row
         self.values = ChunkedArray(shape, rows_per_chunk, torch.int8 if self.quantized else dtype, device)
         self.scale = ChunkedArray((), rows_per_chunk, torch.float32, device) if self.quantized else None
 
@@ -46,16 +50,21 @@ class SummaryArray:
     def __deepcopy__(self, memo: dict[int, Any]) -> SummaryArray:
         """As the default, without its overhead: a fork copies every array of every layer."""
         twin = object.__new__(SummaryArray)
-        twin.quantized, twin.values, twin.scale = (
-            self.quantized,
-            deepcopy(self.values, memo),
-            deepcopy(self.scale, memo),
-        )
+        twin.quantized, twin.pages_per_row = self.quantized, self.pages_per_row
+        twin.values, twin.scale = deepcopy(self.values, memo), deepcopy(self.scale, memo)
         return twin
+
+    def rows_of(self, pages: Tensor) -> Tensor:
+        """Rows [..., ceil(n / pages_per_row)] of rows of consecutive pages [..., n], which begin with a unit."""
+        return pages if self.pages_per_row == 1 else pages[..., :: self.pages_per_row] // self.pages_per_row
 
     def stored(self, summaries: Tensor) -> list[Tensor]:
         """Encode `summaries` [..., *shape], float32: one tensor for each of `arrays`."""
         return [summaries.to(self.values.dtype)] if self.scale is None else list(kernels.quantize(summaries))
+
+    def of_pages(self, pages: Tensor) -> Tensor:
+        """Summaries of rows of pages: [*pages.shape, *shape], as `take`."""
+        return self.take(pages if self.pages_per_row == 1 else pages // self.pages_per_row)
 
     def take(self, rows: Tensor) -> Tensor:
         """Read rows: [*rows.shape, *shape], in the stored dtype, or float32 if quantized."""
@@ -78,6 +87,7 @@ def stored_as(name: str, dtype: torch.dtype, quantized: bool, own: dict[str, tor
     return (own[name], False) if name in own else (dtype, quantized)
 
 
-def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:
-    """Bytes of a summary of this shape."""
-    return math.prod(shape) + 4 if quantized and shape else math.prod(shape) * dtype.itemsize
+def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool, pages_per_row: int = 1) -> int:
+    """Bytes of a summary of this shape per page, rounded up."""
+    row = math.prod(shape) + 4 if quantized and shape else math.prod(shape) * dtype.itemsize
+    return -(-row // pages_per_row)

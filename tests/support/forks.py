@@ -169,8 +169,8 @@ def assert_apart(caches: Iterable[SpinCache]) -> None:
     for cache in caches:
         sequences = state_of(cache).sequences
         for store in sequences.stores:
-            for array in store._arrays():  # type: ignore[attr-defined]
-                each = array.rows_per_chunk // store.budget.rows(1)  # type: ignore[attr-defined]
+            for array, pages in store._by_pages():  # type: ignore[attr-defined]
+                each = array.rows_per_chunk * pages // store.budget.rows(1)  # type: ignore[attr-defined]
                 for segment in {segment for row in sequences.directory for segment in row}:
                     chunk = array.chunks[segment // each]
                     users.setdefault((chunk.data_ptr(), segment % each), []).append((sequences, segment))

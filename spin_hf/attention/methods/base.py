@@ -197,6 +197,11 @@ class Method(ABC):
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is kept of one page, given the sizes of a key and a value; () is a number."""
 
+    @property
+    def pages_per_row(self) -> dict[str, int]:
+        """Name -> `unit_pages`, for summaries that all pages of a unit have in common. They are stored once per unit."""
+        return {}
+
     def summary_dtypes(self) -> dict[str, torch.dtype]:
         """Summaries with a fixed dtype, by name. The others are stored in the cache's `summary_dtype`."""
         return {}
@@ -216,6 +221,7 @@ class Method(ABC):
             valid: [B, 1, n, P], bool: False for padding and empty places, which must not count.
         Returns:
             name -> [B, H, n, *shape], float32 or the dtype from `summary_dtypes`. Finite, also for pages without a valid token.
+            For names in `pages_per_row`, n is the number of units.
         """
         raise NotImplementedError(
             f"{type(self).__name__}: expected index or index_pages, got neither; write one of them"
@@ -272,6 +278,11 @@ def check_recipe(method: Method) -> None:
                 f"{method.name}: recipe: {name}: expected a fraction in [0, 1], got {fraction}; pass 0.0 for none"
             )
     shapes = list(method.summary_shapes(16, 32).values())
+    if method.unit_pages > 1:
+        raise OptionError(
+            f"{method.name}: expected unit_pages of 1, as it has a recipe for kernels, got {method.unit_pages}; "
+            "leave recipe out"
+        )
     if method.page_size & (method.page_size - 1):
         raise OptionError(
             f"{method.name}: expected a page_size that is a power of two, as it has a recipe for kernels, got "

@@ -7,8 +7,8 @@
     select     the budget         share of candidates and sinks, mean over the query heads of a KV head
     estimate   all other pages    coded mean value, with the same weight
 
-    row of a page   mean [E]                       of the 16 tokens of its unit, which is 4 pages; all 4 have it
-                    codes [P, E / 4]  scale [P]    keys minus the mean; scale -1 marks an empty place
+    row of a unit   mean [E]                       of its 16 tokens, which are 4 pages
+    row of a page   codes [P, E / 4]  scale [P]    keys minus the mean; scale -1 marks an empty place
                     value [E / 4]  value_scale     mean value
 
 Keys are cached as they are, so attention to selected pages is exact. Pages that were summarised before the fit are summarised
@@ -77,6 +77,11 @@ class Fitted(ClusteringMethod, Method):
             "mean": (keys,), "codes": (page, keys // 4), "scale": (page,), "value": (values // 4,), "value_scale": (),
         }  # fmt: skip
 
+    @property
+    def pages_per_row(self) -> dict[str, int]:
+        """Means are those of units."""
+        return {"mean": self.unit_pages}
+
     def summary_dtypes(self) -> dict[str, torch.dtype]:
         """Codes are bytes. Scales are bfloat16, so they are not rounded to int8."""
         return {
@@ -94,10 +99,15 @@ class Fitted(ClusteringMethod, Method):
         mean, unit, codes, scale = fitted_codes.encode_keys(
             held.flatten(2, 3).unflatten(2, shape), keys, valid.flatten(2, 3).unflatten(2, shape)
         )
-        means = (mean * unit.unsqueeze(-1)).repeat_interleave(self.unit_pages, 2)[:, :, :count]
         codes, scale = (part.flatten(2, 3).unflatten(2, (-1, self.page_size))[:, :, :count] for part in (codes, scale))
         value, value_scale = fitted_codes.encode_values(kernels.page_means(pages.values, pages.valid), values)
-        return {"mean": means, "codes": codes, "scale": scale, "value": value, "value_scale": value_scale}
+        return {
+            "mean": mean * unit.unsqueeze(-1),
+            "codes": codes,
+            "scale": scale,
+            "value": value,
+            "value_scale": value_scale,
+        }
 
     # --------------------------------------------------------------------------------------------- select and estimate
 
