@@ -23,7 +23,8 @@ class CacheStats:
         metadata_bytes: sum of `metadata`.
         metadata: table -> bytes, including zeros. Page directory and reference counts; padding and positions, if there is
             padding; page frame tables (page_slot, slot_page, slot_step), if pages live in the cpu tier; clustered pages and
-            tokens; chunk addresses for kernels. Temporary buffers of a step are not counted.
+            tokens; tensors that the method fits to sequences, also before the fit; chunk addresses for kernels. Temporary
+            buffers of a step are not counted.
         mandatory_frames: page frames for the pages that one step reads, over all sequences, KV heads and layers; 0 while all
             pages are in the compute tier.
         buffer_frames: further page frames, which hold pages for later steps. They are freed under memory pressure.
@@ -111,6 +112,7 @@ def stats_of(state: CacheState, counted: dict[str, int], tokens: int, dense_reas
     metadata = Counter(state.sequences.metadata)
     for store in stores:
         metadata.update(store.metadata(segments))
+        metadata["fitted tensors"] += state.sequences.batch_size * store.num_heads * store.budget.sequence_bytes
     return CacheStats(
         sequences=state.sequences.batch_size, tokens=tokens, pages=sum(store.pages_held() for store in stores),
         gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),

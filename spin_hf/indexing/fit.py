@@ -99,11 +99,12 @@ def forget_fits(state: CacheState) -> None:
         return
     sequences = state.sequences
     rows = unfitted_rows(state, sequences.spans.num_pages)
+    none_left = len(rows) == sequences.batch_size  # also without sequences
     for layer in state.layers:
-        if layer.fitted is None or not rows:
+        if layer.fitted is None or not (rows or none_left):
             continue
         layer.invalidate(0, sequences.length // sequences.page_size)
-        if len(rows) == sequences.batch_size or not sequences.length:
+        if none_left:
             layer.fitted = None
             continue
         fixed, held = _unfitted(layer, state.method), {name: tensor.clone() for name, tensor in layer.fitted.items()}

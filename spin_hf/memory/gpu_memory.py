@@ -85,7 +85,7 @@ class GpuMemory:
         method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
         budget = tier_budget(shape, dtype, method, options, None, num_layers, device)
         if device not in self.caps:
-            wanted = budget.resident_bytes(room[1])
+            wanted = budget.resident_bytes(*room[:2])
             least = budget.bytes_with(budget.step_frames(room[2]), *room)
             if self.given is None:
                 self._place(device, wanted, least)
@@ -195,7 +195,7 @@ class GpuMemory:
         room = self.state.sequences.first_room(batch_size, num_tokens)
         for device in list(self.caps):
             budgets = {store.budget for store in self._stores(device)}
-            wanted = max((budget.resident_bytes(room[1]) for budget in budgets), default=0)
+            wanted = max((budget.resident_bytes(*room[:2]) for budget in budgets), default=0)
             least = max((b.bytes_with(b.step_frames(room[2]), *room) for b in budgets), default=0)
             if self.given is None:
                 self._place(device, wanted, least)
@@ -293,8 +293,8 @@ class GpuMemory:
 
     def _resident(self, device: torch.device) -> int:
         """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
-        segments, stores = self.state.sequences.num_segments, self._stores(device)
-        inside = [store.budget.resident_bytes(segments) for store in stores if store.frames is None]
+        room, stores = (self.state.sequences.batch_size, self.state.sequences.num_segments), self._stores(device)
+        inside = [store.budget.resident_bytes(*room) for store in stores if store.frames is None]
         return self._share(max(inside), stores) if inside else 0
 
     def _least(self, stores: list[PageStore]) -> int:
@@ -383,8 +383,8 @@ class GpuMemory:
 
     def _wanted(self, device: torch.device) -> int:
         """Bytes with all pages in the compute tier."""
-        segments, stores = self.state.sequences.segments_in_use, self._stores(device)
-        return self._share(max((store.budget.resident_bytes(segments) for store in stores), default=0), stores)
+        room, stores = (self.state.sequences.batch_size, self.state.sequences.segments_in_use), self._stores(device)
+        return self._share(max((store.budget.resident_bytes(*room) for store in stores), default=0), stores)
 
     def _may_be_changed(self) -> bool:
         state, ident = self.state, threading.get_ident()

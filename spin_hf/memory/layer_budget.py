@@ -9,6 +9,8 @@ Layers, admission control (`memory/admission.py`) and `memory/plan.py` use the s
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..attention.methods.base import Method
@@ -72,10 +74,15 @@ def tier_budget(
         bytes_per_page(vector, *stored_as(name, dtype, quantized, own), method.pages_per_row.get(name, 1))
         for name, vector in method.summary_shapes(shape.key_dim, shape.value_dim).items()
     )
+    own_fitted = method.fitted_dtypes()
+    sequence_bytes = sum(
+        math.prod(tensor) * own_fitted.get(name, torch.float32).itemsize
+        for name, tensor in method.fitted_shapes(shape.key_dim, shape.value_dim).items()
+    )
     return TierBudget(
         num_layers=num_layers, num_heads=shape.num_heads, page_bytes=layout.row_bytes, host_page_bytes=host_layout.row_bytes,
         summary_bytes=summary_bytes, gpu_memory=gpu_memory, cpu_memory=options.cpu_memory,
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
-        clustering_bytes=sum(clustering_bytes(method).values()), selected=selected,
+        clustering_bytes=sum(clustering_bytes(method).values()), sequence_bytes=sequence_bytes, selected=selected,
         chunk_segments=segments if device.type == "cuda" else 1,
     )  # fmt: skip

@@ -222,6 +222,7 @@ def _sizes(
         rows, streams, frames = budget.rows(segments), batch_size * budget.num_heads, budget.num_frames(*room)
         parts["summaries"] += rows * budget.summary_bytes
         metadata.update({name: rows * each for name, each in clustering.items()})
+        metadata["fitted tensors"] += streams * budget.sequence_bytes
         if frames is None:
             parts["pages"] += rows * budget.page_bytes
         else:

@@ -170,9 +170,9 @@ class Manifest:
 
     def fitted_specs(self, index: int, layer: PagedLayer, method: Method) -> dict[str, TensorSpec]:
         """Tensors that the method fitted to the sequences, by their names in `Method.fitted_shapes`."""
-        each = self.batch_size, layer.num_heads
+        each, own = (self.batch_size, layer.num_heads), method.fitted_dtypes()
         return {
-            name: TensorSpec(f"layers.{index}.fitted.{name}", torch.float32, (*each, *shape))
+            name: TensorSpec(f"layers.{index}.fitted.{name}", own.get(name, torch.float32), (*each, *shape))
             for name, shape in method.fitted_shapes(layer.key_dim, layer.value_dim).items()
         }
 

@@ -2,6 +2,7 @@
 
     all pages fit the cap        pages live in the compute tier, nothing is ever loaded
     otherwise                    pages live in the cpu tier;  cap = summaries + tables + page frames + room to grow
+                                 (tables include what the method fits to sequences)
                                  frames = mandatory pages of a step + buffer pages
 
 A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and
@@ -32,6 +33,7 @@ class TierBudget:
         gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
         min_frames: fewest page frames per (sequence, KV head) with which a step can run.
         clustering_bytes: of one page of one KV head, for its token permutation; 0 for methods that do not cluster.
+        sequence_bytes: of one sequence and KV head, for tensors that the method fits to sequences; 0 for none.
         selected: pages per KV head that a step selects: a number, or a fraction of all pages.
         chunk_segments: allocation granularity in the compute tier, in segments; 1 if memory is committed on first write.
         most_frames: upper limit of page frames per (sequence, KV head); None for none.
@@ -46,6 +48,7 @@ class TierBudget:
     cpu_memory: int | None
     min_frames: int
     clustering_bytes: int = 0
+    sequence_bytes: int = 0
     selected: int | float = 0
     chunk_segments: int = 1
     most_frames: int | None = None
@@ -63,7 +66,7 @@ class TierBudget:
         """
         if self.gpu_memory is None:
             return coarsely(whole_segments(num_pages)) if paged else None
-        if not paged and self.resident_bytes(num_segments) <= self.gpu_memory:
+        if not paged and self.resident_bytes(batch_size, num_segments) <= self.gpu_memory:
             return None
         in_host = self.host_bytes(num_segments)
         if self.cpu_memory is not None and in_host > self.cpu_memory:
@@ -133,9 +136,10 @@ class TierBudget:
         """Rows, i.e. pages of all KV heads, in `num_segments` segments."""
         return num_segments * SEGMENT_PAGES * self.num_heads
 
-    def resident_bytes(self, num_segments: int) -> int:
+    def resident_bytes(self, batch_size: int, num_segments: int) -> int:
         """Bytes of all layers in the compute tier, with all pages there."""
-        return self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes) * self.num_layers
+        pages = self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes)
+        return (pages + batch_size * self.num_heads * self.sequence_bytes) * self.num_layers
 
     def host_bytes(self, num_segments: int) -> int:
         """Bytes of all layers in the cpu tier, with all pages there."""
@@ -143,7 +147,7 @@ class TierBudget:
 
     def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
         """Smallest `gpu_memory` in bytes that `num_frames` accepts; same arguments."""
-        resident = self.resident_bytes(num_segments)
+        resident = self.resident_bytes(batch_size, num_segments)
         if self.cpu_memory is not None and self.host_bytes(num_segments) > self.cpu_memory:
             return resident
         return min(resident, self.bytes_with(self.min_frames, batch_size, num_segments, num_pages))
@@ -177,7 +181,7 @@ class TierBudget:
 
     def _fixed_bytes(self, rows: int, streams: int, table_pages: int) -> int:
         """Bytes of one layer that do not depend on the number of frames."""
-        return rows * self._row_bytes + streams * table_pages * PAGE_SLOT_BYTES
+        return rows * self._row_bytes + streams * (table_pages * PAGE_SLOT_BYTES + self.sequence_bytes)
 
 
 def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int, num_pages: int) -> None:

@@ -186,7 +186,7 @@ def test_one_side_goes_to_the_cpu_tier(method: str) -> None:
     """Its pages become int8, and its summaries those of int8 pages. The other side keeps its own."""
     with poisoned_memory(), little_slack():
         driver = CacheDriver(
-            SHAPE, method=METHODS[method], budget=16, **SMALL_ZONES, gpu_memory=200_000, cpu_dtype="int8"
+            SHAPE, method=METHODS[method], budget=16, **SMALL_ZONES, gpu_memory=180_000, cpu_dtype="int8"
         )
         kv = RandomKV.random(SHAPE, 1, 700, 0)
         driver.step(kv, 0, 200)

@@ -139,7 +139,7 @@ def test_frames_that_are_made_by_and_by() -> None:
 def test_chunks_are_counted_whole(segments: int, chunk: int) -> None:
     whole = -(-segments // chunk) * chunk
     one, other = budget(10**6, chunk_segments=chunk), budget(10**6)
-    assert one.resident_bytes(segments) == other.resident_bytes(whole)
+    assert one.resident_bytes(1, segments) == other.resident_bytes(1, whole)
     assert one.bytes_with(7, 1, segments, 50) == other.bytes_with(7, 1, whole, 50)
     assert one.host_bytes(segments) == other.host_bytes(segments)
 

@@ -53,7 +53,7 @@ class Query:
         layer: index of the layer among the paged layers.
         positions: [B], int64: real tokens before the query. None unless the method `uses_positions`.
         page_tokens: [B, N], int64: tokens of each page that the query may attend to. The cache always fills it.
-        fitted: name -> [B, H, *shape], float32, of `Method.fitted_shapes`. None if the method fits nothing.
+        fitted: name -> [B, H, *shape], of `Method.fitted_shapes`. None if the method fits nothing.
     """
 
     states: Tensor
@@ -191,6 +191,10 @@ class Method(ABC):
 
     def fitted_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of tensors, per KV head, that a `ClusteringMethod` fits to each sequence. {} for none."""
+        return {}
+
+    def fitted_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtypes of tensors of `fitted_shapes`, by name; float32 for those that are missing."""
         return {}
 
     @abstractmethod

@@ -65,7 +65,7 @@ class ClusteringMethod(ABC):
         """
 
     def unfitted(self, head_dim: int, value_dim: int, device: torch.device) -> FittedTensors:
-        """The tensors of `fitted_shapes` before the fit, float32, the same for all KV heads. They are not written to."""
+        """The tensors of `fitted_shapes` before the fit, the same for all KV heads. They are not written to."""
         raise NotImplementedError(f"{type(self).__name__}: expected unfitted, as it has fitted_shapes; write it")
 
     def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
@@ -76,7 +76,7 @@ class ClusteringMethod(ABC):
                 `unit_pages`.
             observation_queries: as for `form_clusters`.
         Returns:
-            name -> [S, H, *shape], float32.
+            name -> [S, H, *shape].
         """
         raise NotImplementedError(f"{type(self).__name__}: expected fit, as it has fitted_shapes; write it")
 

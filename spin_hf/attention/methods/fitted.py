@@ -33,6 +33,8 @@ from .bisection import bisect_tokens, mean_shares, sink_pages
 from .clustering import ClusteringMethod, TokenClusters
 from .fitted_codes import Basis, num_coordinates
 
+_MATRICES = ("key_forward", "key_inverse", "value_axes")
+
 
 @dataclass(frozen=True)
 class Fitted(ClusteringMethod, Method):
@@ -53,6 +55,10 @@ class Fitted(ClusteringMethod, Method):
             "key_origin": (head_dim,), "key_forward": (head_dim, keys), "key_inverse": (head_dim, keys), "key_widths": (keys,),
             "value_origin": (value_dim,), "value_axes": (value_dim, values), "value_widths": (values,),
         }  # fmt: skip
+
+    def fitted_dtypes(self) -> dict[str, torch.dtype]:
+        """Matrices are bfloat16, whose rounding is small beside that of the codes."""
+        return dict.fromkeys(_MATRICES, torch.bfloat16)
 
     def unfitted(self, head_dim: int, value_dim: int, device: torch.device) -> FittedTensors:
         """The fixed basis."""
@@ -141,17 +147,19 @@ class Fitted(ClusteringMethod, Method):
 
 def _tensors(keys: Basis, values: Basis) -> FittedTensors:
     """The tensors of `Fitted.fitted_shapes`."""
-    return {
+    made = {
         "key_origin": keys.origin, "key_forward": keys.forward, "key_inverse": keys.inverse, "key_widths": keys.widths,
         "value_origin": values.origin, "value_axes": values.forward, "value_widths": values.widths,
     }  # fmt: skip
+    return {name: tensor.bfloat16() if name in _MATRICES else tensor for name, tensor in made.items()}
 
 
 def _bases(held: FittedTensors | None) -> tuple[Basis, Basis]:
     """The bases of keys and of values in tensors of `Fitted.fitted_shapes`."""
     assert held is not None
-    keys = Basis(held["key_origin"], held["key_forward"], held["key_inverse"], held["key_widths"])
-    return keys, Basis(held["value_origin"], held["value_axes"], held["value_axes"], held["value_widths"])
+    forward, inverse, axes = (held[name].float() for name in _MATRICES)
+    keys = Basis(held["key_origin"], forward, inverse, held["key_widths"])
+    return keys, Basis(held["value_origin"], axes, axes, held["value_widths"])
 
 
 @lru_cache(maxsize=64)
