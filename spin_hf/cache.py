@@ -59,7 +59,8 @@ class SpinCache(CacheCopies, LinearStates):
         model: the model, or its config. Given a model, `config._attn_implementation` is "spin" during its calls that carry
             the cache. Given a config, it stays "spin" until the cache's first forward has shown which model runs it. Calls
             without a `SpinCache` use the model's original implementation.
-        method: "bisection", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`, `SeerAttention(gates)`.
+        method: "bisection", "fitted", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`,
+            `SeerAttention(gates)`.
         budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
             the context in (0, 1]. Rounded up to whole pages.
         num_sink_tokens, recent_window: first and last tokens that are always attended to. Rounded up to whole pages.

@@ -110,7 +110,7 @@ def test_what_memory_says_is_what_plan_says() -> None:
         )
 
     assert f"```\n{plan('shadowkv', 4, gpu_memory='8GiB')}\n```" in text
-    for method in ("shadowkv", "quest", "retroinfer", "bisection"):
+    for method in ("shadowkv", "quest", "retroinfer", "bisection", "fitted"):
         parts = plan(method, 1).parts
         summaries, share = parts["summaries"] / 2**30, parts["summaries"] / parts["pages"]
         assert f"| `{method}` | {summaries:.1f} GiB | {100 * share:.0f} %" in text
