@@ -65,10 +65,16 @@ class Fitted(ClusteringMethod, Method):
         return _unfitted(head_dim, value_dim, device)
 
     def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
-        """The basis of clustered tokens."""
+        """The basis of clustered tokens. The fixed one for KV heads with keys, values or queries that are not finite."""
         queries = None if observation_queries is None else observation_queries.flatten(2, 3)
-        key_basis = fitted_codes.fit_keys(keys.flatten(2, 3), queries)
-        return _tensors(key_basis, fitted_codes.fit_values(values.mean(3, dtype=torch.float32)))
+        means = values.mean(3, dtype=torch.float32)
+        made = _tensors(fitted_codes.fit_keys(keys.flatten(2, 3), queries), fitted_codes.fit_values(means))
+        finite = torch.stack([tensor.isfinite().flatten(2).all(2) for tensor in made.values()]).all(0)
+        fixed = _unfitted(keys.shape[-1], values.shape[-1], keys.device)
+        return {
+            name: tensor.where(finite[(...,) + (None,) * (tensor.dim() - 2)], fixed[name])
+            for name, tensor in made.items()
+        }
 
     # ---------------------------------------------------------------------------------------------------------- index
 

@@ -103,7 +103,9 @@ def fit_keys(keys: Tensor, observation_queries: Tensor | None) -> Basis:
     if observation_queries is None:
         root = torch.eye(dim, device=keys.device).expand_as(covariance)
     else:
-        root = torch.linalg.cholesky(_moment(observation_queries.float()))
+        root = torch.linalg.cholesky_ex(
+            _moment(observation_queries.float())
+        ).L  # waits for no device, and does not raise
     axes, variances = _main_axes(root.mT @ covariance @ root)
     inverse = torch.linalg.solve_triangular(root.mT, axes, upper=True)
     return Basis(keys.mean(-2), *_with_quarters(root @ axes, inverse, variances))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import Fitted, OptionError, SpinCache
+from spin_hf import Fitted, OptionError, SavedCacheError, SpinCache
 from spin_hf.attention.methods import KernelRecipe, Rating, fitted_codes
 from spin_hf.attention.methods.base import check_recipe
 from spin_hf.backends.reference import ReferenceBackend
@@ -27,7 +27,7 @@ from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_me
 from tests.support.clustered_pages import span_ends
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.inspection import forward_of, state_of
-from tests.support.saved_caches import assert_goes_on, prefilled
+from tests.support.saved_caches import assert_goes_on, change_json, prefilled, read_json
 from tests.support.zoo import subject_model
 
 SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=8, value_dim=6)
@@ -372,6 +372,44 @@ def test_it_is_saved(tokens: int, padded: bool, tmp_path: Path) -> None:
         assert equal(fits_of(restored), fits_of(cache))
     restored.check_integrity()
     assert_goes_on(subject_model("llama"), cache, restored)
+
+
+def test_saved_files_that_contradict_the_method(tmp_path: Path) -> None:
+    def setting(value: bool | None) -> Any:
+        def change(content: dict[str, Any]) -> None:
+            for layer in content["layers"]:
+                layer.pop("fitted", None)
+                if value is not None:
+                    layer["fitted"] = value
+
+        return change
+
+    model = subject_model("llama")
+    prefilled("llama", method=Small(), tokens=150).save_pretrained(tmp_path)
+    assert all(layer["fitted"] for layer in read_json(tmp_path)["layers"])
+    for value, expected in ((False, "only if it is true"), (None, "bytes in")):
+        change_json(tmp_path, setting(value))
+        with pytest.raises(SavedCacheError, match=expected):
+            SpinCache.from_pretrained(tmp_path, model, Small())
+    prefilled("llama", method="shadowkv").save_pretrained(tmp_path)
+    assert not any("fitted" in layer for layer in read_json(tmp_path)["layers"])
+    change_json(tmp_path, setting(True))
+    with pytest.raises(SavedCacheError, match="no fitted tensors in layer 0, as the method fits none"):
+        SpinCache.from_pretrained(tmp_path, model)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_are_not_finite_stay_in_their_sequence(number: float) -> None:
+    kv, bad = (RandomKV.random(SHAPE, 2, 130, seed=12) for _ in range(2))
+    for states in (bad.keys[0], bad.values[1], bad.queries[1]):
+        states[1, 1, 50:100] = number
+    drivers = [new_driver(each, 120) for each in (kv, bad)]
+    for stop in range(121, 130):
+        ours, theirs = (driver.step(each, stop - 1, stop) for driver, each in zip(drivers, (bad, kv), strict=True))
+        assert all(torch.equal(one[0], other[0]) for one, other in zip(ours, theirs, strict=True))
+    fits = [fits_of(driver.cache)[0] for driver in drivers]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(*(held.values() for held in fits), strict=True))
+    assert all(bool(tensor.isfinite().all()) for tensor in fits[1].values())
 
 
 def test_a_fit_without_queries_and_any_head_size() -> None:
