@@ -4,9 +4,12 @@
                        StepKernels 1    binding: none       graphs { ... }
 
 A captured graph holds the addresses of the buffers of its `StepKernels`, and finds everything of a cache through descriptors.
-So it serves any cache for which the descriptors are written. A cache takes kernels over for its first forward: those that no
-cache owns, or those of a cache that is not within a forward. Then it needs no eager step and no capture. A cache that has lost
-its kernels makes its own at its next forward. So two caches that step in turn do not take them from each other forever.
+So it serves any cache for which the descriptors are written. Windows and linear states of unpaged layers are first copied to
+tensors of the graph (`graph/static_states.py`).
+
+A cache takes kernels over for its first forward: those that no cache owns, or those of a cache that is not within a forward.
+Then it needs no eager step and no capture. A cache that has lost its kernels makes its own at its next forward. So two caches
+that step in turn do not take them from each other forever.
 
 Kernels without an owner stay for the next cache, as long as the model lives.
 """
@@ -75,6 +78,9 @@ class KernelPool:
                 before = chosen.binding.owner
                 if before is not None:
                     before.store(chosen)
+                for graph in chosen.graphs.values():
+                    if graph is not None:
+                        graph.detach()
             chosen.bind(Binding(owner.state, owner))
             self._kernels.append(chosen)
             unowned = [each for each in self._kernels if each.binding.owner is None]
