@@ -51,8 +51,8 @@ class KernelPool:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         """Held while kernels are taken. Finalizers of caches do not take it: they only end bindings."""
-        self.guard: Any = None
-        """The guard of the model (`graph/eligibility.py`) that all graphs were captured under."""
+        self.record: Any = None
+        """The model as it was when the graphs were captured (`graph/eligibility.py`)."""
         self.refused: str | None = None
         """Why steps of the model could not be captured; None if no capture has failed."""
         self._kernels: list[StepKernels] = []
@@ -95,12 +95,12 @@ class KernelPool:
         idle = [kernels for kernels, owner in alike if may_take_over and owner is not None and not owner.is_busy]
         return next(iter(unowned + idle), None)
 
-    def replace_guard(self, guard: Any) -> None:
-        """Drop all captured graphs, as the model has changed, and take its new guard."""
+    def forget_graphs(self, record: Any) -> None:
+        """Drop all captured graphs, as the model has changed. `record` is of the model as it is now."""
         with self.lock:
             for each in self._kernels:
                 each.graphs.clear()
-            self.guard, self.refused = guard, None
+            self.record, self.refused = record, None
 
     def number_of(self, layout: Any) -> int:
         """A number for a layout of pages, which is long, as a part of keys: equal for equal layouts."""

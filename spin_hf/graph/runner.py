@@ -42,7 +42,7 @@ from ..integration.forward_hook import new_inputs
 from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
-from .eligibility import ModelGuard, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
+from .eligibility import ModelGuard, ModelRecord, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
 from .replay_check import ReplayCheck
 from .static_states import StaticStates, advance, layout_of, overwritten, windows_of
 
@@ -145,6 +145,8 @@ class GraphRunner:
         self.layers, self.passes, self.log = layers, passes, log
         self.state: CacheState = passes.state
         self.watch: ModelGuard | None = None
+        self.record: ModelRecord | None = None
+        """The pool's record of the model when `watch` was compared with it."""
         self.replay_check = ReplayCheck()
         self.kernels: list[Any] = []
         self.held: list[Any] = []
@@ -317,13 +319,17 @@ class GraphRunner:
     def _guard_of(self, model: nn.Module) -> ModelGuard:
         """The guard of the model. Drops all graphs if the model has changed since they were captured."""
         kernels, pool = self.passes.backends.in_use(), self.passes.backends.pool
-        if pool.guard is None or not pool.guard.unchanged():
-            pool.replace_guard(ModelGuard(model))
-        if self.watch is not pool.guard or self.held != self.layers or self.kernels != kernels:
-            self.watch, self.kernels, self.held = pool.guard, kernels, list(self.layers)
+        changed = self.watch is None or not self.watch.unchanged()
+        if changed or self.watch is None:
+            self.watch = ModelGuard(model)
+        if changed or self.record is not pool.record:  # another cache may have seen another change
+            if pool.record is None or not pool.record.describes(self.watch):
+                pool.forget_graphs(ModelRecord(self.watch))
+            self.record, changed = pool.record, True
+        if changed or self.held != self.layers or self.kernels != kernels:
+            self.kernels, self.held = kernels, list(self.layers)
             self.unpaged, self._layout = overwritten(self.layers), None
             self.refused = reason_not_captured(model, self.layers, self.state) or pool.refused
-        assert self.watch is not None
         return self.watch
 
     def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:

@@ -285,3 +285,23 @@ def test_forks_and_copies_are_replayed_at_once() -> None:
         assert FakeRecorder.replays == before + STEPS
         twin.check_integrity()
     document.check_integrity()
+
+
+@pytest.mark.parametrize("change", ["weight", "module"])
+def test_weights_that_a_model_has_lost_are_freed(change: str) -> None:
+    """Also while no cache lives to notice the change."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    old = weakref.ref(model.lm_head.weight)
+    del cache
+    gc.collect()
+    if change == "weight":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    else:
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    gc.collect()
+    assert old() is None
+    with eagerly(model):
+        expected = _feed(model, _read(model), PROMPT, 3)
+    torch.testing.assert_close(_feed(model, _read(model), PROMPT, 3), expected, rtol=0, atol=1e-4)
