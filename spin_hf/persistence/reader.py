@@ -11,6 +11,7 @@ through a buffer only if its pages change their layout or go to a GPU.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -25,9 +26,12 @@ from ..indexing import cluster
 from ..indexing.fit import fits
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
+from ..storage.chunked_array import ChunkedArray
 from ..storage.clustered_spans import ClusteredSpans
 from ..storage.host_register import wait_for_stream
 from ..storage.padding_mask import TokenMask
+from ..storage.pinned_slab import slab_key
+from ..storage.slabs_ahead import slabs_ahead
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
@@ -160,7 +164,7 @@ class SavedCache(OpenCache):
         others: list[tuple[OtherLayer, int, dict[str, PlainTensor]]] = []
         fitted: dict[int, dict[str, PlainTensor]] = {}
         by_index = {layer.layer_idx: layer for layer in state.layers}
-        with self.reader() as reading:  # reads one layer while the next one's memory is allocated
+        with ExitStack() as ahead, self.reader() as reading:  # reads one layer while the next one's memory is allocated
             for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
                 if isinstance(entry, PagedLayer):
                     reading.submit(self.reads(self._allocated(index, entry, layer, device)))
@@ -170,6 +174,8 @@ class SavedCache(OpenCache):
                         reading.submit(
                             self.reads({specs[name].name: held.fill for name, held in fitted[index].items()})
                         )
+                    if layer.store.is_registered and index == state.layers[0].layer_idx:
+                        ahead.enter_context(_memory_of_other_layers(layer.store.backing, len(state.layers) - 1))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
                     reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
@@ -246,6 +252,12 @@ class SavedCache(OpenCache):
                 cluster.check_integrity(state)
         except CacheStateError as error:
             raise RefusedError("clusters of tokens within their spans", f"other ones ({error})") from error
+
+
+def _memory_of_other_layers(pages: ChunkedArray, count: int) -> AbstractContextManager[None]:
+    """Within this context, host memory for the pages of `count` other layers like this one is page-locked ahead."""
+    key = slab_key(len(pages.chunks), pages.rows_per_chunk * pages.row_bytes, pages.compute_device)
+    return slabs_ahead(count, key)
 
 
 def _placed(table: Tensor | None, device: torch.device) -> Tensor | None:

@@ -129,6 +129,22 @@ def test_forks_and_copies(replays: list[int]) -> None:
     document.check_integrity()
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "gpt_oss"])
+def test_windows_and_linear_states(family: str, replays: list[int]) -> None:
+    """Of three caches, which take over the kernels from each other; each goes on afterwards."""
+    models = [build_model(family).cuda().eval() for _ in range(4)]
+    ids, caches, got = [_ids(seed) for seed in (11, 12, 13)], [], []
+    for each in ids:
+        before, cache = len(replays), _read(models[3], each)
+        got.append([_steps(models[3], cache, each, count=STEPS // 2)])
+        assert len(replays) == before + STEPS // 2 - (not caches)  # the first step of all is eager
+        caches.append(cache)
+    for number, cache in enumerate(caches):
+        got[number].append(_steps(models[3], cache, ids[number], PROMPT + STEPS // 2, STEPS // 2))
+        alone = _steps(models[number], _read(models[number], ids[number]), ids[number])
+        torch.testing.assert_close(torch.cat(got[number], 1), alone, rtol=0, atol=1e-4)
+
+
 def test_memory_of_a_cache_that_ends() -> None:
     """Its pages are freed. What stays for the next cache is small."""
     model, ids = build_model("llama").cuda().eval(), _ids(8, 40_000)

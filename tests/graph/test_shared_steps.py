@@ -236,14 +236,41 @@ def test_a_changed_model_drops_the_graphs_of_all_caches() -> None:
     assert FakeRecorder.replays == before + 2  # the first step of the changed model is eager
 
 
-def test_caches_with_windows_share_nothing() -> None:
-    """A graph of theirs holds the addresses of their windows."""
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+def test_windows_and_linear_states_are_those_of_each_cache(family: str) -> None:
+    """A graph has one set of tensors for them."""
+    model = _model(family)
+    prompts = [random_tokens(1, PROMPT + 12, seed=seed) for seed in (3, 4, 5)]
+    with eagerly(model):
+        expected = [_feed(model, _read(model, each), PROMPT, 6, each) for each in prompts]
+    first = _read(model, prompts[0])
+    actual = [[_feed(model, first, PROMPT, 3, prompts[0])]]
+    before = FakeRecorder.replays
+    second = _read(model, prompts[1])
+    actual.append([_feed(model, second, PROMPT, 3, prompts[1])])
+    assert FakeRecorder.replays == before + 3
+    third = second.fork()
+    third.reset()
+    with torch.no_grad():
+        model(prompts[2][:, :PROMPT], past_key_values=third)
+    actual.append([_feed(model, third, PROMPT, 3, prompts[2])])
+    for number, cache in enumerate((first, second, third)):  # each lost its kernels, or did not
+        actual[number].append(_feed(model, cache, PROMPT + 3, 3, prompts[number]))
+    for logits, alone in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.cat(logits, 1), alone, rtol=0, atol=1e-4)
+
+
+def test_windows_after_a_change_of_the_batch() -> None:
+    """The kernels for the old batch serve another cache, while this one lives on."""
     model = _model("gemma3_text")
-    ids = random_tokens(1, PROMPT + 8, seed=3)
-    first, second = _read(model, ids), _read(model, ids)
-    for cache in (first, second):
-        _feed(model, cache, PROMPT, 3, ids)
-    assert forward_of(first).backends.pool is not forward_of(second).backends.pool
+    ids = random_tokens(2, PROMPT + 12, seed=6)
+    with eagerly(model):
+        expected = _feed(model, _read(model, ids), PROMPT, 7, ids)
+    first = _read(model, ids)
+    _feed(model, first, PROMPT, 3, ids)
+    first.batch_select_indices(torch.tensor([1]))
+    _feed(model, _read(model, ids.flip(1)), PROMPT, 3, ids.flip(1))
+    torch.testing.assert_close(_feed(model, first, PROMPT + 3, 4, ids[1:]), expected[1:, 3:], rtol=0, atol=1e-4)
 
 
 def test_forks_and_copies_are_replayed_at_once() -> None:
@@ -258,3 +285,23 @@ def test_forks_and_copies_are_replayed_at_once() -> None:
         assert FakeRecorder.replays == before + STEPS
         twin.check_integrity()
     document.check_integrity()
+
+
+@pytest.mark.parametrize("change", ["weight", "module"])
+def test_weights_that_a_model_has_lost_are_freed(change: str) -> None:
+    """Also while no cache lives to notice the change."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    old = weakref.ref(model.lm_head.weight)
+    del cache
+    gc.collect()
+    if change == "weight":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    else:
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    gc.collect()
+    assert old() is None
+    with eagerly(model):
+        expected = _feed(model, _read(model), PROMPT, 3)
+    torch.testing.assert_close(_feed(model, _read(model), PROMPT, 3), expected, rtol=0, atol=1e-4)
