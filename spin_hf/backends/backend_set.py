@@ -121,8 +121,9 @@ class BackendSet:
         """What determines the buffers and the launches of kernels, the layout of pages left out."""
         options, method, recipe = self.state.options, self.state.method, recipe_of(self.state.method)
         assert recipe is not None
+        projects = _Identity(method) if recipe.projects_queries else None  # graphs hold the addresses of its tensors
         return (
-            place, batch_size, len(self.state.layers), recipe, method if recipe.projects_queries else None, method.page_size,
+            place, batch_size, len(self.state.layers), recipe, projects, method.page_size,
             options.budget, options.num_sink_tokens, options.recent_window, options.dense_below, options.tuning,
         )  # fmt: skip
 
@@ -164,6 +165,19 @@ class BackendSet:
         memo[id(self)] = twin
         twin._counted = self.counted()
         return twin
+
+
+class _Identity:
+    """An object as a part of a key: equal to itself only, whatever its own `==` says."""
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
 
 
 def _counts(counters: Tensor) -> dict[str, int]:

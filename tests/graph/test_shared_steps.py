@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from spin_hf.backends import kernel_pool
 from tests.support.clustering_methods import little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import forward_of, kernels_of
+from tests.support.seer_gates import gates_for
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
 pytestmark = [
@@ -172,6 +174,22 @@ def test_what_a_graph_depends_on_is_not_shared() -> None:
     assert FakeRecorder.replays == before + 1
     alone = _read(_model())
     assert kernels_of(alone) != kernels_of(first)
+
+
+def test_gates_that_were_trained_anew_are_not_the_old_ones(tmp_path: Path) -> None:
+    """Of methods that are equal, as their gates have the same path. A graph holds the addresses of gates."""
+    model = _model()
+    methods = [gates_for(model, tmp_path, seed=seed) for seed in (0, 1)]
+    assert methods[0] == methods[1]
+    gates_for(model, tmp_path, seed=0)
+    first = _read(model, method=methods[0], budget=64)
+    _feed(model, first, PROMPT, 3)
+    gates_for(model, tmp_path, seed=1)
+    with eagerly(model):
+        expected = _feed(model, _read(model, method=methods[1], budget=64), PROMPT, 3)
+    second = _read(model, method=methods[1], budget=64)
+    torch.testing.assert_close(_feed(model, second, PROMPT, 3), expected, rtol=0, atol=1e-4)
+    assert kernels_of(second) != kernels_of(first)
 
 
 def test_a_busy_cache_keeps_its_kernels() -> None:
