@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.backends import kernel_pool
+from spin_hf.backends import backend_set, kernel_pool
+from spin_hf.errors import CapacityError
 from tests.support.clustering_methods import little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
-from tests.support.inspection import forward_of, kernels_of
+from tests.support.inspection import counted_by_kernels, forward_of, kernels_of
 from tests.support.seer_gates import gates_for
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
@@ -101,6 +102,30 @@ def test_the_second_cache_is_replayed_from_its_first_step(mode: str) -> None:
     assert first.stats().sparse_queries == 3 * 2 * 2 * 2  # steps, layers, sequences, KV heads
 
 
+def test_another_cache_has_seen_another_model() -> None:
+    """In between: as a reference model that is the same model with its adapter disabled. The first cache gets its kernels back.
+
+    Their graph then belongs to weights that the model has no longer, while the first cache finds the model unchanged.
+    """
+    model = _model()
+    first = _read(model)
+    _feed(model, first, PROMPT, 3)
+    (kernels,), weight = kernels_of(first), model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(weight.detach() * 2)
+    second = _read(model)
+    _feed(model, second, PROMPT, 3)
+    assert kernels_of(second) == [kernels]
+    del second
+    gc.collect()
+    model.lm_head.weight = weight
+    before = FakeRecorder.replays
+    _feed(model, first, PROMPT + 3, 1)
+    assert kernels_of(first) == [kernels]
+    assert FakeRecorder.replays == before  # eager: the graphs are gone
+    _feed(model, first, PROMPT + 4, 2)
+    assert FakeRecorder.replays == before + 2
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_caches_in_turn_have_kernels_of_their_own(padded: bool) -> None:
     """The one that has lost its kernels makes new ones at its next step, and loses them no more."""
@@ -151,6 +176,27 @@ def test_a_cache_that_goes_on_counts_on() -> None:
     )
     assert stats.loads > 0
     first.check_integrity()
+
+
+def test_counts_are_kept_where_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another batch size; a step is tried twice before there is room."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    held, ids = counted_by_kernels(cache), IDS.repeat_interleave(2, 0)
+    cache.batch_repeat_interleave(2)
+
+    def no_room(*args: Any) -> None:
+        raise CapacityError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend_set, "StepKernels", no_room)
+        for _ in range(2):
+            with pytest.raises(CapacityError, match="no room"):
+                _feed(model, cache, PROMPT + 3, 1, ids)
+            assert counted_by_kernels(cache) == held
+    _feed(model, cache, PROMPT + 3, 1, ids)
+    assert counted_by_kernels(cache)["QUERIES"] == held["QUERIES"] * 5 // 3  # four sequences instead of two
 
 
 def test_what_a_graph_depends_on_is_not_shared() -> None:
