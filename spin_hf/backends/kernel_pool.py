@@ -41,8 +41,8 @@ class Owner(Protocol):
     is_busy: bool
     """Whether a forward is in progress."""
 
-    def store(self, kernels: StepKernels) -> None:
-        """Keep what the kernels leave for the owner's next step, as another one takes them over."""
+    def on_taken_over(self, kernels: StepKernels) -> None:
+        """Called before another owner takes over kernels: keep what they leave for the next step."""
 
 
 class KernelPool:
@@ -53,11 +53,10 @@ class KernelPool:
         """Held while kernels are taken. Finalizers of caches do not take it: they only end bindings."""
         self.record: Any = None
         """The model as it was when the graphs were captured (`graph/eligibility.py`)."""
-        self.refused: str | None = None
-        """Why steps of the model could not be captured; None if no capture has failed."""
         self._kernels: list[StepKernels] = []
         """The least recently taken ones first."""
         self._numbers: dict[Any, int] = {}
+        """Layout -> the number that `number_of` gave it."""
 
     def take(self, key: Any, owner: Owner, may_take_over: bool, make: Callable[[], StepKernels]) -> StepKernels:
         """Kernels that belong to `owner` from now on, until it ends their binding or another one takes them over.
@@ -77,7 +76,7 @@ class KernelPool:
                 _wait_for_stream_of(chosen)
                 before = chosen.binding.owner
                 if before is not None:
-                    before.store(chosen)
+                    before.on_taken_over(chosen)
                 for graph in chosen.graphs.values():
                     if graph is not None:
                         graph.detach()
@@ -100,7 +99,7 @@ class KernelPool:
         with self.lock:
             for each in self._kernels:
                 each.graphs.clear()
-            self.record, self.refused = record, None
+            self.record = record
 
     def number_of(self, layout: Any) -> int:
         """A number for a layout of pages, which is long, as a part of keys: equal for equal layouts."""

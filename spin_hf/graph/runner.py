@@ -214,7 +214,7 @@ class GraphRunner:
             if isinstance(error, torch.OutOfMemoryError):
                 captured.pop(key, None)  # the next step of this shape runs eagerly, the one after it is captured again
             else:
-                self.refused = self.passes.backends.pool.refused = reason
+                self.refused = reason
             _warn(model, reason)
             return self._eager(forward, kwargs)
         except BaseException:
@@ -242,6 +242,7 @@ class GraphRunner:
             and not self.unpaged
             and self.layers == self.held
             and self.kernels == self.passes.backends.in_use()
+            and self.record is self.passes.backends.pool.record  # no cache has seen another model since
             and self.watch.is_safe()
         )
 
@@ -319,18 +320,19 @@ class GraphRunner:
     def _guard_of(self, model: nn.Module) -> ModelGuard:
         """The guard of the model. Drops all graphs if the model has changed since they were captured."""
         kernels, pool = self.passes.backends.in_use(), self.passes.backends.pool
-        changed = self.watch is None or not self.watch.unchanged()
-        if changed or self.watch is None:
-            self.watch = ModelGuard(model)
-        if changed or self.record is not pool.record:  # another cache may have seen another change
-            if pool.record is None or not pool.record.describes(self.watch):
-                pool.forget_graphs(ModelRecord(self.watch))
-            self.record, changed = pool.record, True
-        if changed or self.held != self.layers or self.kernels != kernels:
+        watch = self.watch
+        if watch is None or not watch.unchanged():
+            watch, self.record = ModelGuard(model), None
+        seen = self.record
+        if seen is None or seen is not pool.record:  # another cache may have seen another change
+            if pool.record is None or not pool.record.describes(watch):
+                pool.forget_graphs(ModelRecord(watch))
+            self.watch, self.record = watch, pool.record
+        if seen is not self.record or self.held != self.layers or self.kernels != kernels:
             self.kernels, self.held = kernels, list(self.layers)
             self.unpaged, self._layout = overwritten(self.layers), None
-            self.refused = reason_not_captured(model, self.layers, self.state) or pool.refused
-        return self.watch
+            self.refused = reason_not_captured(model, self.layers, self.state)
+        return watch
 
     def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
         padded = self.state.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))

@@ -25,7 +25,7 @@ from .strict_json import RefusedError
 
 _MOST_THREADS = 16
 _READ_BYTES = 8 << 20
-"""Bytes that a thread reads at a time, in whole pieces. Each takes the interpreter's lock for some 100 microseconds."""
+"""Bytes of whole pieces that share one buffer and one copy to a GPU. Each takes the interpreter's lock for some 100 µs."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"

@@ -11,6 +11,7 @@ through a buffer only if its pages change their layout or go to a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -38,7 +39,7 @@ from .contents import arrays_of
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
 from .fingerprint import check_same, fingerprint
-from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer, pages_dtype
+from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
 from .strict_json import RefusedError
@@ -175,7 +176,8 @@ class SavedCache(OpenCache):
                             self.reads({specs[name].name: held.fill for name, held in fitted[index].items()})
                         )
                     if layer.store.is_registered and index == state.layers[0].layer_idx:
-                        ahead.enter_context(_memory_of_other_layers(layer.store.backing, len(state.layers) - 1))
+                        alike = later_layers_alike(made.layers, devices, index)
+                        ahead.enter_context(_memory_ahead(layer.store.backing, alike))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
                     reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
@@ -254,7 +256,13 @@ class SavedCache(OpenCache):
             raise RefusedError("clusters of tokens within their spans", f"other ones ({error})") from error
 
 
-def _memory_of_other_layers(pages: ChunkedArray, count: int) -> AbstractContextManager[None]:
+def later_layers_alike(entries: Sequence[Layer], devices: Sequence[torch.device], index: int) -> int:
+    """How many layers behind layer `index` have pages of the same sizes on the same device."""
+    first, *later = zip(entries[index:], devices[index:], strict=False)
+    return sum(other == first for other in later)
+
+
+def _memory_ahead(pages: ChunkedArray, count: int) -> AbstractContextManager[None]:
     """Within this context, host memory for the pages of `count` other layers like this one is page-locked ahead."""
     key = slab_key(len(pages.chunks), pages.rows_per_chunk * pages.row_bytes, pages.compute_device)
     return slabs_ahead(count, key)

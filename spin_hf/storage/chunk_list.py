@@ -1,7 +1,7 @@
 """The chunks of an array, as views of slabs: a slab is one allocation of adjacent chunks.
 
     slabs    [ 0 | 1 | 2 | 3 ]   [ 4 | 5 ]        tensors [chunks, rows, *row_shape]
-    chunks     0   1   2   3       4   5          views [rows, *row_shape], made when they are asked for
+    chunks     0   1   2   3       4   5          views [rows, *row_shape], made on access
 
 A long context has thousands of chunks in each layer and a few slabs. So views are not kept.
 """

@@ -11,7 +11,7 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.graph.runner import CapturedStep
-from tests.support.inspection import forward_of, kernels_of
+from tests.support.inspection import kernels_of
 from tests.support.threads import in_threads
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
@@ -176,4 +176,7 @@ def test_threads_with_one_model() -> None:
     in_threads(count, work)
     for number in range(count):
         torch.testing.assert_close(got[number], expected[number].cpu(), rtol=0, atol=1e-4)
-    assert forward_of(_read(model, ids[0])).backends.pool.refused is None
+    cache = _read(model, ids[0])
+    _steps(model, cache, ids[0], count=1)
+    assert cache.calls.steps is not None
+    assert cache.calls.steps.refused is None

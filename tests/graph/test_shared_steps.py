@@ -12,16 +12,19 @@ import sys
 import weakref
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.backends import kernel_pool
+from spin_hf.backends import backend_set, kernel_pool
+from spin_hf.errors import CapacityError
 from tests.support.clustering_methods import little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
-from tests.support.inspection import forward_of, kernels_of
+from tests.support.inspection import counted_by_kernels, forward_of, kernels_of
+from tests.support.seer_gates import gates_for
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
 pytestmark = [
@@ -77,7 +80,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sweep(keep=["shadowkv", "bisection"])
+@pytest.mark.sweep(keep=[0, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_second_cache_is_replayed_from_its_first_step(mode: str) -> None:
     model, options = _model(), MODES[mode]
@@ -96,7 +99,31 @@ def test_the_second_cache_is_replayed_from_its_first_step(mode: str) -> None:
     second.check_integrity()
     stats, counted = second.stats(), alone.stats()
     assert (stats.sparse_queries, stats.attended_tokens) == (counted.sparse_queries, counted.attended_tokens)
-    assert first.stats().sparse_queries == 3 * 2 * 2  # steps, layers, sequences
+    assert first.stats().sparse_queries == 3 * 2 * 2 * 2  # steps, layers, sequences, KV heads
+
+
+def test_another_cache_has_seen_another_model() -> None:
+    """In between: as a reference model that is the same model with its adapter disabled. The first cache gets its kernels back.
+
+    Their graph then belongs to weights that the model has no longer, while the first cache finds the model unchanged.
+    """
+    model = _model()
+    first = _read(model)
+    _feed(model, first, PROMPT, 3)
+    (kernels,), weight = kernels_of(first), model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(weight.detach() * 2)
+    second = _read(model)
+    _feed(model, second, PROMPT, 3)
+    assert kernels_of(second) == [kernels]
+    del second
+    gc.collect()
+    model.lm_head.weight = weight
+    before = FakeRecorder.replays
+    _feed(model, first, PROMPT + 3, 1)
+    assert kernels_of(first) == [kernels]
+    assert FakeRecorder.replays == before  # eager: the graphs are gone
+    _feed(model, first, PROMPT + 4, 2)
+    assert FakeRecorder.replays == before + 2
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -151,6 +178,27 @@ def test_a_cache_that_goes_on_counts_on() -> None:
     first.check_integrity()
 
 
+def test_counts_are_kept_where_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another batch size; a step is tried twice before there is room."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    held, ids = counted_by_kernels(cache), IDS.repeat_interleave(2, 0)
+    cache.batch_repeat_interleave(2)
+
+    def no_room(*args: Any) -> None:
+        raise CapacityError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend_set, "StepKernels", no_room)
+        for _ in range(2):
+            with pytest.raises(CapacityError, match="no room"):
+                _feed(model, cache, PROMPT + 3, 1, ids)
+            assert counted_by_kernels(cache) == held
+    _feed(model, cache, PROMPT + 3, 1, ids)
+    assert counted_by_kernels(cache)["QUERIES"] == held["QUERIES"] * 5 // 3  # four sequences instead of two
+
+
 def test_what_a_graph_depends_on_is_not_shared() -> None:
     model = _model()
     first = _read(model)
@@ -172,6 +220,22 @@ def test_what_a_graph_depends_on_is_not_shared() -> None:
     assert FakeRecorder.replays == before + 1
     alone = _read(_model())
     assert kernels_of(alone) != kernels_of(first)
+
+
+def test_gates_that_were_trained_anew_are_not_the_old_ones(tmp_path: Path) -> None:
+    """Of methods that are equal, as their gates have the same path. A graph holds the addresses of gates."""
+    model = _model()
+    methods = [gates_for(model, tmp_path, seed=seed) for seed in (0, 1)]
+    assert methods[0] == methods[1]
+    gates_for(model, tmp_path, seed=0)
+    first = _read(model, method=methods[0], budget=64)
+    _feed(model, first, PROMPT, 3)
+    gates_for(model, tmp_path, seed=1)
+    with eagerly(model):
+        expected = _feed(model, _read(model, method=methods[1], budget=64), PROMPT, 3)
+    second = _read(model, method=methods[1], budget=64)
+    torch.testing.assert_close(_feed(model, second, PROMPT, 3), expected, rtol=0, atol=1e-4)
+    assert kernels_of(second) != kernels_of(first)
 
 
 def test_a_busy_cache_keeps_its_kernels() -> None:
