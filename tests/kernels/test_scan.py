@@ -1,0 +1,143 @@
+"""The scan over coded pages: formulas against loops in float64, kernels against the formulas, with poison in unused memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from spin_hf.kernels import reference_scan
+from tests.support.coded_case import PAGE, CodedCase
+from tests.support.interpreted_kernels import teach_bfloat16
+
+INTERPRETED = [
+    pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the kernels themselves"),
+]
+CASES: list[dict[str, Any]] = [
+    {"group": 1, "key_dim": 128, "value_dim": 64, "dtype": torch.bfloat16},
+    {"group": 4, "key_dim": 64, "value_dim": 128, "dtype": torch.float16, "lengths": (1100, 1100)},
+    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307)},
+    {"group": 8, "key_dim": 256, "value_dim": 48, "dtype": torch.bfloat16, "lengths": (301, 513)},
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False},
+    {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
+]
+
+
+def loops(case: CodedCase, b: int, h: int, g: int) -> list[float]:
+    """Log weights of all pages for one query head, coordinate by coordinate."""
+    basis, pages, dim = case.basis, case.pages, case.key_dim
+    query = case.queries()[b, h, g]
+    state = [float(query @ basis.inverse[b, h, :, j].double()) for j in range(dim)]
+    constant = float(query @ basis.origin[b, h].double())
+    found = []
+    for page in range(case.num_pages):
+        unit, total = page // 4, 0.0
+        for token in range(PAGE):
+            scale = float(pages.scale[b, h, page, token])
+            if scale < 0:
+                continue
+            logit, codes = constant, pages.codes[b, h, page, token].tolist()
+            for j in range(dim):
+                level = 0.0
+                if j < dim // 4:
+                    level = (codes[j // 2] >> 4 * (j % 2) & 15) - 7.5
+                elif j < 3 * dim // 4:
+                    place = j - dim // 4
+                    level = (codes[dim // 8 + place // 4] >> 2 * (place % 4) & 3) - 1.5
+                mean = int(pages.mean[b, h, unit, j]) * float(pages.unit[b, h, unit])
+                logit += state[j] * (mean + scale * level * float(basis.widths[b, h, j]))
+            total += math.exp(logit * case.scale)
+        found.append(math.log(total) if total else -math.inf)
+    return found
+
+
+def test_log_weights_by_loops() -> None:
+    case = CodedCase(group=2, key_dim=16, value_dim=16, lengths=(70, 41))
+    made = reference_scan.page_log_weights(case.queries(), case.basis, case.pages, case.scale)
+    for b, h, g in [(0, 0, 0), (0, 1, 1), (1, 0, 1)]:
+        assert made[b, h, g].tolist() == pytest.approx(loops(case, b, h, g), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128])
+def test_codes_hold_their_numbers(dim: int) -> None:
+    numbers = torch.cat([torch.randint(0, 16, (5, dim // 4)), torch.randint(0, 4, (5, dim // 2))], -1)
+    codes = reference_scan.pack(numbers)
+    assert codes.shape == (5, dim // 4)
+    middle = torch.cat([torch.full((dim // 4,), 7.5), torch.full((dim // 2,), 1.5)])
+    expected = torch.nn.functional.pad(numbers - middle, (0, dim // 4))
+    assert torch.equal(reference_scan.unpack(codes, torch.float32), expected)
+
+
+def test_subtraction_is_the_estimate_of_the_rest() -> None:
+    case = CodedCase(group=3, key_dim=32, value_dim=48, lengths=(400, 200), spread=5.0)
+    basis, pages = case.exact("basis"), case.exact("pages")
+    logs = reference_scan.page_log_weights(case.queries(), basis, pages, case.scale)
+    read = torch.rand(case.candidates.shape) < 0.3
+    read[0, 0] = True  # nothing is left
+    expected = reference_scan.estimate(logs, case.candidates & ~read, basis, pages)
+    actual = reference_scan.subtract(logs, case.candidates, read, basis, pages)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)  # little is left of large sums
+    weights = (logs - expected[1].unsqueeze(-1)).exp() * (case.candidates & ~read).unsqueeze(2)
+    levels = reference_scan.unpack(pages.value_codes, torch.float64) * pages.value_scale.unsqueeze(-1)
+    coordinates = levels * basis.value_widths.unsqueeze(2)
+    values = coordinates @ basis.value_axes.mT + basis.value_origin.unsqueeze(2)
+    torch.testing.assert_close((weights @ values)[1], expected[0][1], rtol=1e-9, atol=1e-9)
+
+
+def scanned(case: CodedCase) -> None:
+    """Run both launches."""
+    from spin_hf.kernels.compile_ahead import launch_now
+    from spin_hf.kernels.decode.project_queries import project_queries
+    from spin_hf.kernels.decode.scan_pages import scan_pages
+
+    project_queries(
+        launch_now, case.buffers, case.scan, case.layer_buffers, case.query, None, scale=case.scale, shape=case.shape
+    )
+    scan_pages(launch_now, case.buffers, case.scan, case.layer_buffers, case.plan, group=case.group, shape=case.shape)
+
+
+@pytest.mark.parametrize("options", CASES)
+class TestKernels:
+    pytestmark = INTERPRETED
+
+    def test_scan(self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        teach_bfloat16(monkeypatch)
+        case = CodedCase(**options)
+        scanned(case)
+        basis, pages = case.exact("basis"), case.exact("pages")
+        expected = reference_scan.page_log_weights(case.queries(), basis, pages, case.scale)
+        stop = case.num_pages - case.recent
+        scored = torch.arange(case.num_pages) < stop
+        size = 1e-4 * float(expected[expected > -torch.inf].abs().max()) + 1e-5  # queries have 16 bits
+        for b in range(case.batch):  # leading pages of padding are not scored
+            real = (pages.scale[b] >= 0).any(-1) & scored
+            logits = case.logits[b, ..., : case.num_pages].double()
+            seen = real.unsqueeze(1).expand_as(logits)
+            far = expected[b] - expected[b][seen].max() < -60  # beyond what float32 holds beside the largest
+            off = (logits - expected[b]).abs().where(seen & ~far, torch.zeros(()).double())
+            assert float(off.max()) < size
+            assert bool((logits[..., :stop][~seen[..., :stop]] == -torch.inf).all())
+        streams, columns = case.batch * case.num_heads, case.buffers.stats.shape[-1]
+        stats = case.buffers.stats.view(streams, -1, 2, columns)[..., : case.group].double()
+        lse = (stats[:, :, 0] + stats[:, :, 1].log()).logsumexp(1)
+        all_pages = expected.masked_fill(~scored, -torch.inf).logsumexp(-1).flatten(0, 1)
+        torch.testing.assert_close(lse, all_pages, rtol=0, atol=size)
+        parts = case.scan.partials.double()
+        total, power, weight = parts[..., :-2], parts[..., -2], parts[..., -1]
+        assert bool(((power == power.round()) | (power == -torch.inf)).all())
+        most = power.max(1).values
+        share = (power - most.unsqueeze(1)).exp2()
+        found = (total * share.unsqueeze(-1)).sum(1).unflatten(0, (case.batch, -1))
+        held = (weight * share).sum(1).unflatten(0, (case.batch, -1))
+        ours = case.logits[..., : case.num_pages].double().masked_fill(~case.candidates.unsqueeze(2), -torch.inf)
+        weights = (ours - most.unflatten(0, (case.batch, -1)).unsqueeze(-1) * math.log(2)).exp()
+        rounding = 2e-6 + 3e-7 * float(expected[expected > -torch.inf].abs().max())  # of stored logarithms
+        torch.testing.assert_close(held, weights.sum(-1), rtol=rounding, atol=0)
+        sums = reference_scan.coded_sum(weights, pages)
+        largest = 1.5 * (weights * pages.value_scale.double().unsqueeze(2)).sum(-1, keepdim=True)
+        assert float(((found - sums).abs() / largest).max()) <= rounding
