@@ -220,8 +220,8 @@ class ScanBuffers:
         factors: [R, 4, columns]: factor and constant of products with codes, factor and constant of products with means.
         partials: [R, splits.score, G, Dv + 2]: sum of values, power, and sum of weights of each split's candidates.
         estimate: [R, G, Dv + 2]: the same of all candidates.
-        subtracted: [R, splits.attend, G, Dv + 1]: sum of values and of weights of the candidates that each split of attention
-            reads, relative to the power in `estimate`.
+        subtracted: [R, splits.attend / 4, G, Dv + 1]: sum of values and of weights of the candidates that attention reads, in
+            as many parts as programs subtract, relative to the power in `estimate`.
     """
 
     states: Tensor
@@ -245,7 +245,7 @@ class ScanBuffers:
             factors=torch.empty((num_streams, 4, columns)),
             partials=torch.empty((num_streams, splits.score, group, value_dim + 2)),
             estimate=torch.empty((num_streams, group, value_dim + 2)),
-            subtracted=torch.empty((num_streams, splits.attend, group, value_dim + 1)),
+            subtracted=torch.empty((num_streams, -(-splits.attend // 4), group, value_dim + 1)),
         )
 
     def to(self, device: torch.device) -> ScanBuffers:

@@ -95,7 +95,9 @@ def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return levels(fields(codes).to(dtype) - 1.5)
 
 
-def page_log_weights(query: Tensor, basis: CodedBasis, pages: CodedPages, scale: float) -> Tensor:
+def page_log_weights(
+    query: Tensor, basis: CodedBasis, pages: CodedPages, scale: float, softcap: float | None = None
+) -> Tensor:
     """Log weights of pages; -infinity for pages without tokens.
 
     Args:
@@ -108,8 +110,12 @@ def page_log_weights(query: Tensor, basis: CodedBasis, pages: CodedPages, scale:
     constant = (query * scale * basis.origin.to(dtype).unsqueeze(2)).sum(-1)
     means = pages.mean.to(dtype) * pages.unit.to(dtype).unsqueeze(-1)
     middle = (states @ means.mT).repeat_interleave(UNIT_PAGES, 3)[..., :num_pages]
-    inside = unpack(pages.codes, dtype) * (pages.scale.to(dtype).unsqueeze(-1) * basis.widths.to(dtype)[:, :, None, None])
+    inside = unpack(pages.codes, dtype) * (
+        pages.scale.to(dtype).unsqueeze(-1) * basis.widths.to(dtype)[:, :, None, None]
+    )
     logits = torch.einsum("bhgd,bhnpd->bhgnp", states, inside) + (middle + constant.unsqueeze(-1)).unsqueeze(-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits.masked_fill(pages.scale.unsqueeze(2) < 0, -torch.inf).logsumexp(-1)
 
 

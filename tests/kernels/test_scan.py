@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf.kernels import reference_scan
+from spin_hf.kernels import reference, reference_scan
+from spin_hf.kernels.descriptor_fields import PlanField
 from tests.support.coded_case import PAGE, CodedCase
 from tests.support.interpreted_kernels import teach_bfloat16
 
@@ -26,6 +27,13 @@ CASES: list[dict[str, Any]] = [
     {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
+
+
+def launch() -> Any:
+    """Runs interpreted kernels."""
+    from spin_hf.kernels.compile_ahead import launch_now
+
+    return launch_now
 
 
 def loops(case: CodedCase, b: int, h: int, g: int) -> list[float]:
@@ -89,18 +97,6 @@ def test_subtraction_is_the_estimate_of_the_rest() -> None:
     torch.testing.assert_close((weights @ values)[1], expected[0][1], rtol=1e-9, atol=1e-9)
 
 
-def scanned(case: CodedCase) -> None:
-    """Run both launches."""
-    from spin_hf.kernels.compile_ahead import launch_now
-    from spin_hf.kernels.decode.project_queries import project_queries
-    from spin_hf.kernels.decode.scan_pages import scan_pages
-
-    project_queries(
-        launch_now, case.buffers, case.scan, case.layer_buffers, case.query, None, scale=case.scale, shape=case.shape
-    )
-    scan_pages(launch_now, case.buffers, case.scan, case.layer_buffers, case.plan, group=case.group, shape=case.shape)
-
-
 @pytest.mark.parametrize("options", CASES)
 class TestKernels:
     pytestmark = INTERPRETED
@@ -108,7 +104,7 @@ class TestKernels:
     def test_scan(self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         teach_bfloat16(monkeypatch)
         case = CodedCase(**options)
-        scanned(case)
+        case.launches(launch())
         basis, pages = case.exact("basis"), case.exact("pages")
         expected = reference_scan.page_log_weights(case.queries(), basis, pages, case.scale)
         stop = case.num_pages - case.recent
@@ -141,3 +137,58 @@ class TestKernels:
         sums = reference_scan.coded_sum(weights, pages)
         largest = 1.5 * (weights * pages.value_scale.double().unsqueeze(2)).sum(-1, keepdim=True)
         assert float(((found - sums).abs() / largest).max()) <= rounding
+
+    def test_step(self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """All launches, against exact attention to the listed pages merged with the estimate of the other candidates."""
+        teach_bfloat16(monkeypatch)
+        softcap = 7.0 if options["group"] == 7 else None
+        case = CodedCase(**options)
+        out, read = case.launches(launch(), softcap), case.listed_pages()
+        basis, pages = case.exact("basis"), case.exact("pages")
+        logs = reference_scan.page_log_weights(case.queries(), basis, pages, case.scale, softcap)
+        fixed = ~case.candidates & case.valid.view(case.batch, 1, -1, PAGE).any(-1)
+        assert torch.equal(read & ~case.candidates, fixed)
+        first, stop = case.plan[:, PlanField.FIRST], case.plan[:, PlanField.STOP]
+        for b in range(case.batch):
+            scored = torch.arange(case.num_pages) < stop[b]
+            total = logs[b].masked_fill(~scored, -torch.inf).logsumexp(-1, keepdim=True)
+            score = (logs[b] - total).exp().mean(1)
+            for h in range(case.num_heads):
+                chosen = read[b, h] & case.candidates[b, h]
+                assert int(chosen.sum()) == case.budget
+                worst, best = score[h][chosen].min(), score[h][case.candidates[b, h] & ~chosen].max()
+                if best > 1e-25:  # further down, all scores are in the last bin, and may be 0
+                    assert float(worst / best) > 1 - 1e-3 * max(1.0, case.spread)
+                assert 0 <= int(first[b]) < int(stop[b])
+        tokens = torch.arange(case.keys.shape[2])
+        mask = read.repeat_interleave(PAGE, 2) & case.valid.unsqueeze(1) & (tokens < case.tokens)
+        query = case.queries().unsqueeze(3)
+        exact = reference.attend(
+            query, case.keys.double(), case.values.double(), mask[:, :, None, None], case.scale, softcap
+        )
+        rest = reference_scan.estimate(logs, case.candidates & ~read, basis, pages)
+        merged, lse = reference.merge_attention([exact, (rest[0].unsqueeze(3).float(), rest[1].unsqueeze(3).float())])
+        assert case.spread > 1 or float((rest[1] - lse.squeeze(3)).exp().max()) > 0.05, "the estimate matters"
+        expected = merged.squeeze(3).double()
+        actual = out.unflatten(1, (case.num_heads, case.group)).double()
+        eps = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}[case.dtype] * max(1.0, case.spread / 10)
+        assert float((actual - expected).abs().max()) <= eps * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5000])
+def test_extreme_budgets(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without selected pages everything is estimated; a budget for all pages leaves out the scan."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tests/gpu runs the kernels themselves")
+    teach_bfloat16(monkeypatch)
+    case = CodedCase(budget=budget, lengths=(600, 333), group=3)
+    out, read = case.launches(launch()), case.listed_pages()
+    logs = reference_scan.page_log_weights(case.queries(), case.basis, case.pages, case.scale)
+    assert int((read & case.candidates).sum(-1).max()) == min(budget, int(case.candidates.sum(-1).max()))
+    mask = read.repeat_interleave(PAGE, 2) & case.valid.unsqueeze(1)
+    query = case.queries().unsqueeze(3).float()
+    exact = reference.attend(query, case.keys, case.values, mask[:, :, None, None], case.scale)
+    rest = reference_scan.estimate(logs, case.candidates & ~read, case.exact("basis"), case.pages)
+    merged, _ = reference.merge_attention([exact, (rest[0].unsqueeze(3).float(), rest[1].unsqueeze(3).float())])
+    expected = merged.squeeze(3).flatten(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))

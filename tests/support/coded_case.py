@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, StepField
-from spin_hf.kernels.launch import LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers, product_columns
-from spin_hf.kernels.reference_scan import UNIT_PAGES, CodedBasis, CodedPages
+from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
+from spin_hf.kernels.launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers, product_columns
+from spin_hf.kernels.recipe import KernelRecipe
+from spin_hf.kernels.reference_scan import UNIT_PAGES, CodedBasis, CodedPages, unpack
 
 PAGE, SEGMENT, CHUNK = 4, 32, 64
 """Tokens per page, pages per segment, pages per chunk."""
@@ -39,7 +40,7 @@ class CodedCase:
     recent: int = 3
     budget: int = 24
     digits: bool = True
-    spread: float = 1.0
+    spread: float = 0.3
     seed: int = 0
     held: list[Tensor] = field(default_factory=list)
 
@@ -58,9 +59,7 @@ class CodedCase:
             shared_memory=48 << 10, compiled=False,
         )  # fmt: skip
         self.basis, self.pages = self._basis(), self._pages()
-        heads = (self.batch, self.num_heads)
-        self.keys = self._draw(*heads, self.num_pages * PAGE, self.key_dim).to(self.dtype)
-        self.values = self._draw(*heads, self.num_pages * PAGE, self.value_dim).to(self.dtype)
+        self.keys, self.values = self._tokens()
         self.query = self._draw(self.batch, self.num_heads * self.group, 1, self.key_dim).to(self.dtype)
         self.scale = self.spread / math.sqrt(self.key_dim)
         self._describe()
@@ -99,6 +98,22 @@ class CodedCase:
             value_scale,
         )  # fmt: skip
 
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that the codes are about right for."""
+        basis, pages = self.basis, self.pages
+        means = (pages.mean * pages.unit.unsqueeze(-1)).repeat_interleave(UNIT_PAGES, 2)[:, :, : self.num_pages]
+        inside = (
+            unpack(pages.codes, torch.float32)
+            * basis.widths[:, :, None, None]
+            * pages.scale.float().abs().unsqueeze(-1)
+        )
+        keys = (inside + means.unsqueeze(3)).flatten(2, 3) @ basis.inverse.float().mT + basis.origin.unsqueeze(2)
+        coordinates = unpack(pages.value_codes, torch.float32) * basis.value_widths.unsqueeze(2)
+        values = coordinates * pages.value_scale.float().unsqueeze(-1) @ basis.value_axes.float().mT
+        values = (values + basis.value_origin.unsqueeze(2)).repeat_interleave(PAGE, 2)
+        noise = self._draw(*keys.shape), self._draw(*values.shape)
+        return (keys + 0.05 * noise[0]).to(self.dtype), (values + 0.1 * noise[1]).to(self.dtype)
+
     # ------------------------------------------------------------------------------------------------ what kernels read
 
     def _table(self, rows: Tensor, per_chunk: int, poison: float, places: Tensor) -> int:
@@ -117,7 +132,9 @@ class CodedCase:
         order = torch.randperm(self.batch * segments + 3, generator=self.generator)[: self.batch * segments]
         self.directory = order.view(self.batch, segments).int()
         pages = torch.arange(self.num_pages)
-        per_head = self.directory.long()[:, None, pages // SEGMENT] * self.num_heads + torch.arange(self.num_heads)[:, None]
+        per_head = (
+            self.directory.long()[:, None, pages // SEGMENT] * self.num_heads + torch.arange(self.num_heads)[:, None]
+        )
         rows = per_head * SEGMENT + pages % SEGMENT
         units = rows[..., ::UNIT_PAGES] // UNIT_PAGES
         self.step, self.layer = (torch.zeros(len(fields), dtype=torch.int64) for fields in (StepField, LayerField))
@@ -180,7 +197,7 @@ class CodedCase:
             rerank_histogram=empty, zone_edges=torch.zeros(streams, dtype=torch.int32),
             list_count=torch.zeros((streams, 2), dtype=torch.int32), arrivals=torch.zeros(streams, dtype=torch.int32),
             stats=torch.full((streams, splits.score, 2, product_columns(self.group, self.digits)), nan),
-            split_outputs=torch.full((streams, splits.attend, 2, self.group, self.value_dim), nan), basis=empty,
+            split_outputs=torch.full((streams, splits.attend + 1, 2, self.group, self.value_dim), nan), basis=empty,
             rotated=empty, operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
         floors = torch.full((streams,), NUM_BINS, dtype=torch.int32)
@@ -199,3 +216,33 @@ class CodedCase:
     def queries(self) -> Tensor:
         """[B, H, G, D], float64."""
         return self.query.squeeze(2).unflatten(1, (self.num_heads, self.group)).double()
+
+    def launches(self, launch: Launch, softcap: float | None = None) -> Tensor:
+        """All launches of a step, which also append its token. Returns the output [B, H * G, Dv]."""
+        from spin_hf.kernels.triton_launchers import launchers
+
+        recipe, plan, last = KernelRecipe(Rating.MEAN), self.plan, self.tokens - 1
+        common, shape = (launch, self.buffers), self.shape
+        new = self.keys[:, :, last : last + 1].clone(), self.values[:, :, last : last + 1].clone()
+        out = torch.full((self.batch, self.num_heads * self.group, self.value_dim), float("nan"), dtype=self.dtype)
+        own, query, scale = self.layer_buffers, self.query, self.scale
+        launchers.project_queries(*common, self.scan, own, query, new, scale=scale, shape=shape)
+        launchers.scan_pages(*common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape)
+        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=self.scan)
+        launchers.select_pages(
+            *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape
+        )
+        launchers.attend_pages(
+            *common, own, query, out, None, query_index=0, num_queries=1, dense=False, scale=scale, softcap=softcap,
+            shape=shape, scan=self.scan, plan=plan,
+        )  # fmt: skip
+        return out
+
+    def listed_pages(self) -> Tensor:
+        """[B, H, N], whether a page is in the page list."""
+        counts = self.buffers.list_count[:, 0].view(self.batch, self.num_heads)
+        read = torch.zeros(self.candidates.shape, dtype=torch.bool)
+        for b in range(self.batch):
+            for h in range(self.num_heads):
+                read[b, h, self.listed[b, h, : int(counts[b, h])].long()] = True
+        return read

@@ -76,7 +76,10 @@ def value_fields(codes, dtype: tl.constexpr, COMPILED: tl.constexpr):
         )  # fmt: skip
     else:
         one, two = ((codes & 3).to(tl.float32) - 1.5).to(dtype), (((codes >> 2) & 3).to(tl.float32) - 1.5).to(dtype)
-        three, four = (((codes >> 4) & 3).to(tl.float32) - 1.5).to(dtype), (((codes >> 6) & 3).to(tl.float32) - 1.5).to(dtype)
+        three, four = (
+            (((codes >> 4) & 3).to(tl.float32) - 1.5).to(dtype),
+            (((codes >> 6) & 3).to(tl.float32) - 1.5).to(dtype),
+        )
     joined = tl.join(tl.join(one, three), tl.join(two, four))
     return tl.reshape(joined, (codes.shape[0], 4 * codes.shape[1]))
 
@@ -91,3 +94,10 @@ def halves(numbers, dtype: tl.constexpr):
     high = numbers.to(dtype)
     low = ((numbers - high.to(tl.float32)) * 2048.0).to(dtype)
     return tl.reshape(tl.join(high, low), (numbers.shape[0], 2 * numbers.shape[1]))
+
+
+@triton.jit
+def whole_sums(sums):
+    """Sums [n, C] of numbers, from sums [n, 2 * C] of their `halves`."""
+    pairs = tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2))
+    return tl.sum(pairs * tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 2048.0)[None, None, :], 2)

@@ -2,8 +2,8 @@
 
     state    =  scale * log2(e) * q @ inverse                  [G, D] per (sequence, KV head)
     mean     =  state, multiplied with the means of units
-    code     =  state * width, multiplied with the fields of codes, in place: a byte is b0 + b1 + 16 (b2 + b3), with b0 and b2 of
-                0 to 3, b1 and b3 of 0, 4, 8, 12
+    code     =  state * width, multiplied with the fields of codes, in place: a byte is b0 + b1 + 16 (b2 + b3), with b0 and b2
+                of 0 to 3, b1 and b3 of 0, 4, 8, 12
                 first D / 8 bytes    both fields of a number have its weight
                 other bytes          the upper field has a quarter of its weight
     constant    scale * log2(e) * q . origin, and the product with codes of half their largest number
@@ -147,7 +147,9 @@ def _project(
                 other=0.0,
             )
             product = tl.dot(rows.to(DTYPE), part, input_precision="ieee") * scale
-            tl.store(states + (group + heads)[:, None] * DK + into[None, :], product, mask=inside & (into < DK)[None, :])
+            tl.store(
+                states + (group + heads)[:, None] * DK + into[None, :], product, mask=inside & (into < DK)[None, :]
+            )
 
 
 @triton.jit

@@ -22,23 +22,34 @@ from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_0, STOP, SUMMARY_0,
     SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype,
 )  # fmt: skip
-from ..launch import CODED_TILE_SEGMENTS, Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, scan_columns
+from ..launch import (
+    CODED_TILE_SEGMENTS,
+    Launch,
+    LaunchShape,
+    LayerBuffers,
+    ScanBuffers,
+    StepBuffers,
+    code_bytes,
+    scan_columns,
+)
 from ..reference_scan import UNIT_PAGES
-from .coded_fields import code_parts, halves, value_fields
+from .coded_fields import code_parts, halves, value_fields, whole_sums
 
+_LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 _WARPS = 4
 
 
 def scan_pages(
     launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor, *, group: int,
-    shape: LaunchShape,
+    softcap: float | None, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Scan all pages for one query of a step, by the operands of `project_queries`. Writes nothing if the budget covers all."""
     columns, rows = scan_columns(group, shape)
     launch(
         scan_kernel, (buffers.num_streams, buffers.splits.score), buffers.step, layer.descriptor, scan.mean_operand,
-        scan.code_operand, scan.factors, plan, buffers.stats, scan.partials, DIGITS=shape.multiplies_int8,
+        scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
+        (softcap or 1.0) * _LOG2_E, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
         VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
@@ -54,8 +65,8 @@ def _alignment(row_bytes: int) -> int:
 
 @triton.jit
 def scan_kernel(
-    step, layer, mean_operand, code_operand, factors, plan, stats, partials,
-    DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    step, layer, mean_operand, code_operand, factors, plan, stats, partials, softcap,
+    CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -68,6 +79,7 @@ def scan_kernel(
         stats: float32 [B * H, num_programs(1), 2, COLUMNS]: maximum and sum of exponentials of each split's log weights, of
             candidates and sinks. Written.
         partials: float32 [B * H, num_programs(1), G, DV + 2], see `ScanBuffers`. Written.
+        softcap: of logits in powers of two, if CAPPED.
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
@@ -175,6 +187,10 @@ def scan_kernel(
             shared: tl.constexpr = (units_at, UNIT_PAGES * PAGE, COLUMNS)
             middle = tl.reshape(tl.broadcast_to(middle[:, None, :], shared), (tokens_at, COLUMNS))
             products = (inner * code_factor[None, :] - code_constant[None, :]) * scale[:, None] + middle
+            if CAPPED:
+                products = softcap * (
+                    2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
+                )  # softcap * tanh(products / softcap)
             present = token_here & (scale >= 0.0)
             products = tl.where(present[:, None], products, float("-inf"))
             higher = tl.maximum(most, tl.ceil(tl.max(products, 0)))
@@ -199,9 +215,7 @@ def scan_kernel(
     tl.store(place + COLUMNS, tl.sum(total, 0))
     number = tl.arange(0, 4 * VALUE_BYTES)
     place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
-    pairs = tl.reshape(acc, (4 * VALUE_BYTES, COLUMNS, 2))
-    summed = tl.sum(pairs * tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 2048.0)[None, None, :], 2)
-    tl.store(place[None, :] + number[:, None], summed, mask=(number < DV)[:, None] & (group < G)[None, :])
+    tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=(number < DV)[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
     tl.store(place + DV + 1, tl.sum(weight, 0), mask=group < G)
 
