@@ -33,7 +33,7 @@ from ..launch import (
     scan_columns,
 )
 from ..reference_scan import UNIT_PAGES
-from .coded_fields import code_parts, halves, value_fields, whole_sums
+from .coded_fields import code_parts, field_places, halves, log2, power2, value_fields, whole_sums
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -163,11 +163,6 @@ def scan_kernel(
             scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0).to(tl.float32)
             value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0).to(tl.float32)
             unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=tl.ravel(unit_here), other=0.0)
-            pages = segment * SEGMENT + page_lane
-            if PADDED:  # pages of padding have no codes
-                here = candidates(step, b, pages, 0, stop, PAGE, PADDED)
-                token_page = segment * SEGMENT + token_lane // PAGE
-                token_here = candidates(step, b, token_page, 0, stop, PAGE, PADDED)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
                 one, two, three, four = code_parts(code, COMPILED)
@@ -191,31 +186,35 @@ def scan_kernel(
                 products = softcap * (
                     2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
                 )  # softcap * tanh(products / softcap)
-            present = token_here & (scale >= 0.0)
+            present = scale >= 0.0
+            if PADDED:  # pages of padding have no codes
+                token_page = segment * SEGMENT + token_lane // PAGE
+                present = present & candidates(step, b, token_page, 0, stop, PAGE, PADDED)
             products = tl.where(present[:, None], products, float("-inf"))
             higher = tl.maximum(most, tl.ceil(tl.max(products, 0)))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
-            each = tl.sum(tl.reshape(tl.exp2(products - shift[None, :]), (pages_at, PAGE, COLUMNS)), 1)
-            logs = tl.where(each > 0.0, (tl.log2(tl.maximum(each, 1e-37)) + shift[None, :]) * LN_2, float("-inf"))
+            tokens = power2(products - shift[None, :], COMPILED)
+            each = tl.sum(tl.reshape(tokens, (pages_at, PAGE, COLUMNS)), 1)
+            pages = segment * SEGMENT + page_lane
+            logs = (log2(each, COMPILED) + shift[None, :]) * LN_2
             tl.store(
                 logits + group[None, :] * capacity + pages[:, None], logs,
                 mask=(group < G)[None, :] & (pages < stop)[:, None],
             )  # fmt: skip
             total = total * decay[None, :] + each
-            estimated = here & (pages >= first)
-            weight = weight * decay[None, :] + tl.where(estimated[:, None], each, 0.0)
-            scaled = tl.where(estimated[:, None], each * value_scale[:, None], 0.0)
+            each = tl.where((pages >= first)[:, None], each, 0.0)  # sinks are not estimated
+            weight = weight * decay[None, :] + each
             both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
-            parts = value_fields(value_code, VALUES, COMPILED)
-            acc = tl.dot(tl.trans(parts), halves(scaled, VALUES), acc=acc * both[None, :], input_precision="ieee")
+            parts = value_fields(value_code, value_scale, VALUES, COMPILED)
+            acc = tl.dot(tl.trans(parts), halves(each, VALUES), acc=acc * both[None, :], input_precision="ieee")
             most = higher
     place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
     tl.store(place, most * LN_2)
     tl.store(place + COLUMNS, tl.sum(total, 0))
-    number = tl.arange(0, 4 * VALUE_BYTES)
+    number, inside = field_places(VALUE_BYTES, DV)
     place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
-    tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=(number < DV)[:, None] & (group < G)[None, :])
+    tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=inside[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
     tl.store(place + DV + 1, tl.sum(weight, 0), mask=group < G)
 

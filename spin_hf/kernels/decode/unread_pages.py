@@ -17,7 +17,7 @@ from ..common import (
     BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_1, SUMMARY_4, VALUE_BASIS,
     page_rows, row_addresses,
 )  # fmt: skip
-from .coded_fields import halves, value_fields, whole_sums
+from .coded_fields import field_places, halves, value_fields, whole_sums
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -82,7 +82,7 @@ def subtract_pages(
     group = tl.arange(0, COLUMNS)
     byte = tl.arange(0, VALUE_BYTES)
     lane = tl.arange(0, TILE)
-    number = tl.arange(0, 4 * VALUE_BYTES)
+    number, known = field_places(VALUE_BYTES, DV)
     aligned: tl.constexpr = 16 if DV % 64 == 0 else 8 if DV % 32 == 0 else 4
     power = tl.load(estimate + (bh * G + group) * (DV + 2) + DV, mask=group < G, other=0.0)
     power = tl.where(power == float("-inf"), 0.0, power)
@@ -104,12 +104,11 @@ def subtract_pages(
             )  # fmt: skip
             scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=inside, other=0.0).to(tl.float32)
             each = tl.where(weighed, tl.exp2(logs * LOG2_E - power[None, :]), 0.0)
-            parts = value_fields(code, VALUES, COMPILED)
-            pairs = halves(each * scale[:, None], VALUES)
-            taken = tl.dot(tl.trans(parts), pairs, acc=taken, input_precision="ieee")
+            parts = value_fields(code, scale, VALUES, COMPILED)
+            taken = tl.dot(tl.trans(parts), halves(each, VALUES), acc=taken, input_precision="ieee")
             weight += each
     place = subtracted + ((bh * num_shares + share) * G + group) * (DV + 1)
-    tl.store(place[None, :] + number[:, None], whole_sums(taken), mask=(number < DV)[:, None] & (group < G)[None, :])
+    tl.store(place[None, :] + number[:, None], whole_sums(taken), mask=known[:, None] & (group < G)[None, :])
     tl.store(place + DV, tl.sum(weight, 0), mask=group < G)
 
 
