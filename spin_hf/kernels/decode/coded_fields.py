@@ -143,3 +143,21 @@ def power2(numbers, COMPILED: tl.constexpr):
     else:
         powers = tl.exp2(numbers)
     return powers
+
+
+@triton.jit
+def pinned(numbers, COMPILED: tl.constexpr):
+    """int8 numbers unchanged, bfloat16 numbers as float32.
+
+    Triton changes the layout of loaded numbers, with a barrier that later loads wait for, not before this.
+    """
+    if not COMPILED:
+        numbers = numbers if numbers.dtype == tl.int8 else numbers.to(tl.float32)
+    elif numbers.dtype == tl.int8:
+        numbers = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int8, is_pure=False, pack=4)
+    else:
+        numbers = tl.inline_asm_elementwise(
+            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "=r,h", [numbers], dtype=tl.float32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    return numbers

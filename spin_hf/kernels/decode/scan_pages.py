@@ -33,7 +33,7 @@ from ..launch import (
     scan_columns,
 )
 from ..reference_scan import UNIT_PAGES
-from .coded_fields import code_parts, field_places, halves, log2, power2, value_fields, whole_sums
+from .coded_fields import code_parts, field_places, halves, log2, pinned, power2, value_fields, whole_sums
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -136,33 +136,35 @@ def scan_kernel(
             values = tl.zeros([pages_at], tl.int64)
             value_scales = values
             for run in tl.static_range(RUNS):
-                start = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.int64) * H + h) * SEGMENT
+                start = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
                 chunk = start // ROWS
-                inside = start % ROWS
+                inside = (start % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
                 means = _addresses(means, mean_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, DK)
                 units = _addresses(units, unit_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, 4)
                 codes = _addresses(codes, code_table + chunk, inside * PAGE, run, SEGMENT * PAGE, DK // 4)
                 scales = _addresses(scales, scale_table + chunk, inside * PAGE, run, SEGMENT * PAGE, 2)
                 values = _addresses(values, value_table + chunk, inside, run, SEGMENT, DV // 4)
                 value_scales = _addresses(value_scales, value_scale_table + chunk, inside, run, SEGMENT, 2)
+            # All loads before the first use of one of them, as that comes with a barrier, which no load can pass.
             here = segment * SEGMENT + page_lane < stop
-            unit_here = (segment * SEGMENT + unit_lane * UNIT_PAGES < stop)[:, None]
+            unit_here = segment * SEGMENT + unit_lane * UNIT_PAGES < stop
             token_here = segment * SEGMENT * PAGE + token_lane < stop * PAGE
-            code = tl.load(
-                tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
-                mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
-            )  # fmt: skip
-            mean = tl.load(
-                tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
-                mask=unit_here & (column < DK)[None, :], other=0,
-            )  # fmt: skip
             value_code = tl.load(
                 tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
                 mask=here[:, None] & (value_byte < DV // 4)[None, :], other=0,
             )  # fmt: skip
-            scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0).to(tl.float32)
             value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0).to(tl.float32)
-            unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=tl.ravel(unit_here), other=0.0)
+            unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=unit_here, other=0.0)
+            scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0)
+            mean = tl.load(
+                tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
+                mask=unit_here[:, None] & (column < DK)[None, :], other=0,
+            )  # fmt: skip
+            code = tl.load(
+                tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
+                mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
+            )  # fmt: skip
+            scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
                 one, two, three, four = code_parts(code, COMPILED)
