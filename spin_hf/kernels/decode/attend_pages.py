@@ -107,6 +107,11 @@ def attend_kernel(
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
     count = tl.load(list_count + bh * 2)
     missing = tl.load(list_count + bh * 2 + 1)
+    if SUBTRACTS and split >= SPLITS:
+        subtract_pages(
+            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, H, G, COLUMNS,
+            DV, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
+        )  # fmt: skip
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
@@ -121,11 +126,6 @@ def attend_kernel(
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    if SUBTRACTS and split >= SPLITS:
-        subtract_pages(
-            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, H, G, COLUMNS,
-            DV, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
-        )  # fmt: skip
     share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES  # nothing is left for the programs that subtract
     begin = split * share
     stop = tl.minimum(begin + share, count)

@@ -109,9 +109,10 @@ def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
 @triton.jit
 def halves(numbers, dtype: tl.constexpr):
     """Numbers [n, C] of 0 to 32768 as pairs [n, 2 * C]: the number in `dtype`, and 2048 times what that leaves."""
-    high = numbers.to(dtype)
-    low = ((numbers - high.to(tl.float32)) * 2048.0).to(dtype)
-    return tl.reshape(tl.join(high, low), (numbers.shape[0], 2 * numbers.shape[1]))
+    high = numbers.to(dtype).to(tl.float32)
+    pairs = tl.join(high, (numbers - high) * 2048.0)
+    # The last operation is the conversion: Triton fails to compile the product with what is reshaped last.
+    return tl.reshape(pairs, (numbers.shape[0], 2 * numbers.shape[1])).to(dtype)
 
 
 @triton.jit

@@ -127,29 +127,31 @@ def _project(
 ):  # fmt: skip
     """Write scale * q @ inverse, float32 [G, DK], for the queries of one (sequence, KV head)."""
     TILE: tl.constexpr = 32
-    heads = tl.arange(0, 16)
     column = tl.arange(0, BLOCK_K)
-    matrix = basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK
-    matrix = tl.multiple_of(matrix, 16)
+    matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
     source = query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G).to(tl.int64) * query_h
-    for group in tl.static_range(0, G, 16):
-        inside = (group + heads < G)[:, None]
-        rows = tl.load(
-            source + (group + heads)[:, None] * query_h + column[None, :],
-            mask=inside & (column < DK)[None, :],
+    for start in tl.static_range(0, DK, TILE):
+        into = start + tl.arange(0, TILE)
+        part = tl.load(
+            matrix + column[:, None] * DK + into[None, :],
+            mask=(column < DK)[:, None] & (into < DK)[None, :],
             other=0.0,
         )
-        for start in tl.static_range(0, DK, TILE):
-            into = start + tl.arange(0, TILE)
-            part = tl.load(
-                matrix + column[:, None] * DK + into[None, :],
-                mask=(column < DK)[:, None] & (into < DK)[None, :],
-                other=0.0,
-            )
-            product = tl.dot(rows.to(DTYPE), part, input_precision="ieee") * scale
-            tl.store(
-                states + (group + heads)[:, None] * DK + into[None, :], product, mask=inside & (into < DK)[None, :]
-            )
+        if DTYPE == tl.float32:  # Triton would unroll a product number by number
+            for head in range(G):
+                row = tl.load(source + head * query_h + column, mask=column < DK, other=0.0).to(tl.float32)
+                product = tl.sum(row[:, None] * part, 0) * scale
+                tl.store(states + head * DK + into, product, mask=into < DK)
+        else:
+            for group in tl.static_range(0, G, 16):
+                heads = group + tl.arange(0, 16)
+                rows = tl.load(
+                    source + heads[:, None] * query_h + column[None, :],
+                    mask=(heads < G)[:, None] & (column < DK)[None, :], other=0.0,
+                ).to(DTYPE)  # fmt: skip
+                product = tl.dot(rows, part) * scale
+                place = states + heads[:, None] * DK + into[None, :]
+                tl.store(place, product, mask=(heads < G)[:, None] & (into < DK)[None, :])
 
 
 @triton.jit

@@ -14,6 +14,7 @@ The specification is `kernels/reference_scan.py`; the layout of the codes stands
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +38,8 @@ from .coded_fields import code_parts, field_places, halves, log2, pinned, power2
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-_WARPS = 4
+_WARPS, _REGISTERS = 4, 128
+"""Warps of a program, and registers of a thread: four programs fit a multiprocessor of 65,536 registers."""
 
 
 def scan_pages(
@@ -54,8 +56,15 @@ def scan_pages(
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=CODED_TILE_SEGMENTS,
-        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=_WARPS, num_stages=1,
+        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=_WARPS,
+        num_stages=1, maxnreg=_registers(rows, shape),
     )  # fmt: skip
+
+
+def _registers(rows: int, shape: LaunchShape) -> int | None:
+    """Upper limit of registers of a thread, where the kernel fits it; None for none."""
+    small = rows <= 8 and max(shape.key_dim, shape.value_dim) <= 128 and shape.coded_dtype == torch.float16
+    return _REGISTERS if small else None
 
 
 def _alignment(row_bytes: int) -> int:

@@ -155,24 +155,26 @@ def write_unread(
     mine = subtracted + bh * SPLITS * G * (DV + 1)
     tl.store(mine + heads * DV + column, coordinates, mask=there)
     tl.debug_barrier()
-    rows = tl.arange(0, 16)
     column = tl.arange(0, BLOCK_V)
     axes = tl.multiple_of(tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DV * DV, 16)
-    for group in tl.static_range(0, G, 16):
-        inside = (group + rows < G)[:, None]
-        states = tl.load(
-            mine + (group + rows)[:, None] * DV + column[None, :], mask=inside & (column < DV)[None, :], other=0.0,
-            cache_modifier=".cg",
-        ).to(DTYPE)  # fmt: skip
-        for start in tl.static_range(0, DV, TILE):
-            into = start + tl.arange(0, TILE)
-            part = tl.load(
-                axes + into[:, None] * DV + column[None, :],
-                mask=(into < DV)[:, None] & (column < DV)[None, :],
-                other=0.0,
-            )
-            values = tl.dot(states, tl.trans(part), input_precision="ieee")
-            values += tl.load(vectors + into, mask=into < DV, other=0.0)[None, :]
-            place = out + (group + rows)[:, None] * DV + into[None, :]
-            tl.store(place, values, mask=inside & (into < DV)[None, :])
+    for start in tl.static_range(0, DV, TILE):
+        into = start + tl.arange(0, TILE)
+        part = tl.load(
+            axes + into[:, None] * DV + column[None, :], mask=(into < DV)[:, None] & (column < DV)[None, :], other=0.0
+        )
+        origin = tl.load(vectors + into, mask=into < DV, other=0.0)
+        if DTYPE == tl.float32:  # as in `project_queries`
+            for head in range(G):
+                state = tl.load(mine + head * DV + column, mask=column < DV, other=0.0, cache_modifier=".cg")
+                tl.store(out + head * DV + into, tl.sum(part * state[None, :], 1) + origin, mask=into < DV)
+        else:
+            for group in tl.static_range(0, G, 16):
+                rows = group + tl.arange(0, 16)
+                states = tl.load(
+                    mine + rows[:, None] * DV + column[None, :], mask=(rows < G)[:, None] & (column < DV)[None, :],
+                    other=0.0, cache_modifier=".cg",
+                ).to(DTYPE)  # fmt: skip
+                values = tl.dot(states, tl.trans(part)) + origin[None, :]
+                place = out + rows[:, None] * DV + into[None, :]
+                tl.store(place, values, mask=(rows < G)[:, None] & (into < DV)[None, :])
     tl.debug_barrier()
