@@ -210,7 +210,9 @@ def attend_kernel(
         tl.store(arrivals + bh, 0)
         if SUBTRACTS:
             unread = split_outputs + (bh * (SPLITS + ESTIMATED) + SPLITS) * 2 * G * DV
-            write_unread(layer, estimate, subtracted, bh, unread, DTYPE, SUBTRACTS, G, MERGED_G, DK, DV, BLOCK_V)
+            write_unread(
+                layer, estimate, subtracted, bh, unread, DTYPE, VALUES, SUBTRACTS, G, MERGED_G, DK, DV, BLOCK_V
+            )
         heads = tl.arange(0, MERGED_G)[:, None]
         there = (heads < G) & (column_v < DV)[None, :]
         outs = split_outputs + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]

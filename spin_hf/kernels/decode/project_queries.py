@@ -80,7 +80,7 @@ def project_kernel(
         tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         vectors = tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV)
         mine = states + bh * G * DK
-        _project(query, query_b, query_h, tl.load(layer + KEY_BASIS), mine, bh, scale, DTYPE, H, G, DK, BLOCK_K)
+        _project(query, query_b, query_h, tl.load(layer + KEY_BASIS), mine, bh, scale, DIGITS, DTYPE, H, G, DK, BLOCK_K)
         tl.debug_barrier()
         copies: tl.constexpr = ROWS_OF // COLUMNS
         copy = tl.arange(0, ROWS_OF)
@@ -123,7 +123,7 @@ def project_kernel(
 @triton.jit
 def _project(
     query, query_b, query_h, basis, states, bh, scale,
-    DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIGITS: tl.constexpr, DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write scale * q @ inverse, float32 [G, DK], for the queries of one (sequence, KV head)."""
     TILE: tl.constexpr = 32
@@ -137,10 +137,10 @@ def _project(
             mask=(column < DK)[:, None] & (into < DK)[None, :],
             other=0.0,
         )
-        if DTYPE == tl.float32:  # Triton would unroll a product number by number
+        if tl.float32 == DTYPE or not DIGITS:  # without tensor cores Triton would unroll a product number by number
             for head in range(G):
                 row = tl.load(source + head * query_h + column, mask=column < DK, other=0.0).to(tl.float32)
-                product = tl.sum(row[:, None] * part, 0) * scale
+                product = tl.sum(row[:, None] * part.to(tl.float32), 0) * scale
                 tl.store(states + head * DK + into, product, mask=into < DK)
         else:
             for group in tl.static_range(0, G, 16):

@@ -38,8 +38,9 @@ from .coded_fields import code_parts, field_places, halves, log2, pinned, power2
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-_WARPS, _REGISTERS = 4, 128
-"""Warps of a program, and registers of a thread: four programs fit a multiprocessor of 65,536 registers."""
+_WARPS = 4
+_FEW_REGISTERS, _REGISTERS = 128, 168
+"""Registers of a thread, for up to four query heads and for more: four and three programs fit a multiprocessor."""
 
 
 def scan_pages(
@@ -63,8 +64,9 @@ def scan_pages(
 
 def _registers(rows: int, shape: LaunchShape) -> int | None:
     """Upper limit of registers of a thread, where the kernel fits it; None for none."""
-    small = rows <= 8 and max(shape.key_dim, shape.value_dim) <= 128 and shape.coded_dtype == torch.float16
-    return _REGISTERS if small else None
+    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32:
+        return None
+    return _FEW_REGISTERS if rows <= 8 else _REGISTERS
 
 
 def _alignment(row_bytes: int) -> int:
@@ -145,7 +147,9 @@ def scan_kernel(
             values = tl.zeros([pages_at], tl.int64)
             value_scales = values
             for run in tl.static_range(RUNS):
-                start = (tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
+                start = (
+                    tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.uint64) * H + h.to(tl.uint64)
+                ) * SEGMENT
                 chunk = start // ROWS
                 inside = (start % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
                 means = _addresses(means, mean_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, DK)

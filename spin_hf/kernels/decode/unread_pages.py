@@ -114,7 +114,7 @@ def subtract_pages(
 
 @triton.jit
 def write_unread(
-    layer, estimate, subtracted, bh, out, DTYPE: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr, MERGED_G: tl.constexpr,
+    layer, estimate, subtracted, bh, out, DTYPE: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr, MERGED_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the estimate of unread candidates as a split output; its lse is -infinity if there are none.
@@ -163,10 +163,12 @@ def write_unread(
             axes + into[:, None] * DV + column[None, :], mask=(into < DV)[:, None] & (column < DV)[None, :], other=0.0
         )
         origin = tl.load(vectors + into, mask=into < DV, other=0.0)
-        if DTYPE == tl.float32:  # as in `project_queries`
+        if tl.float32 == VALUES:  # as in `project_queries`
             for head in range(G):
                 state = tl.load(mine + head * DV + column, mask=column < DV, other=0.0, cache_modifier=".cg")
-                tl.store(out + head * DV + into, tl.sum(part * state[None, :], 1) + origin, mask=into < DV)
+                tl.store(
+                    out + head * DV + into, tl.sum(part.to(tl.float32) * state[None, :], 1) + origin, mask=into < DV
+                )
         else:
             for group in tl.static_range(0, G, 16):
                 rows = group + tl.arange(0, 16)
