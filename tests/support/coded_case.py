@@ -140,7 +140,10 @@ class CodedCase:
         self.step, self.layer = (torch.zeros(len(fields), dtype=torch.int64) for fields in (StepField, LayerField))
         nan, coded = float("nan"), self.pages
         length = self.tokens - 1  # the last token is the step's own
-        per_page = torch.cat([x.view(*x.shape[:2], self.num_pages, -1) for x in (self.keys, self.values)], -1)
+        stored = [x.clone() for x in (self.keys, self.values)]
+        for states in stored:
+            states[:, :, length] = nan  # the step appends it
+        per_page = torch.cat([x.view(*x.shape[:2], self.num_pages, -1) for x in stored], -1)
         for number, summary in enumerate(
             (None, coded.value_codes, coded.codes.flatten(3), coded.scale, coded.value_scale.unsqueeze(-1))
         ):

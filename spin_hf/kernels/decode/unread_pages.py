@@ -114,8 +114,8 @@ def subtract_pages(
 
 @triton.jit
 def write_unread(
-    layer, estimate, subtracted, bh, out, DTYPE: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr, MERGED_G: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    layer, estimate, subtracted, bh, out, DTYPE: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
+    G: tl.constexpr, MERGED_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the estimate of unread candidates as a split output; its lse is -infinity if there are none.
 
