@@ -144,14 +144,22 @@ class CodedCase:
         for states in stored:
             states[:, :, length] = nan  # the step appends it
         per_page = torch.cat([x.view(*x.shape[:2], self.num_pages, -1) for x in stored], -1)
+        empty = ~self.valid.view(self.batch, 1, self.num_pages, PAGE).any(-1)  # padding has no codes
+        no_unit = torch.nn.functional.pad(empty, (0, -self.num_pages % UNIT_PAGES), value=True)
+        no_unit = no_unit.unflatten(-1, (-1, UNIT_PAGES)).all(-1)
+        scale, value_scale = (
+            coded.scale.masked_fill(empty.unsqueeze(-1), nan),
+            coded.value_scale.masked_fill(empty, nan),
+        )
+        unit = coded.unit.masked_fill(no_unit, nan)
         for number, summary in enumerate(
-            (None, coded.value_codes, coded.codes.flatten(3), coded.scale, coded.value_scale.unsqueeze(-1))
+            (None, coded.value_codes, coded.codes.flatten(3), scale, value_scale.unsqueeze(-1))
         ):
             if summary is not None:
                 poison = nan if summary.is_floating_point() else 255
                 self.layer[LayerField.SUMMARY_0 + 2 * number] = self._table(summary, CHUNK, poison, rows)
         self.layer[LayerField.SUMMARY_0] = self._table(coded.mean, CHUNK // UNIT_PAGES, 127, units)
-        self.layer[LayerField.SCALE_0] = self._table(coded.unit.unsqueeze(-1), CHUNK // UNIT_PAGES, nan, units)
+        self.layer[LayerField.SCALE_0] = self._table(unit.unsqueeze(-1), CHUNK // UNIT_PAGES, nan, units)
         self.layer[LayerField.BACKING] = self._table(per_page, CHUNK, nan, rows)
         vectors = torch.cat(
             [self.basis.origin, self.basis.widths, self.basis.value_origin, self.basis.value_widths], -1

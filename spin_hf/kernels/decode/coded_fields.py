@@ -37,8 +37,10 @@ def code_parts(codes, COMPILED: tl.constexpr):
 def value_fields(codes, scale, dtype: tl.constexpr, COMPILED: tl.constexpr):
     """(field - 1.5) * scale, exactly, of bytes [n, B] and scales [n]: [n, 4 * B]. Field f of byte i is at f * B + i.
 
-    `dtype` is float16 or float32. Scales are bfloat16 numbers; float16 holds the products of those from 2^-14 to 2^14.
+    `dtype` is float16 or float32. Scales are bfloat16 numbers; float16 holds the products of those from 2^-14 to 2^15. Larger
+    ones, and NaN of pages without codes, count as 0: weights of the latter are 0 too.
     """
+    scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
     scales = tl.broadcast_to(scale.to(dtype)[:, None], codes.shape)
     if COMPILED and dtype == tl.float16:
         # A field f in the mantissa of 1024: 1024 + 4 f, 16 f or 64 f; the lowest field is moved up first. Two bytes at once.
