@@ -153,7 +153,7 @@ class CodedCase:
         )
         unit = coded.unit.masked_fill(no_unit, nan)
         for number, summary in enumerate(
-            (None, coded.value_codes, coded.codes.flatten(3), scale, value_scale.unsqueeze(-1))
+            (None, coded.codes.flatten(3), scale, coded.value_codes, value_scale.unsqueeze(-1))
         ):
             if summary is not None:
                 poison = nan if summary.is_floating_point() else 255

@@ -95,6 +95,8 @@ def scan_kernel(
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
+
+    Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -127,9 +129,9 @@ def scan_kernel(
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
         mean_table = tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64))
         unit_table = tl.load(layer + SCALE_0).to(tl.pointer_type(tl.int64))
-        value_table = tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64))
-        code_table = tl.load(layer + SUMMARY_2).to(tl.pointer_type(tl.int64))
-        scale_table = tl.load(layer + SUMMARY_3).to(tl.pointer_type(tl.int64))
+        value_table = tl.load(layer + SUMMARY_3).to(tl.pointer_type(tl.int64))
+        code_table = tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64))
+        scale_table = tl.load(layer + SUMMARY_2).to(tl.pointer_type(tl.int64))
         value_scale_table = tl.load(layer + SUMMARY_4).to(tl.pointer_type(tl.int64))
         operand_row = tl.arange(0, ROWS_OF)
         of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_1, SUMMARY_4, VALUE_BASIS,
+    BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
     page_rows, row_addresses,
 )  # fmt: skip
 from .coded_fields import field_places, halves, value_fields, whole_sums
@@ -77,7 +77,7 @@ def subtract_pages(
     scanned = tl.load(row + NUM_SELECTED) < stop - first
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
-    code_table = tl.load(layer + SUMMARY_1)
+    code_table = tl.load(layer + SUMMARY_3)
     scale_table = tl.load(layer + SUMMARY_4)
     group = tl.arange(0, COLUMNS)
     byte = tl.arange(0, VALUE_BYTES)
