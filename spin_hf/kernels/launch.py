@@ -5,6 +5,7 @@
     LaunchShape    sizes of a layer's pages and limits of the device; most kernels are specialized on them
     StepBuffers    tensors of a batch, reused by every layer
     LayerBuffers   tensors of one layer
+    ScanBuffers    tensors of the scan over coded pages, reused by every layer
 
 B sequences, H KV heads, G query heads per KV head, R = B * H streams. Captured graphs hold the addresses of all tensors.
 Launches of one query also take its `plan`, int32 [B, len(PlanField)].
@@ -123,6 +124,11 @@ class LaunchShape:
         return max(16, power_of_two(self.value_dim))
 
     @property
+    def coded_dtype(self) -> torch.dtype:
+        """In which weights and coded values are multiplied: float16 has more digits than bfloat16, and codes are small."""
+        return torch.float32 if self.dtype == torch.float32 or not self.multiplies_int8 else torch.float16
+
+    @property
     def scores_digits(self) -> bool:
         """Whether the first summary is multiplied as int8, by queries of two digits."""
         return self.quantized[0] and self.multiplies_int8
@@ -194,3 +200,65 @@ class LayerBuffers:
     rerank_floors: Tensor
     hands: Tensor
     counters: Tensor
+
+
+CODED_TILE_SEGMENTS = 2
+"""Segments per tile of the scan over coded pages: 64 pages, 256 tokens."""
+
+
+@dataclass(frozen=True)
+class ScanBuffers:
+    """Tensors of the scan over coded pages, float32 unless another dtype is named. Every step writes them before it reads them.
+
+    `columns` query heads per KV head, as many as products have columns. A sum of values is in fields of the value codes, less
+    1.5 (`reference_scan.coded_sum`), relative to the power of two that is stored behind it.
+
+    Attributes:
+        states: [R, G, D]: queries in the coordinates of the codes.
+        mean_operand: int8 [R, 2 * columns, padded D]: `states` as two digits; or float32 [R, columns, padded D].
+        code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by.
+        factors: [R, 4, columns]: factor and constant of products with codes, factor and constant of products with means.
+        partials: [R, splits.score, G, Dv + 2]: sum of values, power, and sum of weights of each split's candidates.
+        estimate: [R, G, Dv + 2]: the same of all candidates.
+        subtracted: [R, splits.attend / 4, G, Dv + 1]: sum of values and of weights of the candidates that attention reads, in
+            as many parts as programs subtract, relative to the power in `estimate`.
+    """
+
+    states: Tensor
+    mean_operand: Tensor
+    code_operand: Tensor
+    factors: Tensor
+    partials: Tensor
+    estimate: Tensor
+    subtracted: Tensor
+
+    @classmethod
+    def allocate(cls, num_streams: int, group: int, splits: Splits, shape: LaunchShape) -> ScanBuffers:
+        """Allocate tensors on the CPU; `to` moves them."""
+        columns, rows = scan_columns(group, shape)
+        key_dim, value_dim = shape.key_dim, shape.value_dim
+        operand = torch.int8 if shape.multiplies_int8 else torch.float32
+        return cls(
+            states=torch.empty((num_streams, group, key_dim)),
+            mean_operand=torch.empty((num_streams, rows, shape.block_k), dtype=operand),
+            code_operand=torch.empty((num_streams, 4, rows, code_bytes(key_dim)), dtype=operand),
+            factors=torch.empty((num_streams, 4, columns)),
+            partials=torch.empty((num_streams, splits.score, group, value_dim + 2)),
+            estimate=torch.empty((num_streams, group, value_dim + 2)),
+            subtracted=torch.empty((num_streams, -(-splits.attend // 4), group, value_dim + 1)),
+        )
+
+    def to(self, device: torch.device) -> ScanBuffers:
+        """The same tensors on a device."""
+        return ScanBuffers(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def scan_columns(group: int, shape: LaunchShape) -> tuple[int, int]:
+    """Query heads per product of the scan, and rows of its operands: two per head if these are int8 digits."""
+    columns = product_columns(group, shape.multiplies_int8)
+    return columns, columns * (2 if shape.multiplies_int8 else 1)
+
+
+def code_bytes(dim: int) -> int:
+    """Padded bytes of the codes of a vector."""
+    return max(32, power_of_two(dim // 4))

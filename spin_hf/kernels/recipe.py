@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .descriptor_fields import Rating
 
-MAX_SUMMARIES = 4
+MAX_SUMMARIES = 5
 """Summaries of a page that a layer descriptor has fields for."""
 
 

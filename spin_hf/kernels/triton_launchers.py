@@ -14,7 +14,9 @@ from .decode.estimate_rest import estimate_rest
 from .decode.find_outliers import find_outliers
 from .decode.gate_queries import gate_queries
 from .decode.plan_zones import plan_zones
+from .decode.project_queries import project_queries
 from .decode.rerank_pages import rerank_pages
+from .decode.scan_pages import scan_pages
 from .decode.score_pages import score_pages
 from .decode.select_pages import select_pages
 from .indexing.bisect import bisect
@@ -39,6 +41,8 @@ class Launchers:
     append_tokens = staticmethod(append_tokens)
     gate_queries = staticmethod(gate_queries)
     score_pages = staticmethod(score_pages)
+    project_queries = staticmethod(project_queries)
+    scan_pages = staticmethod(scan_pages)
     bin_scores = staticmethod(bin_scores)
     rerank_pages = staticmethod(rerank_pages)
     select_pages = staticmethod(select_pages)

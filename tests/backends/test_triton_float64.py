@@ -5,41 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import spin_hf.kernels
 from tests.support.cache_driver import Shape, poisoned_memory
 from tests.support.float64_bound import ALL, BOXES, SOME, Case, check_against_float64
+from tests.support.interpreted_kernels import teach_bfloat16
 from tests.support.tuning import tune
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu judges the compiled kernels"),
 ]
-
-
-def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as bits; it multiplies these as integers in `tl.dot`, and cuts off instead of rounding."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
-
-    def dot_of_floats(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *others)
-
-    def rounded(data: np.ndarray, old: Any, new: Any, mode: Any) -> np.ndarray:
-        if new != tl.bfloat16 or old != tl.float32:
-            return convert(data, old, new, mode)
-        return torch.from_numpy(np.array(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_floats)
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 CASES = {
@@ -68,7 +47,7 @@ def test_pages_in_int8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     tune(monkeypatch, programs=8)
-    _teach_bfloat16(monkeypatch)
+    teach_bfloat16(monkeypatch)
     case = replace(CASES_IN_INT8[name], int8_pages=True)
     with poisoned_memory():
         page = 8 * (case.shape.key_dim + case.shape.value_dim) * case.dtype.itemsize
@@ -86,6 +65,6 @@ def test_no_worse_than_eager_attention(name: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: launchers)
     tune(monkeypatch, programs=8)
-    _teach_bfloat16(monkeypatch)
+    teach_bfloat16(monkeypatch)
     with poisoned_memory():
         check_against_float64(CASES[name], torch.device("cpu"))

@@ -172,17 +172,17 @@ class PagesOfTwelve:
     recipe = KernelRecipe(Rating.LIKELIEST)
 
 
-class FiveVectors:
+class SixVectors:
     recipe = KernelRecipe(Rating.LIKELIEST)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        return {f"v{i}": (head_dim,) for i in range(5)}
+        return {f"v{i}": (head_dim,) for i in range(6)}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (MeansOnly, r"expected a vector \[D\] and a number as summaries"), (FiveVectors, "at most 4 summaries.*got 5"),
+        (MeansOnly, r"expected a vector \[D\] and a number as summaries"), (SixVectors, "at most 5 summaries.*got 6"),
         (PagesOfTwelve, "a power of two.*got 12"),
     ],
 )  # fmt: skip

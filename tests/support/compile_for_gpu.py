@@ -26,6 +26,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ from spin_hf.backends.triton_indexing import index_completed
 from spin_hf.config import MOST_TOKENS
 from spin_hf.kernels import device_limits, reference_clustering
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
+from tests.support.coded_case import CodedCase
 from tests.support.inspection import kernels_of
 from tests.support.oracle import Rules
 from tests.support.seer_gates import method_of, rules_for
@@ -192,6 +194,18 @@ def launch_all(dtype: torch.dtype) -> None:
         rules = rules_for(SHAPE, Path(folder), Rules(budget=256), gate_dim=128)
         generate(dtype, method_of(rules, Path(folder)), summary_dtype="model")
     copy_rows(dtype)
+    coded_step(dtype)
+
+
+def coded_step(dtype: torch.dtype) -> None:
+    """A step over coded pages, with and without padding."""
+    from spin_hf.kernels.compile_ahead import launch_now
+
+    digits, memory = device_limits.multiplies(torch.device("cpu")), device_limits.shared_memory(torch.device("cpu"))
+    for group, lengths in [(4, (300,)), (8, (300, 200))]:
+        case = CodedCase(group=group, key_dim=128, value_dim=128, dtype=dtype, lengths=lengths, digits=digits)
+        case.shape = replace(case.shape, compiled=True, shared_memory=memory)
+        case.launches(launch_now)
 
 
 # --------------------------------------------------------------------------------------------- what there is to launch

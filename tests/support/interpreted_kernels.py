@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,26 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list
         for module in modules:
             monkeypatch.setattr(module, name, number)
     return asked
+
+
+def teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as bits; it multiplies these as integers in `tl.dot`, and cuts off instead of rounding."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def dot_of_floats(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    def rounded(data: np.ndarray, old: Any, new: Any, mode: Any) -> np.ndarray:
+        if new != tl.bfloat16 or old != tl.float32:
+            return convert(data, old, new, mode)
+        return torch.from_numpy(np.array(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_floats)
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@
 A missing page is read once, both for attention and to fill its frame. Meanwhile programs with resident pages continue. An int8
 backing store is decoded in registers, and the frame gets the decoded page. The specification is `kernels.attend`,
 `kernels.merge_attention` and `storage/page_layout.py`.
+
+With coded pages, a few more programs add up what the scan's estimate has of the listed pages, and the last one merges the
+estimate of all other candidates too (`unread_pages.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +22,16 @@ from ..common import (
     BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, page_rows,
     row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype,
 )  # fmt: skip
-from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+from ..launch import (
+    ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns,
+)  # fmt: skip
+from .unread_pages import subtract_pages, write_unread
 
 
 def attend_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, query: Tensor, out: Tensor, sinks: Tensor | None, *,
     query_index: int, num_queries: int, dense: bool, scale: float, softcap: float | None, shape: LaunchShape,
+    scan: ScanBuffers | None = None, plan: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attend to the listed pages, for one query of a step.
 
@@ -34,17 +41,24 @@ def attend_pages(
         sinks: [H * G], logits in the denominator; None for none.
         query_index, num_queries: index of the query in the step, and queries of the step.
         dense: whether the layer attends to all pages.
+        scan, plan: what `scan_pages` and `bin_scores` wrote, and the query's plan; None without coded pages.
     """
+    coded = scan is not None and not dense
+    estimate, subtracted = (scan.estimate, scan.subtracted) if scan is not None else (buffers.stats, buffers.stats)
     group, splits = query.shape[1] // shape.num_heads, buffers.splits.dense if dense else buffers.splits.attend
+    subtracts = subtracted.shape[1] if coded else 0
     launch(
-        attend_kernel, (buffers.num_streams, splits), buffers.step, layer.descriptor, query, out,
+        attend_kernel, (buffers.num_streams, splits + subtracts), buffers.step, layer.descriptor, query, out,
         query if sinks is None else sinks, buffers.list_count, buffers.split_outputs, buffers.arrivals, query_index,
-        num_queries, *query.stride()[:2], *out.stride()[:2], scale, softcap or 1.0, CAPPED=softcap is not None,
-        SINKS=sinks is not None, H=shape.num_heads, G=group, BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim,
-        DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size,
-        TILE_PAGES=_tile_pages(shape), SPLITS=splits, ESTIMATED=buffers.splits.estimate, MERGED_G=power_of_two(group),
-        PAGE_BYTES=shape.page_bytes, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        DTYPE=triton_dtype(shape.dtype), BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
+        num_queries, *query.stride()[:2], *out.stride()[:2], scale, softcap or 1.0,
+        buffers.list_count if plan is None else plan, estimate, subtracted, SUBTRACTS=subtracts,
+        COLUMNS=scan_columns(group, shape)[0], VALUE_BYTES=code_bytes(shape.value_dim), VALUES=triton_dtype(shape.coded_dtype),
+        COMPILED=shape.compiled, CAPPED=softcap is not None, SINKS=sinks is not None, H=shape.num_heads, G=group,
+        BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k,
+        BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=_tile_pages(shape), SPLITS=splits,
+        ESTIMATED=1 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
+        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
+        BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -58,7 +72,8 @@ def _tile_pages(shape: LaunchShape) -> int:
 @triton.jit
 def attend_kernel(
     step, layer, query, out, sinks, list_count, split_outputs, arrivals, query_index, num_queries,
-    query_b, query_h, out_b, out_h, scale, softcap,
+    query_b, query_h, out_b, out_h, scale, softcap, plan, estimate, subtracted,
+    SUBTRACTS: tl.constexpr, COLUMNS: tl.constexpr, VALUE_BYTES: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
@@ -67,13 +82,17 @@ def attend_kernel(
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
+    Programs from SPLITS on add up what is to be subtracted from the estimate of all candidates.
+
     Args:
         query: [B, H * G, 1, DK], one of the step's `num_queries`; the last dimension is contiguous.
         list_count: written by `choose_kernel`.
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator; read if SINKS.
         split_outputs: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch, but for the last ESTIMATED ones, which
-            `estimate_kernel` wrote.
+            `estimate_kernel` wrote. With SUBTRACTS the last one is scratch too.
+        plan, estimate, subtracted: of the query, see `ScanBuffers`; used with SUBTRACTS.
+        SUBTRACTS: programs that subtract; 0 without coded pages. COLUMNS to COMPILED: as for `scan_kernel`, for values.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
         BACKING_BYTES: size of an int8 page in the backing store, which is then in host memory; 0 if backing pages are of DTYPE.
@@ -88,6 +107,11 @@ def attend_kernel(
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
     count = tl.load(list_count + bh * 2)
     missing = tl.load(list_count + bh * 2 + 1)
+    if SUBTRACTS and split >= SPLITS:
+        subtract_pages(
+            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, H, G, COLUMNS,
+            DV, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
+        )  # fmt: skip
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
@@ -102,7 +126,7 @@ def attend_kernel(
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES
+    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES  # nothing is left for the programs that subtract
     begin = split * share
     stop = tl.minimum(begin + share, count)
     for first in range(begin, stop, TILE_PAGES):
@@ -178,12 +202,17 @@ def attend_kernel(
     acc = acc / tl.maximum(total, 1e-37)[:, None]
     # The lse is stored once per value, so the merge needs no exchange between threads.
     mine = split_outputs + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
-    inside = (group < G)[:, None] & (column_v < DV)[None, :]
+    inside = (group < G)[:, None] & (column_v < DV)[None, :] & (split < SPLITS)
     tl.store(mine, acc, mask=inside)
     tl.store(mine + G * DV, tl.broadcast_to(lse[:, None], (BLOCK_G, BLOCK_V)), mask=inside)
     tl.debug_barrier()  # the split output is complete before the arrival is counted
-    if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+    if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS + SUBTRACTS - 1:
         tl.store(arrivals + bh, 0)
+        if SUBTRACTS:
+            unread = split_outputs + (bh * (SPLITS + ESTIMATED) + SPLITS) * 2 * G * DV
+            write_unread(
+                layer, estimate, subtracted, bh, unread, DTYPE, VALUES, SUBTRACTS, G, MERGED_G, DK, DV, BLOCK_V
+            )
         heads = tl.arange(0, MERGED_G)[:, None]
         there = (heads < G) & (column_v < DV)[None, :]
         outs = split_outputs + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]

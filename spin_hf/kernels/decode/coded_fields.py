@@ -1,0 +1,166 @@
+"""Operands of tensor cores from packed codes, for `scan_pages.py` and `attend_pages.py`.
+
+A byte has four fields of two bits (`kernels/reference_scan.py`). On a device, inline assembly works on four bytes at once;
+Triton would unpack each of them first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def code_parts(codes, COMPILED: tl.constexpr):
+    """Bytes as four int8 numbers b0, b1, b2, b3: byte = b0 + b1 + 16 (b2 + b3), b0 and b2 0 to 3, b1 and b3 0, 4, 8 or 12."""
+    if COMPILED:
+        one, two, three, four = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 high;
+            and.b32 $0, $4, 0x03030303;
+            and.b32 $1, $4, 0x0c0c0c0c;
+            shr.u32 high, $4, 4;
+            and.b32 $2, high, 0x03030303;
+            and.b32 $3, high, 0x0c0c0c0c;
+            }
+            """,
+            "=r,=r,=r,=r,r", [codes], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        one, two = codes & 3, codes & 12
+        three, four = (codes >> 4) & 3, (codes >> 4) & 12
+    return one, two, three, four
+
+
+@triton.jit
+def value_fields(codes, scale, dtype: tl.constexpr, COMPILED: tl.constexpr):
+    """(field - 1.5) * scale, exactly, of bytes [n, B] and scales [n]: [n, 4 * B]. Field f of byte i is at f * B + i.
+
+    `dtype` is float16 or float32. Scales are bfloat16 numbers; float16 holds the products of those from 2^-14 to 2^15. Larger
+    ones, and NaN of pages without codes, count as 0: weights of the latter are 0 too.
+    """
+    scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
+    scales = tl.broadcast_to(scale.to(dtype)[:, None], codes.shape)
+    if COMPILED and dtype == tl.float16:
+        # A field f in the mantissa of 1024: 1024 + 4 f, 16 f or 64 f; the lowest field is moved up first. Two bytes at once.
+        one, two, three, four = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 pair, up, a, b, c, d;
+            .reg .b32 f4, f16, f64, m4, m16, m64;
+            mov.b32 f4, 0x34003400;
+            mov.b32 f16, 0x2c002c00;
+            mov.b32 f64, 0x24002400;
+            mov.b32 m4, 0xdc06dc06;
+            mov.b32 m16, 0xd418d418;
+            mov.b32 m64, 0xcc60cc60;
+            prmt.b32 pair, $8, 0, 0x4140;
+            shl.b32 up, pair, 2;
+            lop3.b32 a, up, 0x000c000c, 0x64006400, 0xea;
+            lop3.b32 b, pair, 0x000c000c, 0x64006400, 0xea;
+            lop3.b32 c, pair, 0x00300030, 0x64006400, 0xea;
+            lop3.b32 d, pair, 0x00c000c0, 0x64006400, 0xea;
+            fma.rn.f16x2 a, a, f4, m4;
+            fma.rn.f16x2 b, b, f4, m4;
+            fma.rn.f16x2 c, c, f16, m16;
+            fma.rn.f16x2 d, d, f64, m64;
+            mul.rn.f16x2 $0, a, $9;
+            mul.rn.f16x2 $2, b, $9;
+            mul.rn.f16x2 $4, c, $9;
+            mul.rn.f16x2 $6, d, $9;
+            prmt.b32 pair, $8, 0, 0x4342;
+            shl.b32 up, pair, 2;
+            lop3.b32 a, up, 0x000c000c, 0x64006400, 0xea;
+            lop3.b32 b, pair, 0x000c000c, 0x64006400, 0xea;
+            lop3.b32 c, pair, 0x00300030, 0x64006400, 0xea;
+            lop3.b32 d, pair, 0x00c000c0, 0x64006400, 0xea;
+            fma.rn.f16x2 a, a, f4, m4;
+            fma.rn.f16x2 b, b, f4, m4;
+            fma.rn.f16x2 c, c, f16, m16;
+            fma.rn.f16x2 d, d, f64, m64;
+            mul.rn.f16x2 $1, a, $10;
+            mul.rn.f16x2 $3, b, $10;
+            mul.rn.f16x2 $5, c, $10;
+            mul.rn.f16x2 $7, d, $10;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [codes, scales],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        one, two = _field(codes, 0, dtype) * scales, _field(codes, 2, dtype) * scales
+        three, four = _field(codes, 4, dtype) * scales, _field(codes, 6, dtype) * scales
+    joined = tl.permute(tl.join(tl.join(one, three), tl.join(two, four)), (0, 2, 3, 1))  # [n, 2, 2, B], by field
+    return tl.reshape(joined, (codes.shape[0], 4 * codes.shape[1]))
+
+
+@triton.jit
+def _field(codes, BIT: tl.constexpr, dtype: tl.constexpr):
+    return (((codes >> BIT) & 3).to(tl.float32) - 1.5).to(dtype)
+
+
+@triton.jit
+def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
+    """Where the fields of `value_fields` are stored: field f of byte i at 4 * i + f. And whether there is such a field."""
+    number = tl.arange(0, 4 * VALUE_BYTES)
+    byte = number % VALUE_BYTES
+    return 4 * byte + number // VALUE_BYTES, byte < DV // 4
+
+
+@triton.jit
+def halves(numbers, dtype: tl.constexpr):
+    """Numbers [n, C] of 0 to 32768 as pairs [n, 2 * C]: the number in `dtype`, and 2048 times what that leaves."""
+    high = numbers.to(dtype).to(tl.float32)
+    pairs = tl.join(high, (numbers - high) * 2048.0)
+    # The last operation is the conversion: Triton fails to compile the product with what is reshaped last.
+    return tl.reshape(pairs, (numbers.shape[0], 2 * numbers.shape[1])).to(dtype)
+
+
+@triton.jit
+def whole_sums(sums):
+    """Sums [n, C] of numbers, from sums [n, 2 * C] of their `halves`."""
+    pairs = tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2))
+    return tl.sum(pairs * tl.where(tl.arange(0, 2) == 0, 1.0, 1.0 / 2048.0)[None, None, :], 2)
+
+
+@triton.jit
+def log2(numbers, COMPILED: tl.constexpr):
+    """Logarithms to base 2 in one instruction, -infinity of 0. The library's take about ten."""
+    if COMPILED:
+        logs = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [numbers], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        logs = tl.where(numbers > 0.0, tl.log2(tl.maximum(numbers, 1e-38)), float("-inf"))
+    return logs
+
+
+@triton.jit
+def power2(numbers, COMPILED: tl.constexpr):
+    """Powers of 2 in one instruction; 0 below 2^-126."""
+    if COMPILED:
+        powers = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [numbers], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        powers = tl.exp2(numbers)
+    return powers
+
+
+@triton.jit
+def pinned(numbers, COMPILED: tl.constexpr):
+    """int8 numbers unchanged, bfloat16 numbers as float32.
+
+    Triton changes the layout of loaded numbers, with a barrier that later loads wait for, not before this.
+    """
+    if not COMPILED:
+        numbers = numbers if numbers.dtype == tl.int8 else numbers.to(tl.float32)
+    elif numbers.dtype == tl.int8:
+        numbers = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int8, is_pure=False, pack=4)
+    else:
+        numbers = tl.inline_asm_elementwise(
+            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "=r,h", [numbers], dtype=tl.float32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    return numbers

@@ -1,0 +1,256 @@
+"""One pass over all coded pages: log weights of pages, their total, and the estimate of all candidates.
+
+    program (b * H + h, split)    one split of the segments, in tiles of RUNS segments; of each tile
+        units     products of states with int8 means                                    [units, heads]
+        tokens    products of states with the fields of codes, plus that of the unit    [tokens, heads]
+        pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages, heads]
+        values    fields of the pages' value codes, times weight and scale of pages     [Dv, heads]
+
+Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
+subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`_halves`), take columns of
+the tensor cores that would be idle. The codes are multiplied as they are stored: a field is masked, not moved.
+The specification is `kernels/reference_scan.py`; the layout of the codes stands there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_0, STOP, SUMMARY_0,
+    SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype,
+)  # fmt: skip
+from ..launch import (
+    CODED_TILE_SEGMENTS,
+    Launch,
+    LaunchShape,
+    LayerBuffers,
+    ScanBuffers,
+    StepBuffers,
+    code_bytes,
+    scan_columns,
+)
+from ..reference_scan import UNIT_PAGES
+from .coded_fields import code_parts, field_places, halves, log2, pinned, power2, value_fields, whole_sums
+
+_LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+_WARPS = 4
+_FEW_REGISTERS, _REGISTERS = 128, 168
+"""Registers of a thread, for up to four query heads and for more: four and three programs fit a multiprocessor."""
+
+
+def scan_pages(
+    launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor, *, group: int,
+    softcap: float | None, shape: LaunchShape,
+) -> None:  # fmt: skip
+    """Scan all pages for one query of a step, by the operands of `project_queries`. Writes nothing if the budget covers all."""
+    columns, rows = scan_columns(group, shape)
+    launch(
+        scan_kernel, (buffers.num_streams, buffers.splits.score), buffers.step, layer.descriptor, scan.mean_operand,
+        scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
+        (softcap or 1.0) * _LOG2_E, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
+        VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
+        ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
+        VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=CODED_TILE_SEGMENTS,
+        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=_WARPS,
+        num_stages=1, maxnreg=_registers(rows, shape),
+    )  # fmt: skip
+
+
+def _registers(rows: int, shape: LaunchShape) -> int | None:
+    """Upper limit of registers of a thread, where the kernel fits it; None for none."""
+    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32:
+        return None
+    return _FEW_REGISTERS if rows <= 8 else _REGISTERS
+
+
+def _alignment(row_bytes: int) -> int:
+    """The alignment of rows of a chunk, in bytes, up to 16."""
+    return min(16, row_bytes & -row_bytes)
+
+
+@triton.jit
+def scan_kernel(
+    step, layer, mean_operand, code_operand, factors, plan, stats, partials, softcap,
+    CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, ALIGNED: tl.constexpr,
+    VALUE_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, split) scans one split of the segments.
+
+    Args:
+        mean_operand, code_operand, factors: written by `project_kernel`.
+        stats: float32 [B * H, num_programs(1), 2, COLUMNS]: maximum and sum of exponentials of each split's log weights, of
+            candidates and sinks. Written.
+        partials: float32 [B * H, num_programs(1), G, DV + 2], see `ScanBuffers`. Written.
+        softcap: of logits in powers of two, if CAPPED.
+        VALUES: dtype in which weights and values are multiplied.
+        COMPILED: whether the kernel is compiled for a device; else it is interpreted.
+        ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
+        ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
+
+    Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
+    """
+    bh = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    capacity = tl.load(step + PAGE_CAPACITY)
+    logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
+    first = tl.load(row + FIRST)
+    stop = tl.load(row + STOP)
+    pages_at: tl.constexpr = RUNS * SEGMENT
+    units_at: tl.constexpr = pages_at // UNIT_PAGES
+    tokens_at: tl.constexpr = pages_at * PAGE
+    group = tl.arange(0, COLUMNS)
+    page_lane = tl.arange(0, pages_at)
+    unit_lane = tl.arange(0, units_at)
+    token_lane = tl.arange(0, tokens_at)
+    byte = tl.arange(0, BYTES)
+    value_byte = tl.arange(0, VALUE_BYTES)
+    column = tl.arange(0, BLOCK_K)
+    most = tl.full([COLUMNS], float("-inf"), tl.float32)
+    total = tl.zeros([pages_at, COLUMNS], tl.float32)
+    weight = tl.zeros([pages_at, COLUMNS], tl.float32)
+    acc = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
+    share = tl.cdiv(tl.cdiv(stop, pages_at), num_splits) * RUNS
+    begin = split * share
+    end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
+    if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
+        directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
+        mean_table = tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64))
+        unit_table = tl.load(layer + SCALE_0).to(tl.pointer_type(tl.int64))
+        value_table = tl.load(layer + SUMMARY_3).to(tl.pointer_type(tl.int64))
+        code_table = tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64))
+        scale_table = tl.load(layer + SUMMARY_2).to(tl.pointer_type(tl.int64))
+        value_scale_table = tl.load(layer + SUMMARY_4).to(tl.pointer_type(tl.int64))
+        operand_row = tl.arange(0, ROWS_OF)
+        of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None])
+        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
+        of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
+        of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
+        factor = factors + bh * 4 * COLUMNS + group
+        code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
+        mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
+        for segment in range(begin, end, RUNS):
+            means = tl.zeros([units_at], tl.int64)
+            units = means
+            codes = tl.zeros([tokens_at], tl.int64)
+            scales = codes
+            values = tl.zeros([pages_at], tl.int64)
+            value_scales = values
+            for run in tl.static_range(RUNS):
+                start = (
+                    tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.uint64) * H + h.to(tl.uint64)
+                ) * SEGMENT
+                chunk = start // ROWS
+                inside = (start % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
+                means = _addresses(means, mean_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, DK)
+                units = _addresses(units, unit_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, 4)
+                codes = _addresses(codes, code_table + chunk, inside * PAGE, run, SEGMENT * PAGE, DK // 4)
+                scales = _addresses(scales, scale_table + chunk, inside * PAGE, run, SEGMENT * PAGE, 2)
+                values = _addresses(values, value_table + chunk, inside, run, SEGMENT, DV // 4)
+                value_scales = _addresses(value_scales, value_scale_table + chunk, inside, run, SEGMENT, 2)
+            # All loads before the first use of one of them, as that comes with a barrier, which no load can pass.
+            here = segment * SEGMENT + page_lane < stop
+            unit_here = segment * SEGMENT + unit_lane * UNIT_PAGES < stop
+            token_here = segment * SEGMENT * PAGE + token_lane < stop * PAGE
+            value_code = tl.load(
+                tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
+                mask=here[:, None] & (value_byte < DV // 4)[None, :], other=0,
+            )  # fmt: skip
+            value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0).to(tl.float32)
+            unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=unit_here, other=0.0)
+            scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0)
+            mean = tl.load(
+                tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
+                mask=unit_here[:, None] & (column < DK)[None, :], other=0,
+            )  # fmt: skip
+            code = tl.load(
+                tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
+                mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
+            )  # fmt: skip
+            scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
+            if DIGITS:
+                middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
+                one, two, three, four = code_parts(code, COMPILED)
+                sums = tl.dot(one, of_one, out_dtype=tl.int32)
+                sums = tl.dot(two, of_two, acc=sums, out_dtype=tl.int32)
+                sums = tl.dot(three, of_three, acc=sums, out_dtype=tl.int32)
+                sums = tl.dot(four, of_four, acc=sums, out_dtype=tl.int32)
+                inner = _whole(sums, COLUMNS)
+            else:
+                middle = tl.dot(mean.to(tl.float32), of_means, input_precision="ieee")
+                one, two, three, four = code_parts(code, COMPILED)
+                inner = tl.dot(one.to(tl.float32), of_one, input_precision="ieee")
+                inner = tl.dot(two.to(tl.float32), of_two, acc=inner, input_precision="ieee")
+                inner = tl.dot(three.to(tl.float32), of_three, acc=inner, input_precision="ieee")
+                inner = tl.dot(four.to(tl.float32), of_four, acc=inner, input_precision="ieee")
+            middle = middle * (unit[:, None] * mean_factor[None, :]) + constant[None, :]
+            shared: tl.constexpr = (units_at, UNIT_PAGES * PAGE, COLUMNS)
+            middle = tl.reshape(tl.broadcast_to(middle[:, None, :], shared), (tokens_at, COLUMNS))
+            products = (inner * code_factor[None, :] - code_constant[None, :]) * scale[:, None] + middle
+            if CAPPED:
+                products = softcap * (
+                    2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
+                )  # softcap * tanh(products / softcap)
+            present = scale >= 0.0
+            if PADDED:  # pages of padding have no codes
+                token_page = segment * SEGMENT + token_lane // PAGE
+                present = present & candidates(step, b, token_page, 0, stop, PAGE, PADDED)
+            products = tl.where(present[:, None], products, float("-inf"))
+            higher = tl.maximum(most, tl.ceil(tl.max(products, 0)))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            decay = tl.exp2(most - shift)
+            tokens = power2(products - shift[None, :], COMPILED)
+            each = tl.sum(tl.reshape(tokens, (pages_at, PAGE, COLUMNS)), 1)
+            pages = segment * SEGMENT + page_lane
+            logs = (log2(each, COMPILED) + shift[None, :]) * LN_2
+            tl.store(
+                logits + group[None, :] * capacity + pages[:, None], logs,
+                mask=(group < G)[None, :] & (pages < stop)[:, None],
+            )  # fmt: skip
+            total = total * decay[None, :] + each
+            each = tl.where((pages >= first)[:, None], each, 0.0)  # sinks are not estimated
+            weight = weight * decay[None, :] + each
+            both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
+            parts = value_fields(value_code, value_scale, VALUES, COMPILED)
+            acc = tl.dot(tl.trans(parts), halves(each, VALUES), acc=acc * both[None, :], input_precision="ieee")
+            most = higher
+    place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
+    tl.store(place, most * LN_2)
+    tl.store(place + COLUMNS, tl.sum(total, 0))
+    number, inside = field_places(VALUE_BYTES, DV)
+    place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
+    tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=inside[:, None] & (group < G)[None, :])
+    tl.store(place + DV, most, mask=group < G)
+    tl.store(place + DV + 1, tl.sum(weight, 0), mask=group < G)
+
+
+@triton.jit
+def _addresses(addresses, table, inside, RUN: tl.constexpr, ITEMS: tl.constexpr, BYTES: tl.constexpr):
+    """`addresses`, of the items of a tile, with those of segment RUN and of all behind it replaced by their own.
+
+    Args:
+        table: the entry of the segment's chunk; inside: its first item in the chunk.
+        ITEMS, BYTES: items of a segment, and bytes of an item.
+    """
+    lane = tl.arange(0, addresses.shape[0])
+    own = tl.load(table) + (inside + lane - RUN * ITEMS) * BYTES
+    return tl.where(lane >= RUN * ITEMS, own, addresses)
+
+
+@triton.jit
+def _whole(products, COLUMNS: tl.constexpr):
+    """Products of integers, from those of their digits: [rows, COLUMNS], float32."""
+    pairs = tl.reshape(products, (products.shape[0], COLUMNS, 2))
+    return tl.sum(pairs * tl.where(tl.arange(0, 2) == 0, 256, 1)[None, None, :], 2).to(tl.float32)
