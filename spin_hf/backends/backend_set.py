@@ -89,7 +89,10 @@ class BackendSet:
         assert layer.store is not None
         place, batch_size = (layer.store.device, layer.store.num_heads), self.state.sequences.batch_size
         launch, found = kernels.launchers(place[0]), self._taken.get(place)
-        if launch is None or (found is None and recipe_of(self.state.method) is None):
+        if launch is None:
+            return None
+        recipe = recipe_of(self.state.method) if found is None else found.recipe
+        if recipe is None or not recipe.serves(layer.store.key_dim, layer.store.value_dim):
             return None
         if found is None or not self._owns(found) or found.batch_size != batch_size:
             found = self._take(place, batch_size, found)

@@ -158,7 +158,7 @@ def attend_in_waves(
         if call.weights is not None:
             call.weights.add_wave(call.query, keys, tokens, call.scale, call.softcap)
     if rest is not None:
-        weight = rest.log_tokens[:, :, None, None]
+        weight = (rest.log_tokens if rest.log_tokens.dim() == 4 else rest.log_tokens.unsqueeze(2)).unsqueeze(3)
         logit_correction = None if rest.logit_correction is None else rest.logit_correction.unsqueeze(3)
         partials.append(
             kernels.attend(call.query, rest.keys, rest.values, weight, call.scale, call.softcap, logit_correction)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import recipe_of
+from ..indexing.fit import fitted_of
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..storage.out_of_memory import allocating
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
 _MIN_PAGES = 512
+_BASES = (LayerField.KEY_BASIS, LayerField.VALUE_BASIS, LayerField.BASIS_VECTORS)
 
 
 class Binding:
@@ -38,17 +40,19 @@ class Binding:
         owner: whose state it is, if several caches use the descriptors in turn; None once the cache does not need them.
         known: inputs from which the step descriptor was last made.
         layer_known: inputs of each layer's descriptor; None if it must be uploaded.
+        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`).
     """
 
     def __init__(self, state: CacheState, owner: Any = None) -> None:
         self.state, self.owner = state, owner
         self.known: dict[str, Any] = {}
         self.layer_known: list[Any] = [None] * len(state.layers)
+        self.bases: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def end(self) -> None:
         """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
         self.owner = None
-        self.known, self.layer_known = {}, []
+        self.known, self.layer_known, self.bases = {}, [], {}
         del self.state
 
 
@@ -114,13 +118,16 @@ class Descriptors:
         frames = store.frames
         tables = () if frames is None else frames.tensors
         slots = () if frames is None else frames.slots
-        known = (store, slots, *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        bases = self._basis(layer) if self.recipe.scans_codes else ()
+        known = (store, slots, *(basis.data_ptr() for basis in bases), *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
         if layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
             for i, summary in enumerate(store.summaries.values()):
                 for j, array in enumerate(summary.arrays):
                     fields[summary_field(i, j)] = array.address_table.data_ptr()
+            for field, basis in zip(_BASES, bases, strict=False):
+                fields[field] = basis.data_ptr()
             if frames is not None:
                 fields[LayerField.FRAMES] = frames.frames.data_ptr()
                 fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.slot_counts is None else -1
@@ -132,6 +139,18 @@ class Descriptors:
             layer_known[number] = None  # upload again if this is interrupted
             _upload(fields, self.layer_fields[number])
             layer_known[number] = known
+
+    def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
+        """The tensors of `_BASES` for a layer."""
+        held, store = self.binding.bases.get(layer.number), layer.store
+        if held is None or held[0] is not layer.fitted:
+            assert store is not None
+            method = self.state.method
+            basis = method.scan_basis(fitted_of([layer], method), store.dtype)
+            vectors = torch.cat([basis.origin, basis.widths, basis.value_origin, basis.value_widths], -1)
+            held = layer.fitted, (basis.inverse, basis.value_axes, vectors)
+            self.binding.bases[layer.number] = held
+        return held[1]
 
     def begin_step(self) -> None:
         """Update the step descriptor to the current step."""

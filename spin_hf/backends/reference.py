@@ -119,7 +119,7 @@ def _query(call: Call, position: int, layer: LayerState, plan: StepPlan, method:
     query = Query(
         states=call.query.squeeze(3).float(), candidates=zones.candidates, budget_tokens=zones.budget_tokens,
         page_size=method.page_size, scale=call.scale, layer=layer.number, page_tokens=zones.page_tokens,
-        positions=zones.positions, fitted=fitted_of([layer], method),
+        positions=zones.positions, fitted=fitted_of([layer], method), softcap=call.softcap,
     )  # fmt: skip
     return query, zones.fixed
 

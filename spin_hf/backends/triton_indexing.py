@@ -1,8 +1,8 @@
-"""Summarises the page that a captured step completed, for several layers in one call and without waiting.
+"""Summarises the page that a captured step completed, with its unit, for several layers in one call and without waiting.
 
-    copy_page      the page of each layer, from its backing store  ->  [layers * B, H, 1, P, D]
+    copy_page      the pages of each layer, from its backing store  ->  [layers * B, H, n, P, D]
     index_pages    the method
-    copy_page      summaries  ->  each layer's summary arrays
+    copy_page      summaries  ->  each layer's summary arrays; a method with units summarises all pages of the last unit again
 
 Launched after the step. Only kernels of later steps read these summaries.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.base import Pages
+from ..indexing.fit import fitted_of
 from ..indexing.summarize import tokens_of
 from ..kernels.descriptor_fields import LayerField, summary_field
 
@@ -39,28 +40,30 @@ def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
 def _index(step: StepKernels, layers: list[LayerState]) -> None:
     store, sequences, count = layers[0].store, step.state.sequences, len(layers)
     assert store is not None
-    page = sequences.length // store.page_size - 1
+    stop, method = sequences.length // store.page_size, step.state.method
+    page = (stop - 1) // method.unit_pages * method.unit_pages
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
 
-    def copy(field: LayerField, packed: Tensor, put: bool) -> None:
-        """Copy the page's row of each layer's array from or to `packed` [layers * B, H, ...]."""
+    def copy(field: LayerField, packed: Tensor, put: bool, pages_per_row: int = 1) -> None:
+        """Copy the pages' rows of each layer's array from or to `packed` [layers * B, H, n, ...]."""
         step.launchers.copy_page(
-            step.step, addresses, packed, page=page, field=field, put=put, shape=step.shape(layers[0])
-        )
+            step.step, addresses, packed, page=page, field=field, put=put, shape=step.shape(layers[0]),
+            pages_per_row=pages_per_row,
+        )  # fmt: skip
 
-    shape = (count * step.batch_size, step.num_heads, 1, *store.backing.row_shape)
+    shape = (count * step.batch_size, step.num_heads, stop - page, *store.backing.row_shape)
     pages = torch.empty(shape, dtype=store.backing.dtype, device=step.device)
     copy(LayerField.BACKING, pages, put=False)
     keys, values = store.backing_layout.take(pages)
-    valid, positions = tokens_of(sequences, page, page + 1, step.device)
+    valid, positions = tokens_of(sequences, page, stop, step.device)
     single = None
     if store.permutation is not None:  # one page per cluster until tokens are clustered
         single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)
     given = Pages(
         keys, valid.repeat(count, 1, 1, 1), tuple(layer.number for layer in layers), values,
-        None if positions is None else positions.repeat(count, 1, 1, 1), single,
+        None if positions is None else positions.repeat(count, 1, 1, 1), single, fitted_of(layers, method),
     )  # fmt: skip
-    made = step.state.method.index_pages(given)
+    made = method.index_pages(given)
     for index, (name, summary) in enumerate(store.summaries.items()):
         for array, content in enumerate(summary.stored(made[name])):
-            copy(summary_field(index, array), content.contiguous(), put=True)
+            copy(summary_field(index, array), content.contiguous(), True, summary.pages_per_row)

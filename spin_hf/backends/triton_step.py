@@ -5,6 +5,7 @@
     find_outliers    ShadowKV only, once per step for all layers
     per query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
                      in a one-token step score_pages appends the token
+    with coded pages project_queries, scan_pages, bin_scores, select_pages, attend_pages
 
 Launches do not wait for the host, and kernels do not allocate. `zones.py`, `reference.py` and `kernels.reference` specify the
 results; `tests/backends/test_triton_step.py` compares both backends.
@@ -22,7 +23,16 @@ from ..attention.methods import four_bit_keys
 from ..attention.methods.base import Method
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
-from ..kernels.launch import Launch, LaunchShape, LayerBuffers, Splits, StepBuffers, product_columns, rerank_sizes
+from ..kernels.launch import (
+    Launch,
+    LaunchShape,
+    LayerBuffers,
+    ScanBuffers,
+    Splits,
+    StepBuffers,
+    product_columns,
+    rerank_sizes,
+)
 from ..storage.out_of_memory import allocating
 from ..storage.page_table import SEGMENT_PAGES
 from .base import AttentionBackend, Call
@@ -87,7 +97,8 @@ class StepKernels(Descriptors, AttentionBackend):
             list_count=self.new((streams, 2), torch.int32), arrivals=self.new((streams,), torch.int32), stats=empty,
             split_outputs=empty, basis=empty, rotated=empty, operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
-        """`fit` allocates the empty ones."""
+        self.scan: ScanBuffers | None = None
+        """`fit` allocates the empty ones, and `scan` if pages have codes."""
         self.selection = Selection(self)
 
     def fit(self, group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
@@ -99,7 +110,7 @@ class StepKernels(Descriptors, AttentionBackend):
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
             return
-        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate
+        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
         width = num_splits * 2 * group * value_dim
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,9 +127,14 @@ class StepKernels(Descriptors, AttentionBackend):
                     factors=new(4 * columns), rerank_stats=new(splits.programs * 3 * columns),
                     basis=four_bit_keys.basis(key_dim, self.device).to(dtype),
                 )  # fmt: skip
+            scan = None
+            if self.recipe.scans_codes:
+                scan = ScanBuffers.allocate(
+                    self.streams, group, splits, key_dim, value_dim, self.multiplies_int8, self.device
+                )
         self.page_capacity = 0  # the scratch depends on the group too: `_grow` allocates it again
         self.graphs.clear()
-        self.buffers, self.fits, self.group = buffers, fits, group
+        self.buffers, self.scan, self.fits, self.group = buffers, scan, fits, group
 
     def snapshot(self) -> list[Tensor]:
         """Copies of what a step leaves for the next one, the counters first."""
@@ -188,14 +204,14 @@ class StepKernels(Descriptors, AttentionBackend):
             one, plan = query[:, :, i : i + 1], (self.dense_plan if dense else self.zone_plan)[i]
             if num_queries > 1:
                 self._find_outliers(launch, self.zone_plan[i], [layer])
-            self.selection.select(launch, layer, plan, one, i, call.scale, new, shape)
+            self.selection.select(launch, layer, plan, one, i, call, new, shape)
             if buffers.splits.estimate:
                 launchers.estimate_rest(
                     launch, buffers, own, plan, group=self.group, softcap=call.softcap, recipe=self.recipe, shape=shape
                 )
             launchers.attend_pages(
                 launch, buffers, own, one, out[:, i], call.sinks, query_index=i, num_queries=num_queries, dense=dense,
-                scale=call.scale, softcap=call.softcap, shape=shape,
+                scale=call.scale, softcap=call.softcap, shape=shape, scan=self.scan, plan=plan,
             )  # fmt: skip
 
     def _plan(self, launch: Launch, num_queries: int) -> None:
@@ -276,25 +292,33 @@ class Selection:
         return tensors
 
     def select(
-        self, launch: Launch, layer: LayerState, plan: Tensor, query: Tensor, index: int, scale: float,
+        self, launch: Launch, layer: LayerState, plan: Tensor, query: Tensor, index: int, call: Call,
         new: tuple[Tensor, Tensor] | None, shape: LaunchShape,
     ) -> None:  # fmt: skip
         """List the pages of the step's query `index` and assign slots to the missing ones.
 
         Args:
             plan: int32 [B, len(PlanField)], of this query.
-            query: [B, heads, 1, Dk].
+            query: [B, heads, 1, Dk]; call: of all queries.
             new: as for `StepKernels.attend`.
         """
         step, launchers, recipe = self.step, self.step.launchers, self.step.recipe
-        buffers, own = step.buffers, step.layer_buffers[layer.number]
+        buffers, own, scale = step.buffers, step.layer_buffers[layer.number], call.scale
         if recipe.projects_queries:
             states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
             query = step.state.method.project_queries(states, positions, layer.number).contiguous()
             scale = 1.0
         group = query.shape[1] // step.num_heads
-        launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
-        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
+        if step.scan is None:
+            launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
+        else:
+            launchers.project_queries(launch, buffers, step.scan, own, query, new, scale=scale, shape=shape)
+            launchers.scan_pages(
+                launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape
+            )
+        launchers.bin_scores(
+            launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=step.scan
+        )
         if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
         launchers.select_pages(

@@ -39,6 +39,11 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def padded_key(key_dim: int) -> int:
+    """Numbers of a key, padded to a width that products take."""
+    return max(32, power_of_two(key_dim))
+
+
 def product_columns(group: int, digits: bool) -> int:
     """Query heads per product tile: `group` rounded up so that the tile has at least eight columns. `digits` takes two each."""
     return max(4 if digits else 8, power_of_two(group))
@@ -116,7 +121,7 @@ class LaunchShape:
     @property
     def block_k(self) -> int:
         """Padded width of a key."""
-        return max(32, power_of_two(self.key_dim))
+        return padded_key(self.key_dim)
 
     @property
     def block_v(self) -> int:
@@ -233,24 +238,25 @@ class ScanBuffers:
     subtracted: Tensor
 
     @classmethod
-    def allocate(cls, num_streams: int, group: int, splits: Splits, shape: LaunchShape) -> ScanBuffers:
-        """Allocate tensors on the CPU; `to` moves them."""
-        columns, rows = scan_columns(group, shape)
-        key_dim, value_dim = shape.key_dim, shape.value_dim
-        operand = torch.int8 if shape.multiplies_int8 else torch.float32
-        return cls(
-            states=torch.empty((num_streams, group, key_dim)),
-            mean_operand=torch.empty((num_streams, rows, shape.block_k), dtype=operand),
-            code_operand=torch.empty((num_streams, 4, rows, code_bytes(key_dim)), dtype=operand),
-            factors=torch.empty((num_streams, 4, columns)),
-            partials=torch.empty((num_streams, splits.score, group, value_dim + 2)),
-            estimate=torch.empty((num_streams, group, value_dim + 2)),
-            subtracted=torch.empty((num_streams, -(-splits.attend // 4), group, value_dim + 1)),
-        )
+    def allocate(
+        cls, num_streams: int, group: int, splits: Splits, key_dim: int, value_dim: int, digits: bool, device: torch.device
+    ) -> ScanBuffers:  # fmt: skip
+        """Allocate tensors. `digits`: whether operands are int8 digits (`LaunchShape.multiplies_int8`)."""
+        columns = product_columns(group, digits)
+        rows, operand = columns * (2 if digits else 1), torch.int8 if digits else torch.float32
 
-    def to(self, device: torch.device) -> ScanBuffers:
-        """The same tensors on a device."""
-        return ScanBuffers(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty((num_streams, *shape), dtype=dtype, device=device)
+
+        return cls(
+            states=new(group, key_dim),
+            mean_operand=new(rows, padded_key(key_dim), dtype=operand),
+            code_operand=new(4, rows, code_bytes(key_dim), dtype=operand),
+            factors=new(4, columns),
+            partials=new(splits.score, group, value_dim + 2),
+            estimate=new(group, value_dim + 2),
+            subtracted=new(-(-splits.attend // 4), group, value_dim + 1),
+        )
 
 
 def scan_columns(group: int, shape: LaunchShape) -> tuple[int, int]:

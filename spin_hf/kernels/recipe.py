@@ -2,6 +2,8 @@
 
 A method without a recipe decodes in PyTorch.
 
+scan       `scans_codes`: log weights of all pages and the estimate of all candidates, from coded pages, in one pass; in place of
+           score, rerank and estimate (`reference_scan.py`)
 score      logits: the query times the first summary of each page, or the bound by a box (first and second summary)
            `projects_queries`: one query per KV head, made by `Method.project_queries`
 bin        one score per page and KV head, from the logits of the group
@@ -39,6 +41,8 @@ class KernelRecipe:
         estimated_fraction: fraction of the candidates that is estimated beside the selected pages; 1 for all, 0 for none.
         projects_queries: whether the method makes the queries that pages are scored by.
         threshold: probability that a page must exceed to be selected, unless the budget covers all candidates; 0 for none.
+        scans_codes: whether pages have the five summaries of `reference_scan.CodedPages`, in units of `UNIT_PAGES`, and each
+            sequence has the basis of `Method.scan_basis`.
         dense_layers: how many of the first paged layers attend to all tokens.
     """
 
@@ -50,7 +54,12 @@ class KernelRecipe:
     estimated_fraction: float = 0.0
     projects_queries: bool = False
     threshold: float = 0.0
+    scans_codes: bool = False
     dense_layers: int = 0
+
+    def serves(self, key_dim: int, value_dim: int) -> bool:
+        """Whether the kernels take keys and values of these sizes."""
+        return not self.scans_codes or (key_dim % 16 == 0 and value_dim % 16 == 0)
 
     @property
     def estimated_billionths(self) -> int:

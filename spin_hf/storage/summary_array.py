@@ -3,7 +3,7 @@
     quantized     values  ChunkedArray of int8 [D]       vector = values * scale;  scale = max |x| / 127
                   scale   ChunkedArray of float32 []
     unquantized   values  ChunkedArray in the model's dtype;  scalars are never quantized
-    own dtype     values  ChunkedArray in the dtype that the method names, such as uint8 codes
+    own dtype     values  ChunkedArray in the dtype that the method names, such as uint8 codes; int8 is quantized
 
     page p of a unit of u pages  ->  row p // u
 
@@ -82,9 +82,11 @@ def stored_as(name: str, dtype: torch.dtype, quantized: bool, own: dict[str, tor
 
     Args:
         dtype, quantized: the cache's choice.
-        own: name -> dtype, the method's choice, which takes precedence.
+        own: name -> dtype, the method's choice, which takes precedence. int8 has a scale for each vector.
     """
-    return (own[name], False) if name in own else (dtype, quantized)
+    if name not in own:
+        return dtype, quantized
+    return own[name], own[name] == torch.int8
 
 
 def bytes_per_page(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool, pages_per_row: int = 1) -> int:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import spin_hf.kernels
-from spin_hf import Bisection, Quest, RetroInfer, SeerAttention, SpinCache
+from spin_hf import Bisection, Fitted, Quest, RetroInfer, SeerAttention, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.cluster_by_formulas import cluster_by_formulas
 from tests.support.clustering_methods import clustering_often, little_slack
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 METHODS = [
     clustering_often(Bisection, 64, 32)(2), clustering_often(RetroInfer, 64, 32)(), Quest(1), Quest(0), SeerAttention(),
-    SeerAttention(threshold=0.25),
+    SeerAttention(threshold=0.25), clustering_often(Fitted, 64, 32)(),
 ]  # fmt: skip
 OPTIONS: dict[str, Any] = {"budget": 24, "recent_window": 8}
 

@@ -215,7 +215,9 @@ class CodedCase:
         counters = torch.zeros(8, dtype=torch.int64)
         hands = torch.zeros(streams, dtype=torch.int32)
         self.layer_buffers = LayerBuffers(0, self.layer, floors, floors, hands, counters)
-        self.scan = ScanBuffers.allocate(streams, self.group, splits, self.shape)
+        self.scan = ScanBuffers.allocate(
+            streams, self.group, splits, self.key_dim, self.value_dim, self.digits, torch.device("cpu")
+        )
         for tensor in vars(self.scan).values():
             tensor.fill_(nan if tensor.is_floating_point() else 127)
 

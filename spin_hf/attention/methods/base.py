@@ -16,6 +16,7 @@ A method that needs more than keys overrides:
     bind                 called once per cache, before anything is stored: check the model's config, load what the model needs
     index_pages          `index` with layers, values and, if `uses_positions`, the position of each token
     recipe               how the Triton kernels serve the method; without one it decodes by its PyTorch formulas
+    scan_basis           the coordinates of codes, if the recipe has `scans_codes`
     project_queries      what the kernels score pages by, if the recipe has `projects_queries`
     projection_tensors   the tensors that `project_queries` reads
 """
@@ -34,6 +35,7 @@ from ... import kernels
 from ...config import MOST_TOKENS, require_count, require_real
 from ...errors import OptionError
 from ...kernels.recipe import MAX_SUMMARIES, KernelRecipe
+from ...kernels.reference_scan import UNIT_PAGES, CodedBasis
 
 Summaries = dict[str, Tensor]
 FittedTensors = dict[str, Tensor]
@@ -54,6 +56,7 @@ class Query:
         positions: [B], int64: real tokens before the query. None unless the method `uses_positions`.
         page_tokens: [B, N], int64: tokens of each page that the query may attend to. The cache always fills it.
         fitted: name -> [B, H, *shape], of `Method.fitted_shapes`. None if the method fits nothing.
+        softcap: attention scores become softcap * tanh(score / softcap); None for no cap.
     """
 
     states: Tensor
@@ -65,6 +68,7 @@ class Query:
     positions: Tensor | None = None
     page_tokens: Tensor | None = None
     fitted: FittedTensors | None = None
+    softcap: float | None = None
 
     @property
     def budget_pages(self) -> Tensor:
@@ -105,7 +109,8 @@ class Estimate:
     Attributes:
         keys: [B, H, M, D], float32.
         values: [B, H, M, Dv], float32.
-        log_tokens: [B, H, M], float32: logarithm of the number of tokens, added to the score; -inf where there is none.
+        log_tokens: [B, H, M] or [B, H, G, M], float32: logarithm of the number of tokens, added to the score behind any
+            softcap; -inf where there is none.
         logit_correction: [B, H, G, M], float32: added to the score of each query head, before any softcap; None for 0.
     """
 
@@ -180,6 +185,14 @@ class Method(ABC):
     def projection_tensors(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """Tensors on the device that `project_queries` reads. Their addresses do not change while the method lives."""
         return ()
+
+    def scan_basis(self, fitted: FittedTensors | None, dtype: torch.dtype) -> CodedBasis:
+        """The coordinates of the codes, if the recipe has `scans_codes`; matrices in `dtype`.
+
+        Args:
+            fitted: name -> [B, H, *shape], of `fitted_shapes`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected scan_basis, as its recipe has scans_codes; write it")
 
     def saved_parameters(self) -> dict[str, Any]:
         """What a saved cache records of the method; a cache that loads it must have a method with the same.
@@ -282,10 +295,11 @@ def check_recipe(method: Method) -> None:
                 f"{method.name}: recipe: {name}: expected a fraction in [0, 1], got {fraction}; pass 0.0 for none"
             )
     shapes = list(method.summary_shapes(16, 32).values())
-    if method.unit_pages > 1:
+    unit_pages = UNIT_PAGES if recipe.scans_codes else 1
+    if method.unit_pages != unit_pages:
         raise OptionError(
-            f"{method.name}: expected unit_pages of 1, as it has a recipe for kernels, got {method.unit_pages}; "
-            "leave recipe out"
+            f"{method.name}: expected unit_pages of {unit_pages}, as its recipe has scans_codes={recipe.scans_codes}, got "
+            f"{method.unit_pages}; change it, or leave recipe out"
         )
     if method.page_size & (method.page_size - 1):
         raise OptionError(
@@ -296,6 +310,11 @@ def check_recipe(method: Method) -> None:
         raise OptionError(
             f"{method.name}: expected at most {MAX_SUMMARIES} summaries, as it has a recipe for kernels, got {len(shapes)}; "
             "keep fewer, or leave recipe out"
+        )
+    if recipe.scans_codes and shapes != [(16,), (method.page_size, 4), (method.page_size,), (8,), ()]:
+        raise OptionError(
+            f"{method.name}: expected the summaries of CodedPages, as its recipe has scans_codes, got shapes {shapes} for head "
+            "sizes 16 and 32; change them, or leave recipe out"
         )
     if (recipe.summarised_by_append or recipe.outliers_per_1024) and shapes != [(16,), ()]:
         raise OptionError(

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from ... import kernels
 from ...inference_mode import outside_inference_mode
+from ...kernels.descriptor_fields import Rating
+from ...kernels.recipe import KernelRecipe
+from ...kernels.reference_scan import CodedBasis
 from . import fitted_codes
 from .base import Estimate, FittedTensors, Method, Pages, Query, Summaries
 from .bisection import bisect_tokens, mean_shares, sink_pages
@@ -45,6 +48,11 @@ class Fitted(ClusteringMethod, Method):
     unit_pages: ClassVar[int] = 4
     multi_page_clusters: ClassVar[bool] = False
     num_observation_queries: ClassVar[int] = 32
+
+    @property
+    def recipe(self) -> KernelRecipe:
+        """Kernels serve the decode step, for heads of multiples of 16 numbers."""
+        return KernelRecipe(Rating.MEAN, scans_codes=True)
 
     # ------------------------------------------------------------------------------------------------------- the basis
 
@@ -76,6 +84,13 @@ class Fitted(ClusteringMethod, Method):
             for name, tensor in made.items()
         }
 
+    def scan_basis(self, fitted: FittedTensors | None, dtype: torch.dtype) -> CodedBasis:
+        """The basis of each sequence, contiguous."""
+        assert fitted is not None
+        matrices = [fitted[name].to(dtype).contiguous() for name in ("key_inverse", "value_axes")]
+        vectors = [fitted[name].contiguous() for name in ("key_origin", "key_widths", "value_origin", "value_widths")]
+        return CodedBasis(matrices[0], *vectors[:2], matrices[1], *vectors[2:])
+
     # ---------------------------------------------------------------------------------------------------------- index
 
     def form_clusters(self, keys: Tensor, observation_queries: Tensor | None) -> TokenClusters:
@@ -95,9 +110,9 @@ class Fitted(ClusteringMethod, Method):
         return {"mean": self.unit_pages}
 
     def summary_dtypes(self) -> dict[str, torch.dtype]:
-        """Codes are bytes. Scales are bfloat16, so they are not rounded to int8."""
+        """Means are int8 always, codes are bytes. Scales are bfloat16, so they are not rounded to int8."""
         return {
-            "codes": torch.uint8, "scale": torch.bfloat16, "value": torch.uint8, "value_scale": torch.bfloat16,
+            "mean": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16, "value": torch.uint8, "value_scale": torch.bfloat16,
         }  # fmt: skip
 
     def index_pages(self, pages: Pages) -> Summaries:
@@ -129,7 +144,6 @@ class Fitted(ClusteringMethod, Method):
 
     def estimate(self, query: Query, summary: Callable[..., Tensor], pages: Tensor) -> Estimate | None:
         """All candidates except `pages`, with the weights of their coded keys."""
-        assert query.page_tokens is not None
         rest = query.candidates.unsqueeze(1).repeat(1, pages.shape[1], 1)
         b, h, i = (pages >= 0).nonzero(as_tuple=True)
         rest[b, h, pages[b, h, i]] = False
@@ -137,16 +151,16 @@ class Fitted(ClusteringMethod, Method):
             return None
         values = fitted_codes.decode_values(_bases(query.fitted)[1], summary("value"), summary("value_scale"))
         values = values.masked_fill(~rest.unsqueeze(-1), 0.0)
-        tokens = query.page_tokens.float().log()[:, None]
-        weights = self._log_weights(query, summary) - tokens.unsqueeze(1)
-        keys = torch.zeros((), device=values.device).expand(*rest.shape, query.states.shape[-1])
-        correction = weights.masked_fill(~rest.unsqueeze(2), 0.0)  # with keys of zeros, it is the whole logit
-        return Estimate(keys, values, tokens.masked_fill(~rest, float("-inf")), correction)
+        weights = self._log_weights(query, summary).masked_fill(~rest.unsqueeze(2), float("-inf"))
+        keys = torch.zeros((), device=values.device).expand(*rest.shape, query.states.shape[-1])  # scores of 0
+        return Estimate(keys, values, weights)
 
     def _log_weights(self, query: Query, summary: Callable[..., Tensor]) -> Tensor:
         """Log weights of candidates and sinks by their coded keys, [B, H, G, N]; -inf for other pages."""
         coded = summary("mean"), summary("codes"), summary("scale")
         logits = fitted_codes.key_logits(query.states * query.scale, _bases(query.fitted)[0], *coded)
+        if query.softcap is not None:
+            logits = query.softcap * torch.tanh(logits / query.softcap)
         counted = query.candidates | sink_pages(query)
         return logits.logsumexp(-1).masked_fill(~counted[:, None, None], float("-inf"))
 
