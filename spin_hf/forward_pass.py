@@ -49,6 +49,7 @@ class ForwardPass:
         self.commits_with_last_paged = True
         """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
         self._prepared_for: Any = None
+        self._fits: list[Any] = []
         """What the layers' descriptors were last written for: kernels, bindings, buffer sizes, memory version, padding."""
 
     # ------------------------------------------------------------------------------------------------------ a forward
@@ -118,13 +119,14 @@ class ForwardPass:
         for step in in_use:
             step.make_room()
         padded, bound = sequences.mask.valid is not None, [(step.binding, step.fits) for step in in_use]
-        prepared_for = in_use, bound, sequences.memory_version, padded
+        fits = [layer.fitted for layer in self.state.layers]
+        prepared_for = in_use, bound, sequences.memory_version, padded, [id(held) for held in fits]
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
                 kernels = self.backends.kernels_of(layer)
                 assert kernels is not None
                 kernels.prepare(layer)
-            self._prepared_for = prepared_for
+            self._prepared_for, self._fits = prepared_for, fits  # while held, no other object has their ids
         self.state.phase = Phase.PREPARED
 
     @contextmanager

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
 _MIN_PAGES = 512
-_BASES = (LayerField.KEY_BASIS, LayerField.VALUE_BASIS, LayerField.BASIS_VECTORS)
+_BASES = (LayerField.KEY_BASIS, LayerField.VALUE_BASIS, LayerField.BASIS_VECTORS, LayerField.KEY_FORWARD)
 
 
 class Binding:
@@ -148,7 +148,7 @@ class Descriptors:
             method = self.state.method
             basis = method.scan_basis(fitted_of([layer], method), store.dtype)
             vectors = torch.cat([basis.origin, basis.widths, basis.value_origin, basis.value_widths], -1)
-            held = layer.fitted, (basis.inverse, basis.value_axes, vectors)
+            held = layer.fitted, (basis.inverse, basis.value_axes, vectors, basis.forward)
             self.binding.bases[layer.number] = held
         return held[1]
 

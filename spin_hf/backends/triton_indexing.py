@@ -1,7 +1,7 @@
 """Summarises the page that a captured step completed, with its unit, for several layers in one call and without waiting.
 
     copy_page      the pages of each layer, from its backing store  ->  [layers * B, H, n, P, D]
-    index_pages    the method
+    index_pages    the method; for coded pages instead of all this `encode_last_unit`, one launch
     copy_page      summaries  ->  each layer's summary arrays; a method with units summarises all pages of the last unit again
 
 Launched after the step. Only kernels of later steps read these summaries.
@@ -43,6 +43,12 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     stop, method = sequences.length // store.page_size, step.state.method
     page = (stop - 1) // method.unit_pages * method.unit_pages
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
+    if step.recipe.scans_codes:
+        done = step.launchers.encode_last_unit(
+            step.step, addresses, batch_size=step.batch_size, first=page, num_pages=stop - page, shape=step.shape(layers[0])
+        )
+        if done:
+            return
 
     def copy(field: LayerField, packed: Tensor, put: bool, pages_per_row: int = 1) -> None:
         """Copy the pages' rows of each layer's array from or to `packed` [layers * B, H, n, ...]."""

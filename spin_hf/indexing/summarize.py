@@ -182,5 +182,7 @@ def _close(held: Tensor, expected: Tensor, quantized: bool) -> bool:
     """Equal up to rounding by a kernel's order of summation: at most one int8 step if quantized."""
     if not expected.numel():
         return True
+    if not held.is_floating_point():  # codes: rounding decides those of numbers in the middle between two levels
+        return float((held != expected).float().mean()) < 0.01
     tolerance = (1 / 126 if quantized else 8 * torch.finfo(held.dtype).eps) * float(expected.abs().max())
     return torch.allclose(held.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)

@@ -78,18 +78,20 @@ class LayerField(IntEnum):
     """[B, H, Dv, Dv] in the dtype of the pages: values are coordinates @ this, transposed (`CodedBasis.value_axes`)."""
     BASIS_VECTORS = 13
     """float32 [B, H, 2 * D + 2 * Dv]: origin and widths of keys, origin and widths of values (`CodedBasis`)."""
-    FRAMES = 14
+    KEY_FORWARD = 14
+    """[B, H, D, D] in the dtype of the pages: coordinates of keys are (key - origin) @ this (`CodedBasis.forward`)."""
+    FRAMES = 15
     """Page frames, NUM_SLOTS per (sequence, KV head), in that order; 0 if the backing store is on the GPU."""
-    NUM_SLOTS = 15
+    NUM_SLOTS = 16
     """Slots per (sequence, KV head); 0 without page frames, -1 if SLOT_COUNTS has a count for each sequence."""
-    PAGE_SLOT = 16
+    PAGE_SLOT = 17
     """int32 [B, H, PAGE_SLOT_STRIDE]: page -> slot, -1 if the page is not resident."""
-    PAGE_SLOT_STRIDE = 17
-    SLOT_PAGE = 18
+    PAGE_SLOT_STRIDE = 18
+    SLOT_PAGE = 19
     """int32, one per frame: slot -> page, -1 if the slot is free."""
-    SLOT_STEP = 19
+    SLOT_STEP = 20
     """int64, one per frame: the clock when the slot was last touched."""
-    SLOT_COUNTS = 20
+    SLOT_COUNTS = 21
     """int64 [B, 2]: slots per KV head of a sequence, and the first frame of its first head; 0 if all counts are equal."""
 
 

@@ -37,6 +37,7 @@ class CodedBasis:
         origin, widths: [B, H, D]: the key that all coordinates are relative to; distance of two levels at scale 1.
         value_axes: [B, H, Dv, Dv]: values are coordinates @ value_axes.T + value_origin.
         value_origin, value_widths: [B, H, Dv].
+        forward: [B, H, D, D]: keys are encoded as (key - origin) @ forward.
     """
 
     inverse: Tensor
@@ -45,6 +46,7 @@ class CodedBasis:
     value_axes: Tensor
     value_origin: Tensor
     value_widths: Tensor
+    forward: Tensor
 
 
 @dataclass(frozen=True)

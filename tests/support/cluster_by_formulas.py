@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 
 import spin_hf.kernels
-from spin_hf.attention.methods import four_bit_keys
+from spin_hf.attention.methods import fitted_codes, four_bit_keys
 from spin_hf.kernels import reference_clustering
 
 
 def cluster_by_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the kernels by formulas until the end of the test."""
     monkeypatch.setattr(spin_hf.kernels, "bisect", reference_clustering.bisect)
-    monkeypatch.setattr(four_bit_keys, "encode_pages", four_bit_keys.encode_by_formulas)
+    for codes in (four_bit_keys, fitted_codes):
+        monkeypatch.setattr(codes, "encode_pages", codes.encode_by_formulas)
     monkeypatch.setattr(spin_hf.kernels, "fill_clusters", reference_clustering.fill_clusters)

@@ -79,6 +79,7 @@ class CodedCase:
         return CodedBasis(
             inverse.to(self.dtype), self._draw(*heads, self.key_dim), widths(self.key_dim), axes.contiguous(),
             self._draw(*heads, self.value_dim), widths(self.value_dim),
+            torch.linalg.inv(inverse.double()).mT.to(self.dtype),
         )  # fmt: skip
 
     def _pages(self) -> CodedPages:

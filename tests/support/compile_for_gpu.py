@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import spin_hf.kernels
-from spin_hf import Bisection, Quest, RetroInfer, ShadowKV
+from spin_hf import Bisection, Fitted, Quest, RetroInfer, ShadowKV
 from spin_hf.backends import triton_step
 from spin_hf.backends.triton_indexing import index_completed
 from spin_hf.config import MOST_TOKENS
@@ -188,6 +188,8 @@ def launch_all(dtype: torch.dtype) -> None:
     generate(dtype, ShadowKV())
     generate(dtype, ShadowKV(), prefill="sparse")
     generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
+    generate(dtype, Fitted())
+    generate(dtype, Fitted(), gpu_memory=PAGE_FRAMES * dtype.itemsize // 5, cpu_dtype="int8")
     generate(dtype, RetroInfer(), gpu_memory=PAGE_FRAMES, cpu_dtype="int8")
     generate(dtype, Quest(0), padded=True, softcap=30.0, sink_logits=sinks)
     with tempfile.TemporaryDirectory() as folder:

@@ -87,9 +87,9 @@ class Fitted(ClusteringMethod, Method):
     def scan_basis(self, fitted: FittedTensors | None, dtype: torch.dtype) -> CodedBasis:
         """The basis of each sequence, contiguous."""
         assert fitted is not None
-        matrices = [fitted[name].to(dtype).contiguous() for name in ("key_inverse", "value_axes")]
+        matrices = [fitted[name].to(dtype).contiguous() for name in ("key_inverse", "value_axes", "key_forward")]
         vectors = [fitted[name].contiguous() for name in ("key_origin", "key_widths", "value_origin", "value_widths")]
-        return CodedBasis(matrices[0], *vectors[:2], matrices[1], *vectors[2:])
+        return CodedBasis(matrices[0], *vectors[:2], matrices[1], *vectors[2:], matrices[2])
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -117,24 +117,7 @@ class Fitted(ClusteringMethod, Method):
 
     def index_pages(self, pages: Pages) -> Summaries:
         """Means of units, codes of keys and of mean values. The last unit may have fewer pages."""
-        keys, values = _bases(pages.fitted)
-        count = pages.keys.shape[2]
-        short = -count % self.unit_pages
-        held = torch.nn.functional.pad(pages.keys, (0, 0, 0, 0, 0, short))
-        valid = torch.nn.functional.pad(pages.valid, (0, 0, 0, short))
-        shape = (-1, self.unit_pages * self.page_size)
-        mean, unit, codes, scale = fitted_codes.encode_keys(
-            held.flatten(2, 3).unflatten(2, shape), keys, valid.flatten(2, 3).unflatten(2, shape)
-        )
-        codes, scale = (part.flatten(2, 3).unflatten(2, (-1, self.page_size))[:, :, :count] for part in (codes, scale))
-        value, value_scale = fitted_codes.encode_values(kernels.page_means(pages.values, pages.valid), values)
-        return {
-            "mean": mean * unit.unsqueeze(-1),
-            "codes": codes,
-            "scale": scale,
-            "value": value,
-            "value_scale": value_scale,
-        }
+        return fitted_codes.encode_pages(pages.keys, pages.values, pages.valid, *_bases(pages.fitted))
 
     # --------------------------------------------------------------------------------------------- select and estimate
 

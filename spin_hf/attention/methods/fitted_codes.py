@@ -112,9 +112,13 @@ def fit_keys(keys: Tensor, observation_queries: Tensor | None) -> Basis:
 
 
 def _moment(queries: Tensor) -> Tensor:
-    """Smoothed second moment [..., D, D] of queries [..., m, D]. It is positive definite."""
+    """Smoothed second moment [..., D, D] of queries [..., m, D]. It is positive definite.
+
+    Its size does not matter, so the mean of the diagonal is 1, which keeps both matrices of the basis in the range of float16.
+    """
     dim = queries.shape[-1]
-    moment = queries.mT @ queries / queries.shape[-2]
+    moment = queries.mT @ queries
+    moment = moment / moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
     pairs = moment.diagonal(dim1=-2, dim2=-1)
     if dim % 2 == 0:  # both coordinates of a rotary pair get their mean
         halves = pairs.unflatten(-1, (2, dim // 2)).mean(-2)
@@ -130,6 +134,45 @@ def fit_values(means: Tensor) -> Basis:
     inside = means - origin.unsqueeze(-2)
     axes, variances = _main_axes(inside.mT @ inside / means.shape[-2])
     return Basis(origin, *_with_quarters(axes, axes, variances))
+
+
+def encode_pages(
+    keys: Tensor, values: Tensor, valid: Tensor, key_basis: Basis, value_basis: Basis
+) -> dict[str, Tensor]:  # fmt: skip
+    """Encode pages by units of `UNIT_TOKENS`; the last unit may have fewer pages.
+
+    Args:
+        keys, values: [S, H, n, P, D] and [S, H, n, P, Dv].
+        valid: [S, 1, n, P], bool: False for tokens that do not count.
+        key_basis, value_basis: of each sequence and KV head.
+    Returns:
+        The summaries of `Fitted.summary_shapes`.
+    """
+    launch = kernels.launchers(keys.device)
+    if launch is not None and keys.shape[-1] % 16 == 0 and values.shape[-1] % 16 == 0:
+        bases = [(basis.origin, basis.forward, basis.widths) for basis in (key_basis, value_basis)]
+        made = launch.encode_units(keys, values, valid, *bases)
+        if made is not None:
+            return made
+    return encode_by_formulas(keys, values, valid, key_basis, value_basis)
+
+
+def encode_by_formulas(
+    keys: Tensor, values: Tensor, valid: Tensor, key_basis: Basis, value_basis: Basis
+) -> dict[str, Tensor]:  # fmt: skip
+    """`encode_pages` in PyTorch: the specification."""
+    count, page = keys.shape[2:4]
+    short = -count % (UNIT_TOKENS // page)
+    held, there = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, short)), torch.nn.functional.pad(valid, (0, 0, 0, short))
+    shape = (-1, UNIT_TOKENS)
+    mean, unit, codes, scale = encode_keys(
+        held.flatten(2, 3).unflatten(2, shape), key_basis, there.flatten(2, 3).unflatten(2, shape)
+    )
+    codes, scale = (part.flatten(2, 3).unflatten(2, (-1, page))[:, :, :count] for part in (codes, scale))
+    value, value_scale = encode_values(kernels.page_means(values, valid), value_basis)
+    return {
+        "mean": mean * unit.unsqueeze(-1), "codes": codes, "scale": scale, "value": value, "value_scale": value_scale,
+    }  # fmt: skip
 
 
 def encode_keys(keys: Tensor, basis: Basis, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -282,6 +325,7 @@ def bytes_per_token(head_dim: int, value_dim: int, page_size: int = 4) -> float:
 
 
 __all__ = [
-    "Basis", "bytes_per_token", "decode", "decode_values", "encode", "encode_keys", "encode_values", "fit_keys", "fit_values",
+    "Basis", "bytes_per_token", "decode", "decode_values", "encode", "encode_by_formulas", "encode_keys", "encode_pages",
+    "encode_values", "fit_keys", "fit_values",
     "fixed_basis", "key_logits", "num_coordinates", "weighted_values",
 ]  # fmt: skip

@@ -1,0 +1,415 @@
+"""Codes of pages in a fitted basis, by units of four pages, in one pass over the pages.
+
+encode_units        units of whole pages [S, H, n, P, D]                 -> summaries
+encode_last_unit    the last unit of every sequence, in many layers, through descriptors, for pages that captured steps complete
+
+    keys [16, D]    -> coordinates, by the field of a byte that codes them: 4 x [16, D / 4], and 1 x [16, D / 4] without a code
+                    -> mean of the unit, int8;  minus it: codes and scale of each token
+    values [16, Dv] -> the same coordinates, mean of each page -> codes and scale of each page
+
+Program (.., .., 0) encodes keys, program (.., .., 1) values. Both kernels do the same for a unit, so their results are equal. A
+matrix is loaded with its columns in the order of the fields, so that numbers of one byte are in one thread. The
+specification is `attention/methods/fitted_codes.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device_limits
+from ..common import (
+    BACKING, BASIS_VECTORS, KEY_FORWARD, SCALE_0, SUMMARY_0, SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
+    from_int8, page_rows, rounded, scale_addresses, tokens_valid, triton_dtype,
+)  # fmt: skip
+from ..launch import LaunchShape, power_of_two
+from ..reference_scan import UNIT_PAGES
+
+PAGES = tl.constexpr(UNIT_PAGES)
+FINE_STEP, ROUGH_STEP = tl.constexpr(0.335), tl.constexpr(0.996)
+"""As `fitted_codes._STEPS`."""
+_UNITS = 8
+"""Units per program of `encode_units`."""
+
+
+def encode_units(
+    keys: Tensor, values: Tensor, valid: Tensor, key_basis: tuple[Tensor, Tensor, Tensor],
+    value_basis: tuple[Tensor, Tensor, Tensor],
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """As `fitted_codes.encode_by_formulas`; None if the GPU has too little shared memory for vectors of this size.
+
+    Args:
+        keys, values: [S, H, n, P, D] and [S, H, n, P, Dv]; the last two dimensions are contiguous.
+        valid: [S, 1, n, P], bool.
+        key_basis, value_basis: origin [S, H, D], matrix [S, H, D, D] and widths [S, H, D].
+    """
+    size, heads, count, page, key_dim = keys.shape
+    value_dim, device, dtype = values.shape[-1], keys.device, keys.dtype
+    if not fits(max(key_dim, value_dim), dtype.itemsize, device_limits.shared_memory(device)):
+        return None
+    units, each = -(-count // UNIT_PAGES), (size, heads)
+
+    def new(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return torch.empty((*each, *shape), dtype=kind, device=device)
+
+    mean, unit = new((units, key_dim), torch.int8), new((units,), torch.float32)
+    made = {
+        "codes": new((count, page, key_dim // 4), torch.uint8), "scale": new((count, page), torch.bfloat16),
+        "value": new((count, value_dim // 4), torch.uint8), "value_scale": new((count,), torch.bfloat16),
+    }  # fmt: skip
+    if mean.numel():
+        valid = valid.expand(size, 1, count, page).contiguous().view(torch.uint8)
+        bases = [part.contiguous() for part in (*key_basis, *value_basis)]
+        bases[1], bases[4] = bases[1].to(dtype), bases[4].to(dtype)
+        with torch.cuda.device_of(keys):
+            encode_units_kernel[(triton.cdiv(units, _UNITS), size * heads, 2)](
+                keys, values, valid, *bases, mean, unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3],
+                H=heads, DK=key_dim, DV=value_dim, PAGE=page, UNITS=_UNITS, num_warps=4, **_blocks(key_dim, value_dim),
+            )  # fmt: skip
+    return {"mean": mean * unit.unsqueeze(-1), **made}
+
+
+def encode_last_unit(
+    step: Tensor, layers: Tensor, *, batch_size: int, first: int, num_pages: int, shape: LaunchShape
+) -> bool:
+    """Write the summaries of pages [first, first + num_pages), the last unit of each sequence, in many layers.
+
+    Args:
+        step: the step descriptor.
+        layers: int64 [L]: addresses of the layers' descriptors.
+    Returns:
+        False if the GPU has too little shared memory; nothing is written then.
+    """
+    if not fits(max(shape.key_dim, shape.value_dim), shape.dtype.itemsize, shape.shared_memory):
+        return False
+    encode_last_unit_kernel[(batch_size * shape.num_heads, layers.shape[0], 2)](
+        step, layers, first, num_pages, H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size,
+        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
+        BACKING_BYTES=shape.backing_bytes, num_warps=4, **_blocks(shape.key_dim, shape.value_dim),
+    )  # fmt: skip
+    return True
+
+
+def fits(dim: int, itemsize: int, room: int) -> bool:
+    """Whether a program has enough shared memory: for a part of the matrix, a tile of vectors, and a second copy of both."""
+    return 2 * power_of_two(dim) * (max(16, power_of_two(dim // 4)) + UNIT_PAGES * 4) * itemsize <= room
+
+
+def _blocks(key_dim: int, value_dim: int) -> dict[str, int]:
+    """Padded sizes of vectors and of their codes."""
+    return {
+        "BLOCK_K": max(16, power_of_two(key_dim)), "BLOCK_V": max(16, power_of_two(value_dim)),
+        "KEY_BYTES": max(16, power_of_two(key_dim // 4)), "VALUE_BYTES": max(16, power_of_two(value_dim // 4)),
+    }  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def encode_units_kernel(
+    keys, values, valid, key_origin, key_matrix, key_widths, value_origin, value_matrix, value_widths,
+    mean, unit, codes, scale, value_codes, value_scale, count, key_s, key_h, key_n, value_s, value_h, value_n,
+    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, s * H + h, part) encodes UNITS units.
+
+    Args:
+        keys, values: [S, H, count, PAGE, D], with these strides; valid: uint8 [S, 1, count, PAGE].
+        key_origin to value_widths: contiguous, matrices in the dtype of the keys, the others float32.
+        mean: int8 [S, H, units, DK]; unit: float32 [S, H, units]; codes: uint8 [S, H, count, PAGE, DK / 4];
+            scale: bfloat16 [S, H, count, PAGE]; value_codes, value_scale: likewise for each page. Written.
+    """
+    sh = tl.program_id(1).to(tl.int64)
+    s = sh // H
+    h = sh % H
+    units = tl.cdiv(count, PAGES)
+    for index in range(tl.program_id(0) * UNITS, tl.minimum((tl.program_id(0) + 1) * UNITS, units)):
+        token = tl.arange(0, PAGES * PAGE)
+        page = index * PAGES + token // PAGE
+        there = page < count
+        present = tl.load(valid + s * count * PAGE + index * PAGES * PAGE + token, mask=there, other=0) != 0
+        at = sh * count + index * PAGES
+        num_pages = count - index * PAGES
+        if tl.program_id(2) == 0:
+            x = _vectors(keys + s * key_s + h * key_h, page, key_n, token % PAGE, present, DK, BLOCK_K)
+            _encode_keys(
+                x, present, key_matrix + sh * DK * DK, key_origin + sh * DK, key_widths + sh * DK,
+                mean + (sh * units + index) * DK, unit + sh * units + index, codes + at * PAGE * (DK // 4),
+                scale + at * PAGE, num_pages, DK, BLOCK_K, KEY_BYTES, PAGE, False,
+            )  # fmt: skip
+        else:
+            x = _vectors(values + s * value_s + h * value_h, page, value_n, token % PAGE, present, DV, BLOCK_V)
+            _encode_values(
+                x, present, value_matrix + sh * DV * DV, value_origin + sh * DV, value_widths + sh * DV,
+                value_codes + at * (DV // 4), value_scale + at, num_pages, DV, BLOCK_V, VALUE_BYTES, PAGE,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "num_pages"])
+def encode_last_unit_kernel(
+    step, layers, first, num_pages, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr, BACKING_BYTES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Program (b * H + h, i, part) encodes pages [first, first + num_pages) of the i-th layer.
+
+    Args:
+        layers: int64 [L]: addresses of the layers' descriptors.
+        BACKING_BYTES: size of an int8 page in the backing store; 0 if backing pages are of DTYPE.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    layer = tl.load(layers + tl.program_id(1)).to(tl.pointer_type(tl.int64))
+    token = tl.arange(0, PAGES * PAGE)
+    there = token // PAGE < num_pages
+    present = there
+    if PADDED:
+        present = tokens_valid(step, b, first * PAGE + token, there)
+    row = tl.sum(page_rows(step, b, h, first + tl.zeros([1], tl.int64), tl.full([1], 1, tl.int1), H, SEGMENT), 0)
+    chunk = row // ROWS
+    inside = row % ROWS
+    item: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    row_bytes: tl.constexpr = BACKING_BYTES if BACKING_BYTES else PAGE * (DK + DV) * item
+    stored: tl.constexpr = tl.int8 if BACKING_BYTES else DTYPE
+    page = tl.load(tl.load(layer + BACKING).to(tl.pointer_type(tl.int64)) + chunk) + inside * row_bytes
+    pages = page + (token // PAGE) * row_bytes
+    vectors = tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh * (2 * DK + 2 * DV)
+    scales = pages.to(tl.pointer_type(tl.float32))
+    if BACKING_BYTES:
+        scales = scale_addresses(pages, PAGE, BACKING_BYTES) + token % PAGE
+    if tl.program_id(2) == 0:
+        x = _vectors(pages.to(tl.pointer_type(stored)), token * 0, 0, token % PAGE, present, DK, BLOCK_K)
+        if BACKING_BYTES:
+            x = from_int8(x, tl.load(scales, mask=present, other=0.0), DTYPE)
+        _encode_keys(
+            x, present, tl.load(layer + KEY_FORWARD).to(tl.pointer_type(DTYPE)) + bh * DK * DK, vectors, vectors + DK,
+            _summary(layer, SUMMARY_0, chunk, inside // PAGES, DK).to(tl.pointer_type(tl.int8)),
+            _summary(layer, SCALE_0, chunk, inside // PAGES, 4).to(tl.pointer_type(tl.float32)),
+            _summary(layer, SUMMARY_1, chunk, inside, PAGE * (DK // 4)).to(tl.pointer_type(tl.uint8)),
+            _summary(layer, SUMMARY_2, chunk, inside, PAGE * 2).to(tl.pointer_type(tl.bfloat16)),
+            num_pages, DK, BLOCK_K, KEY_BYTES, PAGE, True,
+        )  # fmt: skip
+    else:
+        start = (pages + PAGE * DK * (stored.primitive_bitwidth // 8)).to(tl.pointer_type(stored))
+        x = _vectors(start, token * 0, 0, token % PAGE, present, DV, BLOCK_V)
+        if BACKING_BYTES:
+            x = from_int8(x, tl.load(scales + PAGE, mask=present, other=0.0), DTYPE)
+        _encode_values(
+            x, present, tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh * DV * DV, vectors + 2 * DK,
+            vectors + 2 * DK + DV, _summary(layer, SUMMARY_3, chunk, inside, DV // 4).to(tl.pointer_type(tl.uint8)),
+            _summary(layer, SUMMARY_4, chunk, inside, 2).to(tl.pointer_type(tl.bfloat16)),
+            num_pages, DV, BLOCK_V, VALUE_BYTES, PAGE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _summary(layer, FIELD: tl.constexpr, chunk, inside, ROW_BYTES: tl.constexpr):
+    """The address of a row of a summary's array."""
+    return tl.load(tl.load(layer + FIELD).to(tl.pointer_type(tl.int64)) + chunk) + inside * ROW_BYTES
+
+
+@triton.jit
+def _vectors(base, page, stride, place, present, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the vectors [16, BLOCK_D] of a unit's tokens; zeros for tokens that are not present.
+
+    Args:
+        base: a pointer, or one for each token.
+    """
+    column = tl.arange(0, BLOCK_D)
+    first = base + page.to(tl.int64) * stride + place * D
+    return tl.load(first[:, None] + column[None, :], mask=present[:, None] & (column < D)[None, :], other=0)
+
+
+@triton.jit
+def _encode_keys(
+    x, present, matrix, origin, widths, mean, unit, codes, scale, num_pages,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr, PAGE: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Encode the keys of a unit, [16, BLOCK_D], and store them at the unit's places.
+
+    Args:
+        num_pages: pages of the unit that there are; others are not written.
+        STORED: whether `unit` is rounded as if the decoded mean were encoded again.
+    """
+    one, width_one = _coordinates(x, matrix, origin, widths, 0, D, BLOCK_D, BYTES)
+    two, width_two = _coordinates(x, matrix, origin, widths, 1, D, BLOCK_D, BYTES)
+    three, width_three = _coordinates(x, matrix, origin, widths, 2, D, BLOCK_D, BYTES)
+    four, width_four = _coordinates(x, matrix, origin, widths, 3, D, BLOCK_D, BYTES)
+    rest, _ = _coordinates(x, matrix, origin, widths, 4, D, BLOCK_D, BYTES)
+    tokens = tl.maximum(tl.sum(present.to(tl.float32), 0), 1.0)
+    real = present[:, None]
+    one = tl.where(real, one, 0.0)
+    two = tl.where(real, two, 0.0)
+    three = tl.where(real, three, 0.0)
+    four = tl.where(real, four, 0.0)
+    of_one = tl.sum(one, 0) / tokens
+    of_two = tl.sum(two, 0) / tokens
+    of_three = tl.sum(three, 0) / tokens
+    of_four = tl.sum(four, 0) / tokens
+    of_rest = tl.sum(tl.where(real, rest, 0.0), 0) / tokens
+    largest = tl.maximum(tl.maximum(tl.abs(of_one), tl.abs(of_two)), tl.maximum(tl.abs(of_three), tl.abs(of_four)))
+    largest = tl.max(tl.maximum(largest, tl.abs(of_rest)), 0)
+    size = tl.where(largest > 0.0, largest * (1 / 127), 1.0)  # as `reference.quantize`
+    of_one = rounded(of_one / size)
+    of_two = rounded(of_two / size)
+    of_three = rounded(of_three / size)
+    of_four = rounded(of_four / size)
+    _store_mean(mean, of_one, 0, D, BYTES)
+    _store_mean(mean, of_two, 1, D, BYTES)
+    _store_mean(mean, of_three, 2, D, BYTES)
+    _store_mean(mean, of_four, 3, D, BYTES)
+    _store_mean(mean, rounded(of_rest / size), 4, D, BYTES)
+    tl.store(unit, tl.where(largest > 0.0, (size * 127.0) * (1 / 127), 1.0) if STORED else size)
+    packed, found = _encode(
+        one - (of_one * size)[None, :], two - (of_two * size)[None, :], three - (of_three * size)[None, :],
+        four - (of_four * size)[None, :], width_one, width_two, width_three, width_four, D, BYTES,
+    )  # fmt: skip
+    token = tl.arange(0, PAGES * PAGE)
+    byte = tl.arange(0, BYTES)
+    there = token // PAGE < num_pages
+    tl.store(
+        codes + token[:, None] * (D // 4) + byte[None, :], packed, mask=there[:, None] & (byte < D // 4)[None, :]
+    )
+    tl.store(scale + token, tl.where(present, found, -1.0).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _encode_values(
+    x, present, matrix, origin, widths, codes, scale, num_pages,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Encode the mean values of the pages of a unit, from values [16, BLOCK_D], as `_encode_keys`."""
+    real = tl.reshape(present.to(tl.float32), (PAGES, PAGE))
+    tokens = tl.maximum(tl.sum(real, 1), 1.0)
+    one, width_one = _mean_coordinates(x, tokens, matrix, origin, widths, 0, D, BLOCK_D, BYTES, PAGE)
+    two, width_two = _mean_coordinates(x, tokens, matrix, origin, widths, 1, D, BLOCK_D, BYTES, PAGE)
+    three, width_three = _mean_coordinates(x, tokens, matrix, origin, widths, 2, D, BLOCK_D, BYTES, PAGE)
+    four, width_four = _mean_coordinates(x, tokens, matrix, origin, widths, 3, D, BLOCK_D, BYTES, PAGE)
+    packed, found = _encode(one, two, three, four, width_one, width_two, width_three, width_four, D, BYTES)
+    page = tl.arange(0, PAGES)
+    byte = tl.arange(0, BYTES)
+    there = page < num_pages
+    tl.store(codes + page[:, None] * (D // 4) + byte[None, :], packed, mask=there[:, None] & (byte < D // 4)[None, :])
+    tl.store(scale + page, found.to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _numbers(FIELD: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
+    """The coordinate that field FIELD of each byte belongs to, 4 for those without a code; whether there is one."""
+    byte = tl.arange(0, BYTES)
+    if FIELD == 4:
+        number = 3 * (D // 4) + byte
+    else:
+        number = tl.where(byte < D // 8, 2 * byte + FIELD // 2, 4 * byte - D // 4 + FIELD)
+    return number, byte < D // 4
+
+
+@triton.jit
+def _coordinates(
+    x, matrix, origin, widths, FIELD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr
+):
+    """Coordinates [rows, BYTES] of vectors [rows, BLOCK_D], those of FIELD, and their widths [BYTES]."""
+    number, there = _numbers(FIELD, D, BYTES)
+    row = tl.arange(0, BLOCK_D)
+    inside = (row < D)[:, None] & there[None, :]
+    part = tl.load(matrix + row[:, None] * D + number[None, :], mask=inside, other=0.0)
+    middle = tl.sum(part.to(tl.float32) * tl.load(origin + row, mask=row < D, other=0.0)[:, None], 0)
+    found = tl.dot(x.to(part.dtype), part, input_precision="ieee")
+    return found - middle[None, :], tl.load(widths + number, mask=there, other=1.0)
+
+
+@triton.jit
+def _mean_coordinates(
+    x, tokens, matrix, origin, widths, FIELD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Coordinates [PAGES, BYTES] of the means of pages, from vectors [16, BLOCK_D] and the tokens [PAGES] of each page."""
+    number, there = _numbers(FIELD, D, BYTES)
+    row = tl.arange(0, BLOCK_D)
+    inside = (row < D)[:, None] & there[None, :]
+    part = tl.load(matrix + row[:, None] * D + number[None, :], mask=inside, other=0.0)
+    middle = tl.sum(part.to(tl.float32) * tl.load(origin + row, mask=row < D, other=0.0)[:, None], 0)
+    found = tl.dot(x.to(part.dtype), part, input_precision="ieee")
+    sums = tl.sum(tl.reshape(found, (PAGES, PAGE, BYTES)), 1)
+    return sums / tokens[:, None] - middle[None, :], tl.load(widths + number, mask=there, other=1.0)
+
+
+@triton.jit
+def _store_mean(mean, numbers, FIELD: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
+    number, there = _numbers(FIELD, D, BYTES)
+    if FIELD == 1 or FIELD == 3:  # numbers of four bits have two fields
+        there = there & (tl.arange(0, BYTES) >= D // 8)
+    tl.store(mean + number, numbers.to(tl.int8), mask=there)
+
+
+@triton.jit
+def _encode(one, two, three, four, width_one, width_two, width_three, width_four, D: tl.constexpr, BYTES: tl.constexpr):
+    """Codes of coordinates [rows, BYTES] of the four fields, packed to bytes, and the scale of each row."""
+    byte = tl.arange(0, BYTES)
+    fine = byte < D // 8
+    coded = byte < D // 4
+    usual = tl.where(fine, FINE_STEP, ROUGH_STEP)
+    first = coded.to(tl.float32)[None, :]  # whether the field is the first of its number
+    second = (coded & (byte >= D // 8)).to(tl.float32)[None, :]
+    spread = _square(one * (usual / width_one)[None, :], first) + _square(two * (usual / width_two)[None, :], second)
+    spread += _square(three * (usual / width_three)[None, :], first)
+    spread += _square(four * (usual / width_four)[None, :], second)
+    size = tl.maximum(tl.sqrt_rn(spread * (1.0 / (3 * (D // 4)))), 1e-20)
+    lowest = tl.full(size.shape, float("inf"), tl.float32)
+    best = size
+    scale = size
+    for index in tl.static_range(5):
+        step = size * (
+            0.75 if index == 0 else 0.87 if index == 1 else 1.0 if index == 2 else 1.15 if index == 3 else 1.35
+        )  # as `fitted_codes._GUESSES`
+        level_one = (_code(one, width_one, step, fine) - _half(fine)) * width_one[None, :]
+        level_two = (_code(two, width_two, step, fine) - _half(fine)) * width_two[None, :]
+        level_three = (_code(three, width_three, step, fine) - _half(fine)) * width_three[None, :]
+        level_four = (_code(four, width_four, step, fine) - _half(fine)) * width_four[None, :]
+        along = tl.sum(first * (level_one * one + level_three * three) + second * (level_two * two + level_four * four), 1)
+        power = _square(level_one, first) + _square(level_two, second)
+        power += _square(level_three, first) + _square(level_four, second)
+        fitted = _as_bfloat16(tl.maximum(along / power, 1e-20))
+        error = _square(level_one * fitted[:, None] - one, first) + _square(level_two * fitted[:, None] - two, second)
+        error += _square(level_three * fitted[:, None] - three, first)
+        error += _square(level_four * fitted[:, None] - four, second)
+        better = error < lowest if index else error == error
+        best = tl.where(better, step, best)
+        scale = tl.where(better, fitted, scale)
+        lowest = tl.where(better, error, lowest)
+    low = _code(one, width_one, best, fine).to(tl.int32)
+    middle_low = _code(two, width_two, best, fine).to(tl.int32)
+    middle_high = _code(three, width_three, best, fine).to(tl.int32)
+    high = _code(four, width_four, best, fine).to(tl.int32)
+    of_two = low | (middle_high << 4)
+    of_four = low | (middle_low << 2) | (middle_high << 4) | (high << 6)
+    return tl.where(fine[None, :], of_two, of_four).to(tl.uint8), scale
+
+
+@triton.jit
+def _as_bfloat16(numbers):
+    """Positive numbers, rounded to the nearest in bfloat16, halves to even. The interpreter's conversion cuts off."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _half(fine):
+    """Half of the largest code: [1, BYTES]."""
+    return tl.where(fine, 7.5, 1.5)[None, :]
+
+
+@triton.jit
+def _code(numbers, width, step, fine):
+    """Codes of numbers [rows, BYTES], for widths [BYTES] and steps [rows]."""
+    code = rounded(numbers / (width[None, :] * step[:, None]) + _half(fine))
+    return tl.minimum(tl.maximum(code, 0.0), 2.0 * _half(fine))
+
+
+@triton.jit
+def _square(numbers, counted):
+    """Sums of squares of rows."""
+    return tl.sum(numbers * numbers * counted, 1)
