@@ -119,7 +119,13 @@ class Descriptors:
         tables = () if frames is None else frames.tensors
         slots = () if frames is None else frames.slots
         bases = self._basis(layer) if self.recipe.scans_codes else ()
-        known = (store, slots, *(basis.data_ptr() for basis in bases), *(table.data_ptr() for table in tables), *(table.shape[-1] for table in tables))
+        known = (
+            store,
+            slots,
+            *(basis.data_ptr() for basis in bases),
+            *(table.data_ptr() for table in tables),
+            *(table.shape[-1] for table in tables),
+        )
         if layer_known[number] != known:
             fields = [0] * len(LayerField)
             fields[LayerField.BACKING] = store.backing.address_table.data_ptr()

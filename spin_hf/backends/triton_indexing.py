@@ -45,7 +45,12 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
     if step.recipe.scans_codes:
         done = step.launchers.encode_last_unit(
-            step.step, addresses, batch_size=step.batch_size, first=page, num_pages=stop - page, shape=step.shape(layers[0])
+            step.step,
+            addresses,
+            batch_size=step.batch_size,
+            first=page,
+            num_pages=stop - page,
+            shape=step.shape(layers[0]),
         )
         if done:
             return

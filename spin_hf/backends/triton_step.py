@@ -110,7 +110,9 @@ class StepKernels(Descriptors, AttentionBackend):
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
             return
-        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
+        num_splits = (
+            (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
+        )
         width = num_splits * 2 * group * value_dim
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -313,12 +315,8 @@ class Selection:
             launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
         else:
             launchers.project_queries(launch, buffers, step.scan, own, query, new, scale=scale, shape=shape)
-            launchers.scan_pages(
-                launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape
-            )
-        launchers.bin_scores(
-            launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=step.scan
-        )
+            launchers.scan_pages(launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape)
+        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=step.scan)
         if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
         launchers.select_pages(

@@ -2,8 +2,8 @@
 
 A method without a recipe decodes in PyTorch.
 
-scan       `scans_codes`: log weights of all pages and the estimate of all candidates, from coded pages, in one pass; in place of
-           score, rerank and estimate (`reference_scan.py`)
+scan       `scans_codes`: log weights of all pages and the estimate of all candidates from coded pages, in one pass, in place
+           of score, rerank and estimate (`reference_scan.py`)
 score      logits: the query times the first summary of each page, or the bound by a box (first and second summary)
            `projects_queries`: one query per KV head, made by `Method.project_queries`
 bin        one score per page and KV head, from the logits of the group

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from spin_hf import kernels
-from spin_hf.attention.methods import four_bit_keys
+from spin_hf.attention.methods import fitted_codes, four_bit_keys
+from spin_hf.attention.methods.fitted_codes import Basis
 from spin_hf.kernels import move_tokens, page_means, quantize, reference, reference_clustering, split_pages
+from tests.support.coded_pages import assert_same_codes, drawn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -56,6 +58,17 @@ def test_codes_of_keys(dim: int, dtype: torch.dtype) -> None:
     levels = [four_bit_keys.decode(packed[close], dim) for packed in (codes, expected_codes)]
     assert (levels[0] == levels[1]).float().mean() > 0.995
     assert (levels[0] - levels[1]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(128, 128), (64, 96), (16, 80), (256, 64)])
+def test_codes_of_units(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    keys, values, valid, *bases = drawn(2, 3, 701, dims, dtype, padded=True)
+    keys, values, valid = (part.cuda() for part in (keys, values, valid))
+    on_gpu = [Basis(*(part.cuda() for part in vars(basis).values())) for basis in bases]
+    found = fitted_codes.encode_pages(keys, values, valid, *on_gpu)
+    expected = fitted_codes.encode_by_formulas(keys, values, valid, *on_gpu)
+    assert_same_codes(*({name: part.cpu() for name, part in made.items()} for made in (found, expected)), dims)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -192,7 +192,9 @@ class Method(ABC):
         Args:
             fitted: name -> [B, H, *shape], of `fitted_shapes`.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected scan_basis, as its recipe has scans_codes; write it")
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected scan_basis, as its recipe has scans_codes; write it"
+        )
 
     def saved_parameters(self) -> dict[str, Any]:
         """What a saved cache records of the method; a cache that loads it must have a method with the same.

@@ -87,9 +87,12 @@ class Fitted(ClusteringMethod, Method):
     def scan_basis(self, fitted: FittedTensors | None, dtype: torch.dtype) -> CodedBasis:
         """The basis of each sequence, contiguous."""
         assert fitted is not None
-        matrices = [fitted[name].to(dtype).contiguous() for name in ("key_inverse", "value_axes", "key_forward")]
-        vectors = [fitted[name].contiguous() for name in ("key_origin", "key_widths", "value_origin", "value_widths")]
-        return CodedBasis(matrices[0], *vectors[:2], matrices[1], *vectors[2:], matrices[2])
+        held = {name: tensor.contiguous() for name, tensor in fitted.items()}
+        return CodedBasis(
+            inverse=held["key_inverse"].to(dtype), origin=held["key_origin"], widths=held["key_widths"],
+            value_axes=held["value_axes"].to(dtype), value_origin=held["value_origin"],
+            value_widths=held["value_widths"], forward=held["key_forward"].to(dtype),
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- index
 
@@ -112,7 +115,8 @@ class Fitted(ClusteringMethod, Method):
     def summary_dtypes(self) -> dict[str, torch.dtype]:
         """Means are int8 always, codes are bytes. Scales are bfloat16, so they are not rounded to int8."""
         return {
-            "mean": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16, "value": torch.uint8, "value_scale": torch.bfloat16,
+            "mean": torch.int8, "codes": torch.uint8, "scale": torch.bfloat16, "value": torch.uint8,
+            "value_scale": torch.bfloat16,
         }  # fmt: skip
 
     def index_pages(self, pages: Pages) -> Summaries:

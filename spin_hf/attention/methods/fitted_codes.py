@@ -163,7 +163,10 @@ def encode_by_formulas(
     """`encode_pages` in PyTorch: the specification."""
     count, page = keys.shape[2:4]
     short = -count % (UNIT_TOKENS // page)
-    held, there = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, short)), torch.nn.functional.pad(valid, (0, 0, 0, short))
+    held, there = (
+        torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, short)),
+        torch.nn.functional.pad(valid, (0, 0, 0, short)),
+    )
     shape = (-1, UNIT_TOKENS)
     mean, unit, codes, scale = encode_keys(
         held.flatten(2, 3).unflatten(2, shape), key_basis, there.flatten(2, 3).unflatten(2, shape)

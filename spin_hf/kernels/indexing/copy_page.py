@@ -46,7 +46,7 @@ def copy_page_kernel(
     PUT: tl.constexpr, ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i, j) copies the j-th row from `page` on, of an array of the i-th layer, to `packed`, or from it if PUT.
+    """Program (b * H + h, i, j) copies row j from `page` on, of an array of layer i, to `packed`, or from it if PUT.
 
     Args:
         layers: int64 [L]: addresses of the layers' descriptors.

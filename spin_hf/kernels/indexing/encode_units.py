@@ -21,15 +21,28 @@ from torch import Tensor
 
 from .. import device_limits
 from ..common import (
-    BACKING, BASIS_VECTORS, KEY_FORWARD, SCALE_0, SUMMARY_0, SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
-    from_int8, page_rows, rounded, scale_addresses, tokens_valid, triton_dtype,
+    BACKING,
+    BASIS_VECTORS,
+    KEY_FORWARD,
+    SCALE_0,
+    SUMMARY_0,
+    SUMMARY_1,
+    SUMMARY_2,
+    SUMMARY_3,
+    SUMMARY_4,
+    VALUE_BASIS,
+    from_int8,
+    page_rows,
+    rounded,
+    scale_addresses,
+    tokens_valid,
+    triton_dtype,
 )  # fmt: skip
 from ..launch import LaunchShape, power_of_two
 from ..reference_scan import UNIT_PAGES
+from .code_levels import encode_levels, numbers_of
 
 PAGES = tl.constexpr(UNIT_PAGES)
-FINE_STEP, ROUGH_STEP = tl.constexpr(0.335), tl.constexpr(0.996)
-"""As `fitted_codes._STEPS`."""
 _UNITS = 8
 """Units per program of `encode_units`."""
 
@@ -262,16 +275,14 @@ def _encode_keys(
     _store_mean(mean, of_four, 3, D, BYTES)
     _store_mean(mean, rounded(of_rest / size), 4, D, BYTES)
     tl.store(unit, tl.where(largest > 0.0, (size * 127.0) * (1 / 127), 1.0) if STORED else size)
-    packed, found = _encode(
+    packed, found = encode_levels(
         one - (of_one * size)[None, :], two - (of_two * size)[None, :], three - (of_three * size)[None, :],
         four - (of_four * size)[None, :], width_one, width_two, width_three, width_four, D, BYTES,
     )  # fmt: skip
     token = tl.arange(0, PAGES * PAGE)
     byte = tl.arange(0, BYTES)
     there = token // PAGE < num_pages
-    tl.store(
-        codes + token[:, None] * (D // 4) + byte[None, :], packed, mask=there[:, None] & (byte < D // 4)[None, :]
-    )
+    tl.store(codes + token[:, None] * (D // 4) + byte[None, :], packed, mask=there[:, None] & (byte < D // 4)[None, :])
     tl.store(scale + token, tl.where(present, found, -1.0).to(tl.bfloat16), mask=there)
 
 
@@ -287,7 +298,7 @@ def _encode_values(
     two, width_two = _mean_coordinates(x, tokens, matrix, origin, widths, 1, D, BLOCK_D, BYTES, PAGE)
     three, width_three = _mean_coordinates(x, tokens, matrix, origin, widths, 2, D, BLOCK_D, BYTES, PAGE)
     four, width_four = _mean_coordinates(x, tokens, matrix, origin, widths, 3, D, BLOCK_D, BYTES, PAGE)
-    packed, found = _encode(one, two, three, four, width_one, width_two, width_three, width_four, D, BYTES)
+    packed, found = encode_levels(one, two, three, four, width_one, width_two, width_three, width_four, D, BYTES)
     page = tl.arange(0, PAGES)
     byte = tl.arange(0, BYTES)
     there = page < num_pages
@@ -296,28 +307,26 @@ def _encode_values(
 
 
 @triton.jit
-def _numbers(FIELD: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
-    """The coordinate that field FIELD of each byte belongs to, 4 for those without a code; whether there is one."""
-    byte = tl.arange(0, BYTES)
-    if FIELD == 4:
-        number = 3 * (D // 4) + byte
-    else:
-        number = tl.where(byte < D // 8, 2 * byte + FIELD // 2, 4 * byte - D // 4 + FIELD)
-    return number, byte < D // 4
+def _projected(
+    x, matrix, origin, widths, FIELD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr
+):
+    """Of the numbers of FIELD: vectors [16, BLOCK_D] times the matrix, [16, BYTES], the origin likewise, widths."""
+    number, there = numbers_of(FIELD, D, BYTES)
+    row = tl.arange(0, BLOCK_D)
+    inside = (row < D)[:, None] & there[None, :]
+    part = tl.load(matrix + row[:, None] * D + number[None, :], mask=inside, other=0.0)
+    middle = tl.sum(part.to(tl.float32) * tl.load(origin + row, mask=row < D, other=0.0)[:, None], 0)
+    width = tl.load(widths + number, mask=there, other=1.0)
+    return tl.dot(x.to(part.dtype), part, input_precision="ieee"), middle, width
 
 
 @triton.jit
 def _coordinates(
     x, matrix, origin, widths, FIELD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr
 ):
-    """Coordinates [rows, BYTES] of vectors [rows, BLOCK_D], those of FIELD, and their widths [BYTES]."""
-    number, there = _numbers(FIELD, D, BYTES)
-    row = tl.arange(0, BLOCK_D)
-    inside = (row < D)[:, None] & there[None, :]
-    part = tl.load(matrix + row[:, None] * D + number[None, :], mask=inside, other=0.0)
-    middle = tl.sum(part.to(tl.float32) * tl.load(origin + row, mask=row < D, other=0.0)[:, None], 0)
-    found = tl.dot(x.to(part.dtype), part, input_precision="ieee")
-    return found - middle[None, :], tl.load(widths + number, mask=there, other=1.0)
+    """Coordinates [16, BYTES] of vectors [16, BLOCK_D], those of FIELD, and their widths [BYTES]."""
+    found, middle, width = _projected(x, matrix, origin, widths, FIELD, D, BLOCK_D, BYTES)
+    return found - middle[None, :], width
 
 
 @triton.jit
@@ -325,91 +334,15 @@ def _mean_coordinates(
     x, tokens, matrix, origin, widths, FIELD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BYTES: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates [PAGES, BYTES] of the means of pages, from vectors [16, BLOCK_D] and the tokens [PAGES] of each page."""
-    number, there = _numbers(FIELD, D, BYTES)
-    row = tl.arange(0, BLOCK_D)
-    inside = (row < D)[:, None] & there[None, :]
-    part = tl.load(matrix + row[:, None] * D + number[None, :], mask=inside, other=0.0)
-    middle = tl.sum(part.to(tl.float32) * tl.load(origin + row, mask=row < D, other=0.0)[:, None], 0)
-    found = tl.dot(x.to(part.dtype), part, input_precision="ieee")
+    """The same [PAGES, BYTES] of the means of pages, of which each has so many `tokens` [PAGES]."""
+    found, middle, width = _projected(x, matrix, origin, widths, FIELD, D, BLOCK_D, BYTES)
     sums = tl.sum(tl.reshape(found, (PAGES, PAGE, BYTES)), 1)
-    return sums / tokens[:, None] - middle[None, :], tl.load(widths + number, mask=there, other=1.0)
+    return sums / tokens[:, None] - middle[None, :], width
 
 
 @triton.jit
 def _store_mean(mean, numbers, FIELD: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
-    number, there = _numbers(FIELD, D, BYTES)
+    number, there = numbers_of(FIELD, D, BYTES)
     if FIELD == 1 or FIELD == 3:  # numbers of four bits have two fields
         there = there & (tl.arange(0, BYTES) >= D // 8)
     tl.store(mean + number, numbers.to(tl.int8), mask=there)
-
-
-@triton.jit
-def _encode(one, two, three, four, width_one, width_two, width_three, width_four, D: tl.constexpr, BYTES: tl.constexpr):
-    """Codes of coordinates [rows, BYTES] of the four fields, packed to bytes, and the scale of each row."""
-    byte = tl.arange(0, BYTES)
-    fine = byte < D // 8
-    coded = byte < D // 4
-    usual = tl.where(fine, FINE_STEP, ROUGH_STEP)
-    first = coded.to(tl.float32)[None, :]  # whether the field is the first of its number
-    second = (coded & (byte >= D // 8)).to(tl.float32)[None, :]
-    spread = _square(one * (usual / width_one)[None, :], first) + _square(two * (usual / width_two)[None, :], second)
-    spread += _square(three * (usual / width_three)[None, :], first)
-    spread += _square(four * (usual / width_four)[None, :], second)
-    size = tl.maximum(tl.sqrt_rn(spread * (1.0 / (3 * (D // 4)))), 1e-20)
-    lowest = tl.full(size.shape, float("inf"), tl.float32)
-    best = size
-    scale = size
-    for index in tl.static_range(5):
-        step = size * (
-            0.75 if index == 0 else 0.87 if index == 1 else 1.0 if index == 2 else 1.15 if index == 3 else 1.35
-        )  # as `fitted_codes._GUESSES`
-        level_one = (_code(one, width_one, step, fine) - _half(fine)) * width_one[None, :]
-        level_two = (_code(two, width_two, step, fine) - _half(fine)) * width_two[None, :]
-        level_three = (_code(three, width_three, step, fine) - _half(fine)) * width_three[None, :]
-        level_four = (_code(four, width_four, step, fine) - _half(fine)) * width_four[None, :]
-        along = tl.sum(first * (level_one * one + level_three * three) + second * (level_two * two + level_four * four), 1)
-        power = _square(level_one, first) + _square(level_two, second)
-        power += _square(level_three, first) + _square(level_four, second)
-        fitted = _as_bfloat16(tl.maximum(along / power, 1e-20))
-        error = _square(level_one * fitted[:, None] - one, first) + _square(level_two * fitted[:, None] - two, second)
-        error += _square(level_three * fitted[:, None] - three, first)
-        error += _square(level_four * fitted[:, None] - four, second)
-        better = error < lowest if index else error == error
-        best = tl.where(better, step, best)
-        scale = tl.where(better, fitted, scale)
-        lowest = tl.where(better, error, lowest)
-    low = _code(one, width_one, best, fine).to(tl.int32)
-    middle_low = _code(two, width_two, best, fine).to(tl.int32)
-    middle_high = _code(three, width_three, best, fine).to(tl.int32)
-    high = _code(four, width_four, best, fine).to(tl.int32)
-    of_two = low | (middle_high << 4)
-    of_four = low | (middle_low << 2) | (middle_high << 4) | (high << 6)
-    return tl.where(fine[None, :], of_two, of_four).to(tl.uint8), scale
-
-
-@triton.jit
-def _as_bfloat16(numbers):
-    """Positive numbers, rounded to the nearest in bfloat16, halves to even. The interpreter's conversion cuts off."""
-    bits = numbers.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _half(fine):
-    """Half of the largest code: [1, BYTES]."""
-    return tl.where(fine, 7.5, 1.5)[None, :]
-
-
-@triton.jit
-def _code(numbers, width, step, fine):
-    """Codes of numbers [rows, BYTES], for widths [BYTES] and steps [rows]."""
-    code = rounded(numbers / (width[None, :] * step[:, None]) + _half(fine))
-    return tl.minimum(tl.maximum(code, 0.0), 2.0 * _half(fine))
-
-
-@triton.jit
-def _square(numbers, counted):
-    """Sums of squares of rows."""
-    return tl.sum(numbers * numbers * counted, 1)

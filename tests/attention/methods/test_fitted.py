@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import Fitted, OptionError, SavedCacheError, SpinCache
+from spin_hf import Bisection, Fitted, OptionError, SavedCacheError, SpinCache
 from spin_hf.attention.methods import KernelRecipe, Rating, fitted_codes
 from spin_hf.attention.methods.base import check_recipe
-from spin_hf.backends.reference import ReferenceBackend
 from spin_hf.indexing.fit import fitted_of
 from spin_hf.indexing.span_runs import cut, in_whole_units
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
@@ -140,17 +139,34 @@ def test_everything_is_exact() -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_the_reference_backend_serves_it() -> None:
-    kv = RandomKV.random(SHAPE, 1, 100, seed=0)
-    driver = new_driver(kv, 100)
-    assert Fitted().recipe is None
-    assert isinstance(driver.cache.paged_layers[0].backend, ReferenceBackend)
+def test_its_recipe_is_checked() -> None:
+    check_recipe(Fitted())
 
-    class WithRecipe(Fitted):
+    class WithPages(Fitted):
+        unit_pages: ClassVar[int] = 1
+
+    class WithoutCodes(Fitted):
         recipe = KernelRecipe(Rating.MEAN)
 
-    with pytest.raises(OptionError, match="expected unit_pages of 1, as it has a recipe"):
-        check_recipe(WithRecipe())
+    class WithVectors(Fitted):
+        recipe = KernelRecipe(Rating.MEAN, scans_codes=True)
+
+        def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+            return super().summary_shapes(head_dim, value_dim) | {"value": (value_dim,)}
+
+    with pytest.raises(OptionError, match="expected unit_pages of 4, as its recipe has scans_codes=True, got 1"):
+        check_recipe(WithPages())
+    with pytest.raises(OptionError, match="expected unit_pages of 1, as its recipe has scans_codes=False, got 4"):
+        check_recipe(WithoutCodes())
+    with pytest.raises(OptionError, match="expected the summaries of CodedPages"):
+        check_recipe(WithVectors())
+
+
+def test_heads_of_other_sizes_than_multiples_of_16_have_no_kernels() -> None:
+    assert not Fitted().recipe.serves(24, 32)
+    assert not Fitted().recipe.serves(32, 72)
+    assert Fitted().recipe.serves(16, 80)
+    assert Bisection().recipe.serves(24, 24)
 
 
 def test_summaries_take_a_tenth() -> None:
