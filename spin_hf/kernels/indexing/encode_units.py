@@ -145,16 +145,16 @@ def encode_units_kernel(
         at = sh * count + index * PAGES
         num_pages = count - index * PAGES
         if tl.program_id(2) == 0:
-            x = _vectors(keys + s * key_s + h * key_h, page, key_n, token % PAGE, present, DK, BLOCK_K)
+            key = _vectors(keys + s * key_s + h * key_h, page, key_n, token % PAGE, present, DK, BLOCK_K)
             _encode_keys(
-                x, present, key_matrix + sh * DK * DK, key_origin + sh * DK, key_widths + sh * DK,
+                key, present, key_matrix + sh * DK * DK, key_origin + sh * DK, key_widths + sh * DK,
                 mean + (sh * units + index) * DK, unit + sh * units + index, codes + at * PAGE * (DK // 4),
                 scale + at * PAGE, num_pages, DK, BLOCK_K, KEY_BYTES, PAGE, False,
             )  # fmt: skip
         else:
-            x = _vectors(values + s * value_s + h * value_h, page, value_n, token % PAGE, present, DV, BLOCK_V)
+            value = _vectors(values + s * value_s + h * value_h, page, value_n, token % PAGE, present, DV, BLOCK_V)
             _encode_values(
-                x, present, value_matrix + sh * DV * DV, value_origin + sh * DV, value_widths + sh * DV,
+                value, present, value_matrix + sh * DV * DV, value_origin + sh * DV, value_widths + sh * DV,
                 value_codes + at * (DV // 4), value_scale + at, num_pages, DV, BLOCK_V, VALUE_BYTES, PAGE,
             )  # fmt: skip
 
@@ -193,11 +193,11 @@ def encode_last_unit_kernel(
     if BACKING_BYTES:
         scales = scale_addresses(pages, PAGE, BACKING_BYTES) + token % PAGE
     if tl.program_id(2) == 0:
-        x = _vectors(pages.to(tl.pointer_type(stored)), token * 0, 0, token % PAGE, present, DK, BLOCK_K)
+        key = _vectors(pages.to(tl.pointer_type(stored)), token * 0, 0, token % PAGE, present, DK, BLOCK_K)
         if BACKING_BYTES:
-            x = from_int8(x, tl.load(scales, mask=present, other=0.0), DTYPE)
+            key = from_int8(key, tl.load(scales, mask=present, other=0.0), DTYPE)
         _encode_keys(
-            x, present, tl.load(layer + KEY_FORWARD).to(tl.pointer_type(DTYPE)) + bh * DK * DK, vectors, vectors + DK,
+            key, present, tl.load(layer + KEY_FORWARD).to(tl.pointer_type(DTYPE)) + bh * DK * DK, vectors, vectors + DK,
             _summary(layer, SUMMARY_0, chunk, inside // PAGES, DK).to(tl.pointer_type(tl.int8)),
             _summary(layer, SCALE_0, chunk, inside // PAGES, 4).to(tl.pointer_type(tl.float32)),
             _summary(layer, SUMMARY_1, chunk, inside, PAGE * (DK // 4)).to(tl.pointer_type(tl.uint8)),
@@ -206,11 +206,11 @@ def encode_last_unit_kernel(
         )  # fmt: skip
     else:
         start = (pages + PAGE * DK * (stored.primitive_bitwidth // 8)).to(tl.pointer_type(stored))
-        x = _vectors(start, token * 0, 0, token % PAGE, present, DV, BLOCK_V)
+        value = _vectors(start, token * 0, 0, token % PAGE, present, DV, BLOCK_V)
         if BACKING_BYTES:
-            x = from_int8(x, tl.load(scales + PAGE, mask=present, other=0.0), DTYPE)
+            value = from_int8(value, tl.load(scales + PAGE, mask=present, other=0.0), DTYPE)
         _encode_values(
-            x, present, tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh * DV * DV, vectors + 2 * DK,
+            value, present, tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh * DV * DV, vectors + 2 * DK,
             vectors + 2 * DK + DV, _summary(layer, SUMMARY_3, chunk, inside, DV // 4).to(tl.pointer_type(tl.uint8)),
             _summary(layer, SUMMARY_4, chunk, inside, 2).to(tl.pointer_type(tl.bfloat16)),
             num_pages, DV, BLOCK_V, VALUE_BYTES, PAGE,
