@@ -64,7 +64,8 @@ class SpinCache(CacheCopies, LinearStates):
         budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
             the context in (0, 1]. Rounded up to whole pages.
         num_sink_tokens, recent_window: first and last tokens that are always attended to. Rounded up to whole pages.
-        dense_below: contexts of at most this many tokens are attended to densely.
+        dense_below: contexts of at most this many tokens are attended to densely. "auto": those whose keys and values a GPU
+            reads faster than it selects pages, while all of them are in its memory.
         gpu_memory, cpu_memory: caps on the tiers: bytes, or a string such as "8GiB". "auto" is free GPU memory less a margin,
             and no cap on the cpu tier.
         summary_dtype: dtype of the vectors in page summaries: "int8" with one scale each, "model" for the dtype of the keys, or
@@ -95,7 +96,7 @@ class SpinCache(CacheCopies, LinearStates):
         budget: int | float = 2048,
         num_sink_tokens: int = 4,
         recent_window: int = 64,
-        dense_below: int = 0,
+        dense_below: int | str = "auto",
         gpu_memory: int | str = "auto",
         cpu_memory: int | str = "auto",
         summary_dtype: str = "auto",

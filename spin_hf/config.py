@@ -148,6 +148,8 @@ class Tuning:
         check_interval_steps: steps between two checks of free GPU memory, which query the driver.
         prompt_frames: most page frames per KV head during a prefill, which does not read them.
         prefill_tokens: most tokens of all sequences in a chunk of a prompt on a GPU: enough for matrix products at full speed.
+        sparse_overhead_us: microseconds that a layer's sparse launches take longer than dense attention to nothing, for
+            `dense_below="auto"`; 0 for sparse attention at any length.
         piece_bytes: keys and values that a prompt reads at a time from earlier pages (`storage/page_stream.py`).
     """
 
@@ -164,6 +166,7 @@ class Tuning:
     prompt_frames: int = 2048
     prefill_tokens: int = 8192
     piece_bytes: int = 128 << 20
+    sparse_overhead_us: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,9 @@ class SpinOptions:
             pages.
         recent_window: last tokens that are always attended to, without padding and including the query's own token. At
             least 1. Rounded up to whole pages.
-        dense_below: a query attends to all tokens if its sequence has at most this many.
+        dense_below: a query attends to all tokens if its sequence has at most this many. "auto": steps of one token do where
+            that is faster, as reading all keys and values takes less than `Tuning.sparse_overhead_us`, while all pages are
+            on the GPU.
         gpu_memory: cap in bytes on the compute tier (GPU memory, or RAM without a GPU); None for what is free, less a margin.
         cpu_memory: cap in bytes on the cpu tier (host memory); None for no cap.
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.
@@ -191,7 +196,7 @@ class SpinOptions:
     budget: int | float = 2048
     num_sink_tokens: int = 4
     recent_window: int = 64
-    dense_below: int = 0
+    dense_below: int | str = "auto"
     gpu_memory: int | None = None
     cpu_memory: int | None = None
     summary_dtype: str = "auto"
@@ -208,7 +213,7 @@ class SpinOptions:
         budget: Any = 2048,
         num_sink_tokens: Any = 4,
         recent_window: Any = 64,
-        dense_below: Any = 0,
+        dense_below: Any = "auto",
         gpu_memory: Any = "auto",
         cpu_memory: Any = "auto",
         summary_dtype: Any = "auto",
@@ -250,11 +255,16 @@ class SpinOptions:
         return cls(
             budget=budget, num_sink_tokens=min(sinks, MOST_TOKENS),
             recent_window=require_tokens("recent_window", recent_window, 1),
-            dense_below=require_tokens("dense_below", dense_below, 0),
+            dense_below=_dense_below(dense_below),
             gpu_memory=parse_bytes("gpu_memory", gpu_memory), cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype, cpu_dtype=cpu_dtype, prefill_chunk_size=_chunk_size(prefill_chunk_size),
             prefill=prefill, prefill_top_p=top_p,
         )  # fmt: skip
+
+    @property
+    def dense_tokens(self) -> int:
+        """`dense_below` in tokens; 0 for "auto"."""
+        return 0 if isinstance(self.dense_below, str) else self.dense_below
 
     @property
     def host_int8(self) -> bool:
@@ -264,6 +274,16 @@ class SpinOptions:
     def quantizes(self, item_bytes: int) -> bool:
         """Whether summaries are int8 for keys of `item_bytes` bytes per element."""
         return self.summary_dtype == "int8" or (self.summary_dtype == "auto" and item_bytes == 2)
+
+
+def _dense_below(value: Any) -> int | str:
+    if isinstance(value, str):
+        if value == "auto":
+            return value
+        raise OptionError(
+            f'dense_below: expected a number of tokens or "auto", got {shown(value)}; pass dense_below=4096'
+        )
+    return require_tokens("dense_below", value, 0)
 
 
 def _chunk_size(value: Any) -> int | None:

@@ -146,6 +146,10 @@ class BackendSet:
             found = self._in_use = (current, distinct)
         return found[1]
 
+    def read_all(self, length: int) -> tuple[bool, ...]:
+        """For the kernels of `in_use`, whether a step of one token attends to all `length` tokens (`StepKernels.reads_all`)."""
+        return tuple(step.reads_all(length) for step in self.in_use())
+
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""
         with self.pool.lock:

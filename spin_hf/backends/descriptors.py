@@ -201,7 +201,7 @@ class Descriptors:
         if isinstance(options.budget, float):
             return None
         zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
-        return -(-max(options.budget, options.dense_below) // page_size) + zones
+        return -(-max(options.budget, options.dense_tokens) // page_size) + zones
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied cache makes its own descriptors, since these hold addresses of this cache's memory."""

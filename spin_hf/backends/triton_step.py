@@ -3,6 +3,7 @@
     append_tokens    tokens to pages, also for a prefill; ShadowKV's summaries
     plan_zones       once per step for all layers; a second time if some layers are dense
     find_outliers    ShadowKV only, once per step for all layers
+    dense steps      attend_segments, which also appends the token, in place of all below
     per query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
                      in a one-token step score_pages appends the token
     with coded pages project_queries, scan_pages, bin_scores, select_pages, attend_pages
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..attention.methods import four_bit_keys
 from ..attention.methods.base import Method
+from ..config import MOST_TOKENS
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import MAX_QUERIES, NUM_BINS, Counter, PlanField
 from ..kernels.launch import (
@@ -113,7 +115,7 @@ class StepKernels(Descriptors, AttentionBackend):
         num_splits = (
             (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
         )
-        width = num_splits * 2 * group * value_dim
+        width = max(num_splits * 2 * value_dim, splits.whole * (value_dim + 1)) * group
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty((self.streams, width), dtype=dtype, device=self.device)
@@ -182,7 +184,7 @@ class StepKernels(Descriptors, AttentionBackend):
         def launches(launch: Launch) -> None:
             self._launches(launch, layer, query, call, out, new, shape)
 
-        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1)
+        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.reads_all())
         if variant not in self.compiled_variants:
             self.launchers.compile_ahead(launches)
             self.compiled_variants.add(variant)
@@ -196,6 +198,12 @@ class StepKernels(Descriptors, AttentionBackend):
         """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query."""
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
         num_queries, dense = query.shape[2], self.is_dense_layer(layer)
+        if num_queries == 1 and self.reads_all():
+            launchers.attend_segments(
+                launch, buffers, own, query, out[:, 0], call.sinks, new, summarizes=self.recipe.summarised_by_append,
+                scale=call.scale, softcap=call.softcap, shape=shape,
+            )  # fmt: skip
+            return
         if not self.binding.known["planned"]:
             self._plan(launch, num_queries)
             if num_queries == 1:  # one launch for all layers: a page that this step completes is not a candidate yet
@@ -218,7 +226,7 @@ class StepKernels(Descriptors, AttentionBackend):
 
     def _plan(self, launch: Launch, num_queries: int) -> None:
         options = self.state.options
-        plans = [(self.zone_plan, options.dense_below)]
+        plans = [(self.zone_plan, options.dense_tokens)]
         if self.recipe.dense_layers:
             plans.append((self.dense_plan, _ANY_LENGTH))
         for plan, dense_below in plans:
@@ -246,6 +254,27 @@ class StepKernels(Descriptors, AttentionBackend):
         """Whether a layer's pages have this device and number of KV heads."""
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
+
+    def reads_all(self, length: int | None = None) -> bool:
+        """Whether a step of one token attends to whole segments in all layers: as told to, or because that is faster.
+
+        Args:
+            length: tokens with the step's own; default: of the step that has begun.
+        """
+        options, sequences = self.state.options, self.state.sequences
+        length = sequences.length if length is None else length
+        budget = options.budget if isinstance(options.budget, int) else MOST_TOKENS if options.budget >= 1.0 else 0
+        most = max(budget, options.dense_tokens, self._auto_tokens())
+        resident = (layer.store is not None and layer.store.frames is None for layer in self.state.layers)
+        return length <= most and all(resident)
+
+    def _auto_tokens(self) -> int:
+        """Tokens per sequence up to which dense attention is faster; 0 unless `dense_below` is "auto"."""
+        store = next((layer.store for layer in self.state.layers if self.serves(layer)), None)
+        if self.state.options.dense_below != "auto" or store is None:
+            return 0
+        room = self.state.options.tuning.sparse_overhead_us * device_limits.bytes_per_us(self.device)
+        return int(room / (self.streams * (store.key_dim + store.value_dim) * store.dtype.itemsize))
 
     def is_dense_layer(self, layer: LayerState) -> bool:
         """Whether a layer attends to all tokens, regardless of the budget."""

@@ -61,7 +61,7 @@ class StepPlan:
     def attends_all(self) -> bool:
         """Whether every query of the step attends to all earlier tokens, regardless of padding."""
         budget, length = self.options.budget, self.sequences.length
-        if length <= self.options.dense_below:
+        if length <= self.options.dense_tokens:
             return True
         return budget >= length if isinstance(budget, int) else budget >= 1.0
 
@@ -85,7 +85,7 @@ class StepPlan:
             budget = torch.full_like(held, options.budget)
         else:
             budget = (held.double() * options.budget - 1e-9).ceil().long()  # 0.3 of 400 is 120, not 121
-        everything = held <= budget.clamp(min=options.dense_below)  # padding may spread few tokens over many pages
+        everything = held <= budget.clamp(min=options.dense_tokens)  # padding may spread few tokens over many pages
         budget = torch.where(everything, num_pages * seq.page_size, budget)
         positions = seq.positions(position, position + 1, device)[:, 0] if seq.mask.keeps_positions else None
         return QueryPlan(kernels.list_pages(fixed), candidates, budget, positions, per_page)

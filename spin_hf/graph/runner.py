@@ -340,7 +340,8 @@ class GraphRunner:
             (name, (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
             for name, value in inputs.items()
         )
-        return given, padded, host_state(), self._layout_number(), *self.kernels[1:]
+        dense = self.passes.backends.read_all(self.state.committed + 1)
+        return given, padded, host_state(), self._layout_number(), dense, *self.kernels[1:]
 
     def _layout_number(self) -> int:
         """A number for the layout of pages and of full windows, equal for caches with the same layout."""

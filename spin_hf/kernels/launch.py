@@ -62,6 +62,7 @@ class Splits:
     Attributes:
         programs: target number for a launch without a limit of its own.
         score, attend, dense, estimate: splits of scoring, of attention in sparse and in dense layers, and of estimation.
+        whole: splits of attention to whole segments. Each one is read again by the merge, so there are at most 32.
     """
 
     programs: int
@@ -69,6 +70,7 @@ class Splits:
     attend: int
     dense: int
     estimate: int
+    whole: int = 1
 
     @classmethod
     def choose(cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool) -> Splits:
@@ -84,7 +86,7 @@ class Splits:
         if most_tokens is not None:  # one tile per split, up to the limit
             attend = min(attend, -(-most_tokens // ATTEND_TOKENS))
         estimate = min(_MAX_SPLITS, programs) if estimates else 0
-        return cls(programs, min(_MAX_SPLITS, power_of_two(programs)), attend, dense, estimate)
+        return cls(programs, min(_MAX_SPLITS, power_of_two(programs)), attend, dense, estimate, min(32, programs))
 
 
 @dataclass(frozen=True)

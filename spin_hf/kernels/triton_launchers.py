@@ -9,6 +9,7 @@ from __future__ import annotations
 from .compile_ahead import compile_ahead, launch_now
 from .decode.append_tokens import append_tokens
 from .decode.attend_pages import attend_pages
+from .decode.attend_segments import attend_segments
 from .decode.bin_scores import bin_scores
 from .decode.estimate_rest import estimate_rest
 from .decode.find_outliers import find_outliers
@@ -49,6 +50,7 @@ class Launchers:
     select_pages = staticmethod(select_pages)
     estimate_rest = staticmethod(estimate_rest)
     attend_pages = staticmethod(attend_pages)
+    attend_segments = staticmethod(attend_segments)
 
     quantize = staticmethod(quantize)
     encode_pages = staticmethod(encode_pages)

@@ -1,10 +1,10 @@
-"""On a GPU as on a CPU, arrays of tiny models grow in small steps: their caps are some 100 kB."""
+"""On a GPU as on a CPU, arrays of tiny models grow in small steps, as their caps are some 100 kB, and steps are sparse."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.support.tuning import grow_by_segments
+from tests.support.tuning import grow_by_segments, tune
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +12,9 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """A segment at a time, but where what the allocator does is tested."""
     if request.module.__name__.rpartition(".")[2] not in ("test_gpu_memory", "test_out_of_memory"):
         grow_by_segments(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def sparse_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense attention would be faster for all contexts of tests."""
+    tune(monkeypatch, sparse_overhead_us=0)

@@ -12,8 +12,10 @@ from transformers import DynamicCache, TextStreamer
 
 from spin_hf import SpinCache, enable
 from spin_hf.graph import model_calls
+from spin_hf.kernels import device_limits
 from tests.support.padded_pair import FULL, generate_short, padded_inputs
 from tests.support.synchronisation import no_synchronisation
+from tests.support.tuning import tune
 from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -97,6 +99,29 @@ def test_captured_and_eager_steps_select_the_same() -> None:
     assert torch.equal(actual.sequences, expected.sequences)
     assert torch.equal(torch.stack(actual.logits), torch.stack(expected.logits))
     assert str(cache.stats()) == str(eager.stats())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_dense_steps_become_sparse(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As reading everything takes longer than selecting: another graph goes on, and sees what the dense steps appended."""
+    model, inputs = build_model("llama").cuda().eval(), padded_inputs(padded)
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 1000.0)
+    tune(monkeypatch, sparse_overhead_us=2 * 2 * (16 + 16) * 4 * 120 / 1000)  # 120 tokens
+    logits = []
+    for given in (model.config, model):  # eager, captured
+        cache = SpinCache(given, "shadowkv", budget=24, recent_window=8)
+        mask, token = inputs["attention_mask"], torch.full((2, 1), 5, device="cuda")
+        model(**inputs, past_key_values=cache)
+        steps = []
+        for _ in range(70):
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            steps.append(model(token, past_key_values=cache, attention_mask=mask).logits)
+        logits.append(torch.cat(steps, 1))
+        assert cache.stats().sparse_queries == 40 * 2 * 2 * model.config.num_hidden_layers
+        cache.check_integrity()
+    assert _graphs(cache) == 2
+    assert torch.equal(*logits)
 
 
 @torch.no_grad()

@@ -188,6 +188,8 @@ def launch_all(dtype: torch.dtype) -> None:
     generate(dtype, ShadowKV())
     generate(dtype, ShadowKV(), prefill="sparse")
     generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
+    generate(dtype, ShadowKV(), budget=2 * PROMPT)
+    generate(dtype, Quest(0), budget=2 * PROMPT, padded=True, softcap=30.0, sink_logits=sinks)
     generate(dtype, Fitted())
     generate(dtype, Fitted(), gpu_memory=PAGE_FRAMES * dtype.itemsize // 5, cpu_dtype="int8")
     generate(dtype, RetroInfer(), gpu_memory=PAGE_FRAMES, cpu_dtype="int8")
