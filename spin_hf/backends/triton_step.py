@@ -110,7 +110,7 @@ class StepKernels(Descriptors, AttentionBackend):
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
             return
-        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
+        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate
         width = num_splits * 2 * group * value_dim
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -316,12 +316,10 @@ class Selection:
             launchers.scan_pages(
                 launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape
             )
-        launchers.bin_scores(
-            launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=step.scan
-        )
+        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
         launchers.select_pages(
             launch, buffers, own, plan, query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe,
-            shape=shape,
+            shape=shape, scan=step.scan,
         )  # fmt: skip

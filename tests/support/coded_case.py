@@ -208,7 +208,7 @@ class CodedCase:
             rerank_histogram=empty, zone_edges=torch.zeros(streams, dtype=torch.int32),
             list_count=torch.zeros((streams, 2), dtype=torch.int32), arrivals=torch.zeros(streams, dtype=torch.int32),
             stats=torch.full((streams, splits.score, 2, product_columns(self.group, self.digits)), nan),
-            split_outputs=torch.full((streams, splits.attend + 1, 2, self.group, self.value_dim), nan), basis=empty,
+            split_outputs=torch.full((streams, splits.attend, 2, self.group, self.value_dim), nan), basis=empty,
             rotated=empty, operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
         floors = torch.full((streams,), NUM_BINS, dtype=torch.int32)
@@ -241,10 +241,11 @@ class CodedCase:
         own, query, scale = self.layer_buffers, self.query, self.scale
         launchers.project_queries(*common, self.scan, own, query, new, scale=scale, shape=shape)
         launchers.scan_pages(*common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape)
-        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=self.scan)
+        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         launchers.select_pages(
-            *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape
-        )
+            *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape,
+            scan=self.scan,
+        )  # fmt: skip
         launchers.attend_pages(
             *common, own, query, out, None, query_index=0, num_queries=1, dense=False, scale=scale, softcap=softcap,
             shape=shape, scan=self.scan, plan=plan,

@@ -109,6 +109,15 @@ def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
 
 
 @triton.jit
+def coordinate_fields(BLOCK_V: tl.constexpr, DV: tl.constexpr):
+    """Which fields make each coordinate (`reference_scan.levels`): the first, the second, whether there is one, and a second."""
+    column = tl.arange(0, BLOCK_V)
+    fine = column < DV // 4
+    first = tl.where(fine, 2 * column, tl.minimum(column + DV // 4, DV - 1))
+    return first, tl.minimum(first + 1, DV - 1), column < 3 * (DV // 4), fine
+
+
+@triton.jit
 def halves(numbers, dtype: tl.constexpr):
     """Numbers [n, C] of 0 to 32768 as pairs [n, 2 * C]: the number in `dtype`, and 2048 times what that leaves."""
     high = numbers.to(dtype).to(tl.float32)

@@ -231,6 +231,7 @@ def scan_kernel(
     tl.store(place + COLUMNS, tl.sum(total, 0))
     number, inside = field_places(VALUE_BYTES, DV)
     place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
+    inside = inside & (begin < end)  # the sums of other splits have weight 0, and are not read
     tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=inside[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
     tl.store(place + DV + 1, tl.sum(weight, 0), mask=group < G)
