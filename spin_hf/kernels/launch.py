@@ -207,8 +207,21 @@ class LayerBuffers:
     counters: Tensor
 
 
-CODED_TILE_SEGMENTS = 2
-"""Segments per tile of the scan over coded pages: 64 pages, 256 tokens."""
+@dataclass(frozen=True)
+class ScanTuning:
+    """How the scan over coded pages is launched.
+
+    Attributes:
+        tile: pages per tile, a power of two from 16 to 4 segments.
+        ahead: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything.
+        warps: warps of a program.
+        registers: upper limit of registers of a thread; None for none.
+    """
+
+    tile: int = 64
+    ahead: int = 1
+    warps: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One pass over all coded pages: log weights of pages, their total, and the estimate of all candidates.
 
-    program (b * H + h, split)    one split of the segments, in tiles of RUNS segments; of each tile
+    program (b * H + h, split)    one split of the pages, in tiles of pages; of each tile
         units     products of states with int8 means                                    [units, heads]
         tokens    products of states with the fields of codes, plus that of the unit    [tokens, heads]
         pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages, heads]
@@ -24,11 +24,11 @@ from ..common import (
     SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype,
 )  # fmt: skip
 from ..launch import (
-    CODED_TILE_SEGMENTS,
     Launch,
     LaunchShape,
     LayerBuffers,
     ScanBuffers,
+    ScanTuning,
     StepBuffers,
     code_bytes,
     scan_columns,
@@ -38,17 +38,17 @@ from .coded_fields import code_parts, field_places, halves, log2, pinned, power2
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-_WARPS = 4
 _FEW_REGISTERS, _REGISTERS = 128, 168
 """Registers of a thread, for up to four query heads and for more: four and three programs fit a multiprocessor."""
 
 
 def scan_pages(
     launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor, *, group: int,
-    softcap: float | None, shape: LaunchShape,
+    softcap: float | None, shape: LaunchShape, tuning: ScanTuning | None = None,
 ) -> None:  # fmt: skip
     """Scan all pages for one query of a step, by the operands of `project_queries`. Writes nothing if the budget covers all."""
     columns, rows = scan_columns(group, shape)
+    tuning = _tuning(rows, shape) if tuning is None else tuning
     launch(
         scan_kernel, (buffers.num_streams, buffers.splits.score), buffers.step, layer.descriptor, scan.mean_operand,
         scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
@@ -56,17 +56,16 @@ def scan_pages(
         VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=CODED_TILE_SEGMENTS,
-        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=_WARPS,
-        num_stages=1, maxnreg=_registers(rows, shape),
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile, AHEAD=tuning.ahead,
+        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps,
+        num_stages=1, maxnreg=tuning.registers,
     )  # fmt: skip
 
 
-def _registers(rows: int, shape: LaunchShape) -> int | None:
-    """Upper limit of registers of a thread, where the kernel fits it; None for none."""
+def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
     if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32:
-        return None
-    return _FEW_REGISTERS if rows <= 8 else _REGISTERS
+        return ScanTuning()
+    return ScanTuning(registers=_FEW_REGISTERS if rows <= 8 else _REGISTERS)
 
 
 def _alignment(row_bytes: int) -> int:
@@ -80,10 +79,10 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
     VALUE_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, split) scans one split of the segments.
+    """Program (b * H + h, split) scans one split of the pages.
 
     Args:
         mean_operand, code_operand, factors: written by `project_kernel`.
@@ -94,6 +93,8 @@ def scan_kernel(
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
+        TILE: pages per tile: up to 4 segments, or a part of one.
+        AHEAD: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
@@ -108,31 +109,21 @@ def scan_kernel(
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
-    pages_at: tl.constexpr = RUNS * SEGMENT
-    units_at: tl.constexpr = pages_at // UNIT_PAGES
-    tokens_at: tl.constexpr = pages_at * PAGE
+    tokens_at: tl.constexpr = TILE * PAGE
     group = tl.arange(0, COLUMNS)
-    page_lane = tl.arange(0, pages_at)
-    unit_lane = tl.arange(0, units_at)
+    page_lane = tl.arange(0, TILE)
     token_lane = tl.arange(0, tokens_at)
     byte = tl.arange(0, BYTES)
-    value_byte = tl.arange(0, VALUE_BYTES)
     column = tl.arange(0, BLOCK_K)
     most = tl.full([COLUMNS], float("-inf"), tl.float32)
-    total = tl.zeros([pages_at, COLUMNS], tl.float32)
-    weight = tl.zeros([pages_at, COLUMNS], tl.float32)
+    total = tl.zeros([tokens_at, COLUMNS], tl.float32)
+    weight = tl.zeros([tokens_at, COLUMNS], tl.float32)
     acc = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
-    share = tl.cdiv(tl.cdiv(stop, pages_at), num_splits) * RUNS
+    share = tl.cdiv(tl.cdiv(stop, TILE), num_splits) * TILE
     begin = split * share
-    end = tl.minimum(begin + share, tl.cdiv(stop, SEGMENT))
+    end = tl.minimum(begin + share, stop)
     if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
-        mean_table = tl.load(layer + SUMMARY_0).to(tl.pointer_type(tl.int64))
-        unit_table = tl.load(layer + SCALE_0).to(tl.pointer_type(tl.int64))
-        value_table = tl.load(layer + SUMMARY_3).to(tl.pointer_type(tl.int64))
-        code_table = tl.load(layer + SUMMARY_1).to(tl.pointer_type(tl.int64))
-        scale_table = tl.load(layer + SUMMARY_2).to(tl.pointer_type(tl.int64))
-        value_scale_table = tl.load(layer + SUMMARY_4).to(tl.pointer_type(tl.int64))
         operand_row = tl.arange(0, ROWS_OF)
         of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None])
         operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
@@ -141,45 +132,45 @@ def scan_kernel(
         factor = factors + bh * 4 * COLUMNS + group
         code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
         mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
-        for segment in range(begin, end, RUNS):
-            means = tl.zeros([units_at], tl.int64)
-            units = means
-            codes = tl.zeros([tokens_at], tl.int64)
-            scales = codes
-            values = tl.zeros([pages_at], tl.int64)
-            value_scales = values
-            for run in tl.static_range(RUNS):
-                start = (
-                    tl.load(directory + tl.minimum(segment + run, end - 1)).to(tl.uint64) * H + h.to(tl.uint64)
-                ) * SEGMENT
-                chunk = start // ROWS
-                inside = (start % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
-                means = _addresses(means, mean_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, DK)
-                units = _addresses(units, unit_table + chunk, inside // UNIT_PAGES, run, SEGMENT // UNIT_PAGES, 4)
-                codes = _addresses(codes, code_table + chunk, inside * PAGE, run, SEGMENT * PAGE, DK // 4)
-                scales = _addresses(scales, scale_table + chunk, inside * PAGE, run, SEGMENT * PAGE, 2)
-                values = _addresses(values, value_table + chunk, inside, run, SEGMENT, DV // 4)
-                value_scales = _addresses(value_scales, value_scale_table + chunk, inside, run, SEGMENT, 2)
+        tables = (
+            tl.load(layer + SUMMARY_0), tl.load(layer + SCALE_0), tl.load(layer + SUMMARY_1), tl.load(layer + SUMMARY_2),
+            tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
+        )  # fmt: skip
+        if AHEAD > 0:  # segments two tiles ahead, addresses one tile ahead: no load waits for one of the same tile
+            places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, begin, H, SEGMENT, ROWS, TILE)
+            segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
+        if AHEAD == 2:
+            held = _load(
+                places, begin, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
+                VALUE_ALIGNED,
+            )  # fmt: skip
+            places = _places(tables, segments, h, begin + TILE, H, SEGMENT, ROWS, TILE)
+            segments = _segments(directory, begin + 2 * TILE, end, SEGMENT, TILE)
+        for start in range(begin, end, TILE):
             # All loads before the first use of one of them, as that comes with a barrier, which no load can pass.
-            here = segment * SEGMENT + page_lane < stop
-            unit_here = segment * SEGMENT + unit_lane * UNIT_PAGES < stop
-            token_here = segment * SEGMENT * PAGE + token_lane < stop * PAGE
-            value_code = tl.load(
-                tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
-                mask=here[:, None] & (value_byte < DV // 4)[None, :], other=0,
-            )  # fmt: skip
-            value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0).to(tl.float32)
-            unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=unit_here, other=0.0)
-            scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0)
-            mean = tl.load(
-                tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
-                mask=unit_here[:, None] & (column < DK)[None, :], other=0,
-            )  # fmt: skip
-            code = tl.load(
-                tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
-                mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
-            )  # fmt: skip
+            if AHEAD == 2:
+                mean, unit, code, scale, value_code, value_scale = held
+                held = _load(
+                    places, start + TILE, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
+                    VALUE_ALIGNED,
+                )  # fmt: skip
+                places = _places(tables, segments, h, start + 2 * TILE, H, SEGMENT, ROWS, TILE)
+                segments = _segments(directory, start + 3 * TILE, end, SEGMENT, TILE)
+            else:
+                if AHEAD == 0:
+                    segments = _segments(directory, start, end, SEGMENT, TILE)
+                    places = _places(tables, segments, h, start, H, SEGMENT, ROWS, TILE)
+                mean, unit, code, scale, value_code, value_scale = _load(
+                    places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
+                    VALUE_ALIGNED,
+                )  # fmt: skip
+                if AHEAD > 0:
+                    places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
+                    segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
             scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
+            if AHEAD == 2:
+                code, value_code = pinned(code, COMPILED), pinned(value_code, COMPILED)
+            value_scale = value_scale.to(tl.float32)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
                 one, two, three, four = code_parts(code, COMPILED)
@@ -196,7 +187,7 @@ def scan_kernel(
                 inner = tl.dot(three.to(tl.float32), of_three, acc=inner, input_precision="ieee")
                 inner = tl.dot(four.to(tl.float32), of_four, acc=inner, input_precision="ieee")
             middle = middle * (unit[:, None] * mean_factor[None, :]) + constant[None, :]
-            shared: tl.constexpr = (units_at, UNIT_PAGES * PAGE, COLUMNS)
+            shared: tl.constexpr = (TILE // UNIT_PAGES, UNIT_PAGES * PAGE, COLUMNS)
             middle = tl.reshape(tl.broadcast_to(middle[:, None, :], shared), (tokens_at, COLUMNS))
             products = (inner * code_factor[None, :] - code_constant[None, :]) * scale[:, None] + middle
             if CAPPED:
@@ -205,23 +196,23 @@ def scan_kernel(
                 )  # softcap * tanh(products / softcap)
             present = scale >= 0.0
             if PADDED:  # pages of padding have no codes
-                token_page = segment * SEGMENT + token_lane // PAGE
-                present = present & candidates(step, b, token_page, 0, stop, PAGE, PADDED)
+                present = present & candidates(step, b, start + token_lane // PAGE, 0, stop, PAGE, PADDED)
             products = tl.where(present[:, None], products, float("-inf"))
             higher = tl.maximum(most, tl.ceil(tl.max(products, 0)))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
             tokens = power2(products - shift[None, :], COMPILED)
-            each = tl.sum(tl.reshape(tokens, (pages_at, PAGE, COLUMNS)), 1)
-            pages = segment * SEGMENT + page_lane
+            total = total * decay[None, :] + tokens
+            # Sinks are not estimated.
+            weight = weight * decay[None, :] + tl.where((token_lane >= (first - start) * PAGE)[:, None], tokens, 0.0)
+            each = tl.sum(tl.reshape(tokens, (TILE, PAGE, COLUMNS)), 1)
+            pages = start + page_lane
             logs = (log2(each, COMPILED) + shift[None, :]) * LN_2
             tl.store(
                 logits + group[None, :] * capacity + pages[:, None], logs,
-                mask=(group < G)[None, :] & (pages < stop)[:, None],
+                mask=(group < G)[None, :] & (pages < end)[:, None],
             )  # fmt: skip
-            total = total * decay[None, :] + each
-            each = tl.where((pages >= first)[:, None], each, 0.0)  # sinks are not estimated
-            weight = weight * decay[None, :] + each
+            each = tl.where((pages >= first)[:, None], each, 0.0)
             both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
             parts = value_fields(value_code, value_scale, VALUES, COMPILED)
             acc = tl.dot(tl.trans(parts), halves(each, VALUES), acc=acc * both[None, :], input_precision="ieee")
@@ -238,16 +229,110 @@ def scan_kernel(
 
 
 @triton.jit
-def _addresses(addresses, table, inside, RUN: tl.constexpr, ITEMS: tl.constexpr, BYTES: tl.constexpr):
-    """`addresses`, of the items of a tile, with those of segment RUN and of all behind it replaced by their own.
+def _segments(directory, start, end, SEGMENT: tl.constexpr, TILE: tl.constexpr):
+    """Where the segments of the tile from page `start` on lie: four numbers, of which a tile of fewer segments repeats some.
+
+    Past the pages that a program scans these are the last ones: nothing is loaded from them.
+    """
+    last = (end - 1) // SEGMENT
+    segment = start // SEGMENT
+    one = tl.load(directory + tl.minimum(segment, last))
+    two, three, four = one, one, one
+    if TILE >= 2 * SEGMENT:
+        two = tl.load(directory + tl.minimum(segment + 1, last))
+    if TILE >= 4 * SEGMENT:
+        three = tl.load(directory + tl.minimum(segment + 2, last))
+        four = tl.load(directory + tl.minimum(segment + 3, last))
+    return one, two, three, four
+
+
+@triton.jit
+def _places(tables, segments, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The chunks of the six arrays, and the first page in them, for each of `segments`."""
+    one = _place(tables, segments[0], h, start, H, SEGMENT, ROWS, TILE)
+    two, three, four = one, one, one
+    if TILE >= 2 * SEGMENT:
+        two = _place(tables, segments[1], h, start, H, SEGMENT, ROWS, TILE)
+    if TILE >= 4 * SEGMENT:
+        three = _place(tables, segments[2], h, start, H, SEGMENT, ROWS, TILE)
+        four = _place(tables, segments[3], h, start, H, SEGMENT, ROWS, TILE)
+    return one, two, three, four
+
+
+@triton.jit
+def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    page = (segment.to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
+    if TILE < SEGMENT:
+        page += (start % SEGMENT).to(tl.uint64)
+    chunk = page // ROWS
+    inside = (page % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
+    return (
+        tl.load(tables[0].to(tl.pointer_type(tl.int64)) + chunk), tl.load(tables[1].to(tl.pointer_type(tl.int64)) + chunk),
+        tl.load(tables[2].to(tl.pointer_type(tl.int64)) + chunk), tl.load(tables[3].to(tl.pointer_type(tl.int64)) + chunk),
+        tl.load(tables[4].to(tl.pointer_type(tl.int64)) + chunk), tl.load(tables[5].to(tl.pointer_type(tl.int64)) + chunk),
+        inside,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load(
+    places, start, end, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Means, units, codes, their scales, value codes, and their scales of the pages from `start` on, before `end`."""
+    units_at: tl.constexpr = TILE // UNIT_PAGES
+    page_lane = tl.arange(0, TILE)
+    unit_lane = tl.arange(0, units_at)
+    token_lane = tl.arange(0, TILE * PAGE)
+    byte = tl.arange(0, BYTES)
+    value_byte = tl.arange(0, VALUE_BYTES)
+    column = tl.arange(0, BLOCK_K)
+    means = _addresses(places, 0, units_at, SEGMENT // UNIT_PAGES, DK, UNIT_PAGES, 1)
+    units = _addresses(places, 1, units_at, SEGMENT // UNIT_PAGES, 4, UNIT_PAGES, 1)
+    codes = _addresses(places, 2, TILE * PAGE, SEGMENT * PAGE, DK // 4, 1, PAGE)
+    scales = _addresses(places, 3, TILE * PAGE, SEGMENT * PAGE, 2, 1, PAGE)
+    values = _addresses(places, 4, TILE, SEGMENT, DV // 4, 1, 1)
+    value_scales = _addresses(places, 5, TILE, SEGMENT, 2, 1, 1)
+    left = end - start
+    here = page_lane < left
+    unit_here = unit_lane * UNIT_PAGES < left
+    token_here = token_lane < left * PAGE
+    value_code = tl.load(
+        tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
+        mask=here[:, None] & (value_byte < DV // 4)[None, :], other=0,
+    )  # fmt: skip
+    value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0)
+    unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=unit_here, other=0.0)
+    scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0)
+    mean = tl.load(
+        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
+        mask=unit_here[:, None] & (column < DK)[None, :], other=0,
+    )  # fmt: skip
+    code = tl.load(
+        tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
+        mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
+    )  # fmt: skip
+    return mean, unit, code, scale, value_code, value_scale
+
+
+@triton.jit
+def _addresses(
+    places, ARRAY: tl.constexpr, ITEMS: tl.constexpr, RUN: tl.constexpr, BYTES: tl.constexpr, PER_ITEM: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Addresses of the ITEMS items of a tile in one array: RUN of a segment, of BYTES each.
 
     Args:
-        table: the entry of the segment's chunk; inside: its first item in the chunk.
-        ITEMS, BYTES: items of a segment, and bytes of an item.
+        PER_ITEM, PER_PAGE: pages of an item, or items of a page.
     """
-    lane = tl.arange(0, addresses.shape[0])
-    own = tl.load(table) + (inside + lane - RUN * ITEMS) * BYTES
-    return tl.where(lane >= RUN * ITEMS, own, addresses)
+    lane = tl.arange(0, ITEMS)
+    found = places[0][ARRAY] + (places[0][6] // PER_ITEM * PER_PAGE + lane) * BYTES
+    for run in tl.static_range(1, 4):
+        if ITEMS > run * RUN:
+            own = places[run][ARRAY] + (places[run][6] // PER_ITEM * PER_PAGE + lane - run * RUN) * BYTES
+            found = tl.where(lane >= run * RUN, own, found)
+    return found
 
 
 @triton.jit
