@@ -57,7 +57,7 @@ def scan_pages(
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile, AHEAD=tuning.ahead,
-        ALIGNED=_alignment(shape.key_dim // 4), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps,
+        M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps,
         num_stages=1, maxnreg=tuning.registers,
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, M_WARPS: tl.constexpr, ALIGNED: tl.constexpr,
     VALUE_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
@@ -95,6 +95,7 @@ def scan_kernel(
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
         TILE: pages per tile: up to 4 segments, or a part of one.
         AHEAD: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything.
+        M_WARPS: warps that products with codes divide rows among.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
@@ -126,7 +127,7 @@ def scan_kernel(
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
         operand_row = tl.arange(0, ROWS_OF)
         of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None])
-        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
+        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + _in_place(byte)[:, None]
         of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
         of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
         factor = factors + bh * 4 * COLUMNS + group
@@ -141,8 +142,8 @@ def scan_kernel(
             segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
         if AHEAD == 2:
             held = _load(
-                places, begin, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
-                VALUE_ALIGNED,
+                places, begin, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
+                ALIGNED, VALUE_ALIGNED,
             )  # fmt: skip
             places = _places(tables, segments, h, begin + TILE, H, SEGMENT, ROWS, TILE)
             segments = _segments(directory, begin + 2 * TILE, end, SEGMENT, TILE)
@@ -151,8 +152,8 @@ def scan_kernel(
             if AHEAD == 2:
                 mean, unit, code, scale, value_code, value_scale = held
                 held = _load(
-                    places, start + TILE, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
-                    VALUE_ALIGNED,
+                    places, start + TILE, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
+                    ALIGNED, VALUE_ALIGNED,
                 )  # fmt: skip
                 places = _places(tables, segments, h, start + 2 * TILE, H, SEGMENT, ROWS, TILE)
                 segments = _segments(directory, start + 3 * TILE, end, SEGMENT, TILE)
@@ -161,15 +162,15 @@ def scan_kernel(
                     segments = _segments(directory, start, end, SEGMENT, TILE)
                     places = _places(tables, segments, h, start, H, SEGMENT, ROWS, TILE)
                 mean, unit, code, scale, value_code, value_scale = _load(
-                    places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, ALIGNED,
-                    VALUE_ALIGNED,
+                    places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
+                    ALIGNED, VALUE_ALIGNED,
                 )  # fmt: skip
                 if AHEAD > 0:
                     places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
                     segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
             scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
             if AHEAD == 2:
-                code, value_code = pinned(code, COMPILED), pinned(value_code, COMPILED)
+                value_code = pinned(value_code, COMPILED)
             value_scale = value_scale.to(tl.float32)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
@@ -229,6 +230,12 @@ def scan_kernel(
 
 
 @triton.jit
+def _in_place(byte):
+    """The byte of a code that stands at place `byte` of an operand: a thread that loads 8 bytes at once multiplies 4 and 4."""
+    return byte // 32 * 32 + byte % 16 // 4 * 8 + byte % 32 // 16 * 4 + byte % 4
+
+
+@triton.jit
 def _segments(directory, start, end, SEGMENT: tl.constexpr, TILE: tl.constexpr):
     """Where the segments of the tile from page `start` on lie: four numbers, of which a tile of fewer segments repeats some.
 
@@ -263,7 +270,7 @@ def _places(tables, segments, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, 
 def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     page = (segment.to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
     if TILE < SEGMENT:
-        page += (start % SEGMENT).to(tl.uint64)
+        page += start % SEGMENT
     chunk = page // ROWS
     inside = (page % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
     return (
@@ -278,22 +285,27 @@ def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, RO
 def _load(
     places, start, end, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BYTES: tl.constexpr,
     VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+    M_WARPS: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Means, units, codes, their scales, value codes, and their scales of the pages from `start` on, before `end`."""
     units_at: tl.constexpr = TILE // UNIT_PAGES
     page_lane = tl.arange(0, TILE)
     unit_lane = tl.arange(0, units_at)
     token_lane = tl.arange(0, TILE * PAGE)
+    # Tokens and bytes of codes such that a thread multiplies on tensor cores what it has loaded (8 bytes at once).
+    code_lane = (
+        token_lane // (16 * M_WARPS) * (16 * M_WARPS) + token_lane % (8 * M_WARPS) // 8 * 16 + token_lane // (8 * M_WARPS) % 2 * 8
+        + token_lane % 8
+    )  # fmt: skip
     byte = tl.arange(0, BYTES)
     value_byte = tl.arange(0, VALUE_BYTES)
     column = tl.arange(0, BLOCK_K)
-    means = _addresses(places, 0, units_at, SEGMENT // UNIT_PAGES, DK, UNIT_PAGES, 1)
-    units = _addresses(places, 1, units_at, SEGMENT // UNIT_PAGES, 4, UNIT_PAGES, 1)
-    codes = _addresses(places, 2, TILE * PAGE, SEGMENT * PAGE, DK // 4, 1, PAGE)
-    scales = _addresses(places, 3, TILE * PAGE, SEGMENT * PAGE, 2, 1, PAGE)
-    values = _addresses(places, 4, TILE, SEGMENT, DV // 4, 1, 1)
-    value_scales = _addresses(places, 5, TILE, SEGMENT, 2, 1, 1)
+    means = _addresses(places, unit_lane, 0, units_at, SEGMENT // UNIT_PAGES, DK, UNIT_PAGES, 1)
+    units = _addresses(places, unit_lane, 1, units_at, SEGMENT // UNIT_PAGES, 4, UNIT_PAGES, 1)
+    codes = _addresses(places, code_lane, 2, TILE * PAGE, SEGMENT * PAGE, DK // 4, 1, PAGE)
+    scales = _addresses(places, token_lane, 3, TILE * PAGE, SEGMENT * PAGE, 2, 1, PAGE)
+    values = _addresses(places, page_lane, 4, TILE, SEGMENT, DV // 4, 1, 1)
+    value_scales = _addresses(places, page_lane, 5, TILE, SEGMENT, 2, 1, 1)
     left = end - start
     here = page_lane < left
     unit_here = unit_lane * UNIT_PAGES < left
@@ -311,22 +323,23 @@ def _load(
     )  # fmt: skip
     code = tl.load(
         tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
-        mask=token_here[:, None] & (byte < DK // 4)[None, :], other=0,
+        mask=(code_lane < left * PAGE)[:, None] & (byte < DK // 4)[None, :], other=0,
     )  # fmt: skip
+    code = tl.reshape(code, (TILE * PAGE // (16 * M_WARPS), 2, M_WARPS, 8, BYTES // 32, 4, 2, 4))
+    code = tl.reshape(tl.permute(code, (0, 2, 1, 3, 4, 6, 5, 7)), (TILE * PAGE, BYTES))
     return mean, unit, code, scale, value_code, value_scale
 
 
 @triton.jit
 def _addresses(
-    places, ARRAY: tl.constexpr, ITEMS: tl.constexpr, RUN: tl.constexpr, BYTES: tl.constexpr, PER_ITEM: tl.constexpr,
+    places, lane, ARRAY: tl.constexpr, ITEMS: tl.constexpr, RUN: tl.constexpr, BYTES: tl.constexpr, PER_ITEM: tl.constexpr,
     PER_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of the ITEMS items of a tile in one array: RUN of a segment, of BYTES each.
+    """Addresses of the items `lane` of a tile in one array. A tile has ITEMS, a segment RUN, an item has BYTES.
 
     Args:
         PER_ITEM, PER_PAGE: pages of an item, or items of a page.
     """
-    lane = tl.arange(0, ITEMS)
     found = places[0][ARRAY] + (places[0][6] // PER_ITEM * PER_PAGE + lane) * BYTES
     for run in tl.static_range(1, 4):
         if ITEMS > run * RUN:
