@@ -34,7 +34,9 @@ from ..launch import (
     scan_columns,
 )
 from ..reference_scan import UNIT_PAGES
-from .coded_fields import code_parts, field_places, halves, log2, pinned, power2, value_fields, whole_sums
+from .coded_fields import (
+    code_parts, field_places, halves, natural_log, pinned, power2, value_fields, value_weights, whole_sums,
+)  # fmt: skip
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -118,7 +120,7 @@ def scan_kernel(
     column = tl.arange(0, BLOCK_K)
     most = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([tokens_at, COLUMNS], tl.float32)
-    weight = tl.zeros([tokens_at, COLUMNS], tl.float32)
+    of_sinks = tl.zeros([COLUMNS], tl.float32)
     acc = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
     share = tl.cdiv(tl.cdiv(stop, TILE), num_splits) * TILE
     begin = split * share
@@ -195,7 +197,7 @@ def scan_kernel(
                 products = softcap * (
                     2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
                 )  # softcap * tanh(products / softcap)
-            present = scale >= 0.0
+            present = (scale >= 0.0) & (token_lane < (end - start) * PAGE)
             if PADDED:  # pages of padding have no codes
                 present = present & candidates(step, b, start + token_lane // PAGE, 0, stop, PAGE, PADDED)
             products = tl.where(present[:, None], products, float("-inf"))
@@ -203,30 +205,35 @@ def scan_kernel(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
             tokens = power2(products - shift[None, :], COMPILED)
-            total = total * decay[None, :] + tokens
-            # Sinks are not estimated.
-            weight = weight * decay[None, :] + tl.where((token_lane >= (first - start) * PAGE)[:, None], tokens, 0.0)
             each = tl.sum(tl.reshape(tokens, (TILE, PAGE, COLUMNS)), 1)
             pages = start + page_lane
-            logs = (log2(each, COMPILED) + shift[None, :]) * LN_2
+            logs = natural_log(each, shift[None, :], COMPILED)
             tl.store(
                 logits + group[None, :] * capacity + pages[:, None], logs,
                 mask=(group < G)[None, :] & (pages < end)[:, None],
             )  # fmt: skip
-            each = tl.where((pages >= first)[:, None], each, 0.0)
+            of_sinks = of_sinks * decay
+            if start < first:  # sinks are not estimated
+                sink = (token_lane < (first - start) * PAGE)[:, None]
+                of_sinks += tl.sum(tl.where(sink, tokens, 0.0), 0)
+                tokens = tl.where(sink, 0.0, tokens)
+                each = tl.where((pages >= first)[:, None], each, 0.0)
+            total = total * decay[None, :] + tokens
             both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
-            parts = value_fields(value_code, value_scale, VALUES, COMPILED)
-            acc = tl.dot(tl.trans(parts), halves(each, VALUES), acc=acc * both[None, :], input_precision="ieee")
+            parts = tl.trans(value_fields(value_code, VALUES, COMPILED))
+            each = halves(value_weights(each, value_scale), VALUES)
+            acc = tl.dot(parts, each, acc=acc * both[None, :], input_precision="ieee")
             most = higher
     place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
     tl.store(place, most * LN_2)
-    tl.store(place + COLUMNS, tl.sum(total, 0))
+    weight = tl.sum(total, 0)
+    tl.store(place + COLUMNS, weight + of_sinks)
     number, inside = field_places(VALUE_BYTES, DV)
     place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
     inside = inside & (begin < end)  # the sums of other splits have weight 0, and are not read
     tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=inside[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
-    tl.store(place + DV + 1, tl.sum(weight, 0), mask=group < G)
+    tl.store(place + DV + 1, weight, mask=group < G)
 
 
 @triton.jit
@@ -306,24 +313,22 @@ def _load(
     scales = _addresses(places, token_lane, 3, TILE * PAGE, SEGMENT * PAGE, 2, 1, PAGE)
     values = _addresses(places, page_lane, 4, TILE, SEGMENT, DV // 4, 1, 1)
     value_scales = _addresses(places, page_lane, 5, TILE, SEGMENT, 2, 1, 1)
-    left = end - start
-    here = page_lane < left
-    unit_here = unit_lane * UNIT_PAGES < left
-    token_here = token_lane < left * PAGE
+    # Segments lie in chunks as a whole, so pages from `end` on may be read. What is there is not used.
+    here = start < end
     value_code = tl.load(
         tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
-        mask=here[:, None] & (value_byte < DV // 4)[None, :], other=0,
+        mask=here & (value_byte < DV // 4)[None, :], other=0,
     )  # fmt: skip
     value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0)
-    unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=unit_here, other=0.0)
-    scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=token_here, other=-1.0)
+    unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=here, other=0.0)
+    scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=-1.0)
     mean = tl.load(
         tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
-        mask=unit_here[:, None] & (column < DK)[None, :], other=0,
+        mask=here & (column < DK)[None, :], other=0,
     )  # fmt: skip
     code = tl.load(
         tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
-        mask=(code_lane < left * PAGE)[:, None] & (byte < DK // 4)[None, :], other=0,
+        mask=here & (byte < DK // 4)[None, :], other=0,
     )  # fmt: skip
     code = tl.reshape(code, (TILE * PAGE // (16 * M_WARPS), 2, M_WARPS, 8, BYTES // 32, 4, 2, 4))
     code = tl.reshape(tl.permute(code, (0, 2, 1, 3, 4, 6, 5, 7)), (TILE * PAGE, BYTES))

@@ -18,7 +18,7 @@ from ..common import (
     BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
     page_rows, row_addresses,
 )  # fmt: skip
-from .coded_fields import coordinate_fields, halves, value_fields, whole_sums
+from .coded_fields import coordinate_fields, halves, value_fields, value_weights, whole_sums
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -127,8 +127,8 @@ def subtract_pages(
             )  # fmt: skip
             scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=inside, other=0.0).to(tl.float32)
             each = tl.where(weighed, tl.exp2(logs * LOG2_E - power[None, :]), 0.0)
-            parts = value_fields(code, scale, VALUES, COMPILED)
-            taken = tl.dot(tl.trans(parts), halves(each, VALUES), acc=taken, input_precision="ieee")
+            parts = halves(value_weights(each, scale), VALUES)
+            taken = tl.dot(tl.trans(value_fields(code, VALUES, COMPILED)), parts, acc=taken, input_precision="ieee")
             weight += each
     weights = tl.sum(weight, 0)
     place = subtracted + ((bh * num_shares + share) * G + group) * (DV + 1)
