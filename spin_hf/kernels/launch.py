@@ -213,7 +213,8 @@ class ScanTuning:
 
     Attributes:
         tile: pages per tile, a power of two from 16 to 4 segments.
-        ahead: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything.
+        ahead: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything; 3 addresses, and everything to L2, by lines of
+            128 bytes; 4 the same by sectors of 32 bytes.
         warps: warps of a program.
         registers: upper limit of registers of a thread; None for none.
     """

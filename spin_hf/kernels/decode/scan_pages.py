@@ -96,7 +96,7 @@ def scan_kernel(
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
         TILE: pages per tile: up to 4 segments, or a part of one.
-        AHEAD: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything.
+        AHEAD: see `ScanTuning`.
         M_WARPS: warps that products with codes divide rows among.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
@@ -205,6 +205,14 @@ def scan_kernel(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
             tokens = power2(products - shift[None, :], COMPILED)
+            if AHEAD >= 3 and COMPILED and start + TILE < end:
+                line: tl.constexpr = 128 if AHEAD == 3 else 32
+                _prefetch(places[0], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
+                if TILE >= 2 * SEGMENT:
+                    _prefetch(places[1], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
+                if TILE >= 4 * SEGMENT:
+                    _prefetch(places[2], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
+                    _prefetch(places[3], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
             each = tl.sum(tl.reshape(tokens, (TILE, PAGE, COLUMNS)), 1)
             pages = start + page_lane
             logs = natural_log(each, shift[None, :], COMPILED)
@@ -333,6 +341,33 @@ def _load(
     code = tl.reshape(code, (TILE * PAGE // (16 * M_WARPS), 2, M_WARPS, 8, BYTES // 32, 4, 2, 4))
     code = tl.reshape(tl.permute(code, (0, 2, 1, 3, 4, 6, 5, 7)), (TILE * PAGE, BYTES))
     return mean, unit, code, scale, value_code, value_scale
+
+
+@triton.jit
+def _prefetch(
+    place, LINE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Load what a tile has of one segment to L2. Each array is contiguous there. One lane loads LINE bytes."""
+    pages: tl.constexpr = TILE if TILE < SEGMENT else SEGMENT
+    codes: tl.constexpr = (pages * PAGE * (DK // 4) + LINE - 1) // LINE
+    means: tl.constexpr = codes + (pages // UNIT_PAGES * DK + LINE - 1) // LINE
+    values: tl.constexpr = means + (pages * (DV // 4) + LINE - 1) // LINE
+    scales: tl.constexpr = values + (pages * PAGE * 2 + LINE - 1) // LINE
+    value_scales: tl.constexpr = scales + (pages * 2 + LINE - 1) // LINE
+    units: tl.constexpr = value_scales + (pages // UNIT_PAGES * 4 + LINE - 1) // LINE
+    lane = tl.arange(0, triton.next_power_of_2(units))
+    inside = place[6]
+    address = place[2] + inside * (PAGE * (DK // 4)) + lane * LINE
+    address = tl.where(lane < codes, address, place[0] + inside // UNIT_PAGES * DK + (lane - codes) * LINE)
+    address = tl.where(lane < means, address, place[4] + inside * (DV // 4) + (lane - means) * LINE)
+    address = tl.where(lane < values, address, place[3] + inside * (PAGE * 2) + (lane - values) * LINE)
+    address = tl.where(lane < scales, address, place[5] + inside * 2 + (lane - scales) * LINE)
+    address = tl.where(lane < value_scales, address, place[1] + inside // UNIT_PAGES * 4 + (lane - value_scales) * LINE)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred there; setp.ne.s32 there, $2, 0; @there prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [address, (lane < units).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
