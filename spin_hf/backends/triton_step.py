@@ -313,9 +313,7 @@ class Selection:
             launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
         else:
             launchers.project_queries(launch, buffers, step.scan, own, query, new, scale=scale, shape=shape)
-            launchers.scan_pages(
-                launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape
-            )
+            launchers.scan_pages(launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape)
         launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)

@@ -229,8 +229,8 @@ class ScanTuning:
 class ScanBuffers:
     """Tensors of the scan over coded pages, float32 unless another dtype is named. Every step writes them before it reads them.
 
-    `columns` query heads per KV head, as many as products have columns. Sums are relative to a power of two. Those in `partials`
-    are of fields of the value codes, less 1.5 (`reference_scan.coded_sum`); the others are of values.
+    `columns` query heads per KV head, as many as products have columns. Sums are relative to a power of two. Those in
+    `partials` are of fields of the value codes, less 1.5 (`reference_scan.coded_sum`); the others are of values.
 
     Attributes:
         states: [R, G, D]: queries in the coordinates of the codes.

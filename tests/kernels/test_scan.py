@@ -22,9 +22,23 @@ INTERPRETED = [
 ]
 CASES: list[dict[str, Any]] = [
     {"group": 1, "key_dim": 128, "value_dim": 64, "dtype": torch.bfloat16},
-    {"group": 4, "key_dim": 64, "value_dim": 128, "dtype": torch.float16, "lengths": (1100, 1100), "tuning": ScanTuning(ahead=2)},
+    {
+        "group": 4,
+        "key_dim": 64,
+        "value_dim": 128,
+        "dtype": torch.float16,
+        "lengths": (1100, 1100),
+        "tuning": ScanTuning(ahead=2),
+    },
     {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(16, 2, 8)},
-    {"group": 8, "key_dim": 256, "value_dim": 48, "dtype": torch.bfloat16, "lengths": (301, 513), "tuning": ScanTuning(128, 2)},
+    {
+        "group": 8,
+        "key_dim": 256,
+        "value_dim": 48,
+        "dtype": torch.bfloat16,
+        "lengths": (301, 513),
+        "tuning": ScanTuning(128, 2),
+    },
     {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(32, 0, 2)},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]

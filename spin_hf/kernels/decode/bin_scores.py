@@ -48,11 +48,11 @@ def bin_scores(
         *query.stride()[:2], buffers.basis, buffers.rotated, buffers.operands, buffers.factors,
         scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram,
         RATING=int(recipe.rating), OUTLIERS=recipe.outliers_per_1024 > 0, COUNT_ALL=recipe.estimates_zone,
-        LISTED=not reranks, WEIGHTED=recipe.weighs_tokens, PREPARED=reranks,
-        LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
+        LISTED=not reranks, WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0),
+        H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
-        RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half,
-        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
+        RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
+        PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
         BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), num_warps=8,
     )  # fmt: skip
 
@@ -64,8 +64,7 @@ def rate_kernel(
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, COUNT_ALL: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
+    HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
     PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + (programs of the stream), ...

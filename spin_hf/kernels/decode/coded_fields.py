@@ -35,7 +35,7 @@ def code_parts(codes, COMPILED: tl.constexpr):
 
 @triton.jit
 def value_fields(codes, dtype: tl.constexpr, COMPILED: tl.constexpr):
-    """Fields less 1.5, exactly, of bytes [n, B]: [n, 4 * B] of `dtype`, float16 or float32. Field f of byte i is at f * B + i."""
+    """Fields less 1.5, exactly, of bytes [n, B]: [n, 4 * B], float16 or float32. Field f of byte i is at f * B + i."""
     if COMPILED and dtype == tl.float16:
         # A field f in the mantissa of 1024: 1024 + 4 f, 16 f or 64 f; the lowest field is moved up first. Two bytes at once.
         one, two, three, four = tl.inline_asm_elementwise(
@@ -96,7 +96,7 @@ def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def coordinate_fields(BLOCK_V: tl.constexpr, DV: tl.constexpr):
-    """Which fields make each coordinate (`reference_scan.levels`): the first, the second, whether there is one, and a second."""
+    """The two fields of each coordinate (`reference_scan.levels`), whether it has a code, and whether it has a second field."""
     column = tl.arange(0, BLOCK_V)
     fine = column < DV // 4
     first = tl.where(fine, 2 * column, tl.minimum(column + DV // 4, DV - 1))

@@ -59,8 +59,8 @@ def scan_pages(
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile, AHEAD=tuning.ahead,
-        M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)), VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps,
-        num_stages=1, maxnreg=tuning.registers,
+        M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)),
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
     )  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, M_WARPS: tl.constexpr, ALIGNED: tl.constexpr,
-    VALUE_ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, M_WARPS: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -308,10 +308,8 @@ def _load(
     unit_lane = tl.arange(0, units_at)
     token_lane = tl.arange(0, TILE * PAGE)
     # Tokens and bytes of codes such that a thread multiplies on tensor cores what it has loaded (8 bytes at once).
-    code_lane = (
-        token_lane // (16 * M_WARPS) * (16 * M_WARPS) + token_lane % (8 * M_WARPS) // 8 * 16 + token_lane // (8 * M_WARPS) % 2 * 8
-        + token_lane % 8
-    )  # fmt: skip
+    code_lane = token_lane // (16 * M_WARPS) * (16 * M_WARPS) + token_lane % 8
+    code_lane += token_lane % (8 * M_WARPS) // 8 * 16 + token_lane // (8 * M_WARPS) % 2 * 8
     byte = tl.arange(0, BYTES)
     value_byte = tl.arange(0, VALUE_BYTES)
     column = tl.arange(0, BLOCK_K)
@@ -382,7 +380,7 @@ def _addresses(
     """
     found = places[0][ARRAY] + (places[0][6] // PER_ITEM * PER_PAGE + lane) * BYTES
     for run in tl.static_range(1, 4):
-        if ITEMS > run * RUN:
+        if run * RUN < ITEMS:
             own = places[run][ARRAY] + (places[run][6] // PER_ITEM * PER_PAGE + lane - run * RUN) * BYTES
             found = tl.where(lane >= run * RUN, own, found)
     return found

@@ -5,8 +5,8 @@
     subtract_pages     partial sums of the candidates that are read; called by some programs of `attend_kernel`
     unread_sums        all candidates less those sums, for the merge
 
-All sums are of plain values in float32, relative to the same power of two, so that a difference needs no factor. The specification is
-`reference_scan.subtract`.
+All sums are of plain values in float32, relative to the same power of two, so that a difference needs no factor. The
+specification is `reference_scan.subtract`.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def unread_sums(
     values = tl.load(row + column, mask=there, other=0.0)
     weight = whole
     parts = subtracted + (bh * SPLITS * G + heads) * (DV + 1) + 0 * column
-    for split in tl.range(0, SPLITS, loop_unroll_factor=SPLITS if SPLITS < 16 else 16):  # loads of several are in flight
+    many: tl.constexpr = SPLITS if SPLITS < 16 else 16
+    for split in tl.range(0, SPLITS, loop_unroll_factor=many):  # unrolled, so that the loads of several are in flight
         part = parts + split * G * (DV + 1)
         weight -= tl.load(part + DV, mask=there, other=0.0, cache_modifier=".cg")
         values -= tl.load(part + column, mask=there, other=0.0, cache_modifier=".cg")
