@@ -219,7 +219,7 @@ class ScanTuning:
         registers: upper limit of registers of a thread; None for none.
     """
 
-    tile: int = 64
+    tile: int = 32
     ahead: int = 1
     warps: int = 4
     registers: int | None = None

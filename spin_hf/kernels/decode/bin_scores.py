@@ -64,8 +64,8 @@ def rate_kernel(
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, COUNT_ALL: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
-    PER_NAT: tl.constexpr, RUN: tl.constexpr,
+    HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + (programs of the stream), ...
 

@@ -40,8 +40,8 @@ from .coded_fields import (
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-_FEW_REGISTERS, _REGISTERS = 128, 168
-"""Registers of a thread, for up to four query heads and for more: four and three programs fit a multiprocessor."""
+_REGISTERS, _MOST_ROWS = 128, 16
+"""Registers of a thread: four programs fit a multiprocessor. Rows of operands up to which a program needs no more."""
 
 
 def scan_pages(
@@ -65,9 +65,9 @@ def scan_pages(
 
 
 def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
-    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32:
+    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > _MOST_ROWS:
         return ScanTuning()
-    return ScanTuning(registers=_FEW_REGISTERS if rows <= 8 else _REGISTERS)
+    return ScanTuning(registers=_REGISTERS)
 
 
 def _alignment(row_bytes: int) -> int:
@@ -378,11 +378,11 @@ def _addresses(
     Args:
         PER_ITEM, PER_PAGE: pages of an item, or items of a page.
     """
-    found = places[0][ARRAY] + (places[0][6] // PER_ITEM * PER_PAGE + lane) * BYTES
+    found = (places[0][ARRAY] + places[0][6] // PER_ITEM * (PER_PAGE * BYTES)) + lane * BYTES
     for run in tl.static_range(1, 4):
         if run * RUN < ITEMS:
-            own = places[run][ARRAY] + (places[run][6] // PER_ITEM * PER_PAGE + lane - run * RUN) * BYTES
-            found = tl.where(lane >= run * RUN, own, found)
+            own = places[run][ARRAY] + places[run][6] // PER_ITEM * (PER_PAGE * BYTES)
+            found = tl.where(lane >= run * RUN, own + (lane - run * RUN) * BYTES, found)
     return found
 
 
