@@ -85,7 +85,11 @@ def project_kernel(
         copy = tl.arange(0, rows_at)
         head = copy // copies
         column = tl.arange(0, BLOCK_K)
-        byte = tl.arange(0, BYTES)
+        byte = tl.arange(0, 4 * BYTES) % BYTES
+        field = tl.arange(0, 4 * BYTES) // BYTES
+        coded = byte < DK // 4
+        number = tl.where(byte < DK // 8, 2 * byte + field // 2, 4 * byte - DK // 4 + field)  # the field's coordinate
+        number = tl.minimum(number, DK - 1)
         source = query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G + head).to(tl.int64)[:, None] * query_h
         inside = (head < G)[:, None] & (column < DK)[None, :]
         queries = tl.load(source + column[None, :], mask=inside, other=0.0)
@@ -95,8 +99,7 @@ def project_kernel(
             tl.debug_barrier()
             rows = tl.load(mine + head[:, None] * DK + column[None, :], mask=inside, other=0.0)
             origin = tl.load(vectors + column, mask=column < DK, other=0.0)
-            one_width, two_width = _widths(vectors + DK, byte, 0, DK), _widths(vectors + DK, byte, 1, DK)
-            three_width, four_width = _widths(vectors + DK, byte, 2, DK), _widths(vectors + DK, byte, 3, DK)
+            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
         else:
             PART: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
             matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
@@ -104,8 +107,7 @@ def project_kernel(
             part = tl.load(matrix + into * DK + column[None, :], mask=(into < DK) & (column < DK)[None, :], other=0.0)
             # All loads before the first product.
             origin = tl.load(vectors + column, mask=column < DK, other=0.0)
-            one_width, two_width = _widths(vectors + DK, byte, 0, DK), _widths(vectors + DK, byte, 1, DK)
-            three_width, four_width = _widths(vectors + DK, byte, 2, DK), _widths(vectors + DK, byte, 3, DK)
+            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
             if PART == BLOCK_K:
                 rows = tl.dot(queries.to(DTYPE), part) * scale
             else:
@@ -129,19 +131,14 @@ def project_kernel(
         tl.store(place, _operand(rows, unit, DIGITS, rows_at).to(mean_operand.dtype.element_ty), mask=written)
         tl.store(factor + 2 * COLUMNS, _per_head(unit, copies), mask=stored)
         tl.store(factor + 3 * COLUMNS, _per_head(constant, copies), mask=stored)
-        one, two = _weights(rows, one_width, byte, 0, DK), _weights(rows, two_width, byte, 1, DK)
-        three, four = _weights(rows, three_width, byte, 2, DK), _weights(rows, four_width, byte, 3, DK)
-        largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
-        unit = _unit(tl.max(largest, 1), DIGITS)
-        size: tl.constexpr = ROWS_OF * BYTES
-        place = code_operand + bh * 4 * size + copy[:, None] * BYTES + byte[None, :]
-        kind: tl.constexpr = code_operand.dtype.element_ty
-        tl.store(place, _operand(one, unit, DIGITS, rows_at).to(kind), mask=written)
-        tl.store(place + size, _operand(two, unit, DIGITS, rows_at).to(kind), mask=written)
-        tl.store(place + 2 * size, _operand(three, unit, DIGITS, rows_at).to(kind), mask=written)
-        tl.store(place + 3 * size, _operand(four, unit, DIGITS, rows_at).to(kind), mask=written)
-        middle = 1.5 * (_exact(one, unit, DIGITS) + _exact(three, unit, DIGITS))
-        middle += 6.0 * (_exact(two, unit, DIGITS) + _exact(four, unit, DIGITS))
+        # What each field is multiplied by, in place; 0 for bytes of padding.
+        weights = tl.gather(rows, tl.broadcast_to(number[None, :], (rows_at, 4 * BYTES)), 1)
+        weights = weights * (widths * tl.where((byte >= DK // 8) & (field % 2 == 1), 0.25, 1.0))[None, :]
+        unit = _unit(tl.max(tl.abs(weights), 1), DIGITS)
+        place = code_operand + bh * 4 * ROWS_OF * BYTES + field[None, :] * (ROWS_OF * BYTES) + copy[:, None] * BYTES
+        operand = _operand(weights, unit, DIGITS, rows_at).to(code_operand.dtype.element_ty)
+        tl.store(place + byte[None, :], operand, mask=written)
+        middle = tl.where(field % 2 == 1, 6.0, 1.5)[None, :] * _exact(weights, unit, DIGITS)
         tl.store(factor, _per_head(unit, copies), mask=stored)
         tl.store(factor + COLUMNS, _per_head(tl.sum(middle, 1), copies), mask=stored)
 
@@ -167,27 +164,6 @@ def _project(
             row = tl.load(source + head * query_h + column, mask=column < DK, other=0.0).to(tl.float32)
             product = tl.sum(row[:, None] * part.to(tl.float32), 0) * scale
             tl.store(states + head * DK + into, product, mask=into < DK)
-
-
-@triton.jit
-def _number(byte, FIELD: tl.constexpr, DK: tl.constexpr):
-    """The coordinate of field FIELD of each byte."""
-    number = tl.where(byte < DK // 8, 2 * byte + FIELD // 2, 4 * byte - DK // 4 + FIELD)
-    return tl.minimum(number, DK - 1)  # for bytes of padding
-
-
-@triton.jit
-def _widths(widths, byte, FIELD: tl.constexpr, DK: tl.constexpr):
-    """The width of field FIELD of each byte, as it stands there; 0 for bytes of padding."""
-    width = tl.load(widths + _number(byte, FIELD, DK), mask=byte < DK // 4, other=0.0)
-    return width * tl.where(byte < DK // 8, 1.0, 0.25 if FIELD % 2 == 1 else 1.0)
-
-
-@triton.jit
-def _weights(states, widths, byte, FIELD: tl.constexpr, DK: tl.constexpr):
-    """What field FIELD of each byte is multiplied by, in place: float32 [rows, bytes]."""
-    number = tl.broadcast_to(_number(byte, FIELD, DK)[None, :], (states.shape[0], byte.shape[0]))
-    return tl.gather(states, number, 1) * widths[None, :]
 
 
 @triton.jit
