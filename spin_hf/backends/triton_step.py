@@ -112,9 +112,7 @@ class StepKernels(Descriptors, AttentionBackend):
         fits, splits = (group, key_dim, value_dim, dtype), self.buffers.splits
         if fits == self.fits or not group:
             return
-        num_splits = (
-            (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate + self.recipe.scans_codes
-        )
+        num_splits = (splits.dense if self.recipe.dense_layers else splits.attend) + splits.estimate
         width = max(num_splits * 2 * value_dim, splits.whole * (value_dim + 1)) * group
 
         def new(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -345,10 +343,10 @@ class Selection:
         else:
             launchers.project_queries(launch, buffers, step.scan, own, query, new, scale=scale, shape=shape)
             launchers.scan_pages(launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape)
-        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=step.scan)
+        launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         if recipe.rerank_factor:
             launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
         launchers.select_pages(
             launch, buffers, own, plan, query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe,
-            shape=shape,
+            shape=shape, scan=step.scan,
         )  # fmt: skip

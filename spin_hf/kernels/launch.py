@@ -209,25 +209,40 @@ class LayerBuffers:
     counters: Tensor
 
 
-CODED_TILE_SEGMENTS = 2
-"""Segments per tile of the scan over coded pages: 64 pages, 256 tokens."""
+@dataclass(frozen=True)
+class ScanTuning:
+    """How the scan over coded pages is launched.
+
+    Attributes:
+        tile: pages per tile, a power of two from 16 to 4 segments.
+        ahead: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything; 3 addresses, and everything to L2, by lines of
+            128 bytes; 4 the same by sectors of 32 bytes.
+        warps: warps of a program.
+        registers: upper limit of registers of a thread; None for none.
+    """
+
+    tile: int = 32
+    ahead: int = 1
+    warps: int = 4
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class ScanBuffers:
     """Tensors of the scan over coded pages, float32 unless another dtype is named. Every step writes them before it reads them.
 
-    `columns` query heads per KV head, as many as products have columns. A sum of values is in fields of the value codes, less
-    1.5 (`reference_scan.coded_sum`), relative to the power of two that is stored behind it.
+    `columns` query heads per KV head, as many as products have columns. Sums are relative to a power of two. Those in
+    `partials` are of fields of the value codes, less 1.5 (`reference_scan.coded_sum`); the others are of values.
 
     Attributes:
         states: [R, G, D]: queries in the coordinates of the codes.
         mean_operand: int8 [R, 2 * columns, padded D]: `states` as two digits; or float32 [R, columns, padded D].
         code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by.
         factors: [R, 4, columns]: factor and constant of products with codes, factor and constant of products with means.
-        partials: [R, splits.score, G, Dv + 2]: sum of values, power, and sum of weights of each split's candidates.
-        estimate: [R, G, Dv + 2]: the same of all candidates.
-        subtracted: [R, splits.attend / 4, G, Dv + 1]: sum of values and of weights of the candidates that attention reads, in
+        partials: [R, splits.score, G, Dv + 2]: sum of fields, power, and sum of weights of each split's candidates. Without
+            candidates the power is -infinity, and the sum of fields is not written.
+        estimate: [R, G, Dv + 2]: sum of values, power, and sum of weights of all candidates.
+        subtracted: [R, splits.attend / 2, G, Dv + 1]: sum of values and of weights of the candidates that attention reads, in
             as many parts as programs subtract, relative to the power in `estimate`.
     """
 
@@ -257,7 +272,7 @@ class ScanBuffers:
             factors=new(4, columns),
             partials=new(splits.score, group, value_dim + 2),
             estimate=new(group, value_dim + 2),
-            subtracted=new(-(-splits.attend // 4), group, value_dim + 1),
+            subtracted=new(-(-splits.attend // 2), group, value_dim + 1),
         )
 
 

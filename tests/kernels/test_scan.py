@@ -12,6 +12,7 @@ import torch
 
 from spin_hf.kernels import reference, reference_scan
 from spin_hf.kernels.descriptor_fields import PlanField
+from spin_hf.kernels.launch import ScanTuning
 from tests.support.coded_case import PAGE, CodedCase
 from tests.support.interpreted_kernels import teach_bfloat16
 
@@ -21,10 +22,24 @@ INTERPRETED = [
 ]
 CASES: list[dict[str, Any]] = [
     {"group": 1, "key_dim": 128, "value_dim": 64, "dtype": torch.bfloat16},
-    {"group": 4, "key_dim": 64, "value_dim": 128, "dtype": torch.float16, "lengths": (1100, 1100)},
-    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307)},
-    {"group": 8, "key_dim": 256, "value_dim": 48, "dtype": torch.bfloat16, "lengths": (301, 513)},
-    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False},
+    {
+        "group": 4,
+        "key_dim": 64,
+        "value_dim": 128,
+        "dtype": torch.float16,
+        "lengths": (1100, 1100),
+        "tuning": ScanTuning(ahead=2),
+    },
+    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(16, 2, 8)},
+    {
+        "group": 8,
+        "key_dim": 256,
+        "value_dim": 48,
+        "dtype": torch.bfloat16,
+        "lengths": (301, 513),
+        "tuning": ScanTuning(128, 2),
+    },
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(32, 0, 2)},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
 
@@ -128,6 +143,7 @@ class TestKernels:
         assert bool(((power == power.round()) | (power == -torch.inf)).all())
         most = power.max(1).values
         share = (power - most.unsqueeze(1)).exp2()
+        total = total.masked_fill(power.isneginf().unsqueeze(-1), 0.0)  # not written
         found = (total * share.unsqueeze(-1)).sum(1).unflatten(0, (case.batch, -1))
         held = (weight * share).sum(1).unflatten(0, (case.batch, -1))
         ours = case.logits[..., : case.num_pages].double().masked_fill(~case.candidates.unsqueeze(2), -torch.inf)
@@ -137,6 +153,12 @@ class TestKernels:
         sums = reference_scan.coded_sum(weights, pages)
         largest = 1.5 * (weights * pages.value_scale.double().unsqueeze(2)).sum(-1, keepdim=True)
         assert float(((found - sums).abs() / largest).max()) <= rounding
+        values = reference_scan.decoded_sum(sums, basis, weights.sum(-1))
+        all_values = case.scan.estimate.double()
+        assert torch.equal(all_values[..., -2], most)
+        bound = largest * 5 * basis.value_widths.amax(-1)[..., None, None] + weights.sum(-1, keepdim=True) * 4
+        off = (all_values[..., :-2].view_as(values) - values).abs()
+        assert float((off / bound).max()) <= rounding
 
     def test_step(self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """All launches, against exact attention to the listed pages merged with the estimate of the other candidates."""

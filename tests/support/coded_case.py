@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
-from spin_hf.kernels.launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers, product_columns
+from spin_hf.kernels.launch import (
+    Launch,
+    LaunchShape,
+    LayerBuffers,
+    ScanBuffers,
+    ScanTuning,
+    Splits,
+    StepBuffers,
+    product_columns,
+)
 from spin_hf.kernels.recipe import KernelRecipe
 from spin_hf.kernels.reference_scan import UNIT_PAGES, CodedBasis, CodedPages, unpack
 
@@ -28,6 +37,7 @@ class CodedCase:
     Args:
         lengths: tokens of each sequence that have codes; the others up to the longest are padding in front of it.
         budget: pages to select.
+        tuning: how the scan is launched; None for as a step does.
     """
 
     group: int = 4
@@ -42,6 +52,7 @@ class CodedCase:
     digits: bool = True
     spread: float = 0.3
     seed: int = 0
+    tuning: ScanTuning | None = None
     held: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,7 +220,7 @@ class CodedCase:
             rerank_histogram=empty, zone_edges=torch.zeros(streams, dtype=torch.int32),
             list_count=torch.zeros((streams, 2), dtype=torch.int32), arrivals=torch.zeros(streams, dtype=torch.int32),
             stats=torch.full((streams, splits.score, 2, product_columns(self.group, self.digits)), nan),
-            split_outputs=torch.full((streams, splits.attend + 1, 2, self.group, self.value_dim), nan), basis=empty,
+            split_outputs=torch.full((streams, splits.attend, 2, self.group, self.value_dim), nan), basis=empty,
             rotated=empty, operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
         floors = torch.full((streams,), NUM_BINS, dtype=torch.int32)
@@ -241,11 +252,14 @@ class CodedCase:
         out = torch.full((self.batch, self.num_heads * self.group, self.value_dim), float("nan"), dtype=self.dtype)
         own, query, scale = self.layer_buffers, self.query, self.scale
         launchers.project_queries(*common, self.scan, own, query, new, scale=scale, shape=shape)
-        launchers.scan_pages(*common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape)
-        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape, scan=self.scan)
-        launchers.select_pages(
-            *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape
+        launchers.scan_pages(
+            *common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape, tuning=self.tuning
         )
+        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape)
+        launchers.select_pages(
+            *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape,
+            scan=self.scan,
+        )  # fmt: skip
         launchers.attend_pages(
             *common, own, query, out, None, query_index=0, num_queries=1, dense=False, scale=scale, softcap=softcap,
             shape=shape, scan=self.scan, plan=plan,

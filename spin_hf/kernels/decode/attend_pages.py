@@ -25,7 +25,7 @@ from ..common import (
 from ..launch import (
     ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns,
 )  # fmt: skip
-from .unread_pages import subtract_pages, write_unread
+from .unread_pages import subtract_pages, unread_sums
 
 
 def attend_pages(
@@ -56,7 +56,7 @@ def attend_pages(
         COMPILED=shape.compiled, CAPPED=softcap is not None, SINKS=sinks is not None, H=shape.num_heads, G=group,
         BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k,
         BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=_tile_pages(shape), SPLITS=splits,
-        ESTIMATED=1 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
+        ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
         BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def attend_kernel(
         out: [B, 1, H * G, DV]. Written.
         sinks: float [H * G], logits in the denominator; read if SINKS.
         split_outputs: float32 [B * H, SPLITS + ESTIMATED, 2, G, DV]. Scratch, but for the last ESTIMATED ones, which
-            `estimate_kernel` wrote. With SUBTRACTS the last one is scratch too.
+            `estimate_kernel` wrote.
         plan, estimate, subtracted: of the query, see `ScanBuffers`; used with SUBTRACTS.
         SUBTRACTS: programs that subtract; 0 without coded pages. COLUMNS to COMPILED: as for `scan_kernel`, for values.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
@@ -109,8 +109,8 @@ def attend_kernel(
     missing = tl.load(list_count + bh * 2 + 1)
     if SUBTRACTS and split >= SPLITS:
         subtract_pages(
-            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, H, G, COLUMNS,
-            DV, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
+            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, DTYPE, H, G,
+            COLUMNS, DK, DV, BLOCK_V, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
         )  # fmt: skip
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
@@ -208,16 +208,15 @@ def attend_kernel(
     tl.debug_barrier()  # the split output is complete before the arrival is counted
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS + SUBTRACTS - 1:
         tl.store(arrivals + bh, 0)
-        if SUBTRACTS:
-            unread = split_outputs + (bh * (SPLITS + ESTIMATED) + SPLITS) * 2 * G * DV
-            write_unread(
-                layer, estimate, subtracted, bh, unread, DTYPE, VALUES, SUBTRACTS, G, MERGED_G, DK, DV, BLOCK_V
-            )
         heads = tl.arange(0, MERGED_G)[:, None]
         there = (heads < G) & (column_v < DV)[None, :]
         outs = split_outputs + bh * (SPLITS + ESTIMATED) * 2 * G * DV + heads * DV + column_v[None, :]
         top = tl.full([MERGED_G, BLOCK_V], float("-inf"), tl.float32)
-        many: tl.constexpr = 16 if ESTIMATED else 8
+        if SUBTRACTS:
+            rest, rest_lse = unread_sums(estimate, subtracted, bh, SUBTRACTS, G, MERGED_G, DV, BLOCK_V)
+            top = rest_lse
+        few: tl.constexpr = SUBTRACTS > 0 and SPLITS <= 32
+        many: tl.constexpr = SPLITS if few else 16 if SUBTRACTS or ESTIMATED else 8
         for other in tl.range(
             0, SPLITS + ESTIMATED, loop_unroll_factor=many
         ):  # unrolled, so that the loads of several splits are in flight
@@ -226,6 +225,9 @@ def attend_kernel(
         base = tl.where(top == float("-inf"), 0.0, top)
         denominator = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
         merged = tl.zeros([MERGED_G, BLOCK_V], tl.float32)
+        if SUBTRACTS:
+            denominator = tl.exp(rest_lse - base)
+            merged = denominator * rest
         for other in tl.range(0, SPLITS + ESTIMATED, loop_unroll_factor=many):
             lses = outs + (other * 2 + 1) * G * DV
             weight = tl.exp(tl.load(lses, mask=there, other=float("-inf"), cache_modifier=".cg") - base)

@@ -41,7 +41,9 @@ def attend_segments(
         SINKS=sinks is not None, NEW=new is not None, SUMMARISE=summarizes, QUANTIZED=shape.quantized[0],
         H=shape.num_heads, G=group, BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim,
         BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=_tile_pages(shape), SPLITS=splits,
-        ALL_SPLITS=power_of_two(splits), SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
+        ALL_SPLITS=power_of_two(splits),
+        HEADS=min(power_of_two(group), max(1, 512 // shape.block_v)),
+        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
         DTYPE=triton_dtype(shape.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -60,7 +62,7 @@ def attend_segments_kernel(
     CAPPED: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, SUMMARISE: tl.constexpr, QUANTIZED: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the segments; see the module's head.
 
@@ -69,7 +71,7 @@ def attend_segments_kernel(
         key, value: [B, H, 1, D], the new token, if NEW, as for `append_page`.
         split_outputs: float32 [B * H, SPLITS, G, DV + 1], output and log-sum-exp of each split. Scratch.
         arrivals: int32 [B * H]: zeros, and zeros again afterwards.
-        DTYPE: of the pages. ALL_SPLITS: SPLITS, rounded up to a power of two.
+        DTYPE: of the pages. ALL_SPLITS: SPLITS, rounded up to a power of two. HEADS: query heads that are merged at a time.
     """
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -136,21 +138,24 @@ def attend_segments_kernel(
     tl.debug_barrier()  # the split output is complete before the arrival is counted
     if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.store(arrivals + bh, 0)
-        other = tl.arange(0, ALL_SPLITS)
-        used = tl.cdiv(tiles, share)  # later splits are empty
-        for g in tl.static_range(G):
-            row = split_outputs + ((bh * SPLITS + other) * G + g) * width
-            lses = tl.load(row + DV, mask=other < used, other=float("-inf"), cache_modifier=".cg")
+        other = tl.arange(0, ALL_SPLITS)[:, None]
+        there = other < tl.cdiv(tiles, share)  # later splits are empty
+        for first in tl.static_range(0, G, HEADS):  # so many heads share the latency of their loads
+            heads = first + tl.arange(0, HEADS)
+            real = heads < G
+            row = split_outputs + ((bh * SPLITS + other) * G + heads[None, :]) * width
             outs = tl.load(
-                row[:, None] + column_v[None, :], mask=(other < used)[:, None] & (column_v < DV)[None, :], other=0.0,
-                cache_modifier=".cg",
+                row[:, :, None] + column_v[None, None, :],
+                mask=(there & real[None, :])[:, :, None] & (column_v < DV)[None, None, :], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
+            lses = tl.load(row + DV, mask=there & real[None, :], other=float("-inf"), cache_modifier=".cg")
             top = tl.max(lses, 0)
             top = tl.where(top == float("-inf"), 0.0, top)
-            weight = tl.exp(lses - top)
+            weight = tl.exp(lses - top[None, :])
             denominator = tl.sum(weight, 0)
             if SINKS:
-                denominator += tl.exp(tl.load(sinks + h * G + g).to(tl.float32) - top)
-            merged = tl.sum(outs * weight[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
-            place_out = out + b * out_b + (h * G + g) * out_h + column_v
-            tl.store(place_out, merged.to(out.dtype.element_ty), mask=column_v < DV)
+                logits = tl.load(sinks + h * G + heads, mask=real, other=float("-inf")).to(tl.float32)
+                denominator += tl.exp(logits - top)
+            merged = tl.sum(outs * weight[:, :, None], 0) / tl.where(denominator > 0, denominator, 1.0)[:, None]
+            place_out = out + b * out_b + (h * G + heads)[:, None] * out_h + column_v[None, :]
+            tl.store(place_out, merged.to(out.dtype.element_ty), mask=real[:, None] & (column_v < DV)[None, :])

@@ -22,11 +22,10 @@ from ..common import (
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import (
-    Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes,
+    Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes,
 )  # fmt: skip
 from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
-from .unread_pages import merge_partials
 
 LIKELIEST = tl.constexpr(int(Rating.LIKELIEST))
 MEAN = tl.constexpr(int(Rating.MEAN))
@@ -35,28 +34,25 @@ BOUND = tl.constexpr(int(Rating.BOUND))
 
 def bin_scores(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, query: Tensor, *, scale: float,
-    recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None,
+    recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Turn the logits of `score_pages`, which takes the same arguments, or of `scan_pages` into scores, and count them by bin.
 
-    With reranking, one more program per stream makes the query operands of `rerank_pages`; with a scan, one more program merges
-    its partial estimates.
+    With reranking, one more program per stream makes the query operands of `rerank_pages`.
     """
     group, reranks = query.shape[1] // shape.num_heads, recipe.rerank_factor > 0
     digits, columns, half = rerank_sizes(group, shape.key_dim, shape.dtype, shape.multiplies_int8)
-    partials, estimate = (buffers.stats, buffers.stats) if scan is None else (scan.partials, scan.estimate)
-    more = reranks or scan is not None
     launch(
-        rate_kernel, (buffers.num_streams, buffers.splits.programs + more), buffers.step, buffers.stats, plan,
+        rate_kernel, (buffers.num_streams, buffers.splits.programs + reranks), buffers.step, buffers.stats, plan,
         buffers.histogram, layer.rerank_floors if reranks else layer.floors, layer.number, buffers.splits.score, query,
         *query.stride()[:2], buffers.basis, buffers.rotated, buffers.operands, buffers.factors,
-        scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram, partials, estimate,
+        scale / math.sqrt(shape.key_dim & -shape.key_dim), buffers.rerank_histogram,
         RATING=int(recipe.rating), OUTLIERS=recipe.outliers_per_1024 > 0, COUNT_ALL=recipe.estimates_zone,
-        LISTED=not reranks, WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, CODED=scan is not None,
-        LEAST=math.log(recipe.threshold or 1.0), H=shape.num_heads, G=group,
+        LISTED=not reranks, WEIGHTED=recipe.weighs_tokens, PREPARED=reranks, LEAST=math.log(recipe.threshold or 1.0),
+        H=shape.num_heads, G=group,
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
-        RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, DV=shape.value_dim, BLOCK_V=shape.block_v,
-        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
+        RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
+        PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
         BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), num_warps=8,
     )  # fmt: skip
 
@@ -64,18 +60,16 @@ def bin_scores(
 @triton.jit(do_not_specialize=["number"])
 def rate_kernel(
     step, stats, plan, histogram, floors, number, num_splits, query, query_b, query_h, basis, rotated, operands, factors,
-    rerank_scale, second_histogram, partials, estimate,
+    rerank_scale, second_histogram,
     RATING: tl.constexpr, OUTLIERS: tl.constexpr, COUNT_ALL: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    PREPARED: tl.constexpr, CODED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
+    PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
-    PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr, BINS: tl.constexpr,
-    PER_NAT: tl.constexpr, RUN: tl.constexpr,
+    HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + (programs of the stream), ...
 
-    If PREPARED or CODED there is one more program per stream: it prepares the query operands of reranking, or merges the scan's
-    partial estimates.
+    If PREPARED there is one more program per stream: it prepares the query operands of reranking.
 
     Args:
         stats: written by `score_kernel`; SPLITS is num_splits rounded up to a power of two.
@@ -84,7 +78,6 @@ def rate_kernel(
         number: index of the layer among the paged layers.
         query to rerank_scale, DIGITS and RERANK_G to HALF: as for `prepare_queries`; used if PREPARED.
         second_histogram: int32 [B * H, BINS]: zeroed if PREPARED.
-        partials, estimate: see `ScanBuffers`; used if CODED.
         RATING: see `Rating`.
         COUNT_ALL: whether all candidates are counted; else only those in bins down to the floor.
         LISTED: whether bin lists are written; else pages are only scored and counted.
@@ -95,10 +88,8 @@ def rate_kernel(
             so all lists are about equally long.
     """
     bh = tl.program_id(0)
-    programs = tl.num_programs(1) - (PREPARED or CODED)
-    if CODED and tl.program_id(1) == programs:
-        merge_partials(partials, estimate, num_splits, bh, G, BLOCK_G, SPLITS, DV, BLOCK_V)
-    elif PREPARED and tl.program_id(1) == programs:
+    programs = tl.num_programs(1) - PREPARED
+    if PREPARED and tl.program_id(1) == programs:
         tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         prepare_queries(
             query, query_b, query_h, basis, rotated, operands, factors, stats, num_splits, bh, rerank_scale, DIGITS, H, G,

@@ -34,14 +34,8 @@ def code_parts(codes, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def value_fields(codes, scale, dtype: tl.constexpr, COMPILED: tl.constexpr):
-    """(field - 1.5) * scale, exactly, of bytes [n, B] and scales [n]: [n, 4 * B]. Field f of byte i is at f * B + i.
-
-    `dtype` is float16 or float32. Scales are bfloat16 numbers; float16 holds the products of those from 2^-14 to 2^15. Larger
-    ones, and NaN of pages without codes, count as 0: weights of the latter are 0 too.
-    """
-    scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
-    scales = tl.broadcast_to(scale.to(dtype)[:, None], codes.shape)
+def value_fields(codes, dtype: tl.constexpr, COMPILED: tl.constexpr):
+    """Fields less 1.5, exactly, of bytes [n, B]: [n, 4 * B], float16 or float32. Field f of byte i is at f * B + i."""
     if COMPILED and dtype == tl.float16:
         # A field f in the mantissa of 1024: 1024 + 4 f, 16 f or 64 f; the lowest field is moved up first. Two bytes at once.
         one, two, three, four = tl.inline_asm_elementwise(
@@ -61,36 +55,28 @@ def value_fields(codes, scale, dtype: tl.constexpr, COMPILED: tl.constexpr):
             lop3.b32 b, pair, 0x000c000c, 0x64006400, 0xea;
             lop3.b32 c, pair, 0x00300030, 0x64006400, 0xea;
             lop3.b32 d, pair, 0x00c000c0, 0x64006400, 0xea;
-            fma.rn.f16x2 a, a, f4, m4;
-            fma.rn.f16x2 b, b, f4, m4;
-            fma.rn.f16x2 c, c, f16, m16;
-            fma.rn.f16x2 d, d, f64, m64;
-            mul.rn.f16x2 $0, a, $9;
-            mul.rn.f16x2 $2, b, $9;
-            mul.rn.f16x2 $4, c, $9;
-            mul.rn.f16x2 $6, d, $9;
+            fma.rn.f16x2 $0, a, f4, m4;
+            fma.rn.f16x2 $2, b, f4, m4;
+            fma.rn.f16x2 $4, c, f16, m16;
+            fma.rn.f16x2 $6, d, f64, m64;
             prmt.b32 pair, $8, 0, 0x4342;
             shl.b32 up, pair, 2;
             lop3.b32 a, up, 0x000c000c, 0x64006400, 0xea;
             lop3.b32 b, pair, 0x000c000c, 0x64006400, 0xea;
             lop3.b32 c, pair, 0x00300030, 0x64006400, 0xea;
             lop3.b32 d, pair, 0x00c000c0, 0x64006400, 0xea;
-            fma.rn.f16x2 a, a, f4, m4;
-            fma.rn.f16x2 b, b, f4, m4;
-            fma.rn.f16x2 c, c, f16, m16;
-            fma.rn.f16x2 d, d, f64, m64;
-            mul.rn.f16x2 $1, a, $10;
-            mul.rn.f16x2 $3, b, $10;
-            mul.rn.f16x2 $5, c, $10;
-            mul.rn.f16x2 $7, d, $10;
+            fma.rn.f16x2 $1, a, f4, m4;
+            fma.rn.f16x2 $3, b, f4, m4;
+            fma.rn.f16x2 $5, c, f16, m16;
+            fma.rn.f16x2 $7, d, f64, m64;
             }
             """,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [codes, scales],
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        one, two = _field(codes, 0, dtype) * scales, _field(codes, 2, dtype) * scales
-        three, four = _field(codes, 4, dtype) * scales, _field(codes, 6, dtype) * scales
+        one, two = _field(codes, 0, dtype), _field(codes, 2, dtype)
+        three, four = _field(codes, 4, dtype), _field(codes, 6, dtype)
     joined = tl.permute(tl.join(tl.join(one, three), tl.join(two, four)), (0, 2, 3, 1))  # [n, 2, 2, B], by field
     return tl.reshape(joined, (codes.shape[0], 4 * codes.shape[1]))
 
@@ -106,6 +92,22 @@ def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
     number = tl.arange(0, 4 * VALUE_BYTES)
     byte = number % VALUE_BYTES
     return 4 * byte + number // VALUE_BYTES, byte < DV // 4
+
+
+@triton.jit
+def coordinate_fields(BLOCK_V: tl.constexpr, DV: tl.constexpr):
+    """The two fields of each coordinate (`reference_scan.levels`), whether it has a code, and whether it has a second field."""
+    column = tl.arange(0, BLOCK_V)
+    fine = column < DV // 4
+    first = tl.where(fine, 2 * column, tl.minimum(column + DV // 4, DV - 1))
+    return first, tl.minimum(first + 1, DV - 1), column < 3 * (DV // 4), fine
+
+
+@triton.jit
+def value_weights(weights, scale):
+    """Weights [n, C] of values with scales [n], for `halves`: up to 32768. NaN of pages without codes counts as 0."""
+    scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
+    return tl.minimum(weights * scale[:, None], 32768.0)
 
 
 @triton.jit
@@ -125,14 +127,16 @@ def whole_sums(sums):
 
 
 @triton.jit
-def log2(numbers, COMPILED: tl.constexpr):
-    """Logarithms to base 2 in one instruction, -infinity of 0. The library's take about ten."""
+def natural_log(numbers, shift, COMPILED: tl.constexpr):
+    """Natural logarithms of numbers * 2^shift, in two instructions. Stays in the layout of the numbers (see `pinned`)."""
     if COMPILED:
         logs = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [numbers], dtype=tl.float32, is_pure=True, pack=1
-        )
+            "{ .reg .f32 log; lg2.approx.ftz.f32 log, $1; add.f32 log, log, $2; mul.f32 $0, log, 0f3F317218; }", "=r,r,r",
+            [numbers, tl.broadcast_to(shift, numbers.shape)], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
     else:
-        logs = tl.where(numbers > 0.0, tl.log2(tl.maximum(numbers, 1e-38)), float("-inf"))
+        logs = tl.where(numbers > 0.0, tl.log2(tl.maximum(numbers, 1e-38)), float("-inf")) + shift
+        logs = logs * 0.6931471805599453
     return logs
 
 

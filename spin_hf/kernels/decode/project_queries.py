@@ -47,7 +47,7 @@ def project_queries(
         H=shape.num_heads, G=group, COLUMNS=columns, ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim,
         BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, BYTES=scan.code_operand.shape[-1], PAGE=shape.page_size,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, BACKING_BYTES=shape.backing_bytes,
-        BINS=NUM_BINS, num_warps=4,
+        BINS=NUM_BINS, num_warps=8,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def project_kernel(
     """Program (b * H + h, 0) makes the operands of a KV head's queries; program (b * H + h, 1) appends the new token.
 
     Args:
-        states, mean_operand, code_operand, factors: see `ScanBuffers`. Written.
+        states, mean_operand, code_operand, factors: see `ScanBuffers`. Written; `states` only without tensor cores.
         histogram: int32 [B * H, BINS]: zeroed for `rate_kernel`.
         scale: of attention scores, times log2(e).
         key, value: [B, H, 1, D], the new token, as for `append_page`.
@@ -79,53 +79,76 @@ def project_kernel(
     else:
         tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         vectors = tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV)
-        mine = states + bh * G * DK
-        _project(query, query_b, query_h, tl.load(layer + KEY_BASIS), mine, bh, scale, DIGITS, DTYPE, H, G, DK, BLOCK_K)
-        tl.debug_barrier()
+        basis = tl.load(layer + KEY_BASIS)
         copies: tl.constexpr = ROWS_OF // COLUMNS
-        copy = tl.arange(0, ROWS_OF)
+        rows_at: tl.constexpr = ROWS_OF if ROWS_OF > 16 else 16
+        copy = tl.arange(0, rows_at)
         head = copy // copies
-        real = (head < G)[:, None]
-        group = tl.arange(0, COLUMNS)
-        factor = factors + bh * 4 * COLUMNS + group
         column = tl.arange(0, BLOCK_K)
-        inside = real & (column < DK)[None, :]
-        rows = tl.load(mine + head[:, None] * DK + column[None, :], mask=inside, other=0.0)
+        byte = tl.arange(0, 4 * BYTES) % BYTES
+        field = tl.arange(0, 4 * BYTES) // BYTES
+        coded = byte < DK // 4
+        number = tl.where(byte < DK // 8, 2 * byte + field // 2, 4 * byte - DK // 4 + field)  # the field's coordinate
+        number = tl.minimum(number, DK - 1)
+        source = query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G + head).to(tl.int64)[:, None] * query_h
+        inside = (head < G)[:, None] & (column < DK)[None, :]
+        queries = tl.load(source + column[None, :], mask=inside, other=0.0)
+        if tl.float32 == DTYPE or not DIGITS:
+            mine = states + bh * G * DK
+            _project(query, query_b, query_h, basis, mine, bh, scale, DTYPE, H, G, DK, BLOCK_K)
+            tl.debug_barrier()
+            rows = tl.load(mine + head[:, None] * DK + column[None, :], mask=inside, other=0.0)
+            origin = tl.load(vectors + column, mask=column < DK, other=0.0)
+            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
+        else:
+            PART: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
+            matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
+            into = tl.arange(0, PART)[:, None]
+            part = tl.load(matrix + into * DK + column[None, :], mask=(into < DK) & (column < DK)[None, :], other=0.0)
+            # All loads before the first product.
+            origin = tl.load(vectors + column, mask=column < DK, other=0.0)
+            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
+            if PART == BLOCK_K:
+                rows = tl.dot(queries.to(DTYPE), part) * scale
+            else:
+                rows = tl.zeros([rows_at, BLOCK_K], tl.float32)
+                for start in tl.static_range(0, BLOCK_K, PART):
+                    into = start + tl.arange(0, PART)
+                    part = tl.load(
+                        matrix + into[:, None] * DK + column[None, :],
+                        mask=(into < DK)[:, None] & (column < DK)[None, :], other=0.0,
+                    )  # fmt: skip
+                    some = tl.load(source + into[None, :], mask=(head < G)[:, None] & (into < DK)[None, :], other=0.0)
+                    rows = tl.dot(some.to(DTYPE), part, acc=rows)
+                rows = rows * scale
+        group = tl.arange(0, rows_at // copies)
+        factor = factors + bh * 4 * COLUMNS + group
+        stored = group < COLUMNS
+        written = (copy < ROWS_OF)[:, None]
+        constant = tl.sum(queries.to(tl.float32) * origin[None, :], 1) * scale
         unit = _unit(tl.max(tl.abs(rows), 1), DIGITS)
         place = mean_operand + bh * ROWS_OF * BLOCK_K + copy[:, None] * BLOCK_K + column[None, :]
-        tl.store(place, _operand(rows, unit, DIGITS, ROWS_OF).to(mean_operand.dtype.element_ty))
-        tl.store(factor + 2 * COLUMNS, _per_head(unit, COLUMNS, copies))
-        queries = tl.load(
-            query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G + head).to(tl.int64)[:, None] * query_h + column[None, :],
-            mask=inside, other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        origin = tl.load(vectors + column, mask=column < DK, other=0.0)
-        tl.store(factor + 3 * COLUMNS, _per_head(tl.sum(queries * origin[None, :], 1) * scale, COLUMNS, copies))
-        one = _weights(mine, vectors + DK, head, real, 0, DK, BYTES)
-        two = _weights(mine, vectors + DK, head, real, 1, DK, BYTES)
-        three = _weights(mine, vectors + DK, head, real, 2, DK, BYTES)
-        four = _weights(mine, vectors + DK, head, real, 3, DK, BYTES)
-        largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
-        unit = _unit(tl.max(largest, 1), DIGITS)
-        size: tl.constexpr = ROWS_OF * BYTES
-        place = code_operand + bh * 4 * size + copy[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-        kind: tl.constexpr = code_operand.dtype.element_ty
-        tl.store(place, _operand(one, unit, DIGITS, ROWS_OF).to(kind))
-        tl.store(place + size, _operand(two, unit, DIGITS, ROWS_OF).to(kind))
-        tl.store(place + 2 * size, _operand(three, unit, DIGITS, ROWS_OF).to(kind))
-        tl.store(place + 3 * size, _operand(four, unit, DIGITS, ROWS_OF).to(kind))
-        middle = tl.sum(1.5 * (_exact(one, unit, DIGITS) + _exact(three, unit, DIGITS)), 1)
-        middle += tl.sum(6.0 * (_exact(two, unit, DIGITS) + _exact(four, unit, DIGITS)), 1)
-        tl.store(factor, _per_head(unit, COLUMNS, copies))
-        tl.store(factor + COLUMNS, _per_head(middle, COLUMNS, copies))
+        tl.store(place, _operand(rows, unit, DIGITS, rows_at).to(mean_operand.dtype.element_ty), mask=written)
+        tl.store(factor + 2 * COLUMNS, _per_head(unit, copies), mask=stored)
+        tl.store(factor + 3 * COLUMNS, _per_head(constant, copies), mask=stored)
+        # What each field is multiplied by, in place; 0 for bytes of padding.
+        weights = tl.gather(rows, tl.broadcast_to(number[None, :], (rows_at, 4 * BYTES)), 1)
+        weights = weights * (widths * tl.where((byte >= DK // 8) & (field % 2 == 1), 0.25, 1.0))[None, :]
+        unit = _unit(tl.max(tl.abs(weights), 1), DIGITS)
+        place = code_operand + bh * 4 * ROWS_OF * BYTES + field[None, :] * (ROWS_OF * BYTES) + copy[:, None] * BYTES
+        operand = _operand(weights, unit, DIGITS, rows_at).to(code_operand.dtype.element_ty)
+        tl.store(place + byte[None, :], operand, mask=written)
+        middle = tl.where(field % 2 == 1, 6.0, 1.5)[None, :] * _exact(weights, unit, DIGITS)
+        tl.store(factor, _per_head(unit, copies), mask=stored)
+        tl.store(factor + COLUMNS, _per_head(tl.sum(middle, 1), copies), mask=stored)
 
 
 @triton.jit
 def _project(
     query, query_b, query_h, basis, states, bh, scale,
-    DIGITS: tl.constexpr, DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write scale * q @ inverse, float32 [G, DK], for the queries of one (sequence, KV head)."""
+    """Write scale * q @ inverse, float32 [G, DK], for the queries of one (sequence, KV head), without tensor cores."""
     TILE: tl.constexpr = 32
     column = tl.arange(0, BLOCK_K)
     matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
@@ -137,33 +160,10 @@ def _project(
             mask=(column < DK)[:, None] & (into < DK)[None, :],
             other=0.0,
         )
-        if tl.float32 == DTYPE or not DIGITS:  # without tensor cores Triton would unroll a product number by number
-            for head in range(G):
-                row = tl.load(source + head * query_h + column, mask=column < DK, other=0.0).to(tl.float32)
-                product = tl.sum(row[:, None] * part.to(tl.float32), 0) * scale
-                tl.store(states + head * DK + into, product, mask=into < DK)
-        else:
-            for group in tl.static_range(0, G, 16):
-                heads = group + tl.arange(0, 16)
-                rows = tl.load(
-                    source + heads[:, None] * query_h + column[None, :],
-                    mask=(heads < G)[:, None] & (column < DK)[None, :], other=0.0,
-                ).to(DTYPE)  # fmt: skip
-                product = tl.dot(rows, part) * scale
-                place = states + heads[:, None] * DK + into[None, :]
-                tl.store(place, product, mask=(heads < G)[:, None] & (into < DK)[None, :])
-
-
-@triton.jit
-def _weights(states, widths, head, real, FIELD: tl.constexpr, DK: tl.constexpr, BYTES: tl.constexpr):
-    """What field FIELD of each byte is multiplied by, in place: float32 [rows, BYTES]."""
-    byte = tl.arange(0, BYTES)
-    fine = byte < DK // 8
-    number = tl.where(fine, 2 * byte + FIELD // 2, 4 * byte - DK // 4 + FIELD)
-    there = byte < DK // 4
-    weight = tl.load(states + head[:, None] * DK + number[None, :], mask=real & there[None, :], other=0.0)
-    width = tl.load(widths + number, mask=there, other=0.0)
-    return weight * (width * tl.where(fine, 1.0, 0.25 if FIELD % 2 == 1 else 1.0))[None, :]
+        for head in range(G):  # Triton would unroll a product number by number
+            row = tl.load(source + head * query_h + column, mask=column < DK, other=0.0).to(tl.float32)
+            product = tl.sum(row[:, None] * part.to(tl.float32), 0) * scale
+            tl.store(states + head * DK + into, product, mask=into < DK)
 
 
 @triton.jit
@@ -189,6 +189,6 @@ def _operand(rows, unit, DIGITS: tl.constexpr, ROWS_OF: tl.constexpr):
 
 
 @triton.jit
-def _per_head(numbers, COLUMNS: tl.constexpr, COPIES: tl.constexpr):
+def _per_head(numbers, COPIES: tl.constexpr):
     """One number per head, of numbers that are equal in all of its rows."""
-    return tl.max(tl.reshape(numbers, (COLUMNS, COPIES)), 1)
+    return tl.max(tl.reshape(numbers, (numbers.shape[0] // COPIES, COPIES)), 1)

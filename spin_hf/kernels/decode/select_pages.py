@@ -6,6 +6,9 @@
 Program b * H + h serves one (sequence, KV head). It lists the fixed pages, selects, and assigns slots (`assign_slots.py`).
 It reads the bin lists only. If these have too few pages, it counts the other candidates and reads all scores. Ties are broken
 deterministically, by page. The specification is `kernels.select_top_pages`.
+
+With coded pages, one more program per query head merges the scan's partial estimates, which `attend_kernel` needs
+(`unread_pages.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from torch import Tensor
 from ..common import (
     BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES,
     NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, score_bins, sortable,
+    triton_dtype,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
-from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers
+from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, power_of_two
 from ..recipe import KernelRecipe
 from .assign_slots import retrieve
+from .unread_pages import merge_partials
 
 LAST = tl.constexpr(0x7FFFFFFF)
 NO_KEY = tl.constexpr(-(1 << 63))
@@ -41,23 +46,28 @@ _FLOOR_FACTOR = 3
 
 def select_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
-    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape,
+    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None,
 ) -> None:  # fmt: skip
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 
     Args:
         query_index: index of the query in the step; group: query heads per KV head that were scored.
         most_listed: upper limit of pages per list; None if unknown.
+        scan: what `scan_pages` wrote, whose partial estimates are merged; None without coded pages.
     """
     reranks, share = recipe.rerank_factor > 0, recipe.estimated_billionths
     tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
     if reranks:
         tile, few, few_tile, warps = _RERANKED_TILE, _RERANKED_TIED, _RERANKED_FEW_TILE, _RERANKED_WARPS
+    coded = scan is not None
+    partials, estimate = (scan.partials, scan.estimate) if scan is not None else (buffers.stats, buffers.stats)
     launch(
-        choose_kernel, (buffers.num_streams,), buffers.step, layer.descriptor, plan,
+        choose_kernel, (buffers.num_streams, 1 + coded * group), buffers.step, layer.descriptor, plan,
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
-        layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
-        ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
+        layer.hands, buffers.zone_edges, share, query_index, partials, estimate, buffers.splits.score, CODED=coded,
+        DTYPE=triton_dtype(shape.dtype), SPLITS=power_of_two(buffers.splits.score), DK=shape.key_dim, DV=shape.value_dim,
+        BLOCK_V=shape.block_v, COMPLETE=reranks, COUNTED=recipe.estimates_zone, ESTIMATES=share > 0,
+        ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
         PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS,
         PER_NAT=BINS_PER_NAT, FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
         LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
@@ -67,16 +77,22 @@ def select_pages(
 
 @triton.jit
 def choose_kernel(
-    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
+    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, partials, estimate,
+    num_splits,
+    CODED: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program b * H + h lists the pages that its query attends to, and assigns slots to missing ones.
+    """Program (b * H + h, 0) lists the pages that its query attends to, and assigns slots to missing ones.
+
+    If CODED, program (b * H + h, 1 + g) merges the partial estimates of query head g; see `merge_partials`.
 
     Args:
+        partials to BLOCK_V: as for `merge_partials`; used if CODED.
         histogram: written by `rate_kernel`. Added to if the bin lists have too few pages.
         list_count, hand: see `StepBuffers` and `LayerBuffers`. Written. counters: see `LayerBuffers`. Added to.
         edges: int32 [B, H]: the last bin that is estimated: the best `share` billionths of the candidates after the selected
@@ -91,6 +107,28 @@ def choose_kernel(
         floors: int32 [B, H]: the last bin that enters the bin lists at the next step. Written.
     """
     bh = tl.program_id(0)
+    if CODED and tl.program_id(1) > 0:
+        merge_partials(
+            layer, partials, estimate, num_splits, bh, tl.program_id(1) - 1, DTYPE, G, SPLITS, DK, DV, BLOCK_V
+        )
+    else:
+        _choose(
+            step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, COMPLETE,
+            COUNTED, ESTIMATES, ZONE, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT, FLOOR_FACTOR, TILE,
+            FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _choose(
+    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, bh,
+    COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
+    H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
+    LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
+    FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+):  # fmt: skip
+    """The list of one (sequence, KV head); see `choose_kernel`."""
     b = (bh // H).to(tl.int64)
     row = plan + b * PLAN_FIELDS
     bins = tl.arange(0, BINS)

@@ -1,11 +1,12 @@
 """The estimate of the pages that are not read: that of all candidates, less the pages that attention reads.
 
-    merge_partials     partial estimates of the scan's splits -> one per KV head; called by `rate_kernel`
+    merge_partials     partial estimates of the scan's splits -> one per query head, out of the values' basis; called by some
+                       programs of `choose_kernel`
     subtract_pages     partial sums of the candidates that are read; called by some programs of `attend_kernel`
-    write_unread       all candidates less those sums, out of the values' basis, as one more split output for the merge
+    unread_sums        all candidates less those sums, for the merge
 
-All sums are relative to the same power of two, so that a difference needs no factor. The specification is
-`reference_scan.subtract`.
+All sums are of plain values in float32, relative to the same power of two, so that a difference needs no factor. The
+specification is `reference_scan.subtract`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..common import (
     BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
     page_rows, row_addresses,
 )  # fmt: skip
-from .coded_fields import field_places, halves, value_fields, whole_sums
+from .coded_fields import coordinate_fields, halves, value_fields, value_weights, whole_sums
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -27,48 +28,66 @@ LEAST_SHARE = tl.constexpr(2.0**-16)
 
 @triton.jit
 def merge_partials(
-    partials, estimate, num_splits, bh, G: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    layer, partials, estimate, num_splits, bh, head, DTYPE: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partial estimates of one (sequence, KV head); see `ScanBuffers`.
+    """Merge the partial estimates of one query head of a (sequence, KV head), and make plain values of the sum.
 
     Args:
+        partials, estimate: see `ScanBuffers`. `estimate` is written.
+        DTYPE: of the value axes.
         SPLITS: num_splits, rounded up to a power of two.
     """
-    group = tl.arange(0, BLOCK_G)
-    split = tl.arange(0, SPLITS)
+    TILE: tl.constexpr = SPLITS if SPLITS < 64 else 64
     column = tl.arange(0, BLOCK_V)
     width: tl.constexpr = DV + 2
-    mine = partials + bh * num_splits * G * width
-    known = (split < num_splits)[None, :] & (group < G)[:, None]
-    place = mine + (split[None, :] * G + group[:, None]) * width + DV
-    powers = tl.load(place, mask=known, other=float("-inf"))
-    power = tl.max(powers, 1)
-    base = tl.where(power == float("-inf"), 0.0, power)
-    weight = tl.sum(tl.load(place + 1, mask=known, other=0.0) * tl.exp2(powers - base[:, None]), 1)
-    total = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    for other in tl.range(0, num_splits, loop_unroll_factor=8):  # unrolled, so that the loads of several are in flight
-        row = mine + (other * G + group)[:, None] * width + 0 * column[None, :]
-        its_power = tl.load(row + DV, mask=(group < G)[:, None], other=float("-inf"))  # equal along a row
-        values = tl.load(row + column[None, :], mask=(group < G)[:, None] & (column < DV)[None, :], other=0.0)
-        total += values * tl.exp2(its_power - base[:, None])
-    place = estimate + (bh * G + group) * width
-    tl.store(place[:, None] + column[None, :], total, mask=(group < G)[:, None] & (column < DV)[None, :])
-    tl.store(place + DV, power, mask=group < G)
-    tl.store(place + DV + 1, weight, mask=group < G)
+    vectors = (
+        tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV) + 2 * DK
+    )
+    axes = tl.multiple_of(tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DV * DV, 16)
+    square = (column < DV)[:, None] & (column < DV)[None, :]
+    matrix = tl.load(axes + column[:, None] * DV + column[None, :], mask=square, other=0.0)  # before it is needed
+    origin = tl.load(vectors + column, mask=column < DV, other=0.0)
+    widths = tl.load(vectors + DV + column, mask=column < DV, other=0.0)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    weight = tl.zeros([], tl.float32)
+    power = tl.full([], float("-inf"), tl.float32)
+    for start in tl.static_range(0, SPLITS, TILE):
+        split = start + tl.arange(0, TILE)
+        known = split < num_splits
+        place = partials + ((bh * num_splits + split) * G + head) * width
+        powers = tl.load(place + DV, mask=known, other=float("-inf"))
+        weights = tl.load(place + DV + 1, mask=known, other=0.0)
+        values = tl.load(place[:, None] + column[None, :], mask=known[:, None] & (column < DV)[None, :], other=0.0)
+        higher = tl.maximum(power, tl.max(powers, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        factors, decay = tl.exp2(powers - base), tl.exp2(power - base)
+        weight = weight * decay + tl.sum(weights * factors, 0)
+        some = (powers > float("-inf"))[:, None]  # the sums of other splits are not written
+        total = total * decay + tl.sum(tl.where(some, values, 0.0) * factors[:, None], 0)
+        power = higher
+    first, second, coded, fine = coordinate_fields(BLOCK_V, DV)
+    coordinates = tl.gather(total, first, 0) + tl.where(fine, 4.0 * tl.gather(total, second, 0), 0.0)
+    coordinates = tl.where(coded, coordinates * widths, 0.0)
+    plain = tl.sum(matrix.to(tl.float32) * coordinates[None, :], 1) + weight * origin
+    place = estimate + (bh * G + head) * width
+    tl.store(place + column, plain, mask=column < DV)
+    tl.store(place + DV, power)
+    tl.store(place + DV + 1, weight)
 
 
 @triton.jit
 def subtract_pages(
-    step, layer, plan, estimate, subtracted, listed, count, share, num_shares, bh, b, h,
-    H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr, DV: tl.constexpr, VALUE_BYTES: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr,
+    step, layer, plan, estimate, subtracted, listed, count, share, num_shares, bh, b, h, DTYPE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    VALUE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Add up the candidates in one share of a page list, as `scan_kernel` does.
+    """Add up the candidates in one share of a page list, as `scan_kernel` does, and make plain values of the sum.
 
     Args:
         subtracted: float32 [B * H, num_shares, G, DV + 1]. Written.
         listed, count: the page list of one (sequence, KV head).
+        DTYPE: of the value axes.
     """
     TILE: tl.constexpr = 64
     row = plan + b * PLAN_FIELDS
@@ -79,10 +98,14 @@ def subtract_pages(
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     code_table = tl.load(layer + SUMMARY_3)
     scale_table = tl.load(layer + SUMMARY_4)
+    vectors = (
+        tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV) + 2 * DK
+    )
+    axes = tl.multiple_of(tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DV * DV, 16)
     group = tl.arange(0, COLUMNS)
     byte = tl.arange(0, VALUE_BYTES)
     lane = tl.arange(0, TILE)
-    number, known = field_places(VALUE_BYTES, DV)
+    column = tl.arange(0, BLOCK_V)
     aligned: tl.constexpr = 16 if DV % 64 == 0 else 8 if DV % 32 == 0 else 4
     power = tl.load(estimate + (bh * G + group) * (DV + 2) + DV, mask=group < G, other=0.0)
     power = tl.where(power == float("-inf"), 0.0, power)
@@ -104,79 +127,71 @@ def subtract_pages(
             )  # fmt: skip
             scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=inside, other=0.0).to(tl.float32)
             each = tl.where(weighed, tl.exp2(logs * LOG2_E - power[None, :]), 0.0)
-            parts = value_fields(code, scale, VALUES, COMPILED)
-            taken = tl.dot(tl.trans(parts), halves(each, VALUES), acc=taken, input_precision="ieee")
+            parts = halves(value_weights(each, scale), VALUES)
+            taken = tl.dot(tl.trans(value_fields(code, VALUES, COMPILED)), parts, acc=taken, input_precision="ieee")
             weight += each
+    weights = tl.sum(weight, 0)
     place = subtracted + ((bh * num_shares + share) * G + group) * (DV + 1)
-    tl.store(place[None, :] + number[:, None], whole_sums(taken), mask=known[:, None] & (group < G)[None, :])
-    tl.store(place + DV, tl.sum(weight, 0), mask=group < G)
+    tl.store(place + DV, weights, mask=group < G)
+    sums = whole_sums(taken)
+    first, second, coded, fine = coordinate_fields(BLOCK_V, DV)
+    one = tl.gather(sums, _rows_of(first, VALUE_BYTES, COLUMNS), 0)
+    two = tl.gather(sums, _rows_of(second, VALUE_BYTES, COLUMNS), 0)
+    widths = tl.where(coded, tl.load(vectors + DV + column, mask=column < DV, other=0.0), 0.0)
+    coordinates = (one + tl.where(fine[:, None], 4.0 * two, 0.0)) * widths[:, None]
+    # Coordinates up to 1 as pairs. The axes are orthonormal: float16 holds their numbers to 2^-25.
+    unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(coordinates), 0), 1e-30))))
+    pairs = halves(coordinates / unit[None, :], VALUES)
+    some: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
+    for begin in tl.static_range(0, BLOCK_V, some):
+        into = begin + tl.arange(0, some)
+        square = (into < DV)[:, None] & (column < DV)[None, :]
+        matrix = tl.load(axes + into[:, None] * DV + column[None, :], mask=square, other=0.0)
+        origin = tl.load(vectors + into, mask=into < DV, other=0.0)
+        if tl.float16 == VALUES:
+            plain = whole_sums(tl.dot(matrix.to(tl.float16), pairs)) * unit[None, :]
+            plain += origin[:, None] * weights[None, :]
+            tl.store(place[None, :] + into[:, None], plain, mask=(into < DV)[:, None] & (group < G)[None, :])
+        else:
+            for head in range(G):  # without tensor cores Triton would unroll a product number by number
+                mine = group == head
+                state = tl.sum(tl.where(mine[None, :], coordinates, 0.0), 1)
+                own = tl.sum(matrix.to(tl.float32) * state[None, :], 1)
+                own += origin * tl.sum(tl.where(mine, weights, 0.0), 0)
+                tl.store(subtracted + ((bh * num_shares + share) * G + head) * (DV + 1) + into, own, mask=into < DV)
 
 
 @triton.jit
-def write_unread(
-    layer, estimate, subtracted, bh, out, DTYPE: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
-    G: tl.constexpr, MERGED_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+def _rows_of(fields, VALUE_BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows of `value_fields` sums that hold `fields`, for each of COLUMNS columns."""
+    rows = fields % 4 * VALUE_BYTES + fields // 4
+    return tl.broadcast_to(rows[:, None], (fields.shape[0], COLUMNS))
+
+
+@triton.jit
+def unread_sums(
+    estimate, subtracted, bh, SPLITS: tl.constexpr, G: tl.constexpr, MERGED_G: tl.constexpr, DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the estimate of unread candidates as a split output; its lse is -infinity if there are none.
+    """The estimate of unread candidates: output and lse, [MERGED_G, BLOCK_V] both; the lse is -infinity if there are none.
 
     Args:
-        subtracted: float32 [B * H, SPLITS, G, DV + 1], written by `subtract_pages`. The first of them is overwritten.
-        out: float32 [2, G, DV], output and log-sum-exp. Written.
+        subtracted: float32 [B * H, SPLITS, G, DV + 1], written by `subtract_pages`.
     """
-    TILE: tl.constexpr = 32
     heads = tl.arange(0, MERGED_G)[:, None]
     column = tl.arange(0, BLOCK_V)[None, :]
     there = (heads < G) & (column < DV)
-    fine = column < DV // 4
-    coded = there & (column < 3 * (DV // 4))
-    number = tl.where(fine, 2 * column, column + DV // 4)  # as `reference_scan.levels`
     row = estimate + (bh * G + heads) * (DV + 2) + 0 * column
-    power = tl.load(row + DV, mask=heads < G, other=float("-inf"))
-    whole = tl.load(row + DV + 1, mask=heads < G, other=0.0)
-    one = tl.load(row + number, mask=coded, other=0.0)
-    two = tl.load(row + number + 1, mask=coded & fine, other=0.0)
+    power = tl.load(row + DV, mask=there, other=float("-inf"))
+    whole = tl.load(row + DV + 1, mask=there, other=0.0)
+    values = tl.load(row + column, mask=there, other=0.0)
     weight = whole
     parts = subtracted + (bh * SPLITS * G + heads) * (DV + 1) + 0 * column
-    for split in tl.range(0, SPLITS, loop_unroll_factor=8):
+    many: tl.constexpr = SPLITS if SPLITS < 16 else 16
+    for split in tl.range(0, SPLITS, loop_unroll_factor=many):  # unrolled, so that the loads of several are in flight
         part = parts + split * G * (DV + 1)
-        weight -= tl.load(part + DV, mask=heads < G, other=0.0, cache_modifier=".cg")
-        one -= tl.load(part + number, mask=coded, other=0.0, cache_modifier=".cg")
-        two -= tl.load(part + number + 1, mask=coded & fine, other=0.0, cache_modifier=".cg")
+        weight -= tl.load(part + DV, mask=there, other=0.0, cache_modifier=".cg")
+        values -= tl.load(part + column, mask=there, other=0.0, cache_modifier=".cg")
     left = (weight > whole * LEAST_SHARE) & (power > float("-inf"))
     weight = tl.where(left, weight, 1.0)
-    vectors = (
-        tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV) + 2 * DK
-    )
-    width = tl.load(vectors + DV + column, mask=column < DV, other=0.0)
-    coordinates = tl.where(left, (one + 4.0 * two) * width / weight, 0.0)
-    lse = tl.where(left, (power + tl.log2(weight)) * LN_2, float("-inf"))
-    tl.store(out + G * DV + heads * DV + column, lse, mask=there)
-    tl.debug_barrier()  # all threads have read what is overwritten
-    mine = subtracted + bh * SPLITS * G * (DV + 1)
-    tl.store(mine + heads * DV + column, coordinates, mask=there)
-    tl.debug_barrier()
-    column = tl.arange(0, BLOCK_V)
-    axes = tl.multiple_of(tl.load(layer + VALUE_BASIS).to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DV * DV, 16)
-    for start in tl.static_range(0, DV, TILE):
-        into = start + tl.arange(0, TILE)
-        part = tl.load(
-            axes + into[:, None] * DV + column[None, :], mask=(into < DV)[:, None] & (column < DV)[None, :], other=0.0
-        )
-        origin = tl.load(vectors + into, mask=into < DV, other=0.0)
-        if tl.float32 == VALUES:  # as in `project_queries`
-            for head in range(G):
-                state = tl.load(mine + head * DV + column, mask=column < DV, other=0.0, cache_modifier=".cg")
-                tl.store(
-                    out + head * DV + into, tl.sum(part.to(tl.float32) * state[None, :], 1) + origin, mask=into < DV
-                )
-        else:
-            for group in tl.static_range(0, G, 16):
-                rows = group + tl.arange(0, 16)
-                states = tl.load(
-                    mine + rows[:, None] * DV + column[None, :], mask=(rows < G)[:, None] & (column < DV)[None, :],
-                    other=0.0, cache_modifier=".cg",
-                ).to(DTYPE)  # fmt: skip
-                values = tl.dot(states, tl.trans(part)) + origin[None, :]
-                place = out + rows[:, None] * DV + into[None, :]
-                tl.store(place, values, mask=(rows < G)[:, None] & (into < DV)[None, :])
-    tl.debug_barrier()
+    return tl.where(left, values / weight, 0.0), tl.where(left, (power + tl.log2(weight)) * LN_2, float("-inf"))
