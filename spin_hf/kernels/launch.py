@@ -214,17 +214,12 @@ class ScanTuning:
     """How the scan over coded pages is launched.
 
     Attributes:
-        tile: pages per tile, a power of two from 16 to 4 segments.
-        ahead: what is loaded a tile ahead: 0 nothing, 1 addresses, 2 everything; 3 addresses, and everything to L2, by lines of
-            128 bytes; 4 the same by sectors of 32 bytes.
+        tile: pages per tile: 32, 64 or 128.
         warps: warps of a program.
-        registers: upper limit of registers of a thread; None for none.
     """
 
-    tile: int = 32
-    ahead: int = 1
-    warps: int = 4
-    registers: int | None = None
+    tile: int
+    warps: int
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,6 @@ from .coded_fields import (
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-_REGISTERS, _MOST_ROWS = 128, 16
-"""Registers of a thread: four programs fit a multiprocessor. Rows of operands up to which a program needs no more."""
 
 
 def scan_pages(
@@ -58,16 +56,17 @@ def scan_pages(
         VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile, AHEAD=tuning.ahead,
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
         M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)),
-        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1, maxnreg=tuning.registers,
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1,
     )  # fmt: skip
 
 
 def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
-    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > _MOST_ROWS:
-        return ScanTuning()
-    return ScanTuning(registers=_REGISTERS)
+    """Measured on an H200 for 8 operand rows: few warps with many registers, as each warp has barriers of its own only."""
+    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > 16:
+        return ScanTuning(tile=32, warps=4)
+    return ScanTuning(tile=64 if rows <= 8 else 32, warps=2)
 
 
 def _alignment(row_bytes: int) -> int:
@@ -81,7 +80,7 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, M_WARPS: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, M_WARPS: tl.constexpr,
     ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
@@ -96,7 +95,6 @@ def scan_kernel(
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
         TILE: pages per tile: up to 4 segments, or a part of one.
-        AHEAD: see `ScanTuning`.
         M_WARPS: warps that products with codes divide rows among.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
@@ -139,40 +137,18 @@ def scan_kernel(
             tl.load(layer + SUMMARY_0), tl.load(layer + SCALE_0), tl.load(layer + SUMMARY_1), tl.load(layer + SUMMARY_2),
             tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
         )  # fmt: skip
-        if AHEAD > 0:  # segments two tiles ahead, addresses one tile ahead: no load waits for one of the same tile
-            places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, begin, H, SEGMENT, ROWS, TILE)
-            segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
-        if AHEAD == 2:
-            held = _load(
-                places, begin, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
-                ALIGNED, VALUE_ALIGNED,
-            )  # fmt: skip
-            places = _places(tables, segments, h, begin + TILE, H, SEGMENT, ROWS, TILE)
-            segments = _segments(directory, begin + 2 * TILE, end, SEGMENT, TILE)
+        # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
+        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, begin, H, SEGMENT, ROWS, TILE)
+        segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
         for start in range(begin, end, TILE):
             # All loads before the first use of one of them, as that comes with a barrier, which no load can pass.
-            if AHEAD == 2:
-                mean, unit, code, scale, value_code, value_scale = held
-                held = _load(
-                    places, start + TILE, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
-                    ALIGNED, VALUE_ALIGNED,
-                )  # fmt: skip
-                places = _places(tables, segments, h, start + 2 * TILE, H, SEGMENT, ROWS, TILE)
-                segments = _segments(directory, start + 3 * TILE, end, SEGMENT, TILE)
-            else:
-                if AHEAD == 0:
-                    segments = _segments(directory, start, end, SEGMENT, TILE)
-                    places = _places(tables, segments, h, start, H, SEGMENT, ROWS, TILE)
-                mean, unit, code, scale, value_code, value_scale = _load(
-                    places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
-                    ALIGNED, VALUE_ALIGNED,
-                )  # fmt: skip
-                if AHEAD > 0:
-                    places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
-                    segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
+            mean, unit, code, scale, value_code, value_scale = _load(
+                places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
+                ALIGNED, VALUE_ALIGNED,
+            )  # fmt: skip
+            places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
+            segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
             scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
-            if AHEAD == 2:
-                value_code = pinned(value_code, COMPILED)
             value_scale = value_scale.to(tl.float32)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
@@ -205,14 +181,6 @@ def scan_kernel(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
             tokens = power2(products - shift[None, :], COMPILED)
-            if AHEAD >= 3 and COMPILED and start + TILE < end:
-                line: tl.constexpr = 128 if AHEAD == 3 else 32
-                _prefetch(places[0], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
-                if TILE >= 2 * SEGMENT:
-                    _prefetch(places[1], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
-                if TILE >= 4 * SEGMENT:
-                    _prefetch(places[2], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
-                    _prefetch(places[3], line, DK, DV, PAGE, UNIT_PAGES, SEGMENT, TILE)
             each = tl.sum(tl.reshape(tokens, (TILE, PAGE, COLUMNS)), 1)
             pages = start + page_lane
             logs = natural_log(each, shift[None, :], COMPILED)
@@ -339,33 +307,6 @@ def _load(
     code = tl.reshape(code, (TILE * PAGE // (16 * M_WARPS), 2, M_WARPS, 8, BYTES // 32, 4, 2, 4))
     code = tl.reshape(tl.permute(code, (0, 2, 1, 3, 4, 6, 5, 7)), (TILE * PAGE, BYTES))
     return mean, unit, code, scale, value_code, value_scale
-
-
-@triton.jit
-def _prefetch(
-    place, LINE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr,
-    SEGMENT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Load what a tile has of one segment to L2. Each array is contiguous there. One lane loads LINE bytes."""
-    pages: tl.constexpr = TILE if TILE < SEGMENT else SEGMENT
-    codes: tl.constexpr = (pages * PAGE * (DK // 4) + LINE - 1) // LINE
-    means: tl.constexpr = codes + (pages // UNIT_PAGES * DK + LINE - 1) // LINE
-    values: tl.constexpr = means + (pages * (DV // 4) + LINE - 1) // LINE
-    scales: tl.constexpr = values + (pages * PAGE * 2 + LINE - 1) // LINE
-    value_scales: tl.constexpr = scales + (pages * 2 + LINE - 1) // LINE
-    units: tl.constexpr = value_scales + (pages // UNIT_PAGES * 4 + LINE - 1) // LINE
-    lane = tl.arange(0, triton.next_power_of_2(units))
-    inside = place[6]
-    address = place[2] + inside * (PAGE * (DK // 4)) + lane * LINE
-    address = tl.where(lane < codes, address, place[0] + inside // UNIT_PAGES * DK + (lane - codes) * LINE)
-    address = tl.where(lane < means, address, place[4] + inside * (DV // 4) + (lane - means) * LINE)
-    address = tl.where(lane < values, address, place[3] + inside * (PAGE * 2) + (lane - values) * LINE)
-    address = tl.where(lane < scales, address, place[5] + inside * 2 + (lane - scales) * LINE)
-    address = tl.where(lane < value_scales, address, place[1] + inside // UNIT_PAGES * 4 + (lane - value_scales) * LINE)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred there; setp.ne.s32 there, $2, 0; @there prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
-        [address, (lane < units).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
