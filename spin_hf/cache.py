@@ -269,7 +269,7 @@ class SpinCache(CacheCopies, LinearStates):
         length = self.get_seq_length()
         tokens = self._state.tokens.ids(length) if tokens is None else tokens
         held = length, held_batch(self._state, self.layers), tokens, max_shard_bytes
-        save(directory, self._state, self.layers, self._config, self.calls.model(), *held)
+        save(directory, self._state, self.layers, self._config, self.calls.model, *held)
 
     @classmethod
     @outside_inference_mode

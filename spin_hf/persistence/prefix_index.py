@@ -75,9 +75,7 @@ class PrefixIndex:
         self._lock = threading.RLock()
         self._hashed: tuple[str, bytes, list[bytes]] = "", b"", []
         """Space, tokens and hashes of the last prompt: a prompt that is looked up is often inserted next."""
-        self._connection = sqlite3.connect(
-            ":memory:" if file is None else file, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
+        self._connection = self._connected()
         try:
             self._prepare()
         except BaseException as error:
@@ -87,6 +85,18 @@ class PrefixIndex:
                     f"{file}: expected an index of prefixes, got a file that SQLite cannot read"
                 ) from error
             raise
+
+    def _connected(self) -> sqlite3.Connection:
+        place = ":memory:" if self.file is None else self.file
+        return sqlite3.connect(place, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+
+    def reopen(self) -> None:
+        """Called in a forked child: SQLite's connections must not be used there, nor closed. One in memory stays."""
+        self._lock = threading.RLock()
+        if self.file is not None:
+            self._inherited = self._connection
+            self._connection = self._connected()
+            self._connection.execute("PRAGMA synchronous=NORMAL")
 
     def _prepare(self) -> None:
         if self.file is not None:

@@ -2,17 +2,19 @@
 
 stale summaries, pending clusters  ->  computed first, as the next step would do
 contents of the cache              ->  `contents.py`
-shards                             ->  one thread each, at most 8 at a time;  then one rename (`files.py`)
+shards                             ->  taken in order by at most 8 threads;  then one rename (`files.py`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ..errors import OptionError, OptionTypeError, SavedCacheError
 from ..indexing import cluster
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
+from ..storage.host_register import allowed_during_capture
 from . import files
 from .contents import Contents
 from .manifest import FILE_NAME, MOST_SEQUENCES
@@ -34,18 +37,20 @@ _MOST_THREADS = 8
 
 
 def save(
-    directory: Any, state: CacheState, layers: list[Any], config: Any, model: Any, length: int, batch_size: int | None,
-    tokens: Any, max_shard_bytes: int | str,
+    directory: Any, state: CacheState, layers: list[Any], config: Any, model: Callable[[], Any], length: int,
+    batch_size: int | None, tokens: Any, max_shard_bytes: int | str, kernels: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Write what a cache holds to a folder. A saved cache in it is replaced, in one step at the end.
 
     Args:
         directory: the folder; made if it does not exist.
         state, layers, config: of the cache; no forward is in progress.
-        model: the model, if it is known.
+        model: returns the model if it is known, else None. It is not held while files are written.
         length, batch_size: what the cache holds.
         tokens: token ids [B, >= length], to be saved too; None for none.
         max_shard_bytes: tensor bytes of a file, as a cap on memory; "auto" for no limit.
+        kernels: for a fork that nobody steps: waits for the kernels that write to it. There is nothing left to cluster or
+            summarize then. None for a cache in use: its devices are waited for.
     Raises:
         OptionTypeError, OptionError: an argument, or the cache holds nothing that can be saved.
         SavedCacheError: a file could not be written. A saved cache that was there is as before.
@@ -62,9 +67,13 @@ def save(
         )
     ids = _checked_tokens(tokens, batch_size, length)
     most = parse_bytes("max_shard_bytes", max_shard_bytes) or MOST_BYTES
-    if state.committed:
+    if kernels is not None:
+        kernels()
+    elif state.committed:
         cluster.cluster_new_tokens(state)
-    source = Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
+    source = Contents(state, layers_with_contents(layers), config, model(), length, batch_size, ids, most)
+    if kernels is None:
+        source.wait_for_kernels()
     try:
         new = not folder.is_dir()
         os.makedirs(folder, exist_ok=True)
@@ -80,6 +89,17 @@ def save(
         raise SavedCacheError(
             f"save_pretrained: expected to write a saved cache to {folder}, got {error}; make room, or use another folder"
         ) from error
+
+
+@contextmanager
+def thread_modes() -> Iterator[None]:
+    """The modes of a thread that reads a cache. Modes belong to a thread, not to its starter.
+
+    Other threads may capture CUDA graphs, also in CUDA's strictest mode.
+    """
+    captures = allowed_during_capture() if torch.cuda.is_initialized() else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), captures:
+        yield
 
 
 def _checked_tokens(tokens: Any, batch_size: int, length: int) -> Tensor | None:
@@ -116,37 +136,56 @@ def _write(folder: Path, source: Contents) -> None:
 
 
 def _written(folder: Path, shards: list[Shard], source: Contents) -> list[tuple[str, int, str]]:
-    """Write shards by several threads. Returns name, size and digest of each. No thread runs behind an error."""
+    """Write shards by several threads. Returns name, size and digest of each. No thread runs behind an error.
+
+    The threads are no pool of `concurrent.futures`, which takes no work while the interpreter exits.
+    """
     failed: list[BaseException] = []
     """Errors, the first one first. Threads stop once there is one."""
+    waiting, digests = deque(shards), dict[str, str]()
 
-    def write(shard: Shard) -> tuple[str, int, str]:
+    def write(shard: Shard) -> None:
         digest, staging = hashlib.sha256(shard.header), Staging()
-        with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
+        with thread_modes():
             try:
                 files.create(folder / shard.name, partial(_fill, shard, source, staging, digest, failed))
-            except BaseException as error:
-                failed.append(error)
-                raise
             finally:
                 staging.wait()
-        return shard.name, shard.num_bytes, digest.hexdigest()
+        digests[shard.name] = digest.hexdigest()
 
-    source.wait_for_kernels()
-    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(shards))
-    with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_save") as pool:
-        writing = []
-        try:
-            for shard in shards:
-                writing.append(pool.submit(write, shard))
-            wait(writing, return_when=FIRST_EXCEPTION)
-            if failed:
-                raise failed[0]
-            return [each.result() for each in writing]
-        except BaseException as error:
-            failed.append(error)
-            pool.shutdown(cancel_futures=True)
-            raise
+    def write_some() -> None:
+        with suppress(IndexError):
+            while not failed:
+                shard = waiting.popleft()
+                try:
+                    write(shard)
+                except BaseException as error:
+                    failed.append(error)
+
+    threads: list[Thread] = []
+    try:
+        for number in range(min(_MOST_THREADS, os.cpu_count() or 1, len(shards))):
+            thread = Thread(target=write_some, name=f"spin_hf_save_{number}", daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # no more threads; while the interpreter exits, none
+        if not threads:
+            write_some()
+    except BaseException as error:
+        failed.append(error)
+    try:
+        _join(threads)
+    except BaseException as error:
+        failed.append(error)
+        _join(threads)
+    if failed:
+        raise failed[0]
+    return [(shard.name, shard.num_bytes, digests[shard.name]) for shard in shards]
+
+
+def _join(threads: list[Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _is_current(folder: Path, save_id: str) -> bool:

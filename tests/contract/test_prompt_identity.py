@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from spin_hf import PromptStore, SpinCache
 from spin_hf.persistence.prompt_identity import space_of
 from tests.support.answers import answer, assert_fresh
+from tests.support.stores import StoredAtOnce
 from tests.support.zoo import build_model, random_tokens
 
 BLOCK = 8
@@ -28,7 +29,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
     def made(**options: Any) -> PromptStore:
         if request.param == "memory":
             return PromptStore(block_tokens=BLOCK, **options)
-        return PromptStore(tmp_path / "store", block_tokens=BLOCK, **options)
+        return StoredAtOnce(tmp_path / "store", block_tokens=BLOCK, **options)
 
     return made
 
