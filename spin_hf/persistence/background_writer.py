@@ -196,5 +196,7 @@ def _at_exit() -> None:
     for writer in list(_writers):
         if not writer.wait(_QUIET_S):
             count, place = len(writer.pending()), writer.place
-            logger.warning("the process ends once %d prompts are stored in %s; Ctrl-C ends it now", count, place)
+            logger.warning(
+                "the process ends once its prompts are stored in %s, %d to go; Ctrl-C ends it now", place, count
+            )
             writer.wait()

@@ -444,7 +444,7 @@ def test_the_exit_waits(end: str, code: int, tmp_path: Path) -> None:
 def test_an_exit_that_waits_long_says_so(tmp_path: Path) -> None:
     made = finished(tmp_path, 1.5, "")
     assert made.returncode == 0
-    assert f"the process ends once 2 prompts are stored in {tmp_path}" in made.stderr
+    assert f"the process ends once its prompts are stored in {tmp_path}, 2 to go" in made.stderr
     assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1)] == [59, 59]
 
 
