@@ -135,8 +135,8 @@ PARTS: dict[str, list[Section]] = {
             "otherwise. A restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* "
             "ones are not. Peak memory is beside the weights; of questions, it is that of the answers. The prefill for each "
             "question is measured once and multiplied by eight.",
-            ("h200/prefixes-llama-8b.json",),
-            lambda results: prefix_tables.tables(results[0]),
+            ("h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json", "h200/prefixes-disk-llama-8b.json"),
+            lambda results: [table for result in results for table in prefix_tables.tables(result)],
         )),
         Section(
             "Indexing a prompt",

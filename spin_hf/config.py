@@ -156,7 +156,7 @@ class Tuning:
     max_chunk_segments: int = 1024
     cpu_chunk_bytes: int = 64 << 20
     gpu_chunk_bytes: int = 8 << 20
-    index_bytes: int = 1 << 30
+    index_bytes: int = 512 << 20
     cluster_tokens: int = 32768
     slack_tokens: int = 64
     margin_bytes: int = 256 << 20

@@ -48,7 +48,7 @@ class ForwardPass:
         self.commits_with_last_paged = True
         """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
         self._prepared_for: Any = None
-        """Kernels, their buffer sizes, memory version and padding that the layers' descriptors were last written for."""
+        """What the layers' descriptors were last written for: kernels, bindings, buffer sizes, memory version, padding."""
 
     # ------------------------------------------------------------------------------------------------------ a forward
 
@@ -116,8 +116,8 @@ class ForwardPass:
             step.begin_step()
         for step in in_use:
             step.make_room()
-        padded, as_they_are = sequences.mask.valid is not None, [(step.binding, step.fits) for step in in_use]
-        prepared_for = in_use, as_they_are, sequences.memory_version, padded
+        padded, bound = sequences.mask.valid is not None, [(step.binding, step.fits) for step in in_use]
+        prepared_for = in_use, bound, sequences.memory_version, padded
         if self._prepared_for != prepared_for:
             for layer in self.state.layers:
                 kernels = self.backends.kernels_of(layer)

@@ -9,7 +9,6 @@ import statistics
 import threading
 import time
 import weakref
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +26,11 @@ from benchmarks.common.shapes import fill_spin
 from benchmarks.common.timing import free, wait_for_device
 from benchmarks.speed.prefill import prompt
 from spin_hf import PromptStore, SpinCache
+from spin_hf.persistence.checksum import piece_checksum
 from spin_hf.persistence.prefix_index import PrefixIndex
 from spin_hf.persistence.prompt_identity import only_row, space_of, with_options
 from spin_hf.persistence.prompt_store import _Held
+from spin_hf.persistence.shards import bytes_of
 from spin_hf.storage.host_register import CudaRegistrar
 from spin_hf.storage.pinned_slab import HostSlab
 
@@ -232,7 +233,7 @@ def plain_reads(files: list[Path]) -> dict[str, Any]:
 
 
 def steps(model: Any, host_bytes: int, disk_bytes: int) -> dict[str, Any]:
-    """What a restore does, each alone: CRC-32 of as many bytes by 8 threads, copies to the GPU, page-locked memory.
+    """What a restore does, each alone: checksums of as many bytes by 8 threads, copies to the GPU, page-locked memory.
 
     Args:
         host_bytes: page-locked memory that the cache takes.
@@ -241,8 +242,8 @@ def steps(model: Any, host_bytes: int, disk_bytes: int) -> dict[str, Any]:
     buffer = torch.ones(HASH_BYTES, dtype=torch.uint8)
     pieces = buffer.split(4 << 20)
     with ThreadPoolExecutor(THREADS) as pool:
-        hashed, _ = timed(lambda: list(pool.map(lambda piece: zlib.crc32(piece.numpy()), pieces)))
-    row = {"crc32_s": round(hashed * disk_bytes / HASH_BYTES, 4), "threads": THREADS, "cores": os.cpu_count()}
+        hashed, _ = timed(lambda: list(pool.map(lambda piece: piece_checksum([bytes_of(piece)]), pieces)))
+    row = {"checksum_s": round(hashed * disk_bytes / HASH_BYTES, 4), "threads": THREADS, "cores": os.cpu_count()}
     if model.device.type == "cuda":
         target = torch.empty_like(buffer, device=model.device)
         places = target.split(4 << 20)

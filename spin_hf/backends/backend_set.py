@@ -49,8 +49,8 @@ class BackendSet:
         self._taken: dict[_Place, StepKernels] = {}
         """Kernels that this cache has taken. Another cache may own them by now."""
         self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
-        self._stored: dict[_Place, list[Tensor]] = {}
-        """What kernels that another cache has taken over had counted."""
+        self._snapshots: dict[_Place, list[Tensor]] = {}
+        """What kernels that another cache has taken over had left for the next step."""
         self._counted: dict[str, int] = {}
         """Counts of kernels for another batch size."""
 
@@ -103,34 +103,35 @@ class BackendSet:
         def make() -> StepKernels:
             return outside_inference_mode(StepKernels)(self.state, launch, place[0], batch_size, place[1])
 
-        self._in_use = None
-        stored, has_lost = self._stored.pop(place, None), before is not None and not self._owns(before)
-        if before is not None and before.batch_size != batch_size:
-            for name, count in _counts(before.counters if stored is None else stored[0]).items():
-                self._counted[name] = self._counted.get(name, 0) + count
-            stored = None
-            self._leave(before)
+        has_lost = before is not None and not self._owns(before)
         taken = self.pool.take(self._key(place, batch_size), self, not has_lost, make)
-        taken.restore(stored)
+        self._in_use = None  # only now: nothing is lost if memory runs out above
+        self._taken[place], snapshot = taken, self._snapshots.pop(place, None)
+        if before is not None and before.batch_size != batch_size:
+            for name, count in _counts(before.counters if snapshot is None else snapshot[0]).items():
+                self._counted[name] = self._counted.get(name, 0) + count
+            snapshot = None
+            self._leave(before)
+        taken.restore(snapshot)
         if before is not None and before.fits:
             taken.fit(*before.fits)
-        self._taken[place] = taken
         return taken
 
     def _key(self, place: _Place, batch_size: int) -> Any:
         """What determines the buffers and the launches of kernels, the layout of pages left out."""
         options, method, recipe = self.state.options, self.state.method, recipe_of(self.state.method)
         assert recipe is not None
+        projects = _Identity(method) if recipe.projects_queries else None  # graphs hold the addresses of its tensors
         return (
-            place, batch_size, len(self.state.layers), recipe, method if recipe.projects_queries else None, method.page_size,
+            place, batch_size, len(self.state.layers), recipe, projects, method.page_size,
             options.budget, options.num_sink_tokens, options.recent_window, options.dense_below, options.tuning,
         )  # fmt: skip
 
-    def store(self, kernels: StepKernels) -> None:
-        """Keep what kernels have counted, as another cache takes them over."""
+    def on_taken_over(self, kernels: StepKernels) -> None:
+        """Keep what kernels leave for the next step, as another cache takes them over."""
         for place, taken in self._taken.items():
             if taken is kernels:
-                self._stored[place] = kernels.stored()
+                self._snapshots[place] = kernels.snapshot()
 
     def in_use(self) -> list[StepKernels]:
         """The kernels of all layers, without duplicates."""
@@ -146,7 +147,7 @@ class BackendSet:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""
         with self.pool.lock:
             held = [step.counters for step in self._taken.values() if self._owns(step)]
-            held += [stored[0] for stored in self._stored.values()]
+            held += [counters for counters, *_ in self._snapshots.values()]
             counts = [_counts(each) for each in held]
         return {c.name: self._counted.get(c.name, 0) + sum(count[c.name] for count in counts) for c in Counter}
 
@@ -155,7 +156,7 @@ class BackendSet:
         for step in self._taken.values():
             self._leave(step)
         self._taken.clear()
-        self._stored.clear()
+        self._snapshots.clear()
         self._in_use = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BackendSet:
@@ -164,6 +165,19 @@ class BackendSet:
         memo[id(self)] = twin
         twin._counted = self.counted()
         return twin
+
+
+class _Identity:
+    """An object as a part of a key: equal to itself only, whatever its own `==` says."""
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
 
 
 def _counts(counters: Tensor) -> dict[str, int]:

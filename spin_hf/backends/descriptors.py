@@ -99,6 +99,7 @@ class Descriptors:
         self.binding, self.uploaded, self.padded = binding, [], False
         for field in (StepField.DIRECTORY, StepField.VALID, StepField.UPTO):
             self.scratch.pop(field, None)
+            self.step_fields[field] = 0
 
     @property
     def state(self) -> CacheState:

@@ -4,9 +4,12 @@
                        StepKernels 1    binding: none       graphs { ... }
 
 A captured graph holds the addresses of the buffers of its `StepKernels`, and finds everything of a cache through descriptors.
-So it serves any cache for which the descriptors are written. A cache takes kernels over for its first forward: those that no
-cache owns, or those of a cache that is not within a forward. Then it needs no eager step and no capture. A cache that has lost
-its kernels makes its own at its next forward. So two caches that step in turn do not take them from each other forever.
+So it serves any cache for which the descriptors are written. Windows and linear states of unpaged layers are first copied to
+tensors of the graph (`graph/static_states.py`).
+
+A cache takes kernels over for its first forward: those that no cache owns, or those of a cache that is not within a forward.
+Then it needs no eager step and no capture. A cache that has lost its kernels makes its own at its next forward. So two caches
+that step in turn do not take them from each other forever.
 
 Kernels without an owner stay for the next cache, as long as the model lives.
 """
@@ -38,8 +41,8 @@ class Owner(Protocol):
     is_busy: bool
     """Whether a forward is in progress."""
 
-    def store(self, kernels: StepKernels) -> None:
-        """Keep what the kernels leave for the owner's next step, as another one takes them over."""
+    def on_taken_over(self, kernels: StepKernels) -> None:
+        """Called before another owner takes over kernels: keep what they leave for the next step."""
 
 
 class KernelPool:
@@ -48,13 +51,12 @@ class KernelPool:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         """Held while kernels are taken. Finalizers of caches do not take it: they only end bindings."""
-        self.guard: Any = None
-        """The guard of the model (`graph/eligibility.py`) that all graphs were captured under."""
-        self.refused: str | None = None
-        """Why steps of the model could not be captured; None if no capture has failed."""
+        self.record: Any = None
+        """The model as it was when the graphs were captured (`graph/eligibility.py`)."""
         self._kernels: list[StepKernels] = []
         """The least recently taken ones first."""
         self._numbers: dict[Any, int] = {}
+        """Layout -> the number that `number_of` gave it."""
 
     def take(self, key: Any, owner: Owner, may_take_over: bool, make: Callable[[], StepKernels]) -> StepKernels:
         """Kernels that belong to `owner` from now on, until it ends their binding or another one takes them over.
@@ -74,7 +76,10 @@ class KernelPool:
                 _wait_for_stream_of(chosen)
                 before = chosen.binding.owner
                 if before is not None:
-                    before.store(chosen)
+                    before.on_taken_over(chosen)
+                for graph in chosen.graphs.values():
+                    if graph is not None:
+                        graph.detach()
             chosen.bind(Binding(owner.state, owner))
             self._kernels.append(chosen)
             unowned = [each for each in self._kernels if each.binding.owner is None]
@@ -89,12 +94,12 @@ class KernelPool:
         idle = [kernels for kernels, owner in alike if may_take_over and owner is not None and not owner.is_busy]
         return next(iter(unowned + idle), None)
 
-    def replace_guard(self, guard: Any) -> None:
-        """Drop all captured graphs, as the model has changed, and take its new guard."""
+    def forget_graphs(self, record: Any) -> None:
+        """Drop all captured graphs, as the model has changed. `record` is of the model as it is now."""
         with self.lock:
             for each in self._kernels:
                 each.graphs.clear()
-            self.guard, self.refused = guard, None
+            self.record = record
 
     def number_of(self, layout: Any) -> int:
         """A number for a layout of pages, which is long, as a part of keys: equal for equal layouts."""

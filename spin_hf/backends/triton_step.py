@@ -120,15 +120,14 @@ class StepKernels(Descriptors, AttentionBackend):
         self.graphs.clear()
         self.buffers, self.fits, self.group = buffers, fits, group
 
-    def stored(self) -> list[Tensor]:
-        """A copy of what a step leaves for the next one."""
+    def snapshot(self) -> list[Tensor]:
+        """Copies of what a step leaves for the next one, the counters first."""
         return [tensor.clone() for tensor, _ in self.carried]
 
-    def restore(self, stored: list[Tensor] | None) -> None:
-        """Continue from what `stored` returned; None to begin anew."""
-        self.found_for.fill_(-1)
+    def restore(self, snapshot: list[Tensor] | None) -> None:
+        """Continue from a `snapshot`; None to begin anew."""
         for index, (tensor, initial) in enumerate(self.carried):
-            tensor.fill_(initial) if stored is None else tensor.copy_(stored[index])
+            tensor.fill_(initial) if snapshot is None else tensor.copy_(snapshot[index])
 
     def prepare(self, layer: LayerState) -> None:
         """Do the host work of a layer's launches for the step that has begun."""

@@ -6,6 +6,7 @@
     ModelGuard             parameters, buffers, modules, hooks and adapters; compared at every replay
       is_safe                before the replay: addresses that it will read
       unchanged              everything: before the replay, or after it if a wrong replay can be rolled back
+    ModelRecord            the same for graphs that outlive their cache
 
 A graph replays launches with fixed addresses and runs no Python. These checks must detect any change that would make the
 Python code do something else.
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Callable
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -113,14 +116,14 @@ def _batch_of(inputs: dict[str, Any]) -> int:
 
 
 class ModelGuard:
-    """Records what a captured step of `model` depends on, and detects changes. Does not keep the model itself alive."""
+    """Records what a captured step of `model` depends on, and detects changes."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.training, self.forwards = _training(modules), _forwards(modules)
         self.handles = RemovableHandle.next_id
         self.hooks = _hooks(modules)
-        self._model, self._inner = weakref.ref(model), modules[1:]
+        self.modules = modules
         self.dicts: list[dict[str, Any]] = [
             table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
         ]
@@ -131,16 +134,9 @@ class ModelGuard:
         self.adapters = _adapters(self.adapted)
 
     @property
-    def model(self) -> nn.Module:
-        """The model, which its caller keeps alive."""
-        model = self._model()
-        assert model is not None
-        return model
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The model and all modules in it, as they were."""
-        return [self.model, *self._inner]
+    def model(self) -> Any:
+        """The model."""
+        return self.modules[0]
 
     def is_safe(self) -> bool:
         """Whether a replay reads valid memory and no hook was registered since the last check. Cheap.
@@ -153,15 +149,14 @@ class ModelGuard:
 
     def unchanged(self) -> bool:
         """Whether the model is as it was at capture. Compares on the host and does not read the device."""
-        modules = self.modules
         if self.hooks or self.handles != RemovableHandle.next_id:  # ids count registered hooks, not removed ones
-            if self.hooks != _hooks(modules):
+            if self.hooks != _hooks(self.modules):
                 return False
             self.handles = RemovableHandle.next_id
         members = self._members()
         return (
-            self.training == _training(modules)
-            and self.forwards == _forwards(modules)
+            self.training == _training(self.modules)
+            and self.forwards == _forwards(self.modules)
             and len(members) == len(self.members)
             and all(map(operator.is_, members, self.members))
             and self._in_place()
@@ -175,6 +170,48 @@ class ModelGuard:
         return list(chain.from_iterable(map(dict.values, self.dicts)))
 
 
+class ModelRecord:
+    """What graphs were captured under, for caches that come later. Keeps no module and no tensor alive.
+
+    Args:
+        guard: of the model as it is.
+    """
+
+    def __init__(self, guard: ModelGuard) -> None:
+        self._objects = [_reference(each) for each in _objects(guard)]
+        self._settings = _settings(guard)
+
+    def describes(self, guard: ModelGuard) -> bool:
+        """Whether the model of a guard is as it was."""
+        objects = _objects(guard)
+        return (
+            len(objects) == len(self._objects)
+            and all(_same(reference(), each) for reference, each in zip(self._objects, objects, strict=True))
+            and self._settings == _settings(guard)
+        )
+
+
+def _objects(guard: ModelGuard) -> list[Any]:
+    """Modules, their members, and forwards."""
+    return [*guard.modules, *guard.members, *guard.forwards]
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    """A function that returns an object while it lives, else None; a new one for a bound method."""
+    if thing is None:
+        return lambda: None
+    return weakref.WeakMethod(thing) if isinstance(thing, MethodType) else weakref.ref(thing)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two objects are the same. Bound methods are made anew each time."""
+    return one is other or (isinstance(one, MethodType) and bool(one == other))
+
+
+def _settings(guard: ModelGuard) -> tuple[Any, ...]:
+    return guard.training, guard.hooks, guard.addresses, guard.adapters
+
+
 def _hooks(modules: list[nn.Module]) -> list[int]:
     own = (getattr(module, kind) for module in modules for kind in _HOOKS)
     of_all = (getattr(everywhere, f"_global{kind}") for kind in _HOOKS)
@@ -182,14 +219,8 @@ def _hooks(modules: list[nn.Module]) -> list[int]:
 
 
 def _forwards(modules: list[nn.Module]) -> list[Any]:
-    """Forwards that were set on module instances, as accelerate does, below this package's wrappers; None for the class's.
-
-    That of the model itself, which may refer to it, is a weak reference.
-    """
-    model, *inner = [without_wrapper(module) for module in modules]
-    if model is not None:
-        model = weakref.ref(getattr(model, "__func__", model))
-    return [model, *inner]
+    """Forwards that were set on module instances, as accelerate does, below this package's wrappers; None for the class's."""
+    return [without_wrapper(module) for module in modules]
 
 
 def _training(modules: list[nn.Module]) -> list[bool]:

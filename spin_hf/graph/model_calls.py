@@ -34,7 +34,6 @@ from ..integration.layer_types import decoder_config, is_croppable, is_placehold
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
 from .runner import GraphRunner
-from .static_states import overwritten
 
 logger = logging.getLogger("spin_hf")
 
@@ -187,8 +186,7 @@ class ModelCalls:
         self.wrapped = forward_hook.acquire_again(wrapped) if wrapped else forward_hook.acquire(model)
         self.model = weakref.ref(model)
         if may_be_captured(model):
-            if not overwritten(self.layers):
-                self.passes.backends.use_pool(pool_of(model))
+            self.passes.backends.use_pool(pool_of(model))
             self.steps = GraphRunner(model, self.layers, self.passes, self.log)
             deferred_stop.acquire(reads_late)
 

@@ -5,7 +5,7 @@
     later calls              host: pages for the token, descriptors, inputs  ->  replay  ->  host: commit
 
 Later calls may be those of another cache with the same model and options: graphs belong to the kernels that caches take over
-from each other (`backends/kernel_pool.py`). Caches with unpaged layers share no graphs.
+from each other (`backends/kernel_pool.py`).
 
 Host work is done before the replay (`ForwardPass.prepare`) and after it (`finish`); in between, layers only launch. Inputs are
 copied to static tensors, and outputs are returned as copies. Unpaged layers (windows, linear attention) use static tensors,
@@ -42,9 +42,9 @@ from ..integration.forward_hook import new_inputs
 from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
-from .eligibility import ModelGuard, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
+from .eligibility import ModelGuard, ModelRecord, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
 from .replay_check import ReplayCheck
-from .static_states import StaticStates, overwritten, windows_of
+from .static_states import StaticStates, advance, layout_of, overwritten, windows_of
 
 logger = logging.getLogger("spin_hf")
 
@@ -96,26 +96,31 @@ class CapturedStep:
         Args:
             cache: argument name -> the cache.
         """
+        layers = next(iter(cache.values())).layers
 
         def step() -> Any:
             with passes.capturing():
                 outputs = forward(**self.inputs, **self.fixed, **cache)
-            self.state.bind()
+            self.state.bind(layers)
             return outputs
 
-        self.state.bind()
+        self.state.bind(layers)
         outputs = self.recorder.record(step)
         leaves, self.outputs_spec = pytree.tree_flatten(outputs)
         (held,) = cache.values()
         self.outputs = [_CACHE if leaf is held else leaf for leaf in leaves]
 
+    def detach(self) -> None:
+        """Leave the cache that it was replayed for: another one takes over the kernels."""
+        self.state.detach()
+
     def replay(self, inputs: dict[str, Any], cache: Any) -> Any:
-        """Replay the step with new `inputs`; returns copies of its outputs."""
+        """Replay the step with new `inputs` for a cache; returns copies of its outputs."""
         self.overwrites, copies = False, None
         for name, static in self.inputs.items():
             if isinstance(static, Tensor):
                 static.copy_(inputs[name], non_blocking=True)
-        self.state.bind()
+        self.state.bind(cache.layers)
         if self.state.tensors:  # allocate before the launch: the step cannot be repeated if an allocation fails
             copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
             self.overwrites = True
@@ -140,6 +145,8 @@ class GraphRunner:
         self.layers, self.passes, self.log = layers, passes, log
         self.state: CacheState = passes.state
         self.watch: ModelGuard | None = None
+        self.record: ModelRecord | None = None
+        """The pool's record of the model when `watch` was compared with it."""
         self.replay_check = ReplayCheck()
         self.kernels: list[Any] = []
         self.held: list[Any] = []
@@ -148,8 +155,8 @@ class GraphRunner:
         """The layers in `held` with tensors that a step overwrites."""
         self.refused: str | None = None
         """Why steps of this model are not captured; None if they may be."""
-        self._layout = (-1, -1)
-        """Version of the page layout, and the pool's number for that layout."""
+        self._layout: tuple[tuple[int, int], int] | None = None
+        """Version of the page layout and batch size, and the pool's number for the layout then."""
 
     @property
     def captured(self) -> dict[Any, CapturedStep | None]:
@@ -207,7 +214,7 @@ class GraphRunner:
             if isinstance(error, torch.OutOfMemoryError):
                 captured.pop(key, None)  # the next step of this shape runs eagerly, the one after it is captured again
             else:
-                self.refused = self.passes.backends.pool.refused = reason
+                self.refused = reason
             _warn(model, reason)
             return self._eager(forward, kwargs)
         except BaseException:
@@ -221,7 +228,7 @@ class GraphRunner:
         """Replay a prepared step and commit it."""
         try:
             outputs = step.replay(inputs, cache)
-            self._finish(step)
+            self._finish()
         except BaseException:
             self._roll_back(step)
             raise
@@ -235,6 +242,7 @@ class GraphRunner:
             and not self.unpaged
             and self.layers == self.held
             and self.kernels == self.passes.backends.in_use()
+            and self.record is self.passes.backends.pool.record  # no cache has seen another model since
             and self.watch.is_safe()
         )
 
@@ -267,7 +275,7 @@ class GraphRunner:
             outputs = step.replay(inputs, kwargs[name])
             passed = self.replay_check.passed(watch)
             if passed:
-                self._finish(step)
+                self._finish()
         except BaseException:
             self._roll_back()
             raise
@@ -286,10 +294,10 @@ class GraphRunner:
         self._roll_back()
         return False
 
-    def _finish(self, step: CapturedStep) -> None:
+    def _finish(self) -> None:
         self.passes.finish(upload_next=True)
         self.log.clear()
-        step.state.advance(self.state.committed)
+        advance(self.layers, self.state.committed)
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive inference mode
@@ -310,19 +318,21 @@ class GraphRunner:
         return new is not None and tuple(new.shape[:2]) == shape and self.state.committed > 0
 
     def _guard_of(self, model: nn.Module) -> ModelGuard:
-        """The guard of the model. Drops all graphs if the model or the unpaged layers have changed since capture."""
+        """The guard of the model. Drops all graphs if the model has changed since they were captured."""
         kernels, pool = self.passes.backends.in_use(), self.passes.backends.pool
-        if pool.guard is None or not pool.guard.unchanged():
-            pool.replace_guard(ModelGuard(model))
-        if self.held and self.held != self.layers:
-            for each in kernels:
-                each.graphs.clear()
-        if self.watch is not pool.guard or self.held != self.layers or self.kernels != kernels:
-            self.watch, self.kernels, self.held = pool.guard, kernels, list(self.layers)
-            self.unpaged = overwritten(self.layers)
-            self.refused = reason_not_captured(model, self.layers, self.state) or pool.refused
-        assert self.watch is not None
-        return self.watch
+        watch = self.watch
+        if watch is None or not watch.unchanged():
+            watch, self.record = ModelGuard(model), None
+        seen = self.record
+        if seen is None or seen is not pool.record:  # another cache may have seen another change
+            if pool.record is None or not pool.record.describes(watch):
+                pool.forget_graphs(ModelRecord(watch))
+            self.watch, self.record = watch, pool.record
+        if seen is not self.record or self.held != self.layers or self.kernels != kernels:
+            self.kernels, self.held = kernels, list(self.layers)
+            self.unpaged, self._layout = overwritten(self.layers), None
+            self.refused = reason_not_captured(model, self.layers, self.state)
+        return watch
 
     def _key(self, inputs: dict[str, Any], new_valid: Tensor | None) -> Any:
         padded = self.state.sequences.mask.valid is not None or (new_valid is not None and not bool(new_valid.all()))
@@ -333,13 +343,13 @@ class GraphRunner:
         return given, padded, host_state(), self._layout_number(), *self.kernels[1:]
 
     def _layout_number(self) -> int:
-        """A number for the layout of all pages, equal for caches whose pages have the same layout."""
-        version = self.state.sequences.layout_version
-        if self._layout[0] != version:
+        """A number for the layout of pages and of full windows, equal for caches with the same layout."""
+        version = self.state.sequences.layout_version, self.state.sequences.batch_size
+        if self._layout is None or self._layout[0] != version:
             backends = self.passes.backends
             found = [(layer, backends.kernels_of(layer)) for layer in self.state.layers]
-            layouts = tuple(kernels.layout(layer) for layer, kernels in found if kernels is not None)
-            self._layout = version, backends.pool.number_of(layouts)
+            pages = tuple(kernels.layout(layer) for layer, kernels in found if kernels is not None)
+            self._layout = version, backends.pool.number_of((pages, layout_of(self.unpaged)))
         return self._layout[1]
 
     def _windows_are_full(self, new_valid: Tensor | None) -> bool:

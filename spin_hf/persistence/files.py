@@ -103,6 +103,10 @@ def remove_others(folder: Path, names: Sequence[str]) -> None:
                 os.unlink(folder / entry)
 
 
+_MOST_VIEWS = 256
+"""Most views that one call to the system fills."""
+
+
 class OpenFile:
     """A file, open for reading. Regular, no link, of a known size.
 
@@ -131,17 +135,21 @@ class OpenFile:
         Raises:
             RefusedError: the file ends earlier.
         """
-        for view in views:
-            view = view.cast("B")
-            while len(view):
-                count = self._read(view, offset)
-                if not count:
-                    raise RefusedError(f"{self.name} to be whole while it is read", "fewer bytes (was it cut?)")
-                view, offset = view[count:], offset + count
+        left = [view.cast("B") for view in views if view.nbytes]
+        while left:
+            count = self._read(left[:_MOST_VIEWS], offset)
+            if not count:
+                raise RefusedError(f"{self.name} to be whole while it is read", "fewer bytes (was it cut?)")
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
 
-    def _read(self, view: memoryview, offset: int) -> int:
+    def _read(self, views: list[memoryview], offset: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self.descriptor, [view], offset)
+            return os.preadv(self.descriptor, views, offset)
+        view = views[0]
         if hasattr(os, "pread"):  # macOS
             content = os.pread(self.descriptor, len(view), offset)
             view[: len(content)] = content

@@ -29,7 +29,7 @@ from .strict_json import Fields, RefusedError, parse
 
 FILE_NAME = "spin_cache.json"
 FORMAT = "spin_hf saved cache"
-VERSION = 2
+VERSION = 3
 MOST_FILE_BYTES = 16 << 20
 MOST_SEQUENCES = 4096
 _MOST_LAYERS = 10_000

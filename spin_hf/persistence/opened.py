@@ -13,23 +13,26 @@ from torch import Tensor
 
 from ..config import shown
 from ..errors import SavedCacheError, SpinError
+from .checksum import piece_checksum
 from .files import OpenFile, folder_path
 from .fills import Fill, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
 from .piece_reader import PieceReader
-from .shards import Part, Shard, TensorSpec, cut, piece_checksum
+from .shards import Part, Shard, TensorSpec, cut
 from .staging import Staging
 from .strict_json import RefusedError
 
 _MOST_THREADS = 16
+_READ_BYTES = 8 << 20
+"""Bytes of whole pieces that share one buffer and one copy to a GPU. Each takes the interpreter's lock for some 100 µs."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"
 
 
-class FilledPiece(NamedTuple):
-    """Bytes [begin, end) of a part in a file, and the memory that they are read into."""
+class FilledBytes(NamedTuple):
+    """Bytes [begin, end) of a part in a file, whole pieces, and the memory that they are read into."""
 
     file: OpenFile
     part: Part
@@ -114,29 +117,30 @@ class OpenCache:
             for part in shard.parts:
                 self._parts.setdefault(part.spec.name, []).append((part, file))
 
-    def reader(self, names: Collection[str] | None = None) -> PieceReader[FilledPiece]:
+    def reader(self, names: Collection[str] | None = None) -> PieceReader[FilledBytes]:
         """Threads that read pieces of tensors into memory, to be used as a context manager.
 
         Args:
             names: of the tensors that will be read; None for all.
         """
         parts = [part for shard in self.shards for part in shard.parts if names is None or part.spec.name in names]
-        num_pieces = sum(-(-part.num_bytes // part.spec.piece_bytes) for part in parts)
-        return PieceReader(self._read_piece, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_pieces)))
+        num_reads = sum(len(_reads(part)) for part in parts)
+        return PieceReader(self._read, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_reads)))
 
-    def pieces(self, fills: Mapping[str, Fill]) -> Iterator[FilledPiece]:
-        """The pieces of the tensors that `fills` names, with where they go."""
+    def reads(self, fills: Mapping[str, Fill]) -> Iterator[FilledBytes]:
+        """What is read at a time of the tensors that `fills` names, with where it goes."""
         for name, fill in fills.items():
             for part, file in self._parts.get(name, ()):
-                for begin, end in part.pieces():
-                    yield FilledPiece(file, part, begin, end, fill)
+                for begin, end in _reads(part):
+                    yield FilledBytes(file, part, begin, end, fill)
 
-    def _read_piece(self, piece: FilledPiece, staging: Staging) -> None:
-        file, part, begin, end, fill = piece
+    def _read(self, content: FilledBytes, staging: Staging) -> None:
+        file, part, begin, end, fill = content
         target, offset = fill(part.start + begin, part.start + end, staging), part.offset + begin
-        file.read_into(target.views, offset)
-        if self.verify:
-            self._checksums[file.name, offset] = piece_checksum(target.views)
+        for at, piece in _cut(target.views, part.spec.piece_bytes):
+            file.read_into(piece, offset + at)
+            if self.verify:  # while the piece is in the processor's cache
+                self._checksums[file.name, offset + at] = piece_checksum(piece)
         if target.finish is not None:
             target.finish()
 
@@ -196,6 +200,27 @@ class OpenCache:
         if tokens_hash(ids) != made.tokens:
             raise RefusedError("the token ids that their digest belongs to", "other ones (was it altered?)")
         return ids
+
+
+def _reads(part: Part) -> list[tuple[int, int]]:
+    """[begin, end) bytes of a part that are read at a time: whole pieces."""
+    step = max(1, _READ_BYTES // part.spec.piece_bytes) * part.spec.piece_bytes
+    return [(begin, min(begin + step, part.num_bytes)) for begin in range(0, part.num_bytes, step)]
+
+
+def _cut(views: list[memoryview], size: int) -> Iterator[tuple[int, list[memoryview]]]:
+    """Cut memory into pieces of `size` bytes, the last one shorter: where each begins, and its memory."""
+    at, piece, room = 0, list[memoryview](), size
+    for view in views:
+        while len(view):
+            part, view = view[:room], view[room:]
+            piece.append(part)
+            room -= len(part)
+            if not room:
+                yield at, piece
+                at, piece, room = at + size, [], size
+    if piece:
+        yield at, piece
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,8 @@ through a buffer only if its pages change their layout or go to a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -24,16 +26,19 @@ from ..errors import CacheStateError, SpinError, require_integrity
 from ..indexing import cluster
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
+from ..storage.chunked_array import ChunkedArray
 from ..storage.clustered_spans import ClusteredSpans
 from ..storage.host_register import wait_for_stream
 from ..storage.padding_mask import TokenMask
+from ..storage.pinned_slab import slab_key
+from ..storage.slabs_ahead import slabs_ahead
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
 from .fingerprint import check_same, fingerprint
-from .manifest import FILE_NAME, OPTIONS, OtherLayer, PagedLayer, pages_dtype
+from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
 from .strict_json import RefusedError
@@ -156,13 +161,16 @@ class SavedCache(OpenCache):
             self._restore_tables(state, devices[state.layers[0].layer_idx])
         others: list[tuple[OtherLayer, int, dict[str, PlainTensor]]] = []
         by_index = {layer.layer_idx: layer for layer in state.layers}
-        with self.reader() as reading:  # reads one layer while the next one's memory is allocated
+        with ExitStack() as ahead, self.reader() as reading:  # reads one layer while the next one's memory is allocated
             for index, (entry, layer, device) in enumerate(zip(made.layers, layers, devices, strict=True)):
                 if isinstance(entry, PagedLayer):
-                    reading.submit(self.pieces(self._allocated(index, entry, layer, device)))
+                    reading.submit(self.reads(self._allocated(index, entry, layer, device)))
+                    if layer.store.is_registered and index == state.layers[0].layer_idx:
+                        alike = later_layers_alike(made.layers, devices, index)
+                        ahead.enter_context(_memory_ahead(layer.store.backing, alike))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
-                    reading.submit(self.pieces({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
+                    reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
                     others.append((entry, index, plain))
             reading.finish()
         self.compare_digests()
@@ -200,7 +208,7 @@ class SavedCache(OpenCache):
             if spec.name in ("directory", "valid", "positions", "clustered")
         }
         with self.reader(tables) as reading:
-            reading.submit(self.pieces({name: table.fill for name, table in tables.items()}))
+            reading.submit(self.reads({name: table.fill for name, table in tables.items()}))
             reading.finish()
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()
@@ -234,6 +242,18 @@ class SavedCache(OpenCache):
                 cluster.check_integrity(state)
         except CacheStateError as error:
             raise RefusedError("clusters of tokens within their spans", f"other ones ({error})") from error
+
+
+def later_layers_alike(entries: Sequence[Layer], devices: Sequence[torch.device], index: int) -> int:
+    """How many layers behind layer `index` have pages of the same sizes on the same device."""
+    first, *later = zip(entries[index:], devices[index:], strict=False)
+    return sum(other == first for other in later)
+
+
+def _memory_ahead(pages: ChunkedArray, count: int) -> AbstractContextManager[None]:
+    """Within this context, host memory for the pages of `count` other layers like this one is page-locked ahead."""
+    key = slab_key(len(pages.chunks), pages.rows_per_chunk * pages.row_bytes, pages.compute_device)
+    return slabs_ahead(count, key)
 
 
 def _placed(table: Tensor | None, device: torch.device) -> Tensor | None:

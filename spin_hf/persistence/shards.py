@@ -5,7 +5,7 @@
     piece   whole rows of a part, at most 4 MiB                             read, written and checked at a time
 
 A reader computes headers from the manifest and compares bytes. It never parses a header, so it trusts no offset and no shape.
-A shard's digest is SHA-256 of its header and the checksums of its pieces. Threads compute checksums of pieces. Checksums
+A shard's digest is SHA-256 of its header and the checksums of its pieces (`checksum.py`), which threads compute. Checksums
 find damage. They do not find a forgery: who can write the files can write checksums that match.
 """
 
@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from .strict_json import RefusedError
 
 PIECE_BYTES = 4 << 20
-"""Bytes that are read, written and checked at a time. Part of the format."""
+"""Bytes that have a checksum of their own, and are written at a time. Part of the format."""
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -126,18 +125,6 @@ class Shard:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def piece_checksum(buffers: Iterable[memoryview]) -> bytes:
-    """CRC-32 of a piece that lies in several buffers, in order: 4 bytes. Part of the format. Releases the GIL.
-
-    It finds every error of up to 32 consecutive bits, and others with a probability of 1 - 2^-32. SHA-256 takes several times
-    as long.
-    """
-    checksum = 0
-    for buffer in buffers:
-        checksum = zlib.crc32(buffer, checksum)
-    return checksum.to_bytes(4, "little")
 
 
 def shard_name(save_id: str, number: int, count: int) -> str:

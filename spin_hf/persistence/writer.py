@@ -27,9 +27,10 @@ from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from ..storage.host_register import allowed_during_capture
 from . import files
+from .checksum import piece_checksum
 from .contents import Contents
 from .manifest import FILE_NAME, MOST_SEQUENCES
-from .shards import Shard, cut, piece_checksum
+from .shards import Shard, cut
 from .staging import Staging
 from .strict_json import RefusedError
 

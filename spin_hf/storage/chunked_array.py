@@ -11,7 +11,6 @@ The table keeps its own address, even when the array moves to another device.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import CapacityError
 from ..inference_mode import outside_inference_mode
-from .chunk_runs import runs_of
+from .chunk_list import ChunkList
 from .host_register import wait_for_device
 from .out_of_memory import allocating
 from .pinned_slab import allocate_rows
@@ -31,8 +30,10 @@ from .slab_prefetch import PREFETCHER, PrefetchedSlab
 MAX_CHUNKS = 4096
 """Most chunks of an array; also the length of its address table."""
 
+_GPU_SLAB_BYTES = 256 << 20
+"""Most bytes of chunks on a GPU that are one allocation, which is freed with the last of them. Each is a call to the driver."""
 _SLAB_BYTES = 64 << 20
-"""Most bytes of chunks that are one allocation, which is freed with the last of them. Allocating takes a call to the driver."""
+"""Likewise in host memory that is allocated ahead."""
 _MOST_BLOCK_COPIES = 16
 """Most blocks that are copied one by one; more are copied by one kernel."""
 _CONVERT_BYTES = 16 << 20
@@ -72,7 +73,7 @@ class ChunkedArray:
         self.dtype = dtype
         self.device = device
         self.compute_device = device if compute_device is None else compute_device
-        self.chunks: list[Tensor] = []
+        self.chunks = ChunkList()
         self.used_rows = 0
         self.is_shared = False
         """Whether a fork may use the same chunks. Not reset when the fork ends."""
@@ -83,8 +84,6 @@ class ChunkedArray:
         """Whether the table may hold old addresses. Set while chunks move."""
         self._spares: deque[PrefetchedSlab] = deque()
         """The next chunks, allocated ahead."""
-        self._runs: tuple[int, list[tuple[int, Tensor]]] | None = None
-        """What `_adjacent` found, and for how many chunks; None if chunks have been replaced since."""
 
     @property
     def num_rows(self) -> int:
@@ -133,9 +132,9 @@ class ChunkedArray:
                     f"{num_rows} rows take {len(self.chunks) + missing} chunks of {self.rows_per_chunk} rows, an array "
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
-            made = self._new_chunks(missing)
-            self._write_addresses(self._table, len(self.chunks), made)
-            self.chunks += made
+            made = self._new_slabs(missing)
+            self._write_addresses(self._table, len(self.chunks), ChunkList(made))
+            self.chunks = self.chunks.extended(made)
         self.used_rows = max(self.used_rows, num_rows)
         is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
         self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
@@ -147,15 +146,16 @@ class ChunkedArray:
         while len(self._spares) > 1:
             self._spares.pop()
         if needed < held:
-            self._runs = None
-            self.chunks = self.chunks[:needed]  # before the table is cleared: every chunk in use has its address there
+            self.chunks = self.chunks.first(
+                needed
+            )  # before the table is cleared: every chunk in use has its address there
             if self._table is not None:
                 self._table[needed:held].zero_()
 
     def release(self) -> None:
         """Free all rows. The address table keeps its address."""
         self._wait_for_kernels()
-        self.chunks, self.used_rows, self._spares, self._runs = [], 0, deque(), None
+        self.chunks, self.used_rows, self._spares = ChunkList(), 0, deque()
         if self._table is not None:
             self._table.zero_()
 
@@ -192,20 +192,8 @@ class ChunkedArray:
             self.put(destination, self.take(source))
 
     def views(self, first: int, stop: int) -> Iterator[Tensor]:
-        """Rows [first, stop), as a view of each run of adjacent chunks that they lie in."""
-        runs = self._adjacent()
-        at = bisect_right(runs, first, key=lambda run: run[0]) - 1
-        while first < stop:
-            begin, memory = runs[at]
-            rows = memory[first - begin : stop - begin]
-            yield rows
-            first, at = first + len(rows), at + 1
-
-    def _adjacent(self) -> list[tuple[int, Tensor]]:
-        """The first row of each run of adjacent chunks, and its rows. CUDA cannot copy across two registrations."""
-        if self._runs is None or self._runs[0] != len(self.chunks):
-            self._runs = len(self.chunks), runs_of(self.chunks, joins=not self.is_registered)
-        return self._runs[1]
+        """Rows [first, stop), as a view of each allocation that they lie in; of each chunk in registered memory."""
+        return self.chunks.rows(first, stop)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
         """Write `values` [*rows.shape, *row_shape] to distinct rows."""
@@ -236,7 +224,7 @@ class ChunkedArray:
             self._copy_chunks(self.device)
 
     def _copy_chunks(self, device: torch.device) -> None:
-        moved = self._allocate(len(self.chunks), device)
+        moved = ChunkList(self._allocate(len(self.chunks), device))
         for copy, chunk in zip(moved, self.chunks, strict=True):
             copy.copy_(chunk)
         self._table_is_behind = True
@@ -246,7 +234,7 @@ class ChunkedArray:
     def _convert(self, device: torch.device, conversion: Conversion) -> None:
         """`move` with conversion. Unused rows are not converted."""
         old, at_once = self.chunks, max(1, _CONVERT_BYTES // self.row_bytes)
-        moved = self._allocate(len(old), device, conversion.row_shape, conversion.dtype)
+        moved = ChunkList(self._allocate(len(old), device, conversion.row_shape, conversion.dtype))
         for index, (copy, chunk) in enumerate(zip(moved, old, strict=True)):
             inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
             for first in range(0, inside, at_once):
@@ -257,9 +245,9 @@ class ChunkedArray:
         self._write_addresses(self._table, 0, moved)
         self._replace(device, moved, layout)
 
-    def _replace(self, device: torch.device, moved: list[Tensor], layout: dict[str, Any]) -> None:
+    def _replace(self, device: torch.device, moved: ChunkList, layout: dict[str, Any]) -> None:
         """Replace the chunks. One update, so that an interruption leaves either the old state or the new one."""
-        known = {"device": device, "chunks": moved, "is_shared": False, "_spares": deque(), "_runs": None}
+        known = {"device": device, "chunks": moved, "is_shared": False, "_spares": deque()}
         self.__dict__.update(layout, _table_is_behind=False, **known)
 
     def fork(self) -> ChunkedArray:
@@ -267,7 +255,7 @@ class ChunkedArray:
         self.is_shared = True
         twin = object.__new__(ChunkedArray)
         twin.__dict__.update(self.__dict__)
-        twin.__dict__.update(chunks=list(self.chunks), _table=None, _table_is_behind=False, _spares=deque(), _runs=None)
+        twin.__dict__.update(_table=None, _table_is_behind=False, _spares=deque())
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
@@ -277,9 +265,12 @@ class ChunkedArray:
         twin.converted = self.converted
         twin.grow(self.used_rows)
         self._wait_for_kernels()
-        for index, (source, copy) in enumerate(zip(self.chunks, twin.chunks, strict=False)):
-            inside = min(self.rows_per_chunk, self.used_rows - index * self.rows_per_chunk)
-            copy[:inside] = source[:inside]
+        done = 0
+        for copy in twin.views(0, self.used_rows):
+            sources = list(self.views(done, done + len(copy)))
+            for part, source in zip(copy.split([len(each) for each in sources]), sources, strict=True):
+                part.copy_(source)
+            done += len(copy)
         return twin
 
     def _copier(self, rows: Tensor) -> Callable[..., Callable[[], None]] | None:
@@ -310,52 +301,55 @@ class ChunkedArray:
         if self.is_registered and torch.cuda.is_initialized():
             wait_for_device(self.compute_device)
 
-    def _new_chunks(self, count: int) -> list[Tensor]:
-        """At least `count` chunks: slabs that were allocated ahead, as far as there are any, and newly allocated chunks."""
-        chunks: list[Tensor] = []
-        while self._spares and len(chunks) < count:
-            slab = self._spares.popleft().take()
-            if slab is None:
+    def _new_slabs(self, count: int) -> list[Tensor]:
+        """Slabs of at least `count` chunks: those that were allocated ahead, as far as there are any, and new ones."""
+        slabs: list[Tensor] = []
+        while self._spares and len(slabs) < count:  # a slab of registered memory is one chunk
+            ahead = self._spares.popleft().take()
+            if ahead is None:
                 break
-            chunks += slab
-        return chunks + self._allocate(max(0, count - len(chunks)), self.device)
+            slabs += [chunk[None] for chunk in ahead]
+        return slabs + self._allocate(max(0, count - len(slabs)), self.device)
 
     def _allocate(
         self, count: int, device: torch.device, row_shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:  # fmt: skip
-        """Allocate chunks on a device, by default of this array's row shape and dtype."""
+        """Allocate slabs of `count` chunks on a device, by default of this array's row shape and dtype.
+
+        Each chunk of registered memory is a slab: CUDA cannot copy across two registrations.
+        """
         shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
         dtype = self.dtype if dtype is None else dtype
         with allocating("pages and summaries", count * math.prod(shape) * dtype.itemsize):
             if device.type == "cpu":
-                return allocate_rows(count, shape, dtype, compute_device=self.compute_device)
-            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize)
+                chunks = allocate_rows(count, shape, dtype, compute_device=self.compute_device)
+                return [chunk[None] for chunk in chunks]
+            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize, _GPU_SLAB_BYTES)
             slabs = [min(each, count - first) for first in range(0, count, each)]
-            return [chunk for number in slabs for chunk in torch.empty((number, *shape), dtype=dtype, device=device)]
+            return [torch.empty((number, *shape), dtype=dtype, device=device) for number in slabs]
 
     def _prefetch(self, num_chunks: int) -> None:
         """Have chunks below number `num_chunks` allocated ahead, so that growing does not wait."""
         if not (self.is_registered and self.chunks):
             return
         shape = (self.rows_per_chunk, *self.row_shape)
-        each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes)
+        each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes, _SLAB_BYTES)
         first, stop = len(self.chunks) + sum(slab.count for slab in self._spares), min(num_chunks, MAX_CHUNKS)
         for number in range(first, stop, each):
             count = min(each, stop - number)
             slab = PREFETCHER.ask(shape, self.dtype, compute_device=self.compute_device, count=count, number=number)
             self._spares.append(slab)
 
-    def _write_addresses(self, table: Tensor | None, first: int, chunks: list[Tensor]) -> None:
+    def _write_addresses(self, table: Tensor | None, first: int, chunks: ChunkList) -> None:
         """Write the addresses of chunks [first, first + len(chunks)) to `table`, if given."""
         if table is not None and chunks:
             with allocating("addresses of pages", 8 * len(chunks)):
-                addresses = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64)
-                table[first : first + len(chunks)].copy_(addresses, non_blocking=True)
+                table[first : first + len(chunks)].copy_(chunks.addresses(), non_blocking=True)
 
 
-def _chunks_per_slab(chunk_bytes: int) -> int:
+def _chunks_per_slab(chunk_bytes: int, slab_bytes: int) -> int:
     """Chunks that are allocated at once, where several are needed."""
-    return max(1, _SLAB_BYTES // max(1, chunk_bytes))
+    return max(1, slab_bytes // max(1, chunk_bytes))
 
 
 def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,10 +120,35 @@ def allocate_rows(
     chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
     if compute_device.type != "cuda" or num_chunks * chunk_bytes == 0:
         return [torch.empty(tuple(chunk_shape), dtype=dtype) for _ in range(num_chunks)]
-    stride = _round_up(chunk_bytes, PAGE)
-    memory = HostSlab(num_chunks * stride, CudaRegistrar(compute_device), stride).tensor
+    key = slab_key(num_chunks, chunk_bytes, compute_device)
+    prepared, stride = PREPARED.get(key), key.unit_bytes
+    slab = None if prepared is None else prepared()
+    memory = (make_slab(key) if slab is None else slab).tensor
     chunks = (memory[first : first + chunk_bytes] for first in range(0, num_chunks * stride, stride))
     return [chunk.view(dtype).view(tuple(chunk_shape)) for chunk in chunks]
+
+
+class SlabKey(NamedTuple):
+    """What determines a slab: its size, the unit that one CUDA copy may take, and the device of the kernels."""
+
+    num_bytes: int
+    unit_bytes: int
+    device: torch.device
+
+
+def slab_key(num_chunks: int, chunk_bytes: int, device: torch.device) -> SlabKey:
+    """The slab of chunks of a size."""
+    stride = _round_up(chunk_bytes, PAGE)
+    return SlabKey(num_chunks * stride, stride, device)
+
+
+def make_slab(key: SlabKey) -> HostSlab:
+    """Map, populate and register a slab. Raises as `HostSlab`."""
+    return HostSlab(key.num_bytes, CudaRegistrar(key.device), key.unit_bytes)
+
+
+PREPARED: dict[SlabKey, Callable[[], HostSlab | None]] = {}
+"""Functions that give slabs which were made ahead, or None (`slabs_ahead.py`)."""
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -253,3 +279,4 @@ def leave_mapped() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))  # module teardown would unmap it
     _mappings.clear()
     _dropped.clear()
+    PREPARED.clear()

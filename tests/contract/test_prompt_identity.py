@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from spin_hf import PromptStore, SpinCache
+from spin_hf import SpinCache
 from spin_hf.persistence.prompt_identity import space_of
 from tests.support.answers import answer, assert_fresh
-from tests.support.stores import StoredAtOnce
+from tests.support.stores import Maker, store_maker
 from tests.support.zoo import build_model, random_tokens
-
-BLOCK = 8
-Maker = Callable[..., PromptStore]
 
 
 @pytest.fixture(params=["memory", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
-    """Makes stores with small blocks, in memory or in one folder."""
-
-    def made(**options: Any) -> PromptStore:
-        if request.param == "memory":
-            return PromptStore(block_tokens=BLOCK, **options)
-        return StoredAtOnce(tmp_path / "store", block_tokens=BLOCK, **options)
-
-    return made
+    return store_maker(request.param, tmp_path)
 
 
 def test_adapters_tell_models_apart() -> None:

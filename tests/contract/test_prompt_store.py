@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,13 @@ from spin_hf.persistence import prompt_store
 from spin_hf.persistence.prefix_index import PrefixIndex
 from tests.support.answers import answer, assert_fresh
 from tests.support.memory import SMALL_ZONES
-from tests.support.stores import StoredAtOnce
+from tests.support.stores import BLOCK, Maker, StoredAtOnce, store_maker
 from tests.support.zoo import build_model, left_padded, random_tokens
-
-BLOCK = 8
-Maker = Callable[..., PromptStore]
 
 
 @pytest.fixture(params=["memory", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
-    """Makes stores with small blocks, in memory or in one folder."""
-
-    def made(**options: Any) -> PromptStore:
-        if request.param == "memory":
-            return PromptStore(block_tokens=BLOCK, **options)
-        return StoredAtOnce(tmp_path / "store", block_tokens=BLOCK, **options)
-
-    return made
+    return store_maker(request.param, tmp_path)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.graph.runner import CapturedStep
-from tests.support.inspection import forward_of, kernels_of
+from tests.support.inspection import kernels_of
 from tests.support.threads import in_threads
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
@@ -129,6 +129,22 @@ def test_forks_and_copies(replays: list[int]) -> None:
     document.check_integrity()
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "gpt_oss"])
+def test_windows_and_linear_states(family: str, replays: list[int]) -> None:
+    """Of three caches, which take over the kernels from each other; each goes on afterwards."""
+    models = [build_model(family).cuda().eval() for _ in range(4)]
+    ids, caches, got = [_ids(seed) for seed in (11, 12, 13)], [], []
+    for each in ids:
+        before, cache = len(replays), _read(models[3], each)
+        got.append([_steps(models[3], cache, each, count=STEPS // 2)])
+        assert len(replays) == before + STEPS // 2 - (not caches)  # the first step of all is eager
+        caches.append(cache)
+    for number, cache in enumerate(caches):
+        got[number].append(_steps(models[3], cache, ids[number], PROMPT + STEPS // 2, STEPS // 2))
+        alone = _steps(models[number], _read(models[number], ids[number]), ids[number])
+        torch.testing.assert_close(torch.cat(got[number], 1), alone, rtol=0, atol=1e-4)
+
+
 def test_memory_of_a_cache_that_ends() -> None:
     """Its pages are freed. What stays for the next cache is small."""
     model, ids = build_model("llama").cuda().eval(), _ids(8, 40_000)
@@ -160,4 +176,7 @@ def test_threads_with_one_model() -> None:
     in_threads(count, work)
     for number in range(count):
         torch.testing.assert_close(got[number], expected[number].cpu(), rtol=0, atol=1e-4)
-    assert forward_of(_read(model, ids[0])).backends.pool.refused is None
+    cache = _read(model, ids[0])
+    _steps(model, cache, ids[0], count=1)
+    assert cache.calls.steps is not None
+    assert cache.calls.steps.refused is None

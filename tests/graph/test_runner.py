@@ -261,7 +261,7 @@ def test_windows_of_a_reset_cache_and_of_one_that_records(monkeypatch: pytest.Mo
         with eagerly(model):
             expected = _loop_after_prompt(model, SpinCache(model, **OPTIONS))
         cache = SpinCache(model, **OPTIONS)
-        for replays in (2, 4):
+        for replays in (2, 5):  # the first step of all is eager
             cache.reset()
             torch.testing.assert_close(_loop_after_prompt(model, cache), expected, rtol=0, atol=1e-4)
             assert FakeRecorder.replays == replays

@@ -12,16 +12,19 @@ import sys
 import weakref
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from spin_hf import SpinCache
-from spin_hf.backends import kernel_pool
+from spin_hf.backends import backend_set, kernel_pool
+from spin_hf.errors import CapacityError
 from tests.support.clustering_methods import little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
-from tests.support.inspection import forward_of, kernels_of
+from tests.support.inspection import counted_by_kernels, forward_of, kernels_of
+from tests.support.seer_gates import gates_for
 from tests.support.zoo import PAD_TOKEN_ID, build_model, random_tokens
 
 pytestmark = [
@@ -77,7 +80,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sweep(keep=["shadowkv", "bisection"])
+@pytest.mark.sweep(keep=[0, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_second_cache_is_replayed_from_its_first_step(mode: str) -> None:
     model, options = _model(), MODES[mode]
@@ -96,7 +99,31 @@ def test_the_second_cache_is_replayed_from_its_first_step(mode: str) -> None:
     second.check_integrity()
     stats, counted = second.stats(), alone.stats()
     assert (stats.sparse_queries, stats.attended_tokens) == (counted.sparse_queries, counted.attended_tokens)
-    assert first.stats().sparse_queries == 3 * 2 * 2  # steps, layers, sequences
+    assert first.stats().sparse_queries == 3 * 2 * 2 * 2  # steps, layers, sequences, KV heads
+
+
+def test_another_cache_has_seen_another_model() -> None:
+    """In between: as a reference model that is the same model with its adapter disabled. The first cache gets its kernels back.
+
+    Their graph then belongs to weights that the model has no longer, while the first cache finds the model unchanged.
+    """
+    model = _model()
+    first = _read(model)
+    _feed(model, first, PROMPT, 3)
+    (kernels,), weight = kernels_of(first), model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(weight.detach() * 2)
+    second = _read(model)
+    _feed(model, second, PROMPT, 3)
+    assert kernels_of(second) == [kernels]
+    del second
+    gc.collect()
+    model.lm_head.weight = weight
+    before = FakeRecorder.replays
+    _feed(model, first, PROMPT + 3, 1)
+    assert kernels_of(first) == [kernels]
+    assert FakeRecorder.replays == before  # eager: the graphs are gone
+    _feed(model, first, PROMPT + 4, 2)
+    assert FakeRecorder.replays == before + 2
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -151,6 +178,27 @@ def test_a_cache_that_goes_on_counts_on() -> None:
     first.check_integrity()
 
 
+def test_counts_are_kept_where_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another batch size; a step is tried twice before there is room."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    held, ids = counted_by_kernels(cache), IDS.repeat_interleave(2, 0)
+    cache.batch_repeat_interleave(2)
+
+    def no_room(*args: Any) -> None:
+        raise CapacityError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend_set, "StepKernels", no_room)
+        for _ in range(2):
+            with pytest.raises(CapacityError, match="no room"):
+                _feed(model, cache, PROMPT + 3, 1, ids)
+            assert counted_by_kernels(cache) == held
+    _feed(model, cache, PROMPT + 3, 1, ids)
+    assert counted_by_kernels(cache)["QUERIES"] == held["QUERIES"] * 5 // 3  # four sequences instead of two
+
+
 def test_what_a_graph_depends_on_is_not_shared() -> None:
     model = _model()
     first = _read(model)
@@ -172,6 +220,22 @@ def test_what_a_graph_depends_on_is_not_shared() -> None:
     assert FakeRecorder.replays == before + 1
     alone = _read(_model())
     assert kernels_of(alone) != kernels_of(first)
+
+
+def test_gates_that_were_trained_anew_are_not_the_old_ones(tmp_path: Path) -> None:
+    """Of methods that are equal, as their gates have the same path. A graph holds the addresses of gates."""
+    model = _model()
+    methods = [gates_for(model, tmp_path, seed=seed) for seed in (0, 1)]
+    assert methods[0] == methods[1]
+    gates_for(model, tmp_path, seed=0)
+    first = _read(model, method=methods[0], budget=64)
+    _feed(model, first, PROMPT, 3)
+    gates_for(model, tmp_path, seed=1)
+    with eagerly(model):
+        expected = _feed(model, _read(model, method=methods[1], budget=64), PROMPT, 3)
+    second = _read(model, method=methods[1], budget=64)
+    torch.testing.assert_close(_feed(model, second, PROMPT, 3), expected, rtol=0, atol=1e-4)
+    assert kernels_of(second) != kernels_of(first)
 
 
 def test_a_busy_cache_keeps_its_kernels() -> None:
@@ -236,14 +300,41 @@ def test_a_changed_model_drops_the_graphs_of_all_caches() -> None:
     assert FakeRecorder.replays == before + 2  # the first step of the changed model is eager
 
 
-def test_caches_with_windows_share_nothing() -> None:
-    """A graph of theirs holds the addresses of their windows."""
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+def test_windows_and_linear_states_are_those_of_each_cache(family: str) -> None:
+    """A graph has one set of tensors for them."""
+    model = _model(family)
+    prompts = [random_tokens(1, PROMPT + 12, seed=seed) for seed in (3, 4, 5)]
+    with eagerly(model):
+        expected = [_feed(model, _read(model, each), PROMPT, 6, each) for each in prompts]
+    first = _read(model, prompts[0])
+    actual = [[_feed(model, first, PROMPT, 3, prompts[0])]]
+    before = FakeRecorder.replays
+    second = _read(model, prompts[1])
+    actual.append([_feed(model, second, PROMPT, 3, prompts[1])])
+    assert FakeRecorder.replays == before + 3
+    third = second.fork()
+    third.reset()
+    with torch.no_grad():
+        model(prompts[2][:, :PROMPT], past_key_values=third)
+    actual.append([_feed(model, third, PROMPT, 3, prompts[2])])
+    for number, cache in enumerate((first, second, third)):  # each lost its kernels, or did not
+        actual[number].append(_feed(model, cache, PROMPT + 3, 3, prompts[number]))
+    for logits, alone in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.cat(logits, 1), alone, rtol=0, atol=1e-4)
+
+
+def test_windows_after_a_change_of_the_batch() -> None:
+    """The kernels for the old batch serve another cache, while this one lives on."""
     model = _model("gemma3_text")
-    ids = random_tokens(1, PROMPT + 8, seed=3)
-    first, second = _read(model, ids), _read(model, ids)
-    for cache in (first, second):
-        _feed(model, cache, PROMPT, 3, ids)
-    assert forward_of(first).backends.pool is not forward_of(second).backends.pool
+    ids = random_tokens(2, PROMPT + 12, seed=6)
+    with eagerly(model):
+        expected = _feed(model, _read(model, ids), PROMPT, 7, ids)
+    first = _read(model, ids)
+    _feed(model, first, PROMPT, 3, ids)
+    first.batch_select_indices(torch.tensor([1]))
+    _feed(model, _read(model, ids.flip(1)), PROMPT, 3, ids.flip(1))
+    torch.testing.assert_close(_feed(model, first, PROMPT + 3, 4, ids[1:]), expected[1:, 3:], rtol=0, atol=1e-4)
 
 
 def test_forks_and_copies_are_replayed_at_once() -> None:
@@ -258,3 +349,23 @@ def test_forks_and_copies_are_replayed_at_once() -> None:
         assert FakeRecorder.replays == before + STEPS
         twin.check_integrity()
     document.check_integrity()
+
+
+@pytest.mark.parametrize("change", ["weight", "module"])
+def test_weights_that_a_model_has_lost_are_freed(change: str) -> None:
+    """Also while no cache lives to notice the change."""
+    model = _model()
+    cache = _read(model)
+    _feed(model, cache, PROMPT, 3)
+    old = weakref.ref(model.lm_head.weight)
+    del cache
+    gc.collect()
+    if change == "weight":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    else:
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    gc.collect()
+    assert old() is None
+    with eagerly(model):
+        expected = _feed(model, _read(model), PROMPT, 3)
+    torch.testing.assert_close(_feed(model, _read(model), PROMPT, 3), expected, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from spin_hf import SpinCache
 from spin_hf.persistence import opened
+from spin_hf.persistence.manifest import OtherLayer, PagedLayer
 from spin_hf.persistence.piece_reader import PieceReader
+from spin_hf.persistence.reader import later_layers_alike
 from spin_hf.persistence.staging import Staging
 from spin_hf.storage.page_store import PageStore
 from tests.support.late_copies import LateStream, copies_are_late
@@ -117,7 +120,7 @@ def test_an_error_while_memory_is_allocated(
 
 def test_a_layer_is_read_while_the_next_one_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
-    reserve, read, was_read, number = PageStore.reserve, opened.OpenCache._read_piece, threading.Event(), [0]
+    reserve, read, was_read, number = PageStore.reserve, opened.OpenCache._read, threading.Event(), [0]
 
     def slow_reserve(self: PageStore, *room: Any) -> None:
         number[0] += 1
@@ -131,7 +134,7 @@ def test_a_layer_is_read_while_the_next_one_is_allocated(tmp_path: Path, monkeyp
             was_read.set()
 
     monkeypatch.setattr(PageStore, "reserve", slow_reserve)
-    monkeypatch.setattr(opened.OpenCache, "_read_piece", noted)
+    monkeypatch.setattr(opened.OpenCache, "_read", noted)
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
     assert number[0] > 1
 
@@ -184,3 +187,11 @@ def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="can't start"), PieceReader(lambda piece, held: None, 4):
         pass
     assert not loading()
+
+
+def test_memory_is_locked_ahead_for_layers_that_are_alike() -> None:
+    page, window = PagedLayer(2, 16, 16, torch.float32, False, 100, 5), OtherLayer("DynamicLayer", {}, {})
+    wider, elsewhere = replace(page, num_heads=4), torch.device("meta")
+    entries = [window, page, None, page, wider, page, page]
+    devices = [CPU, CPU, CPU, CPU, CPU, elsewhere, CPU, CPU]
+    assert [later_layers_alike(entries, devices, index) for index in (1, 3, 4, 6)] == [2, 1, 0, 0]

@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Reserve(SlabPrefetcher):
-    """A prefetcher that counts what it was asked for."""
+    """A prefetcher that counts its requests."""
 
     def __init__(self) -> None:
         self.requests = 0

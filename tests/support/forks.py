@@ -131,7 +131,7 @@ class Family:
         pair = self.pairs[index]
         cluster_new_tokens(state_of(pair.mirror.cache))
         try:
-            twin = Pair(_with(pair.driver, pair.cache.fork(num_sequences)), deepcopy(pair.mirror))
+            twin = Pair(_with(pair.driver, pair.cache.fork(num_sequences)), deepcopy(pair.mirror), pair.was_refused)
             twin.mirror.cache.batch_repeat_interleave(num_sequences or 1)
         except BudgetError:
             return False

@@ -60,7 +60,7 @@ class FakeCapturedStep(runner.CapturedStep):
             call = self.function if model is self.function else MethodType(self.function, model)
             with forward_of(cache).capturing():
                 outputs = call(**self.inputs, **self.fixed, **{self.name: cache})
-            self.state.bind()
+            self.state.bind(cache.layers)
             return outputs
 
         self.recorder.step = step  # type: ignore[attr-defined]

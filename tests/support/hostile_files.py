@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spin_hf.persistence.shards import piece_checksum
+from spin_hf.persistence.checksum import piece_checksum
 from tests.support.gate_files import header_and_tensors, write_parts
 from tests.support.saved_caches import (
     JSON,

@@ -1,8 +1,10 @@
-"""Stores for tests: one whose calls of `generate` wait for the disk, and a gate that holds the thread that writes."""
+"""Stores for tests: with small blocks, one whose `keep` waits for the disk, and a gate that holds the thread that writes."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ from torch import Tensor
 from spin_hf import PromptStore
 from spin_hf.persistence import background_writer
 
+BLOCK = 8
+Maker = Callable[..., PromptStore]
+
 
 class StoredAtOnce(PromptStore):
     """A store that returns from `keep` when the prompt is on the disk."""
@@ -18,6 +23,20 @@ class StoredAtOnce(PromptStore):
     def keep(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         super().keep(cache, ids, mask)
         assert self.wait(60)
+
+
+def store_maker(kind: str, folder: Path) -> Maker:
+    """A function that makes stores, with options, in "memory" or on "disk", there in one folder.
+
+    Stores on disk return from `keep` when the prompt is written.
+    """
+
+    def made(**options: Any) -> PromptStore:
+        if kind == "memory":
+            return PromptStore(block_tokens=BLOCK, **options)
+        return StoredAtOnce(folder / "store", block_tokens=BLOCK, **options)
+
+    return made
 
 
 class Gate:

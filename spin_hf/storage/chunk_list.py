@@ -1,0 +1,72 @@
+"""The chunks of an array, as views of slabs: a slab is one allocation of adjacent chunks.
+
+    slabs    [ 0 | 1 | 2 | 3 ]   [ 4 | 5 ]        tensors [chunks, rows, *row_shape]
+    chunks     0   1   2   3       4   5          views [rows, *row_shape], made on access
+
+A long context has thousands of chunks in each layer and a few slabs. So views are not kept.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class ChunkList(Sequence[Tensor]):
+    """Chunks of one shape and dtype.
+
+    Args:
+        slabs: [n, rows, *row_shape] each, n >= 1, with contiguous chunks.
+    """
+
+    def __init__(self, slabs: list[Tensor] | None = None) -> None:
+        self.slabs = [] if slabs is None else slabs
+        self._stops = list(accumulate(map(len, self.slabs)))
+        """The number of the first chunk behind each slab."""
+
+    def __len__(self) -> int:
+        return self._stops[-1] if self._stops else 0
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        index = range(len(self))[index]  # raises IndexError
+        number = bisect_right(self._stops, index)
+        return self.slabs[number][index - self._stops[number]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for slab in self.slabs:
+            yield from slab
+
+    def first(self, count: int) -> ChunkList:
+        """The first `count` chunks. A slab that is cut stays allocated."""
+        kept = []
+        for slab, stop in zip(self.slabs, self._stops, strict=True):
+            start = stop - len(slab)
+            if start < count:
+                kept.append(slab[: count - start])
+        return ChunkList(kept)
+
+    def extended(self, slabs: list[Tensor]) -> ChunkList:
+        """These chunks, and those of further slabs."""
+        return ChunkList(self.slabs + slabs)
+
+    def rows(self, first: int, stop: int) -> Iterator[Tensor]:
+        """Rows [first, stop), as a view of each slab that they lie in. The slabs' chunks are adjacent."""
+        if not self.slabs:
+            return
+        each = self.slabs[0].shape[1]
+        number = bisect_right(self._stops, first // each)
+        while first < stop:
+            slab = self.slabs[number]
+            begin = (self._stops[number] - len(slab)) * each
+            rows = slab.view(-1, *slab.shape[2:])[first - begin : stop - begin]
+            yield rows
+            first, number = first + len(rows), number + 1
+
+    def addresses(self) -> Tensor:
+        """Address of each chunk: int64, on the CPU."""
+        each = [slab.data_ptr() + slab.element_size() * slab.stride(0) * torch.arange(len(slab)) for slab in self.slabs]
+        return torch.cat(each) if each else torch.empty(0, dtype=torch.int64)
