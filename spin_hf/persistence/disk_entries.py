@@ -62,18 +62,24 @@ class DiskEntries:
             lock: held while the prompt enters the index, unless it has been dropped.
         Raises:
             SpinError, OSError, sqlite3.Error: it could not be written.
+            StoppedError: it was dropped.
         """
         if self.holds(prompt.space, prompt.ids):
             return
         covered = self._covered_by(prompt)
         folder, unfinished = self.folder / prompt.name, self.folder / f"{prompt.name}.new"
         try:
+            unfinished.mkdir()  # not its parents: somebody may have removed the folder of the store
             num_bytes = prompt.save(unfinished)
             if num_bytes > self.max_bytes:
                 return
             with lock:
-                if prompt.is_dropped:
+                if prompt.is_dropped or self.holds(
+                    prompt.space, prompt.ids
+                ):  # another process may have stored it meanwhile
                     return
+                if not self.index.is_in_place():
+                    raise FileNotFoundError(f"{self.index.file} was removed; make a new PromptStore")
                 unfinished.rename(folder)
                 self.index.insert(prompt.name, prompt.space, prompt.ids, num_bytes)
         except sqlite3.Error:

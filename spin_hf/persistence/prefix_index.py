@@ -20,13 +20,15 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _BUSY_S = 30.0
 """Seconds to wait for another process's change."""
+_MOST_FORK_S = 10.0
+"""Seconds that `os.fork` waits at most for a change of another thread."""
 _HASH_BYTES = 16
 _FORMAT = 1
 """Version of the tables; stored as SQLite's user_version."""
@@ -78,6 +80,7 @@ class PrefixIndex:
         self._connection = self._connected()
         try:
             self._prepare()
+            self._inode = None if file is None else _inode_of(file)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
@@ -90,11 +93,33 @@ class PrefixIndex:
         place = ":memory:" if self.file is None else self.file
         return sqlite3.connect(place, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
 
-    def reopen(self) -> None:
-        """Called in a forked child: SQLite's connections must not be used there, nor closed. One in memory stays."""
-        self._lock = threading.RLock()
-        if self.file is not None:
-            self._inherited = self._connection
+    def before_fork(self) -> Callable[[bool], None]:
+        """Called before the process forks; see `process_forks.py`.
+
+        SQLite's connections to files must not cross a fork: a child would share what SQLite notes about locks. So this one is
+        closed, and opened again on both sides. While another thread uses it for long, it is left open; the child never closes
+        it then. No thread is inside SQLite when the process forks, as it would hold locks.
+        """
+        held = self._lock.acquire(timeout=_MOST_FORK_S)
+        if held and self.file is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+
+        def after(in_child: bool) -> None:
+            if in_child and not held:
+                self._lock, self._inherited = threading.RLock(), self._connection
+            try:
+                if self.file is not None and (held or in_child):
+                    self._reopen()
+            finally:
+                if held:
+                    self._lock.release()
+
+        return after
+
+    def _reopen(self) -> None:
+        """Open the file again. If that fails, every later use raises sqlite3.Error."""
+        with suppress(sqlite3.Error):
             self._connection = self._connected()
             self._connection.execute("PRAGMA synchronous=NORMAL")
 
@@ -109,6 +134,13 @@ class PrefixIndex:
             for statement in _TABLES.split(";"):
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def is_in_place(self) -> bool:
+        """Whether the file is still at its path: SQLite goes on with one that was removed."""
+        try:
+            return self.file is None or _inode_of(self.file) == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file."""
@@ -213,6 +245,11 @@ class PrefixIndex:
         self._connection.execute("DELETE FROM blocks WHERE entry = ?", found)
         self._connection.execute("DELETE FROM entries WHERE id = ?", found)
         return True
+
+
+def _inode_of(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _hash(content: bytes) -> bytes:

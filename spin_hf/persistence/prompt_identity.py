@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layer import SpinLayer
-from .fingerprint import fingerprint
+from .fingerprint import ModelFacts, fingerprint
 from .shards import bytes_of
 
 _SAMPLES = 64
@@ -35,15 +35,19 @@ def row_of(ids: Tensor) -> array[int]:
     return array("q", bytes_of(ids[0].detach().long().cpu().contiguous()).tobytes())
 
 
-def space_of(cache: Any) -> str:
+def space_of(cache: Any, facts: ModelFacts | None = None) -> str:
     """A hash of what keys, values and summaries depend on beside the tokens: config, method, options, weights, sparse reading.
 
     Of each parameter a few numbers are read, and which adapters are active. Other changes of a model are not noticed: replaced
     modules with the same weights, hooks, plain attributes.
+
+    Args:
+        facts: of the cache's model; None to take them now.
     """
     state, model = cache._state, cache.calls.model()
     dtype = getattr(model, "dtype", None)
-    about = fingerprint(cache._config, model, state.method, len(state.layers), state.options, dtype)
+    facts = ModelFacts.of(model) if facts is None else facts
+    about = fingerprint(cache._config, facts, state.method, len(state.layers), state.options, dtype)
     made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
     if state.options.prefill != "dense":
         made.update(f"{state.options.prefill} {state.options.prefill_top_p}\0".encode())

@@ -20,7 +20,7 @@ import threading
 import uuid
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,9 @@ from ..storage.token_log import TokenLog
 from .background_writer import BackgroundWriter, PendingPrompt
 from .disk_entries import DiskEntries
 from .files import folder_path
+from .fingerprint import ModelFacts
 from .prefix_index import IndexFormatError, PrefixIndex
+from .process_forks import Forked, told_of_forks
 from .prompt_identity import bytes_of_cache, common_length, only_row, space_of, with_options
 from .reader import SavedCache
 
@@ -79,12 +81,19 @@ class _Seen:
 
     Attributes:
         ids: the tensor that it came as.
-        tokens, space: of `only_row` and `space_of`.
+        tokens, space, facts: of `only_row`, `space_of` and `ModelFacts.of`.
     """
 
     ids: weakref.ref[Tensor]
     tokens: array[int]
     space: str
+    facts: ModelFacts | None
+
+    @classmethod
+    def of(cls, cache: Any, ids: Tensor, tokens: array[int]) -> _Seen:
+        """A prompt for `cache`, whose model is as it is now."""
+        facts = ModelFacts.of(cache.calls.model())
+        return cls(weakref.ref(ids), tokens, space_of(cache, facts), facts)
 
 
 @dataclass
@@ -147,7 +156,7 @@ class PromptStore:
         self.directory: Path | None = None
         self._disk: DiskEntries | None = None
         self._writer = BackgroundWriter(None)
-        _stores.add(self)
+        told_of_forks(self)
         if directory is None:
             if not in_memory:
                 raise OptionError(
@@ -211,9 +220,8 @@ class PromptStore:
             return
         with self._lock, self._tolerant():
             self._counts.lookups += 1
-            space = space_of(cache)
-            self._seen[cache] = _Seen(weakref.ref(ids), tokens, space)
-            for found in self._candidates(cache, tokens, space):
+            seen = self._seen[cache] = _Seen.of(cache, ids, tokens)
+            for found in self._candidates(cache, tokens, seen.space):
                 keep = min(found.common, len(tokens) - 1)
                 if not self._restored(cache, found, keep, len(ids)):
                     continue
@@ -234,18 +242,18 @@ class PromptStore:
             ids, mask: as for `restore`.
         """
         seen = self._seen.pop(cache, None)
-        known = seen is not None and seen.ids() is ids
-        tokens = seen.tokens if seen is not None and known else only_row(ids, mask)
+        seen = None if seen is None or seen.ids() is not ids else seen
+        tokens = only_row(ids, mask) if seen is None else seen.tokens
         if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
             return
         if cache.get_seq_length() != len(tokens) or cache.calls.model() is None:
             return
         with self._lock, self._tolerant():
-            space = seen.space if seen is not None and known else space_of(cache)
+            seen = _Seen.of(cache, ids, tokens) if seen is None else seen
             if self.max_host_bytes:
-                self._keep_in_memory(cache, tokens, with_options(space, cache))
+                self._keep_in_memory(cache, tokens, with_options(seen.space, cache))
             if self._disk is not None:
-                self._keep_on_disk(self._disk, cache, tokens, space)
+                self._keep_on_disk(self._disk, cache, seen)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
@@ -336,13 +344,14 @@ class PromptStore:
             self._memory.remove(old)
         self._drop_held(covered + self._memory.remove_beyond(self.max_host_bytes, keep=name))
 
-    def _keep_on_disk(self, disk: DiskEntries, cache: Any, tokens: array[int], space: str) -> None:
+    def _keep_on_disk(self, disk: DiskEntries, cache: Any, seen: _Seen) -> None:
         """Have the writer's thread write a prompt, unless it is stored or pending but for few tokens."""
+        tokens, space = seen.tokens, seen.space
         shared = [common_length(each.ids, tokens, 0) for each in self._writer.pending() if each.space == space]
         if any(disk.has_few_new_tokens(len(tokens), each) for each in shared if each) or disk.holds(space, tokens):
             return
         try:
-            self._writer.submit(PendingPrompt.of(cache, tokens, space), self._write)
+            self._writer.submit(PendingPrompt.of(cache, tokens, space, seen.facts), self._write)
         except (SpinError, torch.OutOfMemoryError) as error:
             self._writer.warn(error)
 
@@ -356,24 +365,18 @@ class PromptStore:
         for name in names:
             self._held.pop(name, None)
 
-    def _in_child(self) -> None:
-        """Called in a forked child, where no other thread runs: the parent's may hold locks, and use its connections."""
-        self._lock = threading.RLock()
-        self._writer.forget_parent()
-        for index in [self._memory] + ([] if self._disk is None else [self._disk.index]):
-            index.reopen()
+    def before_fork(self) -> Callable[[bool], None]:
+        """Called before the process forks; see `process_forks.py`."""
+        parts: list[Forked] = [self._writer, self._memory, *([] if self._disk is None else [self._disk.index])]
+        followed = [part.before_fork() for part in parts]
 
+        def after(in_child: bool) -> None:
+            if in_child:
+                self._lock = threading.RLock()  # another thread may have held it
+            for each in reversed(followed):
+                each(in_child)
 
-_stores: weakref.WeakSet[PromptStore] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    for store in list(_stores):
-        store._in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+        return after
 
 
 def checked_store(store: Any) -> PromptStore | None:

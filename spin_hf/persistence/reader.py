@@ -37,7 +37,7 @@ from . import other_layers
 from .contents import arrays_of
 from .devices import layer_devices
 from .fills import Fill, PlainTensor, pages_fill
-from .fingerprint import check_same, fingerprint
+from .fingerprint import ModelFacts, check_same, fingerprint
 from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
@@ -98,7 +98,8 @@ class SavedCache(OpenCache):
             )
         self._check_layers(state, layers, config)
         dtype = pages_dtype(made.layers)
-        check_same(made.fingerprint, fingerprint(config, model, method, len(state.layers), state.options, dtype))
+        ours = fingerprint(config, ModelFacts.of(model), method, len(state.layers), state.options, dtype)
+        check_same(made.fingerprint, ours)
         if method.page_size != made.page_size or (made.positions and not method.uses_positions):
             raise RefusedError(f"pages of {method.page_size} tokens", f"{made.page_size}")
         longest = max((stop - first for first, stop in ClusteredSpans(made.span_stops).bounds), default=0)

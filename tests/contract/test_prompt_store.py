@@ -157,9 +157,9 @@ def test_a_prompt_is_identified_once(make: Maker, monkeypatch: pytest.MonkeyPatc
     model, store, calls = build_model("llama"), make(), [0]
     space_of = prompt_store.space_of
 
-    def counted(cache: Any) -> str:
+    def counted(*args: Any) -> str:
         calls[0] += 1
-        return space_of(cache)
+        return space_of(*args)
 
     monkeypatch.setattr(prompt_store, "space_of", counted)
     answer(model, random_tokens(1, 40), SpinCache(model, budget=1 << 20, store=store))

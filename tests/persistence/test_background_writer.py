@@ -6,11 +6,8 @@ import copy
 import gc
 import logging
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import threading
-import time
 import weakref
 from array import array
 from collections.abc import Iterator
@@ -24,16 +21,17 @@ from torch import Tensor
 from spin_hf import CapacityError, PromptStore, SpinCache
 from spin_hf.memory import gpu_memory
 from spin_hf.memory.gpu_memory import GpuMemory
-from spin_hf.persistence import background_writer, writer
+from spin_hf.persistence import background_writer, files, writer
+from spin_hf.persistence.background_writer import BackgroundWriter
+from spin_hf.persistence.contents import Contents
+from spin_hf.persistence.fingerprint import ModelFacts
+from spin_hf.persistence.opened import OpenCache
 from spin_hf.persistence.prompt_identity import common_length
 from tests.support.answers import answer, assert_fresh
 from tests.support.inspection import forward_of
 from tests.support.memory import SMALL_ZONES
-from tests.support.stores import Gate, StoredAtOnce
+from tests.support.stores import BLOCK, Gate, StoredAtOnce, folders, restored
 from tests.support.zoo import build_model, random_tokens
-
-ROOT = Path(__file__).parents[2]
-BLOCK = 8
 
 
 @pytest.fixture
@@ -50,17 +48,6 @@ def read(store: PromptStore, ids: Tensor, model: Any = None, **options: Any) -> 
     cache = SpinCache(model, budget=1 << 20, store=store, **options)
     answer(model, ids, cache)
     return cache
-
-
-def restored(folder: Path, ids: Tensor, **options: Any) -> int:
-    """Tokens that a new store of the folder restores for a prompt. The answer is that of an empty cache."""
-    model, store = build_model("llama"), StoredAtOnce(folder, block_tokens=BLOCK)
-    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store, **options))
-    return store.stats().reused_tokens
-
-
-def folders(directory: Path) -> list[str]:
-    return [folder.name for folder in (directory / "entries").iterdir()]
 
 
 def test_the_first_token_does_not_wait(gate: Gate, tmp_path: Path) -> None:
@@ -169,10 +156,25 @@ def test_what_another_process_has_stored_meanwhile_is_not_written(gate: Gate, tm
     read(ours, random_tokens(1, 60))
     read(theirs, random_tokens(1, 60))
     gate.wait_for_a_write()
-    gate.open()
+    gate.open(60)
     assert theirs.wait(60)
+    gate.open()
     assert ours.wait(60)
+    assert gate.lengths == [70, 60]
     assert ours.stats().entries == len(folders(tmp_path)) == 2
+
+
+def test_two_processes_that_write_the_same_prompt(gate: Gate, tmp_path: Path) -> None:
+    stores = [PromptStore(tmp_path, block_tokens=BLOCK) for _ in range(2)]
+    for length, store in zip((60, 61), stores, strict=True):
+        read(store, random_tokens(1, 61)[:, :length])
+        gate.wait_for_a_write()
+    gate.open(61)
+    assert stores[1].wait(60)
+    gate.open()
+    assert stores[0].wait(60)
+    assert gate.lengths == [60, 61]
+    assert stores[0].stats().entries == len(folders(tmp_path)) == 1
 
 
 def test_few_prompts_wait(gate: Gate, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,6 +275,87 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     assert not folders(tmp_path)
 
 
+def test_memory_is_freed_behind_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, not when the garbage collector comes: neither the error's frames nor the log hold the pages."""
+    sources, init = [], Contents.__init__
+
+    def noted(self: Contents, *args: Any) -> None:
+        init(self, *args)
+        sources.append(weakref.ref(self))
+
+    def failing(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Contents, "__init__", noted)
+    monkeypatch.setattr(files, "create", failing)
+    store, ids = PromptStore(tmp_path, block_tokens=BLOCK), random_tokens(1, 60)
+    gc.disable()
+    try:
+        read(store, ids)
+        assert store.wait(60)
+        assert "No space left on device" in caplog.text
+        assert [source() for source in sources] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("again", ["removed", "new"])
+def test_the_folder_of_the_store_is_removed(
+    again: str, gate: Gate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before a prompt is written, or meanwhile. Nothing is left in a folder that no index knows."""
+    folder, store = tmp_path / "store", PromptStore(tmp_path / "store", block_tokens=BLOCK)
+    for number in range(2):
+        read(store, random_tokens(1, 60 + number, seed=number))
+    gate.wait_for_a_write()
+    shutil.rmtree(folder)
+    if again == "new":
+        PromptStore(folder, block_tokens=BLOCK)
+    gate.open()
+    assert store.wait(60)
+    assert caplog.text.count(f"a prompt could not be stored in {folder}") == 2
+    assert not list(folder.glob("entries/*"))
+    assert PromptStore(folder, block_tokens=BLOCK).stats().entries == 0
+
+
+def test_the_model_ends_while_its_prompt_waits(gate: Gate, tmp_path: Path) -> None:
+    """The entry has the fingerprint of the weights that have read the prompt."""
+    model, store = copy.deepcopy(build_model("llama")), PromptStore(tmp_path, block_tokens=BLOCK)
+    read(store, random_tokens(1, 70, seed=3), model)
+    gate.wait_for_a_write()
+    read(store, random_tokens(1, 60), model)
+    expected = ModelFacts.of(model)
+    assert expected is not None
+    assert expected.weights is not None
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)  # type: ignore[operator]
+    del model
+    gate.open()
+    assert store.wait(60)
+    found = [OpenCache(folder).manifest.fingerprint["weights"] for folder in (tmp_path / "entries").iterdir()]
+    assert found == [expected.weights] * 2
+    assert restored(tmp_path, random_tokens(1, 60)) == 59
+
+
+def test_an_interrupt_while_a_prompt_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come right behind the start of the thread. Nothing waits for a thread that is not there."""
+    store, start = PromptStore(tmp_path, block_tokens=BLOCK), BackgroundWriter._start
+
+    def interrupted(self: BackgroundWriter) -> bool:
+        monkeypatch.setattr(BackgroundWriter, "_start", start)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackgroundWriter, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(store, random_tokens(1, 60))
+    assert store.wait(10)
+    read(store, random_tokens(1, 60))
+    assert store.wait(60)
+    assert store.stats().entries == 1
+
+
 def test_a_cache_that_cannot_be_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,6 +409,31 @@ def test_clear_drops_what_is_pending(gate: Gate, tmp_path: Path) -> None:
     read(store, ids)
     assert store.wait(60)
     assert store.stats().entries == 1
+
+
+def test_clear_stops_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pieces, begun, opened = Contents.pieces, threading.Event(), threading.Event()
+    made = []
+
+    def held(self: Contents, *args: Any) -> Iterator[list[memoryview]]:
+        for piece in pieces(self, *args):
+            made.append(len(piece))
+            begun.set()
+            assert opened.wait(60)
+            yield piece
+
+    monkeypatch.setattr(Contents, "pieces", held)
+    store = PromptStore(tmp_path, block_tokens=BLOCK)
+    read(store, random_tokens(1, 60))
+    assert begun.wait(60)
+    store.clear()
+    opened.set()
+    assert store.wait(60)
+    assert len(made) == 1, "it stops at the next piece"
+    assert not folders(tmp_path)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("modes", [torch.inference_mode, torch.enable_grad])
@@ -396,120 +504,3 @@ def test_common_length() -> None:
             expected = next((n for n, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), length)
             for start in {0, min(3, expected), expected}:
                 assert common_length(ids, other, start) == common_length(other, ids, start) == expected
-
-
-# ------------------------------------------------------------------------------------------------------- processes
-
-
-_PROGRAM = """
-import os, sys, threading, time, torch
-from spin_hf import PromptStore, SpinCache
-from spin_hf.persistence import background_writer, writer
-from tests.support.zoo import build_model, random_tokens
-torch.set_num_threads(1)
-folder, seconds = sys.argv[1], float(sys.argv[2])
-written = writer._written
-def late(*args):
-    done = written(*args)
-    print("writes", flush=True)
-    time.sleep(seconds)
-    return done
-writer._written = late
-store, model = PromptStore(folder, block_tokens=8), build_model("llama")
-def generate(seed):
-    ids = random_tokens(1, 60, seed=seed)
-    cache = SpinCache(model, budget=1 << 20, store=store)
-    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False)
-generate(0)
-generate(1)
-"""
-
-
-def program(folder: Path, seconds: float, more: str = "") -> list[str]:
-    return [sys.executable, "-W", "ignore", "-c", _PROGRAM + more, str(folder), str(seconds)]
-
-
-def finished(folder: Path, seconds: float, more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(program(folder, seconds, more), capture_output=True, text=True, cwd=ROOT, timeout=240)
-
-
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("del store, model", 0)])
-def test_the_exit_waits(end: str, code: int, tmp_path: Path) -> None:
-    made = finished(tmp_path, 0.0, end)
-    assert made.returncode == code
-    assert "the process ends once" not in made.stderr
-    assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1)] == [59, 59]
-
-
-def test_an_exit_that_waits_long_says_so(tmp_path: Path) -> None:
-    made = finished(tmp_path, 1.5, "")
-    assert made.returncode == 0
-    assert f"the process ends once its prompts are stored in {tmp_path}, 2 to go" in made.stderr
-    assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1)] == [59, 59]
-
-
-def test_an_exit_without_threads(tmp_path: Path) -> None:
-    """From Python 3.12 on no thread can be started while the interpreter exits."""
-    more = """
-import atexit
-def none(self):
-    raise RuntimeError("can't create new thread at interpreter shutdown")
-def end():
-    threading.Thread.start = none
-atexit.register(end)
-"""
-    made = finished(tmp_path, 0.5, more)
-    assert made.returncode == 0, made.stderr
-    assert "could not be stored" not in made.stderr
-    assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1)] == [59, 59]
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c at exit"])
-def test_killed_while_a_prompt_is_written(number: signal.Signals, tmp_path: Path) -> None:
-    """What is unfinished is in no index and is swept an hour later."""
-    process = subprocess.Popen(
-        program(tmp_path, 3600.0), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "writes\n"
-    if number == signal.SIGINT:
-        assert "the process ends once" in process.stderr.readline()
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    store = PromptStore(tmp_path, block_tokens=BLOCK)
-    assert store.stats().entries == 0
-    (left,) = folders(tmp_path)
-    assert left.endswith(".new")
-    os.utime(tmp_path / "entries" / left, (time.time() - 7200,) * 2)
-    assert restored(tmp_path, random_tokens(1, 60)) == 0
-    assert left not in folders(tmp_path)
-    assert restored(tmp_path, random_tokens(1, 60)) == 59
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)"])
-def test_a_forked_child(end: str, tmp_path: Path) -> None:
-    """It waits for nothing of the parent's, whose threads hold locks, and stores prompts of its own."""
-    more = f"""
-held = threading.Event()
-def hold():
-    with store._lock, store._disk.index._lock, store._writer._changed:
-        held.set()
-        time.sleep(2)
-threading.Thread(target=hold, daemon=True).start()
-held.wait()
-child = os.fork()
-if not child:
-    import signal
-    signal.alarm(60)
-    assert store.wait(0)
-    assert store.stats().entries == 0
-    generate(2)
-    store._writer._thread.join()
-    {end}
-assert os.waitpid(child, 0)[1] == 0, "the child"
-"""
-    made = finished(tmp_path, 4.0, more)
-    assert made.returncode == 0, made.stderr
-    assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1, 2)] == [59, 59, 59]

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from spin_hf import PromptStore
+from spin_hf import PromptStore, SpinCache
 from spin_hf.persistence import background_writer
+from tests.support.answers import assert_fresh
+from tests.support.zoo import build_model
 
 BLOCK = 8
 Maker = Callable[..., PromptStore]
@@ -39,6 +41,17 @@ def store_maker(kind: str, folder: Path) -> Maker:
     return made
 
 
+def restored(folder: Path, ids: Tensor, **options: Any) -> int:
+    """Tokens that a new store of the folder restores for a prompt. The answer is that of an empty cache."""
+    model, store = build_model("llama"), StoredAtOnce(folder, block_tokens=BLOCK)
+    assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=store, **options))
+    return store.stats().reused_tokens
+
+
+def folders(directory: Path) -> list[str]:
+    return [folder.name for folder in (directory / "entries").iterdir()]
+
+
 class Gate:
     """Holds the threads that write prompts until it is opened.
 
@@ -50,11 +63,14 @@ class Gate:
     def __init__(self) -> None:
         self.lengths: list[int] = []
         self.most_at_once = self._now = 0
-        self._opened, self._begun = threading.Event(), threading.Semaphore(0)
+        self._opened: set[int | None] = set()
+        self._changed, self._begun = threading.Condition(), threading.Semaphore(0)
 
-    def open(self) -> None:
-        """Let all of them go on."""
-        self._opened.set()
+    def open(self, length: int | None = None) -> None:
+        """Let prompts of a length go on, or all of them."""
+        with self._changed:
+            self._opened.add(length)
+            self._changed.notify_all()
 
     def wait_for_a_write(self) -> None:
         """Wait until another prompt is being written."""
@@ -70,7 +86,9 @@ class Gate:
             self.most_at_once = max(self.most_at_once, self._now)
             self._begun.release()
             try:
-                assert self._opened.wait(60), "the gate was not opened"
+                with self._changed:
+                    is_open = self._changed.wait_for(lambda: not self._opened.isdisjoint((None, args[5])), 60)
+                assert is_open, "the gate was not opened"
                 save(*args)
             finally:
                 self._now -= 1
