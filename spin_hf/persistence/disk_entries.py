@@ -74,9 +74,7 @@ class DiskEntries:
             if num_bytes > self.max_bytes:
                 return
             with lock:
-                if prompt.is_dropped or self.holds(
-                    prompt.space, prompt.ids
-                ):  # another process may have stored it meanwhile
+                if prompt.is_dropped or self.holds(prompt.space, prompt.ids):  # another process was faster
                     return
                 if not self.index.is_in_place():
                     raise FileNotFoundError(f"{self.index.file} was removed; make a new PromptStore")

@@ -67,7 +67,8 @@ def save(
         length, batch_size: what the cache holds.
         tokens: token ids [B, >= length], to be saved too; None for none.
         max_shard_bytes: tensor bytes of a file, as a cap on memory; "auto" for no limit.
-        fork: for a fork that nobody steps. None for a cache in use: what is left is clustered, and its devices are waited for.
+        fork: for a fork that nobody steps, and a folder that exists. None for a cache in use: what is left is clustered, and
+            its devices are waited for.
     Raises:
         OptionTypeError, OptionError: an argument, or the cache holds nothing that can be saved.
         SavedCacheError: a file could not be written. A saved cache that was there is as before.
@@ -93,9 +94,9 @@ def save(
     if fork is None:
         source.wait_for_kernels()
     try:
-        new = not folder.is_dir()
-        os.makedirs(folder, exist_ok=True)
+        new = fork is None and not folder.is_dir()
         if new:
+            os.makedirs(folder, exist_ok=True)
             files.sync_folder(folder.absolute().parent)
         with files.locked(folder):
             _write(folder, source, _never if fork is None else fork.is_dropped)

@@ -316,6 +316,7 @@ def test_the_folder_of_the_store_is_removed(
     gate.open()
     assert store.wait(60)
     assert caplog.text.count(f"a prompt could not be stored in {folder}") == 2
+    assert folder.exists() == (again == "new"), "nobody makes it again"
     assert not list(folder.glob("entries/*"))
     assert PromptStore(folder, block_tokens=BLOCK).stats().entries == 0
 

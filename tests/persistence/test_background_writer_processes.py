@@ -130,24 +130,27 @@ def test_killed_while_a_prompt_is_written(number: signal.Signals, tmp_path: Path
     assert restored(tmp_path, random_tokens(1, 60)) == 59
 
 
+_HELD = {
+    "locks": "store._lock, store._writer._changed",
+    "a change of the index": "_Change(store._disk.index)",
+    "locks of the package, while a fork is released": "background_writer._not_forking, forward_hook._lock",
+}
+"""What a thread of the parent holds while the process forks."""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)"])
-def test_a_forked_child(end: str, tmp_path: Path) -> None:
-    """It waits for nothing of the parent's, whose threads hold locks, and stores prompts of its own."""
+@pytest.mark.parametrize(("end", "held"), [("os._exit(0)", held) for held in _HELD] + [("sys.exit(0)", "locks")])
+def test_a_forked_child(end: str, held: str, tmp_path: Path) -> None:
+    """It waits for nothing of the parent's, and stores prompts of its own."""
     more = f"""
 from spin_hf.integration import forward_hook
 from spin_hf.persistence.prefix_index import _Change
-held = threading.Barrier(3)
+held = threading.Event()
 def hold():
-    with store._lock, _Change(store._disk.index), store._writer._changed:
-        held.wait()
+    with {_HELD[held]}:
+        held.set()
         time.sleep(2)
-def release():
-    with background_writer._not_forking, forward_hook._lock:
-        held.wait()
-        time.sleep(2)
-for each in (hold, release):
-    threading.Thread(target=each, daemon=True).start()
+threading.Thread(target=hold, daemon=True).start()
 held.wait()
 child = os.fork()
 if not child:
@@ -155,11 +158,14 @@ if not child:
     signal.alarm(60)
     assert store.wait(0)
     assert store.stats().entries == 0
+    began = time.monotonic()
     generate(2)
+    assert time.monotonic() - began < 20
     store._writer._thread.join()
     {end}
 assert os.waitpid(child, 0)[1] == 0, "the child"
 """
     made = finished(tmp_path, 4.0, more)
     assert made.returncode == 0, made.stderr
+    assert "cannot be used" not in made.stderr
     assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1, 2)] == [59, 59, 59]
