@@ -126,7 +126,7 @@ class PromptStore:
     A thread writes prompts to the disk, so no first token waits for that. It writes a fork, which is freed as soon as it is
     written. Until then the fork holds the memory of the prompt's pages, in either tier, also if its cache ends. At most three
     prompts are pending: one is being written and two wait. A later one takes the place of the oldest that waits. The same model
-    restores a pending prompt as one in memory. `wait` waits for the disk, and so does the exit of the process, for some minutes.
+    restores a pending prompt as one in memory. `wait` waits for the disk, and so does the exit of the process, for minutes.
 
     Args:
         directory: folder of entries that outlive the process; made if it does not exist. None for entries in memory only.
