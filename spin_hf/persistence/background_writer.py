@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
+import os
 import threading
 import time
 import uuid
@@ -19,6 +21,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +148,7 @@ class BackgroundWriter:
 
     def _start(self) -> bool:
         """Start the thread. It finds the queue once the lock is released."""
-        global _waits_at_exit
-        if not _waits_at_exit:  # here, as handlers run in reverse order: `weakref` closes caches in one that is older
-            atexit.register(_at_exit)
-            _waits_at_exit = True
+        _wait_at_exit()
         thread = threading.Thread(target=self._work, name="spin_hf_store", daemon=True)
         try:
             thread.start()
@@ -223,9 +223,19 @@ class BackgroundWriter:
 
 
 _writers: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()
-_waits_at_exit = False
+_waits_at_exit: set[int] = set()
+"""Processes that wait at their exit. A forked child inherits the handler, and the ids of its ancestors."""
 _not_forking = threading.RLock()
 """Held while a thread releases a fork of a cache, which takes locks of this package. So a forked child inherits none held."""
+
+
+def _wait_at_exit() -> None:
+    """Have this process wait. Called late, as handlers run in reverse order: `weakref` closes caches in one that is older."""
+    if not _waits_at_exit:
+        atexit.register(_at_exit)
+    if os.getpid() not in _waits_at_exit and multiprocessing.parent_process() is not None:
+        util.Finalize(None, _at_exit, exitpriority=0)  # a worker that was forked runs this, and no handlers
+    _waits_at_exit.add(os.getpid())
 
 
 def _at_exit() -> None:

@@ -27,7 +27,7 @@ from .strict_json import RefusedError
 _MOST_THREADS = 16
 _READ_BYTES = 8 << 20
 """Bytes of whole pieces that share one buffer and one copy to a GPU. Each takes the interpreter's lock for some 100 µs."""
-_SUM_BYTES = 64 << 20
+_SUM_BYTES = 32 << 20
 """Bytes of whole pieces on a GPU that are summed there at a time."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""

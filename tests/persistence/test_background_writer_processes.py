@@ -169,3 +169,20 @@ assert os.waitpid(child, 0)[1] == 0, "the child"
     assert made.returncode == 0, made.stderr
     assert "cannot be used" not in made.stderr
     assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1, 2)] == [59, 59, 59]
+
+
+@pytest.mark.parametrize("begin", ["", "store.wait()"], ids=["the parent writes too", "the parent has written"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_worker_of_multiprocessing(begin: str, tmp_path: Path) -> None:
+    """It ends by `os._exit`, and runs no handlers of `atexit`."""
+    more = f"""
+import multiprocessing
+{begin}
+worker = multiprocessing.get_context("fork").Process(target=generate, args=(2,))
+worker.start()
+worker.join()
+assert worker.exitcode == 0
+"""
+    made = finished(tmp_path, 0.5, more)
+    assert made.returncode == 0, made.stderr
+    assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1, 2)] == [59, 59, 59]
