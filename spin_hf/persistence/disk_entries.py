@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sqlite3
 import time
 from array import array
 from contextlib import AbstractContextManager
@@ -64,7 +63,7 @@ class DiskEntries:
             SpinError, OSError, sqlite3.Error: it could not be written.
             StoppedError: it was dropped.
         """
-        if self.holds(prompt.space, prompt.ids):
+        if self._holds(prompt):
             return
         covered = self._covered_by(prompt)
         folder, unfinished = self.folder / prompt.name, self.folder / f"{prompt.name}.new"
@@ -74,19 +73,27 @@ class DiskEntries:
             if num_bytes > self.max_bytes:
                 return
             with lock:
-                if prompt.is_dropped or self.holds(prompt.space, prompt.ids):  # another process was faster
+                if prompt.is_dropped:
                     return
                 if not self.index.is_in_place():
                     raise FileNotFoundError(f"{self.index.file} was removed; make a new PromptStore")
                 unfinished.rename(folder)
-                self.index.insert(prompt.name, prompt.space, prompt.ids, num_bytes)
-        except sqlite3.Error:
+                is_new = self.index.insert(
+                    prompt.name, prompt.space, prompt.ids, num_bytes, lambda: self._holds(prompt)
+                )
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # nothing is there once it is renamed
+        if not is_new:  # another process was faster
+            self._delete_folders([prompt.name])
+            return
         removed = [old for old in covered if self.index.remove(old)]
         self._delete_folders(removed + self.index.remove_beyond(self.max_bytes, keep=prompt.name))
+
+    def _holds(self, prompt: PendingPrompt) -> bool:
+        return self.holds(prompt.space, prompt.ids)
 
     def _covered_by(self, prompt: PendingPrompt) -> list[str]:
         """Entries of which a prompt has all tokens."""

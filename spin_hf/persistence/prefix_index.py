@@ -170,16 +170,25 @@ class PrefixIndex:
             ).fetchall()
         return [Match(name, num_tokens, low * self.block_tokens) for name, num_tokens in rows]
 
-    def insert(self, name: str, space: str, ids: Sequence[int], num_bytes: int) -> None:
-        """Add an entry, or replace the one of this name."""
+    def insert(
+        self, name: str, space: str, ids: Sequence[int], num_bytes: int, unless: Callable[[], bool] = lambda: False
+    ) -> bool:  # fmt: skip
+        """Add an entry, or replace the one of this name. Returns whether it was added.
+
+        Args:
+            unless: called when no process can change the index; it may look up entries. True adds none.
+        """
         hashes = self.hashes(space, ids)
         with _Change(self) as connection:
+            if unless():
+                return False
             self._delete(name)
             entry = connection.execute(
                 "INSERT INTO entries (name, space, num_tokens, num_bytes, used) VALUES (?, ?, ?, ?, ?)",
                 (name, space, len(ids), num_bytes, time.time()),
             ).lastrowid
             connection.executemany("INSERT INTO blocks VALUES (?, ?)", [(each, entry) for each in hashes])
+        return True
 
     def touch(self, name: str) -> None:
         """Note that an entry was used."""
