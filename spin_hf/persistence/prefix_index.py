@@ -20,8 +20,8 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class PrefixIndex:
         if self.file is not None:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
-        with _Change(self):
+        with _change(self):
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _FORMAT):
                 raise IndexFormatError(f"{self.file}: expected an index of version {_FORMAT}, got version {version}")
@@ -179,7 +179,7 @@ class PrefixIndex:
             unless: called when no process can change the index; it may look up entries. True adds none.
         """
         hashes = self.hashes(space, ids)
-        with _Change(self) as connection:
+        with _change(self) as connection:
             if unless():
                 return False
             self._delete(name)
@@ -192,12 +192,12 @@ class PrefixIndex:
 
     def touch(self, name: str) -> None:
         """Note that an entry was used."""
-        with _Change(self) as connection:
+        with _change(self) as connection:
             connection.execute("UPDATE entries SET used = ? WHERE name = ?", (time.time(), name))
 
     def remove(self, name: str) -> bool:
         """Remove an entry. Returns whether it was there: of several processes one removes it."""
-        with _Change(self):
+        with _change(self):
             return self._delete(name)
 
     def remove_beyond(self, max_bytes: int, keep: str | None = None) -> list[str]:
@@ -207,7 +207,7 @@ class PrefixIndex:
             keep: an entry that is removed last.
         """
         removed = []
-        with _Change(self) as connection:
+        with _change(self) as connection:
             total = self.num_bytes
             rows = connection.execute(
                 "SELECT name, num_bytes FROM entries ORDER BY name IS ?, used, id", (keep,)
@@ -265,23 +265,16 @@ def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
 
-class _Change:
-    """A change of the tables, whole or not at all."""
-
-    def __init__(self, index: PrefixIndex) -> None:
-        self.index = index
-
-    def __enter__(self) -> sqlite3.Connection:
-        self.index._lock.acquire()
+@contextmanager
+def _change(index: PrefixIndex) -> Iterator[sqlite3.Connection]:
+    """A change of the tables, whole or not at all, also if Ctrl-C comes within."""
+    with index._lock:
+        connection = index._connection
         try:
-            self.index._connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
         except BaseException:
-            self.index._lock.release()
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
-        return self.index._connection
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self.index._connection.execute("COMMIT" if kind is None else "ROLLBACK")
-        finally:
-            self.index._lock.release()

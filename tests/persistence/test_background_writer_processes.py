@@ -132,7 +132,7 @@ def test_killed_while_a_prompt_is_written(number: signal.Signals, tmp_path: Path
 
 _HELD = {
     "locks": "store._lock, store._writer._changed",
-    "a change of the index": "_Change(store._disk.index)",
+    "a change of the index": "_change(store._disk.index)",
     "locks of the package, while a fork is released": "background_writer._not_forking, forward_hook._lock",
 }
 """What a thread of the parent holds while the process forks."""
@@ -144,7 +144,7 @@ def test_a_forked_child(end: str, held: str, tmp_path: Path) -> None:
     """It waits for nothing of the parent's, and stores prompts of its own."""
     more = f"""
 from spin_hf.integration import forward_hook
-from spin_hf.persistence.prefix_index import _Change
+from spin_hf.persistence.prefix_index import _change
 held = threading.Event()
 def hold():
     with {_HELD[held]}:
