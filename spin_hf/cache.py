@@ -39,6 +39,7 @@ from .integration.layer_types import build_layers, check_model, decoder_config
 from .integration.linear_states import LinearStates
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
+from .persistence.fingerprint import ModelFacts
 from .persistence.prompt_store import PromptStore, checked_store
 from .persistence.reader import SavedCache
 from .persistence.writer import save
@@ -271,7 +272,7 @@ class SpinCache(CacheCopies, LinearStates):
         length = self.get_seq_length()
         tokens = self._state.tokens.ids(length) if tokens is None else tokens
         held = length, held_batch(self._state, self.layers), tokens, max_shard_bytes
-        save(directory, self._state, self.layers, self._config, self.calls.model(), *held)
+        save(directory, self._state, self.layers, self._config, ModelFacts.of(self.calls.model()), *held)
 
     @classmethod
     @outside_inference_mode

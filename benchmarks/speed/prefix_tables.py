@@ -46,7 +46,7 @@ def tables(result: Result) -> list[tuple[str, Lines]]:
     rows = {name: each for name, each in result["rows"].items() if "seconds" in each or "lookup_ms" in each}
     made: dict[str, Lines] = {
         "Time to the first token": head("prompt", "seconds", "restoring, s", "peak, GiB"),
-        "First call of a store": head("store", "seconds", "of these storing", "GiB"),
+        "First call of a store": head("store", "seconds", "of these storing", "then until stored", "GiB"),
         "Reading the files": head("", "seconds", "GB/s"),
         "Eight questions about one document": head(
             "", "seconds", "copies, s", "answers, s", "peak, GiB", "of one prefill"
@@ -57,7 +57,7 @@ def tables(result: Result) -> list[tuple[str, Lines]]:
     }
     first, storing, reading, asked, copies, finding, agent = made.values()
     first += lines(rows, FIRST_TOKEN, ("seconds", ".3f"), ("restore_s", ".3f"), ("peak_gib", ".1f"))
-    storing += lines(rows, STORING, ("seconds", ".2f"), ("keep_s", ".2f"), ("disk_gib", ".1f"))
+    storing += lines(rows, STORING, ("seconds", ".2f"), ("keep_s", ".2f"), ("stored_s", ".2f"), ("disk_gib", ".1f"))
     reading += lines(rows, READING, ("seconds", ".2f"), ("gb_s", ".1f"))
     asked += lines(
         rows, {f"questions, {name}": label for name, label in QUESTIONS.items()},

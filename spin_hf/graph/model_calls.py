@@ -80,11 +80,17 @@ class ModelCalls:
 
     def close(self) -> None:
         """Restore model and config, and free the cache's storage without waiting for the garbage collector."""
-        self._drop()
-        forward_hook.release(self.wrapped)
-        if self.steps is not None:
-            deferred_stop.release()
+        self.unhook()
         self.passes.dispose()
+
+    def unhook(self) -> None:
+        """Restore model and config. The cache can be forked and saved, and the model cannot be called with it any more."""
+        self._drop()
+        wrapped, self.wrapped = self.wrapped, []
+        forward_hook.release(wrapped)
+        if self.steps is not None:
+            self.steps = None
+            deferred_stop.release()
 
     def run(self, module: nn.Module, forward: Any, kwargs: dict[str, Any], name: str) -> Any:
         """Call `forward(**kwargs)` of `module`; the cache is `kwargs[name]`.

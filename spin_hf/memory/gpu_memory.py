@@ -127,8 +127,7 @@ class GpuMemory:
             return
         if self.pending_reclaim:
             self._reclaim()
-        sequences = self.state.sequences
-        if not sequences.length:
+        if not self.state.sequences.length:
             self._replace(batch_size, num_tokens)
         elif not self.state.selects(num_tokens):
             self._leave_room_for_activations()
@@ -154,6 +153,11 @@ class GpuMemory:
     def short_of_frames(self) -> None:
         """Note that there are fewer frames than the cap allows. Later checks try to grow them again."""
         self.has_given_back, self._steps_left = True, self.tuning.check_interval_steps
+
+    def withdraw(self) -> None:
+        """Refuse requests of other caches from now on. So no other thread changes this one."""
+        with _lock:
+            _live.discard(self)
 
     def before_copy(self) -> None:
         """Called before the cache is copied, with its frames: gives back memory to make room for the copy."""
@@ -349,8 +353,7 @@ class GpuMemory:
         free = watermarks.free_gpu_memory(device) if others else None
         if free is None:
             return
-        held = self.held(device)
-        cap = self.watermarks.cap_for_prompts(held, free)
+        cap = self.watermarks.cap_for_prompts(self.held(device), free)
         if wanted <= cap:
             return
         if self.given is None:
@@ -387,10 +390,8 @@ class GpuMemory:
         return self._share(max((store.budget.resident_bytes(*room) for store in stores), default=0), stores)
 
     def _may_be_changed(self) -> bool:
-        state, ident = self.state, threading.get_ident()
-        idle = state.phase is Phase.IDLE
         alive = any(thread.ident == self._owner for thread in threading.enumerate())
-        return idle and (self._owner == ident or not alive)
+        return self.state.phase is Phase.IDLE and (self._owner == threading.get_ident() or not alive)
 
 
 def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:

@@ -22,7 +22,7 @@ from ..storage.chunked_array import ChunkedArray
 from ..storage.host_register import wait_for_device
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
-from .fingerprint import fingerprint, tokens_hash
+from .fingerprint import ModelFacts, fingerprint, tokens_hash
 from .manifest import OPTIONS, Layer, Manifest, OtherLayer, PagedLayer, pages_dtype
 from .other_layers import contents
 from .shards import DTYPES, PIECE_BYTES, Part, bytes_of
@@ -33,7 +33,7 @@ class Contents:
     """A cache as tensors and a manifest."""
 
     def __init__(
-        self, state: CacheState, layers: list[Any], config: Any, model: Any, length: int, batch_size: int,
+        self, state: CacheState, layers: list[Any], config: Any, model: ModelFacts | None, length: int, batch_size: int,
         tokens: Tensor | None, max_shard_bytes: int,
     ) -> None:  # fmt: skip
         self.state, self.sequences = state, state.sequences

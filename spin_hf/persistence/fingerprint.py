@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,36 @@ _SAMPLED_ROWS = 2
 _SAMPLED_ELEMENTS = 1 << 16
 
 
+class ModelFacts(NamedTuple):
+    """What a fingerprint says about a model. It can be taken when a cache is filled, and used when the model is gone.
+
+    Attributes:
+        dtype: of the model; None if it has none.
+        weights: their hash; None if some are not loaded.
+    """
+
+    dtype: torch.dtype | None
+    weights: str | None
+
+    @classmethod
+    def of(cls, model: Any) -> ModelFacts | None:
+        """The facts of a model, as it is now; None for None."""
+        return None if model is None else cls(getattr(model, "dtype", None), _weights_hash(model))
+
+
 def fingerprint(
-    config: Any, model: Any, method: Method, num_layers: int, options: SpinOptions, dtype: torch.dtype | None
+    config: Any,
+    model: ModelFacts | None,
+    method: Method,
+    num_layers: int,
+    options: SpinOptions,
+    dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """The fingerprint of a cache, as JSON reads it back.
 
     Args:
         config: the decoder's config.
-        model: the model; None if only the config is known.
+        model: facts of the model; None if only the config is known.
         method: bound to the model.
         num_layers: paged layers.
         dtype: of their keys and values; None without paged layers.
@@ -64,8 +86,8 @@ def fingerprint(
         storage |= {"num_sink_tokens": options.num_sink_tokens, "recent_window": options.recent_window}
     found = {
         "config": {name: value for name, value in config.to_dict().items() if name in _CONFIG_FIELDS},
-        "dtype": _name(getattr(config if model is None else model, "dtype", None)),
-        "weights": None if model is None else _weights_hash(model),
+        "dtype": _name(getattr(config, "dtype", None) if model is None else model.dtype),
+        "weights": None if model is None else model.weights,
         "method": _of_method(method, num_layers),
         "storage": storage,
     }

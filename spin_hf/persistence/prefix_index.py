@@ -20,13 +20,15 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _BUSY_S = 30.0
 """Seconds to wait for another process's change."""
+_MOST_FORK_S = 10.0
+"""Seconds that `os.fork` waits at most for a change of another thread."""
 _HASH_BYTES = 16
 _FORMAT = 1
 """Version of the tables; stored as SQLite's user_version."""
@@ -75,11 +77,10 @@ class PrefixIndex:
         self._lock = threading.RLock()
         self._hashed: tuple[str, bytes, list[bytes]] = "", b"", []
         """Space, tokens and hashes of the last prompt: a prompt that is looked up is often inserted next."""
-        self._connection = sqlite3.connect(
-            ":memory:" if file is None else file, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
+        self._connection = self._connected()
         try:
             self._prepare()
+            self._inode = None if file is None else _inode_of(file)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
@@ -88,17 +89,58 @@ class PrefixIndex:
                 ) from error
             raise
 
+    def _connected(self) -> sqlite3.Connection:
+        place = ":memory:" if self.file is None else self.file
+        return sqlite3.connect(place, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+
+    def before_fork(self) -> Callable[[bool], None]:
+        """Called before the process forks; see `process_forks.py`.
+
+        SQLite's connections to files must not cross a fork: a child would share what SQLite notes about locks. So this one is
+        closed, and opened again on both sides. While another thread uses it for long, it is left open; the child never closes
+        it then. No thread is inside SQLite when the process forks, as it would hold locks.
+        """
+        held = self._lock.acquire(timeout=_MOST_FORK_S)
+        if held and self.file is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+
+        def after(in_child: bool) -> None:
+            if in_child and not held:
+                self._lock, self._inherited = threading.RLock(), self._connection
+            try:
+                if self.file is not None and (held or in_child):
+                    self._reopen()
+            finally:
+                if held:
+                    self._lock.release()
+
+        return after
+
+    def _reopen(self) -> None:
+        """Open the file again. If that fails, every later use raises sqlite3.Error."""
+        with suppress(sqlite3.Error):
+            self._connection = self._connected()
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+
     def _prepare(self) -> None:
         if self.file is not None:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
-        with _Change(self):
+        with _change(self):
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _FORMAT):
                 raise IndexFormatError(f"{self.file}: expected an index of version {_FORMAT}, got version {version}")
             for statement in _TABLES.split(";"):
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def is_in_place(self) -> bool:
+        """Whether the file is still at its path: SQLite goes on with one that was removed."""
+        try:
+            return self.file is None or _inode_of(self.file) == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file."""
@@ -128,25 +170,34 @@ class PrefixIndex:
             ).fetchall()
         return [Match(name, num_tokens, low * self.block_tokens) for name, num_tokens in rows]
 
-    def insert(self, name: str, space: str, ids: Sequence[int], num_bytes: int) -> None:
-        """Add an entry, or replace the one of this name."""
+    def insert(
+        self, name: str, space: str, ids: Sequence[int], num_bytes: int, unless: Callable[[], bool] = lambda: False
+    ) -> bool:  # fmt: skip
+        """Add an entry, or replace the one of this name. Returns whether it was added.
+
+        Args:
+            unless: called when no process can change the index; it may look up entries. True adds none.
+        """
         hashes = self.hashes(space, ids)
-        with _Change(self) as connection:
+        with _change(self) as connection:
+            if unless():
+                return False
             self._delete(name)
             entry = connection.execute(
                 "INSERT INTO entries (name, space, num_tokens, num_bytes, used) VALUES (?, ?, ?, ?, ?)",
                 (name, space, len(ids), num_bytes, time.time()),
             ).lastrowid
             connection.executemany("INSERT INTO blocks VALUES (?, ?)", [(each, entry) for each in hashes])
+        return True
 
     def touch(self, name: str) -> None:
         """Note that an entry was used."""
-        with _Change(self) as connection:
+        with _change(self) as connection:
             connection.execute("UPDATE entries SET used = ? WHERE name = ?", (time.time(), name))
 
     def remove(self, name: str) -> bool:
         """Remove an entry. Returns whether it was there: of several processes one removes it."""
-        with _Change(self):
+        with _change(self):
             return self._delete(name)
 
     def remove_beyond(self, max_bytes: int, keep: str | None = None) -> list[str]:
@@ -156,7 +207,7 @@ class PrefixIndex:
             keep: an entry that is removed last.
         """
         removed = []
-        with _Change(self) as connection:
+        with _change(self) as connection:
             total = self.num_bytes
             rows = connection.execute(
                 "SELECT name, num_bytes FROM entries ORDER BY name IS ?, used, id", (keep,)
@@ -205,27 +256,25 @@ class PrefixIndex:
         return True
 
 
+def _inode_of(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
+
+
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
 
-class _Change:
-    """A change of the tables, whole or not at all."""
-
-    def __init__(self, index: PrefixIndex) -> None:
-        self.index = index
-
-    def __enter__(self) -> sqlite3.Connection:
-        self.index._lock.acquire()
+@contextmanager
+def _change(index: PrefixIndex) -> Iterator[sqlite3.Connection]:
+    """A change of the tables, whole or not at all, also if Ctrl-C comes within."""
+    with index._lock:
+        connection = index._connection
         try:
-            self.index._connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
         except BaseException:
-            self.index._lock.release()
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
-        return self.index._connection
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self.index._connection.execute("COMMIT" if kind is None else "ROLLBACK")
-        finally:
-            self.index._lock.release()

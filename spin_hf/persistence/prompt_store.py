@@ -5,26 +5,22 @@
                           ->  after_prompt: what the cache holds now is stored
 
     in memory    forks of the caches, which share their pages; gone with the process
-    on disk      folders of `save_pretrained`, in `entries/`; an index in SQLite (`prefix_index.py`)
+    on disk      folders of `save_pretrained` (`disk_entries.py`); an index in SQLite (`prefix_index.py`)
+    pending      forks that wait to be written to the disk (`background_writer.py`); restored from like those in memory
 
-    directory/   index.sqlite   entries/<name>/   entries/<name>.new/ while it is written
-
-An entry enters the index once its folder is complete, and leaves it before its folder goes. So other processes see whole
-entries or none. An entry that cannot be read is removed, and the prompt is read by the model.
+An entry that cannot be read is removed, and the prompt is read by the model.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sqlite3
 import threading
-import time
 import uuid
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +33,19 @@ from ..config import MOST_BYTES, parse_bytes, require_count
 from ..errors import OptionError, OptionTypeError, SavedCacheError, SpinError
 from ..integration.layer_types import is_croppable
 from ..storage.token_log import TokenLog
+from .background_writer import BackgroundWriter, PendingPrompt
+from .disk_entries import DiskEntries
 from .files import folder_path
-from .opened import saved_tokens
+from .fingerprint import ModelFacts
 from .prefix_index import IndexFormatError, PrefixIndex
-from .prompt_identity import bytes_of_cache, common_length, only_row, row_of, space_of, with_options
+from .process_forks import Forked, told_of_forks
+from .prompt_identity import bytes_of_cache, common_length, only_row, space_of, with_options
 from .reader import SavedCache
 
 logger = logging.getLogger("spin_hf")
 
-_LEFT_BEHIND_S = 3600.0
-"""Seconds after which a folder that is in no index was left by a killed process."""
 _MOST_IN_MEMORY = 1000
 """Entries in memory that are compared token by token. On disk, where tokens have to be read first, a few are."""
-_NEW_PART = 8
-"""On disk, a prompt is stored if more than this part of its tokens (1/8) is in no entry yet. In memory: more than a block."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +81,19 @@ class _Seen:
 
     Attributes:
         ids: the tensor that it came as.
-        tokens, space: of `only_row` and `space_of`.
+        tokens, space, facts: of `only_row`, `space_of` and `ModelFacts.of`.
     """
 
     ids: weakref.ref[Tensor]
     tokens: array[int]
     space: str
+    facts: ModelFacts | None
+
+    @classmethod
+    def of(cls, cache: Any, ids: Tensor, tokens: array[int]) -> _Seen:
+        """A prompt for `cache`, whose model is as it is now."""
+        facts = ModelFacts.of(cache.calls.model())
+        return cls(weakref.ref(ids), tokens, space_of(cache, facts), facts)
 
 
 @dataclass
@@ -103,10 +105,14 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Found:
-    """The best entry for a prompt, and the number of tokens of it that the prompt begins with."""
+    """The best entry for a prompt, and the number of tokens of it that the prompt begins with.
+
+    Attributes:
+        held: the cache to fork; None for an entry on disk.
+    """
 
     name: str
-    is_held: bool
+    held: Any
     num_tokens: int
     common: int
 
@@ -116,6 +122,11 @@ class PromptStore:
 
     A prompt is looked up by the tokens of its only sequence, or of a batch of equal ones, without padding. It must begin with a
     whole block of a stored one.
+
+    A thread writes prompts to the disk, so no first token waits for that. It writes a fork, which is freed as soon as it is
+    written. Until then the fork holds the memory of the prompt's pages, in either tier, also if its cache ends. At most three
+    prompts are pending: one is being written and two wait. A later one takes the place of the oldest that waits. The same model
+    restores a pending prompt as one in memory. `wait` waits for the disk, and so does the exit of the process, for minutes.
 
     Args:
         directory: folder of entries that outlive the process; made if it does not exist. None for entries in memory only.
@@ -142,42 +153,51 @@ class PromptStore:
         self._counts, self._lock = _Counts(), threading.RLock()
         self._seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()
         """By cache: what `restore` found out about the prompt and `keep` needs again."""
-        self.directory, self._disk = None, None
+        self.directory: Path | None = None
+        self._disk: DiskEntries | None = None
+        self._writer = BackgroundWriter(None)
+        told_of_forks(self)
         if directory is None:
             if not in_memory:
                 raise OptionError(
                     "directory: expected a folder where max_host_bytes is None, got none; pass one of them"
                 )
             return
-        self.directory = folder_path(directory)
+        self.directory = self._writer.place = folder_path(directory)
         try:
-            self._entries.mkdir(parents=True, exist_ok=True)
-            self._disk = PrefixIndex(self.directory / "index.sqlite", block_tokens)
-            self._sweep()
+            self._disk = DiskEntries(self.directory, self.max_bytes, block_tokens)
         except (OSError, IndexFormatError, sqlite3.Error) as error:
             raise OptionError(
                 f"directory: expected a folder of a PromptStore, or an empty one, got {directory}: {error}; pass another folder"
             ) from error
 
-    @property
-    def _entries(self) -> Path:
-        assert self.directory is not None
-        return self.directory / "entries"
-
     def stats(self) -> StoreStats:
-        """Entries held, and how often they were of use in this process."""
-        indexes = [self._memory] if self._disk is None else [self._memory, self._disk]
+        """Entries held, and how often they were of use in this process. Prompts that are not on the disk yet do not count."""
+        indexes = [self._memory] if self._disk is None else [self._memory, self._disk.index]
         return StoreStats(
             sum(len(index.names()) for index in indexes), sum(index.num_bytes for index in indexes),
             self._counts.lookups, self._counts.hits, self._counts.reused_tokens,
         )  # fmt: skip
 
     def clear(self) -> None:
-        """Remove all entries, on disk too."""
+        """Remove all entries, on disk too. Prompts that are not on the disk yet will not be stored."""
         with self._lock:
+            self._writer.drop_all()
             self._drop_held(self._memory.remove_beyond(-1))
             if self._disk is not None:
-                self._delete_folders(self._disk.remove_beyond(-1))
+                self._disk.clear()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all prompts so far are stored on the disk, or found not to be worth it.
+
+        The process does so itself when it exits, for five minutes at most, but not if it is killed or ends by `os._exit`.
+
+        Args:
+            timeout: seconds to wait at most; None for no limit.
+        Returns:
+            Whether no such prompt is pending.
+        """
+        return self._writer.wait(timeout)
 
     def __repr__(self) -> str:
         return f"PromptStore({str(self.directory) if self.directory is not None else None!r})"
@@ -200,41 +220,40 @@ class PromptStore:
             return
         with self._lock, self._tolerant():
             self._counts.lookups += 1
-            space = space_of(cache)
-            self._seen[cache] = _Seen(weakref.ref(ids), tokens, space)
-            for found in self._candidates(cache, tokens, space):
+            seen = self._seen[cache] = _Seen.of(cache, ids, tokens)
+            for found in self._candidates(cache, tokens, seen.space):
                 keep = min(found.common, len(tokens) - 1)
                 if not self._restored(cache, found, keep, len(ids)):
                     continue
                 cache._state.reused_tokens = keep
                 self._counts.hits += 1
                 self._counts.reused_tokens += keep
-                where = "memory" if found.is_held else "disk"
+                where = "disk" if found.held is None else "memory"
                 logger.info("%d of %d tokens of the prompt restored from %s", keep, len(tokens), where)
                 return
 
     def keep(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Store what a cache holds behind a prompt, unless all but its last tokens is stored already.
 
-        In memory a block may be missing, on disk an eighth of the tokens.
+        In memory a block may be missing, on disk an eighth of the tokens. A thread writes to the disk, from a fork.
 
         Args:
             cache: a `SpinCache` that holds exactly the prompt.
             ids, mask: as for `restore`.
         """
         seen = self._seen.pop(cache, None)
-        known = seen is not None and seen.ids() is ids
-        tokens = seen.tokens if seen is not None and known else only_row(ids, mask)
+        seen = None if seen is None or seen.ids() is not ids else seen
+        tokens = only_row(ids, mask) if seen is None else seen.tokens
         if tokens is None or len(ids) > 1 or len(tokens) < self._memory.block_tokens:
             return
         if cache.get_seq_length() != len(tokens) or cache.calls.model() is None:
             return
         with self._lock, self._tolerant():
-            space = seen.space if seen is not None and known else space_of(cache)
+            seen = _Seen.of(cache, ids, tokens) if seen is None else seen
             if self.max_host_bytes:
-                self._keep_in_memory(cache, tokens, with_options(space, cache))
+                self._keep_in_memory(cache, tokens, with_options(seen.space, cache))
             if self._disk is not None:
-                self._keep_on_disk(self._disk, cache, tokens, space)
+                self._keep_on_disk(self._disk, cache, seen)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
@@ -249,33 +268,40 @@ class PromptStore:
     def _candidates(self, cache: Any, tokens: array[int], space: str) -> list[_Found]:
         """Entries that begin like a prompt, the longest common prefix first; in memory before on disk."""
         found = []
-        for match in self._memory.find(with_options(space, cache), tokens, most=_MOST_IN_MEMORY):
+        options = with_options(space, cache)
+        for match in self._memory.find(options, tokens, most=_MOST_IN_MEMORY):
             held = self._held[match.name]
             if held.model() is cache.calls.model():
                 common = common_length(held.ids, tokens, match.shared)
-                found.append(_Found(match.name, True, match.num_tokens, common))
+                found.append(_Found(match.name, held.cache, match.num_tokens, common))
+        for prompt in self._writer.pending():
+            fork = prompt.cache  # None once it is written
+            if fork is not None and prompt.options == options and fork.calls.model() is cache.calls.model():
+                common = common_length(prompt.ids, tokens, 0)
+                if common >= self._memory.block_tokens:
+                    found.append(_Found(prompt.name, fork, len(prompt.ids), common))
         if self._disk is not None:
-            for match in self._disk.find(space, tokens):
-                stored = self._tokens_of(match.name)
+            for match in self._disk.index.find(space, tokens):
+                stored = self._disk.tokens_of(match.name)
                 if stored is not None:
                     common = common_length(stored, tokens, match.shared)
-                    found.append(_Found(match.name, False, match.num_tokens, common))
+                    found.append(_Found(match.name, None, match.num_tokens, common))
         croppable = all(is_croppable(layer) for layer in cache.layers)
         usable = [each for each in found if croppable or each.common == each.num_tokens < len(tokens)]
-        return sorted(usable, key=lambda each: (-each.common, not each.is_held))
+        return sorted(usable, key=lambda each: (-each.common, each.held is None))
 
     def _restored(self, cache: Any, found: _Found, keep: int, rows: int) -> bool:
         """Restore the first `keep` tokens of an entry, for `rows` sequences. If that fails, the cache is empty again."""
         try:
-            if found.is_held:
-                self._held[found.name].cache.fork_into(cache)
+            if found.held is not None:
+                found.held.fork_into(cache)
                 self._memory.touch(found.name)
             else:
                 assert self._disk is not None
-                with closing(SavedCache(self._entries / found.name)) as saved:
+                with closing(SavedCache(self._disk.folder / found.name)) as saved:
                     saved.restore(cache._state, cache.layers, cache._config, cache.calls.model())
                     cache._state.tokens = TokenLog().recorded(0, saved.tokens())
-                self._disk.touch(found.name)
+                self._disk.index.touch(found.name)
             if keep < cache.get_seq_length():
                 cache.crop(keep - cache.get_seq_length())
             if rows > 1:
@@ -283,7 +309,8 @@ class PromptStore:
             return True
         except (SavedCacheError, OSError) as error:
             cache.reset()
-            self._remove(found.name, error)
+            if self._disk is not None:
+                self._disk.remove(found.name, error)
         except SpinError as error:  # it does not fit the caps of this cache
             cache.reset()
             logger.info("a stored prompt is not restored: %s", error)
@@ -291,15 +318,6 @@ class PromptStore:
             cache.reset()
             raise
         return False
-
-    def _tokens_of(self, name: str) -> array[int] | None:
-        """The tokens of an entry on disk; None, and the entry is removed, if they cannot be read."""
-        try:
-            stored = saved_tokens(self._entries / name)
-        except (SpinError, OSError) as error:
-            self._remove(name, error)
-            return None
-        return None if stored is None else row_of(stored)
 
     # ---------------------------------------------------------------------------------------------------------- storing
 
@@ -326,61 +344,39 @@ class PromptStore:
             self._memory.remove(old)
         self._drop_held(covered + self._memory.remove_beyond(self.max_host_bytes, keep=name))
 
-    def _keep_on_disk(self, disk: PrefixIndex, cache: Any, tokens: array[int], space: str) -> None:
-        covered = []
-        for match in disk.find(space, tokens):
-            if len(tokens) - match.shared <= max(disk.block_tokens, len(tokens) // _NEW_PART):
-                return
-            stored = self._tokens_of(match.name)
-            if stored is not None and common_length(stored, tokens, match.shared) == len(stored):
-                covered.append(match.name)
-        name = uuid.uuid4().hex
-        unfinished = self._entries / f"{name}.new"
-        try:
-            cache.save_pretrained(unfinished, tokens=torch.frombuffer(tokens, dtype=torch.int64)[None])
-            num_bytes = sum(file.stat().st_size for file in unfinished.iterdir())
-            if num_bytes > self.max_bytes:
-                return
-            unfinished.rename(self._entries / name)
-        except (SpinError, OSError) as error:
-            logger.warning("a prompt could not be stored in %s: %s", self.directory, error)
+    def _keep_on_disk(self, disk: DiskEntries, cache: Any, seen: _Seen) -> None:
+        """Have the writer's thread write a prompt, unless it is stored or pending but for few tokens."""
+        tokens, space = seen.tokens, seen.space
+        shared = [common_length(each.ids, tokens, 0) for each in self._writer.pending() if each.space == space]
+        if any(disk.has_few_new_tokens(len(tokens), each) for each in shared if each) or disk.holds(space, tokens):
             return
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # nothing is there once it is renamed
-        disk.insert(name, space, tokens, num_bytes)
-        removed = [old for old in covered if disk.remove(old)]
-        self._delete_folders(removed + disk.remove_beyond(self.max_bytes, keep=name))
+        try:
+            self._writer.submit(PendingPrompt.of(cache, tokens, space, seen.facts), self._write)
+        except (SpinError, torch.OutOfMemoryError) as error:
+            self._writer.warn(error)
+
+    def _write(self, prompt: PendingPrompt) -> None:
+        """Write a pending prompt. Called in the writer's thread."""
+        assert self._disk is not None
+        with self._tolerant():
+            self._disk.write(prompt, self._lock)
 
     def _drop_held(self, names: list[str]) -> None:
         for name in names:
             self._held.pop(name, None)
 
-    def _remove(self, name: str, error: Exception) -> None:
-        """Remove an entry on disk that cannot be read. It may be another process's that has just removed it."""
-        assert self._disk is not None
-        if self._disk.remove(name):
-            logger.warning("a stored prompt cannot be restored and is removed: %s", error)
-            self._delete_folders([name])
+    def before_fork(self) -> Callable[[bool], None]:
+        """Called before the process forks; see `process_forks.py`."""
+        parts: list[Forked] = [self._writer, self._memory, *([] if self._disk is None else [self._disk.index])]
+        followed = [part.before_fork() for part in parts]
 
-    def _delete_folders(self, names: list[str]) -> None:
-        for name in names:
-            shutil.rmtree(self._entries / name, ignore_errors=True)
+        def after(in_child: bool) -> None:
+            if in_child:
+                self._lock = threading.RLock()  # another thread may have held it
+            for each in reversed(followed):
+                each(in_child)
 
-    def _sweep(self) -> None:
-        """Delete folders that a killed process left behind, and entries whose folder is gone."""
-        assert self._disk is not None
-        known, now = set(self._disk.names()), time.time()
-        for folder in self._entries.iterdir():
-            if folder.name not in known:
-                try:
-                    old = now - folder.stat().st_mtime > _LEFT_BEHIND_S
-                except OSError:
-                    continue  # another process has deleted it
-                if old and folder.name not in self._disk.names():
-                    shutil.rmtree(folder, ignore_errors=True)
-        for name in known:
-            if not (self._entries / name).exists():
-                self._disk.remove(name)
+        return after
 
 
 def checked_store(store: Any) -> PromptStore | None:

@@ -2,7 +2,8 @@
 
     open      parse the manifest, open the shards
     check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
-    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards
+    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards;
+              checksums are made while pieces are read, of pages on a GPU at the end and there
               check tables whose numbers are used as indices
 
 No tensor is allocated before `restore`. Threads read a layer while memory of the next one is allocated. A piece of pages passes
@@ -37,8 +38,8 @@ from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
 from .devices import layer_devices
-from .fills import Fill, PlainTensor, pages_fill
-from .fingerprint import check_same, fingerprint
+from .fills import Destination, PagesMemory, PlainTensor
+from .fingerprint import ModelFacts, check_same, fingerprint
 from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
 from .shards import cut
@@ -99,7 +100,8 @@ class SavedCache(OpenCache):
             )
         self._check_layers(state, layers, config)
         dtype = pages_dtype(made.layers)
-        check_same(made.fingerprint, fingerprint(config, model, method, len(state.layers), state.options, dtype))
+        ours = fingerprint(config, ModelFacts.of(model), method, len(state.layers), state.options, dtype)
+        check_same(made.fingerprint, ours)
         if method.page_size != made.page_size or (made.positions and not method.uses_positions):
             raise RefusedError(f"pages of {method.page_size} tokens", f"{made.page_size}")
         longest = max((stop - first for first, stop in ClusteredSpans(made.span_stops).bounds), default=0)
@@ -180,7 +182,7 @@ class SavedCache(OpenCache):
                         ahead.enter_context(_memory_ahead(layer.store.backing, alike))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
-                    reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
+                    reading.submit(self.reads({f"layers.{index}.{name}": held for name, held in plain.items()}))
                     others.append((entry, index, plain))
             reading.finish()
         self.compare_digests()
@@ -200,7 +202,7 @@ class SavedCache(OpenCache):
             state.visible_length.fill_(made.length)
             self._check_clusters(state)
 
-    def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Fill]:
+    def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Destination]:
         """Allocate a paged layer. Returns the memory of its tensors."""
         sizes = self.manifest.batch_size, entry.num_heads, 0
         states = [
@@ -209,7 +211,7 @@ class SavedCache(OpenCache):
         layer.lazy_initialization(*states)
         wait_for_stream(device)  # threads write to the new memory on streams of their own
         named = arrays_of(layer.store)
-        return {f"layers.{index}.{name}": pages_fill(layer.store, array, entry, name) for name, array in named}
+        return {f"layers.{index}.{name}": PagesMemory(layer.store, array, entry, name) for name, array in named}
 
     def _restore_tables(self, state: CacheState, device: torch.device) -> None:
         """Read the tables that all layers share, check them, and give them to the page table."""
@@ -220,7 +222,7 @@ class SavedCache(OpenCache):
             if spec.name in ("directory", "valid", "positions", "clustered")
         }
         with self.reader(tables) as reading:
-            reading.submit(self.reads({name: table.fill for name, table in tables.items()}))
+            reading.submit(self.reads(tables))
             reading.finish()
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()

@@ -2,18 +2,20 @@
 
 stale summaries, pending clusters  ->  computed first, as the next step would do
 contents of the cache              ->  `contents.py`
-shards                             ->  one thread each, at most 8 at a time;  then one rename (`files.py`)
+shards                             ->  taken in order by at most 8 threads;  then one rename (`files.py`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,30 +28,50 @@ from ..state import CacheState
 from . import files
 from .checksum import piece_checksum
 from .contents import Contents
+from .fingerprint import ModelFacts
 from .manifest import FILE_NAME, MOST_SEQUENCES
 from .shards import Shard, cut
-from .staging import Staging
+from .staging import Staging, thread_modes
 from .strict_json import RefusedError
 
 _MOST_THREADS = 8
 
 
+class StoppedError(Exception):
+    """The save was stopped by its caller, or because another thread failed."""
+
+
+class ForkInUse(NamedTuple):
+    """How to save a fork that nobody steps, in a thread of its own. There is nothing left to cluster or summarize in it.
+
+    Attributes:
+        kernels: waits for the kernels that write to it.
+        is_dropped: whether to stop.
+    """
+
+    kernels: Callable[[], None]
+    is_dropped: Callable[[], bool]
+
+
 def save(
-    directory: Any, state: CacheState, layers: list[Any], config: Any, model: Any, length: int, batch_size: int | None,
-    tokens: Any, max_shard_bytes: int | str,
+    directory: Any, state: CacheState, layers: list[Any], config: Any, model: ModelFacts | None, length: int,
+    batch_size: int | None, tokens: Any, max_shard_bytes: int | str, fork: ForkInUse | None = None,
 ) -> None:  # fmt: skip
     """Write what a cache holds to a folder. A saved cache in it is replaced, in one step at the end.
 
     Args:
         directory: the folder; made if it does not exist.
         state, layers, config: of the cache; no forward is in progress.
-        model: the model, if it is known.
+        model: facts of the model; None if only the config is known.
         length, batch_size: what the cache holds.
         tokens: token ids [B, >= length], to be saved too; None for none.
         max_shard_bytes: tensor bytes of a file, as a cap on memory; "auto" for no limit.
+        fork: for a fork that nobody steps, and a folder that exists. None for a cache in use: what is left is clustered, and
+            its devices are waited for.
     Raises:
         OptionTypeError, OptionError: an argument, or the cache holds nothing that can be saved.
         SavedCacheError: a file could not be written. A saved cache that was there is as before.
+        StoppedError: the fork was dropped. Likewise.
     """
     folder = files.folder_path(directory)
     if not length or not batch_size:
@@ -63,16 +85,20 @@ def save(
         )
     ids = _checked_tokens(tokens, batch_size, length)
     most = parse_bytes("max_shard_bytes", max_shard_bytes) or MOST_BYTES
-    if state.committed:
+    if fork is not None:
+        fork.kernels()
+    elif state.committed:
         cluster.cluster_new_tokens(state)
     source = Contents(state, layers_with_contents(layers), config, model, length, batch_size, ids, most)
+    if fork is None:
+        source.wait_for_kernels()
     try:
-        new = not folder.is_dir()
-        os.makedirs(folder, exist_ok=True)
+        new = fork is None and not folder.is_dir()
         if new:
+            os.makedirs(folder, exist_ok=True)
             files.sync_folder(folder.absolute().parent)
         with files.locked(folder):
-            _write(folder, source)
+            _write(folder, source, _never if fork is None else fork.is_dropped)
     except RefusedError as error:
         raise OptionError(
             f"max_shard_bytes: expected {error.args[0]}, got {most} bytes for each; raise max_shard_bytes"
@@ -100,12 +126,16 @@ def _checked_tokens(tokens: Any, batch_size: int, length: int) -> Tensor | None:
     return ids[:, :length].long().contiguous()
 
 
-def _write(folder: Path, source: Contents) -> None:
+def _never() -> bool:
+    return False
+
+
+def _write(folder: Path, source: Contents, is_dropped: Callable[[], bool]) -> None:
     """Write shards, then switch to them. On an error the new files are removed."""
     manifest = source.manifest
     shards = cut(manifest.specs(source.state.method, source.state.options), manifest.max_shard_bytes, manifest.save_id)
     try:
-        manifest.shards[:] = _written(folder, shards, source)
+        manifest.shards[:] = _written(folder, shards, source, is_dropped)
         files.switch(folder, FILE_NAME, manifest.text())
     except BaseException:
         if not _is_current(folder, manifest.save_id):
@@ -116,38 +146,65 @@ def _write(folder: Path, source: Contents) -> None:
     files.remove_others(folder, [shard.name for shard in shards])
 
 
-def _written(folder: Path, shards: list[Shard], source: Contents) -> list[tuple[str, int, str]]:
-    """Write shards by several threads. Returns name, size and digest of each. No thread runs behind an error."""
+def _written(
+    folder: Path, shards: list[Shard], source: Contents, is_dropped: Callable[[], bool]
+) -> list[tuple[str, int, str]]:  # fmt: skip
+    """Write shards by several threads. Returns name, size and digest of each. No thread runs behind an error.
+
+    The threads are no pool of `concurrent.futures`, which takes no work while the interpreter exits.
+    """
     failed: list[BaseException] = []
     """Errors, the first one first. Threads stop once there is one."""
+    waiting, digests = deque(shards), dict[str, str]()
 
-    def write(shard: Shard) -> tuple[str, int, str]:
+    def stops() -> bool:
+        return bool(failed) or is_dropped()
+
+    def write(shard: Shard) -> None:
         digest, staging = hashlib.sha256(shard.header), Staging()
-        with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
+        with thread_modes():
             try:
-                files.create(folder / shard.name, partial(_fill, shard, source, staging, digest, failed))
-            except BaseException as error:
-                failed.append(error)
-                raise
+                files.create(folder / shard.name, partial(_fill, shard, source, staging, digest, stops))
             finally:
                 staging.wait()
-        return shard.name, shard.num_bytes, digest.hexdigest()
+        digests[shard.name] = digest.hexdigest()
 
-    source.wait_for_kernels()
-    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(shards))
-    with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_save") as pool:
-        writing = []
+    def write_some() -> None:
+        with suppress(IndexError):
+            while not failed:
+                shard = waiting.popleft()
+                try:
+                    write(shard)
+                except BaseException as error:
+                    failed.append(error)
+
+    threads: list[Thread] = []
+    try:
+        for number in range(min(_MOST_THREADS, os.cpu_count() or 1, len(shards))):
+            thread = Thread(target=write_some, name=f"spin_hf_save_{number}", daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # no more threads; while the interpreter exits, none
+        if not threads:
+            write_some()
+    except BaseException as error:
+        failed.append(error)
+    try:
+        _join(threads)
+    except BaseException as error:
+        failed.append(error)
+        _join(threads)
+    if failed:
         try:
-            for shard in shards:
-                writing.append(pool.submit(write, shard))
-            wait(writing, return_when=FIRST_EXCEPTION)
-            if failed:
-                raise failed[0]
-            return [each.result() for each in writing]
-        except BaseException as error:
-            failed.append(error)
-            pool.shutdown(cancel_futures=True)
-            raise
+            raise failed[0]
+        finally:
+            failed.clear()  # errors hold this frame, and so the contents, until the garbage collector comes
+    return [(shard.name, shard.num_bytes, digests[shard.name]) for shard in shards]
+
+
+def _join(threads: list[Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _is_current(folder: Path, save_id: str) -> bool:
@@ -161,19 +218,15 @@ def _is_current(folder: Path, save_id: str) -> bool:
 
 
 def _fill(
-    shard: Shard, source: Contents, staging: Staging, digest: Any, failed: list[BaseException], descriptor: int
+    shard: Shard, source: Contents, staging: Staging, digest: Any, stops: Callable[[], bool], descriptor: int
 ) -> None:
-    """Write a shard, and add the checksums of its pieces to `digest`. Stops if another thread has failed."""
+    """Write a shard, and add the checksums of its pieces to `digest`. Raises StoppedError once `stops()`."""
     files.write_all(descriptor, shard.header)
     for part in shard.parts:
         for views, (begin, end) in zip(source.pieces(part, staging), part.pieces(), strict=True):
-            if failed:
-                raise _StoppedError
+            if stops():
+                raise StoppedError
             assert sum(view.nbytes for view in views) == end - begin
             digest.update(piece_checksum(views))
             for view in views:
                 files.write_all(descriptor, view)
-
-
-class _StoppedError(Exception):
-    """Another thread has failed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -56,7 +56,7 @@ class CudaRegistrar(Registrar):
         """
         cudart = torch.cuda.cudart()
         # Without this, a thread with no current device would create a context on device 0.
-        with torch.cuda.device(self.device), _allowed_during_capture():
+        with torch.cuda.device(self.device), allowed_during_capture():
             code = int(cudart.cudaHostRegister(address, num_bytes, _PORTABLE | _MAPPED))
             if code:
                 _clear_last_error()
@@ -70,7 +70,7 @@ class CudaRegistrar(Registrar):
     def unregister(self, address: int) -> None:
         """Synchronize the device, then unlock the memory. Raises RuntimeError if CUDA has failed."""
         wait_for_device(self.device)  # kernels may still read it, and cudaHostUnregister may not wait for them
-        with torch.cuda.device(self.device), _allowed_during_capture():
+        with torch.cuda.device(self.device), allowed_during_capture():
             if int(torch.cuda.cudart().cudaHostUnregister(address)):
                 _clear_last_error()
 
@@ -91,6 +91,21 @@ def wait_for_stream(device: torch.device) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
+def work_so_far(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """A function that waits for what the current streams of CUDA devices have to do now. It disturbs no capture."""
+    events = []
+    for device in {device for device in devices if device.type == "cuda"}:
+        event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return wait
+
+
 def _runtime_function(name: str) -> Callable[..., int] | None:
     """A CUDA runtime function that torch loads but does not wrap; None if it is not found."""
     try:
@@ -108,7 +123,7 @@ def _clear_last_error() -> None:
 
 
 @contextmanager
-def _allowed_during_capture() -> Iterator[None]:
+def allowed_during_capture() -> Iterator[None]:
     """Allow page-locking while another thread captures a graph. By default CUDA would invalidate that capture."""
     exchange = _runtime_function("cudaThreadExchangeStreamCaptureMode")
     mode = ctypes.c_int(_CAPTURE_RELAXED)

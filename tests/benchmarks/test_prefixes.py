@@ -108,6 +108,7 @@ def test_disk_store(run: Run, part: str) -> None:
     ]  # fmt: skip
     assert all(rows[f"{name}, hit, {files}"]["reused_tokens"] == TOKENS for files in ("warm", "cold"))
     assert rows[f"{name}, first call"]["seconds"] > rows[f"{name}, first call"]["keep_s"] > 0
+    assert rows[f"{name}, first call"]["stored_s"] >= 0
     assert not list(run.folder.iterdir())
 
 

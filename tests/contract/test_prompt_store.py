@@ -23,7 +23,7 @@ from spin_hf.persistence import prompt_store
 from spin_hf.persistence.prefix_index import PrefixIndex
 from tests.support.answers import answer, assert_fresh
 from tests.support.memory import SMALL_ZONES
-from tests.support.stores import BLOCK, Maker, store_maker
+from tests.support.stores import BLOCK, Maker, StoredAtOnce, store_maker
 from tests.support.zoo import build_model, left_padded, random_tokens
 
 
@@ -157,9 +157,9 @@ def test_a_prompt_is_identified_once(make: Maker, monkeypatch: pytest.MonkeyPatc
     model, store, calls = build_model("llama"), make(), [0]
     space_of = prompt_store.space_of
 
-    def counted(cache: Any) -> str:
+    def counted(*args: Any) -> str:
         calls[0] += 1
-        return space_of(cache)
+        return space_of(*args)
 
     monkeypatch.setattr(prompt_store, "space_of", counted)
     answer(model, random_tokens(1, 40), SpinCache(model, budget=1 << 20, store=store))
@@ -264,7 +264,7 @@ def test_another_process_goes_on(tmp_path: Path) -> None:
 def test_damaged_entries_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, ids, draw = build_model("llama"), random_tokens(1, 40), random.Random(0)
     for trial in range(12):
-        store = PromptStore(tmp_path / f"store {trial}", block_tokens=BLOCK)
+        store = StoredAtOnce(tmp_path / f"store {trial}", block_tokens=BLOCK)
         answer(model, ids, SpinCache(model, budget=1 << 20, store=store))
         (folder,) = (tmp_path / f"store {trial}" / "entries").iterdir()
         file = draw.choice(sorted(each for each in folder.iterdir() if each.stat().st_size))
@@ -277,7 +277,7 @@ def test_damaged_entries_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFi
             content[draw.randrange(len(content))] ^= 255
             file.write_bytes(content)
         caplog.clear()
-        later = PromptStore(tmp_path / f"store {trial}", block_tokens=BLOCK)
+        later = StoredAtOnce(tmp_path / f"store {trial}", block_tokens=BLOCK)
         assert_fresh(model, ids, SpinCache(model, budget=1 << 20, store=later))
         if not later.stats().hits:
             assert "is removed" in caplog.text
@@ -287,7 +287,7 @@ def test_damaged_entries_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_an_entry_that_does_not_fit_a_cache_stays(tmp_path: Path) -> None:
-    model, ids, store = build_model("llama"), random_tokens(1, 200), PromptStore(tmp_path, block_tokens=BLOCK)
+    model, ids, store = build_model("llama"), random_tokens(1, 200), StoredAtOnce(tmp_path, block_tokens=BLOCK)
     answer(model, ids, SpinCache(model, "shadowkv", budget=24, store=store, **SMALL_ZONES))
     small = SpinCache(model, "shadowkv", budget=24, store=store, gpu_memory=1000, cpu_memory=1000, **SMALL_ZONES)
     with pytest.raises((BudgetError, CapacityError)):  # the model cannot read it either
@@ -315,7 +315,7 @@ def test_an_index_that_cannot_be_used_costs_no_answer(
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    store = PromptStore(tmp_path, block_tokens=BLOCK)
+    store = StoredAtOnce(tmp_path, block_tokens=BLOCK)
     for name, age in (("old.new", 7200), ("young.new", 10)):
         (tmp_path / "entries" / name).mkdir()
         os.utime(tmp_path / "entries" / name, (time.time() - age,) * 2)

@@ -85,5 +85,5 @@ def test_waits_for_the_device_before_unregistering(runtime: FakeRuntime, code: i
 
 def test_runtime_function_that_is_not_there() -> None:
     assert host_register._runtime_function("cudaNoSuchFunction") is None
-    with host_register._allowed_during_capture():
+    with host_register.allowed_during_capture():
         host_register._clear_last_error()

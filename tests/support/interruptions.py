@@ -10,17 +10,20 @@
 
 Python runs a signal's handler between two bytecodes, so the beginning of a line stands for all of them. The garbage collector
 is off meanwhile: it would run finalizers at any line, and the same number would not be the same line again. Lines of kernels
-that Triton interprets do not count: on a GPU Python does not run them.
+that Triton interprets do not count: on a GPU Python does not run them. Nor does the end of a `with` block: Python handles no
+signal there before `__exit__` is called, and a lock would be held for ever.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
 import gc
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import spin_hf
@@ -55,13 +58,27 @@ class Interruption:
         return self._line if counts and self.place is None else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and self.place is None:
+        if event == "line" and self.place is None and frame.f_lasti not in _ends_of_with(frame.f_code):
             line = frame.f_code.co_filename.removeprefix(PACKAGE), frame.f_lineno
             self.lines.append(line)
             if len(self.lines) - 1 == self.at:
                 self.place = line
                 raise KeyboardInterrupt
         return self._line
+
+
+@functools.cache
+def _ends_of_with(code: CodeType) -> frozenset[int]:
+    """Offsets of the instructions with which `with` blocks begin to end, with an exception or without."""
+    found, names = list(dis.get_instructions(code)), {"POP_BLOCK", "PUSH_EXC_INFO"}
+    ends = set[int]()
+    for number, each in enumerate(found):
+        following = found[number + (each.opname in names) : number + 4]
+        plain = [one.opname for one in following[:3]] in (["LOAD_CONST"] * 3, ["LOAD_CONST", "DUP_TOP", "DUP_TOP"])
+        calls_exit = plain and all(one.argval is None for one in following if one.opname == "LOAD_CONST")
+        if calls_exit or (following and following[0].opname == "WITH_EXCEPT_START"):
+            ends.add(each.offset)
+    return frozenset(ends)
 
 
 def lines_of(call: Callable[[], Any]) -> list[Line]:
