@@ -174,9 +174,7 @@ class SavedCache(OpenCache):
                     if entry.fitted:
                         specs = made.fitted_specs(index, entry, state.method)
                         fitted[index] = {name: PlainTensor(spec.dtype, spec.shape) for name, spec in specs.items()}
-                        reading.submit(
-                            self.reads({specs[name].name: held.fill for name, held in fitted[index].items()})
-                        )
+                        reading.submit(self.reads({specs[name].name: held for name, held in fitted[index].items()}))
                     if layer.store.is_registered and index == state.layers[0].layer_idx:
                         alike = later_layers_alike(made.layers, devices, index)
                         ahead.enter_context(_memory_ahead(layer.store.backing, alike))
