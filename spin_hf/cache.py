@@ -60,7 +60,7 @@ class SpinCache(CacheCopies, LinearStates):
         model: the model, or its config. Given a model, `config._attn_implementation` is "spin" during its calls that carry
             the cache. Given a config, it stays "spin" until the cache's first forward has shown which model runs it. Calls
             without a `SpinCache` use the model's original implementation.
-        method: "bisection", "fitted", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`,
+        method: "fitted", "bisection", "shadowkv", "retroinfer", "quest", or an object such as `ShadowKV(...)`,
             `SeerAttention(gates)`.
         budget: tokens selected per KV head and step, in addition to sinks and recent window: an int, or a float fraction of
             the context in (0, 1]. Rounded up to whole pages.
@@ -92,7 +92,7 @@ class SpinCache(CacheCopies, LinearStates):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        method: str | Method = "bisection",
+        method: str | Method = "fitted",
         *,
         budget: int | float = 2048,
         num_sink_tokens: int = 4,
@@ -232,7 +232,7 @@ class SpinCache(CacheCopies, LinearStates):
     @classmethod
     @outside_inference_mode
     def from_cache(
-        cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "bisection",
+        cls, cache: Cache, model: PreTrainedModel | PreTrainedConfig, method: str | Method = "fitted",
         *, attention_mask: Tensor | None = None, **options: Any,
     ) -> SpinCache:  # fmt: skip
         """A SpinCache with the tokens of a `DynamicCache`, indexed and placed as after a prefill.

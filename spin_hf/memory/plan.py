@@ -95,7 +95,7 @@ def plan(
     context_length: int,
     batch_size: int = 1,
     dtype: torch.dtype | None = None,
-    method: str | Method = "bisection",
+    method: str | Method = "fitted",
     **options: Any,
 ) -> MemoryPlan:
     """Memory that a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.

@@ -18,7 +18,7 @@ from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-METHODS = ["bisection", "shadowkv", "retroinfer", "quest"]
+METHODS = ["bisection", "fitted", "shadowkv", "retroinfer", "quest"]
 
 
 def on_gpu(family: str) -> Any:

@@ -20,12 +20,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROMPT, STEPS = 700, 24
 OPTIONS: dict[str, Any] = {"budget": 64, "recent_window": 16}
 MODES: dict[str, dict[str, Any]] = {
-    "bisection": {},
+    "fitted": {},
+    "bisection": {"method": "bisection"},
     "shadowkv": {"method": "shadowkv"},
     "retroinfer": {"method": "retroinfer"},
     "quest": {"method": "quest"},
     "tiered": {"method": "shadowkv", "gpu_memory": "1MB"},
-    "bisection tiered": {"gpu_memory": "1MB"},
+    "bisection tiered": {"method": "bisection", "gpu_memory": "1MB"},
+    "fitted tiered": {"gpu_memory": "1MB"},
 }
 
 
