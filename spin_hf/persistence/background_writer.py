@@ -30,8 +30,7 @@ import torch
 from ..storage.host_register import work_so_far
 from .fingerprint import ModelFacts
 from .prompt_identity import common_length, tensors_of, with_options
-from .staging import thread_modes
-from .writer import ForkInUse, StoppedError, save
+from .writer import ForkInUse, StoppedError, save, thread_modes
 
 logger = logging.getLogger("spin_hf")
 

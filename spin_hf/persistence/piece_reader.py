@@ -16,7 +16,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from .staging import Staging, thread_modes
+import torch
+
+from .staging import Staging
 
 Piece = TypeVar("Piece")
 
@@ -78,7 +80,7 @@ class PieceReader(Generic[Piece]):
     def _work(self) -> None:
         staging = Staging()
         try:
-            with thread_modes():
+            with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
                 while not self._stopped and (piece := self._queue.get()) is not None:
                     self._read(piece, staging)
         except BaseException:
