@@ -59,7 +59,15 @@ H200 = "h200/decode-llama-8b"
 PARTS: dict[str, list[Section]] = {
     "Speed": [
         Section(
-            "Time per token, `bisection` (the default method)",
+            "Time per token, `fitted` (the default method)",
+            "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights.",
+            (f"{H200}-fitted.json",),
+            lambda results: [
+                (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results
+            ],
+        ),
+        Section(
+            "Time per token, `bisection`",
             "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights. "
             "A factor compares with `SpinCache(model)` of the same run.",
             (f"{H200}-bisection.json", f"{H200}-bisection-kernels.json"),
@@ -198,6 +206,12 @@ PARTS: dict[str, list[Section]] = {
         ),
     ],
     "Quality": [
+        Section(
+            "`fitted` and `bisection`",
+            "KL and attention mass as below, of the same plays.",
+            ("quality-fitted-smollm2.json", "quality-fitted-qwen2.5-0.5b.json"),
+            losses("shadowkv"),
+        ),
         Section(
             "`bisection` and `shadowkv`",
             "KL divergence of the next token from dense attention (nats, lower is better), and attention mass read as a "

@@ -148,8 +148,7 @@ class Tuning:
         check_interval_steps: steps between two checks of free GPU memory, which query the driver.
         prompt_frames: most page frames per KV head during a prefill, which does not read them.
         prefill_tokens: most tokens of all sequences in a chunk of a prompt on a GPU: enough for matrix products at full speed.
-        sparse_overhead_us: microseconds that a layer's sparse launches take longer than dense attention to nothing, for
-            `dense_below="auto"`; 0 for sparse attention at any length.
+        dense_factor: of `KernelRecipe.overhead_us`, for `dense_below="auto"`; 0 for sparse attention at any length.
         piece_bytes: keys and values that a prompt reads at a time from earlier pages (`storage/page_stream.py`).
     """
 
@@ -166,7 +165,7 @@ class Tuning:
     prompt_frames: int = 2048
     prefill_tokens: int = 8192
     piece_bytes: int = 128 << 20
-    sparse_overhead_us: float = 20.0
+    dense_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,8 @@ class SpinOptions:
         recent_window: last tokens that are always attended to, without padding and including the query's own token. At
             least 1. Rounded up to whole pages.
         dense_below: a query attends to all tokens if its sequence has at most this many. "auto": steps of one token do where
-            that is faster, as reading all keys and values takes less than `Tuning.sparse_overhead_us`, while all pages are
-            on the GPU.
+            that is faster, as reading all keys and values takes less than the method's `KernelRecipe.overhead_us`, while all
+            pages are on the GPU.
         gpu_memory: cap in bytes on the compute tier (GPU memory, or RAM without a GPU); None for what is free, less a margin.
         cpu_memory: cap in bytes on the cpu tier (host memory); None for no cap.
         summary_dtype: "int8", "model" for the dtype of the keys, or "auto": int8 if keys have 16 bits.

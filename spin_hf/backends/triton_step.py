@@ -271,7 +271,9 @@ class StepKernels(Descriptors, AttentionBackend):
         store = next((layer.store for layer in self.state.layers if self.serves(layer)), None)
         if self.state.options.dense_below != "auto" or store is None:
             return 0
-        room = self.state.options.tuning.sparse_overhead_us * device_limits.bytes_per_us(self.device)
+        room = (
+            self.state.options.tuning.dense_factor * self.recipe.overhead_us * device_limits.bytes_per_us(self.device)
+        )
         return int(room / (self.streams * (store.key_dim + store.value_dim) * store.dtype.itemsize))
 
     def is_dense_layer(self, layer: LayerState) -> bool:

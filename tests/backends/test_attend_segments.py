@@ -16,7 +16,6 @@ from spin_hf.kernels.triton_launchers import launchers
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.inspection import kernels_of
 from tests.support.interpreted_kernels import forward_steps, interpret_kernels
-from tests.support.tuning import retuned
 from tests.support.zoo import build_model
 
 pytestmark = [
@@ -95,17 +94,16 @@ def test_sizes(
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """By the bytes of keys and values of all sequences; not while pages are in host memory; and an option says otherwise."""
     interpret_kernels(monkeypatch)
-    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 1000.0)
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 51200 / ShadowKV().recipe.overhead_us)
     shape = Shape(kv_heads=2, group=1, key_dim=16, value_dim=16)  # 256 bytes a token
     kv = RandomKV.random(shape, 2, 120, seed=0)
 
     def launches_of_steps(**options: Any) -> list[str]:
         driver = CacheDriver(shape, budget=16, recent_window=8, **options)
-        with retuned(driver.cache, sparse_overhead_us=51.2):  # 51,200 bytes: 100 tokens of each of two sequences
-            driver.step(kv, 0, 98)
-            launched.clear()
-            for at in range(98, 102):
-                driver.step(kv, at, at + 1)
+        driver.step(kv, 0, 98)  # 51,200 bytes are 100 tokens of each of two sequences
+        launched.clear()
+        for at in range(98, 102):
+            driver.step(kv, at, at + 1)
         assert kernels_of(driver.cache)
         return list(launched)
 

@@ -17,4 +17,4 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def sparse_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense attention would be faster for all contexts of tests."""
-    tune(monkeypatch, sparse_overhead_us=0)
+    tune(monkeypatch, dense_factor=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from spin_hf import SpinCache, enable
+from spin_hf import ShadowKV, SpinCache, enable
 from spin_hf.graph import model_calls
 from spin_hf.kernels import device_limits
 from tests.support.padded_pair import FULL, generate_short, padded_inputs
@@ -106,8 +106,9 @@ def test_captured_and_eager_steps_select_the_same() -> None:
 def test_dense_steps_become_sparse(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As reading everything takes longer than selecting: another graph goes on, and sees what the dense steps appended."""
     model, inputs = build_model("llama").cuda().eval(), padded_inputs(padded)
-    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 1000.0)
-    tune(monkeypatch, sparse_overhead_us=2 * 2 * (16 + 16) * 4 * 120 / 1000)  # 120 tokens
+    tune(monkeypatch, dense_factor=1)
+    whole = 2 * 2 * (16 + 16) * 4 * 120  # bytes of 120 tokens
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: whole / ShadowKV().recipe.overhead_us)
     logits = []
     for given in (model.config, model):  # eager, captured
         cache = SpinCache(given, "shadowkv", budget=24, recent_window=8)

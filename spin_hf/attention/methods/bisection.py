@@ -73,7 +73,9 @@ class Bisection(ClusteringMethod, Method):
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, except clustering and summaries."""
-        return KernelRecipe(Rating.MEAN, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_fraction=1.0)
+        return KernelRecipe(
+            Rating.MEAN, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_fraction=1.0, overhead_us=40.0
+        )
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`mean` [D], `value` [Dv], `codes` [P, D / 2] and `scale` [P]."""
