@@ -134,9 +134,9 @@ def test_the_default_method() -> None:
     """The same for a cache, for one that takes over another, and for a plan."""
     config = Shape().config()
     taken = SpinCache.from_cache(DynamicCache(config=config), config)
-    assert [state_of(cache).method.name for cache in (SpinCache(config), taken)] == ["bisection", "bisection"]
+    assert [state_of(cache).method.name for cache in (SpinCache(config), taken)] == ["fitted", "fitted"]
     planned = plan(config, context_length=4096)
-    assert planned == plan(config, context_length=4096, method="bisection")
+    assert planned == plan(config, context_length=4096, method="fitted")
     assert planned != plan(config, context_length=4096, method="shadowkv")
 
 

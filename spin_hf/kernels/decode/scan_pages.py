@@ -7,7 +7,7 @@
         values    fields of the pages' value codes, times weight and scale of pages     [Dv, heads]
 
 Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
-subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`_halves`), take columns of
+subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`halves`), take columns of
 the tensor cores that would be idle. The codes are multiplied as they are stored: a field is masked, not moved.
 The specification is `kernels/reference_scan.py`; the layout of the codes stands there.
 """
