@@ -37,7 +37,7 @@ HIDDEN_QUESTION = "What is the secret passkey of the theatre's back door?"
 TEXT_TOKENS = {"cpu": 2500, "cuda": 3500}
 """Tokens of Macbeth, by type of device."""
 QUESTION_TOKENS = 64
-"""Tokens at the prompt's end that each cache reads by itself. `bisection` learns from their queries which keys matter."""
+"""Tokens at the prompt's end that each cache reads by itself. `fitted` learns from their queries which keys matter."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="hub id or folder of any causal LM (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt-file", type=Path, help="a text file to ask about (default: Macbeth, see above)")
     parser.add_argument("--question", help="asked after the text; without it the prompt file is the whole prompt")
-    parser.add_argument("--method", default="bisection", help="how the tokens to attend to are chosen")
+    parser.add_argument("--method", default="fitted", help="how the tokens to attend to are chosen")
     parser.add_argument(
         "--budget",
         type=budget,
