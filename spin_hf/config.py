@@ -279,9 +279,7 @@ def _dense_below(value: Any) -> int | str:
     if isinstance(value, str):
         if value == "auto":
             return value
-        raise OptionError(
-            f'dense_below: expected an int (tokens) or "auto", got {shown(value)}; pass dense_below=4096'
-        )
+        raise OptionError(f'dense_below: expected an int (tokens) or "auto", got {shown(value)}; pass dense_below=4096')
     return require_tokens("dense_below", value, 0)
 
 

@@ -182,9 +182,22 @@ class StepKernels(Descriptors, AttentionBackend):
         def launches(launch: Launch) -> None:
             self._launches(launch, layer, query, call, out, new, shape)
 
+        def launches_and_encodes(launch: Launch) -> None:
+            launches(launch)
+            if self.recipe.scans_codes:  # what a later step launches, for a page that is complete then
+                self.launchers.encode_last_unit(
+                    launch,
+                    self.step,
+                    self.layer_addresses,
+                    batch_size=self.batch_size,
+                    first=0,
+                    num_pages=1,
+                    shape=shape,
+                )
+
         variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.reads_all())
         if variant not in self.compiled_variants:
-            self.launchers.compile_ahead(launches)
+            self.launchers.compile_ahead(launches_and_encodes)
             self.compiled_variants.add(variant)
         launches(self.launchers.launch_now)
         self.binding.known["planned"] = True

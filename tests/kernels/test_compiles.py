@@ -30,7 +30,8 @@ BEFORE_AMPERE_BY_FORMULAS = {
 COMPILED_AHEAD = {
     "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
     "plan_step_kernel", "find_outliers_kernel", "score_kernel", "rate_kernel", "rerank_kernel", "rate_rerank_kernel",
-    "choose_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel",
+    "choose_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel",
+    "scan_kernel", "encode_last_unit_kernel",
 }  # fmt: skip
 """What a step launches behind its tokens' keys, and what parts tokens."""
 

@@ -296,11 +296,26 @@ def _main_axes(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrix = matrix / size + 1e-7 * eye
     axes = eye.expand_as(matrix)
     for _ in range(ITERATIONS):
-        axes = torch.linalg.qr(matrix @ axes).Q
+        axes = _orthonormal(matrix @ axes)
     variances = (axes * (matrix @ axes)).sum(-2)
     order = variances.argsort(-1, descending=True)
     axes = axes.gather(-1, order.unsqueeze(-2).expand_as(axes))
     return axes, variances.gather(-1, order) * size.squeeze(-1)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Q of the QR decomposition of [..., D, D], by Cholesky decompositions of its Gram matrix in 64 bits, twice.
+
+    By reflections a GPU decomposes one matrix after the other, by Cholesky all of them at once: 256 matrices would take most of
+    a second. The first ridge keeps nearly dependent columns from failing. The second time removes what it leaves.
+    """
+    columns, eye = columns.double(), torch.eye(columns.shape[-1], dtype=torch.float64, device=columns.device)
+    for ridge in (1e-12, 0.0):
+        gram = columns.mT @ columns
+        gram = gram + ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * eye
+        root = torch.linalg.cholesky_ex(gram).L.mT
+        columns = torch.linalg.solve_triangular(root, columns, upper=True, left=False)
+    return columns.float()
 
 
 def _with_quarters(forward: Tensor, inverse: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ from ..common import (
     tokens_valid,
     triton_dtype,
 )  # fmt: skip
-from ..launch import LaunchShape, power_of_two
+from ..launch import Launch, LaunchShape, power_of_two
 from ..reference_scan import UNIT_PAGES
 from .code_levels import encode_levels, numbers_of
 
@@ -85,7 +85,7 @@ def encode_units(
 
 
 def encode_last_unit(
-    step: Tensor, layers: Tensor, *, batch_size: int, first: int, num_pages: int, shape: LaunchShape
+    launch: Launch, step: Tensor, layers: Tensor, *, batch_size: int, first: int, num_pages: int, shape: LaunchShape
 ) -> bool:
     """Write the summaries of pages [first, first + num_pages), the last unit of each sequence, in many layers.
 
@@ -97,10 +97,11 @@ def encode_last_unit(
     """
     if not fits(max(shape.key_dim, shape.value_dim), shape.dtype.itemsize, shape.shared_memory):
         return False
-    encode_last_unit_kernel[(batch_size * shape.num_heads, layers.shape[0], 2)](
-        step, layers, first, num_pages, H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size,
-        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
-        BACKING_BYTES=shape.backing_bytes, num_warps=4, **_blocks(shape.key_dim, shape.value_dim),
+    launch(
+        encode_last_unit_kernel, (batch_size * shape.num_heads, layers.shape[0], 2), step, layers, first, num_pages,
+        H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size, SEGMENT=shape.segment_pages,
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype), BACKING_BYTES=shape.backing_bytes,
+        num_warps=4, **_blocks(shape.key_dim, shape.value_dim),
     )  # fmt: skip
     return True
 
