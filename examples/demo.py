@@ -223,7 +223,8 @@ def main() -> None:
 
     print(f"\nSpinCache, {args.method}, budget {args.budget}:")
     try:
-        cache = SpinCache.from_cache(dense_cache, model, args.method, budget=args.budget)
+        # A GPU would read all of so short a text, as that is faster than selecting.
+        cache = SpinCache.from_cache(dense_cache, model, args.method, budget=args.budget, dense_below=0)
     except (ValueError, TypeError) as error:
         sys.exit(f"SpinCache: {error}")
     sparse = answer(model, tokenizer, inputs, cache, args.max_new_tokens)

@@ -89,7 +89,7 @@ def main() -> None:
             with torch.no_grad():
                 model(prompt[:, :-1], past_key_values=prefilled, logits_to_keep=1)
             caches: dict[str, Cache] = {
-                f"budget {budget}": SpinCache.from_cache(prefilled, model, "shadowkv", budget=budget)
+                f"budget {budget}": SpinCache.from_cache(prefilled, model, "shadowkv", budget=budget, dense_below=0)
                 for budget in args.budgets
             }
             for row, cache in {**caches, "dense": prefilled}.items():  # dense last: answering fills the shared prefill

@@ -50,7 +50,7 @@ class Filled:
         free()
         device = model.device.type
         self.model, self.num_tokens, self.batch, self.padding = model, num_tokens, batch, padding
-        self.cache = SpinCache(model, METHOD, **options)
+        self.cache = SpinCache(model, METHOD, dense_below=0, **options)
         started = _now()
         reserve_spin(self.cache, model.config, num_tokens, device, batch)
         self.reserve_s = _now() - started

@@ -9,7 +9,7 @@
     --plan                           says what would be measured, and about how long it takes
 
     spin     SpinCache(model), captured steps, under `generate`, selecting with the overlap of a real model (`replayed`),
-             with the lowest and with the highest possible; see `overlap.py`
+             with the lowest and with the highest possible; see `overlap.py`. At every length, with `dense_below=0`
     rivals   see `rivals.py`;  kernels   see `step_profile.py`: at the end, when all times per token have been taken
 
 TPOT is (time of `generate` with 72 new tokens - with 8) / 64, the median of three (of two, or with fewer tokens, for slow ones

@@ -55,7 +55,7 @@ class Case:
         config = type(SHAPES["llama-8b"])(**{**SHAPES["llama-8b"].to_dict(), "num_hidden_layers": 1})
         config.dtype, config._attn_implementation = torch.bfloat16, "sdpa"
         self.about = {"tokens": num_tokens, "gpu_memory": gpu_memory, "budget_tokens": budget}
-        self.cache = SpinCache(config, "shadowkv", budget=budget, gpu_memory=gpu_memory)
+        self.cache = SpinCache(config, "shadowkv", budget=budget, gpu_memory=gpu_memory, dense_below=0)
         torch.cuda.synchronize()
         started = time.perf_counter()
         fill_spin(self.cache, config, num_tokens)

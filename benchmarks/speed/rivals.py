@@ -52,7 +52,7 @@ def measure_rival(model: Any, name: str, num_tokens: int, budget: int, batch: in
             return tpot(model, cache, num_tokens, many=24 if num_tokens > 65536 else 72, times=2)
         finally:
             torch._dynamo.reset()
-    spin = SpinCache(model, "shadowkv", budget=budget)
+    spin = SpinCache(model, "shadowkv", budget=budget, dense_below=0)
     fill_spin(spin, config, num_tokens)
     hook = next(model.children()).register_forward_hook(lambda *_: None)
     try:

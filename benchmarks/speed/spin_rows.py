@@ -29,7 +29,7 @@ WARM = 144
 def filled_cache(model: Any, num_tokens: int, budget: int, gpu_memory: str, method: Method) -> tuple[SpinCache, float]:
     """A cache of so many tokens, and the seconds that filling it took."""
     free()
-    cache = SpinCache(model, budget=budget, gpu_memory=gpu_memory, method=method)
+    cache = SpinCache(model, budget=budget, gpu_memory=gpu_memory, method=method, dense_below=0)
     torch.cuda.synchronize()
     started = time.perf_counter()
     fill_spin(cache, model.config, num_tokens)
