@@ -203,12 +203,13 @@ def launch_all(dtype: torch.dtype) -> None:
 
 def coded_step(dtype: torch.dtype) -> None:
     """A step over coded pages, with and without padding."""
-    from spin_hf.kernels.compile_ahead import launch_now
+    from spin_hf.kernels.compile_ahead import compile_ahead, launch_now
 
     digits, memory = device_limits.multiplies(torch.device("cpu")), device_limits.shared_memory(torch.device("cpu"))
     for group, lengths in [(4, (300,)), (8, (300, 200))]:
         case = CodedCase(group=group, key_dim=128, value_dim=128, dtype=dtype, lengths=lengths, digits=digits)
         case.shape = replace(case.shape, compiled=True, shared_memory=memory)
+        compile_ahead(case.launches)
         case.launches(launch_now)
 
 
