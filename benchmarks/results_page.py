@@ -138,7 +138,7 @@ def readme_batches() -> Lines:
 
 
 README_QUALITY: dict[str, tuple[str, ...]] = {
-    "fitted": ("quality-fitted-smollm2", "quality-fitted-qwen2.5-0.5b", ""),
+    "fitted": ("quality-fitted-smollm2", "quality-fitted-qwen2.5-0.5b", "retrieval-fitted-qwen2.5-0.5b"),
     "bisection": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),
     "retroinfer": ("quality-methods-smollm2", "quality-methods-qwen2.5-0.5b", "retrieval-methods-qwen2.5-0.5b"),
     "shadowkv": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),

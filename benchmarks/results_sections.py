@@ -208,8 +208,8 @@ PARTS: dict[str, list[Section]] = {
     "Quality": [
         Section(
             "`fitted` and `bisection`",
-            "KL and attention mass as below, of the same plays.",
-            ("quality-fitted-smollm2.json", "quality-fitted-qwen2.5-0.5b.json"),
+            "KL, attention mass and questions as below, of the same plays.",
+            ("quality-fitted-smollm2.json", "quality-fitted-qwen2.5-0.5b.json", "retrieval-fitted-qwen2.5-0.5b.json"),
             losses("shadowkv"),
         ),
         Section(
