@@ -45,14 +45,9 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
     if step.recipe.scans_codes:
         done = step.launchers.encode_last_unit(
-            step.launchers.launch_now,
-            step.step,
-            addresses,
-            batch_size=step.batch_size,
-            first=page,
-            num_pages=stop - page,
+            step.launchers.launch_now, step.step, addresses, batch_size=step.batch_size, first=page, num_pages=stop - page,
             shape=step.shape(layers[0]),
-        )
+        )  # fmt: skip
         if done:
             return
 

@@ -186,14 +186,8 @@ class StepKernels(Descriptors, AttentionBackend):
             launches(launch)
             if self.recipe.scans_codes:  # what a later step launches, for a page that is complete then
                 self.launchers.encode_last_unit(
-                    launch,
-                    self.step,
-                    self.layer_addresses,
-                    batch_size=self.batch_size,
-                    first=0,
-                    num_pages=1,
-                    shape=shape,
-                )
+                    launch, self.step, self.layer_addresses, batch_size=self.batch_size, first=0, num_pages=1, shape=shape
+                )  # fmt: skip
 
         variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.reads_all())
         if variant not in self.compiled_variants:

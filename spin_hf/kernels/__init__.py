@@ -15,8 +15,13 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     select_pages           `reference.select_top_pages`                                        test_triton_step
     assign_slots           `reference.admit_pages`                                             test_assign_slots
     estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_triton_step
+    project_queries        `reference_scan.page_log_weights`                                   test_scan
+    scan_pages             `reference_scan.page_log_weights`, `coded_sum`                      test_scan
+    unread_pages           `reference_scan.subtract`                                           test_scan
     attend_pages           `reference.attend`, `merge_attention`, `apply_attention_sinks`      test_triton_float64
+    attend_segments        the same                                                            test_attend_segments
     quantize               `reference.quantize`, `four_bit_keys.encode_by_formulas`            test_quantize
+    encode_units           `fitted_codes.encode_by_formulas`                                   test_encode_units
     bisect                 `reference_clustering.bisect`                                       test_bisect
     kmeans, fill_clusters  `reference_clustering.unit_vectors`, `fill_clusters`                test_fill_clusters
     permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens

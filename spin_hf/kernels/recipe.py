@@ -44,7 +44,7 @@ class KernelRecipe:
         scans_codes: whether pages have the five summaries of `reference_scan.CodedPages`, in units of `UNIT_PAGES`, and each
             sequence has the basis of `Method.scan_basis`.
         overhead_us: microseconds that a layer's sparse launches take longer than dense attention to very few tokens, one
-            sequence, on an H200. For `dense_below="auto"`.
+            sequence, on an H200. For `dense_below="auto"`. The default is that of `shadowkv`.
         dense_layers: how many of the first paged layers attend to all tokens.
     """
 

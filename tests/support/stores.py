@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spin_hf import PromptStore, SpinCache
 from spin_hf.persistence import background_writer
-from tests.support.answers import assert_fresh
+from tests.support.answers import answer, assert_fresh
 from tests.support.zoo import build_model
 
 BLOCK = 8
@@ -95,3 +95,11 @@ class Gate:
 
         monkeypatch.setattr(background_writer, "save", held)
         return self
+
+
+def read(store: PromptStore, ids: Tensor, model: Any = None, **options: Any) -> SpinCache:
+    """A cache that `generate` has filled with a prompt and five tokens."""
+    model = build_model("llama") if model is None else model
+    cache = SpinCache(model, budget=1 << 20, store=store, **options)
+    answer(model, ids, cache)
+    return cache

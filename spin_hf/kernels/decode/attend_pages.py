@@ -23,8 +23,9 @@ from ..common import (
     row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype,
 )  # fmt: skip
 from ..launch import (
-    ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns,
+    Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns,
 )  # fmt: skip
+from .online_softmax import attend_tile, attended, tile_pages
 from .unread_pages import subtract_pages, unread_sums
 
 
@@ -55,18 +56,11 @@ def attend_pages(
         COLUMNS=scan_columns(group, shape)[0], VALUE_BYTES=code_bytes(shape.value_dim), VALUES=triton_dtype(shape.coded_dtype),
         COMPILED=shape.compiled, CAPPED=softcap is not None, SINKS=sinks is not None, H=shape.num_heads, G=group,
         BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k,
-        BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=_tile_pages(shape), SPLITS=splits,
+        BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=tile_pages(shape), SPLITS=splits,
         ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
         BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
     )  # fmt: skip
-
-
-def _tile_pages(shape: LaunchShape) -> int:
-    """Pages per tile, limited by the shared memory of a program."""
-    token_bytes = (shape.block_k + shape.block_v) * shape.dtype.itemsize
-    tokens = min(ATTEND_TOKENS, power_of_two(shape.shared_memory // (2 * token_bytes) + 1) // 2)  # two in flight
-    return max(16, tokens, shape.page_size) // shape.page_size
 
 
 @triton.jit
@@ -187,19 +181,8 @@ def attend_kernel(
             tl.store(resident[:, None] + place_v, values, mask=inside_v & (frame != 0)[:, None])
         if PADDED:
             values = tl.where(allowed[:, None], values, 0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # softcap * tanh(scores / softcap)
-        scores = tl.where(allowed[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        decay = tl.exp(most - shift)
-        weights = tl.exp(scores - shift[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
-        most = higher
-    lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
-    acc = acc / tl.maximum(total, 1e-37)[:, None]
+        most, total, acc = attend_tile(queries, keys, values, allowed, most, total, acc, scale, softcap, CAPPED, DTYPE)
+    acc, lse = attended(most, total, acc)
     # The lse is stored once per value, so the merge needs no exchange between threads.
     mine = split_outputs + (((bh * (SPLITS + ESTIMATED) + split) * 2) * G + group)[:, None] * DV + column_v[None, :]
     inside = (group < G)[:, None] & (column_v < DV)[None, :] & (split < SPLITS)

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import BACKING, DIRECTORY, DIRECTORY_STRIDE, POSITION, tokens_valid, triton_dtype
-from ..launch import ATTEND_TOKENS, Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 from .append_tokens import append_page
+from .online_softmax import attend_tile, attended, tile_pages
 
 
 def attend_segments(
@@ -40,19 +41,12 @@ def attend_segments(
         *out.stride()[:2], *key.stride()[:2], *value.stride()[:2], scale, softcap or 1.0, CAPPED=softcap is not None,
         SINKS=sinks is not None, NEW=new is not None, SUMMARISE=summarizes, QUANTIZED=shape.quantized[0],
         H=shape.num_heads, G=group, BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim,
-        BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=_tile_pages(shape), SPLITS=splits,
-        ALL_SPLITS=power_of_two(splits),
+        BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size,
+        TILE_PAGES=min(shape.segment_pages, tile_pages(shape)), SPLITS=splits, ALL_SPLITS=power_of_two(splits),
         HEADS=min(power_of_two(group), max(1, 512 // shape.block_v)),
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
         DTYPE=triton_dtype(shape.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
-
-
-def _tile_pages(shape: LaunchShape) -> int:
-    """Pages per tile: a power of two, at most a segment, limited by the shared memory of a program."""
-    token_bytes = (shape.block_k + shape.block_v) * shape.dtype.itemsize
-    tokens = min(ATTEND_TOKENS, power_of_two(shape.shared_memory // (2 * token_bytes) + 1) // 2)  # two in flight
-    return min(shape.segment_pages, max(16, tokens, shape.page_size) // shape.page_size)
 
 
 @triton.jit
@@ -118,19 +112,8 @@ def attend_segments_kernel(
         if PADDED:
             there = tokens_valid(step, b, token, there)
             values = tl.where(there[:, None], values, 0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        if CAPPED:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # softcap * tanh(scores / softcap)
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        decay = tl.exp(most - shift)
-        weights = tl.exp(scores - shift[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
-        most = higher
-    lse = tl.where(total > 0, most + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
-    acc = acc / tl.maximum(total, 1e-37)[:, None]
+        most, total, acc = attend_tile(queries, keys, values, there, most, total, acc, scale, softcap, CAPPED, DTYPE)
+    acc, lse = attended(most, total, acc)
     width: tl.constexpr = DV + 1
     mine = split_outputs + ((bh * SPLITS + split) * G + group) * width
     tl.store(mine[:, None] + column_v[None, :], acc, mask=(group < G)[:, None] & (column_v < DV)[None, :])
