@@ -125,7 +125,7 @@ class PrefixIndex:
 
     def _prepare(self) -> None:
         if self.file is not None:
-            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._log_ahead()
             self._connection.execute("PRAGMA synchronous=NORMAL")
         with _change(self):
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -134,6 +134,18 @@ class PrefixIndex:
             for statement in _TABLES.split(";"):
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def _log_ahead(self) -> None:
+        """Turn the file to write-ahead logging. SQLite raises at once if another connection does so too, instead of waiting."""
+        until = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
 
     def is_in_place(self) -> bool:
         """Whether the file is still at its path: SQLite goes on with one that was removed."""

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,3 +176,22 @@ def test_a_long_prompt_among_many_is_found_quickly() -> None:
     index.insert("whole", "model", common, 1)
     found = index.find("model", [*common, 1, 2, 3])
     assert (found[0].name, found[0].shared) == ("whole", 131_072)
+
+def test_opened_at_once_for_the_first_time(tmp_path: Path) -> None:
+    """Each connection turns the new file to write-ahead logging. SQLite does not wait for the others then."""
+    together, errors = threading.Barrier(6), list[BaseException]()
+
+    def opens() -> None:
+        for number in range(40):
+            together.wait(60)
+            try:
+                PrefixIndex(tmp_path / f"{number}.sqlite").close()
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=opens) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
