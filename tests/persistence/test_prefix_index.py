@@ -177,6 +177,7 @@ def test_a_long_prompt_among_many_is_found_quickly() -> None:
     found = index.find("model", [*common, 1, 2, 3])
     assert (found[0].name, found[0].shared) == ("whole", 131_072)
 
+
 def test_opened_at_once_for_the_first_time(tmp_path: Path) -> None:
     """Each connection turns the new file to write-ahead logging. SQLite does not wait for the others then."""
     together, errors = threading.Barrier(6), list[BaseException]()
