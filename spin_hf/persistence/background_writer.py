@@ -30,7 +30,8 @@ import torch
 from ..storage.host_register import work_so_far
 from .fingerprint import ModelFacts
 from .prompt_identity import common_length, tensors_of, with_options
-from .writer import ForkInUse, StoppedError, save, thread_modes
+from .staging import thread_modes
+from .writer import ForkInUse, StoppedError, save
 
 logger = logging.getLogger("spin_hf")
 

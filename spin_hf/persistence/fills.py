@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,18 @@ class Target(NamedTuple):
     finish: Callable[[], None] | None = None
 
 
-Fill = Callable[[int, int, Staging], Target]
-"""Memory for bytes [begin, end) of a tensor. A thread passes its buffers."""
+class Destination(Protocol):
+    """Where the bytes of a tensor go."""
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the bytes end up on a GPU as the file has them. They are checked there, not while they are read."""
+
+    def fill(self, begin: int, end: int, staging: Staging) -> Target:
+        """Memory for bytes [begin, end). A thread passes its buffers."""
+
+    def views(self, begin: int, end: int) -> list[Tensor]:
+        """Where bytes [begin, end) lie, in order, if `is_on_gpu` and once all copies are made."""
 
 
 class PlainTensor:
@@ -47,6 +58,12 @@ class PlainTensor:
         """Memory for bytes [begin, end)."""
         return Target([self.view(begin, end)])
 
+    is_on_gpu = False
+
+    def views(self, begin: int, end: int) -> list[Tensor]:
+        """Not called."""
+        raise NotImplementedError
+
     def finished(self, device: torch.device) -> Tensor:
         """The tensor on a device, once it has been read."""
         if self.dtype == torch.bool and self.bytes.numel() and int(self.bytes.max()) > 1:
@@ -54,28 +71,46 @@ class PlainTensor:
         return self.bytes.view(self.dtype).view(self.shape).to(device)
 
 
-def pages_fill(store: PageStore, array: ChunkedArray, entry: PagedLayer, name: str) -> Fill:
-    """Memory for rows of an array of a page store: its chunks, or a buffer.
+class PagesMemory:
+    """Rows of an array of a page store: its chunks, or a buffer.
 
     A buffer is used for rows on a GPU, and for pages that the file has in another layout. `finish` converts and copies them.
-    """
-    source, target = entry.layout(store.page_size), store.backing_layout
-    converts = name == "pages" and source != target
-    dtype, row_shape = (source.row_dtype, (source.row_elements,)) if converts else (array.dtype, array.row_shape)
-    row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
 
-    def fill(begin: int, end: int, staging: Staging) -> Target:
-        first, stop = begin // row_bytes, end // row_bytes
-        if not converts and in_host_memory(array.device):
-            return Target([bytes_of(rows) for rows in array.views(first, stop)])
-        buffer = staging.buffer(end - begin, array.device)
+    Args:
+        store, array: of the new cache.
+        entry: of the layer in the manifest.
+        name: of the array.
+    """
+
+    def __init__(self, store: PageStore, array: ChunkedArray, entry: PagedLayer, name: str) -> None:
+        self.array = array
+        self.source, self.target = entry.layout(store.page_size), store.backing_layout
+        self.converts = name == "pages" and self.source != self.target
+        self.dtype, self.row_shape = array.dtype, array.row_shape
+        if self.converts:
+            self.dtype, self.row_shape = self.source.row_dtype, (self.source.row_elements,)
+        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.is_direct = not self.converts and in_host_memory(array.device)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the rows end up on a GPU as the file has them."""
+        return not self.converts and not self.is_direct
+
+    def fill(self, begin: int, end: int, staging: Staging) -> Target:
+        """Memory for bytes [begin, end), whole rows."""
+        if self.is_direct:
+            return Target([bytes_of(rows) for rows in self.views(begin, end)])
+        buffer = staging.buffer(end - begin, self.array.device)
 
         def finish() -> None:
-            rows = buffer.view(dtype).view(stop - first, *row_shape)
-            if converts:
-                rows = target.join(target.encode(*source.take(rows)))
-            staging.copy(rows, list(array.views(first, stop)), array.device)
+            rows = buffer.view(self.dtype).view(-1, *self.row_shape)
+            if self.converts:
+                rows = self.target.join(self.target.encode(*self.source.take(rows)))
+            staging.copy(rows, self.views(begin, end), self.array.device)
 
         return Target([bytes_of(buffer)], finish)
 
-    return fill
+    def views(self, begin: int, end: int) -> list[Tensor]:
+        """The rows of bytes [begin, end) in the file."""
+        return list(self.array.views(begin // self.row_bytes, end // self.row_bytes))

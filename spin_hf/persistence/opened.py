@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from ..config import shown
 from ..errors import SavedCacheError, SpinError
-from .checksum import piece_checksum
+from .checksum import checksums_on_device, piece_checksum
 from .files import OpenFile, folder_path
-from .fills import Fill, PlainTensor
+from .fills import Destination, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
 from .piece_reader import PieceReader
 from .shards import Part, Shard, TensorSpec, cut
-from .staging import Staging
+from .staging import Staging, thread_modes
 from .strict_json import RefusedError
 
 _MOST_THREADS = 16
 _READ_BYTES = 8 << 20
 """Bytes of whole pieces that share one buffer and one copy to a GPU. Each takes the interpreter's lock for some 100 µs."""
+_SUM_BYTES = 32 << 20
+"""Bytes of whole pieces on a GPU that are summed there at a time."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"
@@ -38,7 +41,7 @@ class FilledBytes(NamedTuple):
     part: Part
     begin: int
     end: int
-    fill: Fill
+    destination: Destination
 
 
 class OpenCache:
@@ -61,6 +64,8 @@ class OpenCache:
         """The parts of each tensor."""
         self._checksums: dict[tuple[str, int], bytes] = {}
         """Checksum of each piece read, by file name and offset."""
+        self._on_gpu: dict[str, Destination] = {}
+        """Where tensors lie that are checked on a GPU."""
         try:
             self._open()
         except BaseException as error:
@@ -127,29 +132,36 @@ class OpenCache:
         num_reads = sum(len(_reads(part)) for part in parts)
         return PieceReader(self._read, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_reads)))
 
-    def reads(self, fills: Mapping[str, Fill]) -> Iterator[FilledBytes]:
-        """What is read at a time of the tensors that `fills` names, with where it goes."""
-        for name, fill in fills.items():
+    def reads(self, destinations: Mapping[str, Destination]) -> Iterator[FilledBytes]:
+        """What is read at a time of the tensors that `destinations` names, with where it goes."""
+        self._on_gpu |= {name: where for name, where in destinations.items() if where.is_on_gpu}
+        for name, destination in destinations.items():
             for part, file in self._parts.get(name, ()):
                 for begin, end in _reads(part):
-                    yield FilledBytes(file, part, begin, end, fill)
+                    yield FilledBytes(file, part, begin, end, destination)
 
     def _read(self, content: FilledBytes, staging: Staging) -> None:
-        file, part, begin, end, fill = content
-        target, offset = fill(part.start + begin, part.start + end, staging), part.offset + begin
-        for at, piece in _cut(target.views, part.spec.piece_bytes):
-            file.read_into(piece, offset + at)
-            if self.verify:  # while the piece is in the processor's cache
+        file, part, begin, end, destination = content
+        target, offset = destination.fill(part.start + begin, part.start + end, staging), part.offset + begin
+        if not self.verify or destination.is_on_gpu:
+            file.read_into(target.views, offset)
+        else:
+            for at, piece in _cut(target.views, part.spec.piece_bytes):
+                file.read_into(piece, offset + at)
+                # while the piece is in the processor's cache
                 self._checksums[file.name, offset + at] = piece_checksum(piece)
         if target.finish is not None:
             target.finish()
 
     def compare_digests(self) -> None:
-        """Compare the digests of everything read with the manifest's."""
+        """Compare the digests of everything read with the manifest's. All copies to a GPU have been made."""
         if not self.verify:
             return
-        for shard, file, (name, _, expected) in zip(self.shards, self.files, self.manifest.shards, strict=True):
-            if self._digest(shard, file) != expected:
+        threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1, len(self.shards)))
+        with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_check") as pool:
+            digests = list(pool.map(self._digest, self.shards, self.files))
+        for digest, (name, _, expected) in zip(digests, self.manifest.shards, strict=True):
+            if digest != expected:
                 raise RefusedError(
                     f"the content of {name} that its digest belongs to", "other content (was it altered?)"
                 )
@@ -157,6 +169,10 @@ class OpenCache:
     def _digest(self, shard: Shard, file: OpenFile) -> str:
         digest = hashlib.sha256(shard.header)
         for part in shard.parts:
+            if part.spec.name in self._on_gpu:
+                for checksum in self._checksums_on_gpu(part):
+                    digest.update(checksum)
+                continue
             for begin, end in part.pieces():
                 offset = part.offset + begin
                 known = self._checksums.get((file.name, offset))
@@ -166,6 +182,15 @@ class OpenCache:
                     known = piece_checksum([memoryview(content)])
                 digest.update(known)
         return digest.hexdigest()
+
+    def _checksums_on_gpu(self, part: Part) -> Iterator[bytes]:
+        """The checksum of each piece of a part that lies on a GPU."""
+        held = self._on_gpu[part.spec.name]
+        for begin, end in _reads(part, _SUM_BYTES):
+            with thread_modes():
+                views = held.views(part.start + begin, part.start + end)
+                checksums = checksums_on_device(views, part.spec.piece_bytes)
+            yield from checksums
 
     def tokens(self) -> Tensor | None:
         """The token ids [B, tokens] that were saved, int64; None if they were not. Reads nothing else.
@@ -202,9 +227,9 @@ class OpenCache:
         return ids
 
 
-def _reads(part: Part) -> list[tuple[int, int]]:
-    """[begin, end) bytes of a part that are read at a time: whole pieces."""
-    step = max(1, _READ_BYTES // part.spec.piece_bytes) * part.spec.piece_bytes
+def _reads(part: Part, most: int = _READ_BYTES) -> list[tuple[int, int]]:
+    """[begin, end) bytes of a part that are read at a time: whole pieces, of `most` bytes if they are smaller."""
+    step = max(1, most // part.spec.piece_bytes) * part.spec.piece_bytes
     return [(begin, min(begin + step, part.num_bytes)) for begin in range(0, part.num_bytes, step)]
 
 

@@ -16,9 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
-import torch
-
-from .staging import Staging
+from .staging import Staging, thread_modes
 
 Piece = TypeVar("Piece")
 
@@ -80,7 +78,7 @@ class PieceReader(Generic[Piece]):
     def _work(self) -> None:
         staging = Staging()
         try:
-            with torch.inference_mode(False), torch.no_grad():  # modes of a thread, not of its caller
+            with thread_modes():
                 while not self._stopped and (piece := self._queue.get()) is not None:
                     self._read(piece, staging)
         except BaseException:

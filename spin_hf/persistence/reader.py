@@ -2,7 +2,8 @@
 
     open      parse the manifest, open the shards
     check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
-    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards
+    restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards;
+              checksums are made while pieces are read, of pages on a GPU at the end and there
               check tables whose numbers are used as indices
 
 No tensor is allocated before `restore`. Threads read a layer while memory of the next one is allocated. A piece of pages passes
@@ -37,7 +38,7 @@ from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
 from .devices import layer_devices
-from .fills import Fill, PlainTensor, pages_fill
+from .fills import Destination, PagesMemory, PlainTensor
 from .fingerprint import ModelFacts, check_same, fingerprint
 from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype
 from .opened import OpenCache
@@ -173,15 +174,13 @@ class SavedCache(OpenCache):
                     if entry.fitted:
                         specs = made.fitted_specs(index, entry, state.method)
                         fitted[index] = {name: PlainTensor(spec.dtype, spec.shape) for name, spec in specs.items()}
-                        reading.submit(
-                            self.reads({specs[name].name: held.fill for name, held in fitted[index].items()})
-                        )
+                        reading.submit(self.reads({specs[name].name: held for name, held in fitted[index].items()}))
                     if layer.store.is_registered and index == state.layers[0].layer_idx:
                         alike = later_layers_alike(made.layers, devices, index)
                         ahead.enter_context(_memory_ahead(layer.store.backing, alike))
                 elif entry is not None:
                     plain = {name: PlainTensor(*of_tensor) for name, of_tensor in entry.tensors.items()}
-                    reading.submit(self.reads({f"layers.{index}.{name}": held.fill for name, held in plain.items()}))
+                    reading.submit(self.reads({f"layers.{index}.{name}": held for name, held in plain.items()}))
                     others.append((entry, index, plain))
             reading.finish()
         self.compare_digests()
@@ -201,7 +200,7 @@ class SavedCache(OpenCache):
             state.visible_length.fill_(made.length)
             self._check_clusters(state)
 
-    def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Fill]:
+    def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Destination]:
         """Allocate a paged layer. Returns the memory of its tensors."""
         sizes = self.manifest.batch_size, entry.num_heads, 0
         states = [
@@ -210,7 +209,7 @@ class SavedCache(OpenCache):
         layer.lazy_initialization(*states)
         wait_for_stream(device)  # threads write to the new memory on streams of their own
         named = arrays_of(layer.store)
-        return {f"layers.{index}.{name}": pages_fill(layer.store, array, entry, name) for name, array in named}
+        return {f"layers.{index}.{name}": PagesMemory(layer.store, array, entry, name) for name, array in named}
 
     def _restore_tables(self, state: CacheState, device: torch.device) -> None:
         """Read the tables that all layers share, check them, and give them to the page table."""
@@ -221,7 +220,7 @@ class SavedCache(OpenCache):
             if spec.name in ("directory", "valid", "positions", "clustered")
         }
         with self.reader(tables) as reading:
-            reading.submit(self.reads({name: table.fill for name, table in tables.items()}))
+            reading.submit(self.reads(tables))
             reading.finish()
         read = {name: table.finished(torch.device("cpu")) for name, table in tables.items()}
         directory = read["directory"].tolist()

@@ -9,12 +9,15 @@ Each thread has its own. For a GPU its buffers are page-locked, so that copies r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..storage.host_register import allowed_during_capture
 
 _NUM_BUFFERS = 2
 
@@ -27,6 +30,17 @@ def in_host_memory(device: torch.device) -> bool:
 def has_streams(device: torch.device) -> bool:
     """Whether copies to this device run on a stream."""
     return device.type == "cuda"
+
+
+@contextmanager
+def thread_modes() -> Iterator[None]:
+    """The modes of a thread that reads or fills a cache. Modes belong to a thread, not to its starter.
+
+    Other threads may capture CUDA graphs, also in CUDA's strictest mode.
+    """
+    captures = allowed_during_capture() if torch.cuda.is_initialized() else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), captures:
+        yield
 
 
 @dataclass

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -25,14 +25,13 @@ from ..errors import OptionError, OptionTypeError, SavedCacheError
 from ..indexing import cluster
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
-from ..storage.host_register import allowed_during_capture
 from . import files
 from .checksum import piece_checksum
 from .contents import Contents
 from .fingerprint import ModelFacts
 from .manifest import FILE_NAME, MOST_SEQUENCES
 from .shards import Shard, cut
-from .staging import Staging
+from .staging import Staging, thread_modes
 from .strict_json import RefusedError
 
 _MOST_THREADS = 8
@@ -108,17 +107,6 @@ def save(
         raise SavedCacheError(
             f"save_pretrained: expected to write a saved cache to {folder}, got {error}; make room, or use another folder"
         ) from error
-
-
-@contextmanager
-def thread_modes() -> Iterator[None]:
-    """The modes of a thread that reads a cache. Modes belong to a thread, not to its starter.
-
-    Other threads may capture CUDA graphs, also in CUDA's strictest mode.
-    """
-    captures = allowed_during_capture() if torch.cuda.is_initialized() else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), captures:
-        yield
 
 
 def _checked_tokens(tokens: Any, batch_size: int, length: int) -> Tensor | None:

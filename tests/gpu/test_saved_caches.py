@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spin_hf import SpinCache
+from spin_hf import SavedCacheError, SpinCache
+from spin_hf.persistence import opened
+from spin_hf.persistence.checksum import checksums_on_device, piece_checksum
+from spin_hf.persistence.shards import bytes_of
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.zoo import build_model, random_tokens
 
@@ -78,3 +82,38 @@ def test_from_a_gpu_to_a_cpu_and_back(tmp_path: Path) -> None:
     del there
     model.cpu()
     assert torch.equal(SpinCache.from_pretrained(tmp_path, model).layers[1].keys, keys)
+
+
+def test_checksums_of_gpu_memory() -> None:
+    """They are those of the same bytes in host memory, also where sums of 64 bits wrap."""
+    content = torch.randint(-(2**63), 2**63 - 1, (3 << 18,), dtype=torch.int64)
+    on_gpu, piece_bytes = content.cuda(), 1 << 20
+    expected = [piece_checksum([bytes_of(piece)]) for piece in content.split(piece_bytes // 8)]
+    assert checksums_on_device(list(on_gpu.split(1 << 17)), piece_bytes) == expected
+    cut = [on_gpu[:100_001], on_gpu[100_001:]]
+    assert checksums_on_device(cut, piece_bytes) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damage_of_pages_on_the_gpu_is_found(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their checksums are made there, and not by the threads that read."""
+    model, on_host = on_gpu("llama"), list[int]()
+
+    def noted(buffers: list[memoryview]) -> bytes:
+        on_host.append(sum(buffer.nbytes for buffer in buffers))
+        return piece_checksum(buffers)
+
+    monkeypatch.setattr(opened, "piece_checksum", noted)
+    cache = SpinCache(model, method, budget=32, **SMALL_ZONES)
+    with torch.no_grad():
+        model(random_tokens(1, 4000).cuda(), past_key_values=cache)
+    cache.save_pretrained(tmp_path)
+    SpinCache.from_pretrained(tmp_path, model).check_integrity()
+    (file,) = tmp_path.glob("*.safetensors")
+    assert sum(on_host) < file.stat().st_size // 10
+    whole, draw = file.read_bytes(), random.Random(0)
+    begin = 8 + int.from_bytes(whole[:8], "little") + sum(on_host)
+    for at in [begin, len(whole) - 1, *(draw.randrange(begin, len(whole)) for _ in range(6))]:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(SavedCacheError, match="was it altered"):
+            SpinCache.from_pretrained(tmp_path, model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 
 import pytest
+import torch
 
-from spin_hf.persistence.checksum import piece_checksum
+from spin_hf.persistence.checksum import checksums_on_device, piece_checksum
 
 ROW = 512
 
@@ -63,3 +65,23 @@ def test_any_damage_is_found(seed: int) -> None:
             damaged[one : one + ROW], damaged[other : other + ROW] = piece[other : other + ROW], piece[one : one + ROW]
         assert (_of(damaged) == expected) == (damaged == piece), kind
     assert _of(piece[:-1]) != expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, ROW - 1, ROW, 2 * ROW, 2 * ROW + 20, 8 * ROW + 511])
+@pytest.mark.parametrize("piece_bytes", [ROW, 2 * ROW, 3 * ROW + 8, 700])
+def test_on_a_device(piece_bytes: int, size: int) -> None:
+    """As in host memory, for tensors of any dtypes that begin and end anywhere."""
+    content, draw = _piece(size + 16), random.Random(size)
+    for _ in range(6):
+        first = draw.choice([0, 8, 3])
+        held = torch.frombuffer(content, dtype=torch.uint8)[first : first + size]
+        cuts = [
+            0,
+            *sorted(draw.choices([0, *range(0, size + 1, 4), *range(0, size + 1, ROW)], k=draw.randrange(4))),
+            size,
+        ]
+        views = [held[start:stop] for start, stop in itertools.pairwise(cuts)]
+        views = [view.view(torch.int16) if not (view.storage_offset() % 2 or len(view) % 2) else view for view in views]
+        expected = [_of(bytes(piece.tolist())) for piece in held.split(piece_bytes) if size]
+        assert checksums_on_device(views, piece_bytes) == expected, cuts
+    assert checksums_on_device([], piece_bytes) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf import SpinCache
+from spin_hf import SavedCacheError, SpinCache
 from spin_hf.persistence import opened
+from spin_hf.persistence.checksum import piece_checksum
 from spin_hf.persistence.manifest import OtherLayer, PagedLayer
 from spin_hf.persistence.piece_reader import PieceReader
 from spin_hf.persistence.reader import later_layers_alike
@@ -62,6 +64,38 @@ def test_pages_of_another_layout_go_through_buffers(late: list[LateStream], tmp_
     restored = SpinCache.from_pretrained(tmp_path, subject_model("llama"), gpu_memory="auto")
     for ours, theirs in zip(restored.layers, cache.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
+
+
+def test_pages_on_a_gpu_are_checked_there(
+    late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the host nor a thread that reads computes their checksums, and damage of any of them is found."""
+    cache = prefilled("llama", method="retroinfer", tokens=150)
+    cache.save_pretrained(tmp_path)
+    on_host = list[int]()
+
+    def noted(buffers: list[memoryview]) -> bytes:
+        on_host.append(sum(buffer.nbytes for buffer in buffers))
+        return piece_checksum(buffers)
+
+    monkeypatch.setattr(opened, "piece_checksum", noted)
+    SpinCache.from_pretrained(tmp_path, subject_model("llama"))
+    (file,) = tmp_path.glob("*.safetensors")
+    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    sizes = {name: about["data_offsets"] for name, about in header.items() if name != "__metadata__"}
+    assert sum(on_host) == sum(end - begin for name, (begin, end) in sizes.items() if not name.startswith("layers."))
+    whole = file.read_bytes()
+    first = len(whole) - max(end for _, end in sizes.values())
+    of_pages = [span for name, span in sizes.items() if name.startswith("layers.")]
+    for begin, end in of_pages:
+        for at in (begin, end - 1):
+            damaged = bytearray(whole)
+            damaged[first + at] ^= 1
+            file.write_bytes(damaged)
+            with pytest.raises(SavedCacheError, match="was it altered"):
+                SpinCache.from_pretrained(tmp_path, subject_model("llama"))
+    file.write_bytes(whole)
+    assert_goes_on(subject_model("llama"), cache, SpinCache.from_pretrained(tmp_path, subject_model("llama")))
 
 
 def test_a_buffer_is_free_before_it_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
