@@ -34,7 +34,7 @@ from benchmarks.common.methods import method_of
 from benchmarks.common.record import Record, newest
 from benchmarks.common.shapes import build
 from benchmarks.common.timing import attempt, failure, free, with_memory
-from benchmarks.speed.rivals import FAST, ONLY_AT, SLOW, measure_rival
+from benchmarks.speed.rivals import FAST, ONLY_AT, OWN, SLOW, measure_rival
 from benchmarks.speed.spin_rows import SELECTIONS, spin_rows
 from benchmarks.speed.step_profile import kernel_row
 from spin_hf.attention.methods.registry import METHODS
@@ -86,6 +86,8 @@ class Task:
                 return 5
             case "dynamic":
                 return 9
+            case "default":
+                return 5 + fill
             case "offloaded":
                 return 3 + 42 * share
             case "static":
@@ -122,7 +124,7 @@ def plan(
         tasks.append(Task(count, "spin", method, "auto", everything))
         if count in caps:  # at 512K "auto" is a cap already
             tasks.append(Task(count, "spin", method, caps[count], everything if count <= 131072 else replayed))
-        tasks += [Task(count, name, method) for name in FAST if name in rivals]
+        tasks += [Task(count, name, method) for name in (*FAST, *OWN) if name in rivals]
     if kernels:
         tasks += [Task(count, "kernels", method, "auto") for count in tokens]
         tasks += [Task(count, "kernels", method, caps[count]) for count in tokens if count in caps and count <= 131072]
@@ -193,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overlaps", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     parser.add_argument("--no-caps", action="store_true", help="leave out contexts under a cap on GPU memory")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--rivals", nargs="*", choices=[*FAST, *SLOW], default=[*FAST, *SLOW])
+    parser.add_argument("--rivals", nargs="*", choices=[*FAST, *OWN, *SLOW], default=[*FAST, *OWN, *SLOW])
     parser.add_argument("--no-kernels", action="store_true", help="leave the profiler out")
     options = parser.parse_args(arguments)
     options.output = options.output or options.source

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.common.record import RESULTS, newest
 
 RIVALS = {
+    "default": "`SpinCache(model)`",
     "spin eager": "`shadowkv`, eager",
     "dynamic": "`DynamicCache`",
     "offloaded": "`DynamicCache(offloading=True)`",

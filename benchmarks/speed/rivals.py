@@ -4,6 +4,7 @@ floor          a step in a CUDA graph captured by hand, attention left out
 dense graph    the same with flash decoding over all tokens: what a serving engine does
 dynamic        DynamicCache under `generate`              offloaded   DynamicCache(offloading=True)
 static         StaticCache, compiled by `generate`; `first_call_s` is mostly the compilation
+default        SpinCache(model) as it is: dense attention where that is faster (`dense_below="auto"`)
 spin eager     SpinCache(model), with a hook on one of the model's modules, so that steps are not captured
 """
 
@@ -21,6 +22,7 @@ from benchmarks.speed.dense_graph import DenseLayer, in_graph
 from spin_hf import SpinCache
 
 FAST = ("floor", "dense graph", "dynamic")
+OWN = ("default",)
 SLOW = ("static", "offloaded", "spin eager")
 ONLY_AT = {"offloaded": (4096, 8192, 32768, 131072), "spin eager": (8192, 131072)}
 """Contexts of rows that take long or tell nothing new elsewhere; 512K offloaded needs 4 s a token."""
@@ -52,6 +54,10 @@ def measure_rival(model: Any, name: str, num_tokens: int, budget: int, batch: in
             return tpot(model, cache, num_tokens, many=24 if num_tokens > 65536 else 72, times=2)
         finally:
             torch._dynamo.reset()
+    if name == "default":
+        spin = SpinCache(model, budget=budget)
+        fill_spin(spin, config, num_tokens)
+        return tpot(model, spin, num_tokens)
     spin = SpinCache(model, "shadowkv", budget=budget, dense_below=0)
     fill_spin(spin, config, num_tokens)
     hook = next(model.children()).register_forward_hook(lambda *_: None)
