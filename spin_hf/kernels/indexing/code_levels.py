@@ -44,10 +44,10 @@ def encode_levels(
     lowest = tl.full(size.shape, float("inf"), tl.float32)
     best = size
     scale = size
-    for index in tl.static_range(5):
-        step = size * (
-            0.75 if index == 0 else 0.87 if index == 1 else 1.0 if index == 2 else 1.15 if index == 3 else 1.35
-        )  # as `fitted_codes._GUESSES`
+    for index in tl.range(5):  # not unrolled, which would take the compiler five times as long
+        guess = tl.where(index == 0, 0.75, tl.where(index == 1, 0.87, tl.where(index == 2, 1.0, 0.0)))
+        guess = tl.where(index == 3, 1.15, tl.where(index == 4, 1.35, guess))  # as `fitted_codes._GUESSES`
+        step = size * guess
         level_one = (_code(one, width_one, step, fine) - _half(fine)) * width_one[None, :]
         level_two = (_code(two, width_two, step, fine) - _half(fine)) * width_two[None, :]
         level_three = (_code(three, width_three, step, fine) - _half(fine)) * width_three[None, :]
@@ -61,7 +61,7 @@ def encode_levels(
         error = _square(level_one * fitted[:, None] - one, first) + _square(level_two * fitted[:, None] - two, second)
         error += _square(level_three * fitted[:, None] - three, first)
         error += _square(level_four * fitted[:, None] - four, second)
-        better = error < lowest if index else error == error
+        better = (error < lowest) | (index == 0)
         best = tl.where(better, step, best)
         scale = tl.where(better, fitted, scale)
         lowest = tl.where(better, error, lowest)
