@@ -72,6 +72,7 @@ class StepKernels(Descriptors, AttentionBackend):
         """Of the pool (`kernel_pool.py`): what these kernels were made for, and the stream of the last forward."""
         self.compiled = device.type == "cuda"
         self.multiplies_int8, self.shared_memory = device_limits.multiplies(device), device_limits.shared_memory(device)
+        self.overlaps = device_limits.overlaps_launches(device)
         layers, streams = len(state.layers), self.streams
         plans = (MAX_QUERIES, batch_size, len(PlanField))
         self.zone_plan = self.new(plans, torch.int32)
@@ -189,7 +190,7 @@ class StepKernels(Descriptors, AttentionBackend):
                     launch, self.step, self.layer_addresses, batch_size=self.batch_size, first=0, num_pages=1, shape=shape
                 )  # fmt: skip
 
-        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.reads_all())
+        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.state.reads_all)
         if variant not in self.compiled_variants:
             self.launchers.compile_ahead(launches_and_encodes)
             self.compiled_variants.add(variant)
@@ -203,7 +204,7 @@ class StepKernels(Descriptors, AttentionBackend):
         """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query."""
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
         num_queries, dense = query.shape[2], self.is_dense_layer(layer)
-        if num_queries == 1 and self.reads_all():
+        if num_queries == 1 and self.state.reads_all:
             launchers.attend_segments(
                 launch, buffers, own, query, out[:, 0], call.sinks, new, summarizes=self.recipe.summarised_by_append,
                 scale=call.scale, softcap=call.softcap, shape=shape,
@@ -260,14 +261,13 @@ class StepKernels(Descriptors, AttentionBackend):
         store = layer.store
         return store is not None and (store.device, store.num_heads) == (self.device, self.num_heads)
 
-    def reads_all(self, length: int | None = None) -> bool:
-        """Whether a step of one token attends to whole segments in all layers: as told to, or because that is faster.
+    def may_read_all(self, length: int) -> bool:
+        """Whether a step of one token should attend to whole segments in all layers: as told to, or because that is faster.
 
         Args:
-            length: tokens with the step's own; default: of the step that has begun.
+            length: tokens with the step's own.
         """
-        options, sequences = self.state.options, self.state.sequences
-        length = sequences.length if length is None else length
+        options = self.state.options
         budget = options.budget if isinstance(options.budget, int) else MOST_TOKENS if options.budget >= 1.0 else 0
         most = max(budget, options.dense_tokens, self._auto_tokens())
         resident = (layer.store is not None and layer.store.frames is None for layer in self.state.layers)
@@ -301,7 +301,7 @@ class StepKernels(Descriptors, AttentionBackend):
             page_bytes=store.layout.row_bytes, backing_bytes=0 if store.backing_layout == store.layout else
             store.backing_layout.row_bytes, segment_pages=SEGMENT_PAGES, rows_per_chunk=store.backing.rows_per_chunk,
             padded=self.padded, multiplies_int8=self.multiplies_int8, shared_memory=self.shared_memory,
-            compiled=self.compiled,
+            compiled=self.compiled, overlaps=self.overlaps,
         )  # fmt: skip
 
 

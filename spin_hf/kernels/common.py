@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .descriptor_fields import LOAD_MARK, Counter, LayerField, PlanField, StepField
 
@@ -33,6 +34,17 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """The Triton dtype of a PyTorch dtype."""
     return _DTYPES[dtype]
+
+
+@triton.jit
+def wait_for_launch(PDL: tl.constexpr):
+    """With programmatic dependent launch: wait until the previous kernel has written everything, and let the next one start.
+
+    Every kernel with PDL calls it first. So at any time at most one later kernel has started, and it waits here.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -15,6 +15,11 @@ def multiplies(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the previous one still runs: programmatic dependent launch, from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def bytes_per_us(device: torch.device) -> float:
     """About how many bytes of its memory a GPU reads in a microsecond: 85 % of what clock and bus width say. 0 if unknown."""
     if device.type != "cuda":

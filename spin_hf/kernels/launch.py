@@ -103,6 +103,7 @@ class LaunchShape:
         multiplies_int8: whether Triton multiplies int8 on tensor cores.
         shared_memory: bytes that a program may use.
         compiled: whether kernels are compiled for a device; else they are interpreted.
+        overlaps: whether a kernel is launched while the previous one still runs (`device_limits.overlaps_launches`).
     """
 
     dtype: torch.dtype
@@ -119,6 +120,7 @@ class LaunchShape:
     multiplies_int8: bool
     shared_memory: int
     compiled: bool
+    overlaps: bool = False
 
     @property
     def block_k(self) -> int:
@@ -145,6 +147,11 @@ class LaunchShape:
         segment = self.segment_pages * width
         room = self.shared_memory // (4 * segment * max(2, item_bytes))  # int8 vectors may be converted to 16 bits
         return power_of_two(max(1, min(_SCORE_BYTES // (segment * item_bytes), room)) + 1) // 2
+
+
+def dependent(shape: LaunchShape) -> dict[str, bool]:
+    """Options of a launch whose kernel calls `common.wait_for_launch`: PDL, and what Triton takes for it."""
+    return {"PDL": True, "launch_pdl": True} if shape.overlaps else {"PDL": False}
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def pretend(capability: int, every: bool) -> Compiler:
     launchers.bisect, launchers.fill_clusters = bisected, clustered  # a method that loses tokens is refused
     spin_hf.kernels.launchers = lambda device: launchers  # type: ignore[assignment]
     device_limits.multiplies = lambda device: capability >= 80
+    device_limits.overlaps_launches = lambda device: capability >= 90
     device_limits.shared_memory = lambda device: SHARED_MEMORY[capability] - 4096
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment, misc]
     return compiler

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..common import (
     BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, page_rows,
-    row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype,
+    row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import (
-    Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns,
+    Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns, dependent,
 )  # fmt: skip
 from .online_softmax import attend_tile, attended, tile_pages
 from .unread_pages import subtract_pages, unread_sums
@@ -59,7 +59,7 @@ def attend_pages(
         BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=tile_pages(shape), SPLITS=splits,
         ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
-        BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1,
+        BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    BACKING_BYTES: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
@@ -91,6 +91,7 @@ def attend_kernel(
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
         BACKING_BYTES: size of an int8 page in the backing store, which is then in host memory; 0 if backing pages are of DTYPE.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..common import (
     BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, CANDIDATES, FIRST, LOGITS, NUM_OUTLIERS, NUM_SELECTED, OUTLIER,
-    PAGE_CAPACITY, PLAN_FIELDS, SCORES, STOP, candidates, log_tokens, log_total, score_bins,
+    PAGE_CAPACITY, PLAN_FIELDS, SCORES, STOP, candidates, log_tokens, log_total, score_bins, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import (
-    Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes,
+    Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, product_columns, rerank_sizes, dependent,
 )  # fmt: skip
 from ..recipe import KernelRecipe
 from .rerank_queries import prepare_queries
@@ -53,7 +53,7 @@ def bin_scores(
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
         RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
         PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
-        BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), num_warps=8,
+        BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), num_warps=8, **dependent(shape),
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def rate_kernel(
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr,
-    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + (programs of the stream), ...
 
@@ -87,6 +87,7 @@ def rate_kernel(
         RUN: consecutive pages per run. Runs are dealt to the lists in turn, because neighbours are often selected together:
             so all lists are about equally long.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     programs = tl.num_programs(1) - PREPARED
     if PREPARED and tl.program_id(1) == programs:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_1, SCORES, STOP,
-    SUMMARY_1, log_tokens, score_bins, segment_vectors, triton_dtype,
+    SUMMARY_1, log_tokens, score_bins, segment_vectors, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
-from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, dependent
 from ..recipe import KernelRecipe
 
 
@@ -37,7 +37,7 @@ def estimate_rest(
         BLOCK_G=max(16, power_of_two(group)), DV=shape.value_dim, BLOCK_V=shape.block_v, PAGE=shape.page_size,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=runs, BINS=NUM_BINS,
         PER_NAT=BINS_PER_NAT, SPLITS=buffers.splits.attend, DTYPE=triton_dtype(shape.dtype), COMPILED=shape.compiled,
-        num_warps=4, num_stages=1,
+        num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def estimate_kernel(
     CAPPED: tl.constexpr, ZONE: tl.constexpr, QUANTIZED: tl.constexpr, SUMMARY: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
-    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr,
+    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) handles split i of the segments.
 
@@ -60,6 +60,7 @@ def estimate_kernel(
         DTYPE: in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..common import (
     BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, RERANK,
-    SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, page_rows, row_addresses, score_bins,
+    SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, page_rows, row_addresses, score_bins, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
-from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes, dependent
 from ..recipe import MAX_CORRECTION_NATS, KernelRecipe
 
 _COUNTED = 2
@@ -41,6 +41,7 @@ def rerank_pages(
     common = {
         "RERANK_FACTOR": recipe.rerank_factor, "H": shape.num_heads, "G": group, "RERANK_G": columns, "PAGE": shape.page_size,
         "PADDED": shape.padded, "BIN_TILE": BIN_TILE_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
+        **dependent(shape),
     }  # fmt: skip
     launch(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
@@ -63,7 +64,7 @@ def rerank_kernel(
     RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    MAX_CORRECTION: tl.constexpr,
+    MAX_CORRECTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) reranks some pages of one bin list, or the pages of several lists if these outnumber programs.
 
@@ -77,6 +78,7 @@ def rerank_kernel(
         TILE: pages per tile.
         ALIGNED: alignment in bytes of every token's codes.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -228,7 +230,7 @@ def rate_rerank_kernel(
     step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_splits,
     RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
     SPLITS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
-    BINS: tl.constexpr, PER_NAT: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
 
@@ -242,6 +244,7 @@ def rate_rerank_kernel(
         rerank_stats: written by `num_splits` programs of `rerank_kernel`; SPLITS is num_splits rounded up to a power of two.
         TILE: pages of a bin list per tile.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     row = plan + b * PLAN_FIELDS

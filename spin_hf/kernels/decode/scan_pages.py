@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_0, STOP, SUMMARY_0,
-    SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype,
+    SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import (
     Launch,
@@ -32,6 +32,7 @@ from ..launch import (
     StepBuffers,
     code_bytes,
     scan_columns,
+    dependent,
 )
 from ..reference_scan import UNIT_PAGES
 from .coded_fields import (
@@ -58,7 +59,7 @@ def scan_pages(
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
         M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)),
-        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1,
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def scan_kernel(
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, M_WARPS: tl.constexpr,
-    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -100,6 +101,7 @@ def scan_kernel(
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCALE_0, SCALE_1,
-    STOP, SUMMARY_0, SUMMARY_1, candidates, digits, log_tokens, segment_vectors, triton_dtype,
+    STOP, SUMMARY_0, SUMMARY_1, candidates, digits, log_tokens, segment_vectors, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import NUM_BINS, Rating
-from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns, dependent
 from ..recipe import KernelRecipe
 from .append_tokens import append_page
 
@@ -50,6 +50,7 @@ def score_pages(
         RUNS=shape.segments_at_a_time(vectors, item_bytes), SUMMARISE=recipe.summarised_by_append,
         WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=recipe.rerank_factor > 0,
         PROJECTED=recipe.projects_queries, D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), num_warps=4, num_stages=1,
+        **dependent(shape),
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def score_kernel(
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
     BOXES: tl.constexpr, SINKS: tl.constexpr,
-    PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores one split of the segments. If APPEND, program (b * H + h, num_splits) appends.
 
@@ -80,6 +81,7 @@ def score_kernel(
         PROJECTED: whether the method projects its own queries, in float32; vectors are then converted to float32.
         D: size of the vectors; DK, DV: sizes of the token's key and value.
     """
+    wait_for_launch(PDL)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     if APPEND and split == num_splits:
