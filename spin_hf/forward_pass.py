@@ -84,12 +84,13 @@ class ForwardPass:
                 )
             self.roll_back()
         self.gpu.before_step(batch_size, max(num_tokens, sequences.expected_tokens - sequences.length))
-        selects = state.selects(num_tokens)
-        if selects:  # a prefill attends to all tokens: it needs neither clusters nor summaries
+        selects, length = state.selects(num_tokens), sequences.length + num_tokens
+        one, state.reads_all = selects and num_tokens == 1, False
+        if selects and not (one and self.backends.read_all(length)):  # others need neither clusters nor summaries
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
-        state.phase = Phase.APPENDING
-        if selects:
+        state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)
+        if selects and not state.reads_all:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
     @contextmanager
@@ -147,8 +148,12 @@ class ForwardPass:
         """
         state, sequences = self.state, self.state.sequences
         if sequences.length % sequences.page_size == 0:
-            for step in self.backends.in_use():
-                index_completed(step, state.layers)
+            if state.reads_all:
+                for layer in state.layers:
+                    layer.invalidate(sequences.num_pages - 1, sequences.num_pages)
+            else:
+                for step in self.backends.in_use():
+                    index_completed(step, state.layers)
         if upload_next:
             for step in self.backends.in_use():
                 step.upload_next()

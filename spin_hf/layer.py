@@ -210,7 +210,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
 
     def with_gradients(self, out: Tensor, *arguments: Any) -> Tensor:
         """`out` with a backward pass. `run` has just written `out` for the same arguments."""
-        attends_all = self.forward.zones.attends_all()
+        attends_all = self.cache_state.reads_all or self.forward.zones.attends_all()
         return gradients.with_gradients(self.cache_state, self.state, attends_all, out, *arguments)
 
     def fail(self) -> None:
@@ -232,14 +232,16 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             self._observe(call)
         store, backend = self._store(), self.backend
         backend.plan(self.state, call)
-        if mask is not None or not state.selects(num_new) or (sequences.start == 0 and num_new > 1):
+        by_kernels = num_queries == num_new and call.weights is None  # they serve neither fewer queries nor attention weights
+        dense = not state.selects(num_new) or (sequences.start == 0 and num_new > 1) or (state.reads_all and not by_kernels)
+        if mask is not None or dense:
             if mask is None and sparse_prompt.serves(state, call, key):
                 sparse_prompt.attend(state, self.state, call, key, value, out)
             else:
                 attend_all(call, key, value, mask, store, self.forward.zones, out)
-        elif num_queries == num_new and call.weights is None:
+        elif by_kernels:
             backend.attend(self.state, call, out)
-        else:  # kernels serve neither fewer queries than tokens nor attention weights
+        else:
             self.forward.backends.reference.attend(self.state, call, out)
 
     def _observe(self, call: Call) -> None:
@@ -276,9 +278,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         summarized = self.backend.append(self.state, key, value)
         store.length = sequences.length
         first, stop = sequences.start // store.page_size, sequences.length // store.page_size
-        if not summarized and self.cache_state.selects(key.shape[2]):
+        needs_summaries = self.cache_state.selects(key.shape[2]) and not self.cache_state.reads_all
+        if not summarized and needs_summaries:
             index_pages([self.state], self.cache_state.method, first, stop)
-        elif not summarized:  # a prompt attends to all tokens, and clustering may move its tokens first
+        elif not summarized:  # the forward attends to all tokens, and clustering may move its tokens first
             self.state.invalidate(first, stop)
 
     def check_integrity(self) -> None:

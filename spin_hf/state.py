@@ -60,11 +60,11 @@ class LayerState:
         store: pages and summaries; None before the first token.
         attended_tokens, attended_queries: totals over the sparse queries that the reference backend served.
         clustered_pages: pages of this layer that are clustered; fewer than the spans have if memory ran out while clustering.
-        stale_pages: pages [first, stop) whose summaries are recomputed before the next step; None for none.
+        stale_pages: pages [first, stop) whose summaries are recomputed before the next step that selects pages; None for none.
         fitted: name -> [B, H, ...], tensors that the method fitted to each sequence (`indexing/fit.py`); None before the first
             fit. They are replaced, not written to.
-        observation_queries: [B, H, G, n, D], queries of the last tokens of a prompt. The next step clusters by them and
-            drops them (`indexing/cluster.py`).
+        observation_queries: [B, H, G, n, D], queries of the last tokens of a prompt. The next step that selects pages clusters
+            by them and drops them (`indexing/cluster.py`).
         key_means: of a sparse prompt in progress: mean keys, and the tokens that they cover (`backends/sparse_prompt.py`).
     """
 
@@ -80,7 +80,7 @@ class LayerState:
     key_means: tuple[Tensor, int] | None = None
 
     def invalidate(self, first: int, stop: int) -> None:
-        """Mark the summaries of pages [first, stop) as stale. The next step recomputes them (`indexing/summarize.py`)."""
+        """Mark the summaries of pages [first, stop) as stale. The next step that selects pages recomputes them."""
         held = self.stale_pages or (first, stop)
         self.stale_pages = min(first, held[0]), max(stop, held[1])
 
@@ -111,6 +111,7 @@ class CacheState:
         reused_tokens: tokens of the present sequences that came from the store.
         phase: of the current forward.
         reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
+        reads_all: whether kernels attend to all tokens in the current step. Clusters and summaries may be out of date then.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
         new_token_validity: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
         unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
@@ -131,6 +132,7 @@ class CacheState:
     reused_tokens: int = 0
     phase: Phase = Phase.IDLE
     reads_prompt: bool = False
+    reads_all: bool = False
     pending: Any = None
     new_token_validity: Tensor | None = None
     unfinished: Callable[[], None] | None = None

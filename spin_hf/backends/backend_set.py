@@ -48,7 +48,7 @@ class BackendSet:
         """Whether a forward is in progress. Another cache does not take over the kernels then."""
         self._taken: dict[_Place, StepKernels] = {}
         """Kernels that this cache has taken. Another cache may own them by now."""
-        self._in_use: tuple[tuple[int, int], list[StepKernels]] | None = None
+        self._in_use: tuple[tuple[int, int], list[StepKernels], bool] | None = None
         self._snapshots: dict[_Place, list[Tensor]] = {}
         """What kernels that another cache has taken over had left for the next step."""
         self._counted: dict[str, int] = {}
@@ -143,12 +143,15 @@ class BackendSet:
         if found is None or found[0] != current or not all(map(self._owns, found[1])):
             steps = [self.kernels_of(layer) for layer in self.state.layers if layer.store is not None]
             distinct = list(dict.fromkeys(step for step in steps if step is not None))
-            found = self._in_use = (current, distinct)
+            serves = bool(steps) and len(steps) == len(self.state.layers) and None not in steps
+            found = self._in_use = (current, distinct, serves)
         return found[1]
 
-    def read_all(self, length: int) -> tuple[bool, ...]:
-        """For the kernels of `in_use`, whether a step of one token attends to all `length` tokens (`StepKernels.reads_all`)."""
-        return tuple(step.reads_all(length) for step in self.in_use())
+    def read_all(self, length: int) -> bool:
+        """Whether kernels serve all layers, and attend to all `length` tokens in a step of one (`StepKernels.may_read_all`)."""
+        steps = self.in_use()
+        serves = self._in_use is not None and self._in_use[2]
+        return serves and all(step.may_read_all(length) for step in steps)
 
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""

@@ -43,8 +43,8 @@ class KernelRecipe:
         threshold: probability that a page must exceed to be selected, unless the budget covers all candidates; 0 for none.
         scans_codes: whether pages have the five summaries of `reference_scan.CodedPages`, in units of `UNIT_PAGES`, and each
             sequence has the basis of `Method.scan_basis`.
-        overhead_us: microseconds that a layer's sparse launches take longer than dense attention to very few tokens, one
-            sequence, on an H200. For `dense_below="auto"`. The default is that of `shadowkv`.
+        overhead_us: microseconds that a layer's keys and values take to read where sparse and dense steps are equally fast, on
+            an H200. For `dense_below="auto"`: shorter contexts are read whole. The default is that of `shadowkv`.
         dense_layers: how many of the first paged layers attend to all tokens.
     """
 
@@ -57,7 +57,7 @@ class KernelRecipe:
     projects_queries: bool = False
     threshold: float = 0.0
     scans_codes: bool = False
-    overhead_us: float = 11.0
+    overhead_us: float = 13.0
     dense_layers: int = 0
 
     def serves(self, key_dim: int, value_dim: int) -> bool:

@@ -111,3 +111,43 @@ def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch, launched: list
     assert launches_of_steps(dense_below=0) == ["attend_pages"] * 4
     assert launches_of_steps(dense_below=101) == ["attend_segments"] * 3 + ["attend_pages"]
     assert launches_of_steps(gpu_memory=30_000) == ["attend_pages"] * 4
+
+
+@pytest.mark.parametrize("method", [Fitted(), Bisection()], ids=["fitted", "bisection"])
+def test_tokens_are_clustered_when_a_step_selects(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not behind a prompt that the next steps read whole. The queries of its end are held until then."""
+    interpret_kernels(monkeypatch)
+    shape = Shape(kv_heads=1, group=2, key_dim=16, value_dim=16)
+    kv = RandomKV.random(shape, 1, 1310, seed=0)
+    driver = CacheDriver(shape, method=method, budget=64, recent_window=16, dense_below=1304)
+    driver.step(kv, 0, 1300)
+    (state,) = [layer.state for layer in driver.cache.paged_layers]
+    for at in range(1300, 1304):
+        driver.step(kv, at, at + 1)
+        assert state.observation_queries is not None
+        assert (state.clustered_pages, state.stale_pages) == (0, (0, (at + 1) // 4))
+    driver.step(kv, 1304, 1305)
+    assert state.observation_queries is None
+    assert state.clustered_pages
+    assert state.stale_pages is None
+    driver.cache.check_integrity()
+
+
+def test_weights_and_gradients_of_steps_that_read_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from all tokens too, since no page is summarised then."""
+    model = build_model("llama").train()
+    ids = torch.randint(3, 100, (2, 61), generator=torch.Generator().manual_seed(1))
+    found = []
+    for interpreted in (False, True):
+        if interpreted:
+            interpret_kernels(monkeypatch)
+        cache = SpinCache(model, "fitted", budget=16, recent_window=8, dense_below=100)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            model(ids[:, :1], past_key_values=cache)
+            held = model(ids[:, :1], past_key_values=cache, output_attentions=True).attentions
+        loss = model(ids[:, 1:2], past_key_values=cache).logits.square().sum()
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        found.append((*held, *torch.autograd.grad(loss, [weight])))
+        cache.check_integrity()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)

@@ -108,7 +108,7 @@ def test_dense_steps_become_sparse(padded: bool, monkeypatch: pytest.MonkeyPatch
     model, inputs = build_model("llama").cuda().eval(), padded_inputs(padded)
     tune(monkeypatch, dense_factor=1)
     whole = 2 * 2 * (16 + 16) * 4 * 120  # bytes of 120 tokens
-    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: whole / ShadowKV().recipe.overhead_us)
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: (whole + 1) / ShadowKV().recipe.overhead_us)
     logits = []
     for given in (model.config, model):  # eager, captured
         cache = SpinCache(given, "shadowkv", budget=24, recent_window=8)

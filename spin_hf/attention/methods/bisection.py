@@ -74,7 +74,7 @@ class Bisection(ClusteringMethod, Method):
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, except clustering and summaries."""
         return KernelRecipe(
-            Rating.MEAN, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_fraction=1.0, overhead_us=40.0
+            Rating.MEAN, weighs_tokens=True, rerank_factor=self.rerank_factor, estimated_fraction=1.0, overhead_us=85.0
         )
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:

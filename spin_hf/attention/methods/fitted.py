@@ -52,7 +52,7 @@ class Fitted(ClusteringMethod, Method):
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, for heads of multiples of 16 numbers."""
-        return KernelRecipe(Rating.MEAN, scans_codes=True, overhead_us=17.0)
+        return KernelRecipe(Rating.MEAN, scans_codes=True, overhead_us=33.0)
 
     # ------------------------------------------------------------------------------------------------------- the basis
 

@@ -42,7 +42,7 @@ class Quest(PageMethod):
     @property
     def recipe(self) -> KernelRecipe:
         """Scores by upper bounds; the first layers are dense."""
-        return KernelRecipe(Rating.BOUND, dense_layers=self.dense_layers)
+        return KernelRecipe(Rating.BOUND, dense_layers=self.dense_layers, overhead_us=27.0)
 
     def summary_shapes(self, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """`low` [D] and `high` [D]."""

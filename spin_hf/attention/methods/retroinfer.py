@@ -74,7 +74,7 @@ class RetroInfer(ClusteringMethod, Method):
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, except clustering and summaries."""
-        return KernelRecipe(Rating.MEAN, estimated_fraction=float(self.estimated_fraction))
+        return KernelRecipe(Rating.MEAN, estimated_fraction=float(self.estimated_fraction), overhead_us=40.0)
 
     # ---------------------------------------------------------------------------------------------------------- index
 

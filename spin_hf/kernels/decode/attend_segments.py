@@ -19,6 +19,9 @@ from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_tw
 from .append_tokens import append_page
 from .online_softmax import attend_tile, attended, tile_pages
 
+_TILE_TOKENS = 64
+"""Tokens per tile. Two tiles are in flight, as there is one program or two per multiprocessor."""
+
 
 def attend_segments(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, query: Tensor, out: Tensor, sinks: Tensor | None,
@@ -42,10 +45,10 @@ def attend_segments(
         SINKS=sinks is not None, NEW=new is not None, SUMMARISE=summarizes, QUANTIZED=shape.quantized[0],
         H=shape.num_heads, G=group, BLOCK_G=max(16, power_of_two(group)), DK=shape.key_dim, DV=shape.value_dim,
         BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, PAGE=shape.page_size,
-        TILE_PAGES=min(shape.segment_pages, tile_pages(shape)), SPLITS=splits, ALL_SPLITS=power_of_two(splits),
+        TILE_PAGES=min(shape.segment_pages, tile_pages(shape), max(1, _TILE_TOKENS // shape.page_size)), SPLITS=splits, ALL_SPLITS=power_of_two(splits),
         HEADS=min(power_of_two(group), max(1, 512 // shape.block_v)),
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        DTYPE=triton_dtype(shape.dtype), num_warps=4, num_stages=1,
+        DTYPE=triton_dtype(shape.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
