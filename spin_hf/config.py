@@ -149,6 +149,7 @@ class Tuning:
         prompt_frames: most page frames per KV head during a prefill, which does not read them.
         prefill_tokens: most tokens of all sequences in a chunk of a prompt on a GPU: enough for matrix products at full speed.
         dense_factor: of `KernelRecipe.overhead_us`, for `dense_below="auto"`; 0 for sparse attention at any length.
+        compiles_early: whether kernels of steps are compiled while the prompt is read.
         piece_bytes: keys and values that a prompt reads at a time from earlier pages (`storage/page_stream.py`).
     """
 
@@ -166,6 +167,7 @@ class Tuning:
     prefill_tokens: int = 8192
     piece_bytes: int = 128 << 20
     dense_factor: float = 1.0
+    compiles_early: bool = True
 
 
 @dataclass(frozen=True)

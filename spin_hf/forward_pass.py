@@ -87,6 +87,7 @@ class ForwardPass:
         selects, length = state.selects(num_tokens), sequences.length + num_tokens
         one, state.reads_all = selects and num_tokens == 1, False
         if selects and not (one and self.backends.read_all(length)):  # others need neither clusters nor summaries
+            self.backends.wait_for_compiles()
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)

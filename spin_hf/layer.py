@@ -232,8 +232,12 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             self._observe(call)
         store, backend = self._store(), self.backend
         backend.plan(self.state, call)
-        by_kernels = num_queries == num_new and call.weights is None  # they serve neither fewer queries nor attention weights
-        dense = not state.selects(num_new) or (sequences.start == 0 and num_new > 1) or (state.reads_all and not by_kernels)
+        by_kernels = (
+            num_queries == num_new and call.weights is None
+        )  # they serve neither fewer queries nor attention weights
+        dense = (
+            not state.selects(num_new) or (sequences.start == 0 and num_new > 1) or (state.reads_all and not by_kernels)
+        )
         if mask is not None or dense:
             if mask is None and sparse_prompt.serves(state, call, key):
                 sparse_prompt.attend(state, self.state, call, key, value, out)

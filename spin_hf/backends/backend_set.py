@@ -21,6 +21,7 @@ from ..kernels.compile_progress import report_by
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
 from .base import AttentionBackend
+from .early_compile import wait_for_all
 from .kernel_pool import KernelPool
 from .reference import ReferenceBackend
 from .triton_step import StepKernels
@@ -152,6 +153,11 @@ class BackendSet:
         steps = self.in_use()
         serves = self._in_use is not None and self._in_use[2]
         return serves and all(step.may_read_all(length) for step in steps)
+
+    def wait_for_compiles(self) -> None:
+        """Wait for kernels of steps that select pages, if they are being compiled (`early_compile.py`)."""
+        for step in self.in_use():
+            wait_for_all(step)
 
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""

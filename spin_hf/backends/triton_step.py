@@ -39,6 +39,7 @@ from ..storage.out_of_memory import allocating
 from ..storage.page_table import SEGMENT_PAGES
 from .base import AttentionBackend, Call
 from .descriptors import Descriptors
+from .early_compile import compile_behind_prompt, wait_for_early
 
 if TYPE_CHECKING:
     from ..kernels.triton_launchers import Launchers
@@ -65,6 +66,10 @@ class StepKernels(Descriptors, AttentionBackend):
         self.fits: tuple[Any, ...] = ()
         self.compiled_variants: set[tuple[Any, ...]] = set()
         """Variants of attention launches that were compiled ahead, in parallel."""
+        self.early: dict[Any, dict[bool, Any]] = {}
+        """What is compiled on a background thread (`early_compile.py`), by shape and by whether a step reads all tokens."""
+        self.compiling: list[Any] = []
+        """Those for steps that select pages, as long as nobody has waited for them."""
         self.graphs: dict[Any, Any] = {}
         """Call -> captured step that holds addresses of these buffers; None if the call has run once, eagerly."""
         self.key: Any = None
@@ -159,6 +164,7 @@ class StepKernels(Descriptors, AttentionBackend):
         """Allocate the buffers of `call` and of later steps."""
         assert layer.store is not None
         self.fit(call.query.shape[2], layer.store.key_dim, layer.store.value_dim, layer.store.dtype)
+        compile_behind_prompt(self, layer, call)
 
     def append(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
         """Write the step's tokens [B, H, n, D] to a layer's pages. Summarizes completed pages if the recipe says so."""
@@ -181,7 +187,7 @@ class StepKernels(Descriptors, AttentionBackend):
         query = _rows(call.query.flatten(1, 2))
 
         def launches(launch: Launch) -> None:
-            self._launches(launch, layer, query, call, out, new, shape)
+            self.launch_attention(launch, layer, query, call, out, new, shape, self.state.reads_all)
 
         def launches_and_encodes(launch: Launch) -> None:
             launches(launch)
@@ -192,19 +198,24 @@ class StepKernels(Descriptors, AttentionBackend):
 
         variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.state.reads_all)
         if variant not in self.compiled_variants:
+            wait_for_early(self, layer, self.state.reads_all)
             self.launchers.compile_ahead(launches_and_encodes)
             self.compiled_variants.add(variant)
         launches(self.launchers.launch_now)
         self.binding.known["planned"] = True
 
-    def _launches(
+    def launch_attention(
         self, launch: Launch, layer: LayerState, query: Tensor, call: Call, out: Tensor, new: tuple[Tensor, Tensor] | None,
-        shape: LaunchShape,
+        shape: LaunchShape, reads_all: bool,
     ) -> None:  # fmt: skip
-        """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query."""
+        """The launches of `attend`: those for all layers if this is the step's first layer, then those of each query.
+
+        Args:
+            reads_all: whether a step of one token attends to whole segments.
+        """
         launchers, buffers, own = self.launchers, self.buffers, self.layer_buffers[layer.number]
         num_queries, dense = query.shape[2], self.is_dense_layer(layer)
-        if num_queries == 1 and self.state.reads_all:
+        if num_queries == 1 and reads_all:
             launchers.attend_segments(
                 launch, buffers, own, query, out[:, 0], call.sinks, new, summarizes=self.recipe.summarised_by_append,
                 scale=call.scale, softcap=call.softcap, shape=shape,

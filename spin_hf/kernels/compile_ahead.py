@@ -7,6 +7,11 @@ first token. Code that launches several kernels therefore runs its launches twic
 
     compile_ahead(launches)      compiles missing kernels on threads; nothing runs on the device
     launches(launch_now)         launches them
+
+Or it lets a background thread do so, and waits for that later:
+
+    compiles = compile_behind(launches, device)     collects the launches, and returns
+    wait_for_compiles(compiles)
 """
 
 from __future__ import annotations
@@ -14,9 +19,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
@@ -38,10 +46,41 @@ def compile_ahead(launches: Callable[[Launch], object]) -> None:
     copy_context().run(_compile, launches)
 
 
-def _compile(launches: Callable[[Launch], object]) -> None:
+def compile_behind(launches: Callable[[Launch], object], device: torch.device) -> Future[None]:
+    """Start `compile_ahead` on a background thread. The arguments of the launches are made now, and held until it ends.
+
+    Launches that were given earlier are compiled first. One that fails to compile is skipped.
+    """
+    made: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+    launches(lambda kernel, grid, *args, **options: made.append((kernel, grid, args, options)))
+
+    def again(launch: Launch) -> None:
+        for kernel, grid, args, options in made:
+            launch(kernel, grid, *args, **options)
+
+    def compile_() -> None:
+        with suppress(Exception), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            copy_context().run(_compile, again, False)
+
+    return _background().submit(compile_)
+
+
+def wait_for_compiles(compiles: Future[None]) -> None:
+    """Wait for the end of `compile_behind`, with a progress bar if that takes long."""
+    if not compiles.done():
+        report([compiles])
+        compiles.result()
+
+
+@lru_cache(maxsize=1)
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "spin_hf-compile")
+
+
+def _compile(launches: Callable[[Launch], object], reports: bool = True) -> None:
     with _Threads(os.cpu_count() or 1) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         launches(_compile_one)
-        if threads.compiles:
+        if threads.compiles and reports:
             report(threads.compiles)
 
 

@@ -6,7 +6,7 @@ the one that `compile_ahead` passes. All other launches run their kernel at once
 
 from __future__ import annotations
 
-from .compile_ahead import compile_ahead, launch_now
+from .compile_ahead import compile_ahead, compile_behind, launch_now, wait_for_compiles
 from .decode.append_tokens import append_tokens
 from .decode.attend_pages import attend_pages
 from .decode.attend_segments import attend_segments
@@ -37,6 +37,8 @@ class Launchers:
 
     launch_now = staticmethod(launch_now)
     compile_ahead = staticmethod(compile_ahead)
+    compile_behind = staticmethod(compile_behind)
+    wait_for_compiles = staticmethod(wait_for_compiles)
 
     plan_zones = staticmethod(plan_zones)
     find_outliers = staticmethod(find_outliers)

@@ -16,5 +16,5 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def sparse_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense attention would be faster for all contexts of tests."""
-    tune(monkeypatch, dense_factor=0)
+    """Dense attention would be faster for all contexts of tests. Kernels are compiled when a test launches them."""
+    tune(monkeypatch, dense_factor=0, compiles_early=False)

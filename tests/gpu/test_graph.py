@@ -13,6 +13,7 @@ from transformers import DynamicCache, TextStreamer
 from spin_hf import ShadowKV, SpinCache, enable
 from spin_hf.graph import model_calls
 from spin_hf.kernels import device_limits
+from tests.support.inspection import kernels_of
 from tests.support.padded_pair import FULL, generate_short, padded_inputs
 from tests.support.synchronisation import no_synchronisation
 from tests.support.tuning import tune
@@ -123,6 +124,22 @@ def test_dense_steps_become_sparse(padded: bool, monkeypatch: pytest.MonkeyPatch
         cache.check_integrity()
     assert _graphs(cache) == 2
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dense_below", [0, 4096])
+def test_steps_are_compiled_while_a_prompt_is_read(dense_below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then they do the same. Behind a prompt that steps read whole, kernels that select pages are not waited for."""
+    sequences = []
+    for early in (False, True):
+        tune(monkeypatch, compiles_early=early)
+        model = build_model("llama").cuda().eval()
+        cache = SpinCache(model, budget=24, recent_window=8, dense_below=dense_below)
+        sequences.append(generate_short(model, cache, padded=True).sequences)
+        (kernels,) = kernels_of(cache)
+        assert bool(kernels.early) == early
+        assert bool(kernels.compiling) == (early and dense_below > 0)
+        cache.check_integrity()
+    assert torch.equal(*sequences)
 
 
 @torch.no_grad()

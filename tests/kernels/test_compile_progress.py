@@ -7,9 +7,11 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import logging
 
 import spin_hf
@@ -142,3 +144,34 @@ def test_importing_the_package_sets_the_report() -> None:
 
     assert spin_hf.SpinCache
     assert compile_progress._report is compile_bar.show_compiles
+
+
+def test_a_background_thread_compiles_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches are collected at once. What fails to compile is left to the launch."""
+    from spin_hf.kernels import compile_ahead
+
+    begun, seen = threading.Event(), list[tuple[Any, ...]]()
+
+    def compile_one(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        assert begun.wait(10)
+        if kernel == "broken":
+            raise RuntimeError("does not compile")
+        seen.append((threading.current_thread().name, kernel, grid, args, options))
+
+    monkeypatch.setattr(compile_ahead, "_compile_one", compile_one)
+    device, collected = torch.device("cpu"), list[str]()
+
+    def launches(name: str, launch: Any) -> None:
+        collected.append(name)
+        launch(name, (1, 2), 3, num_warps=4)
+
+    compiles = [compile_ahead.compile_behind(partial(launches, name), device) for name in ("one", "broken", "two")]
+    assert collected == ["one", "broken", "two"]
+    assert not seen
+    begun.set()
+    for each in compiles:
+        compile_ahead.wait_for_compiles(each)
+    assert [(kernel, *others) for _, kernel, *others in seen] == [
+        ("one", (1, 2), (3,), {"num_warps": 4}), ("two", (1, 2), (3,), {"num_warps": 4})
+    ]  # fmt: skip
+    assert {name for name, *_ in seen} != {threading.current_thread().name}

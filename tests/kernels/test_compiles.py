@@ -90,3 +90,19 @@ def test_numbers_that_mean_everything_launch_the_same_kernels(tmp_path: Path) ->
     assert len(others) == 6
     for launches, expected in zip(others, [first, wide] * 3, strict=True):
         assert launches == expected
+
+
+def test_steps_behind_a_prompt_are_compiled_while_it_is_read(tmp_path: Path) -> None:
+    """In the variants that steps launch. Kernels that cluster depend on the prompt's length: they are compiled later."""
+    fitted, bisection, dense = compiled_for(90, "bfloat16", tmp_path, "early")["launches"]
+    assert dense == []
+    clustering = {"gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel"}
+    clustering |= {
+        "move_tokens_kernel",
+        "encode_pages_kernel",
+        "quantize_kernel",
+        "page_means_kernel",
+        "copy_page_kernel",
+    }
+    late = {launch.split()[0] for launch in fitted + bisection}
+    assert late <= clustering, fitted + bisection

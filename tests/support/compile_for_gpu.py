@@ -14,6 +14,7 @@ nothing, so numbers are meaningless; numbers that the package checks come from f
     compiled     name and bytes of shared memory of every variant
     failed       name of a kernel, and what the compiler says
     launches     with `numbers` behind FILE: what variants depend on, by launch, for each of some huge options
+                 with `early`: the same of launches that were not compiled early, for each of some methods
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Compiler:
         self.failed: list[dict[str, str]] = []
         self.only: set[str] | None = None
         """Kernels that are compiled; None for all."""
+        self.told_apart: Callable[[Any, Any], str] = lambda arg, param: _told_apart(arg)
         self.launched: set[str] = set()
         """What selects a variant, of each launch: kernel, dtypes, ints as triton specialises them, constants."""
         self._run: Callable[..., Any] = JITFunction.run
@@ -88,7 +90,8 @@ class Compiler:
 
     def run(self, kernel: Any, *args: Any, **options: Any) -> None:
         name, known = kernel.__name__, {variant["name"] for variant in self.compiled.values()}
-        given = [_told_apart(arg) for arg in args], {option: _told_apart(value) for option, value in options.items()}
+        constants = {key: _told_apart(value) for key, value in options.items() if key not in ("grid", "warmup")}
+        given = [self.told_apart(arg, param) for arg, param in zip(args, kernel.params, strict=False)], constants
         self.launched.add(f"{name} {given}")
         left_out = self.only is not None and name not in self.only
         if left_out or (name in known and (name in self.once or not self.every)):
@@ -110,6 +113,14 @@ def _told_apart(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value > 1:
         return f"int{value.bit_length() // 32} {value}"
     return repr(value)
+
+
+def _specialised(value: Any, param: Any) -> str:
+    """What Triton specialises a kernel on, for one argument that is no constant."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        special = "" if param.do_not_specialize else f"{value == 1} {value % 16 == 0}"
+        return f"{special} {value.bit_length() // 32}"
+    return _told_apart(value)
 
 
 def pretend(capability: int, every: bool) -> Compiler:
@@ -173,6 +184,31 @@ def launch_with_huge_numbers(compiler: Compiler) -> list[list[str]]:
     return launches
 
 
+def launch_early(compiler: Compiler) -> list[list[str]]:
+    """Launches of a step behind a prompt that were not compiled while it was read, for several methods. Compiles none."""
+    from spin_hf.backends import early_compile
+    from spin_hf.kernels.compile_ahead import launch_now
+    from spin_hf.kernels.triton_launchers import launchers
+
+    early_compile._is_compiled_early = lambda step: True
+    launchers.compile_behind = lambda launches, device: launches(launch_now)  # type: ignore[assignment, misc]
+    launchers.wait_for_compiles = lambda compiles: None  # type: ignore[assignment]
+    compiler.only, compiler.told_apart, missing = set(), _specialised, []
+    for method, options in ((Fitted(), {}), (Bisection(), {}), (ShadowKV(), {"dense_below": 2 * PROMPT})):
+        kv = RandomKV.random(SHAPE, 1, PROMPT + 1, 0).to(torch.bfloat16)
+        driver = CacheDriver(SHAPE, recent_window=16, budget=256, method=method, **options)
+        driver.step(kv, 0, PROMPT)
+        early, compiler.launched = compiler.launched, set()
+        driver.step(kv, PROMPT, PROMPT + 1)
+        (step,) = kernels_of(driver.cache)
+        if not options:
+            index_completed(step, [layer.state for layer in driver.cache.paged_layers])
+        assert compiler.launched
+        missing.append(sorted(compiler.launched - early))
+        compiler.launched = set()
+    return missing
+
+
 def copy_rows(dtype: torch.dtype) -> None:
     """Rows of one array and of several, in both directions; pages, and codes of an odd number of bytes."""
     from spin_hf.kernels.indexing.copy_rows import rows_copier
@@ -233,6 +269,8 @@ def main(capability: int, dtype: torch.dtype, file: Path, mode: str) -> None:
     launches: list[list[str]] = []
     if mode == "numbers":
         launches = launch_with_huge_numbers(compiler)
+    elif mode == "early":
+        launches = launch_early(compiler)
     else:
         launch_all(dtype)
     texts = {function.__name__: function.src for function in known}

@@ -39,6 +39,7 @@ from ..common import (
     tokens_valid,
     triton_dtype,
 )  # fmt: skip
+from ..compile_ahead import launch_now
 from ..launch import Launch, LaunchShape, power_of_two
 from ..reference_scan import UNIT_PAGES
 from .code_levels import encode_levels, numbers_of
@@ -52,7 +53,7 @@ _TILES = 4
 
 def encode_units(
     keys: Tensor, values: Tensor, valid: Tensor, key_basis: tuple[Tensor, Tensor, Tensor],
-    value_basis: tuple[Tensor, Tensor, Tensor],
+    value_basis: tuple[Tensor, Tensor, Tensor], *, launch: Launch = launch_now,
 ) -> dict[str, Tensor] | None:  # fmt: skip
     """As `fitted_codes.encode_by_formulas`; None if the GPU has too little shared memory for vectors of this size.
 
@@ -83,10 +84,10 @@ def encode_units(
         bases = [part.contiguous() for part in (*key_basis, *value_basis)]
         bases[1], bases[4] = bases[1].to(dtype), bases[4].to(dtype)
         with torch.cuda.device_of(keys):
-            encode_units_kernel[(triton.cdiv(units, tile * _TILES), size * heads, 2)](
-                keys, values, valid, *bases, mean, unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3],
-                H=heads, DK=key_dim, DV=value_dim, PAGE=page, UNITS=tile, TILES=_TILES, num_warps=2 * tile,
-                **_blocks(key_dim, value_dim),
+            launch(
+                encode_units_kernel, (triton.cdiv(units, tile * _TILES), size * heads, 2), keys, values, valid, *bases, mean,
+                unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3], H=heads, DK=key_dim, DV=value_dim,
+                PAGE=page, UNITS=tile, TILES=_TILES, num_warps=2 * tile, **_blocks(key_dim, value_dim),
             )  # fmt: skip
     return {"mean": mean * unit.unsqueeze(-1), **made}
 
