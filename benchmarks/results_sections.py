@@ -52,7 +52,12 @@ class Section:
 
 def measured(section: Section) -> list[Section]:
     """The section; nothing if one of its files does not exist yet."""
-    return [section] if all((RESULTS / name).exists() for name in section.files) else []
+    return [section] if section.files and all((RESULTS / name).exists() for name in section.files) else []
+
+
+def files_like(pattern: str) -> tuple[str, ...]:
+    """The results files of this pattern, relative to `benchmarks/results`."""
+    return tuple(sorted(file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob(pattern)))
 
 
 H200 = "h200/decode-llama-8b"
@@ -206,6 +211,22 @@ PARTS: dict[str, list[Section]] = {
         ),
     ],
     "Quality": [
+        *measured(Section(
+            "RULER",
+            "The tasks of RULER (arXiv 2404.06654), made and scored by NVIDIA's package `nvidia-long-context-eval`: the share "
+            "of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. A prompt is read "
+            "densely; answers are decoded with the budget of the row. *Oracle* and *window* attend to as many tokens as "
+            "`shadowkv`.",
+            files_like("ruler-*.json"),
+            losses(),
+        )),
+        *measured(Section(
+            "All records as JSON",
+            "Records hidden in plays, in order; the model writes all of them as JSON. A score is the share of records whose "
+            "fields are all right.",
+            files_like("records-*.json"),
+            losses(),
+        )),
         Section(
             "`fitted` and `bisection`",
             "KL, attention mass and questions as below, of the same plays.",

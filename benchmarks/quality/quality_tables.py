@@ -1,4 +1,4 @@
-"""Tables of the results of `quality.py` and `retrieval.py`, and one of all:
+"""Tables of the results of `quality.py`, `retrieval.py`, `ruler.py` and `records.py`, and one of all:
 `python -m benchmarks.quality.quality_tables [file ...]`.
 
 Rows of a method at a budget are averaged over texts or examples; a mean is only printed where all methods have the same ones.
@@ -59,7 +59,8 @@ def kl_table(rows: dict[str, Any]) -> list[str]:
 def task_means(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each cell that has all examples, the mean score of every task, and of all tasks as `mean`."""
     found = of_tasks(rows)
-    tasks = [task for task in TASKS if task in found.get("dense", {})]
+    asked = found.get("dense", {})
+    tasks = [task for task in TASKS if task in asked] + [task for task in asked if task not in TASKS]
     means = {}
     for cell, scores in found.items():
         if all(set(scores.get(task, {})) == set(found["dense"][task]) for task in tasks):
@@ -121,7 +122,8 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
 
 def found_results() -> dict[Path, dict[str, Any]]:
     """The results files that there are, by their names."""
-    files = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
+    kinds = ("quality", "retrieval", "ruler", "records")
+    files = sorted(file for kind in kinds for file in RESULTS.glob(f"{kind}-*.json"))
     return {file: json.loads(file.read_text()) for file in files}
 
 

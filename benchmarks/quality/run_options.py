@@ -1,4 +1,4 @@
-"""What `quality.py` and `retrieval.py` have in common: options, and what all rows of a file have in common."""
+"""Options of `quality.py`, `retrieval.py`, `ruler.py` and `records.py`, and what all rows of a file have in common."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spin_hf import __version__
 
 
 def parser(description: str | None, methods: list[str], tokens: int) -> argparse.ArgumentParser:
-    """The options that both have, with their defaults."""
+    """The options that all have, with their defaults."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     made.add_argument("--methods", nargs="+", default=methods)
@@ -43,7 +43,7 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def open_rows(kind: str, args: argparse.Namespace, **about: Any) -> Rows:
-    """The results file of `quality` or `retrieval`; `about` is added to what all its rows have in common."""
+    """The results file of a `kind` such as `quality`; `about` is added to what all its rows have in common."""
     name = Path(args.model).name
     common = {
         "model": name, "tokens": args.tokens, **about, "dtype": args.dtype, "device": args.device,

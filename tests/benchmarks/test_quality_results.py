@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.quality import retrieval
+from benchmarks.quality.answers import answer
 from benchmarks.quality.divergence import divergence
 from benchmarks.quality.quality_tables import (
     has_rivals,
@@ -126,9 +127,9 @@ def test_an_answer_ends_at_the_end_of_its_line() -> None:
     stop = retrieval.ending(Words())
     assert stop == [2, 3]
     model, cache = Counting(), None
-    assert retrieval.answer(model, 0, cache, stop) == [1, 2]
-    assert retrieval.answer(model, 2, cache, stop) == [3]  # the prompt's last token ends nothing
-    assert len(retrieval.answer(model, 0, cache, [])) == retrieval.NEW_TOKENS
+    assert answer(model, 0, cache, stop, 9) == [1, 2]
+    assert answer(model, 2, cache, stop, 9) == [3]  # the prompt's last token ends nothing
+    assert len(answer(model, 0, cache, [], 9)) == 9
     assert retrieval.one_line(Words(), [0, 1, 2, 3]) == "ab."
     assert retrieval.one_line(Words(), [4, 3, 0]) == "c"
 
