@@ -13,7 +13,7 @@ their kernels. No context is so short that all of it is attended to.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -116,8 +116,10 @@ def by_method(
     return question.entry(tokens, float(cache.stats().attended_tokens))
 
 
-def ask(model: Any, question: Callable[[], Question], cells: list[tuple[str, int]], held: dict[str, Any]) -> None:
-    """Add to `held` the answers that are missing: of every (method, share), and the dense one."""
+def ask(
+    model: Any, question: Callable[[], Question], cells: list[tuple[str, int]], held: dict[str, Any]
+) -> Iterator[None]:
+    """Add to `held` the answers that are missing, of every (method, share) and the dense one; yields after each."""
     missing = [cell for cell in cells if name_of(cell) not in held]
     if not missing and "dense" in held:
         return
@@ -125,9 +127,11 @@ def ask(model: Any, question: Callable[[], Question], cells: list[tuple[str, int
     prefill = Prefill(model, made.ids)
     for cell in missing:
         held[name_of(cell)] = by_method(model, made, prefill, cell, held)
+        yield
     if "dense" not in held:
         tokens = answer(model, made.ids[-1], prefill.dense(), made.stop, made.new_tokens)
         held["dense"] = made.entry(tokens, len(made.ids))
+        yield
 
 
 def case(
@@ -146,7 +150,7 @@ def answer_all(
     model: Any, questions: dict[str, Callable[[], Question]], args: argparse.Namespace, rows: Rows,
     presses: Sequence[str] = PRESSES,
 ) -> None:  # fmt: skip
-    """Ask what is missing in `rows`, which are written after every question.
+    """Ask what is missing in `rows`, which are written after every answer.
 
     Args:
         questions: by the names of their rows; each is made when it is asked.
@@ -158,11 +162,10 @@ def answer_all(
     with tqdm(total=len(questions) * (len(cells) + 1 + len(of_presses)), unit=" answers") as bar:
         for key, question in questions.items():
             held = dict(rows.rows.get(key, {}))
-            before = len(held)
-            ask(model, question, cells, held)
-            if len(held) > before:
+            bar.update(sum(cell in held for cell in ("dense", *map(name_of, cells), *of_presses)))
+            for _ in ask(model, question, cells, held):
                 rows.put(key, held)
-            bar.update(len(cells) + 1 + sum(cell in held for cell in of_presses))
+                bar.update()
         open_for = {key: questions[key]() for key in questions if any(cell not in rows[key] for cell in of_presses)}
         cases = [case(key, made, presses, args.shares, rows[key]) for key, made in open_for.items()]
         for key, cell, reply in kvpress_rivals.ask(args.model, cases):

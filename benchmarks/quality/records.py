@@ -9,7 +9,7 @@ JSON, so an answer needs every part of the text in turn, and each of its tokens 
 and for every method and budget, as `answers.py` describes. The score is the share of the records whose fields are all right;
 records that the model invents do not count.
 
-Finished examples are in the results file and are not run again, so a run that was stopped goes on; `--again` starts anew.
+Finished answers are in the results file and are not decoded again, so a run that was stopped goes on; `--again` starts anew.
 Writes `benchmarks/results/records-<model>.json` and prints a table of mean scores.
 """
 
@@ -79,8 +79,7 @@ def instruction(count: int) -> str:
     """What the model is asked for, behind the text."""
     return (
         f'\n\nThe text above contains {count} lines that begin with "Register:". Write every one of them as JSON, in the order '
-        'of the text: a list of objects such as {"name": "Jane Doe", "room": 1, "thing": "ladder", "price": 2}. '
-        "Leave none out, and write nothing else."
+        'of the text: a list of objects with the keys "name", "room", "thing" and "price". Leave none out. Write nothing else.'
     )
 
 

@@ -6,7 +6,7 @@
 Every example (see `tasks.py`) is answered densely and for every method and budget of 1/64 to 1/8 of the context, as
 `answers.py` describes.
 
-Finished examples are in the results file and are not run again, so a run that was stopped goes on; `--again` starts anew.
+Finished answers are in the results file and are not decoded again, so a run that was stopped goes on; `--again` starts anew.
 Writes `benchmarks/results/retrieval-<model>.json` and prints a table of mean scores. A score is the fraction of the expected
 values that the answer contains.
 """

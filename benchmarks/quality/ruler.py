@@ -11,7 +11,7 @@ and budget, as `answers.py` describes, with at most as many new tokens as RULER 
 ends an answer. The score is RULER's: the share of the expected values that the answer contains; of qa_1 and qa_2, whether it
 contains one.
 
-Finished examples are in the results file and are not run again, so a run that was stopped goes on; `--again` starts anew.
+Finished answers are in the results file and are not decoded again, so a run that was stopped goes on; `--again` starts anew.
 Writes `benchmarks/results/ruler-<model>.json` and prints a table of mean scores.
 """
 

@@ -79,3 +79,14 @@ def test_kvpress_gets_as_many_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_turn_ends_at_the_ids_of_the_model_and_of_the_tokenizer() -> None:
     assert end_of_turn(_model(), SimpleNamespace(eos_token_id=7)) == [3, 5, 7]
     assert end_of_turn(_model(), SimpleNamespace(eos_token_id=None)) == [3, 5]
+
+
+def test_a_run_that_is_stopped_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    args = SimpleNamespace(methods=["shadowkv", "oracle"], shares=[8], kvpress=False, model="m")
+    monkeypatch.setattr(answers, "Chosen", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(_model(), {"task, 0": partial(_question, 0)}, args, Rows(tmp_path / "rows.json", {}, "one"))  # type: ignore[arg-type]
+    assert list(Rows(tmp_path / "rows.json", {}, "two")["task, 0"]) == ["shadowkv, 1/8"]
