@@ -45,8 +45,8 @@ THINGS = (
     "lantern", "violin", "kettle", "mask", "telescope", "saddle", "mirror", "compass", "carpet", "teapot", "clock", "umbrella",
 )  # fmt: skip
 PLAYS = ("macbeth", "hamlet", "othello")
-START = '[{"name":'
-"""The first characters of the answer, which are given."""
+START = '[{"name": "'
+"""The first characters of the answer, which are given; tokenizers divide the whole answer behind them too."""
 DISTANCE = 20
 """Tokens of other text for each record, at least."""
 SLACK = 1.3
@@ -91,7 +91,7 @@ def score(expected: Sequence[Record], answer: str) -> float:
             record = json.loads(part)
         except ValueError:
             continue
-        found.append({name: str(value) for name, value in record.items()})
+        found.append({name: str(value).strip() for name, value in record.items()})
     return sum({name: str(value) for name, value in record.items()} in found for record in expected) / len(expected)
 
 
