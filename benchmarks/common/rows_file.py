@@ -1,4 +1,5 @@
-"""The results file of `quality.py` and `retrieval.py`: named rows of one task, kept when a run stops and used by the next.
+"""The results file of `quality.py`, `retrieval.py` and `answer_prompts.py`: named rows of one task. They are kept when a run
+stops, and used by the next.
 
     file    what all rows have in common ("about") | commands that measured them | rows {name: row}, one a line
 
@@ -51,7 +52,7 @@ class Rows:
         unfinished.replace(self.output)
 
 
-def command_line(module: str, model: str | None) -> str:
-    """How `benchmarks.<module>` was called, with the model's name instead of its folder, which is of this machine."""
-    words = [Path(word).name if word == model else word for word in sys.argv[1:]]
+def command_line(module: str, *paths: str | None) -> str:
+    """How `benchmarks.<module>` was called, with names instead of these paths, which are of this machine."""
+    words = [Path(word).name if word in paths else word for word in sys.argv[1:]]
     return " ".join(["python -m", f"benchmarks.{module}", *(f'"{word}"' if " " in word else word for word in words)])

@@ -6,8 +6,7 @@
 Every prompt is prefilled once, densely. Its answer is decoded greedily from that prefill, densely and for every method and
 budget, beside 4 sinks and 64 recent tokens: from a `SpinCache` made from the prefill (`prefill.py`), or from the prefill itself
 by a mask inside attention (`oracle` and `window`, see `chosen_tokens.py`), or by kvpress (see `kvpress_worker.py`). Those
-others get as many tokens as `shadowkv` attends to at the same budget. On a GPU too, methods choose by their formulas, not by
-their kernels. No context is so short that all of it is attended to.
+others get as many tokens as `shadowkv` attends to at the same budget. No context is so short that all of it is attended to.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 from transformers import Cache
 
-import spin_hf.kernels
 from benchmarks.common.rows_file import Rows
 from benchmarks.quality import kvpress_rivals
 from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, chooser
@@ -44,6 +41,8 @@ class Question:
         stop: ids that end an answer.
         text: from an answer's ids to its text.
         score: from an answer's text to a score in [0, 1].
+        length: budgets are shares of so many tokens; 0 for those of `ids`. One length for all prompts of a kind lets caches
+            use each other's CUDA graphs.
     """
 
     ids: list[int]
@@ -52,6 +51,7 @@ class Question:
     stop: list[int]
     text: Callable[[list[int]], str]
     score: Callable[[str], float]
+    length: int = 0
 
     def entry(self, tokens: list[int], attended: float) -> dict[str, Any]:
         """What is recorded of an answer."""
@@ -107,12 +107,11 @@ def by_method(
         attended = float(equal_tokens(held, share))
         with Chosen(model, chooser(method, int(attended))):
             return question.entry(answer(model, ids[-1], prefill.dense(), *rest), attended)
-    with patch.object(spin_hf.kernels, "launchers", lambda device: None):
-        cache = prefill.sparse(
-            method, budget=len(ids) // share, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype="int8",
-            dense_below=0,
-        )  # fmt: skip
-        tokens = answer(model, ids[-1], cache, *rest)
+    cache = prefill.sparse(
+        method, budget=(question.length or len(ids)) // share, num_sink_tokens=SINKS, recent_window=RECENT,
+        summary_dtype="int8", dense_below=0,
+    )  # fmt: skip
+    tokens = answer(model, ids[-1], cache, *rest)
     return question.entry(tokens, float(cache.stats().attended_tokens))
 
 
@@ -124,7 +123,7 @@ def ask(
     if not missing and "dense" in held:
         return
     made = question()
-    prefill = Prefill(model, made.ids)
+    prefill = Prefill(model, made.ids[:-1])
     for cell in missing:
         held[name_of(cell)] = by_method(model, made, prefill, cell, held)
         yield

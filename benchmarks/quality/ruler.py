@@ -1,63 +1,68 @@
-"""RULER's 13 tasks (arXiv 2404.06654), when decoding reads a part of the text: `python -m benchmarks.quality.ruler`.
+"""Prompts of RULER's 13 tasks (arXiv 2404.06654) for `answer_prompts.py`:
+`python -m benchmarks.quality.ruler --prompts FOLDER`.
 
-    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4096     --kvpress
-    --device cpu (default) cuda
-    --methods shadowkv fitted oracle     --shares 64 16     --examples 4     --tasks niah_single_1 qa_2 ... (default: all)
-    --prompts FOLDER     prompts that `python -m benchmarks.quality.ruler_tasks` wrote elsewhere, for a machine without network
+    --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4096 ...
+    --examples 4     --tasks niah_single_1 qa_2 ... (default: all)
 
-`ruler_tasks.py` has the prompts made by RULER's generators, of at most `--tokens` tokens with their answers. The model's chat
-format comes on top, and RULER's first words of the answer stand behind it. A prompt is answered densely and for every method
-and budget, as `answers.py` describes, with at most as many new tokens as RULER gives the task; the end of the model's turn
-ends an answer. The score is RULER's: the share of the expected values that the answer contains; of qa_1 and qa_2, whether it
-contains one.
+RULER's generators make the texts (`ruler_tasks.py`), of at most `--tokens` tokens with their answers. The model's chat format
+comes on top, and RULER's first words of the answer stand behind it. An answer has at most as many new tokens as RULER gives
+the task; the end of the model's turn ends it. The score is RULER's: the share of the expected values that the answer contains;
+of qa_1 and qa_2, whether it contains one.
 
-Finished answers are in the results file and are not decoded again, so a run that was stopped goes on; `--again` starts anew.
-Writes `benchmarks/results/ruler-<model>.json` and prints a table of mean scores.
+Writes `FOLDER/ruler-<model>-<tokens>.json.xz`, one for each length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.quality import ruler_tasks, run_options
-from benchmarks.quality.answers import PRESSES, Question, answer_all, end_of_turn, turns
-from benchmarks.quality.prefill import load_model
-from benchmarks.quality.quality_tables import task_table
-from benchmarks.quality.ruler_tasks import Example
+from benchmarks.common.example_models import default_model
+from benchmarks.quality.answers import turns
+from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
+from benchmarks.quality.ruler_tasks import VERSION, Example, RulerTasks, default_folder
 from benchmarks.quality.tasks import ids_of
 
 
-def question(tokenizer: Any, example: Example, stop: list[int]) -> Question:
-    """The question of an example; `stop` ends its answer."""
+def stored(tokenizer: Any, task: str, index: int, example: Example) -> StoredPrompt:
+    """An example as token ids, in the model's chat format if it has one."""
     head, turn = turns(tokenizer)
     text = head + example.text + turn + example.prefix
     ids = ids_of(tokenizer, text) if head or turn else tokenizer(text).input_ids
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return Question(ids, len(ids), example.new_tokens, stop, decode, example.score)
+    return StoredPrompt(task, index, ids, example.new_tokens, [], example.metric, example.expected)
+
+
+def prompt_file(
+    tasks: RulerTasks, tokenizer: Any, names: list[str], count: int
+) -> PromptFile:  # fmt: skip
+    """The first examples of these tasks."""
+    examples = {name: tasks.examples(name, count) for name in names}
+    prompts = [stored(tokenizer, name, index, examples[name][index]) for index in range(count) for name in names]
+    return PromptFile("ruler", Path(tasks.model).name, tasks.num_tokens, VERSION, prompts)
 
 
 def main() -> None:
-    """Ask what is missing, write JSON, print a table."""
-    parser = run_options.parser(__doc__, ["shadowkv", "fitted", "oracle"], 4096)
-    ruler_tasks.add_prompt_options(parser)
-    parser.set_defaults(shares=[64, 16])
-    args = run_options.parse(parser)
-    tasks = ruler_tasks.opened(args)
-    examples = {task: tasks.examples(task, args.examples) for task in args.tasks}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = load_model(args.model, args.dtype, args.device)
-    stop = end_of_turn(model, tokenizer)
-    rows = run_options.open_rows("ruler", args, new_tokens="RULER's", ruler=ruler_tasks.VERSION)
-    questions: dict[str, Callable[[], Question]] = {
-        f"{task}, {index}": partial(question, tokenizer, examples[task][index], stop)
-        for index in range(args.examples) for task in args.tasks
-    }  # fmt: skip
-    answer_all(model, questions, args, rows, PRESSES)
-    print("\n" + "\n".join(task_table(rows.rows)))
+    """Write prompts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--examples", type=int, default=4, help="of each task")
+    parser.add_argument("--tasks", nargs="+", help="default: all 13")
+    parser.add_argument("--prompts", type=Path, required=True, help="folder to write")
+    args = parser.parse_args()
+    model = args.model or default_model()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for tokens in args.tokens:
+        tasks = RulerTasks(default_folder(model, tokens), model, tokens)
+        names = args.tasks or tasks.names
+        unknown = sorted(set(names) - set(tasks.names))
+        if unknown:
+            sys.exit(f"--tasks: expected some of {', '.join(tasks.names)}, got {', '.join(unknown)}")
+        print(prompt_file(tasks, tokenizer, names, args.examples).write(args.prompts))
 
 
 if __name__ == "__main__":

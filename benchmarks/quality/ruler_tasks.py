@@ -1,26 +1,21 @@
-"""RULER's prompts and metric (arXiv 2404.06654), from NVIDIA's package:
-`python -m benchmarks.quality.ruler_tasks --model MODEL --tokens T --examples N` writes the prompts alone.
+"""RULER's examples (arXiv 2404.06654), from NVIDIA's package.
 
 The package `nvidia-long-context-eval` brings the generators and their data: essays, SQuAD, HotpotQA. It is installed once
 under `~/.cache/spin_hf/` (or `$SPIN_HF_CACHE`), in an environment of its own, and called there. Nothing of it is part of this
 project.
 
-    folder of prompts    <task>/validation.jsonl as the generators write it, and package/ with what the metric needs. A machine
-                         without network needs nothing else (`--prompts`)
+    folder of examples   <task>/validation.jsonl as the generators write it
     Example              the text, the first words of its answer, the expected values, the metric
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,7 @@ from typing import Any
 import transformers
 import yaml
 
-from benchmarks.common.example_models import build_once, cache_folder, default_model
+from benchmarks.common.example_models import build_once, cache_folder
 
 WORKER = Path(__file__).resolve().parent / "ruler_worker.py"
 VERSION = "nvidia-long-context-eval==26.3"
@@ -36,6 +31,8 @@ REQUIREMENTS = ("nltk==3.10.4", "wonderwords==3.0.1", "tenacity==9.2.1", "scipy"
 """What the generators import; the package itself asks for clients of servers besides, which they do not need."""
 CONFIG, PROMPTS, METRICS = "synthetic.yaml", "data/synthetic/constants.py", "eval/synthetic/constants.py"
 """Files of the package that say what the tasks are, what their prompts say, and how answers are scored."""
+SCORES = {"string_match_all": "all", "string_match_part": "part"}
+"""The package's metrics, and what `metrics.py` calls them."""
 SECONDS = 1200
 """How long a generator may take: one that finds no example of the length tries for ever."""
 SEED = 42
@@ -55,18 +52,14 @@ class Example:
         prefix: the first words of the answer, which are given.
         expected: values that the answer should contain.
         new_tokens: the answer's largest number of tokens.
-        metric: RULER's, from answers and their expected values to per cent.
+        metric: `all` if it should contain all of them, `part` if one is enough.
     """
 
     text: str
     prefix: str
     expected: list[str]
     new_tokens: int
-    metric: Callable[[list[str], list[list[str]]], float]
-
-    def score(self, answer: str) -> float:
-        """RULER's metric of one answer, in [0, 1]."""
-        return self.metric([answer], [self.expected]) / 100
+    metric: str
 
 
 def _build(folder: Path) -> None:
@@ -97,23 +90,19 @@ def _tasks_of(file: Path) -> dict[str, Any]:
 
 
 class RulerTasks:
-    """The tasks, with prompts in a folder.
+    """The tasks. Installs the package.
 
     Args:
-        folder: of prompts; made if it is not there, which installs the package.
+        folder: of examples; made if it is not there.
         model: folder or hub id, for its tokenizer.
         num_tokens: most tokens of a prompt and its answer.
     """
 
     def __init__(self, folder: Path, model: str, num_tokens: int) -> None:
         self.folder, self.model, self.num_tokens = folder, model, num_tokens
-        for name in (CONFIG, PROMPTS, METRICS):
-            copy = folder / "package" / name
-            if not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(installed()[1] / name, copy)
-        self.config: dict[str, Any] = yaml.safe_load((folder / "package" / CONFIG).read_text())
-        self.prompts, self.metrics = (_tasks_of(folder / "package" / name) for name in (PROMPTS, METRICS))
+        self.python, self.package = installed()
+        self.config: dict[str, Any] = yaml.safe_load((self.package / CONFIG).read_text())
+        self.prompts, self.metrics = (_tasks_of(self.package / name) for name in (PROMPTS, METRICS))
 
     @property
     def names(self) -> list[str]:
@@ -121,7 +110,6 @@ class RulerTasks:
         return list(self.config)
 
     def _generate(self, task: str, count: int) -> None:
-        python, package = installed()
         about = self.prompts[self.config[task]["task"]]
         options = {
             "save_dir": self.folder, "save_name": task, "subset": "validation", "tokenizer_path": self.model,
@@ -129,9 +117,13 @@ class RulerTasks:
             "tokens_to_generate": about["tokens_to_generate"], "template": about["template"] + about["answer_prefix"],
             **self.config[task]["args"],
         }  # fmt: skip
-        command = [str(python), str(WORKER), str(package / "data" / "synthetic" / f"{self.config[task]['task']}.py")]
+        command = [
+            str(self.python),
+            str(WORKER),
+            str(self.package / "data" / "synthetic" / f"{self.config[task]['task']}.py"),
+        ]
         command += [f"--{name}={value}" for name, value in options.items()]
-        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(self.package.parent)}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
             try:
@@ -172,46 +164,12 @@ class RulerTasks:
         start = text.rfind(about["answer_prefix"].split("{")[0])
         if start < 0:
             raise RulerError(f"{task}: expected a prompt that ends in {about['answer_prefix']!r}, got {text[-200:]!r}")
-        return Example(
-            text[:start], text[start:], line["outputs"], about["tokens_to_generate"], self.metrics[base]["metric_fn"]
-        )
+        score = self.metrics[base]["metric_fn"].__name__
+        if score not in SCORES:
+            raise RulerError(f"{task}: expected a metric of {', '.join(SCORES)}, got {score}")
+        return Example(text[:start], text[start:], line["outputs"], about["tokens_to_generate"], SCORES[score])
 
 
 def default_folder(model: str, num_tokens: int) -> Path:
-    """Where prompts for a tokenizer and length are stored unless `--prompts` says otherwise."""
+    """Where the generators' examples for a tokenizer and length are stored."""
     return cache_folder() / "ruler-prompts" / f"{Path(model).name}-{num_tokens}"
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """`--examples`, `--tasks` and `--prompts`."""
-    parser.add_argument("--examples", type=int, default=4, help="of each task")
-    parser.add_argument("--tasks", nargs="+", help="default: all 13")
-    parser.add_argument("--prompts", type=Path, help="folder of prompts (default: in the cache folder)")
-
-
-def opened(args: argparse.Namespace) -> RulerTasks:
-    """The tasks for a command line; `args.tasks` is set. Exits if it names one that is none."""
-    tasks = RulerTasks(args.prompts or default_folder(args.model, args.tokens), args.model, args.tokens)
-    args.tasks = args.tasks or tasks.names
-    unknown = sorted(set(args.tasks) - set(tasks.names))
-    if unknown:
-        sys.exit(f"--tasks: expected some of {', '.join(tasks.names)}, got {', '.join(unknown)}")
-    return tasks
-
-
-def main() -> None:
-    """Write prompts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--tokens", type=int, default=4096)
-    add_prompt_options(parser)
-    args = parser.parse_args()
-    args.model = args.model or default_model()
-    tasks = opened(args)
-    for task in args.tasks:
-        found = tasks.examples(task, args.examples)
-        print(f"{task:20} {len(found)} examples in {tasks.folder}")
-
-
-if __name__ == "__main__":
-    main()

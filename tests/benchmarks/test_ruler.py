@@ -1,4 +1,4 @@
-"""RULER's generators are called as scripts; what they write becomes prompts and scores. A small package stands in."""
+"""RULER's generators are called as scripts; what they write becomes stored prompts. A small package stands in."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import ruler_tasks
+from benchmarks.quality import ruler, ruler_tasks
 from benchmarks.quality.answers import turns
-from benchmarks.quality.ruler import question
-from benchmarks.quality.ruler_tasks import RulerError, RulerTasks, default_folder, opened
+from benchmarks.quality.prompt_files import PromptFile
+from benchmarks.quality.ruler import stored
+from benchmarks.quality.ruler_tasks import RulerError, RulerTasks, default_folder
 
 YAML = "needles:\n  task: needle\n  args:\n    words: 3\nlast:\n  task: needle\n  args:\n    words: 1\n"
 PROMPTS = """TASKS = {"needle": {
     "tokens_to_generate": 7, "template": "Read {context}. Answer: what?", "answer_prefix": " Answer: the {kind} are"}}
 """
-METRICS = """def match(answers, expected):
-    return 100 * sum(word in answers[0] for word in expected[0]) / len(expected[0])
-TASKS = {"needle": {"metric_fn": match}}
+METRICS = """def string_match_all(answers, expected):
+    raise AssertionError("scores are made without the package")
+TASKS = {"needle": {"metric_fn": string_match_all}}
 """
 GENERATOR = """import argparse, json, pathlib, nltk.tokenize
 from beside import KIND
@@ -62,27 +63,18 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return partial(RulerTasks, tmp_path / "prompts", "a model")
 
 
-def _unwanted(*_: Any) -> Any:
-    raise AssertionError("the package was asked for")
-
-
-def test_prompts_are_those_of_the_generator(tasks: Any) -> None:
-    made = tasks(100)
-    assert made.names == ["needles", "last"]
-    first, second = made.examples("needles", 2)
-    assert (first.text, first.prefix) == ("Read w00; w01; w02. Answer: what?", " Answer: the words are")
-    assert (second.expected, second.new_tokens) == (["w10", "w11", "w12"], 7)
-    assert [first.score(answer) for answer in ("w00 w02 w01", "w01", "none")] == [1, pytest.approx(1 / 3), 0]
-
-
-def test_a_folder_with_prompts_needs_no_package(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_generated_once(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tasks(100).examples("last", 3)
-    monkeypatch.setattr(ruler_tasks, "installed", _unwanted)
-    again = tasks(100).examples("last", 2)
-    assert [one.text for one in again] == [one.text for one in found[:2]]
-    assert again[0].score("w00") == 1
-    with pytest.raises(AssertionError, match="asked for"):
-        tasks(100).examples("last", 4)
+    again = tasks(100)
+    monkeypatch.setattr(again, "_generate", lambda *_: pytest.fail("the examples are there"))
+    assert [one.text for one in again.examples("last", 2)] == [one.text for one in found[:2]]
+
+
+def test_a_metric_that_is_not_known_is_refused(tasks: Any) -> None:
+    file = ruler_tasks.installed()[1] / "eval/synthetic/constants.py"
+    file.write_text(METRICS.replace("string_match_all", "edit_distance"))
+    with pytest.raises(RulerError, match="string_match_all, string_match_part, got edit_distance"):
+        tasks(100).examples("last", 1)
 
 
 def test_what_goes_wrong_is_said(tasks: Any) -> None:
@@ -103,14 +95,23 @@ def test_a_generator_that_does_not_end_is_stopped(tasks: Any, monkeypatch: pytes
         made.examples("last", 1)
 
 
-def test_the_command_line_names_tasks_of_the_package(tasks: Any, tmp_path: Path) -> None:
+def test_the_command_writes_a_file_for_each_length(
+    tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tasks(100)
-    args = SimpleNamespace(prompts=tmp_path / "prompts", model="a/model", tokens=100, tasks=None)
-    assert opened(args).folder == args.prompts  # type: ignore[arg-type]
-    assert args.tasks == ["needles", "last"]
-    args.tasks = ["last", "first"]
+    monkeypatch.setattr(ruler, "default_folder", lambda model, tokens: tmp_path / f"raw-{tokens}")
+    monkeypatch.setattr(ruler, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda name: Characters(True)))
+    words = ["ruler.py", "--model", "a/model", "--prompts", str(tmp_path / "out"), "--tokens", "100", "200"]
+    monkeypatch.setattr(sys, "argv", [*words, "--examples", "2"])
+    ruler.main()
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [file.name for file in files] == ["ruler-model-100.json.xz", "ruler-model-200.json.xz"]
+    assert [prompt.name for prompt in PromptFile.read(files[0]).prompts] == [
+        f"{task}, {index}" for index in (0, 1) for task in ("needles", "last")
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--tasks", "last", "first"])
     with pytest.raises(SystemExit, match="got first"):
-        opened(args)  # type: ignore[arg-type]
+        ruler.main()
     assert default_folder("a/model", 100).name == "model-100"
 
 
@@ -128,16 +129,11 @@ class Characters:
         assert not options["tokenize"]
         return f"<user>{chat[0]['content']}<model>"
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return "".join(map(chr, tokens))
-
 
 @pytest.mark.parametrize(("chat", "text"), [(True, "<user>T?<model> A:"), (False, "\0T? A:")])
 def test_first_words_of_the_answer_stand_behind_the_turn(chat: bool, text: str) -> None:
-    example = ruler_tasks.Example("T?", " A:", ["1", "2"], 5, lambda found, expected: 50.0 * (found == ["x"]))
-    made = question(Characters(chat), example, [3])
+    example = ruler_tasks.Example("T?", " A:", ["1", "2"], 5, "part")
+    made = stored(Characters(chat), "vt", 3, example)
     assert "".join(map(chr, made.ids)) == text
-    assert (made.context, made.new_tokens, made.stop) == (len(text), 5, [3])
-    assert made.entry([ord("x")], 12.34) == {"score": 0.5, "answer": "x", "attended_tokens": 12.3}
+    assert (made.name, made.new_tokens, made.metric, made.expected) == ("vt, 3", 5, "part", ["1", "2"])
     assert turns(Characters(chat)) == (("<user>", "<model>") if chat else ("", ""))
