@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.common.record import RESULTS
 from benchmarks.quality import passkey
-from benchmarks.quality.quality_tables import sparse_prefill_table, summary
+from benchmarks.quality.quality_tables import ruler_table, sparse_prefill_table, summary
 from benchmarks.results_tables import (
     Tables,
     at_equal_time,
@@ -58,6 +58,11 @@ def measured(section: Section) -> list[Section]:
 def files_like(pattern: str) -> tuple[str, ...]:
     """The results files of this pattern, relative to `benchmarks/results`."""
     return tuple(sorted(file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob(pattern)))
+
+
+def figure_if_there(name: str) -> str:
+    """The figure of this name, relative to `benchmarks/results`; "" if it is not drawn yet."""
+    return name if (RESULTS / name).exists() else ""
 
 
 H200 = "h200/decode-llama-8b"
@@ -214,16 +219,17 @@ PARTS: dict[str, list[Section]] = {
         *measured(Section(
             "RULER",
             "The tasks of RULER (arXiv 2404.06654), made and scored by NVIDIA's package `nvidia-long-context-eval`: the share "
-            "of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. A prompt is read "
-            "densely; answers are decoded with the budget of the row. *Oracle* and *window* attend to as many tokens as "
-            "`shadowkv`.",
+            "of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. The first table "
+            "has the means of the tasks. A prompt is read densely; answers are decoded with the budget of the row. All rows of "
+            "a table answered the same examples. *Oracle* and *window* attend to as many tokens as `shadowkv`.",
             files_like("ruler-*.json"),
-            losses(),
+            lambda results: [("", ruler_table(results)), *losses()(results)],
+            figure_if_there("ruler.svg"),
         )),
         *measured(Section(
             "All records as JSON",
-            "Records hidden in plays, in order; the model writes all of them as JSON. A score is the share of records whose "
-            "fields are all right.",
+            "Numbered records stand in other text; the model writes all of them as JSON, in order. The first one is given. The "
+            "score is the share of the fields of the others that are right. All rows of a table answered the same examples.",
             files_like("records-*.json"),
             losses(),
         )),

@@ -3,8 +3,9 @@
 
     --model SmolLM2-135M-Instruct (default), or a folder or hub id     --tokens 4096 ...     --examples 4     --records 8
 
-Numbered records of five fields stand in plays of Shakespeare, in order and at drawn distances. The model writes all of them as
-JSON, one object a line, so an answer needs every part of the text in turn. The first object is given, which shows the form.
+Numbered records of five fields stand in drawn sentences about a landscape, in order and at drawn distances. The model writes
+all of them as JSON, one object a line, so an answer needs every part of the text in turn. The first object is given, which
+shows the form. The other sentences name no people and no numbers: in plays, small models mix people into the records.
 The score is the share of the fields of the other records that are right; records that the model invents do not count.
 
 Writes `FOLDER/records-<model>-<tokens>.json.xz`, one for each length.
@@ -20,7 +21,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.common.example_models import default_model, play
+from benchmarks.common.example_models import default_model
 from benchmarks.quality.answers import turns
 from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
 from benchmarks.quality.tasks import hide, ids_of
@@ -38,7 +39,34 @@ LAST = (
 THINGS = (
     "lantern", "violin", "kettle", "mask", "telescope", "saddle", "mirror", "compass", "carpet", "teapot", "clock", "umbrella",
 )  # fmt: skip
-PLAYS = ("macbeth", "hamlet", "othello")
+KINDS = (
+    "old",
+    "quiet",
+    "narrow",
+    "green",
+    "distant",
+    "empty",
+    "wide",
+    "grey",
+    "silent",
+    "low",
+    "wet",
+    "pale",
+    "broad",
+    "cold",
+)
+PARTS = (
+    "meadow", "river", "bridge", "hill", "forest", "garden wall", "valley", "path", "orchard", "pond", "hedge", "shore",
+    "cliff", "field",
+)  # fmt: skip
+DOINGS = (
+    "lies behind", "leads to", "is older than", "stands above", "can be seen from", "ends near", "is hidden by", "runs along",
+    "looks like", "begins at",
+)  # fmt: skip
+TIMES = (
+    "in the morning", "after the rain", "when the wind turns", "in late autumn", "before the snow comes", "at low tide",
+    "in the long summer", "under a clear sky",
+)  # fmt: skip
 DISTANCE = 20
 """Tokens of other text for each record, at least."""
 SLACK = 1.1
@@ -75,6 +103,17 @@ def instruction(count: int) -> str:
     )
 
 
+def landscape(count: int, index: int) -> str:
+    """So many sentences of other text."""
+    draw = random.Random(f"landscape {index}")
+
+    def part() -> str:
+        return f"the {draw.choice(KINDS)} {draw.choice(PARTS)}"
+
+    sentences = (f"{part()} {draw.choice(DOINGS)} {part()} {draw.choice(TIMES)}." for _ in range(count))
+    return " ".join(one[0].upper() + one[1:] for one in sentences)
+
+
 def stored(tokenizer: Any, num_tokens: int, count: int, index: int) -> StoredPrompt:
     """An example of `num_tokens` ids, in the model's chat format if it has one.
 
@@ -89,8 +128,7 @@ def stored(tokenizer: Any, num_tokens: int, count: int, index: int) -> StoredPro
     least = len(head) + len(tail) + sum(len(ids_of(tokenizer, f"\n\n{one}\n\n")) + DISTANCE for one in sentences)
     if num_tokens < least:
         raise ValueError(f"expected at least {least} tokens for {count} records, got {num_tokens}; raise --tokens")
-    text = "\n\n".join(play(PLAYS[(index + number) % len(PLAYS)]) for number in range(len(PLAYS)))
-    ids = hide(tokenizer, head, sentences, tail, text, num_tokens, index)
+    ids = hide(tokenizer, head, sentences, tail, landscape(num_tokens // 8, index), num_tokens, index)
     new_tokens = round(SLACK * len(ids_of(tokenizer, "\n".join(map(json.dumps, others)))))
     return StoredPrompt(f"{count} records", index, ids, new_tokens, [], "records", others)
 

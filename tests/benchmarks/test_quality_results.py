@@ -20,6 +20,7 @@ from benchmarks.quality.quality_tables import (
     has_rivals,
     kl_lines,
     kl_table,
+    ruler_table,
     score_lines,
     summary,
     task_means,
@@ -102,6 +103,33 @@ def test_scores_are_averaged_over_tasks_of_cells_that_were_asked_all() -> None:
         "quest, 1/64": {"passkey": 0.5, "one of six": 0.0, "mean": 0.25},
     }
     assert task_table(rows)[2:] == ["| dense | 100% | 50% | 75% |", "| quest, 1/64 | 50% | 0% | 25% |"]
+
+
+CELLS = {"fitted, 1/64": {"score": 0.5}, "fitted, 1/16": {"score": 1.0}, "dense": {"score": 1.0}}
+FEW = {"dense": {"score": 0.25}, "fitted, 1/64": {"score": 0.0}}
+RULER = [
+    {"model": "m", "tokens": 16384, "rows": {"vt, 0": CELLS, "qa_1, 0": CELLS}},
+    {"model": "m", "tokens": 32768, "rows": {"vt, 0": FEW}},
+]
+
+
+def test_the_table_of_ruler_has_a_column_for_each_length() -> None:
+    assert ruler_table(RULER) == [
+        "| budget | m, 16K | m, 32K |", "| --- | --- | --- |", "| dense | 100.0 | 25.0 |", "| fitted, 1/64 | 50.0 | 0.0 |",
+        "| fitted, 1/16 | 100.0 |  |",
+    ]  # fmt: skip
+    assert ruler_table(RULER, ["fitted, 1/16"])[2:] == ["| fitted, 1/16 | 100.0 |  |"]
+
+
+def test_the_figure_of_ruler_has_a_panel_for_each_length(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.quality import plot_ruler
+
+    for results in (RULER, RULER[:1]):
+        plot_ruler.draw(results, tmp_path / f"{len(results)}.svg")
+    one, two = ((tmp_path / f"{count}.svg").read_text() for count in (1, 2))
+    assert one.count('id="axes_') == 1
+    assert two.count('id="axes_') == 2
 
 
 def test_an_answer_ends_at_the_end_of_its_line() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import records
 from benchmarks.quality.metrics import METRICS, match_all, match_part, record_fields
 from benchmarks.quality.records import instruction, records_of, sentence, stored
 
@@ -24,11 +23,6 @@ class Characters:
 
 def _lines(found: list[Any]) -> str:
     return "\n".join(map(json.dumps, found))
-
-
-@pytest.fixture(autouse=True)
-def plays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "play", lambda name: f"Lorem ipsum of {name}. " * 100)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -71,6 +71,23 @@ def test_rows_of_a_method_are_left_out() -> None:
     assert without("quest", {"passkey, 0": cells}) == {"passkey, 0": {"dense": {"score": 1.0}}}
 
 
+def test_the_readme_has_a_table_of_ruler_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ruler-16k-m.json", "ruler-32k-m.json")
+    cells = {name: {"score": 0.5} for name in ("fitted, 1/64", "dense", "oracle, 1/64")}
+    found = {name: {"model": "m", "tokens": int(name[6:8]) << 10, "rows": {"vt, 0": cells}} for name in names}
+    before = results_page.read
+    monkeypatch.setattr(results_page, "files_like", lambda pattern: names)
+    monkeypatch.setattr(results_page, "read", lambda name: found.get(name) or before(name))
+    text = re.sub(r"<!-- ruler(.|\n)*of ruler -->\n", "", results_page.README.read_text())
+    with pytest.raises(ValueError, match="ruler: benchmarks"):
+        readme(text)
+    marks = ["<!-- ruler: benchmarks/results_page.py -->", "<!-- end of ruler -->", ""]
+    assert (
+        "| m, 16K | m, 32K |\n| --- | --- | --- |\n| dense | 50.0 | 50.0 |\n| fitted, 1/64 | 50.0 | 50.0 |\n<!--"
+        in readme(text + "\n".join(marks))
+    )
+
+
 def test_a_section_appears_with_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (results_page, results_sections):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
