@@ -18,11 +18,13 @@ Writes `<kind>-<length>k-<model>.json` into `--output` (default: `benchmarks/res
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -83,6 +85,7 @@ class Answerer:
         """All answers of an example by their cells, or None if the time is over before the last of them."""
         if time.monotonic() > job.deadline:
             return None
+        gc.collect()  # caches of the example before
         held = dict(job.held)
         for _ in ask(self.model, lambda: job.prompt.question(self.tokenizer, self.stop, job.length), job.cells, held):
             if time.monotonic() > job.deadline:
@@ -91,6 +94,8 @@ class Answerer:
 
 
 _of_process: list[Answerer] = []
+_MOST_SECONDS = 600.0
+"""How long a process whose GPU fails holds a job back."""
 
 
 def _start(options: tuple[str, str, str], threads: int) -> None:
@@ -98,7 +103,21 @@ def _start(options: tuple[str, str, str], threads: int) -> None:
 
 
 def _answer(job: Job) -> dict[str, Any] | None:
-    return _of_process[0](job)
+    try:
+        return _of_process[0](job)
+    except Exception:
+        if not _gpu_works():  # and never will in this process: let others have the jobs
+            time.sleep(max(0.0, min(job.deadline - time.monotonic(), _MOST_SECONDS)))
+        raise
+
+
+def _gpu_works() -> bool:
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def names_of(cells: list[Cell]) -> list[str]:
@@ -180,9 +199,9 @@ def opened(args: argparse.Namespace, file: PromptFile) -> Rows:
     return Rows(args.output / f"{file.label}-{Path(args.model).name}.json", about, command, args.again)
 
 
-def main(clock: Callable[[], float] = time.monotonic) -> None:
+def main() -> None:
     """Answer what is missing, write JSON, print tables. Exits with status 1 if an example failed."""
-    began, args = clock(), parse()
+    began, args = time.monotonic(), parse()
     files = [PromptFile.read(file) for file in args.files]
     rows = [opened(args, file) for file in files]
     jobs = jobs_of(files, rows, args.cells, [began + seconds for seconds in args.seconds], args.examples)
@@ -191,13 +210,14 @@ def main(clock: Callable[[], float] = time.monotonic) -> None:
     for job, found in tqdm(answered(jobs, options, args.workers), total=len(jobs), unit=" examples"):
         if isinstance(found, BaseException):
             failed += 1
-            print(f"{files[job.file].label}, {job.prompt.name}: {found!r}", file=sys.stderr)
+            said = repr(found) if failed > 1 else "".join(traceback.format_exception(found))
+            print(f"{files[job.file].label}, {job.prompt.name}: {said}", file=sys.stderr)
         elif found is None:
             dropped += 1
         else:
             rows[job.file].put(job.prompt.name, found)
     print(
-        f"{len(jobs) - failed - dropped} examples answered in {clock() - began:.0f} s, {dropped} not, {failed} failed"
+        f"{len(jobs) - failed - dropped} examples answered in {time.monotonic() - began:.0f} s, {dropped} not, {failed} failed"
     )
     for file, of_file in zip(files, rows, strict=True):
         print(f"\n{file.label}\n\n" + "\n".join(task_table(of_file.rows)))

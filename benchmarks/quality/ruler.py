@@ -36,9 +36,7 @@ def stored(tokenizer: Any, task: str, index: int, example: Example) -> StoredPro
     return StoredPrompt(task, index, ids, example.new_tokens, [], example.metric, example.expected)
 
 
-def prompt_file(
-    tasks: RulerTasks, tokenizer: Any, names: list[str], count: int
-) -> PromptFile:  # fmt: skip
+def prompt_file(tasks: RulerTasks, tokenizer: Any, names: list[str], count: int) -> PromptFile:
     """The first examples of these tasks."""
     examples = {name: tasks.examples(name, count) for name in names}
     prompts = [stored(tokenizer, name, index, examples[name][index]) for index in range(count) for name in names]

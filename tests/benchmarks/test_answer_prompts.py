@@ -162,6 +162,27 @@ def test_processes_answer_as_one_does(model_folder: Path, monkeypatch: pytest.Mo
     assert found["b, 1"] is None
 
 
+def test_a_process_whose_gpu_fails_holds_its_jobs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def fails(job: Job) -> Any:
+        raise RuntimeError("illegal address")
+
+    monkeypatch.setattr(answer_prompts, "_of_process", [fails])
+    monkeypatch.setattr(answer_prompts, "time", SimpleNamespace(monotonic=lambda: 5.0, sleep=slept.append))
+    for works, deadline, seconds in (
+        (True, 9.0, []),
+        (False, 9.0, [4.0]),
+        (False, 1.0, [0.0]),
+        (False, math.inf, [600.0]),
+    ):
+        slept.clear()
+        monkeypatch.setattr(answer_prompts, "_gpu_works", lambda works=works: works)
+        with pytest.raises(RuntimeError, match="illegal address"):
+            answer_prompts._answer(Job(0, _prompt("a", 0), 2048, CELLS, deadline))
+        assert slept == seconds
+
+
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cell_of("fitted/64") == ("fitted", 64)
     for wrong in ("fitted", "fitted/0", "/64", "fitted/1.5"):
