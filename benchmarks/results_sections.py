@@ -218,10 +218,10 @@ PARTS: dict[str, list[Section]] = {
     "Quality": [
         *measured(Section(
             "RULER",
-            "The tasks of RULER (arXiv 2404.06654), made and scored by NVIDIA's package `nvidia-long-context-eval`: the share "
-            "of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. The first table "
-            "has the means of the tasks. A prompt is read densely; answers are decoded with the budget of the row. All rows of "
-            "a table answered the same examples. *Oracle* and *window* attend to as many tokens as `shadowkv`.",
+            "The tasks of RULER (arXiv 2404.06654), made by NVIDIA's package `nvidia-long-context-eval` and scored as there: "
+            "the share of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. "
+            "The first table has the means of the tasks. A prompt is read densely; answers are decoded with the budget of the "
+            "row. All rows of a table answered the same examples. *Oracle* and *window* attend to as many as `shadowkv`.",
             files_like("ruler-*.json"),
             lambda results: [("", ruler_table(results)), *losses()(results)],
             figure_if_there("ruler.svg"),
