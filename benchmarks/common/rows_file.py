@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ class Rows:
         row: dict[str, Any] = self.rows[name]
         return row
 
-    def put(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row and write the file."""
+    def put(self, name: str, row: dict[str, Any], order: Sequence[str] = ()) -> None:
+        """Keep a row and write the file, with rows in this order, and others behind them as they came."""
         self.rows[name] = row
+        self.rows = {name: self.rows[name] for name in dict.fromkeys([*order, *self.rows]) if name in self.rows}
         if self.command not in self.commands:
             self.commands.append(self.command)
         self.output.parent.mkdir(parents=True, exist_ok=True)

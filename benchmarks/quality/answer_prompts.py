@@ -215,7 +215,7 @@ def main() -> None:
         elif found is None:
             dropped += 1
         else:
-            rows[job.file].put(job.prompt.name, found)
+            rows[job.file].put(job.prompt.name, found, [prompt.name for prompt in files[job.file].prompts])
     print(
         f"{len(jobs) - failed - dropped} examples answered in {time.monotonic() - began:.0f} s, {dropped} not, {failed} failed"
     )

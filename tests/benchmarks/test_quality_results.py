@@ -44,6 +44,11 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
     assert list(held["rows"]) == ["shadowkv, 1/64, macbeth", "quest, 1/64, macbeth"]
     assert {key: held[key] for key in ABOUT} == ABOUT
     assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+    second.put("tova, 1/64, macbeth", {"kl": 0.3}, ["tova, 1/64, macbeth", "none", "quest, 1/64, macbeth"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(name, row["kl"]) for name, row in rows.items()] == [
+        ("tova, 1/64, macbeth", 0.3), ("quest, 1/64, macbeth", 0.2), ("shadowkv, 1/64, macbeth", 0.1),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changed", [{"tokens": 8000}, {"versions": {"torch": "2"}}, {"sources": "abc"}])
