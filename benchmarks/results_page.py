@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the two tables of the README, from the results files: `python -m benchmarks.results_page`.
+"""Write docs/results.md, and the tables of the README, from the results files: `python -m benchmarks.results_page`.
 
     results/*.json --table functions of the benchmarks--> Section --page()--> docs/results.md
                                                           `readme()` ------> README.md, between its `<!-- ... -->` marks
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.record import RESULTS, newest
-from benchmarks.quality.quality_tables import kl_lines, score_lines
-from benchmarks.results_sections import H200, PARTS, Section
+from benchmarks.quality.quality_tables import kl_lines, ruler_table, score_lines
+from benchmarks.results_sections import H200, PARTS, Section, files_like
 from benchmarks.results_tables import Lines, Result, day, head, row
 from benchmarks.speed.decode_tables import ms
 
@@ -164,13 +164,27 @@ def readme_quality() -> Lines:
     return lines
 
 
+README_RULER = ("dense", "fitted, 1/16", "fitted, 1/64", "bisection, 1/64", "shadowkv, 1/64")
+"""The rows of the README's table of RULER."""
+
+
+def readme_ruler() -> Lines:
+    """RULER's score by length."""
+    results = [read(name) for name in files_like("ruler-*.json")]
+    cells = {cell for result in results for row in result["rows"].values() for cell in row}
+    return ruler_table(results, [cell for cell in README_RULER if cell in cells])
+
+
 def readme(text: str) -> str:
-    """A README with its tables written anew.
+    """A README with its tables written anew; that of RULER if it has been measured.
 
     Raises:
         ValueError: a mark is missing.
     """
-    for name, table in (("speed", readme_speed), ("quality", readme_quality)):
+    tables = {"speed": readme_speed, "quality": readme_quality}
+    if files_like("ruler-*.json"):
+        tables["ruler"] = readme_ruler
+    for name, table in tables.items():
         start, stop = f"<!-- {name}: benchmarks/results_page.py -->\n", f"<!-- end of {name} -->\n"
         before, begun, rest = text.partition(start)
         _, ended, after = rest.partition(stop)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.common.record import RESULTS
 from benchmarks.quality import passkey
-from benchmarks.quality.quality_tables import sparse_prefill_table, summary
+from benchmarks.quality.quality_tables import ruler_table, sparse_prefill_table, summary
 from benchmarks.results_tables import (
     Tables,
     at_equal_time,
@@ -52,7 +52,17 @@ class Section:
 
 def measured(section: Section) -> list[Section]:
     """The section; nothing if one of its files does not exist yet."""
-    return [section] if all((RESULTS / name).exists() for name in section.files) else []
+    return [section] if section.files and all((RESULTS / name).exists() for name in section.files) else []
+
+
+def files_like(pattern: str) -> tuple[str, ...]:
+    """The results files of this pattern, relative to `benchmarks/results`."""
+    return tuple(sorted(file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob(pattern)))
+
+
+def figure_if_there(name: str) -> str:
+    """The figure of this name, relative to `benchmarks/results`; "" if it is not drawn yet."""
+    return name if (RESULTS / name).exists() else ""
 
 
 H200 = "h200/decode-llama-8b"
@@ -206,6 +216,23 @@ PARTS: dict[str, list[Section]] = {
         ),
     ],
     "Quality": [
+        *measured(Section(
+            "RULER",
+            "The tasks of RULER (arXiv 2404.06654), made by NVIDIA's package `nvidia-long-context-eval` and scored as there: "
+            "the share of the expected values that an answer contains; of `qa_1` and `qa_2`, whether it contains one. "
+            "The first table has the means of the tasks. A prompt is read densely; answers are decoded with the budget of the "
+            "row. All rows of a table answered the same examples. *Oracle* and *window* attend to as many as `shadowkv`.",
+            files_like("ruler-*.json"),
+            lambda results: [("", ruler_table(results)), *losses()(results)],
+            figure_if_there("ruler.svg"),
+        )),
+        *measured(Section(
+            "All records as JSON",
+            "Numbered records stand in other text; the model writes all of them as JSON, in order. The first one is given. The "
+            "score is the share of the fields of the others that are right. All rows of a table answered the same examples.",
+            files_like("records-*.json"),
+            losses(),
+        )),
         Section(
             "`fitted` and `bisection`",
             "KL, attention mass and questions as below, of the same plays.",

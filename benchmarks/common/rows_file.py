@@ -1,4 +1,5 @@
-"""The results file of `quality.py` and `retrieval.py`: named rows of one task, kept when a run stops and used by the next.
+"""The results file of `quality.py`, `retrieval.py` and `answer_prompts.py`: named rows of one task. They are kept when a run
+stops, and used by the next.
 
     file    what all rows have in common ("about") | commands that measured them | rows {name: row}, one a line
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ class Rows:
         row: dict[str, Any] = self.rows[name]
         return row
 
-    def put(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row and write the file."""
+    def put(self, name: str, row: dict[str, Any], order: Sequence[str] = ()) -> None:
+        """Keep a row and write the file, with rows in this order, and others behind them as they came."""
         self.rows[name] = row
+        self.rows = {name: self.rows[name] for name in dict.fromkeys([*order, *self.rows]) if name in self.rows}
         if self.command not in self.commands:
             self.commands.append(self.command)
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,7 @@ class Rows:
         unfinished.replace(self.output)
 
 
-def command_line(module: str, model: str | None) -> str:
-    """How `benchmarks.<module>` was called, with the model's name instead of its folder, which is of this machine."""
-    words = [Path(word).name if word == model else word for word in sys.argv[1:]]
+def command_line(module: str, *paths: str | None) -> str:
+    """How `benchmarks.<module>` was called, with names instead of these paths, which are of this machine."""
+    words = [Path(word).name if word in paths else word for word in sys.argv[1:]]
     return " ".join(["python -m", f"benchmarks.{module}", *(f'"{word}"' if " " in word else word for word in words)])

@@ -1,4 +1,4 @@
-"""Tables of the results of `quality.py` and `retrieval.py`, and one of all:
+"""Tables of the results of `quality.py`, `retrieval.py` and `answer_prompts.py`, and one of all:
 `python -m benchmarks.quality.quality_tables [file ...]`.
 
 Rows of a method at a budget are averaged over texts or examples; a mean is only printed where all methods have the same ones.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,7 +60,8 @@ def kl_table(rows: dict[str, Any]) -> list[str]:
 def task_means(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each cell that has all examples, the mean score of every task, and of all tasks as `mean`."""
     found = of_tasks(rows)
-    tasks = [task for task in TASKS if task in found.get("dense", {})]
+    asked = found.get("dense", {})
+    tasks = [task for task in TASKS if task in asked] + [task for task in asked if task not in TASKS]
     means = {}
     for cell, scores in found.items():
         if all(set(scores.get(task, {})) == set(found["dense"][task]) for task in tasks):
@@ -121,7 +123,8 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
 
 def found_results() -> dict[Path, dict[str, Any]]:
     """The results files that there are, by their names."""
-    files = sorted([*RESULTS.glob("quality-*.json"), *RESULTS.glob("retrieval-*.json")])
+    kinds = ("quality", "retrieval", "ruler", "records")
+    files = sorted(file for kind in kinds for file in RESULTS.rglob(f"{kind}-*.json"))
     return {file: json.loads(file.read_text()) for file in files}
 
 
@@ -129,6 +132,23 @@ def has_rivals(result: dict[str, Any]) -> bool:
     """Whether a result has rows of kvpress."""
     rows = result["rows"]
     return any("kvpress" in name for name in ([cell for row in rows.values() for cell in row] + list(rows)))
+
+
+def ruler_table(results: list[dict[str, Any]], of_cells: Sequence[str] = ()) -> list[str]:
+    """RULER's score, the mean of its tasks in per cent, by model and length: a cell a row.
+
+    Args:
+        results: contents of results files.
+        of_cells: the cells shown; all if empty.
+    """
+    means = [task_means(result["rows"]) for result in results]
+    titles = [f"{result['model']}, {result['tokens'] >> 10}K" for result in results]
+    lines = ["| budget | " + " | ".join(titles) + " |", "| --- " * (len(titles) + 1) + "|"]
+    found = dict.fromkeys(cell for of_result in means for cell in of_result)
+    for cell in of_cells or ["dense", *sorted((cell for cell in found if cell != "dense"), key=_order)]:
+        shown = [f"{100 * of_result[cell]['mean']:.1f}" if cell in of_result else "" for of_result in means]
+        lines.append(f"| {cell} | " + " | ".join(shown) + " |")
+    return lines
 
 
 def _order(cell: str) -> tuple[bool, str, int]:

@@ -1,4 +1,4 @@
-"""What `quality.py` and `retrieval.py` have in common: options, and what all rows of a file have in common."""
+"""Options of `quality.py` and `retrieval.py`, and what all rows of a file have in common."""
 
 from __future__ import annotations
 
@@ -42,14 +42,19 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def open_rows(kind: str, args: argparse.Namespace, **about: Any) -> Rows:
-    """The results file of `quality` or `retrieval`; `about` is added to what all its rows have in common."""
-    name = Path(args.model).name
-    common = {
-        "model": name, "tokens": args.tokens, **about, "dtype": args.dtype, "device": args.device,
+def about_rows(args: argparse.Namespace, tokens: int, **about: Any) -> dict[str, Any]:
+    """What all rows of a results file have in common, with `about` behind model and tokens."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if args.device.startswith("cuda") else {}
+    return {
+        "model": Path(args.model).name, "tokens": tokens, **about, "dtype": args.dtype, "device": args.device, **gpu,
         "machine": platform.machine(), "num_sink_tokens": SINKS, "recent_window": RECENT, "sources": fingerprint(),
         "versions": {"spin_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "kvpress": kvpress_rivals.VERSION},
     }  # fmt: skip
-    output = args.output or RESULTS / f"{kind}-{name}.json"
-    return Rows(output, common, command_line(f"quality.{kind}", args.given_model), args.again)
+
+
+def open_rows(kind: str, args: argparse.Namespace, **about: Any) -> Rows:
+    """The results file of a `kind` such as `quality`; `about` is added to what all its rows have in common."""
+    output = args.output or RESULTS / f"{kind}-{Path(args.model).name}.json"
+    command = command_line(f"quality.{kind}", args.given_model)
+    return Rows(output, about_rows(args, args.tokens, **about), command, args.again)

@@ -38,6 +38,7 @@ from transformers import AttentionInterface, AutoTokenizer, Cache, DynamicCache
 from benchmarks.common.example_models import default_model, play
 from benchmarks.common.record import RESULTS
 from benchmarks.common.rows_file import Rows, command_line
+from benchmarks.quality.answers import answer
 from benchmarks.quality.block_choice import (
     BLOCK,
     WAYS,
@@ -49,7 +50,7 @@ from benchmarks.quality.block_choice import (
 )
 from benchmarks.quality.divergence import divergence
 from benchmarks.quality.prefill import add_model_options, load_model
-from benchmarks.quality.retrieval import NEW_TOKENS, PLAYS, answer, ending, one_line
+from benchmarks.quality.retrieval import NEW_TOKENS, PLAYS, ending, one_line
 from benchmarks.quality.tasks import TASKS, example, prompt
 from spin_hf import SpinCache, kernels
 from spin_hf.kernels import BlockLists
@@ -276,7 +277,7 @@ def measure_tasks(reader: Reader, tokenizer: Any, args: argparse.Namespace, rows
     for name, task, i, cell, parameter in tqdm([run for run in every if run[0] not in rows]):
         ids = prompts[task, i]
         cache, _, used = reader.read(ids[:-1], cell, parameter)
-        text = one_line(tokenizer, answer(reader.model, ids[-1], cache, stop))
+        text = one_line(tokenizer, answer(reader.model, ids[-1], cache, stop, NEW_TOKENS))
         rows.put(
             name,
             {"score": round(asked[task, i].score(text), 4), "answer": text, "density": round(used, 4) if cell else 1.0},

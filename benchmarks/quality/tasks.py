@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +98,15 @@ def example(task: str, index: int) -> Example:
     return TASKS[task](random.Random(f"{task} {index}"))
 
 
-def _ids(tokenizer: Any, part: str) -> list[int]:
+def ids_of(tokenizer: Any, part: str) -> list[int]:
+    """The ids of a text, without those that begin or end one."""
     found: list[int] = tokenizer(part, add_special_tokens=False).input_ids
     return found
 
 
 def question(tokenizer: Any, hidden: Example) -> list[int]:
     """The ids that stand behind the text: the question, and the answer's first words."""
-    return _ids(
+    return ids_of(
         tokenizer,
         f"\n\nAnswer in one short sentence, from the text: {hidden.question}<|im_end|>\n"
         f"<|im_start|>assistant\n{hidden.answer}",
@@ -118,10 +119,20 @@ def prompt(tokenizer: Any, hidden: Example, text: str, num_tokens: int, index: i
     Raises:
         ValueError: the text is too short, or there is no room for one.
     """
-    head = _ids(tokenizer, "<|im_start|>user\nHere is a text.\n\n")
-    tail = question(tokenizer, hidden)
-    needles = [_ids(tokenizer, f"\n\n{sentence}\n\n") for sentence in hidden.sentences]
-    room, filler = num_tokens - len(head) - len(tail) - sum(map(len, needles)), _ids(tokenizer, text)
+    head = ids_of(tokenizer, "<|im_start|>user\nHere is a text.\n\n")
+    return hide(tokenizer, head, hidden.sentences, question(tokenizer, hidden), text, num_tokens, index)
+
+
+def hide(
+    tokenizer: Any, head: list[int], sentences: Sequence[str], tail: list[int], text: str, num_tokens: int, index: int
+) -> list[int]:
+    """`num_tokens` ids: `head`, the sentences in their order in `text` at depths that `index` decides, `tail`.
+
+    Raises:
+        ValueError: the text is too short, or there is no room for one.
+    """
+    needles = [ids_of(tokenizer, f"\n\n{sentence}\n\n") for sentence in sentences]
+    room, filler = num_tokens - len(head) - len(tail) - sum(map(len, needles)), ids_of(tokenizer, text)
     if not 0 < room <= len(filler):
         raise ValueError(f"expected a text of {room} tokens, more than 0, got one of {len(filler)}")
     draw = random.Random(f"depths {index}")

@@ -14,11 +14,13 @@ import torch
 
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.quality import retrieval
+from benchmarks.quality.answers import answer
 from benchmarks.quality.divergence import divergence
 from benchmarks.quality.quality_tables import (
     has_rivals,
     kl_lines,
     kl_table,
+    ruler_table,
     score_lines,
     summary,
     task_means,
@@ -42,6 +44,11 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
     assert list(held["rows"]) == ["shadowkv, 1/64, macbeth", "quest, 1/64, macbeth"]
     assert {key: held[key] for key in ABOUT} == ABOUT
     assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+    second.put("tova, 1/64, macbeth", {"kl": 0.3}, ["tova, 1/64, macbeth", "none", "quest, 1/64, macbeth"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(name, row["kl"]) for name, row in rows.items()] == [
+        ("tova, 1/64, macbeth", 0.3), ("quest, 1/64, macbeth", 0.2), ("shadowkv, 1/64, macbeth", 0.1),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changed", [{"tokens": 8000}, {"versions": {"torch": "2"}}, {"sources": "abc"}])
@@ -103,6 +110,33 @@ def test_scores_are_averaged_over_tasks_of_cells_that_were_asked_all() -> None:
     assert task_table(rows)[2:] == ["| dense | 100% | 50% | 75% |", "| quest, 1/64 | 50% | 0% | 25% |"]
 
 
+CELLS = {"fitted, 1/64": {"score": 0.5}, "fitted, 1/16": {"score": 1.0}, "dense": {"score": 1.0}}
+FEW = {"dense": {"score": 0.25}, "fitted, 1/64": {"score": 0.0}}
+RULER = [
+    {"model": "m", "tokens": 16384, "rows": {"vt, 0": CELLS, "qa_1, 0": CELLS}},
+    {"model": "m", "tokens": 32768, "rows": {"vt, 0": FEW}},
+]
+
+
+def test_the_table_of_ruler_has_a_column_for_each_length() -> None:
+    assert ruler_table(RULER) == [
+        "| budget | m, 16K | m, 32K |", "| --- | --- | --- |", "| dense | 100.0 | 25.0 |", "| fitted, 1/64 | 50.0 | 0.0 |",
+        "| fitted, 1/16 | 100.0 |  |",
+    ]  # fmt: skip
+    assert ruler_table(RULER, ["fitted, 1/16"])[2:] == ["| fitted, 1/16 | 100.0 |  |"]
+
+
+def test_the_figure_of_ruler_has_a_panel_for_each_length(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.quality import plot_ruler
+
+    for results in (RULER, RULER[:1]):
+        plot_ruler.draw(results, tmp_path / f"{len(results)}.svg")
+    one, two = ((tmp_path / f"{count}.svg").read_text() for count in (1, 2))
+    assert one.count('id="axes_') == 1
+    assert two.count('id="axes_') == 2
+
+
 def test_an_answer_ends_at_the_end_of_its_line() -> None:
     words = ["a", "b", ".\n", "<|im_end|>", "c"]
 
@@ -126,9 +160,9 @@ def test_an_answer_ends_at_the_end_of_its_line() -> None:
     stop = retrieval.ending(Words())
     assert stop == [2, 3]
     model, cache = Counting(), None
-    assert retrieval.answer(model, 0, cache, stop) == [1, 2]
-    assert retrieval.answer(model, 2, cache, stop) == [3]  # the prompt's last token ends nothing
-    assert len(retrieval.answer(model, 0, cache, [])) == retrieval.NEW_TOKENS
+    assert answer(model, 0, cache, stop, 9) == [1, 2]
+    assert answer(model, 2, cache, stop, 9) == [3]  # the prompt's last token ends nothing
+    assert len(answer(model, 0, cache, [], 9)) == 9
     assert retrieval.one_line(Words(), [0, 1, 2, 3]) == "ab."
     assert retrieval.one_line(Words(), [4, 3, 0]) == "c"
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import results_page
+from benchmarks import results_page, results_sections
 from benchmarks.common.record import RESULTS
 from benchmarks.results_page import command_today, page, readme, recorded
-from benchmarks.results_sections import PARTS, Section
-from benchmarks.results_tables import without, without_empty_columns
+from benchmarks.results_sections import PARTS, Section, files_like, measured
+from benchmarks.results_tables import losses, without, without_empty_columns
 
 
 def test_the_page_is_what_the_command_writes() -> None:
@@ -67,3 +69,47 @@ def test_rows_of_a_method_are_left_out() -> None:
     }
     cells = {"dense": {"score": 1.0}, "quest, 1/64": {"score": 0.0}}
     assert without("quest", {"passkey, 0": cells}) == {"passkey, 0": {"dense": {"score": 1.0}}}
+
+
+def test_the_readme_has_a_table_of_ruler_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ruler-16k-m.json", "ruler-32k-m.json")
+    cells = {name: {"score": 0.5} for name in ("fitted, 1/64", "dense", "oracle, 1/64")}
+    found = {name: {"model": "m", "tokens": int(name[6:8]) << 10, "rows": {"vt, 0": cells}} for name in names}
+    before = results_page.read
+    monkeypatch.setattr(results_page, "files_like", lambda pattern: names)
+    monkeypatch.setattr(results_page, "read", lambda name: found.get(name) or before(name))
+    text = re.sub(r"<!-- ruler(.|\n)*of ruler -->\n", "", results_page.README.read_text())
+    with pytest.raises(ValueError, match="ruler: benchmarks"):
+        readme(text)
+    marks = ["<!-- ruler: benchmarks/results_page.py -->", "<!-- end of ruler -->", ""]
+    assert (
+        "| m, 16K | m, 32K |\n| --- | --- | --- |\n| dense | 50.0 | 50.0 |\n| fitted, 1/64 | 50.0 | 50.0 |\n<!--"
+        in readme(text + "\n".join(marks))
+    )
+
+
+def test_a_section_appears_with_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (results_page, results_sections):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    def found() -> list[Section]:
+        return measured(Section("RULER", "Caption.", files_like("ruler-*.json"), losses()))
+
+    assert found() == []
+    cells = {"dense": {"score": 1.0}, "shadowkv, 1/16": {"score": 0.25}}
+    about = {
+        "model": "m",
+        "tokens": 2000,
+        "dtype": "float32",
+        "device": "cpu",
+        "new_tokens": "RULER's",
+        "commands": ["run"],
+    }
+    (tmp_path / "h200").mkdir()
+    for name in ("ruler-m.json", "h200/ruler-n.json", "records-m.json"):
+        (tmp_path / name).write_text(json.dumps({**about, "rows": {"vt, 0": cells}}))
+    (section,) = found()
+    assert section.files == ("h200/ruler-n.json", "ruler-m.json")
+    lines = results_page.written(section)
+    assert lines.count("| budget | vt | mean |") == 2
+    assert "| shadowkv, 1/16 | 25% | 25% |" in lines
