@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.record import RESULTS, newest
-from benchmarks.quality.quality_tables import kl_lines, ruler_table, score_lines
+from benchmarks.quality.quality_tables import ruler_table
 from benchmarks.results_sections import H200, PARTS, Section, files_like
 from benchmarks.results_tables import Lines, Result, day, head, row
 from benchmarks.speed.decode_tables import ms
@@ -101,21 +101,19 @@ def page() -> str:
 
 
 def readme_speed() -> Lines:
-    """Milliseconds per token on one H200: the default, the fastest method, and what there is besides."""
+    """Milliseconds per token on one H200: `SpinCache(model)`, the fastest method, and what there is besides."""
     ours, beside, fast = (read(f"{H200}-{name}.json")["rows"] for name in ("fitted", "bisection", "shadowkv-again"))
-    wanted = {"cache": "spin", "overlap": "replayed", "gpu_memory": "auto"}
 
     def cell(rows: list[dict[str, Any]], **of: Any) -> str:
         found = newest(rows, **of)
         return "" if found is None or not found["tpot_ms"] else ms(found["tpot_ms"])
 
-    lines = head("context", "`fitted`", "`bisection`", "`shadowkv`", "dense, CUDA graph", "`DynamicCache`")
-    for tokens in sorted({entry["tokens"] for entry in beside}):
-        default = cell(ours, tokens=tokens, **wanted)
+    lines = head("context", "`SpinCache(model)`", "`shadowkv`", "dense, CUDA graph", "`DynamicCache`")
+    for tokens in sorted({entry["tokens"] for entry in ours}):
         lines.append(row(
-            f"{tokens >> 10}K", f"**{default}**" if default else "", cell(beside, tokens=tokens, **wanted),
-            cell(fast, tokens=tokens, **wanted), cell(beside, tokens=tokens, cache="dense graph"),
-            cell(beside, tokens=tokens, cache="dynamic"),
+            f"{tokens >> 10}K", f"**{cell(ours, tokens=tokens, cache='default')}**",
+            cell(fast, tokens=tokens, cache="spin", overlap="replayed", gpu_memory="auto"),
+            cell(ours, tokens=tokens, cache="dense graph"), cell(beside, tokens=tokens, cache="dynamic"),
         ))  # fmt: skip
     return [*lines, "", *readme_batches()]
 
@@ -137,34 +135,7 @@ def readme_batches() -> Lines:
     ]
 
 
-README_QUALITY: dict[str, tuple[str, ...]] = {
-    "fitted": ("quality-fitted-smollm2", "quality-fitted-qwen2.5-0.5b", "retrieval-fitted-qwen2.5-0.5b"),
-    "bisection": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),
-    "retroinfer": ("quality-methods-smollm2", "quality-methods-qwen2.5-0.5b", "retrieval-methods-qwen2.5-0.5b"),
-    "shadowkv": ("quality-bisection-smollm2", "quality-bisection-qwen2.5-0.5b", "retrieval-bisection-qwen2.5-0.5b"),
-    "seer": ("quality-seer-smollm2", "", ""),
-    "quest": ("quality-SmolLM2-135M-Instruct", "quality-qwen2.5-0.5b", "retrieval-qwen2.5-0.5b"),
-    "window": ("quality-SmolLM2-135M-Instruct", "quality-qwen2.5-0.5b", "retrieval-qwen2.5-0.5b"),
-}
-"""For each row of the table: KL of SmolLM2, KL of Qwen, questions answered."""
-
-
-def readme_quality() -> Lines:
-    """KL and answers at two budgets."""
-    lines = head("method", *(f"{what}: {share}" for what in ("KL, SmolLM2", "KL, Qwen", "answered, Qwen")
-                             for share in ("1/64", "1/16")))  # fmt: skip
-    for method, files in README_QUALITY.items():
-        cells = []
-        for kind, name in zip((kl_lines, kl_lines, score_lines), files, strict=True):
-            values = kind(read(f"{name}.json")["rows"]).get(method, {}) if name else {}
-            shown = [values.get(share) for share in (64, 16)]
-            form = "{:.0%}" if kind is score_lines else "{:.3f}"
-            cells += ["" if value is None else form.format(value) for value in shown]
-        lines.append(row(f"`{method}`" if method != "window" else "recent tokens alone", *cells))
-    return lines
-
-
-README_RULER = ("dense", "fitted, 1/16", "fitted, 1/64", "bisection, 1/64", "shadowkv, 1/64")
+README_RULER = ("dense", "fitted, 1/16", "fitted, 1/64", "shadowkv, 1/64")
 """The rows of the README's table of RULER."""
 
 
@@ -176,14 +147,12 @@ def readme_ruler() -> Lines:
 
 
 def readme(text: str) -> str:
-    """A README with its tables written anew; that of RULER if it has been measured.
+    """A README with its tables written anew.
 
     Raises:
         ValueError: a mark is missing.
     """
-    tables = {"speed": readme_speed, "quality": readme_quality}
-    if files_like("ruler-*.json"):
-        tables["ruler"] = readme_ruler
+    tables = {"speed": readme_speed, "ruler": readme_ruler}
     for name, table in tables.items():
         start, stop = f"<!-- {name}: benchmarks/results_page.py -->\n", f"<!-- end of {name} -->\n"
         before, begun, rest = text.partition(start)

@@ -75,11 +75,12 @@ PARTS: dict[str, list[Section]] = {
             lambda results: [
                 (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results
             ],
+            "h200/decode-llama-8b-fitted.svg",
         ),
         Section(
             "Time per token, `bisection`",
             "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights. "
-            "A factor compares with `SpinCache(model)` of the same run.",
+            "A factor compares with `SpinCache` of the same run.",
             (f"{H200}-bisection.json", f"{H200}-bisection-kernels.json"),
             lambda results: [
                 (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results

@@ -232,6 +232,8 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             self._observe(call)
         store, backend = self._store(), self.backend
         backend.plan(self.state, call)
+        if num_new > 1:
+            self.forward.backends.compile_early(self.state, call)
         by_kernels = (
             num_queries == num_new and call.weights is None
         )  # they serve neither fewer queries nor attention weights

@@ -1,7 +1,7 @@
 """Tables of the results of `decode.py`: `python -m benchmarks.speed.decode_tables [results.json ...]`.
 
 A time of SpinCache is that of every run which has it, from the fastest to the slowest; another cache's is of the newest run
-which has it, and the factor behind it compares it with `SpinCache(model)` of the same run.
+which has it, and the factor behind it compares it with SpinCache of the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RIVALS = {
     "dense graph": "dense attention in a CUDA graph",
     "floor": "no attention at all",
 }
-"""Other rows of the results, and what to call them beside `SpinCache(model)`, whose steps are captured."""
+"""Other rows of the results, and what to call them beside the rows of `SpinCache`, which selects at every length there."""
 NAMES = {"llama-8b": "Llama-3.1-8B shape", "qwen3-0.6b": "Qwen3-0.6B shape"}
 
 
@@ -55,14 +55,17 @@ def rival_cell(rows: list[dict[str, Any]], tokens: int, name: str) -> str:
     if not found["tpot_ms"]:
         return "does not fit"
     ours = newest(rows, tokens=tokens, cache="spin", overlap="replayed", gpu_memory="auto", run=found["run"])
-    compared = ours is not None and ours["tpot_ms"] and not name.startswith("spin")
+    compared = ours is not None and ours["tpot_ms"] and not name.startswith(("spin", "default"))
     factor = f" ({found['tpot_ms'] / ours['tpot_ms']:.1f}×)" if ours is not None and compared else ""
     return ms(found["tpot_ms"]) + factor
 
 
 def times(results: list[dict[str, Any]]) -> list[str]:
     """Milliseconds per token of every cache, at every context."""
-    lines = [row("model, context", "`SpinCache(model)`", *RIVALS.values()), "| --- " * (len(RIVALS) + 2) + "|"]
+    lines = [
+        row("model, context", "`SpinCache(model, dense_below=0)`", *RIVALS.values()),
+        "| --- " * (len(RIVALS) + 2) + "|",
+    ]
     for result in results:
         rows, title = result["rows"], NAMES[result["shape"]] + ", "
         for tokens, cap in contexts(rows):

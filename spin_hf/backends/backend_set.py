@@ -20,8 +20,8 @@ from ..integration.compile_bar import show_compiles
 from ..kernels.compile_progress import report_by
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
-from .base import AttentionBackend
-from .early_compile import wait_for_all
+from .base import AttentionBackend, Call
+from .early_compile import compile_behind_prompt, wait_for_all
 from .kernel_pool import KernelPool
 from .reference import ReferenceBackend
 from .triton_step import StepKernels
@@ -153,6 +153,12 @@ class BackendSet:
         steps = self.in_use()
         serves = self._in_use is not None and self._in_use[2]
         return serves and all(step.may_read_all(length) for step in steps)
+
+    def compile_early(self, layer: LayerState, call: Call) -> None:
+        """Start to compile the steps behind a prompt, of which `call` is a chunk."""
+        kernels = self.kernels_of(layer)
+        if kernels is not None:
+            compile_behind_prompt(kernels, layer, call)
 
     def wait_for_compiles(self) -> None:
         """Wait for kernels of steps that select pages, if they are being compiled (`early_compile.py`)."""

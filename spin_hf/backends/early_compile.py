@@ -1,7 +1,7 @@
 """Compiles the kernels of decode steps while the prompt is read, on a background thread.
 
     prompt, first layer   compile_behind_prompt    arguments of the first steps' launches, as they will be  ->  a thread
-    first step            wait_for_early, _all     until those of its variant are compiled, or all
+    first step            wait_for_all             until those are compiled that select pages; `StepKernels.attend`: its own
 
 Triton specialises a kernel on dtypes, on constants, and on whether numbers and addresses are multiples of 16. So small tensors
 of the same kind stand for the step's query, keys and output.
@@ -10,18 +10,15 @@ of the same kind stand for the step's query, keys and output.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..kernels.launch import Launch
+from ..state import LayerState
 from .base import Call
-
-if TYPE_CHECKING:
-    from ..state import LayerState
-    from .triton_step import StepKernels
+from .triton_step import StepKernels
 
 
 def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> None:
@@ -39,13 +36,6 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> N
         found[True] = step.launchers.compile_behind(partial(launches_of_steps, step, layer, call, True), step.device)
     found[False] = step.launchers.compile_behind(partial(launches_of_steps, step, layer, call, False), step.device)
     step.compiling.append(found[False])
-
-
-def wait_for_early(step: StepKernels, layer: LayerState, reads_all: bool) -> None:
-    """Wait until the launches of a step are compiled, if they are being compiled."""
-    early = step.early.get((step.shape(layer), step.is_dense_layer(layer)), {}).get(reads_all)
-    if early is not None:
-        step.launchers.wait_for_compiles(early)
 
 
 def wait_for_all(step: StepKernels) -> None:

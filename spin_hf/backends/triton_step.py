@@ -39,7 +39,6 @@ from ..storage.out_of_memory import allocating
 from ..storage.page_table import SEGMENT_PAGES
 from .base import AttentionBackend, Call
 from .descriptors import Descriptors
-from .early_compile import compile_behind_prompt, wait_for_early
 
 if TYPE_CHECKING:
     from ..kernels.triton_launchers import Launchers
@@ -164,7 +163,6 @@ class StepKernels(Descriptors, AttentionBackend):
         """Allocate the buffers of `call` and of later steps."""
         assert layer.store is not None
         self.fit(call.query.shape[2], layer.store.key_dim, layer.store.value_dim, layer.store.dtype)
-        compile_behind_prompt(self, layer, call)
 
     def append(self, layer: LayerState, key: Tensor, value: Tensor) -> bool:
         """Write the step's tokens [B, H, n, D] to a layer's pages. Summarizes completed pages if the recipe says so."""
@@ -198,7 +196,9 @@ class StepKernels(Descriptors, AttentionBackend):
 
         variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.state.reads_all)
         if variant not in self.compiled_variants:
-            wait_for_early(self, layer, self.state.reads_all)
+            early = self.early.get((shape, self.is_dense_layer(layer)), {}).get(self.state.reads_all)
+            if early is not None:
+                self.launchers.wait_for_compiles(early)
             self.launchers.compile_ahead(launches_and_encodes)
             self.compiled_variants.add(variant)
         launches(self.launchers.launch_now)

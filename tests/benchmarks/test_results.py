@@ -70,12 +70,14 @@ def test_a_factor_is_of_one_run(tmp_path: Path) -> None:
     first.add({"tokens": 131072, "cache": "dynamic", "tpot_ms": 70.0})
     second = _record(file)
     second.add(_spin(131072, 8.0))
+    second.add({"tokens": 131072, "cache": "default", "tpot_ms": 7.5})
     second.add({"tokens": 131072, "cache": "static", "tpot_ms": 80.0})
     second.add({"tokens": 131072, "cache": "dense graph", "tpot_ms": None, "why": "out of GPU memory"})
     lines = decode_tables.times([json.loads(file.read_text())])
     cells = [
         "Llama-3.1-8B shape, 128K",
         "**8.0 to 10.0**",
+        "7.5",
         "",
         "70.0 (7.0×)",
         "",

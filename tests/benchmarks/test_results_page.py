@@ -29,7 +29,7 @@ def test_the_tables_of_the_readme_are_what_the_command_writes() -> None:
 
 def test_a_readme_without_a_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="expected the marks"):
-        readme(results_page.README.read_text().replace("<!-- end of quality -->", ""))
+        readme(results_page.README.read_text().replace("<!-- end of ruler -->", ""))
 
 
 def test_every_results_file_is_on_the_page() -> None:

@@ -14,7 +14,7 @@ import torch
 from spin_hf import SpinCache
 from spin_hf.errors import CapacityError
 from tests.support.refusals import refusal_of
-from tests.support.tuning import grow_by_segments
+from tests.support.tuning import grow_by_segments, tuned
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -72,9 +72,10 @@ def _fails(model: Any, cache: SpinCache, ids: torch.Tensor) -> BaseException | N
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """With room made for what is made once: kernels, workspaces."""
+    """With room made for what is made once: kernels, workspaces, and the captured step. It is that of the tests' tuning."""
     made = build_model("llama").cuda().eval()
-    cache = SpinCache(made, **OPTIONS)
+    with tuned(dense_factor=0, compiles_early=False):
+        cache = SpinCache(made, **OPTIONS)
     for ids in (random_tokens(2, 600), *random_tokens(2, 4, seed=2).split(1, 1)):
         _feed(made, cache, ids.cuda())
     return made
