@@ -13,7 +13,7 @@ Pages of sequences that share segments are clustered once. If sequences share on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
-from .fit import fits, forget_fits, new_fits, unfitted_rows
+from .fit import fits, forget_fits, measure_fits, new_fits, unfitted_rows
 from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
 from .summarize import index_pages, stores_of, summarize_stale, together
 
@@ -198,20 +198,52 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     bounds = [(start, end) for start, end in spans.bounds if start >= first]
     runs = [run for around in bounds for run in runs_of(state.sequences.directory, spans.clustered, *around)]
     valid = []
-    for group in together(state, stop - first, layers):
-        content = permute_pages.content(stores_of(group), first, stop)
-        queries = _observation_queries(group)
-        order, cluster_pages, sound = _form_clusters(
-            method, stores_of(group), content, first, runs, queries, most_tokens
-        )
-        fitted = new_fits(state, group, content, order, first, runs, queries)
-        _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, fitted)
-        valid += sound
+    for batch in _batches(state, stop - first, layers):
+        formed = []
+        for group in batch:
+            content = permute_pages.content(stores_of(group), first, stop)
+            queries = _observation_queries(group)
+            order, cluster_pages, sound = _form_clusters(
+                method, stores_of(group), content, first, runs, queries, most_tokens
+            )
+            valid += sound
+            measured = measure_fits(state, group, content, order, first, runs, queries)
+            formed.append((order, cluster_pages, content if len(batch) == 1 else None, measured))
+            del content
+        fitted = new_fits(state, batch, [measured for *_, measured in formed], first, runs)
+        for group, (order, cluster_pages, held, _), tensors in zip(batch, formed, fitted, strict=True):
+            content = permute_pages.content(stores_of(group), first, stop) if held is None else held
+            _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, tensors)
     if valid and not bool(torch.stack(valid).all()):  # the only synchronization
         raise CacheStateError(
             f"method {method}: expected form_clusters to return a permutation of a span's tokens for each KV head and "
             "pages_per_cluster that cover every page once, got missing or repeated tokens or pages; correct the method"
         )
+
+
+def _batches(state: CacheState, num_pages: int, layers: list[LayerState]) -> Iterator[list[list[LayerState]]]:
+    """Groups of layers as `together` makes them, and as many of them as are fitted in one call.
+
+    A fit takes many small launches, as many for a few layers as for all. Until it is done, the new order of all its groups is
+    held, and their pages are read twice. So groups with pages in host memory, and those of methods without a fit, are alone.
+    """
+    groups, room = list(together(state, num_pages, layers)), state.options.tuning.index_bytes // 4
+    batch: list[list[LayerState]] = []
+    taken = 0
+    for group in groups:
+        store = group[0].store
+        assert store is not None
+        takes = 8 * len(group) * state.sequences.batch_size * store.num_heads * num_pages * (store.page_size + 1)
+        alone = store.frames is not None or not fits(state.method)
+        if batch and (alone or taken + takes > room):
+            yield batch
+            batch, taken = [], 0
+        batch, taken = [*batch, group], taken + takes
+        if alone:
+            yield batch
+            batch, taken = [], 0
+    if batch:
+        yield batch
 
 
 def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors that a method fits to each sequence, once: when tokens of the sequence are clustered first.
 
-    new_fits     a span is clustered              ->  tensors of the sequences that have none yet; all pages are stale
+    measure_fits, new_fits      a span is clustered  ->  tensors of the sequences that have none yet; all pages are stale
     forget_fits  no clustered page is left        ->  the tensors of `ClusteringMethod.unfitted` again; all pages are stale
     fitted_of    tensors of layers, to summarise pages or to select by them
 
@@ -23,6 +23,9 @@ from .span_runs import Run, movable_runs
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
+
+Measured = dict[str, Tensor]
+"""What `ClusteringMethod.measure` returns."""
 
 
 def fits(method: Method) -> bool:
@@ -50,11 +53,11 @@ def unfitted_rows(state: CacheState, num_pages: int) -> list[int]:
     return [row for row, held in enumerate(clustered.tolist()) if not movable_runs(held)]
 
 
-def new_fits(
+def measure_fits(
     state: CacheState, layers: list[LayerState], content: Tensor, order: Tensor, first: int, runs: Iterable[Run],
     observation_queries: Tensor | None,
-) -> list[FittedTensors] | None:  # fmt: skip
-    """Fit the tensors of sequences that have none, to the first of their new runs.
+) -> list[Measured]:  # fmt: skip
+    """Measure the first new runs of sequences that have no fitted tensors.
 
     Args:
         layers: with pages that can be processed in one call.
@@ -63,34 +66,65 @@ def new_fits(
         runs: the runs that are clustered.
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
     Returns:
-        the new tensors of each layer; None if nothing is fitted.
+        name -> [L, H, ...], for each run of `_runs_to_fit`.
     """
-    method, store = state.method, layers[0].store
-    if not fits(method) or not isinstance(method, ClusteringMethod) or store is None:
-        return None
-    rows, chosen = set(unfitted_rows(state, first)), list[tuple[Run, list[int]]]()
-    for run in sorted(runs, key=lambda run: run.first):
-        members = sorted(rows.intersection(run.sequences))
-        rows.difference_update(members)
-        if members:
-            chosen.append((run, members))
-    if not chosen:
-        return None
-    each, size = (len(layers), -1), store.page_size
+    store = layers[0].store
+    method, chosen = _fitting(state), _runs_to_fit(state, first, runs)
+    if method is None or store is None or not chosen:
+        return []
+    each, size, measured = (len(layers), -1), store.page_size, []
     tokens = [part.flatten(2, 3).unflatten(0, each) for part in store.backing_layout.take(content)]
     order = order.unflatten(0, each)
-    made = [{name: tensor.clone() for name, tensor in _fitted(layer, method).items()} for layer in layers]
     for run, members in chosen:
         row, places = members[0], slice((run.first - first) * size, (run.stop - first) * size)
         index = order[:, row, :, places, None]
         moved = [part[:, row].gather(2, index.expand(-1, -1, -1, part.shape[-1])) for part in tokens]
         queries = None if observation_queries is None else observation_queries[:, row]
         keys, values = (part.unflatten(2, (-1, size)) for part in moved)
-        found = method.fit(keys, values, queries)
+        measured.append(method.measure(keys, values, queries))
+    return measured
+
+
+def new_fits(
+    state: CacheState, groups: list[list[LayerState]], measured: list[list[Measured]], first: int, runs: Iterable[Run]
+) -> list[list[FittedTensors] | None]:
+    """Fit the tensors of sequences that have none, of several groups of layers in one call.
+
+    Args:
+        measured: what `measure_fits` returned for each group.
+        first, runs: as for `measure_fits`.
+    Returns:
+        the new tensors of each layer of each group; None if nothing is fitted.
+    """
+    method, chosen = _fitting(state), _runs_to_fit(state, first, runs)
+    if method is None or not chosen:
+        return [None] * len(groups)
+    layers = [layer for group in groups for layer in group]
+    made = [{name: tensor.clone() for name, tensor in _fitted(layer, method).items()} for layer in layers]
+    for index, (_, members) in enumerate(chosen):
+        parts = [of_group[index] for of_group in measured]
+        found = method.fit({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         for name, tensors in found.items():
             for held, tensor in zip(made, tensors, strict=True):
                 held[name][members] = tensor
-    return made
+    left = iter(made)
+    return [[next(left) for _ in group] for group in groups]
+
+
+def _fitting(state: CacheState) -> ClusteringMethod | None:
+    """The method, if it fits tensors."""
+    return state.method if fits(state.method) and isinstance(state.method, ClusteringMethod) else None
+
+
+def _runs_to_fit(state: CacheState, first: int, runs: Iterable[Run]) -> list[tuple[Run, list[int]]]:
+    """The first new run of each sequence that has no fitted tensors, with all sequences that it is the first one of."""
+    rows, chosen = set(unfitted_rows(state, first)), list[tuple[Run, list[int]]]()
+    for run in sorted(runs, key=lambda run: run.first):
+        members = sorted(rows.intersection(run.sequences))
+        rows.difference_update(members)
+        if members:
+            chosen.append((run, members))
+    return chosen
 
 
 def forget_fits(state: CacheState) -> None:

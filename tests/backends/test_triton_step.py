@@ -34,7 +34,8 @@ CODED = clustering_often(Fitted, 32, 16)()
 class FixedBasis(clustering_often(Fitted, 32, 16)):  # type: ignore[misc]
     """A basis of eight pages has directions that the last bits of a key decide, and gpt_oss has other last bits in each run."""
 
-    def fit(self, keys: torch.Tensor, values: torch.Tensor, observation_queries: Any) -> dict[str, torch.Tensor]:
+    def fit(self, measured: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        keys, values = measured["key_mean"], measured["value_mean"]
         fixed = self.unfitted(keys.shape[-1], values.shape[-1], keys.device)
         return {name: tensor.expand(*keys.shape[:2], *tensor.shape) for name, tensor in fixed.items()}
 

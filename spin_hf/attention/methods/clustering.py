@@ -68,13 +68,23 @@ class ClusteringMethod(ABC):
         """The tensors of `fitted_shapes` before the fit, the same for all KV heads. They are not written to."""
         raise NotImplementedError(f"{type(self).__name__}: expected unfitted, as it has fitted_shapes; write it")
 
-    def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
-        """Fit the tensors of `fitted_shapes` to the first clustered pages of S sequences.
+    def measure(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> dict[str, Tensor]:
+        """What `fit` needs of the first clustered pages of S sequences.
 
         Args:
             keys, values: [S, H, n, P, D] and [S, H, n, P, Dv], without padding, in their new order; n is a multiple of
                 `unit_pages`.
             observation_queries: as for `form_clusters`.
+        Returns:
+            name -> [S, H, ...], of any shapes.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected measure, as it has fitted_shapes; write it")
+
+    def fit(self, measured: dict[str, Tensor]) -> FittedTensors:
+        """Fit the tensors of `fitted_shapes`.
+
+        Args:
+            measured: what `measure` returned, for several layers together: name -> [S, H, ...].
         Returns:
             name -> [S, H, *shape].
         """

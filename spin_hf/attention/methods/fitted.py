@@ -36,6 +36,7 @@ from .bisection import bisect_tokens, mean_shares, sink_pages
 from .clustering import ClusteringMethod, TokenClusters
 from .fitted_codes import Basis, num_coordinates
 
+_MEASURED = ("key_mean", "key_covariance", "query_moment", "value_mean", "value_covariance")
 _MATRICES = ("key_forward", "key_inverse", "value_axes")
 
 
@@ -72,13 +73,21 @@ class Fitted(ClusteringMethod, Method):
         """The fixed basis."""
         return _unfitted(head_dim, value_dim, device)
 
-    def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> FittedTensors:
-        """The basis of clustered tokens. The fixed one for KV heads with keys, values or queries that are not finite."""
+    def measure(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> dict[str, Tensor]:
+        """Means and second moments of keys, queries and mean values."""
         queries = None if observation_queries is None else observation_queries.flatten(2, 3)
-        means = values.mean(3, dtype=torch.float32)
-        made = _tensors(fitted_codes.fit_keys(keys.flatten(2, 3), queries), fitted_codes.fit_values(means))
+        of_keys = fitted_codes.measure_keys(keys.flatten(2, 3), queries)
+        of_values = fitted_codes.measure_values(values.mean(3, dtype=torch.float32))
+        return dict(zip(_MEASURED, (*of_keys, *of_values), strict=True))
+
+    def fit(self, measured: dict[str, Tensor]) -> FittedTensors:
+        """The basis of clustered tokens. The fixed one for KV heads with keys, values or queries that are not finite."""
+        mean, covariance, moment, value_mean, value_covariance = (measured[name] for name in _MEASURED)
+        made = _tensors(
+            fitted_codes.key_basis(mean, covariance, moment), fitted_codes.value_basis(value_mean, value_covariance)
+        )
         finite = torch.stack([tensor.isfinite().flatten(2).all(2) for tensor in made.values()]).all(0)
-        fixed = _unfitted(keys.shape[-1], values.shape[-1], keys.device)
+        fixed = _unfitted(mean.shape[-1], value_mean.shape[-1], mean.device)
         return {
             name: tensor.where(finite[(...,) + (None,) * (tensor.dim() - 2)], fixed[name])
             for name, tensor in made.items()

@@ -89,26 +89,37 @@ def fixed_basis(dim: int, device: torch.device) -> Basis:
 
 
 def fit_keys(keys: Tensor, observation_queries: Tensor | None) -> Basis:
-    """The basis of keys.
+    """The basis of keys; see `measure_keys` and `key_basis`."""
+    return key_basis(*measure_keys(keys, observation_queries))
+
+
+def measure_keys(keys: Tensor, observation_queries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the basis of keys depends on.
 
     Args:
         keys: [..., n, D], in the order of their pages; n is a multiple of `UNIT_TOKENS`.
         observation_queries: [..., m, D] of all query heads of the KV head, times the scale of attention scores. None if there
             are none: all directions of a query then count alike.
+    Returns:
+        mean [..., D], covariance of keys about the means of their units, and second moment of queries, both [..., D, D].
     """
     keys, dim = keys.float(), keys.shape[-1]
     units = keys.unflatten(-2, (-1, UNIT_TOKENS))
     inside = (units - units.mean(-2, keepdim=True)).flatten(-3, -2)
     covariance = inside.mT @ inside / keys.shape[-2]
     if observation_queries is None:
-        root = torch.eye(dim, device=keys.device).expand_as(covariance)
+        moment = torch.eye(dim, device=keys.device).expand_as(covariance)
     else:
-        root = torch.linalg.cholesky_ex(
-            _moment(observation_queries.float())
-        ).L  # waits for no device, and does not raise
+        moment = _moment(observation_queries.float())
+    return keys.mean(-2), covariance, moment
+
+
+def key_basis(mean: Tensor, covariance: Tensor, moment: Tensor) -> Basis:
+    """The basis of keys, from what `measure_keys` returns."""
+    root = torch.linalg.cholesky_ex(moment).L  # waits for no device, and does not raise
     axes, variances = _main_axes(root.mT @ covariance @ root)
     inverse = torch.linalg.solve_triangular(root.mT, axes, upper=True)
-    return Basis(keys.mean(-2), *_with_quarters(root @ axes, inverse, variances))
+    return Basis(mean, *_with_quarters(root @ axes, inverse, variances))
 
 
 def _moment(queries: Tensor) -> Tensor:
@@ -129,11 +140,21 @@ def _moment(queries: Tensor) -> Tensor:
 
 def fit_values(means: Tensor) -> Basis:
     """The basis of mean values of pages [..., n, Dv]."""
+    return value_basis(*measure_values(means))
+
+
+def measure_values(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., Dv] and covariance [..., Dv, Dv] of the mean values of pages [..., n, Dv]."""
     means = means.float()
     origin = means.mean(-2)
     inside = means - origin.unsqueeze(-2)
-    axes, variances = _main_axes(inside.mT @ inside / means.shape[-2])
-    return Basis(origin, *_with_quarters(axes, axes, variances))
+    return origin, inside.mT @ inside / means.shape[-2]
+
+
+def value_basis(mean: Tensor, covariance: Tensor) -> Basis:
+    """The basis of mean values, from what `measure_values` returns."""
+    axes, variances = _main_axes(covariance)
+    return Basis(mean, *_with_quarters(axes, axes, variances))
 
 
 def encode_pages(
@@ -344,6 +365,6 @@ def bytes_per_token(head_dim: int, value_dim: int, page_size: int = 4) -> float:
 
 __all__ = [
     "Basis", "bytes_per_token", "decode", "decode_values", "encode", "encode_by_formulas", "encode_keys", "encode_pages",
-    "encode_values", "fit_keys", "fit_values",
-    "fixed_basis", "key_logits", "num_coordinates", "weighted_values",
+    "encode_values", "fit_keys", "fit_values", "fixed_basis", "key_basis", "key_logits", "measure_keys", "measure_values",
+    "num_coordinates", "value_basis", "weighted_values",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from tests.support.clustering_methods import little_slack
 from tests.support.fitted import SHAPE, ZONES, Small, fits_of, new_driver
 from tests.support.inspection import state_of
 from tests.support.saved_caches import assert_goes_on, change_json, prefilled, read_json
+from tests.support.tuning import tune
 from tests.support.zoo import subject_model
 
 
@@ -63,9 +64,9 @@ def test_it_is_fitted_to_the_first_clustered_pages() -> None:
     seen: list[Any] = []
 
     class Noting(Small):  # type: ignore[misc, valid-type]
-        def fit(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> Any:
+        def measure(self, keys: Tensor, values: Tensor, observation_queries: Tensor | None) -> Any:
             seen.append((keys, values, observation_queries))
-            return super().fit(keys, values, observation_queries)
+            return super().measure(keys, values, observation_queries)
 
     driver = new_driver(kv, 100, method=Noting())
     ((keys, values, queries),) = seen
@@ -77,6 +78,31 @@ def test_it_is_fitted_to_the_first_clustered_pages() -> None:
         assert torch.equal(part[1].flatten(1, 2), of_pages[0, :, 16 : stop * 4])
     assert queries.shape == (2, 2, 2, 32, 8)
     torch.testing.assert_close(queries[1, 0, 0, 0], kv.queries[1][0, 0, 98] * driver.scale)
+
+
+@pytest.mark.parametrize(
+    ("index_bytes", "gpu_memory", "calls"), [(1 << 29, None, 1), (14_000, None, 1), (14_000, 18_000, 2), (1, None, 2)]
+)
+def test_groups_of_layers_are_fitted_together(
+    index_bytes: int, gpu_memory: int | None, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one fit costs as many launches as another; not if pages would be read from host memory twice."""
+    kv = RandomKV.random(SHAPE, 1, 120, seed=5)
+    expected = fits_of(new_driver(kv, 100).cache)
+    tune(monkeypatch, index_bytes=index_bytes)
+    fitted: list[int] = []
+
+    class Noting(Small):  # type: ignore[misc, valid-type]
+        def fit(self, measured: dict[str, Tensor]) -> Any:
+            fitted.append(len(measured["key_mean"]))
+            return super().fit(measured)
+
+    driver = new_driver(kv, 100, method=Noting(), gpu_memory=gpu_memory or "auto")
+    assert len(fitted) == calls
+    assert sum(fitted) == 2
+    for one, other in zip(fits_of(driver.cache), expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    driver.cache.check_integrity()
 
 
 def test_crops() -> None:
@@ -232,7 +258,7 @@ def test_numbers_that_are_not_finite_stay_in_their_sequence(number: float) -> No
 def test_a_fit_without_queries_and_any_head_size() -> None:
     method = Fitted()
     keys, values = torch.randn(1, 2, 8, 4, 6), torch.randn(1, 2, 8, 4, 10)
-    made = method.fit(keys, values, None)
+    made = method.fit(method.measure(keys, values, None))
     shapes, dtypes = method.fitted_shapes(6, 10), method.fitted_dtypes()
     assert {name: tuple(tensor.shape[2:]) for name, tensor in made.items()} == shapes
     assert all(tensor.dtype == dtypes.get(name, torch.float32) for name, tensor in made.items())
