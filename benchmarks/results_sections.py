@@ -127,7 +127,8 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "First steps on a new machine",
-            "Kernels are compiled once for each machine, in the first two steps.",
+            "Kernels are compiled once for each machine: by these sources in the first two steps, today while the prompt "
+            "is read.",
             (f"{H200}-bisection-fresh.json",),
             of_each(first_steps),
         ),
