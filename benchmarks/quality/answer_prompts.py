@@ -7,9 +7,10 @@
     --seconds 190 390            from the start of the command, for each file: then drop its examples that are not finished
     --examples N                 of each task, at most
 
-Files of prompts come from `ruler.py` and `records.py`. Every prompt is answered as `answers.py` describes. In each file,
-example 0 of all tasks comes first, then example 1, and so on. An example is recorded once all its answers are there, so a run
-that ends early has compared all methods on the same examples. A run goes on where another ended, unless `--again` is given.
+Files of prompts come from `ruler.py`, `records.py` and `documents.py`. Every prompt is answered as `answers.py` describes. In
+each file, example 0 of all tasks comes first, then example 1, and so on. An example is recorded once all its answers are there,
+so a run that ends early has compared all methods on the same examples. A run goes on where another ended, unless `--again` is
+given.
 
 Files are answered one after the other: caches of one length use each other's CUDA graphs.
 

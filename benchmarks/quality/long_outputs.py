@@ -55,6 +55,8 @@ READ = 1024
 """Tokens that the reference reads at a time."""
 COMPARED = 256
 """Steps whose logits are held until they are compared."""
+SHOWN = 16
+"""Slow steps of a row that are recorded one by one, at most: number within the row, ms, event."""
 PLAY = "hamlet"
 EVENTS = ("tokens clustered", "graph captured", "segment begun")
 OTHER = "none"
@@ -156,12 +158,15 @@ class Steps:
                     "steps": len(ms), "slow": sum(took > 2 * median for took in ms),
                     "median_ms": round(statistics.median(ms), 3), "max_ms": round(max(ms), 3),
                 }  # fmt: skip
+        slow = sorted((took, place) for place, took in enumerate(self.ms) if took > 2 * median)
+        slowest = [[place + 1, round(took, 3), self.events[place]] for took, place in slow[: -SHOWN - 1 : -1]]
         return {
             "steps": len(self.ms), "kl": round(statistics.fmean(self.kl), 5),
             "kl_p90": round(float(torch.tensor(self.kl).quantile(0.9)), 5),
             "top1_agrees": round(statistics.fmean(self.same), 4),
             "nll_dense": round(statistics.fmean(self.nll_dense), 4), "nll": round(statistics.fmean(self.nll), 4),
             "median_ms": round(median, 3), "max_ms": round(max(self.ms), 3), "events": events,
+            "slowest": slowest,
         }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ from benchmarks.quality.long_outputs import (
     tables,
 )
 from benchmarks.quality.prefill import load_model, rope_about, rope_scaling
+from tests.support.graph_recorder import capture_on_cpu
 
 
 class Letters:
@@ -102,6 +104,15 @@ def test_steps_in_which_tokens_are_clustered_are_told_from_others(model: Any) ->
     assert set(steps.events) <= {*long_outputs.EVENTS, "none"}
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="captures by a fake on the CPU")
+def test_first_steps_and_captures_are_told_from_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = capture_on_cpu(monkeypatch)
+    text = Text(model, "t", _ids(67), 60)
+    *_, (_, steps) = decode(model, Cell("shadowkv", "8", 8).cache(model), text, 64)
+    assert steps.events == ["graph captured", "graph captured", "none", "none", "none", "none"]
+    assert recorder.replays == 5
+
+
 def test_slow_steps_are_counted_by_what_they_did() -> None:
     nothing = [0.0] * 6
     ms, events = [1.0, 1.0, 1.0, 2.0, 2.1, 9.0], ["none", "none", "none", "none", "none", "tokens clustered"]
@@ -110,6 +121,7 @@ def test_slow_steps_are_counted_by_what_they_did() -> None:
     assert row["events"]["tokens clustered"] == {"steps": 1, "slow": 1, "median_ms": 9, "max_ms": 9}
     assert row["events"]["none"] == {"steps": 5, "slow": 0, "median_ms": 1, "max_ms": 2.1}
     row = Steps(nothing, nothing, nothing, nothing, [1, 1, 1, 1, 2.1, 9], events).row()
+    assert row["slowest"] == [[6, 9, "tokens clustered"], [5, 2.1, "none"]]
     lines = table({"rows": {"a, b, fitted, 1/64, 4096": row, "c, fitted, 1/64, 0": row}}, "a, b")
     assert len(lines) == 3
     assert (
