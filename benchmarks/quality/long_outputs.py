@@ -334,7 +334,8 @@ def table(result: dict[str, Any], title: str) -> list[str]:
 def tables(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """A table for each file and text, with its title."""
     return [
-        (f"{result['model']}, {title}, a prompt of {result['prompt']:,} tokens", table(result, title))
+        (", ".join(filter(None, (result["model"], result.get("rope_scaling"), title, f"a prompt of {result['prompt']:,} tokens"))),
+         table(result, title))
         for result in results for title in dict.fromkeys(name.rsplit(", ", 3)[0] for name in result["rows"])
     ]  # fmt: skip
 

@@ -154,6 +154,7 @@ def test_a_run_writes_rows_and_measures_only_what_is_missing(
     assert result["rows"][names[0]]["attended_tokens"] < 140 > result["rows"][names[2]]["attended_tokens"]
     assert result["rows"][names[4]]["kl"] < 1e-5 < result["rows"][names[0]]["kl"]
     assert tables([result])[0][0] == "tiny, a play, a prompt of 80 tokens"
+    assert tables([{**result, "rope_scaling": "yarn:4"}])[0][0].startswith("tiny, yarn:4, a play, ")
     assert "| dense | all | 41 to 60 | " in capsys.readouterr().out
 
     result["rows"][names[3]]["steps"] = 10  # as if the run had been stopped
