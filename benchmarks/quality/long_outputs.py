@@ -333,11 +333,12 @@ def table(result: dict[str, Any], title: str) -> list[str]:
 
 def tables(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """A table for each file and text, with its title."""
-    return [
-        (", ".join(filter(None, (result["model"], result.get("rope_scaling"), title, f"a prompt of {result['prompt']:,} tokens"))),
-         table(result, title))
-        for result in results for title in dict.fromkeys(name.rsplit(", ", 3)[0] for name in result["rows"])
-    ]  # fmt: skip
+    found = []
+    for result in results:
+        for text in dict.fromkeys(name.rsplit(", ", 3)[0] for name in result["rows"]):
+            parts = (result["model"], result.get("rope_scaling"), text, f"a prompt of {result['prompt']:,} tokens")
+            found.append((", ".join(filter(None, parts)), table(result, text)))
+    return found
 
 
 def main() -> None:
