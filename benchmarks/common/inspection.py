@@ -23,3 +23,19 @@ def forward_of(cache: SpinCache) -> ForwardPass:
 def counted_by_kernels(cache: SpinCache) -> dict[str, int]:
     """Counters of the kernels, by the names of `Counter`. Reads the device."""
     return forward_of(cache).backends.counted()
+
+
+def num_clustered_pages(cache: SpinCache) -> int:
+    """Pages of a sequence in spans whose tokens are clustered."""
+    return state_of(cache).sequences.spans.num_pages
+
+
+def num_segments(cache: SpinCache) -> int:
+    """Segments of pages that sequences use."""
+    return state_of(cache).sequences.segments_in_use
+
+
+def num_graphs(cache: SpinCache) -> int:
+    """Calls that have run once, and those that were captured behind it. Grows in slow first steps; 0 without a GPU."""
+    steps = cache.calls.steps
+    return sum(1 if graph is None else 2 for graph in steps.captured.values()) if steps else 0

@@ -2,13 +2,15 @@
 
     --model FOLDER or hub id     --device cpu (default) cuda     --dtype bfloat16 (default) float16 float32
     --cells fitted/64 fitted/16 (default)     methods with budgets of 1/64 and 1/16 of the prompts' length
+    --rope-scaling yarn:4                     for prompts longer than the model was trained on
     --workers 1                  processes, each with the model; several share one GPU
     --seconds 190 390            from the start of the command, for each file: then drop its examples that are not finished
     --examples N                 of each task, at most
 
-Files of prompts come from `ruler.py` and `records.py`. Every prompt is answered as `answers.py` describes. In each file,
-example 0 of all tasks comes first, then example 1, and so on. An example is recorded once all its answers are there, so a run
-that ends early has compared all methods on the same examples. A run goes on where another ended, unless `--again` is given.
+Files of prompts come from `ruler.py`, `records.py` and `documents.py`. Every prompt is answered as `answers.py` describes. In
+each file, example 0 of all tasks comes first, then example 1, and so on. An example is recorded once all its answers are there,
+so a run that ends early has compared all methods on the same examples. A run goes on where another ended, unless `--again` is
+given.
 
 Files are answered one after the other: caches of one length use each other's CUDA graphs.
 
@@ -39,7 +41,7 @@ from transformers import AutoTokenizer
 from benchmarks.common.record import RESULTS
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.quality.answers import ask, end_of_turn, name_of
-from benchmarks.quality.prefill import add_model_options, load_model
+from benchmarks.quality.prefill import add_model_options, add_rope_option, load_model, rope_about
 from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
 from benchmarks.quality.quality_tables import task_table
 from benchmarks.quality.run_options import about_rows
@@ -71,11 +73,11 @@ class Answerer:
     """A model that answers jobs.
 
     Args:
-        options: model, dtype and device of `load_model`.
+        options: model, dtype, device and rope scaling of `load_model`.
         threads: of the CPU; 0 for torch's default.
     """
 
-    def __init__(self, options: tuple[str, str, str], threads: int = 0) -> None:
+    def __init__(self, options: tuple[Any, ...], threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.model, self.tokenizer = load_model(*options), AutoTokenizer.from_pretrained(options[0])
@@ -98,7 +100,7 @@ _MOST_SECONDS = 600.0
 """How long a process whose GPU fails holds a job back."""
 
 
-def _start(options: tuple[str, str, str], threads: int) -> None:
+def _start(options: tuple[Any, ...], threads: int) -> None:
     _of_process[:] = [Answerer(options, threads)]
 
 
@@ -125,7 +127,7 @@ def names_of(cells: list[Cell]) -> list[str]:
     return ["dense", *map(name_of, cells)]
 
 
-def answered(jobs: list[Job], options: tuple[str, str, str], workers: int) -> Iterator[tuple[Job, Any]]:
+def answered(jobs: list[Job], options: tuple[Any, ...], workers: int) -> Iterator[tuple[Job, Any]]:
     """Jobs, as they are finished, with their answers, None, or the error that stopped them.
 
     Raises:
@@ -181,6 +183,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="answer finished examples again")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of results")
     add_model_options(parser)
+    add_rope_option(parser)
     args = parser.parse_args(arguments)
     if len(args.seconds) == 1:
         args.seconds *= len(args.files)
@@ -195,7 +198,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def opened(args: argparse.Namespace, file: PromptFile) -> Rows:
     """The results file of a file of prompts."""
     command = command_line("quality.answer_prompts", args.model, str(args.output), *map(str, args.files))
-    about = about_rows(args, file.tokens, new_tokens="of each task", prompts=file.source)
+    about = about_rows(args, file.tokens, new_tokens="of each task", prompts=file.source, **rope_about(args))
     return Rows(args.output / f"{file.label}-{Path(args.model).name}.json", about, command, args.again)
 
 
@@ -206,7 +209,7 @@ def main() -> None:
     rows = [opened(args, file) for file in files]
     jobs = jobs_of(files, rows, args.cells, [began + seconds for seconds in args.seconds], args.examples)
     failed = dropped = 0
-    options = (args.model, args.dtype, args.device)
+    options = (args.model, args.dtype, args.device, args.rope_scaling)
     for job, found in tqdm(answered(jobs, options, args.workers), total=len(jobs), unit=" examples"):
         if isinstance(found, BaseException):
             failed += 1

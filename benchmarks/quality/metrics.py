@@ -2,6 +2,7 @@
 
 all        share of the expected values that the answer contains, upper or lower case; RULER's `string_match_all`
 part       1 if it contains one of them; RULER's `string_match_part`
+phrase     1 if it contains one of them as whole words, without `$` and separators of thousands
 records    share of the expected records' fields that its JSON objects have; an object counts for the record of its buyer
 """
 
@@ -21,6 +22,18 @@ def match_all(expected: Sequence[str], answer: str) -> float:
 def match_part(expected: Sequence[str], answer: str) -> float:
     """1 if `answer` contains an expected value, or 0."""
     return float(any(value.lower() in answer.lower() for value in expected))
+
+
+def contains_phrase(expected: Sequence[str], answer: str) -> float:
+    """1 if `answer` contains one of the expected phrases as whole words, or 0. See `phrase_form`."""
+    text = phrase_form(answer)
+    found = (re.search(rf"(?<![\w.]){re.escape(phrase_form(value))}(?!\w|\.\d)", text) for value in expected)
+    return float(any(found))
+
+
+def phrase_form(text: str) -> str:
+    """Text in lower case, with single spaces, without `$` and separators of thousands."""
+    return " ".join(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("$", "")).split())
 
 
 def record_fields(expected: Sequence[dict[str, Any]], answer: str) -> float:
@@ -45,5 +58,5 @@ def record_fields(expected: Sequence[dict[str, Any]], answer: str) -> float:
 
 
 METRICS: dict[str, Callable[[Sequence[Any], str], float]] = {
-    "all": match_all, "part": match_part, "records": record_fields,
+    "all": match_all, "part": match_part, "phrase": contains_phrase, "records": record_fields,
 }  # fmt: skip

@@ -11,11 +11,12 @@ The last tokens attend to everything in either way.
 from __future__ import annotations
 
 import argparse
+import re
 from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from spin_hf import SpinCache
 
@@ -30,9 +31,47 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
 
 
-def load_model(name: str, dtype: str, device: str) -> Any:
-    """The model of a folder or hub id."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval().to(device)
+def rope_scaling(text: str) -> str:
+    """A checked `yarn:4`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of this form.
+    """
+    kind, _, factor = text.partition(":")
+    if kind != "yarn" or not re.fullmatch(r"\d+(\.\d+)?", factor) or float(factor) < 1:
+        raise argparse.ArgumentTypeError(f"expected yarn and a factor of at least 1, such as yarn:4, got {text!r}")
+    return text
+
+
+def add_rope_option(parser: argparse.ArgumentParser) -> None:
+    """`--rope-scaling`."""
+    parser.add_argument(
+        "--rope-scaling", type=rope_scaling, metavar="yarn:FACTOR",
+        help="YaRN (arXiv 2309.00071), for contexts of up to FACTOR times the model's own",
+    )  # fmt: skip
+
+
+def rope_about(args: argparse.Namespace) -> dict[str, str]:
+    """What a results file says of `--rope-scaling`: nothing if it was not given."""
+    return {"rope_scaling": args.rope_scaling} if args.rope_scaling else {}
+
+
+def load_model(name: str, dtype: str, device: str, rope_scaling: str | None = None) -> Any:
+    """The model of a folder or hub id.
+
+    Args:
+        rope_scaling: such as `yarn:4`, which makes its contexts as many times as long; None for what its config says.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if rope_scaling:
+        kind, factor = rope_scaling.split(":")
+        text = config.get_text_config()
+        native = text.max_position_embeddings
+        text.rope_parameters |= {
+            "rope_type": kind, "factor": float(factor), "original_max_position_embeddings": native,
+        }  # fmt: skip
+        text.max_position_embeddings = int(native * float(factor))
+    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, dtype)).eval().to(device)
 
 
 class Prefill:

@@ -2,7 +2,8 @@
 
     <kind>-<model>-<tokens>.json.xz    {"kind", "model", "tokens", "source", "prompts": [StoredPrompt, ...]}
 
-`ruler.py` and `records.py` write them, `answer_prompts.py` answers them. Nothing but the model's folder is needed for that.
+`ruler.py`, `records.py` and `documents.py` write them, `answer_prompts.py` answers them. Nothing but the model's folder is
+needed for that.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class PromptFile:
     """The prompts of one kind, model and length.
 
     Attributes:
-        kind: `ruler` or `records`.
+        kind: `ruler`, `records` or `documents`.
         model: name of the model whose tokenizer made the ids.
         tokens: length of the prompts, at most or exactly.
         source: package or module that made the prompts.

@@ -123,7 +123,7 @@ def summary(results: list[dict[str, Any]], shares: tuple[int, ...] = (64, 16)) -
 
 def found_results() -> dict[Path, dict[str, Any]]:
     """The results files that there are, by their names."""
-    kinds = ("quality", "retrieval", "ruler", "records")
+    kinds = ("quality", "retrieval", "ruler", "records", "documents")
     files = sorted(file for kind in kinds for file in RESULTS.rglob(f"{kind}-*.json"))
     return {file: json.loads(file.read_text()) for file in files}
 
