@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.rows_file import Rows
 from benchmarks.quality import answer_prompts
@@ -22,6 +21,7 @@ from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
 
 CELLS = [("fitted", 64), ("fitted", 1), ("shadowkv", 16), ("oracle", 16)]
 NAMES = ["fitted, 1/64", "fitted, 1/1", "shadowkv, 1/16", "oracle, 1/16", "dense"]
+from tests.support.tiny_llama import tiny_llama
 
 
 class Numbers:
@@ -37,13 +37,8 @@ class Numbers:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=3,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(eos_token_id=3).save_pretrained(folder)
     return folder
 
 

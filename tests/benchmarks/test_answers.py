@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.rows_file import Rows
 from benchmarks.quality import answers, kvpress_rivals
 from benchmarks.quality.answers import Question, answer_all, end_of_turn
 from benchmarks.quality.quality_tables import task_table
+from tests.support.tiny_llama import tiny_llama
 
 METHODS = ["shadowkv", "fitted", "oracle", "window"]
 
 
 def _model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=[5, 3],
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(eos_token_id=[5, 3])
 
 
 def _question(index: int) -> Question:
@@ -88,5 +83,10 @@ def test_a_run_that_is_stopped_keeps_its_answers(tmp_path: Path, monkeypatch: py
     args = SimpleNamespace(methods=["shadowkv", "oracle"], shares=[8], kvpress=False, model="m")
     monkeypatch.setattr(answers, "Chosen", stopped)
     with pytest.raises(KeyboardInterrupt):
-        answer_all(_model(), {"task, 0": partial(_question, 0)}, args, Rows(tmp_path / "rows.json", {}, "one"))  # type: ignore[arg-type]
+        answer_all(
+            _model(),
+            {"task, 0": partial(_question, 0)},
+            args,
+            Rows(tmp_path / "rows.json", {}, "one"),
+        )  # type: ignore[arg-type]
     assert list(Rows(tmp_path / "rows.json", {}, "two")["task, 0"]) == ["shadowkv, 1/8"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from benchmarks.common.rows_file import Rows
 from benchmarks.quality import long_outputs
@@ -32,6 +32,7 @@ from benchmarks.quality.long_outputs import (
 )
 from benchmarks.quality.prefill import load_model, rope_about, rope_scaling
 from tests.support.graph_recorder import capture_on_cpu
+from tests.support.tiny_llama import tiny_llama
 
 
 class Letters:
@@ -44,13 +45,8 @@ class Letters:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
     made = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(made)
+    tiny_llama(initializer_range=0.2).save_pretrained(made)
     return made
 
 
