@@ -29,7 +29,7 @@ from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
-from .fit import fits, forget_fits, measure_fits, new_fits, unfitted_rows
+from .fit import fits, forget_fits, measure_fits, new_fits, runs_to_fit, unfitted_rows
 from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
 from .summarize import index_pages, stores_of, summarize_stale, together
 
@@ -197,7 +197,7 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
     most_tokens = state.options.tuning.cluster_tokens
     bounds = [(start, end) for start, end in spans.bounds if start >= first]
     runs = [run for around in bounds for run in runs_of(state.sequences.directory, spans.clustered, *around)]
-    valid = []
+    to_fit, valid = runs_to_fit(state, first, runs), []
     for batch in _batches(state, stop - first, layers):
         formed = []
         for group in batch:
@@ -207,10 +207,10 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
                 method, stores_of(group), content, first, runs, queries, most_tokens
             )
             valid += sound
-            measured = measure_fits(state, group, content, order, first, runs, queries)
+            measured = measure_fits(state, group, content, order, first, to_fit, queries)
             formed.append((order, cluster_pages, content if len(batch) == 1 else None, measured))
             del content
-        fitted = new_fits(state, batch, [measured for *_, measured in formed], first, runs)
+        fitted = new_fits(state, batch, [measured for *_, measured in formed], to_fit)
         for group, (order, cluster_pages, held, _), tensors in zip(batch, formed, fitted, strict=True):
             content = permute_pages.content(stores_of(group), first, stop) if held is None else held
             _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, tensors)
@@ -233,7 +233,8 @@ def _batches(state: CacheState, num_pages: int, layers: list[LayerState]) -> Ite
     for group in groups:
         store = group[0].store
         assert store is not None
-        takes = 8 * len(group) * state.sequences.batch_size * store.num_heads * num_pages * (store.page_size + 1)
+        streams = len(group) * state.sequences.batch_size * store.num_heads
+        takes = torch.int64.itemsize * streams * num_pages * (store.page_size + 1)  # order, and pages per cluster
         alone = store.frames is not None or not fits(state.method)
         if batch and (alone or taken + takes > room):
             yield batch

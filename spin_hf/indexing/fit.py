@@ -1,6 +1,6 @@
 """Tensors that a method fits to each sequence, once: when tokens of the sequence are clustered first.
 
-    measure_fits, new_fits      a span is clustered  ->  tensors of the sequences that have none yet; all pages are stale
+    runs_to_fit  a span is clustered              ->  what is fitted: measure_fits, then new_fits; all pages are stale
     forget_fits  no clustered page is left        ->  the tensors of `ClusteringMethod.unfitted` again; all pages are stale
     fitted_of    tensors of layers, to summarise pages or to select by them
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Measured = dict[str, Tensor]
 """What `ClusteringMethod.measure` returns."""
+Fitting = tuple[Run, list[int]]
+"""A run, and the sequences whose tensors are fitted to it."""
 
 
 def fits(method: Method) -> bool:
@@ -53,29 +55,46 @@ def unfitted_rows(state: CacheState, num_pages: int) -> list[int]:
     return [row for row, held in enumerate(clustered.tolist()) if not movable_runs(held)]
 
 
+def runs_to_fit(state: CacheState, first: int, runs: Iterable[Run]) -> list[Fitting]:
+    """The first new run of each sequence that has no fitted tensors; none if the method fits none.
+
+    Args:
+        first: pages before the new runs.
+        runs: the runs that are clustered.
+    """
+    if not fits(state.method):
+        return []
+    rows, chosen = set(unfitted_rows(state, first)), list[Fitting]()
+    for run in sorted(runs, key=lambda run: run.first):
+        members = sorted(rows.intersection(run.sequences))
+        rows.difference_update(members)
+        if members:
+            chosen.append((run, members))
+    return chosen
+
+
 def measure_fits(
-    state: CacheState, layers: list[LayerState], content: Tensor, order: Tensor, first: int, runs: Iterable[Run],
+    state: CacheState, layers: list[LayerState], content: Tensor, order: Tensor, first: int, to_fit: list[Fitting],
     observation_queries: Tensor | None,
 ) -> list[Measured]:  # fmt: skip
-    """Measure the first new runs of sequences that have no fitted tensors.
+    """Measure the runs that tensors are fitted to.
 
     Args:
         layers: with pages that can be processed in one call.
         content: pages from `first` on, in their old order, [L * B, H, n, page elements].
         order: [L * B, H, tokens], int64: place i will get the token at place order[i].
-        runs: the runs that are clustered.
+        to_fit: the runs.
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
     Returns:
-        name -> [L, H, ...], for each run of `_runs_to_fit`.
+        name -> [L, H, ...], for each run.
     """
-    store = layers[0].store
-    method, chosen = _fitting(state), _runs_to_fit(state, first, runs)
-    if method is None or store is None or not chosen:
+    method, store = state.method, layers[0].store
+    if not to_fit or not isinstance(method, ClusteringMethod) or store is None:
         return []
     each, size, measured = (len(layers), -1), store.page_size, []
     tokens = [part.flatten(2, 3).unflatten(0, each) for part in store.backing_layout.take(content)]
     order = order.unflatten(0, each)
-    for run, members in chosen:
+    for run, members in to_fit:
         row, places = members[0], slice((run.first - first) * size, (run.stop - first) * size)
         index = order[:, row, :, places, None]
         moved = [part[:, row].gather(2, index.expand(-1, -1, -1, part.shape[-1])) for part in tokens]
@@ -86,22 +105,22 @@ def measure_fits(
 
 
 def new_fits(
-    state: CacheState, groups: list[list[LayerState]], measured: list[list[Measured]], first: int, runs: Iterable[Run]
+    state: CacheState, groups: list[list[LayerState]], measured: list[list[Measured]], to_fit: list[Fitting]
 ) -> list[list[FittedTensors] | None]:
-    """Fit the tensors of sequences that have none, of several groups of layers in one call.
+    """Fit the tensors of several groups of layers in one call.
 
     Args:
         measured: what `measure_fits` returned for each group.
-        first, runs: as for `measure_fits`.
+        to_fit: as for `measure_fits`.
     Returns:
         the new tensors of each layer of each group; None if nothing is fitted.
     """
-    method, chosen = _fitting(state), _runs_to_fit(state, first, runs)
-    if method is None or not chosen:
+    method = state.method
+    if not to_fit or not isinstance(method, ClusteringMethod):
         return [None] * len(groups)
     layers = [layer for group in groups for layer in group]
     made = [{name: tensor.clone() for name, tensor in _fitted(layer, method).items()} for layer in layers]
-    for index, (_, members) in enumerate(chosen):
+    for index, (_, members) in enumerate(to_fit):
         parts = [of_group[index] for of_group in measured]
         found = method.fit({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         for name, tensors in found.items():
@@ -109,22 +128,6 @@ def new_fits(
                 held[name][members] = tensor
     left = iter(made)
     return [[next(left) for _ in group] for group in groups]
-
-
-def _fitting(state: CacheState) -> ClusteringMethod | None:
-    """The method, if it fits tensors."""
-    return state.method if fits(state.method) and isinstance(state.method, ClusteringMethod) else None
-
-
-def _runs_to_fit(state: CacheState, first: int, runs: Iterable[Run]) -> list[tuple[Run, list[int]]]:
-    """The first new run of each sequence that has no fitted tensors, with all sequences that it is the first one of."""
-    rows, chosen = set(unfitted_rows(state, first)), list[tuple[Run, list[int]]]()
-    for run in sorted(runs, key=lambda run: run.first):
-        members = sorted(rows.intersection(run.sequences))
-        rows.difference_update(members)
-        if members:
-            chosen.append((run, members))
-    return chosen
 
 
 def forget_fits(state: CacheState) -> None:
