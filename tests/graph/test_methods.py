@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import AttentionError, Quest, SpinCache
+from spin_hf import AttentionError, Bisection, Fitted, Quest, SpinCache
 from spin_hf.attention.methods.seer_gate_file import load_gates
 from tests.support.graph_recorder import capture_on_cpu, eagerly
 from tests.support.seer_gates import gates_for
@@ -77,6 +77,24 @@ def test_seer(
         gates.save(tmp_path / "gates.safetensors")
     cache = _compare(model, method, padded, monkeypatch)
     assert cache.stats().attended_tokens < 100
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [Fitted(), Bisection()], ids=["fitted", "bisection"])
+def test_replays_that_read_everything_leave_pages_to_summarise(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages that they complete are summarised before the first step that selects."""
+    model, token = small_model(), torch.full((2, 1), 5)
+    recorder = capture_on_cpu(monkeypatch)
+    cache = SpinCache(model, method, budget=32, recent_window=8, dense_below=82)
+    model(torch.randint(3, 100, (2, 70), generator=torch.Generator().manual_seed(3)), past_key_values=cache)
+    for _ in range(12):
+        model(token, past_key_values=cache)
+    assert recorder.replays == 11
+    assert [layer.state.stale_pages for layer in cache.paged_layers] == [(0, 20)] * len(cache.paged_layers)
+    for _ in range(6):
+        model(token, past_key_values=cache)
+    assert recorder.replays == 16  # a variant of its own, which runs eagerly once
+    cache.check_integrity()
 
 
 @torch.no_grad()
