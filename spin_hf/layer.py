@@ -234,13 +234,10 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         backend.plan(self.state, call)
         if num_new > 1:
             self.forward.backends.compile_early(self.state, call)
-        by_kernels = (
-            num_queries == num_new and call.weights is None
-        )  # they serve neither fewer queries nor attention weights
-        dense = (
-            not state.selects(num_new) or (sequences.start == 0 and num_new > 1) or (state.reads_all and not by_kernels)
-        )
-        if mask is not None or dense:
+        # Kernels serve neither fewer queries than tokens nor attention weights.
+        by_kernels = num_queries == num_new and call.weights is None
+        attends_all = not state.selects(num_new) or (sequences.start == 0 and num_new > 1)
+        if mask is not None or attends_all or (state.reads_all and not by_kernels):
             if mask is None and sparse_prompt.serves(state, call, key):
                 sparse_prompt.attend(state, self.state, call, key, value, out)
             else:

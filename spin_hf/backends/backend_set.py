@@ -50,6 +50,7 @@ class BackendSet:
         self._taken: dict[_Place, StepKernels] = {}
         """Kernels that this cache has taken. Another cache may own them by now."""
         self._in_use: tuple[tuple[int, int], list[StepKernels], bool] | None = None
+        """What `in_use` found last, for which batch size and number of stores, and whether it serves all layers."""
         self._snapshots: dict[_Place, list[Tensor]] = {}
         """What kernels that another cache has taken over had left for the next step."""
         self._counted: dict[str, int] = {}
@@ -139,6 +140,10 @@ class BackendSet:
 
     def in_use(self) -> list[StepKernels]:
         """The kernels of all layers, without duplicates."""
+        return self._find_in_use()[0]
+
+    def _find_in_use(self) -> tuple[list[StepKernels], bool]:
+        """`in_use`, and whether kernels serve all layers."""
         sequences, found = self.state.sequences, self._in_use
         current = sequences.batch_size, len(sequences.stores)
         if found is None or found[0] != current or not all(map(self._owns, found[1])):
@@ -146,12 +151,11 @@ class BackendSet:
             distinct = list(dict.fromkeys(step for step in steps if step is not None))
             serves = bool(steps) and len(steps) == len(self.state.layers) and None not in steps
             found = self._in_use = (current, distinct, serves)
-        return found[1]
+        return found[1:]
 
     def read_all(self, length: int) -> bool:
         """Whether kernels serve all layers, and attend to all `length` tokens in a step of one (`StepKernels.may_read_all`)."""
-        steps = self.in_use()
-        serves = self._in_use is not None and self._in_use[2]
+        steps, serves = self._find_in_use()
         return serves and all(step.may_read_all(length) for step in steps)
 
     def compile_early(self, layer: LayerState, call: Call) -> None:

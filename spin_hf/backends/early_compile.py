@@ -9,6 +9,7 @@ of the same kind stand for the step's query, keys and output.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -27,15 +28,20 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> N
     Args:
         call: of the prompt or of a chunk of it.
     """
-    shape, dense = step.shape(layer), step.is_dense_layer(layer)
-    if call.query.shape[3] <= MAX_QUERIES or (shape, dense) in step.early or not _is_compiled_early(step):
+    if call.query.shape[3] <= MAX_QUERIES or not _is_compiled_early(step):
+        return
+    variant = step.shape(layer), step.is_dense_layer(layer)
+    if variant in step.early:
         return
     sequences = step.state.sequences
-    step.early[shape, dense] = found = {}
-    if step.may_read_all(max(sequences.length, sequences.expected_tokens) + 1):  # needed first
-        found[True] = step.launchers.compile_behind(partial(launches_of_steps, step, layer, call, True), step.device)
-    found[False] = step.launchers.compile_behind(partial(launches_of_steps, step, layer, call, False), step.device)
-    step.compiling.append(found[False])
+    step.early[variant] = found = {}
+    reads_all = step.may_read_all(max(sequences.length, sequences.expected_tokens) + 1)
+    with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
+        for kind in (True, False) if reads_all else (False,):  # what is needed first
+            found[kind] = step.launchers.compile_behind(
+                partial(launches_of_steps, step, layer, call, kind), step.device
+            )
+        step.compiling.append(found[False])
 
 
 def wait_for_all(step: StepKernels) -> None:
