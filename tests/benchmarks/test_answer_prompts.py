@@ -18,10 +18,10 @@ from benchmarks.common.rows_file import Rows
 from benchmarks.quality import answer_prompts
 from benchmarks.quality.answer_prompts import Answerer, Job, answered, cell_of, jobs_of, parse
 from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
+from tests.support.tiny_llama import tiny_llama
 
 CELLS = [("fitted", 64), ("fitted", 1), ("shadowkv", 16), ("oracle", 16)]
 NAMES = ["fitted, 1/64", "fitted, 1/1", "shadowkv, 1/16", "oracle, 1/16", "dense"]
-from tests.support.tiny_llama import tiny_llama
 
 
 class Numbers:
