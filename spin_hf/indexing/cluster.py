@@ -214,7 +214,9 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
         for group, (order, cluster_pages, held, _), tensors in zip(batch, formed, fitted, strict=True):
             content = permute_pages.content(stores_of(group), first, stop) if held is None else held
             _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, tensors)
-    if valid and not bool(torch.stack(valid).all()):  # the only synchronization
+    if valid and not bool(
+        torch.stack([sound.to(valid[0].device) for sound in valid]).all()
+    ):  # the only synchronization
         raise CacheStateError(
             f"method {method}: expected form_clusters to return a permutation of a span's tokens for each KV head and "
             "pages_per_cluster that cover every page once, got missing or repeated tokens or pages; correct the method"

@@ -107,7 +107,7 @@ def measure_fits(
 def new_fits(
     state: CacheState, groups: list[list[LayerState]], measured: list[list[Measured]], to_fit: list[Fitting]
 ) -> list[list[FittedTensors] | None]:
-    """Fit the tensors of several groups of layers in one call.
+    """Fit the tensors of several groups of layers, in one call for each device.
 
     Args:
         measured: what `measure_fits` returned for each group.
@@ -118,16 +118,22 @@ def new_fits(
     method = state.method
     if not to_fit or not isinstance(method, ClusteringMethod):
         return [None] * len(groups)
-    layers = [layer for group in groups for layer in group]
-    made = [{name: tensor.clone() for name, tensor in _fitted(layer, method).items()} for layer in layers]
-    for index, (_, members) in enumerate(to_fit):
-        parts = [of_group[index] for of_group in measured]
-        found = method.fit({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        for name, tensors in found.items():
-            for held, tensor in zip(made, tensors, strict=True):
-                held[name][members] = tensor
-    left = iter(made)
-    return [[next(left) for _ in group] for group in groups]
+    made = [
+        [{name: each.clone() for name, each in _fitted(layer, method).items()} for layer in group] for group in groups
+    ]
+    by_device: dict[torch.device, list[int]] = {}
+    for number, (layer, *_) in enumerate(groups):
+        assert layer.store is not None
+        by_device.setdefault(layer.store.device, []).append(number)
+    for numbers in by_device.values():
+        layers = [held for number in numbers for held in made[number]]
+        for index, (_, members) in enumerate(to_fit):
+            parts = [measured[number][index] for number in numbers]
+            found = method.fit({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            for name, tensors in found.items():
+                for held, tensor in zip(layers, tensors, strict=True):
+                    held[name][members] = tensor
+    return list(made)
 
 
 def forget_fits(state: CacheState) -> None:

@@ -29,12 +29,14 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from .compile_progress import report
+from .device_guard import on_device_of_arguments
 from .launch import Launch
 
 
 def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel."""
-    kernel[grid](*args, **options)
+    """Launch a kernel on the device of its tensors."""
+    with on_device_of_arguments(args):
+        kernel[grid](*args, **options)
 
 
 def compile_ahead(launches: Callable[[Launch], object]) -> None:
@@ -99,4 +101,5 @@ class _Threads(ThreadPoolExecutor):
 
 def _compile_one(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     if isinstance(kernel, JITFunction):  # an interpreted kernel has nothing to compile
-        kernel.warmup(*args, grid=grid, **options)
+        with on_device_of_arguments(args):
+            kernel.warmup(*args, grid=grid, **options)

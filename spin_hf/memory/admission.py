@@ -20,6 +20,7 @@ from ..state import CacheState
 from ..storage.tier_budget import TierBudget, check_all
 from .gpu_memory import GpuMemory
 from .layer_budget import LayerShape, layer_shapes
+from .layer_places import places
 
 
 def check_first_batch(state: CacheState, gpu: GpuMemory, num_tokens: int, batch_size: int) -> None:
@@ -46,25 +47,28 @@ def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, in
     model_or_config = None if state.model_or_config is None else state.model_or_config()
     layers = [layer.layer_idx for layer in state.layers]
     predicted = None if model_or_config is None else predict_states(model_or_config, layers)
-    if predicted is None or (predicted.device is None and state.options.gpu_memory is None):
+    devices = places(state)
+    if predicted is None or (devices is None and state.options.gpu_memory is None):
         return set()
-    device = torch.device("cpu") if predicted.device is None else predicted.device  # a cap in bytes is the same on all
-    return {gpu.tier_budget(shape, predicted.dtype, device, room) for shape in predicted.shapes}
+    if devices is None:
+        devices = [torch.device("cpu")] * len(layers)  # a cap in bytes is the same on all
+    return {
+        gpu.tier_budget(shape, predicted.dtype, device, room)
+        for shape, device in zip(predicted.shapes, devices, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class PredictedStates:
-    """Shapes, dtype and device of the next forward's keys and values in all paged layers.
+    """Shapes and dtype of the next forward's keys and values in all paged layers.
 
     Attributes:
         shapes: of the layers.
         dtype: of keys and values.
-        device: of the layers; None if not known.
     """
 
     shapes: list[LayerShape]
     dtype: torch.dtype
-    device: torch.device | None
 
 
 def predict_states(model_or_config: Any, layers: list[int]) -> PredictedStates | None:
@@ -86,15 +90,13 @@ def predict_states(model_or_config: Any, layers: list[int]) -> PredictedStates |
     if not isinstance(model_or_config, nn.Module):
         declared = getattr(config, "dtype", None)
         if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
-            return PredictedStates(shapes, declared, None)
+            return PredictedStates(shapes, declared)
         return None
     parameters = [parameter for parameter in model_or_config.parameters() if parameter.is_floating_point()]
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
-    devices = {parameter.device for parameter in parameters}
     if not dtypes:
         return None
     dtype = min(dtypes, key=lambda dtype: dtype.itemsize)  # some norms and routers have a wider dtype
-    device = devices.pop() if len(devices) == 1 else None
     if dtype.itemsize > 2 and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
-    return PredictedStates(shapes, dtype, device)
+    return PredictedStates(shapes, dtype)

@@ -5,10 +5,10 @@
     _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
     give_back    on request                   of the user, or of another cache that is short of memory
 
-Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its size. Other caches give up
-buffer pages, in proportion to how many they have. Every cache keeps the frames of one step. A cache that is inside a step, or
-used by another live thread, is not changed from outside; it reclaims at its next step. A cap in bytes is fixed; frames given
-back return at later checks.
+Each device has a cap of its own. Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its
+size. Other caches give up buffer pages, in proportion to how many they have. Every cache keeps the frames of one step. A cache
+that is inside a step, or used by another live thread, is not changed from outside; it reclaims at its next step. A cap in bytes
+is fixed; frames given back return at later checks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..storage.page_table import SEGMENT_PAGES
 from ..storage.tier_budget import TierBudget
 from . import watermarks
 from .layer_budget import LayerShape, tier_budget
+from .layer_places import num_layers
 from .shared_pages import own_bytes, share_pages
 
 _SEGMENTS_AHEAD = 2
@@ -48,7 +49,7 @@ class GpuMemory:
 
     Args:
         state: the cache's state.
-        given: the user's cap in bytes; None for "auto".
+        given: the user's cap in bytes, for each device; None for "auto".
     """
 
     def __init__(self, state: CacheState, given: int | None) -> None:
@@ -82,8 +83,8 @@ class GpuMemory:
         Args:
             room: expected batch size, segments and pages per sequence.
         """
-        method, options, num_layers = self.state.method, self.state.options, len(self.state.layers)
-        budget = tier_budget(shape, dtype, method, options, None, num_layers, device)
+        state, sharing = self.state, num_layers(self.state, device)
+        budget = tier_budget(shape, dtype, state.method, state.options, None, sharing, device, len(state.layers))
         if device not in self.caps:
             wanted = budget.resident_bytes(*room[:2])
             least = budget.bytes_with(budget.step_frames(room[2]), *room)
@@ -288,12 +289,10 @@ class GpuMemory:
             if least > cap and free is not None:  # room for growth only if memory is free
                 least = min(least, self.held(device) + max(0, free))
             cap = max(cap, least)
-        if cap is not None and self.given is not None:
-            cap = min(cap, self.given)
-        self.caps[device] = cap
+        self.caps[device] = cap = cap if cap is None or self.given is None else min(cap, self.given)
+        count = num_layers(self.state, device) if stores else 0
         for store in stores:
-            scaled = None if cap is None else cap * store.budget.num_layers // len(stores)  # budgets count all layers
-            store.budget = replace(store.budget, gpu_memory=scaled, most_frames=self.most_frames)
+            store.budget = replace(store.budget, gpu_memory=cap, num_layers=count, most_frames=self.most_frames)
 
     def _resident(self, device: torch.device) -> int:
         """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
@@ -314,7 +313,7 @@ class GpuMemory:
         return max(needed)
 
     def _share(self, of_all: int, stores: list[PageStore]) -> int:
-        """Bytes of the layers in `stores`, given the bytes of all layers."""
+        """Bytes of the layers in `stores`, given the bytes of all layers on their device."""
         return -(-of_all * len(stores) // stores[0].budget.num_layers)
 
     def _prompt_cap(self, device: torch.device) -> int | None:

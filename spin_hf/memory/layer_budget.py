@@ -54,15 +54,16 @@ def check_spans(method: Method) -> None:
 
 def tier_budget(
     shape: LayerShape, dtype: torch.dtype, method: Method, options: SpinOptions, gpu_memory: int | None, num_layers: int,
-    device: torch.device,
+    device: torch.device, host_layers: int = 0,
 ) -> TierBudget:  # fmt: skip
     """The budget of a layer.
 
     Args:
         dtype: of its keys and values.
         gpu_memory: the cap in bytes, with "auto" resolved; None for none.
-        num_layers: paged layers of the cache.
+        num_layers: paged layers of the cache on the device.
         device: the compute tier.
+        host_layers: paged layers of the cache on all devices; 0 for `num_layers`.
     """
     page_size, own = method.page_size, method.summary_dtypes()
     quantized = options.quantizes(dtype.itemsize)
@@ -84,5 +85,5 @@ def tier_budget(
         summary_bytes=summary_bytes, gpu_memory=gpu_memory, cpu_memory=options.cpu_memory,
         min_frames=pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size) + 1,
         clustering_bytes=sum(clustering_bytes(method).values()), sequence_bytes=sequence_bytes, selected=selected,
-        chunk_segments=segments if device.type == "cuda" else 1,
+        chunk_segments=segments if device.type == "cuda" else 1, host_layers=host_layers,
     )  # fmt: skip

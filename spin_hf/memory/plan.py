@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..attention.methods.base import Method
 from ..attention.methods.registry import resolve_method
 from ..config import MOST_TOKENS, SpinOptions, require_count
 from ..errors import BudgetError, CapacityError, OptionError, OptionTypeError
+from ..integration.device_map import layer_devices
 from ..integration.layer_types import build_layers, check_model, decoder_config
 from ..stats import table
 from ..storage.chunked_array import MAX_CHUNKS
@@ -59,9 +60,10 @@ class MemoryPlan:
             `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`. An estimate
             from the config.
         parts: bytes of pages, page frames, summaries and host pages.
+        device_parts: `gpu_bytes` by device, if the model's layers lie on several.
         metadata: bytes by table, as `CacheStats.metadata`, without zeros.
         page_frames: per sequence and KV head, in the layer with the fewest; 0 if all pages live in the compute tier.
-        smallest_gpu_memory: smallest cap in bytes that this batch fits.
+        smallest_gpu_memory: smallest cap in bytes that this batch fits, for each device.
         largest_batch_size: most sequences of this length that fit the caps; None without a cap.
         largest_context_length: most tokens per sequence at which this batch size fits the caps; None without a cap.
         paged_layers: layers that select pages. Only these are counted.
@@ -84,6 +86,7 @@ class MemoryPlan:
     largest_context_length: int | None
     paged_layers: int
     dense_layers: Mapping[str, int]
+    device_parts: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return table("MemoryPlan", {item.name: getattr(self, item.name) for item in fields(self)})
@@ -130,12 +133,15 @@ def plan(
     model = config_or_model if isinstance(config_or_model, nn.Module) else None
     states_dtype = _dtype(model, config, dtype)
     device = _device(model)
-    free = free_gpu_memory(device)
-    auto = None if free is None else Watermarks(parsed.tuning.margin_bytes).cap_for_prompts(0, free)
-    cap = auto if parsed.gpu_memory is None else parsed.gpu_memory
-    budgets = [tier_budget(shape, states_dtype, resolved, parsed, cap, len(layers), device) for shape in shapes]
-    arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
-    made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
+    devices = [device] * len(layers) if model is None else _devices_of(model, layers)
+    caps = {each: _cap(parsed, each) for each in set(devices)}
+    budgets = [
+        tier_budget(shape, states_dtype, resolved, parsed, caps[each], devices.count(each), each, len(layers))
+        for shape, each in zip(shapes, devices, strict=True)
+    ]
+    on_gpus = [shape for shape, each in zip(shapes, devices, strict=True) if each.type == "cuda"]
+    arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in on_gpus)
+    made = _Planner(budgets, resolved, arrays, devices).of(batch_size, context_length)
     tuning, chunk = parsed.tuning, parsed.prefill_chunk_size
     most = tuning.prefill_tokens if chunk is None else batch_size * chunk
     item_bytes, tokens = states_dtype.itemsize, batch_size * context_length
@@ -153,10 +159,11 @@ class _Planner:
     Args:
         budgets: of the paged layers.
         arrays: number of chunked arrays with an address table.
+        devices: of the paged layers.
     """
 
-    def __init__(self, budgets: list[TierBudget], method: Method, arrays: int) -> None:
-        self.budgets, self.arrays, self.page_size = budgets, arrays, method.page_size
+    def __init__(self, budgets: list[TierBudget], method: Method, arrays: int, devices: list[torch.device]) -> None:
+        self.budgets, self.arrays, self.page_size, self.devices = budgets, arrays, method.page_size, devices
         self.clustering = clustering_bytes(method)
         self.kinds = set(budgets)
 
@@ -172,16 +179,21 @@ class _Planner:
         counted = self.budgets if refusal is None else [replace(b, gpu_memory=smallest) for b in self.budgets]
         parts, metadata, frames = _sizes(counted, room, self.clustering)
         metadata["address tables"] = self.arrays * MAX_CHUNKS * 8
+        by_device = {}
+        for device in dict.fromkeys(self.devices):
+            on_it = [budget for budget, where in zip(counted, self.devices, strict=True) if where == device]
+            by_device[str(device)] = _gpu_bytes(_sizes(on_it, room, self.clustering)[0])
         held = "all pages stay in the compute tier" if not frames else "pages live in the cpu tier"
         return MemoryPlan(
             batch_size=batch_size, context_length=context_length, fits=refusal is None,
             reason=(held if self.budgets else "no layer keeps pages") if refusal is None else refusal,
-            gpu_bytes=parts["pages"] + parts["page frames"] + parts["summaries"], cpu_bytes=parts["host pages"],
+            gpu_bytes=_gpu_bytes(parts), cpu_bytes=parts["host pages"],
             metadata_bytes=metadata.total(), prefill_bytes=0, parts=dict(parts),
             metadata={name: number for name, number in metadata.items() if number},
             page_frames=min(frames, default=0), smallest_gpu_memory=smallest,
             largest_batch_size=self._most(lambda number: self._fits(number, segments_of(pages))),
             largest_context_length=self._longest(batch_size), paged_layers=len(self.budgets), dense_layers={},
+            device_parts=by_device if len(by_device) > 1 else {},
         )  # fmt: skip
 
     def _longest(self, batch_size: int) -> int | None:
@@ -233,6 +245,24 @@ def _sizes(
             metadata["slot_page"] += streams * frames * SLOT_PAGE_BYTES
             metadata["slot_step"] += streams * frames * SLOT_STEP_BYTES
     return parts, metadata, numbers
+
+
+def _gpu_bytes(parts: Counter[str]) -> int:
+    return parts["pages"] + parts["page frames"] + parts["summaries"]
+
+
+def _cap(options: SpinOptions, device: torch.device) -> int | None:
+    """The cap of a device in bytes; None for none."""
+    free = free_gpu_memory(device)
+    if free is None or options.gpu_memory is not None:
+        return options.gpu_memory
+    return Watermarks(options.tuning.margin_bytes).cap_for_prompts(0, free)
+
+
+def _devices_of(model: nn.Module, layers: list[int]) -> list[torch.device]:
+    """The device of each paged layer of a model."""
+    devices = layer_devices(model, max(layers, default=-1) + 1)
+    return [devices[layer] for layer in layers]
 
 
 def _dtype(model: nn.Module | None, config: Any, given: Any) -> torch.dtype:

@@ -19,6 +19,7 @@ from ..attention.methods.layer_shapes import LayerShape
 from ..config import Tuning
 from ..kernels import num_means
 from .gpu_memory import GpuMemory
+from .layer_places import places
 from .watermarks import free_gpu_memory
 
 _LEAST_CHUNK_TOKENS = 256
@@ -65,15 +66,19 @@ def prefill_bytes(
 
 
 def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device, key_means: int = 0) -> int:
-    """Tokens of all sequences in a chunk whose forward fits the memory of `device` that caches leave free for prompts.
+    """Tokens of all sequences in a chunk whose forward fits the memory that caches leave free for prompts, on each device.
 
     Args:
+        device: of the inputs. The layers may be on others.
         key_means: bytes of mean keys that the prompt takes.
     """
-    free, tuning = free_gpu_memory(device), gpu.tuning
-    if free is None:
+    tuning, rooms = gpu.tuning, []
+    for each in {device, *(places(gpu.state) or ())}:
+        free = free_gpu_memory(each)
+        if free is not None:
+            rooms.append(min(free, 2 * gpu.watermarks.margin(gpu.held(each) + free)))
+    if not rooms:
         return tuning.prefill_tokens
-    margin = gpu.watermarks.margin(gpu.held(device) + free)
-    room = min(free, 2 * margin) - _PIECES * tuning.piece_bytes - key_means
+    room = min(rooms) - _PIECES * tuning.piece_bytes - key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

@@ -37,7 +37,7 @@ from ..storage.slabs_ahead import slabs_ahead
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
-from .devices import layer_devices
+from ..integration.device_map import layer_devices
 from .fills import Destination, PagesMemory, PlainTensor
 from .fingerprint import ModelFacts, check_same, fingerprint
 from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype

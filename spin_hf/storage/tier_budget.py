@@ -5,7 +5,7 @@
                                  (tables include what the method fits to sequences)
                                  frames = mandatory pages of a step + buffer pages
 
-A cache's cap is divided evenly among its paged layers. With `gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and
+The cap of a GPU is divided evenly among the paged layers on it, that of host memory among all. With `gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and
 with it the budgets of the layers. Pages that moved to the cpu tier stay there, as frames hold copies only.
 """
 
@@ -27,16 +27,17 @@ class TierBudget:
     """Caps and sizes of one layer.
 
     Attributes:
-        num_layers: paged layers that share the cache's caps.
+        num_layers: paged layers that share `gpu_memory`: those on the layer's device.
         page_bytes, summary_bytes: of one page of one KV head in the compute tier, in the backing or in a page frame.
         host_page_bytes: of one page of one KV head in the cpu tier.
-        gpu_memory, cpu_memory: the cache's caps in bytes; None for none.
+        gpu_memory, cpu_memory: caps in bytes, of the cache on this device and in host memory; None for none.
         min_frames: fewest page frames per (sequence, KV head) with which a step can run.
         clustering_bytes: of one page of one KV head, for its token permutation; 0 for methods that do not cluster.
         sequence_bytes: of one sequence and KV head, for tensors that the method fits to sequences; 0 for none.
         selected: pages per KV head that a step selects: a number, or a fraction of all pages.
         chunk_segments: allocation granularity in the compute tier, in segments; 1 if memory is committed on first write.
         most_frames: upper limit of page frames per (sequence, KV head); None for none.
+        host_layers: paged layers that share `cpu_memory`: those on all devices; 0 for `num_layers`.
     """
 
     num_layers: int
@@ -52,6 +53,7 @@ class TierBudget:
     selected: int | float = 0
     chunk_segments: int = 1
     most_frames: int | None = None
+    host_layers: int = 0
 
     def num_frames(self, batch_size: int, num_segments: int, num_pages: int, paged: bool = False) -> int | None:
         """Frames per (sequence, KV head), or None if all pages may live in the compute tier.
@@ -72,7 +74,7 @@ class TierBudget:
         if self.cpu_memory is not None and in_host > self.cpu_memory:
             fitting = self.fitting_batch_size(batch_size, num_segments, num_pages)
             raise CapacityError(
-                f"{num_segments * SEGMENT_PAGES} pages of {self.num_heads} KV heads in {self.num_layers} layers need "
+                f"{num_segments * SEGMENT_PAGES} pages of {self.num_heads} KV heads in {self._host_layers} layers need "
                 f"{in_host} bytes in the cpu tier, cpu_memory is {self.cpu_memory}; "
                 f"raise cpu_memory or gpu_memory, {_smaller(fitting)}",
                 needed_bytes=in_host,
@@ -137,13 +139,13 @@ class TierBudget:
         return num_segments * SEGMENT_PAGES * self.num_heads
 
     def resident_bytes(self, batch_size: int, num_segments: int) -> int:
-        """Bytes of all layers in the compute tier, with all pages there."""
+        """Bytes of the device's layers in the compute tier, with all pages there."""
         pages = self._taken(self.rows(num_segments)) * (self.page_bytes + self._row_bytes)
         return (pages + batch_size * self.num_heads * self.sequence_bytes) * self.num_layers
 
     def host_bytes(self, num_segments: int) -> int:
         """Bytes of all layers in the cpu tier, with all pages there."""
-        return self.rows(num_segments) * self.host_page_bytes * self.num_layers
+        return self.rows(num_segments) * self.host_page_bytes * self._host_layers
 
     def smallest_gpu_memory(self, batch_size: int, num_segments: int, num_pages: int) -> int:
         """Smallest `gpu_memory` in bytes that `num_frames` accepts; same arguments."""
@@ -165,6 +167,10 @@ class TierBudget:
             return self.fits(smaller, min(num_segments, smaller * each), num_pages)
 
         return largest(fits, batch_size - 1)
+
+    @property
+    def _host_layers(self) -> int:
+        return self.host_layers or self.num_layers
 
     @property
     def _row_bytes(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..common import triton_dtype
 from ..compile_ahead import compile_ahead, launch_now
+from ..device_guard import on_device_of
 from ..launch import Launch
 
 _CHUNK, _TILE, _GROUP = 1024, 128, 64
@@ -33,7 +34,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     """
     points = points.contiguous()
     variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
-    with torch.cuda.device_of(points):
+    with on_device_of(points):
         if variants not in _compiled:
             compile_ahead(lambda launch: _launches(launch, points, page_size))
             _compiled.add(variants)

@@ -40,6 +40,7 @@ from ..common import (
     triton_dtype,
 )  # fmt: skip
 from ..compile_ahead import launch_now
+from ..device_guard import on_device_of
 from ..launch import Launch, LaunchShape, power_of_two
 from ..reference_scan import UNIT_PAGES
 from .code_levels import encode_levels, numbers_of
@@ -83,7 +84,7 @@ def encode_units(
         valid = valid.expand(size, 1, count, page).contiguous().view(torch.uint8)
         bases = [part.contiguous() for part in (*key_basis, *value_basis)]
         bases[1], bases[4] = bases[1].to(dtype), bases[4].to(dtype)
-        with torch.cuda.device_of(keys):
+        with on_device_of(keys):
             launch(
                 encode_units_kernel, (triton.cdiv(units, tile * _TILES), size * heads, 2), keys, values, valid, *bases, mean,
                 unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3], H=heads, DK=key_dim, DV=value_dim,

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_limits
+from ..device_guard import on_device_of
 from .kmeans import average_kernel, nearest_kernel, seed_kernel, unit_vectors_kernel
 
 _HALF = 2
@@ -39,7 +40,7 @@ def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
     points = torch.empty(keys.shape, dtype=dtype, device=keys.device)
     mean = keys.mean(2, dtype=torch.float32)
     tile = max(1, 4096 // triton.next_power_of_2(dim))
-    with torch.cuda.device_of(keys):
+    with on_device_of(keys):
         unit_vectors_kernel[(spans * heads, triton.cdiv(count, tile))](
             keys, mean, points, count, heads, *keys.stride()[:3], D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile
         )
@@ -63,7 +64,7 @@ def fill_clusters(
     tokens, count = done, length  # a placeholder: the first round does not read `tokens`
     constants = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), CLUSTER_TOKENS=cluster_tokens)
     near, mean = _tiles(device_limits.multiplies(device) and points.dtype == torch.float16, constants["BLOCK_D"])
-    with torch.cuda.device_of(points):
+    with on_device_of(points):
         for number, iterations in enumerate(rounds):
             most, last = max(1, count // cluster_tokens), number == len(rounds) - 1
             common: dict[str, Any] = dict(constants, LISTED=number > 0)

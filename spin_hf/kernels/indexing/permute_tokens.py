@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_guard import on_device_of
+
 _TILE = 32
 
 
@@ -23,7 +25,7 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tu
     count, rows = order.shape[2], order.shape[0] * order.shape[1]
     if not moved.numel():
         return moved
-    with torch.cuda.device_of(content):
+    with on_device_of(content):
         for first, width in fields:
             move_tokens_kernel[(triton.cdiv(count, _TILE), rows)](
                 content, order, moved, count, FIRST=first, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
@@ -42,7 +44,7 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
     if states.stride(3) != dim or states.stride(4) != 1:
         states = states.contiguous()
     tile = 1 << max(0, (_TILE // page_size).bit_length() - 1)
-    with torch.cuda.device_of(states):
+    with on_device_of(states):
         page_means_kernel[(triton.cdiv(count, tile), batch_size * num_heads)](
             states, valid.view(torch.uint8), means, count, *states.stride()[:3], H=num_heads, D=dim,
             BLOCK_D=triton.next_power_of_2(dim), PAGE=page_size, BLOCK_P=triton.next_power_of_2(page_size), TILE=tile,

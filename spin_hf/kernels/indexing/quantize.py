@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import device_limits
 from ..common import rounded, to_int8
+from ..device_guard import on_device_of
 
 _TILE, _TILES = 128, 4
 
@@ -24,7 +25,7 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty((count, dim), dtype=torch.int8, device=rows.device)
     scale = torch.empty((count,), dtype=torch.float32, device=rows.device)
     if count:
-        with torch.cuda.device_of(rows):
+        with on_device_of(rows):
             quantize_kernel[(triton.cdiv(count, _TILE),)](
                 rows, values, scale, count, D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=_TILE
             )
@@ -55,7 +56,7 @@ def encode_pages(
         keys = keys.contiguous()
     valid = valid.expand(batch_size, 1, count, page_size).contiguous()
     steps = torch.tensor(multiples, dtype=torch.float32).to(keys.device, non_blocking=True)
-    with torch.cuda.device_of(keys):
+    with on_device_of(keys):
         encode_pages_kernel[(triton.cdiv(count * page_size, tile * _TILES), batch_size * num_heads)](
             keys, mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
             *keys.stride()[:3],

@@ -1,0 +1,115 @@
+"""Where a model's weights and layers are, if accelerate has placed them by a `device_map`.
+
+    model.forward = hook ──> inputs to the first device
+    └── layers[0].forward = hook ──> inputs to cuda:0   cuda:0 computes
+        layers[1].forward = hook ──> inputs to cuda:1   cuda:1 computes
+    <── outputs to the device of the inputs (`io_same_device`)
+
+A hook replaces the forward of a module instance and is kept in its `_hf_hook`. One that only moves inputs and outputs between GPUs
+does the same at every call, so a CUDA graph can hold its copies. One that loads weights cannot be captured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_MOVES_STATES = "AlignDevicesHook"
+"""accelerate's hook that moves inputs and outputs, and weights if its `offload` is set."""
+
+
+def layer_devices(model: Any, count: int) -> list[torch.device]:
+    """Device of each of the first `count` decoder layers, which may differ. Without a model: the default device."""
+    if model is None:
+        return [torch.get_default_device()] * count
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model if decoder is None else decoder
+    found: dict[int, torch.device] = {}
+    first: torch.device | None = None
+    for name, module in decoder.named_modules():
+        match = _LAYER.search(f"{name}.")
+        if match is None or int(match[1]) in found:
+            continue
+        executed = _execution_device(module)
+        if executed is not None:
+            found[int(match[1])] = executed
+    for name, parameter in decoder.named_parameters():
+        if parameter.is_meta:
+            continue
+        match, first = _LAYER.search(name), first or parameter.device
+        if match is not None:
+            found.setdefault(int(match[1]), parameter.device)
+    rest = first if first is not None else next(_execution_devices(model), torch.get_default_device())
+    return [found.get(index, rest) for index in range(count)]
+
+
+def gpus_of(model: nn.Module) -> list[torch.device]:
+    """The GPUs that a forward of the model computes on, without duplicates."""
+    tensors = (tensor.device for tensor in chain(model.parameters(), model.buffers()))
+    return [device for device in dict.fromkeys(chain(tensors, _execution_devices(model))) if device.type == "cuda"]
+
+
+def reason_not_captured(model: nn.Module) -> str | None:
+    """Why a step of a model whose tensors lie where they do cannot be captured; None if nothing is known against it."""
+    for name, module in model.named_modules():
+        for hook in _hooks_of(module):
+            where = name or type(module).__name__
+            if _MOVES_STATES not in {kind.__name__ for kind in type(hook).__mro__}:
+                return f"accelerate's {type(hook).__name__} on {where} may do something else at every call"
+            if hook.offload:
+                return (
+                    f"accelerate loads the weights of {where} from host memory or the disk at every step; use more or larger "
+                    "GPUs, a smaller dtype, or a higher max_memory"
+                )
+    kinds = {tensor.device.type for tensor in chain(model.parameters(), model.buffers())}
+    if len(kinds) > 1:
+        return f"its parameters are on devices of several kinds ({', '.join(sorted(kinds))})"
+    return None
+
+
+def placements(modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
+    """What accelerate's hooks do, to be compared with later."""
+    return [
+        (hook, getattr(hook, "execution_device", None), getattr(hook, "io_same_device", None), getattr(hook, "offload", None))
+        for module in modules
+        for hook in _hooks_of(module)
+    ]  # fmt: skip
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward of a module."""
+    return "_hf_hook" in module.__dict__
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _execution_devices(model: nn.Module) -> Iterator[torch.device]:
+    for module in model.modules():
+        device = _execution_device(module)
+        if device is not None:
+            yield device
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where a hook lets a module compute; None if that is not set."""
+    for hook in _hooks_of(module):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return _numbered(torch.device("cuda", device) if isinstance(device, int) else torch.device(device))
+    return None
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device as tensors name it: "cuda" is the current GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
