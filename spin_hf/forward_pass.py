@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backends.backend_set import BackendSet
@@ -132,9 +133,11 @@ class ForwardPass:
         self.state.phase = Phase.PREPARED
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Within this context the cache's length is a tensor on the device, which a captured graph can read."""
-        self.state.captured_length = self.backends.in_use()[0].step[StepField.POSITION]
+    def capturing(self, device: torch.device) -> Iterator[None]:
+        """Within this context the cache's length is a tensor on a device, that of the inputs, which a captured graph can read."""
+        lengths = [step.step[StepField.POSITION] for step in self.backends.in_use()]
+        near = next((length for length in lengths if length.device == device), None)
+        self.state.captured_length = lengths[0].to(device) if near is None else near
         try:
             yield
         finally:

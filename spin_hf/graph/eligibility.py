@@ -3,6 +3,7 @@
     reason_not_captured    model and cache layers; checked once
     reason_not_replayed    arguments and settings of one call
     fixed_arguments        arguments of a captured call in place of its attention mask
+    launch_devices         devices that a captured call launches on
     ModelGuard             parameters, buffers, modules, hooks and adapters; compared at every replay
       is_safe                before the replay: addresses that it will read
       unchanged              everything: before the replay, or after it if a wrong replay can be rolled back
@@ -28,6 +29,7 @@ from torch.nn.modules import module as everywhere
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ..integration import device_map
 from ..integration.forward_hook import without_wrapper
 from ..integration.layer_types import is_placeholder
 from ..layer import SpinLayer
@@ -38,9 +40,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) -> str | None:
     """Why decode steps of `model` with these cache layers cannot be captured; None if nothing is known against it."""
-    devices = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
-    if len(devices) > 1:
-        return f"its parameters are on several devices ({', '.join(sorted(devices))})"
+    reason = device_map.reason_not_captured(model)
+    if reason is not None:
+        return reason
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its parameters are distributed"
     if any(getattr(everywhere, f"_global{kind}") for kind in _HOOKS):
@@ -88,6 +90,8 @@ def reason_not_replayed(watch: ModelGuard, unpaged: list[Any], kwargs: dict[str,
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on; convert the model to the dtype instead"
     for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name != "attention_mask" and given.device.type != watch.tensors[0].device.type:
+            return f"its argument {name} is on {given.device}; move it to {watch.tensors[0].device}"
         if not isinstance(given, (Tensor, bool, int, float, str, type(None))) and name != cache_name:
             return f"its argument {name} is a {type(given).__name__}"
     return None
@@ -104,6 +108,12 @@ def fixed_arguments(model: nn.Module | None, inputs: dict[str, Any]) -> dict[str
         return {}
     ids = inputs["position_ids"]
     return {"attention_mask": torch.ones_like(ids[:, -1:]).expand(_batch_of(inputs), 1)}
+
+
+def launch_devices(model: nn.Module, inputs: dict[str, Any]) -> list[torch.device]:
+    """The devices that a captured call launches on, without duplicates. The first is that of its inputs."""
+    given = [each.device for each in inputs.values() if isinstance(each, Tensor)]
+    return list(dict.fromkeys([*given, *device_map.gpus_of(model)]))
 
 
 def _sizes_a_mask(model: nn.Module) -> bool:
@@ -130,6 +140,8 @@ class ModelGuard:
         self.members = self._members()
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.placed = [module for module in modules if device_map.is_placed(module)]
+        self.placements = device_map.placements(self.placed)
         self.adapted = [module for module in modules if hasattr(module, "_disable_adapters")]
         self.adapters = _adapters(self.adapted)
 
@@ -161,6 +173,7 @@ class ModelGuard:
             and all(map(operator.is_, members, self.members))
             and self._in_place()
             and (not self.adapted or self.adapters == _adapters(self.adapted))
+            and (not self.placed or self.placements == device_map.placements(self.placed))
         )
 
     def _in_place(self) -> bool:
@@ -209,7 +222,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _settings(guard: ModelGuard) -> tuple[Any, ...]:
-    return guard.training, guard.hooks, guard.addresses, guard.adapters
+    return guard.training, guard.hooks, guard.addresses, guard.adapters, [place[1:] for place in guard.placements]
 
 
 def _hooks(modules: list[nn.Module]) -> list[int]:

@@ -29,6 +29,7 @@ from ..integration.prompt_bar import PromptBar
 from ..kernels import BLOCK_TOKENS
 from ..memory.admission import check_first_batch
 from ..memory.layer_budget import layer_shapes
+from ..memory.layer_places import places
 from ..memory.prefill_peak import chunk_tokens, key_means_bytes
 
 _LEAST_CHUNK = 256
@@ -86,7 +87,8 @@ class PromptReader:
             return num_tokens
         item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
         means = self._key_means_bytes(item_bytes, batch_size, self.state.committed + num_tokens)
-        fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, new.device, means)
+        devices = {new.device, *(places(self.state) or ())}
+        fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, devices, means)
         return max(_LEAST_CHUNK, fitting // batch_size // BLOCK_TOKENS * BLOCK_TOKENS)
 
     def _key_means_bytes(self, item_bytes: int, batch_size: int, num_tokens: int) -> int:

@@ -40,9 +40,16 @@ from ..forward_pass import ForwardPass
 from ..indexing import padding_change
 from ..integration.forward_hook import new_inputs
 from ..state import CacheState
-from ..storage.host_register import ONE_AT_A_TIME
-from ..storage.pinned_slab import give_back_dropped
-from .eligibility import ModelGuard, ModelRecord, fixed_arguments, host_state, reason_not_captured, reason_not_replayed
+from .eligibility import (
+    ModelGuard,
+    ModelRecord,
+    fixed_arguments,
+    host_state,
+    launch_devices,
+    reason_not_captured,
+    reason_not_replayed,
+)
+from .recorder import Recorder
 from .replay_check import ReplayCheck
 from .static_states import StaticStates, advance, layout_of, overwritten, windows_of
 
@@ -58,33 +65,21 @@ _NOT_REPLAYED = object()
 """Returned instead of outputs if a step was not replayed optimistically, or was and has been rolled back."""
 
 
-class Recorder:
-    """Records launches in a CUDA graph."""
-
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-
-    def record(self, step: Callable[[], Any]) -> Any:
-        """Capture `step`; returns its result. `replay` fills the result's tensors. Other threads may launch meanwhile."""
-        with ONE_AT_A_TIME, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            result = step()
-        give_back_dropped()  # pinned memory that was dropped during the capture
-        return result
-
-    def replay(self) -> None:
-        """Launch the captured graph on the current stream."""
-        self.graph.replay()
-
-
 class CapturedStep:
-    """One captured call of a forward."""
+    """One captured call of a forward.
 
-    def __init__(self, inputs: dict[str, Any], layers: list[Any]) -> None:
+    Args:
+        inputs: its arguments, without mask and cache.
+        layers: of the cache.
+        devices: that it launches on, that of its inputs first.
+    """
+
+    def __init__(self, inputs: dict[str, Any], layers: list[Any], devices: list[torch.device]) -> None:
         self.inputs = {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
         self.state = StaticStates(layers)
         self.fixed: dict[str, Any] = {}
         """Arguments that are the same at every replay."""
-        self.recorder = Recorder()
+        self.device, self.recorder = devices[0], Recorder(devices)
         self.outputs: list[Any] = []
         self.outputs_spec: Any = None
         self.overwrites = False
@@ -99,7 +94,7 @@ class CapturedStep:
         layers = next(iter(cache.values())).layers
 
         def step() -> Any:
-            with passes.capturing():
+            with passes.capturing(self.device):
                 outputs = forward(**self.inputs, **self.fixed, **cache)
             self.state.bind(layers)
             return outputs
@@ -301,8 +296,10 @@ class GraphRunner:
 
     def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any], cache: dict[str, Any]) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():  # static tensors outlive inference mode
-            step = CapturedStep(inputs, self.layers)
-            step.fixed = fixed_arguments(self.model(), inputs)
+            model = self.model()
+            assert model is not None
+            step = CapturedStep(inputs, self.layers, launch_devices(model, inputs))
+            step.fixed = fixed_arguments(model, inputs)
             windows = windows_of(self.layers)
             before = [dict(layer.__dict__) for layer in windows]
             try:

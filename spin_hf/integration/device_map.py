@@ -5,8 +5,8 @@
         layers[1].forward = hook ──> inputs to cuda:1   cuda:1 computes
     <── outputs to the device of the inputs (`io_same_device`)
 
-A hook replaces the forward of a module instance and is kept in its `_hf_hook`. One that only moves inputs and outputs between GPUs
-does the same at every call, so a CUDA graph can hold its copies. One that loads weights cannot be captured.
+A hook replaces the forward of a module instance and is kept in its `_hf_hook`. One that only moves inputs and outputs between
+GPUs does the same at every call, so a CUDA graph can hold its copies. One that loads weights cannot be captured.
 """
 
 from __future__ import annotations
@@ -104,12 +104,10 @@ def _execution_device(module: nn.Module) -> torch.device | None:
     for hook in _hooks_of(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
-            return _numbered(torch.device("cuda", device) if isinstance(device, int) else torch.device(device))
+            return torch.device("cuda", device) if isinstance(device, int) else _numbered(torch.device(device))
     return None
 
 
 def _numbered(device: torch.device) -> torch.device:
     """The device as tensors name it: "cuda" is the current GPU."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

@@ -5,7 +5,7 @@
     _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
     give_back    on request                   of the user, or of another cache that is short of memory
 
-Each device has a cap of its own. Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its
+Each device has its own cap. Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its
 size. Other caches give up buffer pages, in proportion to how many they have. Every cache keeps the frames of one step. A cache
 that is inside a step, or used by another live thread, is not changed from outside; it reclaims at its next step. A cap in bytes
 is fixed; frames given back return at later checks.

@@ -1,7 +1,7 @@
 """On which devices the paged layers of a cache are, before and after they have pages.
 
-    all layers have pages     where these are
-    before that               where the model's layers are (`integration/device_map.py`); unknown for a cache made from a config
+all layers have pages     where these are
+before that               where the model's layers are (`integration/device_map.py`); unknown for a cache made from a config
 """
 
 from __future__ import annotations

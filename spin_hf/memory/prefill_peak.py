@@ -10,7 +10,7 @@ the peak.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from ..attention.methods.layer_shapes import LayerShape
 from ..config import Tuning
 from ..kernels import num_means
 from .gpu_memory import GpuMemory
-from .layer_places import places
 from .watermarks import free_gpu_memory
 
 _LEAST_CHUNK_TOKENS = 256
@@ -65,18 +64,20 @@ def prefill_bytes(
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
 
 
-def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device, key_means: int = 0) -> int:
+def chunk_tokens(
+    config: Any, item_bytes: int, gpu: GpuMemory, devices: Iterable[torch.device], key_means: int = 0
+) -> int:  # fmt: skip
     """Tokens of all sequences in a chunk whose forward fits the memory that caches leave free for prompts, on each device.
 
     Args:
-        device: of the inputs. The layers may be on others.
+        devices: of the inputs and of the layers.
         key_means: bytes of mean keys that the prompt takes.
     """
     tuning, rooms = gpu.tuning, []
-    for each in {device, *(places(gpu.state) or ())}:
-        free = free_gpu_memory(each)
+    for device in set(devices):
+        free = free_gpu_memory(device)
         if free is not None:
-            rooms.append(min(free, 2 * gpu.watermarks.margin(gpu.held(each) + free)))
+            rooms.append(min(free, 2 * gpu.watermarks.margin(gpu.held(device) + free)))
     if not rooms:
         return tuning.prefill_tokens
     room = min(rooms) - _PIECES * tuning.piece_bytes - key_means

@@ -26,6 +26,7 @@ from ..config import shown
 from ..errors import CacheStateError, SpinError, require_integrity
 from ..indexing import cluster
 from ..indexing.fit import fits
+from ..integration.device_map import layer_devices
 from ..integration.layer_types import layers_with_contents
 from ..state import CacheState
 from ..storage.chunked_array import ChunkedArray
@@ -37,7 +38,6 @@ from ..storage.slabs_ahead import slabs_ahead
 from ..storage.token_permutation import longest_span, tiles
 from . import other_layers
 from .contents import arrays_of
-from ..integration.device_map import layer_devices
 from .fills import Destination, PagesMemory, PlainTensor
 from .fingerprint import ModelFacts, check_same, fingerprint
 from .manifest import FILE_NAME, OPTIONS, Layer, OtherLayer, PagedLayer, pages_dtype

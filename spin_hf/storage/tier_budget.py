@@ -5,8 +5,9 @@
                                  (tables include what the method fits to sequences)
                                  frames = mandatory pages of a step + buffer pages
 
-The cap of a GPU is divided evenly among the paged layers on it, that of host memory among all. With `gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and
-with it the budgets of the layers. Pages that moved to the cpu tier stay there, as frames hold copies only.
+The cap of a device is divided evenly among the paged layers on it, that of host memory among all layers. With
+`gpu_memory="auto"` the cap changes (`memory/gpu_memory.py`), and with it the budgets of the layers. Pages that moved to the cpu
+tier stay there, as frames hold copies only.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def test_chunks_leave_room_for_mean_keys(monkeypatch: pytest.MonkeyPatch) -> Non
     room = 2 * gpu.watermarks.margin(gpu.held(device) + (8 << 30)) - 4 * gpu.tuning.piece_bytes
     assert room > 0
     each = prefill_peak.bytes_per_token(config, 2)
-    sizes = [prefill_peak.chunk_tokens(config, 2, gpu, device, means) for means in (0, room - 1000 * each, room)]
+    sizes = [prefill_peak.chunk_tokens(config, 2, gpu, [device], means) for means in (0, room - 1000 * each, room)]
     assert sizes[0] > sizes[1] == 512
     assert sizes[2] == 256
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -23,6 +23,9 @@ class FakeRecorder:
     """Recording runs the function, so the first replay does nothing."""
 
     replays = 0
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = devices
 
     def record(self, step: Callable[[], Any]) -> Any:
         self.step, self.fresh = step, True
@@ -58,7 +61,7 @@ class FakeCapturedStep(runner.CapturedStep):
         def step() -> Any:
             model = self.owner()
             call = self.function if model is self.function else MethodType(self.function, model)
-            with forward_of(cache).capturing():
+            with forward_of(cache).capturing(self.device):
                 outputs = call(**self.inputs, **self.fixed, **{self.name: cache})
             self.state.bind(cache.layers)
             return outputs

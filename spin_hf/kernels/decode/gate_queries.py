@@ -41,7 +41,8 @@ def gate_queries(
         gate_queries_kernel[(batch * heads, triton.cdiv(half, _TILE))](
             states, *states.stride()[:3], positions, positions.stride(0), weights, frequencies, gate_frequencies, projected,
             scale, INTERLEAVED=interleaved, H=heads, G=group, D=dim, BLOCK_D=triton.next_power_of_2(dim),
-            PAIRS=len(frequencies), HALF=half, TILE=_TILE, AT_ONCE=max(1, min(group, 512 // triton.next_power_of_2(dim))), num_warps=4,
+            PAIRS=len(frequencies), HALF=half, TILE=_TILE,
+            AT_ONCE=max(1, min(group, 512 // triton.next_power_of_2(dim))), num_warps=4,
         )  # fmt: skip
     return projected
 
