@@ -134,7 +134,7 @@ class ForwardPass:
 
     @contextmanager
     def capturing(self, device: torch.device) -> Iterator[None]:
-        """Within this context the cache's length is a tensor on a device, that of the inputs, which a captured graph can read."""
+        """Within this context the cache's length is a tensor, which a captured graph can read, on the device of the inputs."""
         lengths = [step.step[StepField.POSITION] for step in self.backends.in_use()]
         near = next((length for length in lengths if length.device == device), None)
         self.state.captured_length = lengths[0].to(device) if near is None else near

@@ -40,7 +40,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) -> str | None:
     """Why decode steps of `model` with these cache layers cannot be captured; None if nothing is known against it."""
-    reason = device_map.reason_not_captured(model)
+    reason = _reason_of_places(model)
     if reason is not None:
         return reason
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -58,6 +58,18 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
                 return f"method {state.method} has no kernels for its layers"
         elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
             return f"a {type(layer).__name__} of its cache grows with every token"
+    return None
+
+
+def _reason_of_places(model: nn.Module) -> str | None:
+    """Why a step cannot be captured with the model's weights where they are; None if nothing is known against it."""
+    for name, hook in device_map.other_hooks(model):
+        if device_map.is_mover(hook):
+            return f"accelerate loads the weights of {name} from host memory or the disk at every step"
+        return f"accelerate's {type(hook).__name__} on {name} would not be called in a replay"
+    kinds = {tensor.device.type for tensor in chain(model.parameters(), model.buffers())}
+    if len(kinds) > 1:
+        return f"its parameters are on devices of several kinds ({', '.join(sorted(kinds))})"
     return None
 
 

@@ -5,8 +5,8 @@
                               fork                                      join
 
 Work of another GPU is captured if its stream waits for an event of the capturing stream, and must be joined before the end. All
-streams are forked first: torch orders a copy between two GPUs by events of both, and an event of a stream outside of the capture
-would break it. A graph is launched in the order of the first GPU's stream, so events order each replay with the other streams.
+streams are forked first: torch orders a copy between two GPUs by events of both streams, and one outside of the capture would
+break it. A graph is launched in the order of the first GPU's stream, so events order each replay with the other streams.
 
 What a step allocates stays reserved for its graph: on the first GPU in the graph's own pool, on each other in a `MemPool`.
 """

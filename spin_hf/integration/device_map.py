@@ -55,22 +55,17 @@ def gpus_of(model: nn.Module) -> list[torch.device]:
     return [device for device in dict.fromkeys(chain(tensors, _execution_devices(model))) if device.type == "cuda"]
 
 
-def reason_not_captured(model: nn.Module) -> str | None:
-    """Why a step of a model whose tensors lie where they do cannot be captured; None if nothing is known against it."""
+def other_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Accelerate's hooks that do more than move inputs and outputs, with the names of their modules."""
     for name, module in model.named_modules():
         for hook in _hooks_of(module):
-            where = name or type(module).__name__
-            if _MOVES_STATES not in {kind.__name__ for kind in type(hook).__mro__}:
-                return f"accelerate's {type(hook).__name__} on {where} may do something else at every call"
-            if hook.offload:
-                return (
-                    f"accelerate loads the weights of {where} from host memory or the disk at every step; use more or larger "
-                    "GPUs, a smaller dtype, or a higher max_memory"
-                )
-    kinds = {tensor.device.type for tensor in chain(model.parameters(), model.buffers())}
-    if len(kinds) > 1:
-        return f"its parameters are on devices of several kinds ({', '.join(sorted(kinds))})"
-    return None
+            if not is_mover(hook) or hook.offload:
+                yield name or type(module).__name__, hook
+
+
+def is_mover(hook: Any) -> bool:
+    """Whether a hook moves inputs and outputs, and, if its `offload` is set, weights."""
+    return _MOVES_STATES in {kind.__name__ for kind in type(hook).__mro__}
 
 
 def placements(modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
