@@ -46,9 +46,11 @@ class Recorder:
         with ONE_AT_A_TIME, ExitStack() as stack:
             for device in self.others:
                 torch.cuda.synchronize(device)
-                stack.enter_context(torch.cuda.stream(_capture_stream(device)))  # and it becomes the current device
-            stack.enter_context(torch.cuda.device(self.device))
+                stack.enter_context(torch.cuda.stream(_capture_stream(device)))
             main = _capture_stream(self.device)
+            stack.enter_context(
+                torch.cuda.stream(main)
+            )  # its device becomes current; `graph` leaves it set if it fails
             stack.enter_context(torch.cuda.graph(self.graph, stream=main, capture_error_mode="thread_local"))
             for device, pool in zip(self.others, self.pools, strict=True):
                 stack.enter_context(torch.cuda.use_mem_pool(pool, device))
