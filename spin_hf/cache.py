@@ -68,7 +68,7 @@ class SpinCache(CacheCopies, LinearStates):
         dense_below: contexts of at most this many tokens are attended to densely. "auto": those whose keys and values a GPU
             reads faster than it selects pages, while all of them are in its memory.
         gpu_memory, cpu_memory: caps on the tiers: bytes, or a string such as "8GiB". "auto" is free GPU memory less a margin,
-            and no cap on the cpu tier.
+            and no cap on the cpu tier. On several GPUs `gpu_memory` is a cap on each, for the layers on it.
         summary_dtype: dtype of the vectors in page summaries: "int8" with one scale each, "model" for the dtype of the keys, or
             "auto": int8 if keys have 16 bits.
         cpu_dtype: dtype of pages in the cpu tier: "auto" for the dtype of the keys, or "int8" with one scale per key and

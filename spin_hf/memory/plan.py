@@ -89,7 +89,8 @@ class MemoryPlan:
     device_parts: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return table("MemoryPlan", {item.name: getattr(self, item.name) for item in fields(self)})
+        shown = [item.name for item in fields(self) if item.name != "device_parts" or self.device_parts]
+        return table("MemoryPlan", {name: getattr(self, name) for name in shown})
 
 
 def plan(

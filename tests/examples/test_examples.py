@@ -70,6 +70,21 @@ def test_pipeline_takes_one_prompt_a_batch_and_a_chat(run_here):
 
 
 @pytest.mark.model
+def test_device_map_prints_places_and_plan(run_here):
+    printed = run_here("device_map.py", "--max-new-tokens", 4)
+    assert "modules by device: " in printed
+    assert "MemoryPlan" in printed
+    assert "Gravity is the force that" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts GPUs")
+def test_device_map_refuses_sizes_for_other_gpus(run_here):
+    assert "expected a size for each of 0 GPUs, got 2" in run_here(
+        "device_map.py", "--max-memory", "1GiB", "1GiB", expect=2
+    )
+
+
+@pytest.mark.model
 def test_questions_read_the_document_once(run_here):
     printed = run_here("questions.py", "--tokens", 200, "--questions", 2, "--max-new-tokens", 4)
     assert "200 tokens read" in printed
