@@ -1,17 +1,18 @@
-"""Two devices and the host on a CPU, where tensors remember their device and operations that mix devices fail.
+"""Two devices on a CPU that are told apart: tensors remember theirs, and operations on tensors of both fail.
 
     FIRST, SECOND    "cpu:1" and "cpu:2": stand for two GPUs
     HOST             "cpu"
 
-torch takes all three for the CPU, so a mode adds what a GPU would add: `tensor.device` is the device that the tensor was made for or
-moved to, and an operation on tensors of two devices raises MixedDevices. As on GPUs, a tensor of the host may be an index, or a
-number (without dimensions). Within a Triton kernel that is interpreted nothing is checked, but its arguments are.
+torch takes all three for the CPU, so a mode adds what two GPUs would: `tensor.device` is the device that the tensor was made
+for or moved to, and an operation on tensors of FIRST and SECOND raises MixedDevicesError. Tensors of the host go with both, as
+tests on one GPU find those that do not. Of a Triton kernel that is interpreted only the arguments are checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -25,12 +26,11 @@ from spin_hf.storage.chunked_array import ChunkedArray
 
 HOST, FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1), torch.device("cpu", 2)
 _MOVES = {"copy_", "set_", "set_data", "__deepcopy__"}
-_INDEXES = {"__getitem__", "__setitem__", "index_put_", "index_put"}
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _TO_HOST = {"cpu", "numpy", "tolist", "item"}
 
 
-class MixedDevices(RuntimeError):
+class MixedDevicesError(RuntimeError):
     """An operation on tensors of two devices."""
 
 
@@ -62,7 +62,7 @@ class _Devices(TorchFunctionMode):
         elif name in _TO_HOST:
             given = HOST
         elif name not in _MOVES:
-            self._check(func, name, tensors)
+            self._check(name, tensors)
         device = torch.device(given) if given is not None else self._common(tensors[:1] if name in _MOVES else tensors)
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
@@ -76,12 +76,9 @@ class _Devices(TorchFunctionMode):
         return next((device for device in devices if device != HOST), HOST)
 
     @staticmethod
-    def _check(func: Any, name: str, tensors: list[Tensor]) -> None:
-        found = {device_of(tensor) for tensor in tensors}
-        if name in _INDEXES or all(tensor.dim() == 0 for tensor in tensors if device_of(tensor) == HOST):
-            found.discard(HOST)
-        if len(found) > 1:
-            raise MixedDevices(f"{name} of tensors on {sorted(map(str, found))}: {func}")
+    def _check(name: str, tensors: list[Tensor]) -> None:
+        if {FIRST, SECOND} <= {device_of(tensor) for tensor in tensors}:
+            raise MixedDevicesError(f"{name} of tensors on two devices")
 
 
 @contextmanager
@@ -92,5 +89,25 @@ def devices_are_told_apart() -> Iterator[None]:
     def placed(array: ChunkedArray, count: int, device: torch.device, *args: Any) -> list[Tensor]:
         return [put(slab, device) for slab in allocate(array, count, device, *args)]  # memory-mapped on a CPU
 
-    with patch.object(ChunkedArray, "_allocate", placed), _Devices():
+    with patch.object(ChunkedArray, "_allocate", placed), _kernels_are_checked(), _Devices():
+        yield
+
+
+@contextmanager
+def _kernels_are_checked() -> Iterator[None]:
+    """Check the tensors of each launch of an interpreted kernel, and leave the interpreter alone."""
+    if find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def checked(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        _Devices._check(executor.fn.__name__, tensors)
+        with torch._C.DisableTorchFunction():
+            return launch(executor, *args, **kwargs)
+
+    with patch.object(interpreter.GridExecutor, "__call__", checked):
         yield
