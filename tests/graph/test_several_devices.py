@@ -130,6 +130,7 @@ def test_a_later_cache_takes_over_the_kernels_of_both_devices(monkeypatch: pytes
     second.check_integrity()
 
 
+@pytest.mark.slow  # beside tests/integration/test_devices_are_not_mixed.py
 def test_a_saved_cache_goes_on_where_the_layers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     cache = _cache(model)
@@ -165,6 +166,7 @@ def test_the_length_is_read_on_the_device_of_the_inputs(monkeypatch: pytest.Monk
 # -------------------------------------------------------------------------------------------------- accelerate's hooks
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_that_move_states_are_captured(before: bool) -> None:
     """Whether the cache is made before its model is dispatched, or after that."""
@@ -195,6 +197,7 @@ def test_generate_with_a_dispatched_model() -> None:
     assert FakeRecorder.replays == before + 3  # one token by the prompt, one eagerly
 
 
+@pytest.mark.sweep(keep=[0, 2])
 @pytest.mark.parametrize("change", ["remove", "replace", "alter"])
 def test_a_hook_that_changes_is_noticed(change: str) -> None:
     model = _dispatched()
@@ -225,6 +228,7 @@ class _Counts(ModelHook):
         return args, kwargs
 
 
+@pytest.mark.sweep(keep=[1])
 @pytest.mark.parametrize("behind", [False, True])
 def test_another_hook_decodes_eagerly(behind: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = small_model()

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
-from accelerate.utils import send_to_device
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache
 
 from spin_hf import Bisection, Fitted, RetroInfer, SpinCache
 from tests.support.clustering_methods import clustering_often, little_slack
-from tests.support.graph_recorder import capture_on_cpu, eagerly
+from tests.support.graph_recorder import capture_on_cpu
 from tests.support.inspection import kernels_of, state_of
 from tests.support.stale_graph import small_model
 from tests.support.tagged_devices import FIRST, SECOND, MixedDevicesError, devices_are_told_apart, put
@@ -35,15 +34,14 @@ METHODS: dict[str, Any] = {
 }
 
 
-class _Moves(ModelHook):
-    """As accelerate's hook, but leaves the parameters alone."""
+class _Moves(AlignDevicesHook):
+    """accelerate's hook, except that it leaves the parameters where they are."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device, skip_keys=["past_key_values", "cache"])
 
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = ["past_key_values", "cache"]
-        return send_to_device(args, self.device), send_to_device(kwargs, self.device, skip_keys=kept)
+    def init_hook(self, module: Any) -> Any:
+        return module
 
 
 def _placed() -> Any:
@@ -129,13 +127,14 @@ def test_by_pytorch(method: str, padded: bool, options: dict[str, Any], tmp_path
 @pytest.mark.sweep(keep=[0])
 @pytest.mark.parametrize("method", ["shadowkv", "fitted", "bisection", "quest", "retroinfer"])
 def test_by_kernels(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    capture_on_cpu(monkeypatch)
-    read = _Reads(padded=True)
-    with eagerly(read.model), devices_are_told_apart(), little_slack():
+    """An eager step, then captured ones, with a fake graph."""
+    recorder, read = capture_on_cpu(monkeypatch), _Reads(padded=True)
+    with devices_are_told_apart(), little_slack():
         cache = SpinCache(read.model, METHODS[method], gpu_memory="100kB", **OPTIONS)
         read(cache, 0, 41)
         for at in range(41, 46):
             read(cache, at, at + 1)
         assert [step.device for step in kernels_of(cache)] == [FIRST, SECOND]
+        assert recorder.replays >= 3
         read(cache.fork(), 46, 47)
         cache.check_integrity()
