@@ -67,7 +67,7 @@ class PromptReader:
             return forward
         size, lead = self._chunk_size(module, new), self._lead(new.shape[1])
         is_short = new.shape[1] <= size and not lead
-        if is_short or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
+        if is_short or not self.may_read(module, forward, kwargs, name):
             return forward
         return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size, lead)
 
@@ -96,11 +96,9 @@ class PromptReader:
         shapes = layer_shapes(self.config, [layer.layer_idx for layer in self.state.layers])
         return key_means_bytes(shapes or (), item_bytes, batch_size, num_tokens)
 
-    def _is_divisible(
-        self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, num_tokens: int
-    ) -> bool:
-        """Whether the call has the same result in chunks."""
-        config = getattr(module, "config", None)
+    def may_read(self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> bool:
+        """Whether a call with new tokens has the same result in chunks."""
+        config, num_tokens = getattr(module, "config", None), new_inputs(kwargs).shape[1]
         if not (self.may_split and self.state.layers and _is_text_model(module)) or is_compiled(forward):
             return False
         if module.training or (torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())):
