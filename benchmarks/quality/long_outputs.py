@@ -90,7 +90,7 @@ class Cell:
 
     def row(self, text: str, first: int) -> str:
         """The name of the row that begins with this generated token, from 0."""
-        method = f"{self.method}, read again every {self.rectify}" if self.rectify else self.method
+        method = f"{self.method} (read again every {self.rectify})" if self.rectify else self.method
         return f"{text}, {method}, {self.budget}, {first}"
 
 
@@ -321,20 +321,13 @@ def check_length(model: Any, length: int) -> None:
         )
 
 
-def _parts(name: str) -> tuple[str, str, str, str]:
-    """Text, method, budget and first generated token of a row's name."""
-    head, budget, first = name.rsplit(", ", 2)
-    text, *method = head.split(", ")
-    return text, ", ".join(method), budget, first
-
-
 def table(result: dict[str, Any], title: str) -> list[str]:
     """The rows of a text."""
     heads = ("method", "budget", "generated tokens", "KL", "same best token", "NLL, dense", "NLL", "ms, median", "ms, maximum",
              "steps above twice the median", "of these, clustering", "graph captured", "other")  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name, row in result["rows"].items():
-        of_text, method, budget, first = _parts(name)
+        of_text, method, budget, first = name.rsplit(", ", 3)
         if of_text != title:
             continue
         slow = {event: found["slow"] for event, found in row["events"].items()}
@@ -353,7 +346,7 @@ def tables(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """A table for each file and text, with its title."""
     found = []
     for result in results:
-        for text in dict.fromkeys(_parts(name)[0] for name in result["rows"]):
+        for text in dict.fromkeys(name.rsplit(", ", 3)[0] for name in result["rows"]):
             parts = (result["model"], result.get("rope_scaling"), text, f"a prompt of {result['prompt']:,} tokens")
             found.append((", ".join(filter(None, parts)), table(result, text)))
     return found

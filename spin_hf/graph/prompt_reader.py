@@ -98,7 +98,9 @@ class PromptReader:
 
     def may_read(self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> bool:
         """Whether a call with new tokens has the same result in chunks."""
-        config, num_tokens = getattr(module, "config", None), new_inputs(kwargs).shape[1]
+        config, new = getattr(module, "config", None), new_inputs(kwargs)
+        if new is None:
+            return False
         if not (self.may_split and self.state.layers and _is_text_model(module)) or is_compiled(forward):
             return False
         if module.training or (torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())):
@@ -114,7 +116,7 @@ class PromptReader:
                 continue
             if key == "attention_mask" and isinstance(given, Tensor) and given.dim() == 2:
                 continue
-            if not (key in _BY_TOKEN and isinstance(given, Tensor) and given.shape[_BY_TOKEN[key]] == num_tokens):
+            if not (key in _BY_TOKEN and isinstance(given, Tensor) and given.shape[_BY_TOKEN[key]] == new.shape[1]):
                 return False
         return True
 

@@ -4,8 +4,8 @@
                                   exact             committed
 
 A sparse step attends to a part of the context, so the hidden states of its token, and the keys and values that later layers
-cache of it, are off by a little. Later tokens read these, and the errors add up over a long output. Reading the last tokens again
-in one forward, with attention to all, ends that. It costs about as much as a prompt chunk of as many tokens.
+cache of it, are off by a little. Later tokens read these, and the errors add up over a long output. Reading the last tokens
+again in one forward, with attention to all, ends that. It costs as much as a prompt chunk of as many tokens.
 
 Source: Rectified Sparse Attention, arXiv 2506.04108.
 """
