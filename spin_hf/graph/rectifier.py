@@ -68,9 +68,10 @@ class Rectifier:
         if given is None:
             return
         try:
-            with self._put_back_on_error(first, stop), torch.no_grad(), self.log.watching(self.layers):
+            with self._put_back_on_error(first, stop), torch.no_grad():
                 self.passes.truncate(first)
-                self.prompts.of(module, forward, given, name)(**given)
+                with self.log.watching(self.layers):
+                    self.prompts.of(module, forward, given, name)(**given)
         except (CapacityError, torch.OutOfMemoryError) as error:
             self.state.exact = stop  # tried again with the next tokens
             logger.warning(_NO_MEMORY, self.state.model_name, stop - first, str(error).split("\n")[0])
