@@ -110,7 +110,8 @@ def test_a_prompt_behind_generated_tokens_reads_them_again_first(model: Any, ids
     assert distance(cache, dense, 0, 110) > 1e-3
     with torch.no_grad():
         model(ids[:, 110:], past_key_values=cache)
-    assert cache.get_seq_length() == STOP and distance(cache, dense, 0, STOP) < 1e-5
+    assert cache.get_seq_length() == STOP
+    assert distance(cache, dense, 0, STOP) < 1e-5
 
 
 @pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
@@ -126,7 +127,8 @@ def test_an_error_leaves_the_tokens_as_they_were(
         decode(model, cache, ids[:, : PROMPT + INTERVAL + 1], PROMPT + INTERVAL, prompt=False)
     assert cache.get_seq_length() == PROMPT + INTERVAL
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
     cache.check_integrity()
     decode(model, cache, ids, PROMPT + INTERVAL, prompt=False)
     assert cache.get_seq_length() == STOP
@@ -149,7 +151,8 @@ def test_without_memory_decoding_goes_on_with_a_warning(
         patched.setattr(attention, "forward", full)
         decode(model, cache, ids, PROMPT + INTERVAL, prompt=False)
     assert cache.get_seq_length() == STOP
-    assert "64 tokens were not read again" in caplog.text and "full" in caplog.text
+    assert "64 tokens were not read again" in caplog.text
+    assert "full" in caplog.text
 
 
 def test_nothing_is_read_again_without_ids_or_need(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +168,8 @@ def test_nothing_is_read_again_without_ids_or_need(model: Any, ids: Tensor, monk
         for first, stop in [(0, PROMPT), *((place, place + 1) for place in range(PROMPT, STOP))]:
             model(inputs_embeds=states[:, first:stop], past_key_values=embedded)
     decode(model, everything, ids)
-    assert sorted(lengths)[-2:] == [PROMPT, PROMPT] and embedded.get_seq_length() == everything.get_seq_length() == STOP
+    assert sorted(lengths)[-2:] == [PROMPT, PROMPT]
+    assert embedded.get_seq_length() == everything.get_seq_length() == STOP
 
 
 def test_beams_and_copies(model: Any, ids: Tensor) -> None:
