@@ -81,6 +81,9 @@ class SpinCache(CacheCopies, LinearStates):
             estimated, and its last 512 tokens to everything. Faster from about 32K tokens on; approximate. Padded prompts and
             models with a softcap are read densely.
         prefill_top_p: share of the estimated attention that a sparse prompt reads.
+        rectify_interval: after so many generated tokens, from 64 to 1024, they are read again like a prompt, which replaces
+            their keys and values. The errors of sparse steps then do not add up (dense rectification, arXiv 2506.04108). None
+            for never. Models with sliding or linear layers keep what they computed.
         store: prompts that were read before. A prompt of `generate` that begins like one of them is restored as far as that
             goes, and stored for later ones. None for none.
     Raises:
@@ -105,12 +108,14 @@ class SpinCache(CacheCopies, LinearStates):
         prefill_chunk_size: int | str | None = "auto",
         prefill: str = "dense",
         prefill_top_p: float = 0.9,
+        rectify_interval: int | None = None,
         store: PromptStore | None = None,
     ) -> None:
         options = SpinOptions.parse(
             budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
             gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
             prefill_chunk_size=prefill_chunk_size, prefill=prefill, prefill_top_p=prefill_top_p,
+            rectify_interval=rectify_interval,
         )  # fmt: skip
         resolved = resolve_method(method)
         config, name = decoder_config(model)

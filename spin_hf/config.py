@@ -27,6 +27,9 @@ MOST_TOKENS = 1 << 30
 MOST_BYTES = 1 << 60
 """Larger numbers of bytes are clamped to this."""
 
+LEAST_RECTIFY, MOST_RECTIFY = 64, 1024
+"""Limits of `rectify_interval`. Fewer tokens are decoded, not read; later ones would have been clustered before."""
+
 SUMMARY_DTYPES = ("auto", "int8", "model")
 CPU_DTYPES = ("auto", "int8")
 PREFILLS = ("dense", "sparse")
@@ -191,6 +194,7 @@ class SpinOptions:
         prefill_chunk_size: most tokens per sequence that a prompt's forward reads at a time; None for a size by device.
         prefill: "dense", or "sparse" for block-sparse attention of prompts (`backends/sparse_prompt.py`).
         prefill_top_p: share of attention, as estimated, that a block of queries of a sparse prompt reads, in (0, 1].
+        rectify_interval: generated tokens after which they are computed again with attention to all tokens; None for never.
         tuning: no option of the user, see `Tuning`.
     """
 
@@ -205,6 +209,7 @@ class SpinOptions:
     prefill_chunk_size: int | None = None
     prefill: str = "dense"
     prefill_top_p: float = 0.9
+    rectify_interval: int | None = None
     tuning: Tuning = field(default=Tuning(), repr=False)
 
     @classmethod
@@ -222,6 +227,7 @@ class SpinOptions:
         prefill_chunk_size: Any = "auto",
         prefill: Any = "dense",
         prefill_top_p: Any = 0.9,
+        rectify_interval: Any = None,
     ) -> SpinOptions:
         """Validate the user's arguments.
 
@@ -259,7 +265,7 @@ class SpinOptions:
             dense_below=_dense_below(dense_below),
             gpu_memory=parse_bytes("gpu_memory", gpu_memory), cpu_memory=parse_bytes("cpu_memory", cpu_memory),
             summary_dtype=summary_dtype, cpu_dtype=cpu_dtype, prefill_chunk_size=_chunk_size(prefill_chunk_size),
-            prefill=prefill, prefill_top_p=top_p,
+            prefill=prefill, prefill_top_p=top_p, rectify_interval=_rectify_interval(rectify_interval),
         )  # fmt: skip
 
     @property
@@ -283,6 +289,12 @@ def _dense_below(value: Any) -> int | str:
             return value
         raise OptionError(f'dense_below: expected an int (tokens) or "auto", got {shown(value)}; pass dense_below=4096')
     return require_tokens("dense_below", value, 0)
+
+
+def _rectify_interval(value: Any) -> int | None:
+    if value is None:
+        return None
+    return require_count("rectify_interval", value, LEAST_RECTIFY, MOST_RECTIFY, example=MOST_RECTIFY)
 
 
 def _chunk_size(value: Any) -> int | None:

@@ -92,6 +92,8 @@ class ForwardPass:
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)
+        first_prompt = sequences.start == 0 and num_tokens > 1
+        state.is_sparse = selects and not (state.reads_all or first_prompt or self.zones.attends_all())
         if selects and not state.reads_all:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
@@ -171,6 +173,8 @@ class ForwardPass:
     def commit(self) -> None:
         """Count the appended tokens. The forward has reached the last layer."""
         self.state.committed = self.state.sequences.length
+        if not self.state.is_sparse:
+            self.state.exact = self.state.committed
         if not self.state.failed:
             self.state.phase = Phase.IDLE
 
@@ -196,6 +200,7 @@ class ForwardPass:
 
     def _roll_back(self) -> None:
         state, sequences = self.state, self.state.sequences
+        state.exact = min(state.exact, state.committed)
         self._end()
         if sequences.length != state.committed:
             cluster.restore(state, sequences.mask.valid, state.committed)
@@ -219,7 +224,7 @@ class ForwardPass:
         state.sequences.clear()
         state.visible_length.zero_()
         self._end()
-        state.committed, state.tokens, state.reused_tokens = 0, TokenLog(), 0
+        state.committed, state.exact, state.tokens, state.reused_tokens = 0, 0, TokenLog(), 0
         for layer in state.layers:
             layer.stale_pages, layer.observation_queries, layer.clustered_pages, layer.fitted = None, None, 0, None
 
@@ -232,6 +237,7 @@ class ForwardPass:
         cluster.forget_clustered(state)
         state.visible_length.fill_(length)
         state.committed, state.tokens = state.sequences.length, state.tokens.truncated(length)
+        state.exact = min(state.exact, state.committed)
 
     def select_sequences(self, rows: list[int]) -> None:
         """Sequence i becomes a copy of sequence rows[i].

@@ -106,11 +106,14 @@ class CacheState:
         visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
+        exact: the first tokens, as far as they were computed with attention to all tokens before them. Keys and values of
+            later ones carry the error of sparse steps (`graph/rectifier.py`).
         tokens: their ids, as far as they are known.
         store: a `PromptStore` of prompts that were read before; None for none.
         reused_tokens: tokens of the present sequences that came from the store.
         phase: of the current forward.
         reads_prompt: whether the forward is a chunk of a prompt, which attends to all tokens whatever its length.
+        is_sparse: whether the current forward attends to a selection of pages.
         reads_all: whether kernels attend to all tokens in the current step. Clusters and summaries may be out of date then.
         pending: the `SpinLayer` that was updated and has not attended yet; else None.
         new_token_validity: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
@@ -127,11 +130,13 @@ class CacheState:
     visible_length: Tensor = field(default_factory=outside_inference_mode(lambda: torch.zeros((), dtype=torch.int64)))
     captured_length: Tensor | None = None
     committed: int = 0
+    exact: int = 0
     tokens: TokenLog = field(default_factory=TokenLog)
     store: Any = None
     reused_tokens: int = 0
     phase: Phase = Phase.IDLE
     reads_prompt: bool = False
+    is_sparse: bool = False
     reads_all: bool = False
     pending: Any = None
     new_token_validity: Tensor | None = None

@@ -4,6 +4,7 @@
     --prompt 1024     --tokens 31744           read at once, and then decoded one by one; both of the same text
     --text FILE ...                            default: the play Hamlet
     --methods fitted dense (default)           dense: all tokens are attended to, by the same cache
+    --rectify 0 (default) 1024                 tokens are read again at this interval (`rectify_interval`)
     --budgets 2048 512 (default)               in tokens, or 1/64 of prompt and tokens
     --rope-scaling yarn:4                      for texts longer than the model was trained on
     --seconds 500                              from the start of the command: then stop. What was measured is in the file
@@ -29,7 +30,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,23 +71,27 @@ class Cell:
         method: of `SpinCache`, or `dense`.
         budget: as it was given; "all" for `dense`.
         tokens: the budget in tokens.
+        rectify: `rectify_interval`; None for none.
     """
 
     method: str
     budget: str
     tokens: int
+    rectify: int | None = None
 
     def cache(self, model: Any) -> SpinCache:
         """A new cache."""
         if self.method == "dense":
             return SpinCache(model, dense_below=1 << 30)
         return SpinCache(
-            model, self.method, budget=self.tokens, num_sink_tokens=SINKS, recent_window=RECENT, dense_below=0
-        )
+            model, self.method, budget=self.tokens, num_sink_tokens=SINKS, recent_window=RECENT, dense_below=0,
+            rectify_interval=self.rectify,
+        )  # fmt: skip
 
     def row(self, text: str, first: int) -> str:
         """The name of the row that begins with this generated token, from 0."""
-        return f"{text}, {self.method}, {self.budget}, {first}"
+        method = f"{self.method} (read again every {self.rectify})" if self.rectify else self.method
+        return f"{text}, {method}, {self.budget}, {first}"
 
 
 class Text:
@@ -248,12 +253,15 @@ def budget_of(text: str, length: int) -> int:
     return tokens
 
 
-def cells_of(methods: list[str], budgets: list[str], length: int) -> list[Cell]:
-    """Every method at every budget; `dense` has none."""
-    return [
-        Cell(method, budget, budget_of(budget, length) if method != "dense" else length)
-        for method in methods for budget in (["all"] if method == "dense" else budgets)
-    ]  # fmt: skip
+def cells_of(methods: list[str], budgets: list[str], length: int, rectify: Sequence[int] = (0,)) -> list[Cell]:
+    """Every method at every budget and interval of `rectify`, 0 for none; `dense` has one budget and no interval."""
+    made = []
+    for method in methods:
+        dense = method == "dense"
+        for budget in ["all"] if dense else budgets:
+            tokens = length if dense else budget_of(budget, length)
+            made += [Cell(method, budget, tokens, interval or None) for interval in ([0] if dense else rectify)]
+    return made
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -265,6 +273,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", help="files (default: a play)")
     parser.add_argument("--methods", nargs="+", default=["fitted", "dense"])
     parser.add_argument("--budgets", nargs="+", default=["2048", "512"])
+    parser.add_argument(
+        "--rectify", type=int, nargs="+", default=[0], help="intervals of `rectify_interval`, 0 for none"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--again", action="store_true", help="measure complete rows again")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of results")
@@ -274,7 +285,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.prompt < 1 or args.tokens < 1:
         parser.error(f"--prompt, --tokens: expected 1 or more, got {args.prompt} and {args.tokens}")
     try:
-        args.cells = cells_of(args.methods, args.budgets, args.prompt + args.tokens)
+        args.cells = cells_of(args.methods, args.budgets, args.prompt + args.tokens, args.rectify)
     except argparse.ArgumentTypeError as error:
         parser.error(f"--budgets: {error}")
     return args

@@ -34,6 +34,7 @@ from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
+from .rectifier import Rectifier
 from .runner import GraphRunner
 
 logger = logging.getLogger("spin_hf")
@@ -66,6 +67,7 @@ class ModelCalls:
         """Returns the model while it lives, else None."""
         self.steps: GraphRunner | None = None
         self.prompts = PromptReader(layers, passes, config)
+        self.rectifier = Rectifier(layers, passes, log, self.prompts)
         self.inside = False
         """Whether a call is in progress."""
         self.holds = False
@@ -114,6 +116,7 @@ class ModelCalls:
         try:
             held = nullcontext() if self.switched is None else implementation.held(self.switched)
             with held, self.passes.backends.forward():
+                self.rectifier.before(module, forward, kwargs, name)
                 if self.steps is not None and module is self.model() and not forward_hook.is_compiled(forward):
                     output = self.steps.run(module, self.prompts.of(module, forward, kwargs, name), kwargs, name)
                 else:

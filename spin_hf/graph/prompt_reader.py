@@ -68,7 +68,7 @@ class PromptReader:
             return forward
         size, lead = self._chunk_size(module, new), self._lead(new.shape[1])
         is_short = new.shape[1] <= size and not lead
-        if is_short or not self._is_divisible(module, forward, kwargs, name, new.shape[1]):
+        if is_short or not self.may_read(module, forward, kwargs, name):
             return forward
         return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size, lead)
 
@@ -98,11 +98,11 @@ class PromptReader:
         shapes = layer_shapes(self.config, [layer.layer_idx for layer in self.state.layers])
         return key_means_bytes(shapes or (), item_bytes, batch_size, num_tokens)
 
-    def _is_divisible(
-        self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, num_tokens: int
-    ) -> bool:
-        """Whether the call has the same result in chunks."""
-        config = getattr(module, "config", None)
+    def may_read(self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str) -> bool:
+        """Whether a call with new tokens has the same result in chunks."""
+        config, new = getattr(module, "config", None), new_inputs(kwargs)
+        if new is None:
+            return False
         if not (self.may_split and self.state.layers and _is_text_model(module)) or is_compiled(forward):
             return False
         if module.training or (torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())):
@@ -118,7 +118,7 @@ class PromptReader:
                 continue
             if key == "attention_mask" and isinstance(given, Tensor) and given.dim() == 2:
                 continue
-            if not (key in _BY_TOKEN and isinstance(given, Tensor) and given.shape[_BY_TOKEN[key]] == num_tokens):
+            if not (key in _BY_TOKEN and isinstance(given, Tensor) and given.shape[_BY_TOKEN[key]] == new.shape[1]):
                 return False
         return True
 

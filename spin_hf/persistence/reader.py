@@ -196,7 +196,7 @@ class SavedCache(OpenCache):
                 if store.backing.converted and not entry.int8:
                     state_of.invalidate(0, entry.length // made.page_size)
         if state.layers and made.num_segments:
-            state.committed = made.length
+            state.committed = state.exact = made.length
             state.visible_length.fill_(made.length)
             self._check_clusters(state)
 

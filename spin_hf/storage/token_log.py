@@ -89,12 +89,16 @@ class TokenLog:
 
     def ids(self, length: int) -> Tensor | None:
         """Ids [B, length], int64, of the first tokens; None if some are unknown."""
-        found, stop = [], 0
+        return self.between(0, length)
+
+    def between(self, first: int, stop: int) -> Tensor | None:
+        """Ids [B, stop - first], int64, of the tokens [first, stop); None if some are unknown."""
+        found, known = [], first
         for piece in self.pieces:
-            if piece.first == stop < length:
-                found.append(piece.ids(min(piece.stop, length)).long())
-                stop = min(piece.stop, length)
-        return torch.cat(found, 1) if found and stop == length else None
+            if piece.first <= known < min(piece.stop, stop):
+                found.append(piece.ids(stop)[:, known - piece.first :].long())
+                known = min(piece.stop, stop)
+        return torch.cat(found, 1) if found and known == stop else None
 
     def common_prefix(self, ids: Tensor, held: int, real: Tensor | None = None) -> int:
         """How many of the `held` tokens of a cache are the first ones of `ids` in every sequence. Unknown ones count as equal.

@@ -58,7 +58,8 @@ def test_defaults_and_units() -> None:
         dict(budget=1, num_sink_tokens=0), dict(budget=1.0), dict(budget=1e-9), dict(budget=4), dict(recent_window=1),
         dict(num_sink_tokens=0), dict(dense_below=0), dict(dense_below=10**9), dict(budget=1 << 30),
         dict(cpu_dtype="int8"), dict(cpu_dtype="auto"), dict(prefill="sparse"), dict(prefill="dense"),
-        dict(prefill_top_p=1.0), dict(prefill_top_p=1e-9),
+        dict(prefill_top_p=1.0), dict(prefill_top_p=1e-9), dict(rectify_interval=64), dict(rectify_interval=1024),
+        dict(rectify_interval=None),
     ],
 )  # fmt: skip
 def test_edges_that_are_fine(options: dict[str, Any]) -> None:
@@ -105,6 +106,13 @@ WRONG: list[tuple[dict[str, Any], type[SpinError], str]] = [
     (dict(prefill_top_p=1.01), OptionError, "got 1.01"),
     (dict(prefill_top_p=float("nan")), OptionError, "prefill_top_p: .*got nan"),
     (dict(prefill_top_p="0.9"), OptionTypeError, "prefill_top_p: expected a float, got str"),
+    (
+        dict(rectify_interval=63),
+        OptionError,
+        "rectify_interval: expected at least 64, got 63; pass rectify_interval=1024",
+    ),
+    (dict(rectify_interval=2000), OptionError, "rectify_interval: expected at most 1024, got 2000"),
+    (dict(rectify_interval="auto"), OptionTypeError, "rectify_interval: expected an int, got str"),
 ]
 
 
