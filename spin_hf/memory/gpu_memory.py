@@ -1,7 +1,7 @@
 """GPU memory caps of one cache: set, checked and reclaimed at run time.
 
     _place       first tokens of a batch      pages in GPU memory if all fit; else few frames, to leave room for activations
-    _size        first step after a prefill   frames from the memory that is then free
+    size_frames  first step after a prefill   frames from the memory that is free once the prompt is indexed
     _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
     give_back    on request                   of the user, or of another cache that is short of memory
 
@@ -129,10 +129,8 @@ class GpuMemory:
             self._reclaim()
         if not self.state.sequences.length:
             self._replace(batch_size, num_tokens)
-        elif not self.state.selects(num_tokens):
+        elif not self.is_sized or not self.state.selects(num_tokens):
             self._leave_room_for_activations()
-        elif not self.is_sized:
-            self._size()
         else:
             self._steps_left -= 1
             if self._steps_left <= 0:
@@ -217,11 +215,13 @@ class GpuMemory:
                 self._resize(device, self.watermarks.cap_for_prompts(held, free))
                 self.is_sized = False
 
-    def _size(self) -> None:
+    def size_frames(self) -> None:
         """Size the frames for decoding from free memory. Pages in the compute tier stay there unless memory is low.
 
         Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
+        if self.is_sized:
+            return
         self.is_sized, self.most_frames, self._steps_left = True, None, self.tuning.check_interval_steps
         for device in list(self.caps):
             self._remember(device)

@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .prefill_peak import key_means_bytes, prefill_bytes
+from .prefill_peak import indexing_bytes, key_means_bytes, prefill_bytes
 from .watermarks import Watermarks, free_gpu_memory
 
 
@@ -56,8 +56,8 @@ class MemoryPlan:
         cpu_bytes: pages in the cpu tier.
         metadata_bytes: the sum of `metadata`.
         prefill_bytes: temporary memory of a prompt of this length, in addition: activations of a chunk of
-            `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`. An estimate
-            from the config.
+            `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`; or clustering
+            and summarizing its pages, if that takes more. An estimate from the config.
         parts: bytes of pages, page frames, summaries and host pages.
         metadata: bytes by table, as `CacheStats.metadata`, without zeros.
         page_frames: per sequence and KV head, in the layer with the fewest; 0 if all pages live in the compute tier.
@@ -144,7 +144,9 @@ def plan(
         by_layer = [key_means_bytes([shape], item_bytes, batch_size, context_length) for shape in shapes]
         means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
     peak = prefill_bytes(config, item_bytes, tokens, most, tuning, means)
-    return replace(made, dense_layers=dict(reasons), prefill_bytes=peak)
+    left = None if free is None else max(0, free - made.gpu_bytes - made.metadata_bytes)
+    indexing = indexing_bytes(resolved, budgets, tuning, batch_size, context_length, left)
+    return replace(made, dense_layers=dict(reasons), prefill_bytes=max(peak, indexing))
 
 
 class _Planner:

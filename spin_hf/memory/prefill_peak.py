@@ -3,6 +3,7 @@
     per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
     pieces       buffers for earlier keys and values (`storage/page_stream.py`)
     mean keys    of a sparse prompt, one for 16 tokens (`backends/sparse_prompt.py`): 1/32 of the pages
+    indexing     behind the prompt, when the others are free again: `INDEX_COPIES` times the pages of a call
 
 The first is an estimate from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures
 the peak.
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 
+from ..attention.methods.base import Method
+from ..attention.methods.clustering import ClusteringMethod
 from ..attention.methods.layer_shapes import LayerShape
-from ..config import Tuning
+from ..config import INDEX_COPIES, Tuning
 from ..kernels import num_means
+from ..storage.tier_budget import TierBudget
 from .gpu_memory import GpuMemory
 from .watermarks import free_gpu_memory
 
@@ -62,6 +66,29 @@ def prefill_bytes(
     """
     pieces = _PIECES * tuning.piece_bytes if num_tokens > chunk_tokens else 0
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
+
+
+def indexing_bytes(
+    method: Method,
+    budgets: Sequence[TierBudget],
+    tuning: Tuning,
+    batch_size: int,
+    context_length: int,
+    free: int | None,
+) -> int:
+    """Temporary bytes of clustering and summarizing the pages of a prompt.
+
+    Args:
+        budgets: of the paged layers.
+        context_length: tokens of each sequence.
+        free: free bytes of the compute tier behind the prompt; None if not known.
+    """
+    token_bytes = [batch_size * budget.num_heads * budget.page_bytes // method.page_size for budget in budgets]
+    least = method.span_tokens if isinstance(method, ClusteringMethod) else method.page_size * method.unit_pages
+    if isinstance(method, ClusteringMethod) and free is None:
+        least = max(least, tuning.cluster_tokens)
+    most = max(tuning.index_room(free), least * max(token_bytes, default=0))
+    return INDEX_COPIES * min(most, sum(token_bytes) * context_length)
 
 
 def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device, key_means: int = 0) -> int:
