@@ -35,12 +35,14 @@ _PIECES = 4
 def bytes_per_token(config: Any, item_bytes: int) -> int:
     """Temporary bytes of a forward per token of one sequence; 0 if the config does not say."""
     hidden = getattr(config, "hidden_size", None) or 0
+    heads = getattr(config, "num_attention_heads", None) or 0
+    states = heads * (getattr(config, "head_dim", None) or 0) if isinstance(heads, int) else 0
     dense = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 0
     routed = experts * (getattr(config, "moe_intermediate_size", None) or 0)
     if isinstance(dense, (list, tuple)):
         dense = max(dense)
-    return item_bytes * (_HIDDEN_STATES * hidden + _INTERMEDIATE_STATES * max(dense, routed))
+    return item_bytes * (_HIDDEN_STATES * max(hidden, states) + _INTERMEDIATE_STATES * max(dense, routed))
 
 
 def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: int, context_length: int) -> int:
