@@ -92,7 +92,7 @@ class ForwardPass:
             self.backends.wait_for_compiles()
             cluster.cluster_new_tokens(state)
         if selects:
-            self.gpu.size_frames()  # behind indexing: frames would leave it too little memory
+            self.gpu.size_frames()
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)
         if selects and not state.reads_all:

@@ -3,7 +3,7 @@
     per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
     pieces       buffers for earlier keys and values (`storage/page_stream.py`)
     mean keys    of a sparse prompt, one for 16 tokens (`backends/sparse_prompt.py`): 1/32 of the pages
-    indexing     behind the prompt, when the others are free again: `INDEX_COPIES` times the pages of a call
+    indexing     behind the prompt, when the others are free again: several times the pages of a call
 
 The first is an estimate from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures
 the peak.
@@ -30,6 +30,9 @@ _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
 """Tensors of a decoder layer that exist at once: residual, norm, queries, attention outputs; gate, up, and their product."""
 _PIECES = 4
 """Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
+
+_SUMMARY_COPIES = 2
+"""As `INDEX_COPIES`, for methods that do not cluster: the pages, and what is computed from them."""
 
 
 def bytes_per_token(config: Any, item_bytes: int) -> int:
@@ -86,11 +89,11 @@ def indexing_bytes(
         free: free bytes of the compute tier behind the prompt; None if not known.
     """
     token_bytes = [batch_size * budget.num_heads * budget.page_bytes // method.page_size for budget in budgets]
-    least = method.span_tokens if isinstance(method, ClusteringMethod) else method.page_size * method.unit_pages
-    if isinstance(method, ClusteringMethod) and free is None:
-        least = max(least, tuning.cluster_tokens)
+    copies, least = _SUMMARY_COPIES, method.page_size * method.unit_pages
+    if isinstance(method, ClusteringMethod):
+        copies, least = INDEX_COPIES, method.span_tokens if free is not None else tuning.cluster_tokens
     most = max(tuning.index_room(free), least * max(token_bytes, default=0))
-    return INDEX_COPIES * min(most, sum(token_bytes) * context_length)
+    return copies * min(most, sum(token_bytes) * context_length)
 
 
 def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.device, key_means: int = 0) -> int:
