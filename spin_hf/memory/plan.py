@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .prefill_peak import indexing_bytes, key_means_bytes, prefill_bytes
+from .prefill_peak import indexing_bytes, key_means_bytes, piece_bytes, prefill_bytes
 from .watermarks import Watermarks, free_gpu_memory
 
 
@@ -143,7 +143,7 @@ def plan(
     if parsed.prefill == "sparse":
         by_layer = [key_means_bytes([shape], item_bytes, batch_size, context_length) for shape in shapes]
         means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
-    peak = prefill_bytes(config, item_bytes, tokens, most, tuning, means)
+    peak = prefill_bytes(config, item_bytes, tokens, most, piece_bytes(tuning, free), means)
     left = None if free is None else max(0, free - made.gpu_bytes - made.metadata_bytes)
     indexing = indexing_bytes(resolved, budgets, tuning, batch_size, context_length, left)
     return replace(made, dense_layers=dict(reasons), prefill_bytes=max(peak, indexing))

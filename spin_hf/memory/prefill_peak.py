@@ -1,7 +1,7 @@
 """Temporary memory of a prompt, in addition to its pages, and the chunk size that fits the free memory.
 
     per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
-    pieces       buffers for earlier keys and values (`storage/page_stream.py`)
+    pieces       buffers for earlier keys and values (`storage/page_stream.py`), smaller where little memory is free
     mean keys    of a sparse prompt, one for 16 tokens (`backends/sparse_prompt.py`): 1/32 of the pages
     indexing     behind the prompt, when the others are free again: several times the pages of a call
 
@@ -23,7 +23,7 @@ from ..config import INDEX_COPIES, Tuning
 from ..kernels import num_means
 from ..storage.tier_budget import TierBudget
 from .gpu_memory import GpuMemory
-from .watermarks import free_gpu_memory
+from .watermarks import Watermarks, free_gpu_memory
 
 _LEAST_CHUNK_TOKENS = 256
 _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
@@ -59,17 +59,35 @@ def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: i
     return numbers * item_bytes * batch_size * num_means(context_length)
 
 
+def piece_bytes(tuning: Tuning, pool: int | None) -> int:
+    """Bytes of a piece, so that pieces take at most half of what is left free for prompts.
+
+    Args:
+        pool: bytes of the compute tier that the cache holds or that are free; None if not known.
+    """
+    if pool is None:
+        return tuning.piece_bytes
+    return min(tuning.piece_bytes, Watermarks(tuning.margin_bytes).margin(pool) // _PIECES)
+
+
+def pool_of(gpu: GpuMemory, device: torch.device) -> int | None:
+    """Bytes of `device` that a cache holds or that are free; None if not known."""
+    free = free_gpu_memory(device)
+    return None if free is None else gpu.held(device) + free
+
+
 def prefill_bytes(
-    config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, tuning: Tuning, key_means: int = 0
+    config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, piece_bytes: int, key_means: int = 0
 ) -> int:
     """Temporary bytes of reading a prompt.
 
     Args:
         num_tokens: of all sequences.
         chunk_tokens: most tokens of all sequences in a forward.
+        piece_bytes: of a piece of earlier keys and values.
         key_means: bytes of mean keys.
     """
-    pieces = _PIECES * tuning.piece_bytes if num_tokens > chunk_tokens else 0
+    pieces = _PIECES * piece_bytes if num_tokens > chunk_tokens else 0
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
 
 
@@ -105,7 +123,7 @@ def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.dev
     free, tuning = free_gpu_memory(device), gpu.tuning
     if free is None:
         return tuning.prefill_tokens
-    margin = gpu.watermarks.margin(gpu.held(device) + free)
-    room = min(free, 2 * margin) - _PIECES * tuning.piece_bytes - key_means
+    pool = gpu.held(device) + free
+    room = min(free, 2 * gpu.watermarks.margin(pool)) - _PIECES * piece_bytes(tuning, pool) - key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

@@ -176,12 +176,11 @@ def test_out_of_memory_is_answered_by_releasing(model: Any) -> None:
     cache.check_integrity()
 
 
-def test_a_long_prompt_on_a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_on_a_small_gpu() -> None:
     """1 GiB of keys and values where torch may take 512 MiB beside the weights, with default arguments.
 
     A prompt and what follows it stay within that: chunks, page frames, clusters and summaries. Logits are `DynamicCache`'s.
     """
-    tune(monkeypatch, piece_bytes=16 << 20)
     tokens, room = 65536, 512 << 20
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -191,7 +190,7 @@ def test_a_long_prompt_on_a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("cuda"):
         wide = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     ids = torch.randint(0, 128, (1, tokens), generator=torch.Generator().manual_seed(1)).cuda()
-    options: dict[str, Any] = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    options: dict[str, Any] = dict(do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
     mask = torch.ones_like(ids)
     expected = wide.generate(
         ids, attention_mask=mask, past_key_values=DynamicCache(config=config), max_new_tokens=1,
