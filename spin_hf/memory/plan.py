@@ -35,7 +35,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .prefill_peak import indexing_bytes, key_means_bytes, piece_bytes, prefill_bytes
+from .prefill_peak import fitting_tokens, indexing_bytes, key_means_bytes, piece_bytes, prefill_bytes
 from .watermarks import Watermarks, free_gpu_memory
 
 
@@ -137,12 +137,13 @@ def plan(
     arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in shapes) if device.type == "cuda" else 0
     made = _Planner(budgets, resolved, arrays).of(batch_size, context_length)
     tuning, chunk = parsed.tuning, parsed.prefill_chunk_size
-    most = tuning.prefill_tokens if chunk is None else batch_size * chunk
     item_bytes, tokens = states_dtype.itemsize, batch_size * context_length
-    means = 0
+    by_layer = list[int]()
     if parsed.prefill == "sparse":
         by_layer = [key_means_bytes([shape], item_bytes, batch_size, context_length) for shape in shapes]
-        means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
+    fitting = fitting_tokens(config, item_bytes, tuning, 0, free, sum(by_layer))
+    most = fitting if chunk is None else batch_size * chunk
+    means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
     peak = prefill_bytes(config, item_bytes, tokens, most, piece_bytes(tuning, free), means)
     left = None if free is None else max(0, free - made.gpu_bytes - made.metadata_bytes)
     indexing = indexing_bytes(resolved, budgets, tuning, batch_size, context_length, left)

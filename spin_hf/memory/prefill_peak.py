@@ -120,10 +120,16 @@ def chunk_tokens(config: Any, item_bytes: int, gpu: GpuMemory, device: torch.dev
     Args:
         key_means: bytes of mean keys that the prompt takes.
     """
-    free, tuning = free_gpu_memory(device), gpu.tuning
+    return fitting_tokens(config, item_bytes, gpu.tuning, gpu.held(device), free_gpu_memory(device), key_means)
+
+
+def fitting_tokens(
+    config: Any, item_bytes: int, tuning: Tuning, held: int, free: int | None, key_means: int = 0
+) -> int:
+    """As `chunk_tokens`, for a cache that holds `held` bytes while `free` bytes are free; None if that is not known."""
     if free is None:
         return tuning.prefill_tokens
-    pool = gpu.held(device) + free
-    room = min(free, 2 * gpu.watermarks.margin(pool)) - _PIECES * piece_bytes(tuning, pool) - key_means
+    room = min(free, 2 * Watermarks(tuning.margin_bytes).margin(held + free))
+    room -= _PIECES * piece_bytes(tuning, held + free) + key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

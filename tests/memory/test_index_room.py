@@ -133,7 +133,7 @@ def test_a_plan_counts_indexing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert anywhere.prefill_bytes == INDEX_COPIES * (512 << 20)
     free = int(7.4 * 2**30)
     monkeypatch.setattr(plan_module, "free_gpu_memory", lambda _: free)
-    made = plan(config, context_length=131072, prefill_chunk_size=2048)
+    made = plan(config, context_length=131072)
     assert made.fits
     assert made.gpu_bytes + made.metadata_bytes + made.prefill_bytes <= free
-    assert made.prefill_bytes < anywhere.prefill_bytes
+    assert made.prefill_bytes == 4096 * 2 * (8 * 4096 + 3 * 14336) + 4 * (128 << 20)  # a chunk, and pieces
