@@ -131,6 +131,11 @@ def shown(value: Any, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+INDEX_COPIES = 4
+"""Temporary memory of clustering and summarizing pages, in bytes for each byte of theirs: the pages, the pages in their new
+order, and points to cluster with their attention weights take 3.2."""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Sizes and intervals of one cache, for tests and benchmarks. Not part of the interface.
@@ -143,7 +148,7 @@ class Tuning:
         cpu_chunk_bytes, gpu_chunk_bytes: size of a chunk. Host memory is committed on first write, so its chunks may be large.
             GPU memory and page-locked memory are committed at once.
         index_bytes: most bytes of pages that are clustered or summarized in one call, unless one layer has more. Bounds
-            temporary memory.
+            temporary memory, with `index_room`.
         cluster_tokens: most tokens clustered at a time, per sequence and per call of the method. Bounds temporary memory.
         slack_tokens: tokens before the recent window that are not clustered yet, so that assisted generation can crop rejected
             tokens cheaply.
@@ -166,11 +171,19 @@ class Tuning:
     slack_tokens: int = 64
     margin_bytes: int = 256 << 20
     check_interval_steps: int = 64
-    prompt_frames: int = 2048
+    prompt_frames: int = 512
     prefill_tokens: int = 8192
     piece_bytes: int = 128 << 20
     dense_factor: float = 1.0
     compiles_early: bool = True
+
+    def index_room(self, free: int | None) -> int:
+        """`index_bytes`, or less if temporary memory of `INDEX_COPIES` times as much takes over half of `free` bytes.
+
+        Args:
+            free: free bytes of the compute tier; None if not known.
+        """
+        return self.index_bytes if free is None else max(1, min(self.index_bytes, free // (2 * INDEX_COPIES)))
 
 
 @dataclass(frozen=True)

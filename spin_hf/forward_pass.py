@@ -27,6 +27,7 @@ from .indexing import cluster, padding_change, summarize
 from .indexing.fit import selected_fits
 from .inference_mode import outside_inference_mode
 from .kernels.descriptor_fields import StepField
+from .memory import watermarks
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
 from .state import CacheState, Phase
@@ -47,6 +48,7 @@ class ForwardPass:
         self.zones = StepPlan(state.options, state.sequences)
         self.backends = BackendSet(state, self.zones)
         self.gpu = GpuMemory(state, state.options.gpu_memory)
+        state.free_memory = lambda device: watermarks.free_gpu_memory(device)
         self.commits_with_last_paged = True
         """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
         self._prepared_for: Any = None
@@ -90,6 +92,8 @@ class ForwardPass:
         if selects and not (one and self.backends.read_all(length)):  # others need neither clusters nor summaries
             self.backends.wait_for_compiles()
             cluster.cluster_new_tokens(state)
+        if selects:
+            self.gpu.size_frames()
         sequences.begin(batch_size, num_tokens, new_valid)
         state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)
         first_prompt = sequences.start == 0 and num_tokens > 1

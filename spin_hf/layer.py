@@ -17,6 +17,7 @@ Tokens that a query attends to:
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import outside_inference_mode
 from .integration.layer_views import LayerViews
 from .memory.layer_budget import LayerShape
+from .memory.prefill_peak import piece_bytes, pool_of
 from .state import CacheState, LayerState
 from .storage.page_store import PageStore
 from .transaction import finished
@@ -84,10 +86,12 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         state, method, device = self.cache_state, self.cache_state.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         budget = self.forward.gpu.tier_budget(shape, key_states.dtype, device, state.sequences.room)
+        pool, tuning = pool_of(self.forward.gpu, device), state.options.tuning
+        tuning = replace(tuning, piece_bytes=piece_bytes(tuning, pool))
         store = PageStore(
             state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),
-            budget, state.options.tuning, key_states.dtype, device,
+            budget, tuning, key_states.dtype, device,
             multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
             summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
             pages_per_row=method.pages_per_row,

@@ -92,6 +92,10 @@ class LayerState:
             self.stale_pages = (start, end) if start < end else None
 
 
+def _not_known(device: torch.device) -> None:
+    return None
+
+
 @dataclass(eq=False)
 class CacheState:
     """State shared by the paged layers of a cache.
@@ -119,6 +123,7 @@ class CacheState:
         new_token_validity: [B, Q], validity of the new tokens in the latest padding mask; None without a mask.
         unfinished: completes or undoes an interrupted operation before the cache is used (`transaction.py`); else None.
         warned_waves, warned_clustering: whether the warning has been logged.
+        free_memory: free bytes of a device, None if not known. Bounds temporary memory of indexing.
     """
 
     options: SpinOptions
@@ -143,6 +148,7 @@ class CacheState:
     unfinished: Callable[[], None] | None = None
     warned_waves: bool = False
     warned_clustering: bool = False
+    free_memory: Callable[[torch.device], int | None] = _not_known
 
     @property
     def prepared(self) -> bool:

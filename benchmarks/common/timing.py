@@ -7,13 +7,17 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+import spin_hf
+
 FEW, MANY, TIMES = 8, 72, 3
+PACKAGE = Path(spin_hf.__file__).parent
 
 
 def generate(
@@ -110,6 +114,18 @@ def failure(error: Exception) -> dict[str, str]:
         return {"why": "out of GPU memory"}
     traceback.print_exception(error)
     return {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+
+
+def where(error: Exception) -> dict[str, str]:
+    """The first line of an error's message, and where it was raised: the innermost frame of the package, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
+    made = {"message": next(iter(str(error).splitlines()), repr(error))[:300]}
+    if inside:
+        file = Path(inside[-1].filename)
+        shown = file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else file.name
+        made["where"] = f"{shown}:{inside[-1].lineno} {inside[-1].name}"
+    return made
 
 
 def free() -> None:

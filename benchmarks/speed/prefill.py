@@ -13,7 +13,8 @@ Random weights have no sparse attention. A sparse way chooses blocks as the prod
 blocks before each query block, drawn at random, so that its time is that of this share. Which share a real model needs is
 measured by `benchmarks.quality.sparse_prefill`.
 
-Peak memory is the most that tensors take beside the weights. Rows of other sources, machines or versions are left behind.
+Peak memory is the most that tensors take beside the weights. A row that fails says what and where: the innermost function of
+the package. Rows of other sources, machines or versions are left behind.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers import DynamicCache
 from benchmarks.common.record import RESULTS, fingerprint
 from benchmarks.common.rows_file import Rows, command_line
 from benchmarks.common.shapes import SHAPES, build
-from benchmarks.common.timing import failure, free, wait_for_device, with_memory
+from benchmarks.common.timing import failure, free, wait_for_device, where, with_memory
 from spin_hf import SpinCache, kernels
 from spin_hf.kernels import BlockLists
 
@@ -140,7 +141,7 @@ def row(model: Any, num_tokens: int, way: str, times: int, new: int) -> dict[str
             held = torch.cuda.memory_allocated()
             taken.append(with_memory(lambda ids=ids: {"seconds": once(model, ids, way, new)}, held))
     except Exception as error:
-        return made | failure(error)
+        return made | failure(error) | where(error)
     return made | {
         "seconds": round(statistics.median(each["seconds"] for each in taken), 4),
         "peak_gib": max(each["peak_gpu_gib"] for each in taken),

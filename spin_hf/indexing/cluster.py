@@ -31,7 +31,7 @@ from ..storage.segment_pool import segment_indices
 from ..storage.token_permutation import tiles
 from .fit import fits, forget_fits, measure_fits, new_fits, runs_to_fit, unfitted_rows
 from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
-from .summarize import index_pages, stores_of, summarize_stale, together
+from .summarize import index_pages, index_room, pages_that_fit, stores_of, summarize_stale, together
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -78,7 +78,9 @@ def grow(state: CacheState) -> None:
     if planned is None:
         most = max(1, method.span_tokens // sequences.page_size)
         stops = cut(may_move[:, first:stop].any(0).tolist(), most, state.method.unit_pages)
-        at_once = max(1, options.tuning.cluster_tokens // (sequences.page_size * -(-stops[-1] // len(stops))))
+        fitting, pages = pages_that_fit(state), options.tuning.cluster_tokens // sequences.page_size
+        pages = pages if fitting is None else min(pages, fitting)
+        at_once = max(1, pages // -(-stops[-1] // len(stops)))
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
@@ -229,7 +231,8 @@ def _batches(state: CacheState, num_pages: int, layers: list[LayerState]) -> Ite
     A fit takes many small launches, as many for a few layers as for all. Until it is done, the new order of all its groups is
     held, and their pages are read twice. So groups with pages in host memory, and those of methods without a fit, are alone.
     """
-    groups, room = list(together(state, num_pages, layers)), state.options.tuning.index_bytes // 4
+    groups = list(together(state, num_pages, layers))
+    room = index_room(state, stores_of(layers)[0]) // 4
     batch: list[list[LayerState]] = []
     taken = 0
     for group in groups:

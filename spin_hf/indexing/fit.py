@@ -92,12 +92,13 @@ def measure_fits(
     if not to_fit or not isinstance(method, ClusteringMethod) or store is None:
         return []
     each, size, measured = (len(layers), -1), store.page_size, []
-    tokens = [part.flatten(2, 3).unflatten(0, each) for part in store.backing_layout.take(content)]
+    parts = [part.unflatten(0, each) for part in store.backing_layout.take(content)]
     order = order.unflatten(0, each)
     for run, members in to_fit:
-        row, places = members[0], slice((run.first - first) * size, (run.stop - first) * size)
-        index = order[:, row, :, places, None]
-        moved = [part[:, row].gather(2, index.expand(-1, -1, -1, part.shape[-1])) for part in tokens]
+        row, pages = members[0], slice(run.first - first, run.stop - first)
+        index = order[:, row, :, pages.start * size : pages.stop * size, None] - pages.start * size
+        tokens = [part[:, row, :, pages].flatten(2, 3) for part in parts]  # copies, so only of the run
+        moved = [part.gather(2, index.expand(-1, -1, -1, part.shape[-1])) for part in tokens]
         queries = None if observation_queries is None else observation_queries[:, row]
         keys, values = (part.unflatten(2, (-1, size)) for part in moved)
         measured.append(method.measure(keys, values, queries))

@@ -40,13 +40,14 @@ def summarize_stale(state: CacheState) -> None:
             waiting.setdefault(layer.stale_pages, []).append(layer)
     for (first, stop), layers in waiting.items():
         end = min(stop, complete)
-        if isinstance(state.method, ClusteringMethod) and state.method.multi_page_clusters:
+        if _has_clusters(state.method):
             first, end = state.sequences.spans.around(first, end)
         if first < end:
             state.sequences.own(range(first, end))
-        for group in together(state, max(1, end - first), layers):
+        at_once = end - first if _has_clusters(state.method) else min(end - first, _pages_at_once(state))
+        for group in together(state, max(1, at_once), layers):
             if first < end:
-                index_pages(group, state.method, first, end)
+                index_pages(group, state.method, first, end, at_once=at_once)
             for layer in group:
                 layer.stale_pages = None
 
@@ -66,9 +67,35 @@ def together(state: CacheState, num_pages: int, layers: list[LayerState] | None 
     for group in groups.values():
         store = group[0][1]
         each = num_pages * state.sequences.batch_size * store.num_heads * store.backing.row_bytes
-        at_once = max(1, state.options.tuning.index_bytes // max(1, each))
+        at_once = max(1, index_room(state, store) // max(1, each))
         for start in range(0, len(group), at_once):
             yield [layer for layer, _ in group[start : start + at_once]]
+
+
+def index_room(state: CacheState, store: PageStore) -> int:
+    """Most bytes of pages that are clustered or summarized in one call, unless one layer has more."""
+    return state.options.tuning.index_room(state.free_memory(store.device))
+
+
+def pages_that_fit(state: CacheState) -> int | None:
+    """Pages of all sequences, of the largest layer, in `index_room`; None if free memory is not known."""
+    stores = [layer.store for layer in state.layers if layer.store is not None]
+    if not stores or state.free_memory(stores[0].device) is None:
+        return None
+    largest = max(store.num_heads * store.backing.row_bytes for store in stores)
+    return index_room(state, stores[0]) // (largest * max(1, state.sequences.batch_size))
+
+
+def _pages_at_once(state: CacheState) -> int:
+    """Pages per sequence that are summarized in one call: whole units."""
+    size, each = state.sequences.page_size, state.method.unit_pages
+    fitting, most = pages_that_fit(state), _INDEX_TOKENS // size
+    return max(1, (most if fitting is None else min(most, fitting)) // each) * each
+
+
+def _has_clusters(method: Method) -> bool:
+    """Whether a cluster may have several pages, which are summarized together."""
+    return isinstance(method, ClusteringMethod) and method.multi_page_clusters
 
 
 def stores_of(layers: list[LayerState]) -> list[PageStore]:
@@ -77,7 +104,8 @@ def stores_of(layers: list[LayerState]) -> list[PageStore]:
 
 
 def index_pages(
-    layers: list[LayerState], method: Method, first: int, stop: int, content: Tensor | None = None
+    layers: list[LayerState], method: Method, first: int, stop: int, content: Tensor | None = None,
+    at_once: int | None = None,
 ) -> None:  # fmt: skip
     """Summarize the full pages [first, stop) of all sequences, and the rest of their units. Writes summaries.
 
@@ -86,13 +114,16 @@ def index_pages(
     Args:
         layers: from one batch of `together`.
         content: these pages in the backing layout, [L * B, H, n, page elements], if already read. They are whole units.
+        at_once: pages that are read at a time, whole units; None for `_INDEX_TOKENS`.
     """
     stores = stores_of(layers)
     one = stores[0]
     if content is None:
         first, stop = _whole_units(first, stop, one.sequences.length // one.page_size, method.unit_pages)
-    in_spans = min(stop, max(first, one.sequences.spans.num_pages))  # summarized at once, as clusters must not be cut
-    at_once = max(1, _INDEX_TOKENS // one.page_size)
+    in_spans = first
+    if content is not None or _has_clusters(method):  # at once: clusters must not be cut, and what is read is read
+        in_spans = min(stop, max(first, one.sequences.spans.num_pages))
+    at_once = max(1, _INDEX_TOKENS // one.page_size) if at_once is None else at_once
     ranges = [(first, in_spans), *((start, min(start + at_once, stop)) for start in range(in_spans, stop, at_once))]
     for start, end in ranges:
         if start < end:

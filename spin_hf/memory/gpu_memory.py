@@ -1,7 +1,7 @@
 """GPU memory caps of one cache: set, checked and reclaimed at run time.
 
     _place       first tokens of a batch      pages in GPU memory if all fit; else few frames, to leave room for activations
-    _size        first step after a prefill   frames from the memory that is then free
+    size_frames  first step after a prefill   frames from the memory that is free once the prompt is indexed
     _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
     give_back    on request                   of the user, or of another cache that is short of memory
 
@@ -132,19 +132,16 @@ class GpuMemory:
             self._replace(batch_size, num_tokens)
         elif not self.state.selects(num_tokens):
             self._leave_room_for_activations()
-        elif not self.is_sized:
-            self._size()
+        elif not self.is_sized:  # else behind indexing, as frames would leave it too little memory
+            if any(map(self._is_low, self.caps)):
+                self.size_frames()
         else:
             self._steps_left -= 1
             if self._steps_left <= 0:
                 self._check()
 
     def give_back(self, num_bytes: int | None = None) -> int:
-        """Give back `num_bytes`, or all memory that no step needs. Evicts buffer pages and may move pages to the cpu tier.
-
-        Returns:
-            bytes given back, on all devices.
-        """
+        """Give back `num_bytes`, or all that no step needs: evict pages, or move them to the cpu tier. Returns bytes freed."""
         given = 0
         for device in list(self.caps):
             if num_bytes is None or given < num_bytes:
@@ -181,12 +178,7 @@ class GpuMemory:
     # ---------------------------------------------------------------------------------------------------------- by device
 
     def _place(self, device: torch.device, wanted: int, least: int) -> None:
-        """Set the cap for a prefill, after requesting memory from other caches.
-
-        Args:
-            wanted: bytes with all pages in the compute tier.
-            least: bytes with the frames of one step.
-        """
+        """Set the cap for a prefill, after requesting memory from other caches; arguments as for `_request_memory`."""
         self.caps[device] = self._prompt_cap(device)
         if self.caps[device] is None:
             return
@@ -218,11 +210,13 @@ class GpuMemory:
                 self._resize(device, self.watermarks.cap_for_prompts(held, free))
                 self.is_sized = False
 
-    def _size(self) -> None:
+    def size_frames(self) -> None:
         """Size the frames for decoding from free memory. Pages in the compute tier stay there unless memory is low.
 
         Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
+        if self.is_sized:
+            return
         self.is_sized, self.most_frames, self._steps_left = True, None, self.tuning.check_interval_steps
         for device in list(self.caps):
             self._remember(device)
@@ -241,8 +235,7 @@ class GpuMemory:
             stores, cap = self._stores(device), self.caps[device]
             lacks = any(store.lacks_frames for store in stores)
             complete &= not lacks or cap == self.given
-            too_little = free is not None and self.given is None and self.watermarks.is_low(held, free)
-            if too_little or (lacks and (free is None or self.watermarks.is_ample(held, free))):
+            if self._is_low(device) or (lacks and (free is None or self.watermarks.is_ample(held, free))):
                 self._resize(device, self._decoding_cap(device))
             elif cap is not None and self._least(stores) > cap:  # the context has grown
                 self._resize(device, cap)
@@ -293,6 +286,11 @@ class GpuMemory:
         count = num_layers(self.state, device) if stores else 0
         for store in stores:
             store.budget = replace(store.budget, gpu_memory=cap, num_layers=count, most_frames=self.most_frames)
+
+    def _is_low(self, device: torch.device) -> bool:
+        """Whether the cache must shrink."""
+        free = None if self.given is not None else watermarks.free_gpu_memory(device)
+        return free is not None and self.watermarks.is_low(self.held(device), free)
 
     def _resident(self, device: torch.device) -> int:
         """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
@@ -347,7 +345,7 @@ class GpuMemory:
     # -------------------------------------------------------------------------------------------------------- other caches
 
     def _request_memory(self, device: torch.device, wanted: int, least: int) -> None:
-        """Request the missing bytes from other caches."""
+        """Request missing bytes from other caches. `wanted`: with all pages here. `least`: with the frames of one step."""
         others = _others(self, device)
         free = watermarks.free_gpu_memory(device) if others else None
         if free is None:

@@ -36,7 +36,7 @@ from ..storage.tier_budget import (
     whole_segments,
 )
 from .layer_budget import check_spans, clustering_bytes, layer_shapes, num_arrays, tier_budget
-from .prefill_peak import key_means_bytes, prefill_bytes
+from .prefill_peak import fitting_tokens, indexing_bytes, key_means_bytes, piece_bytes, prefill_bytes
 from .watermarks import Watermarks, free_gpu_memory
 
 
@@ -57,8 +57,8 @@ class MemoryPlan:
         cpu_bytes: pages in the cpu tier.
         metadata_bytes: the sum of `metadata`.
         prefill_bytes: temporary memory of a prompt of this length, in addition: activations of a chunk of
-            `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`. An estimate
-            from the config.
+            `prefill_chunk_size` tokens, earlier keys and values in use, and mean keys with `prefill="sparse"`; or clustering
+            and summarizing its pages, if that takes more. An estimate from the config.
         parts: bytes of pages, page frames, summaries and host pages.
         device_parts: `gpu_bytes` by device, if the model's layers lie on several.
         metadata: bytes by table, as `CacheStats.metadata`, without zeros.
@@ -135,7 +135,8 @@ def plan(
     states_dtype = _dtype(model, config, dtype)
     device = _device(model)
     devices = [device] * len(layers) if model is None else _devices_of(model, layers)
-    caps = {each: _cap(parsed, each) for each in set(devices)}
+    frees = {each: free_gpu_memory(each) for each in dict.fromkeys([device, *devices])}
+    caps = {each: _cap(parsed, free) for each, free in frees.items()}
     budgets = [
         tier_budget(shape, states_dtype, resolved, parsed, caps[each], devices.count(each), each, len(layers))
         for shape, each in zip(shapes, devices, strict=True)
@@ -144,13 +145,20 @@ def plan(
     arrays = sum(num_arrays(shape, states_dtype, resolved, parsed) for shape in on_gpus)
     made = _Planner(budgets, resolved, arrays, devices).of(batch_size, context_length)
     tuning, chunk = parsed.tuning, parsed.prefill_chunk_size
-    most = tuning.prefill_tokens if chunk is None else batch_size * chunk
     item_bytes, tokens = states_dtype.itemsize, batch_size * context_length
-    means = 0
+    by_layer = list[int]()
     if parsed.prefill == "sparse":
         by_layer = [key_means_bytes([shape], item_bytes, batch_size, context_length) for shape in shapes]
-        means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
-    peak = prefill_bytes(config, item_bytes, tokens, most, tuning, means)
+    free = min((each for each in frees.values() if each is not None), default=None)
+    fitting = fitting_tokens(config, item_bytes, tuning, 0, free, sum(by_layer))
+    most = fitting if chunk is None else batch_size * chunk
+    means = sum(by_layer) if tokens > most else max(by_layer, default=0)  # read whole: of one layer at a time
+    peak = prefill_bytes(config, item_bytes, tokens, most, piece_bytes(tuning, free), means)
+    for each, free in frees.items():
+        on_it = [budget for budget, where in zip(budgets, devices, strict=True) if where == each]
+        taken = made.device_parts.get(str(each), made.gpu_bytes) + made.metadata_bytes
+        left = None if free is None else max(0, free - taken)
+        peak = max(peak, indexing_bytes(resolved, on_it, tuning, batch_size, context_length, left))
     return replace(made, dense_layers=dict(reasons), prefill_bytes=peak)
 
 
@@ -252,9 +260,8 @@ def _gpu_bytes(parts: Counter[str]) -> int:
     return parts["pages"] + parts["page frames"] + parts["summaries"]
 
 
-def _cap(options: SpinOptions, device: torch.device) -> int | None:
-    """The cap of a device in bytes; None for none."""
-    free = free_gpu_memory(device)
+def _cap(options: SpinOptions, free: int | None) -> int | None:
+    """The cap of a device with `free` bytes; None for none."""
     if free is None or options.gpu_memory is not None:
         return options.gpu_memory
     return Watermarks(options.tuning.margin_bytes).cap_for_prompts(0, free)

@@ -1,8 +1,9 @@
 """Temporary memory of a prompt, in addition to its pages, and the chunk size that fits the free memory.
 
     per token    hidden states, the MLP's intermediate states, outputs of attention before and after they are merged
-    pieces       buffers for earlier keys and values (`storage/page_stream.py`)
+    pieces       buffers for earlier keys and values (`storage/page_stream.py`), smaller where little memory is free
     mean keys    of a sparse prompt, one for 16 tokens (`backends/sparse_prompt.py`): 1/32 of the pages
+    indexing     behind the prompt, when the others are free again: several times the pages of a call
 
 The first is an estimate from the config: the model's own code may allocate more or less. `benchmarks/speed/prefill.py` measures
 the peak.
@@ -15,11 +16,14 @@ from typing import Any
 
 import torch
 
+from ..attention.methods.base import Method
+from ..attention.methods.clustering import ClusteringMethod
 from ..attention.methods.layer_shapes import LayerShape
-from ..config import Tuning
+from ..config import INDEX_COPIES, Tuning
 from ..kernels import num_means
+from ..storage.tier_budget import TierBudget
 from .gpu_memory import GpuMemory
-from .watermarks import free_gpu_memory
+from .watermarks import Watermarks, free_gpu_memory
 
 _LEAST_CHUNK_TOKENS = 256
 _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
@@ -27,16 +31,21 @@ _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
 _PIECES = 4
 """Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
 
+_SUMMARY_COPIES = 2
+"""As `INDEX_COPIES`, for methods that do not cluster: the pages, and what is computed from them."""
+
 
 def bytes_per_token(config: Any, item_bytes: int) -> int:
     """Temporary bytes of a forward per token of one sequence; 0 if the config does not say."""
     hidden = getattr(config, "hidden_size", None) or 0
+    heads = getattr(config, "num_attention_heads", None) or 0
+    states = heads * (getattr(config, "head_dim", None) or 0) if isinstance(heads, int) else 0
     dense = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 0
     routed = experts * (getattr(config, "moe_intermediate_size", None) or 0)
     if isinstance(dense, (list, tuple)):
         dense = max(dense)
-    return item_bytes * (_HIDDEN_STATES * hidden + _INTERMEDIATE_STATES * max(dense, routed))
+    return item_bytes * (_HIDDEN_STATES * max(hidden, states) + _INTERMEDIATE_STATES * max(dense, routed))
 
 
 def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: int, context_length: int) -> int:
@@ -50,18 +59,59 @@ def key_means_bytes(shapes: Sequence[LayerShape], item_bytes: int, batch_size: i
     return numbers * item_bytes * batch_size * num_means(context_length)
 
 
+def piece_bytes(tuning: Tuning, pool: int | None) -> int:
+    """Bytes of a piece, so that pieces take at most half of what is left free for prompts.
+
+    Args:
+        pool: bytes of the compute tier that the cache holds or that are free; None if not known.
+    """
+    if pool is None:
+        return tuning.piece_bytes
+    return min(tuning.piece_bytes, Watermarks(tuning.margin_bytes).margin(pool) // _PIECES)
+
+
+def pool_of(gpu: GpuMemory, device: torch.device) -> int | None:
+    """Bytes of `device` that a cache holds or that are free; None if not known."""
+    free = free_gpu_memory(device)
+    return None if free is None else gpu.held(device) + free
+
+
 def prefill_bytes(
-    config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, tuning: Tuning, key_means: int = 0
+    config: Any, item_bytes: int, num_tokens: int, chunk_tokens: int, piece_bytes: int, key_means: int = 0
 ) -> int:
     """Temporary bytes of reading a prompt.
 
     Args:
         num_tokens: of all sequences.
         chunk_tokens: most tokens of all sequences in a forward.
+        piece_bytes: of a piece of earlier keys and values.
         key_means: bytes of mean keys.
     """
-    pieces = _PIECES * tuning.piece_bytes if num_tokens > chunk_tokens else 0
+    pieces = _PIECES * piece_bytes if num_tokens > chunk_tokens else 0
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
+
+
+def indexing_bytes(
+    method: Method,
+    budgets: Sequence[TierBudget],
+    tuning: Tuning,
+    batch_size: int,
+    context_length: int,
+    free: int | None,
+) -> int:
+    """Temporary bytes of clustering and summarizing the pages of a prompt.
+
+    Args:
+        budgets: of the paged layers.
+        context_length: tokens of each sequence.
+        free: free bytes of the compute tier behind the prompt; None if not known.
+    """
+    token_bytes = [batch_size * budget.num_heads * budget.page_bytes // method.page_size for budget in budgets]
+    copies, least = _SUMMARY_COPIES, method.page_size * method.unit_pages
+    if isinstance(method, ClusteringMethod):
+        copies, least = INDEX_COPIES, method.span_tokens if free is not None else tuning.cluster_tokens
+    most = max(tuning.index_room(free), least * max(token_bytes, default=0))
+    return copies * min(most, sum(token_bytes) * context_length)
 
 
 def chunk_tokens(
@@ -73,13 +123,19 @@ def chunk_tokens(
         devices: of the inputs and of the layers.
         key_means: bytes of mean keys that the prompt takes.
     """
-    tuning, rooms = gpu.tuning, []
-    for device in set(devices):
-        free = free_gpu_memory(device)
-        if free is not None:
-            rooms.append(min(free, 2 * gpu.watermarks.margin(gpu.held(device) + free)))
-    if not rooms:
+    return min(
+        fitting_tokens(config, item_bytes, gpu.tuning, gpu.held(device), free_gpu_memory(device), key_means)
+        for device in set(devices)
+    )
+
+
+def fitting_tokens(
+    config: Any, item_bytes: int, tuning: Tuning, held: int, free: int | None, key_means: int = 0
+) -> int:
+    """As `chunk_tokens`, for a cache that holds `held` bytes while `free` bytes are free; None if that is not known."""
+    if free is None:
         return tuning.prefill_tokens
-    room = min(rooms) - _PIECES * tuning.piece_bytes - key_means
+    room = min(free, 2 * Watermarks(tuning.margin_bytes).margin(held + free))
+    room -= _PIECES * piece_bytes(tuning, held + free) + key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.speed import prefill
-from spin_hf.backends import sparse_prompt
+from spin_hf.backends import dense, sparse_prompt
 from tests.support.zoo import build_model
 
 
@@ -35,12 +35,25 @@ def test_every_call_reads_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_prompt_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(model: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("no room")
+    """It says where: in the innermost function of the package, or outside."""
 
-    monkeypatch.setitem(prefill.WAYS, "spin", (full, {}))
+    def full(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("no room\nmore about it")
+
+    made = {"tokens": 40, "way": "spin", "new_tokens": 1, "times": 1, "why": "out of GPU memory", "message": "no room"}
+    with monkeypatch.context() as patched:
+        patched.setitem(prefill.WAYS, "spin", (full, {}))
+        row = prefill.row(build_model("llama"), 40, "spin", 1, 1)
+    where = row.pop("where")
+    assert row == made
+    assert where.startswith("test_prefill.py:")
+    assert where.endswith(" full")
+    monkeypatch.setattr(dense, "attend_in_pieces", full)
     row = prefill.row(build_model("llama"), 40, "spin", 1, 1)
-    assert row == {"tokens": 40, "way": "spin", "new_tokens": 1, "times": 1, "why": "out of GPU memory"}
+    where = row.pop("where")
+    assert row == made
+    assert where.startswith("spin_hf/backends/dense.py:")
+    assert where.endswith(" attend_all")
 
 
 def test_a_sparse_way_reads_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

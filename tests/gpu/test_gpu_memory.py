@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from spin_hf import SpinCache
 from spin_hf.config import Tuning
@@ -173,4 +173,44 @@ def test_out_of_memory_is_answered_by_releasing(model: Any) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert cache.stats().cpu_bytes > 0
+    cache.check_integrity()
+
+
+def test_a_long_prompt_on_a_small_gpu() -> None:
+    """1 GiB of keys and values where torch may take 512 MiB beside the weights, with default arguments.
+
+    A prompt and what follows it stay within that: chunks, page frames, clusters and summaries. Logits are `DynamicCache`'s.
+    """
+    tokens, room = 65536, 512 << 20
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=1024, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=2 * tokens,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        wide = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 128, (1, tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    options: dict[str, Any] = dict(do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    mask = torch.ones_like(ids)
+    expected = wide.generate(
+        ids, attention_mask=mask, past_key_values=DynamicCache(config=config), max_new_tokens=1,
+        prefill_chunk_size=8192, **options,
+    ).logits[0]  # fmt: skip
+    wide.generate(ids[:, :9000], attention_mask=mask[:, :9000], past_key_values=SpinCache(wide), max_new_tokens=4)
+    total = torch.cuda.get_device_properties(0).total_memory
+    weights = allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+    try:
+        cache = SpinCache(wide)
+        out = wide.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=16, **options)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(out.logits) == 16
+    stats = cache.stats()
+    assert stats.cpu_bytes >= 1 << 30
+    assert stats.buffer_frames > 0
+    assert torch.cuda.max_memory_allocated() - weights <= room
+    torch.testing.assert_close(out.logits[0], expected, rtol=0, atol=0.05)
     cache.check_integrity()

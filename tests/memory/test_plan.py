@@ -253,6 +253,20 @@ def test_chunks_leave_room_for_mean_keys(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sizes[2] == 256
 
 
+def test_pieces_of_earlier_tokens_are_smaller_on_a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half of what is left free for prompts, so that chunks get the other half."""
+    config, gpu, free = build_config("llama"), forward_of(SpinCache(build_config("llama"))).gpu, 16 << 20
+    assert prefill_peak.piece_bytes(gpu.tuning, None) == prefill_peak.piece_bytes(gpu.tuning, 8 << 30) == 128 << 20
+    margin = gpu.watermarks.margin(free)
+    assert prefill_peak.piece_bytes(gpu.tuning, free) == margin // 4
+    monkeypatch.setattr(prefill_peak, "free_gpu_memory", lambda _: free)
+    fitting = margin // prefill_peak.bytes_per_token(config, 2)
+    assert 256 < fitting // 2 < prefill_peak.chunk_tokens(config, 2, gpu, [torch.device("cpu")]) <= fitting
+    cache = fill(config, 1, 40)
+    assert cache.paged_layers[0].store is not None
+    assert cache.paged_layers[0].store.piece_bytes == margin // 4
+
+
 def test_nothing_is_paged() -> None:
     made = plan(build_config("mistral"), context_length=100, gpu_memory=1)
     assert (made.fits, made.gpu_bytes, made.metadata_bytes, made.paged_layers) == (True, 0, 0, 0)
