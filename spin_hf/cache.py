@@ -37,6 +37,8 @@ from .integration.cache_copies import CacheCopies
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
 from .integration.linear_states import LinearStates
+from .integration.rank_agreement import meeting
+from .integration.tensor_parallel import ranks_of, shared_options
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
 from .persistence.fingerprint import ModelFacts
@@ -115,8 +117,11 @@ class SpinCache(CacheCopies, LinearStates):
         resolved = resolve_method(method)
         config, name = decoder_config(model)
         check_model(config, name)
+        target = model_of(model)
+        ranks = ranks_of(model if target is None else target, name)
+        options = shared_options(ranks, options, resolved, checked_store(store), target)
         sequences = PageTable(resolved.page_size, resolved.uses_positions)
-        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model), store=checked_store(store))
+        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model), store=store, ranks=ranks)
         self._passes = ForwardPass(self._state)
         layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
         self._state.method = resolved.bind(config, [layer.layer_idx for layer in self._state.layers])
@@ -124,7 +129,7 @@ class SpinCache(CacheCopies, LinearStates):
         check_spans(self._state.method)
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._passes)
-        self._bind(config, model_of(model))
+        self._bind(config, target)
 
     def __repr__(self) -> str:
         held = self._state
@@ -184,7 +189,7 @@ class SpinCache(CacheCopies, LinearStates):
         tokens_to_remove = removed_by_crop(tokens_to_remove)
         self._log.settle(self.layers)
         length = self.get_seq_length()
-        with undone(self._state, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()), meeting(self._state.ranks, "crop", length):
             for layer in self._unpaged_layers():
                 layer.crop(tokens_to_remove)
             if self._state.layers:
@@ -372,7 +377,7 @@ class SpinCache(CacheCopies, LinearStates):
         if not rows:
             return  # the cache is empty
         chosen = torch.tensor(rows)
-        with undone(self._state, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()), meeting(self._state.ranks, "select sequences", len(rows)):
             for layer in self._unpaged_layers():
                 layer.reorder_cache(chosen)  # every layer type has it; any number of rows is allowed
             self._passes.select_sequences(rows)

@@ -31,6 +31,7 @@ from torch import Tensor
 from .attention.methods.base import FittedTensors, Method
 from .config import SpinOptions
 from .inference_mode import outside_inference_mode
+from .integration.rank_agreement import Ranks
 from .kernels.descriptor_fields import MAX_QUERIES
 from .storage.page_store import PageStore
 from .storage.page_table import PageTable
@@ -107,6 +108,7 @@ class CacheState:
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
         tokens: their ids, as far as they are known.
+        ranks: of a tensor-parallel model, which share its heads; None for a model on one rank.
         store: a `PromptStore` of prompts that were read before; None for none.
         reused_tokens: tokens of the present sequences that came from the store.
         phase: of the current forward.
@@ -128,6 +130,7 @@ class CacheState:
     captured_length: Tensor | None = None
     committed: int = 0
     tokens: TokenLog = field(default_factory=TokenLog)
+    ranks: Ranks | None = None
     store: Any = None
     reused_tokens: int = 0
     phase: Phase = Phase.IDLE

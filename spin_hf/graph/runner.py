@@ -39,6 +39,7 @@ from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..indexing import padding_change
 from ..integration.forward_hook import new_inputs
+from ..integration.rank_agreement import meeting
 from ..state import CacheState
 from ..storage.host_register import ONE_AT_A_TIME
 from ..storage.pinned_slab import give_back_dropped
@@ -205,7 +206,9 @@ class GraphRunner:
         try:
             prepared = self._prepare(new_valid)
             if prepared and step is None:
-                step = captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
+                with meeting(self.state.ranks, "capture a step"):
+                    step = self._capture(forward, inputs, {name: kwargs[name]})
+                captured[key] = step
         except Exception as error:
             self._roll_back()
             if step is not None or isinstance(error, (SpinError, MemoryError)):
