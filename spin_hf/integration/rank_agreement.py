@@ -47,12 +47,16 @@ class Ranks:
     def __init__(self, members: list[int]) -> None:
         self.size, self.number = len(members), members.index(dist.get_rank())
         self.group: Any = dist.new_group(members, timeout=_TIMEOUT, backend="gloo", use_local_synchronization=True)
-        hosts = self.gathered(socket.gethostname())
+        hosts = self._gathered(socket.gethostname())
         self.on_host = hosts.count(hosts[self.number])
         """Ranks on this machine, which share its memory."""
 
-    def gathered(self, value: Any) -> list[Any]:
-        """A picklable value of each rank."""
+    def gathered(self, what: str, value: Any) -> list[Any]:
+        """A picklable value of each rank. `what` and errors as for `smallest`."""
+        self._exchanged(what, False, ())
+        return self._gathered(value)
+
+    def _gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
@@ -94,7 +98,7 @@ class Ranks:
         if any(row[1] for row in rows):
             self._raise_first(error)
         if any(row[0] != rows[0][0] for row in rows):
-            done = self.gathered(what)
+            done = self._gathered(what)
             raise _marked(
                 CacheStateError(
                     f"ranks: expected the same call on all ranks, got ranks that {', '.join(done)}; let all ranks run the "
@@ -105,7 +109,7 @@ class Ranks:
 
     def _raise_first(self, error: Exception | None) -> None:
         """Raise the error of the first rank that has one."""
-        errors = self.gathered(None if error is None else _packed(error))
+        errors = self._gathered(None if error is None else _packed(error))
         number = next(number for number, packed in enumerate(errors) if packed is not None)
         if number == self.number and error is not None:
             raise _marked(error)

@@ -6,8 +6,8 @@
     fsdp_size           ranks have batches of their own; nothing is shared between their caches
     pp_size, sequence and context parallel    refused: a rank sees only some layers, or only some tokens
 
-transformers replaces the `forward` of each parallel module, and keeps weights as DTensors whose local part the forward uses. Keys
-and values that reach a cache are plain tensors.
+transformers replaces the `forward` of each parallel module, and keeps weights as DTensors whose local part the forward uses.
+Keys and values that reach a cache are plain tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..attention.methods.layer_shapes import LayerShape
+from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..config import SpinOptions
 from ..errors import OptionError, UnsupportedModelError
 from .rank_agreement import Ranks
@@ -43,20 +43,19 @@ def tp_size(model: Any) -> int:
     return (getattr(model, "_tp_size", None) or 1) if isinstance(model, nn.Module) else 1
 
 
-def ranks_of(model: Any, name: str) -> Ranks | None:
+def ranks_of(model: Any) -> Ranks | None:
     """The ranks of a model; None if it is not tensor-parallel. All ranks call this together.
 
     Args:
-        model: the model; or its config, or None.
-        name: for messages.
+        model: the model; or its config.
     Raises:
         UnsupportedModelError: it is distributed in a way that no cache can serve.
         OptionError: `model` is the config of a tensor-parallel model.
     """
     if not isinstance(model, nn.Module):
-        _check_config(model, name)
+        _check_config(model)
         return None
-    check_distribution(model, name)
+    check_distribution(model)
     size = tp_size(model)
     if size == 1:
         return None
@@ -68,9 +67,9 @@ def ranks_of(model: Any, name: str) -> Ranks | None:
     return found
 
 
-def check_distribution(model: nn.Module, name: str) -> None:
+def check_distribution(model: nn.Module) -> None:
     """Raise UnsupportedModelError if ranks see only some layers, only some tokens, or parts of heads."""
-    config = getattr(model, "config", None)
+    name, config = type(model).__name__, getattr(model, "config", None)
     settings = getattr(config, "distributed_config", None)
     sizes = _mesh_sizes(model)
     stages = max(_setting(settings, "pp_size"), sizes.get("pp", 1))
@@ -88,10 +87,11 @@ def check_distribution(model: nn.Module, name: str) -> None:
             f"{name} splits sequences over ranks ({what}), expected all tokens on each rank, as pages and a step of one token "
             f"cannot be split; {_REMEDY}"
         )
-    size, heads = tp_size(model), _kv_heads(config)
-    if splits_heads(model) and heads is not None and heads % size:
+    size, heads = tp_size(model), _kv_heads(config) if splits_heads(model) else []
+    uneven = [number for number in heads if number % size]
+    if uneven:
         raise UnsupportedModelError(
-            f"{name}: expected KV heads that {size} ranks divide, got {heads}, and transformers would cut heads in parts; use "
+            f"{name}: expected KV heads that {size} ranks divide, got {uneven[0]}, and transformers cuts heads in parts; use "
             "fewer ranks, or gather the heads on each rank by a plan: q_proj, k_proj and v_proj as colwise_gather_output, "
             "o_proj as rowwise_split_input"
         )
@@ -109,11 +109,6 @@ def local_shapes(shapes: list[LayerShape] | None, model: Any) -> list[LayerShape
     if shapes is None or not splits_heads(model):
         return shapes
     return [replace(shape, num_heads=max(1, shape.num_heads // size)) for shape in shapes]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_distributed_otherwise(model: nn.Module) -> bool:
@@ -146,7 +141,7 @@ def shared_options(ranks: Ranks | None, options: SpinOptions, method: Any, store
         )
     caps = options.gpu_memory, options.cpu_memory
     same = repr(replace(options, gpu_memory=None, cpu_memory=None)), repr(method), [cap is None for cap in caps]
-    given = ranks.gathered((same, caps))
+    given = ranks.gathered("make a SpinCache", (same, caps))
     if any(other != same for other, _ in given):
         raise OptionError(
             f"options: expected the same on all ranks, got {' and '.join(dict.fromkeys(str(other) for other, _ in given))}; "
@@ -160,18 +155,19 @@ def check_states(states: Tensor, name: str) -> None:
     """Raise UnsupportedModelError if keys of a layer are distributed."""
     if isinstance(states, DTensor):
         raise UnsupportedModelError(
-            f"{name} gives keys to the cache that are distributed (DTensor), expected plain tensors of this rank's heads; {_REMEDY}"
+            f"{name} gives keys to the cache that are distributed (DTensor), expected plain tensors of this rank's heads; "
+            f"{_REMEDY}"
         )
 
 
-def _check_config(config: Any, name: str) -> None:
+def _check_config(config: Any) -> None:
     settings = getattr(config, "distributed_config", None)
     if settings is None or not (dist.is_available() and dist.is_initialized()):
         return
     if max(_setting(settings, key) for key in ("tp_size", "pp_size")) > 1:
         raise OptionError(
-            f"model: expected the model, got the config of {name}, which is distributed over processes whose caches must "
-            "agree; pass the model: SpinCache(model)"
+            f"model: expected the model, got a {type(config).__name__} of a model that is distributed over processes, whose "
+            "caches must agree; pass the model: SpinCache(model)"
         )
 
 
@@ -203,8 +199,8 @@ def _setting(settings: Any, name: str, default: int = 1) -> int:
     return int(found or default)
 
 
-def _kv_heads(config: Any) -> int | None:
-    """KV heads of a model; None if the config does not tell them."""
-    decoder = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = getattr(decoder, "num_key_value_heads", None) or getattr(decoder, "num_attention_heads", None)
-    return found if isinstance(found, int) else None
+def _kv_heads(config: Any) -> list[int]:
+    """KV heads of each layer of a model; empty if the config does not tell them."""
+    decoder = config.get_text_config(decoder=True)
+    shapes = layer_shapes(decoder, list(range(decoder.num_hidden_layers)))
+    return [shape.num_heads for shape in shapes or ()]

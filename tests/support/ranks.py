@@ -1,0 +1,105 @@
+"""Processes that run tests of tensor-parallel models together: started once, and used by all tests of a session.
+
+    pool = rank_pool()
+    pool.run(2, "traces", "llama", ["greedy"])      `rank_cases.CASES["traces"](...)` on ranks 0 and 1 of 2
+      -> what each rank returned, or raises RankError with what it raised
+
+Starting torch takes seconds, so the processes stay. Their process group is made anew when another number of ranks is wanted. A
+watchdog ends them all if one does not answer: a rank that waits for the others would wait for minutes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WATCHDOG_SECONDS = 120.0
+
+
+@dataclass
+class Raised:
+    """An error of a rank: its type, text and attributes."""
+
+    kind: str
+    text: str
+    attributes: dict[str, Any]
+    trace: str
+
+
+class HangError(AssertionError):
+    """A rank gave no answer in time."""
+
+
+class RankPool:
+    """Up to four processes."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="spin_hf_ranks_"))
+        self.calls = 0
+        self.workers: list[Any] = []
+        self.connections: list[Any] = []
+
+    def run(self, size: int, case: str, *arguments: Any, may_raise: bool = False) -> list[Any]:
+        """Call a case on `size` ranks.
+
+        Args:
+            may_raise: whether an error of a rank is returned as `Raised`; otherwise the test fails with it.
+        """
+        from tests.support.rank_worker import work
+
+        context = multiprocessing.get_context("spawn")
+        while len(self.workers) < size:
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=work, args=(theirs, len(self.workers)), daemon=True)
+            worker.start()
+            theirs.close()
+            self.workers.append(worker)
+            self.connections.append(ours)
+        self.calls += 1
+        store = str(self.folder / f"store{self.calls}")
+        for connection in self.connections[:size]:
+            connection.send((size, store, case, arguments))
+        found = []
+        for number, connection in enumerate(self.connections[:size]):
+            if not connection.poll(WATCHDOG_SECONDS):
+                self.close()
+                raise HangError(f"rank {number} of {size} gave no answer to {case}{arguments}")
+            try:
+                found.append(connection.recv())
+            except EOFError as error:
+                self.close()
+                raise HangError(f"rank {number} of {size} has ended in {case}{arguments}") from error
+        errors = [(number, each) for number, each in enumerate(found) if isinstance(each, Raised)]
+        if errors and not may_raise:
+            number, error = errors[0]
+            raise AssertionError(f"rank {number} raised {error.kind}: {error.text}\n{error.trace}")
+        return found
+
+    def close(self) -> None:
+        """End the processes."""
+        workers, self.workers, self.connections = self.workers, [], []
+        for worker in workers:
+            worker.kill()
+
+
+@functools.cache
+def rank_pool() -> RankPool:
+    """The pool of this session."""
+    pool = RankPool()
+    atexit.register(pool.close)
+    return pool
+
+
+@functools.cache
+def saved_model(family: str) -> str:
+    """A folder with the tiny model of a family."""
+    from tests.support.zoo import build_model
+
+    folder = Path(tempfile.mkdtemp(prefix=f"spin_hf_{family}_"))
+    build_model(family).save_pretrained(folder)
+    return str(folder)
