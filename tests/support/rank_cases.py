@@ -6,17 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
-from spin_hf import SpinCache
+import spin_hf.forward_pass as admission_users
+from spin_hf import CapacityError, PromptStore, SpinCache, SpinError
+from spin_hf.persistence import files
+from spin_hf.storage.chunked_array import ChunkedArray
+from spin_hf.storage.page_frames import PageFrames
 from tests.support.all_modes import MODES
 from tests.support.compare import Trace
+from tests.support.inspection import state_of
 from tests.support.subjects import Subject
-from tests.support.zoo import PAD_TOKEN_ID
+from tests.support.tuning import tuned
+from tests.support.zoo import PAD_TOKEN_ID, left_padded, random_tokens
 
 CASES: dict[str, Callable[..., Any]] = {}
 GATHERED = {
@@ -77,3 +86,181 @@ def traces(
             if isinstance(cache, SpinCache):
                 cache.check_integrity()
     return found
+
+
+def sequences(model: Any, cache: Any, ids: torch.Tensor, new: int = 24, **options: Any) -> torch.Tensor:
+    """Greedy tokens [B, n] of a prompt."""
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    made: torch.Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
+    return made
+
+
+@case
+def generated(folder: str, options: dict[str, Any], rows: int, length: int, new: int = 24) -> Any:
+    """Tokens, and the numbers of `stats`: of this rank, and of all of them."""
+    model = rank_model(folder)
+    cache = SpinCache(model, **options)
+    tokens = sequences(model, cache, random_tokens(rows, length), new)
+    cache.check_integrity()
+    return tokens, asdict(cache.stats()), asdict(cache.stats(all_ranks=True))
+
+
+@case
+def options_by_rank(folder: str, options: list[dict[str, Any]]) -> dict[str, Any]:
+    """Caps of a cache that each rank makes with options of its own."""
+    cache = SpinCache(rank_model(folder), **options[dist.get_rank()])
+    chosen = state_of(cache).options
+    return {"gpu_memory": chosen.gpu_memory, "cpu_memory": chosen.cpu_memory}
+
+
+@case
+def batches_by_rank(folder: str, lengths: list[int]) -> None:
+    """A prompt of another length on each rank."""
+    model = rank_model(folder)
+    cache = SpinCache(model)
+    with torch.no_grad():
+        model(random_tokens(1, lengths[dist.get_rank()]), past_key_values=cache)
+
+
+class _OutOfMemory:
+    """Refuses memory from one allocation on, on one rank.
+
+    Args:
+        where: a class and the name of its method.
+        skips: calls of it that succeed.
+    """
+
+    def __init__(self, where: tuple[Any, str], rank: int, skips: int) -> None:
+        self.where, self.left, self.active = where, skips, dist.get_rank() == rank
+        self.hits = 0
+
+    def __enter__(self) -> _OutOfMemory:
+        owner, name = self.where
+        self.before = original = getattr(owner, name)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.active and self.left < 0:
+                self.hits += 1
+                raise CapacityError("pages and summaries: 4096 bytes more for a test and got none")
+            return original(*args, **kwargs)
+
+        setattr(owner, name, refuse)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        setattr(self.where[0], self.where[1], self.before)
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "pages": (ChunkedArray, "_new_slabs"),
+    "frames": (PageFrames, "resize"),
+    "first batch": (admission_users, "check_first_batch"),
+    "copies": (ChunkedArray, "copy_blocks"),
+}
+"""Where memory runs out."""
+
+
+STEPS = 12
+
+
+def prompt_and_steps() -> list[torch.Tensor]:
+    """A prompt of two sequences that ends shortly before a segment of pages of 4 tokens does, and tokens behind it."""
+    return [random_tokens(2, 121), *random_tokens(2, STEPS, seed=3).split(1, 1)]
+
+
+@torch.no_grad()
+def last_logits(model: Any, cache: Any, steps: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits behind each of the steps."""
+    return [model(step, past_key_values=cache).logits[:, -1] for step in steps]
+
+
+@case
+def out_of_memory(folder: str, place: str, skips: int, in_steps: bool, options: dict[str, Any]) -> Any:
+    """Rank 1 runs out of memory in the prompt, in a step, or in a copy; the same call then succeeds.
+
+    Returns:
+        the error of this rank; whether this rank has run out; tokens held before and after; logits of all steps.
+    """
+    model, steps = rank_model(folder), prompt_and_steps()
+    with tuned(min_chunk_segments=1, cpu_chunk_bytes=1):
+        cache = SpinCache(model, **options)
+    logits = last_logits(model, cache, steps[: int(in_steps)])
+    found, held = None, (0, 0)
+    with _OutOfMemory(PLACES[place], 1, skips) as memory:
+        while len(logits) < len(steps):
+            before = cache.get_seq_length()
+            try:
+                if place == "copies":
+                    cache.reorder_cache(torch.tensor([0, 0]))
+                logits += last_logits(model, cache, [steps[len(logits)]])
+            except SpinError as error:
+                found, held = f"{type(error).__name__}: {error}", (before, cache.get_seq_length())
+                break
+    cache.check_integrity()
+    if len(logits) < len(steps):
+        logits += last_logits(model, cache, steps[len(logits) :])
+    return found, memory.hits > 0, held, torch.stack(logits)
+
+
+def save_and_go_on(model: Any, target: str, options: dict[str, Any], lengths: list[int]) -> torch.Tensor:
+    """Save a cache behind a prompt and some tokens. Returns the tokens that it goes on with."""
+    cache = SpinCache(model, **options)
+    ids, mask = left_padded(lengths)
+    made = sequences(model, cache, ids, 9, attention_mask=mask)
+    cache.save_pretrained(target, made)
+    return _go_on(model, cache, made, mask)
+
+
+def load_and_go_on(model: Any, target: str, options: dict[str, Any], lengths: list[int]) -> torch.Tensor:
+    """Load what `save_and_go_on` has saved, and go on."""
+    cache = SpinCache.from_pretrained(target, model, **options)
+    cache.check_integrity()
+    made = state_of(cache).tokens.ids(cache.get_seq_length())
+    assert made is not None
+    return _go_on(
+        model, cache, torch.cat([made.long(), random_tokens(len(made), 1, seed=5)], 1), left_padded(lengths)[1]
+    )
+
+
+def _go_on(model: Any, cache: SpinCache, made: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    ids = torch.cat([made[:, : cache.get_seq_length()], random_tokens(len(made), 1, seed=5)], 1)
+    more = torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=torch.long)
+    return sequences(model, cache, ids, 12, attention_mask=torch.cat([mask, more], 1))
+
+
+@case
+def saved(folder: str, target: str, options: dict[str, Any], lengths: list[int]) -> torch.Tensor:
+    """`save_and_go_on`."""
+    return save_and_go_on(rank_model(folder), target, options, lengths)
+
+
+@case
+def restored(folder: str, target: str, options: dict[str, Any], lengths: list[int]) -> torch.Tensor:
+    """`load_and_go_on`."""
+    return load_and_go_on(rank_model(folder), target, options, lengths)
+
+
+@case
+def saved_without_room(folder: str, target: str, lengths: list[int]) -> None:
+    """Rank 1 cannot write."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(files, "switch", refuse)
+        save_and_go_on(rank_model(folder), target, {}, lengths)
+
+
+@case
+def makes(folder: str, kind: str) -> None:
+    """A cache that is refused on a tensor-parallel model."""
+    model = rank_model(folder)
+    if kind == "store":
+        SpinCache(model, store=PromptStore())
+    elif kind == "config":
+        SpinCache(model.config)
+    else:
+        raise AssertionError(kind)

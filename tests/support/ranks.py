@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.support.zoo import PAD_TOKEN_ID, build_model
+
 WATCHDOG_SECONDS = 120.0
 
 
@@ -98,8 +103,35 @@ def rank_pool() -> RankPool:
 @functools.cache
 def saved_model(family: str) -> str:
     """A folder with the tiny model of a family."""
-    from tests.support.zoo import build_model
+    return _saved(build_model(family))
 
-    folder = Path(tempfile.mkdtemp(prefix=f"spin_hf_{family}_"))
-    build_model(family).save_pretrained(folder)
-    return str(folder)
+
+@functools.cache
+def four_heads() -> str:
+    """A folder with a tiny model of four KV heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512,
+    )  # fmt: skip
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, 0
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return _saved(model)
+
+
+def _saved(model: Any) -> str:
+    folder = tempfile.mkdtemp(prefix="spin_hf_model_")
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def whole_model(folder: str) -> Any:
+    """The model of a folder, in this process."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD_TOKEN_ID
+    return model
