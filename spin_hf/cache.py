@@ -251,8 +251,9 @@ class SpinCache(CacheCopies, SavedCaches, LinearStates):
             check_source(cache, [], (), None, None)
         made = cls(model, method, **options)
         paged = {layer.layer_idx for layer in made._state.layers}
-        valid = check_source(cache, made.layers, paged, made._config, attention_mask)
-        take_over(cache, made.layers, paged, valid)
+        valid = check_source(cache, made.layers, paged, made._config, attention_mask, made.calls.model())
+        with meeting(made._state.ranks, "take over a cache"):
+            take_over(cache, made.layers, paged, valid)
         made._passes.commit()
         made._state.visible_length.fill_(made._state.committed)
         return made

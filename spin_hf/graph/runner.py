@@ -207,8 +207,8 @@ class GraphRunner:
             prepared = self._prepare(new_valid)
             if prepared and step is None:
                 with meeting(self.state.ranks, "capture a step"):
-                    step = self._capture(forward, inputs, {name: kwargs[name]})
-                captured[key] = step
+                    made = self._capture(forward, inputs, {name: kwargs[name]})
+                step = captured[key] = made
         except Exception as error:
             self._roll_back()
             if step is not None or isinstance(error, (SpinError, MemoryError)):

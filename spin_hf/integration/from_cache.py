@@ -12,10 +12,11 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..errors import BatchSizeError, OptionError, OptionTypeError
+from .tensor_parallel import local_shapes
 
 
 def check_source(
-    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None
+    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None, model: Any = None
 ) -> Tensor | None:
     """Check that `take_over` can copy `cache` into `layers`. Changes nothing.
 
@@ -25,6 +26,7 @@ def check_source(
         paged: indices of the paged layers.
         config: the decoder's config.
         mask: [B, tokens], 0 or False for padding; None for no padding.
+        model: the model, of which this rank may have some heads only; None if it is not known.
     Returns:
         the mask as bool.
     Raises:
@@ -38,7 +40,7 @@ def check_source(
         raise OptionError(
             f"cache: expected {len(layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model"
         )
-    shapes = layer_shapes(config, sorted(paged))
+    shapes = local_shapes(layer_shapes(config, sorted(paged)), model)
     expected, first = iter(shapes or []), None
     for index, (layer, source) in enumerate(zip(layers, cache.layers, strict=False)):
         if index not in paged:

@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 
 import spin_hf.forward_pass as admission_users
 from spin_hf import CapacityError, PromptStore, SpinCache, SpinError
+from spin_hf.integration.rank_agreement import Ranks
 from spin_hf.persistence import files
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
@@ -71,6 +72,14 @@ class RankSubject(Subject):
         if self.options is None:
             return DynamicCache(config=self.model.config)
         return SpinCache(self.model, **self.options)
+
+    def adopt(self, cache: DynamicCache) -> Any:
+        self.caches.append(SpinCache.from_cache(cache, self.model, **(self.options or {})))
+        return self.caches[-1]
+
+    def restart(self, cache: Any) -> Any:
+        cache.reset()
+        return cache
 
 
 @case
@@ -264,3 +273,43 @@ def makes(folder: str, kind: str) -> None:
         SpinCache(model.config)
     else:
         raise AssertionError(kind)
+
+
+@case
+def captured(folder: str, options: dict[str, Any], fails_on: int | None = None) -> Any:
+    """Decode with captured steps, as on a GPU, by interpreted kernels. `fails_on` names a rank that cannot capture.
+
+    Returns:
+        tokens; replays; why steps are not captured; meetings of the ranks in the last 4 steps.
+    """
+    from tests.support.graph_recorder import FakeCapturedStep, capture_on_cpu
+
+    model = rank_model(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = capture_on_cpu(patch)
+        if fails_on == dist.get_rank():
+            capture = FakeCapturedStep.capture
+
+            def refuse(*arguments: Any) -> None:
+                capture(*arguments)  # a fake capture computes, together with the other ranks
+                raise RuntimeError("this rank cannot capture")
+
+            patch.setattr(FakeCapturedStep, "capture", refuse)
+        cache = SpinCache(model, **options)
+        tokens = sequences(model, cache, random_tokens(1, 41), 4)
+        exchanged, exchange = [], Ranks._exchanged
+
+        def count(self: Ranks, what: str, *arguments: Any) -> Any:
+            exchanged.append(what)
+            return exchange(self, what, *arguments)
+
+        patch.setattr(Ranks, "_exchanged", count)
+        token = tokens[:, -1:]
+        with torch.no_grad():
+            for _ in range(4):
+                token = model(token, past_key_values=cache).logits.argmax(-1)
+                tokens = torch.cat([tokens, token], 1)
+        cache.check_integrity()
+        assert cache.calls.steps is not None
+        refused = cache.calls.steps.refused
+    return tokens, recorder.replays, refused, exchanged

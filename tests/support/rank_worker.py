@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import traceback
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,8 @@ def work(connection: Any, number: int) -> None:
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "RANK": str(number), "LOCAL_RANK": str(number),
     }  # fmt: skip
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
     import torch.distributed as dist
 
@@ -21,14 +24,14 @@ def work(connection: Any, number: int) -> None:
     from tests.support.ranks import Raised
 
     torch.set_num_threads(1)
-    joined = 0
+    joined = ""
     while True:
         try:
             size, store, case, arguments = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            if size != joined:
+            if store != joined:
                 if joined:
                     forget_models()
                     dist.destroy_process_group()
@@ -36,7 +39,7 @@ def work(connection: Any, number: int) -> None:
                 dist.init_process_group(
                     "gloo", init_method=f"file://{store}", rank=number, world_size=size, timeout=timedelta(seconds=60)
                 )
-                joined = size
+                joined = store
             torch.manual_seed(0)
             connection.send(CASES[case](*arguments))
         except Exception as error:

@@ -45,7 +45,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="spin_hf_ranks_"))
-        self.calls = 0
+        self.groups = self.size = 0
         self.workers: list[Any] = []
         self.connections: list[Any] = []
 
@@ -65,8 +65,9 @@ class RankPool:
             theirs.close()
             self.workers.append(worker)
             self.connections.append(ours)
-        self.calls += 1
-        store = str(self.folder / f"store{self.calls}")
+        if size != self.size:  # all of them leave the group before
+            self.groups, self.size = self.groups + 1, size
+        store = str(self.folder / f"store{self.groups}")
         for connection in self.connections[:size]:
             connection.send((size, store, case, arguments))
         found = []
@@ -87,7 +88,7 @@ class RankPool:
 
     def close(self) -> None:
         """End the processes."""
-        workers, self.workers, self.connections = self.workers, [], []
+        workers, self.workers, self.connections, self.size = self.workers, [], [], 0
         for worker in workers:
             worker.kill()
 
