@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 from ..integration.forward_hook import without_wrapper
 from ..integration.layer_types import is_placeholder
-from ..integration.tensor_parallel import is_distributed_otherwise
+from ..integration.tensor_parallel import captures_collectives, is_distributed_otherwise
 from ..layer import SpinLayer
 from ..state import CacheState
 
@@ -44,6 +44,8 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
         return f"its parameters are on several devices ({', '.join(sorted(devices))})"
     if is_distributed_otherwise(model):
         return "its parameters are distributed"
+    if not captures_collectives(model):
+        return "its ranks communicate by another library than NCCL"
     if any(getattr(everywhere, f"_global{kind}") for kind in _HOOKS):
         return "a forward hook on all modules would not be called in a replay"
     for name, module in model.named_modules():

@@ -160,6 +160,11 @@ def check_states(states: Tensor, name: str) -> None:
         )
 
 
+def captures_collectives(model: nn.Module) -> bool:
+    """Whether the all-reduces of a tensor-parallel model can be part of a CUDA graph: NCCL's can."""
+    return tp_size(model) == 1 or str(dist.get_backend(_tp_mesh(model).get_group())) == "nccl"
+
+
 def _check_config(config: Any) -> None:
     settings = getattr(config, "distributed_config", None)
     if settings is None or not (dist.is_available() and dist.is_initialized()):

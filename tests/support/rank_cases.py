@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 
 import spin_hf.forward_pass as admission_users
 from spin_hf import CapacityError, PromptStore, SpinCache, SpinError
+from spin_hf.graph import eligibility, runner
 from spin_hf.integration.rank_agreement import Ranks
 from spin_hf.persistence import files
 from spin_hf.storage.chunked_array import ChunkedArray
@@ -99,9 +100,12 @@ def traces(
 
 def sequences(model: Any, cache: Any, ids: torch.Tensor, new: int = 24, **options: Any) -> torch.Tensor:
     """Greedy tokens [B, n] of a prompt."""
-    options.setdefault("attention_mask", torch.ones_like(ids))
-    made: torch.Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
-    return made
+    options = {"attention_mask": torch.ones_like(ids), **options}
+    given = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in options.items()}
+    made: torch.Tensor = model.generate(
+        ids.to(model.device), past_key_values=cache, max_new_tokens=new, do_sample=False, **given
+    )
+    return made.cpu()
 
 
 @case
@@ -181,7 +185,7 @@ def prompt_and_steps() -> list[torch.Tensor]:
 @torch.no_grad()
 def last_logits(model: Any, cache: Any, steps: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits behind each of the steps."""
-    return [model(step, past_key_values=cache).logits[:, -1] for step in steps]
+    return [model(step.to(model.device), past_key_values=cache).logits[:, -1].cpu() for step in steps]
 
 
 @case
@@ -228,7 +232,7 @@ def load_and_go_on(model: Any, target: str, options: dict[str, Any], lengths: li
     made = state_of(cache).tokens.ids(cache.get_seq_length())
     assert made is not None
     return _go_on(
-        model, cache, torch.cat([made.long(), random_tokens(len(made), 1, seed=5)], 1), left_padded(lengths)[1]
+        model, cache, torch.cat([made.long().cpu(), random_tokens(len(made), 1, seed=5)], 1), left_padded(lengths)[1]
     )
 
 
@@ -287,6 +291,7 @@ def captured(folder: str, options: dict[str, Any], fails_on: int | None = None) 
     model = rank_model(folder)
     with pytest.MonkeyPatch.context() as patch:
         recorder = capture_on_cpu(patch)
+        patch.setattr(eligibility, "captures_collectives", lambda model: True)
         if fails_on == dist.get_rank():
             capture = FakeCapturedStep.capture
 
@@ -313,3 +318,46 @@ def captured(folder: str, options: dict[str, Any], fails_on: int | None = None) 
         assert cache.calls.steps is not None
         refused = cache.calls.steps.refused
     return tokens, recorder.replays, refused, exchanged
+
+
+@case
+def on_gpu(folder: str, options: dict[str, Any], calls: list[dict[str, Any]]) -> Any:
+    """Tokens of calls of `generate` on GPUs, for prompts of 73 and 58 tokens.
+
+    Returns:
+        tokens of each call; steps captured by each; why steps are not captured.
+    """
+    model = rank_model(folder)
+    found, captured, refused = [], [], None
+    for call in calls:
+        ids, mask = left_padded([73, 58])
+        with tuned(**ON_GPU):
+            cache = SpinCache(model, **options)
+        found.append(sequences(model, cache, ids, 12, attention_mask=mask, **call))
+        cache.check_integrity()
+        steps = cache.calls.steps
+        captured.append(0 if steps is None else sum(step is not None for step in steps.captured.values()))
+        refused = None if steps is None else steps.refused
+    return found, captured, refused
+
+
+ON_GPU = {"gpu_chunk_bytes": 1, "min_chunk_segments": 1, "dense_factor": 0, "compiles_early": 0}
+"""Tuning with which tiny models have the chunks and the sparse steps of large ones."""
+
+
+@case
+def cannot_capture(folder: str, options: dict[str, Any], rank: int) -> Any:
+    """As `on_gpu`, where one rank fails within a capture."""
+    captures = runner.CapturedStep.capture
+
+    def refuse(self: Any, forward: Any, *others: Any) -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            forward(*args, **kwargs)
+            raise RuntimeError("this rank cannot capture")
+
+        captures(self, fail, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(runner.CapturedStep, "capture", refuse)
+        return on_gpu(folder, options, [{}])

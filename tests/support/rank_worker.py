@@ -9,11 +9,12 @@ from datetime import timedelta
 from typing import Any
 
 
-def work(connection: Any, number: int) -> None:
-    """Answer calls until the connection is closed."""
+def work(connection: Any, number: int, backend: str, device: str) -> None:
+    """Answer calls until the connection is closed. `backend` and `device` as for `RankPool`."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "RANK": str(number), "LOCAL_RANK": str(number),
+        "RANK": str(number), "LOCAL_RANK": "0" if device == "cuda:0" else str(number), "NCCL_GRAPH_MIXING_SUPPORT": "0",
+        "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     }  # fmt: skip
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,6 +25,8 @@ def work(connection: Any, number: int) -> None:
     from tests.support.ranks import Raised
 
     torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     joined = ""
     while True:
         try:
@@ -37,7 +40,7 @@ def work(connection: Any, number: int) -> None:
                     dist.destroy_process_group()
                 os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(size)
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", rank=number, world_size=size, timeout=timedelta(seconds=60)
+                    backend, init_method=f"file://{store}", rank=number, world_size=size, timeout=timedelta(seconds=60)
                 )
                 joined = store
             torch.manual_seed(0)

@@ -41,9 +41,15 @@ class HangError(AssertionError):
 
 
 class RankPool:
-    """Up to four processes."""
+    """Up to four processes.
 
-    def __init__(self) -> None:
+    Args:
+        backend: of the process group.
+        device: "cpu", "cuda" for a GPU for each rank, or "cuda:0" for one that they share.
+    """
+
+    def __init__(self, backend: str = "gloo", device: str = "cpu") -> None:
+        self.backend, self.device = backend, device
         self.folder = Path(tempfile.mkdtemp(prefix="spin_hf_ranks_"))
         self.groups = self.size = 0
         self.workers: list[Any] = []
@@ -60,7 +66,8 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
-            worker = context.Process(target=work, args=(theirs, len(self.workers)), daemon=True)
+            numbers = len(self.workers), self.backend, self.device
+            worker = context.Process(target=work, args=(theirs, *numbers), daemon=True)
             worker.start()
             theirs.close()
             self.workers.append(worker)
@@ -94,9 +101,9 @@ class RankPool:
 
 
 @functools.cache
-def rank_pool() -> RankPool:
+def rank_pool(backend: str = "gloo", device: str = "cpu") -> RankPool:
     """The pool of this session."""
-    pool = RankPool()
+    pool = RankPool(backend, device)
     atexit.register(pool.close)
     return pool
 
