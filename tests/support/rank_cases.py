@@ -19,6 +19,7 @@ import spin_hf.forward_pass as admission_users
 from spin_hf import CapacityError, PromptStore, SpinCache, SpinError
 from spin_hf.graph import eligibility, runner
 from spin_hf.integration.rank_agreement import Ranks
+from spin_hf.integration.tensor_parallel import splits_heads
 from spin_hf.persistence import files
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
@@ -75,6 +76,12 @@ class RankSubject(Subject):
         return SpinCache(self.model, **self.options)
 
     def adopt(self, cache: DynamicCache) -> Any:
+        """With the heads of this rank."""
+        if splits_heads(self.model):
+            for layer in cache.layers:
+                for name in ("keys", "values"):
+                    parts = getattr(layer, name).chunk(dist.get_world_size(), 1)
+                    setattr(layer, name, parts[dist.get_rank()])
         self.caches.append(SpinCache.from_cache(cache, self.model, **(self.options or {})))
         return self.caches[-1]
 
@@ -288,6 +295,7 @@ def captured(folder: str, options: dict[str, Any], fails_on: int | None = None) 
     """
     from tests.support.graph_recorder import FakeCapturedStep, capture_on_cpu
 
+    forget_models()  # a model keeps its graphs
     model = rank_model(folder)
     with pytest.MonkeyPatch.context() as patch:
         recorder = capture_on_cpu(patch)
@@ -357,6 +365,7 @@ def cannot_capture(folder: str, options: dict[str, Any], rank: int) -> Any:
 
         captures(self, fail, *others)
 
+    forget_models()  # a model keeps its graphs
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == rank:
             patch.setattr(runner.CapturedStep, "capture", refuse)
