@@ -226,7 +226,13 @@ def run_way(given: argparse.Namespace, way: str, rank: int, size: int, rows: str
         torch.cuda.set_device(rank)
     if way == "tp":
         dist.init_process_group("nccl" if given.device == "cuda" else "gloo")
-    bench = Bench(given, way, size)
+    try:
+        bench = Bench(given, way, size)
+    except torch.cuda.OutOfMemoryError as error:
+        if way == "tp":
+            raise
+        _add(rows, {"way": way, "tokens": 0, "row": "model", **failure(error)})
+        return
     for name in given.rows:  # the most important ones first
         for tokens in given.tokens:
             if _is_over(end, bench):
@@ -241,18 +247,17 @@ def run_way(given: argparse.Namespace, way: str, rank: int, size: int, rows: str
                 made = failure(error)
             free()
             if not rank:
-                row = {
-                    "way": way,
-                    "tokens": tokens,
-                    "row": name,
-                    **made,
-                    "took_s": round(time.monotonic() - started, 1),
-                }
-                print(json.dumps(row), flush=True)
-                with open(rows, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                took = round(time.monotonic() - started, 1)
+                _add(rows, {"way": way, "tokens": tokens, "row": name, **made, "took_s": took})
     if way == "tp":
         dist.destroy_process_group()
+
+
+def _add(rows: str, row: dict[str, Any]) -> None:
+    """Add a row to the file."""
+    print(json.dumps(row), flush=True)
+    with open(rows, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _is_over(end: float, bench: Bench) -> bool:
