@@ -40,7 +40,7 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
                     dist.destroy_process_group()
                 os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(size)
                 dist.init_process_group(
-                    backend, init_method=f"file://{store}", rank=number, world_size=size, timeout=timedelta(seconds=60)
+                    backend, init_method=f"file://{store}", rank=number, world_size=size, timeout=timedelta(seconds=240)
                 )
                 joined = store
             torch.manual_seed(0)

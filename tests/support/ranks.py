@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.support.zoo import PAD_TOKEN_ID, build_model
 
-WATCHDOG_SECONDS = 120.0
+WATCHDOG_SECONDS = 300.0
 
 
 @dataclass
