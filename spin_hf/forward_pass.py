@@ -105,11 +105,12 @@ class ForwardPass:
         interval = state.options.tuning.check_interval_steps
         pages = sequences.length // sequences.page_size, -(-(sequences.length + num_tokens) // sequences.page_size)
         self.meets = not selects or self._steps_alone >= interval or not sequences.owns(*pages)
+        checks = self._steps_alone >= interval
         if self.meets:
             self._steps_alone = 0 if selects else interval  # the first step behind a prompt allocates too
             with self.meeting("size page frames"):
-                self.gpu.before_step(batch_size, expected, checks=True)
-            rank_budgets.agree(self.gpu, state.ranks)
+                self.gpu.before_step(batch_size, expected, checks)
+                rank_budgets.agree(self.gpu, state.ranks)
 
     def meeting(self, what: str, *facts: int) -> AbstractContextManager[None]:
         """A meeting of the ranks, if they meet in the current step: it may allocate. See `integration/rank_agreement.py`."""

@@ -41,8 +41,10 @@ def agree(gpu: GpuMemory, ranks: Ranks) -> None:
         own = _NONE if cap is None else cap, min(frames, default=_NONE)
         least_cap, least_frames = ranks.smallest("agree on memory", *own)
         if least_cap < own[0]:
+            gpu.short_of_frames()  # later checks try to grow them again
             gpu.resize(device, least_cap)
         if least_frames < max(frames, default=0):
+            gpu.short_of_frames()
             for store in stores:
                 store.budget = replace(store.budget, most_frames=least_frames)
             gpu.state.sequences.fit()
