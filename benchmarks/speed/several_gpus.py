@@ -68,11 +68,15 @@ def run_tests(seconds: float) -> dict[str, Any]:
     files = [file for file in TESTS if Path(file).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", "-rs", *files]
     started = time.monotonic()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ | ENVIRONMENT)
-        code, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        code, text = -1, str(error.stdout or "")
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the ranks
+        text, _ = process.communicate()
+    code = process.returncode
     print(text, flush=True)
     counted = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
     tail = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))]

@@ -203,7 +203,7 @@ def out_of_memory(folder: str, place: str, skips: int, in_steps: bool, options: 
         the error of this rank; whether this rank has run out; tokens held before and after; logits of all steps.
     """
     model, steps = rank_model(folder), prompt_and_steps()
-    with tuned(min_chunk_segments=1, cpu_chunk_bytes=1):
+    with tuned(min_chunk_segments=1, cpu_chunk_bytes=1, gpu_chunk_bytes=1):
         cache = SpinCache(model, **options)
     logits = last_logits(model, cache, steps[: int(in_steps)])
     found, held = None, (0, 0)
