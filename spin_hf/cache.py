@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import closing
-from os import PathLike
 from typing import Any
 
 import torch
@@ -37,19 +35,19 @@ from .integration.cache_copies import CacheCopies
 from .integration.from_cache import check_source, take_over
 from .integration.layer_types import build_layers, check_model, decoder_config
 from .integration.linear_states import LinearStates
+from .integration.rank_agreement import meeting
+from .integration.tensor_parallel import ranks_of, shared_options
 from .layer import SpinLayer
 from .memory.layer_budget import check_spans
-from .persistence.fingerprint import ModelFacts
 from .persistence.prompt_store import PromptStore, checked_store
-from .persistence.reader import SavedCache
-from .persistence.writer import save
+from .persistence.saved_caches import SavedCaches
 from .state import CacheState
 from .stats import CacheStats, stats_of
 from .storage.page_table import PageTable, check_batch
 from .transaction import finished, undone
 
 
-class SpinCache(CacheCopies, LinearStates):
+class SpinCache(CacheCopies, SavedCaches, LinearStates):
     """A paged, two-tier, query-aware sparse KV cache for `generate`.
 
     Keys and values live in pages: in the compute tier (GPU memory, or RAM without a GPU) while all fit, else in the cpu tier
@@ -111,25 +109,29 @@ class SpinCache(CacheCopies, LinearStates):
         rectify_interval: int | None = None,
         store: PromptStore | None = None,
     ) -> None:
-        options = SpinOptions.parse(
-            budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
-            gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
-            prefill_chunk_size=prefill_chunk_size, prefill=prefill, prefill_top_p=prefill_top_p,
-            rectify_interval=rectify_interval,
-        )  # fmt: skip
-        resolved = resolve_method(method)
-        config, name = decoder_config(model)
-        check_model(config, name)
-        sequences = PageTable(resolved.page_size, resolved.uses_positions)
-        self._state = CacheState(options, resolved, sequences, name, weakref.ref(model), store=checked_store(store))
-        self._passes = ForwardPass(self._state)
-        layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
-        self._state.method = resolved.bind(config, [layer.layer_idx for layer in self._state.layers])
-        check_recipe(self._state.method)
-        check_spans(self._state.method)
+        target = model_of(model)
+        ranks = ranks_of(model if target is None else target)
+        with meeting(ranks, "make a SpinCache"):
+            options = SpinOptions.parse(
+                budget=budget, num_sink_tokens=num_sink_tokens, recent_window=recent_window, dense_below=dense_below,
+                gpu_memory=gpu_memory, cpu_memory=cpu_memory, summary_dtype=summary_dtype, cpu_dtype=cpu_dtype,
+                prefill_chunk_size=prefill_chunk_size, prefill=prefill, prefill_top_p=prefill_top_p,
+                rectify_interval=rectify_interval,
+            )  # fmt: skip
+            resolved = resolve_method(method)
+            config, name = decoder_config(model)
+            check_model(config, name)
+            options = shared_options(ranks, options, resolved, checked_store(store), target)
+            sequences = PageTable(resolved.page_size, resolved.uses_positions)
+            self._state = CacheState(options, resolved, sequences, name, weakref.ref(model), store=store, ranks=ranks)
+            self._passes = ForwardPass(self._state)
+            layers, self._dense_reasons = build_layers(config, lambda index: SpinLayer(index, self._passes))
+            self._state.method = resolved.bind(config, [layer.layer_idx for layer in self._state.layers])
+            check_recipe(self._state.method)
+            check_spans(self._state.method)
         super().__init__(layers=layers)
         self._log = ForwardLog(self.layers, self._passes)
-        self._bind(config, model_of(model))
+        self._bind(config, target)
 
     def __repr__(self) -> str:
         held = self._state
@@ -189,7 +191,7 @@ class SpinCache(CacheCopies, LinearStates):
         tokens_to_remove = removed_by_crop(tokens_to_remove)
         self._log.settle(self.layers)
         length = self.get_seq_length()
-        with undone(self._state, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()), meeting(self._state.ranks, "crop", length):
             for layer in self._unpaged_layers():
                 layer.crop(tokens_to_remove)
             if self._state.layers:
@@ -254,61 +256,24 @@ class SpinCache(CacheCopies, LinearStates):
             check_source(cache, [], (), None, None)
         made = cls(model, method, **options)
         paged = {layer.layer_idx for layer in made._state.layers}
-        valid = check_source(cache, made.layers, paged, made._config, attention_mask)
-        take_over(cache, made.layers, paged, valid)
+        valid = check_source(cache, made.layers, paged, made._config, attention_mask, made.calls.model())
+        with meeting(made._state.ranks, "take over a cache"):
+            take_over(cache, made.layers, paged, valid)
         made._passes.commit()
         made._state.visible_length.fill_(made._state.committed)
         return made
 
     @outside_inference_mode
-    def save_pretrained(
-        self, directory: str | PathLike[str], tokens: Any = None, *, max_shard_bytes: int | str = "1GiB"
-    ) -> None:
-        """Write the contents to a folder, as safetensors files and JSON. A crash leaves the saved cache before it, or this one.
+    def stats(self, all_ranks: bool = False) -> CacheStats:
+        """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table.
 
         Args:
-            directory: a folder. It is made if there is none. A saved cache in it is replaced.
-            tokens: ids of the tokens held, [B, tokens] or longer, to be saved too. None for those that the model was given.
-            max_shard_bytes: most bytes of tensors in a file, such as "4GiB"; "auto" for no limit.
-        Raises:
-            OptionError, SavedCacheError: a layer or argument cannot be saved, or a file could not be written.
+            all_ranks: of a tensor-parallel model, whether to sum over all ranks. All of them must then call it.
         """
-        self._log.settle(self.layers)
-        length = self.get_seq_length()
-        tokens = self._state.tokens.ids(length) if tokens is None else tokens
-        held = length, held_batch(self._state, self.layers), tokens, max_shard_bytes
-        save(directory, self._state, self.layers, self._config, ModelFacts.of(self.calls.model()), *held)
-
-    @classmethod
-    @outside_inference_mode
-    def from_pretrained(
-        cls, directory: str | PathLike[str], model: PreTrainedModel | PreTrainedConfig,
-        method: str | Method | None = None, *, verify: bool = True, **options: Any,
-    ) -> SpinCache:  # fmt: skip
-        """A SpinCache with the contents that `save_pretrained` wrote, which goes on as the saved one would.
-
-        Args:
-            model: as for `SpinCache`. A config gives no weights to compare, and its cache is on torch's default device.
-            method: as for `SpinCache`; None for the saved one. Its parameters must be those of the saved one.
-            verify: compare checksums of all that is read, which finds damage. False saves that time, and trusts the files.
-            options: as for `SpinCache`. By default those of the saved cache, and the caps are "auto".
-        Raises:
-            SavedCacheError: the files are damaged, or do not fit model, method or options.
-            OptionError, BudgetError, CapacityError: as for `SpinCache` and its first batch.
-        """
-        with closing(SavedCache(directory, verify)) as saved:
-            method, options = saved.arguments(method, options)
-            made = cls(model, method, **options)
-            saved.restore(made._state, made.layers, made._config, made.calls.model())
-            made._state.tokens = made._state.tokens.recorded(0, saved.tokens())
-        return made
-
-    @outside_inference_mode
-    def stats(self) -> CacheStats:
-        """Memory and tokens held, and counters of the steps so far. `print` shows the result as a table."""
         if self._log.can_settle(self.layers):
             self._log.settle(self.layers)
-        return stats_of(self._state, self._passes.backends.counted(), self.get_seq_length(), self._dense_reasons)
+        ranks = self._state.ranks if all_ranks else None
+        return stats_of(self._state, self._passes.backends.counted(), self.get_seq_length(), self._dense_reasons, ranks)
 
     @outside_inference_mode
     def release_gpu_memory(self, num_bytes: int | str | None = None) -> int:
@@ -377,7 +342,7 @@ class SpinCache(CacheCopies, LinearStates):
         if not rows:
             return  # the cache is empty
         chosen = torch.tensor(rows)
-        with undone(self._state, self._unpaged_layers()):
+        with undone(self._state, self._unpaged_layers()), meeting(self._state.ranks, "select sequences", len(rows)):
             for layer in self._unpaged_layers():
                 layer.reorder_cache(chosen)  # every layer type has it; any number of rows is allowed
             self._passes.select_sequences(rows)

@@ -13,7 +13,7 @@ A forward that fails is rolled back. Only this file writes `CacheState.phase` (s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from .errors import AttentionError, CacheStateError
 from .indexing import cluster, padding_change, summarize
 from .indexing.fit import selected_fits
 from .inference_mode import outside_inference_mode
+from .integration.rank_agreement import meeting
 from .kernels.descriptor_fields import StepField
-from .memory import watermarks
+from .memory import rank_budgets, watermarks
 from .memory.admission import check_first_batch
 from .memory.gpu_memory import GpuMemory
 from .state import CacheState, Phase
@@ -51,6 +52,9 @@ class ForwardPass:
         state.free_memory = lambda device: watermarks.free_gpu_memory(device)
         self.commits_with_last_paged = True
         """Whether the last paged layer commits the current forward; False if an unpaged layer after it does."""
+        self.meets = False
+        """Whether the ranks of a tensor-parallel model meet in the current step."""
+        self._steps_alone = 0
         self._prepared_for: Any = None
         self._fits: list[Any] = []
         """What the layers' descriptors were last written for: kernels, bindings, buffer sizes, memory version, padding."""
@@ -66,8 +70,10 @@ class ForwardPass:
         Raises:
             BudgetError, CapacityError: the batch does not fit. Nothing has changed.
         """
-        check_first_batch(self.state, self.gpu, num_tokens, batch_size)
-        padding_change.accept(self.state, batch_size, mask)
+        padding = 0 if mask is None or self.state.ranks is None else int((~mask).sum())
+        with meeting(self.state.ranks, "read a new batch", batch_size, num_tokens, padding):
+            check_first_batch(self.state, self.gpu, num_tokens, batch_size)
+            padding_change.accept(self.state, batch_size, mask)
 
     def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
         """Start a step.
@@ -86,7 +92,34 @@ class ForwardPass:
                     "layer to be updated; call cache.reset() if one was interrupted, or use a DynamicCache"
                 )
             self.roll_back()
-        self.gpu.before_step(batch_size, max(num_tokens, sequences.expected_tokens - sequences.length))
+        self._before_step(batch_size, num_tokens)
+        with self.meeting("begin a step", batch_size, num_tokens, sequences.length):
+            self._begin(batch_size, num_tokens, new_valid)
+
+    def _before_step(self, batch_size: int, num_tokens: int) -> None:
+        """Size the frames. Ranks do so together, when memory grows or was not checked for long."""
+        state, sequences = self.state, self.state.sequences
+        expected = max(num_tokens, sequences.expected_tokens - sequences.length)
+        if state.ranks is None:
+            self.gpu.before_step(batch_size, expected)
+            return
+        selects, self._steps_alone = state.selects(num_tokens), self._steps_alone + 1
+        interval = state.options.tuning.check_interval_steps
+        pages = sequences.length // sequences.page_size, -(-(sequences.length + num_tokens) // sequences.page_size)
+        self.meets = not selects or self._steps_alone >= interval or not sequences.owns(*pages)
+        checks = self._steps_alone >= interval
+        if self.meets:
+            self._steps_alone = 0 if selects else interval  # the first step behind a prompt allocates too
+            with self.meeting("size page frames"):
+                self.gpu.before_step(batch_size, expected, checks)
+                rank_budgets.agree(self.gpu, state.ranks)
+
+    def meeting(self, what: str, *facts: int) -> AbstractContextManager[None]:
+        """A meeting of the ranks, if they meet in the current step: it may allocate. See `integration/rank_agreement.py`."""
+        return meeting(self.state.ranks if self.meets else None, what, *facts)
+
+    def _begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+        state, sequences = self.state, self.state.sequences
         selects, length = state.selects(num_tokens), sequences.length + num_tokens
         one, state.reads_all = selects and num_tokens == 1, False
         if selects and not (one and self.backends.read_all(length)):  # others need neither clusters nor summaries
@@ -120,9 +153,13 @@ class ForwardPass:
         Raises:
             As `begin`.
         """
-        sequences = self.state.sequences
         self.begin(batch_size, num_tokens, new_valid)
-        in_use = self.backends.in_use()
+        with self.meeting("prepare a step"):
+            self._prepare()
+        self.state.phase = Phase.PREPARED
+
+    def _prepare(self) -> None:
+        sequences, in_use = self.state.sequences, self.backends.in_use()
         for step in in_use:
             step.begin_step()
         for step in in_use:
@@ -136,7 +173,6 @@ class ForwardPass:
                 assert kernels is not None
                 kernels.prepare(layer)
             self._prepared_for, self._fits = prepared_for, fits  # while held, no other object has their ids
-        self.state.phase = Phase.PREPARED
 
     @contextmanager
     def capturing(self, device: torch.device) -> Iterator[None]:

@@ -41,8 +41,11 @@ from .indexing import padding_change
 from .indexing.summarize import check_summaries, index_pages
 from .inference_mode import outside_inference_mode
 from .integration.layer_views import LayerViews
+from .integration.rank_agreement import meeting
+from .integration.tensor_parallel import check_states
 from .memory.layer_budget import LayerShape
 from .memory.prefill_peak import piece_bytes, pool_of
+from .memory.rank_budgets import tier_budget
 from .state import CacheState, LayerState
 from .storage.page_store import PageStore
 from .transaction import finished
@@ -85,7 +88,9 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         """Allocate the layer's storage for keys and values of these shapes [B, H, n, D]. Called by the first step."""
         state, method, device = self.cache_state, self.cache_state.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        budget = self.forward.gpu.tier_budget(shape, key_states.dtype, device, state.sequences.room)
+        check_states(key_states, state.model_name)
+        room = state.sequences.room
+        budget = tier_budget(self.forward.gpu, state.ranks, shape, key_states.dtype, device, room)
         pool, tuning = pool_of(self.forward.gpu, device), state.options.tuning
         tuning = replace(tuning, piece_bytes=piece_bytes(tuning, pool))
         store = PageStore(
@@ -98,8 +103,9 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         )  # fmt: skip
         store.ask_for_more = self.forward.gpu.raise_caps
         store.short_of_frames, store.invalidate = self.forward.gpu.short_of_frames, self.state.invalidate
-        state.sequences.attach(store)
-        self.state.store = store
+        with meeting(state.ranks, "allocate pages of a layer", self.layer_idx, budget.num_heads):
+            state.sequences.attach(store)
+            self.state.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] and values with this layer. Nothing is stored until attention appends them."""
@@ -155,7 +161,8 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         length = state.committed
         if not length:
             return MaskedLength.of(query_length, partial(self.forward.admit, query_length)), 0
-        state.sequences.check_room(length, query_length)
+        if state.ranks is None:  # else all ranks check together, as the step begins
+            state.sequences.check_room(length, query_length)
         return MaskedLength.of(length + query_length, partial(padding_change.accept, state)), 0
 
     def get_max_length(self) -> int:
@@ -235,7 +242,13 @@ class SpinLayer(LayerViews, CacheLayerMixin):
             self.append(key, value, new_valid)
             self._observe(call)
         store, backend = self._store(), self.backend
-        backend.plan(self.state, call)
+        if self._is_first and append:
+            with self.forward.meeting("allocate buffers"):
+                backend.plan(self.state, call)
+                if state.ranks is not None and state.selects(num_new):
+                    self.forward.backends.make_room()
+        else:
+            backend.plan(self.state, call)
         if num_new > 1:
             self.forward.backends.compile_early(self.state, call)
         # Kernels serve neither fewer queries than tokens nor attention weights.

@@ -31,6 +31,7 @@ from torch import Tensor
 from .attention.methods.base import FittedTensors, Method
 from .config import SpinOptions
 from .inference_mode import outside_inference_mode
+from .integration.rank_agreement import Ranks
 from .kernels.descriptor_fields import MAX_QUERIES
 from .storage.page_store import PageStore
 from .storage.page_table import PageTable
@@ -113,6 +114,7 @@ class CacheState:
         exact: the first tokens, as far as they were computed with attention to all tokens before them. Keys and values of
             later ones carry the error of sparse steps (`graph/rectifier.py`).
         tokens: their ids, as far as they are known.
+        ranks: of a tensor-parallel model, which share its heads; None for a model on one rank.
         store: a `PromptStore` of prompts that were read before; None for none.
         reused_tokens: tokens of the present sequences that came from the store.
         phase: of the current forward.
@@ -137,6 +139,7 @@ class CacheState:
     committed: int = 0
     exact: int = 0
     tokens: TokenLog = field(default_factory=TokenLog)
+    ranks: Ranks | None = None
     store: Any = None
     reused_tokens: int = 0
     phase: Phase = Phase.IDLE

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from .integration.rank_agreement import Ranks
 from .state import CacheState
 
 
@@ -95,32 +96,52 @@ def _show(name: str, value: object) -> str:
     return str(value)
 
 
-def stats_of(state: CacheState, counted: dict[str, int], tokens: int, dense_reasons: dict[str, int]) -> CacheStats:
+def stats_of(
+    state: CacheState, counted: dict[str, int], tokens: int, dense_reasons: dict[str, int], ranks: Ranks | None = None
+) -> CacheStats:  # fmt: skip
     """Snapshot of a cache. Reads the device.
 
     Args:
         counted: kernel counters, by the names of `Counter`.
         tokens: per sequence.
         dense_reasons: why layers are not paged -> how many.
+        ranks: whose numbers are summed; None for this rank's alone.
     """
+    own = _counted_on_rank(state, counted)
+    found = [own] if ranks is None else ranks.gathered("read stats of all ranks", own)
+    sums, metadata = Counter[str](), Counter[str]()
+    for numbers, tables in found:
+        sums.update(numbers)
+        metadata.update(tables)
+    loads, queries = sums["loads"], sums["queries"]
+    reads = sums["hits"] + loads
+    return CacheStats(
+        sequences=state.sequences.batch_size, tokens=tokens, pages=sums["pages"], gpu_bytes=sums["gpu"],
+        cpu_bytes=sums["cpu"], metadata_bytes=metadata.total(), metadata=dict(metadata), mandatory_frames=sums["mandatory"],
+        buffer_frames=sums["frames"] - sums["mandatory"], loads=loads, evictions=sums["evictions"],
+        hit_rate=sums["hits"] / reads if reads else 1.0,
+        attended_tokens=sums["attended"] / queries if queries else float("nan"), sparse_queries=queries,
+        reused_tokens=state.reused_tokens, paged_layers=len(state.layers), dense_layers=dict(dense_reasons),
+    )  # fmt: skip
+
+
+def _counted_on_rank(state: CacheState, counted: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of this rank's heads, and bytes of its tables."""
     stores = [layer.store for layer in state.layers if layer.store is not None]
     frames = [store.frames for store in stores if store.frames is not None]
-    loads, hits = sum(f.loads for f in frames) + counted["LOADS"], sum(f.hits for f in frames) + counted["HITS"]
-    queries = sum(layer.attended_queries for layer in state.layers) + counted["QUERIES"]
-    attended = sum(layer.attended_tokens for layer in state.layers) + counted["TOKENS"]
-    segments, mandatory = state.sequences.segments_in_use, sum(store.mandatory_frames for store in stores)
-    metadata = Counter(state.sequences.metadata)
+    segments, metadata = state.sequences.segments_in_use, Counter(state.sequences.metadata)
     for store in stores:
         metadata.update(store.metadata(segments))
         metadata["fitted tensors"] += state.sequences.batch_size * store.num_heads * store.budget.sequence_bytes
-    return CacheStats(
-        sequences=state.sequences.batch_size, tokens=tokens, pages=sum(store.pages_held() for store in stores),
-        gpu_bytes=sum(store.gpu_bytes(segments) for store in stores),
-        cpu_bytes=sum(store.cpu_bytes(segments) for store in stores),
-        metadata_bytes=metadata.total(), metadata=dict(metadata), mandatory_frames=mandatory,
-        buffer_frames=sum(f.frames.shape[0] for f in frames) - mandatory, loads=loads,
-        evictions=sum(f.evictions for f in frames) + counted["EVICTIONS"],
-        hit_rate=hits / (hits + loads) if hits + loads else 1.0,
-        attended_tokens=attended / queries if queries else float("nan"), sparse_queries=queries,
-        reused_tokens=state.reused_tokens, paged_layers=len(state.layers), dense_layers=dict(dense_reasons),
-    )  # fmt: skip
+    numbers = {
+        "pages": sum(store.pages_held() for store in stores), "gpu": sum(store.gpu_bytes(segments) for store in stores),
+        "cpu": sum(store.cpu_bytes(segments) for store in stores),
+        "mandatory": sum(store.mandatory_frames for store in stores),
+        "frames": sum(each.frames.shape[0] for each in frames),
+        "loads": sum(each.loads for each in frames) + counted["LOADS"],
+        "hits": sum(each.hits for each in frames) + counted["HITS"],
+        "evictions": sum(each.evictions for each in frames) + counted["EVICTIONS"],
+        "queries": sum(layer.attended_queries for layer in state.layers) + counted["QUERIES"],
+        "attended": sum(layer.attended_tokens for layer in state.layers) + counted["TOKENS"],
+    }  # fmt: skip
+    return numbers, metadata

@@ -55,7 +55,7 @@ ORDER: list[set[str]] = [
 STRANGERS = {("storage", "attention"), ("attention", "storage"), ("memory", "indexing"), ("indexing", "memory")}
 MAY_IMPORT_TRANSFORMERS = {
     "cache", "layer", "enable", "forward_log", "memory.plan", "attention.interface", "attention.returned_weights",
-    "backends.state_checks", "persistence.contents",
+    "backends.state_checks", "persistence.contents", "persistence.saved_caches",
 }  # fmt: skip
 """Beside all of `graph`, `integration` and `distill`."""
 MOST_MODULES_AT_THE_TOP = 12

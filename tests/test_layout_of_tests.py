@@ -25,6 +25,7 @@ OTHER_FOLDERS = {
     "generation": "`generate` for many families of models",
     "gpu": "what needs a CUDA GPU",
     "models": "a small real model",
+    "ranks": "tensor-parallel models on several processes",
     "support": "helpers",
     "upstream": "transformers' own tests",
 }

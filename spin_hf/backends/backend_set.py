@@ -153,6 +153,11 @@ class BackendSet:
             found = self._in_use = (current, distinct, serves)
         return found[1:]
 
+    def make_room(self) -> None:
+        """Grow the kernels' buffers for the step that has begun. Otherwise its first layer does."""
+        for step in self.in_use():
+            step.make_room()
+
     def read_all(self, length: int) -> bool:
         """Whether kernels serve all layers, and attend to all `length` tokens in a step of one (`StepKernels.may_read_all`)."""
         steps, serves = self._find_in_use()

@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 from ..integration import device_map
 from ..integration.forward_hook import without_wrapper
 from ..integration.layer_types import is_placeholder
+from ..integration.tensor_parallel import captures_collectives, is_distributed_otherwise
 from ..layer import SpinLayer
 from ..state import CacheState
 
@@ -43,8 +44,10 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
     reason = _reason_of_places(model)
     if reason is not None:
         return reason
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_distributed_otherwise(model):
         return "its parameters are distributed"
+    if not captures_collectives(model):
+        return "its ranks communicate by another library than NCCL"
     if any(getattr(everywhere, f"_global{kind}") for kind in _HOOKS):
         return "a forward hook on all modules would not be called in a replay"
     for name, module in model.named_modules():
@@ -151,7 +154,9 @@ class ModelGuard:
         ]
         self.members = self._members()
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
-        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.sharded = [tensor for tensor in self.tensors if isinstance(tensor, DTensor)]
+        self.whole = [tensor for tensor in self.tensors if not isinstance(tensor, DTensor)]
+        self.addresses = self._addresses()
         self.placed = [module for module in modules if device_map.is_placed(module)]
         self.placements = device_map.placements(self.placed)
         self.adapted = [module for module in modules if hasattr(module, "_disable_adapters")]
@@ -189,7 +194,11 @@ class ModelGuard:
         )
 
     def _in_place(self) -> bool:
-        return self.addresses == list(map(Tensor.data_ptr, self.tensors))
+        return self.addresses == self._addresses()
+
+    def _addresses(self) -> list[int]:
+        own = (tensor._local_tensor for tensor in self.sharded)  # `to_local` makes a view: too slow for every step
+        return list(map(Tensor.data_ptr, chain(self.whole, own)))
 
     def _members(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.dicts)))

@@ -32,6 +32,7 @@ from ..integration import deferred_stop, forward_hook
 from ..integration.device_map import gpus_of
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
+from ..integration.rank_agreement import meeting
 from ..layer import SpinLayer
 from .prompt_reader import PromptReader
 from .rectifier import Rectifier
@@ -112,6 +113,9 @@ class ModelCalls:
             )
         check_argument(kwargs.get("attention_mask"))
         num_tokens, ids = new_tokens(kwargs)
+        if self.passes.state.ranks is not None and (num_tokens > 1 or not self.passes.state.committed):
+            with meeting(self.passes.state.ranks, "call the model", *_facts(num_tokens, ids)):
+                pass  # other shapes would break the model's all-reduce
         self.inside, self.belongs = True, bool(self.wrapped)
         try:
             held = nullcontext() if self.switched is None else implementation.held(self.switched)
@@ -246,6 +250,14 @@ def new_tokens(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
     if new is None:
         return 0, None
     return new.shape[1], None if kwargs.get("input_ids") is None else new.detach().to(torch.int32, copy=True)
+
+
+def _facts(num_tokens: int, ids: Tensor | None) -> tuple[int, ...]:
+    """What must be the same on all ranks: tokens of a sequence, sequences, and a checksum of the ids."""
+    if ids is None:
+        return (num_tokens,)
+    factors = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)
+    return num_tokens, len(ids), int((ids * factors).sum())
 
 
 def _may_be_cropped(layer: Any) -> bool:

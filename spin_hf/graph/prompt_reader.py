@@ -26,6 +26,7 @@ from ..forward_pass import ForwardPass
 from ..integration.forward_hook import is_compiled, new_inputs
 from ..integration.layer_types import decoder_config, rope_depends_on_length
 from ..integration.prompt_bar import PromptBar
+from ..integration.rank_agreement import meeting
 from ..kernels import BLOCK_TOKENS
 from ..memory.admission import check_first_batch
 from ..memory.layer_budget import layer_shapes
@@ -89,6 +90,8 @@ class PromptReader:
         item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
         means = self._key_means_bytes(item_bytes, batch_size, self.state.committed + num_tokens)
         fitting = chunk_tokens(self.config, item_bytes, self.passes.gpu, devices, means)
+        if self.state.ranks is not None:
+            (fitting,) = self.state.ranks.smallest("size chunks of a prompt", fitting)
         return max(_LEAST_CHUNK, fitting // batch_size // BLOCK_TOKENS * BLOCK_TOKENS)
 
     def _key_means_bytes(self, item_bytes: int, batch_size: int, num_tokens: int) -> int:
@@ -127,10 +130,11 @@ class PromptReader:
     ) -> Any:  # fmt: skip
         """Call `forward` chunk by chunk. Raises before the first one if the tokens of all do not fit."""
         state, held = self.state, self.state.committed
-        if held:
-            state.sequences.check_room(held, stop)
-        else:
-            check_first_batch(state, self.passes.gpu, stop, batch_size)
+        with meeting(state.ranks, "read a prompt in chunks", batch_size, held, stop, size, lead):
+            if held:
+                state.sequences.check_room(held, stop)
+            else:
+                check_first_batch(state, self.passes.gpu, stop, batch_size)
         if _has_no_padding(kwargs.get("attention_mask"), state.sequences.mask.valid, batch_size, held + stop):
             kwargs = {**kwargs, "attention_mask": None}  # else every chunk would look, and wait for the one before
         keep = kwargs.get("logits_to_keep") or stop

@@ -39,6 +39,7 @@ from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..indexing import padding_change
 from ..integration.forward_hook import new_inputs
+from ..integration.rank_agreement import meeting
 from ..state import CacheState
 from .eligibility import (
     ModelGuard,
@@ -200,7 +201,9 @@ class GraphRunner:
         try:
             prepared = self._prepare(new_valid)
             if prepared and step is None:
-                step = captured[key] = self._capture(forward, inputs, {name: kwargs[name]})
+                with meeting(self.state.ranks, "capture a step"):
+                    made = self._capture(forward, inputs, {name: kwargs[name]})
+                step = captured[key] = made
         except Exception as error:
             self._roll_back()
             if step is not None or isinstance(error, (SpinError, MemoryError)):

@@ -16,6 +16,7 @@ from ..errors import OptionTypeError
 from ..inference_mode import outside_inference_mode
 from .batch_indices import times_of
 from .forked_states import fork_states
+from .rank_agreement import meeting
 
 Copied = TypeVar("Copied", bound="CacheCopies")
 
@@ -68,7 +69,8 @@ class CacheCopies:
     def _forked(self: Copied, twin: Copied) -> Copied:
         """Make `twin`, an object without contents or an empty cache, a fork of this cache."""
         self._log.settle(self.layers)
-        memo = self._passes.fork()
+        with meeting(self._state.ranks, "fork"):
+            memo = self._passes.fork()
         fork_states(self.layers, memo)
         if "_finalizer" in twin.__dict__:
             twin._finalizer()  # frees its memory, and unhooks its model

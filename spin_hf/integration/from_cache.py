@@ -12,10 +12,11 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..errors import BatchSizeError, OptionError, OptionTypeError
+from .tensor_parallel import local_shapes, tp_size
 
 
 def check_source(
-    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None
+    cache: Any, layers: list[Any], paged: Collection[int], config: Any, mask: Tensor | None, model: Any = None
 ) -> Tensor | None:
     """Check that `take_over` can copy `cache` into `layers`. Changes nothing.
 
@@ -25,6 +26,7 @@ def check_source(
         paged: indices of the paged layers.
         config: the decoder's config.
         mask: [B, tokens], 0 or False for padding; None for no padding.
+        model: the model, of which this rank may have some heads only; None if it is not known.
     Returns:
         the mask as bool.
     Raises:
@@ -38,8 +40,9 @@ def check_source(
         raise OptionError(
             f"cache: expected {len(layers)} layers as the model has, got {len(cache.layers)}; pass a cache of this model"
         )
-    shapes = layer_shapes(config, sorted(paged))
-    expected, first = iter(shapes or []), None
+    shapes = local_shapes(layer_shapes(config, sorted(paged)), model)
+    is_known = tp_size(model) > 1 or not _is_distributed()
+    expected, first = iter(shapes if shapes and is_known else []), None
     for index, (layer, source) in enumerate(zip(layers, cache.layers, strict=False)):
         if index not in paged:
             if isinstance(layer, LinearAttentionCacheLayerMixin) != isinstance(source, LinearAttentionCacheLayerMixin):
@@ -89,7 +92,7 @@ def _sizes(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...]
             "pass a DynamicCache(config=model.config)"
         )
     found = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
-    if shape is not None and found != shape and not _is_distributed():
+    if shape is not None and found != shape:
         raise OptionError(
             f"cache: layer {index}: expected {shape} as the model has, got {found}; pass a cache of this model"
         )
@@ -102,7 +105,7 @@ def _sizes(source: Any, index: int, shape: LayerShape | None) -> tuple[Any, ...]
 
 
 def _is_distributed() -> bool:
-    """Whether each rank may hold a subset of the heads."""
+    """Whether the model may be distributed in a way that is not known here, so that a rank has some of the heads."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

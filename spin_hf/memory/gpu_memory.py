@@ -117,8 +117,8 @@ class GpuMemory:
 
     # --------------------------------------------------------------------------------------------------------- the steps
 
-    def before_step(self, batch_size: int, num_tokens: int) -> None:
-        """Before a step of `num_tokens` tokens: size, check or reclaim frames if due. A check does not wait for kernels."""
+    def before_step(self, batch_size: int, num_tokens: int, checks: bool = False) -> None:
+        """Before a step of `num_tokens` tokens: size, reclaim or, if due or `checks`, check frames. Waits for no kernel."""
         if self.given is not None and not self.has_given_back and not self.pending_reclaim:
             return
         if self._owner != threading.get_ident():
@@ -137,7 +137,7 @@ class GpuMemory:
                 self.size_frames()
         else:
             self._steps_left -= 1
-            if self._steps_left <= 0:
+            if checks or self._steps_left <= 0:
                 self._check()
 
     def give_back(self, num_bytes: int | None = None) -> int:
@@ -207,7 +207,7 @@ class GpuMemory:
             held = self.held(device)
             paged = any(store.frames is not None for store in self._stores(device))
             if self.watermarks.is_low(held, free) or (paged and not self.watermarks.is_ample(held, free)):
-                self._resize(device, self.watermarks.cap_for_prompts(held, free))
+                self.resize(device, self.watermarks.cap_for_prompts(held, free))
                 self.is_sized = False
 
     def size_frames(self) -> None:
@@ -224,7 +224,7 @@ class GpuMemory:
             cap, free = self._decoding_cap(device), watermarks.free_gpu_memory(device)
             if cap is not None and free is not None and not self.watermarks.is_low(self.held(device), free):
                 cap = max(cap, self._resident(device))
-            self._resize(device, cap)
+            self.resize(device, cap)
 
     def _check(self) -> None:
         self._steps_left = self.tuning.check_interval_steps
@@ -236,9 +236,9 @@ class GpuMemory:
             lacks = any(store.lacks_frames for store in stores)
             complete &= not lacks or cap == self.given
             if self._is_low(device) or (lacks and (free is None or self.watermarks.is_ample(held, free))):
-                self._resize(device, self._decoding_cap(device))
+                self.resize(device, self._decoding_cap(device))
             elif cap is not None and self._least(stores) > cap:  # the context has grown
-                self._resize(device, cap)
+                self.resize(device, cap)
         if complete:
             self.has_given_back = False
 
@@ -254,7 +254,7 @@ class GpuMemory:
             cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
             if before is None or cap < before:
                 self.short_of_frames()
-                self._resize(device, cap)
+                self.resize(device, cap)
         return max(0, held - own_bytes(self._stores(device)))
 
     def _reclaim(self) -> None:
@@ -263,7 +263,7 @@ class GpuMemory:
         for device, num_bytes in pending_reclaim.items():
             self._give_back(device, num_bytes)
 
-    def _resize(self, device: torch.device, cap: int | None) -> None:
+    def resize(self, device: torch.device, cap: int | None) -> None:
         """Set a cap and fit the frames to it. If memory runs out, restore the old cap."""
         before = self.caps[device]
         with torch.inference_mode(False), torch.no_grad():

@@ -23,6 +23,7 @@ from ..config import MOST_TOKENS, SpinOptions, require_count
 from ..errors import BudgetError, CapacityError, OptionError, OptionTypeError
 from ..integration.device_map import layer_devices
 from ..integration.layer_types import build_layers, check_model, decoder_config
+from ..integration.tensor_parallel import local_shapes
 from ..stats import table
 from ..storage.chunked_array import MAX_CHUNKS
 from ..storage.page_table import ENTRY_BYTES, SEGMENT_PAGES, segments_of
@@ -105,7 +106,7 @@ def plan(
     """Memory that a `SpinCache` with these options takes for a batch, and what fits. Allocates nothing.
 
     Args:
-        config_or_model: the model, or its config.
+        config_or_model: the model, or its config. Of a tensor-parallel model the heads of one rank count.
         context_length: tokens of each sequence, including those to be generated.
         batch_size: sequences, including beams.
         dtype: of keys and values; default: that of the model or config.
@@ -125,7 +126,7 @@ def plan(
     _, reasons = build_layers(config, layers.append)
     resolved = resolved.bind(config, layers)
     check_spans(resolved)
-    shapes = layer_shapes(config, layers)
+    shapes = local_shapes(layer_shapes(config, layers), config_or_model)
     if shapes is None:
         raise OptionError(
             f"config_or_model: expected a config of {name} that names its heads and their size, got one without "

@@ -15,14 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from ..attention.methods.base import Method
 from ..attention.methods.clustering import ClusteringMethod
 from ..config import SpinOptions, shown
+from ..integration.tensor_parallel import ranks_of
 from .shards import DTYPES, bytes_of
 from .strict_json import RefusedError
 
@@ -163,6 +166,12 @@ def _weights_hash(model: nn.Module) -> str | None:
         sampled.append(weight)
     if not sampled or any(tensor.is_meta for tensor in sampled):
         return None
+    ranks = ranks_of(model) if any(isinstance(tensor, DTensor) for tensor in sampled) else None
+    if ranks is not None:
+        parts = ranks.gathered("sample weights", [_part_samples(tensor) for tensor in sampled])
+        return _hash([_joined_sample(samples) for samples in zip(*parts, strict=True)])
+    if any(isinstance(tensor, DTensor) for tensor in sampled):
+        return None
     return _hash([_sample(tensor.detach()) for tensor in sampled])
 
 
@@ -170,6 +179,28 @@ def _sample(tensor: Tensor) -> Tensor:
     """First and last rows of a tensor [rows, ...], each cut to `_SAMPLED_ELEMENTS`."""
     rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     return torch.cat([rows[:_SAMPLED_ROWS], rows[-_SAMPLED_ROWS:]])[:, :_SAMPLED_ELEMENTS]
+
+
+def _part_samples(tensor: Tensor) -> tuple[int | None, Tensor, Tensor]:
+    """Dimension along which ranks have parts of a tensor, None for none; first and last rows of this rank's part."""
+    dim = None
+    if isinstance(tensor, DTensor):
+        (placement,) = tensor.placements
+        dim = placement.dim % tensor.ndim if isinstance(placement, Shard) else None
+        tensor = tensor.to_local()
+    local = tensor.detach()
+    rows = local.reshape(local.shape[0], -1) if local.dim() else local.reshape(1, 1)
+    first, last = (part[:, :_SAMPLED_ELEMENTS].cpu() for part in (rows[:_SAMPLED_ROWS], rows[-_SAMPLED_ROWS:]))
+    return dim, first, last
+
+
+def _joined_sample(parts: Sequence[tuple[int | None, Tensor, Tensor]]) -> Tensor:
+    """`_sample` of a tensor whose parts ranks have."""
+    dim = parts[0][0]
+    if dim is None:
+        return torch.cat(parts[0][1:])
+    firsts, lasts = torch.cat([part[1] for part in parts], dim), torch.cat([part[2] for part in parts], dim)
+    return torch.cat([firsts[:_SAMPLED_ROWS], lasts[-_SAMPLED_ROWS:]])[:, :_SAMPLED_ELEMENTS]
 
 
 def _hash(tensors: list[Tensor]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class PagedLayer:
     length: int
     clustered_pages: int
     fitted: bool = False
+
+    def with_heads(self, num_heads: int) -> PagedLayer:
+        """The same layer with another number of heads."""
+        return replace(self, num_heads=num_heads)
 
     def layout(self, page_size: int) -> PageLayout:
         """Layout of its pages in the files."""

@@ -299,7 +299,8 @@ class PromptStore:
             else:
                 assert self._disk is not None
                 with closing(SavedCache(self._disk.folder / found.name)) as saved:
-                    saved.restore(cache._state, cache.layers, cache._config, cache.calls.model())
+                    model = cache.calls.model()
+                    saved.restore(cache._state, cache.layers, cache._config, model, ModelFacts.of(model))
                     cache._state.tokens = TokenLog().recorded(0, saved.tokens())
                 self._disk.index.touch(found.name)
             if keep < cache.get_seq_length():

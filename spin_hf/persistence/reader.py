@@ -28,6 +28,7 @@ from ..indexing import cluster
 from ..indexing.fit import fits
 from ..integration.device_map import layer_devices
 from ..integration.layer_types import layers_with_contents
+from ..integration.tensor_parallel import local_shapes
 from ..state import CacheState
 from ..storage.chunked_array import ChunkedArray
 from ..storage.clustered_spans import ClusteredSpans
@@ -75,32 +76,37 @@ class SavedCache(OpenCache):
 
     # ------------------------------------------------------------------------------------------------------- checking
 
-    def restore(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
+    def restore(
+        self, state: CacheState, layers: list[Any], config: Any, model: Any, facts: ModelFacts | None
+    ) -> None:  # fmt: skip
         """Fill a new, empty cache.
 
         Args:
             state, layers, config: of the cache; `layers` are changed in place.
             model: the model; None if only the config is known.
+            facts: of the model; None without one.
         Raises:
             SavedCacheError: the saved cache is damaged, or does not fit model, method or options.
             BudgetError, CapacityError: it does not fit the caps.
         """
         layers = layers_with_contents(layers)
         try:
-            self._check(state, layers, config, model)
+            self._check(state, layers, config, model, facts)
             self._restore(state, layers, config, model)
         except (RefusedError, OSError) as error:
             raise self.named(error) from error
 
-    def _check(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
+    def _check(
+        self, state: CacheState, layers: list[Any], config: Any, model: Any, facts: ModelFacts | None
+    ) -> None:  # fmt: skip
         made, method = self.manifest, state.method
         if len(made.layers) != len(layers):
             raise RefusedError(
                 f"{len(layers)} layers as the model has", f"{len(made.layers)}", "use the model of the cache"
             )
-        self._check_layers(state, layers, config)
+        self._check_layers(state, layers, config, model)
         dtype = pages_dtype(made.layers)
-        ours = fingerprint(config, ModelFacts.of(model), method, len(state.layers), state.options, dtype)
+        ours = fingerprint(config, facts, method, len(state.layers), state.options, dtype)
         check_same(made.fingerprint, ours)
         if method.page_size != made.page_size or (made.positions and not method.uses_positions):
             raise RefusedError(f"pages of {method.page_size} tokens", f"{made.page_size}")
@@ -114,12 +120,16 @@ class SavedCache(OpenCache):
                 other_layers.check(index, entry, layers[index], made.batch_size, made.length)
         self._check_files(state)
 
-    def _check_layers(self, state: CacheState, layers: list[Any], config: Any) -> None:
+    def _heads_of(self, shapes: list[LayerShape] | None, model: Any) -> list[LayerShape] | None:
+        """The shapes that this saved cache must have, from those of the whole model."""
+        return local_shapes(shapes, model)
+
+    def _check_layers(self, state: CacheState, layers: list[Any], config: Any, model: Any) -> None:
         """Refuse layers of other kinds than the model's, and pages of other sizes."""
         made = self.manifest
         paged = [layer.layer_idx for layer in state.layers]
         shapes = dict(
-            zip(paged, layer_shapes(config, paged) or (), strict=False)
+            zip(paged, self._heads_of(layer_shapes(config, paged), model) or (), strict=False)
         )  # empty if the config does not tell them
         spanned = made.span_stops[-1] if made.span_stops else 0
         for index, (entry, layer) in enumerate(zip(made.layers, layers, strict=True)):
@@ -186,19 +196,27 @@ class SavedCache(OpenCache):
         self.compare_digests()
         for entry, index, tensors in others:
             placed = {name: tensor.finished(devices[index]) for name, tensor in tensors.items()}
-            other_layers.restore(entry, layers[index], placed)
+            other_layers.restore(entry, layers[index], self._states(index, placed, layers[index]))
         for index, entry in enumerate(made.layers):
             if isinstance(entry, PagedLayer):
                 state_of, store = by_index[index], layers[index].store
                 store.length, state_of.clustered_pages, state_of.stale_pages = entry.length, entry.clustered_pages, None
                 held = {name: tensor.finished(devices[index]) for name, tensor in fitted.get(index, {}).items()}
-                state_of.fitted = held or None
+                state_of.fitted = self._fitted(index, held, state_of.fitted) or None
                 if store.backing.converted and not entry.int8:
                     state_of.invalidate(0, entry.length // made.page_size)
         if state.layers and made.num_segments:
             state.committed = state.exact = made.length
             state.visible_length.fill_(made.length)
             self._check_clusters(state)
+
+    def _states(self, index: int, tensors: dict[str, Tensor], layer: Any) -> dict[str, Tensor]:
+        """What a layer of transformers' own gets of its saved tensors."""
+        return tensors
+
+    def _fitted(self, index: int, tensors: dict[str, Tensor], held: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """What a paged layer gets of its fitted tensors. `held` is what it has."""
+        return tensors
 
     def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Destination]:
         """Allocate a paged layer. Returns the memory of its tensors."""

@@ -145,7 +145,7 @@ class PageTable(SegmentTables):
         length = self.length + num_tokens
         mask = self.mask.appended(batch_size, self.length, new_valid, num_tokens)
         pages = self.length // self.page_size, -(-length // self.page_size)
-        owns = self._owns(*pages)
+        owns = self.owns(*pages)
         if not owns or self.shared.is_behind:
             self.settle_forks()
         before = self.directory, self.refcounts, self.free
@@ -153,7 +153,7 @@ class PageTable(SegmentTables):
         step = self.step + min(max(1, self.length - self.start), MAX_QUERIES)
         self.__dict__.update(tables, mask=mask, _before=before, step=step, start=self.length, length=length)
 
-    def _owns(self, first: int, stop: int) -> bool:
+    def owns(self, first: int, stop: int) -> bool:
         """Whether every sequence already owns the segments of pages [first, stop), unshared and reserved. Usual in decoding."""
         room = self._room
         if room is None or room.batch_size != len(self.directory):

