@@ -280,6 +280,20 @@ class MaskedLength(int):
         return self
 
 
+class WindowWidth(int):
+    """The width of the windows of several sequences with different lengths, aligned at their new tokens."""
+
+    valid_tokens: Callable[[Callable[..., Tensor]], Tensor]
+    """What the new tokens attend to, [B, width], bool, by a mask function over positions."""
+
+    @classmethod
+    def of(cls, width: int, valid_tokens: Callable[[Callable[..., Tensor]], Tensor]) -> WindowWidth:
+        """`width`, with the callback."""
+        self = cls(width)
+        self.valid_tokens = valid_tokens
+        return self
+
+
 def spin_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, *,
@@ -301,6 +315,9 @@ def spin_mask(
     if not traced and not isinstance(kv_length, MaskedLength):
         if not torch.compiler.is_compiling():
             handed_states.forget()
+        if isinstance(kv_length, WindowWidth):
+            attention_mask, mask_function = kv_length.valid_tokens(mask_function), causal_mask_function
+            kv_length, q_offset = int(kv_length), int(kv_length) - q_length
         build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
         return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
