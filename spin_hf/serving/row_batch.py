@@ -109,7 +109,7 @@ class RowBatch:
             [len(tokens), vocabulary], float32, in the order of `tokens`.
         Raises:
             OptionTypeError, OptionError: a row or a token is not one.
-            BudgetError, CapacityError: memory ran out. `row` of the error is the one that does not fit, None if none is to blame.
+            BudgetError, CapacityError: memory ran out. `row` of the error is the one that does not fit, None if none is.
             Whatever the model's forward raises. Every cache is as before the step.
         """
         rows = self._named(tokens)
