@@ -324,10 +324,15 @@ class ForwardPass:
         lost, self.state.pending = self.state.pending, None
         if lost is not None:
             self.fail()
-            raise AttentionError(
-                f"{self.state.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass "
-                'them to the attention function "spin": the model changes them in between, or calls another attention '
-                'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
-                "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
-                "SpinCache.from_cache"
-            )
+            raise never_attended(self.state.model_name, lost.layer_idx)
+
+
+def never_attended(model_name: str, layer_idx: int) -> AttentionError:
+    """The error about a layer's new keys that never reached the attention function."""
+    return AttentionError(
+        f"{model_name}: layer {layer_idx} got its keys back from SpinCache.update but did not pass "
+        'them to the attention function "spin": the model changes them in between, or calls another attention '
+        'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
+        "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
+        "SpinCache.from_cache"
+    )

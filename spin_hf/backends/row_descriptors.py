@@ -60,6 +60,7 @@ class RowDescriptors:
         self._directory: Any = None
         self._held: dict[StepField, Tensor] = {}
         """Scratch and directory, which the descriptors point to."""
+        self.refresh()
 
     def refresh(self) -> None:
         """Follow the cache: its page table, memory and fitted tensors. Cheap if nothing has changed."""

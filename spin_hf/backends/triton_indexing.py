@@ -55,6 +55,7 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     stop, method = sequences.length // store.page_size, step.method
     page = (stop - 1) // method.unit_pages * method.unit_pages  # with rows, kernels take that of each row instead
     if step.apart:
+        assert method.unit_pages == 1 or step.recipe.scans_codes
         page, stop = 0, 1
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
     if step.recipe.scans_codes:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ..backends.row_descriptors import RowDescriptors
 from ..cache import SpinCache
 from ..config import SpinOptions
 from ..errors import BatchSizeError, CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -32,6 +33,10 @@ class Row:
     def __init__(self, cache: SpinCache) -> None:
         self.cache = cache
         self.state, self.passes, self.log = cache._state, cache._passes, cache._log
+        self.seated_in: Any = None
+        """The program whose tensors hold the windows and states of this row; None if they are the cache's own."""
+        self.descriptors: dict[Any, RowDescriptors] = {}
+        """By device and number of KV heads of layers, if kernels serve the cache."""
 
     @property
     def layers(self) -> list[Any]:
@@ -68,12 +73,22 @@ class Row:
             ids: [1, 1], int32, the token.
         """
         self.state.tokens = self.state.tokens.recorded(length, ids)
-        for layer in windows_of(self.layers):
-            layer.cumulative_length = length + 1
+        if self.seated_in is None:
+            for layer in windows_of(self.layers):
+                layer.cumulative_length = length + 1
+
+    def own_states(self) -> None:
+        """Give the cache windows and states that share no memory with other rows."""
+        own_states(self.layers)
+        self.seated_in = None
 
     def leave(self) -> SpinCache:
-        """The cache, whose windows and states share no memory with other rows any more."""
-        own_states(self.layers)
+        """The cache, which does not depend on the batch any more."""
+        self.own_states()
+        for descriptors in self.descriptors.values():
+            if descriptors.counts is not None:
+                self.passes.backends.add_counts(descriptors.counts)
+        self.descriptors = {}
         return self.cache
 
 
