@@ -100,6 +100,10 @@ def test_rows_equal_caches_alone(mode: str) -> None:
     for each, length in zip(made, lengths, strict=True):
         each.check()
         stats, expected = each.row.stats(), each.alone.stats()
-        assert stats.sparse_queries == expected.sparse_queries == (0 if mode == "dense" else 2 * 2 * (each.length - length))
+        assert (
+            stats.sparse_queries
+            == expected.sparse_queries
+            == (0 if mode == "dense" else 2 * 2 * (each.length - length))
+        )
         assert stats.loads == expected.loads
         assert (stats.loads > 0) == ("frames" in mode)
