@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from ..backends.row_descriptors import RowDescriptors
+from ..backends.row_descriptors import RowDescriptors, layout_of
 from ..cache import SpinCache
 from ..config import SpinOptions
 from ..errors import BatchSizeError, CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -37,6 +37,7 @@ class Row:
         """The program whose tensors hold the windows and states of this row; None if they are the cache's own."""
         self.descriptors: dict[Any, RowDescriptors] = {}
         """By device and number of KV heads of layers, if kernels serve the cache."""
+        self._layout: tuple[int, tuple[Any, ...]] | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -47,6 +48,14 @@ class Row:
     def length(self) -> int:
         """Tokens held."""
         return self.state.committed
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What rows of one launch must have in common."""
+        version = self.state.sequences.layout_version
+        if self._layout is None or self._layout[0] != version:
+            self._layout = version, layout_of(self.state)
+        return self._layout[1]
 
     def settle(self) -> None:
         """Complete or undo what an interrupted forward or operation has left."""

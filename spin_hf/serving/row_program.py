@@ -105,6 +105,13 @@ class RowProgram:
         """Ids and positions of the new tokens."""
         self.shared = SharedState(like.state.model_name)
         self.view = ProgramView([self._layer(layer) for layer in like.layers], self.inputs[1], self.shared)
+        self.windows = [
+            (number, layer) for number, layer in enumerate(self.view.layers) if isinstance(layer, StaticWindow)
+        ]
+        linear = [layer for layer in self.view.layers if type(layer) is LinearAttentionLayer]
+        self.overwritten = [tensor for _, layer in self.windows for tensor in layer.tensors()]
+        """The windows and states that a step overwrites."""
+        self.overwritten += [tensor for layer in linear for tensor in linear_tensors(layer)]
         self.graphs: dict[Any, Recording | None] = {}
         """By what the steps have in common; None if such a step has run once, eagerly."""
 
@@ -116,17 +123,6 @@ class RowProgram:
         if type(own) is DynamicSlidingWindowLayer:
             return StaticWindow(own, self.num_rows, self.inputs[1])
         return static_linear(own, self.num_rows) if type(own) is LinearAttentionLayer else own
-
-    @property
-    def overwritten(self) -> list[Tensor]:
-        """The windows and states that a step overwrites."""
-        found = []
-        for layer in self.view.layers:
-            if isinstance(layer, StaticWindow):
-                found += layer.tensors()
-            elif type(layer) is LinearAttentionLayer:
-                found += linear_tensors(layer)
-        return found
 
     def seat(self, rows: list[Row | None], descriptors: dict[Place, list[RowDescriptors | None]]) -> None:
         """Give each place a row, or none.
@@ -230,10 +226,9 @@ class RowProgram:
 
     def count(self) -> None:
         """Count the token in the windows' layers of all rows."""
-        for index, row in self.seated():
-            for layer, own in zip(self.view.layers, row.layers, strict=True):
-                if isinstance(layer, StaticWindow):
-                    layer.count(index, own, row.length)
+        for number, window in self.windows:
+            for index, row in self.seated():
+                window.count(index, row.layers[number], row.length)
 
 
 class Recording:

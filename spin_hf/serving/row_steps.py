@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..attention import implementation
 from ..attention.methods.base import recipe_of
-from ..backends.row_descriptors import RowDescriptors, layout_of
+from ..backends.row_descriptors import RowDescriptors
 from ..backends.row_kernels import RowKernels
 from ..errors import SpinError
 from ..graph import model_calls
@@ -47,6 +47,8 @@ class RowSteps:
         self._guard: ModelGuard | None = None
         self._refused: str | None = None
         """Why steps of this model are not captured; None if they may be."""
+        self._is_checked = True
+        """Whether the model has been compared with its guard in this step."""
 
     def serves(self, row: Row) -> bool:
         """Whether kernels serve all layers of a row. Makes its descriptors."""
@@ -81,6 +83,9 @@ class RowSteps:
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
                 made = [self._run(program, given, replayed) for program in programs]
+            if not self._is_checked and not self._has_same_model():  # while the device works
+                self._roll_back(names, replayed)
+                return self.step(rows, tokens)
             for program in programs:
                 program.finish()
             ids = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
@@ -105,7 +110,7 @@ class RowSteps:
         """Seat the rows of a step, and nobody else."""
         groups: dict[Any, list[Row]] = {}
         for row in rows:
-            groups.setdefault(layout_of(row.state), []).append(row)
+            groups.setdefault(row.layout, []).append(row)
         for layout in list(self._seats.keys() - groups.keys()):
             self._sit(layout, [])
         return [self._sit(layout, _places(self._seats.get(layout, []), wanted)) for layout, wanted in groups.items()]
@@ -170,7 +175,7 @@ class RowSteps:
         program.begin([0 if row is None else given[row] for row in program.rows])
         reads_all = next(row for _, row in program.seated()).state.reads_all
         key, graphs = (reads_all, host_state()), program.graphs
-        if not self._may_capture(program):
+        if not self._may_capture(program, key):
             return program.forward_or_restore()
         if key not in graphs:
             graphs[key] = None
@@ -193,21 +198,36 @@ class RowSteps:
         replayed.append(program)
         return recording.replay()
 
-    def _may_capture(self, program: RowProgram) -> bool:
-        """Whether a step may be a graph. Drops all graphs if the model has changed since they were captured."""
+    def _may_capture(self, program: RowProgram, key: Any) -> bool:
+        """Whether a step may be a graph. Drops all graphs if the model has changed since they were captured.
+
+        Comparing the model takes host time, in which the device would be idle. A replay that can be rolled back is launched
+        first, if it reads valid memory.
+        """
         if not model_calls.may_be_captured(self.model):
             return False
         guard = self._guard
-        if guard is None or not guard.unchanged():
+        late = guard is not None and program.graphs.get(key) is not None and not program.overwritten and guard.is_safe()
+        if late:
+            self._is_checked = False
+        elif not self._has_same_model():
             guard = self._guard = ModelGuard(self.model)
             self._refused = reason_of_model(self.model)
             for each in self._programs.values():
                 each.graphs.clear()
-        unpaged = [layer for layer in program.view.layers if hasattr(layer, "record_past")]
-        reason = self._refused or reason_not_replayed(guard, unpaged, program.arguments(), self.cache_name)
+        assert guard is not None
+        reason = self._refused or reason_not_replayed(guard, [], program.arguments(), self.cache_name)
         if reason is not None:
             warn_eager(self.model, reason)
         return reason is None
+
+    def _has_same_model(self) -> bool:
+        """Whether the model is as it was when steps were captured."""
+        self._is_checked = True
+        same = self._guard is not None and self._guard.unchanged()
+        if not same:
+            self._guard = None
+        return same
 
     def _roll_back(self, rows: dict[Row, int], replayed: list[RowProgram]) -> None:
         """Roll every row back. A replayed step that has overwritten windows or states leaves those rows unusable."""

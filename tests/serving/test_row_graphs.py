@@ -141,7 +141,9 @@ def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert FakeRecorder.replays == replays + 2
 
 
-def test_what_cannot_be_captured_runs_eagerly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_captured_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = build_model("llama")
     requests, expected = requests_on(model, monkeypatch)
 
