@@ -14,7 +14,6 @@ from spin_hf import SpinCache
 from spin_hf.serving.row_batch import RowBatch
 from tests.support.cache_driver import poisoned_memory
 from tests.support.interpreted_kernels import interpret_kernels
-from tests.support.inspection import forward_of
 from tests.support.zoo import random_tokens, subject_model
 
 pytestmark = [
