@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import sys
 import weakref
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import CacheStateError, CapacityError
+from spin_hf import CacheStateError, CapacityError, SpinCache
 from spin_hf.serving import row_program
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
@@ -176,3 +177,39 @@ def test_what_cannot_be_captured_runs_eagerly(
         requests.step(0, 1)
     requests.check(expected)
     assert "decodes eagerly, not as a CUDA graph: capturing failed: operation not permitted" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_schedules(family: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join, leave, come back, pause, change places and numbers of places, and step in any order."""
+    chooser, model = random.Random(seed), build_model(family)
+    prompts = [random_tokens(1, chooser.randint(5, 60), seed=number) for number in range(7)]
+    expected = [alone(model, prompt, 30, **OPTIONS) for prompt in prompts]
+    capture_on_cpu(monkeypatch)
+    requests = Requests(model, prompts, 5, **OPTIONS)
+    left: dict[int, SpinCache] = {}
+    for _ in range(60):
+        waiting = [number for number in range(7) if number not in requests.row and len(requests.tokens[number]) < 28]
+        what = chooser.random()
+        if waiting and len(requests.row) < 5 and (what < 0.3 or not requests.row):
+            number = chooser.choice(waiting)
+            if number in left:
+                requests.row[number] = requests.batch.join(left.pop(number))
+            else:
+                requests.start(number)
+        elif requests.row and what < 0.4:
+            number = chooser.choice(list(requests.row))
+            left[number] = requests.leave(number)
+            if chooser.random() < 0.5 and len(requests.tokens[number]) < 28:
+                with eagerly(model):
+                    requests.go_on_alone(number, left[number], 1)
+        stepping = [number for number in requests.row if len(requests.tokens[number]) < 28 and chooser.random() < 0.8]
+        if stepping:
+            chooser.shuffle(stepping)
+            requests.step(*stepping)
+    requests.check(expected)
+    assert sum(map(len, requests.tokens)) > 60
+    for cache in [*left.values(), *(requests.leave(number) for number in list(requests.row))]:
+        cache.check_integrity()
