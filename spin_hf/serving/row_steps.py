@@ -79,12 +79,12 @@ class RowSteps:
         for row in given:
             row.settle()
         programs = self._begin(names)
-        replayed: list[RowProgram] = []
+        ran: list[RowProgram] = []
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
-                made = [self._run(program, given, replayed) for program in programs]
+                made = [self._run(program, given, ran) for program in programs]
             if not self._is_checked and not self._has_same_model():  # while the device works
-                self._roll_back(names, replayed)
+                self._roll_back(names, ran)
                 return self.step(rows, tokens)
             for program in programs:
                 program.finish()
@@ -93,7 +93,7 @@ class RowSteps:
             chosen = torch.tensor([order[row] for row in given]).to(ids.device, non_blocking=True)
             logits = (made[0] if len(made) == 1 else torch.cat(made))[chosen]
         except BaseException:
-            self._roll_back(names, replayed)
+            self._roll_back(names, ran)
             raise
         for row in given:
             length = row.length
@@ -170,16 +170,20 @@ class RowSteps:
                 with blaming(rows[row]):
                     row.passes.select_after_all()
 
-    def _run(self, program: RowProgram, given: dict[Row, int], replayed: list[RowProgram]) -> Tensor:
-        """The forward of one program: called, captured or replayed. Returns the logits of its places."""
+    def _run(self, program: RowProgram, given: dict[Row, int], ran: list[RowProgram]) -> Tensor:
+        """The forward of one program: called, captured or replayed. Returns the logits of its places.
+
+        Args:
+            ran: gets the program once its windows and states are those behind the step.
+        """
         program.begin([0 if row is None else given[row] for row in program.rows])
         reads_all = next(row for _, row in program.seated()).state.reads_all
-        key, graphs = (reads_all, host_state()), program.graphs
+        key, graphs = (reads_all, program.all_full, host_state()), program.graphs
         if not self._may_capture(program, key):
-            return program.forward_or_restore()
+            return self._call(program, ran)
         if key not in graphs:
             graphs[key] = None
-            return program.forward_or_restore()
+            return self._call(program, ran)
         recording = graphs[key]
         if recording is None:
             try:
@@ -194,9 +198,14 @@ class RowSteps:
                 warn_eager(self.model, self._refused)
             if recording is None:
                 program.restart()
-                return program.forward_or_restore()
-        replayed.append(program)
+                return self._call(program, ran)
+        ran.append(program)
         return recording.replay()
+
+    def _call(self, program: RowProgram, ran: list[RowProgram]) -> Tensor:
+        logits = program.forward_or_restore()
+        ran.append(program)
+        return logits
 
     def _may_capture(self, program: RowProgram, key: Any) -> bool:
         """Whether a step may be a graph. Drops all graphs if the model has changed since they were captured.
@@ -229,11 +238,11 @@ class RowSteps:
             self._guard = None
         return same
 
-    def _roll_back(self, rows: dict[Row, int], replayed: list[RowProgram]) -> None:
-        """Roll every row back. A replayed step that has overwritten windows or states leaves those rows unusable."""
+    def _roll_back(self, rows: dict[Row, int], ran: list[RowProgram]) -> None:
+        """Roll every row back. A program that ran has overwritten windows or states, which leaves those rows unusable."""
         for row in rows:
             row.log.clear()
-            row.log.overwritten = any(row in program.rows and bool(program.overwritten) for program in replayed)
+            row.log.overwritten = any(row in program.rows and bool(program.overwritten) for program in ran)
             row.passes.roll_back()
 
 
