@@ -26,6 +26,7 @@ from ..errors import SpinError
 from ..graph import model_calls
 from ..graph.eligibility import ModelGuard, host_state, reason_not_replayed, reason_of_model
 from ..graph.runner import warn_eager
+from ..kernels import device_limits
 from ..kernels.launch import power_of_two
 from .row import Row
 from .row_errors import blaming
@@ -57,9 +58,16 @@ class RowSteps:
         recipe, places = recipe_of(row.state.method), set()
         for layer in row.state.layers:
             store = layer.store
-            if store is None or recipe is None or kernels.launchers(store.device) is None:
+            launchers = None if store is None else kernels.launchers(store.device)
+            if store is None or recipe is None or launchers is None:
                 return False
             if not recipe.serves(store.key_dim, store.value_dim):
+                return False
+            sizes = max(store.key_dim, store.value_dim), store.dtype.itemsize
+            limits = device_limits.shared_memory(store.device), device_limits.multiplies(store.device)
+            if recipe.scans_codes and not launchers.tile_units(
+                *sizes, *limits
+            ):  # pages that rows complete need the kernel
                 return False
             places.add((store.device, store.num_heads))
         assert recipe is not None

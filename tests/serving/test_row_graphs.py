@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spin_hf import CacheStateError, CapacityError, SpinCache
-from spin_hf.serving import row_program
+from spin_hf.serving import row_batch, row_program, row_steps
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
 from tests.support.row_schedules import Requests, alone
@@ -223,3 +223,22 @@ def test_random_schedules(family: str, seed: int, monkeypatch: pytest.MonkeyPatc
     assert sum(map(len, requests.tokens)) > 60
     for cache in [*left.values(), *(requests.leave(number) for number in list(requests.row))]:
         cache.check_integrity()
+
+
+def test_rows_whose_codes_need_more_shared_memory_attend_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that cannot encode the pages which rows complete: each row uses its own kernels, and a warning says so."""
+    model, prompt = build_model("llama"), random_tokens(1, 40)
+    options = OPTIONS | {"method": "fitted"}
+    expected = alone(model, prompt, 2, **options)
+    capture_on_cpu(monkeypatch)
+    monkeypatch.setattr(row_steps.device_limits, "shared_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(row_batch, "may_be_captured", lambda model: True)
+    requests = Requests(model, [prompt], 2, **options)
+    requests.start(0)
+    requests.step(0)
+    requests.step(0)
+    requests.check([expected])
+    assert FakeRecorder.replays == 0
+    assert "has no kernels for its layers" in caplog.text
