@@ -40,7 +40,10 @@ class _NoRoomError(Exception):
         available_bytes: the cap; None if `needed_bytes` is.
         fitting_batch_size: sequences of the same length that a new cache with these caps holds, 0 if not even one; None if
             `needed_bytes` is.
+        row: of a step over several rows (`serving/row_batch.py`): the row that does not fit; None if none is to blame.
     """
+
+    row: int | None = None
 
     def __init__(
         self, message: str, needed_bytes: int | None = None, available_bytes: int | None = None,

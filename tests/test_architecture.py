@@ -2,7 +2,7 @@
 
     errors, inference_mode <- config <- kernels <- {storage | attention | integration} <- state <- {stats, transaction}
            <- {memory | indexing} <- backends <- forward_pass <- layer <- forward_log <- graph <- persistence
-           <- cache <- enable <- __init__
+           <- cache <- serving <- enable <- __init__
     distill -> attention, integration and below
 
 A module imports from its own set and from earlier ones. Imports are read from the source, so one inside a function or under
@@ -47,6 +47,7 @@ ORDER: list[set[str]] = [
     {"graph"},
     {"persistence"},
     {"cache"},
+    {"serving"},
     {"enable"},
     {"__init__"},
 ]
@@ -57,7 +58,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "cache", "layer", "enable", "forward_log", "memory.plan", "attention.interface", "attention.returned_weights",
     "backends.state_checks", "persistence.contents", "persistence.saved_caches",
 }  # fmt: skip
-"""Beside all of `graph`, `integration` and `distill`."""
+"""Beside all of `graph`, `integration`, `serving` and `distill`."""
 MOST_MODULES_AT_THE_TOP = 12
 TRITON = (
     "kernels.decode.",
@@ -147,7 +148,7 @@ def test_who_imports_transformers_and_triton(name: str) -> None:
     folder = name.split(".")[0]
     assert (
         "transformers" not in libraries
-        or folder in ("graph", "integration", "distill")
+        or folder in ("graph", "integration", "serving", "distill")
         or name in MAY_IMPORT_TRANSFORMERS
     )
     assert "triton" not in libraries or name.startswith(TRITON)

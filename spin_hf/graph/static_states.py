@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+STATE_TABLES = ("conv_states", "recurrent_states")
+"""Attributes of linear-attention layers that hold states: index -> tensor or None."""
+
 Place = tuple[dict[Any, Any], Any]
 """A table, and the key in it of a tensor of a layer."""
 
@@ -81,7 +84,13 @@ def _places(layer: Any) -> list[Place]:
         return [(layer.__dict__, "keys"), (layer.__dict__, "values")]
     return [
         (table, index)
-        for table in (layer.conv_states, layer.recurrent_states)
+        for table in (getattr(layer, name) for name in STATE_TABLES)
         for index, tensor in table.items()
         if tensor is not None
     ]
+
+
+def own_states(layers: list[Any]) -> None:
+    """Give layers tensors of their own, in place of views of larger ones."""
+    for table, name in _all_places(layers):
+        table[name] = table[name].clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""Decode steps over many caches of one sequence each."""
