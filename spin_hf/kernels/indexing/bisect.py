@@ -34,8 +34,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     points = points.contiguous()
     variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
     with torch.cuda.device_of(points):
-        if variants not in _compiled:
-            compile_ahead(lambda launch: _launches(launch, points, page_size))
+        if variants not in _compiled and compile_ahead(lambda launch: _launches(launch, points, page_size)):
             _compiled.add(variants)
         return _launches(launch_now, points, page_size).long()
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import page_rows, row_addresses
+from ..compile_ahead import launch_now
 from ..descriptor_fields import LayerField
 from ..launch import LaunchShape, power_of_two
 
@@ -33,8 +34,9 @@ def copy_page(
         pages_per_row: pages that have one row.
     """
     num_layers, row_bytes = layers.shape[0], packed[0, 0, 0].nbytes
-    copy_page_kernel[(packed.shape[0] // num_layers * shape.num_heads, num_layers, packed.shape[2])](
-        step, layers, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
+    launch_now(
+        copy_page_kernel, (packed.shape[0] // num_layers * shape.num_heads, num_layers, packed.shape[2]), step, layers, page,
+        int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
         BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=shape.num_heads, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PAGES=pages_per_row,
     )  # fmt: skip

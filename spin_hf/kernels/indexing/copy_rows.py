@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile_ahead import launch_now
+
 _TILE_WORDS = 1024
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -42,8 +44,9 @@ def rows_copier(
 
     def copy() -> None:
         with torch.cuda.device_of(packed):
-            copy_rows_kernel[(triton.cdiv(rows.numel(), tile), len(tables))](
-                found, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
+            launch_now(
+                copy_rows_kernel, (triton.cdiv(rows.numel(), tile), len(tables)), found, rows,
+                packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
                 PUT=put, MANY=many, TILE_ROWS=tile, TILE_WORDS=columns,
             )  # fmt: skip
 
