@@ -43,6 +43,8 @@ _Made = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 """A launch: kernel, grid, arguments, options."""
 
 _collector: ContextVar[Launch | None] = ContextVar("spin_hf_collector", default=None)
+_MOST_BEHIND = 8
+"""Threads that compile in the background. More would take Python's lock from the thread that launches the prompt too often."""
 _lock = Lock()
 _running: dict[Any, Future[Any]] = {}
 """Triton's cache key of a kernel -> its compile, until it is done."""
@@ -131,7 +133,7 @@ def _submitter() -> ThreadPoolExecutor:
 
 @lru_cache(maxsize=1)
 def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "spin_hf-compile")
+    return ThreadPoolExecutor(min(_MOST_BEHIND, os.cpu_count() or 1), "spin_hf-compile")
 
 
 def _compile(launches: Callable[[Launch], object]) -> None:

@@ -202,6 +202,7 @@ def test_kernels_are_compiled_at_the_same_time_and_once(monkeypatch: pytest.Monk
     from spin_hf.kernels import compile_ahead
 
     together, compiled, finished = threading.Barrier(3), list[str](), list[str]()
+    asked, all_asked = list[str](), threading.Event()
     monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 3)
     compile_ahead._compilers.cache_clear()
 
@@ -216,6 +217,9 @@ def test_kernels_are_compiled_at_the_same_time_and_once(monkeypatch: pytest.Monk
         mode = active_mode.get()
         assert mode is not None
         mode.submit(kernel, partial(compile_, kernel), finished.append)
+        asked.append(kernel)
+        if len(asked) == 4:
+            all_asked.set()
 
     monkeypatch.setattr(compile_ahead, "_compile_one", compile_one)
     names = [("one", "broken"), ("two", "one")]
@@ -225,6 +229,7 @@ def test_kernels_are_compiled_at_the_same_time_and_once(monkeypatch: pytest.Monk
         )
         for batch in names
     ]
+    assert all_asked.wait(10)
     assert compile_ahead.compile_ahead(
         lambda launch: [compile_ahead._compile_one(name, (1,)) for name in ("two", "three")]
     )
