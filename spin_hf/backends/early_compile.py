@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..attention.methods.clustering import ClusteringMethod
-from ..inference_mode import outside_inference_mode
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..kernels.launch import Launch
 from ..state import LayerState
@@ -32,7 +31,6 @@ from .early_index import (
 from .triton_step import StepKernels
 
 
-@outside_inference_mode
 @torch.no_grad()
 def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> None:
     """Start to compile what steps behind a prompt launch, unless that has been started.

@@ -8,9 +8,9 @@ encode_last_unit    the last unit of every sequence, in many layers, through des
                    -> mean of each unit, int8;  minus it: codes and scale of each token
     values [n, Dv] -> the same coordinates, mean of each page -> codes and scale of each page
 
-One launch encodes keys, another one values: the compiler takes long for each, and takes them at the same time. Both kernels do
-the same for a unit, in tiles of the same size, so their results are equal. A matrix is loaded once per tile, with its columns in
-the order of the fields, so that numbers of one byte are in one thread. The specification is `attention/methods/fitted_codes.py`.
+One launch encodes keys, another one values: the compiler takes long for each, and takes them at the same time. Both kernels
+do the same for a unit, in tiles of the same size, so their results are equal. A matrix is loaded once per tile, its columns
+in the order of the fields, so that numbers of one byte are in one thread. Specified by `attention/methods/fitted_codes.py`.
 """
 
 from __future__ import annotations
