@@ -1,11 +1,11 @@
-"""Compiles the kernels of decode steps while the prompt is read, on a background thread.
+"""Compiles what is launched behind a prompt while the prompt is read, on background threads.
 
     prompt, first layer   compile_behind_prompt    arguments of the launches, as they will be  ->  background threads
     first step            StepKernels.attend       waits for its own kernels
     first that selects    wait_for_index           waits for those that cluster and summarise (`early_index.py`)
 
 Triton specialises a kernel on dtypes, on constants, and on whether numbers and addresses are multiples of 16. So small tensors
-of the same kind stand for the step's query, keys and output.
+of the same kind stand for the step's query, keys and output, and for pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..attention.methods.clustering import ClusteringMethod
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..kernels.launch import Launch
 from ..state import LayerState
@@ -24,6 +23,7 @@ from .base import Call
 from .early_index import (
     launches_of_clusters,
     launches_of_completed,
+    launches_of_generated,
     launches_of_index,
     layers_per_call,
     tokens_to_cluster,
@@ -54,7 +54,7 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> N
         "index": partial(launches_of_index, step, layer, layers_per_call(step, layer, length)),
         "selects": partial(launches_of_steps, step, layer, call, False),
         "completed": partial(launches_of_completed, step, layer),
-        "generated": partial(launches_of_clusters, step, layer, _generated_run(step), None),
+        "generated": partial(launches_of_generated, step, layer),
     }  # in the order in which steps need them
     if not reads_all:
         del needed["reads all"]
@@ -73,12 +73,6 @@ def wait_for_index(step: StepKernels) -> None:
     """Wait until the kernels are compiled that cluster and summarise a prompt."""
     while step.compiling:
         step.launchers.wait_for_compiles(step.compiling.pop(0))
-
-
-def _generated_run(step: StepKernels) -> int:
-    """Tokens that are clustered at a time as they are generated."""
-    method = step.state.method
-    return method.cluster_interval if isinstance(method, ClusteringMethod) else 0
 
 
 def launches_of_steps(step: StepKernels, layer: LayerState, call: Call, reads_all: bool, launch: Launch) -> None:

@@ -100,6 +100,14 @@ def launches_of_index(step: StepKernels, layer: LayerState, num_layers: int, lau
             copy(array, encoded.to(array.dtype).contiguous(), True, summary.rows_of(rows).contiguous())
 
 
+def launches_of_generated(step: StepKernels, layer: LayerState, launch: Launch) -> None:
+    """Cluster, move and summarise generated tokens."""
+    method = step.state.method
+    if isinstance(method, ClusteringMethod):
+        launches_of_clusters(step, layer, method.cluster_interval, None, launch)
+        launches_of_index(step, layer, layers_per_call(step, layer, method.cluster_interval), launch)
+
+
 def launches_of_completed(step: StepKernels, layer: LayerState, launch: Launch) -> None:
     """Summarise the last page of a layer."""
     if step.state.sequences.length >= step.state.sequences.page_size:
