@@ -96,7 +96,7 @@ class ForwardPass:
             self.roll_back()
         self._before_step(batch_size, num_tokens)
         with self.meeting("begin a step", batch_size, num_tokens, sequences.length):
-            self._begin(batch_size, num_tokens, new_valid)
+            self._begin(batch_size, num_tokens, new_valid, reads_all)
 
     def _before_step(self, batch_size: int, num_tokens: int) -> None:
         """Size the frames. Ranks do so together, when memory grows or was not checked for long."""
@@ -120,7 +120,7 @@ class ForwardPass:
         """A meeting of the ranks, if they meet in the current step: it may allocate. See `integration/rank_agreement.py`."""
         return meeting(self.state.ranks if self.meets else None, what, *facts)
 
-    def _begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+    def _begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None, reads_all: bool | None) -> None:
         state, sequences = self.state, self.state.sequences
         selects, length = state.selects(num_tokens), sequences.length + num_tokens
         one, state.reads_all = selects and num_tokens == 1, False

@@ -21,7 +21,7 @@ from ..kernels.compile_progress import report_by
 from ..kernels.descriptor_fields import Counter
 from ..state import CacheState, LayerState
 from .base import AttentionBackend, Call
-from .early_compile import compile_behind_prompt, wait_for_all
+from .early_compile import compile_behind_prompt, wait_for_index
 from .kernel_pool import KernelPool
 from .reference import ReferenceBackend
 from .triton_step import StepKernels
@@ -170,9 +170,9 @@ class BackendSet:
             compile_behind_prompt(kernels, layer, call)
 
     def wait_for_compiles(self) -> None:
-        """Wait for kernels of steps that select pages, if they are being compiled (`early_compile.py`)."""
+        """Wait for kernels that cluster and summarise, if they are being compiled (`early_compile.py`)."""
         for step in self.in_use():
-            wait_for_all(step)
+            wait_for_index(step)
 
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""

@@ -1,10 +1,11 @@
-"""Compiles the kernels of decode steps while the prompt is read, on a background thread.
+"""Compiles what is launched behind a prompt while the prompt is read, on background threads.
 
-    prompt, first layer   compile_behind_prompt    arguments of the first steps' launches, as they will be  ->  a thread
-    first step            wait_for_all             until those are compiled that select pages; `StepKernels.attend`: its own
+    prompt, first layer   compile_behind_prompt    arguments of the launches, as they will be  ->  background threads
+    first step            StepKernels.attend       waits for its own kernels
+    first that selects    wait_for_index           waits for those that cluster and summarise (`early_index.py`)
 
 Triton specialises a kernel on dtypes, on constants, and on whether numbers and addresses are multiples of 16. So small tensors
-of the same kind stand for the step's query, keys and output.
+of the same kind stand for the step's query, keys and output, and for pages.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from ..kernels.descriptor_fields import MAX_QUERIES
 from ..kernels.launch import Launch
 from ..state import LayerState
 from .base import Call
+from .early_index import (
+    launches_of_clusters,
+    launches_of_completed,
+    launches_of_generated,
+    launches_of_index,
+    layers_per_call,
+    tokens_to_cluster,
+)
 from .triton_step import StepKernels
 
 
+@torch.no_grad()
 def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> None:
     """Start to compile what steps behind a prompt launch, unless that has been started.
 
@@ -30,24 +40,39 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> N
     """
     if call.query.shape[3] <= MAX_QUERIES or not _is_compiled_early(step):
         return
-    variant = step.shape(layer), step.is_dense_layer(layer)
-    if variant in step.early:
+    shape, dense = step.shape(layer), step.is_dense_layer(layer)
+    if (shape, dense) in step.early:
         return
-    sequences = step.state.sequences
-    step.early[variant] = found = {}
-    reads_all = step.may_read_all(max(sequences.length, sequences.expected_tokens) + 1)
+    is_first = all(known != shape for known, _ in step.early)
+    sequences, behind = step.state.sequences, step.launchers.compile_behind
+    step.early[shape, dense] = found = {}
+    length = max(sequences.length, sequences.expected_tokens)
+    reads_all, run = step.may_read_all(length + 1), tokens_to_cluster(step, length)
+    needed = {
+        "reads all": partial(launches_of_steps, step, layer, call, True),
+        "clusters": partial(launches_of_clusters, step, layer, run, layer.observation_queries),
+        "index": partial(launches_of_index, step, layer, layers_per_call(step, layer, length)),
+        "selects": partial(launches_of_steps, step, layer, call, False),
+        "completed": partial(launches_of_completed, step, layer),
+        "generated": partial(launches_of_generated, step, layer),
+    }  # in the order in which steps need them
+    if not reads_all:
+        del needed["reads all"]
+    if not is_first:
+        del needed["clusters"], needed["index"], needed["completed"], needed["generated"]
     with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
-        for kind in (True, False) if reads_all else (False,):  # what is needed first
-            found[kind] = step.launchers.compile_behind(
-                partial(launches_of_steps, step, layer, call, kind), step.device
-            )
-        step.compiling.append(found[False])
+        for name, launches in needed.items():
+            compiles = behind(launches, step.device)
+            if name in ("reads all", "selects"):
+                found[name == "reads all"] = compiles
+            elif name in ("clusters", "index"):
+                step.compiling.append(compiles)
 
 
-def wait_for_all(step: StepKernels) -> None:
-    """Wait until all launches of steps that select pages are compiled."""
+def wait_for_index(step: StepKernels) -> None:
+    """Wait until the kernels are compiled that cluster and summarise a prompt."""
     while step.compiling:
-        step.launchers.wait_for_compiles(step.compiling.pop())
+        step.launchers.wait_for_compiles(step.compiling.pop(0))
 
 
 def launches_of_steps(step: StepKernels, layer: LayerState, call: Call, reads_all: bool, launch: Launch) -> None:
@@ -69,14 +94,6 @@ def launches_of_steps(step: StepKernels, layer: LayerState, call: Call, reads_al
         summarizes=step.recipe.summarised_by_append, shape=shape,
     )  # fmt: skip
     if step.recipe.scans_codes and not reads_all:
-        content = new(1, heads, step.state.method.unit_pages, *store.backing.row_shape, dtype=store.backing.dtype)
-        keys, values = store.backing_layout.take(content)
-        valid = torch.ones((1, 1, *keys.shape[2:4]), dtype=torch.bool, device=device)
-        bases = []
-        for dim in (store.key_dim, store.value_dim):
-            vectors = new(1, heads, dim, dtype=torch.float32)
-            bases.append((vectors, new(1, heads, dim, dim, dtype=keys.dtype), vectors))
-        step.launchers.encode_units(keys, values, valid, bases[0], bases[1], launch=launch)
         step.launchers.encode_last_unit(
             launch, step.step, step.layer_addresses, batch_size=batch, first=0, num_pages=1, shape=shape
         )  # fmt: skip

@@ -66,9 +66,9 @@ class StepKernels(Descriptors, AttentionBackend):
         self.compiled_variants: set[tuple[Any, ...]] = set()
         """Variants of attention launches that were compiled ahead, in parallel."""
         self.early: dict[Any, dict[bool, Any]] = {}
-        """What is compiled on a background thread (`early_compile.py`), by shape and by whether a step reads all tokens."""
+        """What is compiled on background threads (`early_compile.py`), by shape and by whether a step reads all tokens."""
         self.compiling: list[Any] = []
-        """Those for steps that select pages, as long as nobody has waited for them."""
+        """What is compiled there that clusters and summarises a prompt, as long as nobody has waited for it."""
         self.graphs: dict[Any, Any] = {}
         """Call -> captured step that holds addresses of these buffers; None if the call has run once, eagerly."""
         self.key: Any = None

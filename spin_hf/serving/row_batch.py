@@ -26,6 +26,7 @@ from ..graph.model_calls import may_be_captured, model_of
 from ..graph.runner import warn_eager
 from ..inference_mode import outside_inference_mode
 from ..integration.forward_hook import CACHE_NAMES
+from ..integration.tensor_parallel import ranks_of
 from .row import Row, check_alike, check_cache
 from .row_errors import blaming
 from .row_steps import RowSteps
@@ -56,6 +57,11 @@ class RowBatch:
             raise UnsupportedModelError(
                 f"{type(found).__name__}: expected a forward with input_ids, position_ids and a cache, got "
                 f"{sorted(parameters)}; use generate for each sequence"
+            )
+        if ranks_of(found) is not None:
+            raise UnsupportedModelError(
+                f"{type(found).__name__}: expected a model on one rank, got one with tensor parallelism; call generate on all "
+                "ranks, or load the model with a device_map"
             )
         self.model, self._cache_name = found, names[0]
         self._steps = RowSteps(found, names[0])

@@ -247,7 +247,8 @@ class Recording:
     """
 
     def __init__(self, program: RowProgram) -> None:
-        self.recorder = runner.Recorder()
+        devices = dict.fromkeys([program.inputs.device, *(device for device, _ in program.kernels)])
+        self.recorder = runner.Recorder(list(devices))
         self.logits: Tensor = self.recorder.record(program.forward)
 
     def replay(self) -> Tensor:

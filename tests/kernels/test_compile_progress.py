@@ -175,3 +175,66 @@ def test_a_background_thread_compiles_in_order(monkeypatch: pytest.MonkeyPatch) 
         ("one", (1, 2), (3,), {"num_warps": 4}), ("two", (1, 2), (3,), {"num_warps": 4})
     ]  # fmt: skip
     assert {name for name, *_ in seen} != {threading.current_thread().name}
+
+
+def test_what_is_launched_meanwhile_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches by `launch_now` are not made, and what they would compile ahead is left to the background threads."""
+    from spin_hf.kernels import compile_ahead
+
+    seen = list[Any]()
+    monkeypatch.setattr(compile_ahead, "_compile_one", lambda kernel, grid, *args: seen.append((kernel, grid, *args)))
+
+    def launches(launch: Any) -> None:
+        assert not compile_ahead.compile_ahead(lambda launch: launch("ahead", (1,)))
+        compile_ahead.launch_now("one", (1,), 2)  # a kernel would have to be subscripted by its grid
+        launch("two", (3,), 4)
+
+    compile_ahead.wait_for_compiles(compile_ahead.compile_behind(launches, torch.device("cpu")))
+    assert seen == [("one", (1,), 2), ("two", (3,), 4)]
+    with pytest.raises(TypeError):
+        compile_ahead.launch_now("one", (1,), 2)
+
+
+def test_kernels_are_compiled_at_the_same_time_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches in the background do not wait for each other. A kernel that is being compiled is waited for."""
+    from triton.runtime._async_compile import active_mode
+
+    from spin_hf.kernels import compile_ahead
+
+    together, compiled, finished = threading.Barrier(3), list[str](), list[str]()
+    asked, all_asked = list[str](), threading.Event()
+    monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 3)
+    compile_ahead._compilers.cache_clear()
+
+    def compile_(name: str) -> str:
+        if name != "broken":
+            together.wait(10)  # for the others, of two batches and of this thread
+            compiled.append(name)
+            return name
+        raise RuntimeError("does not compile")
+
+    def compile_one(kernel: Any, grid: tuple[int, ...]) -> None:
+        mode = active_mode.get()
+        assert mode is not None
+        mode.submit(kernel, partial(compile_, kernel), finished.append)
+        asked.append(kernel)
+        if len(asked) == 4:
+            all_asked.set()
+
+    monkeypatch.setattr(compile_ahead, "_compile_one", compile_one)
+    names = [("one", "broken"), ("two", "one")]
+    behind = [
+        compile_ahead.compile_behind(
+            lambda launch, batch=batch: [launch(name, (1,)) for name in batch], torch.device("cpu")
+        )
+        for batch in names
+    ]
+    assert all_asked.wait(10)
+    assert compile_ahead.compile_ahead(
+        lambda launch: [compile_ahead._compile_one(name, (1,)) for name in ("two", "three")]
+    )
+    for each in behind:
+        each.wait()
+    compile_ahead._compilers.cache_clear()
+    assert sorted(compiled) == ["one", "three", "two"]
+    assert sorted(finished) == ["one", "one", "three", "two", "two"], "each batch gets its kernels"

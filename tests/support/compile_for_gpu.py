@@ -12,7 +12,7 @@ nothing, so numbers are meaningless; numbers that the package checks come from f
     functions    names of all of the package that triton compiles
     kernels      of these, those whose names say so
     called       of these, those that others of them call
-    compiled     name and bytes of shared memory of every variant
+    compiled     name and bytes of shared memory of every variant, and whether it and its library were compiled ahead
     failed       name of a kernel, and what the compiler says
     launches     with `numbers` behind FILE: what variants depend on, by launch, for each of some huge options
                  with `early`: the same of launches that were not compiled early, for each of some methods
@@ -27,6 +27,7 @@ import pkgutil
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,13 +80,23 @@ class Compiler:
         """Kernels that are compiled; None for all."""
         self.told_apart: Callable[[Any, Any], str] = lambda arg, param: _told_apart(arg)
         self.launched: set[str] = set()
+        self.built: set[str] = set()
+        """Hashes of variants of which the library that launches them was built ahead."""
         """What selects a variant, of each launch: kernel, dtypes, ints as triton specialises them, constants."""
         self._run: Callable[..., Any] = JITFunction.run
+
+        def build(src: Any, metadata: Any) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            self.built.add(metadata.hash)
+
         self._active_mode = active_mode
         target = GPUTarget("cuda", capability, 32)
         driver.set_active(
             SimpleNamespace(
-                get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+                get_current_device=lambda: 0,
+                get_current_stream=lambda device: 0,
+                get_current_target=lambda: target,
+                launcher_cls=build,
             )
         )
         JITFunction.run = lambda kernel, *args, **options: self.run(kernel, *args, **options)
@@ -102,7 +113,7 @@ class Compiler:
             ahead = self._active_mode.get() is not None
             made = self._run(kernel, *args, **{**options, "warmup": True})
             made = made.result() if hasattr(made, "result") else made  # compiled on another thread
-            variant = {"name": name, "shared": made.metadata.shared, "ahead": ahead}
+            variant = {"name": name, "shared": made.metadata.shared, "ahead": ahead, "built": made.hash in self.built}
             self.compiled.setdefault(made.hash, variant)
         except Exception as error:
             self.failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})

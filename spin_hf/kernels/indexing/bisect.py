@@ -35,8 +35,7 @@ def bisect(points: Tensor, page_size: int) -> Tensor:
     points = points.contiguous()
     variants = (points.device, points.dtype, points.shape[2], page_size, triton.next_power_of_2(points.shape[1]))
     with on_device_of(points):
-        if variants not in _compiled:
-            compile_ahead(lambda launch: _launches(launch, points, page_size))
+        if variants not in _compiled and compile_ahead(lambda launch: _launches(launch, points, page_size)):
             _compiled.add(variants)
         return _launches(launch_now, points, page_size).long()
 
@@ -74,8 +73,8 @@ def _launches(launch: Launch, points: Tensor, page_size: int) -> Tensor:
             launch(halve_kernel, (nodes, rows), order, along, spare, count, SIZE=size, num_warps=8)
         else:
             launch(
-                halve_part_kernel, (nodes, rows), points, order, along, spare, count, SIZE=size, TILE=_TILE // 2,
-                num_warps=4, **shape,
+                halve_part_kernel, (nodes, rows), points, order, along, spare, count, size, TILE=_TILE // 2,
+                SIZE=max(size, _CHUNK) if size > 2 * _GROUP else size, num_warps=4, **shape,
             )  # fmt: skip
         order, spare, size = spare, order, size // 2
     if size > page_size:
@@ -240,14 +239,20 @@ def halve_kernel(order, along, out, count, SIZE: tl.constexpr):
     _store_halves(order + row, out + row, first, values, there, half, SIZE)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "size"])
 def halve_part_kernel(
-    points, order, along, out, count, SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Program (node, row) splits one node. Writes `out`, int32 [R, count]; `along`, float32 [R, count], is scratch."""
-    first = tl.program_id(0) * SIZE
+    points, order, along, out, count, size,
+    SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (node, row) splits one node of `size` points. Writes `out`, int32 [R, count].
+
+    Args:
+        along: float32 [R, count]. Scratch.
+        SIZE: `size`, or more: sizes that share a variant save the compiler two seconds each.
+    """
+    first = tl.program_id(0) * size
     row = tl.program_id(1).to(tl.int64)
-    stop = tl.minimum(first + SIZE, count)
+    stop = tl.minimum(first + size, count)
     column = tl.arange(0, BLOCK_D)
     points += row * count * D
     order += row * count
@@ -259,8 +264,8 @@ def halve_part_kernel(
         x = _points(points, order, place, stop, column, D)
         tl.store(along + place, _project(x, axis, D, BLOCK_D), mask=place < stop)
     tl.debug_barrier()
-    there = first + tl.arange(0, SIZE) < count
-    half = tl.minimum(SIZE // 2, count - first)
+    there = first + tl.arange(0, SIZE) < stop
+    half = tl.minimum(size // 2, count - first)
     values = tl.load(along + first + tl.arange(0, SIZE), mask=there, other=0.0)
     _store_halves(order, out + row * count, first, values, there, half, SIZE)
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import POSITION, own_layer, own_step, page_rows, row_addresses
+from ..compile_ahead import launch_now
 from ..descriptor_fields import LayerField
-from ..device_guard import on_device_of
 from ..launch import LaunchShape, power_of_two
 
 _BLOCK_BYTES = 4096
@@ -36,12 +36,12 @@ def copy_page(
         pages_per_row: pages that have one row.
     """
     num_layers, row_bytes = layers.shape[0], packed[0, 0, 0].nbytes
-    with on_device_of(packed):
-        copy_page_kernel[(packed.shape[0] // num_layers * shape.num_heads, num_layers, packed.shape[2])](
-            step, layers, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
-            BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=shape.num_heads, SEGMENT=shape.segment_pages,
-            ROWS=shape.rows_per_chunk, PAGES=pages_per_row, PAGE=shape.page_size, APART=shape.apart,
-        )  # fmt: skip
+    launch_now(
+        copy_page_kernel, (packed.shape[0] // num_layers * shape.num_heads, num_layers, packed.shape[2]), step, layers, page,
+        int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
+        BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=shape.num_heads, SEGMENT=shape.segment_pages,
+        ROWS=shape.rows_per_chunk, PAGES=pages_per_row, PAGE=shape.page_size, APART=shape.apart,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["page", "field"])

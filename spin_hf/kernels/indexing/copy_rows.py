@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile_ahead import launch_now
 from ..device_guard import on_device_of
 
 _TILE_WORDS = 1024
@@ -44,8 +45,9 @@ def rows_copier(
 
     def copy() -> None:
         with on_device_of(packed):
-            copy_rows_kernel[(triton.cdiv(rows.numel(), tile), len(tables))](
-                found, rows, packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
+            launch_now(
+                copy_rows_kernel, (triton.cdiv(rows.numel(), tile), len(tables)), found, rows,
+                packed.view(-1).view(_WORDS[word]), rows.numel(), words, rows_per_chunk,
                 PUT=put, MANY=many, TILE_ROWS=tile, TILE_WORDS=columns,
             )  # fmt: skip
 

@@ -8,9 +8,9 @@ encode_last_unit    the last unit of every sequence, in many layers, through des
                    -> mean of each unit, int8;  minus it: codes and scale of each token
     values [n, Dv] -> the same coordinates, mean of each page -> codes and scale of each page
 
-Program (.., .., 0) encodes keys, program (.., .., 1) values. Both kernels do the same for a unit, in tiles of the same size, so
-their results are equal. A matrix is loaded once per tile, with its columns in the order of the fields, so that numbers of one
-byte are in one thread. The specification is `attention/methods/fitted_codes.py`.
+One launch encodes keys, another one values: the compiler takes long for each, and takes them at the same time. Both kernels
+do the same for a unit, in tiles of the same size, so their results are equal. A matrix is loaded once per tile, its columns
+in the order of the fields, so that numbers of one byte are in one thread. Specified by `attention/methods/fitted_codes.py`.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ def encode_units(
         bases = [part.contiguous() for part in (*key_basis, *value_basis)]
         bases[1], bases[4] = bases[1].to(dtype), bases[4].to(dtype)
         with on_device_of(keys):
-            launch(
-                encode_units_kernel, (triton.cdiv(units, tile * _TILES), size * heads, 2), keys, values, valid, *bases, mean,
-                unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3], H=heads, DK=key_dim, DV=value_dim,
-                PAGE=page, UNITS=tile, TILES=_TILES, num_warps=2 * tile, **_blocks(key_dim, value_dim),
-            )  # fmt: skip
+            for of_keys in (True, False):
+                launch(
+                    encode_units_kernel, (triton.cdiv(units, tile * _TILES), size * heads), keys, values, valid, *bases, mean,
+                    unit, *made.values(), count, *keys.stride()[:3], *values.stride()[:3], KEYS=of_keys, H=heads, DK=key_dim,
+                    DV=value_dim, PAGE=page, UNITS=tile, TILES=_TILES, num_warps=2 * tile, **_blocks(key_dim, value_dim),
+                )  # fmt: skip
     return {"mean": mean * unit.unsqueeze(-1), **made}
 
 
@@ -96,12 +97,14 @@ def encode_last_unit(
     )
     if not tile:
         return False
-    launch(
-        encode_last_unit_kernel, (batch_size * shape.num_heads, layers.shape[0], 2), step, layers, first, num_pages,
-        H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype), BACKING_BYTES=shape.backing_bytes,
-        UNITS=tile, APART=shape.apart, num_warps=2 * tile, **_blocks(shape.key_dim, shape.value_dim),
-    )  # fmt: skip
+    for of_keys in (True, False):
+        launch(
+            encode_last_unit_kernel, (batch_size * shape.num_heads, layers.shape[0]), step, layers, first, num_pages,
+            KEYS=of_keys, H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size,
+            SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
+            BACKING_BYTES=shape.backing_bytes, UNITS=tile, APART=shape.apart, num_warps=2 * tile,
+            **_blocks(shape.key_dim, shape.value_dim),
+        )  # fmt: skip
     return True
 
 
@@ -130,10 +133,10 @@ def _blocks(key_dim: int, value_dim: int) -> dict[str, int]:
 def encode_units_kernel(
     keys, values, valid, key_origin, key_matrix, key_widths, value_origin, value_matrix, value_widths,
     mean, unit, codes, scale, value_codes, value_scale, count, key_s, key_h, key_n, value_s, value_h, value_n,
-    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    KEYS: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, UNITS: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s * H + h, part) encodes TILES tiles of UNITS units.
+    """Program (i, s * H + h) encodes TILES tiles of UNITS units: their keys if KEYS, else their values.
 
     Args:
         keys, values: [S, H, count, PAGE, D], with these strides; valid: uint8 [S, 1, count, PAGE].
@@ -153,7 +156,7 @@ def encode_units_kernel(
         present = tl.load(valid + s * count * PAGE + index * PAGES * PAGE + token, mask=there, other=0) != 0
         at = sh * count + index * PAGES
         num_pages = count - index * PAGES
-        if tl.program_id(2) == 0:
+        if KEYS:
             key = _vectors(keys + s * key_s + h * key_h, page, key_n, token % PAGE, present, DK, BLOCK_K)
             _encode_keys(
                 key, present, key_matrix + sh * DK * DK, key_origin + sh * DK, key_widths + sh * DK,
@@ -170,17 +173,19 @@ def encode_units_kernel(
 
 @triton.jit(do_not_specialize=["first", "num_pages"])
 def encode_last_unit_kernel(
-    step, layers, first, num_pages, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    step, layers, first, num_pages,
+    KEYS: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr, BACKING_BYTES: tl.constexpr,
     UNITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
     APART: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, i, part) encodes pages [first, first + num_pages) of the i-th layer, the first unit of a tile.
+    """Program (b * H + h, i) encodes pages [first, first + num_pages) of the i-th layer, the first unit of a tile.
 
     With APART, `first` and `num_pages` are those of the unit in which the step of sequence b completed a page, if it did.
 
     Args:
         layers: int64 [L]: addresses of the layers' descriptors.
+        KEYS: whether keys are encoded, else values.
         BACKING_BYTES: size of an int8 page in the backing store; 0 if backing pages are of DTYPE.
     """
     bh = tl.program_id(0).to(tl.int64)
@@ -211,7 +216,7 @@ def encode_last_unit_kernel(
     scales = pages.to(tl.pointer_type(tl.float32))
     if BACKING_BYTES:
         scales = scale_addresses(pages, PAGE, BACKING_BYTES) + token % PAGE
-    if tl.program_id(2) == 0:
+    if KEYS:
         key = _vectors(pages.to(tl.pointer_type(stored)), token * 0, 0, token % PAGE, present, DK, BLOCK_K)
         if BACKING_BYTES:
             key = from_int8(key, tl.load(scales, mask=present, other=0.0), DTYPE)

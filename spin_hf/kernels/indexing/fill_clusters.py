@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_limits
+from ..compile_ahead import launch_now
 from ..device_guard import on_device_of
 from .kmeans import average_kernel, nearest_kernel, seed_kernel, unit_vectors_kernel
 
@@ -41,9 +42,10 @@ def unit_vectors(keys: Tensor, dtype: torch.dtype) -> Tensor:
     mean = keys.mean(2, dtype=torch.float32)
     tile = max(1, 4096 // triton.next_power_of_2(dim))
     with on_device_of(keys):
-        unit_vectors_kernel[(spans * heads, triton.cdiv(count, tile))](
-            keys, mean, points, count, heads, *keys.stride()[:3], D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile
-        )
+        launch_now(
+            unit_vectors_kernel, (spans * heads, triton.cdiv(count, tile)), keys, mean, points, count, heads,
+            *keys.stride()[:3], D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile,
+        )  # fmt: skip
     return points
 
 
@@ -73,35 +75,37 @@ def fill_clusters(
             sums = torch.empty((2, rows, most, dim), dtype=torch.float32, device=device)
             sizes = torch.empty((rows, most), dtype=torch.int32, device=device)
             own = torch.empty((rows, count), dtype=torch.int32, device=device)
-            seed_kernel[(rows, triton.cdiv(most, 32))](*given, centroids, sizes, *sized, **common, CLUSTERS=32)
+            seeds = rows, triton.cdiv(most, 32)
+            launch_now(seed_kernel, seeds, *given, centroids, sizes, *sized, **common, CLUSTERS=32)
             for step in range(iterations):
                 half = step % _HALF
-                nearest_kernel[(rows, triton.cdiv(triton.cdiv(count, _HALF), near["TILE"]))](
-                    *given, centroids, own, sizes, *sized, half, **common, **near,
-                    LIKENESS_STEPS=likeness_steps, STEP=_HALF, FINAL=False,
+                launch_now(
+                    nearest_kernel, (rows, triton.cdiv(triton.cdiv(count, _HALF), near["TILE"])), *given, centroids, own, sizes,
+                    *sized, half, **common, **near, LIKENESS_STEPS=likeness_steps, STEP=_HALF, FINAL=False,
                 )  # fmt: skip
-                average_kernel[(rows, triton.cdiv(most, mean["CLUSTERS"]))](
-                    *given, own, sums[half], sums[1 - half], centroids, *sized, half, **common, **mean,
-                    STEP=_HALF, ALONE=step == 0,
+                launch_now(
+                    average_kernel, (rows, triton.cdiv(most, mean["CLUSTERS"])), *given, own, sums[half], sums[1 - half],
+                    centroids, *sized, half, **common, **mean, STEP=_HALF, ALONE=step == 0,
                 )  # fmt: skip
             small = rows * (most + 1) * likeness_steps <= 1 << 31
             numbers = torch.empty((rows, count), dtype=torch.int32 if small else torch.int64, device=device)
-            nearest_kernel[(rows, triton.cdiv(count, near["TILE"]))](
-                *given, centroids, numbers, sizes, *sized, 0, **common, **near,
-                LIKENESS_STEPS=likeness_steps, STEP=1, FINAL=True,
+            launch_now(
+                nearest_kernel, (rows, triton.cdiv(count, near["TILE"])), *given, centroids, numbers, sizes, *sized, 0,
+                **common, **near, LIKENESS_STEPS=likeness_steps, STEP=1, FINAL=True,
             )  # fmt: skip
             numbers, index = numbers.view(-1).sort(stable=True)
             block = triton.next_power_of_2(most)
             tables = torch.empty((rows, 3, most), dtype=torch.int32, device=device)
-            plan_kernel[(rows,)](
-                sizes, done[number], done[number + 1], tables, pages, length, most,
+            launch_now(
+                plan_kernel, (rows,), sizes, done[number], done[number + 1], tables, pages, length, most,
                 PAGE=page_size, BLOCK=block, LAST=last, num_warps=min(16, max(4, block // 256)),
             )  # fmt: skip
             width = min(count, most * (page_size - 1))
             left = torch.empty((rows, width), dtype=torch.int32, device=device)
-            place_kernel[(rows, triton.cdiv(count, _PLACES))](
-                numbers, index, sizes, tables, tokens, done[number + 1], left, order, length, count, width, most,
-                PAGE=page_size, LIKENESS_STEPS=likeness_steps, TILE=_PLACES, LISTED=number > 0, LAST=last,
+            launch_now(
+                place_kernel, (rows, triton.cdiv(count, _PLACES)), numbers, index, sizes, tables, tokens, done[number + 1],
+                left, order, length, count, width, most, PAGE=page_size,
+                LIKENESS_STEPS=likeness_steps, TILE=_PLACES, LISTED=number > 0, LAST=last,
             )  # fmt: skip
             tokens, count = left, width
     return order, pages

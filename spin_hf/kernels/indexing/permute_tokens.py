@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile_ahead import launch_now
 from ..device_guard import on_device_of
 
 _TILE = 32
@@ -27,9 +28,9 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tu
         return moved
     with on_device_of(content):
         for first, width in fields:
-            move_tokens_kernel[(triton.cdiv(count, _TILE), rows)](
-                content, order, moved, count, FIRST=first, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
-                PAGE=page_size, ELEMENTS=content.shape[3], TILE=_TILE,
+            launch_now(
+                move_tokens_kernel, (triton.cdiv(count, _TILE), rows), content, order, moved, count, FIRST=first, WIDTH=width,
+                COLUMNS=triton.next_power_of_2(width), PAGE=page_size, ELEMENTS=content.shape[3], TILE=_TILE,
             )  # fmt: skip
     return moved
 
@@ -45,9 +46,10 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
         states = states.contiguous()
     tile = 1 << max(0, (_TILE // page_size).bit_length() - 1)
     with on_device_of(states):
-        page_means_kernel[(triton.cdiv(count, tile), batch_size * num_heads)](
-            states, valid.view(torch.uint8), means, count, *states.stride()[:3], H=num_heads, D=dim,
-            BLOCK_D=triton.next_power_of_2(dim), PAGE=page_size, BLOCK_P=triton.next_power_of_2(page_size), TILE=tile,
+        launch_now(
+            page_means_kernel, (triton.cdiv(count, tile), batch_size * num_heads), states, valid.view(torch.uint8), means,
+            count, *states.stride()[:3], H=num_heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), PAGE=page_size,
+            BLOCK_P=triton.next_power_of_2(page_size), TILE=tile,
         )  # fmt: skip
     return means
 

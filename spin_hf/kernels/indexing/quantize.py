@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import device_limits
 from ..common import rounded, to_int8
+from ..compile_ahead import launch_now
 from ..device_guard import on_device_of
 
 _TILE, _TILES = 128, 4
@@ -26,9 +27,10 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty((count,), dtype=torch.float32, device=rows.device)
     if count:
         with on_device_of(rows):
-            quantize_kernel[(triton.cdiv(count, _TILE),)](
-                rows, values, scale, count, D=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=_TILE
-            )
+            launch_now(
+                quantize_kernel, (triton.cdiv(count, _TILE),), rows, values, scale, count, D=dim,
+                BLOCK_D=triton.next_power_of_2(dim), TILE=_TILE,
+            )  # fmt: skip
     return values.view(vectors.shape), scale.view(vectors.shape[:-1])
 
 
@@ -57,8 +59,9 @@ def encode_pages(
     valid = valid.expand(batch_size, 1, count, page_size).contiguous()
     steps = torch.tensor(multiples, dtype=torch.float32).to(keys.device, non_blocking=True)
     with on_device_of(keys):
-        encode_pages_kernel[(triton.cdiv(count * page_size, tile * _TILES), batch_size * num_heads)](
-            keys, mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
+        launch_now(
+            encode_pages_kernel, (triton.cdiv(count * page_size, tile * _TILES), batch_size * num_heads), keys,
+            mean.contiguous(), valid.view(torch.uint8), basis.to(keys.dtype), steps, codes, scale, count, length,
             *keys.stride()[:3],
             H=num_heads, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), HALF=max(16, triton.next_power_of_2(half)),
             PAGE=page_size, STEPS=len(multiples), TILE=tile, TILES=_TILES, num_warps=8, num_stages=stages,
