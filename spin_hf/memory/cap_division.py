@@ -1,7 +1,7 @@
 """One cap in bytes, divided among caches that come and go.
 
-    shares    each cache its minimum, and of the rest a part in proportion to what it lacks to hold all pages
-    pressure  a new cache makes the shares of the others smaller: they give back buffer pages, never those of a step
+shares    each cache its minimum, and of the rest a part in proportion to what it lacks to hold all pages
+pressure  a new cache makes the shares of the others smaller: they give back buffer pages, never those of a step
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ class Admission:
                 needed_bytes=in_host, available_bytes=self.host_pool,
             )  # fmt: skip
 
-    def fits(self, num_tokens: int, most: int, held: Sequence[tuple[SpinCache, int]], others: Iterable[SpinCache]) -> bool:
+    def fits(
+        self, num_tokens: int, most: int, held: Sequence[tuple[SpinCache, int]], others: Iterable[SpinCache]
+    ) -> bool:
         """Whether a request may hold memory beside those that do.
 
         Args:
@@ -106,7 +108,9 @@ class Admission:
             needs = [self.needs(tokens + _AHEAD_TOKENS) for _, tokens in held]
             parts = shares(cap, needs)
             # Those that get less give back before others take.
-            for (cache, _), part in sorted(zip(held, parts, strict=True), key=lambda each: each[1] - _cap_of(each[0][0])):
+            for (cache, _), part in sorted(
+                zip(held, parts, strict=True), key=lambda each: each[1] - _cap_of(each[0][0])
+            ):
                 set_cap(cache._passes.gpu, part)
 
     def _in_host(self, needs: list[RequestNeeds], pool: int | None) -> int:

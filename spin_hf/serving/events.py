@@ -1,8 +1,8 @@
 """What happened in a loop, in order: for drawings, and to find out why a request waited.
 
-    log = EventLog("events.jsonl")          one JSON object per line, written as it happens
-    RequestLoop(model, events=log)
-    log.events                              the last ones, as objects
+log = EventLog("events.jsonl")          one JSON object per line, written as it happens
+RequestLoop(model, events=log)
+log.events                              the last ones, as objects
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def as_dict(event: Event) -> dict[str, Any]:
 
 def read_events(lines: Iterable[str]) -> list[Event]:
     """The events of a file that an `EventLog` wrote."""
-    found = []
+    found: list[Event] = []
     for line in lines:
         fields = json.loads(line)
         found.append(_KINDS[fields.pop("event")](**fields))

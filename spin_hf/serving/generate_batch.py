@@ -46,7 +46,8 @@ def generate_batch(
         tokenizer, method, budget, gpu_memory, store, max_rows, events: as for `RequestLoop`.
         progress: whether to show a bar, on a terminal or in a notebook.
         max_slowdown: as for `RequestLoop`. None reads prompts first, which gives the most tokens per second.
-        seed: of the first prompt, the next has `seed + 1`; or one for each prompt. None draws them from torch's global generator.
+        seed: of the first prompt, the next has `seed + 1`; or one for each result. None draws them from torch's global
+            generator.
         kwargs: other options of `SpinCache`, and arguments of `generate`. With `num_return_sequences=n` each prompt gives n
             results side by side, and is read once.
     Returns:
@@ -67,7 +68,9 @@ def generate_batch(
         model, method, budget=budget, gpu_memory=gpu_memory, store=store, tokenizer=tokenizer, max_rows=max_rows,
         max_slowdown=max_slowdown, max_wait_s=None, events=events, **options,
     )  # fmt: skip
-    made = dict(kwargs, logits_processor=logits_processor, stopping_criteria=stopping_criteria, stop_strings=stop_strings)
+    made = dict(
+        kwargs, logits_processor=logits_processor, stopping_criteria=stopping_criteria, stop_strings=stop_strings
+    )
     try:
         requests = [
             _prepared(loop, prompt, generation_config, each, made) for prompt, each in zip(prompts, seeds, strict=True)
@@ -145,6 +148,8 @@ def _seeds(seed: int | Sequence[int] | None, number: int) -> list[int | None]:
         return [None] * number
     if isinstance(seed, Sequence):
         if len(seed) != number:
-            raise OptionError(f"seed: expected one for each of {number} results, got {len(seed)}; pass an int, or as many")
+            raise OptionError(
+                f"seed: expected one for each of {number} results, got {len(seed)}; pass an int, or as many"
+            )
         return list(seed)
     return [require_count("seed", seed, 0, example=0) + index for index in range(number)]

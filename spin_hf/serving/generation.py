@@ -149,8 +149,8 @@ def _check(prepared: dict[str, Any]) -> None:
     mode = str(config.get_generation_mode().value)
     if mode not in _MODES:
         raise OptionError(
-            f"generation_config: expected greedy search or sampling, got {mode}; leave out beams, assistants and prompt lookup, "
-            "or call generate"
+            f"generation_config: expected greedy search or sampling, got {mode}; leave out beams, assistants and prompt "
+            "lookup, or call generate"
         )
     copies = getattr(config, "num_return_sequences", None) or 1
     if copies > 1:
@@ -164,7 +164,9 @@ def _check(prepared: dict[str, Any]) -> None:
     if getattr(config, "token_healing", None):
         raise OptionError("token_healing: expected False, got True; heal the prompt first, with model.heal_tokens")
     if config.use_cache is False:
-        raise OptionError("use_cache: expected True, got False: a loop decodes with a cache; leave it out, or call generate")
+        raise OptionError(
+            "use_cache: expected True, got False: a loop decodes with a cache; leave it out, or call generate"
+        )
     strange = sorted(
         name
         for name, value in prepared.items()

@@ -34,7 +34,9 @@ def prompt_of(given: Any, tokenizer: Any, vocabulary: int) -> array[int]:
     elif isinstance(given, Mapping) and "input_ids" in given:
         mask = given.get("attention_mask")
         if mask is not None and not bool(torch.as_tensor(mask).all()):
-            raise OptionError("inputs: expected a prompt without padding, got a padding mask with zeros; pass its own tokens only")
+            raise OptionError(
+                "inputs: expected a prompt without padding, got a padding mask with zeros; pass its own tokens only"
+            )
         ids = given["input_ids"]
     else:
         ids = given
@@ -52,12 +54,15 @@ def _flat(ids: Any, given: Any) -> Tensor:
     try:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionTypeError(f"inputs: {_EXPECTED}, got {type(given).__name__}: {shown(given, 60)}; {_REMEDY}") from error
+        raise OptionTypeError(
+            f"inputs: {_EXPECTED}, got {type(given).__name__}: {shown(given, 60)}; {_REMEDY}"
+        ) from error
     if found.dim() == 2 and found.shape[0] == 1:
         found = found[0]
-    if found.dim() != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        if not (found.dim() == 1 and not len(found)):
-            raise OptionTypeError(f"inputs: {_EXPECTED}, got {_shape(found)}; {_REMEDY}")
+    is_empty = found.dim() == 1 and not len(found)
+    are_ids = found.dim() == 1 and found.dtype != torch.bool and not found.is_floating_point()
+    if not are_ids and not is_empty:
+        raise OptionTypeError(f"inputs: {_EXPECTED}, got {_shape(found)}; {_REMEDY}")
     return found.detach().to("cpu", torch.int64)
 
 
@@ -70,9 +75,13 @@ _REMEDY = "pass one request for each sequence, without padding"
 
 def _checked(ids: Tensor, vocabulary: int) -> array[int]:
     if not len(ids):
-        raise OptionError("inputs: expected at least one token in a prompt, got none; begin with the tokenizer's first token")
+        raise OptionError(
+            "inputs: expected at least one token in a prompt, got none; begin with the tokenizer's first token"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
-        raise OptionError(f"inputs: expected ids from 0 to {vocabulary - 1}, got {wrong}; use the tokenizer of this model")
+        raise OptionError(
+            f"inputs: expected ids from 0 to {vocabulary - 1}, got {wrong}; use the tokenizer of this model"
+        )
     return array("q", ids.contiguous().numpy().tobytes())

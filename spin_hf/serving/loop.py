@@ -105,13 +105,13 @@ class RequestLoop:
         self.events = self._own_log or events
         """The `EventLog`; None if there is none."""
         least = _LEAST_CHUNK_GPU if found.device.type == "cuda" else _LEAST_CHUNK_CPU
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             found, lambda: SpinCache(found, method, **options), self._admission, Pace(max_slowdown, least), max_rows,
             max_wait_s, share_prefixes, self.events if isinstance(self.events, EventLog) else None,
         )  # fmt: skip
-        self._worker = Worker(self._scheduler, max_waiting)
+        self.worker = Worker(self.scheduler, max_waiting)
         self._numbers = itertools.count()
-        self._finalizer = weakref.finalize(self, self._worker.stop)
+        self._finalizer = weakref.finalize(self, self.worker.stop)
 
     def submit(
         self, inputs: Any, generation_config: GenerationConfig | None = None, *, seed: int | None = None,
@@ -156,14 +156,14 @@ class RequestLoop:
         for request in requests:
             request.times.submitted = time.time()
             request.submitted = request.waiting_since = time.perf_counter()
-            self._scheduler.record(RequestQueued, request.number, len(request.prompt))
-        self._worker.submit(requests)
+            self.scheduler.record(RequestQueued, request.number, len(request.prompt))
+        self.worker.submit(requests)
 
     def _made(self, prompt: array[int], generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Request:
         ids = torch.tensor([prompt.tolist()], device=self.model.device)
         generation = prepare(self.model, ids, generation_config, tokenizer=self.tokenizer, **kwargs)
         choice = Choice(generation, prompt, self.model.device)
-        worker, number = weakref.ref(self._worker), next(self._numbers)
+        worker, number = weakref.ref(self.worker), next(self._numbers)
 
         def cancel() -> None:
             if (alive := worker()) is not None:
@@ -175,15 +175,15 @@ class RequestLoop:
 
     def cancel_all(self) -> None:
         """Cancel every request that has not ended."""
-        self._worker.cancel_all()
+        self.worker.cancel_all()
 
     def stats(self) -> LoopStats:
         """Requests by state, tokens, and memory. `print` shows the result as a table."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         counters = scheduler.counters
         gpu_bytes, cpu_bytes = scheduler.memory
         return LoopStats(
-            waiting=self._worker.num_waiting, reading=int(scheduler.read is not None), running=len(scheduler.running),
+            waiting=self.worker.num_waiting, reading=int(scheduler.read is not None), running=len(scheduler.running),
             ended=dict(counters.ended), prompt_tokens=counters.read_tokens, reused_tokens=counters.reused_tokens,
             generated_tokens=counters.generated_tokens, tokens_per_second=counters.tokens_per_second(),
             steps=counters.steps, mean_rows=counters.rows / counters.steps if counters.steps else 0.0,
@@ -196,7 +196,7 @@ class RequestLoop:
         Args:
             cancel: whether to cancel them instead.
         """
-        self._worker.close(cancel)
+        self.worker.close(cancel)
         if self._own_log is not None:
             self._own_log.close()
 

@@ -56,7 +56,8 @@ class Pace:
 
     def _allowance(self) -> float:
         """Seconds of reading that a step allows."""
-        assert self.max_slowdown is not None and self.step_s is not None
+        assert self.max_slowdown is not None
+        assert self.step_s is not None
         return (self.max_slowdown - 1) * self.step_s
 
     def _most(self) -> float:

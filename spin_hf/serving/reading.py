@@ -83,9 +83,15 @@ class PromptReading:
         kept = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         with torch.inference_mode(False), torch.no_grad():
             output = self.model(
-                input_ids=new, position_ids=positions, use_cache=True, return_dict=True, **kept, **{CACHE_NAME: self.cache}
+                input_ids=new,
+                position_ids=positions,
+                use_cache=True,
+                return_dict=True,
+                **kept,
+                **{CACHE_NAME: self.cache},
             )
-            return output.logits[:, -1].to(copy=True, dtype=torch.float32)  # type: ignore[no-any-return]
+            logits: Tensor = output.logits[:, -1].to(copy=True, dtype=torch.float32)
+        return logits
 
     def close(self) -> None:
         """End reading. What was read stays in the cache."""

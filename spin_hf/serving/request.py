@@ -3,6 +3,8 @@
     queued ──> reading ──> running ──> ended        reading and running requests hold a cache
                  ^            │
                  └─ waiting <─┘  paused: its pages stay in its cache
+
+Only the loop's thread changes a request, but for `cancelled`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,11 @@ def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: T
         first = choices[members[0]]
         rows = logits if len(members) == len(choices) else logits[members]
         try:
-            ids = first.ids(tokens[members[0]]) if first.group is None else _NO_IDS.expand(len(members), 0).to(logits.device)
+            ids = (
+                first.ids(tokens[members[0]])
+                if first.group is None
+                else _NO_IDS.expand(len(members), 0).to(logits.device)
+            )
             scores = first.generation.processors(ids, rows) if len(first.generation.processors) else rows
             if first.generation.generator is None:
                 for number, token in zip(members, scores.argmax(-1).unbind(), strict=True):

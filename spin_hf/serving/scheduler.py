@@ -65,12 +65,13 @@ class Scheduler:
         self.running: dict[int, Request] = {}
         self.read: Request | None = None
         """The request whose prompt is being read."""
+        self.make_reading = PromptReading
         self.prefixes, self.counters = SharedPrefixes(), Counters()
         self.relief = MemoryRelief(self)
         self.any_cancelled = False
         self.memory = (0, 0)
         """Bytes of all caches on the GPU and in host memory, when they were last counted."""
-        self._divides = False
+        self._divides = self._may_pause = False
         self._reading: PromptReading | None = None
         self._boundary: int | None = None
         """Tokens of the prompt being read after which waiting requests want a fork of its cache."""
@@ -85,6 +86,7 @@ class Scheduler:
         if self._divides:
             self._divides = False
             self.admission.divide(self.held())
+        self._may_pause = True
         while self._admit():
             pass
         self._read()
@@ -138,9 +140,12 @@ class Scheduler:
         now = time.perf_counter()
         if self.max_wait_s is None or now - head.waiting_since < self.max_wait_s or not self.running:
             return False
+        if not self._may_pause:  # every turn has a step, which all that run take
+            return False
         longest = min(self.running.values(), key=lambda request: request.joined_at)
         if now - longest.joined_at < self.max_wait_s or not self._fits(head, longest):
             return False
+        self._may_pause = False
         self.pause(longest, "turn")
         self.waiting.append(longest)
         return True
@@ -159,7 +164,7 @@ class Scheduler:
             self.relief.relieve_or_end(request, error)
             return
         request.cache, self.read = cache, request
-        self._reading = PromptReading(self.model, cache, ids)
+        self._reading = self.make_reading(self.model, cache, ids)
         held = self._reading.held
         self._boundary = None
         if self.shares_prefixes:
@@ -265,7 +270,9 @@ class Scheduler:
         requests = list(self.running.values())
         began = time.perf_counter()
         try:
-            logits = self.batch.step({request.row: request.tokens[-1] for request in requests if request.row is not None})
+            logits = self.batch.step(
+                {request.row: request.tokens[-1] for request in requests if request.row is not None}
+            )
         except OUT_OF_MEMORY as error:
             self.relief.of_step(error)
             return

@@ -124,7 +124,9 @@ class Worker:
             return bool(new or self._busy or not self._closing)
 
     def _fail(self, error: BaseException) -> None:
-        failure = error if isinstance(error, Exception) else CacheStateError(f"the RequestLoop was interrupted: {error!r}")
+        failure = (
+            error if isinstance(error, Exception) else CacheStateError(f"the RequestLoop was interrupted: {error!r}")
+        )
         with self._changed:
             self._closing, self._failure = True, error
             self.scheduler.waiting.extend(self._inbox)
