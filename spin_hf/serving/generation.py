@@ -100,7 +100,7 @@ def prepare(
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
-            raise OptionError(f"{name}: expected no such argument for a request, got one: {reason}; leave it out")
+            raise OptionError(f"{name}: expected no such argument for a request, got one: {reason}; call generate, or leave it out")
     if seed is not None:
         seed = require_count("seed", seed, 0, _SEEDS - 1, example=0)
     found: list[dict[str, Any]] = []

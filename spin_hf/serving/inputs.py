@@ -76,7 +76,7 @@ _REMEDY = "pass one request for each sequence, without padding"
 def _checked(ids: Tensor, vocabulary: int) -> array[int]:
     if not len(ids):
         raise OptionError(
-            "inputs: expected at least one token in a prompt, got none; begin with the tokenizer's first token"
+            "inputs: expected at least one token in a prompt, got none; pass the tokenizer's first token"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:

@@ -258,7 +258,7 @@ class Scheduler:
         self.stop_reading()
         if not request.tokens:
             reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
-            self._choose([request], logits)
+            self._deliver([request], self._chosen([request], logits))
         if request.cache is not None:
             self._join(request)
 
@@ -280,17 +280,20 @@ class Scheduler:
             for request in requests:
                 self.end(request, "error", error)
             return
-        self._choose(requests, logits)
+        chosen = self._chosen(requests, logits)
         seconds = time.perf_counter() - began
         self.pace.stepped(seconds)
         self.counters.stepped(len(requests), seconds)
         self._divides |= self.counters.steps % _DIVIDE_STEPS == 0
         self.memory = self.relief.bytes_held(self.counters.steps)
         self.record(StepDone, len(requests), len(self.waiting), seconds, *self.memory)
+        self._deliver(requests, chosen)
 
-    def _choose(self, requests: list[Request], logits: Tensor) -> None:
+    def _chosen(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
+        return choose([request.choice for request in requests], [request.tokens for request in requests], logits)
+
+    def _deliver(self, requests: list[Request], chosen: list[int | Exception]) -> None:
         """Give each request its next token, and end those that are done."""
-        chosen = choose([request.choice for request in requests], [request.tokens for request in requests], logits)
         for request, token in zip(requests, chosen, strict=True):
             if isinstance(token, Exception):
                 self.end(request, "error", token)
@@ -315,11 +318,11 @@ class Scheduler:
             self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        self.counters.ended[reason] += 1
+        self.record(RequestEnded, request.number, reason, len(request.tokens))
         request.end(reason, error)
         self.relief.freed()
         self._divides = True
-        self.counters.ended[reason] += 1
-        self.record(RequestEnded, request.number, reason, len(request.tokens))
         if self.prefixes.held and not self.waiting:
             self.prefixes.drop_all()
 

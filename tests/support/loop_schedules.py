@@ -24,7 +24,7 @@ MOST_NEW = 16
 LENGTHS = (1, 5, 33, 64, 130, 200, 270, 270, 270, 300)
 PREFIX = 190
 """Tokens that the prompts of 270 tokens share."""
-OPTIONS: dict[str, Any] = dict(budget=4096)
+OPTIONS: dict[str, Any] = dict(budget=4096, method="shadowkv")
 SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.9, top_k=30, top_p=0.95)
 
 
@@ -96,7 +96,7 @@ class Schedule:
         self.random, self.faults = random.Random(seed), faults
         self.pool = pool(family)
         choose = self.random.choice
-        options = dict(OPTIONS)
+        options = dict(OPTIONS, method=choose(["shadowkv", "shadowkv", "fitted"]))
         if choose([False, False, True]):
             options["gpu_memory"] = choose(["300KB", "600KB", "1200KB", "4MB"])
         self.loop = RequestLoop(
