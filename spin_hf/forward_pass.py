@@ -66,11 +66,13 @@ class ForwardPass:
         check_first_batch(self.state, self.gpu, num_tokens, batch_size)
         padding_change.accept(self.state, batch_size, mask)
 
-    def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None) -> None:
+    def begin(self, batch_size: int, num_tokens: int, new_valid: Tensor | None, reads_all: bool | None = None) -> None:
         """Start a step.
 
         Args:
             new_valid: [batch_size, num_tokens], bool, False for padding; None for all valid.
+            reads_all: of a step of one token, whether it attends to all tokens, if kernels of others than this cache's decide
+                that; else None.
         Raises:
             BatchSizeError, BudgetError, CapacityError: nothing has changed.
             CacheStateError: the first forward never reached the last paged layer.
@@ -86,11 +88,16 @@ class ForwardPass:
         self.gpu.before_step(batch_size, max(num_tokens, sequences.expected_tokens - sequences.length))
         selects, length = state.selects(num_tokens), sequences.length + num_tokens
         one, state.reads_all = selects and num_tokens == 1, False
-        if selects and not (one and self.backends.read_all(length)):  # others need neither clusters nor summaries
-            self.backends.wait_for_compiles()
+
+        def reads() -> bool:
+            return one and (self.backends.read_all(length) if reads_all is None else reads_all)
+
+        if selects and not reads():  # others need neither clusters nor summaries
+            if reads_all is None:
+                self.backends.wait_for_compiles()
             cluster.cluster_new_tokens(state)
         sequences.begin(batch_size, num_tokens, new_valid)
-        state.phase, state.reads_all = Phase.APPENDING, one and self.backends.read_all(length)
+        state.phase, state.reads_all = Phase.APPENDING, reads()
         if selects and not state.reads_all:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
@@ -131,6 +138,24 @@ class ForwardPass:
             self._prepared_for, self._fits = prepared_for, fits  # while held, no other object has their ids
         self.state.phase = Phase.PREPARED
 
+    @outside_inference_mode
+    def prepare_row(self, reads_all: bool) -> None:
+        """Start a step of one token of the only sequence, whose layers kernels of a batch of rows launch (`row_kernels.py`).
+
+        Args:
+            reads_all: whether it attends to all tokens.
+        Raises:
+            As `begin`.
+        """
+        self.begin(1, 1, None, reads_all)
+        self.state.phase = Phase.PREPARED
+
+    @outside_inference_mode
+    def select_after_all(self) -> None:
+        """Let a step that has begun select pages, though it was to attend to all tokens."""
+        self.state.reads_all = False
+        summarize.summarize_stale(self.state)
+
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Within this context the cache's length is a tensor on the device, which a captured graph can read."""
@@ -148,17 +173,21 @@ class ForwardPass:
             upload_next: whether to upload the descriptors of the next one-token step now.
         """
         state, sequences = self.state, self.state.sequences
-        if sequences.length % sequences.page_size == 0:
-            if state.reads_all:
-                for layer in state.layers:
-                    layer.invalidate(sequences.num_pages - 1, sequences.num_pages)
-            else:
-                for step in self.backends.in_use():
-                    index_completed(step, state.layers)
+        if sequences.length % sequences.page_size == 0 and not state.reads_all:
+            for step in self.backends.in_use():
+                index_completed(step, state.layers)
         if upload_next:
             for step in self.backends.in_use():
                 step.upload_next()
-        state.pending = None  # nothing below can fail
+        self.finish_row()
+
+    def finish_row(self) -> None:
+        """Commit a prepared step whose completed page has been summarised, if it selects pages. Cannot fail."""
+        state, sequences = self.state, self.state.sequences
+        state.pending = None
+        if sequences.length % sequences.page_size == 0 and state.reads_all:
+            for layer in state.layers:
+                layer.invalidate(sequences.num_pages - 1, sequences.num_pages)
         for layer in state.layers:
             assert layer.store is not None
             layer.store.length = sequences.length
@@ -295,10 +324,15 @@ class ForwardPass:
         lost, self.state.pending = self.state.pending, None
         if lost is not None:
             self.fail()
-            raise AttentionError(
-                f"{self.state.model_name}: layer {lost.layer_idx} got its keys back from SpinCache.update but did not pass "
-                'them to the attention function "spin": the model changes them in between, or calls another attention '
-                'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
-                "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
-                "SpinCache.from_cache"
-            )
+            raise never_attended(self.state.model_name, lost.layer_idx)
+
+
+def never_attended(model_name: str, layer_idx: int) -> AttentionError:
+    """The error about a layer's new keys that never reached the attention function."""
+    return AttentionError(
+        f"{model_name}: layer {layer_idx} got its keys back from SpinCache.update but did not pass "
+        'them to the attention function "spin": the model changes them in between, or calls another attention '
+        'implementation; expected config._attn_implementation == "spin" and keys handed on as they are; use a '
+        "DynamicCache for this model. To fill a cache without a model, update a DynamicCache and take it over with "
+        "SpinCache.from_cache"
+    )

@@ -294,6 +294,19 @@ class WindowWidth(int):
         return self
 
 
+def _additive(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype or torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+_MASKS_OF_ROWS: dict[str, Callable[[Tensor, torch.dtype | None], Tensor]] = {
+    "sdpa": lambda mask, dtype: mask,
+    "eager": _additive,
+}
+"""Implementation -> its mask, from what the new tokens attend to: [B, 1, 1, width], bool. transformers' own functions read the
+mask on the host, which a captured step cannot."""
+
+
 def spin_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, *,
@@ -315,10 +328,13 @@ def spin_mask(
     if not traced and not isinstance(kv_length, MaskedLength):
         if not torch.compiler.is_compiling():
             handed_states.forget()
+        name = previous_implementation(config)
         if isinstance(kv_length, WindowWidth):
             attention_mask, mask_function = kv_length.valid_tokens(mask_function), causal_mask_function
+            if name in _MASKS_OF_ROWS:
+                return _MASKS_OF_ROWS[name](attention_mask[:, None, None, :], kwargs.get("dtype"))
             kv_length, q_offset = int(kv_length), int(kv_length) - q_length
-        build = ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(config)]
+        build = ALL_MASK_ATTENTION_FUNCTIONS[name]
         return build(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs,

@@ -177,6 +177,11 @@ class BackendSet:
             counts = [_counts(each) for each in held]
         return {c.name: self._counted.get(c.name, 0) + sum(count[c.name] for count in counts) for c in Counter}
 
+    def add_counts(self, counters: Tensor) -> None:
+        """Add what kernels of a batch of rows have counted for this cache: [layers, len(Counter)]. Reads the device."""
+        for name, count in _counts(counters).items():
+            self._counted[name] = self._counted.get(name, 0) + count
+
     def forget(self) -> None:
         """Leave the kernels, and drop their counts."""
         for step in self._taken.values():

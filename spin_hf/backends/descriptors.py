@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.methods.base import recipe_of
+from ..attention.methods.base import Method, recipe_of
 from ..indexing.fit import fitted_of
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
+from ..kernels.recipe import KernelRecipe
 from ..storage.out_of_memory import allocating
+from ..storage.page_store import PageStore
 from ..storage.segment_pool import pages_of
 from ..storage.tier_budget import coarsely
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from ..state import CacheState, LayerState
 
 _MIN_PAGES = 512
-_BASES = (LayerField.KEY_BASIS, LayerField.VALUE_BASIS, LayerField.BASIS_VECTORS, LayerField.KEY_FORWARD)
+BASES = (LayerField.KEY_BASIS, LayerField.VALUE_BASIS, LayerField.BASIS_VECTORS, LayerField.KEY_FORWARD)
 
 
 class Binding:
@@ -59,6 +61,10 @@ class Binding:
 class Descriptors:
     """Descriptors of the paged layers of one cache at a time on one device.
 
+    Attributes:
+        apart: whether each sequence has descriptors of its own (`row_kernels.py`).
+        method: the method of the first cache.
+
     Args:
         state: the state of the first cache.
         device: where the layers' compute tier is.
@@ -66,26 +72,27 @@ class Descriptors:
         num_heads: KV heads of the layers.
     """
 
+    apart: ClassVar[bool] = False
+
     def __init__(self, state: CacheState, device: torch.device, batch_size: int, num_heads: int) -> None:
         recipe = recipe_of(state.method)
         assert recipe is not None
         self.recipe = recipe
-        self.binding, self.device = Binding(state), device
+        self.binding, self.device, self.method = Binding(state), device, state.method
         self.batch_size, self.num_heads = batch_size, num_heads
         self.streams = batch_size * num_heads
         """(sequence, KV head) pairs. Kernels process them independently."""
         self.group = 0
         """Query heads per KV head; 0 until the first layer attends."""
-        self.step = self.new((len(StepField),), torch.int64)
+        each = (batch_size,) if self.apart else ()
+        self.step = self.new((*each, len(StepField)), torch.int64)
         self.step_fields = [0] * len(StepField)
         """Fields that `step` should hold."""
         self.uploaded: list[int] = []
         """Fields that `step` holds after all launches so far; empty if unknown."""
-        budget = state.options.budget
-        budget_fraction = budget if isinstance(budget, float) else 0.0
-        self.step_fields[StepField.BUDGET_FRACTION] = struct.unpack("<q", struct.pack("<d", budget_fraction))[0]
-        self.layer_fields = self.new((len(state.layers), len(LayerField)), torch.int64)
-        size = self.layer_fields.shape[1] * 8
+        self.step_fields[StepField.BUDGET_FRACTION] = budget_fraction(state)
+        self.layer_fields = self.new((len(state.layers), *each, len(LayerField)), torch.int64)
+        size = self.layer_fields.stride(0) * 8
         self.layer_addresses = torch.arange(len(state.layers), device=device) * size + self.layer_fields.data_ptr()
         self.found_for = self.new((len(state.layers), self.streams, 2), torch.int32, -1)
         """[layers, streams, 2], (stop page, number of outliers) that the outlier marks are for; -1: recompute."""
@@ -127,35 +134,16 @@ class Descriptors:
             *(table.shape[-1] for table in tables),
         )
         if layer_known[number] != known:
-            fields = [0] * len(LayerField)
-            fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
-            for i, summary in enumerate(store.summaries.values()):
-                for j, array in enumerate(summary.arrays):
-                    fields[summary_field(i, j)] = array.address_table.data_ptr()
-            for field, basis in zip(_BASES, bases, strict=False):
-                fields[field] = basis.data_ptr()
-            if frames is not None:
-                fields[LayerField.FRAMES] = frames.frames.data_ptr()
-                fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.slot_counts is None else -1
-                fields[LayerField.SLOT_COUNTS] = 0 if frames.slot_counts is None else frames.slot_counts.data_ptr()
-                fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
-                fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
-                fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
-                fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
+            fields = layer_fields_of(store, bases)
             layer_known[number] = None  # upload again if this is interrupted
             _upload(fields, self.layer_fields[number])
             layer_known[number] = known
 
     def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
-        """The tensors of `_BASES` for a layer."""
-        held, store = self.binding.bases.get(layer.number), layer.store
+        """The tensors of `BASES` for a layer."""
+        held = self.binding.bases.get(layer.number)
         if held is None or held[0] is not layer.fitted:
-            assert store is not None
-            method = self.state.method
-            basis = method.scan_basis(fitted_of([layer], method), store.dtype)
-            vectors = torch.cat([basis.origin, basis.widths, basis.value_origin, basis.value_widths], -1)
-            held = layer.fitted, (basis.inverse, basis.value_axes, vectors, basis.forward)
-            self.binding.bases[layer.number] = held
+            held = self.binding.bases[layer.number] = layer.fitted, bases_of(layer, self.state.method)
         return held[1]
 
     def begin_step(self) -> None:
@@ -197,11 +185,7 @@ class Descriptors:
 
         Valid for sparse layers.
         """
-        options, page_size = self.state.options, self.state.method.page_size
-        if isinstance(options.budget, float):
-            return None
-        zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
-        return -(-max(options.budget, options.dense_tokens) // page_size) + zones
+        return most_pages(self.state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied cache makes its own descriptors, since these hold addresses of this cache's memory."""
@@ -227,25 +211,11 @@ class Descriptors:
         most = None if self.padded or self.recipe.dense_layers else self.most_pages()
         listed = pages if most is None else min(pages, most)
 
-        def make(width: int, dtype: torch.dtype) -> Tensor:
-            with allocating("buffers of decode steps", self.streams * width * dtype.itemsize):
-                return torch.empty((self.streams, width), dtype=dtype, device=self.device)
-
-        outliers, reranks = self.recipe.outliers_per_1024 > 0, self.recipe.rerank_factor > 0
         self.page_capacity = 0  # allocate again if this is interrupted
         self.found_for.fill_(-1)
-        self._point({
-            StepField.LOGITS: make(self.group * pages, torch.float32),
-            StepField.SCORES: make(pages, torch.float32),
-            StepField.OUTLIER: make(len(self.state.layers) * pages * outliers, torch.uint8),
-            StepField.RERANK: make(self.group * pages * reranks, torch.float32),
-            StepField.BIN_LIST_PAGE: make(pages, torch.int32),
-            StepField.BIN_LIST_SCORE: make(pages, torch.float32),
-            StepField.BIN_LIST_LENGTH: make(-(-pages // BIN_TILE_PAGES), torch.int32),
-            StepField.TIED: make(pages, torch.int64),
-            StepField.LIST_PAGE: make(listed, torch.int32),
-            StepField.VICTIMS: make(listed, torch.int32),
-        })  # fmt: skip
+        self._point(
+            new_scratch(self.recipe, self.device, self.streams, self.group, len(self.state.layers), pages, listed)
+        )
         self.step_fields[StepField.PAGE_CAPACITY] = self.page_capacity = pages
         self.step_fields[StepField.LIST_CAPACITY] = listed
         self.padded_capacity = self.padded
@@ -261,6 +231,78 @@ class Descriptors:
         self.uploaded = []
         _upload(fields, self.step)
         self.uploaded = list(fields)
+
+
+def budget_fraction(state: CacheState) -> int:
+    """The content of BUDGET_FRACTION."""
+    budget = state.options.budget
+    (bits,) = struct.unpack("<q", struct.pack("<d", budget if isinstance(budget, float) else 0.0))
+    return int(bits)
+
+
+def most_pages(state: CacheState) -> int | None:
+    """As `Descriptors.most_pages`."""
+    options, page_size = state.options, state.method.page_size
+    if isinstance(options.budget, float):
+        return None
+    zones = pages_of(options.num_sink_tokens, page_size) + pages_of(options.recent_window, page_size)
+    return -(-max(options.budget, options.dense_tokens) // page_size) + zones
+
+
+def bases_of(layer: LayerState, method: Method) -> tuple[Tensor, ...]:
+    """What the scan over coded pages reads in place of a layer's fitted tensors: the tensors of `BASES`."""
+    assert layer.store is not None
+    basis = method.scan_basis(fitted_of([layer], method), layer.store.dtype)
+    vectors = torch.cat([basis.origin, basis.widths, basis.value_origin, basis.value_widths], -1)
+    return basis.inverse, basis.value_axes, vectors, basis.forward
+
+
+def layer_fields_of(store: PageStore, bases: tuple[Tensor, ...]) -> list[int]:
+    """The descriptor of a layer with these pages; `bases` is empty unless pages are coded."""
+    fields, frames = [0] * len(LayerField), store.frames
+    fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
+    for i, summary in enumerate(store.summaries.values()):
+        for j, array in enumerate(summary.arrays):
+            fields[summary_field(i, j)] = array.address_table.data_ptr()
+    for field, basis in zip(BASES, bases, strict=False):
+        fields[field] = basis.data_ptr()
+    if frames is not None:
+        fields[LayerField.FRAMES] = frames.frames.data_ptr()
+        fields[LayerField.NUM_SLOTS] = frames.num_slots if frames.slot_counts is None else -1
+        fields[LayerField.SLOT_COUNTS] = 0 if frames.slot_counts is None else frames.slot_counts.data_ptr()
+        fields[LayerField.PAGE_SLOT] = frames.page_slot.data_ptr()
+        fields[LayerField.PAGE_SLOT_STRIDE] = frames.page_slot.shape[2]
+        fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
+        fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
+    return fields
+
+
+def new_scratch(
+    recipe: KernelRecipe, device: torch.device, streams: int, group: int, num_layers: int, pages: int, listed: int
+) -> dict[StepField, Tensor]:
+    """Allocate what grows with the context, for `pages` pages per sequence and page lists of `listed` pages.
+
+    Raises:
+        CapacityError: memory ran out.
+    """
+
+    def make(width: int, dtype: torch.dtype) -> Tensor:
+        with allocating("buffers of decode steps", streams * width * dtype.itemsize):
+            return torch.empty((streams, width), dtype=dtype, device=device)
+
+    outliers, reranks = recipe.outliers_per_1024 > 0, recipe.rerank_factor > 0
+    return {
+        StepField.LOGITS: make(group * pages, torch.float32),
+        StepField.SCORES: make(pages, torch.float32),
+        StepField.OUTLIER: make(num_layers * pages * outliers, torch.uint8),
+        StepField.RERANK: make(group * pages * reranks, torch.float32),
+        StepField.BIN_LIST_PAGE: make(pages, torch.int32),
+        StepField.BIN_LIST_SCORE: make(pages, torch.float32),
+        StepField.BIN_LIST_LENGTH: make(-(-pages // BIN_TILE_PAGES), torch.int32),
+        StepField.TIED: make(pages, torch.int64),
+        StepField.LIST_PAGE: make(listed, torch.int32),
+        StepField.VICTIMS: make(listed, torch.int32),
+    }
 
 
 def capacity_for(num_pages: int) -> int:

@@ -18,6 +18,7 @@ from ..attention.methods.base import Pages
 from ..indexing.fit import fitted_of
 from ..indexing.summarize import tokens_of
 from ..kernels.descriptor_fields import LayerField, summary_field
+from .row_kernels import RowKernels
 
 if TYPE_CHECKING:
     from ..state import LayerState
@@ -26,8 +27,19 @@ if TYPE_CHECKING:
 
 def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
     """Summarise the cache's last page, which is full, in the `layers` that `step` serves."""
-    if step.recipe.summarised_by_append:
+    if not step.recipe.summarised_by_append:
+        _index_all(step, layers)
+
+
+def index_completed_rows(step: RowKernels) -> None:
+    """As `index_completed`, for the rows whose last page is full, if any is. The kernels find them by their positions."""
+    rows, page_size = [row for row in step.rows if row is not None], step.method.page_size
+    if step.recipe.summarised_by_append or all(row.state.sequences.length % page_size for row in rows):
         return
+    _index_all(step, rows[0].state.layers)
+
+
+def _index_all(step: StepKernels, layers: list[LayerState]) -> None:
     alike: dict[object, list[LayerState]] = {}
     for layer in filter(step.serves, layers):
         store = layer.store
@@ -40,8 +52,11 @@ def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
 def _index(step: StepKernels, layers: list[LayerState]) -> None:
     store, sequences, count = layers[0].store, step.state.sequences, len(layers)
     assert store is not None
-    stop, method = sequences.length // store.page_size, step.state.method
-    page = (stop - 1) // method.unit_pages * method.unit_pages
+    stop, method = sequences.length // store.page_size, step.method
+    page = (stop - 1) // method.unit_pages * method.unit_pages  # with rows, kernels take that of each row instead
+    if step.apart:
+        assert method.unit_pages == 1 or step.recipe.scans_codes
+        page, stop = 0, 1
     addresses = torch.stack([step.layer_addresses[layer.number] for layer in layers])
     if step.recipe.scans_codes:
         done = step.launchers.encode_last_unit(
@@ -62,7 +77,10 @@ def _index(step: StepKernels, layers: list[LayerState]) -> None:
     pages = torch.empty(shape, dtype=store.backing.dtype, device=step.device)
     copy(LayerField.BACKING, pages, put=False)
     keys, values = store.backing_layout.take(pages)
-    valid, positions = tokens_of(sequences, page, stop, step.device)
+    if isinstance(step, RowKernels):
+        valid, positions = step.tokens_of_last_pages()
+    else:
+        valid, positions = tokens_of(sequences, page, stop, step.device)
     single = None
     if store.permutation is not None:  # one page per cluster until tokens are clustered
         single = torch.ones(shape[:3], dtype=torch.int64, device=step.device)

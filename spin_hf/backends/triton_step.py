@@ -83,8 +83,9 @@ class StepKernels(Descriptors, AttentionBackend):
         self.dense_plan = self.new(plans if self.recipe.dense_layers else (0,), torch.int32)
         """The plan of dense layers."""
         self.outlier_edges = self.new((layers, streams), torch.int64)
-        self.counters = self.new((layers, len(Counter)), torch.int64)
-        """[layers, len(Counter)], counters of the kernels."""
+        each = (batch_size,) if self.apart else ()
+        self.counters = self.new((layers, *each, len(Counter)), torch.int64)
+        """[layers, len(Counter)], counters of the kernels; of each sequence if they are apart."""
         reranked = streams if self.recipe.rerank_factor else 0
         floors, rerank_floors = self.new((layers, streams), torch.int32), self.new((layers, reranked), torch.int32)
         hands = self.new((layers, streams), torch.int32)
@@ -251,7 +252,7 @@ class StepKernels(Descriptors, AttentionBackend):
                 launch, self.step, plan, num_queries=num_queries, num_sink_tokens=options.num_sink_tokens,
                 recent_window=options.recent_window, budget=options.budget if isinstance(options.budget, int) else 0,
                 dense_below=dense_below, outliers_per_1024=self.recipe.outliers_per_1024,
-                page_size=self.state.method.page_size, padded=self.padded,
+                page_size=self.method.page_size, padded=self.padded, apart=self.apart,
             )  # fmt: skip
 
     def _find_outliers(self, launch: Launch, plan: Tensor, layers: list[LayerState]) -> None:
@@ -313,6 +314,7 @@ class StepKernels(Descriptors, AttentionBackend):
             store.backing_layout.row_bytes, segment_pages=SEGMENT_PAGES, rows_per_chunk=store.backing.rows_per_chunk,
             padded=self.padded, multiplies_int8=self.multiplies_int8, shared_memory=self.shared_memory,
             compiled=self.compiled, overlaps=self.overlaps,
+            apart=self.apart,
         )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ class Selection:
 
     def place(self, layer: LayerState) -> tuple[Tensor, ...]:
         """Move the method's tensors for a layer to the device, and return them."""
-        method = self.step.state.method
+        method = self.step.method
         tensors = method.projection_tensors(layer.number, self.step.device)
         self.placed_by[layer.number] = method
         return tensors
@@ -355,7 +357,7 @@ class Selection:
         buffers, own, scale = step.buffers, step.layer_buffers[layer.number], call.scale
         if recipe.projects_queries:
             states, positions = query.unflatten(1, (step.num_heads, -1)).squeeze(3), plan[:, PlanField.OWN_POSITION]
-            query = step.state.method.project_queries(states, positions, layer.number).contiguous()
+            query = step.method.project_queries(states, positions, layer.number).contiguous()
             scale = 1.0
         group = query.shape[1] // step.num_heads
         if step.scan is None:

@@ -38,6 +38,20 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) -> str | None:
     """Why decode steps of `model` with these cache layers cannot be captured; None if nothing is known against it."""
+    reason = reason_of_model(model)
+    if reason is not None:
+        return reason
+    for layer in layers:
+        if isinstance(layer, SpinLayer):
+            if not layer.backend.capturable:
+                return f"method {state.method} has no kernels for its layers"
+        elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
+            return f"a {type(layer).__name__} of its cache grows with every token"
+    return None
+
+
+def reason_of_model(model: nn.Module) -> str | None:
+    """Why decode steps of `model` cannot be captured, whatever its cache; None if nothing is known against it."""
     devices = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(devices) > 1:
         return f"its parameters are on several devices ({', '.join(sorted(devices))})"
@@ -50,12 +64,6 @@ def reason_not_captured(model: nn.Module, layers: list[Any], state: CacheState) 
             return f"a forward hook on {name} would not be called in a replay"
     if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
         return "chunked attention starts a new chunk at certain positions"
-    for layer in layers:
-        if isinstance(layer, SpinLayer):
-            if not layer.backend.capturable:
-                return f"method {state.method} has no kernels for its layers"
-        elif type(layer) not in (DynamicSlidingWindowLayer, LinearAttentionLayer) and not is_placeholder(layer):
-            return f"a {type(layer).__name__} of its cache grows with every token"
     return None
 
 

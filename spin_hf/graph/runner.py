@@ -187,7 +187,7 @@ class GraphRunner:
         watch = self._guard_of(model)
         reason = self.refused or reason_not_replayed(watch, self.unpaged, kwargs, name)
         if reason is not None:
-            _warn(model, reason)
+            warn_eager(model, reason)
             return self._eager(forward, kwargs)
         self.log.settle(self.layers)
         length, batch_size = self.state.committed + 1, self.state.sequences.batch_size
@@ -215,7 +215,7 @@ class GraphRunner:
                 captured.pop(key, None)  # the next step of this shape runs eagerly, the one after it is captured again
             else:
                 self.refused = reason
-            _warn(model, reason)
+            warn_eager(model, reason)
             return self._eager(forward, kwargs)
         except BaseException:
             self._roll_back()
@@ -375,7 +375,8 @@ class GraphRunner:
         self.passes.roll_back()
 
 
-def _warn(model: nn.Module, reason: str) -> None:
+def warn_eager(model: nn.Module, reason: str) -> None:
+    """Log, once for each model and reason, that steps are not captured."""
     said = _warned.setdefault(model, set())
     if reason not in said:
         said.add(reason)

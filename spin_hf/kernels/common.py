@@ -24,6 +24,9 @@ from .descriptor_fields import LOAD_MARK, Counter, LayerField, PlanField, StepFi
 )
 (TOKENS, QUERIES, HITS, LOADS, EVICTIONS) = (tl.constexpr(int(field)) for field in Counter)
 PLAN_FIELDS = tl.constexpr(len(PlanField))
+STEP_FIELDS = tl.constexpr(len(StepField))
+LAYER_FIELDS = tl.constexpr(len(LayerField))
+COUNTERS = tl.constexpr(len(Counter))
 
 LOAD = tl.constexpr(LOAD_MARK)
 """Added to a listed page that must be loaded."""
@@ -45,6 +48,26 @@ def wait_for_launch(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def own_step(step, b, APART: tl.constexpr):
+    """The step descriptor of sequence `b`: the common one, or with APART the b-th.
+
+    Addresses in the descriptors of sequence b are those of sequence 0 of tables in which b is the only one that exists. So
+    kernels index tables by b either way, and a cache of one sequence can be any sequence of a batch.
+    """
+    if APART:
+        step += b * STEP_FIELDS
+    return step
+
+
+@triton.jit
+def own_layer(layer, b, APART: tl.constexpr):
+    """The layer descriptor of sequence `b`, as `own_step`."""
+    if APART:
+        layer += b * LAYER_FIELDS
+    return layer
 
 
 @triton.jit

@@ -104,6 +104,7 @@ class LaunchShape:
         shared_memory: bytes that a program may use.
         compiled: whether kernels are compiled for a device; else they are interpreted.
         overlaps: whether a kernel is launched while the previous one still runs (`device_limits.overlaps_launches`).
+        apart: whether each sequence has descriptors of its own (`backends/row_kernels.py`).
     """
 
     dtype: torch.dtype
@@ -121,6 +122,7 @@ class LaunchShape:
     shared_memory: int
     compiled: bool
     overlaps: bool = False
+    apart: bool = False
 
     @property
     def block_k(self) -> int:
@@ -160,7 +162,7 @@ class StepBuffers:
 
     Attributes:
         splits: see `Splits`.
-        step: int64 [len(StepField)], the step descriptor.
+        step: int64 [len(StepField)], the step descriptor; [B, len(StepField)] if sequences have descriptors of their own.
         histogram, rerank_histogram: int32 [R, NUM_BINS]: pages per score bin, before and after reranking.
         zone_edges: int32 [R]: the last bin that is estimated.
         list_count: int32 [R, 2]: pages that the query attends to, and how many of them must be loaded.
@@ -202,10 +204,10 @@ class LayerBuffers:
 
     Attributes:
         number: index of the layer among the paged layers.
-        descriptor: int64 [len(LayerField)].
+        descriptor: int64 [len(LayerField)]; [B, len(LayerField)] if sequences have descriptors of their own.
         floors, rerank_floors: int32 [R]: the last bin that enters the bin lists, for selection and for reranking.
         hands: int32 [R]: the slot at which the search for victims starts (clock hand).
-        counters: int64 [len(Counter)].
+        counters: int64 [len(Counter)]; [B, len(Counter)] if sequences have descriptors of their own.
     """
 
     number: int

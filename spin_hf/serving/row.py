@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ..backends.row_descriptors import RowDescriptors, layout_of
 from ..cache import SpinCache
 from ..config import SpinOptions
 from ..errors import BatchSizeError, CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -32,6 +33,11 @@ class Row:
     def __init__(self, cache: SpinCache) -> None:
         self.cache = cache
         self.state, self.passes, self.log = cache._state, cache._passes, cache._log
+        self.seated_in: Any = None
+        """The program whose tensors hold the windows and states of this row; None if they are the cache's own."""
+        self.descriptors: dict[Any, RowDescriptors] = {}
+        """By device and number of KV heads of layers, if kernels serve the cache."""
+        self._layout: tuple[int, tuple[Any, ...]] | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -42,6 +48,14 @@ class Row:
     def length(self) -> int:
         """Tokens held."""
         return self.state.committed
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What rows of one launch must have in common."""
+        version = self.state.sequences.layout_version
+        if self._layout is None or self._layout[0] != version:
+            self._layout = version, layout_of(self.state)
+        return self._layout[1]
 
     def settle(self) -> None:
         """Complete or undo what an interrupted forward or operation has left."""
@@ -68,12 +82,22 @@ class Row:
             ids: [1, 1], int32, the token.
         """
         self.state.tokens = self.state.tokens.recorded(length, ids)
-        for layer in windows_of(self.layers):
-            layer.cumulative_length = length + 1
+        if self.seated_in is None:
+            for layer in windows_of(self.layers):
+                layer.cumulative_length = length + 1
+
+    def own_states(self) -> None:
+        """Give the cache windows and states that share no memory with other rows."""
+        own_states(self.layers)
+        self.seated_in = None
 
     def leave(self) -> SpinCache:
-        """The cache, whose windows and states share no memory with other rows any more."""
-        own_states(self.layers)
+        """The cache, which does not depend on the batch any more."""
+        self.own_states()
+        for descriptors in self.descriptors.values():
+            if descriptors.counts is not None:
+                self.passes.backends.add_counts(descriptors.counts)
+        self.descriptors = {}
         return self.cache
 
 

@@ -26,6 +26,7 @@ from ..graph.model_calls import model_of
 from ..integration.forward_hook import CACHE_NAMES
 from .row import Row, check_alike, check_cache
 from .row_errors import blaming
+from .row_steps import RowSteps
 from .row_views import RowsView
 
 
@@ -55,6 +56,7 @@ class RowBatch:
                 f"{sorted(parameters)}; use generate for each sequence"
             )
         self.model, self._cache_name = found, names[0]
+        self._steps = RowSteps(found, names[0])
         self._rows: list[Row | None] = [None] * require_count("max_rows", max_rows, 1, example=32)
 
     @property
@@ -96,6 +98,7 @@ class RowBatch:
             OptionError: there is no cache in the row.
         """
         left = self._row(row)
+        self._steps.forget(left)
         cache = left.leave()
         self._rows[row] = None
         return cache
@@ -114,9 +117,12 @@ class RowBatch:
         """
         rows = self._named(tokens)
         with torch.inference_mode(False), torch.no_grad():
+            if all(self._steps.serves(row) for row in rows.values()):
+                return self._steps.step(rows, list(tokens.values()))
             return self._step(rows, list(tokens.values()))
 
     def _step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
+        """`step` by PyTorch, in which each row attends by itself."""
         for index, row in rows.items():
             row.settle()
             with blaming(index):
@@ -129,7 +135,7 @@ class RowBatch:
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": True, "return_dict": True}
         with self._forward(rows, lengths):
             output = self.model(**inputs, **fixed_arguments(self.model, inputs), **{self._cache_name: view})
-            view.check_nothing_pending()
+            view.shared.check_nothing_pending()
             logits: Tensor = output.logits[:, -1].float()
         view.write_back()
         kept = ids.to(torch.int32)

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from ..attention.handed_states import hand_out
 from ..attention.interface import MaskedLength, WindowWidth, register_layer
 from ..errors import AttentionError
+from ..forward_pass import never_attended
 from ..graph.static_states import STATE_TABLES
 from ..layer import SpinLayer
 from .row import Row
@@ -59,11 +60,6 @@ class RowsView(Cache):
         """Tokens of the longest row. Positions of each row are given to the model."""
         return max(row.length for row in self.rows.values())
 
-    def check_nothing_pending(self) -> None:
-        """Raise AttentionError if new keys never reached the attention function."""
-        if self.shared.pending is not None:
-            self._first.passes.check_nothing_pending()
-
     def write_back(self) -> None:
         """Give each row its windows and states after the forward."""
         for number, row in enumerate(self.rows.values()):
@@ -88,6 +84,12 @@ class SharedState:
         self.model_name = model_name
         self.pending: Any = None
         """The layer that was updated and has not attended yet."""
+
+    def check_nothing_pending(self) -> None:
+        """Raise AttentionError if a layer's new keys never reached the attention function."""
+        lost, self.pending = self.pending, None
+        if lost is not None:
+            raise never_attended(self.model_name, lost.layer_idx)
 
 
 class PagedRows(CacheLayerMixin):
@@ -126,16 +128,20 @@ class PagedRows(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [n, H, 1, Dk] and values with this layer. Nothing is stored until attention appends them."""
-        if key_states.shape[0] != len(self.rows) or key_states.shape[2] != 1:
-            raise AttentionError(
-                f"layer {self.layer_idx}: expected keys of one token for each of {len(self.rows)} rows, got shape "
-                f"{tuple(key_states.shape)}; rows of this model cannot take steps together; use generate for each"
-            )
+        self.check_shape(key_states, len(self.rows))
         for number, (row, layer) in enumerate(zip(self.rows.values(), self.of_rows, strict=True)):
             row.log.touch(self.layer_idx, row.layers)
             layer.update(key_states[number : number + 1], value_states[number : number + 1])
         self.cache_state.pending = self
         return hand_out(self, key_states, value_states)
+
+    def check_shape(self, key_states: Tensor, num_rows: int) -> None:
+        """Raise AttentionError unless there are new keys of one token for each row."""
+        if key_states.shape[0] != num_rows or key_states.shape[2] != 1:
+            raise AttentionError(
+                f"layer {self.layer_idx}: expected keys of one token for each of {num_rows} rows, got shape "
+                f"{tuple(key_states.shape)}; rows of this model cannot take steps together; use generate for each"
+            )
 
     def take_pending(self) -> bool:
         """Whether `update` was called since the last attention. Clears the flag."""

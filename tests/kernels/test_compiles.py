@@ -79,6 +79,24 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, every: bool, tmp_p
     assert {v["name"]: v["shared"] for v in report["compiled"] if v["shared"] > limit} == {}
 
 
+OF_ROWS = {
+    "plan_step_kernel", "find_outliers_kernel", "score_kernel", "rate_kernel", "rerank_kernel", "rate_rerank_kernel",
+    "choose_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel", "scan_kernel",
+    "encode_last_unit_kernel", "copy_page_kernel",
+}  # fmt: skip
+"""Kernels that steps of rows launch."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (75, "float16")])
+def test_kernels_of_rows_compile_and_fit(capability: int, dtype: str, tmp_path: Path) -> None:
+    report = compiled_for(capability, dtype, tmp_path, "rows")
+    assert report["failed"] == []
+    assert {variant["name"] for variant in report["compiled"]} >= OF_ROWS
+    limit = SHARED_MEMORY[capability]
+    assert {v["name"]: v["shared"] for v in report["compiled"] if v["shared"] > limit} == {}
+
+
 def test_numbers_that_mean_everything_launch_the_same_kernels(tmp_path: Path) -> None:
     """Budget, window and factor of 2 ** 31 and more: an int beyond 32 bits would be another variant, or none that compiles."""
     report = compiled_for(90, "bfloat16", tmp_path, "numbers")

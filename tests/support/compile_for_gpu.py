@@ -4,6 +4,7 @@ Runs in a process of its own, without TRITON_INTERPRET: triton reads it when a k
 
     python -m tests.support.compile_for_gpu 90 bfloat16 FILE          the first variant of each kernel
     python -m tests.support.compile_for_gpu 90 bfloat16 FILE every    every variant
+    python -m tests.support.compile_for_gpu 90 bfloat16 FILE rows     those of rows that have descriptors of their own
 
 Everything happens as with a GPU, except that `JITFunction.run` specialises and compiles, and does not launch. Kernels write
 nothing, so numbers are meaningless; numbers that the package checks come from formulas. FILE, JSON:
@@ -45,6 +46,7 @@ from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.coded_case import CodedCase
 from tests.support.inspection import kernels_of
 from tests.support.oracle import Rules
+from tests.support.row_kernels import kernels_for, step_of
 from tests.support.seer_gates import method_of, rules_for
 
 SHARED_MEMORY = {75: 64 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -238,6 +240,28 @@ def launch_all(dtype: torch.dtype) -> None:
     coded_step(dtype)
 
 
+def step_rows(dtype: torch.dtype, method: Any, reads_all: bool = False, **options: Any) -> None:
+    """A step of two caches as rows of a batch, one of which completes a page."""
+    drivers = []
+    for length in (PROMPT, PROMPT - 3):
+        driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
+        driver.step(RandomKV.random(SHAPE, 1, length, 0).to(dtype), 0, length)
+        drivers.append(driver)
+    new = [torch.zeros((1, 4, heads, 1, 128), dtype=dtype) for heads in (SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads)]
+    step_of(drivers, kernels_for(drivers, 4), *new, reads_all=reads_all)
+
+
+def launch_rows(dtype: torch.dtype) -> None:
+    """Every method, and steps that read everything, with descriptors of each row."""
+    step_rows(dtype, Fitted())
+    step_rows(dtype, Fitted(), gpu_memory=PAGE_FRAMES * dtype.itemsize // 5, cpu_dtype="int8")
+    step_rows(dtype, ShadowKV())
+    step_rows(dtype, ShadowKV(), reads_all=True)
+    step_rows(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
+    step_rows(dtype, RetroInfer())
+    step_rows(dtype, Quest(0))
+
+
 def coded_step(dtype: torch.dtype) -> None:
     """A step over coded pages, with and without padding."""
     from spin_hf.kernels.compile_ahead import compile_ahead, launch_now
@@ -265,10 +289,12 @@ def functions() -> list[Any]:
 def main(capability: int, dtype: torch.dtype, file: Path, mode: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    compiler, known = pretend(capability, every=mode == "every"), functions()
+    compiler, known = pretend(capability, every=mode in ("every", "rows")), functions()
     launches: list[list[str]] = []
     if mode == "numbers":
         launches = launch_with_huge_numbers(compiler)
+    elif mode == "rows":
+        launch_rows(dtype)
     elif mode == "early":
         launches = launch_early(compiler)
     else:

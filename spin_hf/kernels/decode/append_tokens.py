@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING, FRAMES, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, SCALE_0, SUMMARY_0, SUMMARY_1, from_int8, page_rows,
+    BACKING, FRAMES, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, SCALE_0, SUMMARY_0, SUMMARY_1, from_int8, own_layer,
+    own_step, page_rows,
     rounded, scale_addresses, slots_of, to_int8, tokens_valid, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, dependent
@@ -38,8 +39,8 @@ def append_tokens(
         *key.stride()[:3], *value.stride()[:3], SUMMARY=triton_dtype(shape.dtype), QUANTIZED=shape.quantized[0],
         H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v,
         PAGE=shape.page_size, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        BACKING_BYTES=shape.backing_bytes, SUMMARISE=summarizes, num_warps=max(1, shape.page_size // _WARP_TOKENS),
-        **dependent(shape),
+        BACKING_BYTES=shape.backing_bytes, SUMMARISE=summarizes, APART=shape.apart,
+        num_warps=max(1, shape.page_size // _WARP_TOKENS), **dependent(shape),
     )  # fmt: skip
 
 
@@ -145,10 +146,14 @@ def append_kernel(
     step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n,
     SUMMARY: tl.constexpr, QUANTIZED: tl.constexpr, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, SUMMARISE: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H + h) runs `append_page` for the i-th page of a call."""
     wait_for_launch(PDL)
+    step = own_step(step, tl.program_id(1) // H, APART)
+    layer = own_layer(layer, tl.program_id(1) // H, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     page = tl.load(step + POSITION) // PAGE + tl.program_id(0)
     append_page(
         step, layer, key, value, count, key_b, key_h, key_n, value_b, value_h, value_n, page, tl.program_id(1),

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, page_rows,
-    row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
+    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, own_layer,
+    own_step, page_rows, row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import (
     Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns, dependent,
@@ -59,7 +59,7 @@ def attend_pages(
         BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=tile_pages(shape), SPLITS=splits,
         ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
-        BACKING_BYTES=shape.backing_bytes, num_warps=4, num_stages=1, **dependent(shape),
+        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    BACKING_BYTES: tl.constexpr, PDL: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
@@ -96,6 +96,10 @@ def attend_kernel(
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
+    step = own_step(step, b, APART)
+    layer = own_layer(layer, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     start = tl.load(step + POSITION)
     position, length = start + query_index, start + num_queries
     capacity = tl.load(step + LIST_CAPACITY)

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import BACKING, DIRECTORY, DIRECTORY_STRIDE, POSITION, tokens_valid, triton_dtype
+from ..common import (
+    BACKING, DIRECTORY, DIRECTORY_STRIDE, POSITION, own_layer, own_step, tokens_valid, triton_dtype,
+)  # fmt: skip
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two
 from .append_tokens import append_page
 from .online_softmax import attend_tile, attended, tile_pages
@@ -49,7 +51,7 @@ def attend_segments(
         SPLITS=splits, ALL_SPLITS=power_of_two(splits),
         HEADS=min(power_of_two(group), max(1, 512 // shape.block_v)),
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
-        DTYPE=triton_dtype(shape.dtype), num_warps=4, num_stages=2,
+        DTYPE=triton_dtype(shape.dtype), APART=shape.apart, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def attend_segments_kernel(
     H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
     HEADS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the segments; see the module's head.
 
@@ -75,6 +78,10 @@ def attend_segments_kernel(
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
+    step = own_step(step, b, APART)
+    layer = own_layer(layer, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     position = tl.load(step + POSITION)
     tiles = tl.cdiv(position // PAGE + 1, TILE_PAGES)
     share = tl.cdiv(tiles, SPLITS)

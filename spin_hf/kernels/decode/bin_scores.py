@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..common import (
     BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, CANDIDATES, FIRST, LOGITS, NUM_OUTLIERS, NUM_SELECTED, OUTLIER,
-    PAGE_CAPACITY, PLAN_FIELDS, SCORES, STOP, candidates, log_tokens, log_total, score_bins, wait_for_launch,
+    PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCORES, STOP, candidates, log_tokens, log_total, own_step, score_bins,
+    wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS, Rating
 from ..launch import (
@@ -53,7 +54,7 @@ def bin_scores(
         BLOCK_G=product_columns(group, shape.scores_digits), SPLITS=power_of_two(buffers.splits.score), DIGITS=digits,
         RERANK_G=columns, DK=shape.key_dim, BLOCK_K=shape.block_k, HALF=half, PAGE=shape.page_size,
         PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, HEADS=min(4, power_of_two(group)),
-        BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), num_warps=8, **dependent(shape),
+        BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32), APART=shape.apart, num_warps=8, **dependent(shape),
     )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def rate_kernel(
     PREPARED: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr, DIGITS: tl.constexpr, RERANK_G: tl.constexpr, DK: tl.constexpr, BLOCK_K: tl.constexpr,
     HALF: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, HEADS: tl.constexpr,
-    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr, PDL: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, RUN: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + (programs of the stream), ...
 
@@ -89,6 +90,9 @@ def rate_kernel(
     """
     wait_for_launch(PDL)
     bh = tl.program_id(0)
+    step = own_step(step, bh // H, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     programs = tl.num_programs(1) - PREPARED
     if PREPARED and tl.program_id(1) == programs:
         tl.store(second_histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
@@ -102,7 +106,7 @@ def rate_kernel(
         capacity = tl.load(step + PAGE_CAPACITY)
         logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
         scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-        stream = number.to(tl.int64) * tl.num_programs(0) + bh
+        stream = number.to(tl.int64) * (H if APART else tl.num_programs(0)) + bh
         bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
         bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
         bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(

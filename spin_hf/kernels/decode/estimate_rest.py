@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_1, SCORES, STOP,
-    SUMMARY_1, log_tokens, score_bins, segment_vectors, triton_dtype, wait_for_launch,
+    DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCALE_1,
+    SCORES, STOP, SUMMARY_1, log_tokens, own_layer, own_step, score_bins, segment_vectors, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, dependent
@@ -37,7 +37,7 @@ def estimate_rest(
         BLOCK_G=max(16, power_of_two(group)), DV=shape.value_dim, BLOCK_V=shape.block_v, PAGE=shape.page_size,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, RUNS=runs, BINS=NUM_BINS,
         PER_NAT=BINS_PER_NAT, SPLITS=buffers.splits.attend, DTYPE=triton_dtype(shape.dtype), COMPILED=shape.compiled,
-        num_warps=4, num_stages=1, **dependent(shape),
+        APART=shape.apart, num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def estimate_kernel(
     CAPPED: tl.constexpr, ZONE: tl.constexpr, QUANTIZED: tl.constexpr, SUMMARY: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_G: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
-    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr, PDL: tl.constexpr,
+    PER_NAT: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr, APART: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) handles split i of the segments.
 
@@ -65,6 +66,10 @@ def estimate_kernel(
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
+    step = own_step(step, b, APART)
+    layer = own_layer(layer, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity

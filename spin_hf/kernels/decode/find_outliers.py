@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    FIRST, NUM_OUTLIERS, OUTLIER, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_1, candidates, page_rows, row_addresses,
-    sortable, triton_dtype,
+    FIRST, NUM_OUTLIERS, OUTLIER, PAGE_CAPACITY, PLAN_FIELDS, POSITION, STOP, SUMMARY_1, candidates, own_layer, own_step,
+    page_rows, row_addresses, sortable, triton_dtype,
 )  # fmt: skip
 from ..launch import Launch, LaunchShape
 
@@ -42,7 +42,7 @@ def find_outliers(
     launch(
         find_outliers_kernel, (edges.shape[1], num_layers), step, layers, plan, edges, found_for, first_layer,
         SUMMARY=triton_dtype(shape.dtype), H=shape.num_heads, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk,
-        PAGE=shape.page_size, PADDED=shape.padded, TILE=1024,
+        PAGE=shape.page_size, PADDED=shape.padded, TILE=1024, APART=shape.apart,
     )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def _candidate_keys(step, layer, b, h, start, first, stop, SUMMARY: tl.constexpr
 def find_outliers_kernel(
     step, layers, plan, edges, found_for, first_layer, SUMMARY: tl.constexpr, H: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, layer) marks the outliers for the query of `plan`.
 
@@ -82,6 +83,9 @@ def find_outliers_kernel(
     index = tl.program_id(1) + first_layer
     b = bh // H
     h = bh % H
+    step = own_step(step, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     row = plan + b * PLAN_FIELDS
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
@@ -90,9 +94,10 @@ def find_outliers_kernel(
     found_stop = tl.load(found_for + entry * 2)
     same_number = tl.load(found_for + entry * 2 + 1) == wanted
     if (found_stop != stop) | (same_number == 0):
-        layer = tl.load(layers + index).to(tl.pointer_type(tl.int64))
+        layer = own_layer(tl.load(layers + index).to(tl.pointer_type(tl.int64)), b, APART)
         capacity = tl.load(step + PAGE_CAPACITY)
-        marks = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + entry.to(tl.int64) * capacity
+        stream = index * H + bh if APART else entry
+        marks = tl.load(step + OUTLIER).to(tl.pointer_type(tl.int8)) + stream.to(tl.int64) * capacity
         edge = tl.load(edges + entry)
         if same_number & (found_stop >= 0) & (found_stop + 1 == stop) & (edge != NO_EDGE):
             _, new = _candidate_keys(

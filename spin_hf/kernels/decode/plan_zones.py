@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import (
     BUDGET_FRACTION, CANDIDATES, FIRST, LEADING, NUM_OUTLIERS, NUM_PAGES, NUM_SELECTED, OWN_POSITION, PLAN_FIELDS,
-    POSITION, STOP, count_valid,
+    POSITION, STOP, count_valid, own_step,
 )  # fmt: skip
 from ..launch import Launch
 
@@ -19,6 +19,7 @@ from ..launch import Launch
 def plan_zones(
     launch: Launch, step: Tensor, plan: Tensor, *, num_queries: int, num_sink_tokens: int, recent_window: int, budget: int,
     dense_below: int, outliers_per_1024: int, page_size: int, padded: bool,
+    apart: bool = False,
 ) -> None:  # fmt: skip
     """Plan the first `num_queries` queries of a step, for all sequences.
 
@@ -28,11 +29,12 @@ def plan_zones(
         budget: tokens, or 0 if the step descriptor has a fraction of the context.
         num_sink_tokens, recent_window, dense_below, outliers_per_1024: see `SpinOptions` and `KernelRecipe`.
         padded: whether some tokens are padding.
+        apart: whether each sequence has a step descriptor of its own.
     """
     launch(
         plan_step_kernel, (plan.shape[1], num_queries), step, plan, SINKS=num_sink_tokens, WINDOW=recent_window,
         BUDGET=budget, DENSE_BELOW=dense_below, OUTLIERS_PER_1024=outliers_per_1024, PAGE=page_size, PADDED=padded,
-        TILE=1024,
+        TILE=1024, APART=apart,
     )  # fmt: skip
 
 
@@ -41,10 +43,14 @@ def plan_step_kernel(
     step, plan,
     SINKS: tl.constexpr, WINDOW: tl.constexpr, BUDGET: tl.constexpr, DENSE_BELOW: tl.constexpr,
     OUTLIERS_PER_1024: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i) plans query i of sequence b."""
     b = tl.program_id(0)
     i = tl.program_id(1)
+    step = own_step(step, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     total = tl.load(step + POSITION) + i + 1
     num_pages = (total + PAGE - 1) // PAGE
     leading = 0

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import BASIS_VECTORS, KEY_BASIS, POSITION, rounded, triton_dtype, wait_for_launch
+from ..common import (
+    BASIS_VECTORS, KEY_BASIS, POSITION, own_layer, own_step, rounded, triton_dtype, wait_for_launch,
+)  # fmt: skip
 from ..descriptor_fields import NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, scan_columns, dependent
 from .append_tokens import append_page
@@ -47,7 +49,7 @@ def project_queries(
         H=shape.num_heads, G=group, COLUMNS=columns, ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim,
         BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, BYTES=scan.code_operand.shape[-1], PAGE=shape.page_size,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, BACKING_BYTES=shape.backing_bytes,
-        BINS=NUM_BINS, num_warps=8, **dependent(shape),
+        BINS=NUM_BINS, APART=shape.apart, num_warps=8, **dependent(shape),
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def project_kernel(
     DIGITS: tl.constexpr, DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, 0) makes the operands of a KV head's queries; program (b * H + h, 1) appends the new token.
 
@@ -72,6 +74,10 @@ def project_kernel(
     """
     wait_for_launch(PDL)
     bh = tl.program_id(0)
+    step = own_step(step, bh // H, APART)
+    layer = own_layer(layer, bh // H, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     if tl.program_id(1) == 1:
         append_page(
             step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, RERANK,
-    SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, page_rows, row_addresses, score_bins, wait_for_launch,
+    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION,
+    RERANK, SCORES, STOP, SUMMARY_2, SUMMARY_3, candidates, log_tokens, own_layer, own_step, page_rows, row_addresses,
+    score_bins, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, power_of_two, rerank_sizes, dependent
@@ -40,8 +41,8 @@ def rerank_pages(
     programs, code_bytes = buffers.splits.programs, -(-shape.key_dim // 2)
     common = {
         "RERANK_FACTOR": recipe.rerank_factor, "H": shape.num_heads, "G": group, "RERANK_G": columns, "PAGE": shape.page_size,
-        "PADDED": shape.padded, "BIN_TILE": BIN_TILE_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "num_warps": 4,
-        **dependent(shape),
+        "PADDED": shape.padded, "BIN_TILE": BIN_TILE_PAGES, "BINS": NUM_BINS, "PER_NAT": BINS_PER_NAT, "APART": shape.apart,
+        "num_warps": 4, **dependent(shape),
     }  # fmt: skip
     launch(
         rerank_kernel, (buffers.num_streams, programs), buffers.step, layer.descriptor, buffers.operands, buffers.factors,
@@ -64,7 +65,7 @@ def rerank_kernel(
     RERANK_G: tl.constexpr, DK: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr, RUN: tl.constexpr,
     BINS: tl.constexpr, PER_NAT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    MAX_CORRECTION: tl.constexpr, PDL: tl.constexpr,
+    MAX_CORRECTION: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) reranks some pages of one bin list, or the pages of several lists if these outnumber programs.
 
@@ -82,6 +83,10 @@ def rerank_kernel(
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
+    step = own_step(step, b, APART)
+    layer = own_layer(layer, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
@@ -230,7 +235,7 @@ def rate_rerank_kernel(
     step, plan, first_histogram, floors, histogram, factors, rerank_stats, num_splits,
     RERANK_FACTOR: tl.constexpr, COUNTED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, RERANK_G: tl.constexpr,
     SPLITS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BIN_TILE: tl.constexpr, TILE: tl.constexpr,
-    BINS: tl.constexpr, PER_NAT: tl.constexpr, PDL: tl.constexpr,
+    BINS: tl.constexpr, PER_NAT: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i) scores the pages of bin lists i, i + num_programs(1), ...
 
@@ -247,6 +252,9 @@ def rate_rerank_kernel(
     wait_for_launch(PDL)
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
+    step = own_step(step, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     reranked = tl.load(step + RERANK).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity

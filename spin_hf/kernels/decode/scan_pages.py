@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, SCALE_0, STOP, SUMMARY_0,
-    SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, candidates, triton_dtype, wait_for_launch,
+    SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, POSITION, candidates, own_layer, own_step, triton_dtype,
+    wait_for_launch,
 )  # fmt: skip
 from ..launch import (
     Launch,
@@ -59,7 +60,8 @@ def scan_pages(
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
         M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)),
-        VALUE_ALIGNED=_alignment(shape.value_dim // 4), num_warps=tuning.warps, num_stages=1, **dependent(shape),
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), APART=shape.apart, num_warps=tuning.warps, num_stages=1,
+        **dependent(shape),
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def scan_kernel(
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, M_WARPS: tl.constexpr,
-    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -107,6 +109,10 @@ def scan_kernel(
     num_splits = tl.num_programs(1)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
+    step = own_step(step, b, APART)
+    layer = own_layer(layer, b, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity

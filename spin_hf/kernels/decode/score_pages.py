@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..common import (
     DIRECTORY, DIRECTORY_STRIDE, FIRST, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCALE_0, SCALE_1,
-    STOP, SUMMARY_0, SUMMARY_1, candidates, digits, log_tokens, segment_vectors, triton_dtype, wait_for_launch,
+    STOP, SUMMARY_0, SUMMARY_1, candidates, digits, log_tokens, own_layer, own_step, segment_vectors, triton_dtype,
+    wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import NUM_BINS, Rating
 from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, product_columns, dependent
@@ -49,8 +50,8 @@ def score_pages(
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, BACKING_BYTES=shape.backing_bytes, BINS=NUM_BINS,
         RUNS=shape.segments_at_a_time(vectors, item_bytes), SUMMARISE=recipe.summarised_by_append,
         WEIGHTED=recipe.weighs_tokens, BOXES=recipe.rating == Rating.BOUND, SINKS=recipe.rerank_factor > 0,
-        PROJECTED=recipe.projects_queries, D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), num_warps=4, num_stages=1,
-        **dependent(shape),
+        PROJECTED=recipe.projects_queries, D=width, BLOCK_D=max(32, triton.next_power_of_2(width)), APART=shape.apart,
+        num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def score_kernel(
     BLOCK_V: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, RUNS: tl.constexpr, SUMMARISE: tl.constexpr, WEIGHTED: tl.constexpr,
     BOXES: tl.constexpr, SINKS: tl.constexpr,
-    PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    PROJECTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scores one split of the segments. If APPEND, program (b * H + h, num_splits) appends.
 
@@ -84,6 +85,10 @@ def score_kernel(
     wait_for_launch(PDL)
     bh = tl.program_id(0)
     split = tl.program_id(1)
+    step = own_step(step, bh // H, APART)
+    layer = own_layer(layer, bh // H, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
     if APPEND and split == num_splits:
         append_page(
             step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..common import (
     BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES,
-    NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, score_bins, sortable,
-    triton_dtype, wait_for_launch,
+    NUM_SELECTED, PAGE_CAPACITY, COUNTERS, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, own_layer, own_step,
+    score_bins, sortable, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, power_of_two, dependent
@@ -71,7 +71,7 @@ def select_pages(
         PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS,
         PER_NAT=BINS_PER_NAT, FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
         LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
-        num_warps=warps, **dependent(shape),
+        APART=shape.apart, num_warps=warps, **dependent(shape),
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def choose_kernel(
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
-    SLOT_TILE: tl.constexpr, PDL: tl.constexpr,
+    SLOT_TILE: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, 0) lists the pages that its query attends to, and assigns slots to missing ones.
 
@@ -108,6 +108,12 @@ def choose_kernel(
     """
     wait_for_launch(PDL)
     bh = tl.program_id(0)
+    step = own_step(step, bh // H, APART)
+    layer = own_layer(layer, bh // H, APART)
+    if APART and tl.load(step + POSITION) < 0:  # no sequence
+        return
+    if APART:
+        counters += bh // H * COUNTERS
     if CODED and tl.program_id(1) > 0:
         merge_partials(
             layer, partials, estimate, num_splits, bh, tl.program_id(1) - 1, DTYPE, G, SPLITS, DK, DV, BLOCK_V

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import page_rows, row_addresses
+from ..common import POSITION, own_layer, own_step, page_rows, row_addresses
 from ..descriptor_fields import LayerField
 from ..launch import LaunchShape, power_of_two
 
@@ -29,6 +29,8 @@ def copy_page(
         step: the step descriptor.
         layers: int64 [L]: addresses of the layers' descriptors.
         packed: [L * B, H, n, ...] of n rows, contiguous. Mutated, unless `put`.
+        page: not read if sequences have descriptors of their own: that which the step of each completed, if it did. Others are
+            left alone.
         field: the layer descriptor's field of the array's address table.
         pages_per_row: pages that have one row.
     """
@@ -36,7 +38,7 @@ def copy_page(
     copy_page_kernel[(packed.shape[0] // num_layers * shape.num_heads, num_layers, packed.shape[2])](
         step, layers, page, int(field), packed.view(-1).view(torch.uint8), PUT=put, ROW_BYTES=row_bytes,
         BLOCK=min(_BLOCK_BYTES, power_of_two(row_bytes)), H=shape.num_heads, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PAGES=pages_per_row,
+        ROWS=shape.rows_per_chunk, PAGES=pages_per_row, PAGE=shape.page_size, APART=shape.apart,
     )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def copy_page(
 def copy_page_kernel(
     step, layers, page, field, packed,
     PUT: tl.constexpr, ROW_BYTES: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PAGES: tl.constexpr,
+    ROWS: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i, j) copies row j from `page` on, of an array of layer i, to `packed`, or from it if PUT.
 
@@ -57,7 +59,13 @@ def copy_page_kernel(
     """
     bh = tl.program_id(0)
     place = (tl.program_id(1) * tl.num_programs(0) + bh).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
-    layer = tl.load(layers + tl.program_id(1)).to(tl.pointer_type(tl.int64))
+    step = own_step(step, bh // H, APART)
+    layer = own_layer(tl.load(layers + tl.program_id(1)).to(tl.pointer_type(tl.int64)), bh // H, APART)
+    if APART:
+        length = tl.load(step + POSITION) + 1
+        if (length == 0) | (length % PAGE != 0):  # no sequence, or no page was completed
+            return
+        page = (length // PAGE - 1) // PAGES * PAGES
     pages = page + tl.program_id(2) * PAGES + tl.zeros([1], tl.int64)
     row = page_rows(step, (bh // H).to(tl.int64), (bh % H).to(tl.int64), pages, pages >= 0, H, SEGMENT) // PAGES
     address = tl.sum(row_addresses(tl.load(layer + field), row, row >= 0, ROWS // PAGES, ROW_BYTES), 0)

@@ -22,22 +22,8 @@ from torch import Tensor
 
 from .. import device_limits
 from ..common import (
-    BACKING,
-    BASIS_VECTORS,
-    KEY_FORWARD,
-    SCALE_0,
-    SUMMARY_0,
-    SUMMARY_1,
-    SUMMARY_2,
-    SUMMARY_3,
-    SUMMARY_4,
-    VALUE_BASIS,
-    from_int8,
-    page_rows,
-    rounded,
-    scale_addresses,
-    tokens_valid,
-    triton_dtype,
+    BACKING, BASIS_VECTORS, KEY_FORWARD, POSITION, SCALE_0, SUMMARY_0, SUMMARY_1, SUMMARY_2, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
+    from_int8, own_layer, own_step, page_rows, rounded, scale_addresses, tokens_valid, triton_dtype,
 )  # fmt: skip
 from ..compile_ahead import launch_now
 from ..launch import Launch, LaunchShape, power_of_two
@@ -100,6 +86,7 @@ def encode_last_unit(
     Args:
         step: the step descriptor.
         layers: int64 [L]: addresses of the layers' descriptors.
+        first, num_pages: not read if sequences have descriptors of their own; each has its own unit then.
     Returns:
         False if the GPU has too little shared memory; nothing is written then.
     """
@@ -112,7 +99,7 @@ def encode_last_unit(
         encode_last_unit_kernel, (batch_size * shape.num_heads, layers.shape[0], 2), step, layers, first, num_pages,
         H=shape.num_heads, DK=shape.key_dim, DV=shape.value_dim, PAGE=shape.page_size, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype), BACKING_BYTES=shape.backing_bytes,
-        UNITS=tile, num_warps=2 * tile, **_blocks(shape.key_dim, shape.value_dim),
+        UNITS=tile, APART=shape.apart, num_warps=2 * tile, **_blocks(shape.key_dim, shape.value_dim),
     )  # fmt: skip
     return True
 
@@ -185,8 +172,11 @@ def encode_last_unit_kernel(
     step, layers, first, num_pages, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr, BACKING_BYTES: tl.constexpr,
     UNITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, i, part) encodes pages [first, first + num_pages) of the i-th layer, the first unit of a tile.
+
+    With APART, `first` and `num_pages` are those of the unit in which the step of sequence b completed a page, if it did.
 
     Args:
         layers: int64 [L]: addresses of the layers' descriptors.
@@ -195,7 +185,14 @@ def encode_last_unit_kernel(
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
     h = bh % H
-    layer = tl.load(layers + tl.program_id(1)).to(tl.pointer_type(tl.int64))
+    step = own_step(step, b, APART)
+    layer = own_layer(tl.load(layers + tl.program_id(1)).to(tl.pointer_type(tl.int64)), b, APART)
+    if APART:
+        length = tl.load(step + POSITION) + 1
+        if (length == 0) | (length % PAGE != 0):  # no sequence, or no page was completed
+            return
+        first = (length // PAGE - 1) // PAGES * PAGES
+        num_pages = length // PAGE - first
     token = tl.arange(0, UNITS * PAGES * PAGE)
     there = token // PAGE < num_pages
     present = there

@@ -1,0 +1,257 @@
+"""Steps of rows by kernels: all rows begin, one forward per layout of pages, all rows commit.
+
+    seats       layout  ->  [ row | row | - | row ]      as many places as the smallest power of two that holds the rows
+    programs    layout and number of places  ->  `RowProgram`, with its graphs
+
+    step        seat  ->  begin each row  ->  descriptors, inputs  ->  forwards  ->  completed pages  ->  commit each row
+                                          on an error: every row is rolled back
+
+Rows keep their places while they step together. A row that joins, leaves or pauses changes numbers in descriptors. Rows with
+int8 pages and rows without have different layouts, for which launches are compiled differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..attention import implementation
+from ..attention.methods.base import recipe_of
+from ..backends.row_descriptors import RowDescriptors
+from ..backends.row_kernels import RowKernels
+from ..errors import SpinError
+from ..graph import model_calls
+from ..graph.eligibility import ModelGuard, host_state, reason_not_replayed, reason_of_model
+from ..graph.runner import warn_eager
+from ..kernels.launch import power_of_two
+from .row import Row
+from .row_errors import blaming
+from .row_program import Place, RowProgram
+
+
+class RowSteps:
+    """The steps of one batch of rows.
+
+    Args:
+        model: the model.
+        cache_name: the argument of its forward that takes the cache.
+    """
+
+    def __init__(self, model: nn.Module, cache_name: str) -> None:
+        self.model, self.cache_name = model, cache_name
+        self._programs: dict[Any, RowProgram] = {}
+        self._seats: dict[Any, list[Row | None]] = {}
+        self._guard: ModelGuard | None = None
+        self._refused: str | None = None
+        """Why steps of this model are not captured; None if they may be."""
+        self._is_checked = True
+        """Whether the model has been compared with its guard in this step."""
+
+    def serves(self, row: Row) -> bool:
+        """Whether kernels serve all layers of a row. Makes its descriptors."""
+        if row.descriptors:
+            return True
+        recipe, places = recipe_of(row.state.method), set()
+        for layer in row.state.layers:
+            store = layer.store
+            if store is None or recipe is None or kernels.launchers(store.device) is None:
+                return False
+            if not recipe.serves(store.key_dim, store.value_dim):
+                return False
+            places.add((store.device, store.num_heads))
+        assert recipe is not None
+        row.descriptors = {place: RowDescriptors(row.state, *place, recipe) for place in places}
+        return True
+
+    def forget(self, row: Row) -> None:
+        """Take a row out of its seat, if it has one."""
+        for layout, seats in list(self._seats.items()):
+            if row in seats:
+                self._sit(layout, [None if held is row else held for held in seats])
+
+    def step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
+        """As `RowBatch.step`, for rows that kernels serve."""
+        given = dict(zip(rows.values(), tokens, strict=True))
+        names = {row: index for index, row in rows.items()}
+        for row in given:
+            row.settle()
+        programs = self._begin(names)
+        replayed: list[RowProgram] = []
+        try:
+            with implementation.held(next(iter(given)).cache.calls.config):
+                made = [self._run(program, given, replayed) for program in programs]
+            if not self._is_checked and not self._has_same_model():  # while the device works
+                self._roll_back(names, replayed)
+                return self.step(rows, tokens)
+            for program in programs:
+                program.finish()
+            ids = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
+            order = {row: place for place, row in enumerate(row for program in programs for row in program.rows)}
+            chosen = torch.tensor([order[row] for row in given]).to(ids.device, non_blocking=True)
+            logits = (made[0] if len(made) == 1 else torch.cat(made))[chosen]
+        except BaseException:
+            self._roll_back(names, replayed)
+            raise
+        for row in given:
+            length = row.length
+            row.passes.finish_row()
+            row.log.clear()
+            row.end(length, ids[order[row] : order[row] + 1])
+        for program in programs:
+            program.count()
+        return logits
+
+    # ---------------------------------------------------------------------------------------------------------- seats
+
+    def _seat(self, rows: dict[Row, int]) -> list[RowProgram]:
+        """Seat the rows of a step, and nobody else."""
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.layout, []).append(row)
+        for layout in list(self._seats.keys() - groups.keys()):
+            self._sit(layout, [])
+        return [self._sit(layout, _places(self._seats.get(layout, []), wanted)) for layout, wanted in groups.items()]
+
+    def _sit(self, layout: Any, seats: list[Row | None]) -> Any:
+        """Let rows take places. Returns their program; None for no places."""
+        before = self._seats.pop(layout, None)
+        if before is not None and len(before) != len(seats):
+            old = self._programs[layout, len(before)]
+            old.seat([None] * len(before), {place: [None] * len(before) for place in old.kernels})
+        if not seats:
+            return None
+        self._seats[layout] = seats
+        program = self._programs.get((layout, len(seats)))
+        if program is None:
+            like = next(row for row in seats if row is not None)
+            program = self._programs[layout, len(seats)] = self._new_program(like, len(seats))
+        if program.rows != seats:
+            descriptors = {
+                place: [None if row is None else row.descriptors[place] for row in seats] for place in program.kernels
+            }
+            program.seat(seats, descriptors)
+        return program
+
+    def _new_program(self, like: Row, num_rows: int) -> RowProgram:
+        made: dict[Place, RowKernels] = {}
+        for place in like.descriptors:
+            launchers = kernels.launchers(place[0])
+            assert launchers is not None
+            made[place] = RowKernels(like.state, launchers, place[0], num_rows, place[1])
+        return RowProgram(self.model, self.cache_name, like, made)
+
+    # --------------------------------------------------------------------------------------------------------- a step
+
+    def _begin(self, rows: dict[Row, int]) -> list[RowProgram]:
+        """Begin a step of all rows. If that has changed a row's layout of pages, begin again with other seats."""
+        while True:
+            programs = self._seat(rows)
+            layouts = {row: row.state.sequences.layout_version for row in rows}
+            try:
+                for program in programs:
+                    self._begin_rows(program, rows)
+                if all(row.state.sequences.layout_version == version for row, version in layouts.items()):
+                    return programs
+            except BaseException:
+                self._roll_back(rows, [])
+                raise
+            self._roll_back(rows, [])
+
+    def _begin_rows(self, program: RowProgram, rows: dict[Row, int]) -> None:
+        reads_all = program.reads_all()
+        for _, row in program.seated():
+            with blaming(rows[row]):
+                row.passes.prepare_row(reads_all)
+        if reads_all and not program.is_resident():  # a page has moved in between
+            for _, row in program.seated():
+                with blaming(rows[row]):
+                    row.passes.select_after_all()
+
+    def _run(self, program: RowProgram, given: dict[Row, int], replayed: list[RowProgram]) -> Tensor:
+        """The forward of one program: called, captured or replayed. Returns the logits of its places."""
+        program.begin([0 if row is None else given[row] for row in program.rows])
+        reads_all = next(row for _, row in program.seated()).state.reads_all
+        key, graphs = (reads_all, host_state()), program.graphs
+        if not self._may_capture(program, key):
+            return program.forward_or_restore()
+        if key not in graphs:
+            graphs[key] = None
+            return program.forward_or_restore()
+        recording = graphs[key]
+        if recording is None:
+            try:
+                recording = graphs[key] = program.record()
+            except (SpinError, MemoryError):
+                raise
+            except torch.OutOfMemoryError as error:
+                warn_eager(self.model, f"capturing failed: {_first_line(error)}")
+                del graphs[key]  # the next step runs eagerly, the one after it is captured again
+            except Exception as error:
+                self._refused = f"capturing failed: {_first_line(error)}"
+                warn_eager(self.model, self._refused)
+            if recording is None:
+                program.restart()
+                return program.forward_or_restore()
+        replayed.append(program)
+        return recording.replay()
+
+    def _may_capture(self, program: RowProgram, key: Any) -> bool:
+        """Whether a step may be a graph. Drops all graphs if the model has changed since they were captured.
+
+        Comparing the model takes host time, in which the device would be idle. A replay that can be rolled back is launched
+        first, if it reads valid memory.
+        """
+        if not model_calls.may_be_captured(self.model):
+            return False
+        guard = self._guard
+        late = guard is not None and program.graphs.get(key) is not None and not program.overwritten and guard.is_safe()
+        if late:
+            self._is_checked = False
+        elif not self._has_same_model():
+            guard = self._guard = ModelGuard(self.model)
+            self._refused = reason_of_model(self.model)
+            for each in self._programs.values():
+                each.graphs.clear()
+        assert guard is not None
+        reason = self._refused or reason_not_replayed(guard, [], program.arguments(), self.cache_name)
+        if reason is not None:
+            warn_eager(self.model, reason)
+        return reason is None
+
+    def _has_same_model(self) -> bool:
+        """Whether the model is as it was when steps were captured."""
+        self._is_checked = True
+        same = self._guard is not None and self._guard.unchanged()
+        if not same:
+            self._guard = None
+        return same
+
+    def _roll_back(self, rows: dict[Row, int], replayed: list[RowProgram]) -> None:
+        """Roll every row back. A replayed step that has overwritten windows or states leaves those rows unusable."""
+        for row in rows:
+            row.log.clear()
+            row.log.overwritten = any(row in program.rows and bool(program.overwritten) for program in replayed)
+            row.passes.roll_back()
+
+
+def _places(held: list[Row | None], wanted: list[Row]) -> list[Row | None]:
+    """Places for rows, those that they have where possible."""
+    seats: list[Row | None] = [None] * power_of_two(len(wanted))
+    waiting = []
+    for row in wanted:
+        index = held.index(row) if row in held else len(seats)
+        if index < len(seats):
+            seats[index] = row
+        else:
+            waiting.append(row)
+    for index, seat in enumerate(seats):
+        if seat is None and waiting:
+            seats[index] = waiting.pop(0)
+    return seats
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error) else repr(error)
