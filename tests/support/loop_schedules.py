@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from spin_hf import CapacityError, RequestLoop, RequestResult, SpinCache
+from spin_hf import CapacityError, RequestLoop, SpinCache
 from spin_hf.enable import CACHE_NAME
 from spin_hf.serving.reading import PromptReading
 from spin_hf.serving.request import Request
@@ -189,6 +191,6 @@ class Schedule:
         self.scheduler.make_reading = reading  # type: ignore[assignment]
 
 
-def results(requests: list[Request]) -> list[RequestResult]:
-    """Results of requests that have ended."""
-    return [request.handle.outcome(0) for request in requests]
+def resident_bytes() -> int:
+    """Memory of this process, as the system says."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
