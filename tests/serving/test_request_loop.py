@@ -288,8 +288,10 @@ def test_options_that_cannot_work(option: dict[str, Any]) -> None:
 
 
 def test_models_that_are_not_served() -> None:
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError, match="no paged layers"):
         RequestLoop(build_model("mistral"))
+    with pytest.raises(UnsupportedModelError, match="scales queries"):
+        RequestLoop(build_model("llama4_text"))
     with pytest.raises(OptionTypeError):
         RequestLoop(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
