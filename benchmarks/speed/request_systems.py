@@ -21,6 +21,8 @@ from benchmarks.speed.request_loads import Arrival, DenseTimes, figures
 from spin_hf import EventLog, RequestLoop, RequestResult, SpinCache
 from spin_hf.serving.events import StepDone
 
+BATCHING: Any = None
+"""A `ContinuousBatchingConfig` of transformers; None for its own choice, by the GPU memory that is free."""
 _WORKING_BYTES = 4 << 30
 """GPU memory that a dense system leaves for activations."""
 
@@ -195,7 +197,9 @@ def transformers_batching(model: Any, arrivals: Sequence[Arrival], until: float)
     times: dict[int, tuple[float, float, int]] = {}
     try:
         model.set_attn_implementation(attention)
-        with model.continuous_batching_context_manager(generation_config=config, timeout=5) as manager:
+        with model.continuous_batching_context_manager(
+            generation_config=config, timeout=5, continuous_batching_config=BATCHING
+        ) as manager:
             began = time.perf_counter()
             for number, (prompt, each) in enumerate(zip(prompts, arrivals, strict=True)):
                 time.sleep(max(0.0, began + each.at - time.perf_counter()))
