@@ -55,7 +55,7 @@ class Binding:
         """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
         self.owner = None
         self.known, self.layer_known, self.bases = {}, [], {}
-        del self.state
+        self.__dict__.pop("state", None)
 
 
 class Descriptors:

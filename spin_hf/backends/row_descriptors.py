@@ -96,6 +96,8 @@ class RowDescriptors:
         scratch = new_scratch(self.recipe, self.device, heads, group, number, pages, listed)
         for field, tensor in scratch.items():
             self._point(field, tensor, tensor.nbytes)
+        if self.recipe.projects_queries:  # one projected query per KV head is scored
+            self.step_strides[StepField.LOGITS] = scratch[StepField.LOGITS].nbytes // group
         self.step_strides[StepField.OUTLIER] = scratch[StepField.OUTLIER].nbytes // number
         self.step_strides[StepField.BIN_LIST_LENGTH] = heads * -(-pages // BIN_TILE_PAGES) * 4
         self.step[StepField.PAGE_CAPACITY] = self.page_capacity = pages

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels import device_limits
 from ..kernels.descriptor_fields import StepField
+from .descriptors import Binding
 from .row_descriptors import RowDescriptors
 from .triton_step import StepKernels
 
@@ -77,6 +78,14 @@ class RowKernels(StepKernels):
                 if tensor.shape[1]:
                     tensor[:, streams] = initial
             self.found_for[:, streams] = -1
+        self._serve(next((row.state for row in rows if row is not None), None))
+
+    def _serve(self, state: CacheState | None) -> None:
+        """Let `state` be what the caches have in common; None to hold no cache."""
+        self.binding.end()
+        if state is not None:
+            self.binding = Binding(state)
+            self.binding.known = {"planned": False}
 
     # -------------------------------------------------------------------------------------------------------- a step
 
@@ -87,7 +96,7 @@ class RowKernels(StepKernels):
             CapacityError: memory ran out.
         """
         seated = [(index, row) for index, row in enumerate(self.rows) if row is not None]
-        self.binding.state, self.binding.known = seated[0][1].state, {"planned": False}
+        self.binding.known = {"planned": False}
         for index, row in seated:
             row.refresh()
             if self.group:

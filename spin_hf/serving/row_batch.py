@@ -23,6 +23,7 @@ from ..config import require_count
 from ..errors import CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
 from ..graph.eligibility import fixed_arguments
 from ..graph.model_calls import model_of
+from ..inference_mode import outside_inference_mode
 from ..integration.forward_hook import CACHE_NAMES
 from .row import Row, check_alike, check_cache
 from .row_errors import blaming
@@ -64,6 +65,7 @@ class RowBatch:
         """The cache of each row; None for an empty row."""
         return [None if row is None else row.cache for row in self._rows]
 
+    @outside_inference_mode
     def join(self, cache: SpinCache) -> int:
         """Add a cache to the batch.
 
@@ -91,8 +93,11 @@ class RowBatch:
         self._rows[index] = row
         return index
 
+    @outside_inference_mode
     def leave(self, row: int) -> SpinCache:
         """Take a cache out of the batch. It goes on by itself, for example with `generate`.
+
+        What kernels have counted for it meanwhile is in its `stats()` from now on.
 
         Raises:
             OptionError: there is no cache in the row.

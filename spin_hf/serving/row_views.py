@@ -40,11 +40,8 @@ class RowsView(Cache):
     def __init__(self, rows: dict[int, Row], device: torch.device) -> None:
         self.rows = rows
         self.shared = SharedState(next(iter(rows.values())).state.model_name)
-        super().__init__(layers=[self._layer(index, device) for index in range(len(self._first.layers))])
-
-    @property
-    def _first(self) -> Row:
-        return next(iter(self.rows.values()))
+        number = len(next(iter(rows.values())).layers)
+        super().__init__(layers=[self._layer(index, device) for index in range(number)])
 
     def _layer(self, index: int, device: torch.device) -> Any:
         of_rows = [row.layers[index] for row in self.rows.values()]

@@ -3,7 +3,7 @@
     StaticWindow    keys and values [R, H, window - 1, D], the last token at the right; shorter rows are zero on the left
     linear          transformers' own layer with states [R, ...], which it writes in place
 
-A row's own layer holds a view of its part. `put` copies what another place holds to a row, `take_out` gives a cache tensors of
+A row's own layer holds a view of its part. `put` copies a cache's window to a row; `Row.own_states` gives the cache tensors of
 its own again.
 """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.serving.row_batch import RowBatch
-from tests.support.cache_driver import poisoned_memory
+from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.interpreted_kernels import interpret_kernels
+from tests.support.row_kernels import kernels_for, step_of
+from tests.support.seer_gates import RULES, method_of, rules_for
 from tests.support.zoo import random_tokens, subject_model
 
 pytestmark = [
@@ -106,3 +110,30 @@ def test_rows_equal_caches_alone(mode: str) -> None:
         )
         assert stats.loads == expected.loads
         assert (stats.loads > 0) == ("frames" in mode)
+
+
+def test_rows_of_seer_attention_equal_caches_alone(tmp_path: Path) -> None:
+    """Positions of each row rotate its gate queries, and the summaries of pages that it completes."""
+    shape, rules = Shape(), replace(RULES, budget=32)
+    rules = rules_for(shape, tmp_path, rules)
+    options: dict[str, Any] = dict(method=method_of(rules, tmp_path), budget=rules.budget, summary_dtype="model")
+    lengths = [191, 94]
+    made = [[CacheDriver(shape, **options) for _ in range(2)] for _ in lengths]
+    inputs = [RandomKV.random(shape, 1, length + 3, seed) for seed, length in enumerate(lengths)]
+    for kv, length, drivers in zip(inputs, lengths, made, strict=True):
+        for driver in drivers:
+            driver.step(kv, 0, length)
+    rows = [drivers[0] for drivers in made]
+    kernels = kernels_for(rows, 4)
+    for index in range(3):
+        new = [torch.zeros((1, 4, heads, 1, 8)) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        for row, (kv, length) in enumerate(zip(inputs, lengths, strict=True)):
+            for into, states in zip(new, (kv.queries, kv.keys, kv.values), strict=True):
+                into[0, 1 + row] = states[0][0, :, length + index : length + index + 1]
+        (out,) = step_of(rows, kernels, *new)
+        for row, (kv, length) in enumerate(zip(inputs, lengths, strict=True)):
+            (expected,) = made[row][1].step(kv, length + index, length + index + 1)
+            torch.testing.assert_close(out[1 + row], expected[0], rtol=0, atol=1e-4)
+    for drivers in made:
+        for driver in drivers:
+            driver.cache.check_integrity()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from spin_hf import CacheStateError, CapacityError
 from spin_hf.serving import row_program
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
+from tests.support.inspection import state_of
 from tests.support.row_schedules import Requests, alone
 from tests.support.zoo import build_model, random_tokens
 
@@ -123,6 +126,23 @@ def test_a_step_that_fails_behind_the_replay(monkeypatch: pytest.MonkeyPatch) ->
         else:
             with pytest.raises(CacheStateError, match="overwritten"):
                 requests.step(0, 1)
+
+
+def test_a_cache_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs, graphs and kernels hold no cache, neither with other rows nor without any."""
+    model = build_model("gemma3_text")
+    requests, _ = requests_on(model, monkeypatch)
+    requests.start(0, 1)
+    for _ in range(3):
+        requests.step(0, 1)
+    for number in (0, 1):
+        left = requests.leave(number)
+        held = weakref.ref(state_of(left)), weakref.ref(left)
+        del left
+        gc.collect()
+        assert [reference() for reference in held] == [None, None]
+        if number == 0:
+            requests.step(1)
 
 
 def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
