@@ -15,15 +15,13 @@ import functools
 from types import MethodType, TracebackType
 from typing import Any
 
-import transformers
-from packaging.version import Version
 from transformers import GenerationMixin, PreTrainedModel
 
 from .cache import SpinCache
 from .errors import OptionTypeError
-from .integration.forward_hook import CACHE_NAMES, unwrapped
+from .integration.forward_hook import unwrapped
+from .integration.prefill_hook import CACHE_NAME, CACHE_NAMES
 
-CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 _HOOK = "_prepare_cache_for_generation"
 _STATE = "_spin_hf_enabled"
 

@@ -1,9 +1,9 @@
 """Systems that serve a load of requests, and the times that they take.
 
-    spin loop       `RequestLoop`: requests arrive when the load says, and join and leave
-    spin static     `SpinCache` and `generate`, batches as large as the loop's; one batch is measured
-    transformers    the continuous batching of transformers, with the fastest attention that can be had here
-    dense times     prompts under SDPA, steps of flash decoding in a CUDA graph: simulated with (`request_loads.py`)
+spin loop       `RequestLoop`: requests arrive when the load says, and join and leave
+spin static     `SpinCache` and `generate`, batches as large as the loop's; one batch is measured
+transformers    the continuous batching of transformers, with the fastest attention that can be had here
+dense times     prompts under SDPA, steps of flash decoding in a CUDA graph: simulated with (`request_loads.py`)
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ def dense_times(model: Any, lengths: Sequence[int] = (8192, 32768)) -> DenseTime
     took = [_prompt_seconds(model, length) for length in lengths]
     (a, b), (s, t) = lengths, took
     pair = max(0.0, (t / b - s / a) / (b - a))
-    steps = [measure_rival(model, "dense graph", tokens, 0, batch)["tpot_ms"] / 1e3 for tokens, batch in ((8192, 1), (32768, 8))]
+    steps = [
+        measure_rival(model, "dense graph", tokens, 0, batch)["tpot_ms"] / 1e3
+        for tokens, batch in ((8192, 1), (32768, 8))
+    ]
     token = max(0.0, (steps[1] - steps[0]) / (8 * 32768 - 8192))
     free()
     return DenseTimes(steps[0] - 8192 * token, token, s / a - a * pair, pair, room_tokens(model))

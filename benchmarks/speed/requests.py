@@ -132,7 +132,9 @@ class Measured:
         """Times of dense attention."""
         if self._dense is None:
             self._dense = request_systems.dense_times(bench.model)
-            bench.record.about_run(dense_times=asdict(self._dense), dense_requests_per_s=round(capacity(self._dense), 3))
+            bench.record.about_run(
+                dense_times=asdict(self._dense), dense_requests_per_s=round(capacity(self._dense), 3)
+            )
         return self._dense
 
     def rows_of(self, task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
@@ -157,7 +159,11 @@ class Measured:
             assert dense is not None
             batch = best_static(arrivals, dense) if task.system == "dense static" else None
             batch = EIGHT if task.load == "questions" and batch else batch
-            row = {"computed": True, **({"batch": batch} if batch else {}), **figures(arrivals, simulate(arrivals, dense, batch))}
+            row = {
+                "computed": True,
+                **({"batch": batch} if batch else {}),
+                **figures(arrivals, simulate(arrivals, dense, batch)),
+            }
             if batch:
                 row["full_tokens_per_s"] = round(batch / dense.step(batch * task.tokens), 1)
         yield {"load": task.load, "cache": task.system, "scale": task.scale, **row}
@@ -232,7 +238,9 @@ def main() -> None:
     campaign.run("speed.requests", options, record, tasks, rows_of, line, started, write_targets)
     for entry in targets(record.rows):
         met = "met" if entry["met"] else "missed"
-        print(f"{entry['load']} over {entry['rival']}, {entry['figure']}: {entry['ratio']} x, target {entry['target']:g} x: {met}")
+        print(
+            f"{entry['load']} over {entry['rival']}, {entry['figure']}: {entry['ratio']} x, target {entry['target']:g} x: {met}"
+        )
 
 
 if __name__ == "__main__":

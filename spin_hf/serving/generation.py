@@ -26,9 +26,8 @@ from transformers.generation.stopping_criteria import (
 )
 
 from ..config import require_count
-from ..enable import CACHE_NAME
 from ..errors import OptionError, OptionTypeError
-from ..integration.forward_hook import CACHE_NAMES
+from ..integration.prefill_hook import CACHE_NAME, CACHE_NAMES
 
 _MODES = ("greedy_search", "sample")
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -100,7 +99,9 @@ def prepare(
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
-            raise OptionError(f"{name}: expected no such argument for a request, got one: {reason}; call generate, or leave it out")
+            raise OptionError(
+                f"{name}: expected no such argument for a request, got one: {reason}; call generate, or leave it out"
+            )
     if seed is not None:
         seed = require_count("seed", seed, 0, _SEEDS - 1, example=0)
     found: list[dict[str, Any]] = []

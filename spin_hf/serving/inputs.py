@@ -12,8 +12,6 @@ from torch import Tensor
 from ..config import shown
 from ..errors import OptionError, OptionTypeError
 
-_EXPECTED = "expected a list of token ids, a tensor of one sequence, a text or a chat"
-
 
 def prompt_of(given: Any, tokenizer: Any, vocabulary: int) -> array[int]:
     """Ids of a prompt, of type "q".
@@ -55,29 +53,24 @@ def _flat(ids: Any, given: Any) -> Tensor:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionTypeError(
-            f"inputs: {_EXPECTED}, got {type(given).__name__}: {shown(given, 60)}; {_REMEDY}"
+            "inputs: expected a list of token ids, a tensor of one sequence, a text or a chat, got "
+            f"{type(given).__name__}: {shown(given, 60)}; pass one request for each sequence, without padding"
         ) from error
     if found.dim() == 2 and found.shape[0] == 1:
         found = found[0]
     is_empty = found.dim() == 1 and not len(found)
     are_ids = found.dim() == 1 and found.dtype != torch.bool and not found.is_floating_point()
     if not are_ids and not is_empty:
-        raise OptionTypeError(f"inputs: {_EXPECTED}, got {_shape(found)}; {_REMEDY}")
+        raise OptionTypeError(
+            "inputs: expected a list of token ids, a tensor of one sequence, a text or a chat, got a tensor of shape "
+            f"{tuple(found.shape)} and dtype {found.dtype}; pass one request for each sequence, without padding"
+        )
     return found.detach().to("cpu", torch.int64)
-
-
-def _shape(found: Tensor) -> str:
-    return f"a tensor of shape {tuple(found.shape)} and dtype {found.dtype}"
-
-
-_REMEDY = "pass one request for each sequence, without padding"
 
 
 def _checked(ids: Tensor, vocabulary: int) -> array[int]:
     if not len(ids):
-        raise OptionError(
-            "inputs: expected at least one token in a prompt, got none; pass the tokenizer's first token"
-        )
+        raise OptionError("inputs: expected at least one token in a prompt, got none; pass the tokenizer's first token")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high

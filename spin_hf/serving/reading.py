@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cache import SpinCache
-from ..enable import CACHE_NAME
+from ..integration.prefill_hook import CACHE_NAME
 from ..kernels import BLOCK_TOKENS
 from ..memory.admission import check_first_batch
 

@@ -54,7 +54,11 @@ def test_loads() -> None:
 def test_the_plan_measures_the_loop_and_dense_first() -> None:
     options = requests.parse(["--scale", "0.25"])
     tasks = requests.plan(options)
-    assert [task.label for task in tasks[:3]] == ["burst-32k spin loop", "burst-32k dense static", "burst-32k dense joining"]
+    assert [task.label for task in tasks[:3]] == [
+        "burst-32k spin loop",
+        "burst-32k dense static",
+        "burst-32k dense joining",
+    ]
     assert len({task.label for task in tasks}) == len(tasks)
     assert all(task.seconds <= options.part_seconds for task in tasks)
 

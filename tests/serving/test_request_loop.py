@@ -280,7 +280,8 @@ def test_arguments_that_generate_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [dict(max_rows=0), dict(max_slowdown=1.0), dict(max_wait_s=-1), dict(max_waiting=0), dict(max_slowdown="x")]
+    "option",
+    [dict(max_rows=0), dict(max_slowdown=1.0), dict(max_wait_s=-1), dict(max_waiting=0), dict(max_slowdown="x")],
 )
 def test_options_that_cannot_work(option: dict[str, Any]) -> None:
     with pytest.raises((OptionError, OptionTypeError), match=next(iter(option))):
@@ -337,7 +338,10 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
         check_message(caught.value, "needs", "GPU memory", "raise gpu_memory")
         assert caught.value.needed_bytes is not None
         assert caught.value.available_bytes == 100_000
-    with made(budget=64, gpu_memory="300KB", cpu_memory="200KB") as loop, pytest.raises(CapacityError, match="host memory"):
+    with (
+        made(budget=64, gpu_memory="300KB", cpu_memory="200KB") as loop,
+        pytest.raises(CapacityError, match="host memory"),
+    ):
         loop.submit(PROMPT * 20, max_new_tokens=100)
 
 

@@ -1,7 +1,7 @@
 """Random schedules of a loop: requests that come, are cancelled, fail or are paused, in random order, against each one alone.
 
-    Pool       prompts of one model, and what `generate` with a SpinCache gives for each alone, greedy and sampled
-    Schedule   one random history of a loop over requests from the pool, without a thread
+Pool       prompts of one model, and what `generate` with a SpinCache gives for each alone, greedy and sampled
+Schedule   one random history of a loop over requests from the pool, without a thread
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from spin_hf import CapacityError, RequestLoop, SpinCache
-from spin_hf.enable import CACHE_NAME
+from spin_hf.integration.prefill_hook import CACHE_NAME
 from spin_hf.serving.reading import PromptReading
 from spin_hf.serving.request import Request
 from tests.support.zoo import random_tokens, subject_model
