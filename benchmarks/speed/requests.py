@@ -105,8 +105,8 @@ class Task:
 def plan(options: argparse.Namespace) -> list[Task]:
     """All tasks: the loop and dense systems of each load first, then the other rivals."""
     made = [
-        Task(load, system, options.scale, options.arrivals, options.part_seconds)
-        for system in SYSTEMS for load in options.loads if system in options.systems
+        Task(name, system, options.scale, options.arrivals, options.part_seconds)
+        for system in SYSTEMS for name in options.loads if system in options.systems
     ]  # fmt: skip
     kept = [
         task for task in made
@@ -169,24 +169,24 @@ class Measured:
         yield {"load": task.load, "cache": task.system, "scale": task.scale, **row}
 
     @staticmethod
-    def _rows_of_the_loop(bench: Bench, load: str) -> int | None:
-        found = newest(bench.record.rows, load=load, cache="spin loop")
+    def _rows_of_the_loop(bench: Bench, name: str) -> int | None:
+        found = newest(bench.record.rows, load=name, cache="spin loop")
         return None if found is None else found.get("most_rows")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many times better the loop is than each rival with a target; both of one run, the newest that has both."""
     made = []
-    for load, entries in TARGETS.items():
+    for name, entries in TARGETS.items():
         for rival, figure, target in entries:
             for run in sorted({row["run"] for row in rows}, reverse=True):
-                ours, theirs = (newest(rows, load=load, cache=name, run=run) for name in ("spin loop", rival))
+                ours, theirs = (newest(rows, load=name, cache=system, run=run) for system in ("spin loop", rival))
                 if ours is None or theirs is None or not ours.get(figure) or not theirs.get(figure):
                     continue
                 ratio = ours[figure] / theirs[figure]
                 ratio = round(1 / ratio if figure.startswith("ttft") else ratio, 2)
                 made.append({
-                    "load": load, "rival": rival, "figure": figure, "run": run, "ratio": ratio, "target": target,
+                    "load": name, "rival": rival, "figure": figure, "run": run, "ratio": ratio, "target": target,
                     "met": ratio >= target,
                 })  # fmt: skip
                 break
