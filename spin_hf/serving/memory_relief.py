@@ -11,16 +11,13 @@ After that the batch grows again by one row with every request that ends.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import MOST_TOKENS
 from .admission import bytes_held
-
-if TYPE_CHECKING:
-    from .request import Request
-    from .scheduler import Scheduler
+from .request import Request
 
 _LEAST_CHUNK = 256
 _LOOK_STEPS = 32
@@ -31,10 +28,10 @@ class MemoryRelief:
     """Limits that follow from memory that ran out.
 
     Args:
-        scheduler: whose requests these are.
+        scheduler: the `Scheduler` whose requests these are.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.most_rows = scheduler.max_rows
         """Rows that may be in use."""
