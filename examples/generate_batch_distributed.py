@@ -12,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from models import default_model
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("answers.jsonl"))
     args = parser.parse_args()
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():  # which may have to fetch the default model
         name = args.model or default_model()
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -3,9 +3,9 @@
     from trl import GRPOTrainer
     trainer = GRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=..., rollout_func=Rollout(budget=2048))
 
-A rollout function gets the prompts of this process, each as often as completions are wanted, and returns their ids, those of the
-completions, and log-probabilities. A loop returns tokens only, so one more forward of each sequence computes the latter. The
-weights change between two calls: each makes a loop of its own, without a store.
+A rollout function gets the prompts of this process, each as often as completions are wanted, and returns their ids, those of
+the completions, and log-probabilities. A loop returns tokens only, so one more forward of each sequence computes the latter.
+The weights change between two calls: each makes a loop of its own, without a store.
 """
 
 from __future__ import annotations
@@ -56,4 +56,4 @@ class Rollout:
         ids = result.sequences.to(model.device)
         number = len(result.tokens)
         logits = model(ids, logits_to_keep=number + 1).logits[0, :-1].float() / temperature
-        return torch.log_softmax(logits, -1).gather(1, ids[0, -number:, None])[:, 0].tolist()  # type: ignore[no-any-return]
+        return torch.log_softmax(logits, -1).gather(1, ids[0, -number:, None])[:, 0].tolist()

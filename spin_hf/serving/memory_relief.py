@@ -20,7 +20,7 @@ from .admission import bytes_held
 from .request import Request
 
 _LEAST_CHUNK = 256
-_LOOK_STEPS = 32
+_LOOK_STEPS = 128
 """Steps between two counts of the bytes held."""
 
 
@@ -46,7 +46,6 @@ class MemoryRelief:
         """A request has ended: others may go on."""
         self.reading_waits = False
         self.most_rows = min(self._scheduler.max_rows, self.most_rows + 1)
-        self._bytes = None
 
     def relieve(self) -> bool:
         """Free what no running request needs. Returns whether that is worth another try."""

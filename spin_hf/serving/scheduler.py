@@ -37,6 +37,8 @@ from .sampling import choose
 OUT_OF_MEMORY = (torch.OutOfMemoryError, CapacityError, BudgetError)
 _LOOKED_AT = 256
 """Waiting requests that are searched for a common prefix."""
+_COUNT_STEPS = 32
+"""Steps after which a request that did not fit is tried again though none has ended: memory of others may be free now."""
 _DIVIDE_STEPS = 256
 """Steps after which a cap is divided again, as sequences have grown."""
 
@@ -72,6 +74,8 @@ class Scheduler:
         self.memory = (0, 0)
         """Bytes of all caches on the GPU and in host memory, when they were last counted."""
         self._divides = self._may_pause = False
+        self._no_room: tuple[Any, ...] | None = None
+        """When the first waiting request was found not to fit; None if it was not."""
         self._reading: PromptReading | None = None
         self._boundary: int | None = None
         """Tokens of the prompt being read after which waiting requests want a fork of its cache."""
@@ -114,7 +118,7 @@ class Scheduler:
         if not self.waiting or self.read is not None:
             return False
         head = self.waiting[0]
-        if len(self.running) >= self.relief.most_rows or not self._fits(head):
+        if len(self.running) >= self.relief.most_rows or not self._has_room(head):
             return self._make_turn_for(head)
         self.waiting.popleft()
         if head.cache is not None:
@@ -122,6 +126,14 @@ class Scheduler:
             return True
         self._start(head)
         return False
+
+    def _has_room(self, head: Request) -> bool:
+        """`_fits`, counted again only when a request has ended or joined, or after some steps: it takes the host long."""
+        counters = self.counters
+        counted = head, counters.ended.total(), counters.paused, len(self.running), counters.steps // _COUNT_STEPS
+        if self._no_room != counted:
+            self._no_room = None if self._fits(head) else counted
+        return self._no_room is None
 
     def _fits(self, head: Request, without: Request | None = None) -> bool:
         """Whether a waiting request fits beside the others.
@@ -205,10 +217,10 @@ class Scheduler:
         request, reading = self.read, self._reading
         if request is None or reading is None or (self.running and self.relief.reading_waits):
             return
-        most = min(reading.largest_chunk(), self.relief.most_chunk)
-        wanted = self.pace.tokens(most, bool(self.running))
+        wanted = self.pace.tokens(min(reading.left, self.relief.most_chunk), bool(self.running))
         if not wanted:
             return
+        wanted = min(wanted, reading.largest_chunk())
         try:
             stop = len(reading.ids) if self._boundary is None else self._boundary
             number = reading.chunk(wanted, stop)

@@ -162,7 +162,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
          str(EXAMPLES / "generate_batch_distributed.py"), "--model", str(folder), "--prompts", str(prompts),
          "--max-new-tokens", "4", "--output", str(output)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(EXAMPLES.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "3 answers of 2 processes" in done.stdout

@@ -32,7 +32,7 @@ SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.9, top_k=30, top_p
 
 def generated_alone(model: Any, prompt: list[int], options: dict[str, Any], **kwargs: Any) -> list[int]:
     """Tokens that `generate` gives for a prompt with a cache of its own."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     cache = SpinCache(model, **options)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, **kwargs)
     return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
