@@ -11,7 +11,7 @@ from transformers import ContinuousBatchingConfig
 
 from benchmarks.common.campaign import Bench
 from benchmarks.common.record import Record
-from benchmarks.speed import request_loads, request_systems, requests
+from benchmarks.speed import request_loads, request_systems, request_tables, requests
 from benchmarks.speed.request_loads import Arrival, DenseTimes, best_static, capacity, figures, load, simulate
 from tests.support.tiny_llama import tiny_llama
 
@@ -106,3 +106,6 @@ def test_whole_rows_of_a_tiny_model(small: None, tmp_path: Path) -> None:
     others = [row for row in record.rows if row["cache"] == "transformers"]
     assert {row["attention"] for row in others} == {"sdpa"}
     assert all(row["requests"] == 4 for row in others)
+    made = request_tables.tables({"rows": record.rows, **record.made})
+    assert [title for title, _ in made] == [*(f"`{name}`" for name in requests.LOADS), "Compared"]
+    assert "transformers' `generate_batch`, sdpa" in "\n".join(made[0][1])

@@ -1,4 +1,4 @@
-"""A loop on a GPU: tokens of each request as alone, with all pages on the GPU, with pages in host memory, and under pressure."""
+"""A loop on a GPU: tokens of each request as alone, with pages on the GPU, with pages in host memory, and under pressure."""
 
 from __future__ import annotations
 
