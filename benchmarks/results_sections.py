@@ -151,9 +151,9 @@ PARTS: dict[str, list[Section]] = {
         ),
         *measured(Section(
             "Many requests at once",
-            "Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. Decode rates are those of steps with nearly as many "
-            "rows as there ever were. Dense systems are computed from measured prompts and steps in a CUDA graph, static batches "
-            "of `SpinCache` from one measured batch. TTFT counts from the arrival of a request.",
+            "Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. Decode rates are those of steps with nearly as "
+            "many rows as there ever were. Dense systems are computed from measured prompts and steps in a CUDA graph, static "
+            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request.",
             files_like("requests-*.json"),
             lambda results: [table for result in results for table in request_tables.tables(result)],
         )),

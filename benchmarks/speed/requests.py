@@ -111,6 +111,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
     kept = [
         task for task in made
         if not (task.system == "spin static" and task.load not in STATIC_ONLY)
+        and not (task.system == "dense static" and task.load in POISSON)
         and not (task.system == "transformers" and task.load in WITHOUT_TRANSFORMERS)
     ]  # fmt: skip
     first = [task for task in kept if task.system not in SYSTEMS[3:]]
