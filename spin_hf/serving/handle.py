@@ -124,7 +124,7 @@ class RequestHandle:
     def end(self, result: RequestResult) -> None:
         """Set the result."""
         with self._changed:
-            self._result = result
+            self._result, self._cancel = result, _nothing
             self._notify()
 
     def _notify(self) -> None:
@@ -158,3 +158,7 @@ def _raised(result: RequestResult) -> RequestResult:
     if result.error is not None:
         raise result.error
     return result
+
+
+def _nothing() -> None:
+    """What cancels a request that has ended, so that its handle holds neither it nor the loop."""

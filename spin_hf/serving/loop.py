@@ -163,11 +163,10 @@ class RequestLoop:
         ids = torch.tensor([prompt.tolist()], device=self.model.device)
         generation = prepare(self.model, ids, generation_config, tokenizer=self.tokenizer, **kwargs)
         choice = Choice(generation, prompt, self.model.device)
-        worker, number = weakref.ref(self.worker), next(self._numbers)
+        number = next(self._numbers)
 
-        def cancel() -> None:
-            if (alive := worker()) is not None:
-                alive.cancel(request)
+        def cancel() -> None:  # it holds the loop, which so lives as long as the request
+            self.worker.cancel(request)
 
         handle = RequestHandle(number, cancel)
         request = Request(number, prompt, choice, self.tokenizer, handle, RequestTimes(time.time()))

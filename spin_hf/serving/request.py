@@ -83,9 +83,7 @@ class Request:
         """Give the handle its result."""
         self.cache = None
         self.times.ended = time.perf_counter() - self.submitted
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        self.handle.end(
-            RequestResult(self.prompt.tolist(), self.tokens, reason, error, text, self.times, self.reused_tokens)
+        result = RequestResult(
+            self.prompt.tolist(), self.tokens, reason, error, self.times, self.reused_tokens, self.tokenizer
         )
+        self.handle.end(result)

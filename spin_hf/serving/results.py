@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,23 @@ class RequestResult:
         finish_reason: "stop" (an end token, a stop string, or a stopping criterion of the user), "length" (`max_length`,
             `max_new_tokens` or `max_time`), "cancelled", or "error".
         error: the exception of a request that failed; else None.
-        text: the generated tokens as text, without special tokens; None without a tokenizer.
         times: when the request started and each token came.
         reused_tokens: tokens of the prompt that were not read, as they came from another request or from a store.
+        tokenizer: of the loop; None for none.
     """
 
     prompt: list[int]
     tokens: list[int]
     finish_reason: str
     error: Exception | None
-    text: str | None
     times: RequestTimes
     reused_tokens: int = 0
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def text(self) -> str | None:
+        """The generated tokens as text, without special tokens; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.decode(self.tokens, skip_special_tokens=True)
 
     @property
     def sequences(self) -> Tensor:

@@ -175,6 +175,9 @@ class Scheduler:
             self.waiting.appendleft(request)
             self.relief.relieve_or_end(request, error)
             return
+        except Exception as error:  # what a shared or stored cache raises ends this request
+            self.end(request, "error", error)
+            return
         request.cache, self.read = cache, request
         self._reading = self.make_reading(self.model, cache, ids)
         held = self._reading.held
@@ -269,10 +272,17 @@ class Scheduler:
     def _finish_reading(self, request: Request, reading: PromptReading, logits: Tensor) -> None:
         self.stop_reading()
         if not request.tokens:
-            reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
+            self._store(reading)
             self._deliver([request], self._chosen([request], logits))
         if request.cache is not None:
             self._join(request)
+
+    def _store(self, reading: PromptReading) -> None:
+        """Have the store keep a prompt, if there is one. Without memory for that, later requests read it again."""
+        try:
+            reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
+        except OUT_OF_MEMORY:
+            self.relief.relieve()
 
     # --------------------------------------------------------------------------------------------------------- steps
 
