@@ -2,8 +2,8 @@
 
     seat      caches take places 0 ... R - 1; windows and states are copied to their rows
     begin     descriptors and inputs of all rows
-    run       the forward: called the first time, captured the second, replayed later; one graph for steps that select pages and
-              one for steps that read all tokens
+    run       the forward: called the first time, captured the second, replayed later; separate graphs for steps that read all
+              tokens, and for those in which all windows are full, which need no mask
     finish    completed pages are summarised
 
 Whatever caches are seated, the graph is the same: it reads descriptors and static tensors.
@@ -108,10 +108,15 @@ class RowProgram:
         self.windows = [
             (number, layer) for number, layer in enumerate(self.view.layers) if isinstance(layer, StaticWindow)
         ]
+        chunked = "chunked_attention" in (getattr(like.cache.calls.config, "layer_types", None) or ())
+        self._full_from = max((layer.width for _, layer in self.windows), default=0) if not chunked else 1 << 62
+        """Tokens from which on no window of a row needs a mask. Chunked attention always does."""
         linear = [layer for layer in self.view.layers if type(layer) is LinearAttentionLayer]
         self.overwritten = [tensor for _, layer in self.windows for tensor in layer.tensors()]
         """The windows and states that a step overwrites."""
         self.overwritten += [tensor for layer in linear for tensor in linear_tensors(layer)]
+        self.all_full = False
+        """Whether all windows of all rows are full in this step, so that attention needs no mask."""
         self.graphs: dict[Any, Recording | None] = {}
         """By what the steps have in common; None if such a step has run once, eagerly."""
 
@@ -168,6 +173,9 @@ class RowProgram:
             CapacityError: memory ran out.
         """
         positions = [0 if row is None else row.state.sequences.start for row in self.rows]
+        self.all_full = all(row.state.sequences.start >= self._full_from for _, row in self.seated())
+        for _, window in self.windows:
+            window.all_full = self.all_full
         for kernels in self.kernels.values():
             kernels.begin_rows()
         self.inputs.copy_(torch.tensor([tokens, positions]).unsqueeze(2), non_blocking=True)

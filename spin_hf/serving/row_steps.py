@@ -68,9 +68,12 @@ class RowSteps:
 
     def forget(self, row: Row) -> None:
         """Take a row out of its seat, if it has one."""
-        for layout, seats in list(self._seats.items()):
-            if row in seats:
-                self._sit(layout, [None if held is row else held for held in seats])
+        for (layout, number), program in self._programs.items():
+            if row in program.rows:
+                seats = [None if held is row else held for held in program.rows]
+                self._move(program, seats)
+                if len(self._seats.get(layout, [])) == number:
+                    self._seats[layout] = seats
 
     def step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
@@ -78,13 +81,14 @@ class RowSteps:
         names = {row: index for index, row in rows.items()}
         for row in given:
             row.settle()
+        lengths = {row: row.length for row in given}
         programs = self._begin(names)
-        replayed: list[RowProgram] = []
+        ran: list[RowProgram] = []
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
-                made = [self._run(program, given, replayed) for program in programs]
+                made = [self._run(program, given, ran) for program in programs]
             if not self._is_checked and not self._has_same_model():  # while the device works
-                self._roll_back(names, replayed)
+                self._roll_back(lengths, ran)
                 return self.step(rows, tokens)
             for program in programs:
                 program.finish()
@@ -92,16 +96,15 @@ class RowSteps:
             order = {row: place for place, row in enumerate(row for program in programs for row in program.rows)}
             chosen = torch.tensor([order[row] for row in given]).to(ids.device, non_blocking=True)
             logits = (made[0] if len(made) == 1 else torch.cat(made))[chosen]
+            for row, length in lengths.items():  # only an interruption can stop this
+                row.passes.finish_row()
+                row.log.clear()
+                row.end(length, ids[order[row] : order[row] + 1])
+            for program in programs:
+                program.count()
         except BaseException:
-            self._roll_back(names, replayed)
+            self._roll_back(lengths, ran)
             raise
-        for row in given:
-            length = row.length
-            row.passes.finish_row()
-            row.log.clear()
-            row.end(length, ids[order[row] : order[row] + 1])
-        for program in programs:
-            program.count()
         return logits
 
     # ---------------------------------------------------------------------------------------------------------- seats
@@ -117,23 +120,25 @@ class RowSteps:
 
     def _sit(self, layout: Any, seats: list[Row | None]) -> Any:
         """Let rows take places. Returns their program; None for no places."""
-        before = self._seats.pop(layout, None)
-        if before is not None and len(before) != len(seats):
-            old = self._programs[layout, len(before)]
-            old.seat([None] * len(before), {place: [None] * len(before) for place in old.kernels})
-        if not seats:
-            return None
-        self._seats[layout] = seats
         program = self._programs.get((layout, len(seats)))
-        if program is None:
+        if program is None and seats:
             like = next(row for row in seats if row is not None)
             program = self._programs[layout, len(seats)] = self._new_program(like, len(seats))
+        before = self._seats.pop(layout, None)
+        if before is not None and len(before) != len(seats):
+            self._move(self._programs[layout, len(before)], [None] * len(before))
+        if program is not None:
+            self._seats[layout] = seats
+            self._move(program, seats)
+        return program
+
+    def _move(self, program: RowProgram, seats: list[Row | None]) -> None:
+        """Let rows take the places of a program, if they do not have them."""
         if program.rows != seats:
             descriptors = {
                 place: [None if row is None else row.descriptors[place] for row in seats] for place in program.kernels
             }
             program.seat(seats, descriptors)
-        return program
 
     def _new_program(self, like: Row, num_rows: int) -> RowProgram:
         made: dict[Place, RowKernels] = {}
@@ -148,7 +153,7 @@ class RowSteps:
     def _begin(self, rows: dict[Row, int]) -> list[RowProgram]:
         """Begin a step of all rows. If that has changed a row's layout of pages, begin again with other seats."""
         while True:
-            programs = self._seat(rows)
+            programs, lengths = self._seat(rows), {row: row.length for row in rows}
             layouts = {row: row.state.sequences.layout_version for row in rows}
             try:
                 for program in programs:
@@ -156,9 +161,9 @@ class RowSteps:
                 if all(row.state.sequences.layout_version == version for row, version in layouts.items()):
                     return programs
             except BaseException:
-                self._roll_back(rows, [])
+                self._roll_back(lengths, [])
                 raise
-            self._roll_back(rows, [])
+            self._roll_back(lengths, [])
 
     def _begin_rows(self, program: RowProgram, rows: dict[Row, int]) -> None:
         reads_all = program.reads_all()
@@ -170,16 +175,20 @@ class RowSteps:
                 with blaming(rows[row]):
                     row.passes.select_after_all()
 
-    def _run(self, program: RowProgram, given: dict[Row, int], replayed: list[RowProgram]) -> Tensor:
-        """The forward of one program: called, captured or replayed. Returns the logits of its places."""
+    def _run(self, program: RowProgram, given: dict[Row, int], ran: list[RowProgram]) -> Tensor:
+        """The forward of one program: called, captured or replayed. Returns the logits of its places.
+
+        Args:
+            ran: gets the program once its windows and states are those behind the step.
+        """
         program.begin([0 if row is None else given[row] for row in program.rows])
         reads_all = next(row for _, row in program.seated()).state.reads_all
-        key, graphs = (reads_all, host_state()), program.graphs
+        key, graphs = (reads_all, program.all_full, host_state()), program.graphs
         if not self._may_capture(program, key):
-            return program.forward_or_restore()
+            return self._call(program, ran)
         if key not in graphs:
             graphs[key] = None
-            return program.forward_or_restore()
+            return self._call(program, ran)
         recording = graphs[key]
         if recording is None:
             try:
@@ -194,9 +203,14 @@ class RowSteps:
                 warn_eager(self.model, self._refused)
             if recording is None:
                 program.restart()
-                return program.forward_or_restore()
-        replayed.append(program)
+                return self._call(program, ran)
+        ran.append(program)
         return recording.replay()
+
+    def _call(self, program: RowProgram, ran: list[RowProgram]) -> Tensor:
+        logits = program.forward_or_restore()
+        ran.append(program)
+        return logits
 
     def _may_capture(self, program: RowProgram, key: Any) -> bool:
         """Whether a step may be a graph. Drops all graphs if the model has changed since they were captured.
@@ -229,12 +243,16 @@ class RowSteps:
             self._guard = None
         return same
 
-    def _roll_back(self, rows: dict[Row, int], replayed: list[RowProgram]) -> None:
-        """Roll every row back. A replayed step that has overwritten windows or states leaves those rows unusable."""
-        for row in rows:
+    def _roll_back(self, lengths: dict[Row, int], ran: list[RowProgram]) -> None:
+        """Roll every row back. A program that ran has overwritten windows or states, which leaves those rows unusable.
+
+        Args:
+            lengths: tokens of each row before the step.
+        """
+        for row, held in lengths.items():
             row.log.clear()
-            row.log.overwritten = any(row in program.rows and bool(program.overwritten) for program in replayed)
-            row.passes.roll_back()
+            row.log.overwritten = any(row in program.rows and bool(program.overwritten) for program in ran)
+            row.passes.roll_back(held)
 
 
 def _places(held: list[Row | None], wanted: list[Row]) -> list[Row | None]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from ..attention.interface import WindowWidth
+from ..attention.interface import MaskedLength, WindowWidth
 from ..graph.static_states import STATE_TABLES
 
 
@@ -35,6 +35,8 @@ class StaticWindow(CacheLayerMixin):
 
     def __init__(self, like: DynamicSlidingWindowLayer, num_rows: int, positions: Tensor) -> None:
         self.width, self.positions, self.is_initialized = like.sliding_window - 1, positions, True
+        self.all_full = False
+        """Whether all rows attend to the whole window in this step, so that no mask is needed."""
         self.keys, self.values = (_zeros(states, num_rows, self.width) for states in (like.keys, like.values))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,6 +52,8 @@ class StaticWindow(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The window's width, which tells what each row may attend to."""
+        if self.all_full:
+            return MaskedLength.of(self.width + query_length, None, window=True), 0
         return WindowWidth.of(self.width + query_length, self.valid_tokens), 0
 
     def valid_tokens(self, mask_function: Callable[..., Tensor]) -> Tensor:

@@ -74,8 +74,9 @@ def test_captured_rows_decode_as_alone(family: str, made: dict[str, int]) -> Non
     assert made == {"captures": 2, "replays": 10}, "a row that joins needs no capture"
     requests.go_on_alone(1, left, 4)
     requests.step(3, 0)
-    requests.step(2, 3)
-    assert made == {"captures": 2, "replays": 12}, "nor do rows that pause"
+    assert made == {"captures": 2, "replays": 11}, "nor do rows that pause"
+    for _ in range(4):  # with full windows only, which need no mask
+        requests.step(2, 3)
     requests.check(expected)
     for number in (0, 2, 3):
         requests.leave(number).check_integrity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import sys
 import weakref
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import CacheStateError, CapacityError
+from spin_hf import CacheStateError, CapacityError, SpinCache
 from spin_hf.serving import row_program
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
@@ -37,20 +38,24 @@ def requests_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Requests, 
 @pytest.mark.sweep(keep=[0, 1, 2])
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "gpt_oss", "llama", "gemma3n_text", "gemma4_text"])
 def test_one_graph_serves_whatever_rows_there_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step of a size runs eagerly, the second is captured; later rows replay. Windows fill up in between."""
+    """The first step of a size runs eagerly, the second is captured; later rows replay.
+
+    Windows fill up before the third step: the graph for full windows, which has no mask, is another one.
+    """
     model = build_model(family)
+    has_windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     requests, expected = requests_on(model, monkeypatch)
     requests.start(0, 1)
     requests.step(0, 1)
     assert FakeRecorder.replays == 0
     requests.step(1, 0)
     requests.step(0, 1)
-    assert FakeRecorder.replays == 2
+    assert FakeRecorder.replays == 2 - has_windows
     left = requests.leave(0)
     requests.start(2)
     requests.step(2, 1)
     requests.step(1, 2)
-    assert FakeRecorder.replays == 4, "no capture for a row that joins"
+    assert FakeRecorder.replays == 4 - has_windows, "no capture for a row that joins"
     with eagerly(model):
         requests.go_on_alone(0, left, 2)
     requests.step(2)
@@ -153,12 +158,18 @@ def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> No
         requests.step(0, 1)
     replays = FakeRecorder.replays
     assert replays == 2
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    cache = requests.batch.rows[0]
+    assert cache is not None
+    token, twin = int(requests.logits[0].argmax()), cache.fork()
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
     requests.step(0, 1)
-    assert FakeRecorder.replays == replays
+    assert FakeRecorder.replays == replays + 1, "the replay that was rolled back"
+    with eagerly(model), torch.no_grad():
+        expected = model(torch.tensor([[token]]), past_key_values=twin).logits[0, -1]
+    torch.testing.assert_close(requests.logits[0], expected, rtol=0, atol=1e-4)
     requests.step(0, 1)
     requests.step(0, 1)
-    assert FakeRecorder.replays == replays + 2
+    assert FakeRecorder.replays == replays + 3
 
 
 def test_what_cannot_be_captured_runs_eagerly(
@@ -176,3 +187,39 @@ def test_what_cannot_be_captured_runs_eagerly(
         requests.step(0, 1)
     requests.check(expected)
     assert "decodes eagerly, not as a CUDA graph: capturing failed: operation not permitted" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_schedules(family: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join, leave, come back, pause, change places and numbers of places, and step in any order."""
+    chooser, model = random.Random(seed), build_model(family)
+    prompts = [random_tokens(1, chooser.randint(5, 60), seed=number) for number in range(7)]
+    expected = [alone(model, prompt, 30, **OPTIONS) for prompt in prompts]
+    capture_on_cpu(monkeypatch)
+    requests = Requests(model, prompts, 5, **OPTIONS)
+    left: dict[int, SpinCache] = {}
+    for _ in range(60):
+        waiting = [number for number in range(7) if number not in requests.row and len(requests.tokens[number]) < 28]
+        what = chooser.random()
+        if waiting and len(requests.row) < 5 and (what < 0.3 or not requests.row):
+            number = chooser.choice(waiting)
+            if number in left:
+                requests.row[number] = requests.batch.join(left.pop(number))
+            else:
+                requests.start(number)
+        elif requests.row and what < 0.4:
+            number = chooser.choice(list(requests.row))
+            left[number] = requests.leave(number)
+            if chooser.random() < 0.5 and len(requests.tokens[number]) < 28:
+                with eagerly(model):
+                    requests.go_on_alone(number, left[number], 1)
+        stepping = [number for number in requests.row if len(requests.tokens[number]) < 28 and chooser.random() < 0.8]
+        if stepping:
+            chooser.shuffle(stepping)
+            requests.step(*stepping)
+    requests.check(expected)
+    assert sum(map(len, requests.tokens)) > 60
+    for cache in [*left.values(), *(requests.leave(number) for number in list(requests.row))]:
+        cache.check_integrity()
