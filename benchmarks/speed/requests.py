@@ -3,6 +3,7 @@
     --loads burst-32k short    which loads                   --scale 0.25         of the number of requests
     --arrivals 60              seconds of Poisson arrivals   --part-seconds 120   most for one load of one system
     --method fitted            of SpinCache                  --systems ...        which systems
+    --max-slowdown 4           of the loop, while requests arrive (default: none, prompts are read first)
     --gpu-memory 79            GiB to do with, as if the GPU had no more
     --seconds, --missing, --plan, --source, --output    as for `decode.py`
 
@@ -146,10 +147,11 @@ class Measured:
         arrivals = load(task.load, task.scale, dense, task.arrivals)
         until = time.perf_counter() + task.part_seconds
         if task.system == "spin loop":
-            slow = 2.0 if task.load in POISSON else None
+            slow = options.max_slowdown if task.load in POISSON else None
             row = request_systems.spin_loop(
                 model, arrivals, options.method, options.budget, until, slow, max_rows=options.max_rows
             )
+            row["max_slowdown"] = slow
         elif task.system == "transformers":
             row = request_systems.transformers_batching(model, arrivals, until)
         elif task.system == "spin static":
@@ -216,6 +218,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part-seconds", type=float, default=150.0, help="most for one load of one system")
     parser.add_argument("--method", default="fitted", help="of SpinCache")
     parser.add_argument("--max-rows", type=int, default=64)
+    parser.add_argument("--max-slowdown", type=float, help="of Poisson loads (default: none, prompts are read first)")
     parser.add_argument("--gpu-memory", type=float, help="GiB of the GPU to do with (default: all of it)")
     return parser.parse_args(arguments)
 
