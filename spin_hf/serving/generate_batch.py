@@ -61,7 +61,6 @@ def generate_batch(
     copies = _copies(kwargs, generation_config)
     if copies > 1:
         generation_config = _single(generation_config)
-        kwargs["num_return_sequences"] = 1
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     seeds = _seeds(seed, len(prompts))
     loop = RequestLoop(
