@@ -23,7 +23,7 @@ from .decode.select_pages import select_pages
 from .indexing.bisect import bisect
 from .indexing.copy_page import copy_page
 from .indexing.copy_rows import rows_copier
-from .indexing.encode_units import encode_last_unit, encode_units
+from .indexing.encode_units import encode_last_unit, encode_units, tile_units
 from .indexing.fill_clusters import fill_clusters, unit_vectors
 from .indexing.permute_tokens import move_tokens, page_means
 from .indexing.quantize import encode_pages, quantize
@@ -65,6 +65,7 @@ class Launchers:
     copy_page = staticmethod(copy_page)
     encode_units = staticmethod(encode_units)
     encode_last_unit = staticmethod(encode_last_unit)
+    tile_units = staticmethod(tile_units)
 
     merge_attention = staticmethod(merge_attention)
     merge_into = staticmethod(merge_into)

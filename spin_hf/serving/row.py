@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from ..backends.row_descriptors import RowDescriptors, layout_of
+from ..backends.row_descriptors import RowDescriptors
 from ..cache import SpinCache
 from ..config import SpinOptions
 from ..errors import BatchSizeError, CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -37,7 +37,8 @@ class Row:
         """The program whose tensors hold the windows and states of this row; None if they are the cache's own."""
         self.descriptors: dict[Any, RowDescriptors] = {}
         """By device and number of KV heads of layers, if kernels serve the cache."""
-        self._layout: tuple[int, tuple[Any, ...]] | None = None
+        self.kind: tuple[int, int] | None = None
+        """Version of the page layout, and the number of what rows of one launch have in common (`RowSteps`)."""
 
     @property
     def layers(self) -> list[Any]:
@@ -48,14 +49,6 @@ class Row:
     def length(self) -> int:
         """Tokens held."""
         return self.state.committed
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What rows of one launch must have in common."""
-        version = self.state.sequences.layout_version
-        if self._layout is None or self._layout[0] != version:
-            self._layout = version, layout_of(self.state)
-        return self._layout[1]
 
     def settle(self) -> None:
         """Complete or undo what an interrupted forward or operation has left."""
@@ -169,7 +162,7 @@ def check_alike(row: Row, other: Row) -> None:
     """Raise OptionError if rows select pages in different ways. Caps on memory may differ."""
     for what, got, expected in (
         ("method", row.state.method, other.state.method),
-        ("options", _of_steps(row.state.options), _of_steps(other.state.options)),
+        ("options", of_steps(row.state.options), of_steps(other.state.options)),
     ):
         if got != expected:
             raise OptionError(
@@ -177,7 +170,7 @@ def check_alike(row: Row, other: Row) -> None:
             )
 
 
-def _of_steps(options: SpinOptions) -> SpinOptions:
+def of_steps(options: SpinOptions) -> SpinOptions:
     """Options without those that steps of one token do not depend on."""
     return replace(
         options, gpu_memory=None, cpu_memory=None, prefill_chunk_size=None, prefill="dense", prefill_top_p=0.9

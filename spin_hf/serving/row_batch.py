@@ -22,7 +22,8 @@ from ..cache import SpinCache
 from ..config import require_count
 from ..errors import CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
 from ..graph.eligibility import fixed_arguments
-from ..graph.model_calls import model_of
+from ..graph.model_calls import may_be_captured, model_of
+from ..graph.runner import warn_eager
 from ..inference_mode import outside_inference_mode
 from ..integration.forward_hook import CACHE_NAMES
 from .row import Row, check_alike, check_cache
@@ -124,6 +125,9 @@ class RowBatch:
         with torch.inference_mode(False), torch.no_grad():
             if all(self._steps.serves(row) for row in rows.values()):
                 return self._steps.step(rows, list(tokens.values()))
+            if may_be_captured(self.model):
+                method = next(iter(rows.values())).state.method
+                warn_eager(self.model, f"method {method} has no kernels for its layers")
             return self._step(rows, list(tokens.values()))
 
     def _step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:

@@ -1,13 +1,13 @@
 """Steps of rows by kernels: all rows begin, one forward per layout of pages, all rows commit.
 
-    seats       layout  ->  [ row | row | - | row ]      as many places as the smallest power of two that holds the rows
-    programs    layout and number of places  ->  `RowProgram`, with its graphs
+    seats       kind  ->  [ row | row | - | row ]      as many places as the smallest power of two that holds the rows
+    programs    kind and number of places  ->  `RowProgram`, with its graphs
 
     step        seat  ->  begin each row  ->  descriptors, inputs  ->  forwards  ->  completed pages  ->  commit each row
                                           on an error: every row is rolled back
 
-Rows keep their places while they step together. A row that joins, leaves or pauses changes numbers in descriptors. Rows with
-int8 pages and rows without have different layouts, for which launches are compiled differently.
+Rows keep their places while they step together. A row that joins, leaves or pauses changes numbers in descriptors. A kind is a
+method, its options and a layout of pages: rows with int8 pages and rows without need launches of their own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from .. import kernels
 from ..attention import implementation
 from ..attention.methods.base import recipe_of
-from ..backends.row_descriptors import RowDescriptors
+from ..backends.row_descriptors import RowDescriptors, layout_of
 from ..backends.row_kernels import RowKernels
 from ..errors import SpinError
 from ..graph import model_calls
 from ..graph.eligibility import ModelGuard, host_state, reason_not_replayed, reason_of_model
 from ..graph.runner import warn_eager
+from ..kernels import device_limits
 from ..kernels.launch import power_of_two
-from .row import Row
+from .row import Row, of_steps
 from .row_errors import blaming
 from .row_program import Place, RowProgram
 
@@ -42,8 +43,10 @@ class RowSteps:
 
     def __init__(self, model: nn.Module, cache_name: str) -> None:
         self.model, self.cache_name = model, cache_name
-        self._programs: dict[Any, RowProgram] = {}
-        self._seats: dict[Any, list[Row | None]] = {}
+        self._kinds: list[Any] = []
+        """Methods, options and layouts of pages that rows have had."""
+        self._programs: dict[tuple[int, int], RowProgram] = {}
+        self._seats: dict[int, list[Row | None]] = {}
         self._guard: ModelGuard | None = None
         self._refused: str | None = None
         """Why steps of this model are not captured; None if they may be."""
@@ -57,9 +60,16 @@ class RowSteps:
         recipe, places = recipe_of(row.state.method), set()
         for layer in row.state.layers:
             store = layer.store
-            if store is None or recipe is None or kernels.launchers(store.device) is None:
+            launchers = None if store is None else kernels.launchers(store.device)
+            if store is None or recipe is None or launchers is None:
                 return False
             if not recipe.serves(store.key_dim, store.value_dim):
+                return False
+            sizes = max(store.key_dim, store.value_dim), store.dtype.itemsize
+            limits = device_limits.shared_memory(store.device), device_limits.multiplies(store.device)
+            if recipe.scans_codes and not launchers.tile_units(
+                *sizes, *limits
+            ):  # pages that rows complete need the kernel
                 return False
             places.add((store.device, store.num_heads))
         assert recipe is not None
@@ -68,12 +78,12 @@ class RowSteps:
 
     def forget(self, row: Row) -> None:
         """Take a row out of its seat, if it has one."""
-        for (layout, number), program in self._programs.items():
+        for (kind, number), program in self._programs.items():
             if row in program.rows:
                 seats = [None if held is row else held for held in program.rows]
                 self._move(program, seats)
-                if len(self._seats.get(layout, [])) == number:
-                    self._seats[layout] = seats
+                if len(self._seats.get(kind, [])) == number:
+                    self._seats[kind] = seats
 
     def step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
@@ -111,24 +121,34 @@ class RowSteps:
 
     def _seat(self, rows: dict[Row, int]) -> list[RowProgram]:
         """Seat the rows of a step, and nobody else."""
-        groups: dict[Any, list[Row]] = {}
+        groups: dict[int, list[Row]] = {}
         for row in rows:
-            groups.setdefault(row.layout, []).append(row)
-        for layout in list(self._seats.keys() - groups.keys()):
-            self._sit(layout, [])
-        return [self._sit(layout, _places(self._seats.get(layout, []), wanted)) for layout, wanted in groups.items()]
+            groups.setdefault(self._kind_of(row), []).append(row)
+        for kind in list(self._seats.keys() - groups.keys()):
+            self._sit(kind, [])
+        return [self._sit(kind, _places(self._seats.get(kind, []), wanted)) for kind, wanted in groups.items()]
 
-    def _sit(self, layout: Any, seats: list[Row | None]) -> Any:
+    def _kind_of(self, row: Row) -> int:
+        """The number of a row's method, options and layout of pages: rows of one launch have the same."""
+        version = row.state.sequences.layout_version
+        if row.kind is None or row.kind[0] != version:
+            kind = row.state.method, of_steps(row.state.options), layout_of(row.state)
+            if kind not in self._kinds:
+                self._kinds.append(kind)
+            row.kind = version, self._kinds.index(kind)
+        return row.kind[1]
+
+    def _sit(self, kind: int, seats: list[Row | None]) -> Any:
         """Let rows take places. Returns their program; None for no places."""
-        program = self._programs.get((layout, len(seats)))
+        program = self._programs.get((kind, len(seats)))
         if program is None and seats:
             like = next(row for row in seats if row is not None)
-            program = self._programs[layout, len(seats)] = self._new_program(like, len(seats))
-        before = self._seats.pop(layout, None)
+            program = self._programs[kind, len(seats)] = self._new_program(like, len(seats))
+        before = self._seats.pop(kind, None)
         if before is not None and len(before) != len(seats):
-            self._move(self._programs[layout, len(before)], [None] * len(before))
+            self._move(self._programs[kind, len(before)], [None] * len(before))
         if program is not None:
-            self._seats[layout] = seats
+            self._seats[kind] = seats
             self._move(program, seats)
         return program
 

@@ -112,6 +112,24 @@ def test_rows_equal_caches_alone(mode: str) -> None:
         assert (stats.loads > 0) == ("frames" in mode)
 
 
+def test_rows_with_int8_pages_and_rows_without_step_together() -> None:
+    """The pages of one do not fit its cap. Each layout has kernels of its own; the step is one."""
+    model, options = (
+        subject_model("llama"),
+        OPTIONS | {"method": "shadowkv", "gpu_memory": 200_000, "cpu_dtype": "int8"},
+    )
+    made = [Twins(model, length, seed, **options) for seed, length in enumerate([46, 300, 30])]
+    batch = RowBatch(model, 4)
+    twins = {batch.join(each.row): each for each in made}
+    for _ in range(3):
+        step(batch, twins)
+    for row in (1, 0, 2):
+        batch.leave(row)
+    assert [each.row.stats().loads > 0 for each in made] == [False, True, False]
+    for each in made:
+        each.check()
+
+
 def test_rows_of_seer_attention_equal_caches_alone(tmp_path: Path) -> None:
     """Positions of each row rotate its gate queries, and the summaries of pages that it completes."""
     shape, rules = Shape(), replace(RULES, budget=32)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spin_hf import CacheStateError, CapacityError, SpinCache
-from spin_hf.serving import row_program
+from spin_hf.serving import row_batch, row_program, row_steps
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
 from tests.support.row_schedules import Requests, alone
@@ -223,3 +223,40 @@ def test_random_schedules(family: str, seed: int, monkeypatch: pytest.MonkeyPatc
     assert sum(map(len, requests.tokens)) > 60
     for cache in [*left.values(), *(requests.leave(number) for number in list(requests.row))]:
         cache.check_integrity()
+
+
+def test_rows_whose_codes_need_more_shared_memory_attend_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that cannot encode the pages which rows complete: each row uses its own kernels, and a warning says so."""
+    model, prompt = build_model("llama"), random_tokens(1, 40)
+    options = OPTIONS | {"method": "fitted"}
+    expected = alone(model, prompt, 2, **options)
+    capture_on_cpu(monkeypatch)
+    monkeypatch.setattr(row_steps.device_limits, "shared_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(row_batch, "may_be_captured", lambda model: True)
+    requests = Requests(model, [prompt], 2, **options)
+    requests.start(0)
+    requests.step(0)
+    requests.step(0)
+    requests.check([expected])
+    assert FakeRecorder.replays == 0
+    assert "has no kernels for its layers" in caplog.text
+
+
+def test_other_options_need_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all rows have left, others may have another method and budget. Graphs of the first ones do not serve them."""
+    model, prompt = build_model("llama"), random_tokens(1, 90)
+    requests, _ = requests_on(model, monkeypatch)
+    requests.start(0)
+    for _ in range(3):
+        requests.step(0)
+    requests.leave(0)
+    caches = [SpinCache(model, "quest", budget=16, recent_window=16) for _ in range(2)]
+    with torch.no_grad(), eagerly(model):
+        first, _ = (model(prompt, past_key_values=cache).logits[0, -1] for cache in caches)
+        expected = model(first.argmax()[None, None], past_key_values=caches[1]).logits[0, -1]
+    row = requests.batch.join(caches[0])
+    logits = requests.batch.step({row: int(first.argmax())})
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-4)
+    assert requests.batch.leave(row).stats().sparse_queries == caches[1].stats().sparse_queries > 0
