@@ -18,13 +18,11 @@ import torch
 
 from ..cache import SpinCache
 from ..errors import CapacityError
+from ..memory import watermarks
 from ..memory.cap_division import set_cap, shares
 from ..memory.host_memory import free_host_memory
 from ..memory.request_needs import NeedsByLength, RequestNeeds
-from ..memory.watermarks import Watermarks, free_gpu_memory
 
-_AHEAD_TOKENS = 1024
-"""Generated tokens that admission counts ahead. What grows beyond that may take frames from others, or wait."""
 _HOST_FRACTION = 0.9
 """Of the free host memory, what pages may take."""
 
@@ -77,20 +75,17 @@ class Admission:
                 needed_bytes=in_host, available_bytes=self.host_pool,
             )  # fmt: skip
 
-    def fits(
-        self, num_tokens: int, most: int, held: Sequence[tuple[SpinCache, int]], others: Iterable[SpinCache]
-    ) -> bool:
+    def fits(self, num_tokens: int, held: Sequence[tuple[SpinCache, int]], others: Iterable[SpinCache]) -> bool:
         """Whether a request may hold memory beside those that do.
 
         Args:
-            num_tokens, most: tokens of the request now, and at most.
-            held: cache and tokens of each request that decodes or is read.
+            num_tokens: tokens of the request, with those that are planned for.
+            held: cache and tokens of each request that decodes or is read, likewise.
             others: caches that hold memory and are not stepped.
         """
         if not held:
             return True  # `check` has said so
-        new = self.needs(min(most, num_tokens + _AHEAD_TOKENS))
-        members = [self.needs(tokens + _AHEAD_TOKENS) for _, tokens in held]
+        new, members = self.needs(num_tokens), [self.needs(tokens) for _, tokens in held]
         caches, idle = [cache for cache, _ in held], list(others)
         pool = self._gpu_pool([*caches, *idle])
         if pool is not None:
@@ -105,7 +100,7 @@ class Admission:
         """Divide the cap in bytes among the caches that decode or are read. Does nothing with "auto"."""
         cap = self._options.gpu_memory
         if cap is not None and held:
-            needs = [self.needs(tokens + _AHEAD_TOKENS) for _, tokens in held]
+            needs = [self.needs(tokens) for _, tokens in held]
             parts = shares(cap, needs)
             # Those that get less give back before others take.
             for (cache, _), part in sorted(
@@ -123,11 +118,11 @@ class Admission:
     def _gpu_pool(self, caches: Iterable[SpinCache]) -> int | None:
         if self._options.gpu_memory is not None:
             return self._options.gpu_memory
-        free = free_gpu_memory(self._device)
+        free = watermarks.free_gpu_memory(self._device)
         if free is None:
             return None
         held = sum(cache._passes.gpu.held(self._device) for cache in caches)
-        return Watermarks(self._options.tuning.margin_bytes).cap_for_prompts(held, free)
+        return watermarks.Watermarks(self._options.tuning.margin_bytes).cap_for_prompts(held, free)
 
     def _host_pool(self, caches: Iterable[SpinCache]) -> int | None:
         if self._options.cpu_memory is not None:

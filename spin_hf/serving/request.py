@@ -19,6 +19,9 @@ from .handle import RequestHandle
 from .results import RequestResult, RequestTimes
 from .sampling import Choice
 
+_AHEAD_TOKENS = 1024
+"""Generated tokens that memory is planned for ahead. What grows beyond that takes frames from others, or waits."""
+
 
 @dataclass(eq=False)
 class Request:
@@ -62,6 +65,11 @@ class Request:
     def most_tokens(self) -> int:
         """Tokens that it has at most."""
         return max(self.choice.generation.max_length, self.num_tokens)
+
+    @property
+    def planned_tokens(self) -> int:
+        """Tokens that memory is planned for now."""
+        return min(self.most_tokens, self.num_tokens + _AHEAD_TOKENS)
 
     @property
     def ids_to_hold(self) -> array[int]:

@@ -102,9 +102,9 @@ class Scheduler:
         return [*self.running.values(), *([] if self.read is None else [self.read]), *self.waiting]
 
     def held(self) -> list[tuple[SpinCache, int]]:
-        """Cache and tokens of each request that decodes or is read."""
+        """Cache and planned tokens of each request that decodes or is read."""
         active = [*self.running.values(), *([] if self.read is None else [self.read])]
-        return [(request.cache, request.num_tokens) for request in active if request.cache is not None]
+        return [(request.cache, request.planned_tokens) for request in active if request.cache is not None]
 
     def idle(self) -> list[SpinCache]:
         """Caches that hold memory and are not stepped: of paused requests, and shared prefixes."""
@@ -145,7 +145,7 @@ class Scheduler:
         held = [each for each in self.held() if each[0] is not gone]
         others = [cache for cache in self.idle() if cache is not head.cache]
         others += [] if gone is None else [gone]
-        return self.admission.fits(head.num_tokens, head.most_tokens, held, others)
+        return self.admission.fits(head.planned_tokens, held, others)
 
     def _make_turn_for(self, head: Request) -> bool:
         """Pause the request that has run longest, if `head` has waited too long for its place. Returns whether one was."""
