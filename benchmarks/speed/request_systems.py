@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from benchmarks.common.timing import free, wait_for_device
 from benchmarks.speed.request_loads import Arrival, DenseTimes, figures
-from spin_hf import EventLog, RequestLoop, RequestResult, SpinCache
+from spin_hf import EventLog, RequestLoop, RequestResult, SpinCache, generate_batch
 from spin_hf.serving.events import StepDone
 
 BATCHING: Any = None
@@ -78,6 +78,14 @@ def spin_loop(
         **_figures(arrivals, results, starts), **_of_steps(log), "longest_queue": longest, "paused": stats.paused,
         "reused_tokens": stats.reused_tokens, "mean_rows": round(stats.mean_rows, 1),
     }  # fmt: skip
+
+
+def warm_up(model: Any, method: str, budget: int, tokens: int = 32768) -> None:
+    """Compile the kernels of rows, for pages on the GPU and in host memory, so that no load waits for that."""
+    prompts = [torch.randint(1, model.config.vocab_size, (tokens,)) for _ in range(2)]
+    for options in ({}, {"gpu_memory": "4GiB"}):
+        generate_batch(model, prompts, method=method, budget=budget, max_new_tokens=8, progress=False, **options)
+        free()
 
 
 def _figures(arrivals: Sequence[Arrival], results: Sequence[RequestResult], starts: Sequence[float]) -> dict[str, Any]:

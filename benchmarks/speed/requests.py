@@ -125,10 +125,13 @@ class Measured:
     Args:
         options: the command line.
         dense: times of dense attention; None to measure them when they are needed first.
+        spread: what the model is set to before the first task, and then warmed up; None to leave it.
     """
 
-    def __init__(self, options: argparse.Namespace, dense: DenseTimes | None = None) -> None:
-        self.options, self._dense = options, dense
+    def __init__(
+        self, options: argparse.Namespace, dense: DenseTimes | None = None, spread: float | None = None
+    ) -> None:
+        self.options, self._dense, self._spread = options, dense, spread
 
     def dense(self, bench: Bench) -> DenseTimes:
         """Times of dense attention."""
@@ -142,6 +145,10 @@ class Measured:
     def rows_of(self, task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
         """The row of a task."""
         options, model = self.options, bench.model
+        if self._spread is not None:
+            set_spread(model, self._spread)
+            self._spread = None
+            request_systems.warm_up(model, options.method, options.budget)
         needs_dense = task.load in POISSON or task.system.startswith("dense")
         dense = self.dense(bench) if needs_dense else None
         arrivals = load(task.load, task.scale, dense, task.arrivals)
@@ -232,14 +239,8 @@ def main() -> None:
     tasks = plan(options)
     if options.missing:
         tasks = [left for task in tasks if (left := task.left(record)) is not None]
-    measured, spread = Measured(options), [True]
-
-    def rows_of(task: Task, bench: Bench) -> Iterator[dict[str, Any]]:
-        if spread.pop() if spread else False:
-            set_spread(bench.model, SPREAD)
-        return measured.rows_of(task, bench)
-
-    campaign.run("speed.requests", options, record, tasks, rows_of, line, started, write_targets)
+    measured = Measured(options, spread=SPREAD)
+    campaign.run("speed.requests", options, record, tasks, measured.rows_of, line, started, write_targets)
     for entry in targets(record.rows):
         met = "met" if entry["met"] else "missed"
         print(
