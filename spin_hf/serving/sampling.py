@@ -11,7 +11,6 @@ request's processors or criteria is that request's.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,20 +76,16 @@ def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: T
     groups: dict[Hashable, list[int]] = {}
     for number, choice in enumerate(choices):
         groups.setdefault(("own", number) if choice.group is None else choice.group, []).append(number)
-    chosen: list[Tensor | Exception | None] = [None] * len(choices)
+    chosen: list[int | Exception] = [0] * len(choices)
+    found: list[tuple[list[int], Tensor]] = []
     for members in groups.values():
         first = choices[members[0]]
         rows = logits if len(members) == len(choices) else logits[members]
         try:
-            ids = (
-                first.ids(tokens[members[0]])
-                if first.group is None
-                else _NO_IDS.expand(len(members), 0).to(logits.device)
-            )
+            ids = first.ids(tokens[members[0]]) if first.group is None else _no_ids(len(members), logits.device)
             scores = first.generation.processors(ids, rows) if len(first.generation.processors) else rows
             if first.generation.generator is None:
-                for number, token in zip(members, scores.argmax(-1).unbind(), strict=True):
-                    chosen[number] = token
+                found.append((members, scores.argmax(-1)))
                 continue
             probabilities = torch.softmax(scores, -1)
         except Exception as error:  # whatever the processors of a user raise ends these requests only
@@ -100,20 +95,19 @@ def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: T
         for place, number in enumerate(members):
             try:
                 generator = choices[number].generation.generator
-                chosen[number] = torch.multinomial(probabilities[place : place + 1], 1, generator=generator)[0, 0]
+                found.append(([number], torch.multinomial(probabilities[place : place + 1], 1, generator=generator)[0]))
             except RuntimeError as error:  # probabilities that are none
                 chosen[number] = error
-    found = [each for each in chosen if isinstance(each, Tensor)]
-    values = iter(torch.stack(found).tolist() if found else [])
-    return [int(next(values)) if isinstance(each, Tensor) else _failed(each) for each in chosen]
+    numbers = [number for members, _ in found for number in members]
+    values = torch.cat([each for _, each in found]).tolist() if found else []  # the only wait for the device
+    for number, value in zip(numbers, values, strict=True):
+        chosen[number] = int(value)
+    return chosen
 
 
-_NO_IDS = torch.zeros((1, 0), dtype=torch.int64)
-
-
-def _failed(error: Any) -> Exception:
-    assert isinstance(error, Exception)
-    return error
+def _no_ids(rows: int, device: torch.device) -> Tensor:
+    """[rows, 0], for processors that read no ids."""
+    return torch.empty((rows, 0), dtype=torch.int64, device=device)
 
 
 def _group(generation: Generation) -> Hashable | None:
