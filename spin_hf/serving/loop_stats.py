@@ -28,7 +28,8 @@ class LoopStats:
         steps: steps of the batch.
         mean_rows: requests per step.
         paused: how often a request was paused for others.
-        gpu_bytes, cpu_bytes: pages and summaries of all caches on the GPU (in RAM without one), and pages in host memory.
+        gpu_bytes, cpu_bytes: pages and summaries of all caches on the GPU (in RAM without one), and pages in host memory,
+            counted now and then. Pages that forks share count in each of them.
     """
 
     waiting: int
