@@ -30,7 +30,7 @@ from benchmarks.results_tables import (
     throughput,
     without_empty_columns,
 )
-from benchmarks.speed import batch_tables, decode_tables, prefix_tables
+from benchmarks.speed import batch_tables, decode_tables, prefix_tables, request_tables
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,14 @@ PARTS: dict[str, list[Section]] = {
             ("h200/prefill-llama-8b.json", "h200/prefill-llama-8b-again.json"),
             of_each(prompts),
         ),
+        *measured(Section(
+            "Many requests at once",
+            "Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. Decode rates are those of steps with nearly as "
+            "many rows as there ever were. Dense systems are computed from measured prompts and steps in a CUDA graph, static "
+            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request.",
+            files_like("requests-*.json"),
+            lambda results: [table for result in results for table in request_tables.tables(result)],
+        )),
         *measured(Section(
             "Prompts that are read once and used again",
             "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200, `bisection` unless a row says "

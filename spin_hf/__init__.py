@@ -3,6 +3,7 @@
     model.generate(**inputs, past_key_values=SpinCache(model))      one call
     with enable(model): ...                                         every call inside, also of pipelines
     print(plan(model, context_length=131072))                       memory that a cache will take
+    generate_batch(model, prompts)                                  many prompts; RequestLoop: requests at any time
 
 Public are the names in `__all__`, and in `spin_hf.attention.methods.__all__` for a method of your own. Everything else is
 private and may change. Importing registers the attention implementation "spin" with transformers, and nothing else.
@@ -25,6 +26,12 @@ from .errors import (
 )
 from .memory.plan import MemoryPlan, plan
 from .persistence.prompt_store import PromptStore, StoreStats
+from .serving.events import EventLog
+from .serving.generate_batch import generate_batch
+from .serving.handle import RequestHandle
+from .serving.loop import RequestLoop
+from .serving.loop_stats import LoopStats
+from .serving.results import RequestResult, RequestTimes
 from .stats import CacheStats
 
 __version__ = "0.1.0"
@@ -37,7 +44,9 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "CapacityError",
+    "EventLog",
     "Fitted",
+    "LoopStats",
     "MemoryPlan",
     "Method",
     "OptionError",
@@ -45,6 +54,10 @@ __all__ = [
     "PageMethod",
     "PromptStore",
     "Quest",
+    "RequestHandle",
+    "RequestLoop",
+    "RequestResult",
+    "RequestTimes",
     "RetroInfer",
     "SavedCacheError",
     "SeerAttention",
@@ -56,5 +69,6 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "generate_batch",
     "plan",
 ]

@@ -15,15 +15,13 @@ import functools
 from types import MethodType, TracebackType
 from typing import Any
 
-import transformers
-from packaging.version import Version
 from transformers import GenerationMixin, PreTrainedModel
 
 from .cache import SpinCache
 from .errors import OptionTypeError
-from .integration.forward_hook import CACHE_NAMES, unwrapped
+from .integration.forward_hook import unwrapped
+from .integration.prefill_hook import CACHE_NAME, CACHE_NAMES
 
-_CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 _HOOK = "_prepare_cache_for_generation"
 _STATE = "_spin_hf_enabled"
 
@@ -122,6 +120,6 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, An
         and generation_config.cache_implementation is None
     ):
         *_, options = stack.options.values()
-        model_kwargs[_CACHE_NAME] = SpinCache(self, **options)
+        model_kwargs[CACHE_NAME] = SpinCache(self, **options)
     call = MethodType(getattr(type(self), _HOOK), self) if before is None else before
     return call(generation_config, model_kwargs, *args, **kwargs)

@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[2] / "spin_hf"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_SAME_ROW = ("tokens", "cache", "method", "share", "overlap", "gpu_memory", "batch", "multiple")
+_SAME_ROW = ("tokens", "load", "cache", "method", "share", "overlap", "gpu_memory", "batch", "multiple")
 
 
 class MixedError(Exception):

@@ -67,18 +67,18 @@ class PromptReader:
         new = new_inputs(kwargs)
         if new is None or self.state.reads_prompt:
             return forward
-        size, lead = self._chunk_size(module, new), self._lead(new.shape[1])
+        size, lead = self.chunk_size(module, new), self.lead(new.shape[1])
         is_short = new.shape[1] <= size and not lead
         if is_short or not self.may_read(module, forward, kwargs, name):
             return forward
         return lambda **given: self._read(forward, given, new.shape[0], new.shape[1], size, lead)
 
-    def _lead(self, num_tokens: int) -> int:
+    def lead(self, num_tokens: int) -> int:
         """Tokens in front of a sparse prompt's first whole block, which are read as a chunk of their own."""
         lead = -self.state.committed % BLOCK_TOKENS
         return lead if self.state.options.prefill == "sparse" and num_tokens > lead + DENSE_TOKENS else 0
 
-    def _chunk_size(self, module: nn.Module, new: Tensor) -> int:
+    def chunk_size(self, module: nn.Module, new: Tensor) -> int:
         """Tokens of each sequence in a chunk."""
         if self.size is not None:
             whole = self.size // BLOCK_TOKENS * BLOCK_TOKENS if self.state.options.prefill == "sparse" else 0

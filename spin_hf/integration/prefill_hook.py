@@ -13,6 +13,8 @@ import functools
 from types import MethodType
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import GenerationMixin
 
@@ -21,6 +23,8 @@ ATTRIBUTE = "calls"
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache argument of a forward: from transformers 5.24 on, and before."""
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""That of the transformers which is installed."""
 
 _HOOK = "_prefill"
 

@@ -146,6 +146,11 @@ def _check_layers(name: str, row: Row) -> None:
                 f"{name} has a cache layer {type(layer).__name__}, expected pages, sliding windows or states of linear "
                 "attention; use generate for each sequence, or for one batch"
             )
+    if getattr(row.cache.calls.config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales queries by the number of tokens that the cache holds, expected the same for all rows; use generate "
+            "for each sequence"
+        )
     if rope_depends_on_length(row.cache.calls.config):
         raise UnsupportedModelError(
             f"{name} rotates keys by frequencies that depend on the length of the text, expected the same for all rows; use "

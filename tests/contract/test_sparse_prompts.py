@@ -130,7 +130,7 @@ def test_chunks_of_auto_size_are_whole_blocks(batch_size: int) -> None:
     model = build_model("llama")
     cache = SpinCache(model, prefill="sparse")
     reader = PromptReader(cache.layers, forward_of(cache), model.config)
-    size = reader._chunk_size(model, torch.empty((batch_size, 1 << 20), dtype=torch.int64, device="meta"))
+    size = reader.chunk_size(model, torch.empty((batch_size, 1 << 20), dtype=torch.int64, device="meta"))
     assert size % 128 == 0
     assert max(256, 8192 // batch_size - 128) <= size <= max(256, 8192 // batch_size)
 

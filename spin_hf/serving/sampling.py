@@ -1,0 +1,123 @@
+"""The next token of each request, from the logits of a step.
+
+    greedy, no processors            one argmax for all of them
+    warpers with equal parameters    one call for all of them; each draws with its own generator
+    others                           one call for each, with its ids
+
+Random numbers come from the request's generator only, so tokens do not depend on the other requests. An exception in one
+request's processors or criteria is that request's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+from .generation import Generation
+
+_WARPERS = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper",
+        "TypicalLogitsWarper", "EpsilonLogitsWarper", "LogitNormalization",
+    )
+    if hasattr(logits_process, name)
+)  # fmt: skip
+"""Processors that read the scores of a row only."""
+_PLAIN = (int, float, bool, str, type(None))
+
+
+class Choice:
+    """Chooses the tokens of one request.
+
+    Args:
+        generation: how.
+        prompt: ids of the prompt.
+        device: of the logits.
+    """
+
+    def __init__(self, generation: Generation, prompt: Sequence[int], device: torch.device) -> None:
+        self.generation, self.device = generation, device
+        self._prompt = prompt
+        self._ids: Tensor | None = None
+        self.group = _group(generation)
+        """Requests of equal groups are chosen for in one call; None for a call of its own."""
+
+    def ids(self, tokens: Sequence[int]) -> Tensor:
+        """[1, n], int64: prompt and generated tokens."""
+        held = 0 if self._ids is None else self._ids.shape[1]
+        new = [*self._prompt, *tokens] if self._ids is None else tokens[held - len(self._prompt) :]
+        if len(new):
+            appended = torch.tensor([new], dtype=torch.int64, device=self.device)
+            self._ids = appended if self._ids is None else torch.cat([self._ids, appended], 1)
+        assert self._ids is not None
+        return self._ids
+
+    def reason(self, tokens: Sequence[int]) -> str | None:
+        """Why the request ends with the last of its `tokens`; None if it goes on. Raises what a user's criterion raises."""
+        found = self.generation.ends(len(self._prompt) + len(tokens), tokens[-1])
+        if found != "stop" and self.generation.criteria:
+            ids = self.ids(tokens)
+            if any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.generation.criteria):
+                return "stop"
+        return found
+
+
+def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: Tensor) -> list[int | Exception]:
+    """The next token of each request, or what its processors raised.
+
+    Args:
+        choices, tokens: of each request; the tokens generated so far.
+        logits: [n, vocabulary], float32.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for number, choice in enumerate(choices):
+        groups.setdefault(("own", number) if choice.group is None else choice.group, []).append(number)
+    chosen: list[int | Exception] = [0] * len(choices)
+    found: list[tuple[list[int], Tensor]] = []
+    for members in groups.values():
+        first = choices[members[0]]
+        rows = logits if len(members) == len(choices) else logits[members]
+        try:
+            ids = first.ids(tokens[members[0]]) if first.group is None else _no_ids(len(members), logits.device)
+            scores = first.generation.processors(ids, rows) if len(first.generation.processors) else rows
+            if first.generation.generator is None:
+                found.append((members, scores.argmax(-1)))
+                continue
+            probabilities = torch.softmax(scores, -1)
+        except Exception as error:  # whatever the processors of a user raise ends these requests only
+            for number in members:
+                chosen[number] = error
+            continue
+        for place, number in enumerate(members):
+            try:
+                generator = choices[number].generation.generator
+                found.append(([number], torch.multinomial(probabilities[place : place + 1], 1, generator=generator)[0]))
+            except RuntimeError as error:  # probabilities that are none
+                chosen[number] = error
+    numbers = [number for members, _ in found for number in members]
+    values = torch.cat([each for _, each in found]).tolist() if found else []  # the only wait for the device
+    for number, value in zip(numbers, values, strict=True):
+        chosen[number] = int(value)
+    return chosen
+
+
+def _no_ids(rows: int, device: torch.device) -> Tensor:
+    """[rows, 0], for processors that read no ids."""
+    return torch.empty((rows, 0), dtype=torch.int64, device=device)
+
+
+def _group(generation: Generation) -> Hashable | None:
+    """Equal for requests whose processors have equal parameters and read no ids; None for others."""
+    parts: list[Hashable] = ["greedy" if generation.generator is None else "sampled"]
+    for processor in generation.processors:
+        if type(processor) not in _WARPERS:
+            return None
+        fields = vars(processor)
+        if not all(isinstance(value, _PLAIN) for value in fields.values()):
+            return None
+        parts.append((type(processor), tuple(sorted(fields.items()))))
+    return tuple(parts)

@@ -1,0 +1,380 @@
+"""Turns of a loop: which request is read next, which ones take a step, and who gives way when memory is short.
+
+    waiting ──admit──> reading ──last chunk──> running ──> ended
+       ^                  one prompt at a time     rows of a RowBatch
+       └────────────── paused: out of memory, or somebody has waited too long
+
+    a turn   end cancelled requests; admit the first that waits; read a chunk if the pace allows; one step of all rows
+
+Requests are admitted in the order in which they came. One thread calls this.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import SpinCache
+from ..errors import BudgetError, CapacityError
+from .admission import Admission
+from .events import ChunkRead, Event, EventLog, RequestEnded, RequestJoined, RequestPaused, RequestStarted, StepDone
+from .loop_stats import Counters
+from .memory_relief import MemoryRelief
+from .pace import Pace
+from .prefixes import SharedPrefixes
+from .reading import PromptReading
+from .request import Request
+from .row_batch import RowBatch
+from .sampling import choose
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, CapacityError, BudgetError)
+_LOOKED_AT = 256
+"""Waiting requests that are searched for a common prefix."""
+_COUNT_STEPS = 32
+"""Steps after which a request that did not fit is tried again though none has ended: memory of others may be free now."""
+_DIVIDE_STEPS = 256
+"""Steps after which a cap is divided again, as sequences have grown."""
+
+
+class Scheduler:
+    """The requests of one loop.
+
+    Args:
+        model: the model.
+        make_cache: makes an empty cache.
+        admission, pace: of the loop.
+        max_rows: most requests that decode at once.
+        max_wait_s: seconds after which a waiting request takes the place of one that has run as long; None for never.
+        shares_prefixes: whether common beginnings of waiting prompts are read once.
+        log: gets an event for all that happens; None for none.
+    """
+
+    def __init__(
+        self, model: Any, make_cache: Callable[[], SpinCache], admission: Admission, pace: Pace, max_rows: int,
+        max_wait_s: float | None, shares_prefixes: bool, log: EventLog | None,
+    ) -> None:  # fmt: skip
+        self.model, self.make_cache, self.admission, self.pace = model, make_cache, admission, pace
+        self.max_rows, self.max_wait_s, self.shares_prefixes, self.log = max_rows, max_wait_s, shares_prefixes, log
+        self.batch = RowBatch(model, max_rows)
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self.read: Request | None = None
+        """The request whose prompt is being read."""
+        self.make_reading = PromptReading
+        self.prefixes, self.counters = SharedPrefixes(), Counters()
+        self.relief = MemoryRelief(self)
+        self.any_cancelled = False
+        self.memory = (0, 0)
+        """Bytes of all caches on the GPU and in host memory, when they were last counted."""
+        self._divides = self._may_pause = False
+        self._no_room: tuple[Any, ...] | None = None
+        """When the first waiting request was found not to fit; None if it was not."""
+        self._reading: PromptReading | None = None
+        self._boundary: int | None = None
+        """Tokens of the prompt being read after which waiting requests want a fork of its cache."""
+        self._began = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------------- a turn
+
+    def turn(self) -> bool:
+        """Do what is due. Returns whether there is more to do."""
+        if self.any_cancelled:
+            self._end_cancelled()
+        if self._divides:
+            self._divides = False
+            self.admission.divide(self.held())
+        self._may_pause = True
+        while self._admit():
+            pass
+        self._read()
+        self._step()
+        return bool(self.waiting or self.read or self.running)
+
+    def requests(self) -> list[Request]:
+        """All that have not ended, the running ones first."""
+        return [*self.running.values(), *([] if self.read is None else [self.read]), *self.waiting]
+
+    def held(self) -> list[tuple[SpinCache, int]]:
+        """Cache and planned tokens of each request that decodes or is read."""
+        active = [*self.running.values(), *([] if self.read is None else [self.read])]
+        return [(request.cache, request.planned_tokens) for request in active if request.cache is not None]
+
+    def idle(self) -> list[SpinCache]:
+        """Caches that hold memory and are not stepped: of paused requests, and shared prefixes."""
+        paused = [request.cache for request in self.waiting if request.cache is not None]
+        return [*paused, *(prefix.cache for prefix in self.prefixes.held)]
+
+    # ---------------------------------------------------------------------------------------------------- admission
+
+    def _admit(self) -> bool:
+        """Admit the first waiting request, if there is room. Returns whether another one may follow in this turn."""
+        if not self.waiting or self.read is not None:
+            return False
+        head = self.waiting[0]
+        if len(self.running) >= self.relief.most_rows or not self._has_room(head):
+            return self._make_turn_for(head)
+        self.waiting.popleft()
+        if head.cache is not None:
+            self._join(head)
+            return True
+        self._start(head)
+        return False
+
+    def _has_room(self, head: Request) -> bool:
+        """`_fits`, counted again only when a request has ended or joined, or after some steps: it takes the host long."""
+        counters = self.counters
+        counted = head, counters.ended.total(), counters.paused, len(self.running), counters.steps // _COUNT_STEPS
+        if self._no_room != counted:
+            self._no_room = None if self._fits(head) else counted
+        return self._no_room is None
+
+    def _fits(self, head: Request, without: Request | None = None) -> bool:
+        """Whether a waiting request fits beside the others.
+
+        Args:
+            without: a request that would be paused for it.
+        """
+        gone = None if without is None else without.cache
+        held = [each for each in self.held() if each[0] is not gone]
+        others = [cache for cache in self.idle() if cache is not head.cache]
+        others += [] if gone is None else [gone]
+        return self.admission.fits(head.planned_tokens, held, others)
+
+    def _make_turn_for(self, head: Request) -> bool:
+        """Pause the request that has run longest, if `head` has waited too long for its place. Returns whether one was."""
+        now = time.perf_counter()
+        if self.max_wait_s is None or now - head.waiting_since < self.max_wait_s or not self.running:
+            return False
+        if not self._may_pause:  # every turn has a step, which all that run take
+            return False
+        longest = min(self.running.values(), key=lambda request: request.joined_at)
+        if now - longest.joined_at < self.max_wait_s or not self._fits(head, longest):
+            return False
+        self._may_pause = False
+        self.pause(longest, "turn")
+        self.waiting.append(longest)
+        return True
+
+    def _start(self, request: Request) -> None:
+        """Begin to read a prompt, behind what is held of it already."""
+        ids, first = request.ids_to_hold, request.times.started is None
+        request.start()
+        try:
+            cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
+            if cache is None:
+                cache = self.make_cache()
+                cache.calls.before_prompt(cache, _tensor(ids), None)
+        except OUT_OF_MEMORY as error:
+            self.waiting.appendleft(request)
+            self.relief.relieve_or_end(request, error)
+            return
+        except Exception as error:  # what a shared or stored cache raises ends this request
+            self.end(request, "error", error)
+            return
+        request.cache, self.read = cache, request
+        self._reading = self.make_reading(self.model, cache, ids)
+        held = self._reading.held
+        self._boundary = None
+        if self.shares_prefixes:
+            following = (other.prompt for other in islice(self.waiting, _LOOKED_AT))
+            self._boundary = self.prefixes.boundary(ids, held, following)
+            self.prefixes.drop_unused([ids, *(other.prompt for other in islice(self.waiting, _LOOKED_AT))])
+        if first:
+            request.reused_tokens = held
+            self.counters.reused_tokens += held
+        self.admission.divide(self.held())
+        self.record(RequestStarted, request.number, held)
+
+    def _join(self, request: Request) -> None:
+        """Make a request whose prompt is read a row."""
+        assert request.cache is not None
+        try:
+            request.row = self.batch.join(request.cache)
+        except Exception as error:  # one request's cache that cannot be a row ends that request
+            self.end(request, "error", error)
+            return
+        request.joined_at = time.perf_counter()
+        self.running[request.row] = request
+        self.admission.divide(self.held())
+        self.record(RequestJoined, request.number)
+
+    def pause(self, request: Request, reason: str) -> None:
+        """Take a running request out of the batch. It gives back all memory but its pages. The caller queues it."""
+        self._leave(request)
+        request.waiting_since = time.perf_counter()
+        if request.cache is not None:
+            request.cache.release_gpu_memory()
+        self.counters.paused += 1
+        self.record(RequestPaused, request.number, reason)
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def _read(self) -> None:
+        request, reading = self.read, self._reading
+        if request is None or reading is None or (self.running and self.relief.reading_waits):
+            return
+        wanted = self.pace.tokens(min(reading.left, self.relief.most_chunk), bool(self.running))
+        if not wanted:
+            return
+        wanted = min(wanted, reading.largest_chunk())
+        try:
+            stop = len(reading.ids) if self._boundary is None else self._boundary
+            number = reading.chunk(wanted, stop)
+            began = time.perf_counter()
+            logits = reading.read(number)
+            self._wait_for_device()
+            seconds = time.perf_counter() - began
+        except OUT_OF_MEMORY as error:
+            self.relief.of_reading(request, error)
+            return
+        except Exception as error:  # what a forward of this prompt raises ends this request
+            self.end(request, "error", error)
+            return
+        self.pace.read(number, seconds, bool(self.running))
+        self.counters.read_tokens += number
+        self.record(ChunkRead, request.number, number, seconds)
+        if reading.left:
+            self._keep_prefix(request, reading)
+        else:
+            self._finish_reading(request, reading, logits)
+
+    def _keep_prefix(self, request: Request, reading: PromptReading) -> None:
+        """Keep what waiting requests share with the prompt, once it is read."""
+        if reading.held != self._boundary:
+            return
+        self._boundary = None
+        reading.close()  # a fork must not be in the middle of a prompt
+        try:
+            self.prefixes.keep(reading.ids[: reading.held], reading.cache)
+        except OUT_OF_MEMORY:
+            self.relief.relieve()  # without it, the others read it again
+
+    def largest_chunk(self) -> int:
+        """Tokens of the prompt in progress that one forward may read."""
+        return 0 if self._reading is None else self._reading.largest_chunk()
+
+    def stop_reading(self) -> Request:
+        """Take the request whose prompt is being read out of its place."""
+        request, reading = self.read, self._reading
+        assert request is not None
+        assert reading is not None
+        reading.close()
+        self.read = self._reading = None
+        return request
+
+    def _finish_reading(self, request: Request, reading: PromptReading, logits: Tensor) -> None:
+        self.stop_reading()
+        if not request.tokens:
+            self._store(reading)
+            self._deliver([request], self._chosen([request], logits))
+        if request.cache is not None:
+            self._join(request)
+
+    def _store(self, reading: PromptReading) -> None:
+        """Have the store keep a prompt, if there is one. Without memory for that, later requests read it again."""
+        try:
+            reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
+        except OUT_OF_MEMORY:
+            self.relief.relieve()
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def _step(self) -> None:
+        if not self.running:
+            return
+        requests = list(self.running.values())
+        began = time.perf_counter()
+        try:
+            logits = self.batch.step(
+                {request.row: request.tokens[-1] for request in requests if request.row is not None}
+            )
+        except OUT_OF_MEMORY as error:
+            self.relief.of_step(error)
+            return
+        except Exception as error:  # what a forward raises is the error of all its rows
+            for request in requests:
+                self.end(request, "error", error)
+            return
+        chosen = self._chosen(requests, logits)
+        seconds = time.perf_counter() - began
+        self.pace.stepped(seconds)
+        self.counters.stepped(len(requests), seconds)
+        self._divides |= self.counters.steps % _DIVIDE_STEPS == 0
+        self.memory = self.relief.bytes_held(self.counters.steps)
+        self.record(StepDone, len(requests), len(self.waiting), seconds, *self.memory)
+        self._deliver(requests, chosen)
+
+    def _chosen(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
+        return choose([request.choice for request in requests], [request.tokens for request in requests], logits)
+
+    def _deliver(self, requests: list[Request], chosen: list[int | Exception]) -> None:
+        """Give each request its next token, and end those that are done."""
+        for request, token in zip(requests, chosen, strict=True):
+            if isinstance(token, Exception):
+                self.end(request, "error", token)
+                continue
+            request.add(token)
+            self.counters.generated_tokens += 1
+            try:
+                reason = request.choice.reason(request.tokens)
+            except Exception as error:  # what a criterion of the user raises ends this request
+                self.end(request, "error", error)
+                continue
+            if reason is not None:
+                self.end(request, reason)
+
+    # ----------------------------------------------------------------------------------------------------------- ends
+
+    def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """End a request, wherever it is, and free its memory."""
+        if request is self.read:
+            self.stop_reading()
+        elif request.row is not None:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.counters.ended[reason] += 1
+        self.record(RequestEnded, request.number, reason, len(request.tokens))
+        request.end(reason, error)
+        self.relief.freed()
+        self._divides = True
+        if self.prefixes.held and not self.waiting:
+            self.prefixes.drop_all()
+
+    def _leave(self, request: Request) -> None:
+        assert request.row is not None
+        self.batch.leave(request.row)
+        del self.running[request.row]
+        request.row = None
+
+    def _end_cancelled(self) -> None:
+        self.any_cancelled = False
+        cancelled = [request for request in self.requests() if request.cancelled]
+        self.waiting = deque(request for request in self.waiting if not request.cancelled)
+        for request in cancelled:
+            self.end(request, "cancelled")
+
+    def record(self, kind: type[Event], *fields: Any) -> None:
+        """Add an event to the log."""
+        if self.log is not None:
+            self.log.add(kind(time.perf_counter() - self._began, *fields))
+
+    def _wait_for_device(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def close(self) -> None:
+        """Free what is held between requests."""
+        self.prefixes.drop_all()
+
+
+def _tensor(ids: array[int]) -> Tensor:
+    """[1, n], int64."""
+    return torch.tensor([ids.tolist()])
