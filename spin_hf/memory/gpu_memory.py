@@ -215,7 +215,7 @@ class GpuMemory:
 
         Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
-        if self.is_sized:
+        if self.is_sized or not any(map(self._stores, self.caps)):  # a short first call comes before its storage
             return
         self.is_sized, self.most_frames, self._steps_left = True, None, self.tuning.check_interval_steps
         for device in list(self.caps):

@@ -137,3 +137,15 @@ def test_a_plan_counts_indexing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.fits
     assert made.gpu_bytes + made.metadata_bytes + made.prefill_bytes <= free
     assert made.prefill_bytes == 4096 * 2 * (8 * 4096 + 3 * 14336) + 4 * (128 << 20)  # a chunk, and pieces
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+def test_a_first_call_of_few_tokens_comes_before_its_storage(tokens: int) -> None:
+    """It is short enough to select pages, so page frames would be sized for it."""
+    kv, total = RandomKV.random(SHAPE, 1, 40, seed=7), LAYER_BYTES * SHAPE.layers
+    with tuned(prompt_frames=16), fake_gpu(total) as gpu:
+        driver = CacheDriver(SHAPE, method=Small(), **ZONES)
+        gpu.caches.append(driver.cache)
+        for first, stop in [(0, tokens), (tokens, tokens + 1), (tokens + 1, 40)]:
+            driver.step(kv, first, stop)
+        driver.cache.check_integrity()

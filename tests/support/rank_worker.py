@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import traceback
@@ -18,6 +19,7 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
     }  # fmt: skip
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    faulthandler.enable()
     import torch
     import torch.distributed as dist
 
