@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from spin_hf import plan
+from spin_hf import SpinCache, plan
 from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.config import INDEX_COPIES
 from spin_hf.indexing import summarize
@@ -25,6 +25,7 @@ from tests.support.clustered_pages import span_ends
 from tests.support.fake_gpu import FakeGpu, fake_gpu
 from tests.support.fitted import SHAPE, ZONES, Small, fits_of
 from tests.support.inspection import state_of
+from tests.support.tiny_llama import tiny_llama
 from tests.support.tuning import tuned
 
 TOKENS = 1000
@@ -140,12 +141,14 @@ def test_a_plan_counts_indexing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 10])
-def test_a_first_call_of_few_tokens_comes_before_its_storage(tokens: int) -> None:
-    """It is short enough to select pages, so page frames would be sized for it."""
-    kv, total = RandomKV.random(SHAPE, 1, 40, seed=7), LAYER_BYTES * SHAPE.layers
-    with tuned(prompt_frames=16), fake_gpu(total) as gpu:
-        driver = CacheDriver(SHAPE, method=Small(), **ZONES)
-        gpu.caches.append(driver.cache)
+def test_a_first_call_of_few_tokens_comes_before_its_storage(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is short enough to select pages, and its caps are known, as admission has computed them."""
+    model, ids = tiny_llama(), torch.randint(0, 64, (1, 40))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with fake_gpu(1 << 20) as gpu, torch.no_grad():
+        cache = SpinCache(model, **ZONES)
+        gpu.caches.append(cache)
         for first, stop in [(0, tokens), (tokens, tokens + 1), (tokens + 1, 40)]:
-            driver.step(kv, first, stop)
-        driver.cache.check_integrity()
+            model(ids[:, first:stop], past_key_values=cache)
+    assert cache.get_seq_length() == 40
+    cache.check_integrity()
