@@ -14,6 +14,7 @@ results; `tests/backends/test_triton_step.py` compares both backends.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,10 @@ class StepKernels(Descriptors, AttentionBackend):
         """The plan of dense layers."""
         self.outlier_edges = self.new((layers, streams), torch.int64)
         each = (batch_size,) if self.apart else ()
-        self.counters = self.new((layers, *each, len(Counter)), torch.int64)
+        self.counters = self._by_layer((*each, len(Counter)), torch.int64)
         """[layers, len(Counter)], counters of the kernels; of each sequence if they are apart."""
         reranked = streams if self.recipe.rerank_factor else 0
-        floors, rerank_floors = self.new((layers, streams), torch.int32), self.new((layers, reranked), torch.int32)
-        hands = self.new((layers, streams), torch.int32)
+        floors, rerank_floors, hands = (self._by_layer((n,), torch.int32) for n in (streams, reranked, streams))
         self.carried = ((self.counters, 0), (floors, NUM_BINS), (rerank_floors, NUM_BINS), (hands, 0))
         """Tensors that a step leaves for the next one, and what they are filled with before the first step."""
         self.restore(None)
@@ -108,6 +108,11 @@ class StepKernels(Descriptors, AttentionBackend):
         self.scan: ScanBuffers | None = None
         """`fit` allocates the empty ones, and `scan` if pages have codes."""
         self.selection = Selection(self)
+
+    def _by_layer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros [layers, *shape]. Each layer begins at a multiple of 16 bytes: other addresses need another kernel variant."""
+        numbers, each = math.prod(shape), 16 // dtype.itemsize
+        return self.new((len(self.state.layers), -(-numbers // each) * each), dtype)[:, :numbers].unflatten(1, shape)
 
     def fit(self, group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
         """Allocate buffers for `group` query heads per KV head. Captured launches hold their addresses.

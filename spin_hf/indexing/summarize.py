@@ -44,8 +44,8 @@ def summarize_stale(state: CacheState) -> None:
             first, end = state.sequences.spans.around(first, end)
         if first < end:
             state.sequences.own(range(first, end))
-        at_once = end - first if _has_clusters(state.method) else min(end - first, _pages_at_once(state))
-        for group in together(state, max(1, at_once), layers):
+        at_once = max(1, end - first) if _has_clusters(state.method) else _pages_at_once(state)
+        for group in together(state, max(1, min(end - first, at_once)), layers):
             if first < end:
                 index_pages(group, state.method, first, end, at_once=at_once)
             for layer in group:

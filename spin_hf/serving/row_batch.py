@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class RowBatch:
             Whatever the model's forward raises. Every cache is as before the step.
         """
         rows = self._named(tokens)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _decoding(self.model):
             if all(self._steps.serves(row) for row in rows.values()):
                 return self._steps.step(rows, list(tokens.values()))
             if may_be_captured(self.model):
@@ -191,3 +191,9 @@ class RowBatch:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise OptionTypeError(f"tokens: expected token ids as ints, got {token!r}; pass {{row: int(token)}}")
         return {index: self._row(index) for index in tokens}
+
+
+def _decoding(model: Any) -> AbstractContextManager[Any]:
+    """The context in which `generate` decodes: experts of a model are then computed without waiting for the host."""
+    optimized = getattr(model, "_optimize_model_for_decode", None)
+    return nullcontext() if optimized is None else optimized()

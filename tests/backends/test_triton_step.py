@@ -293,3 +293,12 @@ def test_pages_are_evicted(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stats.evictions > 0
     assert 0 < stats.hit_rate < 1
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("method", ["shadowkv", "bisection"])
+def test_buffers_of_each_layer_begin_at_multiples_of_16_bytes(method: str) -> None:
+    """Triton compiles a kernel anew for other addresses, which the first layer does not show."""
+    _, cache = _run(build_model("llama"), "none", method=method, budget=24)
+    for buffers in (each for kernels in kernels_of(cache) for each in kernels.layer_buffers):
+        held = (buffers.descriptor, buffers.floors, buffers.rerank_floors, buffers.hands, buffers.counters)
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in held)

@@ -54,7 +54,7 @@ def test_steps_and_prompts_that_run_out_of_memory_shrink_the_batch() -> None:
     model = build_model("llama").cuda().eval()
     expected = [alone(model, prompt) for prompt in prompts()]
     with RequestLoop(model, budget=4096, max_rows=4) as loop:
-        step, fails = loop.scheduler.batch.step, [True, False, False, True, True]
+        step, fails = loop.scheduler.batch.step, [True] * 12
 
         def failing(tokens: dict[int, int]) -> torch.Tensor:
             if len(tokens) > 2 and fails and fails.pop():

@@ -14,7 +14,7 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
     """Answer calls until the connection is closed. `backend` and `device` as for `RankPool`."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "RANK": str(number), "LOCAL_RANK": "0" if device == "cuda:0" else str(number), "NCCL_GRAPH_MIXING_SUPPORT": "0",
+        "RANK": str(number), "LOCAL_RANK": str(number), "NCCL_GRAPH_MIXING_SUPPORT": "0",
         "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     }  # fmt: skip
     if shutil.which("nvidia-smi") is None:

@@ -45,7 +45,7 @@ class RankPool:
 
     Args:
         backend: of the process group.
-        device: "cpu", "cuda" for a GPU for each rank, or "cuda:0" for one that they share.
+        device: "cpu", or "cuda" for a GPU for each rank.
     """
 
     def __init__(self, backend: str = "gloo", device: str = "cpu") -> None:
