@@ -22,6 +22,7 @@ from benchmarks.results_tables import (
     index_cost,
     link,
     losses,
+    new_machine,
     of_all,
     of_each,
     one_layer,
@@ -133,6 +134,13 @@ PARTS: dict[str, list[Section]] = {
             of_each(first_steps),
         ),
         Section(
+            "First answer on a new machine",
+            "A prompt and its first new tokens under `generate`: with an empty cache of kernels, in a new process with that "
+            "cache full, and once more in that process. Llama-3.1-8B shape, bfloat16, one H200.",
+            ("h200/new-machine-llama-8b.json",),
+            of_each(new_machine),
+        ),
+        Section(
             "Before and after the modules moved",
             "Two versions of the package, before and after its modules moved to other folders, "
             "one after the other on one machine.",
@@ -141,12 +149,13 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Prompts",
-            "Time to the first token of one prompt under `generate`, and the most GPU memory beside the weights. Llama-3.1-8B "
-            "shape, bfloat16, one H200. 131,072 tokens were measured once, 32,768 three times (the median), after a shorter "
-            "prompt. Keys and values of 131,072 tokens take 16 GiB, summaries of `bisection` 4.1 GiB. Sparse prompts of random "
-            "weights read blocks at random beside those that are always read, and choose as they do otherwise; their 8 % in "
-            "the first run includes compiling kernels. Which share real models need: [sparse prompts](#sparse-prompts).",
-            ("h200/prefill-llama-8b.json", "h200/prefill-llama-8b-again.json"),
+            "Time of one prompt and its first new tokens under `generate`, and the most GPU memory beside the weights. "
+            "Llama-3.1-8B shape, bfloat16, one H200. 131,072 tokens were measured once, shorter prompts three or five "
+            "times (the median), after a shorter prompt. Rows of 16 new tokens include compiling kernels, and so do 8 % "
+            "of blocks in the last run. Keys and values of 131,072 tokens take 16 GiB. Sparse prompts of random weights "
+            "read blocks at random beside those that are always read, and choose as they do otherwise. Which share real "
+            "models need: [sparse prompts](#sparse-prompts).",
+            ("h200/prefill-llama-8b-times.json", "h200/prefill-llama-8b-24gb.json", "h200/prefill-llama-8b.json"),
             of_each(prompts),
         ),
         *measured(Section(

@@ -63,13 +63,25 @@ PROMPTS = {
 
 
 def prompts(result: Result) -> Lines:
-    """Seconds and memory to the first token, by prompt and cache."""
-    lines = head("tokens", "cache", "seconds", "peak, GiB")
-    rows = [each for each in result["rows"].values() if each["new_tokens"] == 1 and "seconds" in each]
-    for each in sorted(rows, key=lambda each: (each["tokens"], list(PROMPTS).index(each["way"]))):
+    """Seconds and memory of a prompt and its first new tokens, by prompt and cache."""
+    lines = head("tokens", "new tokens", "cache", "seconds", "peak, GiB", "torch limited to, GiB")
+    rows = [each for each in result["rows"].values() if "seconds" in each]
+    for each in sorted(rows, key=lambda each: (each["tokens"], each["new_tokens"], list(PROMPTS).index(each["way"]))):
         lines.append(
-            row(f"{each['tokens']:,}", PROMPTS[each["way"]], f"{each['seconds']:.2f}", f"{each['peak_gib']:.1f}")
-        )
+            row(
+                f"{each['tokens']:,}", str(each["new_tokens"]), PROMPTS[each["way"]], f"{each['seconds']:.2f}",
+                f"{each['peak_gib']:.1f}", str(each.get("gpu_gib") or ""),
+            )
+        )  # fmt: skip
+    return lines
+
+
+def new_machine(result: Result) -> Lines:
+    """Seconds of prompts and their first new tokens, with and without compiled kernels."""
+    lines = head("sequences", "tokens", "new tokens", "no kernels compiled", "a new process", "a second answer")
+    for each in result["rows"].values():
+        took = (f"{each[when]['all_s']:.1f} s" for when in ("new", "again", "warm"))
+        lines.append(row(str(each["batch"]), f"{each['tokens']:,}", str(each["new_tokens"]), *took))
     return lines
 
 
