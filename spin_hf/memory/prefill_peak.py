@@ -18,7 +18,7 @@ import torch
 
 from ..attention.methods.base import Method
 from ..attention.methods.clustering import ClusteringMethod
-from ..attention.methods.layer_shapes import LayerShape
+from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..config import INDEX_COPIES, Tuning
 from ..kernels import num_means
 from ..storage.tier_budget import TierBudget
@@ -38,8 +38,8 @@ _SUMMARY_COPIES = 2
 def bytes_per_token(config: Any, item_bytes: int) -> int:
     """Temporary bytes of a forward per token of one sequence; 0 if the config does not say."""
     hidden = getattr(config, "hidden_size", None) or 0
-    heads = getattr(config, "num_attention_heads", None) or 0
-    states = heads * (getattr(config, "head_dim", None) or 0) if isinstance(heads, int) else 0
+    layers = layer_shapes(config, list(range(getattr(config, "num_hidden_layers", None) or 0))) or []
+    states = max((shape.num_heads * (shape.group or 1) * shape.key_dim for shape in layers), default=0)
     dense = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 0
     routed = experts * (getattr(config, "moe_intermediate_size", None) or 0)

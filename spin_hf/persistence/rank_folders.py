@@ -82,9 +82,10 @@ def _remove(folder: Path, name: str | None) -> None:
         own.unlink()
     if name is not None:
         files.remove_others(folder, [])
-    for entry in os.listdir(folder):
-        if _OURS.fullmatch(entry) and entry != name:
-            shutil.rmtree(folder / entry, ignore_errors=True)
+    with suppress(OSError):  # the new save is complete
+        for entry in os.listdir(folder):
+            if _OURS.fullmatch(entry) and entry != name:
+                shutil.rmtree(folder / entry, ignore_errors=True)
 
 
 def saved_parts(directory: Any) -> list[Path]:
@@ -108,7 +109,7 @@ def saved_parts(directory: Any) -> list[Path]:
         fields.done()
         if not _OURS.fullmatch(name):
             raise RefusedError(f"the name of a folder in {RANKS_FILE}", shown(name, 80))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the reader says what is wrong with such a folder
         return [folder]
     except (RefusedError, OSError) as error:
         expected, got = error.args[:2] if isinstance(error, RefusedError) else ("a file", error)
