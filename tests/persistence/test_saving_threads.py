@@ -70,11 +70,11 @@ def test_places_without_a_token_are_zero(tmp_path: Path) -> None:
     cache.save_pretrained(tmp_path)
     pages = cache.paged_layers[0].store
     assert pages is not None
-    held = {int(word) for body in bodies(tmp_path) for word in torch.frombuffer(bytearray(body), dtype=torch.int32)}
+    held = {word for body in bodies(tmp_path) for word in torch.frombuffer(bytearray(body), dtype=torch.int32).tolist()}
     dropped = torch.cat([chunk.flatten() for chunk in pages.backing.chunks]).view(torch.int32)
     kept = pages.held(73)
-    alive = {int(word) for states in kept for word in states.contiguous().view(torch.int32).flatten()}
-    gone = {int(word) for word in dropped} - alive - {0}
+    alive = {word for states in kept for word in states.contiguous().view(torch.int32).flatten().tolist()}
+    gone = set(dropped.tolist()) - alive - {0}
     assert len(gone) > 1000, "the memory held other tokens before"
     assert len(gone & held) < 10, "by chance a number is there twice"
 
