@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -205,3 +207,30 @@ def test_wrong_uses_are_refused() -> None:
         RowBatch("llama", 2)  # type: ignore[arg-type]
     assert batch.leave(row) is cache
     assert cache.get_seq_length() == 20
+
+
+def test_steps_run_as_generate_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within transformers' context for decoding, in which experts do not wait for the host; it ends with the step."""
+    model, inside, seen = build_model("qwen3_next"), [False], []
+
+    @contextmanager
+    def decoding() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    requests = Requests(model, prompts_of([10]), 1, budget=4096)
+    requests.start(0)
+    monkeypatch.setattr(model, "_optimize_model_for_decode", decoding, raising=True)
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(inside[0]))
+    requests.step(0)
+    hook.remove()
+    assert seen == [True]
+    assert inside == [False]
+
+
+def test_a_tensor_parallel_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin_hf.serving.row_batch.ranks_of", lambda model: object())
+    with pytest.raises(UnsupportedModelError) as raised:
+        RowBatch(build_model("llama"), 2)
+    check_message(raised.value, "expected a model on one rank")
