@@ -296,9 +296,14 @@ def test_pages_are_evicted(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["shadowkv", "bisection"])
-def test_buffers_of_each_layer_begin_at_multiples_of_16_bytes(method: str) -> None:
+def test_buffers_of_each_layer_begin_at_multiples_of_16_bytes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles a kernel anew for other addresses, which the first layer does not show."""
-    _, cache = _run(build_model("llama"), "none", method=method, budget=24)
-    for buffers in (each for kernels in kernels_of(cache) for each in kernels.layer_buffers):
+    model = build_model("llama").eval()
+    interpret_kernels(monkeypatch)
+    cache = SpinCache(model, method, budget=24, recent_window=8)
+    forward_steps(model, cache, "none", [1])
+    (step,) = kernels_of(cache)
+    assert len(step.layer_buffers) > 1
+    for buffers in step.layer_buffers:
         held = (buffers.descriptor, buffers.floors, buffers.rerank_floors, buffers.hands, buffers.counters)
         assert all(tensor.data_ptr() % 16 == 0 for tensor in held)
