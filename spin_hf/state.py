@@ -111,8 +111,8 @@ class CacheState:
         visible_length: tokens held, for Dynamo-traced code. `update` advances it; the custom op never reads it.
         captured_length: tokens held before the step, on the device, during graph capture; else None.
         committed: tokens that every layer holds.
-        exact: the first tokens, as far as they were computed with attention to all tokens before them. Keys and values of
-            later ones carry the error of sparse steps (`graph/rectifier.py`).
+        exact: the first tokens, as far as they are not to be read again. Keys and values of later ones carry the error of
+            sparse steps (`graph/rectifier.py`).
         tokens: their ids, as far as they are known.
         ranks: of a tensor-parallel model, which share its heads; None for a model on one rank.
         store: a `PromptStore` of prompts that were read before; None for none.

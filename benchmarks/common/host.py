@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.common.timing import resident_bytes
+from spin_hf.memory.host_memory import free_host_memory
 
 MARGIN_BYTES, SLACK_BYTES = 8 << 30, 2 << 30
 """What is left of host memory by a plan, and how much of that a cache may use all the same: memory changes between the two."""
@@ -26,17 +27,12 @@ def room(host_gib: float | None = None) -> int:
 
 
 def available(root: Path = Path("/")) -> int:
-    """Bytes that could be taken now: `MemAvailable`, or what the control group leaves if that is less."""
-    found = _fields(root / "proc/meminfo")["MemAvailable"] << 10
-    group = root / "sys/fs/cgroup"
-    limit = group / "memory.max"
-    if limit.exists() and limit.read_text().strip() != "max":
-        held = int((group / "memory.current").read_text()) - _fields(group / "memory.stat")["inactive_file"]
-        found = min(found, int(limit.read_text()) - held)
+    """Bytes that could be taken now.
+
+    Raises:
+        RuntimeError: the machine does not say.
+    """
+    found = free_host_memory(root)
+    if found is None:
+        raise RuntimeError("expected a machine that says how much memory is available; pass --host-memory")
     return found
-
-
-def _fields(file: Path) -> dict[str, int]:
-    """`name: number unit` or `name number` of each line."""
-    words = (line.replace(":", " ").split() for line in file.read_text().splitlines())
-    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}

@@ -64,8 +64,9 @@ class Rectifier:
             return
         self.log.settle(self.layers)
         first, stop = self.state.exact, self.state.committed
-        given = self._arguments(module, forward, kwargs, name, first, stop)
+        given = None if self._are_clustered(first) else self._arguments(module, forward, kwargs, name, first, stop)
         if given is None:
+            self.state.exact = stop  # so that not every step tries, and no more than an interval is ever read
             return
         try:
             with self._put_back_on_error(first, stop), torch.no_grad():
@@ -85,6 +86,12 @@ class Rectifier:
         if new is None or behind <= MAX_QUERIES or new.shape[0] != state.sequences.batch_size:
             return False
         return behind >= (self.interval or 0) or new.shape[1] > MAX_QUERIES
+
+    def _are_clustered(self, first: int) -> bool:
+        """Whether some tokens from `first` on, or of the window before it, are clustered, as behind steps of a `RowBatch`."""
+        sequences = self.state.sequences
+        clustered = sequences.spans.num_pages * sequences.page_size
+        return bool(clustered) and first < clustered + self.state.options.recent_window
 
     def _arguments(
         self, module: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], name: str, first: int, stop: int

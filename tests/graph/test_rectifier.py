@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spin_hf import CapacityError, SpinCache
+from tests.support.inspection import state_of
 from tests.support.tiny_llama import tiny_llama
 
 PROMPT, STOP, INTERVAL = 70, 150, 64
@@ -169,7 +170,22 @@ def test_nothing_is_read_again_without_ids_or_need(model: Any, ids: Tensor, monk
             model(inputs_embeds=states[:, first:stop], past_key_values=embedded)
     decode(model, everything, ids)
     assert sorted(lengths)[-2:] == [PROMPT, PROMPT]
+    assert state_of(embedded).exact == PROMPT + INTERVAL, "not every step tries"
     assert embedded.get_seq_length() == everything.get_seq_length() == STOP
+
+
+def test_clustered_tokens_are_not_read_again(model: Any) -> None:
+    """Other steps than those of one model call may leave more tokens behind than are ever read again."""
+    long = torch.randint(0, 64, (1, 1400), generator=torch.Generator().manual_seed(4))
+    cache = SpinCache(model, "fitted", **OPTIONS)
+    decode(model, cache, long[:, :1301], 1300)
+    before = [layer.keys.clone() for layer in cache.layers]
+    state_of(cache).exact = 1000
+    decode(model, cache, long[:, :1302], 1301, prompt=False)
+    assert state_of(cache).exact == 1301
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, :1301], keys)
+    cache.check_integrity()
 
 
 def test_beams_and_copies(model: Any, ids: Tensor) -> None:
