@@ -186,17 +186,20 @@ class ForwardPass:
         """Start a step of one token of the only sequence, whose layers kernels of a batch of rows launch (`row_kernels.py`).
 
         Args:
-            reads_all: whether it attends to all tokens.
+            reads_all: whether its launches attend to whole segments. Others select all pages of a sequence that the budget
+                covers, so they read neither clusters nor summaries of it.
         Raises:
             As `begin`.
         """
-        self.begin(1, 1, None, reads_all)
+        self.begin(1, 1, None, reads_all or self.zones.covers(self.state.sequences.length + 1))
         self.state.phase = Phase.PREPARED
 
     @outside_inference_mode
     def select_after_all(self) -> None:
         """Let a step that has begun select pages, though it was to attend to all tokens."""
-        self.state.reads_all, self.state.is_sparse = False, not self.zones.attends_all()
+        if self.zones.attends_all():
+            return
+        self.state.reads_all, self.state.is_sparse = False, True
         summarize.summarize_stale(self.state)
 
     @contextmanager

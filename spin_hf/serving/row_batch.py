@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import implementation
+from ..backends.row_kernels import sizes_up_to
 from ..cache import SpinCache
 from ..config import require_count
 from ..errors import CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -71,6 +72,10 @@ class RowBatch:
     def rows(self) -> list[SpinCache | None]:
         """The cache of each row; None for an empty row."""
         return [None if row is None else row.cache for row in self._rows]
+
+    def expect(self, cache: SpinCache) -> None:
+        """Note that an empty cache will join: missing kernels of rows are compiled while its prompt is read."""
+        cache._passes.backends.row_sizes = sizes_up_to(len(self._rows))
 
     @outside_inference_mode
     def join(self, cache: SpinCache) -> int:

@@ -132,8 +132,18 @@ class Scheduler:
         counters = self.counters
         counted = head, counters.ended.total(), counters.paused, len(self.running), counters.steps // _COUNT_STEPS
         if self._no_room != counted:
-            self._no_room = None if self._fits(head) else counted
+            self._no_room = None if self._fits(head) and self._fits_whole(head) else counted
         return self._no_room is None
+
+    def _fits_whole(self, head: Request) -> bool:
+        """Whether all pages of a request that holds none find room on the GPU, or it has waited long enough for that."""
+        patient = self.max_wait_s is None or time.perf_counter() - head.waiting_since < self.max_wait_s
+        if head.cache is not None or not patient:
+            return True
+        active = [*self.running.values(), *([] if self.read is None else [self.read])]
+        held = [(request.num_tokens, request.planned_tokens) for request in active]
+        shared = self.prefixes.longest(head.ids_to_hold) if self.shares_prefixes else 0
+        return self.admission.fits_whole(head.planned_tokens, shared, held)
 
     def _fits(self, head: Request, without: Request | None = None) -> bool:
         """Whether a waiting request fits beside the others.
@@ -170,6 +180,7 @@ class Scheduler:
             cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
             if cache is None:
                 cache = self.make_cache()
+                self.batch.expect(cache)
                 cache.calls.before_prompt(cache, _tensor(ids), None)
         except OUT_OF_MEMORY as error:
             self.waiting.appendleft(request)
