@@ -74,7 +74,7 @@ def fused_attention(
 def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Kernel | None:
     """The fused kernel that torch chooses for these states; None if none serves them as they are."""
     groups = keys.shape[1] != query.shape[1]
-    if groups and query.device.type != "cuda":
+    if groups and not _is_on_gpu(query):
         return None
     chosen = torch._fused_sdp_choice(query, keys, values, None, 0.0, causal, scale=scale, enable_gqa=groups)
     if chosen == SDPBackend.CUDNN_ATTENTION.value and _operations(query, keys, values, causal) < _LEAST_CUDNN:
@@ -82,6 +82,10 @@ def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, ca
         if torch.backends.cuda.can_use_flash_attention(params):
             return _flash
     return (_WITH_GROUPS if groups else _KERNELS).get(chosen)
+
+
+def _is_on_gpu(query: Tensor) -> bool:
+    return query.device.type == "cuda"
 
 
 def _operations(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> float:

@@ -5,8 +5,8 @@
     admit    a request, if its minimum fits beside those that hold memory; alone, if what one step needs fits
 
 With `gpu_memory` in bytes the cap is divided among the requests (`memory/cap_division.py`). With "auto" their caches share the
-GPU as any caches do (`memory/gpu_memory.py`). Then a request waits for room for all of its pages, for some time:
-to move pages of others to host memory takes longer than most answers.
+GPU as any caches do (`memory/gpu_memory.py`). Then a request waits for room for all of its pages, if a running one ends sooner
+than pages of others would be moved to host memory.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ..memory.cap_division import set_cap, shares
 from ..memory.host_memory import free_host_memory
 from ..memory.request_needs import NeedsByLength, RequestNeeds
 
+_MOVED_BYTES_PER_S = 4e9
+"""Rate at which pages move to host memory, most of which goes to page-locking that memory."""
 _HOST_FRACTION = 0.9
 """Of the free host memory, what pages may take."""
 
@@ -97,6 +99,10 @@ class Admission:
         taken = sum(bytes_held(cache)[1] for cache in idle)
         return host is None or taken + self._in_host([new, *members], pool) <= host
 
+    def moving_s(self, num_tokens: int) -> float:
+        """Seconds that it takes to move as many bytes to host memory as a request needs."""
+        return self.needs(num_tokens).resident / _MOVED_BYTES_PER_S
+
     def fits_whole(self, num_tokens: int, shared: int, held: Sequence[tuple[int, int]]) -> bool:
         """Whether all pages of a request find room in free GPU memory. True with a cap in bytes, and without a GPU.
 
@@ -106,7 +112,7 @@ class Admission:
             held: tokens that each running request holds now, and those that are planned for.
         """
         free = None if self._options.gpu_memory is not None else watermarks.free_gpu_memory(self._device)
-        if free is None or not held:
+        if free is None:
             return True
         growth = sum(self.needs(planned).resident - self.needs(now).resident for now, planned in held)
         new = self.needs(num_tokens).resident - (self.needs(shared).resident if shared else 0)

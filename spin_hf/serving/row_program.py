@@ -176,11 +176,12 @@ class RowProgram:
         for kernels in self.kernels.values():
             kernels.reads_all = value
 
-    def begin(self, tokens: list[int]) -> None:
+    def begin(self, tokens: list[int], ids: Tensor | None) -> None:
         """Write descriptors and inputs of a step that all rows have begun.
 
         Args:
-            tokens: the new token of each place; anything for empty ones.
+            tokens: the new token of each place, or its place in `ids` [n], int64, on the device, if these are given; anything
+                for empty ones.
         Raises:
             CapacityError: memory ran out.
         """
@@ -191,6 +192,8 @@ class RowProgram:
         for kernels in self.kernels.values():
             kernels.begin_rows()
         self.inputs.copy_(torch.tensor([tokens, positions]).unsqueeze(2), non_blocking=True)
+        if ids is not None:
+            self.inputs[0, :, 0] = ids[self.inputs[0, :, 0]]
 
     def is_resident(self) -> bool:
         """Whether all pages of the rows are in the compute tier."""

@@ -84,9 +84,10 @@ class RowSteps:
                 if len(self._seats.get(kind, [])) == number:
                     self._seats[kind] = seats
 
-    def step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
+    def step(self, rows: dict[int, Row], tokens: list[int], ids: Tensor | None = None) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
-        given = dict(zip(rows.values(), tokens, strict=True))
+        given = dict(zip(rows.values(), tokens if ids is None else range(len(tokens)), strict=True))
+        device_ids = ids
         names = {row: index for index, row in rows.items()}
         for row in given:
             row.settle()
@@ -95,10 +96,10 @@ class RowSteps:
         ran: list[RowProgram] = []
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
-                made = [self._run(program, given, ran) for program in programs]
+                made = [self._run(program, given, device_ids, ran) for program in programs]
             if not self._is_checked and not self._has_same_model():  # while the device works
                 self._roll_back(lengths, ran)
-                return self.step(rows, tokens)
+                return self.step(rows, tokens, device_ids)
             for program in programs:
                 program.finish()
             ids = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
@@ -195,13 +196,14 @@ class RowSteps:
                 with blaming(rows[row]):
                     row.passes.select_after_all()
 
-    def _run(self, program: RowProgram, given: dict[Row, int], ran: list[RowProgram]) -> Tensor:
+    def _run(self, program: RowProgram, given: dict[Row, int], ids: Tensor | None, ran: list[RowProgram]) -> Tensor:
         """The forward of one program: called, captured or replayed. Returns the logits of its places.
 
         Args:
+            given: the token of each row; its place in `ids` if these are given.
             ran: gets the program once its windows and states are those behind the step.
         """
-        program.begin([0 if row is None else given[row] for row in program.rows])
+        program.begin([0 if row is None else given[row] for row in program.rows], ids)
         key, graphs = (program.reads_all, program.all_full, host_state()), program.graphs
         if not self._may_capture(program, key):
             return self._call(program, ran)
