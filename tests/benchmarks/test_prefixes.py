@@ -179,9 +179,9 @@ def test_warm_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prefixes, "SpinCache", made)
     prefixes.warm_up(run, ["prefill"])
-    assert set(methods) == {"bisection"}
+    assert set(methods) == {"fitted"}
     prefixes.warm_up(run, ["disk store, shadowkv"])
-    assert set(methods) == {"bisection", "shadowkv"}
+    assert set(methods) == {"fitted", "shadowkv"}
 
 
 def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     prefixes.main()
     written = json.loads(output.read_text())
     assert written["commands"] == [f'python -m benchmarks.speed.prefixes --tokens {TOKENS} --only prefill "disk store"']
-    assert {"prefill, spin", "disk store, bisection, hit, cold"} <= set(written["rows"])
+    assert {"prefill, spin", "disk store, fitted, hit, cold"} <= set(written["rows"])
     assert not [name for name in written["rows"] if "failure" in name]
     assert not list(stores.iterdir())
 
