@@ -98,7 +98,7 @@ class StepKernels(Descriptors, AttentionBackend):
         self.buffers = StepBuffers(
             splits=Splits.choose(
                 streams, programs=state.options.tuning.programs, estimates=self.recipe.estimated_fraction > 0,
-                most_tokens=None if most is None else most * state.method.page_size,
+                most_tokens=None if most is None else most * state.method.page_size, scans_codes=self.recipe.scans_codes,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),
             rerank_histogram=self.new((reranked, NUM_BINS), torch.int32), zone_edges=self.new((streams,), torch.int32),

@@ -21,6 +21,9 @@ from torch import Tensor
 
 _MAX_SPLITS = 64
 """Upper limit of splits per stream. Every split writes a partial result that is read again by the merge."""
+_MAX_SCAN_SPLITS = 128
+_SCANS_PER_PROGRAM = 2
+"""Programs of the scan over coded pages in place of one of another launch: they have one warp and all registers of it."""
 _SCORE_BYTES = 16 << 10
 """Bytes of vectors per tile of a program."""
 ATTEND_TOKENS = 128
@@ -73,20 +76,27 @@ class Splits:
     whole: int = 1
 
     @classmethod
-    def choose(cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool) -> Splits:
+    def choose(
+        cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool, scans_codes: bool = False
+    ) -> Splits:  # fmt: skip
         """Choose the splits of all launches.
 
         Args:
             programs: target number for all streams together.
             most_tokens: upper limit of tokens per query; None if unknown.
             estimates: whether any page is estimated.
+            scans_codes: whether pages are scored by the scan over coded pages, whose programs have one warp.
         """
+        scan = max(1, _SCANS_PER_PROGRAM * programs // num_streams)
         programs = max(1, programs // num_streams)
         attend = dense = min(_MAX_SPLITS, programs)
         if most_tokens is not None:  # one tile per split, up to the limit
             attend = min(attend, -(-most_tokens // ATTEND_TOKENS))
         estimate = min(_MAX_SPLITS, programs) if estimates else 0
-        return cls(programs, min(_MAX_SPLITS, power_of_two(programs)), attend, dense, estimate, min(32, programs))
+        score = min(_MAX_SPLITS, power_of_two(programs))
+        if scans_codes:  # all of them run at once
+            score = min(_MAX_SCAN_SPLITS, power_of_two(scan + 1) // 2)
+        return cls(programs, score, attend, dense, estimate, min(32, programs))
 
 
 @dataclass(frozen=True)
@@ -223,7 +233,7 @@ class ScanTuning:
     """How the scan over coded pages is launched.
 
     Attributes:
-        tile: pages per tile: 32, 64 or 128.
+        tile: pages per tile: 64 or 128.
         warps: warps of a program.
     """
 

@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
         "lengths": (1100, 1100),
         "tuning": ScanTuning(64, 2),
     },
-    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(32, 8)},
+    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(64, 8)},
     {
         "group": 8,
         "key_dim": 256,
@@ -39,7 +39,7 @@ CASES: list[dict[str, Any]] = [
         "lengths": (301, 513),
         "tuning": ScanTuning(128, 2),
     },
-    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(32, 2)},
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(64, 2)},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
 
