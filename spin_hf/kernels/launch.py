@@ -235,10 +235,12 @@ class ScanTuning:
     Attributes:
         tile: pages per tile: 64 or 128.
         warps: warps of a program.
+        stages: 1 if a tile is loaded when it is needed; else tiles are copied to shared memory stages - 1 ahead.
     """
 
     tile: int
     warps: int
+    stages: int = 1
 
 
 @dataclass(frozen=True)

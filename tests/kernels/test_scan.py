@@ -39,7 +39,7 @@ CASES: list[dict[str, Any]] = [
         "lengths": (301, 513),
         "tuning": ScanTuning(128, 2),
     },
-    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(64, 2)},
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(64, 2, 2)},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
 

@@ -85,8 +85,9 @@ def value_fields(codes, dtype: tl.constexpr, COMPILED: tl.constexpr):
 def word_fields(words, dtype: tl.constexpr, COMPILED: tl.constexpr):
     """Fields f of the bytes of int32 words, each as 4^f * 2^-24 times its number: [4 * bytes, pages], float16 or float32.
 
-    `words` are [n, W, 2, 2, p]: dimensions p, n, the fourth and the third make a page's number. Field f of byte i of word w is in row (4 * i + f) * W + w. In float16 such a number is the
-    masked field itself, with exponent 0.
+    `words` are [n, W, 2, 2, p]: dimensions p, n, the fourth and the third make a page's number, so that a thread has numbers of
+    neighbouring columns. Field f of byte i of word w is in row (4 * i + f) * W + w. In float16 the number is the masked field,
+    with exponent 0.
     """
     if COMPILED and dtype == tl.float16:
         parts = tl.inline_asm_elementwise(
@@ -151,7 +152,7 @@ def _four(zero, one, two, three):
 
 @triton.jit
 def word_field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
-    """Where the fields of `word_fields` are stored: field f of byte i at 4 * i + f. Whether there is such a field, and 1 / its unit."""
+    """Where the fields of `word_fields` are stored: field f of byte i at 4 * i + f; whether there is one; 1 / its unit."""
     row = tl.arange(0, 4 * VALUE_BYTES)
     word, number = row % (VALUE_BYTES // 4), row // (VALUE_BYTES // 4)
     place = 16 * word + number
@@ -203,7 +204,7 @@ def coordinate_fields(BLOCK_V: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def value_weights(weights, scale):
-    """Weights [..., C] of values with scales [..., 1 or C], for `halves`: up to 32768. NaN of pages without codes counts as 0."""
+    """Weights [..., C] of values with scales [..., 1 or C], for `halves`: up to 32768. NaN, without codes, counts as 0."""
     scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
     return tl.minimum(weights * scale, 32768.0)
 

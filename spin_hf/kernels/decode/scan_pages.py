@@ -2,9 +2,16 @@
 
     program (b * H + h, split)    one split of the pages, in tiles of pages; of each tile
         units     products of states with int8 means                                    [units, heads]
-        tokens    products of states with the fields of codes, plus that of the unit    [tokens, heads]
-        pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages, heads]
+        tokens    products of states with the fields of codes, plus that of the unit    [tokens of a unit, units, heads]
+        pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages of a unit, units, heads]
         values    fields of the pages' value codes, times weight and scale of pages     [Dv, heads]
+
+    thread (unit, head) of a warp    lane 4 * unit + head % 4: units 0 to 7 and 8 to 15 of a tile in two registers each
+
+A tile's rows are units, and the 16 tokens of a unit are 16 products, so a thread has all tokens of its units: sums over the
+tokens of a page and the mean of the unit need no other thread. All numbers are loaded as threads need them, or copied to shared
+memory ahead and read from there so (`ScanTuning.stages`). A program of one warp waits for no other; only weights change hands,
+from rows of one product to columns of the next.
 
 Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
 subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`halves`), take columns of
@@ -59,16 +66,17 @@ def scan_pages(
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
-        ALIGNED=min(8, _alignment(shape.key_dim // 4)), APART=shape.apart, num_warps=tuning.warps, num_stages=1,
-        **dependent(shape),
+        ALIGNED=min(16 if tuning.stages > 1 else 8, _alignment(shape.key_dim // 4)),
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), COPIED=tuning.stages > 1, APART=shape.apart, num_warps=tuning.warps,
+        num_stages=tuning.stages, **dependent(shape),
     )  # fmt: skip
 
 
 def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
-    """Measured on an H200 for 8 operand rows: few warps with many registers, as each warp has barriers of its own only."""
+    """Programs of one warp, which waits for no other and exchanges nothing, as far as its registers hold a tile."""
     if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > 16:
         return ScanTuning(tile=64, warps=4)
-    return ScanTuning(tile=64, warps=1)
+    return ScanTuning(tile=64, warps=1, stages=2 if rows <= 8 else 1)
 
 
 def _alignment(row_bytes: int) -> int:
@@ -83,7 +91,7 @@ def scan_kernel(
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-    ALIGNED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, COPIED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -96,8 +104,8 @@ def scan_kernel(
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
-        TILE: pages per tile: up to 4 segments, or a part of one.
-        M_WARPS: warps that products with codes divide rows among.
+        TILE: pages per tile: 2 or 4 segments.
+        COPIED: whether loads are copies to shared memory.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
@@ -149,14 +157,14 @@ def scan_kernel(
             tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
         )  # fmt: skip
         # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
-        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, begin, H, SEGMENT, ROWS, TILE)
+        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, H, SEGMENT, ROWS, TILE)
         segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
         for start in range(begin, end, TILE):
             mean, unit, code, scale, value_word, value_scale = _load(
                 step, b, places, start, end, stop, COLUMNS, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT,
-                TILE, PADDED, ALIGNED, COMPILED,
+                TILE, PADDED, ALIGNED, VALUE_ALIGNED, COPIED, COMPILED,
             )  # fmt: skip
-            places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
+            places = _places(tables, segments, h, H, SEGMENT, ROWS, TILE)
             segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
             pages = start + page_lane
             one, two, three, four = code_parts(code, COMPILED)
@@ -203,7 +211,9 @@ def scan_kernel(
             scaled = scaled * decay[None, :] + tl.sum(each, 0)
             both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
             each = halves(tl.reshape(each, (TILE, COLUMNS)), VALUES)
-            acc = tl.dot(word_fields(value_word, VALUES, COMPILED), each, acc=acc * both[None, :], input_precision="ieee")
+            acc = tl.dot(
+                word_fields(value_word, VALUES, COMPILED), each, acc=acc * both[None, :], input_precision="ieee"
+            )
             most = higher
     place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
     tl.store(place, most * LN_2)
@@ -243,23 +253,21 @@ def _segments(directory, start, end, SEGMENT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _places(tables, segments, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _places(tables, segments, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The chunks of the six arrays, and the first page in them, for each of `segments`."""
-    one = _place(tables, segments[0], h, start, H, SEGMENT, ROWS, TILE)
+    one = _place(tables, segments[0], h, H, SEGMENT, ROWS)
     two, three, four = one, one, one
     if TILE >= 2 * SEGMENT:
-        two = _place(tables, segments[1], h, start, H, SEGMENT, ROWS, TILE)
+        two = _place(tables, segments[1], h, H, SEGMENT, ROWS)
     if TILE >= 4 * SEGMENT:
-        three = _place(tables, segments[2], h, start, H, SEGMENT, ROWS, TILE)
-        four = _place(tables, segments[3], h, start, H, SEGMENT, ROWS, TILE)
+        three = _place(tables, segments[2], h, H, SEGMENT, ROWS)
+        four = _place(tables, segments[3], h, H, SEGMENT, ROWS)
     return one, two, three, four
 
 
 @triton.jit
-def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _place(tables, segment, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
     page = (segment.to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
-    if TILE < SEGMENT:
-        page += start % SEGMENT
     chunk = page // ROWS
     inside = (page % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
     return (
@@ -273,8 +281,9 @@ def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, RO
 @triton.jit
 def _load(
     step, b, places, start, end, stop, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
-    BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    PADDED: tl.constexpr, ALIGNED: tl.constexpr, COMPILED: tl.constexpr,
+    BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
+    TILE: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, COPIED: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """The summaries of a tile, whose `units` a thread needs the numbers of that it loads.
 
@@ -290,27 +299,32 @@ def _load(
     tokens: tl.constexpr = UNIT_PAGES * PAGE
     run: tl.constexpr = SEGMENT // UNIT_PAGES
     unit_lane = tl.arange(0, units_at)
-    byte = tl.arange(0, BYTES)
-    token = tl.arange(0, tokens)
     page_of_unit = tl.arange(0, UNIT_PAGES)
     means = _addresses(places, unit_lane, 0, units_at, run, DK, UNIT_PAGES, 1)
     units = _addresses(places, unit_lane, 1, units_at, run, 4, UNIT_PAGES, 1)
     codes = _addresses(places, unit_lane, 2, units_at, run, tokens * (DK // 4), UNIT_PAGES, 1)
     scales = _addresses(places, unit_lane, 3, units_at, run, tokens * 2, UNIT_PAGES, 1)
     value_scales = _addresses(places, unit_lane, 5, units_at, run, UNIT_PAGES * 2, UNIT_PAGES, 1)
+    # Rows of 64 bytes where shared memory lies in between, else those of a token, of which a thread loads what it multiplies.
+    both: tl.constexpr = 2 if COPIED and DK // 4 == BYTES else 1  # tokens of a row
+    token = tl.arange(0, tokens // both) * both
+    byte = tl.arange(0, both * BYTES)
     code = tl.load(
         tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None, None] + (token * (DK // 4))[None, :, None]
         + byte[None, None, :],
-        mask=(byte < DK // 4)[None, None, :], other=0,
+        mask=(byte < both * (DK // 4))[None, None, :], other=0,
     )  # fmt: skip
-    part = tl.arange(0, BLOCK_K // 32) * 32
-    column = part[None, :, None] + tl.arange(0, 32)[None, None, :]
+    width: tl.constexpr = 64 if COPIED and BLOCK_K >= 64 else 32
+    part = tl.arange(0, BLOCK_K // width) * width
+    column = part[None, :, None] + tl.arange(0, width)[None, None, :]
     mean = tl.load(
-        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 8)[:, None, None] + column, mask=column < DK, other=0
-    )
+        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16 if COPIED else 8)[:, None, None] + column,
+        mask=column < DK, other=0,
+    )  # fmt: skip
     # The same number for four heads, from addresses that Triton knows nothing about: it then deals the first dimensions out to
     # threads, as tensor cores do with rows of products.
-    alike = tl.arange(0, 4).to(tl.int64) * 0
+    # Copied to shared memory, one number serves all threads.
+    alike = tl.arange(0, 1 if COPIED else 4).to(tl.int64) * 0
     unit = tl.load((units[None, :] + alike[:, None]).to(tl.pointer_type(tl.float32)))
     scale = (scales[None, :] + alike[:, None])[:, :, None] + (page_of_unit * (PAGE * 2))[None, None, :]
     # Tokens of pages that are not scanned are absent: four times -1.
@@ -324,17 +338,28 @@ def _load(
     value_scale = four_numbers(tl.load(value_scale), COMPILED)
     # Units such that a thread multiplies the words that it loads: [units // 4, word, 2, 2, pages of a unit]
     words: tl.constexpr = VALUE_BYTES // 4
-    word = tl.reshape(tl.arange(0, words), (1, words, 1, 1, 1))
-    values = _addresses(places, tl.arange(0, units_at // 4) * 4, 4, units_at, run, DV, UNIT_PAGES, 1)
-    values = tl.reshape(values, (units_at // 4, 1, 1, 1, 1)) + word * 4
-    inner = tl.reshape(tl.arange(0, 2) * DV, (1, 1, 2, 1, 1)) + tl.reshape(tl.arange(0, 2) * (2 * DV), (1, 1, 1, 2, 1))
-    inner = inner + tl.reshape(page_of_unit * (DV // 4), (1, 1, 1, 1, UNIT_PAGES))
-    value_word = tl.load((values + inner).to(tl.pointer_type(tl.int32)), mask=word < DV // 16, other=0)
+    if COPIED:
+        word = tl.arange(0, words)
+        values = _addresses(places, unit_lane, 4, units_at, run, DV, UNIT_PAGES, 1)
+        values = tl.multiple_of(values.to(tl.pointer_type(tl.int32)), VALUE_ALIGNED)[:, None, None]
+        values = values + (page_of_unit * (DV // 16))[None, :, None] + word[None, None, :]
+        value_word = tl.load(values, mask=(word < DV // 16)[None, None, :], other=0)
+        value_word = tl.permute(tl.reshape(value_word, (units_at // 4, 2, 2, UNIT_PAGES, words)), (0, 4, 2, 1, 3))
+    else:
+        word = tl.reshape(tl.arange(0, words), (1, words, 1, 1, 1))
+        values = _addresses(places, tl.arange(0, units_at // 4) * 4, 4, units_at, run, DV, UNIT_PAGES, 1)
+        values = tl.reshape(values, (units_at // 4, 1, 1, 1, 1)) + word * 4
+        inner = tl.reshape(tl.arange(0, 2) * DV, (1, 1, 2, 1, 1))
+        inner = inner + tl.reshape(tl.arange(0, 2) * (2 * DV), (1, 1, 1, 2, 1))
+        inner = inner + tl.reshape(page_of_unit * (DV // 4), (1, 1, 1, 1, UNIT_PAGES))
+        value_word = tl.load((values + inner).to(tl.pointer_type(tl.int32)), mask=word < DV // 16, other=0)
     fours: tl.constexpr = COLUMNS // 4
     unit = tl.permute(tl.broadcast_to(unit[None, :, :], (fours, 4, units_at)), (2, 0, 1))
     shape: tl.constexpr = (fours, 4, units_at, UNIT_PAGES, 2, 2)
     scale = tl.permute(tl.broadcast_to(scale[None, :, :, :, :, :], shape), (3, 4, 5, 2, 0, 1))
-    value_scale = tl.permute(tl.broadcast_to(value_scale[None, :, :, :, :], (fours, 4, units_at, 2, 2)), (3, 4, 2, 0, 1))
+    value_scale = tl.permute(
+        tl.broadcast_to(value_scale[None, :, :, :, :], (fours, 4, units_at, 2, 2)), (3, 4, 2, 0, 1)
+    )
     code = tl.reshape(code, (units_at, tokens, BYTES // 32, 4, 2, 4))
     mean = tl.reshape(mean, (units_at, BLOCK_K // 32, 4, 2, 4))
     return (
