@@ -127,6 +127,7 @@ def scan_kernel(
     stop = tl.load(row + STOP)
     units_at: tl.constexpr = TILE // UNIT_PAGES
     unit_tokens: tl.constexpr = UNIT_PAGES * PAGE
+    MASKED: tl.constexpr = PADDED or CAPPED
     group = tl.arange(0, COLUMNS)
     unit_lane = tl.arange(0, units_at)
     page_of_unit = tl.arange(0, UNIT_PAGES)
@@ -162,7 +163,7 @@ def scan_kernel(
         for start in range(begin, end, TILE):
             mean, unit, code, scale, value_word, value_scale = _load(
                 step, b, places, start, end, stop, COLUMNS, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT,
-                TILE, PADDED, ALIGNED, VALUE_ALIGNED, COPIED, COMPILED,
+                TILE, PADDED, MASKED, ALIGNED, VALUE_ALIGNED, COPIED, COMPILED,
             )  # fmt: skip
             places = _places(tables, segments, h, H, SEGMENT, ROWS, TILE)
             segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
@@ -183,12 +184,19 @@ def scan_kernel(
                 inner = tl.dot(four.to(tl.float32), of_four, acc=inner, input_precision="ieee")
             middle = middle * (unit * mean_factor[None, :]) + constant[None, :]
             inner = tl.reshape(inner, (unit_tokens, units_at, COLUMNS))
-            products = (inner * code_factor[None, None, :] - code_constant[None, None, :]) * scale + middle[None, :, :]
+            # Without padding only pages from `end` on are absent, with all of their tokens. A cap does not keep infinity.
+            middle = tl.broadcast_to(middle[None, :, :], (UNIT_PAGES, units_at, COLUMNS))
+            if not MASKED:
+                middle = tl.where((pages < end)[:, :, None], middle, float("-inf"))
+            middle = tl.broadcast_to(middle[:, None, :, :], (UNIT_PAGES, PAGE, units_at, COLUMNS))
+            middle = tl.reshape(middle, (unit_tokens, units_at, COLUMNS))
+            products = (inner * code_factor[None, None, :] - code_constant[None, None, :]) * scale + middle
             if CAPPED:
                 products = softcap * (
                     2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
                 )  # softcap * tanh(products / softcap)
-            products = tl.where(scale >= 0.0, products, float("-inf"))
+            if MASKED:
+                products = tl.where(scale >= 0.0, products, float("-inf"))
             higher = tl.maximum(most, tl.ceil(tl.max(tl.max(products, 0), 0)))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
@@ -282,8 +290,8 @@ def _place(tables, segment, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.
 def _load(
     step, b, places, start, end, stop, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    TILE: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, COPIED: tl.constexpr,
-    COMPILED: tl.constexpr,
+    TILE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+    COPIED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """The summaries of a tile, whose `units` a thread needs the numbers of that it loads.
 
@@ -327,13 +335,13 @@ def _load(
     alike = tl.arange(0, 1 if COPIED else 4).to(tl.int64) * 0
     unit = tl.load((units[None, :] + alike[:, None]).to(tl.pointer_type(tl.float32)))
     scale = (scales[None, :] + alike[:, None])[:, :, None] + (page_of_unit * (PAGE * 2))[None, None, :]
-    # Tokens of pages that are not scanned are absent: four times -1.
     pages = start + unit_lane[:, None] * UNIT_PAGES + page_of_unit[None, :]
     inside = pages < end
     if PADDED:  # pages of padding have no codes
         inside = inside & candidates(step, b, pages, 0, stop, PAGE, PADDED)
+    # Numbers of pages that are not scanned may be anything: 4 times -1, which is a token that is absent, or 4 times 0.
     scale = tl.load(scale.to(tl.pointer_type(tl.int64)))
-    scale = four_numbers(tl.where(inside[None, :, :], scale, -0x407F407F407F4080), COMPILED)
+    scale = four_numbers(tl.where(inside[None, :, :], scale, -0x407F407F407F4080 if MASKED else 0), COMPILED)
     value_scale = (value_scales[None, :] + alike[:, None]).to(tl.pointer_type(tl.int64))
     value_scale = four_numbers(tl.load(value_scale), COMPILED)
     # Units such that a thread multiplies the words that it loads: [units // 4, word, 2, 2, pages of a unit]
