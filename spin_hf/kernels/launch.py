@@ -253,7 +253,8 @@ class ScanBuffers:
     Attributes:
         states: [R, G, D]: queries in the coordinates of the codes.
         mean_operand: int8 [R, 2 * columns, padded D]: `states` as two digits; or float32 [R, columns, padded D].
-        code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by.
+        code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by. The last
+            dimension of both has the order of `coded_fields.multiplied_at`.
         factors: [R, 4, columns]: factor and constant of products with codes, factor and constant of products with means.
         partials: [R, splits.score, G, Dv + 2]: sum of fields, power, and sum of weights of each split's candidates. Without
             candidates the power is -infinity, and the sum of fields is not written.

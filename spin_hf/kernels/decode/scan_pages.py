@@ -110,7 +110,7 @@ def scan_kernel(
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
     """
-    wait_for_launch(PDL)
+    # Until it waits, this reads nothing that the previous kernel writes: `project_kernel`, which has waited for all others.
     bh = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -119,6 +119,7 @@ def scan_kernel(
     step = own_step(step, b, APART)
     layer = own_layer(layer, b, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
+        wait_for_launch(PDL)
         return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
@@ -144,15 +145,6 @@ def scan_kernel(
     end = tl.minimum((split + 1) * tiles // num_splits * TILE, stop)
     if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
-        operand_row = tl.arange(0, ROWS_OF)
-        operand = mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + _in_place(column)[:, None]
-        of_means = tl.load(operand)
-        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + _in_place(byte)[:, None]
-        of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
-        of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
-        factor = factors + bh * 4 * COLUMNS + group
-        code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
-        mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
         tables = (
             tl.load(layer + SUMMARY_0), tl.load(layer + SCALE_0), tl.load(layer + SUMMARY_1), tl.load(layer + SUMMARY_2),
             tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
@@ -160,6 +152,16 @@ def scan_kernel(
         # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
         places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, H, SEGMENT, ROWS, TILE)
         segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
+        wait_for_launch(PDL)
+        operand_row = tl.arange(0, ROWS_OF)
+        operand = mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None]
+        of_means = tl.load(operand)
+        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
+        of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
+        of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
+        factor = factors + bh * 4 * COLUMNS + group
+        code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
+        mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
         for start in range(begin, end, TILE):
             mean, unit, code, scale, value_word, value_scale = _load(
                 step, b, places, start, end, stop, COLUMNS, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT,
@@ -223,6 +225,8 @@ def scan_kernel(
                 word_fields(value_word, VALUES, COMPILED), each, acc=acc * both[None, :], input_precision="ieee"
             )
             most = higher
+    else:
+        wait_for_launch(PDL)
     place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
     tl.store(place, most * LN_2)
     weight = tl.sum(total, 0)
@@ -234,12 +238,6 @@ def scan_kernel(
     tl.store(place[None, :] + number[:, None], sums, mask=inside[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
     tl.store(place + DV + 1, weight, mask=group < G)
-
-
-@triton.jit
-def _in_place(byte):
-    """The byte of a code that stands at place `byte` of an operand: a thread that loads 8 bytes at once multiplies 4 and 4."""
-    return byte // 32 * 32 + byte % 16 // 4 * 8 + byte % 32 // 16 * 4 + byte % 4
 
 
 @triton.jit
@@ -298,7 +296,7 @@ def _load(
     Segments lie in chunks as a whole, so pages behind those that are scanned may be read. What is there is not used.
 
     Returns:
-        means, int8 [units, BLOCK_K], bytes in the order of `_in_place`; their units, float32 [units, heads]
+        means, int8 [units, BLOCK_K], bytes in the order of `multiplied_at`; their units, float32 [units, heads]
         codes, int8 [tokens of a unit * units, BYTES], in that order; their scales, float32 [tokens of a unit, units, heads]
         words of value codes, see `word_fields`; their scales, float32 [pages of a unit, units, heads]
     """
