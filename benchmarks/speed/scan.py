@@ -5,7 +5,7 @@ for each of 20 layers, each with codes of its own, so that nothing stays in the 
 
     checked   log weights, total and estimate of every variant, against float64 at 8K tokens, else against the first variant
     scan      microseconds of the scan, of each variant: stages, tile, warps, splits, limit of registers
-    others    of project, rate, choose and attend behind it, and of all five
+    others    of project, rate, choose and attend behind it, and of all five, also launched as dependent kernels
 
 `--device cpu --tokens 2048 --layers 2` with TRITON_INTERPRET=1 checks only.
 """
@@ -59,7 +59,7 @@ class Variant:
 
 VARIANTS = [
     Variant(before=True, stages=1, warps=2, splits=64), Variant(stages=1), Variant(), Variant(splits=192),
-    Variant(stages=3, splits=112), Variant(stages=3), Variant(splits=64), Variant(stages=3, splits=64),
+    Variant(stages=3), Variant(splits=64), Variant(stages=3, splits=64), Variant(stages=3, splits=96),
     Variant(splits=256, registers=128), Variant(stages=1, splits=256, registers=128),
 ]  # fmt: skip
 
@@ -290,12 +290,14 @@ def measure(case: Case, variant: Variant, repeats: int) -> dict[str, float]:
             launch(own, False)
     row = {}
     for name, launch in kernels.items():
+        for before in list(kernels)[: list(kernels).index(name)]:  # what it reads, of one layer for all
+            kernels[before](layers[-1], False)
         row[name] = timed(lambda launch=launch: [launch(own, False) for own in layers], len(layers), repeats)
-        if name == "project":  # operands of one layer, for all
-            launch(layers[0], False)
-    row["all"] = timed(
-        lambda: [launch(own, False) for own in layers for launch in kernels.values()], len(layers), repeats
-    )
+    for name, overlaps in (("all", False), ("dependent", True)):
+        row[name] = timed(
+            lambda overlaps=overlaps: [launch(own, overlaps) for own in layers for launch in kernels.values()],
+            len(layers), repeats,
+        )  # fmt: skip
     return row
 
 
@@ -306,7 +308,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--variants", type=int, nargs="+", default=range(len(VARIANTS)), help="numbers of VARIANTS")
+    parser.add_argument("--variants", type=int, nargs="+", default=range(7), help="numbers of VARIANTS")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -325,6 +327,7 @@ def main() -> None:
             off = " ".join(f"{value:.1e}" for value in row["off"].values())
             print(f"{tokens:7d} {row['variant']:44s} off {off}  {times}", flush=True)
         del case
+        torch.cuda.empty_cache()
     if options.output is not None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -37,7 +37,15 @@ from spin_hf.kernels.launch import (
     dependent,
 )
 from spin_hf.kernels.reference_scan import UNIT_PAGES
-from spin_hf.kernels.decode.coded_fields import code_parts, halves, multiplied_at, natural_log, power2, value_fields, whole_sums
+from spin_hf.kernels.decode.coded_fields import (
+    code_parts,
+    halves,
+    multiplied_at,
+    natural_log,
+    power2,
+    value_fields,
+    whole_sums,
+)
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -166,7 +174,9 @@ def scan_kernel(
     if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
         operand_row = tl.arange(0, ROWS_OF)
-        of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + multiplied_at(column)[:, None])
+        of_means = tl.load(
+            mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + multiplied_at(column)[:, None]
+        )
         operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
         of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
         of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
