@@ -101,7 +101,7 @@ class StepKernels(Descriptors, AttentionBackend):
         self.buffers = StepBuffers(
             splits=Splits.choose(
                 streams, programs=max(state.options.tuning.programs, self.least_splits * streams),
-                estimates=self.recipe.estimated_fraction > 0,
+                estimates=self.recipe.estimated_fraction > 0, scans_codes=self.recipe.scans_codes,
                 most_tokens=None if most is None else most * state.method.page_size,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),

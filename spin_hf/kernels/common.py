@@ -43,7 +43,8 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def wait_for_launch(PDL: tl.constexpr):
     """With programmatic dependent launch: wait until the previous kernel has written everything, and let the next one start.
 
-    Every kernel with PDL calls it first. So at any time at most one later kernel has started, and it waits here.
+    Every kernel with PDL calls it, before it writes, and before it reads what the previous one writes. So at any time at most
+    one later kernel has started, and all kernels but the previous one are done.
     """
     if PDL:
         gdc_wait()

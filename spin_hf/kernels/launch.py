@@ -21,6 +21,9 @@ from torch import Tensor
 
 _MAX_SPLITS = 64
 """Upper limit of splits per stream. Every split writes a partial result that is read again by the merge."""
+_MAX_SCAN_SPLITS = 128
+_SCANS_PER_PROGRAM = 2
+"""Programs of the scan over coded pages in place of one of another launch: they have one warp and all registers of it."""
 _SCORE_BYTES = 16 << 10
 """Bytes of vectors per tile of a program."""
 ATTEND_TOKENS = 128
@@ -73,20 +76,27 @@ class Splits:
     whole: int = 1
 
     @classmethod
-    def choose(cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool) -> Splits:
+    def choose(
+        cls, num_streams: int, *, programs: int, most_tokens: int | None, estimates: bool, scans_codes: bool = False
+    ) -> Splits:  # fmt: skip
         """Choose the splits of all launches.
 
         Args:
             programs: target number for all streams together.
             most_tokens: upper limit of tokens per query; None if unknown.
             estimates: whether any page is estimated.
+            scans_codes: whether pages are scored by the scan over coded pages, whose programs have one warp.
         """
+        scan = max(1, _SCANS_PER_PROGRAM * programs // num_streams)
         programs = max(1, programs // num_streams)
         attend = dense = min(_MAX_SPLITS, programs)
         if most_tokens is not None:  # one tile per split, up to the limit
             attend = min(attend, -(-most_tokens // ATTEND_TOKENS))
         estimate = min(_MAX_SPLITS, programs) if estimates else 0
-        return cls(programs, min(_MAX_SPLITS, power_of_two(programs)), attend, dense, estimate, min(32, programs))
+        score = min(_MAX_SPLITS, power_of_two(programs))
+        if scans_codes:  # all of them run at once
+            score = min(_MAX_SCAN_SPLITS, power_of_two(scan + 1) // 2)
+        return cls(programs, score, attend, dense, estimate, min(32, programs))
 
 
 @dataclass(frozen=True)
@@ -223,12 +233,14 @@ class ScanTuning:
     """How the scan over coded pages is launched.
 
     Attributes:
-        tile: pages per tile: 32, 64 or 128.
+        tile: pages per tile: 64 or 128.
         warps: warps of a program.
+        stages: 1 if a tile is loaded when it is needed; else tiles are copied to shared memory stages - 1 ahead.
     """
 
     tile: int
     warps: int
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -241,7 +253,8 @@ class ScanBuffers:
     Attributes:
         states: [R, G, D]: queries in the coordinates of the codes.
         mean_operand: int8 [R, 2 * columns, padded D]: `states` as two digits; or float32 [R, columns, padded D].
-        code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by.
+        code_operand: [R, 4, 2 * columns, padded D / 4] in that dtype: what the fields of a byte are multiplied by. The last
+            dimension of both has the order of `coded_fields.multiplied_at`.
         factors: [R, 4, columns]: factor and constant of products with codes, factor and constant of products with means.
         partials: [R, splits.score, G, Dv + 2]: sum of fields, power, and sum of weights of each split's candidates. Without
             candidates the power is -infinity, and the sum of fields is not written.

@@ -12,7 +12,7 @@ import torch
 
 from spin_hf.kernels import reference, reference_scan
 from spin_hf.kernels.descriptor_fields import PlanField
-from spin_hf.kernels.launch import ScanTuning
+from spin_hf.kernels.launch import ScanTuning, Splits
 from tests.support.coded_case import PAGE, CodedCase
 from tests.support.interpreted_kernels import teach_bfloat16
 
@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
         "lengths": (1100, 1100),
         "tuning": ScanTuning(64, 2),
     },
-    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(32, 8)},
+    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(64, 8)},
     {
         "group": 8,
         "key_dim": 256,
@@ -39,7 +39,7 @@ CASES: list[dict[str, Any]] = [
         "lengths": (301, 513),
         "tuning": ScanTuning(128, 2),
     },
-    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(32, 2)},
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(64, 2, 2)},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
 
@@ -110,6 +110,15 @@ def test_subtraction_is_the_estimate_of_the_rest() -> None:
     coordinates = levels * basis.value_widths.unsqueeze(2)
     values = coordinates @ basis.value_axes.mT + basis.value_origin.unsqueeze(2)
     torch.testing.assert_close((weights @ values)[1], expected[0][1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("streams", "expected"), [(1, 128), (8, 128), (16, 64), (56, 16), (2000, 1)])
+def test_programs_of_the_scan_run_at_once(streams: int, expected: int) -> None:
+    """Two programs of one warp in place of each program of another launch, or fewer."""
+    splits = Splits.choose(streams, programs=528, most_tokens=None, estimates=False, scans_codes=True)
+    assert splits.score == expected
+    assert splits.score * streams <= max(1056, streams)
+    assert Splits.choose(streams, programs=528, most_tokens=None, estimates=False).score <= 64
 
 
 @pytest.mark.parametrize("options", CASES)

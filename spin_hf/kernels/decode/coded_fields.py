@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def multiplied_at(byte):
+    """The row of a product in which byte `byte` of a code is: a thread that loads 8 bytes at once multiplies 4 and 4."""
+    return byte // 32 * 32 + byte % 8 // 4 * 16 + byte % 32 // 8 * 4 + byte % 4
+
+
+@triton.jit
 def code_parts(codes, COMPILED: tl.constexpr):
     """Bytes as four int8 numbers b0, b1, b2, b3: byte = b0 + b1 + 16 (b2 + b3), b0 and b2 0 to 3, b1 and b3 0, 4, 8 or 12."""
     if COMPILED:
@@ -82,16 +88,115 @@ def value_fields(codes, dtype: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _field(codes, BIT: tl.constexpr, dtype: tl.constexpr):
-    return (((codes >> BIT) & 3).to(tl.float32) - 1.5).to(dtype)
+def word_fields(words, dtype: tl.constexpr, COMPILED: tl.constexpr):
+    """Fields f of the bytes of int32 words, each as 4^f * 2^-24 times its number: [4 * bytes, pages], float16 or float32.
+
+    `words` are [n, W, 2, 2, p]: dimensions p, n, the fourth and the third make a page's number, so that a thread has numbers of
+    neighbouring columns. Field f of byte i of word w is in row (4 * i + f) * W + w. In float16 the number is the masked field,
+    with exponent 0.
+    """
+    if COMPILED and dtype == tl.float16:
+        parts = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d;
+            prmt.b32 a, $16, $17, 0x5410;
+            prmt.b32 c, $16, $17, 0x7632;
+            shr.u32 b, a, 8;
+            shr.u32 d, c, 8;
+            and.b32 $0, a, 0x00030003;
+            and.b32 $1, a, 0x000c000c;
+            and.b32 $2, a, 0x00300030;
+            and.b32 $3, a, 0x00c000c0;
+            and.b32 $4, b, 0x00030003;
+            and.b32 $5, b, 0x000c000c;
+            and.b32 $6, b, 0x00300030;
+            and.b32 $7, b, 0x00c000c0;
+            and.b32 $8, c, 0x00030003;
+            and.b32 $9, c, 0x000c000c;
+            and.b32 $10, c, 0x00300030;
+            and.b32 $11, c, 0x00c000c0;
+            and.b32 $12, d, 0x00030003;
+            and.b32 $13, d, 0x000c000c;
+            and.b32 $14, d, 0x00300030;
+            and.b32 $15, d, 0x00c000c0;
+            }
+            """,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words],
+            dtype=(
+                tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+                tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            ),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        parts = (
+            _masked(words, 0, dtype), _masked(words, 1, dtype), _masked(words, 2, dtype), _masked(words, 3, dtype),
+            _masked(words, 4, dtype), _masked(words, 5, dtype), _masked(words, 6, dtype), _masked(words, 7, dtype),
+            _masked(words, 8, dtype), _masked(words, 9, dtype), _masked(words, 10, dtype), _masked(words, 11, dtype),
+            _masked(words, 12, dtype), _masked(words, 13, dtype), _masked(words, 14, dtype), _masked(words, 15, dtype),
+        )  # fmt: skip
+    even = tl.join(_four(parts[0], parts[4], parts[8], parts[12]), _four(parts[2], parts[6], parts[10], parts[14]))
+    odd = tl.join(_four(parts[1], parts[5], parts[9], parts[13]), _four(parts[3], parts[7], parts[11], parts[15]))
+    joined = tl.permute(tl.join(even, odd), (5, 6, 7, 8, 1, 4, 0, 3, 2))
+    rows: tl.constexpr = 16 * words.shape[1]
+    return tl.reshape(joined, (rows, words.shape[4] * words.shape[0] * 4))
 
 
 @triton.jit
-def field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
-    """Where the fields of `value_fields` are stored: field f of byte i at 4 * i + f. And whether there is such a field."""
-    number = tl.arange(0, 4 * VALUE_BYTES)
-    byte = number % VALUE_BYTES
-    return 4 * byte + number // VALUE_BYTES, byte < DV // 4
+def _masked(words, NUMBER: tl.constexpr, dtype: tl.constexpr):
+    """Field NUMBER % 4 of byte NUMBER // 4, times 4^(NUMBER % 4) * 2^-24."""
+    field = (words >> (NUMBER // 4 * 8)) & (3 << (NUMBER % 4 * 2))
+    return (field.to(tl.float32) * 5.9604644775390625e-08).to(dtype)
+
+
+@triton.jit
+def _four(zero, one, two, three):
+    """Four tensors in two new dimensions [2, 2], behind the others."""
+    return tl.join(tl.join(zero, two), tl.join(one, three))
+
+
+@triton.jit
+def word_field_places(VALUE_BYTES: tl.constexpr, DV: tl.constexpr):
+    """Where the fields of `word_fields` are stored: field f of byte i at 4 * i + f; whether there is one; 1 / its unit."""
+    row = tl.arange(0, 4 * VALUE_BYTES)
+    word, number = row % (VALUE_BYTES // 4), row // (VALUE_BYTES // 4)
+    place = 16 * word + number
+    return place, place < DV, 16777216.0 / (1 << (number % 4 * 2)).to(tl.float32)
+
+
+@triton.jit
+def four_numbers(words, COMPILED: tl.constexpr):
+    """The four bfloat16 numbers in each of `words`, int64 [...]: float32 [..., 2, 2]."""
+    if COMPILED:
+        zero, one, two, three = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high;
+            mov.b64 {low, high}, $4;
+            shl.b32 $0, low, 16;
+            and.b32 $1, low, 0xffff0000;
+            shl.b32 $2, high, 16;
+            and.b32 $3, high, 0xffff0000;
+            }
+            """,
+            "=r,=r,=r,=r,l", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        zero, one = _sixteen_bits(words, 0), _sixteen_bits(words, 16)
+        two, three = _sixteen_bits(words, 32), _sixteen_bits(words, 48)
+    return _four(zero, one, two, three)
+
+
+@triton.jit
+def _sixteen_bits(words, BIT: tl.constexpr):
+    """The bfloat16 number at bit BIT of `words`, float32."""
+    return ((((words >> BIT) & 0xFFFF) << 16).to(tl.uint32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _field(codes, BIT: tl.constexpr, dtype: tl.constexpr):
+    return (((codes >> BIT) & 3).to(tl.float32) - 1.5).to(dtype)
 
 
 @triton.jit
@@ -105,9 +210,9 @@ def coordinate_fields(BLOCK_V: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def value_weights(weights, scale):
-    """Weights [n, C] of values with scales [n], for `halves`: up to 32768. NaN of pages without codes counts as 0."""
+    """Weights [..., C] of values with scales [..., 1 or C], for `halves`: up to 32768. NaN, without codes, counts as 0."""
     scale = tl.where(tl.abs(scale) < 32768.0, scale, 0.0)
-    return tl.minimum(weights * scale[:, None], 32768.0)
+    return tl.minimum(weights * scale, 32768.0)
 
 
 @triton.jit
@@ -128,7 +233,7 @@ def whole_sums(sums):
 
 @triton.jit
 def natural_log(numbers, shift, COMPILED: tl.constexpr):
-    """Natural logarithms of numbers * 2^shift, in two instructions. Stays in the layout of the numbers (see `pinned`)."""
+    """Natural logarithms of numbers * 2^shift, in two instructions."""
     if COMPILED:
         logs = tl.inline_asm_elementwise(
             "{ .reg .f32 log; lg2.approx.ftz.f32 log, $1; add.f32 log, log, $2; mul.f32 $0, log, 0f3F317218; }", "=r,r,r",
@@ -150,21 +255,3 @@ def power2(numbers, COMPILED: tl.constexpr):
     else:
         powers = tl.exp2(numbers)
     return powers
-
-
-@triton.jit
-def pinned(numbers, COMPILED: tl.constexpr):
-    """int8 numbers unchanged, bfloat16 numbers as float32.
-
-    Triton changes the layout of loaded numbers, with a barrier that later loads wait for, not before this.
-    """
-    if not COMPILED:
-        numbers = numbers if numbers.dtype == tl.int8 else numbers.to(tl.float32)
-    elif numbers.dtype == tl.int8:
-        numbers = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int8, is_pure=False, pack=4)
-    else:
-        numbers = tl.inline_asm_elementwise(
-            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "=r,h", [numbers], dtype=tl.float32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    return numbers

@@ -25,6 +25,7 @@ from ..common import (
 from ..descriptor_fields import NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, scan_columns, dependent
 from .append_tokens import append_page
+from .coded_fields import multiplied_at
 
 _LOG2_E = 1.4426950408889634
 
@@ -134,7 +135,7 @@ def project_kernel(
         written = (copy < ROWS_OF)[:, None]
         constant = tl.sum(queries.to(tl.float32) * origin[None, :], 1) * scale
         unit = _unit(tl.max(tl.abs(rows), 1), DIGITS)
-        place = mean_operand + bh * ROWS_OF * BLOCK_K + copy[:, None] * BLOCK_K + column[None, :]
+        place = mean_operand + bh * ROWS_OF * BLOCK_K + copy[:, None] * BLOCK_K + multiplied_at(column)[None, :]
         tl.store(place, _operand(rows, unit, DIGITS, rows_at).to(mean_operand.dtype.element_ty), mask=written)
         tl.store(factor + 2 * COLUMNS, _per_head(unit, copies), mask=stored)
         tl.store(factor + 3 * COLUMNS, _per_head(constant, copies), mask=stored)
@@ -144,7 +145,7 @@ def project_kernel(
         unit = _unit(tl.max(tl.abs(weights), 1), DIGITS)
         place = code_operand + bh * 4 * ROWS_OF * BYTES + field[None, :] * (ROWS_OF * BYTES) + copy[:, None] * BYTES
         operand = _operand(weights, unit, DIGITS, rows_at).to(code_operand.dtype.element_ty)
-        tl.store(place + byte[None, :], operand, mask=written)
+        tl.store(place + multiplied_at(byte)[None, :], operand, mask=written)
         middle = tl.where(field % 2 == 1, 6.0, 1.5)[None, :] * _exact(weights, unit, DIGITS)
         tl.store(factor, _per_head(unit, copies), mask=stored)
         tl.store(factor + COLUMNS, _per_head(tl.sum(middle, 1), copies), mask=stored)

@@ -2,9 +2,16 @@
 
     program (b * H + h, split)    one split of the pages, in tiles of pages; of each tile
         units     products of states with int8 means                                    [units, heads]
-        tokens    products of states with the fields of codes, plus that of the unit    [tokens, heads]
-        pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages, heads]
+        tokens    products of states with the fields of codes, plus that of the unit    [tokens of a unit, units, heads]
+        pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages of a unit, units, heads]
         values    fields of the pages' value codes, times weight and scale of pages     [Dv, heads]
+
+    thread (unit, head) of a warp    lane 4 * unit + head % 4: units 0 to 7 and 8 to 15 of a tile in two registers each
+
+A tile's rows are units, and the 16 tokens of a unit are 16 products, so a thread has all tokens of its units: sums over the
+tokens of a page and the mean of the unit need no other thread. All numbers are loaded as threads need them, or copied to shared
+memory ahead and read from there so (`ScanTuning.stages`). A program of one warp waits for no other; only weights change hands,
+from rows of one product to columns of the next.
 
 Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
 subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`halves`), take columns of
@@ -37,7 +44,7 @@ from ..launch import (
 )
 from ..reference_scan import UNIT_PAGES
 from .coded_fields import (
-    code_parts, field_places, halves, natural_log, pinned, power2, value_fields, value_weights, whole_sums,
+    code_parts, four_numbers, halves, natural_log, power2, value_weights, whole_sums, word_field_places, word_fields,
 )  # fmt: skip
 
 _LOG2_E = 1.4426950408889634
@@ -59,17 +66,17 @@ def scan_pages(
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
         ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
-        M_WARPS=min(tuning.warps, tuning.tile * shape.page_size // 16), ALIGNED=min(8, _alignment(shape.key_dim // 4)),
-        VALUE_ALIGNED=_alignment(shape.value_dim // 4), APART=shape.apart, num_warps=tuning.warps, num_stages=1,
-        **dependent(shape),
+        ALIGNED=min(16 if tuning.stages > 1 else 8, _alignment(shape.key_dim // 4)),
+        VALUE_ALIGNED=_alignment(shape.value_dim // 4), COPIED=tuning.stages > 1, APART=shape.apart, num_warps=tuning.warps,
+        num_stages=tuning.stages, **dependent(shape),
     )  # fmt: skip
 
 
 def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
-    """Measured on an H200 for 8 operand rows: few warps with many registers, as each warp has barriers of its own only."""
+    """Programs of one warp, which waits for no other and exchanges nothing, as far as its registers hold a tile."""
     if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > 16:
-        return ScanTuning(tile=32, warps=4)
-    return ScanTuning(tile=64 if rows <= 8 else 32, warps=2)
+        return ScanTuning(tile=64, warps=4)
+    return ScanTuning(tile=64, warps=1, stages=2 if rows <= 8 else 1)
 
 
 def _alignment(row_bytes: int) -> int:
@@ -83,8 +90,8 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, M_WARPS: tl.constexpr,
-    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, COPIED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -97,13 +104,13 @@ def scan_kernel(
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
-        TILE: pages per tile: up to 4 segments, or a part of one.
-        M_WARPS: warps that products with codes divide rows among.
+        TILE: pages per tile: 2 or 4 segments.
+        COPIED: whether loads are copies to shared memory.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
     """
-    wait_for_launch(PDL)
+    # Until it waits, this reads nothing that the previous kernel writes: `project_kernel`, which has waited for all others.
     bh = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -112,55 +119,60 @@ def scan_kernel(
     step = own_step(step, b, APART)
     layer = own_layer(layer, b, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
+        wait_for_launch(PDL)
         return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
-    tokens_at: tl.constexpr = TILE * PAGE
+    units_at: tl.constexpr = TILE // UNIT_PAGES
+    unit_tokens: tl.constexpr = UNIT_PAGES * PAGE
+    MASKED: tl.constexpr = PADDED or CAPPED
     group = tl.arange(0, COLUMNS)
-    page_lane = tl.arange(0, TILE)
-    token_lane = tl.arange(0, tokens_at)
+    unit_lane = tl.arange(0, units_at)
+    page_of_unit = tl.arange(0, UNIT_PAGES)
+    page_lane = unit_lane[None, :] * UNIT_PAGES + page_of_unit[:, None]
     byte = tl.arange(0, BYTES)
     column = tl.arange(0, BLOCK_K)
     most = tl.full([COLUMNS], float("-inf"), tl.float32)
-    total = tl.zeros([tokens_at, COLUMNS], tl.float32)
+    total = tl.zeros([units_at, COLUMNS], tl.float32)
+    scaled = tl.zeros([units_at, COLUMNS], tl.float32)
     of_sinks = tl.zeros([COLUMNS], tl.float32)
     acc = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
-    share = tl.cdiv(tl.cdiv(stop, TILE), num_splits) * TILE
-    begin = split * share
-    end = tl.minimum(begin + share, stop)
+    tiles = tl.cdiv(stop, TILE)
+    begin = split * tiles // num_splits * TILE
+    end = tl.minimum((split + 1) * tiles // num_splits * TILE, stop)
     if (tl.load(row + NUM_SELECTED) < stop - first) & (begin < end):
         directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
-        operand_row = tl.arange(0, ROWS_OF)
-        of_means = tl.load(mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None])
-        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + _in_place(byte)[:, None]
-        of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
-        of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
-        factor = factors + bh * 4 * COLUMNS + group
-        code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
-        mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
         tables = (
             tl.load(layer + SUMMARY_0), tl.load(layer + SCALE_0), tl.load(layer + SUMMARY_1), tl.load(layer + SUMMARY_2),
             tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
         )  # fmt: skip
         # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
-        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, begin, H, SEGMENT, ROWS, TILE)
+        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, H, SEGMENT, ROWS, TILE)
         segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
+        wait_for_launch(PDL)
+        operand_row = tl.arange(0, ROWS_OF)
+        operand = mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None]
+        of_means = tl.load(operand)
+        operand = code_operand + bh * 4 * ROWS_OF * BYTES + operand_row[None, :] * BYTES + byte[:, None]
+        of_one, of_two = tl.load(operand), tl.load(operand + ROWS_OF * BYTES)
+        of_three, of_four = tl.load(operand + 2 * ROWS_OF * BYTES), tl.load(operand + 3 * ROWS_OF * BYTES)
+        factor = factors + bh * 4 * COLUMNS + group
+        code_factor, code_constant = tl.load(factor), tl.load(factor + COLUMNS)
+        mean_factor, constant = tl.load(factor + 2 * COLUMNS), tl.load(factor + 3 * COLUMNS)
         for start in range(begin, end, TILE):
-            # All loads before the first use of one of them, as that comes with a barrier, which no load can pass.
-            mean, unit, code, scale, value_code, value_scale = _load(
-                places, start, end, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT, TILE, M_WARPS,
-                ALIGNED, VALUE_ALIGNED,
+            mean, unit, code, scale, value_word, value_scale = _load(
+                step, b, places, start, end, stop, COLUMNS, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT,
+                TILE, PADDED, MASKED, ALIGNED, VALUE_ALIGNED, COPIED, COMPILED,
             )  # fmt: skip
-            places = _places(tables, segments, h, start + TILE, H, SEGMENT, ROWS, TILE)
+            places = _places(tables, segments, h, H, SEGMENT, ROWS, TILE)
             segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
-            scale, mean = pinned(scale, COMPILED), pinned(mean, COMPILED)
-            value_scale = value_scale.to(tl.float32)
+            pages = start + page_lane
+            one, two, three, four = code_parts(code, COMPILED)
             if DIGITS:
                 middle = _whole(tl.dot(mean, of_means, out_dtype=tl.int32), COLUMNS)
-                one, two, three, four = code_parts(code, COMPILED)
                 sums = tl.dot(one, of_one, out_dtype=tl.int32)
                 sums = tl.dot(two, of_two, acc=sums, out_dtype=tl.int32)
                 sums = tl.dot(three, of_three, acc=sums, out_dtype=tl.int32)
@@ -168,62 +180,64 @@ def scan_kernel(
                 inner = _whole(sums, COLUMNS)
             else:
                 middle = tl.dot(mean.to(tl.float32), of_means, input_precision="ieee")
-                one, two, three, four = code_parts(code, COMPILED)
                 inner = tl.dot(one.to(tl.float32), of_one, input_precision="ieee")
                 inner = tl.dot(two.to(tl.float32), of_two, acc=inner, input_precision="ieee")
                 inner = tl.dot(three.to(tl.float32), of_three, acc=inner, input_precision="ieee")
                 inner = tl.dot(four.to(tl.float32), of_four, acc=inner, input_precision="ieee")
-            middle = middle * (unit[:, None] * mean_factor[None, :]) + constant[None, :]
-            shared: tl.constexpr = (TILE // UNIT_PAGES, UNIT_PAGES * PAGE, COLUMNS)
-            middle = tl.reshape(tl.broadcast_to(middle[:, None, :], shared), (tokens_at, COLUMNS))
-            products = (inner * code_factor[None, :] - code_constant[None, :]) * scale[:, None] + middle
+            middle = middle * (unit * mean_factor[None, :]) + constant[None, :]
+            inner = tl.reshape(inner, (unit_tokens, units_at, COLUMNS))
+            # Without padding only pages from `end` on are absent, with all of their tokens. A cap does not keep infinity.
+            middle = tl.broadcast_to(middle[None, :, :], (UNIT_PAGES, units_at, COLUMNS))
+            if not MASKED:
+                middle = tl.where((pages < end)[:, :, None], middle, float("-inf"))
+            middle = tl.broadcast_to(middle[:, None, :, :], (UNIT_PAGES, PAGE, units_at, COLUMNS))
+            middle = tl.reshape(middle, (unit_tokens, units_at, COLUMNS))
+            products = (inner * code_factor[None, None, :] - code_constant[None, None, :]) * scale + middle
             if CAPPED:
                 products = softcap * (
                     2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
                 )  # softcap * tanh(products / softcap)
-            present = (scale >= 0.0) & (token_lane < (end - start) * PAGE)
-            if PADDED:  # pages of padding have no codes
-                present = present & candidates(step, b, start + token_lane // PAGE, 0, stop, PAGE, PADDED)
-            products = tl.where(present[:, None], products, float("-inf"))
-            higher = tl.maximum(most, tl.ceil(tl.max(products, 0)))
+            if MASKED:
+                products = tl.where(scale >= 0.0, products, float("-inf"))
+            higher = tl.maximum(most, tl.ceil(tl.max(tl.max(products, 0), 0)))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             decay = tl.exp2(most - shift)
-            tokens = power2(products - shift[None, :], COMPILED)
-            each = tl.sum(tl.reshape(tokens, (TILE, PAGE, COLUMNS)), 1)
-            pages = start + page_lane
-            logs = natural_log(each, shift[None, :], COMPILED)
+            tokens = power2(products - shift[None, None, :], COMPILED)
+            each = tl.sum(tl.reshape(tokens, (UNIT_PAGES, PAGE, units_at, COLUMNS)), 1)
+            logs = tl.permute(natural_log(each, shift[None, None, :], COMPILED), (2, 1, 0))
+            unit_page = start + unit_lane * UNIT_PAGES
+            written = tl.multiple_of(logits + group * capacity, 16)[:, None, None] + unit_page[None, :, None]
             tl.store(
-                logits + group[None, :] * capacity + pages[:, None], logs,
-                mask=(group < G)[None, :] & (pages < end)[:, None],
+                written + page_of_unit[None, None, :], logs,
+                mask=(group < G)[:, None, None] & (unit_page < end)[None, :, None],
             )  # fmt: skip
             of_sinks = of_sinks * decay
             if start < first:  # sinks are not estimated
-                sink = (token_lane < (first - start) * PAGE)[:, None]
-                of_sinks += tl.sum(tl.where(sink, tokens, 0.0), 0)
-                tokens = tl.where(sink, 0.0, tokens)
-                each = tl.where((pages >= first)[:, None], each, 0.0)
-            total = total * decay[None, :] + tokens
+                sink = (pages < first)[:, :, None]
+                of_sinks += tl.sum(tl.sum(tl.where(sink, each, 0.0), 0), 0)
+                each = tl.where(sink, 0.0, each)
+            total = total * decay[None, :] + tl.sum(each, 0)
+            each = value_weights(each, value_scale)
+            scaled = scaled * decay[None, :] + tl.sum(each, 0)
             both = tl.reshape(tl.join(decay, decay), (2 * COLUMNS,))
-            parts = tl.trans(value_fields(value_code, VALUES, COMPILED))
-            each = halves(value_weights(each, value_scale), VALUES)
-            acc = tl.dot(parts, each, acc=acc * both[None, :], input_precision="ieee")
+            each = halves(tl.reshape(each, (TILE, COLUMNS)), VALUES)
+            acc = tl.dot(
+                word_fields(value_word, VALUES, COMPILED), each, acc=acc * both[None, :], input_precision="ieee"
+            )
             most = higher
+    else:
+        wait_for_launch(PDL)
     place = stats + ((bh * num_splits + split) * 2) * COLUMNS + group
     tl.store(place, most * LN_2)
     weight = tl.sum(total, 0)
     tl.store(place + COLUMNS, weight + of_sinks)
-    number, inside = field_places(VALUE_BYTES, DV)
+    number, inside, unit_of_field = word_field_places(VALUE_BYTES, DV)
     place = partials + ((bh * num_splits + split) * G + group) * (DV + 2)
     inside = inside & (begin < end)  # the sums of other splits have weight 0, and are not read
-    tl.store(place[None, :] + number[:, None], whole_sums(acc), mask=inside[:, None] & (group < G)[None, :])
+    sums = whole_sums(acc) * unit_of_field[:, None] - 1.5 * tl.sum(scaled, 0)[None, :]
+    tl.store(place[None, :] + number[:, None], sums, mask=inside[:, None] & (group < G)[None, :])
     tl.store(place + DV, most, mask=group < G)
     tl.store(place + DV + 1, weight, mask=group < G)
-
-
-@triton.jit
-def _in_place(byte):
-    """The byte of a code that stands at place `byte` of an operand: a thread that loads 8 bytes at once multiplies 4 and 4."""
-    return byte // 32 * 32 + byte % 16 // 4 * 8 + byte % 32 // 16 * 4 + byte % 4
 
 
 @triton.jit
@@ -245,23 +259,21 @@ def _segments(directory, start, end, SEGMENT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _places(tables, segments, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _places(tables, segments, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The chunks of the six arrays, and the first page in them, for each of `segments`."""
-    one = _place(tables, segments[0], h, start, H, SEGMENT, ROWS, TILE)
+    one = _place(tables, segments[0], h, H, SEGMENT, ROWS)
     two, three, four = one, one, one
     if TILE >= 2 * SEGMENT:
-        two = _place(tables, segments[1], h, start, H, SEGMENT, ROWS, TILE)
+        two = _place(tables, segments[1], h, H, SEGMENT, ROWS)
     if TILE >= 4 * SEGMENT:
-        three = _place(tables, segments[2], h, start, H, SEGMENT, ROWS, TILE)
-        four = _place(tables, segments[3], h, start, H, SEGMENT, ROWS, TILE)
+        three = _place(tables, segments[2], h, H, SEGMENT, ROWS)
+        four = _place(tables, segments[3], h, H, SEGMENT, ROWS)
     return one, two, three, four
 
 
 @triton.jit
-def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _place(tables, segment, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
     page = (segment.to(tl.uint64) * H + h.to(tl.uint64)) * SEGMENT
-    if TILE < SEGMENT:
-        page += start % SEGMENT
     chunk = page // ROWS
     inside = (page % ROWS).to(tl.int32)  # a chunk has less than 2 GiB
     return (
@@ -274,47 +286,93 @@ def _place(tables, segment, h, start, H: tl.constexpr, SEGMENT: tl.constexpr, RO
 
 @triton.jit
 def _load(
-    places, start, end, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BYTES: tl.constexpr,
-    VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    M_WARPS: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+    step, b, places, start, end, stop, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
+    TILE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+    COPIED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Means, units, codes, their scales, value codes, and their scales of the pages from `start` on, before `end`."""
+    """The summaries of a tile, whose `units` a thread needs the numbers of that it loads.
+
+    Segments lie in chunks as a whole, so pages behind those that are scanned may be read. What is there is not used.
+
+    Returns:
+        means, int8 [units, BLOCK_K], bytes in the order of `multiplied_at`; their units, float32 [units, heads]
+        codes, int8 [tokens of a unit * units, BYTES], in that order; their scales, float32 [tokens of a unit, units, heads]
+        words of value codes, see `word_fields`; their scales, float32 [pages of a unit, units, heads]
+    """
+    tl.static_assert(PAGE == 4 and UNIT_PAGES == 4, "a scale of 4 numbers in 16 bits is loaded as one of 64 bits")
     units_at: tl.constexpr = TILE // UNIT_PAGES
-    page_lane = tl.arange(0, TILE)
+    tokens: tl.constexpr = UNIT_PAGES * PAGE
+    run: tl.constexpr = SEGMENT // UNIT_PAGES
     unit_lane = tl.arange(0, units_at)
-    token_lane = tl.arange(0, TILE * PAGE)
-    # Tokens and bytes of codes such that a thread multiplies on tensor cores what it has loaded (8 bytes at once).
-    code_lane = token_lane // (16 * M_WARPS) * (16 * M_WARPS) + token_lane % 8
-    code_lane += token_lane % (8 * M_WARPS) // 8 * 16 + token_lane // (8 * M_WARPS) % 2 * 8
-    byte = tl.arange(0, BYTES)
-    value_byte = tl.arange(0, VALUE_BYTES)
-    column = tl.arange(0, BLOCK_K)
-    means = _addresses(places, unit_lane, 0, units_at, SEGMENT // UNIT_PAGES, DK, UNIT_PAGES, 1)
-    units = _addresses(places, unit_lane, 1, units_at, SEGMENT // UNIT_PAGES, 4, UNIT_PAGES, 1)
-    codes = _addresses(places, code_lane, 2, TILE * PAGE, SEGMENT * PAGE, DK // 4, 1, PAGE)
-    scales = _addresses(places, token_lane, 3, TILE * PAGE, SEGMENT * PAGE, 2, 1, PAGE)
-    values = _addresses(places, page_lane, 4, TILE, SEGMENT, DV // 4, 1, 1)
-    value_scales = _addresses(places, page_lane, 5, TILE, SEGMENT, 2, 1, 1)
-    # Segments lie in chunks as a whole, so pages from `end` on may be read. What is there is not used.
-    here = start < end
-    value_code = tl.load(
-        tl.multiple_of(values.to(tl.pointer_type(tl.int8)), VALUE_ALIGNED)[:, None] + value_byte[None, :],
-        mask=here & (value_byte < DV // 4)[None, :], other=0,
-    )  # fmt: skip
-    value_scale = tl.load(value_scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=0.0)
-    unit = tl.load(units.to(tl.pointer_type(tl.float32)), mask=here, other=0.0)
-    scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=here, other=-1.0)
-    mean = tl.load(
-        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16)[:, None] + column[None, :],
-        mask=here & (column < DK)[None, :], other=0,
-    )  # fmt: skip
+    page_of_unit = tl.arange(0, UNIT_PAGES)
+    means = _addresses(places, unit_lane, 0, units_at, run, DK, UNIT_PAGES, 1)
+    units = _addresses(places, unit_lane, 1, units_at, run, 4, UNIT_PAGES, 1)
+    codes = _addresses(places, unit_lane, 2, units_at, run, tokens * (DK // 4), UNIT_PAGES, 1)
+    scales = _addresses(places, unit_lane, 3, units_at, run, tokens * 2, UNIT_PAGES, 1)
+    value_scales = _addresses(places, unit_lane, 5, units_at, run, UNIT_PAGES * 2, UNIT_PAGES, 1)
+    # Rows of 64 bytes where shared memory lies in between, else those of a token, of which a thread loads what it multiplies.
+    both: tl.constexpr = 2 if COPIED and DK // 4 == BYTES else 1  # tokens of a row
+    token = tl.arange(0, tokens // both) * both
+    byte = tl.arange(0, both * BYTES)
     code = tl.load(
-        tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None] + byte[None, :],
-        mask=here & (byte < DK // 4)[None, :], other=0,
+        tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None, None] + (token * (DK // 4))[None, :, None]
+        + byte[None, None, :],
+        mask=(byte < both * (DK // 4))[None, None, :], other=0,
     )  # fmt: skip
-    code = tl.reshape(code, (TILE * PAGE // (16 * M_WARPS), 2, M_WARPS, 8, BYTES // 32, 4, 2, 4))
-    code = tl.reshape(tl.permute(code, (0, 2, 1, 3, 4, 6, 5, 7)), (TILE * PAGE, BYTES))
-    return mean, unit, code, scale, value_code, value_scale
+    width: tl.constexpr = 64 if COPIED and BLOCK_K >= 64 else 32
+    part = tl.arange(0, BLOCK_K // width) * width
+    column = part[None, :, None] + tl.arange(0, width)[None, None, :]
+    mean = tl.load(
+        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16 if COPIED else 8)[:, None, None] + column,
+        mask=column < DK, other=0,
+    )  # fmt: skip
+    # The same number for four heads, from addresses that Triton knows nothing about: it then deals the first dimensions out to
+    # threads, as tensor cores do with rows of products.
+    # Copied to shared memory, one number serves all threads.
+    alike = tl.arange(0, 1 if COPIED else 4).to(tl.int64) * 0
+    unit = tl.load((units[None, :] + alike[:, None]).to(tl.pointer_type(tl.float32)))
+    scale = (scales[None, :] + alike[:, None])[:, :, None] + (page_of_unit * (PAGE * 2))[None, None, :]
+    pages = start + unit_lane[:, None] * UNIT_PAGES + page_of_unit[None, :]
+    inside = pages < end
+    if PADDED:  # pages of padding have no codes
+        inside = inside & candidates(step, b, pages, 0, stop, PAGE, PADDED)
+    # Numbers of pages that are not scanned may be anything: 4 times -1, which is a token that is absent, or 4 times 0.
+    scale = tl.load(scale.to(tl.pointer_type(tl.int64)))
+    scale = four_numbers(tl.where(inside[None, :, :], scale, -0x407F407F407F4080 if MASKED else 0), COMPILED)
+    value_scale = (value_scales[None, :] + alike[:, None]).to(tl.pointer_type(tl.int64))
+    value_scale = four_numbers(tl.load(value_scale), COMPILED)
+    # Units such that a thread multiplies the words that it loads: [units // 4, word, 2, 2, pages of a unit]
+    words: tl.constexpr = VALUE_BYTES // 4
+    if COPIED:
+        word = tl.arange(0, words)
+        values = _addresses(places, unit_lane, 4, units_at, run, DV, UNIT_PAGES, 1)
+        values = tl.multiple_of(values.to(tl.pointer_type(tl.int32)), VALUE_ALIGNED)[:, None, None]
+        values = values + (page_of_unit * (DV // 16))[None, :, None] + word[None, None, :]
+        value_word = tl.load(values, mask=(word < DV // 16)[None, None, :], other=0)
+        value_word = tl.permute(tl.reshape(value_word, (units_at // 4, 2, 2, UNIT_PAGES, words)), (0, 4, 2, 1, 3))
+    else:
+        word = tl.reshape(tl.arange(0, words), (1, words, 1, 1, 1))
+        values = _addresses(places, tl.arange(0, units_at // 4) * 4, 4, units_at, run, DV, UNIT_PAGES, 1)
+        values = tl.reshape(values, (units_at // 4, 1, 1, 1, 1)) + word * 4
+        inner = tl.reshape(tl.arange(0, 2) * DV, (1, 1, 2, 1, 1))
+        inner = inner + tl.reshape(tl.arange(0, 2) * (2 * DV), (1, 1, 1, 2, 1))
+        inner = inner + tl.reshape(page_of_unit * (DV // 4), (1, 1, 1, 1, UNIT_PAGES))
+        value_word = tl.load((values + inner).to(tl.pointer_type(tl.int32)), mask=word < DV // 16, other=0)
+    fours: tl.constexpr = COLUMNS // 4
+    unit = tl.permute(tl.broadcast_to(unit[None, :, :], (fours, 4, units_at)), (2, 0, 1))
+    shape: tl.constexpr = (fours, 4, units_at, UNIT_PAGES, 2, 2)
+    scale = tl.permute(tl.broadcast_to(scale[None, :, :, :, :, :], shape), (3, 4, 5, 2, 0, 1))
+    value_scale = tl.permute(
+        tl.broadcast_to(value_scale[None, :, :, :, :], (fours, 4, units_at, 2, 2)), (3, 4, 2, 0, 1)
+    )
+    code = tl.reshape(code, (units_at, tokens, BYTES // 32, 4, 2, 4))
+    mean = tl.reshape(mean, (units_at, BLOCK_K // 32, 4, 2, 4))
+    return (
+        tl.reshape(tl.permute(mean, (0, 1, 3, 2, 4)), (units_at, BLOCK_K)), tl.reshape(unit, (units_at, COLUMNS)),
+        tl.reshape(tl.permute(code, (1, 0, 2, 4, 3, 5)), (tokens * units_at, BYTES)),
+        tl.reshape(scale, (tokens, units_at, COLUMNS)), value_word, tl.reshape(value_scale, (UNIT_PAGES, units_at, COLUMNS)),
+    )  # fmt: skip
 
 
 @triton.jit

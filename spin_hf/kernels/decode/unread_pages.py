@@ -127,7 +127,7 @@ def subtract_pages(
             )  # fmt: skip
             scale = tl.load(scales.to(tl.pointer_type(tl.bfloat16)), mask=inside, other=0.0).to(tl.float32)
             each = tl.where(weighed, tl.exp2(logs * LOG2_E - power[None, :]), 0.0)
-            parts = halves(value_weights(each, scale), VALUES)
+            parts = halves(value_weights(each, scale[:, None]), VALUES)
             taken = tl.dot(tl.trans(value_fields(code, VALUES, COMPILED)), parts, acc=taken, input_precision="ieee")
             weight += each
     weights = tl.sum(weight, 0)

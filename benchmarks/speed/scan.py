@@ -1,0 +1,336 @@
+"""The scan over coded pages and its neighbours on a CUDA GPU, kernel by kernel: `python -m benchmarks.speed.scan`.
+
+Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random codes. A graph launches one kernel
+for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20.
+
+    checked   log weights, total and estimate of every variant, against float64 at 8K tokens, else against the first variant
+    scan      microseconds of the scan, of each variant: stages, tile, warps, splits, limit of registers
+    others    of project, rate, choose and attend behind it, and of all five, also launched as dependent kernels
+
+`--device cpu --tokens 2048 --layers 2` with TRITON_INTERPRET=1 checks only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spin_hf.kernels import reference_scan
+from spin_hf.kernels.compile_ahead import launch_now
+from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
+from spin_hf.kernels.launch import LaunchShape, LayerBuffers, ScanBuffers, ScanTuning, Splits, StepBuffers
+from spin_hf.kernels.recipe import KernelRecipe
+from spin_hf.kernels.reference_scan import CodedBasis, CodedPages
+from spin_hf.kernels.triton_launchers import launchers
+
+HEADS, GROUP, DIM, PAGE, SEGMENT, UNIT = 8, 4, 128, 4, 32, 4
+ROWS = 8192
+"""Pages per chunk."""
+SINKS, RECENT, BUDGET = 1, 32, 512
+"""Pages."""
+SCALE = DIM**-0.5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the scan is launched; `registers` is a limit per thread, 0 for none; `before`: by `scan_before.py`."""
+
+    stages: int = 2
+    splits: int = 128
+    registers: int = 0
+    tile: int = 64
+    warps: int = 1
+    before: bool = False
+
+    def __str__(self) -> str:
+        name = "before" if self.before else f"stages {self.stages}"
+        name += f" tile {self.tile} warps {self.warps} splits {self.splits}"
+        return name + (f" registers {self.registers}" if self.registers else "")
+
+
+VARIANTS = [
+    Variant(before=True, stages=1, warps=2, splits=64), Variant(stages=1), Variant(), Variant(splits=192),
+    Variant(stages=3), Variant(splits=64), Variant(stages=3, splits=64), Variant(stages=3, splits=96),
+    Variant(splits=256, registers=128), Variant(stages=1, splits=256, registers=128),
+]  # fmt: skip
+
+
+class Case:
+    """Coded pages of `layers` layers, and the buffers of one step over them."""
+
+    def __init__(self, tokens: int, layers: int, device: str) -> None:
+        self.device, self.num_pages = torch.device(device), tokens // PAGE
+        self.generator = torch.Generator(device).manual_seed(0)
+        segments = self.num_pages // SEGMENT
+        self.directory = torch.randperm(segments, generator=self.generator, device=device).int().view(1, -1)
+        rows = segments * HEADS * SEGMENT
+        self.held: list[Tensor] = [self.directory]
+        self.query = self.draw(1, HEADS * GROUP, 1, DIM).bfloat16()
+        self.backing = self.draw(min(rows, 1 << 18), PAGE * 2 * DIM).bfloat16()
+        self.layers = [self._layer(number, rows) for number in range(layers)]
+        self._step()
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def _table(self, flat: Tensor, per_chunk: int, number: int) -> int:
+        """Address of a table of the chunks of `flat`; the last one is repeated up to `number`."""
+        chunks = max(1, len(flat) // per_chunk)
+        size = flat.stride(0) * flat.element_size() * per_chunk
+        table = torch.tensor([flat.data_ptr() + size * min(i, chunks - 1) for i in range(number)], device=self.device)
+        self.held += [flat, table]
+        return table.data_ptr()
+
+    def _layer(self, number: int, rows: int) -> LayerBuffers:
+        device, generator = self.device, self.generator
+
+        def some_bytes(count: int, width: int) -> Tensor:
+            return torch.randint(0, 256, (count, width), generator=generator, device=device, dtype=torch.uint8)
+
+        mean = (some_bytes(rows // UNIT, DIM).int() - 128).clamp(min=-127).to(torch.int8)
+        unit = torch.rand((rows // UNIT, 1), generator=generator, device=device) * 0.01
+        scale, value_scale = (
+            (self.draw(rows, PAGE).abs() + 0.2).bfloat16(),
+            (self.draw(rows, 1).abs() + 0.2).bfloat16(),
+        )
+        arrays = (mean, unit, some_bytes(rows, PAGE * DIM // 4), scale, some_bytes(rows, DIM // 4), value_scale)
+        quarter, steps = torch.tensor([2.0, 0.8, 0.4, 0.1]), torch.tensor([0.335, 0.996, 0.996, 0.0])
+        widths = (quarter * steps).repeat_interleave(DIM // 4).expand(1, HEADS, DIM).to(device)
+        inverse = (self.draw(1, HEADS, DIM, DIM) / math.sqrt(DIM)).bfloat16()
+        axes = torch.linalg.qr(self.draw(1, HEADS, DIM, DIM)).Q.bfloat16().contiguous()
+        origin, value_origin = self.draw(1, HEADS, DIM) * 0.1, self.draw(1, HEADS, DIM)
+        vectors = torch.cat([origin, widths, value_origin, widths], -1).contiguous()
+        if not number:
+            self.first = arrays, CodedBasis(inverse, origin, widths, axes, value_origin, widths, inverse)
+        layer = torch.zeros(len(LayerField), dtype=torch.int64)
+        chunks = -(-rows // ROWS)
+        for name, flat, pages in zip(
+            ("SUMMARY_0", "SCALE_0", "SUMMARY_1", "SUMMARY_2", "SUMMARY_3", "SUMMARY_4"), arrays,
+            (UNIT, UNIT, 1, 1, 1, 1), strict=True,
+        ):  # fmt: skip
+            layer[LayerField[name]] = self._table(flat, ROWS // pages, chunks)
+        layer[LayerField.BACKING] = self._table(self.backing, ROWS, chunks)
+        layer[LayerField.KEY_BASIS], layer[LayerField.VALUE_BASIS] = inverse.data_ptr(), axes.data_ptr()
+        layer[LayerField.BASIS_VECTORS] = vectors.data_ptr()
+        self.held += [inverse, axes, vectors]
+        floors = torch.full((HEADS,), NUM_BINS, dtype=torch.int32, device=device)
+        ints = torch.zeros((2, 16), dtype=torch.int64, device=device)
+        return LayerBuffers(number, layer.to(device), floors, floors, ints[0].int(), ints[1])
+
+    def _step(self) -> None:
+        step, pages, device = torch.zeros(len(StepField), dtype=torch.int64), self.num_pages, self.device
+        capacity = max(1024, pages)
+
+        def scratch(field: StepField, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            made = torch.zeros(shape, dtype=dtype, device=device)
+            self.held.append(made)
+            step[field] = made.data_ptr()
+            return made
+
+        self.logits = scratch(StepField.LOGITS, (HEADS, GROUP, capacity), torch.float32)
+        scratch(StepField.SCORES, (HEADS, capacity), torch.float32)
+        for name in ("BIN_LIST_PAGE", "BIN_LIST_LENGTH", "LIST_PAGE"):
+            scratch(StepField[name], (HEADS, capacity), torch.int32)
+        scratch(StepField.BIN_LIST_SCORE, (HEADS, capacity), torch.float32)
+        scratch(StepField.TIED, (HEADS, capacity), torch.int64)
+        scratch(StepField.OUTLIER, (len(self.layers), HEADS, capacity), torch.uint8)
+        step[StepField.POSITION], step[StepField.PAGE_CAPACITY] = pages * PAGE - 1, capacity
+        step[StepField.LIST_CAPACITY] = capacity
+        step[StepField.DIRECTORY], step[StepField.DIRECTORY_STRIDE] = self.directory.data_ptr(), self.directory.shape[1]
+        plan = torch.zeros((1, len(PlanField)), dtype=torch.int32)
+        plan[:, PlanField.FIRST], plan[:, PlanField.STOP], plan[:, PlanField.NUM_PAGES] = SINKS, pages - RECENT, pages
+        plan[:, PlanField.NUM_SELECTED], plan[:, PlanField.CANDIDATES] = BUDGET, pages - RECENT - SINKS
+        self.step, self.plan = step.to(device), plan.to(device)
+        self.out = torch.zeros((1, HEADS * GROUP, DIM), dtype=torch.bfloat16, device=device)
+        compiled = device.type == "cuda"
+        self.shape = LaunchShape(
+            dtype=torch.bfloat16, quantized=(True, False, False, False, False), num_heads=HEADS, key_dim=DIM, value_dim=DIM,
+            page_size=PAGE, page_bytes=PAGE * 2 * DIM * 2, backing_bytes=0, segment_pages=SEGMENT, rows_per_chunk=ROWS,
+            padded=False, multiplies_int8=True, shared_memory=(220 if compiled else 48) << 10, compiled=compiled,
+        )  # fmt: skip
+
+    def buffers(self, splits: int) -> tuple[StepBuffers, ScanBuffers]:
+        """Buffers for so many programs of the scan per KV head, filled with NaN."""
+        of_all, empty = Splits(programs=66, score=splits, attend=17, dense=17, estimate=0), torch.empty(0)
+        new = {"device": self.device}
+        buffers = StepBuffers(
+            splits=of_all, step=self.step, histogram=torch.zeros((HEADS, NUM_BINS), dtype=torch.int32, **new),
+            rerank_histogram=empty, zone_edges=torch.zeros(HEADS, dtype=torch.int32, **new),
+            list_count=torch.zeros((HEADS, 2), dtype=torch.int32, **new),
+            arrivals=torch.zeros(HEADS, dtype=torch.int32, **new),
+            stats=torch.full((HEADS, splits * 2 * 16), math.nan, **new),
+            split_outputs=torch.full((HEADS, 17 * 2 * GROUP * DIM), math.nan, **new), basis=empty, rotated=empty,
+            operands=empty, factors=empty, rerank_stats=empty,
+        )  # fmt: skip
+        scan = ScanBuffers.allocate(HEADS, GROUP, of_all, DIM, DIM, True, self.device)
+        scan.partials.fill_(math.nan)
+        return buffers, scan
+
+    def kernels(self, variant: Variant) -> dict[str, Callable[[LayerBuffers, bool], None]]:
+        """Launches of each kernel for a layer, and whether it depends on the one before while that still runs."""
+        buffers, scan = self.buffers(variant.splits)
+        recipe, plan, query = KernelRecipe(Rating.MEAN), self.plan, self.query
+        tuning = ScanTuning(variant.tile, variant.warps, variant.stages)
+
+        def scan_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+            launch_now(kernel, grid, *args, **options, **({"maxnreg": variant.registers} if variant.registers else {}))
+
+        if variant.before:
+            from benchmarks.speed.scan_before import scan_pages
+        else:
+            scan_pages = launchers.scan_pages
+
+        def shape(overlaps: bool) -> LaunchShape:
+            return replace(self.shape, overlaps=overlaps)
+
+        self.scan, self.step_buffers = scan, buffers
+        return {
+            "project": lambda own, overlaps: launchers.project_queries(
+                launch_now, buffers, scan, own, query, None, scale=SCALE, shape=shape(overlaps)
+            ),
+            "scan": lambda own, overlaps: scan_pages(
+                scan_launch, buffers, scan, own, plan, group=GROUP, softcap=None, shape=shape(overlaps), tuning=tuning
+            ),
+            "rate": lambda own, overlaps: launchers.bin_scores(
+                launch_now, buffers, own, plan, query, scale=SCALE, recipe=recipe, shape=shape(overlaps)
+            ),
+            "choose": lambda own, overlaps: launchers.select_pages(
+                launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
+                shape=shape(overlaps), scan=scan,
+            ),
+            "attend": lambda own, overlaps: launchers.attend_pages(
+                launch_now, buffers, own, query, self.out, None, query_index=0, num_queries=1, dense=False, scale=SCALE,
+                softcap=None, shape=shape(overlaps), scan=scan, plan=plan,
+            ),
+        }  # fmt: skip
+
+    def results(self, kernels: dict[str, Callable[[LayerBuffers, bool], None]]) -> dict[str, Tensor]:
+        """What the scan of the first layer yields, in float64: log weights, their total, the estimate of all candidates."""
+        self.logits.fill_(math.nan)
+        kernels["project"](self.layers[0], False)
+        kernels["scan"](self.layers[0], False)
+        stop = self.num_pages - RECENT
+        splits = self.step_buffers.splits.score
+        stats = self.step_buffers.stats.flatten()[: HEADS * splits * 2 * 4].view(HEADS, splits, 2, 4).double()
+        parts = self.scan.partials.double()
+        power = parts[..., -2].amax(1)
+        share = (parts[..., -2] - power.unsqueeze(1)).exp2().unsqueeze(-1)
+        total = (parts[..., :-2].nan_to_num() * share).sum(1) * (power * math.log(2)).exp().unsqueeze(-1)
+        return {
+            "logits": self.logits[..., :stop].double(), "total": (stats[:, :, 0] + stats[:, :, 1].log()).logsumexp(1),
+            "sums": total, "weight": (parts[..., -1:] * share).sum(1) * (power * math.log(2)).exp().unsqueeze(-1),
+        }  # fmt: skip
+
+    def expected(self) -> dict[str, Tensor]:
+        """The same by formulas."""
+        (mean, unit, codes, scale, value, value_scale), basis = self.first
+        pages = torch.arange(self.num_pages, device=self.device)
+        rows = self.directory[0].long()[pages // SEGMENT] * HEADS + torch.arange(HEADS, device=self.device)[:, None]
+        rows = rows * SEGMENT + pages % SEGMENT
+        units = rows[:, ::UNIT] // UNIT
+        coded = CodedPages(
+            mean[units][None], unit[units][None, ..., 0].double(), codes[rows].unflatten(-1, (PAGE, -1))[None],
+            scale[rows][None].double(), value[rows][None], value_scale[rows][None, ..., 0].double(),
+        )  # fmt: skip
+        query = self.query.squeeze(2).unflatten(1, (HEADS, GROUP)).double()
+        stop = self.num_pages - RECENT
+        logits = reference_scan.page_log_weights(query, basis, coded, SCALE)[..., :stop]
+        weights = logits.exp()
+        weights[..., :SINKS] = 0
+        kept = CodedPages(*(x[:, :, :stop] if x.shape[2] == self.num_pages else x for x in vars(coded).values()))
+        return {
+            "logits": logits[0], "total": logits.logsumexp(-1)[0], "sums": reference_scan.coded_sum(weights, kept)[0],
+            "weight": weights.sum(-1, keepdim=True)[0],
+        }  # fmt: skip
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference, of logarithms as it is, of sums relative to the largest one."""
+    off = {name: float((found[name] - expected[name]).abs().max()) for name in ("logits", "total")}
+    for name in ("sums", "weight"):
+        off[name] = float((found[name] - expected[name]).abs().max() / expected[name].abs().max())
+    return off
+
+
+def timed(launches: Callable[[], None], layers: int, repeats: int) -> float:
+    """Microseconds per layer of a graph of `launches`, the median."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        launches()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launches()
+    took = []
+    for _ in range(repeats + 2):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        took.append(first.elapsed_time(last) * 1e3 / layers)
+    return statistics.median(took[2:])
+
+
+def measure(case: Case, variant: Variant, repeats: int) -> dict[str, float]:
+    """Microseconds per layer of each kernel, and of all of them."""
+    kernels, layers = case.kernels(variant), case.layers
+    for own in layers:  # what a kernel reads, the one before has written
+        for launch in kernels.values():
+            launch(own, False)
+    row = {}
+    for name, launch in kernels.items():
+        for before in list(kernels)[: list(kernels).index(name)]:  # what it reads, of one layer for all
+            kernels[before](layers[-1], False)
+        row[name] = timed(lambda launch=launch: [launch(own, False) for own in layers], len(layers), repeats)
+    for name, overlaps in (("all", False), ("dependent", True)):
+        row[name] = timed(
+            lambda overlaps=overlaps: [launch(own, overlaps) for own in layers for launch in kernels.values()],
+            len(layers), repeats,
+        )  # fmt: skip
+    return row
+
+
+def main() -> None:
+    """Check and measure all variants."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--variants", type=int, nargs="+", default=range(7), help="numbers of VARIANTS")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for tokens in options.tokens:
+        case = Case(tokens, options.layers if tokens <= 131072 else min(8, options.layers), options.device)
+        expected = case.expected() if tokens <= 8192 else None
+        for number in options.variants:
+            variant = VARIANTS[number]
+            found = case.results(case.kernels(variant))
+            expected = found if expected is None else expected
+            row: dict[str, Any] = {"tokens": tokens, "variant": str(variant), "off": differences(found, expected)}
+            if options.device == "cuda":
+                row |= measure(case, variant, options.repeats)
+            rows.append(row)
+            times = " ".join(f"{key} {row[key]:.1f}" for key in row if key not in ("tokens", "variant", "off"))
+            off = " ".join(f"{value:.1e}" for value in row["off"].values())
+            print(f"{tokens:7d} {row['variant']:44s} off {off}  {times}", flush=True)
+        del case
+        torch.cuda.empty_cache()
+    if options.output is not None:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
