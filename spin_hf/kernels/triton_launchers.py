@@ -29,6 +29,7 @@ from .indexing.permute_tokens import move_tokens, page_means
 from .indexing.quantize import encode_pages, quantize
 from .prompt.attend_blocks import attend_blocks
 from .prompt.choose_blocks import choose_blocks
+from .prompt.gather_tokens import gather_tokens
 from .prompt.merge_partials import merge_attention, merge_into
 
 
@@ -67,6 +68,7 @@ class Launchers:
     encode_last_unit = staticmethod(encode_last_unit)
     tile_units = staticmethod(tile_units)
 
+    gather_tokens = staticmethod(gather_tokens)
     merge_attention = staticmethod(merge_attention)
     merge_into = staticmethod(merge_into)
     choose_blocks = staticmethod(choose_blocks)
