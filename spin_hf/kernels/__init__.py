@@ -31,6 +31,7 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     merge_partials         `reference.merge_attention`, `reference.merge_into`                 test_merge_partials
     choose_blocks          `reference_blocks.choose_blocks`                                    test_sparse_blocks
     attend_blocks          `reference_blocks.attend_blocks`                                    test_sparse_blocks
+    attend_resident_blocks the same, `reference.merge_into`                                    test_resident_blocks
 """
 
 from __future__ import annotations
@@ -132,6 +133,15 @@ def attend_blocks(
     return chosen.attend_blocks(query, keys, values, lists, scale, first, causal)
 
 
+def attend_resident_blocks(
+    query: Tensor, pages: ResidentPages, lists: BlockLists, scale: float, sinks: Tensor | None, out: Tensor
+) -> None:
+    """`attend_blocks` of all tokens held, merged with `sinks` into `out`. Only kernels find pages by address."""
+    launch = launchers(query.device)
+    assert launch is not None
+    launch.attend_resident_blocks(query, pages, lists, scale, sinks, out)
+
+
 def bisect(points: Tensor, page_size: int) -> Tensor:
     """As `reference_clustering.bisect`. The kernels need Ampere or later, and points of at most 128 numbers."""
     launch = launchers(points.device)
@@ -156,8 +166,8 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "ResidentPages", "admit_pages", "apply_attention_sinks", "attend", "attend_blocks", "bisect",
-    "block_means", "choose_blocks", "dense_attention", "fill_clusters", "fused_attention", "gather_tokens", "launchers", "list_pages",
+    "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "ResidentPages", "admit_pages", "apply_attention_sinks", "attend", "attend_blocks",
+    "attend_resident_blocks", "bisect", "block_means", "choose_blocks", "dense_attention", "fill_clusters", "fused_attention", "gather_tokens", "launchers", "list_pages",
     "merge_attention", "merge_into", "move_tokens", "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens",
     "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip
