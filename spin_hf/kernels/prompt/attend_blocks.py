@@ -21,6 +21,9 @@ from ..reference_blocks import BLOCK_TOKENS, BlockLists
 from .choose_blocks import LEAST_COLUMNS
 
 LOG2_E = 1.4426950408889634
+_SPARED = 2048
+"""Bytes that reductions and weights leave free of those that `device_limits.shared_memory` spares for them: they are in
+registers where the largest tiles fit."""
 
 
 def attend_blocks(
@@ -48,6 +51,10 @@ def attend_blocks(
 
 def tile_sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
     """Queries of a program, keys per tile and pipeline stages that fit the shared memory."""
+    rows, tile, stages = 128, 128, 3
+    ahead = (rows * width_k + stages * tile * (width_k + width_v)) * item_bytes
+    if max(width_k, width_v) <= 128 and ahead <= shared_memory + _SPARED:
+        return rows, tile, stages
     sizes = [(128, 128, 2), (128, 64, 2), (128, 32, 2), (64, 32, 2), (64, 16, 1)]
     for rows, tile, stages in sizes[3 if max(width_k, width_v) > 128 else 0 :]:
         if (rows * (width_k + tile) + stages * tile * (width_k + width_v)) * item_bytes <= shared_memory:
