@@ -42,14 +42,15 @@ class Binding:
         owner: whose state it is, if several caches use the descriptors in turn; None once the cache does not need them.
         known: inputs from which the step descriptor was last made.
         layer_known: inputs of each layer's descriptor; None if it must be uploaded.
-        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`).
+        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`). Layers of
+            the same sizes with nothing fitted have one entry in common, as their tensors are equal.
     """
 
     def __init__(self, state: CacheState, owner: Any = None) -> None:
         self.state, self.owner = state, owner
         self.known: dict[str, Any] = {}
         self.layer_known: list[Any] = [None] * len(state.layers)
-        self.bases: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
+        self.bases: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def end(self) -> None:
         """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
@@ -141,9 +142,13 @@ class Descriptors:
 
     def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
         """The tensors of `BASES` for a layer."""
-        held = self.binding.bases.get(layer.number)
+        assert layer.store is not None
+        key: Any = layer.number
+        if layer.fitted is None:
+            key = layer.store.key_dim, layer.store.value_dim, layer.store.dtype
+        held = self.binding.bases.get(key)
         if held is None or held[0] is not layer.fitted:
-            held = self.binding.bases[layer.number] = layer.fitted, bases_of(layer, self.state.method)
+            held = self.binding.bases[key] = layer.fitted, bases_of(layer, self.state.method)
         return held[1]
 
     def begin_step(self) -> None:

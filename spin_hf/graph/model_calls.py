@@ -29,7 +29,7 @@ from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..inference_mode import outside_inference_mode
 from ..integration import deferred_stop, forward_hook
-from ..integration.device_map import gpus_of
+from ..integration.device_map import uses_a_gpu
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
 from ..integration.rank_agreement import meeting
@@ -309,7 +309,7 @@ def model_of(model: Any) -> nn.Module | None:
 
 def may_be_captured(model: nn.Module) -> bool:
     """Whether decode steps of `model` may become CUDA graphs."""
-    return isinstance(model, PreTrainedModel) and bool(gpus_of(model))
+    return isinstance(model, PreTrainedModel) and uses_a_gpu(model)
 
 
 def reads_late(cache: Any, device: torch.device) -> bool:
