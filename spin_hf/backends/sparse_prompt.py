@@ -51,15 +51,16 @@ def attend(state: CacheState, layer: LayerState, call: Call, key: Tensor, value:
     """
     store, start, stop = layer.store, state.sequences.start, state.sequences.length
     assert store is not None
-    first, means = start // BLOCK_TOKENS, _key_means(state, layer, store, key)
+    first, dense_from, means = start // BLOCK_TOKENS, _dense_from(state), _key_means(state, layer, store, key)
     chosen = kernels.choose_blocks(
         kernels.block_means(call.query.flatten(1, 2)), means[:, :, : kernels.num_means(stop)], call.scale,
-        state.options.prefill_top_p, first, _dense_from(state),
+        state.options.prefill_top_p, first, dense_from,
     )  # fmt: skip
     pages = resident_pages(store, 0, store.sequences.num_pages)
     if pages is not None and pages.holds_blocks_of(BLOCK_TOKENS):
+        num_dense = max(0, -(-stop // BLOCK_TOKENS) - max(first, dense_from))
         with torch.inference_mode(out.is_inference()):  # as in `put`
-            kernels.attend_resident_blocks(call.query, pages, chosen, call.scale, call.sinks, out)
+            kernels.attend_resident_blocks(call.query, pages, chosen, num_dense, call.scale, call.sinks, out)
         return
 
     def attend_piece(token: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:

@@ -134,12 +134,16 @@ def attend_blocks(
 
 
 def attend_resident_blocks(
-    query: Tensor, pages: ResidentPages, lists: BlockLists, scale: float, sinks: Tensor | None, out: Tensor
-) -> None:
-    """`attend_blocks` of all tokens held, merged with `sinks` into `out`. Only kernels find pages by address."""
+    query: Tensor, pages: ResidentPages, lists: BlockLists, num_dense: int, scale: float, sinks: Tensor | None, out: Tensor
+) -> None:  # fmt: skip
+    """`attend_blocks` of all tokens held, merged with `sinks` into `out`. Only kernels find pages by address.
+
+    Args:
+        num_dense: last query blocks that list everything.
+    """
     launch = launchers(query.device)
     assert launch is not None
-    launch.attend_resident_blocks(query, pages, lists, scale, sinks, out)
+    launch.attend_resident_blocks(query, pages, lists, num_dense, scale, sinks, out)
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:

@@ -75,7 +75,8 @@ def test_attention_to_listed_blocks(
     assert pages.holds_blocks_of(128)
     whole = torch.full((shape[0], shape[4], shape[1] * group + 1, shape[6]), 7.0, dtype=dtype)
     out, wanted = whole[:, :, :-1], torch.empty_like(whole[:, :, :-1], dtype=torch.float32)
-    attend_resident_blocks(query, pages, lists, scale, logits, out)
+    num_dense = page_size // 8 % (lists.blocks.shape[2] + 1)
+    attend_resident_blocks(query, pages, lists, num_dense, scale, logits, out)
     tokens = torch.arange(keys.shape[2])
     mask = listed.repeat_interleave(128, 3)[..., : keys.shape[2]].repeat_interleave(128, 2)[:, :, : shape[4]]
     mask = mask & (tokens <= tokens[128 * first :].unsqueeze(1))

@@ -6,6 +6,8 @@
         list       | 0 | 5 | 9 | own |
         address        of block i, read one block ahead; its index two blocks ahead, so that no read waits for another one
 
+    order of programs    query blocks that read everything, of all heads: they take longest; then head by head, late ones first
+
 The result is written where the model expects it: nothing is gathered or merged. `reference_blocks.attend_blocks` and
 `reference.merge_into` specify it.
 """
@@ -29,12 +31,13 @@ _ADDRESSES = 128
 
 
 def attend_resident_blocks(
-    query: Tensor, pages: ResidentPages, lists: BlockLists, scale: float, sinks: Tensor | None, out: Tensor
-) -> None:
+    query: Tensor, pages: ResidentPages, lists: BlockLists, num_dense: int, scale: float, sinks: Tensor | None, out: Tensor
+) -> None:  # fmt: skip
     """Attention of the last S tokens held to the listed blocks of all tokens held.
 
     Args:
         query: [B, H, G, S, Dk], from block `lists.first` on.
+        num_dense: last query blocks that list everything. They are begun first; the result does not depend on it.
         pages: of all tokens held. They hold blocks (`ResidentPages.holds_blocks_of`).
         sinks: [H * G], logits in the softmax's denominator; None for none.
         out: [B, S, H * G, Dv], with contiguous rows; written.
@@ -54,9 +57,9 @@ def attend_resident_blocks(
             BLOCK_PAGES=BLOCK_TOKENS // pages.page_size,
             PAGE_BYTES=pages.page_size * (key_dim + value_dim) * pages.dtype.itemsize, ADDRESSES=_ADDRESSES, num_warps=1,
         )  # fmt: skip
-        attend_resident_blocks_kernel[(blocks * (BLOCK_TOKENS // rows), streams * group)](
+        attend_resident_blocks_kernel[(blocks * (BLOCK_TOKENS // rows) * streams * group,)](
             query, *query.stride()[:4], addresses, lists.blocks, lists.counts, sinks, out, *out.stride()[:3],
-            scale * LOG2_E, num_queries, lists.first, held, columns, H=num_heads, G=group, DK=key_dim, DV=value_dim,
+            scale * LOG2_E, num_queries, lists.first, num_dense, streams * group, held, columns, H=num_heads, G=group, DK=key_dim, DV=value_dim,
             BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile, PAGE=pages.page_size,
             HAS_SINKS=sinks is not None, ALIGNED=pages.is_aligned, STAGES=stages,
             num_warps=8 if rows == BLOCK_TOKENS else 4,
@@ -98,15 +101,17 @@ def _add_pages(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_queries", "first_query_block", "num_blocks", "num_columns"])
+@triton.jit(
+    do_not_specialize=["num_queries", "first_query_block", "num_dense", "num_rows", "num_blocks", "num_columns"]
+)
 def attend_resident_blocks_kernel(
     query, query_b, query_h, query_g, query_n, addresses, lists, counts, sinks, out, out_b, out_q, out_h,
-    scale, num_queries, first_query_block, num_blocks, num_columns,
+    scale, num_queries, first_query_block, num_dense, num_rows, num_blocks, num_columns,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, HAS_SINKS: tl.constexpr,
     ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, (b * H + h) * G + g) attends from the i-th ROWS queries, counted from the last.
+    """A program attends from ROWS queries of one of `num_rows` (sequence, head) pairs.
 
     Args:
         query: [B, H, G, num_queries, DK], rows are contiguous.
@@ -117,13 +122,19 @@ def attend_resident_blocks_kernel(
         out: [B, num_queries, H * G, DV], rows are contiguous. Written.
         scale: of the scores, times log2(e).
         first_query_block: index of the first query's block.
+        num_dense: last query blocks, whose programs come first.
     """
     SHARES: tl.constexpr = BLOCK // ROWS
     PARTS: tl.constexpr = BLOCK // TILE
-    blocks = tl.num_programs(0) // SHARES
-    part = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries, which have more keys, start first
-    index = part // SHARES
-    row = tl.program_id(1).to(tl.int64)
+    parts, first_parts = tl.num_programs(0) // num_rows, num_dense * SHARES
+    blocks, program = parts // SHARES, tl.program_id(0)
+    if program < first_parts * num_rows:
+        row, part = program // first_parts, parts - 1 - program % first_parts
+    else:
+        program -= first_parts * num_rows
+        parts -= first_parts
+        row, part = program // parts, parts - 1 - program % parts
+    index, row = part // SHARES, row.to(tl.int64)
     b, head = row // (H * G), row % (H * G)
     h, g = head // G, head % G
     position = part * ROWS + tl.arange(0, ROWS)
