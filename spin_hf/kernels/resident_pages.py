@@ -1,7 +1,7 @@
 """Pages of a layer where they are, for kernels that read a prompt's earlier tokens without a gathered copy of the pages.
 
-    table    address of each chunk                      rows     row of each page, for each KV head of each sequence
-    page     [ P * Dk keys | P * Dv values ]            segment  pages whose rows follow each other in one chunk
+table    address of each chunk                      rows     row of each page, for each KV head of each sequence
+page     [ P * Dk keys | P * Dv values ]            segment  pages whose rows follow each other in one chunk
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import torch
 from spin_hf.kernels import ResidentPages
 from spin_hf.kernels.reference import take_rows
 from spin_hf.storage.page_layout import PageLayout
-from tests.kernels.test_copy_rows import chunked
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only"),
@@ -22,7 +21,8 @@ SEGMENT, HEADS = 4, 2
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("page_size", "key_dim", "value_dim", "tile"), [(4, 16, 16, 128), (8, 20, 12, 1 << 20), (3, 5, 7, 1), (1, 8, 24, 64)]
+    ("page_size", "key_dim", "value_dim", "tile"),
+    [(4, 16, 16, 128), (8, 20, 12, 1 << 20), (3, 5, 7, 1), (1, 8, 24, 64)],
 )
 @pytest.mark.parametrize("missing", [0, 1, 5])
 def test_gather(
@@ -35,7 +35,8 @@ def test_gather(
     monkeypatch.setattr(module, "_TILE_NUMBERS", tile)
     layout = PageLayout(page_size, key_dim, value_dim, dtype)
     rows_per_chunk = 2 * SEGMENT * HEADS
-    chunks = chunked(3, rows_per_chunk, (layout.row_elements,), dtype)
+    numbers = torch.arange(3 * rows_per_chunk * layout.row_elements) % 251  # exact in bfloat16
+    chunks = [chunk.clone() for chunk in numbers.to(dtype).view(3, rows_per_chunk, layout.row_elements)]
     table = torch.tensor([chunk.data_ptr() for chunk in chunks])
     directory = torch.tensor([[4, 0, 3], [1, 5, 2]]).view(2, 1, 3, 1)
     rows = ((directory * HEADS + torch.arange(HEADS).view(1, -1, 1, 1)) * SEGMENT + torch.arange(SEGMENT)).flatten(2)

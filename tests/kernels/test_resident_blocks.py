@@ -13,34 +13,11 @@ import torch
 from spin_hf.kernels import ResidentPages
 from spin_hf.kernels.reference import attend, merge_into
 from spin_hf.kernels.reference_blocks import BlockLists, choose_blocks
-from tests.kernels.test_sparse_blocks import SHAPES, means_of, states
+from tests.support.blocks_of_prompts import SHAPES, in_pages, means_of, states
 
 INTERPRETED = pytest.mark.skipif(
     sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the kernels themselves"
 )
-SEGMENT = 32
-
-
-def in_pages(
-    keys: torch.Tensor, values: torch.Tensor, page_size: int
-) -> tuple[ResidentPages, list[torch.Tensor]]:
-    """Pages of these tokens, in segments in another order than the tokens, on two chunks; and the chunks."""
-    batch, heads, tokens, key_dim = keys.shape
-    missing = -tokens % (SEGMENT * page_size)
-    padded = [torch.nn.functional.pad(each, (0, 0, 0, missing), value=float("nan")) for each in (keys, values)]
-    pages = torch.cat([each.unflatten(2, (-1, page_size)).flatten(3) for each in padded], -1)  # [B, H, pages, numbers]
-    each = pages.shape[2] // SEGMENT
-    order = torch.randperm(batch * each, generator=torch.Generator().manual_seed(0)).view(batch, each)
-    first = (order.view(batch, 1, each, 1) * heads + torch.arange(heads).view(1, -1, 1, 1)) * SEGMENT
-    rows = (first + torch.arange(SEGMENT)).flatten(2)
-    per_chunk = -(-batch * each // 2) * heads * SEGMENT
-    content = torch.full((2 * per_chunk, pages.shape[3]), float("nan"), dtype=keys.dtype)
-    content[rows] = pages
-    chunks = [part.clone() for part in content.split(per_chunk)]
-    table = torch.tensor([chunk.data_ptr() for chunk in chunks])
-    held = -(-tokens // page_size)
-    sizes = (per_chunk, SEGMENT, page_size, key_dim, values.shape[3], keys.dtype)
-    return ResidentPages(table, rows[:, :, :held], *sizes), chunks
 
 
 @pytest.mark.parametrize(("page_size", "segment", "whole"), [

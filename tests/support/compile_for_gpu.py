@@ -179,7 +179,7 @@ def generate(
     length = PROMPT + turn
     kv = RandomKV.random(SHAPE, 1, length + 1, 0).to(dtype)
     driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
-    for start, stop in [(0, PROMPT), *[(PROMPT, length)][: turn], (length, length + 1)]:
+    for start, stop in [(0, PROMPT), *[(PROMPT, length)][:turn], (length, length + 1)]:
         driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
     (step,) = kernels_of(driver.cache)  # kernels serve the method
     index_completed(step, [layer.state for layer in driver.cache.paged_layers])

@@ -47,9 +47,7 @@ def attend_resident_blocks(
     blocks, columns = lists.blocks.shape[2:]
     held, streams = lists.first + blocks, batch_size * num_heads
     width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
-    rows, tile, stages = tile_sizes(
-        width_k, width_v, query.element_size(), device_limits.shared_memory(query.device)
-    )
+    rows, tile, stages = tile_sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
     addresses = torch.empty((streams, held), dtype=torch.int64, device=query.device)
     with on_device_of(query):
         block_addresses_kernel[(triton.cdiv(held, _ADDRESSES), streams)](
@@ -59,9 +57,9 @@ def attend_resident_blocks(
         )  # fmt: skip
         attend_resident_blocks_kernel[(blocks * (BLOCK_TOKENS // rows) * streams * group,)](
             query, *query.stride()[:4], addresses, lists.blocks, lists.counts, sinks, out, *out.stride()[:3],
-            scale * LOG2_E, num_queries, lists.first, num_dense, streams * group, held, columns, H=num_heads, G=group, DK=key_dim, DV=value_dim,
-            BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile, PAGE=pages.page_size,
-            HAS_SINKS=sinks is not None, ALIGNED=pages.is_aligned, STAGES=stages,
+            scale * LOG2_E, num_queries, lists.first, num_dense, streams * group, held, columns, H=num_heads, G=group,
+            DK=key_dim, DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
+            PAGE=pages.page_size, HAS_SINKS=sinks is not None, ALIGNED=pages.is_aligned, STAGES=stages,
             num_warps=8 if rows == BLOCK_TOKENS else 4,
         )  # fmt: skip
 
