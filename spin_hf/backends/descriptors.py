@@ -22,6 +22,7 @@ from ..indexing.fit import fitted_of
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..kernels.recipe import KernelRecipe
+from ..storage.chunked_array import make_tables
 from ..storage.out_of_memory import allocating
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import pages_of
@@ -265,6 +266,7 @@ def bases_of(layer: LayerState, method: Method) -> tuple[Tensor, ...]:
 def layer_fields_of(store: PageStore, bases: tuple[Tensor, ...]) -> list[int]:
     """The descriptor of a layer with these pages; `bases` is empty unless pages are coded."""
     fields, frames = [0] * len(LayerField), store.frames
+    make_tables([store.backing, *(array for summary in store.summaries.values() for array in summary.arrays)])
     fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
     for i, summary in enumerate(store.summaries.values()):
         for j, array in enumerate(summary.arrays):
