@@ -143,14 +143,27 @@ class ForwardPass:
 
     @contextmanager
     def reading(self, num_tokens: int) -> Iterator[None]:
-        """Within this context, forwards are chunks of a prompt that will have `num_tokens` tokens, with those held before."""
-        state = self.state
-        state.reads_prompt, state.sequences.expected_tokens = True, num_tokens
+        """As `expecting`, for forwards that are chunks of a prompt, and that this package makes."""
+        with self.expecting(num_tokens):
+            self.state.reads_prompt = True
+            try:
+                yield
+            finally:
+                self.state.reads_prompt = False
+
+    @contextmanager
+    def expecting(self, num_tokens: int) -> Iterator[None]:
+        """Within this context a prompt is read that will have `num_tokens` tokens, with those held before.
+
+        Memory for all of them is reserved with its first forward.
+        """
+        before = self.state.sequences.expected_tokens
+        self.state.sequences.expected_tokens = max(before, num_tokens)
         try:
             yield
         finally:
-            state.reads_prompt, state.sequences.expected_tokens = False, 0
-            for layer in state.layers:
+            self.state.sequences.expected_tokens = before
+            for layer in self.state.layers if not before else ():
                 layer.key_means = None
 
     @outside_inference_mode

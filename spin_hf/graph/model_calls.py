@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -168,6 +169,19 @@ class ModelCalls:
             cache.crop(keep - held)
         else:
             cache.reset()
+
+    @contextmanager
+    def expecting(self, num_tokens: int) -> Iterator[None]:
+        """Within this context, `generate` reads a prompt of `num_tokens` tokens in chunks, those held before included.
+
+        Memory that was reserved for tokens that do not come is given back.
+        """
+        try:
+            with self.passes.expecting(num_tokens):
+                yield
+        except BaseException:
+            self.passes.roll_back()
+            raise
 
     def after_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Store a prompt that `generate` has read. Arguments as for `before_prompt`."""
