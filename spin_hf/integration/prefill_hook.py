@@ -1,8 +1,10 @@
 """Wraps `generate`'s prefill on model instances while one of their caches lives, to see whole prompts.
 
-    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls: before_prompt, expecting, after_prompt
+    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls: before_prompt, after_prompt
                                                                               ->  transformers' method, which cuts off what
                                                                                   the cache holds
+
+In between `cache.calls.expecting` says how long a prompt will be that `generate` reads in chunks of its own.
 
 The wrapper is a bound method on the instance, as in `forward_hook.py`. It does nothing for other caches.
 """
