@@ -35,7 +35,7 @@ from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
 from ..integration.rank_agreement import meeting
 from ..layer import SpinLayer
-from .prompt_reader import PromptReader
+from .prompt_reader import PromptReader, has_no_padding
 from .rectifier import Rectifier
 from .runner import GraphRunner
 
@@ -74,6 +74,8 @@ class ModelCalls:
         """Whether a call is in progress."""
         self.holds = False
         """Whether the config is set to "spin" outside of a call."""
+        self._unpadded: Tensor | None = None
+        """The padding mask of a prompt that `generate` reads in chunks, if it is all true."""
         self.belongs = model is not None
         """Whether only calls of the model are accepted. For a cache made from a config: from the first wrapped call on."""
         if self.switched is not None:
@@ -114,6 +116,8 @@ class ModelCalls:
             )
         check_argument(kwargs.get("attention_mask"))
         num_tokens, ids = new_tokens(kwargs)
+        if _begins(self._unpadded, kwargs.get("attention_mask"), self.passes.state.committed + num_tokens):
+            kwargs = {**kwargs, "attention_mask": None}  # else every chunk would look, and wait for the one before
         if self.passes.state.ranks is not None and (num_tokens > 1 or not self.passes.state.committed):
             with meeting(self.passes.state.ranks, "call the model", *_facts(num_tokens, ids)):
                 pass  # other shapes would break the model's all-reduce
@@ -171,17 +175,21 @@ class ModelCalls:
             cache.reset()
 
     @contextmanager
-    def expecting(self, num_tokens: int) -> Iterator[None]:
-        """Within this context, `generate` reads a prompt of `num_tokens` tokens in chunks, those held before included.
+    def expecting(self, ids: Tensor, mask: Tensor | None) -> Iterator[None]:
+        """Within this context, `generate` reads a prompt in chunks. Arguments as for `before_prompt`.
 
         Memory that was reserved for tokens that do not come is given back.
         """
+        if has_no_padding(mask, self.passes.state.sequences.mask.valid, *ids.shape):
+            self._unpadded = mask
         try:
-            with self.passes.expecting(num_tokens):
+            with self.passes.expecting(ids.shape[1]):
                 yield
         except BaseException:
             self.passes.roll_back()
             raise
+        finally:
+            self._unpadded = None
 
     def after_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Store a prompt that `generate` has read. Arguments as for `before_prompt`."""
@@ -272,6 +280,14 @@ def _facts(num_tokens: int, ids: Tensor | None) -> tuple[int, ...]:
         return (num_tokens,)
     factors = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)
     return num_tokens, len(ids), int((ids * factors).sum())
+
+
+def _begins(whole: Tensor | None, mask: Any, length: int) -> bool:
+    """Whether `mask` is a view of the first `length` columns of `whole`. Does not read the device."""
+    if whole is None or not isinstance(mask, Tensor) or mask.shape != (len(whole), length):
+        return False
+    same = mask.data_ptr() == whole.data_ptr() and mask.dtype == whole.dtype
+    return same and (len(whole) == 1 or mask.stride() == whole.stride())
 
 
 def _may_be_cropped(layer: Any) -> bool:

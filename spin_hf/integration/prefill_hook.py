@@ -59,7 +59,7 @@ def _prefill(
     calls = getattr(cache, ATTRIBUTE)
     calls.before_prompt(cache, input_ids, mask)
     in_chunks = getattr(generation_config, "prefill_chunk_size", None) is not None
-    with calls.expecting(input_ids.shape[1]) if in_chunks else nullcontext():
+    with calls.expecting(input_ids, mask) if in_chunks else nullcontext():
         output = call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     calls.after_prompt(cache, input_ids, mask)
     return output

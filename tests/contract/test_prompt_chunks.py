@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from spin_hf import CapacityError, SpinCache
 from spin_hf.graph import prompt_reader
+from spin_hf.graph.model_calls import ModelCalls
 from tests.support import more_families
 from tests.support.all_modes import MODES
 from tests.support.compare import RELATIVE_TOLERANCE, Trace, assert_same, difference
@@ -316,6 +317,33 @@ def test_memory_for_chunks_of_generate_is_reserved_with_the_first(gpu_memory: st
     assert store is not None
     assert store.num_segments == len(state_of(cache).sequences.refcounts)
     assert state_of(cache).sequences.expected_tokens == 0
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_of_a_prompt_that_generate_divides_is_read_once(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding no chunk gets a mask, so none waits for the one before. With it all do."""
+    model = copy.deepcopy(build_model("llama"))
+    ids, mask = left_padded([61, 50 if padded else 61])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=6)
+    cache = SpinCache(model, budget=1 << 20)
+    seen: list[Any] = []
+    original = ModelCalls.run
+
+    def noted(forward: Any) -> Any:
+        def noting(**given: Any) -> Any:
+            seen.append(given.get("attention_mask"))
+            return forward(**given)
+
+        return noting
+
+    monkeypatch.setattr(
+        ModelCalls, "run", lambda self, module, forward, *rest: original(self, module, noted(forward), *rest)
+    )
+    found = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=20)
+    assert torch.equal(found, expected)
+    chunks = seen[:4]
+    assert [each is None for each in chunks] == [not padded] * 4
     cache.check_integrity()
 
 
