@@ -142,28 +142,18 @@ class ForwardPass:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
     @contextmanager
-    def reading(self, num_tokens: int) -> Iterator[None]:
-        """As `expecting`, for forwards that are chunks of a prompt, and that this package makes."""
-        with self.expecting(num_tokens):
-            self.state.reads_prompt = True
-            try:
-                yield
-            finally:
-                self.state.reads_prompt = False
-
-    @contextmanager
-    def expecting(self, num_tokens: int) -> Iterator[None]:
+    def reading(self, num_tokens: int, here: bool = True) -> Iterator[None]:
         """Within this context a prompt is read that will have `num_tokens` tokens, with those held before.
 
-        Memory for all of them is reserved with its first forward.
+        Memory for all is reserved with its first forward. `here`: whether forwards are chunks that this package makes.
         """
-        before = self.state.sequences.expected_tokens
-        self.state.sequences.expected_tokens = max(before, num_tokens)
+        state, before = self.state, self.state.sequences.expected_tokens
+        state.reads_prompt, state.sequences.expected_tokens = here, max(before, num_tokens)
         try:
             yield
         finally:
-            self.state.sequences.expected_tokens = before
-            for layer in self.state.layers if not before else ():
+            state.reads_prompt, state.sequences.expected_tokens = False, before
+            for layer in state.layers if not before else ():
                 layer.key_means = None
 
     @outside_inference_mode
@@ -199,17 +189,20 @@ class ForwardPass:
         """Start a step of one token of the only sequence, whose layers kernels of a batch of rows launch (`row_kernels.py`).
 
         Args:
-            reads_all: whether it attends to all tokens.
+            reads_all: whether its launches attend to whole segments. Others select all pages of a sequence that the budget
+                covers, so they read neither clusters nor summaries of it.
         Raises:
             As `begin`.
         """
-        self.begin(1, 1, None, reads_all)
+        self.begin(1, 1, None, reads_all or self.zones.covers(self.state.sequences.length + 1))
         self.state.phase = Phase.PREPARED
 
     @outside_inference_mode
     def select_after_all(self) -> None:
         """Let a step that has begun select pages, though it was to attend to all tokens."""
-        self.state.reads_all, self.state.is_sparse = False, not self.zones.attends_all()
+        if self.zones.attends_all():
+            return
+        self.state.reads_all, self.state.is_sparse = False, True
         summarize.summarize_stale(self.state)
 
     @contextmanager

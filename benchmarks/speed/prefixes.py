@@ -261,7 +261,7 @@ PARTS: dict[str, Callable[[Run], Rows]] = {
     "memory store": memory_store,
     "agent loop": agent_loop,
     "lookup": lookup,
-    "disk store": partial(disk_store, method="bisection"),
+    "disk store": partial(disk_store, method="fitted"),
     "disk store, shadowkv": partial(disk_store, method="shadowkv", gpu_memory="2GiB"),
 }
 
@@ -269,7 +269,7 @@ PARTS: dict[str, Callable[[Run], Rows]] = {
 def warm_up(run: Run, parts: list[str]) -> None:
     """Compile kernels and fill the allocator, with a short document."""
     document = prompt(run.model, min(WARM_TOKENS, run.tokens))
-    for method in ["bisection"] + ["shadowkv"] * ("disk store, shadowkv" in parts):
+    for method in ["fitted"] + ["shadowkv"] * ("disk store, shadowkv" in parts):
         store = PromptStore(max_host_bytes=MEMORY_CAP)
         cache = SpinCache(run.model, method, store=store)
         generated(run.model, document, cache)

@@ -23,6 +23,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -233,6 +234,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the results, and print the comparison."""
     started, options = time.perf_counter(), parse()
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # else pages lie between activations: all systems
     limit = limit_gpu_memory(options.gpu_memory)
     common = campaign.about(options.shape, options.budget, method=options.method, scale=options.scale, **limit)
     record = campaign.open_record("speed.requests", f"requests-{options.shape}.json", common, options)

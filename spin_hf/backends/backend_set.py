@@ -5,7 +5,7 @@ Kernels belong to a pool (`kernel_pool.py`). Between two forwards another cache 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -47,6 +47,8 @@ class BackendSet:
         self.pool = KernelPool()
         self.is_busy = False
         """Whether a forward is in progress. Another cache does not take over the kernels then."""
+        self.row_sizes: Sequence[int] = ()
+        """Places of the batches of rows that the cache may become a row of: what they launch is compiled behind its prompt."""
         self._taken: dict[_Place, StepKernels] = {}
         """Kernels that this cache has taken. Another cache may own them by now."""
         self._in_use: tuple[tuple[int, int], list[StepKernels], bool] | None = None
@@ -167,7 +169,7 @@ class BackendSet:
         """Start to compile the steps behind a prompt, of which `call` is a chunk."""
         kernels = self.kernels_of(layer)
         if kernels is not None:
-            compile_behind_prompt(kernels, layer, call)
+            compile_behind_prompt(kernels, layer, call, self.row_sizes)
 
     def wait_for_compiles(self) -> None:
         """Wait for kernels that cluster and summarise, if they are being compiled (`early_compile.py`)."""
@@ -199,7 +201,7 @@ class BackendSet:
         """A copied cache takes its own kernels, since descriptors hold addresses. It starts with the same counts."""
         twin = BackendSet(memo[id(self.state)], deepcopy(self.reference.zones, memo))
         memo[id(self)] = twin
-        twin._counted = self.counted()
+        twin._counted, twin.row_sizes = self.counted(), self.row_sizes
         return twin
 
 

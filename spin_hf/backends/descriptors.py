@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.methods.base import Method, recipe_of
-from ..indexing.fit import fitted_of
+from ..attention.methods.base import FittedTensors, Method, recipe_of
+from ..attention.methods.clustering import ClusteringMethod
+from ..indexing.fit import fitted_of, unfitted
+from ..inference_mode import outside_inference_mode
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..kernels.recipe import KernelRecipe
@@ -256,9 +259,27 @@ def most_pages(state: CacheState) -> int | None:
 
 
 def bases_of(layer: LayerState, method: Method) -> tuple[Tensor, ...]:
-    """What the scan over coded pages reads in place of a layer's fitted tensors: the tensors of `BASES`."""
-    assert layer.store is not None
-    basis = method.scan_basis(fitted_of([layer], method), layer.store.dtype)
+    """What the scan over coded pages reads in place of a layer's fitted tensors: the tensors of `BASES`. Not written to."""
+    store = layer.store
+    assert store is not None
+    if layer.fitted is not None:
+        return _bases(method, fitted_of([layer], method), store.dtype)
+    sizes = store.sequences.batch_size, store.num_heads, store.key_dim, store.value_dim
+    return _unfitted_bases(method, sizes, store.dtype, store.device)
+
+
+@lru_cache(maxsize=8)
+@outside_inference_mode
+def _unfitted_bases(
+    method: Method, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """`bases_of` before the fit: the same for all layers of these sizes, and for all caches, which so need not make them."""
+    assert isinstance(method, ClusteringMethod)
+    return _bases(method, unfitted(method, sizes, device), dtype)
+
+
+def _bases(method: Method, fitted: FittedTensors | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    basis = method.scan_basis(fitted, dtype)
     vectors = torch.cat([basis.origin, basis.widths, basis.value_origin, basis.value_widths], -1)
     return basis.inverse, basis.value_axes, vectors, basis.forward
 

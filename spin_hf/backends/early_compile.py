@@ -10,7 +10,9 @@ of the same kind stand for the step's query, keys and output, and for pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,19 +30,23 @@ from .early_index import (
     layers_per_call,
     tokens_to_cluster,
 )
+from .row_kernels import RowKernels
 from .triton_step import StepKernels
 
 
 @torch.no_grad()
-def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> None:
+def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_sizes: Sequence[int] = ()) -> None:
     """Start to compile what steps behind a prompt launch, unless that has been started.
 
     Args:
         call: of the prompt or of a chunk of it.
+        row_sizes: places of the batches of rows, if the cache will be a row of one; else its own steps are compiled.
     """
     if call.query.shape[3] <= MAX_QUERIES or not _is_compiled_early(step):
         return
     shape, dense = step.shape(layer), step.is_dense_layer(layer)
+    if row_sizes:
+        shape = replace(shape, apart=True)
     if (shape, dense) in step.early:
         return
     is_first = all(known != shape for known, _ in step.early)
@@ -58,8 +64,14 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call) -> N
     }  # in the order in which steps need them
     if not reads_all:
         del needed["reads all"]
+    if row_sizes:
+        del needed["selects"], needed["completed"]
+        needed.pop("reads all", None)
+        of_rows = partial(launches_of_rows, step, layer, call, row_sizes)
+        needed = {"rows": partial(of_rows, True), **needed, "selecting rows": partial(of_rows, False)}
     if not is_first:
-        del needed["clusters"], needed["index"], needed["completed"], needed["generated"]
+        for name in ("clusters", "index", "completed", "generated"):
+            needed.pop(name, None)
     with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
         for name, launches in needed.items():
             compiles = behind(launches, step.device)
@@ -89,14 +101,27 @@ def launches_of_steps(step: StepKernels, layer: LayerState, call: Call, reads_al
     token = tuple(new(batch, heads, 1, dim, dtype=call.query.dtype) for dim in (store.key_dim, store.value_dim))
     for given in (None, (token[0], token[1])):
         step.launch_attention(launch, layer, query, call, out, given, shape, reads_all)
-    step.launchers.append_tokens(
-        launch, step.buffers, step.layer_buffers[layer.number], *token, num_pages=1,
-        summarizes=step.recipe.summarised_by_append, shape=shape,
-    )  # fmt: skip
+    if not step.apart:  # tokens of rows are appended by attention
+        step.launchers.append_tokens(
+            launch, step.buffers, step.layer_buffers[layer.number], *token, num_pages=1,
+            summarizes=step.recipe.summarised_by_append, shape=shape,
+        )  # fmt: skip
     if step.recipe.scans_codes and not reads_all:
         step.launchers.encode_last_unit(
             launch, step.step, step.layer_addresses, batch_size=batch, first=0, num_pages=1, shape=shape
         )  # fmt: skip
+
+
+def launches_of_rows(
+    step: StepKernels, layer: LayerState, call: Call, sizes: Sequence[int], reads_all: bool, launch: Launch
+) -> None:
+    """As `launches_of_steps`, of batches with so many rows, of which the cache of `step` may be one."""
+    for number in sizes:
+        rows = RowKernels(step.state, step.launchers, step.device, number, step.num_heads)
+        rows.plan(layer, call)
+        rows.binding.known = {"planned": False}
+        query = call.query[:1].expand(number, *call.query.shape[1:])
+        launches_of_steps(rows, layer, replace(call, query=query), reads_all, launch)
 
 
 def _is_compiled_early(step: StepKernels) -> bool:

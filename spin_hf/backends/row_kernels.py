@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels import device_limits
 from ..kernels.descriptor_fields import StepField
 from .descriptors import Binding
 from .row_descriptors import RowDescriptors
@@ -31,6 +30,21 @@ if TYPE_CHECKING:
 
 EMPTY = -1
 """The position of a row without a cache."""
+_SIZES = 4
+"""Batches of rows have a power of this many places. Kernels and graphs are made for each size, and an empty place is cheap."""
+
+
+def places_for(num_rows: int) -> int:
+    """Places of the smallest batch that holds `num_rows` rows."""
+    places = 1
+    while places < num_rows:
+        places *= _SIZES
+    return places
+
+
+def sizes_up_to(num_rows: int) -> list[int]:
+    """Places of all batches that up to `num_rows` rows may take."""
+    return sorted({places_for(number) for number in range(1, num_rows + 1)})
 
 
 class RowKernels(StepKernels):
@@ -38,17 +52,21 @@ class RowKernels(StepKernels):
 
     Args:
         state: of any of the caches: they have the same method and options.
-        num_rows: a power of two.
+        num_rows: places, empty ones included.
         launchers, device, num_heads: as for `StepKernels`.
     """
 
     apart = True
+    least_splits = 4
+    """One row may be much longer than the others."""
 
     def __init__(
         self, state: CacheState, launchers: Launchers, device: torch.device, num_rows: int, num_heads: int
     ) -> None:
         super().__init__(state, launchers, device, num_rows, num_heads)
         self.rows: list[RowDescriptors | None] = [None] * num_rows
+        self.reads_all = False
+        """Whether the current step attends to whole segments."""
         self._written: list[tuple[int, int] | None] = [None] * num_rows
         """Changes and past version of each row's cache that the tables have."""
         self._host_step = torch.zeros((num_rows, len(StepField)), dtype=torch.int64)
@@ -154,25 +172,14 @@ class RowKernels(StepKernels):
         first = torch.tensor(starts).to(self.device, non_blocking=True)
         return valid, first[:, None, None, None] + torch.arange(page_size, device=self.device)
 
-    def reads_all(self, lengths: list[int]) -> bool:
+    def reads_segments(self) -> bool:
+        """As `StepKernels.reads_segments`."""
+        return self.reads_all
+
+    def pays_for_rows(self, lengths: list[int]) -> bool:
         """Whether a step of rows with `lengths` tokens, the new ones included, should attend to whole segments.
 
-        All rows do, or none: one launch serves all of them, and a captured step has one kind of launches. So one long row lets
-        all select pages; for a row below its budget that selects all of its pages, and gives the same output.
+        All rows do, or none: one launch serves all of them, and a captured step has one kind of launches. A row that the budget
+        covers selects all of its pages then, which needs neither clusters nor summaries.
         """
-        seated = [row for row in self.rows if row is not None]
-        if not all(row.resident for row in seated):
-            return False
-        options, layer = self.state.options, next(layer for layer in self.state.layers if self.serves(layer))
-        budget = options.budget if isinstance(options.budget, int) else 0
-        if isinstance(options.budget, float) and options.budget >= 1.0:
-            return True
-        if max(lengths) <= max(budget, options.dense_tokens):
-            return True
-        if options.dense_below != "auto":
-            return False
-        store = layer.store
-        assert store is not None
-        room = options.tuning.dense_factor * self.recipe.overhead_us * device_limits.bytes_per_us(self.device)
-        token_bytes = self.num_heads * (store.key_dim + store.value_dim) * store.dtype.itemsize
-        return sum(lengths) * token_bytes <= room
+        return self.pays_to_read_all(lengths) and all(row is None or row.resident for row in self.rows)

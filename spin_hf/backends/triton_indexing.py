@@ -32,11 +32,14 @@ def index_completed(step: StepKernels, layers: list[LayerState]) -> None:
 
 
 def index_completed_rows(step: RowKernels) -> None:
-    """As `index_completed`, for the rows whose last page is full, if any is. The kernels find them by their positions."""
-    rows, page_size = [row for row in step.rows if row is not None], step.method.page_size
-    if step.recipe.summarised_by_append or all(row.state.sequences.length % page_size for row in rows):
-        return
-    _index_all(step, rows[0].state.layers)
+    """As `index_completed`, for the rows whose last page is full, if one of them selects pages.
+
+    The kernels find them by their positions. What they write for rows that attend to everything is stale at once.
+    """
+    states, page_size = [row.state for row in step.rows if row is not None], step.method.page_size
+    completed = any(state.sequences.length % page_size == 0 and not state.reads_all for state in states)
+    if completed and not step.recipe.summarised_by_append:
+        _index_all(step, states[0].layers)
 
 
 def _index_all(step: StepKernels, layers: list[LayerState]) -> None:

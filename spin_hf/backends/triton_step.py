@@ -15,8 +15,9 @@ results; `tests/backends/test_triton_step.py` compares both backends.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class StepKernels(Descriptors, AttentionBackend):
     """
 
     capturable = True
+    least_splits: ClassVar[int] = 1
+    """Programs per stream at least, where there are many streams."""
 
     def __init__(
         self, state: CacheState, launchers: Launchers, device: torch.device, batch_size: int, num_heads: int
@@ -97,7 +100,8 @@ class StepKernels(Descriptors, AttentionBackend):
         most, empty = self.most_pages(), self.new((0,), torch.float32)
         self.buffers = StepBuffers(
             splits=Splits.choose(
-                streams, programs=state.options.tuning.programs, estimates=self.recipe.estimated_fraction > 0,
+                streams, programs=max(state.options.tuning.programs, self.least_splits * streams),
+                estimates=self.recipe.estimated_fraction > 0,
                 most_tokens=None if most is None else most * state.method.page_size,
             ),
             step=self.step, histogram=self.new((streams, NUM_BINS), torch.int32),
@@ -188,10 +192,10 @@ class StepKernels(Descriptors, AttentionBackend):
         self.make_room()
         shape = self.shape(layer)
         new = None if new is None else (_rows(new[0]), _rows(new[1]))
-        query = _rows(call.query.flatten(1, 2))
+        query, reads_all = _rows(call.query.flatten(1, 2)), self.reads_segments()
 
         def launches(launch: Launch) -> None:
-            self.launch_attention(launch, layer, query, call, out, new, shape, self.state.reads_all)
+            self.launch_attention(launch, layer, query, call, out, new, shape, reads_all)
 
         def launches_and_encodes(launch: Launch) -> None:
             launches(launch)
@@ -200,9 +204,9 @@ class StepKernels(Descriptors, AttentionBackend):
                     launch, self.step, self.layer_addresses, batch_size=self.batch_size, first=0, num_pages=1, shape=shape
                 )  # fmt: skip
 
-        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, self.state.reads_all)
+        variant = (shape, self.is_dense_layer(layer), new is None, query.shape[2] == 1, reads_all)
         if variant not in self.compiled_variants:
-            early = self.early.get((shape, self.is_dense_layer(layer)), {}).get(self.state.reads_all)
+            early = self.early.get((shape, self.is_dense_layer(layer)), {}).get(reads_all)
             if early is not None:
                 self.launchers.wait_for_compiles(early)
             self.launchers.compile_ahead(launches_and_encodes)
@@ -271,6 +275,10 @@ class StepKernels(Descriptors, AttentionBackend):
             first_layer=layers[0].number, num_layers=len(layers), shape=self.shape(layers[0]),
         )  # fmt: skip
 
+    def reads_segments(self) -> bool:
+        """Whether the current step attends to whole segments."""
+        return self.state.reads_all
+
     # ----------------------------------------------------------------------------------------------------- of a layer
 
     def serves(self, layer: LayerState) -> bool:
@@ -284,21 +292,25 @@ class StepKernels(Descriptors, AttentionBackend):
         Args:
             length: tokens with the step's own.
         """
+        resident = (layer.store is not None and layer.store.frames is None for layer in self.state.layers)
+        return self.pays_to_read_all([length] * self.batch_size) and all(resident)
+
+    def pays_to_read_all(self, lengths: Sequence[int]) -> bool:
+        """`may_read_all` for sequences of these `lengths`, if all pages are in the compute tier.
+
+        Selecting takes some time, and then saves the tokens that it does not read. So what counts is the sum of these.
+        """
         options = self.state.options
         budget = options.budget if isinstance(options.budget, int) else MOST_TOKENS if options.budget >= 1.0 else 0
-        most = max(budget, options.dense_tokens, self._auto_tokens())
-        resident = (layer.store is not None and layer.store.frames is None for layer in self.state.layers)
-        return length <= most and all(resident)
-
-    def _auto_tokens(self) -> int:
-        """Tokens per sequence up to which dense attention is faster; 0 unless `dense_below` is "auto"."""
+        if max(lengths) <= max(budget, options.dense_tokens):
+            return True
         store = next((layer.store for layer in self.state.layers if self.serves(layer)), None)
-        if self.state.options.dense_below != "auto" or store is None:
-            return 0
-        room = (
-            self.state.options.tuning.dense_factor * self.recipe.overhead_us * device_limits.bytes_per_us(self.device)
-        )
-        return int(room / (self.streams * (store.key_dim + store.value_dim) * store.dtype.itemsize))
+        if options.dense_below != "auto" or store is None:
+            return False
+        room = options.tuning.dense_factor * self.recipe.overhead_us * device_limits.bytes_per_us(self.device)
+        crossover = int(room / (self.num_heads * (store.key_dim + store.value_dim) * store.dtype.itemsize))
+        """Tokens of one sequence for which both take the same time."""
+        return sum(max(0, length - budget) for length in lengths) <= crossover - budget
 
     def is_dense_layer(self, layer: LayerState) -> bool:
         """Whether a layer attends to all tokens, regardless of the budget."""

@@ -60,7 +60,11 @@ class StepPlan:
 
     def attends_all(self) -> bool:
         """Whether every query of the step attends to all earlier tokens, regardless of padding."""
-        budget, length = self.options.budget, self.sequences.length
+        return self.covers(self.sequences.length)
+
+    def covers(self, length: int) -> bool:
+        """Whether the budget covers `length` tokens."""
+        budget = self.options.budget
         if length <= self.options.dense_tokens:
             return True
         return budget >= length if isinstance(budget, int) else budget >= 1.0

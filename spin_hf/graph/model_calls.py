@@ -183,7 +183,7 @@ class ModelCalls:
         if has_no_padding(mask, self.passes.state.sequences.mask.valid, *ids.shape):
             self._unpadded = mask
         try:
-            with self.passes.expecting(ids.shape[1]):
+            with self.passes.reading(ids.shape[1], here=False):
                 yield
         except BaseException:
             self.passes.roll_back()

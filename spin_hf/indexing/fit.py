@@ -151,7 +151,9 @@ def forget_fits(state: CacheState) -> None:
         if none_left:
             layer.fitted = None
             continue
-        fixed, held = _unfitted(layer, state.method), {name: tensor.clone() for name, tensor in layer.fitted.items()}
+        assert layer.store is not None
+        fixed = state.method.unfitted(layer.store.key_dim, layer.store.value_dim, layer.store.device)
+        held = {name: tensor.clone() for name, tensor in layer.fitted.items()}
         for name, tensor in fixed.items():
             held[name][rows] = tensor
         layer.fitted = held
@@ -162,15 +164,21 @@ def selected_fits(layer: LayerState, rows: list[int]) -> FittedTensors | None:
     return None if layer.fitted is None else {name: tensor[rows] for name, tensor in layer.fitted.items()}
 
 
-def _unfitted(layer: LayerState, method: ClusteringMethod) -> FittedTensors:
-    assert layer.store is not None
-    return method.unfitted(layer.store.key_dim, layer.store.value_dim, layer.store.device)
+def unfitted(method: ClusteringMethod, sizes: tuple[int, int, int, int], device: torch.device) -> FittedTensors:
+    """The tensors of a layer before the fit, name -> [B, H, ...]. They are not written to.
+
+    Args:
+        sizes: B, H, and the sizes of keys and of values.
+    """
+    held = method.unfitted(*sizes[2:], device)
+    return {name: tensor.expand(*sizes[:2], *tensor.shape) for name, tensor in held.items()}
 
 
 def _fitted(layer: LayerState, method: ClusteringMethod) -> FittedTensors:
     """The tensors of a layer, name -> [B, H, ...]."""
     if layer.fitted is not None:
         return layer.fitted
-    assert layer.store is not None
-    sizes = layer.store.sequences.batch_size, layer.store.num_heads
-    return {name: tensor.expand(*sizes, *tensor.shape) for name, tensor in _unfitted(layer, method).items()}
+    store = layer.store
+    assert store is not None
+    sizes = store.sequences.batch_size, store.num_heads, store.key_dim, store.value_dim
+    return unfitted(method, sizes, store.device)

@@ -5,7 +5,8 @@
     admit    a request, if its minimum fits beside those that hold memory; alone, if what one step needs fits
 
 With `gpu_memory` in bytes the cap is divided among the requests (`memory/cap_division.py`). With "auto" their caches share the
-GPU as any caches do (`memory/gpu_memory.py`).
+GPU as any caches do (`memory/gpu_memory.py`). Then a request waits for room for all of its pages, if a running one ends sooner
+than pages of others would be moved to host memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ..memory.cap_division import set_cap, shares
 from ..memory.host_memory import free_host_memory
 from ..memory.request_needs import NeedsByLength, RequestNeeds
 
+_MOVED_BYTES_PER_S = 4e9
+"""Rate at which pages move to host memory, most of which goes to page-locking that memory."""
 _HOST_FRACTION = 0.9
 """Of the free host memory, what pages may take."""
 
@@ -95,6 +98,25 @@ class Admission:
         host = self._host_pool([*caches, *idle])
         taken = sum(bytes_held(cache)[1] for cache in idle)
         return host is None or taken + self._in_host([new, *members], pool) <= host
+
+    def moving_s(self, num_tokens: int) -> float:
+        """Seconds that it takes to move as many bytes to host memory as a request needs."""
+        return self.needs(num_tokens).resident / _MOVED_BYTES_PER_S
+
+    def fits_whole(self, num_tokens: int, shared: int, held: Sequence[tuple[int, int]]) -> bool:
+        """Whether all pages of a request find room in free GPU memory. True with a cap in bytes, and without a GPU.
+
+        Args:
+            num_tokens: as for `fits`.
+            shared: its first tokens whose pages it shares with others.
+            held: tokens that each running request holds now, and those that are planned for.
+        """
+        free = None if self._options.gpu_memory is not None else watermarks.free_gpu_memory(self._device)
+        if free is None:
+            return True
+        growth = sum(self.needs(planned).resident - self.needs(now).resident for now, planned in held)
+        new = self.needs(num_tokens).resident - (self.needs(shared).resident if shared else 0)
+        return new <= watermarks.Watermarks(self._options.tuning.margin_bytes).cap_for_prompts(0, max(0, free - growth))
 
     def divide(self, held: Sequence[tuple[SpinCache, int]]) -> None:
         """Divide the cap in bytes among the caches that decode or are read. Does nothing with "auto"."""

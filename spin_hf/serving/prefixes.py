@@ -45,12 +45,7 @@ class SharedPrefixes:
 
     def fork_for(self, ids: array[int]) -> SpinCache | None:
         """A fork with the longest prefix of a prompt, without its last token; None if there is none."""
-        best, most = None, _LEAST_TOKENS - 1
-        for prefix in self.held:
-            common = min(common_length(prefix.ids, ids, 0), len(ids) - 1)
-            whole = common == len(prefix.ids)
-            if common > most and (whole or all(is_croppable(layer) for layer in prefix.cache.layers)):
-                best, most = prefix, common
+        best, most = self._best_for(ids)
         if best is None:
             return None
         fork = best.cache.fork()
@@ -59,6 +54,20 @@ class SharedPrefixes:
         self.held.remove(best)
         self.held.append(best)  # the last one used
         return fork
+
+    def longest(self, ids: array[int]) -> int:
+        """Tokens of a prompt that `fork_for` would share."""
+        best, most = self._best_for(ids)
+        return 0 if best is None else most
+
+    def _best_for(self, ids: array[int]) -> tuple[Prefix | None, int]:
+        best, most = None, _LEAST_TOKENS - 1
+        for prefix in self.held:
+            common = min(common_length(prefix.ids, ids, 0), len(ids) - 1)
+            whole = common == len(prefix.ids)
+            if common > most and (whole or all(is_croppable(layer) for layer in prefix.cache.layers)):
+                best, most = prefix, common
+        return best, most
 
     def boundary(self, ids: array[int], held: int, waiting: Iterable[array[int]]) -> int | None:
         """Tokens after which the cache of a prompt should be kept for waiting requests; None if they share no more.

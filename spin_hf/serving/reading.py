@@ -67,6 +67,8 @@ class PromptReading:
         lead = self._prompts.lead(self.left)
         if lead and held + lead < stop:
             return lead
+        if wanted >= stop - held:
+            return stop - held
         size = max(BLOCK_TOKENS, wanted // BLOCK_TOKENS * BLOCK_TOKENS)
         return stop - held if stop - held - size < _LEAST_REST else size
 

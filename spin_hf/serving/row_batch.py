@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import implementation
+from ..backends.row_kernels import sizes_up_to
 from ..cache import SpinCache
 from ..config import require_count
 from ..errors import CacheStateError, OptionError, OptionTypeError, UnsupportedModelError
@@ -72,6 +73,10 @@ class RowBatch:
         """The cache of each row; None for an empty row."""
         return [None if row is None else row.cache for row in self._rows]
 
+    def expect(self, cache: SpinCache) -> None:
+        """Note that an empty cache will join: missing kernels of rows are compiled while its prompt is read."""
+        cache._passes.backends.row_sizes = sizes_up_to(len(self._rows))
+
     @outside_inference_mode
     def join(self, cache: SpinCache) -> int:
         """Add a cache to the batch.
@@ -115,11 +120,13 @@ class RowBatch:
         self._rows[row] = None
         return cache
 
-    def step(self, tokens: dict[int, int]) -> Tensor:
+    def step(self, tokens: dict[int, int], ids: Tensor | None = None) -> Tensor:
         """Append a token to each of the named rows, and return the logits of the tokens that follow.
 
         Args:
             tokens: row -> id of its new token. Other rows stay as they are.
+            ids: [len(tokens)], int64, on the model's device: the new tokens, in the order of `tokens`, whose values are then
+                not used. So a step can be launched before the host knows its tokens.
         Returns:
             [len(tokens), vocabulary], float32, in the order of `tokens`.
         Raises:
@@ -130,13 +137,16 @@ class RowBatch:
         rows = self._named(tokens)
         with torch.inference_mode(False), torch.no_grad(), _decoding(self.model):
             if all(self._steps.serves(row) for row in rows.values()):
-                return self._steps.step(rows, list(tokens.values()))
+                return self._steps.step(rows, list(tokens.values()), ids)
             if may_be_captured(self.model):
                 method = next(iter(rows.values())).state.method
                 warn_eager(self.model, f"method {method} has no kernels for its layers")
-            return self._step(rows, list(tokens.values()))
+            if ids is None:
+                device: Any = self.model.device
+                ids = torch.tensor(list(tokens.values()), dtype=torch.int64).to(device)
+            return self._step(rows, ids[:, None])
 
-    def _step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
+    def _step(self, rows: dict[int, Row], ids: Tensor) -> Tensor:
         """`step` by PyTorch, in which each row attends by itself."""
         for index, row in rows.items():
             row.settle()
@@ -144,7 +154,6 @@ class RowBatch:
                 row.check_room()
         device: Any = self.model.device
         lengths = [row.length for row in rows.values()]
-        ids = torch.tensor(tokens, dtype=torch.int64).to(device)[:, None]
         positions = torch.tensor(lengths, dtype=torch.int64).to(device)[:, None]
         view = RowsView(rows, device)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": True, "return_dict": True}

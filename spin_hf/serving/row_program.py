@@ -117,6 +117,7 @@ class RowProgram:
         self.overwritten += [tensor for layer in linear for tensor in linear_tensors(layer)]
         self.all_full = False
         """Whether all windows of all rows are full in this step, so that attention needs no mask."""
+        self.reads_all = False
         self.graphs: dict[Any, Recording | None] = {}
         """By what the steps have in common; None if such a step has run once, eagerly."""
 
@@ -159,16 +160,28 @@ class RowProgram:
         """Places and their rows, without empty ones."""
         return ((index, row) for index, row in enumerate(self.rows) if row is not None)
 
-    def reads_all(self) -> bool:
-        """Whether the next step of these rows should attend to all tokens."""
+    def pays_to_read_all(self) -> bool:
+        """Whether the next step of these rows should attend to whole segments."""
         lengths = [row.length + 1 for _, row in self.seated()]
-        return all(kernels.reads_all(lengths) for kernels in self.kernels.values())
+        return all(kernels.pays_for_rows(lengths) for kernels in self.kernels.values())
 
-    def begin(self, tokens: list[int]) -> None:
+    @property
+    def reads_all(self) -> bool:
+        """Whether the current step does so."""
+        return self._reads_all
+
+    @reads_all.setter
+    def reads_all(self, value: bool) -> None:
+        self._reads_all = value
+        for kernels in self.kernels.values():
+            kernels.reads_all = value
+
+    def begin(self, tokens: list[int], ids: Tensor | None) -> None:
         """Write descriptors and inputs of a step that all rows have begun.
 
         Args:
-            tokens: the new token of each place; anything for empty ones.
+            tokens: the new token of each place, or its place in `ids` [n], int64, on the device, if these are given; anything
+                for empty ones.
         Raises:
             CapacityError: memory ran out.
         """
@@ -179,6 +192,8 @@ class RowProgram:
         for kernels in self.kernels.values():
             kernels.begin_rows()
         self.inputs.copy_(torch.tensor([tokens, positions]).unsqueeze(2), non_blocking=True)
+        if ids is not None:
+            self.inputs[0, :, 0] = ids[self.inputs[0, :, 0]]
 
     def is_resident(self) -> bool:
         """Whether all pages of the rows are in the compute tier."""

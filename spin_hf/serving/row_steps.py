@@ -1,6 +1,6 @@
 """Steps of rows by kernels: all rows begin, one forward per layout of pages, all rows commit.
 
-    seats       kind  ->  [ row | row | - | row ]      as many places as the smallest power of two that holds the rows
+    seats       kind  ->  [ row | row | - | row ]      1, 4, 16, 64 ... places
     programs    kind and number of places  ->  `RowProgram`, with its graphs
 
     step        seat  ->  begin each row  ->  descriptors, inputs  ->  forwards  ->  completed pages  ->  commit each row
@@ -21,13 +21,12 @@ from .. import kernels
 from ..attention import implementation
 from ..attention.methods.base import recipe_of
 from ..backends.row_descriptors import RowDescriptors, layout_of
-from ..backends.row_kernels import RowKernels
+from ..backends.row_kernels import RowKernels, places_for
 from ..errors import SpinError
 from ..graph import model_calls
 from ..graph.eligibility import ModelGuard, host_state, reason_not_replayed, reason_of_model
 from ..graph.runner import warn_eager
 from ..kernels import device_limits
-from ..kernels.launch import power_of_two
 from .row import Row, of_steps
 from .row_errors import blaming
 from .row_program import Place, RowProgram
@@ -85,9 +84,10 @@ class RowSteps:
                 if len(self._seats.get(kind, [])) == number:
                     self._seats[kind] = seats
 
-    def step(self, rows: dict[int, Row], tokens: list[int]) -> Tensor:
+    def step(self, rows: dict[int, Row], tokens: list[int], ids: Tensor | None = None) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
-        given = dict(zip(rows.values(), tokens, strict=True))
+        given = dict(zip(rows.values(), tokens if ids is None else range(len(tokens)), strict=True))
+        device_ids = ids
         names = {row: index for index, row in rows.items()}
         for row in given:
             row.settle()
@@ -96,10 +96,10 @@ class RowSteps:
         ran: list[RowProgram] = []
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
-                made = [self._run(program, given, ran) for program in programs]
+                made = [self._run(program, given, device_ids, ran) for program in programs]
             if not self._is_checked and not self._has_same_model():  # while the device works
                 self._roll_back(lengths, ran)
-                return self.step(rows, tokens)
+                return self.step(rows, tokens, device_ids)
             for program in programs:
                 program.finish()
             ids = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
@@ -186,24 +186,25 @@ class RowSteps:
             self._roll_back(lengths, [])
 
     def _begin_rows(self, program: RowProgram, rows: dict[Row, int]) -> None:
-        reads_all = program.reads_all()
+        program.reads_all = program.pays_to_read_all()
         for _, row in program.seated():
             with blaming(rows[row]):
-                row.passes.prepare_row(reads_all)
-        if reads_all and not program.is_resident():  # a page has moved in between
+                row.passes.prepare_row(program.reads_all)
+        if program.reads_all and not program.is_resident():  # a page has moved in between
+            program.reads_all = False
             for _, row in program.seated():
                 with blaming(rows[row]):
                     row.passes.select_after_all()
 
-    def _run(self, program: RowProgram, given: dict[Row, int], ran: list[RowProgram]) -> Tensor:
+    def _run(self, program: RowProgram, given: dict[Row, int], ids: Tensor | None, ran: list[RowProgram]) -> Tensor:
         """The forward of one program: called, captured or replayed. Returns the logits of its places.
 
         Args:
+            given: the token of each row; its place in `ids` if these are given.
             ran: gets the program once its windows and states are those behind the step.
         """
-        program.begin([0 if row is None else given[row] for row in program.rows])
-        reads_all = next(row for _, row in program.seated()).state.reads_all
-        key, graphs = (reads_all, program.all_full, host_state()), program.graphs
+        program.begin([0 if row is None else given[row] for row in program.rows], ids)
+        key, graphs = (program.reads_all, program.all_full, host_state()), program.graphs
         if not self._may_capture(program, key):
             return self._call(program, ran)
         if key not in graphs:
@@ -277,7 +278,7 @@ class RowSteps:
 
 def _places(held: list[Row | None], wanted: list[Row]) -> list[Row | None]:
     """Places for rows, those that they have where possible."""
-    seats: list[Row | None] = [None] * power_of_two(len(wanted))
+    seats: list[Row | None] = [None] * places_for(len(wanted))
     waiting = []
     for row in wanted:
         index = held.index(row) if row in held else len(seats)

@@ -66,17 +66,56 @@ class Choice:
         return found
 
 
-def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: Tensor) -> list[int | Exception]:
-    """The next token of each request, or what its processors raised.
+class Chosen:
+    """The next token of each request, on its way from the device to the host.
 
     Args:
-        choices, tokens: of each request; the tokens generated so far.
+        number: of requests.
+        found: places of requests, and their tokens on the device.
+        errors: place -> what the request's processors raised.
+    """
+
+    def __init__(self, number: int, found: list[tuple[list[int], Tensor]], errors: dict[int, Exception]) -> None:
+        self.number, self.errors = number, errors
+        self._places = [place for places, _ in found for place in places]
+        self._ids: Tensor | None = torch.cat([ids for _, ids in found]) if found else None
+        self._copied: torch.cuda.Event | None = None
+        self._on_host = self._ids
+        if self._ids is not None and self._ids.device.type == "cuda":
+            self._on_host = torch.empty(self._ids.shape, dtype=self._ids.dtype, pin_memory=True)
+            self._on_host.copy_(self._ids, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(self._ids.device))
+
+    def read(self) -> list[int | Exception]:
+        """Tokens and errors in the order of the requests. Waits for the device, but not for what was launched later."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = [] if self._on_host is None else self._on_host.tolist()
+        found: dict[int, int | Exception] = {**dict(zip(self._places, values, strict=True)), **self.errors}
+        return [found[place] for place in range(self.number)]
+
+    def ids_of(self, places: list[int]) -> Tensor | None:
+        """[n], int64, on the device: the tokens of requests without errors."""
+        if self._ids is None:
+            return None
+        if places == self._places:
+            return self._ids
+        order = [self._places.index(place) for place in places]
+        return self._ids[torch.tensor(order, dtype=torch.int64).to(self._ids.device, non_blocking=True)]
+
+
+def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: Tensor) -> Chosen:
+    """The next token of each request, or what its processors raised. Does not wait for the device.
+
+    Args:
+        choices, tokens: of each request; the tokens generated so far, which only choices without a group read.
         logits: [n, vocabulary], float32.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, choice in enumerate(choices):
         groups.setdefault(("own", number) if choice.group is None else choice.group, []).append(number)
-    chosen: list[int | Exception] = [0] * len(choices)
+    errors: dict[int, Exception] = {}
     found: list[tuple[list[int], Tensor]] = []
     for members in groups.values():
         first = choices[members[0]]
@@ -89,20 +128,15 @@ def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: T
                 continue
             probabilities = torch.softmax(scores, -1)
         except Exception as error:  # whatever the processors of a user raise ends these requests only
-            for number in members:
-                chosen[number] = error
+            errors |= dict.fromkeys(members, error)
             continue
         for place, number in enumerate(members):
             try:
                 generator = choices[number].generation.generator
                 found.append(([number], torch.multinomial(probabilities[place : place + 1], 1, generator=generator)[0]))
             except RuntimeError as error:  # probabilities that are none
-                chosen[number] = error
-    numbers = [number for members, _ in found for number in members]
-    values = torch.cat([each for _, each in found]).tolist() if found else []  # the only wait for the device
-    for number, value in zip(numbers, values, strict=True):
-        chosen[number] = int(value)
-    return chosen
+                errors[number] = error
+    return Chosen(len(choices), found, errors)
 
 
 def _no_ids(rows: int, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@
        ^                  one prompt at a time     rows of a RowBatch
        └────────────── paused: out of memory, or somebody has waited too long
 
-    a turn   end cancelled requests; admit the first that waits; read a chunk if the pace allows; one step of all rows
+    a turn   end cancelled requests; admit the first that waits; read a chunk if the pace allows; one step (`decoder.py`)
 
 Requests are admitted in the order in which they came. One thread calls this.
 """
@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from ..cache import SpinCache
-from ..errors import BudgetError, CapacityError
 from .admission import Admission
+from .decoder import Decoder
 from .events import ChunkRead, Event, EventLog, RequestEnded, RequestJoined, RequestPaused, RequestStarted, StepDone
 from .loop_stats import Counters
-from .memory_relief import MemoryRelief
+from .memory_relief import OUT_OF_MEMORY, MemoryRelief
 from .pace import Pace
 from .prefixes import SharedPrefixes
 from .reading import PromptReading
 from .request import Request
 from .row_batch import RowBatch
-from .sampling import choose
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, CapacityError, BudgetError)
 _LOOKED_AT = 256
 """Waiting requests that are searched for a common prefix."""
 _COUNT_STEPS = 32
@@ -69,7 +67,7 @@ class Scheduler:
         """The request whose prompt is being read."""
         self.make_reading = PromptReading
         self.prefixes, self.counters = SharedPrefixes(), Counters()
-        self.relief = MemoryRelief(self)
+        self.relief, self.decoder = MemoryRelief(self), Decoder(self)
         self.any_cancelled = False
         self.memory = (0, 0)
         """Bytes of all caches on the GPU and in host memory, when they were last counted."""
@@ -85,6 +83,8 @@ class Scheduler:
 
     def turn(self) -> bool:
         """Do what is due. Returns whether there is more to do."""
+        if self._is_due():
+            self.decoder.settle()
         if self.any_cancelled:
             self._end_cancelled()
         if self._divides:
@@ -94,8 +94,19 @@ class Scheduler:
         while self._admit():
             pass
         self._read()
-        self._step()
+        self.decoder.step()
         return bool(self.waiting or self.read or self.running)
+
+    def _is_due(self) -> bool:
+        """Whether this turn does anything but a step of the rows that took the last one."""
+        if self.any_cancelled or self._divides or self._wanted():
+            return True
+        if not self.waiting or self.read is not None:
+            return False
+        head = self.waiting[0]
+        is_full = len(self.running) >= self.relief.most_rows or self._no_room == self._counted(head)
+        is_late = self.max_wait_s is not None and time.perf_counter() - head.waiting_since >= self.max_wait_s
+        return is_late or not is_full
 
     def requests(self) -> list[Request]:
         """All that have not ended, the running ones first."""
@@ -129,11 +140,26 @@ class Scheduler:
 
     def _has_room(self, head: Request) -> bool:
         """`_fits`, counted again only when a request has ended or joined, or after some steps: it takes the host long."""
-        counters = self.counters
-        counted = head, counters.ended.total(), counters.paused, len(self.running), counters.steps // _COUNT_STEPS
+        counted = self._counted(head)
         if self._no_room != counted:
-            self._no_room = None if self._fits(head) else counted
+            self._no_room = None if self._fits(head) and self._fits_whole(head) else counted
         return self._no_room is None
+
+    def _counted(self, head: Request) -> tuple[Any, ...]:
+        counters = self.counters
+        return head, counters.ended.total(), counters.paused, len(self.running), counters.steps // _COUNT_STEPS
+
+    def _fits_whole(self, head: Request) -> bool:
+        """Whether all pages of a request that holds none find room on the GPU, or that is not worth waiting for."""
+        if head.cache is not None or not self.running:
+            return True
+        left = min(request.most_tokens - request.num_tokens for request in self.running.values())
+        if left * (self.pace.step_s or 0.0) > self.admission.moving_s(head.planned_tokens):
+            return True
+        active = [*self.running.values(), *([] if self.read is None else [self.read])]
+        held = [(request.num_tokens, request.planned_tokens) for request in active]
+        shared = self.prefixes.longest(head.ids_to_hold) if self.shares_prefixes else 0
+        return self.admission.fits_whole(head.planned_tokens, shared, held)
 
     def _fits(self, head: Request, without: Request | None = None) -> bool:
         """Whether a waiting request fits beside the others.
@@ -170,6 +196,7 @@ class Scheduler:
             cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
             if cache is None:
                 cache = self.make_cache()
+                self.batch.expect(cache)
                 cache.calls.before_prompt(cache, _tensor(ids), None)
         except OUT_OF_MEMORY as error:
             self.waiting.appendleft(request)
@@ -217,11 +244,8 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def _read(self) -> None:
-        request, reading = self.read, self._reading
-        if request is None or reading is None or (self.running and self.relief.reading_waits):
-            return
-        wanted = self.pace.tokens(min(reading.left, self.relief.most_chunk), bool(self.running))
-        if not wanted:
+        request, reading, wanted = self.read, self._reading, self._wanted()
+        if request is None or reading is None or not wanted:
             return
         wanted = min(wanted, reading.largest_chunk())
         try:
@@ -229,7 +253,7 @@ class Scheduler:
             number = reading.chunk(wanted, stop)
             began = time.perf_counter()
             logits = reading.read(number)
-            self._wait_for_device()
+            self.wait_for_device()
             seconds = time.perf_counter() - began
         except OUT_OF_MEMORY as error:
             self.relief.of_reading(request, error)
@@ -244,6 +268,12 @@ class Scheduler:
             self._keep_prefix(request, reading)
         else:
             self._finish_reading(request, reading, logits)
+
+    def _wanted(self) -> int:
+        """Tokens of the prompt in progress that should be read now; 0 for none."""
+        if self._reading is None or (self.running and self.relief.reading_waits):
+            return 0
+        return self.pace.tokens(min(self._reading.left, self.relief.most_chunk), bool(self.running))
 
     def _keep_prefix(self, request: Request, reading: PromptReading) -> None:
         """Keep what waiting requests share with the prompt, once it is read."""
@@ -273,7 +303,7 @@ class Scheduler:
         self.stop_reading()
         if not request.tokens:
             self._store(reading)
-            self._deliver([request], self._chosen([request], logits))
+            self.decoder.deliver([request], self.decoder.choose([request], logits).read())
         if request.cache is not None:
             self._join(request)
 
@@ -284,51 +314,13 @@ class Scheduler:
         except OUT_OF_MEMORY:
             self.relief.relieve()
 
-    # --------------------------------------------------------------------------------------------------------- steps
-
-    def _step(self) -> None:
-        if not self.running:
-            return
-        requests = list(self.running.values())
-        began = time.perf_counter()
-        try:
-            logits = self.batch.step(
-                {request.row: request.tokens[-1] for request in requests if request.row is not None}
-            )
-        except OUT_OF_MEMORY as error:
-            self.relief.of_step(error)
-            return
-        except Exception as error:  # what a forward raises is the error of all its rows
-            for request in requests:
-                self.end(request, "error", error)
-            return
-        chosen = self._chosen(requests, logits)
-        seconds = time.perf_counter() - began
+    def stepped(self, rows: int, seconds: float) -> None:
+        """Count a step that has been delivered."""
         self.pace.stepped(seconds)
-        self.counters.stepped(len(requests), seconds)
+        self.counters.stepped(rows, seconds)
         self._divides |= self.counters.steps % _DIVIDE_STEPS == 0
         self.memory = self.relief.bytes_held(self.counters.steps)
-        self.record(StepDone, len(requests), len(self.waiting), seconds, *self.memory)
-        self._deliver(requests, chosen)
-
-    def _chosen(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
-        return choose([request.choice for request in requests], [request.tokens for request in requests], logits)
-
-    def _deliver(self, requests: list[Request], chosen: list[int | Exception]) -> None:
-        """Give each request its next token, and end those that are done."""
-        for request, token in zip(requests, chosen, strict=True):
-            if isinstance(token, Exception):
-                self.end(request, "error", token)
-                continue
-            request.add(token)
-            self.counters.generated_tokens += 1
-            try:
-                reason = request.choice.reason(request.tokens)
-            except Exception as error:  # what a criterion of the user raises ends this request
-                self.end(request, "error", error)
-                continue
-            if reason is not None:
-                self.end(request, reason)
+        self.record(StepDone, rows, len(self.waiting), seconds, *self.memory)
 
     # ----------------------------------------------------------------------------------------------------------- ends
 
@@ -366,7 +358,8 @@ class Scheduler:
         if self.log is not None:
             self.log.add(kind(time.perf_counter() - self._began, *fields))
 
-    def _wait_for_device(self) -> None:
+    def wait_for_device(self) -> None:
+        """Wait until the device has done what was launched."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
+from spin_hf.backends.row_kernels import places_for, sizes_up_to
+from spin_hf.kernels import device_limits
 from spin_hf.serving.row_batch import RowBatch
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
 from tests.support.interpreted_kernels import interpret_kernels
@@ -155,3 +157,23 @@ def test_rows_of_seer_attention_equal_caches_alone(tmp_path: Path) -> None:
     for drivers in made:
         for driver in drivers:
             driver.cache.check_integrity()
+
+
+def test_batches_of_rows_have_few_sizes() -> None:
+    assert [places_for(number) for number in (1, 2, 4, 5, 16, 17, 64, 65)] == [1, 4, 4, 16, 16, 64, 64, 256]
+    assert sizes_up_to(5) == [1, 4, 16]
+
+
+def test_reading_everything_pays_by_the_tokens_that_selecting_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence of 1,000 tokens is the crossover here: with a budget of 100, 900 tokens may be read in vain."""
+    shape = Shape(kv_heads=2, group=2, key_dim=16, value_dim=16)
+    driver = CacheDriver(shape, method="fitted", budget=100, recent_window=16)
+    driver.step(RandomKV.random(shape, 1, 40, seed=0), 0, 40)
+    rows = kernels_for([driver], 4)
+    token_bytes = shape.kv_heads * (shape.key_dim + shape.value_dim) * 4
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 1000 * token_bytes / rows.recipe.overhead_us)
+    assert rows.pays_to_read_all([1000])
+    assert not rows.pays_to_read_all([1001])
+    assert rows.pays_to_read_all([400, 400, 400])
+    assert not rows.pays_to_read_all([401, 400, 400])
+    assert rows.pays_to_read_all([99] * 50 + [1000])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from spin_hf.kernels import fused_attention
 from spin_hf.kernels.reference import attend, merge_attention
@@ -49,3 +52,21 @@ def test_pieces_merge_to_the_whole() -> None:
     wanted, wanted_lse = fused_attention(query, keys, values, 0.25, True)
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(lse, wanted_lse)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "causal", "is_small"),
+    [((1, 32, 4096), 4096, True, True), ((1, 32, 8192), 8192, True, False), ((1, 8, 256), 131072, False, True),
+     ((1, 8, 8192), 8192, False, True), ((1, 8, 8192), 32768, False, False)],
+)  # fmt: skip
+def test_small_products_are_not_worth_a_shape_of_cudnn(
+    shape: tuple[int, ...], tokens: int, causal: bool, is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch names cuDNN, prompts of any length and few queries behind many tokens get flash attention."""
+    query, keys = (torch.empty((*sizes, 128), device="meta", dtype=torch.bfloat16) for sizes in (shape, (1, 8, tokens)))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.CUDNN_ATTENTION.value)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda *_: True)
+    module = importlib.import_module("spin_hf.kernels.fused_attention")
+    monkeypatch.setattr(module, "_is_on_gpu", lambda _: True)
+    chosen = module._chosen_kernel(query, keys, keys, 0.1, causal)
+    assert chosen.__name__ == ("_flash" if is_small else "_cudnn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spin_hf import CapacityError, RequestLoop, SpinCache
+from spin_hf.serving import admission
 from tests.support.fake_gpu import FakeGpu, fake_gpu
 from tests.support.loop_schedules import generated_alone
 from tests.support.zoo import build_model, random_tokens
@@ -65,6 +66,19 @@ def test_more_requests_fit_if_each_needs_few_pages() -> None:
     assert least >= 0
     assert stats.mean_rows >= 1.0
     assert stats.ended == {"length": 4}
+
+
+def test_a_request_waits_for_a_running_one_that_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else pages of others move to the cpu tier, which takes time too."""
+    needs = RequestLoop(MODEL, **SPARSE).scheduler.admission.needs(700)
+    prompts = [random_tokens(1, 600, seed=seed)[0].tolist() for seed in range(4)]
+    rows = []
+    for rate in (1.0, 1e12):  # bytes per second
+        monkeypatch.setattr(admission, "_MOVED_BYTES_PER_S", rate)
+        with fake_gpu(int(2.6 * needs.resident / 0.8)) as gpu:
+            _, loop, _ = run(gpu, prompts, 10, **SPARSE)
+            rows.append(loop.stats().mean_rows)
+    assert rows[0] < 2.5 < rows[1]
 
 
 def test_what_can_never_fit() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import CacheStateError, CapacityError, SpinCache
+from spin_hf import CacheStateError, CapacityError, Fitted, SpinCache
 from spin_hf.serving import row_batch, row_program, row_steps
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
@@ -48,13 +48,13 @@ def test_one_graph_serves_whatever_rows_there_are(family: str, monkeypatch: pyte
     requests.start(0, 1)
     requests.step(0, 1)
     assert FakeRecorder.replays == 0
-    requests.step(1, 0)
+    requests.step(1, 0, on_device=True)
     requests.step(0, 1)
     assert FakeRecorder.replays == 2 - has_windows
     left = requests.leave(0)
     requests.start(2)
     requests.step(2, 1)
-    requests.step(1, 2)
+    requests.step(1, 2, on_device=True)
     assert FakeRecorder.replays == 4 - has_windows, "no capture for a row that joins"
     with eagerly(model):
         requests.go_on_alone(0, left, 2)
@@ -218,7 +218,7 @@ def test_random_schedules(family: str, seed: int, monkeypatch: pytest.MonkeyPatc
         stepping = [number for number in requests.row if len(requests.tokens[number]) < 28 and chooser.random() < 0.8]
         if stepping:
             chooser.shuffle(stepping)
-            requests.step(*stepping)
+            requests.step(*stepping, on_device=chooser.random() < 0.5)
     requests.check(expected)
     assert sum(map(len, requests.tokens)) > 60
     for cache in [*left.values(), *(requests.leave(number) for number in list(requests.row))]:
@@ -260,3 +260,22 @@ def test_other_options_need_other_programs(monkeypatch: pytest.MonkeyPatch) -> N
     logits = requests.batch.step({row: int(first.argmax())})
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-4)
     assert requests.batch.leave(row).stats().sparse_queries == caches[1].stats().sparse_queries > 0
+
+
+def test_rows_that_the_budget_covers_are_not_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They select all pages beside rows that select some: by the same graph, and without clusters and summaries."""
+    monkeypatch.setattr(Fitted, "cluster_interval", 64)
+    model, prompts = build_model("llama"), [random_tokens(1, length, seed=length) for length in (230, 160)]
+    options: dict[str, Any] = dict(method="fitted", budget=170, recent_window=16, dense_below=0)
+    expected = [alone(model, prompt, 20, **options) for prompt in prompts]
+    capture_on_cpu(monkeypatch)
+    requests = Requests(model, prompts, 2, **options)
+    requests.start(0, 1)
+    caches = [cache for cache in requests.batch.rows if cache is not None]
+    for number in range(1, 21):
+        requests.step(0, 1)
+        clustered = [state_of(cache).sequences.spans.num_pages > 0 for cache in caches]
+        assert clustered == [True, 160 + number > 170]
+    requests.check(expected)
+    for number in (0, 1):
+        requests.leave(number).check_integrity()

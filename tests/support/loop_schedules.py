@@ -106,8 +106,9 @@ class Schedule:
             max_wait_s=choose([None, 0.0]), share_prefixes=choose([True, True, False]), **options,
         )  # fmt: skip
         self.scheduler = self.loop.scheduler
+        self.scheduler.decoder.runs_ahead = choose([False, True, True])  # as on a GPU
         self.requests: list[tuple[Request, int, int | None, int, int | None]] = []
-        """Request, its prompt's number, its seed, its `max_new_tokens`, and after how many tokens it fails."""
+        """Request, its prompt's number, its seed, its number of tokens, and after how many it fails."""
         self.refused = 0
         self._inject()
 
@@ -138,6 +139,10 @@ class Schedule:
         kwargs: dict[str, Any] = dict(max_new_tokens=length, seed=seed, **({} if seed is None else SAMPLING))
         if fails is not None:
             kwargs["logits_processor"] = LogitsProcessorList([FailsAt(fails)])
+        elif self.random.random() < 0.4:  # ends with a token, which the host learns late
+            expected = self.pool.alone(number, seed)[:length]
+            kwargs["eos_token_id"] = choose(expected)
+            length = expected.index(kwargs["eos_token_id"]) + 1
         request = self.loop.unchecked(self.pool.prompts[number], **kwargs)
         try:
             self.loop.check(request)
@@ -159,7 +164,8 @@ class Schedule:
             assert isinstance(result.error, ZeroDivisionError)
             assert len(result.tokens) == fails
         else:
-            assert result.finish_reason == "length", f"{what}, {result.error!r}"
+            ended = result.tokens[-1] in request.choice.generation.end_tokens
+            assert result.finish_reason == ("stop" if ended else "length"), f"{what}, {result.error!r}"
             assert result.tokens == expected, what
 
     def _inject(self) -> None:
@@ -168,10 +174,10 @@ class Schedule:
             return
         step = self.scheduler.batch.step
 
-        def failing(tokens: dict[int, int]) -> Tensor:
+        def failing(tokens: dict[int, int], ids: Tensor | None) -> Tensor:
             if len(tokens) > 1 and self.random.random() < 0.04:
                 raise self.random.choice([torch.OutOfMemoryError("a step"), CapacityError("a step")])
-            return step(tokens)
+            return step(tokens, ids)
 
         self.scheduler.batch.step = failing  # type: ignore[method-assign]
         start = self.scheduler.make_reading

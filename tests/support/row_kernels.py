@@ -42,6 +42,7 @@ def step_of(
     passes = [forward_of(driver.cache) for driver in drivers]
     for each in passes:
         each.prepare_row(reads_all)
+    kernels.reads_all = reads_all
     kernels.begin_rows()
     first, outputs = drivers[0], []
     for layer in first.cache.paged_layers:

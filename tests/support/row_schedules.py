@@ -51,10 +51,19 @@ class Requests:
             self.logits[number] = self.model(self.prompts[number], past_key_values=cache).logits[0, -1]
             self.row[number] = self.batch.join(cache)
 
-    def step(self, *numbers: int) -> None:
-        """Decode one greedy token of each of the numbered requests, in this order."""
+    def step(self, *numbers: int, on_device: bool = False) -> None:
+        """Decode one greedy token of each of the numbered requests, in this order.
+
+        Args:
+            on_device: whether the batch gets the tokens as a tensor.
+        """
         new = {number: int(self.logits[number].argmax()) for number in numbers}
-        logits = self.batch.step({self.row[number]: token for number, token in new.items()})
+        tokens = {self.row[number]: token for number, token in new.items()}
+        if on_device:
+            ids = torch.tensor(list(tokens.values()), device=self.model.device)
+            logits = self.batch.step(dict.fromkeys(tokens, 0), ids)
+        else:
+            logits = self.batch.step(tokens)
         for number, of_row in zip(numbers, logits, strict=True):
             self.tokens[number].append(new[number])
             self.logits[number] = of_row
