@@ -142,15 +142,18 @@ class ForwardPass:
             summarize.summarize_stale(state)  # after sequences.begin, which may have changed the pages' layout
 
     @contextmanager
-    def reading(self, num_tokens: int) -> Iterator[None]:
-        """Within this context, forwards are chunks of a prompt that will have `num_tokens` tokens, with those held before."""
-        state = self.state
-        state.reads_prompt, state.sequences.expected_tokens = True, num_tokens
+    def reading(self, num_tokens: int, here: bool = True) -> Iterator[None]:
+        """Within this context a prompt is read that will have `num_tokens` tokens, with those held before.
+
+        Memory for all is reserved with its first forward. `here`: whether forwards are chunks that this package makes.
+        """
+        state, before = self.state, self.state.sequences.expected_tokens
+        state.reads_prompt, state.sequences.expected_tokens = here, max(before, num_tokens)
         try:
             yield
         finally:
-            state.reads_prompt, state.sequences.expected_tokens = False, 0
-            for layer in state.layers:
+            state.reads_prompt, state.sequences.expected_tokens = False, before
+            for layer in state.layers if not before else ():
                 layer.key_means = None
 
     @outside_inference_mode

@@ -90,11 +90,13 @@ def random_lists(like: BlockLists, share: float, dense_from: int) -> BlockLists:
     block = torch.arange(columns, device=like.blocks.device)
     weight = torch.rand(like.blocks.shape, device=like.blocks.device)
     weight = weight.masked_fill((block == 0) | (block == own), 2.0).masked_fill(block > own, -1.0)
-    rank = weight.argsort(-1, descending=True).argsort(-1)
     number = torch.where(own >= dense_from, own + 1, (share * (own + 1)).ceil().clamp(min=2).minimum(own + 1))
-    mask = rank < number
-    order = mask.int().argsort(dim=-1, descending=True, stable=True)
-    return BlockLists(order.int(), mask.sum(-1, dtype=torch.int32), like.first)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask.scatter_(-1, weight.argsort(-1, descending=True), (block < number).expand_as(weight))
+    place = torch.where(mask, mask.cumsum(-1) - 1, columns)  # one sort, as the time of drawing counts
+    lists = torch.zeros((*mask.shape[:-1], columns + 1), dtype=torch.int32, device=mask.device)
+    lists.scatter_(-1, place, block.int().expand_as(place))
+    return BlockLists(lists[..., :columns].contiguous(), mask.sum(-1, dtype=torch.int32), like.first)
 
 
 def about(shape: str) -> dict[str, Any]:

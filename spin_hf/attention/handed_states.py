@@ -1,4 +1,4 @@
-"""Tags the keys and values that `update` returns, and checks that attention receives the same ones.
+"""Tags the keys and values that `update` returns, and checks that attention receives the same ones. Tags outputs of attention.
 
     keys, values = hand_out(layer, k, v)     views that carry their layer as Python attributes
     ...                                      the model may pass them to several attention calls and to other layers
@@ -7,6 +7,9 @@
 Pages store what `update` received. If a model splits, repeats, rotates or overwrites keys or values after that, attention over
 the pages would be silently wrong. Such a call raises before it computes anything. The attributes are on views, not on the
 model's own tensors, so every operation that makes a new tensor drops them.
+
+An output that `spin_attention` has just allocated, and that nobody has a view of, may take over the memory of a result instead
+of getting a copy. Compiled code plans its memory, so outputs are not tagged there.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ..errors import AttentionError
 LAYER_TAG = "_spin_layer"
 VALUE_TAG = "_spin_values_of"
 _VERSION = "_spin_version"
+_FRESH = "_spin_fresh"
 
 
 class Owner(Protocol):
@@ -76,6 +80,29 @@ def owner(module: torch.nn.Module, keys: Tensor, values: Tensor) -> Any | None:
         if _version(states) != getattr(states, _VERSION, None):
             raise _changed(module, layer, name)
     return layer
+
+
+def fresh_output(query: Tensor, value: Tensor) -> Tensor:
+    """Memory for the output of attention, [B, Q, heads, Dv], in the query's dtype."""
+    out = torch.empty(
+        (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
+    )
+    if not torch.compiler.is_compiling():
+        setattr(out, _FRESH, True)
+    return out
+
+
+def take_over(out: Tensor, result: Tensor) -> bool:
+    """Let an output have the memory of `result`, if it is one of `fresh_output` and has that layout. Returns whether it has.
+
+    Nobody else may write to `result`.
+    """
+    if not getattr(out, _FRESH, False) or result.dtype != out.dtype or not result.is_contiguous():
+        return False
+    setattr(out, _FRESH, False)
+    with torch.no_grad(), torch.inference_mode(out.is_inference()):
+        out.set_(result.untyped_storage(), result.storage_offset(), result.shape, result.stride())
+    return True
 
 
 def forget() -> None:

@@ -172,9 +172,7 @@ def spin_attention(
         layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.empty(
-        (query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
-    )
+    out = handed_states.fresh_output(query, value)
     softcap = kwargs.get("softcap")
     weights = None
     if returned_weights.are_wanted(kwargs):

@@ -25,6 +25,7 @@ from ..inference_mode import outside_inference_mode
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..kernels.recipe import KernelRecipe
+from ..storage.chunked_array import make_tables
 from ..storage.out_of_memory import allocating
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import pages_of
@@ -45,14 +46,15 @@ class Binding:
         owner: whose state it is, if several caches use the descriptors in turn; None once the cache does not need them.
         known: inputs from which the step descriptor was last made.
         layer_known: inputs of each layer's descriptor; None if it must be uploaded.
-        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`).
+        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`). Layers of
+            the same sizes with nothing fitted have one entry in common, as their tensors are equal.
     """
 
     def __init__(self, state: CacheState, owner: Any = None) -> None:
         self.state, self.owner = state, owner
         self.known: dict[str, Any] = {}
         self.layer_known: list[Any] = [None] * len(state.layers)
-        self.bases: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
+        self.bases: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def end(self) -> None:
         """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
@@ -144,9 +146,13 @@ class Descriptors:
 
     def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
         """The tensors of `BASES` for a layer."""
-        held = self.binding.bases.get(layer.number)
+        assert layer.store is not None
+        key: Any = layer.number
+        if layer.fitted is None:
+            key = layer.store.key_dim, layer.store.value_dim, layer.store.dtype
+        held = self.binding.bases.get(key)
         if held is None or held[0] is not layer.fitted:
-            held = self.binding.bases[layer.number] = layer.fitted, bases_of(layer, self.state.method)
+            held = self.binding.bases[key] = layer.fitted, bases_of(layer, self.state.method)
         return held[1]
 
     def begin_step(self) -> None:
@@ -281,6 +287,7 @@ def _bases(method: Method, fitted: FittedTensors | None, dtype: torch.dtype) -> 
 def layer_fields_of(store: PageStore, bases: tuple[Tensor, ...]) -> list[int]:
     """The descriptor of a layer with these pages; `bases` is empty unless pages are coded."""
     fields, frames = [0] * len(LayerField), store.frames
+    make_tables([store.backing, *(array for summary in store.summaries.values() for array in summary.arrays)])
     fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
     for i, summary in enumerate(store.summaries.values()):
         for j, array in enumerate(summary.arrays):

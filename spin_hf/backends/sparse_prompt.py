@@ -4,19 +4,23 @@
     query block 7   | x |   | x |   |   | x |   | x |      the first, its own, and the heaviest up to `prefill_top_p`
     last 512 tokens | x | x | x | x | x | x | x | x |      everything
 
+    pages on the GPU         read where they are, in one launch (`kernels/prompt/attend_resident_blocks.py`)
+    pages in host memory     piece by piece, as are pages that blocks do not divide into (`dense.attend_in_pieces`)
+
 Blocks are weighed by mean queries and keys of 16 tokens (`kernels/reference_blocks.py`). Mean keys of earlier chunks are kept
 until the prompt has been read: 1/32 of the pages' memory.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import kernels
 from ..kernels import BLOCK_TOKENS, device_limits
 from ..state import CacheState, LayerState
 from ..storage.page_store import PageStore
-from ..storage.page_stream import TokenStream
+from ..storage.page_stream import TokenStream, resident_pages
 from .base import Call
 from .dense import Partial, attend_in_pieces
 
@@ -47,11 +51,17 @@ def attend(state: CacheState, layer: LayerState, call: Call, key: Tensor, value:
     """
     store, start, stop = layer.store, state.sequences.start, state.sequences.length
     assert store is not None
-    first, means = start // BLOCK_TOKENS, _key_means(state, layer, store, key)
+    first, dense_from, means = start // BLOCK_TOKENS, _dense_from(state), _key_means(state, layer, store, key)
     chosen = kernels.choose_blocks(
         kernels.block_means(call.query.flatten(1, 2)), means[:, :, : kernels.num_means(stop)], call.scale,
-        state.options.prefill_top_p, first, _dense_from(state),
+        state.options.prefill_top_p, first, dense_from,
     )  # fmt: skip
+    pages = resident_pages(store, 0, store.sequences.num_pages)
+    if pages is not None and pages.holds_blocks_of(BLOCK_TOKENS):
+        num_dense = max(0, -(-stop // BLOCK_TOKENS) - max(first, dense_from))
+        with torch.inference_mode(out.is_inference()):  # as in `put`
+            kernels.attend_resident_blocks(call.query, pages, chosen, num_dense, call.scale, call.sinks, out)
+        return
 
     def attend_piece(token: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:
         return kernels.attend_blocks(call.query, keys, values, chosen, call.scale, token // BLOCK_TOKENS, causal)

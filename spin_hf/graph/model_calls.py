@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ from ..forward_log import ForwardLog
 from ..forward_pass import ForwardPass
 from ..inference_mode import outside_inference_mode
 from ..integration import deferred_stop, forward_hook
-from ..integration.device_map import gpus_of
+from ..integration.device_map import uses_a_gpu
 from ..integration.forward_hook import CACHE_NAMES
 from ..integration.layer_types import decoder_config, is_croppable, is_placeholder
 from ..integration.rank_agreement import meeting
 from ..layer import SpinLayer
-from .prompt_reader import PromptReader
+from .prompt_reader import PromptReader, has_no_padding
 from .rectifier import Rectifier
 from .runner import GraphRunner
 
@@ -73,6 +74,8 @@ class ModelCalls:
         """Whether a call is in progress."""
         self.holds = False
         """Whether the config is set to "spin" outside of a call."""
+        self._unpadded: Tensor | None = None
+        """The padding mask of a prompt that `generate` reads in chunks, if it is all true."""
         self.belongs = model is not None
         """Whether only calls of the model are accepted. For a cache made from a config: from the first wrapped call on."""
         if self.switched is not None:
@@ -113,6 +116,8 @@ class ModelCalls:
             )
         check_argument(kwargs.get("attention_mask"))
         num_tokens, ids = new_tokens(kwargs)
+        if _begins(self._unpadded, kwargs.get("attention_mask"), self.passes.state.committed + num_tokens):
+            kwargs = {**kwargs, "attention_mask": None}  # else every chunk would look, and wait for the one before
         if self.passes.state.ranks is not None and (num_tokens > 1 or not self.passes.state.committed):
             with meeting(self.passes.state.ranks, "call the model", *_facts(num_tokens, ids)):
                 pass  # other shapes would break the model's all-reduce
@@ -168,6 +173,23 @@ class ModelCalls:
             cache.crop(keep - held)
         else:
             cache.reset()
+
+    @contextmanager
+    def expecting(self, ids: Tensor, mask: Tensor | None) -> Iterator[None]:
+        """Within this context, `generate` reads a prompt in chunks. Arguments as for `before_prompt`.
+
+        Memory that was reserved for tokens that do not come is given back.
+        """
+        if has_no_padding(mask, self.passes.state.sequences.mask.valid, *ids.shape):
+            self._unpadded = mask
+        try:
+            with self.passes.reading(ids.shape[1], here=False):
+                yield
+        except BaseException:
+            self.passes.roll_back()
+            raise
+        finally:
+            self._unpadded = None
 
     def after_prompt(self, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         """Store a prompt that `generate` has read. Arguments as for `before_prompt`."""
@@ -260,6 +282,14 @@ def _facts(num_tokens: int, ids: Tensor | None) -> tuple[int, ...]:
     return num_tokens, len(ids), int((ids * factors).sum())
 
 
+def _begins(whole: Tensor | None, mask: Any, length: int) -> bool:
+    """Whether `mask` is a view of the first `length` columns of `whole`. Does not read the device."""
+    if whole is None or not isinstance(mask, Tensor) or mask.shape != (len(whole), length):
+        return False
+    same = mask.data_ptr() == whole.data_ptr() and mask.dtype == whole.dtype
+    return same and (len(whole) == 1 or mask.stride() == whole.stride())
+
+
 def _may_be_cropped(layer: Any) -> bool:
     """Whether a cache layer can forget its last tokens; a window can while it is not full."""
     window = type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window
@@ -309,7 +339,7 @@ def model_of(model: Any) -> nn.Module | None:
 
 def may_be_captured(model: nn.Module) -> bool:
     """Whether decode steps of `model` may become CUDA graphs."""
-    return isinstance(model, PreTrainedModel) and bool(gpus_of(model))
+    return isinstance(model, PreTrainedModel) and uses_a_gpu(model)
 
 
 def reads_late(cache: Any, device: torch.device) -> bool:

@@ -135,7 +135,7 @@ class PromptReader:
                 state.sequences.check_room(held, stop)
             else:
                 check_first_batch(state, self.passes.gpu, stop, batch_size)
-        if _has_no_padding(kwargs.get("attention_mask"), state.sequences.mask.valid, batch_size, held + stop):
+        if has_no_padding(kwargs.get("attention_mask"), state.sequences.mask.valid, batch_size, held + stop):
             kwargs = {**kwargs, "attention_mask": None}  # else every chunk would look, and wait for the one before
         keep = kwargs.get("logits_to_keep") or stop
         outputs: list[Any] = []
@@ -151,7 +151,7 @@ class PromptReader:
         return _joined(outputs)
 
 
-def _has_no_padding(mask: Any, held: Tensor | None, batch_size: int, num_tokens: int) -> bool:
+def has_no_padding(mask: Any, held: Tensor | None, batch_size: int, num_tokens: int) -> bool:
     """Whether a padding mask is [batch_size, num_tokens] and all true, and no token held is padding. Reads the device."""
     if not isinstance(mask, Tensor) or held is not None or mask.shape != (batch_size, num_tokens):
         return False

@@ -167,7 +167,11 @@ class GraphRunner:
         """
         if self._is_decode_step(kwargs):
             return self._run(model, forward, kwargs, name)
-        return self._eager(forward, kwargs)
+        outputs = self._eager(forward, kwargs)
+        if _is_computing(self.passes.backends.in_use()):
+            self._guard_of(model)  # else the first step behind the prompt would, while the device is idle
+            self._layout_number()
+        return outputs
 
     def _eager(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """Call the forward itself. If it fails, even after the last layer, the cache is as before."""
@@ -373,6 +377,14 @@ class GraphRunner:
         self.log.clear()
         self.log.overwritten = step is not None and step.overwrites
         self.passes.roll_back()
+
+
+def _is_computing(kernels: list[Any]) -> bool:
+    """Whether a GPU of these kernels has not ended what was launched, so that work of the host costs no time."""
+    gpus = [step.device for step in kernels if step.device.type == "cuda"]
+    if not gpus or torch.cuda.is_current_stream_capturing():
+        return False
+    return not all(torch.cuda.current_stream(device).query() for device in gpus)
 
 
 def warn_eager(model: nn.Module, reason: str) -> None:

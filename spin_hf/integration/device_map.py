@@ -51,8 +51,17 @@ def layer_devices(model: Any, count: int) -> list[torch.device]:
 
 def gpus_of(model: nn.Module) -> list[torch.device]:
     """The GPUs that a forward of the model computes on, without duplicates."""
+    return [device for device in dict.fromkeys(_devices_of(model)) if device.type == "cuda"]
+
+
+def uses_a_gpu(model: nn.Module) -> bool:
+    """Whether `gpus_of` finds any. Looks at the first weight only, if that is on a GPU: a model has hundreds."""
+    return any(device.type == "cuda" for device in _devices_of(model))
+
+
+def _devices_of(model: nn.Module) -> Iterator[torch.device]:
     tensors = (tensor.device for tensor in chain(model.parameters(), model.buffers()))
-    return [device for device in dict.fromkeys(chain(tensors, _execution_devices(model))) if device.type == "cuda"]
+    return chain(tensors, _execution_devices(model))
 
 
 def other_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:

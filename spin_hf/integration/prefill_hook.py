@@ -1,8 +1,10 @@
 """Wraps `generate`'s prefill on model instances while one of their caches lives, to see whole prompts.
 
-    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls.before_prompt, .after_prompt
+    model.generate(ids, past_key_values=cache)  ->  model._prefill = wrapped  ->  cache.calls: before_prompt, after_prompt
                                                                               ->  transformers' method, which cuts off what
                                                                                   the cache holds
+
+In between `cache.calls.expecting` says how long a prompt will be that `generate` reads in chunks of its own.
 
 The wrapper is a bound method on the instance, as in `forward_hook.py`. It does nothing for other caches.
 """
@@ -10,6 +12,7 @@ The wrapper is a bound method on the instance, as in `forward_hook.py`. It does 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -53,7 +56,10 @@ def _prefill(
     whole = is_first and model_kwargs.get("inputs_embeds") is None and width == input_ids.shape[1]
     if not whole or getattr(cache, ATTRIBUTE, None) is None:
         return call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    getattr(cache, ATTRIBUTE).before_prompt(cache, input_ids, mask)
-    output = call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    getattr(cache, ATTRIBUTE).after_prompt(cache, input_ids, mask)
+    calls = getattr(cache, ATTRIBUTE)
+    calls.before_prompt(cache, input_ids, mask)
+    in_chunks = getattr(generation_config, "prefill_chunk_size", None) is not None
+    with calls.expecting(input_ids, mask) if in_chunks else nullcontext():
+        output = call(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    calls.after_prompt(cache, input_ids, mask)
     return output

@@ -27,9 +27,11 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens
     copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
     copy_page              the same, of one page in several layers                             test_launches
+    gather_tokens          `reference.take_rows`, `PageLayout.take`                                test_gather_tokens
     merge_partials         `reference.merge_attention`, `reference.merge_into`                 test_merge_partials
     choose_blocks          `reference_blocks.choose_blocks`                                    test_sparse_blocks
     attend_blocks          `reference_blocks.attend_blocks`                                    test_sparse_blocks
+    attend_resident_blocks the same, `reference.merge_into`                                    test_resident_blocks
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ from .reference import (
     take_rows,
 )
 from .reference_blocks import BLOCK_TOKENS, BlockLists, block_means, num_means
+from .resident_pages import ResidentPages
 
 if TYPE_CHECKING:
     from .triton_launchers import Launchers
@@ -105,6 +108,13 @@ def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, 
     (reference if launch is None else launch).merge_into(partials, sinks, out)
 
 
+def gather_tokens(pages: ResidentPages, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, num_tokens, Dk] and values of the first tokens of `pages`. Only kernels find pages by address."""
+    launch = launchers(pages.rows.device)
+    assert launch is not None
+    return launch.gather_tokens(pages, num_tokens)
+
+
 def choose_blocks(
     query_means: Tensor, key_means: Tensor, scale: float, top_p: float, first: int, dense_from: int
 ) -> BlockLists:
@@ -121,6 +131,19 @@ def attend_blocks(
     launch = launchers(query.device)
     chosen = reference_blocks if launch is None else launch
     return chosen.attend_blocks(query, keys, values, lists, scale, first, causal)
+
+
+def attend_resident_blocks(
+    query: Tensor, pages: ResidentPages, lists: BlockLists, num_dense: int, scale: float, sinks: Tensor | None, out: Tensor
+) -> None:  # fmt: skip
+    """`attend_blocks` of all tokens held, merged with `sinks` into `out`. Only kernels find pages by address.
+
+    Args:
+        num_dense: last query blocks that list everything.
+    """
+    launch = launchers(query.device)
+    assert launch is not None
+    launch.attend_resident_blocks(query, pages, lists, num_dense, scale, sinks, out)
 
 
 def bisect(points: Tensor, page_size: int) -> Tensor:
@@ -147,8 +170,9 @@ def fill_clusters(points: Tensor, cluster_tokens: int, page_size: int) -> tuple[
 
 
 __all__ = [
-    "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "admit_pages", "apply_attention_sinks", "attend", "attend_blocks", "bisect",
-    "block_means", "choose_blocks", "dense_attention", "fill_clusters", "fused_attention", "launchers", "list_pages",
-    "merge_attention", "merge_into", "move_tokens", "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens",
-    "quantize", "rows_to_put", "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+    "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "ResidentPages", "admit_pages", "apply_attention_sinks", "attend",
+    "attend_blocks", "attend_resident_blocks", "bisect", "block_means", "choose_blocks", "dense_attention", "fill_clusters",
+    "fused_attention", "gather_tokens", "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens",
+    "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens", "quantize", "rows_to_put", "score_bins",
+    "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
     causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads, unless the kernel
                   takes fewer heads of keys (cuDNN, flash on a GPU)
-    not causal    earlier tokens, without a mask: the query heads of a KV head become more queries
+    not causal    earlier tokens, without a mask: the query heads of a KV head become more queries, unless there are many
+                  queries and the kernel takes fewer heads of keys; then queries are not copied
 
 torch chooses the kernel (cuDNN, flash, memory-efficient) by device, dtype and shapes, as for `scaled_dot_product_attention`.
 The kernel is called directly, because that function does not return the log-sum-exp. Instead of cuDNN small products get flash:
@@ -24,6 +25,8 @@ from .reference import attend, merge_attention
 
 MOST_PARTIALS = 6
 """Most partial results that are merged at a time. Each takes as much memory as the output."""
+_TILE_QUERIES = 128
+"""Queries that a program of a fused kernel takes. Fewer of one head leave it idle in part."""
 _LEAST_CUDNN = 4e11
 """Floating-point operations of a call from which cuDNN is used. It prepares a new shape for 17 ms. On an H200 it does 560
 TFLOP/s and flash 325, which makes up for that in 32 layers of so many operations: 7,000 new tokens of an 8B model."""
@@ -56,18 +59,21 @@ def fused_attention(
             fused_attention(query, *side, scale, last, softcap) for side, last in zip(sides, (False, True), strict=True)
         ])  # fmt: skip
     group, dim = query.shape[2], values.shape[3]
-    heads = query.flatten(1, 2) if causal else query.flatten(2, 3)
-    q, k, v = (_padded(states) for states in (heads, keys, values))
+    apart = causal or (group > 1 and num_queries >= _TILE_QUERIES)
+    q, k, v = (_padded(states) for states in (query.flatten(1, 2) if apart else query.flatten(2, 3), keys, values))
     kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
-    if kernel is None and softcap is None and causal and group > 1:
-        k, v = (states.repeat_interleave(group, 1) for states in (k, v))
+    if kernel is None and softcap is None and apart and group > 1:
+        if causal:
+            k, v = (states.repeat_interleave(group, 1) for states in (k, v))
+        else:
+            q, apart = _padded(query.flatten(2, 3)), False
         kernel = _chosen_kernel(q, k, v, scale, causal)
     if kernel is None:
         mask = torch.ones((num_queries if causal else 1, num_tokens), dtype=torch.bool, device=query.device)
         return attend(query, keys, values, (mask.tril() if causal else mask)[None, None, None], scale, softcap)
     out, lse = kernel(q, k, v, scale, causal)
-    out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : heads.shape[2]].float()
-    grouped, index = (query.shape[1:3], 1) if causal else (query.shape[2:4], 2)
+    out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2]].float()
+    grouped, index = (query.shape[1:3], 1) if apart else (query.shape[2:4], 2)
     return out.unflatten(index, grouped), lse.unflatten(index, grouped)
 
 

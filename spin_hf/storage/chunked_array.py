@@ -107,10 +107,8 @@ class ChunkedArray:
         Allocated on first use. The tensor stays the same; growing and moving the array write to it.
         """
         if self._table is None:
-            with allocating("an address table", 8 * MAX_CHUNKS):
-                table = outside_inference_mode(torch.zeros)(MAX_CHUNKS, dtype=torch.int64, device=self.compute_device)
-                self._write_addresses(table, 0, self.chunks)
-            self._table = table
+            make_tables([self])
+        assert self._table is not None
         return self._table
 
     def grow(self, num_rows: int, expected: int = 0) -> None:
@@ -345,6 +343,20 @@ class ChunkedArray:
         if table is not None and chunks:
             with allocating("addresses of pages", 8 * len(chunks)):
                 table[first : first + len(chunks)].copy_(chunks.addresses(), non_blocking=True)
+
+
+def make_tables(arrays: list[ChunkedArray]) -> None:
+    """Allocate the address tables that arrays of one compute device lack, with three launches for all of them."""
+    missing = [array for array in arrays if array._table is None]
+    if not missing:
+        return
+    shape, device = (len(missing), MAX_CHUNKS), missing[0].compute_device
+    held = torch.nn.utils.rnn.pad_sequence([array.chunks.addresses() for array in missing], batch_first=True)
+    with allocating("address tables", 8 * MAX_CHUNKS * len(missing)):
+        made = outside_inference_mode(torch.zeros)(shape, dtype=torch.int64, device=device)
+        made[:, : held.shape[1]].copy_(held, non_blocking=True)
+    for array, table in zip(missing, made, strict=True):
+        array._table = table
 
 
 def _chunks_per_slab(chunk_bytes: int, slab_bytes: int) -> int:

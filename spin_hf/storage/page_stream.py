@@ -1,6 +1,6 @@
 """Reads the earlier tokens of a layer in pieces, for attention to all of them.
 
-    pages in the compute tier    gathered piece by piece
+    pages in the compute tier    gathered piece by piece, in one launch; or read where they are (`resident_pages`)
     pages in host memory         copied by the copy engine on a second stream, into one of two buffers in turn
 
         copy stream      | load 0 | load 1 |        | load 2 |        | ...
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import kernels
+from ..kernels import ResidentPages
 from .page_store import PageStore
 from .page_table import SEGMENT_PAGES, segments_of
 
@@ -48,13 +50,43 @@ class TokenStream:
         store = self.store
         for index, (first, last) in enumerate(self.ranges):
             loads, start = self.loads, first * store.page_size
-            content = store.backing.take(store.rows(first, last)) if loads is None else loads.wait_for(index)
-            keys, values = (
-                states.flatten(2, -2)[:, :, : self.stop - start] for states in store.backing_layout.take(content)
-            )
+            num_tokens = min(last * store.page_size, self.stop) - start
+            if loads is None:
+                keys, values = gather(store, first, num_tokens)
+            else:
+                keys, values = _tokens_of(store, loads.wait_for(index), num_tokens)
             yield start, keys, values
             if loads is not None:
                 loads.release(index)
+
+
+def resident_pages(store: PageStore, first: int, stop: int) -> ResidentPages | None:
+    """Pages [first, stop) where they are; None if they are not in the compute tier, or no kernels serve it.
+
+    Args:
+        first: the first page of a segment.
+    """
+    if store.frames is not None or store.backing.is_registered or kernels.launchers(store.device) is None:
+        return None
+    return ResidentPages(
+        store.backing.address_table, store.rows(first, stop), store.backing.rows_per_chunk, SEGMENT_PAGES,
+        store.page_size, store.key_dim, store.value_dim, store.dtype,
+    )  # fmt: skip
+
+
+def gather(store: PageStore, first: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, num_tokens, Dk] and values [B, H, num_tokens, Dv] from page `first` on, the first page of a segment."""
+    stop = first + -(-num_tokens // store.page_size)
+    pages = resident_pages(store, first, stop)
+    if pages is not None:
+        return kernels.gather_tokens(pages, num_tokens)
+    return _tokens_of(store, store.backing.take(store.rows(first, stop)), num_tokens)
+
+
+def _tokens_of(store: PageStore, content: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first tokens of pages [B, H, ..., page elements], in the layout of the backing."""
+    keys, values = (states.flatten(2, -2)[:, :, :num_tokens] for states in store.backing_layout.take(content))
+    return keys, values
 
 
 def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:

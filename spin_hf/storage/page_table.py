@@ -198,9 +198,10 @@ class PageTable(SegmentTables):
         """Row ids of all pages: [B, num_heads, pages of all segments], int64. Pages beyond `num_pages` are unused."""
         rows = self._rows.get((num_heads, device))
         if rows is None:
-            segments = torch.tensor(self.directory, dtype=torch.int64).view(self.batch_size, 1, -1, 1)
-            heads = torch.arange(num_heads).view(1, -1, 1, 1)
-            rows = ((segments * num_heads + heads) * SEGMENT_PAGES + torch.arange(SEGMENT_PAGES)).flatten(2).to(device)
+            segments = torch.tensor(self.directory, dtype=torch.int64).to(device, non_blocking=True)
+            heads, pages = (torch.arange(number, device=device) for number in (num_heads, SEGMENT_PAGES))
+            first = segments.view(self.batch_size, 1, -1, 1) * num_heads + heads.view(1, -1, 1, 1)
+            rows = (first * SEGMENT_PAGES + pages).flatten(2)
             self._rows[num_heads, device] = rows
         return rows
 

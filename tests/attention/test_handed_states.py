@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from spin_hf import SpinCache
+from spin_hf.attention import handed_states
+from spin_hf.backends import dense
 from spin_hf.errors import AttentionError
 from tests.support.zoo import build_model, oracle_model, random_tokens
 
@@ -113,3 +115,33 @@ def test_a_call_without_the_cache_after_an_interruption() -> None:
         model(ids, past_key_values=cache)
     logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits, oracle_model("llama")(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_output_takes_over_a_result(mode: Any) -> None:
+    """Only a fresh one, once, and only a result in its own layout and dtype."""
+    with mode():
+        out = handed_states.fresh_output(torch.zeros(2, 3, 5, 8), torch.zeros(2, 1, 5, 4))
+        assert out.shape == (2, 5, 3, 4)
+        result = torch.rand(2, 5, 3, 4)
+        assert not handed_states.take_over(torch.empty_like(out), result)
+        assert not handed_states.take_over(out, result.double())
+        assert not handed_states.take_over(out, torch.rand(2, 3, 5, 4).transpose(1, 2))
+        before = out.data_ptr()
+        assert handed_states.take_over(out, torch.cat([result, result])[2:])
+        assert out.data_ptr() != before
+        assert torch.equal(out, result)
+        assert not handed_states.take_over(out, result)
+
+
+@torch.no_grad()
+def test_a_whole_prompt_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first forward of a prompt has one result; with earlier tokens there are several, which are merged."""
+    model, merges = build_model("llama"), []
+    merge = dense.kernels.merge_into
+    monkeypatch.setattr(dense.kernels, "merge_into", lambda *given: merges.append(len(given[0])) or merge(*given))
+    cache = SpinCache(model, budget=EVERYTHING)
+    model(random_tokens(2, 40), past_key_values=cache)
+    assert not merges
+    model(random_tokens(2, 40, seed=1), past_key_values=cache)
+    assert merges == [2] * len(cache.paged_layers)

@@ -17,10 +17,12 @@ from transformers import DynamicCache
 
 from spin_hf import CapacityError, SpinCache
 from spin_hf.graph import prompt_reader
+from spin_hf.graph.model_calls import ModelCalls
 from tests.support import more_families
 from tests.support.all_modes import MODES
 from tests.support.compare import RELATIVE_TOLERANCE, Trace, assert_same, difference
 from tests.support.families import FAMILIES
+from tests.support.inspection import state_of
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.subjects import SpinSubject, dense_subject
 from tests.support.zoo import build_model, left_padded, random_tokens
@@ -281,6 +283,68 @@ def test_prefill_chunk_size_of_generate_takes_the_same_path(divided: list[int]) 
         ours = model.generate(ids, past_key_values=cache, max_new_tokens=5, prefill_chunk_size=20)
         assert torch.equal(ours, model.generate(ids, max_new_tokens=5))
     assert not divided
+
+
+@pytest.mark.parametrize("gpu_memory", ["auto", "600kB"])
+def test_memory_for_chunks_of_generate_is_reserved_with_the_first(gpu_memory: str) -> None:
+    """`generate` is given the whole prompt, so its chunks are expected. An interrupted prompt gives back what did not come."""
+    model, ids = copy.deepcopy(build_model("llama")), random_tokens(2, 1300, seed=2)
+    cache = SpinCache(model, "shadowkv", gpu_memory=gpu_memory, **SMALL_ZONES)
+    sizes: list[Any] = []
+
+    def note(*_: Any) -> None:
+        store = cache.paged_layers[0].store
+        assert store is not None
+        sizes.append((store.num_segments, None if store.frames is None else store.frames.slots))
+        if len(sizes) == 3 and interrupted:
+            raise KeyboardInterrupt
+
+    interrupted, given = False, dict(past_key_values=cache, max_new_tokens=1, prefill_chunk_size=100)
+    hook = model.model.layers[1].register_forward_pre_hook(note)
+    model.generate(ids, **given)
+    assert len(sizes) == 13
+    assert len(set(sizes)) == 1
+    assert (sizes[0][1] is None) == (gpu_memory == "auto")
+    cache.check_integrity()
+    cache.reset()
+    sizes.clear()
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, **given)
+    hook.remove()
+    assert cache.get_seq_length() == 200
+    store = cache.paged_layers[0].store
+    assert store is not None
+    assert store.num_segments == len(state_of(cache).sequences.refcounts)
+    assert state_of(cache).sequences.expected_tokens == 0
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_of_a_prompt_that_generate_divides_is_read_once(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding no chunk gets a mask, so none waits for the one before. With it all do."""
+    model = copy.deepcopy(build_model("llama"))
+    ids, mask = left_padded([61, 50 if padded else 61])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=6)
+    cache = SpinCache(model, budget=1 << 20)
+    seen: list[Any] = []
+    original = ModelCalls.run
+
+    def noted(forward: Any) -> Any:
+        def noting(**given: Any) -> Any:
+            seen.append(given.get("attention_mask"))
+            return forward(**given)
+
+        return noting
+
+    monkeypatch.setattr(
+        ModelCalls, "run", lambda self, module, forward, *rest: original(self, module, noted(forward), *rest)
+    )
+    found = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=20)
+    assert torch.equal(found, expected)
+    chunks = seen[:4]
+    assert [each is None for each in chunks] == [not padded] * 4
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize(("tokens", "size", "wanted"), [

@@ -39,7 +39,8 @@ def in_float64(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "sizes", [(64, 64, 128), (513, 513, 128), (200, 1700, 64), (33, 700, 80), (1, 300, 128), (40, 90, 12)]
+    "sizes",
+    [(64, 64, 128), (513, 513, 128), (200, 1700, 64), (256, 4096, 128), (33, 700, 80), (1, 300, 128), (40, 90, 12)],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_fused_attention(causal: bool, sizes: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.kernels import reference_blocks
+from tests.support.blocks_of_prompts import in_pages
 from tests.support.zoo import build_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -64,6 +65,42 @@ def test_kernels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         found = wanted_lse.isfinite()
         assert torch.equal(found, lse.isfinite())
         assert float((lse.double() - wanted_lse)[found].abs().max()) <= 1e-3
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages_where_they_are(shape: tuple[int, ...], dtype: torch.dtype, page_size: int) -> None:
+    """The kernel that reads pages in place, and the gathered tokens, which are the pages' own."""
+    from spin_hf.kernels.prompt import attend_resident_blocks, gather_tokens
+
+    query, keys, values = states(shape, dtype)
+    batch, _, group, first, queries, dim = shape
+    scale, start = 1 / math.sqrt(dim), 128 * first
+    pages, chunks = in_pages(keys.cpu(), values.cpu(), page_size)
+    chunks = [chunk.cuda() for chunk in chunks]
+    table = torch.tensor([chunk.data_ptr() for chunk in chunks], device="cuda")
+    pages = pages._replace(table=table, rows=pages.rows.cuda())
+    for tokens in (keys.shape[2], keys.shape[2] - 3):
+        gathered = gather_tokens.gather_tokens(pages, tokens)
+        assert torch.equal(gathered[0], keys[:, :, :tokens])
+        assert torch.equal(gathered[1], values[:, :, :tokens])
+    means = reference_blocks.block_means(query.flatten(1, 2)), reference_blocks.block_means(keys)
+    dense = first + -(-queries // 128) - 2
+    lists = reference_blocks.choose_blocks(*means, scale, 0.7, first, dense)
+    sinks = torch.linspace(-1, 3, query.shape[1] * group, device="cuda", dtype=dtype)
+    out = torch.full((batch, queries, query.shape[1] * group, dim), float("nan"), dtype=dtype, device="cuda")
+    attend_resident_blocks.attend_resident_blocks(query, pages, lists, 2, scale, sinks, out)
+    columns = lists.blocks.shape[3]
+    mask = lists.mask(columns).repeat_interleave(128, 3)[..., : keys.shape[2]].repeat_interleave(128, 2)[:, :, :queries]
+    tokens = torch.arange(keys.shape[2], device="cuda")
+    mask = (mask & (tokens <= tokens[start:].unsqueeze(1))).unflatten(1, query.shape[1:3])
+    scores = (query.double() @ keys.double().unsqueeze(2).mT * scale).masked_fill(~mask, float("-inf"))
+    sink = sinks.double().view(1, -1, group, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    wanted = (weights @ values.double().unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    tolerance = 4 * max(torch.finfo(dtype).eps, 3e-6) * float(wanted.abs().max())
+    assert float((out.double() - wanted).abs().max()) <= tolerance
 
 
 @torch.no_grad()

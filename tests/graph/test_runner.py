@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from spin_hf import Bisection, SpinCache
 from spin_hf.backends.descriptors import Descriptors
+from spin_hf.graph import runner
 from tests.support.clustering_methods import clustering_often, little_slack
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import kernels_of, lower_cap, state_of
@@ -347,3 +349,44 @@ def test_the_next_descriptor_is_written_behind_the_launch(monkeypatch: pytest.Mo
         model(torch.full((2, 1), 5), past_key_values=cache)
     assert recorder.replays == 3
     assert [replays for replays in written if replays] == [1, 2, 3]  # once a step, and behind its launch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("computing", [True, False])
+def test_the_model_is_looked_at_while_a_gpu_reads_the_prompt(computing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else with the first step. A change in between is seen all the same."""
+    model = deepcopy(build_model("llama")).eval()
+    recorder = capture_on_cpu(monkeypatch)
+    monkeypatch.setattr(runner, "_is_computing", lambda kernels: computing)
+    guards: list[str] = []
+    make = runner.ModelGuard.__init__
+    now = ["prompt"]
+    monkeypatch.setattr(
+        runner.ModelGuard, "__init__", lambda self, model: (guards.append(now[0]), make(self, model))[1]
+    )
+    cache = SpinCache(model, **OPTIONS)
+    model(_inputs()["input_ids"], past_key_values=cache)
+    now[0] = "steps"
+    for _ in range(3):
+        model(torch.full((2, 1), 5), past_key_values=cache)
+    assert guards == ["prompt" if computing else "steps"]
+    assert recorder.replays == 2
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(model.model.layers[0].mlp.up_proj.weight * 2)
+    model(torch.full((2, 1), 5), past_key_values=cache)
+    assert len(guards) == 2
+    assert recorder.replays == 3, "replayed first, and then rolled back"
+    cache.check_integrity()
+
+
+def test_when_a_gpu_is_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = [SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda:0")]
+    capturing, idle = [False], [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle[0]))
+    assert runner._is_computing(on)
+    assert not runner._is_computing([])
+    assert not runner._is_computing(on[:1])
+    capturing[0] = True
+    assert not runner._is_computing(on)
+    capturing[0], idle[0] = False, True
+    assert not runner._is_computing(on)

@@ -50,6 +50,7 @@ def test_the_gpus_of_a_model() -> None:
     assert device_map.gpus_of(tiny_llama()) == []
     model = _hooked(1, 0)
     assert device_map.gpus_of(model) == [GPU[1], GPU[0]]
+    assert device_map.uses_a_gpu(model)
     assert may_be_captured(model)
     assert not may_be_captured(tiny_llama())
 

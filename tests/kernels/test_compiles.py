@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton exists f
 BEFORE_AMPERE_BY_FORMULAS = {
     "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
     "encode_pages_kernel", "weigh_blocks_kernel", "list_blocks_kernel", "attend_blocks_kernel",
+    "block_addresses_kernel", "attend_resident_blocks_kernel",
 }  # fmt: skip
 """Without tensor cores their matrices do not fit the shared memory."""
 

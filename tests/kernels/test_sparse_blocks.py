@@ -13,30 +13,11 @@ import torch
 from spin_hf.kernels import reference_blocks
 from spin_hf.kernels.reference import attend, merge_attention
 from spin_hf.kernels.reference_blocks import BlockLists, attend_blocks, block_means, choose_blocks
+from tests.support.blocks_of_prompts import SHAPES, means_of, states
 
 INTERPRETED = pytest.mark.skipif(
     sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the kernels themselves"
 )
-SHAPES = [
-    # batch, KV heads, group, earlier blocks, queries, key dim, value dim
-    (1, 2, 3, 0, 512, 16, 16), (2, 1, 1, 3, 300, 20, 12), (1, 2, 4, 5, 256, 32, 32), (1, 1, 2, 2, 17, 16, 8),
-]  # fmt: skip
-
-
-def states(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values, in which some blocks matter much more than others."""
-    batch, heads, group, earlier, queries, key_dim, value_dim = shape
-    generator = torch.Generator().manual_seed(seed)
-    tokens = 128 * earlier + queries
-    topics = 3 * torch.randn((tokens // 16 + 1, key_dim), generator=generator).repeat_interleave(16, 0)[:tokens]
-    keys = torch.randn((batch, heads, tokens, key_dim), generator=generator) + topics
-    query = torch.randn((batch, queries, heads, group, key_dim), generator=generator).permute(0, 2, 3, 1, 4)
-    query = query + topics.roll(40, 0)[-queries:]
-    return query, keys, torch.randn((batch, heads, tokens, value_dim), generator=generator)
-
-
-def means_of(query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return block_means(query.flatten(1, 2)), block_means(keys)
 
 
 def brute_force(

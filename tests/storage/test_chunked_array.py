@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray, Conversion
+from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray, Conversion, make_tables
 from tests.support.chunked_arrays import CPU, CUDA, Reserve, content, filled, registered
 from tests.support.fake_registrar import FakeRegistrar
 
@@ -121,6 +121,24 @@ def test_deepcopy_has_a_table_of_its_own() -> None:
     assert twin.address_table.tolist() == addresses(twin)
     twin.grow(30)
     assert table.tolist() == addresses(array)
+
+
+def test_address_tables_of_several_arrays() -> None:
+    """Those that an array has already stay as they are; the others follow growth in place."""
+    arrays = [ChunkedArray((3,), 4, torch.float32, CPU) for _ in range(4)]
+    for array, rows in zip(arrays, (9, 0, 30, 5), strict=True):
+        array.grow(rows)
+    held = arrays[3].address_table
+    make_tables(arrays)
+    tables = [array.address_table for array in arrays]
+    assert tables[3] is held
+    for array in arrays:
+        array.grow(41)
+    for array, table in zip(arrays, tables, strict=True):
+        assert array.address_table is table
+        assert table.tolist() == addresses(array)
+    make_tables(arrays)
+    assert all(array.address_table is table for array, table in zip(arrays, tables, strict=True))
 
 
 def test_more_chunks_than_the_table_has() -> None:

@@ -173,12 +173,13 @@ def pretend(capability: int, every: bool) -> Compiler:
 
 
 def generate(
-    dtype: torch.dtype, method: Any, padded: bool = False, **options: Any
+    dtype: torch.dtype, method: Any, padded: bool = False, turn: int = 0, **options: Any
 ) -> None:  # fmt: skip
-    """A prompt, a step, and the summary of a page that a captured step completes."""
-    kv = RandomKV.random(SHAPE, 1, PROMPT + 1, 0).to(dtype)
+    """A prompt, a second one of `turn` tokens, a step, and the summary of a page that a captured step completes."""
+    length = PROMPT + turn
+    kv = RandomKV.random(SHAPE, 1, length + 1, 0).to(dtype)
     driver = CacheDriver(SHAPE, **{"recent_window": 16, "budget": 256, "method": method, **options})
-    for start, stop in [(0, PROMPT), (PROMPT, PROMPT + 1)]:
+    for start, stop in [(0, PROMPT), *[(PROMPT, length)][:turn], (length, length + 1)]:
         driver.step(kv, start, stop, torch.arange(stop)[None] >= 11 if padded else None)
     (step,) = kernels_of(driver.cache)  # kernels serve the method
     index_completed(step, [layer.state for layer in driver.cache.paged_layers])
@@ -236,7 +237,8 @@ def launch_all(dtype: torch.dtype) -> None:
     """Every method, and every layout of pages, summaries and masks, once each: all combinations would take very long."""
     sinks = torch.zeros(SHAPE.heads, dtype=dtype)
     generate(dtype, ShadowKV())
-    generate(dtype, ShadowKV(), prefill="sparse")
+    generate(dtype, ShadowKV(), prefill="sparse", turn=100)
+    generate(dtype, ShadowKV(), prefill="sparse", gpu_memory=PAGE_FRAMES * dtype.itemsize // 4)
     generate(dtype, Bisection(), gpu_memory=PAGE_FRAMES)
     generate(dtype, ShadowKV(), budget=2 * PROMPT)
     generate(dtype, Quest(0), budget=2 * PROMPT, padded=True, softcap=30.0, sink_logits=sinks)

@@ -4,6 +4,7 @@
     masked     only the query block's own keys: all other listed blocks are earlier, and complete
 
 The sizes of a program follow from the shared memory. Keys and values of listed blocks are loaded ahead by the pipeline.
+`attend_resident_blocks.py` does the same on pages where they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, BlockLists
 from .choose_blocks import LEAST_COLUMNS
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
+_SPARED = 2048
+"""Bytes that reductions and weights leave free of those that `device_limits.shared_memory` spares for them: they are in
+registers where the largest tiles fit."""
 
 
 def attend_blocks(
@@ -33,11 +37,11 @@ def attend_blocks(
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
     blocks, columns = lists.blocks.shape[2:]
     width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
-    rows, tile, stages = _sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
+    rows, tile, stages = tile_sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
     with on_device_of(query):
         attend_blocks_kernel[(blocks * (BLOCK_TOKENS // rows), batch_size * num_heads * group)](
             query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
-            out, lse, scale * _LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
+            out, lse, scale * LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
             DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
             LISTED=max(LEAST_COLUMNS, power_of_two(columns)),
             CAUSAL=causal, STAGES=stages, num_warps=8 if rows == BLOCK_TOKENS else 4,
@@ -45,8 +49,12 @@ def attend_blocks(
     return out, lse
 
 
-def _sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
+def tile_sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> tuple[int, int, int]:
     """Queries of a program, keys per tile and pipeline stages that fit the shared memory."""
+    rows, tile, stages = 128, 128, 3
+    ahead = (rows * width_k + stages * tile * (width_k + width_v)) * item_bytes
+    if max(width_k, width_v) <= 128 and ahead <= shared_memory + _SPARED:
+        return rows, tile, stages
     sizes = [(128, 128, 2), (128, 64, 2), (128, 32, 2), (64, 32, 2), (64, 16, 1)]
     for rows, tile, stages in sizes[3 if max(width_k, width_v) > 128 else 0 :]:
         if (rows * (width_k + tile) + stages * tile * (width_k + width_v)) * item_bytes <= shared_memory:
@@ -55,14 +63,18 @@ def _sizes(width_k: int, width_v: int, item_bytes: int, shared_memory: int) -> t
 
 
 @triton.jit
-def _add_tile(
-    queries, keys, values, key_n, value_n, scale, token, stop, own, top, total, acc,
+def add_tile(
+    queries, key_rows, value_rows, scale, token, stop, own, top, total, acc,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add keys `token` to the online softmax. With MASKED only those before `stop`, and not behind the query `own`."""
+    """Add the keys and values at these addresses to the online softmax.
+
+    Args:
+        token: with MASKED, indices of the keys. Only those before `stop`, and not behind the query `own`, are added.
+    """
     column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    key_at = keys + token[None, :] * key_n + column_k[:, None]
-    value_at = values + token[:, None] * value_n + column_v[None, :]
+    key_at = key_rows[None, :] + column_k[:, None]
+    value_at = value_rows[:, None] + column_v[None, :]
     if MASKED:
         tile_k = tl.load(key_at, mask=(token < stop)[None, :] & (column_k < DK)[:, None], other=0.0)
         tile_v = tl.load(value_at, mask=(token < stop)[:, None] & (column_v < DV)[None, :], other=0.0)
@@ -129,16 +141,16 @@ def attend_blocks_kernel(
     for i in tl.range(0, earlier * PARTS, num_stages=STAGES):
         block = tl.load(entries + begin + i // PARTS) - first_key_block
         token = block.to(tl.int64) * BLOCK + (i % PARTS) * TILE + tl.arange(0, TILE)
-        top, total, acc = _add_tile(
-            queries, keys, values, key_n, value_n, scale, token, num_keys, position, top, total, acc, DK, DV, BLOCK_K,
-            BLOCK_V, False,
+        top, total, acc = add_tile(
+            queries, keys + token * key_n, values + token * value_n, scale, token, num_keys, position, top, total, acc,
+            DK, DV, BLOCK_K, BLOCK_V, False,
         )  # fmt: skip
     if CAUSAL:
         for i in range(0, PARTS):
             token = index.to(tl.int64) * BLOCK + i * TILE + tl.arange(0, TILE)
-            top, total, acc = _add_tile(
-                queries, keys, values, key_n, value_n, scale, token, num_keys, position, top, total, acc, DK, DV, BLOCK_K,
-                BLOCK_V, True,
+            top, total, acc = add_tile(
+                queries, keys + token * key_n, values + token * value_n, scale, token, num_keys, position, top, total,
+                acc, DK, DV, BLOCK_K, BLOCK_V, True,
             )  # fmt: skip
     found = total > 0.0
     acc = acc / tl.where(found, total, 1.0)[:, None]

@@ -39,9 +39,9 @@ def merge_into(partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, 
 def _merge(
     partials: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None, out: Tensor, merged_lse: Tensor | None
 ) -> None:  # fmt: skip
-    padded = [*partials, *[partials[-1]] * (MOST_PARTIALS - len(partials))]  # one variant of the kernel for all numbers
-    outs = tuple(each if each.stride(-1) == 1 else each.contiguous() for each, _ in padded)
-    lses = tuple(lse.contiguous() for _, lse in padded)
+    rows = [(each if each.stride(-1) == 1 else each.contiguous(), lse.contiguous()) for each, lse in partials]
+    padded = rows + rows[-1:] * (MOST_PARTIALS - len(rows))  # one variant of the kernel for all numbers
+    outs, lses = tuple(out for out, _ in padded), tuple(lse for _, lse in padded)
     batch_size, num_heads, group, num_queries, dim = outs[0].shape
     blocks = triton.cdiv(num_queries, _BLOCK_QUERIES)
     with on_device_of(out):
