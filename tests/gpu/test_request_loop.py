@@ -53,13 +53,13 @@ def test_seeds() -> None:
 def test_steps_and_prompts_that_run_out_of_memory_shrink_the_batch() -> None:
     model = build_model("llama").cuda().eval()
     expected = [alone(model, prompt) for prompt in prompts()]
-    with RequestLoop(model, budget=4096, max_rows=4) as loop:
+    with RequestLoop(model, budget=4096, max_rows=4, max_slowdown=None) as loop:  # all prompts are read first
         step, fails = loop.scheduler.batch.step, [True] * 12
 
-        def failing(tokens: dict[int, int]) -> torch.Tensor:
+        def failing(tokens: dict[int, int], ids: torch.Tensor | None) -> torch.Tensor:
             if len(tokens) > 2 and fails and fails.pop():
                 raise torch.OutOfMemoryError("a step")
-            return step(tokens)
+            return step(tokens, ids)
 
         loop.scheduler.batch.step = failing  # type: ignore[method-assign]
         handles = [loop.submit(prompt, max_new_tokens=NEW) for prompt in prompts()]
