@@ -17,7 +17,8 @@ import pytest
 from spin_hf.persistence.prefix_index import IndexFormatError, PrefixIndex
 
 BLOCK = 4
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["spin_hf.persistence.prefix_index"])  # imports torch once
 
 
 @pytest.fixture(params=["file", "memory"])

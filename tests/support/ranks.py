@@ -63,7 +63,10 @@ class RankPool:
         """
         from tests.support.rank_worker import work
 
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("spawn")
+        if self.device == "cpu":  # what takes seconds to import is imported once
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch.distributed", "transformers"])
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             numbers = len(self.workers), self.backend, self.device
