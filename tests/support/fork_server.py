@@ -60,7 +60,7 @@ class Program:
     def __init__(self, source: str, arguments: list[str]) -> None:
         self.returncode: int | None = None
         pipes = os.pipe(), os.pipe()
-        self.stdout, self.stderr = (open(read, encoding="utf-8") for read, _ in pipes)
+        self.stdout, self.stderr = (os.fdopen(read, encoding="utf-8") for read, _ in pipes)
         self.pid = _server().ask(json.dumps([source, arguments]).encode(), [write for _, write in pipes])
         for _, write in pipes:
             os.close(write)
