@@ -53,7 +53,7 @@ def assert_sound(folder: Path) -> int:
     return stats.entries
 
 
-@pytest.mark.parametrize(("processes", "seconds"), [(2, 4.0), pytest.param(8, 30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "seconds"), [(2, 2.0), pytest.param(8, 30.0, marks=pytest.mark.slow)])
 def test_at_once(processes: int, seconds: float, tmp_path: Path) -> None:
     running = [started(_PROGRAM, tmp_path, number, seconds) for number in range(processes)]
     printed = [process.communicate(timeout=600) for process in running]

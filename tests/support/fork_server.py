@@ -1,11 +1,12 @@
-"""Programs in processes of their own, without the seconds that each would take to import torch and transformers.
+"""Processes that need not import torch and transformers, which takes seconds: they are forked from one that has done so.
 
     test  --fork_server-->  server: has imported torch and transformers, and waits
             program           |  os.fork()
             pipes             v
                            child: runs the program as `python -c` does, to the end of its interpreter
 
-spin_hf is imported by the program itself. A `Program` is used as a `subprocess.Popen` with pipes.
+spin_hf is imported by the program itself. A `Program` is used as a `subprocess.Popen` with pipes. `context` is the same for
+functions: processes of `multiprocessing`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -21,11 +23,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = ["torch.distributed", "transformers.models.llama.modeling_llama", "transformers.generation.utils"]
 _SERVER = """
-import json, os, socket, struct, sys
-import torch, transformers.models.llama.modeling_llama, transformers.generation.utils
+import json, os, socket, struct, sys, torch
 torch.set_num_threads(1)
 requests = socket.socket(fileno=int(sys.argv[1]))
 while True:
@@ -93,7 +96,8 @@ class Program:
 class _Server:
     def __init__(self) -> None:
         self.requests, theirs = socket.socketpair()
-        command = [sys.executable, "-W", "ignore", "-c", _SERVER, str(theirs.fileno())]
+        program = f"import {', '.join(IMPORTED)}\n{_SERVER}"
+        command = [sys.executable, "-W", "ignore", "-c", program, str(theirs.fileno())]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         atexit.register(self.close)
@@ -118,6 +122,14 @@ class _Server:
 @functools.cache
 def _server() -> _Server:
     return _Server()
+
+
+@functools.cache
+def context() -> Any:
+    """`multiprocessing`, for functions instead of programs."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(IMPORTED)
+    return made
 
 
 def started(source: str, *arguments: object) -> Program:
