@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from typing import Any
@@ -109,6 +110,7 @@ def test_types_are_shared_and_wrong_ones_refused() -> None:
     assert one is language.block_type(language.float32, [2, 4]).with_element_ty(language.int32)
     assert one != language.block_type(language.int32, [4, 2])
     assert one != language.block_type(language.uint32, [2, 4])
+    assert copy.copy(one) == one
     pointers = [language.block_type(language.pointer_type(language.int32, 1, const), [4]) for const in (False, True)]
     assert pointers[0] != pointers[1]
     for shape, error in (([3], ValueError), ([2.0], TypeError), ([], TypeError), ([1 << 21], ValueError)):

@@ -51,7 +51,7 @@ def _share_block_types(core: Any) -> None:
             key.append(size)
         return (*key,)
 
-    def find(cls: Any, element_ty: Any, shape: Any) -> Any:
+    def find(cls: Any, element_ty: Any = None, shape: Any = None) -> Any:  # a copy gives neither
         found = made.get(key_of(element_ty, shape)) if cls is block_type else None
         return object.__new__(cls) if found is None else found
 
