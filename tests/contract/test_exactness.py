@@ -110,7 +110,7 @@ def _paged(family: str, mode: str, **options: Any) -> None:
     assert all(each.cpu_bytes > 0 for each in stats)
 
 
-@cases(PAGED, ["llama"], ["beam_search", "crop"])
+@cases(PAGED, ["llama"], ["crop"])
 def test_paged(family: str, mode: str) -> None:
     _paged(family, mode)
 
