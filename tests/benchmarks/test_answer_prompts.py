@@ -18,6 +18,7 @@ from benchmarks.common.rows_file import Rows
 from benchmarks.quality import answer_prompts
 from benchmarks.quality.answer_prompts import Answerer, Job, answered, cell_of, jobs_of, parse
 from benchmarks.quality.prompt_files import PromptFile, StoredPrompt
+from tests.support import fork_server
 from tests.support.tiny_llama import tiny_llama
 
 CELLS = [("fitted", 64), ("fitted", 1), ("shadowkv", 16), ("oracle", 16)]
@@ -147,6 +148,7 @@ def test_processes_answer_as_one_does(model_folder: Path, monkeypatch: pytest.Mo
     words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model_folder)
     options = (str(model_folder), "float32", "cpu")
+    monkeypatch.setattr(answer_prompts, "get_context", lambda _: fork_server.context())
     jobs = [Job(0, _prompt("a", index), 2048, CELLS[:1], math.inf) for index in range(2)]
     jobs += [Job(0, _prompt("b", 0), 2048, [("no method", 64)], math.inf)]
     jobs += [Job(0, _prompt("b", 1), 2048, CELLS[:1], time.monotonic())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,53 @@ def measure(run: Run, part: str) -> dict[str, dict[str, Any]]:
     return dict(prefixes.PARTS[part](run))
 
 
-def test_prefill(run: Run) -> None:
-    rows = measure(run, "prefill")
+@dataclass
+class Measured:
+    """Parts that are measured once, for all tests."""
+
+    run: Run
+    parts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    read: list[tuple[int, int]] = field(default_factory=list)
+    """Of the questions: tokens held before each call, and tokens of the call."""
+
+    def rows(self, part: str) -> dict[str, dict[str, Any]]:
+        if part not in self.parts:
+            generated = prefixes.generated
+
+            def noted(model: Any, ids: Any, cache: Any, *args: Any, **options: Any) -> Any:
+                if part == "questions":
+                    self.read.append((cache.get_seq_length(), ids.shape[1] * len(ids)))
+                return generated(model, ids, cache, *args, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(prefixes, "generated", noted)
+                self.parts[part] = measure(self.run, part)
+            assert not list(self.run.folder.iterdir())
+        return copy.deepcopy(self.parts[part])
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured(Run(build_model("llama"), TOKENS, tmp_path_factory.mktemp("parts")))
+
+
+def test_prefill(once: Measured) -> None:
+    rows = once.rows("prefill")
     assert [row["seconds"] > 0 for row in rows.values()] == [True, True]
     assert list(rows) == ["prefill, dynamic", "prefill, spin"]
 
 
-def test_fork(run: Run) -> None:
-    rows = measure(run, "fork")
+def test_fork(once: Measured) -> None:
+    rows = once.rows("fork")
     assert list(rows) == ["fork, first", "fork, later", "fork, deepcopy of DynamicCache"]
     assert all(row["seconds"] > 0 and row["gpu_bytes"] == 0 for row in rows.values())
 
 
-def test_every_question_has_a_copy_of_the_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[tuple[int, int]] = []
-    generated = prefixes.generated
-
-    def noted(model: Any, ids: Any, cache: Any, *args: Any, **options: Any) -> Any:
-        read.append((cache.get_seq_length(), ids.shape[1] * len(ids)))
-        return generated(model, ids, cache, *args, **options)
-
-    monkeypatch.setattr(prefixes, "generated", noted)
-    rows = measure(run, "questions")
+def test_every_question_has_a_copy_of_the_document(once: Measured) -> None:
+    rows = once.rows("questions")
     prompt = TOKENS + stored_prefixes.QUESTION
     first, asked = [(0, TOKENS)], [(TOKENS, prompt)] * 8
-    assert read == [*first, *asked, *asked, (TOKENS, 8 * prompt), *first, *asked, (0, prompt)]
+    assert once.read == [*first, *asked, *asked, (TOKENS, 8 * prompt), *first, *asked, (0, prompt)]
     assert list(rows) == [f"questions, {name}" for name in prefix_tables.QUESTIONS]
     for row in list(rows.values())[:-1]:
         assert row["seconds"] == pytest.approx(row["prefill_s"] + row["copies_s"] + row["answers_s"], abs=2e-4)
@@ -82,8 +105,8 @@ def test_memory_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["seconds"], row["peak_gib"], row["memory_ratio"]) == (14.0, 22.0, 1.1)
 
 
-def test_memory_store(run: Run) -> None:
-    rows = measure(run, "memory store")
+def test_memory_store(once: Measured) -> None:
+    rows = once.rows("memory store")
     assert rows["memory store, hit"]["reused_tokens"] >= TOKENS
     assert len(rows["memory store, hit"]["each_s"]) == stored_prefixes.HITS
     assert rows["memory store, hit"]["seconds"] > rows["memory store, hit"]["restore_s"] > 0
@@ -97,8 +120,8 @@ def test_a_prompt_that_is_not_restored_is_an_error(run: Run) -> None:
 
 
 @pytest.mark.parametrize("part", ["disk store", "disk store, shadowkv"])
-def test_disk_store(run: Run, part: str) -> None:
-    rows = measure(run, part)
+def test_disk_store(once: Measured, part: str) -> None:
+    rows = once.rows(part)
     name = f"disk store, {'shadowkv' if 'shadowkv' in part else 'bisection'}"
     assert list(rows) == [
         f"{name}, {what}" for what in (
@@ -109,7 +132,6 @@ def test_disk_store(run: Run, part: str) -> None:
     assert all(rows[f"{name}, hit, {files}"]["reused_tokens"] == TOKENS for files in ("warm", "cold"))
     assert rows[f"{name}, first call"]["seconds"] > rows[f"{name}, first call"]["keep_s"] > 0
     assert rows[f"{name}, first call"]["stored_s"] >= 0
-    assert not list(run.folder.iterdir())
 
 
 def test_no_cold_reads_behind_the_time(run: Run) -> None:
@@ -134,8 +156,8 @@ def test_lookup(run: Run) -> None:
     assert not list(run.folder.iterdir())
 
 
-def test_agent_loop(run: Run) -> None:
-    rows = measure(run, "agent loop")
+def test_agent_loop(once: Measured) -> None:
+    rows = once.rows("agent loop")
     assert list(rows) == ["agent loop, by hand", "agent loop, none kept", "agent loop, store"]
     assert all(len(row["each_s"]) == prefixes.TURNS and min(row["each_s"]) > 0 for row in rows.values())
     assert all(row["seconds"] < row["with_replies_s"] for row in rows.values())
@@ -210,10 +232,10 @@ def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list(stores.iterdir())
 
 
-def test_tables(run: Run) -> None:
+def test_tables(once: Measured) -> None:
     rows: dict[str, Any] = {}
     for part in prefixes.PARTS:
-        rows |= measure(run, part)
+        rows |= once.rows(part)
     titled = dict(prefix_tables.tables({"rows": copy.deepcopy(rows)}))
     assert len(titled) == 7
     assert {title: len(table) - 2 for title, table in titled.items()} == {

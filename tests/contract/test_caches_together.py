@@ -83,6 +83,7 @@ ENDS: dict[str, Callable[[Decoding], Any]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("copied", [False, True])

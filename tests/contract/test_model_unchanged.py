@@ -52,6 +52,7 @@ def use_without_spin(family: str, model: PreTrainedModel) -> Trace:
     return trace
 
 
+@pytest.mark.sweep
 @each_model
 def test_beside_and_after_a_spin_cache(family: str, attention: str) -> None:
     model = build_model(family, attention)

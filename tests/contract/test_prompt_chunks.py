@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ RUNNABLE = [
     for mode in MODES
     if mode not in entry.limits() and mode != "compiled" and entry.paged
 ]
-QUICK_FAMILIES = ("llama", "gpt_oss")
-QUICK_MODES = ("holes", "greedy")
+PAGED_FAMILIES = ("gpt_oss", "gemma3n_text", "qwen3_next", "llama4_text", "mimo_v2_flash")
+PAGED_MODES = ("left_padding", "holes", "multi_turn", "beam_search")
 WHOLE = {"llama4_text"}
 """Families whose prompts are read whole."""
 OTHERS_READ_WHOLE = {
@@ -64,11 +65,11 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def cases(pairs: list[tuple[str, str]]) -> Any:
-    """Parameters: the quick families in all modes and all families in the quick modes are quick."""
+def cases(pairs: list[tuple[str, str]], families: Collection[str], quick_mode: str) -> Any:
+    """Parameters: one family in all modes and `families` in one mode are quick."""
 
     def is_quick(family: str, mode: str) -> bool:
-        return family in QUICK_FAMILIES[:1] or mode in QUICK_MODES
+        return family == "llama" or (family in families and mode == quick_mode)
 
     return pytest.mark.parametrize(
         ("family", "mode"),
@@ -76,7 +77,7 @@ def cases(pairs: list[tuple[str, str]]) -> Any:
     )
 
 
-@cases(RUNNABLE)
+@cases(RUNNABLE, FAMILIES, "greedy")
 def test_exact(family: str, mode: str, divided: list[int]) -> None:
     for size in (7, 29) if mode == "greedy" or family == "llama" else (7,):
         subject = SpinSubject(family, prefill_chunk_size=size)
@@ -99,7 +100,7 @@ def _paged(family: str, mode: str) -> None:
     assert sum(cache.stats().loads for cache in subject.caches) > 0
 
 
-@cases([pair for pair in RUNNABLE if pair[1] in ("left_padding", "holes", "multi_turn", "beam_search")])
+@cases([pair for pair in RUNNABLE if pair[1] in PAGED_MODES], PAGED_FAMILIES, "holes")
 def test_tiered(family: str, mode: str, divided: list[int]) -> None:
     _paged(family, mode)
     assert bool(divided) == (family not in WHOLE)

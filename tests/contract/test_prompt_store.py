@@ -6,8 +6,6 @@ import logging
 import os
 import random
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from spin_hf import BudgetError, CapacityError, OptionError, OptionTypeError, Pr
 from spin_hf.persistence import prompt_store
 from spin_hf.persistence.prefix_index import PrefixIndex
 from tests.support.answers import answer, assert_fresh
+from tests.support.fork_server import finished
 from tests.support.memory import SMALL_ZONES
 from tests.support.stores import BLOCK, Maker, StoredAtOnce, store_maker
 from tests.support.zoo import build_model, left_padded, random_tokens
@@ -246,11 +245,9 @@ print(store.stats().reused_tokens, tokens[0, -5:].tolist())
 
 
 def test_another_process_goes_on(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-
     def run(seed: int) -> list[str]:
-        command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "store"), str(seed)]
-        made = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+        made = finished(_PROGRAM, tmp_path / "store", seed)
+        assert made.returncode == 0, made.stderr
         return made.stdout.strip().splitlines()[-1].split(" ", 1)
 
     first, second, again = run(1), run(2), run(1)

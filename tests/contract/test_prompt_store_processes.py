@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import pytest
 import torch
 
 from spin_hf import PromptStore, SpinCache
+from tests.support.fork_server import started
 from tests.support.zoo import build_model, random_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 400_000
 _PROGRAM = """
 import random, sys, time, torch
@@ -34,11 +32,6 @@ while time.monotonic() < stop:
     assert torch.equal(ours, theirs), "another answer than without the store"
 print(store.stats().hits, flush=True)
 """
-
-
-def start(folder: Path, number: int, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _PROGRAM, str(folder), str(number), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def assert_sound(folder: Path) -> int:
@@ -60,9 +53,9 @@ def assert_sound(folder: Path) -> int:
     return stats.entries
 
 
-@pytest.mark.parametrize(("processes", "seconds"), [(2, 4.0), pytest.param(8, 30.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "seconds"), [(2, 2.0), pytest.param(8, 30.0, marks=pytest.mark.slow)])
 def test_at_once(processes: int, seconds: float, tmp_path: Path) -> None:
-    running = [start(tmp_path, number, seconds) for number in range(processes)]
+    running = [started(_PROGRAM, tmp_path, number, seconds) for number in range(processes)]
     printed = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0] * processes, [errors for _, errors in printed]
     assert not any("is removed" in errors for _, errors in printed), "an entry was torn"
@@ -75,8 +68,7 @@ def test_killed(kills: int, tmp_path: Path) -> None:
     """At drawn moments, mostly while something is stored, as that takes most of the time."""
     draw = random.Random(0)
     for kill in range(kills):
-        process = start(tmp_path, kill, 3600.0)
-        assert process.stdout is not None
+        process = started(_PROGRAM, tmp_path, kill, 3600.0)
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.5 + draw.random())
         os.kill(process.pid, signal.SIGKILL)

@@ -6,8 +6,6 @@ Which saved caches a model, method and options accept is in `test_saved_cache_co
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import DynamicCache
 from spin_hf import SavedCacheError, SeerAttention, SpinCache
 from tests.support.cache_driver import poisoned_memory
 from tests.support.families import FAMILIES
+from tests.support.fork_server import finished
 from tests.support.gate_files import header_and_tensors
 from tests.support.inspection import state_of
 from tests.support.memory import with_tight_gpu_memory
@@ -206,10 +205,7 @@ def test_a_fresh_process(tmp_path: Path) -> None:
         "cache = SpinCache.from_pretrained(sys.argv[1], model)\n"
         "print([advance(model, cache, step)[:, -1].argmax(-1).tolist() for step in range(6)])\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    run = finished(script, tmp_path)
     assert run.returncode == 0, run.stderr
     expected = [advance(model, cache, step)[:, -1].argmax(-1).tolist() for step in range(6)]
     assert run.stdout.strip().endswith(str(expected))

@@ -39,6 +39,7 @@ def logits(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> torch.T
     return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("gpu_memory", ["auto", "600kB"])
 @pytest.mark.parametrize("size", [None, 384, 512])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next"])

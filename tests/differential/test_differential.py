@@ -17,7 +17,7 @@ import pytest
 from tests.support.differential.run import run_case
 
 CASES = int(os.environ.get("SPIN_HF_CASES", "2000"))
-QUICK = 100
+QUICK = 60
 SEED = int(os.environ.get("SPIN_HF_CASES_SEED", "0"))
 
 

@@ -307,5 +307,5 @@ def test_a_rank_for_each_head():
     assert "sequences         1" in done.stdout
 
 
-def test_ranks_need_torchrun():
-    assert "expected torchrun" in run("tensor_parallel.py", expect=2)
+def test_ranks_need_torchrun(run_here):
+    assert "expected torchrun" in run_here("tensor_parallel.py", expect=2)

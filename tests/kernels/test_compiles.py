@@ -56,11 +56,7 @@ GPUS = [(90, "bfloat16"), (89, "float32"), (75, "float16")]
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "every"),
-    [
-        (90, "bfloat16", False),
-        (75, "float16", False),
-        *(pytest.param(*gpu, True, marks=pytest.mark.slow) for gpu in GPUS),
-    ],
+    [(90, "bfloat16", False), *(pytest.param(*gpu, True, marks=pytest.mark.slow) for gpu in GPUS)],
 )
 def test_kernels_compile_and_fit(capability: int, dtype: str, every: bool, tmp_path: Path) -> None:
     """Every kernel, in one of the variants that are launched or in every one."""

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from spin_hf import PromptStore
+from tests.support import fork_server
 from tests.support.stores import BLOCK, folders, restored
 from tests.support.zoo import random_tokens
 
-ROOT = Path(__file__).parents[2]
 _PROGRAM = """
 import os, sys, threading, time, torch
 from spin_hf import PromptStore, SpinCache
@@ -46,12 +45,8 @@ generate(1)
 """
 
 
-def program(folder: Path, seconds: float, more: str = "") -> list[str]:
-    return [sys.executable, "-W", "ignore", "-c", _PROGRAM + more, str(folder), str(seconds)]
-
-
 def finished(folder: Path, seconds: float, more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(program(folder, seconds, more), capture_output=True, text=True, cwd=ROOT, timeout=240)
+    return fork_server.finished(_PROGRAM + more, folder, seconds)
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("del store, model", 0)])
@@ -103,14 +98,10 @@ atexit.register(end)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c at exit"])
 def test_killed_while_a_prompt_is_written(number: signal.Signals, tmp_path: Path) -> None:
     """What is unfinished is in no index and is swept an hour later."""
-    process = subprocess.Popen(
-        program(tmp_path, 3600.0), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = fork_server.started(_PROGRAM, tmp_path, 3600.0)
     timer = threading.Timer(120, process.kill)
     timer.daemon = True
     timer.start()
-    assert process.stdout is not None
-    assert process.stderr is not None
     assert process.stdout.readline() == "writes\n"
     if number == signal.SIGINT:
         assert "the process ends once" in process.stderr.readline()
@@ -149,7 +140,7 @@ held = threading.Event()
 def hold():
     with {_HELD[held]}:
         held.set()
-        time.sleep(2)
+        time.sleep(1)
 threading.Thread(target=hold, daemon=True).start()
 held.wait()
 child = os.fork()
@@ -165,7 +156,7 @@ if not child:
     {end}
 assert os.waitpid(child, 0)[1] == 0, "the child"
 """
-    made = finished(tmp_path, 4.0, more)
+    made = finished(tmp_path, 2.0, more)
     assert made.returncode == 0, made.stderr
     assert "cannot be used" not in made.stderr
     assert [restored(tmp_path, random_tokens(1, 60, seed=seed)) for seed in (0, 1, 2)] == [59, 59, 59]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from spin_hf.persistence.prefix_index import IndexFormatError, PrefixIndex
+from tests.support import fork_server
 
 BLOCK = 4
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = fork_server.context()
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -126,7 +126,7 @@ def assert_sound(file: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_several_processes_at_once(processes: int, tmp_path: Path) -> None:
-    file, seconds = tmp_path / "index.sqlite", 2.0 if processes == 2 else 20.0
+    file, seconds = tmp_path / "index.sqlite", 1.0 if processes == 2 else 20.0
     running = [CONTEXT.Process(target=_work, args=(file, number, seconds)) for number in range(processes)]
     for process in running:
         process.start()

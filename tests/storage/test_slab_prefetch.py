@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ import torch
 from spin_hf.errors import CapacityError
 from spin_hf.storage.pinned_slab import PAGE, HostSlab
 from spin_hf.storage.slab_prefetch import PrefetchedSlab, SlabPrefetcher
+from tests.support import fork_server
 from tests.support.fake_registrar import FakeRegistrar
 
 CUDA = torch.device("cuda", 0)
@@ -234,8 +232,5 @@ assert bool((tensor == 7).all())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_process_ends_quietly(end: str) -> None:
     """Slabs and spares alive at the end, and a fork: no crash, no output, no call into a driver that may be gone."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROCESS + end], capture_output=True, text=True, timeout=120, check=False,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    result = fork_server.finished("import warnings\nwarnings.simplefilter('error')\n" + PROCESS + end)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -13,6 +13,8 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+from tests.support.quick_types import quicken_types
+
 
 def quicken() -> None:
     """Change the interpreter for good. What kernels compute stays as it is."""
@@ -61,11 +63,33 @@ def quicken() -> None:
             self._type = language.core._type_for_tuple_values(self.values)
         return self._type
 
+    wrapper, semantic = language.core.builtin(lambda: None).__code__, interpreter.interpreter_semantic
+    members: dict[Any, list[tuple[str, Any]]] = {}
+
+    def given_semantic(fn: Any) -> Any:
+        def member(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return fn(*args, **kwargs)
+
+        return member
+
+    def change_members(owner: Any, builder: Any, scope: Any) -> None:
+        if owner not in members:
+            found = [(name, fn) for name, fn in inspect.getmembers(owner) if language.core.is_builtin(fn)]
+            members[owner] = [
+                (name, given_semantic(fn.__wrapped__ if getattr(fn, "__code__", None) is wrapper else fn))
+                for name, fn in found
+            ]
+        for name, member in members[owner]:
+            scope.set_attr(owner, name, member)
+
+    interpreter._patch_builtin = change_members
     language.core.tuple.__init__ = make_tuple
     language.core.tuple.type = property(type_of, lambda self, type: vars(self).update(_type=type))
     options = interpreter.interpreter_builder.options
     if not options.debug:  # else the assertion is on
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    quicken_types()
     interpreter.GridExecutor.__call__ = launch_once
     interpreter._patch_lang = change_once
     interpreter._get_np_dtype = look_up_once

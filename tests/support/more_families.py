@@ -29,7 +29,20 @@ _UNUSUAL: dict[str, Family] = {
         dict(num_hidden_layers=4, layer_types=[CONV, FULL, CONV, FULL], num_dense_layers=1, **EXPERTS),
     ),
     "lfm3": Family("Lfm3Config", dict(num_hidden_layers=4, head_dim=16)),
-    "inkling_text": Family("InklingTextConfig", dict(num_hidden_layers=2, head_dim=16), paged=False),
+    "inkling_text": Family(
+        "InklingTextConfig",
+        dict(
+            num_hidden_layers=2,
+            head_dim=16,
+            swa_head_dim=16,
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=2,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        paged=False,
+    ),
     "bamba": Family(
         "BambaConfig",
         dict(

@@ -7,6 +7,7 @@ import os
 import shutil
 import traceback
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -23,9 +24,12 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests.support.interpreter import quicken
     from tests.support.rank_cases import CASES, forget_models
     from tests.support.ranks import Raised
 
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        quicken()
     torch.set_num_threads(1)
     if device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

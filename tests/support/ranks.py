@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.support import fork_server
 from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 WATCHDOG_SECONDS = 300.0
@@ -63,7 +64,7 @@ class RankPool:
         """
         from tests.support.rank_worker import work
 
-        context = multiprocessing.get_context("spawn")
+        context = fork_server.context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             numbers = len(self.workers), self.backend, self.device
