@@ -10,7 +10,7 @@ from benchmarks.speed.decode_tables import row
 Result = dict[str, Any]
 Lines = list[str]
 
-METHODS = {"bisection": "`bisection`", "shadowkv": '`shadowkv`, `gpu_memory="2GiB"`'}
+METHODS = {"fitted": "`fitted`", "bisection": "`bisection`", "shadowkv": '`shadowkv`, `gpu_memory="2GiB"`'}
 FIRST_TOKEN = {
     "prefill, dynamic": "prefill, `DynamicCache`", "prefill, spin": "prefill, `SpinCache(model)`",
     "memory store, hit": "restored from memory",

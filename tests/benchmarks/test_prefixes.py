@@ -122,7 +122,7 @@ def test_a_prompt_that_is_not_restored_is_an_error(run: Run) -> None:
 @pytest.mark.parametrize("part", ["disk store", "disk store, shadowkv"])
 def test_disk_store(once: Measured, part: str) -> None:
     rows = once.rows(part)
-    name = f"disk store, {'shadowkv' if 'shadowkv' in part else 'bisection'}"
+    name = f"disk store, {'shadowkv' if 'shadowkv' in part else 'fitted'}"
     assert list(rows) == [
         f"{name}, {what}" for what in (
             "first call", "plain reads, warm", "hit, warm", "from_pretrained, warm, verify=True",
