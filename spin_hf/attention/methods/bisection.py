@@ -221,5 +221,10 @@ def _projection(dim: int, most: int, device: torch.device) -> Tensor:
 
 
 def _variance(points: Tensor) -> Tensor:
-    """Total variance of points [S, H, n, D], summed over D: [S, H, 1, 1]."""
-    return points.var(2, keepdim=True, correction=0).sum(-1, keepdim=True, dtype=torch.float32)
+    """Total variance of points [S, H, n, D], summed over D: [S, H, 1, 1], float32.
+
+    From means of squares and squares of means: `torch.var` takes 16 bytes of temporary GPU memory for each number.
+    """
+    squares = torch.linalg.vector_norm(points, dim=(2, 3), keepdim=True, dtype=torch.float32).square() / points.shape[2]
+    means = points.mean(2, keepdim=True, dtype=torch.float32)
+    return (squares - means.square().sum(-1, keepdim=True)).clamp(min=0.0)
