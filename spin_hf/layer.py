@@ -91,8 +91,12 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         check_states(key_states, state.model_name)
         room = state.sequences.room
         budget = tier_budget(self.forward.gpu, state.ranks, shape, key_states.dtype, device, room)
-        pool, tuning = pool_of(self.forward.gpu, device), state.options.tuning
-        tuning = replace(tuning, piece_bytes=piece_bytes(tuning, pool))
+        tuning = state.options.tuning
+        stores = [layer.store for layer in state.layers if layer.store is not None]
+        piece = next((store.piece_bytes for store in stores if store.device == device), None)
+        if piece is None:  # free memory is asked for once a device
+            piece = piece_bytes(tuning, pool_of(self.forward.gpu, device))
+        tuning = replace(tuning, piece_bytes=piece)
         store = PageStore(
             state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
             method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),

@@ -92,11 +92,24 @@ def predict_states(model_or_config: Any, layers: list[int]) -> PredictedStates |
         if isinstance(declared, torch.dtype) and declared.itemsize == 2:  # the smallest possible size
             return PredictedStates(shapes, declared)
         return None
-    parameters = [parameter for parameter in model_or_config.parameters() if parameter.is_floating_point()]
-    dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize >= 2}
-    if not dtypes:
+    dtype = _narrowest(model_or_config)  # some norms and routers have a wider dtype
+    if dtype is None:
         return None
-    dtype = min(dtypes, key=lambda dtype: dtype.itemsize)  # some norms and routers have a wider dtype
     if dtype.itemsize > 2 and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return None
     return PredictedStates(shapes, dtype)
+
+
+def _narrowest(model: nn.Module) -> torch.dtype | None:
+    """The smallest floating dtype of the parameters, of two bytes at least; None if there is none.
+
+    Looks no further than the first of two bytes: this is asked before every prompt.
+    """
+    found: torch.dtype | None = None
+    for parameter in model.parameters():
+        dtype = parameter.dtype
+        if dtype.is_floating_point and dtype.itemsize >= 2 and (found is None or dtype.itemsize < found.itemsize):
+            found = dtype
+            if dtype.itemsize == 2:
+                break
+    return found
