@@ -14,7 +14,13 @@ from torch import Tensor
 
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
 from spin_hf.kernels.launch import (
-    Launch, LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers, product_columns,
+    Launch,
+    LaunchShape,
+    LayerBuffers,
+    ScanBuffers,
+    Splits,
+    StepBuffers,
+    product_columns,
 )  # fmt: skip
 from spin_hf.kernels.recipe import KernelRecipe
 from spin_hf.kernels.reference_scan import UNIT_PAGES, CodedBasis, CodedPages, unpack

@@ -9,9 +9,9 @@
     thread (unit, head) of a warp    lane 4 * unit + head % 4: units 0 to 7 and 8 to 15 of a tile in two registers each
 
 A tile's rows are units, and the 16 tokens of a unit are 16 products, so a thread has all tokens of its units: sums over the
-tokens of a page and the mean of the unit need no other thread. Each number is loaded by the thread that needs it, when it is needed: while
-a program waits, others of the multiprocessor compute. A program of one warp waits for no other; only weights change hands, from
-rows of one product to columns of the next.
+tokens of a page and the mean of the unit need no other thread. Each number is loaded by the thread that needs it, when it needs
+it: while a program waits, others on its multiprocessor compute. A program of one warp waits for no other; only weights change
+hands, from rows of one product to columns of the next.
 
 Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
 subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`halves`), take columns of
