@@ -1,13 +1,12 @@
-"""The scan over coded pages and its neighbours on a CUDA GPU, kernel by kernel: `python -m benchmarks.speed.scan`.
+"""The five kernels of a step over coded pages, on a CUDA GPU: `python -m benchmarks.speed.scan`, two minutes.
 
 Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random codes. A graph launches one kernel
-for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20.
+for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20. Microseconds of a layer:
 
-    checked   log weights, total and estimate of every variant, against float64 at 8K tokens, else against the first variant
-    scan      microseconds of the scan, of each variant: stages, tile, warps, splits, limit of registers
-    others    of project, rate, choose and attend behind it, and of all five, also launched as dependent kernels
+    project, scan, rate, choose, attend    of each kernel alone
+    all, dependent                         of all five in turn, and launched as dependent kernels
 
-`--device cpu --tokens 2048 --layers 2` with TRITON_INTERPRET=1 checks only.
+`off` is what log weights, their total, and the sums and weights of the estimate differ by from formulas in float64.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from spin_hf.kernels import reference_scan
 from spin_hf.kernels.compile_ahead import launch_now
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
-from spin_hf.kernels.launch import LaunchShape, LayerBuffers, ScanBuffers, ScanTuning, Splits, StepBuffers
+from spin_hf.kernels.launch import LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers
 from spin_hf.kernels.recipe import KernelRecipe
 from spin_hf.kernels.reference_scan import CodedBasis, CodedPages
 from spin_hf.kernels.triton_launchers import launchers
@@ -38,30 +37,6 @@ ROWS = 8192
 SINKS, RECENT, BUDGET = 1, 32, 512
 """Pages."""
 SCALE = DIM**-0.5
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How the scan is launched; `registers` is a limit per thread, 0 for none; `before`: by `scan_before.py`."""
-
-    stages: int = 2
-    splits: int = 128
-    registers: int = 0
-    tile: int = 64
-    warps: int = 1
-    before: bool = False
-
-    def __str__(self) -> str:
-        name = "before" if self.before else f"stages {self.stages}"
-        name += f" tile {self.tile} warps {self.warps} splits {self.splits}"
-        return name + (f" registers {self.registers}" if self.registers else "")
-
-
-VARIANTS = [
-    Variant(before=True, stages=1, warps=2, splits=64), Variant(stages=1), Variant(), Variant(splits=192),
-    Variant(stages=3), Variant(splits=64), Variant(stages=3, splits=64), Variant(stages=3, splits=96),
-    Variant(splits=256, registers=128), Variant(stages=1, splits=256, registers=128),
-]  # fmt: skip
 
 
 class Case:
@@ -175,19 +150,10 @@ class Case:
         scan.partials.fill_(math.nan)
         return buffers, scan
 
-    def kernels(self, variant: Variant) -> dict[str, Callable[[LayerBuffers, bool], None]]:
+    def kernels(self, splits: int) -> dict[str, Callable[[LayerBuffers, bool], None]]:
         """Launches of each kernel for a layer, and whether it depends on the one before while that still runs."""
-        buffers, scan = self.buffers(variant.splits)
+        buffers, scan = self.buffers(splits)
         recipe, plan, query = KernelRecipe(Rating.MEAN), self.plan, self.query
-        tuning = ScanTuning(variant.tile, variant.warps, variant.stages)
-
-        def scan_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-            launch_now(kernel, grid, *args, **options, **({"maxnreg": variant.registers} if variant.registers else {}))
-
-        if variant.before:
-            from benchmarks.speed.scan_before import scan_pages
-        else:
-            scan_pages = launchers.scan_pages
 
         def shape(overlaps: bool) -> LaunchShape:
             return replace(self.shape, overlaps=overlaps)
@@ -197,8 +163,8 @@ class Case:
             "project": lambda own, overlaps: launchers.project_queries(
                 launch_now, buffers, scan, own, query, None, scale=SCALE, shape=shape(overlaps)
             ),
-            "scan": lambda own, overlaps: scan_pages(
-                scan_launch, buffers, scan, own, plan, group=GROUP, softcap=None, shape=shape(overlaps), tuning=tuning
+            "scan": lambda own, overlaps: launchers.scan_pages(
+                launch_now, buffers, scan, own, plan, group=GROUP, softcap=None, shape=shape(overlaps)
             ),
             "rate": lambda own, overlaps: launchers.bin_scores(
                 launch_now, buffers, own, plan, query, scale=SCALE, recipe=recipe, shape=shape(overlaps)
@@ -282,9 +248,9 @@ def timed(launches: Callable[[], None], layers: int, repeats: int) -> float:
     return statistics.median(took[2:])
 
 
-def measure(case: Case, variant: Variant, repeats: int) -> dict[str, float]:
+def measure(case: Case, splits: int, repeats: int) -> dict[str, float]:
     """Microseconds per layer of each kernel, and of all of them."""
-    kernels, layers = case.kernels(variant), case.layers
+    kernels, layers = case.kernels(splits), case.layers
     for own in layers:  # what a kernel reads, the one before has written
         for launch in kernels.values():
             launch(own, False)
@@ -302,30 +268,26 @@ def measure(case: Case, variant: Variant, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Check and measure all variants."""
+    """Check and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--variants", type=int, nargs="+", default=range(7), help="numbers of VARIANTS")
+    parser.add_argument("--splits", type=int, nargs="+", default=[128], help="programs of the scan per KV head")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.speed.scan: expected a CUDA GPU, found none; run it on a machine with one")
     rows: list[dict[str, Any]] = []
     for tokens in options.tokens:
-        case = Case(tokens, options.layers if tokens <= 131072 else min(8, options.layers), options.device)
-        expected = case.expected() if tokens <= 8192 else None
-        for number in options.variants:
-            variant = VARIANTS[number]
-            found = case.results(case.kernels(variant))
-            expected = found if expected is None else expected
-            row: dict[str, Any] = {"tokens": tokens, "variant": str(variant), "off": differences(found, expected)}
-            if options.device == "cuda":
-                row |= measure(case, variant, options.repeats)
-            rows.append(row)
-            times = " ".join(f"{key} {row[key]:.1f}" for key in row if key not in ("tokens", "variant", "off"))
-            off = " ".join(f"{value:.1e}" for value in row["off"].values())
-            print(f"{tokens:7d} {row['variant']:44s} off {off}  {times}", flush=True)
+        case = Case(tokens, options.layers if tokens <= 131072 else min(8, options.layers), "cuda")
+        expected = case.expected()
+        for splits in options.splits:
+            off = differences(case.results(case.kernels(splits)), expected)
+            times = measure(case, splits, options.repeats)
+            rows.append({"tokens": tokens, "splits": splits, "off": off, **times})
+            line = " ".join(f"{name} {us:.1f}" for name, us in times.items())
+            print(f"{tokens} tokens, {splits} splits: {line}", "off", *(f"{x:.1e}" for x in off.values()), flush=True)
         del case
         torch.cuda.empty_cache()
     if options.output is not None:

@@ -229,21 +229,6 @@ class LayerBuffers:
 
 
 @dataclass(frozen=True)
-class ScanTuning:
-    """How the scan over coded pages is launched.
-
-    Attributes:
-        tile: pages per tile: 64 or 128.
-        warps: warps of a program.
-        stages: 1 if a tile is loaded when it is needed; else tiles are copied to shared memory stages - 1 ahead.
-    """
-
-    tile: int
-    warps: int
-    stages: int = 1
-
-
-@dataclass(frozen=True)
 class ScanBuffers:
     """Tensors of the scan over coded pages, float32 unless another dtype is named. Every step writes them before it reads them.
 

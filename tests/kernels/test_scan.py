@@ -12,7 +12,7 @@ import torch
 
 from spin_hf.kernels import reference, reference_scan
 from spin_hf.kernels.descriptor_fields import PlanField
-from spin_hf.kernels.launch import ScanTuning, Splits
+from spin_hf.kernels.launch import Splits
 from tests.support.coded_case import PAGE, CodedCase
 from tests.support.interpreted_kernels import teach_bfloat16
 
@@ -22,24 +22,10 @@ INTERPRETED = [
 ]
 CASES: list[dict[str, Any]] = [
     {"group": 1, "key_dim": 128, "value_dim": 64, "dtype": torch.bfloat16},
-    {
-        "group": 4,
-        "key_dim": 64,
-        "value_dim": 128,
-        "dtype": torch.float16,
-        "lengths": (1100, 1100),
-        "tuning": ScanTuning(64, 2),
-    },
-    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307), "tuning": ScanTuning(64, 8)},
-    {
-        "group": 8,
-        "key_dim": 256,
-        "value_dim": 48,
-        "dtype": torch.bfloat16,
-        "lengths": (301, 513),
-        "tuning": ScanTuning(128, 2),
-    },
-    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False, "tuning": ScanTuning(64, 2, 2)},
+    {"group": 4, "key_dim": 64, "value_dim": 128, "dtype": torch.float16, "lengths": (1100, 1100)},
+    {"group": 7, "key_dim": 80, "value_dim": 80, "lengths": (1100, 307)},
+    {"group": 8, "key_dim": 256, "value_dim": 48, "dtype": torch.bfloat16, "lengths": (301, 513)},
+    {"group": 4, "key_dim": 64, "value_dim": 64, "digits": False},
     {"group": 4, "key_dim": 32, "value_dim": 32, "spread": 40.0},
 ]
 

@@ -18,11 +18,10 @@ from spin_hf.kernels.launch import (
     LaunchShape,
     LayerBuffers,
     ScanBuffers,
-    ScanTuning,
     Splits,
     StepBuffers,
     product_columns,
-)
+)  # fmt: skip
 from spin_hf.kernels.recipe import KernelRecipe
 from spin_hf.kernels.reference_scan import UNIT_PAGES, CodedBasis, CodedPages, unpack
 
@@ -37,7 +36,6 @@ class CodedCase:
     Args:
         lengths: tokens of each sequence that have codes; the others up to the longest are padding in front of it.
         budget: pages to select.
-        tuning: how the scan is launched; None for as a step does.
     """
 
     group: int = 4
@@ -52,7 +50,6 @@ class CodedCase:
     digits: bool = True
     spread: float = 0.3
     seed: int = 0
-    tuning: ScanTuning | None = None
     held: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -252,9 +249,7 @@ class CodedCase:
         out = torch.full((self.batch, self.num_heads * self.group, self.value_dim), float("nan"), dtype=self.dtype)
         own, query, scale = self.layer_buffers, self.query, self.scale
         launchers.project_queries(*common, self.scan, own, query, new, scale=scale, shape=shape)
-        launchers.scan_pages(
-            *common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape, tuning=self.tuning
-        )
+        launchers.scan_pages(*common, self.scan, own, plan, group=self.group, softcap=softcap, shape=shape)
         launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         launchers.select_pages(
             *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape,

@@ -134,9 +134,11 @@ def rate_kernel(
                 smallest = tl.full([], float("-inf"), tl.float32)
                 for g in tl.static_range(0, G, HEADS):  # HEADS at once, which share the latency of a reduction
                     heads = g + tl.arange(0, HEADS)
+                    there = inside[None, :] & (heads < G)[:, None]
+                    # Ahead of the barriers below, so all of these are under way at once.
+                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
                     place = stats + (bh * num_splits + split)[None, :] * 2 * BLOCK_G + heads[:, None]
                     most = tl.load(place, mask=known, other=float("-inf"))
-                    there = inside[None, :] & (heads < G)[:, None]
                     if RATING == BOUND:
                         real = known & (heads < G)[:, None]
                         largest = tl.maximum(largest, tl.max(tl.where(real, most, float("-inf"))))
@@ -145,9 +147,12 @@ def rate_kernel(
                     else:
                         sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
                         lse = log_total(most, sums)
-                    each = tl.load(logits + heads[:, None] * capacity + pages[None, :], mask=there, other=float("-inf"))
-                    if RATING != BOUND:
-                        each = tl.where(there, each - lse[:, None], float("-inf"))
+                        for i in tl.static_range(
+                            HEADS
+                        ):  # as scalars, which have no layout that `each` would be moved to
+                            own = tl.sum(tl.where(tl.arange(0, HEADS) == i, lse, 0.0))
+                            each = tl.where((heads == g + i)[:, None], each - own, each)
+                        each = tl.where(there, each, float("-inf"))
                     if RATING != MEAN:
                         best = tl.maximum(best, tl.max(each, 0))
                     else:  # `each` is at most about 0, so exp does not overflow

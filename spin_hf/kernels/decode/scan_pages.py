@@ -1,6 +1,6 @@
 """One pass over all coded pages: log weights of pages, their total, and the estimate of all candidates.
 
-    program (b * H + h, split)    one split of the pages, in tiles of pages; of each tile
+    program (b * H + h, split)    one split of the pages, in tiles of two segments; of each tile
         units     products of states with int8 means                                    [units, heads]
         tokens    products of states with the fields of codes, plus that of the unit    [tokens of a unit, units, heads]
         pages     sum of exp2 over their tokens: log weight to LOGITS                   [pages of a unit, units, heads]
@@ -9,9 +9,9 @@
     thread (unit, head) of a warp    lane 4 * unit + head % 4: units 0 to 7 and 8 to 15 of a tile in two registers each
 
 A tile's rows are units, and the 16 tokens of a unit are 16 products, so a thread has all tokens of its units: sums over the
-tokens of a page and the mean of the unit need no other thread. All numbers are loaded as threads need them, or copied to shared
-memory ahead and read from there so (`ScanTuning.stages`). A program of one warp waits for no other; only weights change hands,
-from rows of one product to columns of the next.
+tokens of a page and the mean of the unit need no other thread. Each number is loaded by the thread that needs it, when it needs
+it: while a program waits, others on its multiprocessor compute. A program of one warp waits for no other; only weights change
+hands, from rows of one product to columns of the next.
 
 Weights are relative to the running maximum, rounded up to a power of two. So a new maximum rounds no sum, and `attend_kernel`
 subtracts pages as precisely as they were added. Operands with digits, or pairs of float16 numbers (`halves`), take columns of
@@ -32,16 +32,8 @@ from ..common import (
     wait_for_launch,
 )  # fmt: skip
 from ..launch import (
-    Launch,
-    LaunchShape,
-    LayerBuffers,
-    ScanBuffers,
-    ScanTuning,
-    StepBuffers,
-    code_bytes,
-    scan_columns,
-    dependent,
-)
+    Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, dependent, scan_columns,
+)  # fmt: skip
 from ..reference_scan import UNIT_PAGES
 from .coded_fields import (
     code_parts, four_numbers, halves, natural_log, power2, value_weights, whole_sums, word_field_places, word_fields,
@@ -53,11 +45,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 def scan_pages(
     launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor, *, group: int,
-    softcap: float | None, shape: LaunchShape, tuning: ScanTuning | None = None,
+    softcap: float | None, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Scan all pages for one query of a step, by the operands of `project_queries`. Writes nothing if the budget covers all."""
     columns, rows = scan_columns(group, shape)
-    tuning = _tuning(rows, shape) if tuning is None else tuning
     launch(
         scan_kernel, (buffers.num_streams, buffers.splits.score), buffers.step, layer.descriptor, scan.mean_operand,
         scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
@@ -65,23 +56,15 @@ def scan_pages(
         VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
         VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, TILE=tuning.tile,
-        ALIGNED=min(16 if tuning.stages > 1 else 8, _alignment(shape.key_dim // 4)),
-        VALUE_ALIGNED=_alignment(shape.value_dim // 4), COPIED=tuning.stages > 1, APART=shape.apart, num_warps=tuning.warps,
-        num_stages=tuning.stages, **dependent(shape),
+        ROWS=shape.rows_per_chunk, PADDED=shape.padded, APART=shape.apart, num_warps=_warps(rows, shape),
+        num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
-def _tuning(rows: int, shape: LaunchShape) -> ScanTuning:
-    """Programs of one warp, which waits for no other and exchanges nothing, as far as its registers hold a tile."""
-    if max(shape.key_dim, shape.value_dim) > 128 or shape.coded_dtype == torch.float32 or rows > 16:
-        return ScanTuning(tile=64, warps=4)
-    return ScanTuning(tile=64, warps=1, stages=2 if rows <= 8 else 1)
-
-
-def _alignment(row_bytes: int) -> int:
-    """The alignment of rows of a chunk, in bytes, up to 16."""
-    return min(16, row_bytes & -row_bytes)
+def _warps(rows: int, shape: LaunchShape) -> int:
+    """One warp, which waits for no other and exchanges nothing, as far as its registers hold a tile."""
+    wide = max(shape.key_dim, shape.value_dim) > 128
+    return 4 if wide or shape.coded_dtype == torch.float32 or rows > 16 else 1
 
 
 @triton.jit
@@ -90,8 +73,7 @@ def scan_kernel(
     CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-    ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr, COPIED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) scans one split of the pages.
 
@@ -103,9 +85,6 @@ def scan_kernel(
         softcap: of logits in powers of two, if CAPPED.
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
-        ALIGNED, VALUE_ALIGNED: alignment of the codes of a key, and of a value, in bytes.
-        TILE: pages per tile: 2 or 4 segments.
-        COPIED: whether loads are copies to shared memory.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
 
     Summaries, in this order: means of units, codes of keys, their scales, codes of mean values, their scales.
@@ -126,6 +105,7 @@ def scan_kernel(
     logits = tl.load(step + LOGITS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * G * capacity
     first = tl.load(row + FIRST)
     stop = tl.load(row + STOP)
+    TILE: tl.constexpr = 2 * SEGMENT
     units_at: tl.constexpr = TILE // UNIT_PAGES
     unit_tokens: tl.constexpr = UNIT_PAGES * PAGE
     MASKED: tl.constexpr = PADDED or CAPPED
@@ -150,8 +130,8 @@ def scan_kernel(
             tl.load(layer + SUMMARY_3), tl.load(layer + SUMMARY_4),
         )  # fmt: skip
         # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
-        places = _places(tables, _segments(directory, begin, end, SEGMENT, TILE), h, H, SEGMENT, ROWS, TILE)
-        segments = _segments(directory, begin + TILE, end, SEGMENT, TILE)
+        places = _places(tables, _segments(directory, begin, end, SEGMENT), h, H, SEGMENT, ROWS)
+        segments = _segments(directory, begin + TILE, end, SEGMENT)
         wait_for_launch(PDL)
         operand_row = tl.arange(0, ROWS_OF)
         operand = mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None]
@@ -165,10 +145,10 @@ def scan_kernel(
         for start in range(begin, end, TILE):
             mean, unit, code, scale, value_word, value_scale = _load(
                 step, b, places, start, end, stop, COLUMNS, DK, DV, BLOCK_K, BYTES, VALUE_BYTES, PAGE, UNIT_PAGES, SEGMENT,
-                TILE, PADDED, MASKED, ALIGNED, VALUE_ALIGNED, COPIED, COMPILED,
+                PADDED, MASKED, COMPILED,
             )  # fmt: skip
-            places = _places(tables, segments, h, H, SEGMENT, ROWS, TILE)
-            segments = _segments(directory, start + 2 * TILE, end, SEGMENT, TILE)
+            places = _places(tables, segments, h, H, SEGMENT, ROWS)
+            segments = _segments(directory, start + 2 * TILE, end, SEGMENT)
             pages = start + page_lane
             one, two, three, four = code_parts(code, COMPILED)
             if DIGITS:
@@ -241,34 +221,21 @@ def scan_kernel(
 
 
 @triton.jit
-def _segments(directory, start, end, SEGMENT: tl.constexpr, TILE: tl.constexpr):
-    """Where the segments of the tile from page `start` on lie: four numbers, of which a tile of fewer segments repeats some.
+def _segments(directory, start, end, SEGMENT: tl.constexpr):
+    """Where the two segments of the tile from page `start` on lie.
 
     Past the pages that a program scans these are the last ones: nothing is loaded from them.
     """
     last = (end - 1) // SEGMENT
     segment = start // SEGMENT
     one = tl.load(directory + tl.minimum(segment, last))
-    two, three, four = one, one, one
-    if TILE >= 2 * SEGMENT:
-        two = tl.load(directory + tl.minimum(segment + 1, last))
-    if TILE >= 4 * SEGMENT:
-        three = tl.load(directory + tl.minimum(segment + 2, last))
-        four = tl.load(directory + tl.minimum(segment + 3, last))
-    return one, two, three, four
+    return one, tl.load(directory + tl.minimum(segment + 1, last))
 
 
 @triton.jit
-def _places(tables, segments, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _places(tables, segments, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr):
     """The chunks of the six arrays, and the first page in them, for each of `segments`."""
-    one = _place(tables, segments[0], h, H, SEGMENT, ROWS)
-    two, three, four = one, one, one
-    if TILE >= 2 * SEGMENT:
-        two = _place(tables, segments[1], h, H, SEGMENT, ROWS)
-    if TILE >= 4 * SEGMENT:
-        three = _place(tables, segments[2], h, H, SEGMENT, ROWS)
-        four = _place(tables, segments[3], h, H, SEGMENT, ROWS)
-    return one, two, three, four
+    return _place(tables, segments[0], h, H, SEGMENT, ROWS), _place(tables, segments[1], h, H, SEGMENT, ROWS)
 
 
 @triton.jit
@@ -288,8 +255,7 @@ def _place(tables, segment, h, H: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.
 def _load(
     step, b, places, start, end, stop, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    TILE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
-    COPIED: tl.constexpr, COMPILED: tl.constexpr,
+    PADDED: tl.constexpr, MASKED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """The summaries of a tile, whose `units` a thread needs the numbers of that it loads.
 
@@ -301,36 +267,33 @@ def _load(
         words of value codes, see `word_fields`; their scales, float32 [pages of a unit, units, heads]
     """
     tl.static_assert(PAGE == 4 and UNIT_PAGES == 4, "a scale of 4 numbers in 16 bits is loaded as one of 64 bits")
-    units_at: tl.constexpr = TILE // UNIT_PAGES
+    units_at: tl.constexpr = 2 * SEGMENT // UNIT_PAGES
     tokens: tl.constexpr = UNIT_PAGES * PAGE
     run: tl.constexpr = SEGMENT // UNIT_PAGES
     unit_lane = tl.arange(0, units_at)
     page_of_unit = tl.arange(0, UNIT_PAGES)
-    means = _addresses(places, unit_lane, 0, units_at, run, DK, UNIT_PAGES, 1)
-    units = _addresses(places, unit_lane, 1, units_at, run, 4, UNIT_PAGES, 1)
-    codes = _addresses(places, unit_lane, 2, units_at, run, tokens * (DK // 4), UNIT_PAGES, 1)
-    scales = _addresses(places, unit_lane, 3, units_at, run, tokens * 2, UNIT_PAGES, 1)
-    value_scales = _addresses(places, unit_lane, 5, units_at, run, UNIT_PAGES * 2, UNIT_PAGES, 1)
-    # Rows of 64 bytes where shared memory lies in between, else those of a token, of which a thread loads what it multiplies.
-    both: tl.constexpr = 2 if COPIED and DK // 4 == BYTES else 1  # tokens of a row
-    token = tl.arange(0, tokens // both) * both
-    byte = tl.arange(0, both * BYTES)
+    means = _addresses(places, unit_lane, 0, DK, UNIT_PAGES, run)
+    units = _addresses(places, unit_lane, 1, 4, UNIT_PAGES, run)
+    codes = _addresses(places, unit_lane, 2, tokens * (DK // 4), UNIT_PAGES, run)
+    scales = _addresses(places, unit_lane, 3, tokens * 2, UNIT_PAGES, run)
+    value_scales = _addresses(places, unit_lane, 5, UNIT_PAGES * 2, UNIT_PAGES, run)
+    # A thread loads 8 bytes at once where rows are multiples of that.
+    token = tl.arange(0, tokens)
+    byte = tl.arange(0, BYTES)
+    aligned: tl.constexpr = 8 if DK % 32 == 0 else 4
     code = tl.load(
-        tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), ALIGNED)[:, None, None] + (token * (DK // 4))[None, :, None]
+        tl.multiple_of(codes.to(tl.pointer_type(tl.int8)), aligned)[:, None, None] + (token * (DK // 4))[None, :, None]
         + byte[None, None, :],
-        mask=(byte < both * (DK // 4))[None, None, :], other=0,
+        mask=(byte < DK // 4)[None, None, :], other=0,
     )  # fmt: skip
-    width: tl.constexpr = 64 if COPIED and BLOCK_K >= 64 else 32
-    part = tl.arange(0, BLOCK_K // width) * width
-    column = part[None, :, None] + tl.arange(0, width)[None, None, :]
+    part = tl.arange(0, BLOCK_K // 32) * 32
+    column = part[None, :, None] + tl.arange(0, 32)[None, None, :]
     mean = tl.load(
-        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 16 if COPIED else 8)[:, None, None] + column,
-        mask=column < DK, other=0,
-    )  # fmt: skip
+        tl.multiple_of(means.to(tl.pointer_type(tl.int8)), 8)[:, None, None] + column, mask=column < DK, other=0
+    )
     # The same number for four heads, from addresses that Triton knows nothing about: it then deals the first dimensions out to
     # threads, as tensor cores do with rows of products.
-    # Copied to shared memory, one number serves all threads.
-    alike = tl.arange(0, 1 if COPIED else 4).to(tl.int64) * 0
+    alike = tl.arange(0, 4).to(tl.int64) * 0
     unit = tl.load((units[None, :] + alike[:, None]).to(tl.pointer_type(tl.float32)))
     scale = (scales[None, :] + alike[:, None])[:, :, None] + (page_of_unit * (PAGE * 2))[None, None, :]
     pages = start + unit_lane[:, None] * UNIT_PAGES + page_of_unit[None, :]
@@ -344,21 +307,13 @@ def _load(
     value_scale = four_numbers(tl.load(value_scale), COMPILED)
     # Units such that a thread multiplies the words that it loads: [units // 4, word, 2, 2, pages of a unit]
     words: tl.constexpr = VALUE_BYTES // 4
-    if COPIED:
-        word = tl.arange(0, words)
-        values = _addresses(places, unit_lane, 4, units_at, run, DV, UNIT_PAGES, 1)
-        values = tl.multiple_of(values.to(tl.pointer_type(tl.int32)), VALUE_ALIGNED)[:, None, None]
-        values = values + (page_of_unit * (DV // 16))[None, :, None] + word[None, None, :]
-        value_word = tl.load(values, mask=(word < DV // 16)[None, None, :], other=0)
-        value_word = tl.permute(tl.reshape(value_word, (units_at // 4, 2, 2, UNIT_PAGES, words)), (0, 4, 2, 1, 3))
-    else:
-        word = tl.reshape(tl.arange(0, words), (1, words, 1, 1, 1))
-        values = _addresses(places, tl.arange(0, units_at // 4) * 4, 4, units_at, run, DV, UNIT_PAGES, 1)
-        values = tl.reshape(values, (units_at // 4, 1, 1, 1, 1)) + word * 4
-        inner = tl.reshape(tl.arange(0, 2) * DV, (1, 1, 2, 1, 1))
-        inner = inner + tl.reshape(tl.arange(0, 2) * (2 * DV), (1, 1, 1, 2, 1))
-        inner = inner + tl.reshape(page_of_unit * (DV // 4), (1, 1, 1, 1, UNIT_PAGES))
-        value_word = tl.load((values + inner).to(tl.pointer_type(tl.int32)), mask=word < DV // 16, other=0)
+    word = tl.reshape(tl.arange(0, words), (1, words, 1, 1, 1))
+    values = _addresses(places, tl.arange(0, units_at // 4) * 4, 4, DV, UNIT_PAGES, run)
+    values = tl.reshape(values, (units_at // 4, 1, 1, 1, 1)) + word * 4
+    inner = tl.reshape(tl.arange(0, 2) * DV, (1, 1, 2, 1, 1))
+    inner = inner + tl.reshape(tl.arange(0, 2) * (2 * DV), (1, 1, 1, 2, 1))
+    inner = inner + tl.reshape(page_of_unit * (DV // 4), (1, 1, 1, 1, UNIT_PAGES))
+    value_word = tl.load((values + inner).to(tl.pointer_type(tl.int32)), mask=word < DV // 16, other=0)
     fours: tl.constexpr = COLUMNS // 4
     unit = tl.permute(tl.broadcast_to(unit[None, :, :], (fours, 4, units_at)), (2, 0, 1))
     shape: tl.constexpr = (fours, 4, units_at, UNIT_PAGES, 2, 2)
@@ -376,21 +331,11 @@ def _load(
 
 
 @triton.jit
-def _addresses(
-    places, lane, ARRAY: tl.constexpr, ITEMS: tl.constexpr, RUN: tl.constexpr, BYTES: tl.constexpr, PER_ITEM: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-):  # fmt: skip
-    """Addresses of the items `lane` of a tile in one array. A tile has ITEMS, a segment RUN, an item has BYTES.
-
-    Args:
-        PER_ITEM, PER_PAGE: pages of an item, or items of a page.
-    """
-    found = (places[0][ARRAY] + places[0][6] // PER_ITEM * (PER_PAGE * BYTES)) + lane * BYTES
-    for run in tl.static_range(1, 4):
-        if run * RUN < ITEMS:
-            own = places[run][ARRAY] + places[run][6] // PER_ITEM * (PER_PAGE * BYTES)
-            found = tl.where(lane >= run * RUN, own + (lane - run * RUN) * BYTES, found)
-    return found
+def _addresses(places, unit, ARRAY: tl.constexpr, BYTES: tl.constexpr, UNIT_PAGES: tl.constexpr, RUN: tl.constexpr):
+    """Addresses of the units `unit` of a tile in one array, where a unit has BYTES. A segment has RUN units."""
+    first = places[0][ARRAY] + places[0][6] // UNIT_PAGES * BYTES + unit * BYTES
+    second = places[1][ARRAY] + places[1][6] // UNIT_PAGES * BYTES + (unit - RUN) * BYTES
+    return tl.where(unit >= RUN, second, first)
 
 
 @triton.jit
