@@ -147,9 +147,8 @@ def rate_kernel(
                     else:
                         sums = tl.load(place + BLOCK_G, mask=known, other=0.0)
                         lse = log_total(most, sums)
-                        for i in tl.static_range(
-                            HEADS
-                        ):  # as scalars, which have no layout that `each` would be moved to
+                        # As scalars: they have no layout that the compiler would move `each` to.
+                        for i in tl.static_range(HEADS):
                             own = tl.sum(tl.where(tl.arange(0, HEADS) == i, lse, 0.0))
                             each = tl.where((heads == g + i)[:, None], each - own, each)
                         each = tl.where(there, each, float("-inf"))
