@@ -92,15 +92,15 @@ def test_sizes(
 
 
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """By the bytes of keys and values of all sequences; not while pages are in host memory; and an option says otherwise."""
+    """By the bytes of what selecting leaves out of all sequences; not while pages are in host memory; and an option says otherwise."""
     interpret_kernels(monkeypatch)
-    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 51200 / ShadowKV().recipe.overhead_us)
+    monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 184 * 256 / ShadowKV().recipe.overhead_us)
     shape = Shape(kv_heads=2, group=1, key_dim=16, value_dim=16)  # 256 bytes a token
     kv = RandomKV.random(shape, 2, 120, seed=0)
 
     def launches_of_steps(**options: Any) -> list[str]:
         driver = CacheDriver(shape, budget=16, recent_window=8, **options)
-        driver.step(kv, 0, 98)  # 51,200 bytes are 100 tokens of each of two sequences
+        driver.step(kv, 0, 98)  # selecting saves as much for two sequences of 100 tokens as for one of 184
         launched.clear()
         for at in range(98, 102):
             driver.step(kv, at, at + 1)
