@@ -72,7 +72,7 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Time per token, `fitted` (the default method)",
             "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights.",
-            (f"{H200}-fitted.json",),
+            (f"{H200}-fitted.json", f"{H200}-fitted-scan.json"),
             lambda results: [
                 (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results
             ],
@@ -151,28 +151,33 @@ PARTS: dict[str, list[Section]] = {
             "Prompts",
             "Time of one prompt and its first new tokens under `generate`, and the most GPU memory beside the weights. "
             "Llama-3.1-8B shape, bfloat16, one H200. 131,072 tokens were measured once, shorter prompts three or five "
-            "times (the median), after a shorter prompt. Rows of 16 new tokens include compiling kernels, and so do 8 % "
-            "of blocks in the last run. Keys and values of 131,072 tokens take 16 GiB. Sparse prompts of random weights "
-            "read blocks at random beside those that are always read, and choose as they do otherwise. Which share real "
-            "models need: [sparse prompts](#sparse-prompts).",
-            ("h200/prefill-llama-8b-times.json", "h200/prefill-llama-8b-24gb.json", "h200/prefill-llama-8b.json"),
+            "times (the median), after a shorter prompt. In the first run other programs used the same processor. Rows "
+            "of 16 new tokens include compiling kernels, and so do 8 % of blocks in the last run. Keys and values of "
+            "131,072 tokens take 16 GiB. Sparse prompts of random weights read blocks at random beside those that are "
+            "always read, and choose as they do otherwise. Which share real models need: [sparse "
+            "prompts](#sparse-prompts).",
+            ("h200/prefill-llama-8b-in-place.json", "h200/prefill-llama-8b-times.json", "h200/prefill-llama-8b-24gb.json",
+             "h200/prefill-llama-8b.json"),
             of_each(prompts),
         ),
         *measured(Section(
             "Many requests at once",
             "Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. Decode rates are those of steps with nearly as "
             "many rows as there ever were. Dense systems are computed from measured prompts and steps in a CUDA graph, static "
-            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request.",
+            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request. Other programs used "
+            "the same processor.",
             files_like("requests-*.json"),
             lambda results: [table for result in results for table in request_tables.tables(result)],
         )),
         *measured(Section(
             "Prompts that are read once and used again",
-            "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200, `bisection` unless a row says "
-            "otherwise. A restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* "
-            "ones are not. Peak memory is beside the weights; of questions, it is that of the answers. The prefill for each "
-            "question is measured once and multiplied by eight.",
-            ("h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json", "h200/prefixes-disk-llama-8b.json"),
+            "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. `fitted` in the first run, "
+            "beside which other programs used the same processor; in the others `bisection` unless a row says otherwise. A restored "
+            "prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* ones are not. Peak "
+            "memory is beside the weights; of questions, it is that of the answers. The prefill for each question is measured "
+            "once and multiplied by eight.",
+            ("h200/prefixes-fitted-llama-8b.json", "h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json",
+             "h200/prefixes-disk-llama-8b.json"),
             lambda results: [table for result in results for table in prefix_tables.tables(result)],
         )),
         Section(

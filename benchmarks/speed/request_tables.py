@@ -29,6 +29,10 @@ def tables(result: Result) -> list[tuple[str, Lines]]:
         rows = {name: newest(result["rows"], load=load, cache=name) for name in SYSTEMS}
         lines = head("system", *COLUMNS)
         for name, found in rows.items():
+            failed = newest(result["rows"], cache=f"{load} {name}")
+            if found is None and failed is not None:
+                why = "out of memory" if "memory" in str(failed.get("why", failed.get("failed"))) else "failed"
+                lines.append(row(SYSTEMS[name], why, *[""] * (len(COLUMNS) - 1)))
             if found is not None and "tokens_per_s" in found:
                 attention = f", {found['attention']}" if "attention" in found else ""
                 lines.append(row(f"{SYSTEMS[name]}{attention}", *(_shown(found.get(key)) for key in COLUMNS.values())))

@@ -92,7 +92,7 @@ def test_sizes(
 
 
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """By the bytes of what selecting leaves out of all sequences; not while pages are in host memory; and an option says otherwise."""
+    """By what selecting leaves out of all sequences; not while pages are in host memory; and an option says otherwise."""
     interpret_kernels(monkeypatch)
     monkeypatch.setattr(device_limits, "bytes_per_us", lambda device: 184 * 256 / ShadowKV().recipe.overhead_us)
     shape = Shape(kv_heads=2, group=1, key_dim=16, value_dim=16)  # 256 bytes a token
