@@ -85,6 +85,12 @@ class Scheduler:
         """Do what is due. Returns whether there is more to do."""
         if self._is_due():
             self.decoder.settle()
+            self._change()
+        self.decoder.step()
+        return bool(self.waiting or self.read or self.running)
+
+    def _change(self) -> None:
+        """Whatever changes requests, rows or memory, while no step is in flight."""
         if self.any_cancelled:
             self._end_cancelled()
         if self._divides:
@@ -94,8 +100,6 @@ class Scheduler:
         while self._admit():
             pass
         self._read()
-        self.decoder.step()
-        return bool(self.waiting or self.read or self.running)
 
     def _is_due(self) -> bool:
         """Whether this turn does anything but a step of the rows that took the last one."""
