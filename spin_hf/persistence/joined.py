@@ -98,6 +98,7 @@ class JoinedCache(SavedCache):
                     if directory not in (None, state.sequences.directory):
                         raise RefusedError("the same pages in all parts", "others (of another save?)")
                     directory = state.sequences.directory
+            self._check_clusters(state)
         except (RefusedError, OSError) as error:
             raise self.named(error) from error
 
@@ -177,6 +178,9 @@ class _Part(SavedCache):
 
     def _heads_of(self, shapes: list[LayerShape] | None, model: Any) -> list[LayerShape] | None:
         return None  # `_Places.saved` checks them
+
+    def _check_clusters(self, state: CacheState) -> None:
+        """Nothing: heads of later parts are not there yet. `JoinedCache` checks those of all parts at the end."""
 
     def _allocated(self, index: int, entry: PagedLayer, layer: Any, device: torch.device) -> dict[str, Destination]:
         wanted = self.places.wanted(index)

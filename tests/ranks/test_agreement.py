@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from spin_hf import SpinCache
+from spin_hf.config import Tuning
 from tests.support.memory import SMALL_ZONES
 from tests.support.rank_cases import last_logits, prompt_and_steps, sequences
 from tests.support.ranks import Raised, rank_pool, saved_model, whole_model
+from tests.support.tuning import tuned
 from tests.support.zoo import random_tokens
 
 LLAMA = "llama"
@@ -47,6 +50,14 @@ def test_the_smallest_cap_counts_and_host_memory_is_divided() -> None:
     given = [{"gpu_memory": 500_000, "cpu_memory": 2_000_000}, {"gpu_memory": 400_000, "cpu_memory": 3_000_000}]
     for caps in rank_pool().run(2, "options_by_rank", saved_model(LLAMA), given):
         assert caps == {"gpu_memory": 400_000, "cpu_memory": 1_000_000}
+
+
+def test_ranks_have_the_tuning_of_the_test() -> None:
+    """Else tests would compare ranks that read all tokens with one process that selects pages."""
+    with tuned(slack_tokens=11, dense_factor=0):
+        found = rank_pool().run(2, "tuning_by_rank")
+    assert [(each["slack_tokens"], each["dense_factor"]) for each in found] == [(11, 0)] * 2
+    assert rank_pool().run(2, "tuning_by_rank") == [asdict(Tuning())] * 2
 
 
 @pytest.mark.parametrize(

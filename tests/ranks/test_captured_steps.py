@@ -20,17 +20,20 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu captures graphs"),
 ]
 OPTIONS: dict[str, Any] = {"method": "shadowkv", "budget": 16, "recent_window": 8}
+EXACT: dict[str, Any] = {"budget": 1 << 20}
 
 
-def one_process() -> torch.Tensor:
+def one_process(folder: str, options: dict[str, Any]) -> torch.Tensor:
     """Tokens of the reference in one process."""
-    model = whole_model(four_heads())
-    return sequences(model, SpinCache(model, **OPTIONS), random_tokens(1, 41), 8)
+    model = whole_model(folder)
+    return sequences(model, SpinCache(model, **options), random_tokens(1, 41), 8)
 
 
-def test_steps_are_replayed_without_a_word_to_other_ranks() -> None:
-    expected = one_process()
-    for tokens, replays, refused, exchanged in rank_pool().run(2, "captured", four_heads(), OPTIONS):
+@pytest.mark.parametrize(("options", "head_dim"), [(OPTIONS, 8), (EXACT, 16)], ids=["shadowkv", "default"])
+def test_steps_are_replayed_without_a_word_to_other_ranks(options: dict[str, Any], head_dim: int) -> None:
+    folder = four_heads(head_dim)
+    expected = one_process(folder, options)
+    for tokens, replays, refused, exchanged in rank_pool().run(2, "captured", folder, options):
         assert refused is None
         assert replays == 5  # one token by the prompt, and one of each way of calling eagerly
         assert torch.equal(tokens, expected)
@@ -39,7 +42,7 @@ def test_steps_are_replayed_without_a_word_to_other_ranks() -> None:
 
 def test_a_rank_that_cannot_capture() -> None:
     """Nobody replays: NCCL expects all ranks to capture a collective together."""
-    expected = one_process()
+    expected = one_process(four_heads(), OPTIONS)
     found = rank_pool().run(2, "captured", four_heads(), OPTIONS, 1)
     assert {each[2] for each in found} == {"capturing failed: this rank cannot capture"}
     for tokens, replays, _, _ in found:

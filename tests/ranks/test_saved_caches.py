@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from spin_hf import SavedCacheError, SpinCache
+from spin_hf.persistence.shards import PIECE_BYTES
+from spin_hf.storage.chunked_array import ChunkedArray
+from tests.support.inspection import state_of
+from tests.support.late_copies import copies_are_late
 from tests.support.memory import SMALL_ZONES
 from tests.support.rank_cases import load_and_go_on, save_and_go_on
 from tests.support.ranks import Raised, four_heads, rank_pool, saved_model, whole_model
@@ -74,6 +78,49 @@ def test_windows_and_gathered_heads(family: str, savers: int, loaders: int, tmp_
     expected = save(saved_model(family), savers, tmp_path, SPARSE)
     for found in load(saved_model(family), loaders, tmp_path, {}):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.sweep(keep=[1])
+@pytest.mark.parametrize("method", ["retroinfer", "fitted"])
+def test_clusters_on_their_way_to_a_gpu(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds anything, copies are late, and heads of the second part come last. Clusters are checked behind it."""
+    options, lengths = {"method": method, "budget": 64, **SMALL_ZONES}, [1160, 1141]
+    model = whole_model(four_heads())
+    expected = rank_pool().run(2, "saved", four_heads(), str(tmp_path), options, lengths)[0]
+    memory_is_dirty(monkeypatch)
+    streams = copies_are_late(monkeypatch, PIECE_BYTES)
+    loaded = SpinCache.from_pretrained(tmp_path, model)
+    assert sum(stream.copies for stream in streams) > 0
+    loaded.check_integrity()
+    assert state_of(loaded).sequences.spans.num_pages
+    assert torch.equal(load_and_go_on(model, str(tmp_path), {}, lengths), expected)
+    for number in range(2):
+        (file,) = tmp_path.glob(f"ranks-*/rank-{number:05d}-of-00002/*.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(with_other_shifts(whole))
+        with pytest.raises(SavedCacheError, match="clusters of tokens within their spans"):
+            SpinCache.from_pretrained(tmp_path, model, verify=False)
+        file.write_bytes(whole)
+
+
+def memory_is_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New rows of page stores hold other numbers than zeros, as memory of a GPU does."""
+    allocate = ChunkedArray._allocate
+
+    def dirty(*args: Any) -> list[torch.Tensor]:
+        slabs = allocate(*args)
+        for slab in slabs:
+            slab.view(torch.uint8).fill_(0x5A)
+        return slabs
+
+    monkeypatch.setattr(ChunkedArray, "_allocate", dirty)
+
+
+def with_other_shifts(file: bytes) -> bytes:
+    """A safetensors file in which tokens of the first layer are in other spans."""
+    begin = 8 + int.from_bytes(file[:8], "little")
+    first, stop = (begin + offset for offset in json.loads(file[8:begin])["layers.0.shifts"]["data_offsets"])
+    return file[:first] + b"\x5a" * (stop - first) + file[stop:]
 
 
 def test_a_rank_that_cannot_write_leaves_the_save_before_it(tmp_path: Path) -> None:

@@ -44,13 +44,13 @@ class LateStream:
             place.copy_(content)
 
 
-def copies_are_late(monkeypatch: pytest.MonkeyPatch) -> list[LateStream]:
-    """All pages go through buffers and streams that copy late. Pieces are small. Returns the streams that are made."""
+def copies_are_late(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096) -> list[LateStream]:
+    """All pages go through buffers and streams that copy late, in small pieces. Returns the streams that are made."""
     monkeypatch.setattr(LateStream, "made", [])
     monkeypatch.setattr(staging, "CopyStream", LateStream)
     monkeypatch.setattr(staging, "has_streams", lambda device: True)
     monkeypatch.setattr(staging, "_allocate", lambda num_bytes, locks: torch.empty(num_bytes, dtype=torch.uint8))
     for module in (contents, fills):
         monkeypatch.setattr(module, "in_host_memory", lambda device: False)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
     return LateStream.made

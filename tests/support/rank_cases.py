@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 
 import spin_hf.forward_pass as admission_users
 from spin_hf import CapacityError, PromptStore, SpinCache, SpinError
+from spin_hf.config import SpinOptions
 from spin_hf.graph import eligibility, runner
 from spin_hf.integration.rank_agreement import Ranks
 from spin_hf.integration.tensor_parallel import splits_heads
@@ -26,6 +27,7 @@ from spin_hf.storage.page_frames import PageFrames
 from tests.support.all_modes import MODES
 from tests.support.compare import Trace
 from tests.support.inspection import state_of
+from tests.support.memory import with_tight_gpu_memory
 from tests.support.subjects import Subject
 from tests.support.tuning import tuned
 from tests.support.zoo import PAD_TOKEN_ID, left_padded, random_tokens
@@ -131,6 +133,12 @@ def options_by_rank(folder: str, options: list[dict[str, Any]]) -> dict[str, Any
     cache = SpinCache(rank_model(folder), **options[dist.get_rank()])
     chosen = state_of(cache).options
     return {"gpu_memory": chosen.gpu_memory, "cpu_memory": chosen.cpu_memory}
+
+
+@case
+def tuning_by_rank() -> dict[str, Any]:
+    """The tuning of options that are parsed now."""
+    return asdict(SpinOptions.parse().tuning)
 
 
 @case
@@ -329,28 +337,42 @@ def captured(folder: str, options: dict[str, Any], fails_on: int | None = None) 
 
 
 @case
-def on_gpu(folder: str, options: dict[str, Any], calls: list[dict[str, Any]]) -> Any:
+def on_gpu(folder: str, options: dict[str, Any], calls: list[dict[str, Any]], tight: bool = False) -> Any:
     """Tokens of calls of `generate` on GPUs, for prompts of 73 and 58 tokens.
 
+    Args:
+        tight: with the smallest `gpu_memory` that each call accepts.
     Returns:
         tokens of each call; steps captured by each; why steps are not captured.
     """
     model = rank_model(folder)
     found, captured, refused = [], [], None
     for call in calls:
-        ids, mask = left_padded([73, 58])
-        with tuned(**ON_GPU):
-            cache = SpinCache(model, **options)
-        found.append(sequences(model, cache, ids, 12, attention_mask=mask, **call))
-        cache.check_integrity()
+        tokens, cache = read_and_generate(model, options, call, tight)
+        found.append(tokens)
         steps = cache.calls.steps
         captured.append(0 if steps is None else sum(step is not None for step in steps.captured.values()))
         refused = None if steps is None else steps.refused
     return found, captured, refused
 
 
-ON_GPU = {"gpu_chunk_bytes": 1, "min_chunk_segments": 1, "dense_factor": 0, "compiles_early": 0}
-"""Tuning with which tiny models have the chunks and the sparse steps of large ones."""
+def read_and_generate(
+    model: Any, options: dict[str, Any], call: dict[str, Any], tight: bool
+) -> tuple[torch.Tensor, SpinCache]:
+    """Tokens and cache of one call of `generate`, for two prompts. Arguments as for `on_gpu`."""
+    ids, mask = left_padded([73, 58])
+
+    def run(caps: dict[str, int]) -> tuple[torch.Tensor, SpinCache]:
+        cache = SpinCache(model, **options, **caps)
+        tokens = sequences(model, cache, ids, 12, attention_mask=mask, **call)
+        cache.check_integrity()
+        return tokens, cache
+
+    if not tight:
+        return run({})
+    tokens, cache = with_tight_gpu_memory(lambda cap: run({"gpu_memory": cap}))
+    assert cache.stats().cpu_bytes > 0
+    return tokens, cache
 
 
 @case

@@ -27,6 +27,7 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
     from tests.support.interpreter import quicken
     from tests.support.rank_cases import CASES, forget_models
     from tests.support.ranks import Raised
+    from tests.support.tuning import tuned
 
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
         quicken()
@@ -36,7 +37,7 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
     joined = ""
     while True:
         try:
-            size, store, case, arguments = connection.recv()
+            size, store, tuning, case, arguments = connection.recv()
         except (EOFError, OSError):
             return
         try:
@@ -50,7 +51,9 @@ def work(connection: Any, number: int, backend: str, device: str) -> None:
                 )
                 joined = store
             torch.manual_seed(0)
-            connection.send(CASES[case](*arguments))
+            with tuned(**tuning):
+                found = CASES[case](*arguments)
+            connection.send(found)
         except Exception as error:
             attributes = {name: value for name, value in vars(error).items() if isinstance(value, (int, type(None)))}
             connection.send(Raised(type(error).__name__, str(error), attributes, traceback.format_exc()))

@@ -4,6 +4,7 @@
     pool.run(2, "traces", "llama", ["greedy"])      `rank_cases.CASES["traces"](...)` on ranks 0 and 1 of 2
       -> what each rank returned, or raises RankError with what it raised
 
+Caches of the ranks are tuned as those of the test's own process are (`tuning.py`): both take the same steps.
 Starting torch takes seconds, so the processes stay. Their process group is made anew when another number of ranks is wanted. A
 watchdog ends them all if one does not answer: a rank that waits for the others would wait for minutes.
 """
@@ -22,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.support import fork_server
+from tests.support.tuning import tuned_fields
 from tests.support.zoo import PAD_TOKEN_ID, build_model
 
 WATCHDOG_SECONDS = 300.0
@@ -77,7 +79,7 @@ class RankPool:
             self.groups, self.size = self.groups + 1, size
         store = str(self.folder / f"store{self.groups}")
         for connection in self.connections[:size]:
-            connection.send((size, store, case, arguments))
+            connection.send((size, store, tuned_fields(), case, arguments))
         found = []
         for number, connection in enumerate(self.connections[:size]):
             if not connection.poll(WATCHDOG_SECONDS):
@@ -116,12 +118,12 @@ def saved_model(family: str) -> str:
 
 
 @functools.cache
-def four_heads() -> str:
-    """A folder with a tiny model of four KV heads."""
+def four_heads(head_dim: int = 8) -> str:
+    """A folder with a tiny model of four KV heads. Kernels of `fitted` take heads of 16, and none of 8."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512,
+        num_key_value_heads=4, head_dim=head_dim, max_position_embeddings=512,
     )  # fmt: skip
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, None, 0
     model = LlamaForCausalLM(config).eval()

@@ -44,6 +44,11 @@ def tune(monkeypatch: pytest.MonkeyPatch, **fields: int) -> None:
         monkeypatch.setitem(_changed, name, number)
 
 
+def tuned_fields() -> dict[str, int]:
+    """The fields that caches made now have other numbers of, for another process that makes caches of the same test."""
+    return dict(_changed)
+
+
 def grow_by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays in GPU memory grow by one segment at a time, as the caches of tiny models are small."""
     tune(monkeypatch, gpu_chunk_bytes=1, min_chunk_segments=1)
