@@ -244,6 +244,8 @@ def settings(reader: Reader, ids: list[int], args: argparse.Namespace) -> list[t
 def measure_kl(reader: Reader, tokenizer: Any, args: argparse.Namespace, rows: Rows) -> None:
     """Measure the rows that are missing."""
     texts = [tokenizer(play(name)).input_ids[: args.tokens + args.steps] for name in PLAYS[: args.texts]]
+    if (shortest := min(map(len, texts))) < args.tokens + args.steps:
+        raise ValueError(f"expected texts of {args.tokens + args.steps} tokens, got one of {shortest}; lower --tokens")
     runs = settings(reader, texts[0][: args.tokens], args)
     runs += [] if args.parameters else [(f"{ALL} at 1", ALL, 0.0, 0.0)]
     dense = [reader.next_tokens(*reader.read(ids[: args.tokens], None)[:2], ids[args.tokens :]) for ids in texts]
