@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -264,7 +264,10 @@ class GpuMemory:
             self._give_back(device, num_bytes)
 
     def resize(self, device: torch.device, cap: int | None) -> None:
-        """Set a cap and fit the frames to it. If memory runs out, restore the old cap."""
+        """Set a cap and fit the frames to it. If memory runs out, restore the old cap.
+
+        Where even that has no memory, the next step reserves what it needs, or raises: a resize may be for another cache.
+        """
         before = self.caps[device]
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -272,7 +275,8 @@ class GpuMemory:
                 self.state.sequences.fit()
             except (BudgetError, CapacityError, torch.OutOfMemoryError):
                 self._set_cap(device, before)
-                self.state.sequences.fit()
+                with suppress(BudgetError, CapacityError, torch.OutOfMemoryError):
+                    self.state.sequences.fit()
 
     def _set_cap(self, device: torch.device, cap: int | None) -> None:
         """Set the budgets of a device's layers to a cap, or to what a step needs if that is more."""

@@ -32,6 +32,7 @@ from .prefixes import SharedPrefixes
 from .reading import PromptReading
 from .request import Request
 from .row_batch import RowBatch
+from .row_errors import forget_frames
 
 _LOOKED_AT = 256
 """Waiting requests that are searched for a common prefix."""
@@ -134,7 +135,7 @@ class Scheduler:
         self.waiting.popleft()
         if head.cache is not None:
             self._join(head)
-            return True
+            return head.row is not None
         self._start(head)
         return False
 
@@ -154,7 +155,8 @@ class Scheduler:
         if head.cache is not None or not self.running:
             return True
         left = min(request.most_tokens - request.num_tokens for request in self.running.values())
-        if left * (self.pace.step_s or 0.0) > self.admission.moving_s(head.planned_tokens):
+        moving_s = self.admission.moving_s(request.num_tokens for request in self.running.values())
+        if left * (self.pace.step_s or 0.0) > moving_s:
             return True
         active = [*self.running.values(), *([] if self.read is None else [self.read])]
         held = [(request.num_tokens, request.planned_tokens) for request in active]
@@ -200,7 +202,7 @@ class Scheduler:
                 cache.calls.before_prompt(cache, _tensor(ids), None)
         except OUT_OF_MEMORY as error:
             self.waiting.appendleft(request)
-            self.relief.relieve_or_end(request, error)
+            self.relief.of_admission(request, error)
             return
         except Exception as error:  # what a shared or stored cache raises ends this request
             self.end(request, "error", error)
@@ -224,6 +226,10 @@ class Scheduler:
         assert request.cache is not None
         try:
             request.row = self.batch.join(request.cache)
+        except OUT_OF_MEMORY as error:
+            self.waiting.appendleft(request)
+            self.relief.of_admission(request, error)
+            return
         except Exception as error:  # one request's cache that cannot be a row ends that request
             self.end(request, "error", error)
             return
@@ -247,8 +253,9 @@ class Scheduler:
         request, reading, wanted = self.read, self._reading, self._wanted()
         if request is None or reading is None or not wanted:
             return
-        wanted = min(wanted, reading.largest_chunk())
+        number = 0
         try:
+            wanted = min(wanted, reading.largest_chunk())
             stop = len(reading.ids) if self._boundary is None else self._boundary
             number = reading.chunk(wanted, stop)
             began = time.perf_counter()
@@ -256,7 +263,7 @@ class Scheduler:
             self.wait_for_device()
             seconds = time.perf_counter() - began
         except OUT_OF_MEMORY as error:
-            self.relief.of_reading(request, error)
+            self.relief.of_reading(request, number, error)
             return
         except Exception as error:  # what a forward of this prompt raises ends this request
             self.end(request, "error", error)
@@ -285,10 +292,6 @@ class Scheduler:
             self.prefixes.keep(reading.ids[: reading.held], reading.cache)
         except OUT_OF_MEMORY:
             self.relief.relieve()  # without it, the others read it again
-
-    def largest_chunk(self) -> int:
-        """Tokens of the prompt in progress that one forward may read."""
-        return 0 if self._reading is None else self._reading.largest_chunk()
 
     def stop_reading(self) -> Request:
         """Take the request whose prompt is being read out of its place."""
@@ -332,6 +335,8 @@ class Scheduler:
             self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        if error is not None:
+            forget_frames(error)
         self.counters.ended[reason] += 1
         self.record(RequestEnded, request.number, reason, len(request.tokens))
         request.end(reason, error)
