@@ -42,7 +42,8 @@ class MemoryRelief:
         """Tokens of a prompt that one forward may read."""
         self.reading_waits = False
         """Whether the prompt in progress waits until a running request ends."""
-        self._relieved_at: tuple[int, int] | None = None
+        self._relieved_at: dict[str, tuple[int, int]] = {}
+        """What had no memory -> how much of it was done, and how many requests had ended, when memory was freed for it last."""
         self._bytes: tuple[int, tuple[int, int]] | None = None
 
     def freed(self) -> None:
@@ -51,13 +52,18 @@ class MemoryRelief:
         self.most_rows = min(self._scheduler.max_rows, self.most_rows + 1)
         self.most_chunk = min(MOST_TOKENS, 2 * self.most_chunk)
 
-    def relieve(self) -> bool:
-        """Free what no running request needs. Returns False if nothing has been computed since that was done last."""
+    def relieve(self, what: str, done: int) -> bool:
+        """Free what no running request needs. Returns False if that was done before, and neither helped nor anybody ended.
+
+        Args:
+            what: that has no memory.
+            done: how much of it has been done so far.
+        """
         scheduler = self._scheduler
-        progress = scheduler.counters.steps, scheduler.counters.read_tokens
-        if self._relieved_at == progress:
+        progress = done, scheduler.counters.ended.total()
+        if self._relieved_at.get(what) == progress:
             return False
-        self._relieved_at = progress
+        self._relieved_at[what] = progress
         scheduler.prefixes.drop_all()
         for request in scheduler.waiting:
             if request.cache is not None:
@@ -70,7 +76,7 @@ class MemoryRelief:
     def of_step(self, error: Exception) -> None:
         """A step ran out of memory; every cache is as before."""
         forget_frames(error)
-        if self.relieve():
+        if self.relieve("step", self._scheduler.counters.steps):
             return
         scheduler, row = self._scheduler, getattr(error, "row", None)
         running = scheduler.running
@@ -93,7 +99,7 @@ class MemoryRelief:
             num_tokens: of the chunk.
         """
         forget_frames(error)
-        if self.relieve():
+        if self.relieve("prompt", self._scheduler.counters.read_tokens):
             return
         chunk = min(num_tokens, self.most_chunk)
         if isinstance(error, torch.OutOfMemoryError) and chunk > _LEAST_CHUNK:  # not of pages: those are CapacityError
@@ -107,7 +113,7 @@ class MemoryRelief:
     def of_admission(self, request: Request, error: Exception) -> None:
         """The first waiting request got no cache, or no row."""
         forget_frames(error)
-        if self.relieve():
+        if self.relieve("admission", self._scheduler.counters.paused):
             return
         if self._scheduler.running:
             self._wait_for_an_end()

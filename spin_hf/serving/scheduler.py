@@ -291,7 +291,7 @@ class Scheduler:
         try:
             self.prefixes.keep(reading.ids[: reading.held], reading.cache)
         except OUT_OF_MEMORY:
-            self.relief.relieve()  # without it, the others read it again
+            self.relief.relieve("prefix", self.counters.read_tokens)  # without it, the others read it again
 
     def stop_reading(self) -> Request:
         """Take the request whose prompt is being read out of its place."""
@@ -315,7 +315,7 @@ class Scheduler:
         try:
             reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
         except OUT_OF_MEMORY:
-            self.relief.relieve()
+            self.relief.relieve("store", self.counters.read_tokens)
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Count a step that has been delivered."""
