@@ -9,7 +9,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from ..errors import BudgetError, CapacityError
 
@@ -33,29 +32,12 @@ def _named(error: CapacityError | BudgetError, row: int) -> CapacityError | Budg
 
 
 def forget_frames(error: BaseException) -> None:
-    """Clear the variables of all frames that an error, and those it came from, have left. Tracebacks keep their lines.
-
-    Frames that still run are taken out of the tracebacks.
-    """
+    """Clear the variables of all frames that an error, and those it came from, have left. Tracebacks keep their lines."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
         each = left.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        trace = each.__traceback__
-        while trace is not None and _runs(trace.tb_frame):
-            trace = trace.tb_next
-        traceback.clear_frames(trace)
-        each.__traceback__ = trace
-        left += [each.__cause__, each.__context__]
-
-
-def _runs(frame: FrameType) -> bool:
-    """Whether a frame still runs. Clears it otherwise."""
-    try:
-        frame.clear()
-    except RuntimeError:
-        return True
-    return False
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            left += [each.__cause__, each.__context__]

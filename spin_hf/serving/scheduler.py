@@ -195,11 +195,7 @@ class Scheduler:
         ids, first = request.ids_to_hold, request.times.started is None
         request.start()
         try:
-            cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
-            if cache is None:
-                cache = self.make_cache()
-                self.batch.expect(cache)
-                cache.calls.before_prompt(cache, _tensor(ids), None)
+            cache = self._cache_for(ids)
         except OUT_OF_MEMORY as error:
             self.waiting.appendleft(request)
             self.relief.of_admission(request, error)
@@ -220,6 +216,15 @@ class Scheduler:
             self.counters.reused_tokens += held
         self.admission.divide(self.held())
         self.record(RequestStarted, request.number, held)
+
+    def _cache_for(self, ids: array[int]) -> SpinCache:
+        """A cache for a prompt, which may hold the first of its tokens."""
+        cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
+        if cache is None:
+            cache = self.make_cache()
+            self.batch.expect(cache)
+            cache.calls.before_prompt(cache, _tensor(ids), None)
+        return cache
 
     def _join(self, request: Request) -> None:
         """Make a request whose prompt is read a row."""
@@ -263,9 +268,11 @@ class Scheduler:
             self.wait_for_device()
             seconds = time.perf_counter() - began
         except OUT_OF_MEMORY as error:
+            del reading  # an error refers to this frame
             self.relief.of_reading(request, number, error)
             return
         except Exception as error:  # what a forward of this prompt raises ends this request
+            del reading
             self.end(request, "error", error)
             return
         self.pace.read(number, seconds, bool(self.running))
