@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = dict(method="shadowkv", budget=4096)
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (500, 120, 90)]
 
 
-@pytest.mark.parametrize("seed", [3, 7, 8, 9, 51])
+@pytest.mark.parametrize("seed", [3, 21, 32, 47, 58])
 def test_a_few_full_gpus(seed: int) -> None:
     assert FullSchedule(seed).run().failures
 
@@ -38,9 +38,7 @@ class Run:
     """A loop without a thread, and its requests."""
 
     def __init__(self, prompts: list[list[int]], new: int = 10) -> None:
-        self.loop = RequestLoop(
-            MODEL, max_rows=4, max_slowdown=None, max_wait_s=None, share_prefixes=False, **OPTIONS
-        )
+        self.loop = RequestLoop(MODEL, max_rows=4, max_slowdown=None, max_wait_s=None, share_prefixes=False, **OPTIONS)
         self.scheduler, self.new, self.log = self.loop.scheduler, new, Log()
         self.scheduler.log = self.log  # type: ignore[assignment]
         self.caches: list[weakref.ref[SpinCache]] = []

@@ -59,7 +59,12 @@ class FullGpu:
 
 @contextmanager
 def full_gpu(
-    total: int, model: Any, lost: int = 0, token_bytes: int = 0, draw: random.Random | None = None, host_fails: float = 0.0
+    total: int,
+    model: Any,
+    lost: int = 0,
+    token_bytes: int = 0,
+    draw: random.Random | None = None,
+    host_fails: float = 0.0,
 ) -> Iterator[FullGpu]:
     """Let the CPU be a GPU of `total` bytes for caches with `gpu_memory="auto"`.
 

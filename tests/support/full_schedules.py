@@ -1,4 +1,7 @@
-"""Random loops on a GPU that is full: requests of all lengths, a user who takes memory and frees it, pieces that are lost."""
+"""Random loops on a GPU that is full: requests of all lengths, a user who takes memory and frees it, pieces that are lost.
+
+Nothing depends on measured times.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import gc
 import random
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 from spin_hf import RequestLoop
+from spin_hf.serving import admission
 from spin_hf.serving.events import Event, RequestEnded, RequestPaused
 from spin_hf.serving.request import Request
 from tests.support.full_gpu import FullGpu, full_gpu
@@ -64,15 +69,20 @@ class FullSchedule:
         ]
         self.resident = self.loop(self.options).scheduler.admission.needs(LONGEST + MOST_NEW).resident
         self.total = int(self.resident * choose([1.2, 1.5, 2.2]) / 0.8)
-        self.lost, self.token_bytes = int(self.total * choose([0.05, 0.1, 0.14, 0.17])), choose([0, 2, 3]) * self.total // 4000
+        self.lost, self.token_bytes = (
+            int(self.total * choose([0.05, 0.1, 0.14, 0.17])),
+            choose([0, 2, 3]) * self.total // 4000,
+        )
         self.user = choose([1, 2]) * self.resident
         self.host_fails = choose([0, 0, 0.1, 0.5])
+        self.rate = choose([1.0, 1e15, 1e15])
+        """Bytes per second that move to host memory: requests always wait for room for all pages, or never."""
 
     def loop(self, options: dict[str, Any]) -> RequestLoop:
         """A loop over the model."""
         choose = self.random.choice
         return RequestLoop(
-            MODEL, max_rows=choose([2, 4, 8]), max_slowdown=choose([None, 2.0]), max_wait_s=choose([None, None, 0.0]),
+            MODEL, max_rows=choose([2, 4, 8]), max_slowdown=None, max_wait_s=choose([None, None, 0.0]),
             share_prefixes=False, **options,
         )  # fmt: skip
 
@@ -82,9 +92,12 @@ class FullSchedule:
         gc.collect()
         gc.disable()  # memory must be free without it
         try:
-            with full_gpu(
-                self.total + self.user, MODEL, self.lost, self.token_bytes, self.random, self.host_fails
-            ) as gpu:
+            with (
+                patch.object(admission, "_MOVED_BYTES_PER_S", self.rate),
+                full_gpu(
+                    self.total + self.user, MODEL, self.lost, self.token_bytes, self.random, self.host_fails
+                ) as gpu,
+            ):
                 results = [request.handle.outcome(0) for request in self._run(gpu)]
         finally:
             gc.enable()
