@@ -264,10 +264,7 @@ class GpuMemory:
             self._give_back(device, num_bytes)
 
     def resize(self, device: torch.device, cap: int | None) -> None:
-        """Set a cap and fit the frames to it. If memory runs out, restore the old cap.
-
-        Where even that has no memory, the next step reserves what it needs, or raises: a resize may be for another cache.
-        """
+        """Set a cap and fit the frames to it. If memory runs out, restore the old cap."""
         before = self.caps[device]
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -275,6 +272,7 @@ class GpuMemory:
                 self.state.sequences.fit()
             except (BudgetError, CapacityError, torch.OutOfMemoryError):
                 self._set_cap(device, before)
+                # If even that has no memory, this cache's next step raises, not the one that the resize is for.
                 with suppress(BudgetError, CapacityError, torch.OutOfMemoryError):
                     self.state.sequences.fit()
 

@@ -22,7 +22,7 @@ from spin_hf.memory import gpu_memory
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
 from spin_hf.storage.page_store import PageStore
-from tests.support.fake_gpu import FakeGpu, _bytes_of_store, fake_gpu
+from tests.support.fake_gpu import FakeGpu, bytes_of_store, fake_gpu
 
 _CPU = torch.device("cpu")
 
@@ -38,15 +38,14 @@ class FullGpu:
     def __init__(self, fake: FakeGpu, lost: int) -> None:
         self.fake, self.lost, self.failures = fake, lost, 0
 
-    def states(self) -> list[Any]:
-        """States of all caches that hold memory."""
-        held = [each._state() for each in list(gpu_memory._live)]
-        return [state for state in held if state is not None and any(layer.store for layer in state.layers)]
+    @property
+    def stores(self) -> list[PageStore]:
+        """Layers of all caches alive."""
+        return [store for each in list(gpu_memory._live) for store in each._stores(_CPU)]
 
     @property
     def free(self) -> int:
-        stores = [layer.store for state in self.states() for layer in state.layers if layer.store is not None]
-        return self.fake.total - self.fake.user - sum(map(_bytes_of_store, stores))
+        return self.fake.total - self.fake.user - sum(map(bytes_of_store, self.stores))
 
     def ask(self, device: torch.device) -> int:
         """Free memory, as a device tells it."""

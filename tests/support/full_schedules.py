@@ -125,7 +125,7 @@ class FullSchedule:
             scheduler.turn()
             turns += 1
             assert turns < MOST_TURNS, f"no progress: {loop.stats()}"
-            known = {id(cache._state) for cache, _ in scheduler.held()}
-            known |= {id(cache._state) for cache in scheduler.idle()}
-            assert all(id(state) in known for state in gpu.states()), "a request that has ended holds memory"
+            known = [*(cache for cache, _ in scheduler.held()), *scheduler.idle()]
+            stores = {id(layer.store) for cache in known for layer in cache.paged_layers}
+            assert all(id(store) in stores for store in gpu.stores), "a request that has ended holds memory"
         return requests
