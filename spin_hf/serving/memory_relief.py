@@ -16,12 +16,10 @@ from typing import Any
 import torch
 
 from ..config import MOST_TOKENS
-from ..errors import BudgetError, CapacityError
 from .admission import bytes_held
 from .request import Request
 from .row_errors import forget_frames
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, CapacityError, BudgetError)
 _LEAST_CHUNK = 256
 _LOOK_STEPS = 128
 """Steps between two counts of the bytes held."""

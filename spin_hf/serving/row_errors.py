@@ -10,7 +10,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from ..errors import BudgetError, CapacityError
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, CapacityError, BudgetError)
 
 
 @contextmanager
@@ -32,7 +36,10 @@ def _named(error: CapacityError | BudgetError, row: int) -> CapacityError | Budg
 
 
 def forget_frames(error: BaseException) -> None:
-    """Clear the variables of all frames that an error, and those it came from, have left. Tracebacks keep their lines."""
+    """Clear the variables of all frames that an error, and those it came from, have left.
+
+    Tracebacks keep their lines, except for errors about memory, which lose them: frames hold closures, too.
+    """
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
@@ -40,4 +47,6 @@ def forget_frames(error: BaseException) -> None:
         if each is not None and id(each) not in seen:
             seen.add(id(each))
             traceback.clear_frames(each.__traceback__)
+            if isinstance(each, OUT_OF_MEMORY):
+                each.__traceback__ = None
             left += [each.__cause__, each.__context__]

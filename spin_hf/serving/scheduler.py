@@ -26,13 +26,13 @@ from .admission import Admission
 from .decoder import Decoder
 from .events import ChunkRead, Event, EventLog, RequestEnded, RequestJoined, RequestPaused, RequestStarted, StepDone
 from .loop_stats import Counters
-from .memory_relief import OUT_OF_MEMORY, MemoryRelief
+from .memory_relief import MemoryRelief
 from .pace import Pace
 from .prefixes import SharedPrefixes
 from .reading import PromptReading
 from .request import Request
 from .row_batch import RowBatch
-from .row_errors import forget_frames
+from .row_errors import OUT_OF_MEMORY, forget_frames
 
 _LOOKED_AT = 256
 """Waiting requests that are searched for a common prefix."""

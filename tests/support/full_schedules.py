@@ -71,7 +71,7 @@ class FullSchedule:
         self.total = int(self.resident * choose([1.2, 1.5, 2.2]) / 0.8)
         self.lost, self.token_bytes = (
             int(self.total * choose([0.05, 0.1, 0.14, 0.17])),
-            choose([0, 2, 3]) * self.total // 4000,
+            choose([0, 1, 2]) * self.total // 4000,
         )
         self.user = choose([1, 2]) * self.resident
         self.host_fails = choose([0, 0, 0.1, 0.5])
