@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -272,7 +272,9 @@ class GpuMemory:
                 self.state.sequences.fit()
             except (BudgetError, CapacityError, torch.OutOfMemoryError):
                 self._set_cap(device, before)
-                self.state.sequences.fit()
+                # If even that has no memory, this cache's next step raises, not the one that the resize is for.
+                with suppress(BudgetError, CapacityError, torch.OutOfMemoryError):
+                    self.state.sequences.fit()
 
     def _set_cap(self, device: torch.device, cap: int | None) -> None:
         """Set the budgets of a device's layers to a cap, or to what a step needs if that is more."""

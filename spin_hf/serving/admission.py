@@ -6,7 +6,7 @@
 
 With `gpu_memory` in bytes the cap is divided among the requests (`memory/cap_division.py`). With "auto" their caches share the
 GPU as any caches do (`memory/gpu_memory.py`). Then a request waits for room for all of its pages, if a running one ends sooner
-than pages of others would be moved to host memory.
+than the pages of those that run would be moved to host memory.
 """
 
 from __future__ import annotations
@@ -99,9 +99,15 @@ class Admission:
         taken = sum(bytes_held(cache)[1] for cache in idle)
         return host is None or taken + self._in_host([new, *members], pool) <= host
 
-    def moving_s(self, num_tokens: int) -> float:
-        """Seconds that it takes to move as many bytes to host memory as a request needs."""
-        return self.needs(num_tokens).resident / _MOVED_BYTES_PER_S
+    def moving_s(self, running: Iterable[int]) -> float:
+        """Seconds that it takes to move all pages of running requests to host memory.
+
+        A request that does not fit beside them takes pages of each, and a cache moves all of its pages or none.
+
+        Args:
+            running: tokens of each request.
+        """
+        return sum(self.needs(tokens).resident for tokens in running) / _MOVED_BYTES_PER_S
 
     def fits_whole(self, num_tokens: int, shared: int, held: Sequence[tuple[int, int]]) -> bool:
         """Whether all pages of a request find room in free GPU memory. True with a cap in bytes, and without a GPU.

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .memory_relief import OUT_OF_MEMORY
 from .request import Request
+from .row_errors import OUT_OF_MEMORY
 from .sampling import Chosen, choose
 
 

@@ -26,12 +26,13 @@ from .admission import Admission
 from .decoder import Decoder
 from .events import ChunkRead, Event, EventLog, RequestEnded, RequestJoined, RequestPaused, RequestStarted, StepDone
 from .loop_stats import Counters
-from .memory_relief import OUT_OF_MEMORY, MemoryRelief
+from .memory_relief import MemoryRelief
 from .pace import Pace
 from .prefixes import SharedPrefixes
 from .reading import PromptReading
 from .request import Request
 from .row_batch import RowBatch
+from .row_errors import OUT_OF_MEMORY, forget_frames
 
 _LOOKED_AT = 256
 """Waiting requests that are searched for a common prefix."""
@@ -138,7 +139,7 @@ class Scheduler:
         self.waiting.popleft()
         if head.cache is not None:
             self._join(head)
-            return True
+            return head.row is not None
         self._start(head)
         return False
 
@@ -158,7 +159,8 @@ class Scheduler:
         if head.cache is not None or not self.running:
             return True
         left = min(request.most_tokens - request.num_tokens for request in self.running.values())
-        if left * (self.pace.step_s or 0.0) > self.admission.moving_s(head.planned_tokens):
+        moving_s = self.admission.moving_s(request.num_tokens for request in self.running.values())
+        if left * (self.pace.step_s or 0.0) > moving_s:
             return True
         active = [*self.running.values(), *([] if self.read is None else [self.read])]
         held = [(request.num_tokens, request.planned_tokens) for request in active]
@@ -197,14 +199,10 @@ class Scheduler:
         ids, first = request.ids_to_hold, request.times.started is None
         request.start()
         try:
-            cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
-            if cache is None:
-                cache = self.make_cache()
-                self.batch.expect(cache)
-                cache.calls.before_prompt(cache, _tensor(ids), None)
+            cache = self._cache_for(ids)
         except OUT_OF_MEMORY as error:
             self.waiting.appendleft(request)
-            self.relief.relieve_or_end(request, error)
+            self.relief.of_admission(request, error)
             return
         except Exception as error:  # what a shared or stored cache raises ends this request
             self.end(request, "error", error)
@@ -223,11 +221,24 @@ class Scheduler:
         self.admission.divide(self.held())
         self.record(RequestStarted, request.number, held)
 
+    def _cache_for(self, ids: array[int]) -> SpinCache:
+        """A cache for a prompt, which may hold the first of its tokens."""
+        cache = self.prefixes.fork_for(ids) if self.shares_prefixes else None
+        if cache is None:
+            cache = self.make_cache()
+            self.batch.expect(cache)
+            cache.calls.before_prompt(cache, _tensor(ids), None)
+        return cache
+
     def _join(self, request: Request) -> None:
         """Make a request whose prompt is read a row."""
         assert request.cache is not None
         try:
             request.row = self.batch.join(request.cache)
+        except OUT_OF_MEMORY as error:
+            self.waiting.appendleft(request)
+            self.relief.of_admission(request, error)
+            return
         except Exception as error:  # one request's cache that cannot be a row ends that request
             self.end(request, "error", error)
             return
@@ -251,8 +262,9 @@ class Scheduler:
         request, reading, wanted = self.read, self._reading, self._wanted()
         if request is None or reading is None or not wanted:
             return
-        wanted = min(wanted, reading.largest_chunk())
+        number = 0
         try:
+            wanted = min(wanted, reading.largest_chunk())
             stop = len(reading.ids) if self._boundary is None else self._boundary
             number = reading.chunk(wanted, stop)
             began = time.perf_counter()
@@ -260,9 +272,11 @@ class Scheduler:
             self.wait_for_device()
             seconds = time.perf_counter() - began
         except OUT_OF_MEMORY as error:
-            self.relief.of_reading(request, error)
+            del reading  # an error refers to this frame
+            self.relief.of_reading(request, number, error)
             return
         except Exception as error:  # what a forward of this prompt raises ends this request
+            del reading
             self.end(request, "error", error)
             return
         self.pace.read(number, seconds, bool(self.running))
@@ -288,11 +302,7 @@ class Scheduler:
         try:
             self.prefixes.keep(reading.ids[: reading.held], reading.cache)
         except OUT_OF_MEMORY:
-            self.relief.relieve()  # without it, the others read it again
-
-    def largest_chunk(self) -> int:
-        """Tokens of the prompt in progress that one forward may read."""
-        return 0 if self._reading is None else self._reading.largest_chunk()
+            self.relief.relieve("prefix", self.counters.read_tokens)  # without it, the others read it again
 
     def stop_reading(self) -> Request:
         """Take the request whose prompt is being read out of its place."""
@@ -316,7 +326,7 @@ class Scheduler:
         try:
             reading.cache.calls.after_prompt(reading.cache, _tensor(reading.ids), None)
         except OUT_OF_MEMORY:
-            self.relief.relieve()
+            self.relief.relieve("store", self.counters.read_tokens)
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Count a step that has been delivered."""
@@ -336,6 +346,8 @@ class Scheduler:
             self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        if error is not None:
+            forget_frames(error)
         self.counters.ended[reason] += 1
         self.record(RequestEnded, request.number, reason, len(request.tokens))
         request.end(reason, error)

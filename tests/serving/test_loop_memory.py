@@ -69,7 +69,7 @@ def test_more_requests_fit_if_each_needs_few_pages() -> None:
 
 
 def test_a_request_waits_for_a_running_one_that_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else pages of others move to the cpu tier, which takes time too."""
+    """Else pages of all that run move to the cpu tier, which takes time too."""
     needs = RequestLoop(MODEL, **SPARSE).scheduler.admission.needs(700)
     prompts = [random_tokens(1, 600, seed=seed)[0].tolist() for seed in range(4)]
     rows = []
@@ -78,6 +78,7 @@ def test_a_request_waits_for_a_running_one_that_ends_soon(monkeypatch: pytest.Mo
         with fake_gpu(int(2.6 * needs.resident / 0.8)) as gpu:
             _, loop, _ = run(gpu, prompts, 10, **SPARSE)
             rows.append(loop.stats().mean_rows)
+        assert loop.scheduler.admission.moving_s([700, 700]) == 2 * needs.resident / rate
     assert rows[0] < 2.5 < rows[1]
 
 

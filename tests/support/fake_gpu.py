@@ -24,10 +24,10 @@ from tests.support.tuning import tuned
 
 def bytes_of(cache: SpinCache) -> int:
     """Bytes of all tensors that the layers hold in the compute tier; of arrays that grow by chunks, the rows in use."""
-    return sum(_bytes_of_store(layer.store) for layer in cache.paged_layers if layer.store is not None)
+    return sum(bytes_of_store(layer.store) for layer in cache.paged_layers if layer.store is not None)
 
 
-def _bytes_of_store(store: PageStore) -> int:
+def bytes_of_store(store: PageStore) -> int:
     arrays = store._arrays() if store.frames is None else [a for a in store._arrays() if a is not store.backing]
     total = sum(array.used_rows * array.row_bytes for array in arrays)
     if store.frames is not None:
