@@ -46,15 +46,14 @@ class Binding:
         owner: whose state it is, if several caches use the descriptors in turn; None once the cache does not need them.
         known: inputs from which the step descriptor was last made.
         layer_known: inputs of each layer's descriptor; None if it must be uploaded.
-        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`). Layers of
-            the same sizes with nothing fitted have one entry in common, as their tensors are equal.
+        bases: for each layer the fitted tensors, and what the scan reads in place of them (`Method.scan_basis`).
     """
 
     def __init__(self, state: CacheState, owner: Any = None) -> None:
         self.state, self.owner = state, owner
         self.known: dict[str, Any] = {}
         self.layer_known: list[Any] = [None] * len(state.layers)
-        self.bases: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
+        self.bases: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def end(self) -> None:
         """Drop all references to the cache. Safe at any time: changes nothing for another cache."""
@@ -146,13 +145,9 @@ class Descriptors:
 
     def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
         """The tensors of `BASES` for a layer."""
-        assert layer.store is not None
-        key: Any = layer.number
-        if layer.fitted is None:
-            key = layer.store.key_dim, layer.store.value_dim, layer.store.dtype
-        held = self.binding.bases.get(key)
+        held = self.binding.bases.get(layer.number)
         if held is None or held[0] is not layer.fitted:
-            held = self.binding.bases[key] = layer.fitted, bases_of(layer, self.state.method)
+            held = self.binding.bases[layer.number] = layer.fitted, bases_of(layer, self.state.method)
         return held[1]
 
     def begin_step(self) -> None:
@@ -273,7 +268,7 @@ def bases_of(layer: LayerState, method: Method) -> tuple[Tensor, ...]:
 def _unfitted_bases(
     method: Method, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """`bases_of` before the fit: the same for all layers of these sizes, and for all caches, which so need not make them."""
+    """`bases_of` before the fit: one for all layers of these sizes, and for all caches."""
     assert isinstance(method, ClusteringMethod)
     return _bases(method, unfitted(method, sizes, device), dtype)
 

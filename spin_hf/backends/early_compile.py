@@ -54,24 +54,21 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
     step.early[shape, dense] = found = {}
     length = max(sequences.length, sequences.expected_tokens)
     reads_all, run = step.may_read_all(length + 1), tokens_to_cluster(step, length)
+    steps = partial(launches_of_steps, step, layer, call)
+    if row_sizes:
+        steps = partial(launches_of_rows, step, layer, call, row_sizes)
     needed = {
-        "reads all": partial(launches_of_steps, step, layer, call, True),
+        "reads all": partial(steps, True),
         "clusters": partial(launches_of_clusters, step, layer, run, layer.observation_queries),
         "index": partial(launches_of_index, step, layer, layers_per_call(step, layer, length)),
-        "selects": partial(launches_of_steps, step, layer, call, False),
+        "selects": partial(steps, False),
         "completed": partial(launches_of_completed, step, layer),
         "generated": partial(launches_of_generated, step, layer),
     }  # in the order in which steps need them
-    if not reads_all:
+    if not reads_all and not row_sizes:  # whether rows read all depends on the other rows
         del needed["reads all"]
-    if row_sizes:
-        del needed["selects"], needed["completed"]
-        needed.pop("reads all", None)
-        of_rows = partial(launches_of_rows, step, layer, call, row_sizes)
-        needed = {"rows": partial(of_rows, True), **needed, "selecting rows": partial(of_rows, False)}
     if not is_first:
-        for name in ("clusters", "index", "completed", "generated"):
-            needed.pop(name, None)
+        del needed["clusters"], needed["index"], needed["completed"], needed["generated"]
     with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
         for name, launches in needed.items():
             compiles = behind(launches, step.device)

@@ -87,7 +87,6 @@ class RowSteps:
     def step(self, rows: dict[int, Row], tokens: list[int], ids: Tensor | None = None) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
         given = dict(zip(rows.values(), tokens if ids is None else range(len(tokens)), strict=True))
-        device_ids = ids
         names = {row: index for index, row in rows.items()}
         for row in given:
             row.settle()
@@ -96,20 +95,20 @@ class RowSteps:
         ran: list[RowProgram] = []
         try:
             with implementation.held(next(iter(given)).cache.calls.config):
-                made = [self._run(program, given, device_ids, ran) for program in programs]
+                made = [self._run(program, given, ids, ran) for program in programs]
             if not self._is_checked and not self._has_same_model():  # while the device works
                 self._roll_back(lengths, ran)
-                return self.step(rows, tokens, device_ids)
+                return self.step(rows, tokens, ids)
             for program in programs:
                 program.finish()
-            ids = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
+            appended = torch.cat([program.inputs[0].to(torch.int32) for program in programs])
             order = {row: place for place, row in enumerate(row for program in programs for row in program.rows)}
-            chosen = torch.tensor([order[row] for row in given]).to(ids.device, non_blocking=True)
+            chosen = torch.tensor([order[row] for row in given]).to(appended.device, non_blocking=True)
             logits = (made[0] if len(made) == 1 else torch.cat(made))[chosen]
             for row, length in lengths.items():  # only an interruption can stop this
                 row.passes.finish_row()
                 row.log.clear()
-                row.end(length, ids[order[row] : order[row] + 1])
+                row.end(length, appended[order[row] : order[row] + 1])
             for program in programs:
                 program.count()
         except BaseException:
