@@ -71,9 +71,12 @@ class OpenCache:
         except BaseException as error:
             self.close()
             named = self.named(error)
-            if named is error:
-                raise
-            raise named from error
+            try:
+                if named is error:
+                    raise
+                raise named from error
+            finally:
+                del named  # error, traceback and this frame would be a cycle, which keeps them alive
 
     def _open(self) -> None:
         for left in reversed(range(_TRIES)):

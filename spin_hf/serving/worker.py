@@ -15,6 +15,7 @@ import torch
 
 from ..errors import CacheStateError
 from .request import Request
+from .row_errors import forget_frames
 from .scheduler import Scheduler
 
 logger = logging.getLogger("spin_hf")
@@ -132,5 +133,6 @@ class Worker:
             self.scheduler.waiting.extend(self._inbox)
             self._inbox = []
             self._changed.notify_all()
+        forget_frames(error)
         for request in self.scheduler.requests():
             request.end("error", failure)
