@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from spin_hf import SpinCache
+from spin_hf.backends.descriptors import bases_of
 from spin_hf.backends.row_kernels import places_for, sizes_up_to
 from spin_hf.kernels import device_limits
 from spin_hf.serving.row_batch import RowBatch
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory
+from tests.support.inspection import state_of
 from tests.support.interpreted_kernels import interpret_kernels
 from tests.support.row_kernels import kernels_for, step_of
 from tests.support.seer_gates import RULES, method_of, rules_for
@@ -177,3 +179,18 @@ def test_reading_everything_pays_by_the_tokens_that_selecting_saves(monkeypatch:
     assert rows.pays_to_read_all([400, 400, 400])
     assert not rows.pays_to_read_all([401, 400, 400])
     assert rows.pays_to_read_all([99] * 50 + [1000])
+
+
+def test_bases_of_caches_without_clusters_are_made_once() -> None:
+    """They are equal for all layers of the same sizes."""
+    drivers = [
+        CacheDriver(Shape(layers=2, kv_heads=2, group=1, key_dim=dim, value_dim=16), method="fitted", budget=64)
+        for dim in (16, 16, 32)
+    ]
+    bases = []
+    for driver in drivers:
+        driver.step(RandomKV.random(driver.shape, 1, 40, seed=0), 0, 40)
+        state = state_of(driver.cache)
+        bases += [bases_of(layer, state.method) for layer in state.layers]
+    assert all(each is bases[0] for each in bases[:4])
+    assert bases[4][0].shape[-1] > bases[0][0].shape[-1]

@@ -23,7 +23,7 @@ from spin_hf import (
     RequestLoop,
     ShadowKV,
 )
-from spin_hf.serving.events import read_events
+from spin_hf.serving.events import ChunkRead, read_events
 from tests.support.error_messages import check_message
 from tests.support.loop_schedules import FailsAt
 from tests.support.request_loops import PROMPT, alone, made
@@ -278,6 +278,15 @@ def test_prompts_are_read_between_steps() -> None:
     second = kinds.index("RequestStarted", kinds.index("RequestStarted") + 1)
     last = len(kinds) - 1 - kinds[::-1].index("ChunkRead")
     assert kinds[second:last].count("StepDone") >= 3
+
+
+@pytest.mark.parametrize("length", [129, 200, 300])
+def test_a_prompt_that_nobody_waits_for_is_one_chunk(length: int) -> None:
+    """Not whole blocks, and then a rest."""
+    log = EventLog()
+    with made(events=log) as loop:
+        loop.submit(random_tokens(1, length)[0].tolist(), max_new_tokens=1).result(60)
+    assert [event.tokens for event in log.events if isinstance(event, ChunkRead)] == [length]
 
 
 # ------------------------------------------------------------------------------------------------------------ seeing it
