@@ -78,19 +78,18 @@ class DiskEntries:
                 if not self.index.is_in_place():
                     raise FileNotFoundError(f"{self.index.file} was removed; make a new PromptStore")
                 unfinished.rename(folder)
-                is_new = self.index.insert(
-                    prompt.name, prompt.space, prompt.ids, num_bytes, lambda: self._holds(prompt)
-                )
+                with self.index.changing():  # a process that is killed here leaves no more entries than the cap allows
+                    is_new = self.index.insert(
+                        prompt.name, prompt.space, prompt.ids, num_bytes, lambda: self._holds(prompt)
+                    )
+                    gone = [old for old in covered if self.index.remove(old)] if is_new else [prompt.name]
+                    gone += self.index.remove_beyond(self.max_bytes, keep=prompt.name)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # nothing is there once it is renamed
-        if not is_new:  # another process was faster
-            self._delete_folders([prompt.name])
-            return
-        removed = [old for old in covered if self.index.remove(old)]
-        self._delete_folders(removed + self.index.remove_beyond(self.max_bytes, keep=prompt.name))
+        self._delete_folders(gone)  # its own, if another process was faster
 
     def _holds(self, prompt: PendingPrompt) -> bool:
         return self.holds(prompt.space, prompt.ids)

@@ -21,7 +21,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +202,10 @@ class PrefixIndex:
             connection.executemany("INSERT INTO blocks VALUES (?, ?)", [(each, entry) for each in hashes])
         return True
 
+    def changing(self) -> AbstractContextManager[object]:
+        """Within this context all changes of this thread are one: whole or not at all."""
+        return _change(self)
+
     def touch(self, name: str) -> None:
         """Note that an entry was used."""
         with _change(self) as connection:
@@ -279,9 +283,13 @@ def _hash(content: bytes) -> bytes:
 
 @contextmanager
 def _change(index: PrefixIndex) -> Iterator[sqlite3.Connection]:
-    """A change of the tables, whole or not at all, also if Ctrl-C comes within."""
+    """A change of the tables, whole or not at all, also if Ctrl-C comes within. Within another one it is a part of that."""
     with index._lock:
         connection = index._connection
+        is_part = connection.in_transaction
+        if is_part:
+            yield connection
+            return
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection

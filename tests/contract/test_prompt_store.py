@@ -323,6 +323,27 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     assert gone.stats().entries == 1
 
 
+def test_an_entry_enters_and_others_leave_in_one_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a process that is killed in between leaves no more than the cap allows."""
+    model = build_model("llama")
+    first = StoredAtOnce(tmp_path, block_tokens=BLOCK)
+    answer(model, random_tokens(1, 40, seed=0), SpinCache(model, store=first))
+    size = first.stats().stored_bytes
+    capped = StoredAtOnce(tmp_path, block_tokens=BLOCK, max_bytes=int(1.5 * size))
+    held = capped.stats()
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise sqlite3.OperationalError("stopped before others leave")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixIndex, "remove_beyond", stopped)
+        answer(model, random_tokens(1, 40, seed=1), SpinCache(model, store=capped))
+    assert PromptStore(tmp_path, block_tokens=BLOCK).stats() == held
+    assert len(list((tmp_path / "entries").iterdir())) == 1
+    answer(model, random_tokens(1, 40, seed=1), SpinCache(model, store=capped))
+    assert capped.stats().entries == 1
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x" * 1000)
