@@ -30,6 +30,9 @@ def layer_devices(model: Any, count: int) -> list[torch.device]:
         return [torch.get_default_device()] * count
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model if decoder is None else decoder
+    placed = {parameter.device for parameter in decoder.parameters() if not parameter.is_meta}
+    if len(placed) == 1 and not any(map(is_placed, decoder.modules())):
+        return [placed.pop()] * count
     found: dict[int, torch.device] = {}
     first: torch.device | None = None
     for name, module in decoder.named_modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ def bytes_per_us(device: torch.device) -> float:
     """About how many bytes of its memory a GPU reads in a microsecond: 85 % of what clock and bus width say. 0 if unknown."""
     if device.type != "cuda":
         return 0.0
-    properties: Any = torch.cuda.get_device_properties(device)
+    return _bytes_per_us(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _bytes_per_us(index: int) -> float:
+    """As `bytes_per_us`. Kept, as steps ask for it and the driver takes 0.2 ms to tell a clock rate."""
+    properties: Any = torch.cuda.get_device_properties(index)
     clock, width = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
     return 0.85 * 2 * clock * 1e3 * width / 8 / 1e6  # two transfers per clock
 

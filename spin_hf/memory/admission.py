@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import BudgetError, CapacityError
 from ..integration.layer_types import decoder_config
 from ..state import CacheState
 from ..storage.tier_budget import TierBudget, check_all
@@ -37,7 +38,11 @@ def check_first_batch(state: CacheState, gpu: GpuMemory, num_tokens: int, batch_
     for store in sequences.stores:
         store.check(*room)
     if len(sequences.stores) < len(state.layers):
-        check_all(_certain_budgets(state, gpu, room), *room)
+        try:
+            check_all(_certain_budgets(state, gpu, room), *room)
+        except (BudgetError, CapacityError):
+            gpu.forget_caps()
+            raise
 
 
 def _certain_budgets(state: CacheState, gpu: GpuMemory, room: tuple[int, int, int]) -> set[TierBudget]:

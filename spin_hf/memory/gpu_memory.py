@@ -5,29 +5,28 @@
     _check       every 64 steps               shrinks if little memory is free, grows if much is (`memory/watermarks.py`)
     give_back    on request                   of the user, or of another cache that is short of memory
 
-Each device has its own cap. Caches with `gpu_memory="auto"` share a device. A starting cache gets memory in proportion to its
-size. Other caches give up buffer pages, in proportion to how many they have. Every cache keeps the frames of one step. A cache
-that is inside a step, or used by another live thread, is not changed from outside; it reclaims at its next step. A cap in bytes
-is fixed; frames given back return at later checks.
+Each device has its own cap. Caches with `gpu_memory="auto"` share a device (`memory/other_caches.py`). A cap in bytes is fixed;
+frames given back return at later checks.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
 
 from ..errors import BudgetError, CapacityError
-from ..state import CacheState, Phase
+from ..state import CacheState
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
 from ..storage.tier_budget import TierBudget
-from . import watermarks
+from . import other_caches, watermarks
 from .layer_budget import LayerShape, tier_budget
 from .layer_places import num_layers
 from .shared_pages import own_bytes, share_pages
@@ -35,13 +34,10 @@ from .shared_pages import own_bytes, share_pages
 _SEGMENTS_AHEAD = 2
 """Segments per sequence by which a context may grow until the next check, unless a prompt is added."""
 
+_checks = count(1)
+
 Room = tuple[int, int, int]
 """Batch size, segments in the pool, pages per sequence."""
-
-_live: weakref.WeakSet[GpuMemory] = weakref.WeakSet()
-"""Instances with `gpu_memory="auto"`, which share devices."""
-_lock = threading.RLock()
-"""Held while another cache's frames are changed, and while a cache changes its thread."""
 
 
 class GpuMemory:
@@ -65,8 +61,13 @@ class GpuMemory:
         """Bytes by device that other caches requested while this one could not be changed."""
         self.tuning = state.options.tuning
         self.watermarks = watermarks.Watermarks(self.tuning.margin_bytes)
-        self._owner, self._steps_left = threading.get_ident(), self.tuning.check_interval_steps
-        self._streams: dict[torch.device, Any] = {}
+        self.owner = threading.get_ident()
+        """The thread that uses the cache."""
+        self.streams: dict[torch.device, Any] = {}
+        """The stream that uses its memory, by device."""
+        self.used = 0
+        """Grows with every check of any cache: the larger, the later this one was used."""
+        self._steps_left = self.tuning.check_interval_steps
 
     @property
     def state(self) -> CacheState:
@@ -92,8 +93,13 @@ class GpuMemory:
                 self._place(device, wanted, least)
             else:
                 self.caps[device] = self.given
-                self._request_memory(device, min(wanted, self.given), least)
+                other_caches.request_memory(self, device, min(wanted, self.given), least)
         return replace(budget, gpu_memory=self.caps[device], most_frames=self.most_frames)
+
+    def forget_caps(self) -> None:
+        """Forget caps that were set for a prompt that did not fit. A later one sets them by what is free then."""
+        if not any(map(self.stores_on, self.caps)):
+            self.caps.clear()
 
     def raise_caps(self, needed: int) -> bool:
         """Try to raise caps that are too small for `needed` bytes. Returns whether one was raised. Does not change frames."""
@@ -101,12 +107,12 @@ class GpuMemory:
         for device, cap in list(self.caps.items()):
             if cap is None or (self.given is not None and not self.has_given_back):
                 continue
-            found, stores = self._decoding_cap(device), self._stores(device)
+            found, stores = self._decoding_cap(device), self.stores_on(device)
             free = watermarks.free_gpu_memory(device)
             if self.given is None and found is not None and free is not None:
                 least = self._share(needed, stores) if stores else needed
                 if found < least:
-                    self._request_from_others(device, least - found)
+                    other_caches.request_bytes(self, device, least - found)
                     free = watermarks.free_gpu_memory(device) or 0
                     # A smaller margin is better than an error.
                     found = max(found, min(least, self.held(device) + free))
@@ -121,9 +127,9 @@ class GpuMemory:
         """Before a step of `num_tokens` tokens: size, reclaim or, if due or `checks`, check frames. Waits for no kernel."""
         if self.given is not None and not self.has_given_back and not self.pending_reclaim:
             return
-        if self._owner != threading.get_ident():
-            with _lock:
-                self._owner = threading.get_ident()
+        if self.owner != threading.get_ident():
+            with other_caches.lock:
+                self.owner = threading.get_ident()
         if all(cap is None for cap in self.caps.values()) and not self.has_given_back:
             return
         if self.pending_reclaim:
@@ -145,7 +151,7 @@ class GpuMemory:
         given = 0
         for device in list(self.caps):
             if num_bytes is None or given < num_bytes:
-                given += self._give_back(device, None if num_bytes is None else num_bytes - given)
+                given += self.give_back_of(device, None if num_bytes is None else num_bytes - given)
         return given
 
     def short_of_frames(self) -> None:
@@ -154,8 +160,8 @@ class GpuMemory:
 
     def withdraw(self) -> None:
         """Refuse requests of other caches from now on. So no other thread changes this one."""
-        with _lock:
-            _live.discard(self)
+        with other_caches.lock:
+            other_caches.live.discard(self)
 
     def before_copy(self) -> None:
         """Called before the cache is copied, with its frames: gives back memory to make room for the copy."""
@@ -165,14 +171,14 @@ class GpuMemory:
                 held = self.held(device)
                 missing = held - (free - self.watermarks.margin(held + free))
                 if missing > 0:
-                    self._give_back(device, missing // 2)
+                    self.give_back_of(device, missing // 2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GpuMemory:
         twin = copy(self)
         twin._state, twin.caps, twin.pending_reclaim = weakref.ref(memo[id(self.state)]), dict(self.caps), {}
         memo[id(self)] = twin
-        if self in _live:
-            _live.add(twin)
+        if self in other_caches.live:
+            other_caches.live.add(twin)
         return twin
 
     # ---------------------------------------------------------------------------------------------------------- by device
@@ -184,14 +190,14 @@ class GpuMemory:
             return
         self._remember(device)
         self.is_sized, self.most_frames = False, self.tuning.prompt_frames
-        self._request_memory(device, wanted, least)
+        other_caches.request_memory(self, device, wanted, least)
         self.caps[device] = self._prompt_cap(device)
 
     def _replace(self, batch_size: int, num_tokens: int) -> None:
         """`_place` for a cache that has held tokens before."""
         room = self.state.sequences.first_room(batch_size, num_tokens)
         for device in list(self.caps):
-            budgets = {store.budget for store in self._stores(device)}
+            budgets = {store.budget for store in self.stores_on(device)}
             wanted = max((budget.resident_bytes(*room[:2]) for budget in budgets), default=0)
             least = max((b.bytes_with(b.step_frames(room[2]), *room) for b in budgets), default=0)
             if self.given is None:
@@ -205,8 +211,9 @@ class GpuMemory:
                 continue
             self._remember(device)
             held = self.held(device)
-            paged = any(store.frames is not None for store in self._stores(device))
-            if self.watermarks.is_low(held, free) or (paged and not self.watermarks.is_ample(held, free)):
+            if self.watermarks.is_low(held, free) or (
+                self.is_paged(device) and not self.watermarks.is_ample(held, free)
+            ):
                 self.resize(device, self.watermarks.cap_for_prompts(held, free))
                 self.is_sized = False
 
@@ -215,12 +222,14 @@ class GpuMemory:
 
         Requests memory from other caches again, as a chunked prefill did so for its first chunk only.
         """
-        if self.is_sized or not any(map(self._stores, self.caps)):  # a short first call comes before its storage
+        if self.is_sized or not any(map(self.stores_on, self.caps)):  # a short first call comes before its storage
             return
         self.is_sized, self.most_frames, self._steps_left = True, None, self.tuning.check_interval_steps
         for device in list(self.caps):
             self._remember(device)
-            self._request_memory(device, self._wanted(device), self._least(self._stores(device)))
+            if self._is_low(device) or self.is_paged(device):
+                least = self.least(self.stores_on(device))
+                other_caches.request_memory(self, device, self.resident_bytes(device), least)
             cap, free = self._decoding_cap(device), watermarks.free_gpu_memory(device)
             if cap is not None and free is not None and not self.watermarks.is_low(self.held(device), free):
                 cap = max(cap, self._resident(device))
@@ -232,36 +241,39 @@ class GpuMemory:
         for device in list(self.caps):
             self._remember(device)
             free, held = watermarks.free_gpu_memory(device), self.held(device)
-            stores, cap = self._stores(device), self.caps[device]
+            stores, cap = self.stores_on(device), self.caps[device]
             lacks = any(store.lacks_frames for store in stores)
             complete &= not lacks or cap == self.given
             if self._is_low(device) or (lacks and (free is None or self.watermarks.is_ample(held, free))):
                 self.resize(device, self._decoding_cap(device))
-            elif cap is not None and self._least(stores) > cap:  # the context has grown
+            elif cap is not None and self.least(stores) > cap:  # the context has grown
                 self.resize(device, cap)
         if complete:
             self.has_given_back = False
 
-    def _give_back(self, device: torch.device, num_bytes: int | None) -> int:
+    def give_back_of(self, device: torch.device, num_bytes: int | None) -> int:
+        """As `give_back`, of one device."""
         sequences = self.state.sequences
         if self.state.unfinished is None:
             sequences.settle_forks()
-        held = own_bytes(self._stores(device))
+        held = own_bytes(self.stores_on(device))
         if not sequences.length:
             sequences.release()
-        elif not share_pages(self._stores(device)):
+        elif not share_pages(self.stores_on(device)):
             before = self.caps[device]
-            cap = max(1 if num_bytes is None else held - num_bytes, self._least(self._stores(device)))
+            cap = max(1 if num_bytes is None else held - num_bytes, self.least(self.stores_on(device)))
             if before is None or cap < before:
                 self.short_of_frames()
                 self.resize(device, cap)
-        return max(0, held - own_bytes(self._stores(device)))
+                if not self.is_paged(device):  # with a lower cap its next segment would move all pages
+                    self._set_cap(device, before)
+        return max(0, held - own_bytes(self.stores_on(device)))
 
     def _reclaim(self) -> None:
-        with _lock:
+        with other_caches.lock:
             pending_reclaim, self.pending_reclaim = self.pending_reclaim, {}
         for device, num_bytes in pending_reclaim.items():
-            self._give_back(device, num_bytes)
+            self.give_back_of(device, num_bytes)
 
     def resize(self, device: torch.device, cap: int | None) -> None:
         """Set a cap and fit the frames to it. If memory runs out, restore the old cap."""
@@ -278,9 +290,9 @@ class GpuMemory:
 
     def _set_cap(self, device: torch.device, cap: int | None) -> None:
         """Set the budgets of a device's layers to a cap, or to what a step needs if that is more."""
-        stores = self._stores(device)
+        stores = self.stores_on(device)
         if cap is not None and self.state.sequences.batch_size:
-            least, free = self._least(stores), watermarks.free_gpu_memory(device) if self.given is None else None
+            least, free = self.least(stores), watermarks.free_gpu_memory(device) if self.given is None else None
             if least > cap and free is not None:  # room for growth only if memory is free
                 least = min(least, self.held(device) + max(0, free))
             cap = max(cap, least)
@@ -294,13 +306,22 @@ class GpuMemory:
         free = None if self.given is not None else watermarks.free_gpu_memory(device)
         return free is not None and self.watermarks.is_low(self.held(device), free)
 
+    def is_paged(self, device: torch.device) -> bool:
+        """Whether a layer's pages are in host memory, and some of them in frames."""
+        return any(store.frames is not None for store in self.stores_on(device))
+
+    def resident_bytes(self, device: torch.device) -> int:
+        """Bytes with all pages in the compute tier."""
+        room, stores = (self.state.sequences.batch_size, self.state.sequences.segments_in_use), self.stores_on(device)
+        return self._share(max((store.budget.resident_bytes(*room) for store in stores), default=0), stores)
+
     def _resident(self, device: torch.device) -> int:
         """Cap in bytes with which pages in the compute tier can stay there; 0 if no layer of the device has any."""
-        room, stores = (self.state.sequences.batch_size, self.state.sequences.num_segments), self._stores(device)
+        room, stores = (self.state.sequences.batch_size, self.state.sequences.num_segments), self.stores_on(device)
         inside = [store.budget.resident_bytes(*room) for store in stores if store.frames is None]
         return self._share(max(inside), stores) if inside else 0
 
-    def _least(self, stores: list[PageStore]) -> int:
+    def least(self, stores: list[PageStore]) -> int:
         """Bytes that layers need until the next check: the frames of one step, or the current ones if fewer."""
         sequences, needed = self.state.sequences, [0]
         batch_size, segments, pages = sequences.room
@@ -328,72 +349,19 @@ class GpuMemory:
 
     def held(self, device: torch.device) -> int:
         """Bytes that the cache holds on a device."""
-        return sum(store.held_bytes for store in self._stores(device))
+        return sum(store.held_bytes for store in self.stores_on(device))
 
-    def _stores(self, device: torch.device) -> list[PageStore]:
+    def stores_on(self, device: torch.device) -> list[PageStore]:
         """The cache's layers on a device; none once the cache is freed."""
         state = self._state()
         stores = [] if state is None else [layer.store for layer in state.layers]
         return [store for store in stores if store is not None and store.device == device]
 
     def _remember(self, device: torch.device) -> None:
-        """Register this cache for requests of other caches, and note the stream that uses its memory."""
+        """Register this cache for requests of other caches, and note when and on which stream its memory is used."""
+        self.used = next(_checks)
         if device.type == "cuda":
-            self._streams[device] = torch.cuda.current_stream(device)
+            self.streams[device] = torch.cuda.current_stream(device)
         if self.given is None:
-            with _lock:
-                _live.add(self)
-
-    # -------------------------------------------------------------------------------------------------------- other caches
-
-    def _request_memory(self, device: torch.device, wanted: int, least: int) -> None:
-        """Request missing bytes from other caches. `wanted`: with all pages here. `least`: with the frames of one step."""
-        others = _others(self, device)
-        free = watermarks.free_gpu_memory(device) if others else None
-        if free is None:
-            return
-        cap = self.watermarks.cap_for_prompts(self.held(device), free)
-        if wanted <= cap:
-            return
-        if self.given is None:
-            available = cap + sum(other._givable(device) for other in others)
-            of_others = sum(other._wanted(device) for other in others)
-            wanted = max(least, watermarks.fair_share(wanted, available, of_others))
-        if wanted > cap:
-            self._request_from_others(device, wanted - cap)
-
-    def _request_from_others(self, device: torch.device, missing: int) -> None:
-        with _lock:
-            others = _others(self, device)
-            # Request a quarter more, as a margin of the freed memory stays free.
-            quotas = watermarks.split_fairly(missing * 5 // 4, [other._givable(device) for other in others])
-            for other, quota in zip(others, quotas, strict=True):
-                if quota and other._may_be_changed():
-                    with ExitStack() as stack:
-                        if device.type == "cuda":  # ordered with its kernels
-                            stack.enter_context(torch.cuda.stream(other._streams.get(device)))
-                        other._give_back(device, quota)
-                elif quota:
-                    other.pending_reclaim[device] = max(quota, other.pending_reclaim.get(device, 0))
-
-    def _givable(self, device: torch.device) -> int:
-        """Bytes that this cache can give back."""
-        stores = self._stores(device)
-        if not stores or not self.state.sequences.length:
-            return own_bytes(stores)
-        return 0 if share_pages(stores) else max(0, self.held(device) - self._least(stores))
-
-    def _wanted(self, device: torch.device) -> int:
-        """Bytes with all pages in the compute tier."""
-        room, stores = (self.state.sequences.batch_size, self.state.sequences.segments_in_use), self._stores(device)
-        return self._share(max((store.budget.resident_bytes(*room) for store in stores), default=0), stores)
-
-    def _may_be_changed(self) -> bool:
-        alive = any(thread.ident == self._owner for thread in threading.enumerate())
-        return self.state.phase is Phase.IDLE and (self._owner == threading.get_ident() or not alive)
-
-
-def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:
-    """Other caches with memory on a device."""
-    with _lock:
-        return [other for other in list(_live) if other is not one and other._stores(device)]
+            with other_caches.lock:
+                other_caches.live.add(self)

@@ -99,15 +99,12 @@ class Admission:
         taken = sum(bytes_held(cache)[1] for cache in idle)
         return host is None or taken + self._in_host([new, *members], pool) <= host
 
-    def moving_s(self, running: Iterable[int]) -> float:
-        """Seconds that it takes to move all pages of running requests to host memory.
+    def moving_s(self, num_tokens: int) -> float:
+        """Seconds that it takes to make room for all pages of a request, by moving others' pages to host memory.
 
-        A request that does not fit beside them takes pages of each, and a cache moves all of its pages or none.
-
-        Args:
-            running: tokens of each request.
+        A cache moves all of its pages, at least as many as are missing.
         """
-        return sum(self.needs(tokens).resident for tokens in running) / _MOVED_BYTES_PER_S
+        return self.needs(num_tokens).resident / _MOVED_BYTES_PER_S
 
     def fits_whole(self, num_tokens: int, shared: int, held: Sequence[tuple[int, int]]) -> bool:
         """Whether all pages of a request find room in free GPU memory. True with a cap in bytes, and without a GPU.

@@ -31,11 +31,13 @@ class Flight:
         requests: its rows.
         chosen: their tokens.
         began: `time.perf_counter()` before the launch.
+        steady: whether all of them had taken a step before.
     """
 
     requests: list[Request]
     chosen: Chosen
     began: float
+    steady: bool
 
 
 class Decoder:
@@ -60,6 +62,7 @@ class Decoder:
             return
         began = time.perf_counter()
         rows = {request.row: request.tokens[-1] for request in requests}
+        steady = all(request.has_stepped for request in requests)
         try:
             logits = scheduler.batch.step(rows, ids)
         except OUT_OF_MEMORY as error:
@@ -74,7 +77,9 @@ class Decoder:
             return
         chosen = self.choose(requests, logits)
         self.settle(beside_a_step=True)
-        self._flight = Flight(requests, chosen, began)
+        self._flight = Flight(requests, chosen, began, steady)
+        for request in requests:
+            request.has_stepped = True
         if not self.runs_ahead or any(request.choice.group is None for request in requests):
             self.settle()
 
@@ -90,7 +95,7 @@ class Decoder:
         tokens, scheduler = flight.chosen.read(), self._scheduler
         now = time.perf_counter()
         seconds, self._delivered_at = now - max(flight.began, self._delivered_at), now
-        scheduler.stepped(len(flight.requests), seconds)
+        scheduler.stepped(len(flight.requests), seconds, flight.steady)
         running = [number for number, request in enumerate(flight.requests) if self._runs(request)]
         self.deliver([flight.requests[n] for n in running], [tokens[n] for n in running], beside_a_step)
 

@@ -8,8 +8,13 @@ between two chunks. Times are measured.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 _SMOOTHING = 0.2
 """Weight of the newest step in the mean."""
+_STEADY = 15
+"""Steps whose median is the time of a steady one."""
 
 
 class Pace:
@@ -24,12 +29,24 @@ class Pace:
         self.max_slowdown, self.least_tokens = max_slowdown, least_tokens
         self.step_s: float | None = None
         """Mean seconds of a step."""
+        self._steady: deque[float] = deque(maxlen=_STEADY)
         self.token_s: float | None = None
         """Seconds per token of the last chunk."""
         self._credit_s = 0.0
 
-    def stepped(self, seconds: float) -> None:
-        """Record a step."""
+    @property
+    def steady_s(self) -> float:
+        """Median seconds of steps that nobody had joined before; 0 if there was none."""
+        return statistics.median(self._steady) if self._steady else 0.0
+
+    def stepped(self, seconds: float, steady: bool) -> None:
+        """Record a step.
+
+        Args:
+            steady: whether all of its requests had taken one before. The first step behind a prompt clusters its tokens.
+        """
+        if steady:
+            self._steady.append(seconds)
         self.step_s = seconds if self.step_s is None else self.step_s + _SMOOTHING * (seconds - self.step_s)
         if self.max_slowdown is not None:
             self._credit_s = min(self._credit_s + self._allowance(), self._most())

@@ -37,6 +37,11 @@ class Prefix:
     cache: SpinCache
 
 
+def may_crop(cache: SpinCache) -> bool:
+    """Whether a fork of a cache can end before its last token."""
+    return all(is_croppable(layer) for layer in cache.layers)
+
+
 class SharedPrefixes:
     """The prefixes of one loop."""
 
@@ -65,7 +70,7 @@ class SharedPrefixes:
         for prefix in self.held:
             common = min(common_length(prefix.ids, ids, 0), len(ids) - 1)
             whole = common == len(prefix.ids)
-            if common > most and (whole or all(is_croppable(layer) for layer in prefix.cache.layers)):
+            if common > most and (whole or may_crop(prefix.cache)):
                 best, most = prefix, common
         return best, most
 
@@ -73,8 +78,8 @@ class SharedPrefixes:
         """Tokens after which the cache of a prompt should be kept for waiting requests; None if they share no more.
 
         Args:
-            ids: the prompt, which is about to be read.
-            held: tokens that its cache has.
+            ids: the prompt.
+            held: tokens that its cache has, or that are kept already.
             waiting: prompts of the requests that come next.
         """
         longest, head = 0, ids[:_LEAST_TOKENS]

@@ -38,6 +38,7 @@ class Request:
         row: in the batch; None outside.
         waiting_since, joined_at: `time.perf_counter()` when it began to wait, and when it last joined the batch.
         reused_tokens: tokens of its prompt that were not read.
+        has_stepped: whether it has taken a step.
         cancelled: whether the user wants it to end. Any thread may set it.
     """
 
@@ -54,6 +55,7 @@ class Request:
     waiting_since: float = field(default_factory=time.perf_counter)
     joined_at: float = 0.0
     reused_tokens: int = 0
+    has_stepped: bool = False
     cancelled: bool = False
 
     @property

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ from .events import ChunkRead, Event, EventLog, RequestEnded, RequestJoined, Req
 from .loop_stats import Counters
 from .memory_relief import MemoryRelief
 from .pace import Pace
-from .prefixes import SharedPrefixes
+from .prefixes import SharedPrefixes, may_crop
 from .reading import PromptReading
 from .request import Request
 from .row_batch import RowBatch
@@ -70,14 +70,14 @@ class Scheduler:
         self.prefixes, self.counters = SharedPrefixes(), Counters()
         self.relief, self.decoder = MemoryRelief(self), Decoder(self)
         self.any_cancelled = False
+        self.collect: Callable[[], object] = lambda: None
+        """Called for requests that were submitted since the turn began to be queued."""
         self.memory = (0, 0)
         """Bytes of all caches on the GPU and in host memory, when they were last counted."""
         self._divides = self._may_pause = False
         self._no_room: tuple[Any, ...] | None = None
         """When the first waiting request was found not to fit; None if it was not."""
         self._reading: PromptReading | None = None
-        self._boundary: int | None = None
-        """Tokens of the prompt being read after which waiting requests want a fork of its cache."""
         self._began = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------- a turn
@@ -159,8 +159,7 @@ class Scheduler:
         if head.cache is not None or not self.running:
             return True
         left = min(request.most_tokens - request.num_tokens for request in self.running.values())
-        moving_s = self.admission.moving_s(request.num_tokens for request in self.running.values())
-        if left * (self.pace.step_s or 0.0) > moving_s:
+        if left * self.pace.steady_s > self.admission.moving_s(head.planned_tokens):
             return True
         active = [*self.running.values(), *([] if self.read is None else [self.read])]
         held = [(request.num_tokens, request.planned_tokens) for request in active]
@@ -210,11 +209,8 @@ class Scheduler:
         request.cache, self.read = cache, request
         self._reading = self.make_reading(self.model, cache, ids)
         held = self._reading.held
-        self._boundary = None
         if self.shares_prefixes:
-            following = (other.prompt for other in islice(self.waiting, _LOOKED_AT))
-            self._boundary = self.prefixes.boundary(ids, held, following)
-            self.prefixes.drop_unused([ids, *(other.prompt for other in islice(self.waiting, _LOOKED_AT))])
+            self.prefixes.drop_unused([ids, *self._following()])
         if first:
             request.reused_tokens = held
             self.counters.reused_tokens += held
@@ -265,8 +261,8 @@ class Scheduler:
         number = 0
         try:
             wanted = min(wanted, reading.largest_chunk())
-            stop = len(reading.ids) if self._boundary is None else self._boundary
-            number = reading.chunk(wanted, stop)
+            boundary = self._shared_by_others(reading.ids, reading.held)
+            number = reading.chunk(wanted, boundary or len(reading.ids))
             began = time.perf_counter()
             logits = reading.read(number)
             self.wait_for_device()
@@ -283,7 +279,8 @@ class Scheduler:
         self.counters.read_tokens += number
         self.record(ChunkRead, request.number, number, seconds)
         if reading.left:
-            self._keep_prefix(request, reading)
+            if reading.held == boundary:
+                self._keep_prefix(reading)
         else:
             self._finish_reading(request, reading, logits)
 
@@ -293,11 +290,16 @@ class Scheduler:
             return 0
         return self.pace.tokens(min(self._reading.left, self.relief.most_chunk), bool(self.running))
 
-    def _keep_prefix(self, request: Request, reading: PromptReading) -> None:
-        """Keep what waiting requests share with the prompt, once it is read."""
-        if reading.held != self._boundary:
-            return
-        self._boundary = None
+    def _following(self) -> Iterator[array[int]]:
+        """Prompts of the requests that come next."""
+        return (other.prompt for other in islice(self.waiting, _LOOKED_AT))
+
+    def _shared_by_others(self, ids: array[int], held: int) -> int | None:
+        """Tokens of a prompt, more than `held`, that waiting requests begin with too; None if there are none."""
+        return self.prefixes.boundary(ids, held, self._following()) if self.shares_prefixes else None
+
+    def _keep_prefix(self, reading: PromptReading) -> None:
+        """Keep what has been read of a prompt for waiting requests."""
         reading.close()  # a fork must not be in the middle of a prompt
         try:
             self.prefixes.keep(reading.ids[: reading.held], reading.cache)
@@ -315,6 +317,10 @@ class Scheduler:
 
     def _finish_reading(self, request: Request, reading: PromptReading, logits: Tensor) -> None:
         self.stop_reading()
+        self.collect()
+        kept = self.prefixes.longest(reading.ids)
+        if may_crop(reading.cache) and self._shared_by_others(reading.ids, kept):
+            self._keep_prefix(reading)  # they came while it was read
         if not request.tokens:
             self._store(reading)
             self.decoder.deliver([request], self.decoder.choose([request], logits).read())
@@ -328,9 +334,9 @@ class Scheduler:
         except OUT_OF_MEMORY:
             self.relief.relieve("store", self.counters.read_tokens)
 
-    def stepped(self, rows: int, seconds: float) -> None:
-        """Count a step that has been delivered."""
-        self.pace.stepped(seconds)
+    def stepped(self, rows: int, seconds: float, steady: bool) -> None:
+        """Count a step that has been delivered. `steady`: as for `Pace.stepped`."""
+        self.pace.stepped(seconds, steady)
         self.counters.stepped(rows, seconds)
         self._divides |= self.counters.steps % _DIVIDE_STEPS == 0
         self.memory = self.relief.bytes_held(self.counters.steps)

@@ -8,6 +8,7 @@ It starts with the first request and sleeps while there is none. Only this threa
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler, max_waiting: int | None) -> None:
         self.scheduler, self.max_waiting = scheduler, max_waiting
+        scheduler.collect = self._collect
         self._inbox: list[Request] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -41,19 +43,22 @@ class Worker:
         self._failure: BaseException | None = None
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests, each as soon as there is room.
+        """Queue requests, as many at once as there is room for.
 
         Raises:
             CacheStateError: the loop is closed, or its thread has failed.
         """
-        for request in requests:
+        left = list(requests)
+        while left:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._has_room())
+                self._changed.wait_for(lambda: self._closing or self._room())
                 if self._closing:
                     raise CacheStateError(
                         "expected an open RequestLoop, got one that is closed; make a new one"
                     ) from self._failure
-                self._inbox.append(request)
+                room = self._room()  # together: the first then knows which others share its beginning
+                self._inbox += left[:room]
+                left = left[room:]
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="spin_hf RequestLoop", daemon=True)
                     self._thread.start()
@@ -95,8 +100,9 @@ class Worker:
 
     _closing_cancels = False
 
-    def _has_room(self) -> bool:
-        return self.max_waiting is None or self.num_waiting < self.max_waiting
+    def _room(self) -> int:
+        """Requests that may be queued now."""
+        return sys.maxsize if self.max_waiting is None else max(0, self.max_waiting - self.num_waiting)
 
     def _run(self) -> None:
         device = self.scheduler.model.device
@@ -117,12 +123,18 @@ class Worker:
         with self._changed:
             self._changed.notify_all()  # of room in the queue
             self._changed.wait_for(lambda: self._inbox or self._busy or self._closing)
+            new = self._collect()
+            return bool(new or self._busy or not self._closing)
+
+    def _collect(self) -> int:
+        """Hand what was submitted to the scheduler. Returns how many requests."""
+        with self._changed:
             new, self._inbox = self._inbox, []
             if self._closing_cancels:
                 for request in new:
                     request.cancelled = self.scheduler.any_cancelled = True
             self.scheduler.waiting.extend(new)
-            return bool(new or self._busy or not self._closing)
+            return len(new)
 
     def _fail(self, error: BaseException) -> None:
         failure = (

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import threading
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from tests.support.fake_gpu import CHECK_INTERVAL_STEPS, Conversation, bytes_of, fake_gpu, resident_batch_bytes
+from spin_hf import BudgetError, SpinCache
+from tests.support.cache_driver import CacheDriver, RandomKV
+from tests.support.fake_gpu import CHECK_INTERVAL_STEPS, SHAPE, Conversation, bytes_of, fake_gpu, resident_batch_bytes
+from tests.support.zoo import build_model, random_tokens
 
 
 def test_a_second_cache_gets_its_share() -> None:
@@ -55,14 +60,62 @@ def test_a_prompt_in_parts_gets_its_share() -> None:
         assert (first.frames, second.frames) == settled
 
 
-def test_others_give_in_proportion_to_what_they_can() -> None:
+def test_frames_are_given_in_proportion_to_how_many_there_are() -> None:
     with fake_gpu(3 * resident_batch_bytes(1, 900)) as gpu:
-        small, large = Conversation(gpu, 1, 250).begin(), Conversation(gpu, 1, 860, seed=1).begin()
+        small, large = Conversation(gpu, 1, 500).begin(), Conversation(gpu, 1, 860, seed=1).begin()
+        for talk in (small, large):
+            talk.cache._passes.gpu.give_back(1000)
+        assert small.frames
+        assert large.frames
         held = [bytes_of(talk.cache) for talk in (small, large)]
         Conversation(gpu, 2, 860, seed=2).begin()
         given = [before - bytes_of(talk.cache) for before, talk in zip(held, (small, large), strict=True)]
         assert 0 < given[0] < given[1]
         assert given[0] / given[1] == pytest.approx(held[0] / held[1], rel=0.5)
+
+
+def test_as_few_caches_as_possible_move() -> None:
+    """A cache moves all of its pages, and there is no way back."""
+    with fake_gpu(int(4.2 * resident_batch_bytes(1, 900))) as gpu:
+        talks = [Conversation(gpu, 1, length, seed=length).begin() for length in (500, 860, 861)]
+        large = [Conversation(gpu, 1, 860, seed=number).begin() for number in (2, 3)]
+        assert not large[0].frames
+        assert [bool(talk.frames) for talk in talks] == [False, True, False], (
+            "the one that was used longest ago of those that suffice"
+        )
+        small = Conversation(gpu, 1, 250, seed=4).begin()
+        assert not small.frames
+        assert not talks[0].frames, "frames are given before pages move"
+
+
+def test_a_cache_whose_pages_stay_keeps_its_cap() -> None:
+    """With a lower cap its next segment would move all of its pages. A step's frames take as much as its pages here."""
+    kv = RandomKV.random(SHAPE, 1, 900, 0)
+    with fake_gpu(8 * resident_batch_bytes(1, 900)) as gpu:
+        driver = CacheDriver(SHAPE, budget=2048, num_sink_tokens=4, recent_window=10)
+        gpu.caches.append(driver.cache)
+        memory = driver.cache._passes.gpu
+        driver.step(kv, 0, 200)
+        driver.step(kv, 200, 201)
+        caps = dict(memory.caps)
+        memory.give_back()
+        assert memory.caps == caps
+        driver.step(kv, 201, 900)
+        assert driver.cache.paged_layers[0].store.frames is None
+
+
+def test_a_prompt_that_found_no_room_tries_again() -> None:
+    """Its cap is that of the moment, not of its first try."""
+    model, tokens = build_model("llama"), random_tokens(1, 400)
+    places = patch("spin_hf.memory.admission.places", lambda state: [torch.device("cpu")] * len(state.layers))
+    with fake_gpu(4 * resident_batch_bytes(1, 900)) as gpu, places:
+        cache = SpinCache(model, "shadowkv", budget=64)
+        gpu.user = gpu.total - 2000
+        with pytest.raises(BudgetError):
+            model(tokens, past_key_values=cache)
+        gpu.user = 0
+        model(tokens, past_key_values=cache)
+        assert cache.get_seq_length() == 400
 
 
 def test_a_cap_in_bytes_makes_others_give() -> None:

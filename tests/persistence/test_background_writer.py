@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spin_hf import PromptStore, SpinCache
-from spin_hf.memory import gpu_memory
+from spin_hf.memory import other_caches
 from spin_hf.memory.gpu_memory import GpuMemory
 from spin_hf.persistence import writer
 from spin_hf.persistence.contents import Contents
@@ -303,10 +303,10 @@ def test_other_caches_request_no_memory_of_what_is_written(
     copied = GpuMemory.__deepcopy__
 
     def shares(self: GpuMemory, memo: dict[int, Any]) -> GpuMemory:
-        gpu_memory._live.add(self)
+        other_caches.live.add(self)
         return copied(self, memo)
 
-    monkeypatch.setattr(gpu_memory, "_live", weakref.WeakSet())
+    monkeypatch.setattr(other_caches, "live", weakref.WeakSet())
     monkeypatch.setattr(GpuMemory, "__deepcopy__", shares)
     store = PromptStore(tmp_path, block_tokens=BLOCK)
     for number in range(2):
@@ -314,7 +314,7 @@ def test_other_caches_request_no_memory_of_what_is_written(
         if not number:
             gate.wait_for_a_write()
     memories = [forward_of(prompt.cache).gpu for prompt in store._writer.pending()]
-    assert [each in gpu_memory._live for each in memories] == [False, True]
+    assert [each in other_caches.live for each in memories] == [False, True]
 
 
 def test_common_length() -> None:

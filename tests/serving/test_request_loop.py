@@ -24,6 +24,7 @@ from spin_hf import (
     ShadowKV,
 )
 from spin_hf.serving.events import ChunkRead, read_events
+from spin_hf.serving.reading import PromptReading
 from tests.support.error_messages import check_message
 from tests.support.loop_schedules import FailsAt
 from tests.support.request_loops import PROMPT, alone, made
@@ -252,6 +253,30 @@ def test_a_shared_beginning_is_read_once() -> None:
     assert [result.reused_tokens for result in results] == [0, 300, 300, 300]
     assert stats.reused_tokens == 900
     assert stats.prompt_tokens == len(PROMPT) + 300 + 4 * 5
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_requests_that_come_while_a_prompt_is_read_share_it(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of its chunks, or while its only chunk is read."""
+    document = random_tokens(1, 800 if long else 300)[0].tolist()
+    prompts = [document + random_tokens(1, 5, seed=seed)[0].tolist() for seed in range(3)]
+    reached, opened, read = threading.Event(), threading.Event(), PromptReading.read
+
+    def reading(self: PromptReading, number: int) -> torch.Tensor:
+        if self.held == 0:
+            reached.set()
+            assert opened.wait(60)
+        return read(self, number)
+
+    monkeypatch.setattr(PromptReading, "read", reading)
+    with made(prefill_chunk_size=256 if long else None) as loop:
+        first = loop.submit(prompts[0], max_new_tokens=4)
+        assert reached.wait(60)
+        handles = [first, *(loop.submit(prompt, max_new_tokens=4) for prompt in prompts[1:])]
+        opened.set()
+        results = [handle.result(60) for handle in handles]
+    assert [result.tokens for result in results] == [alone(prompt, max_new_tokens=4) for prompt in prompts]
+    assert [result.reused_tokens for result in results] == [0, len(document), len(document)]
 
 
 def test_a_stored_beginning_is_not_read() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from spin_hf import SpinCache
 from spin_hf.config import Tuning
-from spin_hf.memory import gpu_memory, watermarks
+from spin_hf.memory import other_caches, watermarks
 from spin_hf.storage.page_store import PageStore
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tuned
@@ -65,7 +65,7 @@ def fake_gpu(total: int) -> Iterator[FakeGpu]:
     with (
         patch.object(watermarks, "free_gpu_memory", gpu.ask),
         tuned(margin_bytes=0),
-        patch.object(gpu_memory, "_live", WeakSet()),  # not those that a failed test keeps alive
+        patch.object(other_caches, "live", WeakSet()),  # not those that a failed test keeps alive
     ):
         yield gpu
 

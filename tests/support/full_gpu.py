@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from spin_hf import CapacityError
-from spin_hf.memory import gpu_memory
+from spin_hf.memory import other_caches
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
 from spin_hf.storage.page_store import PageStore
@@ -41,7 +41,7 @@ class FullGpu:
     @property
     def stores(self) -> list[PageStore]:
         """Layers of all caches alive."""
-        return [store for each in list(gpu_memory._live) for store in each._stores(_CPU)]
+        return [store for each in list(other_caches.live) for store in each.stores_on(_CPU)]
 
     @property
     def free(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 
@@ -28,12 +29,18 @@ def layer_shapes(config: Any, layers: list[int]) -> list[LayerShape] | None:
         layers: indices of the layers in the model.
     """
     per_layer = getattr(config, "per_layer_config", None)
-    shapes = [_shape(config if per_layer is None else per_layer[index]) for index in layers]
+    shapes = [_shape(config)] * len(layers) if per_layer is None else [_shape(per_layer[index]) for index in layers]
     return None if None in shapes else shapes  # type: ignore[return-value]
 
 
+@cache
+def _parameters(kind: type) -> frozenset[str]:
+    """Names of the arguments that make an object of a class."""
+    return frozenset(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+
+
 def _shape(config: Any) -> LayerShape | None:
-    known = set(inspect.signature(type(config).__init__).parameters)
+    known = _parameters(type(config))  # type: ignore[arg-type]
 
     def read(name: str) -> Any:
         """A field that the config's class declares. Models read no other fields."""

@@ -1,0 +1,105 @@
+"""Memory of a GPU that caches with `gpu_memory="auto"` share: who gives back for whom.
+
+    a cache needs   all of its pages on the GPU, if that is at most half of what can be had; else its share, by size
+    it gets         first   buffer pages of caches whose pages are in host memory, in proportion to what each can give
+                    then    caches whose pages are on the GPU move to host memory, one by one: the smallest that suffices,
+                            else the largest; of equal ones the one that was used longest ago
+
+Moving takes long, moves all pages of a cache, and there is no way back, so few caches move. Every cache keeps the frames of one
+step. A cache that is inside a step, or used by another live thread, is not changed from outside; it reclaims at its next step.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..state import Phase
+from . import watermarks
+from .shared_pages import own_bytes, share_pages
+
+if TYPE_CHECKING:
+    from .gpu_memory import GpuMemory
+
+live: weakref.WeakSet[GpuMemory] = weakref.WeakSet()
+"""Instances with `gpu_memory="auto"`, which share devices."""
+lock = threading.RLock()
+"""Held while another cache's frames are changed, and while a cache changes its thread."""
+
+
+def request_memory(one: GpuMemory, device: torch.device, wanted: int, least: int) -> None:
+    """Request what a cache lacks from others.
+
+    Args:
+        wanted: bytes with all of its pages on the device.
+        least: bytes with the frames of one step.
+    """
+    others = _others(one, device)
+    free = watermarks.free_gpu_memory(device) if others else None
+    if free is None:
+        return
+    cap = one.watermarks.cap_for_prompts(one.held(device), free)
+    if wanted <= cap:
+        return
+    if one.given is None:
+        available = cap + sum(_givable(other, device) for other in others)
+        if 2 * wanted > available:
+            of_others = sum(other.resident_bytes(device) for other in others)
+            wanted = max(least, watermarks.fair_share(wanted, available, of_others))
+    if wanted > cap:
+        request_bytes(one, device, wanted - cap)
+
+
+def request_bytes(one: GpuMemory, device: torch.device, missing: int) -> None:
+    """Request bytes of a device from the other caches on it."""
+    with lock:
+        others = _others(one, device)
+        missing = missing * 5 // 4  # a quarter more, as a margin of the freed memory stays free
+        paged = [other for other in others if other.is_paged(device)]
+        quotas = watermarks.split_fairly(missing, [_givable(other, device) for other in paged])
+        for other, quota in zip(paged, quotas, strict=True):
+            missing -= _given(other, device, quota)
+        whole = [other for other in others if other not in paged and _givable(other, device)]
+        while missing > 0 and whole:
+            sizes = {other: _givable(other, device) for other in whole}
+            enough = [other for other in whole if sizes[other] >= missing]
+            size = min(sizes[other] for other in enough) if enough else max(sizes.values())
+            other = min((each for each in whole if sizes[each] == size), key=lambda each: each.used)
+            whole.remove(other)
+            missing -= _given(other, device, min(missing, size))
+
+
+def _given(other: GpuMemory, device: torch.device, num_bytes: int) -> int:
+    """Have a cache give back bytes, now or at its next step. Returns how many."""
+    if not num_bytes:
+        return 0
+    if not _may_be_changed(other):
+        other.pending_reclaim[device] = max(num_bytes, other.pending_reclaim.get(device, 0))
+        return num_bytes
+    with ExitStack() as stack:
+        if device.type == "cuda":  # ordered with its kernels
+            stack.enter_context(torch.cuda.stream(other.streams.get(device)))
+        return other.give_back_of(device, num_bytes)
+
+
+def _givable(one: GpuMemory, device: torch.device) -> int:
+    """Bytes that a cache can give back."""
+    stores = one.stores_on(device)
+    if not stores or not one.state.sequences.length:
+        return own_bytes(stores)
+    return 0 if share_pages(stores) else max(0, one.held(device) - one.least(stores))
+
+
+def _may_be_changed(one: GpuMemory) -> bool:
+    alive = any(thread.ident == one.owner for thread in threading.enumerate())
+    return one.state.phase is Phase.IDLE and (one.owner == threading.get_ident() or not alive)
+
+
+def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:
+    """Other caches with memory on a device."""
+    with lock:
+        return [other for other in list(live) if other is not one and other.stores_on(device)]
