@@ -369,6 +369,8 @@ class ForwardPass:
         """Break the reference cycles between layers and storage once the cache has been deleted."""
         self.backends.forget()
         self._prepared_for = self.state.pending = None
+        for layer in self.state.layers:
+            layer.store = None
         self.state.layers.clear()
         self.state.sequences.forget_stores()
 

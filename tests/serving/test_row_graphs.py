@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from spin_hf import CacheStateError, CapacityError, Fitted, SpinCache
 from spin_hf.serving import row_batch, row_program, row_steps
+from tests.support.freed_memory import weak_arrays, without_gc
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
 from tests.support.inspection import state_of
 from tests.support.row_schedules import Requests, alone
@@ -140,14 +140,14 @@ def test_a_cache_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     requests.start(0, 1)
     for _ in range(3):
         requests.step(0, 1)
-    for number in (0, 1):
-        left = requests.leave(number)
-        held = weakref.ref(state_of(left)), weakref.ref(left)
-        del left
-        gc.collect()
-        assert [reference() for reference in held] == [None, None]
-        if number == 0:
-            requests.step(1)
+    with without_gc():
+        for number in (0, 1):
+            left = requests.leave(number)
+            held = [weakref.ref(state_of(left)), weakref.ref(left), *weak_arrays(left)]
+            del left
+            assert not any(reference() for reference in held)
+            if number == 0:
+                requests.step(1)
 
 
 def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:

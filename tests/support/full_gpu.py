@@ -14,17 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import torch
 
 from spin_hf import CapacityError
-from spin_hf.memory import other_caches
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_frames import PageFrames
 from spin_hf.storage.page_store import PageStore
 from tests.support.fake_gpu import FakeGpu, bytes_of_store, fake_gpu
-
-_CPU = torch.device("cpu")
 
 
 class FullGpu:
@@ -37,11 +35,16 @@ class FullGpu:
 
     def __init__(self, fake: FakeGpu, lost: int) -> None:
         self.fake, self.lost, self.failures = fake, lost, 0
+        self._stores: WeakSet[PageStore] = WeakSet()
 
     @property
     def stores(self) -> list[PageStore]:
-        """Layers of all caches alive."""
-        return [store for each in list(other_caches.live) for store in each.stores_on(_CPU)]
+        """Stores that are alive, whether a cache still knows them or not."""
+        return list(self._stores)
+
+    def add(self, store: PageStore) -> None:
+        """Count a store."""
+        self._stores.add(store)
 
     @property
     def free(self) -> int:
@@ -73,8 +76,13 @@ def full_gpu(
         draw, host_fails: how often host memory cannot be page-locked, while several caches are alive.
     """
     grow, move, to_cpu = ChunkedArray.grow, PageFrames._move_slots, PageStore._move_to_cpu
+    make = PageStore.__init__
     with fake_gpu(total) as fake:
         gpu = FullGpu(fake, lost)
+
+        def making(self: PageStore, *args: Any, **kwargs: Any) -> None:
+            make(self, *args, **kwargs)
+            gpu.add(self)
 
         def growing(self: ChunkedArray, num_rows: int, expected: int = 0) -> None:
             free, used = gpu.free, self.used_rows
@@ -105,6 +113,7 @@ def full_gpu(
             with (
                 patch.object(FakeGpu, "ask", lambda self, device: gpu.ask(device)),
                 patch("spin_hf.memory.watermarks.free_gpu_memory", gpu.ask),
+                patch.object(PageStore, "__init__", making),
                 patch.object(ChunkedArray, "grow", growing),
                 patch.object(PageFrames, "_move_slots", moving),
                 patch.object(PageStore, "_move_to_cpu", locking),
