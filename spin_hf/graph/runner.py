@@ -168,7 +168,7 @@ class GraphRunner:
         if self._is_decode_step(kwargs):
             return self._run(model, forward, kwargs, name)
         outputs = self._eager(forward, kwargs)
-        if _is_computing(self.passes.backends.in_use()):
+        if not self.passes.backends.row_sizes and _is_computing(self.passes.backends.in_use()):
             self._guard_of(model)  # else the first step behind the prompt would, while the device is idle
             self._layout_number()
         return outputs

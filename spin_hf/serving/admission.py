@@ -42,7 +42,7 @@ class Admission:
         self._options, self._device = state.options, torch.device(model.device)
         self._needs = NeedsByLength(model, state.method, replace(state.options, gpu_memory=None, cpu_memory=None))
         self._by_length: dict[int, RequestNeeds] = {}
-        self.gpu_pool = self._gpu_pool(())
+        self.gpu_pool = self._gpu_pool(0)
         """Bytes of GPU memory with no request held; None without a cap, as on a CPU."""
         self.host_pool = self._host_pool(())
 
@@ -89,15 +89,21 @@ class Admission:
         if not held:
             return True  # `check` has said so
         new, members = self.needs(num_tokens), [self.needs(tokens) for _, tokens in held]
-        caches, idle = [cache for cache, _ in held], list(others)
-        pool = self._gpu_pool([*caches, *idle])
+        active, idle = [self._bytes(cache) for cache, _ in held], [self._bytes(cache) for cache in others]
+        pool = self._gpu_pool(sum(each[0] for each in (*active, *idle)))
         if pool is not None:
-            taken = sum(bytes_held(cache)[0] for cache in idle)
+            taken = sum(each[0] for each in idle)
             if taken + new.minimum + sum(each.minimum for each in members) > pool:
                 return False
-        host = self._host_pool([*caches, *idle])
-        taken = sum(bytes_held(cache)[1] for cache in idle)
+        host = self._host_pool([*active, *idle])
+        taken = sum(each[1] for each in idle)
         return host is None or taken + self._in_host([new, *members], pool) <= host
+
+    def _bytes(self, cache: SpinCache) -> tuple[int, int]:
+        """As `bytes_held`. By needs where all pages are in GPU memory: counting takes the host long."""
+        if self._device.type != "cuda" or cache._passes.gpu.is_paged(self._device):
+            return bytes_held(cache)
+        return self.needs(cache.get_seq_length()).resident, 0
 
     def moving_s(self, num_tokens: int) -> float:
         """Seconds that it takes to make room for all pages of a request, by moving others' pages to host memory.
@@ -140,21 +146,20 @@ class Admission:
         fits = pool is None or sum(each.resident for each in needs) <= pool
         return 0 if fits else sum(each.host for each in needs)
 
-    def _gpu_pool(self, caches: Iterable[SpinCache]) -> int | None:
+    def _gpu_pool(self, held: int) -> int | None:
         if self._options.gpu_memory is not None:
             return self._options.gpu_memory
         free = watermarks.free_gpu_memory(self._device)
         if free is None:
             return None
-        held = sum(cache._passes.gpu.held(self._device) for cache in caches)
         return watermarks.Watermarks(self._options.tuning.margin_bytes).cap_for_prompts(held, free)
 
-    def _host_pool(self, caches: Iterable[SpinCache]) -> int | None:
+    def _host_pool(self, caches: Sequence[tuple[int, int]]) -> int | None:
         if self._options.cpu_memory is not None:
             return self._options.cpu_memory
         free = free_host_memory()
-        in_host = 0 if self._device.type == "cuda" else sum(bytes_held(cache)[0] for cache in caches)
-        held = sum(bytes_held(cache)[1] for cache in caches) + in_host
+        in_host = 0 if self._device.type == "cuda" else sum(each[0] for each in caches)
+        held = sum(each[1] for each in caches) + in_host
         return None if free is None else int(_HOST_FRACTION * (free + held))
 
 
