@@ -65,6 +65,7 @@ class Bench:
         budget: tokens; 0 where each task has its own.
         weights: bytes of the model on the GPU.
         host_gib: as for `host.room`.
+        method: of SpinCache, where the tasks do not say.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class Bench:
     budget: int
     weights: int
     host_gib: float | None = None
+    method: str = "shadowkv"
 
     def room(self) -> int:
         """Bytes of keys and values that host memory holds now: what is planned with."""
@@ -181,7 +183,8 @@ def run(
     free()
     model = build(options.shape)
     free()
-    bench = Bench(model, record, options.budget, torch.cuda.memory_allocated(), options.host_memory)
+    method = getattr(options, "method", Bench.method)
+    bench = Bench(model, record, options.budget, torch.cuda.memory_allocated(), options.host_memory, method)
     facts = {**link, "weights_gib": round(bench.weights / 2**30, 2), "host_room_gib": round(bench.room() / 2**30, 1)}
     record.about_run(**facts)
     print(f"{time.perf_counter() - started:4.0f} s {facts}", flush=True)

@@ -25,7 +25,7 @@ from benchmarks.speed.spin_rows import is_paged, replaying_spread, timed
 from spin_hf import SpinCache
 
 METHOD = "shadowkv"
-"""Of all these rows, and of the plans for them."""
+"""Of these rows, and of the plans for them, unless they say otherwise."""
 EXTRA = 768
 """Tokens that a row generates at most behind its context, eager steps included: planned for in host memory."""
 GUESSES = RESULTS / "decode-llama-8b.json"
@@ -39,18 +39,20 @@ class Filled:
     """A cache that holds `num_tokens` of each of `batch` sequences.
 
     Args:
-        options: of SpinCache, but for the method.
+        method, options: of SpinCache.
         padding: [batch], how many of the tokens, in front, are padding; None for none.
 
     Attributes:
         reserve_s, fill_s: seconds that its memory, and its tokens, took.
     """
 
-    def __init__(self, model: Any, num_tokens: int, batch: int, padding: Tensor | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any, num_tokens: int, batch: int, padding: Tensor | None = None, method: str = METHOD, **options: Any
+    ) -> None:  # fmt: skip
         free()
         device = model.device.type
         self.model, self.num_tokens, self.batch, self.padding = model, num_tokens, batch, padding
-        self.cache = SpinCache(model, METHOD, dense_below=0, **options)
+        self.cache = SpinCache(model, method, dense_below=0, **options)
         started = _now()
         reserve_spin(self.cache, model.config, num_tokens, device, batch)
         self.reserve_s = _now() - started

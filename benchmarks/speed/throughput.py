@@ -1,6 +1,7 @@
 """Output tokens a second against the number of sequences: `python -m benchmarks.speed.throughput`.
 
     --tokens 131072 32768        contexts             --batches 14 12 ...    of SpinCache, for all contexts
+    --method shadowkv            of SpinCache; another one into a file of its own: throughput-<shape>-<method>.json
     --host-memory 256            GiB of the machine, if it does not say what is available
     --gpu-memory 79              GiB to do with, as if the GPU had no more
     --seconds, --missing, --plan, --source, --output    as for `decode.py`
@@ -37,6 +38,7 @@ from benchmarks.common.timing import attempt, free, with_memory
 from benchmarks.speed.batch_rows import EXTRA, METHOD, Filled, guess_spread
 from benchmarks.speed.rivals import measure_rival
 from spin_hf import MemoryPlan
+from spin_hf.attention.methods.registry import METHODS
 
 TOKENS = [131072, 32768]
 BATCHES = {131072: (14, 12, 8, 6, 4, 2, 1), 32768: (56, 48, 32, 16, 8, 1)}
@@ -219,7 +221,7 @@ def planned(bench: Bench, tokens: int, batch: int, **options: Any) -> MemoryPlan
     """What `spin_hf.plan` says of a batch with all that it will generate; `options` are SpinCache's, but for the method."""
     free()
     return spin_hf.plan(
-        bench.model, batch_size=batch, context_length=tokens + EXTRA, method=METHOD, budget=bench.budget,
+        bench.model, batch_size=batch, context_length=tokens + EXTRA, method=bench.method, budget=bench.budget,
         cpu_memory=bench.room(), **options,
     )  # fmt: skip
 
@@ -240,7 +242,9 @@ def lengths(tokens: int, batch: int) -> torch.Tensor:
 def spin_rows(task: Task, batches: list[int], bench: Bench, ragged: bool) -> Iterator[dict[str, Any]]:
     """Rows of SpinCache: the first and largest batch is filled, the others are selected from it."""
     padding = task.tokens - lengths(task.tokens, batches[0]) if ragged else None
-    filled = Filled(bench.model, task.tokens, batches[0], padding, budget=bench.budget, cpu_memory=bench.cpu_memory())
+    filled = Filled(
+        bench.model, task.tokens, batches[0], padding, bench.method, budget=bench.budget, cpu_memory=bench.cpu_memory()
+    )
     spread = filled.settle(guess_spread(bench.record, task.tokens))
     for batch in batches:
         filled.shrink(batch)
@@ -315,6 +319,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = campaign.parser(__doc__)
     parser.add_argument("--gpu-memory", type=float, help="GiB of the GPU to do with (default: all of it)")
+    parser.add_argument("--method", choices=METHODS, default=METHOD, help="of SpinCache; each has a file of its own")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--batches", type=int, nargs="+", help="of SpinCache (default: by context)")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
@@ -326,8 +331,9 @@ def main() -> None:
     """Measure and write the results, and print the ratios."""
     started, options = time.perf_counter(), parse()
     limit = limit_gpu_memory(options.gpu_memory)
-    common = campaign.about(options.shape, options.budget, method=METHOD, **limit)
-    record = campaign.open_record("speed.throughput", f"throughput-{options.shape}.json", common, options)
+    common = campaign.about(options.shape, options.budget, method=options.method, **limit)
+    name = f"throughput-{options.shape}{'' if options.method == METHOD else '-' + options.method}.json"
+    record = campaign.open_record("speed.throughput", name, common, options)
     tasks = plan(
         SHAPES[options.shape], options.tokens, host.room(options.host_memory), options.batches, tuple(options.rivals),
         not options.no_ragged,
