@@ -14,24 +14,43 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-from ..state import Phase
+from ..state import CacheState, Phase
+from ..storage.page_store import PageStore
 from . import watermarks
 from .shared_pages import own_bytes, share_pages
 
-if TYPE_CHECKING:
-    from .gpu_memory import GpuMemory
 
-live: weakref.WeakSet[GpuMemory] = weakref.WeakSet()
+class Memory(Protocol):
+    """Memory of one cache, which `GpuMemory` documents."""
+
+    given: int | None
+    watermarks: watermarks.Watermarks
+    owner: int
+    used: int
+    streams: dict[torch.device, Any]
+    pending_reclaim: dict[torch.device, int]
+
+    @property
+    def state(self) -> CacheState: ...
+    def stores_on(self, device: torch.device) -> list[PageStore]: ...
+    def is_paged(self, device: torch.device) -> bool: ...
+    def held(self, device: torch.device) -> int: ...
+    def least(self, stores: list[PageStore]) -> int: ...
+    def resident_bytes(self, device: torch.device) -> int: ...
+    def give_back_of(self, device: torch.device, num_bytes: int | None) -> int: ...
+
+
+live: weakref.WeakSet[Memory] = weakref.WeakSet()
 """Instances with `gpu_memory="auto"`, which share devices."""
 lock = threading.RLock()
 """Held while another cache's frames are changed, and while a cache changes its thread."""
 
 
-def request_memory(one: GpuMemory, device: torch.device, wanted: int, least: int) -> None:
+def request_memory(one: Memory, device: torch.device, wanted: int, least: int) -> None:
     """Request what a cache lacks from others.
 
     Args:
@@ -54,7 +73,7 @@ def request_memory(one: GpuMemory, device: torch.device, wanted: int, least: int
         request_bytes(one, device, wanted - cap)
 
 
-def request_bytes(one: GpuMemory, device: torch.device, missing: int) -> None:
+def request_bytes(one: Memory, device: torch.device, missing: int) -> None:
     """Request bytes of a device from the other caches on it."""
     with lock:
         others = _others(one, device)
@@ -73,7 +92,7 @@ def request_bytes(one: GpuMemory, device: torch.device, missing: int) -> None:
             missing -= _given(other, device, min(missing, size))
 
 
-def _given(other: GpuMemory, device: torch.device, num_bytes: int) -> int:
+def _given(other: Memory, device: torch.device, num_bytes: int) -> int:
     """Have a cache give back bytes, now or at its next step. Returns how many."""
     if not num_bytes:
         return 0
@@ -86,7 +105,7 @@ def _given(other: GpuMemory, device: torch.device, num_bytes: int) -> int:
         return other.give_back_of(device, num_bytes)
 
 
-def _givable(one: GpuMemory, device: torch.device) -> int:
+def _givable(one: Memory, device: torch.device) -> int:
     """Bytes that a cache can give back."""
     stores = one.stores_on(device)
     if not stores or not one.state.sequences.length:
@@ -94,12 +113,12 @@ def _givable(one: GpuMemory, device: torch.device) -> int:
     return 0 if share_pages(stores) else max(0, one.held(device) - one.least(stores))
 
 
-def _may_be_changed(one: GpuMemory) -> bool:
+def _may_be_changed(one: Memory) -> bool:
     alive = any(thread.ident == one.owner for thread in threading.enumerate())
     return one.state.phase is Phase.IDLE and (one.owner == threading.get_ident() or not alive)
 
 
-def _others(one: GpuMemory, device: torch.device) -> list[GpuMemory]:
+def _others(one: Memory, device: torch.device) -> list[Memory]:
     """Other caches with memory on a device."""
     with lock:
         return [other for other in list(live) if other is not one and other.stores_on(device)]

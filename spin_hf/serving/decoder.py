@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -99,10 +100,15 @@ class Decoder:
         running = [number for number, request in enumerate(flight.requests) if self._runs(request)]
         self.deliver([flight.requests[n] for n in running], [tokens[n] for n in running], beside_a_step)
 
-    @staticmethod
-    def choose(requests: list[Request], logits: Tensor) -> Chosen:
+    def choose(self, requests: list[Request], logits: Tensor) -> Chosen:
         """The next token of each request, on the device. `logits`: [n, vocabulary], float32."""
-        return choose([request.choice for request in requests], [request.tokens for request in requests], logits)
+        choices, tokens = [request.choice for request in requests], [request.tokens for request in requests]
+        return choose(choices, tokens, logits, partial(self._scheduler.relief.relieve, "choice", self._chosen()))
+
+    def _chosen(self) -> int:
+        """A number that grows with every choice."""
+        counters = self._scheduler.counters
+        return int(counters.generated_tokens + counters.read_tokens)
 
     def deliver(self, requests: list[Request], tokens: list[int | Exception], beside_a_step: bool = False) -> None:
         """Give each request its next token, and end those that are done."""

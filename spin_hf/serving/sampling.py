@@ -10,13 +10,15 @@ request's processors or criteria is that request's.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
 from .generation import Generation
+from .row_errors import forget_frames
 
 _WARPERS = tuple(
     getattr(logits_process, name)
@@ -105,12 +107,15 @@ class Chosen:
         return self._ids[torch.tensor(order, dtype=torch.int64).to(self._ids.device, non_blocking=True)]
 
 
-def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: Tensor) -> Chosen:
+def choose(
+    choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: Tensor, relieve: Callable[[], bool] = lambda: False
+) -> Chosen:  # fmt: skip
     """The next token of each request, or what its processors raised. Does not wait for the device.
 
     Args:
         choices, tokens: of each request; the tokens generated so far, which only choices without a group read.
         logits: [n, vocabulary], float32.
+        relieve: frees memory if there is none left to compute with. Returns whether to try again.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, choice in enumerate(choices):
@@ -119,24 +124,41 @@ def choose(choices: Sequence[Choice], tokens: Sequence[Sequence[int]], logits: T
     found: list[tuple[list[int], Tensor]] = []
     for members in groups.values():
         first = choices[members[0]]
-        rows = logits if len(members) == len(choices) else logits[members]
         try:
-            ids = first.ids(tokens[members[0]]) if first.group is None else _no_ids(len(members), logits.device)
-            scores = first.generation.processors(ids, rows) if len(first.generation.processors) else rows
+            made = _again(partial(_best_or_probabilities, first, tokens[members[0]], members, logits), relieve)
             if first.generation.generator is None:
-                found.append((members, scores.argmax(-1)))
+                found.append((members, made))
                 continue
-            probabilities = torch.softmax(scores, -1)
         except Exception as error:  # whatever the processors of a user raise ends these requests only
             errors |= dict.fromkeys(members, error)
             continue
         for place, number in enumerate(members):
             try:
                 generator = choices[number].generation.generator
-                found.append(([number], torch.multinomial(probabilities[place : place + 1], 1, generator=generator)[0]))
+                one = made[place : place + 1]
+                found.append(([number], _again(partial(torch.multinomial, one, 1, generator=generator), relieve)[0]))
             except RuntimeError as error:  # probabilities that are none
                 errors[number] = error
     return Chosen(len(choices), found, errors)
+
+
+def _best_or_probabilities(first: Choice, tokens: Sequence[int], members: list[int], logits: Tensor) -> Tensor:
+    """Of requests that choose like `first`: the best ids [n], or if they sample, probabilities [n, vocabulary]."""
+    rows = logits if len(members) == len(logits) else logits[members]
+    ids = first.ids(tokens) if first.group is None else _no_ids(len(members), logits.device)
+    scores = first.generation.processors(ids, rows) if len(first.generation.processors) else rows
+    return scores.argmax(-1) if first.generation.generator is None else torch.softmax(scores, -1)
+
+
+def _again(call: Callable[[], Tensor], relieve: Callable[[], bool]) -> Tensor:
+    """`call()`, a second time if it runs out of memory and `relieve` can free some."""
+    try:
+        return call()
+    except torch.OutOfMemoryError as error:
+        forget_frames(error)
+        if not relieve():
+            raise
+    return call()
 
 
 def _no_ids(rows: int, device: torch.device) -> Tensor:

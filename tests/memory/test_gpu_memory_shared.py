@@ -16,6 +16,7 @@ import torch
 from spin_hf import BudgetError, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV
 from tests.support.fake_gpu import CHECK_INTERVAL_STEPS, SHAPE, Conversation, bytes_of, fake_gpu, resident_batch_bytes
+from tests.support.inspection import forward_of
 from tests.support.zoo import build_model, random_tokens
 
 
@@ -64,7 +65,7 @@ def test_frames_are_given_in_proportion_to_how_many_there_are() -> None:
     with fake_gpu(3 * resident_batch_bytes(1, 900)) as gpu:
         small, large = Conversation(gpu, 1, 500).begin(), Conversation(gpu, 1, 860, seed=1).begin()
         for talk in (small, large):
-            talk.cache._passes.gpu.give_back(1000)
+            forward_of(talk.cache).gpu.give_back(1000)
         assert small.frames
         assert large.frames
         held = [bytes_of(talk.cache) for talk in (small, large)]
@@ -94,7 +95,7 @@ def test_a_cache_whose_pages_stay_keeps_its_cap() -> None:
     with fake_gpu(8 * resident_batch_bytes(1, 900)) as gpu:
         driver = CacheDriver(SHAPE, budget=2048, num_sink_tokens=4, recent_window=10)
         gpu.caches.append(driver.cache)
-        memory = driver.cache._passes.gpu
+        memory = forward_of(driver.cache).gpu
         driver.step(kv, 0, 200)
         driver.step(kv, 200, 201)
         caps = dict(memory.caps)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spin_hf import CapacityError, RequestLoop, SpinCache
+from spin_hf.serving import sampling
 from spin_hf.serving.events import ChunkRead, RequestPaused
 from spin_hf.serving.reading import PromptReading
 from spin_hf.serving.request import Request
@@ -37,7 +38,7 @@ def test_many_full_gpus(part: int) -> None:
 class Run:
     """A loop without a thread, and its requests."""
 
-    def __init__(self, prompts: list[list[int]], new: int = 10) -> None:
+    def __init__(self, prompts: list[list[int]], new: int = 10, **sampled: Any) -> None:
         self.loop = RequestLoop(MODEL, max_rows=4, max_slowdown=None, max_wait_s=None, share_prefixes=False, **OPTIONS)
         self.scheduler, self.new, self.log = self.loop.scheduler, new, Log()
         self.scheduler.log = self.log  # type: ignore[assignment]
@@ -50,7 +51,9 @@ class Run:
             return cache
 
         self.scheduler.make_cache = watched
-        self.requests = [self.loop.unchecked(prompt, max_new_tokens=new) for prompt in prompts]
+        self.requests = [
+            self.loop.unchecked(prompt, max_new_tokens=new, seed=seed, **sampled) for seed, prompt in enumerate(prompts)
+        ]
         self.scheduler.waiting.extend(self.requests)
 
     def finish(self) -> list[Request]:
@@ -135,6 +138,39 @@ def test_chunks_shrink_for_activations_only(activations: bool, monkeypatch: pyte
     assert failures == 2
     assert max(chunks) == (256 if activations else 500)
     assert run.scheduler.relief.most_chunk > 256
+
+
+@pytest.mark.parametrize("where", ["_best_or_probabilities", "multinomial"])
+def test_choosing_tokens_is_tried_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is freed in between. Random numbers are drawn once."""
+    sampled: dict[str, Any] = dict(do_sample=True, temperature=1.3) if where == "multinomial" else {}
+    run, failures, home = Run(PROMPTS, **sampled), 0, torch if where == "multinomial" else sampling
+    original = getattr(home, where)
+
+    def full(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal failures
+        failures += 1
+        if failures in (1, 6, 9):
+            raise torch.OutOfMemoryError("logits")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(home, where, full)
+    results = [request.handle.outcome(0) for request in run.finish()]
+    monkeypatch.undo()
+    assert failures > 9
+    for seed, result in enumerate(results):
+        torch.manual_seed(seed)
+        assert result.tokens == generated_alone(MODEL, result.prompt, OPTIONS, max_new_tokens=10, **sampled)
+
+
+def test_a_choice_without_memory_ends_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(PROMPTS[1:])
+
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("logits")
+
+    monkeypatch.setattr(sampling, "_best_or_probabilities", full)
+    assert [type(request.handle.outcome(0).error) for request in run.finish()] == 2 * [torch.OutOfMemoryError]
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])
