@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from spin_hf import BudgetError, SpinCache
+from spin_hf.memory.admission import check_first_batch
 from tests.support.cache_driver import CacheDriver, RandomKV
 from tests.support.fake_gpu import CHECK_INTERVAL_STEPS, SHAPE, Conversation, bytes_of, fake_gpu, resident_batch_bytes
-from tests.support.inspection import forward_of
+from tests.support.inspection import forward_of, state_of
 from tests.support.zoo import build_model, random_tokens
 
 
@@ -89,6 +90,18 @@ def test_as_few_caches_as_possible_move() -> None:
         assert not talks[0].frames, "frames are given before pages move"
 
 
+def test_a_prompt_that_is_read_asks_for_nothing_more() -> None:
+    """Its pages are on the GPU, and memory is not low: nobody moves for a larger margin."""
+    whole = resident_batch_bytes(1, 900)
+    with fake_gpu(6 * whole) as gpu:
+        talks = [Conversation(gpu, 1, 860, seed=seed).begin() for seed in range(2)]
+        talks.append(Conversation(gpu, 1, 860, seed=2))
+        talks[2].read(860)
+        gpu.user = gpu.free - int(0.12 * whole)
+        talks[2].decode()
+        assert not any(talk.frames for talk in talks)
+
+
 def test_a_cache_whose_pages_stay_keeps_its_cap() -> None:
     """With a lower cap its next segment would move all of its pages. A step's frames take as much as its pages here."""
     kv = RandomKV.random(SHAPE, 1, 900, 0)
@@ -109,12 +122,14 @@ def test_a_prompt_that_found_no_room_tries_again() -> None:
     """Its cap is that of the moment, not of its first try."""
     model, tokens = build_model("llama"), random_tokens(1, 400)
     places = patch("spin_hf.memory.admission.places", lambda state: [torch.device("cpu")] * len(state.layers))
-    with fake_gpu(4 * resident_batch_bytes(1, 900)) as gpu, places:
+    has_gpu = patch("torch.cuda.is_available", lambda: True)
+    with fake_gpu(4 * resident_batch_bytes(1, 900)) as gpu, places, has_gpu:
         cache = SpinCache(model, "shadowkv", budget=64)
         gpu.user = gpu.total - 2000
         with pytest.raises(BudgetError):
-            model(tokens, past_key_values=cache)
+            check_first_batch(state_of(cache), forward_of(cache).gpu, 400, 1)
         gpu.user = 0
+        check_first_batch(state_of(cache), forward_of(cache).gpu, 400, 1)
         model(tokens, past_key_values=cache)
         assert cache.get_seq_length() == 400
 
