@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spin_hf import RequestLoop, generate_batch
+from tests.support.freed_memory import without_gc
 from tests.support.loop_schedules import generated_alone
 from tests.support.zoo import build_model, random_tokens
 
@@ -74,3 +75,19 @@ def test_a_sequence_that_waits_takes_the_place_of_another() -> None:
         handles = [loop.submit(prompt, max_new_tokens=NEW) for prompt in prompts()]
         assert [handle.result(120).tokens for handle in handles] == expected
         assert loop.stats().paused > 0
+
+
+def test_ended_requests_free_their_memory() -> None:
+    """Without the garbage collector, so that many requests need no more memory than those that run."""
+    model = build_model("llama").cuda().eval()
+    long = random_tokens(1, 4000)[0].tolist()
+    with without_gc(), RequestLoop(model, budget=64, max_rows=1, share_prefixes=False) as loop:
+        held = []
+        for _ in range(5):
+            loop.submit(long, max_new_tokens=NEW).result(120)
+            loop.submit(prompts()[0], max_new_tokens=1).result(120)  # behind it the first one's row is empty
+            held.append(torch.cuda.memory_allocated())
+    pages = (
+        4000 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 16 * 4
+    )  # float32, heads of 16
+    assert held[-1] - held[1] < pages
