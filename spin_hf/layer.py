@@ -16,7 +16,6 @@ Tokens that a query attends to:
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,6 +46,7 @@ from .memory.layer_budget import LayerShape
 from .memory.prefill_peak import piece_bytes, pool_of
 from .memory.rank_budgets import tier_budget
 from .state import CacheState, LayerState
+from .storage.copied import copied
 from .storage.page_store import PageStore
 from .transaction import finished
 
@@ -340,9 +340,6 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return self.state.store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for name, attribute in self.__dict__.items():
-            setattr(twin, name, deepcopy(attribute, memo))
+        twin = copied(self, memo, "forward", "cache_state", "state")
         twin.handle = register_layer(twin)
         return twin

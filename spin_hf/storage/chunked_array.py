@@ -252,8 +252,7 @@ class ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
         twin = object.__new__(ChunkedArray)
-        twin.__dict__.update(self.__dict__)
-        twin.__dict__.update(_table=None, _table_is_behind=False, _spares=deque())
+        twin.__dict__ = {**self.__dict__, "_table": None, "_table_is_behind": False, "_spares": deque()}
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:

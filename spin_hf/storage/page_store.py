@@ -23,6 +23,7 @@ from .. import kernels
 from ..config import Tuning
 from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Conversion
+from .copied import copied
 from .page_frames import PageFrames
 from .page_layout import PageLayout, page_layouts
 from .page_table import SEGMENT_PAGES, PageTable, SegmentStore
@@ -81,6 +82,7 @@ class PageStore(SegmentStore):
         self.permutation: TokenPermutation | None = None
         if multi_page_clusters is not None:
             self.permutation = TokenPermutation(sequences, num_heads, rows, device, multi_page_clusters)
+        self._held = self._list_arrays()
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
@@ -158,12 +160,16 @@ class PageStore(SegmentStore):
         return any(array.is_shared for array in self._arrays())
 
     def fork_rows(self, memo: dict[int, Any]) -> None:
-        for array in self._arrays():
+        for array, _ in self._held:
             memo[id(array)] = array.fork()
         if self.frames is not None:
             memo[id(self.frames)] = self.frames.without_pages()
-        shared = (self.budget, self.layout, self._host_layout, self.device, self.dtype)  # immutable
-        memo.update((id(each), each) for each in shared)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageStore:
+        callbacks = "ask_for_more", "short_of_frames", "invalidate"
+        twin = copied(self, memo, "sequences", "backing", "summaries", "permutation", "frames", *callbacks)
+        twin._held = twin._list_arrays()
+        return twin
 
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
@@ -389,6 +395,9 @@ class PageStore(SegmentStore):
 
     def _by_pages(self) -> list[tuple[ChunkedArray, int]]:
         """All arrays, the backing first, with the pages that have one row."""
+        return self._held
+
+    def _list_arrays(self) -> list[tuple[ChunkedArray, int]]:
         clustered = [] if self.permutation is None else self.permutation.arrays
         return [(self.backing, 1), *self._summary_arrays(), *((array, 1) for array in clustered)]
 
