@@ -24,6 +24,10 @@ from ..storage.page_stream import TokenStream
 from .base import Call, put
 from .zones import StepPlan
 
+_FEW_QUERIES = 256
+"""Queries of all sequences whose attention takes less time than the launches for several pieces. Prompts are read in chunks of
+as many or more, so the memory of a chunk's other states is free."""
+
 Partial = tuple[Tensor, Tensor]
 """Output [B, H, G, Q, Dv] and log-sum-exp [B, H, G, Q] of attention to some of the tokens."""
 
@@ -58,16 +62,25 @@ def attend_in_pieces(
             they are the new tokens, so that causality matters.
     """
     start = store.sequences.start
-    with TokenStream(store, start) as earlier:  # its first load runs beside the attention of the new tokens
+    # Its first load runs beside the attention of the new tokens.
+    with TokenStream(store, start, _reads_large_pieces(call, store)) as earlier:
         partials = [attend(start, key, value, True)]
-        for first, keys, values in earlier:
-            partials.append(attend(first, keys, values, False))
+        for piece in earlier:
+            partials.append(attend(*piece, False))
+            del piece
             if len(partials) == kernels.MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
     if len(partials) == 1 and call.sinks is None and take_over(out, partials[0][0].flatten(1, 2).transpose(1, 2)):
         return
     with torch.inference_mode(out.is_inference()):  # as in `put`
         kernels.merge_into(partials, call.sinks, out)
+
+
+def _reads_large_pieces(call: Call, store: PageStore) -> bool:
+    """Whether the queries are few, and attend to pieces as they are, without a copy or a matrix of scores."""
+    few = len(call.query) * call.query.shape[3] <= _FEW_QUERIES
+    plain = call.softcap is None and store.sequences.mask.valid is None
+    return few and plain and kernels.reads_in_place(store.key_dim, store.value_dim, store.dtype)
 
 
 def _partial(call: Call, zones: StepPlan, first: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:

@@ -30,6 +30,8 @@ _TILE_QUERIES = 128
 _LEAST_CUDNN = 4e11
 """Floating-point operations of a call from which cuDNN is used. It prepares a new shape for 17 ms. On an H200 it does 560
 TFLOP/s and flash 325, which makes up for that in 32 layers of so many operations: 7,000 new tokens of an 8B model."""
+_MOST_DIM = 256
+"""Largest head size of flash."""
 _DIM_MULTIPLE = 8
 """Fused kernels need head sizes that are multiples of this. Other sizes are padded with zeros."""
 
@@ -75,6 +77,15 @@ def fused_attention(
     out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2]].float()
     grouped, index = (query.shape[1:3], 1) if apart else (query.shape[2:4], 2)
     return out.unflatten(index, grouped), lse.unflatten(index, grouped)
+
+
+def reads_in_place(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `fused_attention` without a softcap makes neither a copy of keys and values of these sizes nor a matrix of scores."""
+    cuda = torch.backends.cuda
+    return (
+        key_dim == value_dim and key_dim % _DIM_MULTIPLE == 0 and key_dim <= _MOST_DIM and dtype.itemsize <= 4
+        and (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+    )  # fmt: skip
 
 
 def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Kernel | None:
