@@ -60,7 +60,7 @@ def fused_attention(
         return merge_attention([
             fused_attention(query, *side, scale, last, softcap) for side, last in zip(sides, (False, True), strict=True)
         ])  # fmt: skip
-    group, dim = query.shape[2], values.shape[3]
+    group, dim, shape = query.shape[2], values.shape[3], query.shape[:4]
     apart = causal or (group > 1 and num_queries >= _TILE_QUERIES)
     q, k, v = (_padded(states) for states in (query.flatten(1, 2) if apart else query.flatten(2, 3), keys, values))
     kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
@@ -74,9 +74,9 @@ def fused_attention(
         mask = torch.ones((num_queries if causal else 1, num_tokens), dtype=torch.bool, device=query.device)
         return attend(query, keys, values, (mask.tril() if causal else mask)[None, None, None], scale, softcap)
     out, lse = kernel(q, k, v, scale, causal)
-    out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2]].float()
-    grouped, index = (query.shape[1:3], 1) if apart else (query.shape[2:4], 2)
-    return out.unflatten(index, grouped), lse.unflatten(index, grouped)
+    if lse.shape != q.shape[:3]:  # another kernel's has a last dimension of one, or is padded
+        lse = lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+    return (out if out.shape[3] == dim else out[..., :dim]).view(*shape, dim), lse.float().view(shape)
 
 
 def reads_in_place(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
