@@ -131,11 +131,13 @@ class ChunkedArray:
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
             made = self._new_slabs(missing)
-            self._write_addresses(self._table, len(self.chunks), ChunkList(made))
+            if self._table is not None:
+                self._write_addresses(self._table, len(self.chunks), ChunkList(made))
             self.chunks = self.chunks.extended(made)
         self.used_rows = max(self.used_rows, num_rows)
-        is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
-        self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
+        if self.is_registered:
+            is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
+            self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
 
     def shrink(self, num_rows: int) -> None:
         """Free the chunks behind row `num_rows`. Allocates nothing."""
@@ -326,8 +328,8 @@ class ChunkedArray:
             return [torch.empty((number, *shape), dtype=dtype, device=device) for number in slabs]
 
     def _prefetch(self, num_chunks: int) -> None:
-        """Have chunks below number `num_chunks` allocated ahead, so that growing does not wait."""
-        if not (self.is_registered and self.chunks):
+        """Have chunks of registered memory below number `num_chunks` allocated ahead, so that growing does not wait."""
+        if not self.chunks:
             return
         shape = (self.rows_per_chunk, *self.row_shape)
         each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes, _SLAB_BYTES)
