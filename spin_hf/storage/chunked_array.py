@@ -39,6 +39,8 @@ _MOST_BLOCK_COPIES = 16
 _CONVERT_BYTES = 16 << 20
 """Bytes of rows converted at a time. Bounds temporary memory."""
 
+_zeros = outside_inference_mode(torch.zeros)
+
 
 class Conversion(NamedTuple):
     """Converts rows to another shape and dtype.
@@ -352,9 +354,11 @@ def make_tables(arrays: list[ChunkedArray]) -> None:
     if not missing:
         return
     shape, device = (len(missing), MAX_CHUNKS), missing[0].compute_device
-    held = torch.nn.utils.rnn.pad_sequence([array.chunks.addresses() for array in missing], batch_first=True)
+    each = [array.chunks.addresses() for array in missing]
+    same = len({len(array.chunks) for array in missing}) == 1
+    held = torch.stack(each) if same else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
     with allocating("address tables", 8 * MAX_CHUNKS * len(missing)):
-        made = outside_inference_mode(torch.zeros)(shape, dtype=torch.int64, device=device)
+        made = _zeros(shape, dtype=torch.int64, device=device)
         made[:, : held.shape[1]].copy_(held, non_blocking=True)
     for array, table in zip(missing, made, strict=True):
         array._table = table
