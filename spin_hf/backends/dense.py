@@ -2,6 +2,7 @@
 
     causal, any length    earlier tokens in pieces, without a mask (`storage/page_stream.py`)      fused attention of each,
                           new tokens among themselves, causal                                      merged by log-sum-exp
+    causal, few queries   earlier and new tokens in one piece, if they fit, causal                 fused attention
     mask                  all pages, in waves that fit the page frames
 
 No mask of queries by tokens is made for a causal forward, and no layer is read whole. Padding is left out before attention, one
@@ -20,7 +21,7 @@ from .. import kernels
 from ..attention.handed_states import take_over
 from ..attention.methods.base import Estimate
 from ..storage.page_store import PageStore
-from ..storage.page_stream import TokenStream
+from ..storage.page_stream import TokenStream, gather_all
 from .base import Call, put
 from .zones import StepPlan
 
@@ -46,8 +47,20 @@ def attend_all(
         put(attend_held(call, store.by_place(mask, call.query.shape[2]), store), out)
     elif call.weights is not None:
         put(_attend_for_weights(call, key, value, store, zones), out)
+    elif (whole := _whole(call, store)) is not None:
+        _put_merged([_partial(call, zones, 0, *whole, True)], call, out)
     else:
         attend_in_pieces(call, key, value, store, out, partial(_partial, call, zones))
+
+
+def _whole(call: Call, store: PageStore) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of all tokens held, the new ones included, for few queries behind others; None if they are not one piece.
+
+    Pages in host memory may be int8, and new tokens are attended to as they are.
+    """
+    if store.sequences.start and _reads_large_pieces(call, store):
+        return gather_all(store, store.sequences.length)
+    return None
 
 
 def attend_in_pieces(
@@ -70,6 +83,10 @@ def attend_in_pieces(
             del piece
             if len(partials) == kernels.MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
+    _put_merged(partials, call, out)
+
+
+def _put_merged(partials: list[Partial], call: Call, out: Tensor) -> None:
     if len(partials) == 1 and call.sinks is None and take_over(out, partials[0][0].flatten(1, 2).transpose(1, 2)):
         return
     with torch.inference_mode(out.is_inference()):  # as in `put`

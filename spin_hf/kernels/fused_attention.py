@@ -2,6 +2,8 @@
 
     causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads, unless the kernel
                   takes fewer heads of keys (cuDNN, flash on a GPU)
+    the last ones queries at the end of the keys: flash on a GPU takes them in one call, as its causal mask ends with the last
+                  token; else causal and not causal, merged
     not causal    earlier tokens, without a mask: the query heads of a KV head become more queries, unless there are many
                   queries and the kernel takes fewer heads of keys; then queries are not copied
 
@@ -54,7 +56,8 @@ def fused_attention(
     num_queries, num_tokens = query.shape[3], keys.shape[2]
     if causal and num_queries == 1:
         causal = False
-    if causal and num_tokens > num_queries:
+    of_last = causal and num_tokens > num_queries
+    if of_last and (softcap is not None or not _flash_serves_last(query, keys, values)):
         earlier = num_tokens - num_queries
         sides = ((keys[:, :, side], values[:, :, side]) for side in (slice(earlier), slice(earlier, None)))
         return merge_attention([
@@ -63,7 +66,9 @@ def fused_attention(
     group, dim, shape = query.shape[2], values.shape[3], query.shape[:4]
     apart = causal or (group > 1 and num_queries >= _TILE_QUERIES)
     q, k, v = (_padded(states) for states in (query.flatten(1, 2) if apart else query.flatten(2, 3), keys, values))
-    kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
+    kernel: Kernel | None = _flash
+    if not of_last:
+        kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
     if kernel is None and softcap is None and apart and group > 1:
         if causal:
             k, v = (states.repeat_interleave(group, 1) for states in (k, v))
@@ -80,12 +85,24 @@ def fused_attention(
 
 
 def reads_in_place(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether `fused_attention` without a softcap makes neither a copy of keys and values of these sizes nor a matrix of scores."""
+    """Whether `fused_attention` without a softcap copies neither keys nor values of these sizes, and makes no scores."""
     cuda = torch.backends.cuda
     return (
         key_dim == value_dim and key_dim % _DIM_MULTIPLE == 0 and key_dim <= _MOST_DIM and dtype.itemsize <= 4
         and (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
     )  # fmt: skip
+
+
+def _flash_serves_last(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether flash computes causal attention of the last queries in one call: on a GPU it aligns the mask to the last token.
+
+    `torch.nn.attention.bias.causal_lower_right` relies on that too.
+    """
+    if not _is_on_gpu(query):
+        return False
+    groups = query.shape[2] > 1
+    params = torch.backends.cuda.SDPAParams(query.flatten(1, 2), keys, values, None, 0.0, False, groups)
+    return torch.backends.cuda.can_use_flash_attention(params)
 
 
 def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Kernel | None:

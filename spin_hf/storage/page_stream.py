@@ -27,6 +27,9 @@ from .page_table import SEGMENT_PAGES, segments_of
 
 PIECE_BUFFERS = 4
 """Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
+_MOST_BUFFERS = 1.25 * PIECE_BUFFERS
+"""Most for all tokens at once. A few queries need less memory for other states than a chunk of a prompt, by more than that.
+With 128 MiB it is 160K tokens of eight KV heads of 128 numbers, in 16 bits."""
 
 
 class TokenStream:
@@ -89,6 +92,14 @@ def gather(store: PageStore, first: int, num_tokens: int) -> tuple[Tensor, Tenso
     return _tokens_of(store, store.backing.take(store.rows(first, stop)), num_tokens)
 
 
+def gather_all(store: PageStore, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+    """`gather` from the first page on; None if that is much more than all buffers, or pages are in host memory."""
+    num_segments = segments_of(-(-num_tokens // store.page_size))
+    if store.frames is not None or num_segments * _segment_bytes(store) > _MOST_BUFFERS * store.piece_bytes:
+        return None
+    return gather(store, 0, num_tokens)
+
+
 def _tokens_of(store: PageStore, content: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values of the first tokens of pages [B, H, ..., page elements], in the layout of the backing."""
     keys, values = (states.flatten(2, -2)[:, :, :num_tokens] for states in store.backing_layout.take(content))
@@ -96,14 +107,20 @@ def _tokens_of(store: PageStore, content: Tensor, num_tokens: int) -> tuple[Tens
 
 
 def _ranges(store: PageStore, num_pages: int, most_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pages, in whole segments of at most `most_bytes`. The first is shorter, as only attention of the new tokens hides its load."""
-    segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
-    most = max(1, most_bytes // segment_bytes)
+    """Ranges of pages, in whole segments of at most `most_bytes`.
+
+    The first one of a load is shorter, as only attention of the new tokens hides it.
+    """
+    most = max(1, most_bytes // _segment_bytes(store))
     most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one
     first, width = 0, max(1, most // 4) if store.is_registered else most
     while first < num_pages:
         yield first, first + width * SEGMENT_PAGES
         first, width = first + width * SEGMENT_PAGES, most
+
+
+def _segment_bytes(store: PageStore) -> int:
+    return SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
 
 
 class _HostLoads:

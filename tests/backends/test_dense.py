@@ -10,7 +10,7 @@ import torch
 
 from spin_hf.backends import dense
 from spin_hf.kernels import reads_in_place
-from spin_hf.storage.page_stream import TokenStream
+from spin_hf.storage.page_stream import TokenStream, gather_all
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tune
 
@@ -21,7 +21,7 @@ LENGTH = 1300
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of pieces of each stream."""
+    """The number of pieces of each stream, 0 if all tokens are gathered at once."""
     found: list[int] = []
 
     class Noted(TokenStream):
@@ -29,7 +29,14 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             super().__init__(*args)
             found.append(len(self.ranges))
 
+    def noted(*args: Any) -> Any:
+        gathered = gather_all(*args)
+        if gathered is not None:
+            found.append(0)
+        return gathered
+
     monkeypatch.setattr(dense, "TokenStream", Noted)
+    monkeypatch.setattr(dense, "gather_all", noted)
     return found
 
 
@@ -44,13 +51,17 @@ def question(
     driver.step(kv, 0, LENGTH, valid[:, :LENGTH])
     pieces.clear()
     (out,) = driver.step(kv, LENGTH, LENGTH + tokens, valid)
-    return pieces[0], out
+    return pieces[-1], out
 
 
 def test_few_queries_read_large_pieces(pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     segment = 256 * 2 * 16 * 4
     whole = question(pieces, 256)
-    assert whole[0] == 1
+    assert pieces == [0], "earlier and new tokens are one piece"
+    tune(monkeypatch, piece_bytes=segment * 7 // 5 + 1)
+    assert question(pieces, 256)[0] == 0, "seven segments"
+    tune(monkeypatch, piece_bytes=segment * 7 // 5)
+    assert question(pieces, 256)[0] == 2
     tune(monkeypatch, piece_bytes=segment)
     assert question(pieces, 257)[0] == 6
     found = question(pieces, 256)
@@ -59,7 +70,16 @@ def test_few_queries_read_large_pieces(pieces: list[int], monkeypatch: pytest.Mo
     tune(monkeypatch, piece_bytes=2 * segment)
     assert question(pieces, 129, rows=2)[0] == 6
     assert question(pieces, 128, rows=2)[0] == 2
+    assert question(pieces, 64, rows=1)[0] == 0
     assert question(pieces, 64, rows=2, padded=True)[0] == 6, "padding is left out in a copy"
+    tune(monkeypatch, piece_bytes=1 << 30)
+    expected = question(pieces, 64, gpu_memory="60kB", cpu_dtype="int8")
+    assert pieces == [1], "of earlier tokens, as pages are int8"
+    monkeypatch.setattr(dense, "_whole", lambda call, store: None)
+    torch.testing.assert_close(
+        question(pieces, 64, gpu_memory="60kB", cpu_dtype="int8")[1], expected[1], rtol=0, atol=0
+    )
+    torch.testing.assert_close(question(pieces, 256)[1], whole[1])
 
 
 @pytest.mark.parametrize(
