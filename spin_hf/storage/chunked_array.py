@@ -148,9 +148,7 @@ class ChunkedArray:
         while len(self._spares) > 1:
             self._spares.pop()
         if needed < held:
-            self.chunks = self.chunks.first(
-                needed
-            )  # before the table is cleared: every chunk in use has its address there
+            self.chunks = self.chunks.first(needed)  # first: every chunk in use has its address in the table
             if self._table is not None:
                 self._table[needed:held].zero_()
 

@@ -67,8 +67,7 @@ class PageStore(SegmentStore):
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
-        self.budget, self.piece_bytes = budget, tuning.piece_bytes
-        self.device, self.dtype = device, dtype
+        self.budget, self.piece_bytes, self.device, self.dtype = budget, tuning.piece_bytes, device, dtype
         self.layout, self._host_layout = page_layouts(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.length = 0
         """Tokens written to this layer."""
@@ -82,7 +81,6 @@ class PageStore(SegmentStore):
         self.permutation: TokenPermutation | None = None
         if multi_page_clusters is not None:
             self.permutation = TokenPermutation(sequences, num_heads, rows, device, multi_page_clusters)
-        self._held = self._list_arrays()
         self.frames: PageFrames | None = None
         self.num_segments = self.num_frames = 0
         self.ask_for_more: Callable[[int], bool] | None = None
@@ -160,16 +158,13 @@ class PageStore(SegmentStore):
         return any(array.is_shared for array in self._arrays())
 
     def fork_rows(self, memo: dict[int, Any]) -> None:
-        for array, _ in self._held:
-            memo[id(array)] = array.fork()
+        memo.update((id(array), array.fork()) for array in self._arrays())
         if self.frames is not None:
             memo[id(self.frames)] = self.frames.without_pages()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageStore:
         callbacks = "ask_for_more", "short_of_frames", "invalidate"
-        twin = copied(self, memo, "sequences", "backing", "summaries", "permutation", "frames", *callbacks)
-        twin._held = twin._list_arrays()
-        return twin
+        return copied(self, memo, "sequences", "backing", "summaries", "permutation", "frames", *callbacks)
 
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)
@@ -395,9 +390,6 @@ class PageStore(SegmentStore):
 
     def _by_pages(self) -> list[tuple[ChunkedArray, int]]:
         """All arrays, the backing first, with the pages that have one row."""
-        return self._held
-
-    def _list_arrays(self) -> list[tuple[ChunkedArray, int]]:
         clustered = [] if self.permutation is None else self.permutation.arrays
         return [(self.backing, 1), *self._summary_arrays(), *((array, 1) for array in clustered)]
 

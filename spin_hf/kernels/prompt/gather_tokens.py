@@ -24,8 +24,9 @@ _TILE_NUMBERS = 8192
 def gather_tokens(pages: ResidentPages, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys [B, H, num_tokens, Dk] and values [B, H, num_tokens, Dv] of the first tokens of `pages`, contiguous."""
     batch_size, num_heads, _ = pages.rows.shape
-    sizes, place = (batch_size, num_heads, num_tokens), {"dtype": pages.dtype, "device": pages.rows.device}
-    keys, values = torch.empty((*sizes, pages.key_dim), **place), torch.empty((*sizes, pages.value_dim), **place)
+    sizes, dtype, device = (batch_size, num_heads, num_tokens), pages.dtype, pages.rows.device
+    keys = torch.empty((*sizes, pages.key_dim), dtype=dtype, device=device)
+    values = torch.empty((*sizes, pages.value_dim), dtype=dtype, device=device)
     widths = power_of_two(pages.key_dim), power_of_two(pages.value_dim)
     fitting = max(1, _TILE_NUMBERS // (max(widths) * pages.page_size))
     tile_pages = min(pages.segment_pages, power_of_two(fitting + 1) // 2)
