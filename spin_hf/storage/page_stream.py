@@ -93,9 +93,13 @@ def gather(store: PageStore, first: int, num_tokens: int) -> tuple[Tensor, Tenso
 
 
 def gather_all(store: PageStore, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-    """`gather` from the first page on; None if that is much more than all buffers, or pages are in host memory."""
+    """`gather` from the first page on; None if that is much more than all buffers, or pages are in host memory.
+
+    Chunks of a prompt that goes on take no more than the buffers.
+    """
     num_segments = segments_of(-(-num_tokens // store.page_size))
-    if store.frames is not None or num_segments * _segment_bytes(store) > _MOST_BUFFERS * store.piece_bytes:
+    most = PIECE_BUFFERS if store.sequences.expected_tokens > num_tokens else _MOST_BUFFERS
+    if store.frames is not None or num_segments * _segment_bytes(store) > most * store.piece_bytes:
         return None
     return gather(store, 0, num_tokens)
 
