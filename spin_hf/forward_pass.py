@@ -346,7 +346,7 @@ class ForwardPass:
         immutable = (
             state.options, state.tokens, twin.mask.valid, twin.mask.positions, twin.spans.clustered, state.new_token_validity,
         )  # fmt: skip
-        fitted = [tensor for layer in state.layers for tensor in (layer.fitted or {}).values()]
+        fitted = [layer.fitted for layer in state.layers]
         memo.update((id(each), each) for each in (*immutable, *fitted))
         return memo
 

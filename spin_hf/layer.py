@@ -16,7 +16,6 @@ Tokens that a query attends to:
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,7 +46,9 @@ from .memory.layer_budget import LayerShape
 from .memory.prefill_peak import piece_bytes, pool_of
 from .memory.rank_budgets import tier_budget
 from .state import CacheState, LayerState
+from .storage.copied import copied
 from .storage.page_store import PageStore
+from .storage.tier_budget import TierBudget
 from .transaction import finished
 
 
@@ -89,8 +90,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         state, method, device = self.cache_state, self.cache_state.method, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         check_states(key_states, state.model_name)
-        room = state.sequences.room
-        budget = tier_budget(self.forward.gpu, state.ranks, shape, key_states.dtype, device, room)
+        budget = self._budget(shape, key_states.dtype, device)
         tuning = state.options.tuning
         stores = [layer.store for layer in state.layers if layer.store is not None]
         piece = next((store.piece_bytes for store in stores if store.device == device), None)
@@ -110,6 +110,16 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         with meeting(state.ranks, "allocate pages of a layer", self.layer_idx, budget.num_heads):
             state.sequences.attach(store)
             self.state.store = store
+
+    def _budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TierBudget:
+        """The budget of new storage: that of the layer before it, if this has the same sizes and all frames of its cap."""
+        state, gpu = self.cache_state, self.forward.gpu
+        before = state.layers[self.state.number - 1].store if self.state.number else None
+        if before is not None and before.budget.most_frames == gpu.most_frames:
+            sizes = LayerShape(before.num_heads, before.key_dim, before.value_dim), before.dtype, before.device
+            if sizes == (shape, dtype, device):
+                return before.budget
+        return tier_budget(gpu, state.ranks, shape, dtype, device, state.sequences.room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] and values with this layer. Nothing is stored until attention appends them."""
@@ -340,9 +350,6 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         return self.state.store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpinLayer:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for name, attribute in self.__dict__.items():
-            setattr(twin, name, deepcopy(attribute, memo))
+        twin = copied(self, memo, "forward", "cache_state", "state")
         twin.handle = register_layer(twin)
         return twin

@@ -33,6 +33,7 @@ from .config import SpinOptions
 from .inference_mode import outside_inference_mode
 from .integration.rank_agreement import Ranks
 from .kernels.descriptor_fields import MAX_QUERIES
+from .storage.copied import copied
 from .storage.page_store import PageStore
 from .storage.page_table import PageTable
 from .storage.token_log import TokenLog
@@ -91,6 +92,9 @@ class LayerState:
             start, end = self.stale_pages
             start, end = (max(start, stop) if first <= start else start), (min(end, first) if stop >= end else end)
             self.stale_pages = (start, end) if start < end else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        return copied(self, memo, "store", "fitted", "observation_queries", "key_means")
 
 
 def _not_known(device: torch.device) -> None:

@@ -57,6 +57,8 @@ class BackendSet:
         """What kernels that another cache has taken over had left for the next step."""
         self._counted: dict[str, int] = {}
         """Counts of kernels for another batch size."""
+        self._inherited: list[Tensor] = []
+        """Counters of the cache that this one is a copy of, [1, len(Counter)] for each device. Not written to."""
 
     def use_pool(self, pool: KernelPool) -> None:
         """Take kernels from this pool from now on. A cache that has kernels already keeps its own pool."""
@@ -178,11 +180,19 @@ class BackendSet:
 
     def counted(self) -> dict[str, int]:
         """Totals of the kernels' counters, by the names of `Counter`. Reads the device."""
+        counts = [_counts(each) for each in self._counters()]
+        return {c.name: self._counted.get(c.name, 0) + sum(count[c.name] for count in counts) for c in Counter}
+
+    def _counters(self) -> list[Tensor]:
+        """Sums of the counters of all layers, [1, len(Counter)] for each device. Does not read the device."""
         with self.pool.lock:
             held = [step.counters for step in self._taken.values() if self._owns(step)]
             held += [counters for counters, *_ in self._snapshots.values()]
-            counts = [_counts(each) for each in held]
-        return {c.name: self._counted.get(c.name, 0) + sum(count[c.name] for count in counts) for c in Counter}
+            sums = [counters.sum(0, keepdim=True) for counters in held]
+        found: dict[torch.device, Tensor] = {}
+        for each in [*self._inherited, *sums]:
+            found[each.device] = found[each.device] + each if each.device in found else each
+        return list(found.values())
 
     def add_counts(self, counters: Tensor) -> None:
         """Add what kernels of a batch of rows have counted for this cache: [layers, len(Counter)]. Reads the device."""
@@ -198,10 +208,13 @@ class BackendSet:
         self._in_use = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BackendSet:
-        """A copied cache takes its own kernels, since descriptors hold addresses. It starts with the same counts."""
+        """A copied cache takes its own kernels, since descriptors hold addresses. It starts with the same counts.
+
+        These are not read yet: a fork does not wait for the device.
+        """
         twin = BackendSet(memo[id(self.state)], deepcopy(self.reference.zones, memo))
         memo[id(self)] = twin
-        twin._counted, twin.row_sizes = self.counted(), self.row_sizes
+        twin._counted, twin._inherited, twin.row_sizes = dict(self._counted), self._counters(), self.row_sizes
         return twin
 
 

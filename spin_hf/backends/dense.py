@@ -2,6 +2,7 @@
 
     causal, any length    earlier tokens in pieces, without a mask (`storage/page_stream.py`)      fused attention of each,
                           new tokens among themselves, causal                                      merged by log-sum-exp
+    causal, few queries   earlier and new tokens in one piece, if they fit, causal                 fused attention
     mask                  all pages, in waves that fit the page frames
 
 No mask of queries by tokens is made for a causal forward, and no layer is read whole. Padding is left out before attention, one
@@ -20,9 +21,13 @@ from .. import kernels
 from ..attention.handed_states import take_over
 from ..attention.methods.base import Estimate
 from ..storage.page_store import PageStore
-from ..storage.page_stream import TokenStream
+from ..storage.page_stream import TokenStream, gather_all
 from .base import Call, put
 from .zones import StepPlan
+
+_FEW_QUERIES = 256
+"""Queries of all sequences whose attention takes less time than the launches for several pieces. Prompts are read in chunks of
+as many or more, so the memory of a chunk's other states is free."""
 
 Partial = tuple[Tensor, Tensor]
 """Output [B, H, G, Q, Dv] and log-sum-exp [B, H, G, Q] of attention to some of the tokens."""
@@ -42,8 +47,20 @@ def attend_all(
         put(attend_held(call, store.by_place(mask, call.query.shape[2]), store), out)
     elif call.weights is not None:
         put(_attend_for_weights(call, key, value, store, zones), out)
+    elif (whole := _whole(call, store)) is not None:
+        _put_merged([_partial(call, zones, 0, *whole, True)], call, out)
     else:
         attend_in_pieces(call, key, value, store, out, partial(_partial, call, zones))
+
+
+def _whole(call: Call, store: PageStore) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of all tokens held, the new ones included, for few queries behind others; None if they are not one piece.
+
+    Pages in host memory may be int8, and new tokens are attended to as they are.
+    """
+    if store.sequences.start and _reads_large_pieces(call, store):
+        return gather_all(store, store.sequences.length)
+    return None
 
 
 def attend_in_pieces(
@@ -58,16 +75,29 @@ def attend_in_pieces(
             they are the new tokens, so that causality matters.
     """
     start = store.sequences.start
-    with TokenStream(store, start) as earlier:  # its first load runs beside the attention of the new tokens
+    # Its first load runs beside the attention of the new tokens.
+    with TokenStream(store, start, _reads_large_pieces(call, store)) as earlier:
         partials = [attend(start, key, value, True)]
-        for first, keys, values in earlier:
-            partials.append(attend(first, keys, values, False))
+        for piece in earlier:
+            partials.append(attend(*piece, False))
+            del piece
             if len(partials) == kernels.MOST_PARTIALS:
                 partials = [kernels.merge_attention(partials)]
+    _put_merged(partials, call, out)
+
+
+def _put_merged(partials: list[Partial], call: Call, out: Tensor) -> None:
     if len(partials) == 1 and call.sinks is None and take_over(out, partials[0][0].flatten(1, 2).transpose(1, 2)):
         return
     with torch.inference_mode(out.is_inference()):  # as in `put`
         kernels.merge_into(partials, call.sinks, out)
+
+
+def _reads_large_pieces(call: Call, store: PageStore) -> bool:
+    """Whether the queries are few, and attend to pieces as they are, without a copy or a matrix of scores."""
+    few = len(call.query) * call.query.shape[3] <= _FEW_QUERIES
+    plain = call.softcap is None and store.sequences.mask.valid is None
+    return few and plain and kernels.reads_in_place(store.key_dim, store.value_dim, store.dtype)
 
 
 def _partial(call: Call, zones: StepPlan, first: int, keys: Tensor, values: Tensor, causal: bool) -> Partial:

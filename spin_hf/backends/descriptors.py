@@ -25,7 +25,7 @@ from ..inference_mode import outside_inference_mode
 from ..kernels.descriptor_fields import BIN_TILE_PAGES, LayerField, StepField, summary_field
 from ..kernels.launch import power_of_two
 from ..kernels.recipe import KernelRecipe
-from ..storage.chunked_array import make_tables
+from ..storage.chunked_array import ChunkedArray, make_tables
 from ..storage.out_of_memory import allocating
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import pages_of
@@ -122,29 +122,51 @@ class Descriptors:
         return self.binding.state
 
     def begin(self, layer: LayerState) -> None:
-        """Update the step descriptor and the descriptor of `layer`. Cheap if nothing has changed."""
+        """Update the step descriptor and the descriptor of `layer`. Cheap if nothing has changed.
+
+        The descriptors of the layers behind it are updated with it, as far as they have changed too: all of them have in the
+        first step of a fork, and one upload takes as long as 32.
+        """
         self.begin_step()
-        store, number, layer_known = layer.store, layer.number, self.binding.layer_known
-        assert store is not None
-        frames = store.frames
-        tables = () if frames is None else frames.tensors
-        slots = () if frames is None else frames.slots
-        bases = self._basis(layer) if self.recipe.scans_codes else ()
-        known = (
+        changed: dict[int, tuple[PageStore, Any]] = {}
+        for other in self.state.layers[layer.number :]:
+            known = self._known(other)
+            if known is None or known == self.binding.layer_known[other.number]:
+                break
+            assert other.store is not None
+            changed[other.number] = other.store, known
+        if changed:
+            self._write_layers(layer.number, changed)
+
+    def _write_layers(self, first: int, changed: dict[int, tuple[PageStore, Any]]) -> None:
+        """Upload the descriptors of consecutive layers, from number `first` on."""
+        layers, layer_known = self.state.layers, self.binding.layer_known
+        make_tables([array for store, _ in changed.values() for array in _arrays_of(store)])
+        fields = [layer_fields_of(store, self._basis(layers[number])) for number, (store, _) in changed.items()]
+        for number in changed:
+            layer_known[number] = None  # upload again if this is interrupted
+        _upload(fields, self.layer_fields[first : first + len(fields)])
+        for number, (_, known) in changed.items():
+            layer_known[number] = known
+
+    def _known(self, layer: LayerState) -> Any:
+        """What the descriptor of a layer is made from; None for a layer that others serve, or that has no pages yet."""
+        store = layer.store
+        if store is None or store.device != self.device or store.num_heads != self.num_heads:
+            return None
+        tables, slots = ((), ()) if store.frames is None else (store.frames.tensors, store.frames.slots)
+        return (
             store,
             slots,
-            *(basis.data_ptr() for basis in bases),
+            *(basis.data_ptr() for basis in self._basis(layer)),
             *(table.data_ptr() for table in tables),
             *(table.shape[-1] for table in tables),
         )
-        if layer_known[number] != known:
-            fields = layer_fields_of(store, bases)
-            layer_known[number] = None  # upload again if this is interrupted
-            _upload(fields, self.layer_fields[number])
-            layer_known[number] = known
 
     def _basis(self, layer: LayerState) -> tuple[Tensor, ...]:
-        """The tensors of `BASES` for a layer."""
+        """The tensors of `BASES` for a layer; none unless pages are coded."""
+        if not self.recipe.scans_codes:
+            return ()
         held = self.binding.bases.get(layer.number)
         if held is None or held[0] is not layer.fitted:
             held = self.binding.bases[layer.number] = layer.fitted, bases_of(layer, self.state.method)
@@ -282,7 +304,7 @@ def _bases(method: Method, fitted: FittedTensors | None, dtype: torch.dtype) -> 
 def layer_fields_of(store: PageStore, bases: tuple[Tensor, ...]) -> list[int]:
     """The descriptor of a layer with these pages; `bases` is empty unless pages are coded."""
     fields, frames = [0] * len(LayerField), store.frames
-    make_tables([store.backing, *(array for summary in store.summaries.values() for array in summary.arrays)])
+    make_tables(_arrays_of(store))
     fields[LayerField.BACKING] = store.backing.address_table.data_ptr()
     for i, summary in enumerate(store.summaries.values()):
         for j, array in enumerate(summary.arrays):
@@ -298,6 +320,11 @@ def layer_fields_of(store: PageStore, bases: tuple[Tensor, ...]) -> list[int]:
         fields[LayerField.SLOT_PAGE] = frames.slot_page.data_ptr()
         fields[LayerField.SLOT_STEP] = frames.slot_step.data_ptr()
     return fields
+
+
+def _arrays_of(store: PageStore) -> list[ChunkedArray]:
+    """The arrays whose address tables kernels read."""
+    return [store.backing, *(array for summary in store.summaries.values() for array in summary.arrays)]
 
 
 def new_scratch(
@@ -338,6 +365,6 @@ def capacity_for(num_pages: int) -> int:
     return -(-coarsely(num_pages) // BIN_TILE_PAGES) * BIN_TILE_PAGES
 
 
-def _upload(fields: list[int], descriptor: Tensor) -> None:
-    """Write a descriptor in stream order. The host does not wait: CUDA stages so small a copy at once."""
+def _upload(fields: list[Any], descriptor: Tensor) -> None:
+    """Write descriptors in stream order. The host does not wait: CUDA stages so small a copy at once."""
     descriptor.copy_(torch.tensor(fields), non_blocking=True)

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from . import device_limits, reference, reference_blocks, reference_clustering
-from .fused_attention import MOST_PARTIALS, fused_attention
+from .fused_attention import MOST_PARTIALS, fused_attention, reads_in_place
 from .reference import (
     admit_pages,
     apply_attention_sinks,
@@ -173,6 +173,6 @@ __all__ = [
     "BLOCK_TOKENS", "MOST_PARTIALS", "BlockLists", "ResidentPages", "admit_pages", "apply_attention_sinks", "attend",
     "attend_blocks", "attend_resident_blocks", "bisect", "block_means", "choose_blocks", "dense_attention", "fill_clusters",
     "fused_attention", "gather_tokens", "launchers", "list_pages", "merge_attention", "merge_into", "move_tokens",
-    "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens", "quantize", "rows_to_put", "score_bins",
-    "select_top_pages", "split_pages", "take_rows", "unit_vectors",
+    "num_means", "page_means", "page_zones", "pages_down_to", "put_tokens", "quantize", "reads_in_place", "rows_to_put",
+    "score_bins", "select_top_pages", "split_pages", "take_rows", "unit_vectors",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
     causal        new tokens: queries and keys at the same positions; keys are repeated for the query heads, unless the kernel
                   takes fewer heads of keys (cuDNN, flash on a GPU)
+    the last ones queries at the end of the keys: flash on a GPU takes them in one call, as its causal mask ends with the last
+                  token; else causal and not causal, merged
     not causal    earlier tokens, without a mask: the query heads of a KV head become more queries, unless there are many
                   queries and the kernel takes fewer heads of keys; then queries are not copied
 
@@ -30,6 +32,8 @@ _TILE_QUERIES = 128
 _LEAST_CUDNN = 4e11
 """Floating-point operations of a call from which cuDNN is used. It prepares a new shape for 17 ms. On an H200 it does 560
 TFLOP/s and flash 325, which makes up for that in 32 layers of so many operations: 7,000 new tokens of an 8B model."""
+_MOST_DIM = 256
+"""Largest head size of flash."""
 _DIM_MULTIPLE = 8
 """Fused kernels need head sizes that are multiples of this. Other sizes are padded with zeros."""
 
@@ -52,16 +56,19 @@ def fused_attention(
     num_queries, num_tokens = query.shape[3], keys.shape[2]
     if causal and num_queries == 1:
         causal = False
-    if causal and num_tokens > num_queries:
+    of_last = causal and num_tokens > num_queries
+    if of_last and (softcap is not None or not _flash_serves_last(query, keys, values)):
         earlier = num_tokens - num_queries
         sides = ((keys[:, :, side], values[:, :, side]) for side in (slice(earlier), slice(earlier, None)))
         return merge_attention([
             fused_attention(query, *side, scale, last, softcap) for side, last in zip(sides, (False, True), strict=True)
         ])  # fmt: skip
-    group, dim = query.shape[2], values.shape[3]
+    group, dim, shape = query.shape[2], values.shape[3], query.shape[:4]
     apart = causal or (group > 1 and num_queries >= _TILE_QUERIES)
     q, k, v = (_padded(states) for states in (query.flatten(1, 2) if apart else query.flatten(2, 3), keys, values))
-    kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
+    kernel: Kernel | None = _flash
+    if not of_last:
+        kernel = None if softcap is not None else _chosen_kernel(q, k, v, scale, causal)
     if kernel is None and softcap is None and apart and group > 1:
         if causal:
             k, v = (states.repeat_interleave(group, 1) for states in (k, v))
@@ -72,9 +79,30 @@ def fused_attention(
         mask = torch.ones((num_queries if causal else 1, num_tokens), dtype=torch.bool, device=query.device)
         return attend(query, keys, values, (mask.tril() if causal else mask)[None, None, None], scale, softcap)
     out, lse = kernel(q, k, v, scale, causal)
-    out, lse = out[..., :dim], lse.reshape(*lse.shape[:2], -1)[..., : q.shape[2]].float()
-    grouped, index = (query.shape[1:3], 1) if apart else (query.shape[2:4], 2)
-    return out.unflatten(index, grouped), lse.unflatten(index, grouped)
+    if lse.shape != q.shape[:3]:  # another kernel's has a last dimension of one, or is padded
+        lse = lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+    return (out if out.shape[3] == dim else out[..., :dim]).view(*shape, dim), lse.float().view(shape)
+
+
+def reads_in_place(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `fused_attention` without a softcap copies neither keys nor values of these sizes, and makes no scores."""
+    cuda = torch.backends.cuda
+    return (
+        key_dim == value_dim and key_dim % _DIM_MULTIPLE == 0 and key_dim <= _MOST_DIM and dtype.itemsize <= 4
+        and (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+    )  # fmt: skip
+
+
+def _flash_serves_last(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether flash computes causal attention of the last queries in one call: on a GPU it aligns the mask to the last token.
+
+    `torch.nn.attention.bias.causal_lower_right` relies on that too.
+    """
+    if not _is_on_gpu(query):
+        return False
+    groups = query.shape[2] > 1
+    params = torch.backends.cuda.SDPAParams(query.flatten(1, 2), keys, values, None, 0.0, False, groups)
+    return torch.backends.cuda.can_use_flash_attention(params)
 
 
 def _chosen_kernel(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Kernel | None:

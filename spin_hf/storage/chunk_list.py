@@ -25,7 +25,7 @@ class ChunkList(Sequence[Tensor]):
 
     def __init__(self, slabs: list[Tensor] | None = None) -> None:
         self.slabs = [] if slabs is None else slabs
-        self._stops = list(accumulate(map(len, self.slabs)))
+        self._stops = list(accumulate(slab.shape[0] for slab in self.slabs))
         """The number of the first chunk behind each slab."""
 
     def __len__(self) -> int:
@@ -68,5 +68,10 @@ class ChunkList(Sequence[Tensor]):
 
     def addresses(self) -> Tensor:
         """Address of each chunk: int64, on the CPU."""
-        each = [slab.data_ptr() + slab.element_size() * slab.stride(0) * torch.arange(len(slab)) for slab in self.slabs]
+        each = []
+        for slab in self.slabs:
+            first, step = slab.data_ptr(), slab.element_size() * slab.stride(0)
+            each.append(torch.arange(first, first + slab.shape[0] * step, step))
+        if len(each) == 1:
+            return each[0]
         return torch.cat(each) if each else torch.empty(0, dtype=torch.int64)

@@ -39,6 +39,8 @@ _MOST_BLOCK_COPIES = 16
 _CONVERT_BYTES = 16 << 20
 """Bytes of rows converted at a time. Bounds temporary memory."""
 
+_zeros = outside_inference_mode(torch.zeros)
+
 
 class Conversion(NamedTuple):
     """Converts rows to another shape and dtype.
@@ -131,11 +133,13 @@ class ChunkedArray:
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
             made = self._new_slabs(missing)
-            self._write_addresses(self._table, len(self.chunks), ChunkList(made))
+            if self._table is not None:
+                self._write_addresses(self._table, len(self.chunks), ChunkList(made))
             self.chunks = self.chunks.extended(made)
         self.used_rows = max(self.used_rows, num_rows)
-        is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
-        self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
+        if self.is_registered:
+            is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
+            self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
 
     def shrink(self, num_rows: int) -> None:
         """Free the chunks behind row `num_rows`. Allocates nothing."""
@@ -144,9 +148,7 @@ class ChunkedArray:
         while len(self._spares) > 1:
             self._spares.pop()
         if needed < held:
-            self.chunks = self.chunks.first(
-                needed
-            )  # before the table is cleared: every chunk in use has its address there
+            self.chunks = self.chunks.first(needed)  # first: every chunk in use has its address in the table
             if self._table is not None:
                 self._table[needed:held].zero_()
 
@@ -252,8 +254,7 @@ class ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
         twin = object.__new__(ChunkedArray)
-        twin.__dict__.update(self.__dict__)
-        twin.__dict__.update(_table=None, _table_is_behind=False, _spares=deque())
+        twin.__dict__ = {**self.__dict__, "_table": None, "_table_is_behind": False, "_spares": deque()}
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
@@ -327,8 +328,8 @@ class ChunkedArray:
             return [torch.empty((number, *shape), dtype=dtype, device=device) for number in slabs]
 
     def _prefetch(self, num_chunks: int) -> None:
-        """Have chunks below number `num_chunks` allocated ahead, so that growing does not wait."""
-        if not (self.is_registered and self.chunks):
+        """Have chunks of registered memory below number `num_chunks` allocated ahead, so that growing does not wait."""
+        if not self.chunks:
             return
         shape = (self.rows_per_chunk, *self.row_shape)
         each = _chunks_per_slab(self.rows_per_chunk * self.row_bytes, _SLAB_BYTES)
@@ -351,9 +352,11 @@ def make_tables(arrays: list[ChunkedArray]) -> None:
     if not missing:
         return
     shape, device = (len(missing), MAX_CHUNKS), missing[0].compute_device
-    held = torch.nn.utils.rnn.pad_sequence([array.chunks.addresses() for array in missing], batch_first=True)
+    each = [array.chunks.addresses() for array in missing]
+    same = len({len(array.chunks) for array in missing}) == 1
+    held = torch.stack(each) if same else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
     with allocating("address tables", 8 * MAX_CHUNKS * len(missing)):
-        made = outside_inference_mode(torch.zeros)(shape, dtype=torch.int64, device=device)
+        made = _zeros(shape, dtype=torch.int64, device=device)
         made[:, : held.shape[1]].copy_(held, non_blocking=True)
     for array, table in zip(missing, made, strict=True):
         array._table = table

@@ -7,9 +7,6 @@ Used for memory that the cache holds. Temporary memory of a forward raises torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from ..errors import CapacityError
@@ -18,9 +15,8 @@ _NO_HOST_MEMORY = "DefaultCPUAllocator"
 """Marks torch's out-of-memory error for host memory, which is a plain RuntimeError."""
 
 
-@contextmanager
-def allocating(what: str, num_bytes: int) -> Iterator[None]:
-    """Convert out-of-memory errors raised inside.
+class allocating:  # noqa: N801  (a context manager, used like those of contextlib)
+    """Convert out-of-memory errors raised inside. A class, as a prompt enters hundreds of them.
 
     Args:
         what: purpose, as in "the cache needs 4096 bytes more for `what`".
@@ -28,15 +24,18 @@ def allocating(what: str, num_bytes: int) -> Iterator[None]:
     Raises:
         CapacityError: memory ran out. `__cause__` is the original error.
     """
-    try:
-        yield
-    except CapacityError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
+
+    def __init__(self, what: str, num_bytes: int) -> None:
+        self.what, self.num_bytes = what, num_bytes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, CapacityError) or not out_of_memory(error):
+            return
         raise CapacityError(
-            f"the cache needs {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) more for {what} and got none: "
+            f"the cache needs {self.num_bytes} bytes ({self.num_bytes / 2**30:.2f} GiB) more for {self.what} and got none: "
             f"{str(error).splitlines()[0] if str(error) else repr(error)}; free memory and try again, lower gpu_memory so "
             "that pages move to host memory, shorten the context, or use a smaller batch"
         ) from error

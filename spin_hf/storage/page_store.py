@@ -23,6 +23,7 @@ from .. import kernels
 from ..config import Tuning
 from ..errors import BudgetError, CapacityError
 from .chunked_array import ChunkedArray, Conversion
+from .copied import copied
 from .page_frames import PageFrames
 from .page_layout import PageLayout, page_layouts
 from .page_table import SEGMENT_PAGES, PageTable, SegmentStore
@@ -66,8 +67,7 @@ class PageStore(SegmentStore):
         self.sequences = sequences
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.page_size = sequences.page_size
-        self.budget, self.piece_bytes = budget, tuning.piece_bytes
-        self.device, self.dtype = device, dtype
+        self.budget, self.piece_bytes, self.device, self.dtype = budget, tuning.piece_bytes, device, dtype
         self.layout, self._host_layout = page_layouts(self.page_size, key_dim, value_dim, dtype, host_int8)
         self.length = 0
         """Tokens written to this layer."""
@@ -158,12 +158,13 @@ class PageStore(SegmentStore):
         return any(array.is_shared for array in self._arrays())
 
     def fork_rows(self, memo: dict[int, Any]) -> None:
-        for array in self._arrays():
-            memo[id(array)] = array.fork()
+        memo.update((id(array), array.fork()) for array in self._arrays())
         if self.frames is not None:
             memo[id(self.frames)] = self.frames.without_pages()
-        shared = (self.budget, self.layout, self._host_layout, self.device, self.dtype)  # immutable
-        memo.update((id(each), each) for each in shared)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageStore:
+        callbacks = "ask_for_more", "short_of_frames", "invalidate"
+        return copied(self, memo, "sequences", "backing", "summaries", "permutation", "frames", *callbacks)
 
     def _num_frames(self, batch_size: int, num_segments: int, num_pages: int) -> int | None:
         return self.budget.num_frames(batch_size, num_segments, num_pages, self.frames is not None)

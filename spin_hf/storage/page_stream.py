@@ -8,6 +8,9 @@
 
 A piece is a range of whole segments with at most `piece_bytes` of keys and values, but at least one segment. Consecutive
 segments in host memory are one copy. Page frames are neither read nor changed, as each page is read only once.
+
+Memory for `PIECE_BUFFERS` pieces is set aside. A piece of pages in the compute tier may be as large as all of them, if nobody
+copies it: every piece costs launches, which take longer than the work of a few queries.
 """
 
 from __future__ import annotations
@@ -22,21 +25,29 @@ from ..kernels import ResidentPages
 from .page_store import PageStore
 from .page_table import SEGMENT_PAGES, segments_of
 
+PIECE_BUFFERS = 4
+"""Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
+_MOST_BUFFERS = 1.25 * PIECE_BUFFERS
+"""Most for all tokens at once. A few queries need less memory for other states than a chunk of a prompt, by more than that.
+With 128 MiB it is 160K tokens of eight KV heads of 128 numbers, in 16 bits."""
+
 
 class TokenStream:
     """Tokens [0, stop) of all sequences, in page order, once. A context manager; loads from host memory begin when it is made.
 
     Iterating yields the position of a piece's first token, its keys [B, H, m, Dk] and values [B, H, m, Dv]. A piece is valid
-    until the next one is requested.
+    until the next one is requested. The caller drops it before that, so that its memory is free.
 
     Args:
         store: the layer's pages.
+        large: whether a piece in the compute tier may take `PIECE_BUFFERS` times `piece_bytes`.
     """
 
-    def __init__(self, store: PageStore, stop: int) -> None:
+    def __init__(self, store: PageStore, stop: int, large: bool = False) -> None:
         num_pages = -(-stop // store.page_size)
         self.store, self.stop = store, stop
-        self.ranges = [(first, min(last, num_pages)) for first, last in _ranges(store, num_pages)]
+        most = store.piece_bytes * (PIECE_BUFFERS if large and not store.is_registered else 1)
+        self.ranges = [(first, min(last, num_pages)) for first, last in _ranges(store, num_pages, most)]
         self.loads = _HostLoads(store, self.ranges) if store.is_registered and self.ranges else None
 
     def __enter__(self) -> TokenStream:
@@ -52,11 +63,9 @@ class TokenStream:
             loads, start = self.loads, first * store.page_size
             num_tokens = min(last * store.page_size, self.stop) - start
             if loads is None:
-                keys, values = gather(store, first, num_tokens)
+                yield start, *gather(store, first, num_tokens)
             else:
-                keys, values = _tokens_of(store, loads.wait_for(index), num_tokens)
-            yield start, keys, values
-            if loads is not None:
+                yield start, *_tokens_of(store, loads.wait_for(index), num_tokens)
                 loads.release(index)
 
 
@@ -83,21 +92,39 @@ def gather(store: PageStore, first: int, num_tokens: int) -> tuple[Tensor, Tenso
     return _tokens_of(store, store.backing.take(store.rows(first, stop)), num_tokens)
 
 
+def gather_all(store: PageStore, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+    """`gather` from the first page on; None if that is much more than all buffers, or pages are in host memory.
+
+    Chunks of a prompt that goes on take no more than the buffers.
+    """
+    num_segments = segments_of(-(-num_tokens // store.page_size))
+    most = PIECE_BUFFERS if store.sequences.expected_tokens > num_tokens else _MOST_BUFFERS
+    if store.frames is not None or num_segments * _segment_bytes(store) > most * store.piece_bytes:
+        return None
+    return gather(store, 0, num_tokens)
+
+
 def _tokens_of(store: PageStore, content: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values of the first tokens of pages [B, H, ..., page elements], in the layout of the backing."""
     keys, values = (states.flatten(2, -2)[:, :, :num_tokens] for states in store.backing_layout.take(content))
     return keys, values
 
 
-def _ranges(store: PageStore, num_pages: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pages, in whole segments. The first is shorter, as only attention of the new tokens hides its load."""
-    segment_bytes = SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
-    most = max(1, store.piece_bytes // segment_bytes)
+def _ranges(store: PageStore, num_pages: int, most_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of pages, in whole segments of at most `most_bytes`.
+
+    The first one of a load is shorter, as only attention of the new tokens hides it.
+    """
+    most = max(1, most_bytes // _segment_bytes(store))
     most = 1 << (most.bit_length() - 1)  # few different sizes: cuDNN prepares each one
     first, width = 0, max(1, most // 4) if store.is_registered else most
     while first < num_pages:
         yield first, first + width * SEGMENT_PAGES
         first, width = first + width * SEGMENT_PAGES, most
+
+
+def _segment_bytes(store: PageStore) -> int:
+    return SEGMENT_PAGES * store.num_heads * store.layout.row_bytes * max(1, store.sequences.batch_size)
 
 
 class _HostLoads:

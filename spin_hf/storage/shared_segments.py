@@ -80,29 +80,33 @@ class SharedSegments:
 
     def share(self, refcounts: Sequence[int], capacity: int) -> None:
         """Make all segments below `capacity` ready to be seen by forks."""
-        members: set[object] = {self._table}
+        shares, table = self._shares, self._table
+        members: set[object] = {table}
         for segment in range(capacity):
-            share = self._shares.setdefault(segment, _Share(members, set()))
-            if _is_referenced(segment, refcounts):
-                share.holders.add(self._table)
+            share = shares.get(segment)
+            if share is None:
+                share = shares[segment] = _Share(members, set())
+            if segment < len(refcounts) and refcounts[segment]:
+                share.holders.add(table)
 
     def fork(self, refcounts: Sequence[int]) -> SharedSegments:
         """The shared segments of a new table that sees the same chunks and references the same segments."""
         twin = SharedSegments()
-        twin._shares.update(self._shares)
-        for segment, share in twin._shares.items():
-            share.members.add(twin._table)
-            if _is_referenced(segment, refcounts):
-                share.holders.add(twin._table)
+        shares, table = twin._shares, twin._table
+        shares.update(self._shares)
+        for segment, share in shares.items():
+            share.members.add(table)
+            if segment < len(refcounts) and refcounts[segment]:
+                share.holders.add(table)
         return twin
 
     def publish(self, refcounts: Sequence[int]) -> list[int]:
         """Stop holding segments that are not referenced. Returns the segments that only this table can see, for `forget`."""
-        gone = []
+        gone, table = [], self._table
         for segment, share in self._shares.items():
-            if not _is_referenced(segment, refcounts):
-                share.holders.discard(self._table)
-            if share.members == self._alone:
+            if segment >= len(refcounts) or not refcounts[segment]:
+                share.holders.discard(table)
+            if len(share.members) == 1:
                 gone.append(segment)
         self.is_behind = False
         return gone

@@ -13,7 +13,6 @@ Scoring reads all summaries of the context at every step, so its time is proport
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .. import kernels
 from .chunked_array import ChunkedArray
+from .copied import copied
 
 
 class SummaryArray:
@@ -48,11 +48,7 @@ class SummaryArray:
         return [self.values] if self.scale is None else [self.values, self.scale]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SummaryArray:
-        """As the default, without its overhead: a fork copies every array of every layer."""
-        twin = object.__new__(SummaryArray)
-        twin.quantized, twin.pages_per_row = self.quantized, self.pages_per_row
-        twin.values, twin.scale = deepcopy(self.values, memo), deepcopy(self.scale, memo)
-        return twin
+        return copied(self, memo, "values", "scale")
 
     def rows_of(self, pages: Tensor) -> Tensor:
         """Rows [..., ceil(n / pages_per_row)] of rows of consecutive pages [..., n], which begin with a unit."""

@@ -13,11 +13,14 @@ those of the pages and summaries, so sharing or copying a segment covers this to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import require_integrity
 from .chunked_array import ChunkedArray
+from .copied import copied
 from .page_table import PageTable
 
 
@@ -95,6 +98,9 @@ class TokenPermutation:
             moved = (positions != runs).any(3) | (pages != 1)
             require_integrity(not bool((moved & ~clustered).any()), "a page was clustered that must stay as it is")
             require_integrity(bool(tiles(pages)), "clusters of a span overlap or leave pages out")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenPermutation:
+        return copied(self, memo, "sequences", "_shifts", "_partition")
 
     def _places(self) -> Tensor:
         """Token at each place of the spans: [B, H, pages * P], int64."""

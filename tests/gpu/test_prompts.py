@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from spin_hf import SpinCache
+from spin_hf.backends import dense
 from spin_hf.kernels import fused_attention
 from spin_hf.storage.page_stream import TokenStream
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
@@ -89,6 +91,30 @@ def test_a_stream_from_host_memory(segments: int, cpu_dtype: str, monkeypatch: p
         wanted = store.held(stop)
         assert torch.equal(torch.cat(keys, 2), wanted[0])
         assert torch.equal(torch.cat(values, 2), wanted[1])
+
+
+def test_a_question_behind_a_long_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries attend to earlier and new tokens in one call of flash; the same in pieces. Memory is that of one copy."""
+    shape = Shape(layers=2, kv_heads=4, group=2, key_dim=64, value_dim=64)
+    kv = RandomKV.random(shape, 1, 20064, seed=0).to("cuda", torch.bfloat16)
+    found, calls, fused = [], [], importlib.import_module("spin_hf.kernels.fused_attention")
+    flash = fused._flash
+    monkeypatch.setattr(fused, "_flash", lambda *args: calls.append(args[1].shape[2]) or flash(*args))
+    for in_pieces in (False, True):
+        if in_pieces:
+            monkeypatch.setattr(dense, "_whole", lambda call, store: None)
+        driver = CacheDriver(shape, budget=64, recent_window=16)
+        driver.step(kv, 0, 20000)
+        driver.step(kv, 20000, 20032)
+        calls.clear()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(driver.step(kv, 20032, 20064))
+        if not in_pieces:
+            assert calls == [20064, 20064]
+            assert torch.cuda.max_memory_allocated() - before < 1.5 * 20064 * 4 * 128 * 2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
 
 
 TIGHT = {"gpu_memory": 120_000}

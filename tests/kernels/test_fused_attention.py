@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +71,30 @@ def test_small_products_are_not_worth_a_shape_of_cudnn(
     monkeypatch.setattr(module, "_is_on_gpu", lambda _: True)
     chosen = module._chosen_kernel(query, keys, keys, 0.1, causal)
     assert chosen.__name__ == ("_flash" if is_small else "_cudnn")
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_last_queries_are_one_call_of_flash(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its causal mask ends with the last token. Without it earlier and new tokens are attended to apart."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn((2, 2, *rest), generator=generator) for rest in ((3, 7, 16), (40, 16), (40, 16)))
+    expected = fused_attention(query, keys, values, 0.25, True)
+    module, calls = importlib.import_module("spin_hf.kernels.fused_attention"), []
+
+    def flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool) -> Any:
+        calls.append((query.shape[2], keys.shape[2], causal))
+        mask = torch.ones((query.shape[2], keys.shape[2]), dtype=torch.bool)
+        mask = mask.tril(keys.shape[2] - query.shape[2]) if causal else mask
+        keys, values = (states.repeat_interleave(query.shape[1] // keys.shape[1], 1) for states in (keys, values))
+        out, lse = attend(query.unsqueeze(2), keys, values, mask[None, None, None], scale)
+        return out.squeeze(2), lse.squeeze(2)
+
+    monkeypatch.setattr(module, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda *_: serves)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.FLASH_ATTENTION.value)
+    monkeypatch.setattr(module, "_flash", flash)
+    monkeypatch.setitem(module._WITH_GROUPS, SDPBackend.FLASH_ATTENTION.value, flash)
+    monkeypatch.setitem(module._KERNELS, SDPBackend.FLASH_ATTENTION.value, flash)
+    found = fused_attention(query, keys, values, 0.25, True)
+    assert calls == ([(7, 40, True)] if serves else [(21, 33, False), (7, 7, True)])
+    torch.testing.assert_close(found, expected)

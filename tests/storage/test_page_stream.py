@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spin_hf.memory import prefill_peak
 from spin_hf.storage import page_stream
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_store import PageStore
-from spin_hf.storage.page_stream import TokenStream
+from spin_hf.storage.page_stream import PIECE_BUFFERS, TokenStream, gather_all
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tune
 
@@ -97,6 +98,37 @@ def test_resident(stop: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(values, wanted[1])
     power = 1 << (segments.bit_length() - 1)
     assert pieces == -(-stop // (power * 32 * 8))
+
+
+def test_large_pieces(monkeypatch: pytest.MonkeyPatch, streams: list[str]) -> None:
+    """Of pages in the compute tier, as large as all buffers that are set aside; loads from host memory use these."""
+    assert PIECE_BUFFERS == prefill_peak._PIECES
+    for options, expected in (({}, 2), ({"gpu_memory": "60kB"}, 5)):
+        store, _ = filled(**options)
+        monkeypatch.setattr(store, "piece_bytes", 2 * 32 * 2 * store.layout.row_bytes)
+        with TokenStream(store, LENGTH, large=True) as stream:
+            pieces = [(first, keys.clone(), values.clone()) for first, keys, values in stream]
+        assert len(pieces) == expected
+        assert torch.equal(torch.cat([keys for _, keys, _ in pieces], 2), store.held(LENGTH)[0])
+        assert torch.equal(torch.cat([values for _, _, values in pieces], 2), store.held(LENGTH)[1])
+
+
+def test_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as all buffers, and a quarter more behind the last chunk of a prompt."""
+    store, _ = filled()
+    segment = 2 * 32 * 2 * store.layout.row_bytes
+    monkeypatch.setattr(store, "piece_bytes", segment)
+    gathered = gather_all(store, LENGTH)
+    assert gathered is not None
+    for found, wanted in zip(gathered, store.held(LENGTH), strict=True):
+        assert torch.equal(found, wanted)
+    assert gather_all(store, 1024) is not None
+    monkeypatch.setattr(store.sequences, "expected_tokens", LENGTH + 1)
+    assert gather_all(store, LENGTH) is None
+    assert gather_all(store, 1024) is not None
+    monkeypatch.setattr(store.sequences, "expected_tokens", 0)
+    monkeypatch.setattr(store, "piece_bytes", segment - 1)
+    assert gather_all(store, LENGTH) is None
 
 
 @pytest.mark.parametrize("cpu_dtype", ["auto", "int8"])

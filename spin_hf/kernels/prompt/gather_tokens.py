@@ -24,11 +24,10 @@ _TILE_NUMBERS = 8192
 def gather_tokens(pages: ResidentPages, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys [B, H, num_tokens, Dk] and values [B, H, num_tokens, Dv] of the first tokens of `pages`, contiguous."""
     batch_size, num_heads, _ = pages.rows.shape
-    device, dims = pages.rows.device, (pages.key_dim, pages.value_dim)
-    keys, values = (
-        torch.empty((batch_size, num_heads, num_tokens, dim), dtype=pages.dtype, device=device) for dim in dims
-    )
-    widths = [power_of_two(dim) for dim in dims]
+    sizes, dtype, device = (batch_size, num_heads, num_tokens), pages.dtype, pages.rows.device
+    keys = torch.empty((*sizes, pages.key_dim), dtype=dtype, device=device)
+    values = torch.empty((*sizes, pages.value_dim), dtype=dtype, device=device)
+    widths = power_of_two(pages.key_dim), power_of_two(pages.value_dim)
     fitting = max(1, _TILE_NUMBERS // (max(widths) * pages.page_size))
     tile_pages = min(pages.segment_pages, power_of_two(fitting + 1) // 2)
     with on_device_of(keys):
