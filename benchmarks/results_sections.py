@@ -325,6 +325,7 @@ PARTS: dict[str, list[Section]] = {
             "*per* head: each query head chooses; mean: the query heads of a KV head choose together. "
             "Ways: `benchmarks/quality/block_choice.py`. In tables of questions: scores, and the number of questions.",
             ("sparse-prefill-smollm2.json", "sparse-prefill-qwen2.5-0.5b.json", "sparse-prefill-16k-qwen2.5-0.5b.json",
+             "sparse-prefill-24k-qwen2.5-0.5b.json",
              "sparse-prefill-tasks-qwen2.5-0.5b.json"),
             lambda results: [(f"{result['model']}, {result['tokens']:,} tokens", sparse_prefill_table(result))
                              for result in results],

@@ -21,6 +21,7 @@ from ..attention.methods.clustering import ClusteringMethod
 from ..attention.methods.layer_shapes import LayerShape, layer_shapes
 from ..config import INDEX_COPIES, Tuning
 from ..kernels import num_means
+from ..storage.page_stream import PIECE_BUFFERS
 from ..storage.tier_budget import TierBudget
 from .gpu_memory import GpuMemory
 from .watermarks import Watermarks, free_gpu_memory
@@ -28,9 +29,6 @@ from .watermarks import Watermarks, free_gpu_memory
 _LEAST_CHUNK_TOKENS = 256
 _HIDDEN_STATES, _INTERMEDIATE_STATES = 8, 3
 """Tensors of a decoder layer that exist at once: residual, norm, queries, attention outputs; gate, up, and their product."""
-_PIECES = 4
-"""Buffers of `piece_bytes` in use at once: two for loads, one for the current piece, one for a contiguous copy of it."""
-
 _SUMMARY_COPIES = 2
 """As `INDEX_COPIES`, for methods that do not cluster: the pages, and what is computed from them."""
 
@@ -67,7 +65,7 @@ def piece_bytes(tuning: Tuning, pool: int | None) -> int:
     """
     if pool is None:
         return tuning.piece_bytes
-    return min(tuning.piece_bytes, Watermarks(tuning.margin_bytes).margin(pool) // _PIECES)
+    return min(tuning.piece_bytes, Watermarks(tuning.margin_bytes).margin(pool) // PIECE_BUFFERS)
 
 
 def pool_of(gpu: GpuMemory, device: torch.device) -> int | None:
@@ -87,7 +85,7 @@ def prefill_bytes(
         piece_bytes: of a piece of earlier keys and values.
         key_means: bytes of mean keys.
     """
-    pieces = _PIECES * piece_bytes if num_tokens > chunk_tokens else 0
+    pieces = PIECE_BUFFERS * piece_bytes if num_tokens > chunk_tokens else 0
     return bytes_per_token(config, item_bytes) * min(num_tokens, chunk_tokens) + pieces + key_means
 
 
@@ -136,6 +134,6 @@ def fitting_tokens(
     if free is None:
         return tuning.prefill_tokens
     room = min(free, 2 * Watermarks(tuning.margin_bytes).margin(held + free))
-    room -= _PIECES * piece_bytes(tuning, held + free) + key_means
+    room -= PIECE_BUFFERS * piece_bytes(tuning, held + free) + key_means
     fitting = max(1, room // max(1, bytes_per_token(config, item_bytes)))
     return max(_LEAST_CHUNK_TOKENS, min(tuning.prefill_tokens, 1 << (int(fitting).bit_length() - 1)))

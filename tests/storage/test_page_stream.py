@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.memory import prefill_peak
 from spin_hf.storage import page_stream
 from spin_hf.storage.chunked_array import ChunkedArray
 from spin_hf.storage.page_store import PageStore
-from spin_hf.storage.page_stream import PIECE_BUFFERS, TokenStream, gather_all
+from spin_hf.storage.page_stream import TokenStream, gather_all
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.tuning import tune
 
@@ -102,7 +101,6 @@ def test_resident(stop: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_large_pieces(monkeypatch: pytest.MonkeyPatch, streams: list[str]) -> None:
     """Of pages in the compute tier, as large as all buffers that are set aside; loads from host memory use these."""
-    assert PIECE_BUFFERS == prefill_peak._PIECES
     for options, expected in (({}, 2), ({"gpu_memory": "60kB"}, 5)):
         store, _ = filled(**options)
         monkeypatch.setattr(store, "piece_bytes", 2 * 32 * 2 * store.layout.row_bytes)
