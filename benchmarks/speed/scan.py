@@ -1,10 +1,16 @@
-"""The five kernels of a step over coded pages, on a CUDA GPU: `python -m benchmarks.speed.scan`, two minutes.
+"""The kernels of a step over coded pages, on a CUDA GPU: `python -m benchmarks.speed.scan`, two minutes.
 
 Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random codes. A graph launches one kernel
 for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20. Microseconds of a layer:
 
     project, scan, rate, choose, attend    of each kernel alone
-    all, dependent                         of all five in turn, and launched as dependent kernels
+    all, dependent                         of all in turn, and launched as dependent kernels
+
+Variants (`--variants plain append ahead`, side by side in one run; `--tokens 131072` alone takes a minute):
+
+    plain     the token is appended by `project`, and nothing is prefetched
+    append    the token is appended by `scan`
+    ahead     the same, and the scan's first tiles come to the L2 cache while `project` runs: what steps do
 
 `off` is what log weights, their total, and the sums and weights of the estimate differ by from formulas in float64.
 """
@@ -12,6 +18,7 @@ for each of 20 layers, each with codes of its own, so that nothing stays in the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -37,6 +44,8 @@ ROWS = 8192
 SINKS, RECENT, BUDGET = 1, 32, 512
 """Pages."""
 SCALE = DIM**-0.5
+VARIANTS = ("plain", "append", "ahead")
+"""Each has what the one before has."""
 
 
 class Case:
@@ -50,6 +59,7 @@ class Case:
         rows = segments * HEADS * SEGMENT
         self.held: list[Tensor] = [self.directory]
         self.query = self.draw(1, HEADS * GROUP, 1, DIM).bfloat16()
+        self.new = self.draw(1, HEADS, 1, DIM).bfloat16(), self.draw(1, HEADS, 1, DIM).bfloat16()
         self.backing = self.draw(min(rows, 1 << 18), PAGE * 2 * DIM).bfloat16()
         self.layers = [self._layer(number, rows) for number in range(layers)]
         self._step()
@@ -150,10 +160,11 @@ class Case:
         scan.partials.fill_(math.nan)
         return buffers, scan
 
-    def kernels(self, splits: int) -> dict[str, Callable[[LayerBuffers, bool], None]]:
+    def kernels(self, splits: int, variant: str = VARIANTS[-1]) -> dict[str, Callable[[LayerBuffers, bool], None]]:
         """Launches of each kernel for a layer, and whether it depends on the one before while that still runs."""
         buffers, scan = self.buffers(splits)
-        recipe, plan, query = KernelRecipe(Rating.MEAN), self.plan, self.query
+        recipe, plan, query, new = KernelRecipe(Rating.MEAN), self.plan, self.query, self.new
+        has = VARIANTS.index(variant)
 
         def shape(overlaps: bool) -> LaunchShape:
             return replace(self.shape, overlaps=overlaps)
@@ -161,10 +172,11 @@ class Case:
         self.scan, self.step_buffers = scan, buffers
         return {
             "project": lambda own, overlaps: launchers.project_queries(
-                launch_now, buffers, scan, own, query, None, scale=SCALE, shape=shape(overlaps)
+                launch_now, buffers, scan, own, query, None if has else new, scale=SCALE, shape=shape(overlaps)
             ),
             "scan": lambda own, overlaps: launchers.scan_pages(
-                launch_now, buffers, scan, own, plan, group=GROUP, softcap=None, shape=shape(overlaps)
+                launch_now, buffers, scan, own, plan, new if has else None, group=GROUP, softcap=None, shape=shape(overlaps),
+                ahead=has > 1,
             ),
             "rate": lambda own, overlaps: launchers.bin_scores(
                 launch_now, buffers, own, plan, query, scale=SCALE, recipe=recipe, shape=shape(overlaps)
@@ -248,9 +260,9 @@ def timed(launches: Callable[[], None], layers: int, repeats: int) -> float:
     return statistics.median(took[2:])
 
 
-def measure(case: Case, splits: int, repeats: int) -> dict[str, float]:
+def measure(case: Case, splits: int, variant: str, repeats: int) -> dict[str, float]:
     """Microseconds per layer of each kernel, and of all of them."""
-    kernels, layers = case.kernels(splits), case.layers
+    kernels, layers = case.kernels(splits, variant), case.layers
     for own in layers:  # what a kernel reads, the one before has written
         for launch in kernels.values():
             launch(own, False)
@@ -274,6 +286,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--splits", type=int, nargs="+", default=[128], help="programs of the scan per KV head")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS[-1:], choices=VARIANTS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -282,12 +295,13 @@ def main() -> None:
     for tokens in options.tokens:
         case = Case(tokens, options.layers if tokens <= 131072 else min(8, options.layers), "cuda")
         expected = case.expected()
-        for splits in options.splits:
-            off = differences(case.results(case.kernels(splits)), expected)
-            times = measure(case, splits, options.repeats)
-            rows.append({"tokens": tokens, "splits": splits, "off": off, **times})
+        for splits, variant in itertools.product(options.splits, options.variants):
+            off = differences(case.results(case.kernels(splits, variant)), expected)
+            times = measure(case, splits, variant, options.repeats)
+            rows.append({"tokens": tokens, "splits": splits, "variant": variant, "off": off, **times})
             line = " ".join(f"{name} {us:.1f}" for name, us in times.items())
-            print(f"{tokens} tokens, {splits} splits: {line}", "off", *(f"{x:.1e}" for x in off.values()), flush=True)
+            errors = " ".join(f"{x:.1e}" for x in off.values())
+            print(f"{tokens} tokens, {splits} splits, {variant}: {line} off {errors}", flush=True)
         del case
         torch.cuda.empty_cache()
     if options.output is not None:
