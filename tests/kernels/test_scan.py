@@ -223,8 +223,8 @@ def test_runs_of_a_tile_hold_its_summaries(dims: tuple[int, int]) -> None:
     begin, heads = 2 * SEGMENT, case.num_heads
     starts, sizes = torch.zeros((heads, 32), dtype=torch.int64), torch.zeros((heads, 32), dtype=torch.int32)
     launch()(
-        store_runs_kernel, (heads,), case.layer, case.directory, starts, sizes, begin, case.num_pages, H=heads,
-        DK=dims[0], DV=dims[1], PAGE=PAGE, UNIT_PAGES=4, SEGMENT=SEGMENT, ROWS=CHUNK,
+        store_runs_kernel, (heads,), case.layer, case.directory, starts, sizes, begin, case.num_pages, heads=heads,
+        key_dim=dims[0], value_dim=dims[1], page=PAGE, unit=4, segment=SEGMENT, chunk=CHUNK,
     )  # fmt: skip
     assert not sizes[:, 12:].any()
     coded, pages, units = case.pages, slice(begin, begin + 2 * SEGMENT), slice(begin // 4, (begin + 2 * SEGMENT) // 4)
