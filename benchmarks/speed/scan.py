@@ -3,14 +3,17 @@
 Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random codes. A graph launches one kernel
 for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20. Microseconds of a layer:
 
-    project, scan, rate, choose, attend    of each kernel alone
+    project, scan, rate, choose, attend    of each kernel alone; rate and choose in one: rank
     all, dependent                         of all in turn, and launched as dependent kernels
 
 Variants (`--variants plain append ahead`, side by side in one run; `--tokens 131072` alone takes a minute):
 
     plain     the token is appended by `project`, and nothing is prefetched
     append    the token is appended by `scan`
-    ahead     the same, and the scan's first tiles come to the L2 cache while `project` runs: what steps do
+    ahead     the same, and the scan's first tiles come to the L2 cache while `project` runs
+    early     the same, and `choose` loads bin lists before it needs them
+    rank      the same, and `rate` and `choose` are one kernel: what steps do
+    lean      the same, with 80 registers per thread of it, so that three programs of it run on a multiprocessor, not two
 
 `off` is what log weights, their total, and the sums and weights of the estimate differ by from formulas in float64.
 """
@@ -44,8 +47,10 @@ ROWS = 8192
 SINKS, RECENT, BUDGET = 1, 32, 512
 """Pages."""
 SCALE = DIM**-0.5
-VARIANTS = ("plain", "append", "ahead")
+VARIANTS = ("plain", "append", "ahead", "early", "rank", "lean")
 """Each has what the one before has."""
+USED = "rank"
+"""The variant that steps launch."""
 
 
 class Case:
@@ -160,7 +165,7 @@ class Case:
         scan.partials.fill_(math.nan)
         return buffers, scan
 
-    def kernels(self, splits: int, variant: str = VARIANTS[-1]) -> dict[str, Callable[[LayerBuffers, bool], None]]:
+    def kernels(self, splits: int, variant: str = USED) -> dict[str, Callable[[LayerBuffers, bool], None]]:
         """Launches of each kernel for a layer, and whether it depends on the one before while that still runs."""
         buffers, scan = self.buffers(splits)
         recipe, plan, query, new = KernelRecipe(Rating.MEAN), self.plan, self.query, self.new
@@ -170,7 +175,7 @@ class Case:
             return replace(self.shape, overlaps=overlaps)
 
         self.scan, self.step_buffers = scan, buffers
-        return {
+        made: dict[str, Callable[[LayerBuffers, bool], None]] = {
             "project": lambda own, overlaps: launchers.project_queries(
                 launch_now, buffers, scan, own, query, None if has else new, scale=SCALE, shape=shape(overlaps)
             ),
@@ -183,13 +188,19 @@ class Case:
             ),
             "choose": lambda own, overlaps: launchers.select_pages(
                 launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
-                shape=shape(overlaps), scan=scan,
+                shape=shape(overlaps), scan=scan, early=has > 2,
+            ),
+            "rank": lambda own, overlaps: launchers.rank_pages(
+                launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
+                shape=shape(overlaps), scan=scan, registers=80 if has > 4 else None,
             ),
             "attend": lambda own, overlaps: launchers.attend_pages(
                 launch_now, buffers, own, query, self.out, None, query_index=0, num_queries=1, dense=False, scale=SCALE,
                 softcap=None, shape=shape(overlaps), scan=scan, plan=plan,
             ),
         }  # fmt: skip
+        others = ("rate", "choose") if has > 3 else ("rank",)
+        return {name: launch for name, launch in made.items() if name not in others}
 
     def results(self, kernels: dict[str, Callable[[LayerBuffers, bool], None]]) -> dict[str, Tensor]:
         """What the scan of the first layer yields, in float64: log weights, their total, the estimate of all candidates."""
@@ -286,7 +297,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--splits", type=int, nargs="+", default=[128], help="programs of the scan per KV head")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS[-1:], choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=[USED], choices=VARIANTS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():

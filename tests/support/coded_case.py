@@ -250,8 +250,7 @@ class CodedCase:
         own, query, scale = self.layer_buffers, self.query, self.scale
         launchers.project_queries(*common, self.scan, own, query, None, scale=scale, shape=shape)
         launchers.scan_pages(*common, self.scan, own, plan, new, group=self.group, softcap=softcap, shape=shape)
-        launchers.bin_scores(*common, own, plan, query, scale=scale, recipe=recipe, shape=shape)
-        launchers.select_pages(
+        launchers.rank_pages(
             *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape,
             scan=self.scan,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..common import (
     BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
-    page_rows, row_addresses,
+    page_rows, row_addresses, wait_for_launch,
 )  # fmt: skip
 from .coded_fields import coordinate_fields, halves, value_fields, value_weights, whole_sums
 
@@ -29,9 +29,11 @@ LEAST_SHARE = tl.constexpr(2.0**-16)
 @triton.jit
 def merge_partials(
     layer, partials, estimate, num_splits, bh, head, DTYPE: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial estimates of one query head of a (sequence, KV head), and make plain values of the sum.
+
+    Waits for the previous kernel, as the caller has not.
 
     Args:
         partials, estimate: see `ScanBuffers`. `estimate` is written.
@@ -49,6 +51,7 @@ def merge_partials(
     matrix = tl.load(axes + column[:, None] * DV + column[None, :], mask=square, other=0.0)  # before it is needed
     origin = tl.load(vectors + column, mask=column < DV, other=0.0)
     widths = tl.load(vectors + DV + column, mask=column < DV, other=0.0)
+    wait_for_launch(PDL)
     total = tl.zeros([BLOCK_V], tl.float32)
     weight = tl.zeros([], tl.float32)
     power = tl.full([], float("-inf"), tl.float32)
