@@ -219,20 +219,21 @@ def test_runs_of_a_tile_hold_its_summaries(dims: tuple[int, int]) -> None:
         pytest.skip("reads addresses of the CPU")
     from tests.support.tile_runs import store_runs_kernel
 
-    case = CodedCase(key_dim=dims[0], value_dim=dims[1], lengths=(1100,))
-    begin, heads = 2 * SEGMENT, case.num_heads
-    starts, sizes = torch.zeros((heads, 32), dtype=torch.int64), torch.zeros((heads, 32), dtype=torch.int32)
-    launch()(
-        store_runs_kernel, (heads,), case.layer, case.directory, starts, sizes, begin, case.num_pages, heads=heads,
-        key_dim=dims[0], value_dim=dims[1], page=PAGE, unit=4, segment=SEGMENT, chunk=CHUNK,
-    )  # fmt: skip
-    assert not sizes[:, 12:].any()
-    coded, pages, units = case.pages, slice(begin, begin + 2 * SEGMENT), slice(begin // 4, (begin + 2 * SEGMENT) // 4)
-    arrays = (
-        coded.mean[0, :, units], coded.unit[0, :, units], coded.codes[0, :, pages], coded.scale[0, :, pages],
-        coded.value_codes[0, :, pages], coded.value_scale[0, :, pages],
-    )  # fmt: skip
-    for h in range(heads):
-        for number, array in enumerate(arrays):
-            runs = [ctypes.string_at(int(starts[h, i]), int(sizes[h, i])) for i in (2 * number, 2 * number + 1)]
-            assert b"".join(runs) == array[h].contiguous().view(torch.uint8).numpy().tobytes()
+    case = CodedCase(key_dim=dims[0], value_dim=dims[1], num_heads=3)
+    for begin in range(0, case.num_pages - 2 * SEGMENT, 2 * SEGMENT):
+        starts, sizes = (torch.zeros((case.num_heads, 32), dtype=torch.int64) for _ in range(2))
+        launch()(
+            store_runs_kernel, (case.num_heads,), case.layer, case.directory, starts, sizes, begin, case.num_pages,
+            heads=case.num_heads, key_dim=dims[0], value_dim=dims[1], page=PAGE, unit=4, segment=SEGMENT, chunk=CHUNK,
+        )  # fmt: skip
+        assert not sizes[:, 12:].any()
+        coded, pages = case.pages, slice(begin, begin + 2 * SEGMENT)
+        units = slice(begin // 4, (begin + 2 * SEGMENT) // 4)
+        arrays = (
+            coded.mean[0, :, units], coded.unit[0, :, units], coded.codes[0, :, pages], coded.scale[0, :, pages],
+            coded.value_codes[0, :, pages], coded.value_scale[0, :, pages],
+        )  # fmt: skip
+        for h in range(case.num_heads):
+            for number, array in enumerate(arrays):
+                runs = [ctypes.string_at(int(starts[h, i]), int(sizes[h, i])) for i in (2 * number, 2 * number + 1)]
+                assert b"".join(runs) == array[h].contiguous().view(torch.uint8).numpy().tobytes()

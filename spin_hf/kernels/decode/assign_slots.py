@@ -151,8 +151,8 @@ def retrieve(
             tokens += tl.sum(tl.where(inside, upto - count_valid(step, b, pages * PAGE, inside, PADDED), 0), 0)
     else:  # every page is full except the query's own, which is always listed
         tokens = count * PAGE - (num_pages * PAGE - position.to(tl.int32) - 1)
-    tl.atomic_add(counters + TOKENS, tokens.to(tl.int64))
-    tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64))
+    tl.atomic_add(counters + TOKENS, tokens.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64), sem="relaxed")
     if num_slots > 0:
         capacity = tl.load(step + LIST_CAPACITY)
         clock = tl.load(step + CLOCK) + query_index
@@ -166,8 +166,8 @@ def retrieve(
         for start in range(LIST_TILE, count, LIST_TILE):  # few lists are longer
             _, _, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
             missing += tl.max(more_rank, 0)
-        tl.atomic_add(counters + HITS, (count - missing).to(tl.int64))
-        tl.atomic_add(counters + LOADS, missing.to(tl.int64))
+        tl.atomic_add(counters + HITS, (count - missing).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + LOADS, missing.to(tl.int64), sem="relaxed")
         if missing > 0:
             tl.debug_barrier()
             available = _victims_from_hand(
@@ -188,5 +188,5 @@ def retrieve(
                     available, LIST_TILE,
                 )  # fmt: skip
                 before += tl.max(more_rank, 0)
-            tl.atomic_add(counters + EVICTIONS, evicted.to(tl.int64))
+            tl.atomic_add(counters + EVICTIONS, evicted.to(tl.int64), sem="relaxed")
     return missing
