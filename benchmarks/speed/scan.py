@@ -8,12 +8,14 @@ for each of 20 layers, each with codes of its own, so that nothing stays in the 
 
 Variants (`--variants plain append ahead`, side by side in one run; `--tokens 131072` alone takes a minute):
 
-    plain     the token is appended by `project`, and nothing is prefetched
+    plain     the token is appended by `project`; nothing is loaded before it is needed
     append    the token is appended by `scan`
-    ahead     the same, and the scan's first tiles come to the L2 cache while `project` runs
-    early     the same, and `choose` loads bin lists before it needs them
-    rank      the same, and `rate` and `choose` are one kernel: what steps do
-    lean      the same, with 80 registers per thread of it, so that three programs of it run on a multiprocessor, not two
+    ahead     and the scan's first tiles come to the L2 cache while `project` runs
+    early     and `choose` loads bin lists before it needs them
+    rank      and `rate` and `choose` are one kernel
+    hoist     and `attend` loads descriptors and queries before it waits: what steps do
+    lean      and `rank` has 80 registers per thread, so that three programs of it run on a multiprocessor, not two
+    crowd     as `hoist`, and `scan` has so few registers that all of `--splits` 192 or 256 run at once
 
 `off` is what log weights, their total, and the sums and weights of the estimate differ by from formulas in float64.
 """
@@ -47,10 +49,14 @@ ROWS = 8192
 SINKS, RECENT, BUDGET = 1, 32, 512
 """Pages."""
 SCALE = DIM**-0.5
-VARIANTS = ("plain", "append", "ahead", "early", "rank", "lean")
-"""Each has what the one before has."""
-USED = "rank"
+VARIANTS = ("plain", "append", "ahead", "early", "rank", "hoist", "lean", "crowd")
+"""Each has what the one before has, but for the last."""
+USED = "hoist"
 """The variant that steps launch."""
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class Case:
@@ -170,6 +176,8 @@ class Case:
         buffers, scan = self.buffers(splits)
         recipe, plan, query, new = KernelRecipe(Rating.MEAN), self.plan, self.query, self.new
         has = VARIANTS.index(variant)
+        resident = -(-HEADS * splits // _multiprocessors(self.device))
+        registers = min(255, 65536 // (32 * resident) // 8 * 8) if variant == "crowd" else None
 
         def shape(overlaps: bool) -> LaunchShape:
             return replace(self.shape, overlaps=overlaps)
@@ -181,7 +189,7 @@ class Case:
             ),
             "scan": lambda own, overlaps: launchers.scan_pages(
                 launch_now, buffers, scan, own, plan, new if has else None, group=GROUP, softcap=None, shape=shape(overlaps),
-                ahead=has > 1,
+                ahead=has > 1, registers=registers,
             ),
             "rate": lambda own, overlaps: launchers.bin_scores(
                 launch_now, buffers, own, plan, query, scale=SCALE, recipe=recipe, shape=shape(overlaps)
@@ -192,11 +200,11 @@ class Case:
             ),
             "rank": lambda own, overlaps: launchers.rank_pages(
                 launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
-                shape=shape(overlaps), scan=scan, registers=80 if has > 4 else None,
+                shape=shape(overlaps), scan=scan, registers=80 if variant == "lean" else None,
             ),
             "attend": lambda own, overlaps: launchers.attend_pages(
                 launch_now, buffers, own, query, self.out, None, query_index=0, num_queries=1, dense=False, scale=SCALE,
-                softcap=None, shape=shape(overlaps), scan=scan, plan=plan,
+                softcap=None, shape=shape(overlaps), scan=scan, plan=plan, early=has > 4,
             ),
         }  # fmt: skip
         others = ("rate", "choose") if has > 3 else ("rank",)

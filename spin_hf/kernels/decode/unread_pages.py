@@ -81,16 +81,18 @@ def merge_partials(
 
 @triton.jit
 def subtract_pages(
-    step, layer, plan, estimate, subtracted, listed, count, share, num_shares, bh, b, h, DTYPE: tl.constexpr,
+    step, layer, plan, estimate, subtracted, listed, list_count, share, num_shares, bh, b, h, DTYPE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
     VALUE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Add up the candidates in one share of a page list, as `scan_kernel` does, and make plain values of the sum.
 
     Args:
         subtracted: float32 [B * H, num_shares, G, DV + 1]. Written.
-        listed, count: the page list of one (sequence, KV head).
+        listed, list_count: the page list of one (sequence, KV head), and the address of its length.
         DTYPE: of the value axes.
+        WAITS: whether this waits for the previous kernel, as the caller has not.
     """
     TILE: tl.constexpr = 64
     row = plan + b * PLAN_FIELDS
@@ -110,6 +112,8 @@ def subtract_pages(
     lane = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_V)
     aligned: tl.constexpr = 16 if DV % 64 == 0 else 8 if DV % 32 == 0 else 4
+    wait_for_launch(WAITS)
+    count = tl.load(list_count)
     power = tl.load(estimate + (bh * G + group) * (DV + 2) + DV, mask=group < G, other=0.0)
     power = tl.where(power == float("-inf"), 0.0, power)
     taken = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
