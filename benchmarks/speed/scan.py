@@ -38,7 +38,7 @@ from torch import Tensor
 from spin_hf.kernels import reference_scan
 from spin_hf.kernels.compile_ahead import launch_now
 from spin_hf.kernels.descriptor_fields import NUM_BINS, LayerField, PlanField, Rating, StepField
-from spin_hf.kernels.launch import LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers
+from spin_hf.kernels.launch import ATTEND_TOKENS, LaunchShape, LayerBuffers, ScanBuffers, Splits, StepBuffers
 from spin_hf.kernels.recipe import KernelRecipe
 from spin_hf.kernels.reference_scan import CodedBasis, CodedPages
 from spin_hf.kernels.triton_launchers import launchers
@@ -46,8 +46,10 @@ from spin_hf.kernels.triton_launchers import launchers
 HEADS, GROUP, DIM, PAGE, SEGMENT, UNIT = 8, 4, 128, 4, 32, 4
 ROWS = 8192
 """Pages per chunk."""
-SINKS, RECENT, BUDGET = 1, 32, 512
+SINKS, RECENT, BUDGET = 1, 17, 512
 """Pages."""
+ATTENDING = -(-(SINKS + RECENT + BUDGET) * PAGE // ATTEND_TOKENS)
+"""Programs of attention, as `Splits` has them: one for each tile of the list."""
 SCALE = DIM**-0.5
 VARIANTS = ("plain", "append", "ahead", "early", "rank", "hoist", "lean", "crowd")
 """Each has what the one before has, but for the last."""
@@ -156,7 +158,7 @@ class Case:
 
     def buffers(self, splits: int) -> tuple[StepBuffers, ScanBuffers]:
         """Buffers for so many programs of the scan per KV head, filled with NaN."""
-        of_all, empty = Splits(programs=66, score=splits, attend=17, dense=17, estimate=0), torch.empty(0)
+        of_all, empty = Splits(programs=66, score=splits, attend=ATTENDING, dense=ATTENDING, estimate=0), torch.empty(0)
         new = {"device": self.device}
         buffers = StepBuffers(
             splits=of_all, step=self.step, histogram=torch.zeros((HEADS, NUM_BINS), dtype=torch.int32, **new),
@@ -164,7 +166,7 @@ class Case:
             list_count=torch.zeros((HEADS, 2), dtype=torch.int32, **new),
             arrivals=torch.zeros(HEADS, dtype=torch.int32, **new),
             stats=torch.full((HEADS, splits * 2 * 16), math.nan, **new),
-            split_outputs=torch.full((HEADS, 17 * 2 * GROUP * DIM), math.nan, **new), basis=empty, rotated=empty,
+            split_outputs=torch.full((HEADS, ATTENDING * 2 * GROUP * DIM), math.nan, **new), basis=empty, rotated=empty,
             operands=empty, factors=empty, rerank_stats=empty,
         )  # fmt: skip
         scan = ScanBuffers.allocate(HEADS, GROUP, of_all, DIM, DIM, True, self.device)

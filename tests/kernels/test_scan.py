@@ -193,9 +193,9 @@ class TestKernels:
         assert float((actual - expected).abs().max()) <= eps * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("budget", [0, 1, 5000])
+@pytest.mark.parametrize("budget", [0, 1, 140, 5000])
 def test_extreme_budgets(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without selected pages everything is estimated; a budget for all pages leaves out the scan."""
+    """Without selected pages everything is estimated; 140 are several tiles; a budget for all pages leaves out the scan."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/gpu runs the kernels themselves")
     teach_bfloat16(monkeypatch)

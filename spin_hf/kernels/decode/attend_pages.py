@@ -1,6 +1,6 @@
 """Split-KV attention over the page list in one launch, including the loads of missing pages and the final merge.
 
-    program (b * H + h, split)   reads one split of the list, in tiles of pages, from page frames or the backing store
+    program (b * H + h, split)   reads one split of the list, every few tiles of pages, from page frames or the backing store
                                  loads a marked page from host memory, uses it, and stores it in its page frame
                                  writes its split output; the last program of a (sequence, KV head) merges all splits
 
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, own_layer,
-    own_step, page_rows, row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
+    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, directory_of, directory_rows,
+    from_int8, own_layer, own_step, row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import (
     Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns, dependent,
@@ -125,6 +125,7 @@ def attend_kernel(
     within = place % PAGE
     num_slots, first_frame = slots_of(layer, b, h, H)
     table = tl.load(layer + BACKING)
+    directory = directory_of(step, b)
     if EARLY:
         wait_for_launch(PDL)
     count = tl.load(list_count + bh * 2)
@@ -132,12 +133,13 @@ def attend_kernel(
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES  # nothing is left for the programs that subtract
-    begin = split * share
-    stop = tl.minimum(begin + share, count)
-    for first in range(begin, stop, TILE_PAGES):
-        entry = first + place // PAGE
-        page = tl.load(listed + entry, mask=entry < stop, other=-1)
+    stop = tl.where(split < SPLITS, count, 0)  # nothing for the programs that subtract
+    entry = split * TILE_PAGES + place // PAGE
+    ahead = tl.load(listed + entry, mask=entry < capacity, other=-1)  # does not wait for `count`
+    for _ in range(split * TILE_PAGES, stop, SPLITS * TILE_PAGES):
+        page = tl.where(entry < stop, ahead, -1)
+        entry += SPLITS * TILE_PAGES
+        ahead = tl.load(listed + entry, mask=entry < stop, other=-1)
         here = page >= 0
         frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
         if BACKING_BYTES:
@@ -151,14 +153,14 @@ def attend_kernel(
             frame = tl.load(layer + FRAMES) + (first_frame + slot) * PAGE_BYTES
             address = frame
             if missing > 0:
-                rows = page_rows(step, b, h, page, away, H, SEGMENT)
+                rows = directory_rows(directory, h, page, away, H, SEGMENT)
                 if BACKING_BYTES:
                     coded = tl.where(away, row_addresses(table, rows, away, ROWS, BACKING_BYTES), 0)
                 else:
                     address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
                 frame = tl.where(away & (slot >= 0), frame, 0)
         else:
-            rows = page_rows(step, b, h, page, here, H, SEGMENT)
+            rows = directory_rows(directory, h, page, here, H, SEGMENT)
             address = row_addresses(table, rows, here, ROWS, PAGE_BYTES)
         token = page.to(tl.int64) * PAGE + within
         allowed = here & (token <= position)
