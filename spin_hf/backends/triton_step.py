@@ -4,9 +4,10 @@
     plan_zones       once per step for all layers; a second time if some layers are dense
     find_outliers    ShadowKV only, once per step for all layers
     dense steps      attend_segments, which also appends the token, in place of all below
-    per query        score_pages, bin_scores, rerank_pages, select_pages (`Selection`), estimate_rest, attend_pages;
+    per query        score_pages, rank_pages (`Selection`), estimate_rest, attend_pages;
                      in a one-token step score_pages appends the token
-    with coded pages project_queries, scan_pages, bin_scores, select_pages, attend_pages
+    with reranking   bin_scores, rerank_pages, select_pages in place of rank_pages
+    with coded pages project_queries, scan_pages, which appends the token, rank_pages, attend_pages
 
 Launches do not wait for the host, and kernels do not allocate. `zones.py`, `reference.py` and `kernels.reference` specify the
 results; `tests/backends/test_triton_step.py` compares both backends.
@@ -380,12 +381,16 @@ class Selection:
         if step.scan is None:
             launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
         else:
-            launchers.project_queries(launch, buffers, step.scan, own, query, new, scale=scale, shape=shape)
-            launchers.scan_pages(launch, buffers, step.scan, own, plan, group=group, softcap=call.softcap, shape=shape)
+            launchers.project_queries(launch, buffers, step.scan, own, query, None, scale=scale, shape=shape)
+            launchers.scan_pages(
+                launch, buffers, step.scan, own, plan, new, group=group, softcap=call.softcap, shape=shape
+            )
+        chosen: dict[str, Any] = dict(
+            query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe, shape=shape, scan=step.scan
+        )
+        if not recipe.rerank_factor:
+            launchers.rank_pages(launch, buffers, own, plan, **chosen)
+            return
         launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
-        if recipe.rerank_factor:
-            launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
-        launchers.select_pages(
-            launch, buffers, own, plan, query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe,
-            shape=shape, scan=step.scan,
-        )  # fmt: skip
+        launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)
+        launchers.select_pages(launch, buffers, own, plan, **chosen)

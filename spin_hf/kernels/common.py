@@ -74,8 +74,19 @@ def own_layer(layer, b, APART: tl.constexpr):
 @triton.jit
 def page_rows(step, b, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
     """Rows of the pages of one (sequence, KV head); see `storage/page_table.py`."""
-    directory = tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32))
-    segments = tl.load(directory + b * tl.load(step + DIRECTORY_STRIDE) + pages // SEGMENT, mask=mask, other=0)
+    return directory_rows(directory_of(step, b), h, pages, mask, H, SEGMENT)
+
+
+@triton.jit
+def directory_of(step, b):
+    """The segments of one sequence."""
+    return tl.load(step + DIRECTORY).to(tl.pointer_type(tl.int32)) + b * tl.load(step + DIRECTORY_STRIDE)
+
+
+@triton.jit
+def directory_rows(directory, h, pages, mask, H: tl.constexpr, SEGMENT: tl.constexpr):
+    """As `page_rows`, from `directory_of`."""
+    segments = tl.load(directory + pages // SEGMENT, mask=mask, other=0)
     return (segments.to(tl.int64) * H + h) * SEGMENT + pages % SEGMENT
 
 

@@ -16,6 +16,7 @@ from .decode.find_outliers import find_outliers
 from .decode.gate_queries import gate_queries
 from .decode.plan_zones import plan_zones
 from .decode.project_queries import project_queries
+from .decode.rank_pages import rank_pages
 from .decode.rerank_pages import rerank_pages
 from .decode.scan_pages import scan_pages
 from .decode.score_pages import score_pages
@@ -50,6 +51,7 @@ class Launchers:
     project_queries = staticmethod(project_queries)
     scan_pages = staticmethod(scan_pages)
     bin_scores = staticmethod(bin_scores)
+    rank_pages = staticmethod(rank_pages)
     rerank_pages = staticmethod(rerank_pages)
     select_pages = staticmethod(select_pages)
     estimate_rest = staticmethod(estimate_rest)

@@ -31,7 +31,7 @@ BEFORE_AMPERE_BY_FORMULAS = {
 COMPILED_AHEAD = {
     "gram_kernel", "axis_kernel", "along_kernel", "halve_kernel", "halve_part_kernel", "halve_all_kernel",
     "plan_step_kernel", "find_outliers_kernel", "score_kernel", "rate_kernel", "rerank_kernel", "rate_rerank_kernel",
-    "choose_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel",
+    "choose_kernel", "rank_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel",
     "scan_kernel", "encode_last_unit_kernel",
 }  # fmt: skip
 """What a step launches behind its tokens' keys, and what parts tokens."""
@@ -79,8 +79,8 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, every: bool, tmp_p
 
 OF_ROWS = {
     "plan_step_kernel", "find_outliers_kernel", "score_kernel", "rate_kernel", "rerank_kernel", "rate_rerank_kernel",
-    "choose_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel", "scan_kernel",
-    "encode_last_unit_kernel", "copy_page_kernel",
+    "choose_kernel", "rank_kernel", "estimate_kernel", "attend_kernel", "attend_segments_kernel", "project_kernel",
+    "scan_kernel", "encode_last_unit_kernel", "copy_page_kernel",
 }  # fmt: skip
 """Kernels that steps of rows launch."""
 

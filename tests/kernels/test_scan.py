@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 from spin_hf.kernels import reference, reference_scan
 from spin_hf.kernels.descriptor_fields import PlanField
 from spin_hf.kernels.launch import Splits
-from tests.support.coded_case import PAGE, CodedCase
+from tests.support.coded_case import CHUNK, PAGE, SEGMENT, CodedCase
 from tests.support.interpreted_kernels import teach_bfloat16
 
 INTERPRETED = [
@@ -192,9 +193,9 @@ class TestKernels:
         assert float((actual - expected).abs().max()) <= eps * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("budget", [0, 1, 5000])
+@pytest.mark.parametrize("budget", [0, 1, 140, 5000])
 def test_extreme_budgets(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without selected pages everything is estimated; a budget for all pages leaves out the scan."""
+    """Without selected pages everything is estimated; 140 are several tiles; a budget for all pages leaves out the scan."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/gpu runs the kernels themselves")
     teach_bfloat16(monkeypatch)
@@ -209,3 +210,30 @@ def test_extreme_budgets(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     merged, _ = reference.merge_attention([exact, (rest[0].unsqueeze(3).float(), rest[1].unsqueeze(3).float())])
     expected = merged.squeeze(3).flatten(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dims", [(64, 128), (80, 48)])
+def test_runs_of_a_tile_hold_its_summaries(dims: tuple[int, int]) -> None:
+    """The bytes that the scan prefetches are those of the tile's pages, in all six arrays."""
+    if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("reads addresses of the CPU")
+    from tests.support.tile_runs import store_runs_kernel
+
+    case = CodedCase(key_dim=dims[0], value_dim=dims[1], num_heads=3)
+    for begin in range(0, case.num_pages - 2 * SEGMENT, 2 * SEGMENT):
+        starts, sizes = (torch.zeros((case.num_heads, 32), dtype=torch.int64) for _ in range(2))
+        launch()(
+            store_runs_kernel, (case.num_heads,), case.layer, case.directory, starts, sizes, begin, case.num_pages,
+            heads=case.num_heads, key_dim=dims[0], value_dim=dims[1], page=PAGE, unit=4, segment=SEGMENT, chunk=CHUNK,
+        )  # fmt: skip
+        assert not sizes[:, 12:].any()
+        coded, pages = case.pages, slice(begin, begin + 2 * SEGMENT)
+        units = slice(begin // 4, (begin + 2 * SEGMENT) // 4)
+        arrays = (
+            coded.mean[0, :, units], coded.unit[0, :, units], coded.codes[0, :, pages], coded.scale[0, :, pages],
+            coded.value_codes[0, :, pages], coded.value_scale[0, :, pages],
+        )  # fmt: skip
+        for h in range(case.num_heads):
+            for number, array in enumerate(arrays):
+                runs = [ctypes.string_at(int(starts[h, i]), int(sizes[h, i])) for i in (2 * number, 2 * number + 1)]
+                assert b"".join(runs) == array[h].contiguous().view(torch.uint8).numpy().tobytes()

@@ -60,7 +60,7 @@ FEW, SHORT = 128, 32
 """Points of a part that one program bisects, as there is a variant for each power of two; and their length: both smaller than
 on a GPU, as the compiler takes minutes for long ones."""
 
-ONE_VARIANT = {75: {"choose_kernel"}, 89: {"choose_kernel"}, 90: set()}
+ONE_VARIANT = {75: {"choose_kernel", "rank_kernel"}, 89: {"choose_kernel", "rank_kernel"}, 90: set()}
 """Kernels that take long and multiply no matrices: all of their variants are compiled for one of the GPUs only."""
 
 

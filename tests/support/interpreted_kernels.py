@@ -34,10 +34,10 @@ def interpret_kernels(monkeypatch: pytest.MonkeyPatch, **constants: int) -> list
     Args:
         constants: sizes of tiles and bins, by their names in the kernels' modules.
     """
-    from spin_hf.kernels.decode import bin_scores, estimate_rest, rerank_pages, score_pages, select_pages
+    from spin_hf.kernels.decode import bin_scores, estimate_rest, rank_pages, rerank_pages, score_pages, select_pages
     from spin_hf.kernels.triton_launchers import launchers
 
-    launches = (score_pages, bin_scores, rerank_pages, select_pages, estimate_rest)
+    launches = (score_pages, bin_scores, rank_pages, rerank_pages, select_pages, estimate_rest)
     cluster_by_formulas(monkeypatch)
     asked: list[torch.device] = []
     monkeypatch.setattr(spin_hf.kernels, "launchers", lambda device: asked.append(device) or launchers)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    CLOCK, EVICTIONS, HITS, LIST_CAPACITY, LIST_PAGE, LOAD, LOADS, PAGE_SLOT, PAGE_SLOT_STRIDE, QUERIES, SLOT_PAGE,
-    SLOT_STEP, TOKENS, VICTIMS, count_valid, slots_of,
+    CLOCK, EVICTIONS, HITS, LIST_CAPACITY, LOAD, LOADS, PAGE_SLOT, PAGE_SLOT_STRIDE, QUERIES, SLOT_PAGE, SLOT_STEP, TOKENS,
+    VICTIMS, count_valid,
 )  # fmt: skip
 from ..reference import NUM_BUCKETS
 
@@ -126,18 +126,20 @@ def _admit(
 
 @triton.jit
 def retrieve(
-    step, layer, counters, hand, bh, b, position, num_pages, count, query_index, H: tl.constexpr,
+    step, layer, counters, hand, listed, slots, bh, b, position, num_pages, count, query_index,
     PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Mark the missing pages among the `count` listed pages of one (sequence, KV head), and update its tables and counters.
 
+    Args:
+        listed: its page list.
+        slots: its number of slots and its first frame, from `slots_of`.
     Returns:
         the number of missing pages.
     """
-    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
-    num_slots, first_frame = slots_of(layer, b, (bh % H).to(tl.int64), H)
-    num_slots = num_slots.to(tl.int32)
+    num_slots = slots[0].to(tl.int32)
+    first_frame = slots[1]
     missing = tl.zeros([], tl.int32)
     if PADDED:
         tokens = tl.zeros([], tl.int32)
@@ -149,8 +151,8 @@ def retrieve(
             tokens += tl.sum(tl.where(inside, upto - count_valid(step, b, pages * PAGE, inside, PADDED), 0), 0)
     else:  # every page is full except the query's own, which is always listed
         tokens = count * PAGE - (num_pages * PAGE - position.to(tl.int32) - 1)
-    tl.atomic_add(counters + TOKENS, tokens.to(tl.int64))
-    tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64))
+    tl.atomic_add(counters + TOKENS, tokens.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + QUERIES, tl.full([], 1, tl.int64), sem="relaxed")
     if num_slots > 0:
         capacity = tl.load(step + LIST_CAPACITY)
         clock = tl.load(step + CLOCK) + query_index
@@ -164,8 +166,8 @@ def retrieve(
         for start in range(LIST_TILE, count, LIST_TILE):  # few lists are longer
             _, _, more_rank = _look_up(listed, page_slot, slot_step, clock, start, count, LIST_TILE)
             missing += tl.max(more_rank, 0)
-        tl.atomic_add(counters + HITS, (count - missing).to(tl.int64))
-        tl.atomic_add(counters + LOADS, missing.to(tl.int64))
+        tl.atomic_add(counters + HITS, (count - missing).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + LOADS, missing.to(tl.int64), sem="relaxed")
         if missing > 0:
             tl.debug_barrier()
             available = _victims_from_hand(
@@ -186,5 +188,5 @@ def retrieve(
                     available, LIST_TILE,
                 )  # fmt: skip
                 before += tl.max(more_rank, 0)
-            tl.atomic_add(counters + EVICTIONS, evicted.to(tl.int64))
+            tl.atomic_add(counters + EVICTIONS, evicted.to(tl.int64), sem="relaxed")
     return missing

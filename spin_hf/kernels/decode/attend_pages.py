@@ -1,6 +1,6 @@
 """Split-KV attention over the page list in one launch, including the loads of missing pages and the final merge.
 
-    program (b * H + h, split)   reads one split of the list, in tiles of pages, from page frames or the backing store
+    program (b * H + h, split)   reads one split of the list, every few tiles of pages, from page frames or the backing store
                                  loads a marked page from host memory, uses it, and stores it in its page frame
                                  writes its split output; the last program of a (sequence, KV head) merges all splits
 
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, from_int8, own_layer,
-    own_step, page_rows, row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
+    BACKING, FRAMES, LIST_CAPACITY, LIST_PAGE, LOAD, PAGE_SLOT, PAGE_SLOT_STRIDE, POSITION, directory_of, directory_rows,
+    from_int8, own_layer, own_step, row_addresses, scale_addresses, slots_of, tokens_valid, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..launch import (
     Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, power_of_two, scan_columns, dependent,
@@ -32,7 +32,7 @@ from .unread_pages import subtract_pages, unread_sums
 def attend_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, query: Tensor, out: Tensor, sinks: Tensor | None, *,
     query_index: int, num_queries: int, dense: bool, scale: float, softcap: float | None, shape: LaunchShape,
-    scan: ScanBuffers | None = None, plan: Tensor | None = None,
+    scan: ScanBuffers | None = None, plan: Tensor | None = None, early: bool = True,
 ) -> None:  # fmt: skip
     """Attend to the listed pages, for one query of a step.
 
@@ -43,6 +43,7 @@ def attend_pages(
         query_index, num_queries: index of the query in the step, and queries of the step.
         dense: whether the layer attends to all pages.
         scan, plan: what `scan_pages` and `bin_scores` wrote, and the query's plan; None without coded pages.
+        early: whether descriptors and the query are loaded before this waits for the previous kernel.
     """
     coded = scan is not None and not dense
     estimate, subtracted = (scan.estimate, scan.subtracted) if scan is not None else (buffers.stats, buffers.stats)
@@ -59,7 +60,7 @@ def attend_pages(
         BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=tile_pages(shape), SPLITS=splits,
         ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
-        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, num_warps=4, num_stages=1, **dependent(shape),
+        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, EARLY=early, num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    BACKING_BYTES: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
@@ -91,7 +92,9 @@ def attend_kernel(
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
         BACKING_BYTES: size of an int8 page in the backing store, which is then in host memory; 0 if backing pages are of DTYPE.
     """
-    wait_for_launch(PDL)
+    if not EARLY:
+        wait_for_launch(PDL)
+    # Until it waits, this reads nothing that the previous kernel writes: descriptors, the query, and the plan.
     bh = tl.program_id(0)
     split = tl.program_id(1)
     b = (bh // H).to(tl.int64)
@@ -99,17 +102,17 @@ def attend_kernel(
     step = own_step(step, b, APART)
     layer = own_layer(layer, b, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
+        if EARLY:
+            wait_for_launch(PDL)
         return
     start = tl.load(step + POSITION)
     position, length = start + query_index, start + num_queries
     capacity = tl.load(step + LIST_CAPACITY)
     listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * capacity
-    count = tl.load(list_count + bh * 2)
-    missing = tl.load(list_count + bh * 2 + 1)
     if SUBTRACTS and split >= SPLITS:
         subtract_pages(
-            step, layer, plan, estimate, subtracted, listed, count, split - SPLITS, SUBTRACTS, bh, b, h, DTYPE, H, G,
-            COLUMNS, DK, DV, BLOCK_V, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED,
+            step, layer, plan, estimate, subtracted, listed, list_count + bh * 2, split - SPLITS, SUBTRACTS, bh, b, h, DTYPE,
+            H, G, COLUMNS, DK, DV, BLOCK_V, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED, PDL and EARLY,
         )  # fmt: skip
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
@@ -122,15 +125,21 @@ def attend_kernel(
     within = place % PAGE
     num_slots, first_frame = slots_of(layer, b, h, H)
     table = tl.load(layer + BACKING)
+    directory = directory_of(step, b)
+    if EARLY:
+        wait_for_launch(PDL)
+    count = tl.load(list_count + bh * 2)
+    missing = tl.load(list_count + bh * 2 + 1)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    share = tl.cdiv(tl.cdiv(count, TILE_PAGES), SPLITS) * TILE_PAGES  # nothing is left for the programs that subtract
-    begin = split * share
-    stop = tl.minimum(begin + share, count)
-    for first in range(begin, stop, TILE_PAGES):
-        entry = first + place // PAGE
-        page = tl.load(listed + entry, mask=entry < stop, other=-1)
+    stop = tl.where(split < SPLITS, count, 0)  # nothing for the programs that subtract
+    entry = split * TILE_PAGES + place // PAGE
+    ahead = tl.load(listed + entry, mask=entry < capacity, other=-1)  # does not wait for `count`
+    for _ in range(split * TILE_PAGES, stop, SPLITS * TILE_PAGES):
+        page = tl.where(entry < stop, ahead, -1)
+        entry += SPLITS * TILE_PAGES
+        ahead = tl.load(listed + entry, mask=entry < stop, other=-1)
         here = page >= 0
         frame = tl.zeros([TILE_PAGES * PAGE], tl.int64)
         if BACKING_BYTES:
@@ -144,14 +153,14 @@ def attend_kernel(
             frame = tl.load(layer + FRAMES) + (first_frame + slot) * PAGE_BYTES
             address = frame
             if missing > 0:
-                rows = page_rows(step, b, h, page, away, H, SEGMENT)
+                rows = directory_rows(directory, h, page, away, H, SEGMENT)
                 if BACKING_BYTES:
                     coded = tl.where(away, row_addresses(table, rows, away, ROWS, BACKING_BYTES), 0)
                 else:
                     address = tl.where(away, row_addresses(table, rows, away, ROWS, PAGE_BYTES), frame)
                 frame = tl.where(away & (slot >= 0), frame, 0)
         else:
-            rows = page_rows(step, b, h, page, here, H, SEGMENT)
+            rows = directory_rows(directory, h, page, here, H, SEGMENT)
             address = row_addresses(table, rows, here, ROWS, PAGE_BYTES)
         token = page.to(tl.int64) * PAGE + within
         allowed = here & (token <= position)

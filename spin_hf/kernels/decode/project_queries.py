@@ -1,4 +1,4 @@
-"""Operands of the scan over coded pages, made from the queries of a step, and the step's token appended.
+"""Operands of the scan over coded pages, made from the queries of a step; it can also append the step's token.
 
     state    =  scale * log2(e) * q @ inverse                  [G, D] per (sequence, KV head)
     mean     =  state, multiplied with the means of units

@@ -1,4 +1,4 @@
-"""One pass over all coded pages: log weights of pages, their total, and the estimate of all candidates.
+"""One pass over all coded pages: log weights of pages, their total, the estimate of all candidates; and the new token stored.
 
     program (b * H + h, split)    one split of the pages, in tiles of two segments; of each tile
         units     products of states with int8 means                                    [units, heads]
@@ -35,29 +35,45 @@ from ..launch import (
     Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, code_bytes, dependent, scan_columns,
 )  # fmt: skip
 from ..reference_scan import UNIT_PAGES
+from .append_tokens import append_page
 from .coded_fields import (
     code_parts, four_numbers, halves, natural_log, power2, value_weights, whole_sums, word_field_places, word_fields,
 )  # fmt: skip
+from .prefetch_tile import prefetch_tile
 
 _LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def scan_pages(
-    launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor, *, group: int,
-    softcap: float | None, shape: LaunchShape,
+    launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor,
+    new: tuple[Tensor, Tensor] | None, *, group: int, softcap: float | None, shape: LaunchShape, ahead: bool = True,
+    registers: int | None = None,
 ) -> None:  # fmt: skip
-    """Scan all pages for one query of a step, by the operands of `project_queries`. Writes nothing if the budget covers all."""
+    """Scan all pages for one query of a step, by the operands of `project_queries`, and append the step's token.
+
+    If the budget covers all pages, nothing is scanned.
+
+    Args:
+        new: key and value [B, H, 1, D] of the token to append; None for none.
+        ahead: whether first tiles are brought to the L2 cache while queries are projected, if launches overlap.
+        registers: upper limit per thread; None to let the compiler choose.
+    """
     columns, rows = scan_columns(group, shape)
+    key, value = (scan.factors, scan.factors) if new is None else new
+    limit = {} if registers is None else {"maxnreg": registers}
     launch(
-        scan_kernel, (buffers.num_streams, buffers.splits.score), buffers.step, layer.descriptor, scan.mean_operand,
-        scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
-        (softcap or 1.0) * _LOG2_E, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
-        VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled, H=shape.num_heads, G=group, COLUMNS=columns,
-        ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=code_bytes(shape.key_dim),
-        VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size, UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages,
-        ROWS=shape.rows_per_chunk, PADDED=shape.padded, APART=shape.apart, num_warps=_warps(rows, shape),
-        num_stages=1, **dependent(shape),
+        scan_kernel, (buffers.num_streams, buffers.splits.score + (new is not None)), buffers.step, layer.descriptor,
+        scan.mean_operand, scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
+        (softcap or 1.0) * _LOG2_E, key, value, *key.stride()[:2], *value.stride()[:2], APPENDS=new is not None,
+        AHEAD=ahead and shape.overlaps and shape.compiled, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
+        DTYPE=triton_dtype(shape.dtype), VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled,
+        H=shape.num_heads, G=group, COLUMNS=columns,
+        ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v,
+        BYTES=code_bytes(shape.key_dim), VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size,
+        UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
+        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, num_warps=_warps(rows, shape), num_stages=1,
+        **dependent(shape), **limit,
     )  # fmt: skip
 
 
@@ -70,19 +86,23 @@ def _warps(rows: int, shape: LaunchShape) -> int:
 @triton.jit
 def scan_kernel(
     step, layer, mean_operand, code_operand, factors, plan, stats, partials, softcap,
-    CAPPED: tl.constexpr, DIGITS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    key, value, key_b, key_h, value_b, value_h,
+    APPENDS: tl.constexpr, AHEAD: tl.constexpr, CAPPED: tl.constexpr, DIGITS: tl.constexpr, DTYPE: tl.constexpr,
+    VALUES: tl.constexpr, COMPILED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr, UNIT_PAGES: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, BACKING_BYTES: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, split) scans one split of the pages.
+    """Program (b * H + h, split) scans one split of the pages. If APPENDS, program (b * H + h, splits) appends the new token.
 
     Args:
         mean_operand, code_operand, factors: written by `project_kernel`.
-        stats: float32 [B * H, num_programs(1), 2, COLUMNS]: maximum and sum of exponentials of each split's log weights, of
+        stats: float32 [B * H, splits, 2, COLUMNS]: maximum and sum of exponentials of each split's log weights, of
             candidates and sinks. Written.
-        partials: float32 [B * H, num_programs(1), G, DV + 2], see `ScanBuffers`. Written.
+        partials: float32 [B * H, splits, G, DV + 2], see `ScanBuffers`. Written.
         softcap: of logits in powers of two, if CAPPED.
+        key, value: [B, H, 1, D], the new token, as for `append_page`; used if APPENDS.
+        AHEAD: whether the first tile is brought to the L2 cache before this waits for the previous kernel.
         VALUES: dtype in which weights and values are multiplied.
         COMPILED: whether the kernel is compiled for a device; else it is interpreted.
         ROWS: pages per chunk of all arrays but the means, which have ROWS / UNIT_PAGES units.
@@ -92,13 +112,20 @@ def scan_kernel(
     # Until it waits, this reads nothing that the previous kernel writes: `project_kernel`, which has waited for all others.
     bh = tl.program_id(0)
     split = tl.program_id(1)
-    num_splits = tl.num_programs(1)
+    num_splits = tl.num_programs(1) - APPENDS
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     step = own_step(step, b, APART)
     layer = own_layer(layer, b, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
         wait_for_launch(PDL)
+        return
+    if APPENDS and split == num_splits:
+        wait_for_launch(PDL)
+        append_page(
+            step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
+            DTYPE, False, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, BACKING_BYTES, False,
+        )  # fmt: skip
         return
     row = plan + b * PLAN_FIELDS
     capacity = tl.load(step + PAGE_CAPACITY)
@@ -132,6 +159,8 @@ def scan_kernel(
         # Segments are looked up two tiles ahead, addresses one tile ahead: no load waits for one of the same tile.
         places = _places(tables, _segments(directory, begin, end, SEGMENT), h, H, SEGMENT, ROWS)
         segments = _segments(directory, begin + TILE, end, SEGMENT)
+        if AHEAD:  # memory is idle while queries are projected
+            prefetch_tile(places, DK, DV, PAGE, UNIT_PAGES, SEGMENT)
         wait_for_launch(PDL)
         operand_row = tl.arange(0, ROWS_OF)
         operand = mean_operand + bh * ROWS_OF * BLOCK_K + operand_row[None, :] * BLOCK_K + column[:, None]

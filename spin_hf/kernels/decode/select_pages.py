@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import (
-    BIN_LIST_LENGTH, BIN_LIST_PAGE, BIN_LIST_SCORE, FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES,
-    NUM_SELECTED, PAGE_CAPACITY, COUNTERS, PLAN_FIELDS, POSITION, SCORES, STOP, TIED, count_valid, own_layer, own_step,
-    score_bins, sortable, triton_dtype, wait_for_launch,
+    FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES, NUM_SELECTED, COUNTERS, PLAN_FIELDS, POSITION, STOP, TIED,
+    count_valid, own_layer, own_step, score_bins, slots_of, sortable, triton_dtype, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, power_of_two, dependent
 from ..recipe import KernelRecipe
 from .assign_slots import retrieve
+from .bin_scores import rated_places
 from .unread_pages import merge_partials
 
 LAST = tl.constexpr(0x7FFFFFFF)
@@ -46,7 +46,7 @@ _FLOOR_FACTOR = 3
 
 def select_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
-    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None,
+    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None, early: bool = True,
 ) -> None:  # fmt: skip
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 
@@ -54,11 +54,9 @@ def select_pages(
         query_index: index of the query in the step; group: query heads per KV head that were scored.
         most_listed: upper limit of pages per list; None if unknown.
         scan: what `scan_pages` wrote, whose partial estimates are merged; None without coded pages.
+        early: see `choose_kernel`.
     """
     reranks, share = recipe.rerank_factor > 0, recipe.estimated_billionths
-    tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
-    if reranks:
-        tile, few, few_tile, warps = _RERANKED_TILE, _RERANKED_TIED, _RERANKED_FEW_TILE, _RERANKED_WARPS
     coded = scan is not None
     partials, estimate = (scan.partials, scan.estimate) if scan is not None else (buffers.stats, buffers.stats)
     launch(
@@ -66,13 +64,23 @@ def select_pages(
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
         layer.hands, buffers.zone_edges, share, query_index, partials, estimate, buffers.splits.score, CODED=coded,
         DTYPE=triton_dtype(shape.dtype), SPLITS=power_of_two(buffers.splits.score), DK=shape.key_dim, DV=shape.value_dim,
-        BLOCK_V=shape.block_v, COMPLETE=reranks, COUNTED=recipe.estimates_zone, ESTIMATES=share > 0,
+        BLOCK_V=shape.block_v, EARLY=early, COMPLETE=reranks, COUNTED=recipe.estimates_zone, ESTIMATES=share > 0,
         ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
-        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, LISTS=_TILE_LISTS, BINS=NUM_BINS,
-        PER_NAT=BINS_PER_NAT, FLOOR_FACTOR=_FLOOR_FACTOR, TILE=tile, FEW=few, FEW_TILE=few_tile, TIED_TILE=_TIED_TILE,
-        LIST_TILE=_LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1), HAND_TILE=_HAND_TILE, SLOT_TILE=_SLOT_TILE,
-        APART=shape.apart, num_warps=warps, **dependent(shape),
+        PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, BINS=NUM_BINS,
+        PER_NAT=BINS_PER_NAT, APART=shape.apart, **choice_tiles(reranks, most_listed), **dependent(shape),
     )  # fmt: skip
+
+
+def choice_tiles(reranks: bool, most_listed: int | None) -> dict[str, int]:
+    """Sizes of tiles of `choose_pages`, and warps."""
+    tile, few, few_tile, warps = _SELECT_TILE, _FEW_TIED, _FEW_TILE, _SELECT_WARPS
+    if reranks:
+        tile, few, few_tile, warps = _RERANKED_TILE, _RERANKED_TIED, _RERANKED_FEW_TILE, _RERANKED_WARPS
+    return {
+        "LISTS": _TILE_LISTS, "FLOOR_FACTOR": _FLOOR_FACTOR, "TILE": tile, "FEW": few, "FEW_TILE": few_tile,
+        "TIED_TILE": _TIED_TILE, "LIST_TILE": _LIST_TILE * (2 if (most_listed or 0) > _LIST_TILE else 1),
+        "HAND_TILE": _HAND_TILE, "SLOT_TILE": _SLOT_TILE, "num_warps": warps,
+    }  # fmt: skip
 
 
 @triton.jit
@@ -80,7 +88,7 @@ def choose_kernel(
     step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, partials, estimate,
     num_splits,
     CODED: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
@@ -97,6 +105,7 @@ def choose_kernel(
         list_count, hand: see `StepBuffers` and `LayerBuffers`. Written. counters: see `LayerBuffers`. Added to.
         edges: int32 [B, H]: the last bin that is estimated: the best `share` billionths of the candidates after the selected
             pages. Written if ZONE; `histogram` then counts all candidates.
+        EARLY: whether lengths and first entries of the bin lists are loaded with the histogram, and later ones a tile ahead.
         ESTIMATES: whether `estimate_kernel` follows. The logits of listed pages are then set to -infinity.
         COMPLETE: whether the bin lists hold every page that may be selected, whatever its score.
         COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
@@ -106,54 +115,79 @@ def choose_kernel(
             at most one bin per step, or by any number after a step whose bin lists had too few pages.
         floors: int32 [B, H]: the last bin that enters the bin lists at the next step. Written.
     """
-    wait_for_launch(PDL)
     bh = tl.program_id(0)
     step = own_step(step, bh // H, APART)
     layer = own_layer(layer, bh // H, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
+        wait_for_launch(PDL)
         return
     if APART:
         counters += bh // H * COUNTERS
     if CODED and tl.program_id(1) > 0:
         merge_partials(
-            layer, partials, estimate, num_splits, bh, tl.program_id(1) - 1, DTYPE, G, SPLITS, DK, DV, BLOCK_V
+            layer, partials, estimate, num_splits, bh, tl.program_id(1) - 1, DTYPE, G, SPLITS, DK, DV, BLOCK_V, PDL
         )
     else:
-        _choose(
-            step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, COMPLETE,
-            COUNTED, ESTIMATES, ZONE, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT, FLOOR_FACTOR, TILE,
-            FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
+        given = choice_of(step, layer, plan, floors, bh, H, BIN_TILE)
+        wait_for_launch(PDL)
+        choose_pages(
+            step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, EARLY,
+            COMPLETE, COUNTED, ESTIMATES, ZONE, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT,
+            FLOOR_FACTOR, TILE, FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
         )  # fmt: skip
 
 
 @triton.jit
-def _choose(
-    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, bh,
+def choice_of(step, layer, plan, floors, bh, H: tl.constexpr, BIN_TILE: tl.constexpr):
+    """What `choose_pages` needs of descriptors, plan and floor. The kernel before does not write these.
+
+    Returns:
+        the places that `rated_places` returns
+        the page list, the keys of tied pages, and the position of the step's first query
+        FIRST, STOP, NUM_SELECTED, NUM_PAGES and LEADING of the plan, and the floor
+        the slots, from `slots_of`
+    """
+    b = (bh // H).to(tl.int64)
+    row = plan + b * PLAN_FIELDS
+    places = rated_places(step, bh, BIN_TILE)
+    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
+    tied = tl.load(step + TIED).to(tl.pointer_type(tl.int64)) + bh.to(tl.int64) * places[0]
+    position = tl.load(step + POSITION)
+    zones = (
+        tl.load(row + FIRST), tl.load(row + STOP), tl.load(row + NUM_SELECTED), tl.load(row + NUM_PAGES),
+        tl.load(row + LEADING), tl.load(floors + bh),
+    )  # fmt: skip
+    return places, (listed, tied, position), zones, slots_of(layer, b, (bh % H).to(tl.int64), H)
+
+
+@triton.jit
+def choose_pages(
+    step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, EARLY: tl.constexpr,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The list of one (sequence, KV head); see `choose_kernel`."""
+    """List the pages of one (sequence, KV head), and assign slots to missing ones; see `choose_kernel`.
+
+    Args:
+        given: from `choice_of`.
+    """
     b = (bh // H).to(tl.int64)
-    row = plan + b * PLAN_FIELDS
+    places, own, zones, slots = given
+    capacity, scores, bin_list_page, bin_list_score, bin_list_length = places
+    listed, tied, start_position = own
+    first, stop, wanted, num_pages, leading, floor = zones
+    position = start_position + query_index
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram + bh * BINS + bins)
-    floor = tl.load(floors + bh)
-    position = tl.load(step + POSITION) + query_index
-    listed = tl.load(step + LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh * tl.load(step + LIST_CAPACITY)
-    capacity = tl.load(step + PAGE_CAPACITY)
-    scores = tl.load(step + SCORES).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    bin_list_page = tl.load(step + BIN_LIST_PAGE).to(tl.pointer_type(tl.int32)) + bh.to(tl.int64) * capacity
-    bin_list_score = tl.load(step + BIN_LIST_SCORE).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * capacity
-    bin_list_length = tl.load(step + BIN_LIST_LENGTH).to(tl.pointer_type(tl.int32)) + bh * tl.cdiv(capacity, BIN_TILE)
-    tied = tl.load(step + TIED).to(tl.pointer_type(tl.int64)) + bh.to(tl.int64) * capacity
-    first = tl.load(row + FIRST)
-    stop = tl.load(row + STOP)
-    wanted = tl.load(row + NUM_SELECTED)
-    num_pages = tl.load(row + NUM_PAGES)
-    leading = tl.load(row + LEADING)
+    num_lists = tl.cdiv(stop, BIN_TILE)
+    lists = tl.arange(0, LISTS)
+    place = tl.arange(0, TILE)
+    if EARLY:  # before the first reduction, so that all of these loads are under way at once
+        lengths = tl.load(bin_list_length + lists, mask=lists < num_lists, other=0)
+        held, entry, entry_score = _entries(places, place, num_lists, capacity)
     sinks = first - leading
     fixed = sinks + num_pages - stop
     count = fixed
@@ -199,19 +233,25 @@ def _choose(
             pages, score, inside = _all_pages(scores, start, first, stop, TILE)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     else:
-        num_lists = tl.cdiv(stop, BIN_TILE)
-        most = tl.zeros([], tl.int32)
-        for start in range(0, num_lists, LISTS):
-            bin_list = start + tl.arange(0, LISTS)
+        most = tl.max(lengths, 0) if EARLY else tl.zeros([], tl.int32)
+        for start in range(LISTS if EARLY else 0, num_lists, LISTS):
+            bin_list = start + lists
             most = tl.maximum(most, tl.max(tl.load(bin_list_length + bin_list, mask=bin_list < num_lists, other=0), 0))
-        places = most * num_lists
-        for start in range(0, places, TILE):
-            place = start + tl.arange(0, TILE)
-            held = tl.load(bin_list_length + place % num_lists, mask=place < places, other=0)
-            inside = place // num_lists < held
-            pages = tl.load(bin_list_page + place, mask=inside, other=0)
-            score = tl.load(bin_list_score + place, mask=inside, other=0.0)
-            count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
+        entries = most * num_lists
+        for start in range(0, entries, TILE):
+            if EARLY:  # the next tile is loaded while this one is sorted out
+                known = (start + place) // num_lists < held
+                next_held, next_entry, next_score = _entries(places, start + TILE + place, num_lists, entries)
+            else:
+                held = tl.load(bin_list_length + (start + place) % num_lists, mask=start + place < entries, other=0)
+                known = (start + place) // num_lists < held
+                entry = tl.load(bin_list_page + start + place, mask=known, other=0)
+                entry_score = tl.load(bin_list_score + start + place, mask=known, other=0.0)
+            count, num_tied = _sort_out(
+                listed, count, tied, num_tied, entry, entry_score, known, boundary, BINS, PER_NAT
+            )
+            if EARLY:
+                held, entry, entry_score = next_held, next_entry, next_score
     if ZONE:
         upto = tl.cumsum(counts, 0)
         number = tl.max(upto, 0).to(tl.int64)
@@ -232,10 +272,18 @@ def _choose(
                 tl.store(logits + g * capacity + pages, nothing, mask=pages >= 0)
         tl.debug_barrier()  # `retrieve` marks pages in the list
     missing = retrieve(
-        step, layer, counters, hand, bh, b, position, num_pages, count, query_index, H, PAGE_BYTES, PAGE, PADDED,
-        LIST_TILE, HAND_TILE, SLOT_TILE,
+        step, layer, counters, hand, listed, slots, bh, b, position, num_pages, count, query_index, PAGE_BYTES, PAGE,
+        PADDED, LIST_TILE, HAND_TILE, SLOT_TILE,
     )  # fmt: skip
     tl.store(list_count + bh * 2 + 1, missing)
+
+
+@triton.jit
+def _entries(places, place, num_lists, stop):
+    """Entries `place` of the bin lists: how many the list of each has, page and score. Past a list's end they mean nothing."""
+    inside = place < stop
+    held = tl.load(places[4] + place % tl.maximum(num_lists, 1), mask=inside, other=0)
+    return held, tl.load(places[2] + place, mask=inside, other=0), tl.load(places[3] + place, mask=inside, other=0.0)
 
 
 @triton.jit

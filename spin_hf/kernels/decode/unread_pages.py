@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    BASIS_VECTORS, FIRST, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4, VALUE_BASIS,
-    page_rows, row_addresses,
+    BASIS_VECTORS, FIRST, LIST_CAPACITY, LOAD, LOGITS, NUM_SELECTED, PAGE_CAPACITY, PLAN_FIELDS, STOP, SUMMARY_3, SUMMARY_4,
+    VALUE_BASIS, directory_of, directory_rows, row_addresses, wait_for_launch,
 )  # fmt: skip
 from .coded_fields import coordinate_fields, halves, value_fields, value_weights, whole_sums
 
@@ -29,9 +29,11 @@ LEAST_SHARE = tl.constexpr(2.0**-16)
 @triton.jit
 def merge_partials(
     layer, partials, estimate, num_splits, bh, head, DTYPE: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial estimates of one query head of a (sequence, KV head), and make plain values of the sum.
+
+    Waits for the previous kernel, as the caller has not.
 
     Args:
         partials, estimate: see `ScanBuffers`. `estimate` is written.
@@ -49,6 +51,7 @@ def merge_partials(
     matrix = tl.load(axes + column[:, None] * DV + column[None, :], mask=square, other=0.0)  # before it is needed
     origin = tl.load(vectors + column, mask=column < DV, other=0.0)
     widths = tl.load(vectors + DV + column, mask=column < DV, other=0.0)
+    wait_for_launch(PDL)
     total = tl.zeros([BLOCK_V], tl.float32)
     weight = tl.zeros([], tl.float32)
     power = tl.full([], float("-inf"), tl.float32)
@@ -78,16 +81,18 @@ def merge_partials(
 
 @triton.jit
 def subtract_pages(
-    step, layer, plan, estimate, subtracted, listed, count, share, num_shares, bh, b, h, DTYPE: tl.constexpr,
+    step, layer, plan, estimate, subtracted, listed, list_count, share, num_shares, bh, b, h, DTYPE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
     VALUE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, COMPILED: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Add up the candidates in one share of a page list, as `scan_kernel` does, and make plain values of the sum.
 
     Args:
         subtracted: float32 [B * H, num_shares, G, DV + 1]. Written.
-        listed, count: the page list of one (sequence, KV head).
+        listed, list_count: the page list of one (sequence, KV head), and the address of its length.
         DTYPE: of the value axes.
+        WAITS: whether this waits for the previous kernel, as the caller has not.
     """
     TILE: tl.constexpr = 64
     row = plan + b * PLAN_FIELDS
@@ -107,18 +112,30 @@ def subtract_pages(
     lane = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_V)
     aligned: tl.constexpr = 16 if DV % 64 == 0 else 8 if DV % 32 == 0 else 4
+    some: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
+    square = (tl.arange(0, some) < DV)[:, None] & (column < DV)[None, :]
+    ahead = tl.load(axes + tl.arange(0, some)[:, None] * DV + column[None, :], mask=square, other=0.0)
+    widths = tl.load(vectors + DV + column, mask=column < DV, other=0.0)
+    directory = directory_of(step, b)
+    entry = share * TILE + lane
+    there = entry < tl.load(step + LIST_CAPACITY)
+    wait_for_launch(WAITS)
+    count = tl.load(list_count)
+    entered = tl.load(listed + entry, mask=there, other=-1)  # does not wait for `count`
     power = tl.load(estimate + (bh * G + group) * (DV + 2) + DV, mask=group < G, other=0.0)
     power = tl.where(power == float("-inf"), 0.0, power)
     taken = tl.zeros([4 * VALUE_BYTES, 2 * COLUMNS], tl.float32)
     weight = tl.zeros([TILE, COLUMNS], tl.float32)
     if scanned:
-        for start in range(share * TILE, count, num_shares * TILE):
-            pages = tl.load(listed + start + lane, mask=start + lane < count, other=-1)
+        for _ in range(share * TILE, count, num_shares * TILE):
+            pages = tl.where(entry < count, entered, -1)
+            entry += num_shares * TILE
+            entered = tl.load(listed + entry, mask=entry < count, other=-1)
             pages = tl.where(pages >= LOAD, pages - LOAD, pages)
             inside = (pages >= first) & (pages < stop)
             weighed = inside[:, None] & (group < G)[None, :]
             logs = tl.load(logits + group[None, :] * capacity + pages[:, None], mask=weighed, other=float("-inf"))
-            rows = page_rows(step, b, h, pages, inside, H, SEGMENT)
+            rows = directory_rows(directory, h, pages, inside, H, SEGMENT)
             codes = row_addresses(code_table, rows, inside, ROWS, DV // 4)
             scales = row_addresses(scale_table, rows, inside, ROWS, 2)
             code = tl.load(
@@ -137,16 +154,17 @@ def subtract_pages(
     first, second, coded, fine = coordinate_fields(BLOCK_V, DV)
     one = tl.gather(sums, _rows_of(first, VALUE_BYTES, COLUMNS), 0)
     two = tl.gather(sums, _rows_of(second, VALUE_BYTES, COLUMNS), 0)
-    widths = tl.where(coded, tl.load(vectors + DV + column, mask=column < DV, other=0.0), 0.0)
+    widths = tl.where(coded, widths, 0.0)
     coordinates = (one + tl.where(fine[:, None], 4.0 * two, 0.0)) * widths[:, None]
     # Coordinates up to 1 as pairs. The axes are orthonormal: float16 holds their numbers to 2^-25.
     unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(coordinates), 0), 1e-30))))
     pairs = halves(coordinates / unit[None, :], VALUES)
-    some: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
     for begin in tl.static_range(0, BLOCK_V, some):
         into = begin + tl.arange(0, some)
-        square = (into < DV)[:, None] & (column < DV)[None, :]
-        matrix = tl.load(axes + into[:, None] * DV + column[None, :], mask=square, other=0.0)
+        matrix = ahead
+        if begin + some < BLOCK_V:
+            square = (into + some < DV)[:, None] & (column < DV)[None, :]
+            ahead = tl.load(axes + (into + some)[:, None] * DV + column[None, :], mask=square, other=0.0)
         origin = tl.load(vectors + into, mask=into < DV, other=0.0)
         if tl.float16 == VALUES:
             plain = whole_sums(tl.dot(matrix.to(tl.float16), pairs)) * unit[None, :]
