@@ -370,7 +370,8 @@ class ForwardPass:
         self.backends.forget()
         self._prepared_for = self.state.pending = None
         for layer in self.state.layers:
-            layer.store = None
+            if layer.store is not None:
+                layer.store.invalidate = None  # it belongs to the layer's state, which refers to the store
         self.state.layers.clear()
         self.state.sequences.forget_stores()
 

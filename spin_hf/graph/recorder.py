@@ -13,6 +13,7 @@ What a step allocates stays reserved for its graph: on the first GPU in the grap
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -47,6 +48,7 @@ class Recorder:
             for device in self.others:
                 torch.cuda.synchronize(device)
                 stack.enter_context(torch.cuda.stream(_capture_stream(device)))
+            stack.enter_context(without_gc())
             main = _capture_stream(self.device)
             stack.enter_context(
                 torch.cuda.stream(main)
@@ -70,6 +72,18 @@ class Recorder:
         self.graph.replay()
         for stream in others:
             stream.wait_stream(main)
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Within this context the garbage collector does not run: it may destroy another graph, which breaks a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_real_sizes_in_sixteen_bits(
         assert torch.equal(mine, theirs)
     error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.mean()) < 0.02
-    assert float(error.max()) < 0.15
+    assert float(error.max()) < 0.2
 
 
 def _parts(driver: CacheDriver) -> list[torch.Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -94,6 +95,23 @@ def test_a_replay_is_ordered_with_the_streams_of_all_gpus(notes: list[str]) -> N
         "current0 waits for current1", "current0 waits for current2", "replay",
         "current1 waits for current0", "current2 waits for current0",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.usefixtures("notes")
+def test_the_garbage_collector_does_not_run_during_a_capture(fails: bool) -> None:
+    """It may destroy another graph, which breaks the capture."""
+    enabled = []
+
+    def step() -> None:
+        enabled.append(gc.isenabled())
+        if fails:
+            raise ValueError("reads the device")
+
+    with pytest.raises(ValueError, match="reads") if fails else nullcontext():
+        Recorder(DEVICES[:1]).record(step)
+    assert enabled == [False]
+    assert gc.isenabled()
 
 
 def test_a_step_that_fails_is_joined_and_its_error_is_raised(notes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
