@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.common.record import RESULTS
+from benchmarks.memory import cards
 from benchmarks.quality import long_outputs, passkey
 from benchmarks.quality.quality_tables import ruler_table, sparse_prefill_table, summary
 from benchmarks.results_tables import (
@@ -150,14 +151,14 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Prompts",
             "Time of one prompt and its first new tokens under `generate`, and the most GPU memory beside the weights. "
-            "Llama-3.1-8B shape, bfloat16, one H200. 131,072 tokens were measured once, shorter prompts three or five "
-            "times (the median), after a shorter prompt. In the first run other programs used the same processor. Rows "
-            "of 16 new tokens include compiling kernels, and so do 8 % of blocks in the last run. Keys and values of "
-            "131,072 tokens take 16 GiB. Sparse prompts of random weights read blocks at random beside those that are "
+            "Llama-3.1-8B shape, bfloat16, one H200. 131,072 and 655,360 tokens were measured once, shorter prompts three, "
+            "five or nine times (the median), after a shorter prompt. In the second run other programs used the same "
+            "processor. Rows of 16 new tokens include compiling kernels, and so do 8 % of blocks in the last run. Keys and "
+            "values of 131,072 tokens take 16 GiB. Sparse prompts of random weights read blocks at random beside those that are "
             "always read, and choose as they do otherwise. Which share real models need: [sparse "
             "prompts](#sparse-prompts).",
-            ("h200/prefill-llama-8b-in-place.json", "h200/prefill-llama-8b-times.json", "h200/prefill-llama-8b-24gb.json",
-             "h200/prefill-llama-8b.json"),
+            ("h200/prefill-llama-8b-640k.json", "h200/prefill-llama-8b-in-place.json", "h200/prefill-llama-8b-times.json",
+             "h200/prefill-llama-8b-24gb.json", "h200/prefill-llama-8b.json"),
             of_each(prompts),
         ),
         *measured(Section(
@@ -230,6 +231,14 @@ PARTS: dict[str, list[Section]] = {
             "Hit rate of bucketed LRU, and in brackets its difference from exact LRU in points.",
             ("traces.json",),
             of_each(batch_tables.traced),
+        ),
+        Section(
+            "Smaller GPUs",
+            "Longest prompt of one sequence that fits, as `spin_hf.plan` says: nothing was run. A process gets 14.6 or 23.2 "
+            "GiB of the GPU, and 11 or 56 GiB of host memory are free. Weights in four bits take 4.5 with their scales; keys and "
+            "values have 16. The last column is temporary memory while the longest prompt is read and indexed.",
+            ("cards.json",),
+            of_each(lambda result: cards.lines(list(result["rows"].values()))),
         ),
         Section(
             "Page tables",

@@ -14,6 +14,7 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     rerank_pages           `Bisection.select`, `reference.pages_down_to`                       test_triton_step, _methods
     select_pages           `reference.select_top_pages`                                        test_triton_step
     assign_slots           `reference.admit_pages`                                             test_assign_slots
+    rank_pages             `bin_scores` and `select_pages`, one after the other               test_rank_pages
     estimate_rest          `estimate` of RetroInfer and Bisection, `reference.attend`          test_triton_step
     project_queries        `reference_scan.page_log_weights`                                   test_scan
     scan_pages             `reference_scan.page_log_weights`, `coded_sum`                      test_scan
@@ -27,7 +28,7 @@ synchronization. Each kernel and its launch are in one file. PyTorch code specif
     permute_tokens         `reference.move_tokens`, `reference.page_means`                     test_permute_tokens
     copy_rows              `reference.take_rows`, `reference.put_rows`                         test_copy_rows
     copy_page              the same, of one page in several layers                             test_launches
-    gather_tokens          `reference.take_rows`, `PageLayout.take`                                test_gather_tokens
+    gather_tokens          `reference.take_rows`, `PageLayout.take`                            test_gather_tokens
     merge_partials         `reference.merge_attention`, `reference.merge_into`                 test_merge_partials
     choose_blocks          `reference_blocks.choose_blocks`                                    test_sparse_blocks
     attend_blocks          `reference_blocks.attend_blocks`                                    test_sparse_blocks
