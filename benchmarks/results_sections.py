@@ -154,8 +154,8 @@ PARTS: dict[str, list[Section]] = {
             "Llama-3.1-8B shape, bfloat16, one H200. 131,072 and 655,360 tokens were measured once, shorter prompts three, "
             "five or nine times (the median), after a shorter prompt. In the second run other programs used the same "
             "processor. Rows of 16 new tokens include compiling kernels, and so do 8 % of blocks in the last run. Keys and "
-            "values of 131,072 tokens take 16 GiB. Sparse prompts of random weights read blocks at random beside those that are "
-            "always read, and choose as they do otherwise. Which share real models need: [sparse "
+            "values of 131,072 tokens take 16 GiB. Sparse prompts of random weights read blocks at random beside "
+            "those that are always read, and choose as they do otherwise. Which share real models need: [sparse "
             "prompts](#sparse-prompts).",
             ("h200/prefill-llama-8b-640k.json", "h200/prefill-llama-8b-in-place.json", "h200/prefill-llama-8b-times.json",
              "h200/prefill-llama-8b-24gb.json", "h200/prefill-llama-8b.json"),
@@ -235,8 +235,8 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Smaller GPUs",
             "Longest prompt of one sequence that fits, as `spin_hf.plan` says: nothing was run. A process gets 14.6 or 23.2 "
-            "GiB of the GPU, and 11 or 56 GiB of host memory are free. Weights in four bits take 4.5 with their scales; keys and "
-            "values have 16. The last column is temporary memory while the longest prompt is read and indexed.",
+            "GiB of the GPU, and 11 or 56 GiB of host memory are free. Weights in four bits take 4.5 with their scales; keys "
+            "and values have 16. The last column is temporary memory while the longest prompt is read and indexed.",
             ("cards.json",),
             of_each(lambda result: cards.lines(list(result["rows"].values()))),
         ),
