@@ -136,12 +136,12 @@ def test_an_output_takes_over_a_result(mode: Any) -> None:
 
 @torch.no_grad()
 def test_a_whole_prompt_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first forward of a prompt has one result; with earlier tokens there are several, which are merged."""
+    """The first forward of a prompt has one result; many queries behind earlier tokens have several, which are merged."""
     model, merges = build_model("llama"), []
     merge = dense.kernels.merge_into
     monkeypatch.setattr(dense.kernels, "merge_into", lambda *given: merges.append(len(given[0])) or merge(*given))
     cache = SpinCache(model, budget=EVERYTHING)
     model(random_tokens(2, 40), past_key_values=cache)
     assert not merges
-    model(random_tokens(2, 40, seed=1), past_key_values=cache)
+    model(random_tokens(2, 200, seed=1), past_key_values=cache)
     assert merges == [2] * len(cache.paged_layers)
