@@ -165,16 +165,14 @@ PARTS: dict[str, list[Section]] = {
             "Many requests at once",
             "Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. Decode rates are those of steps with nearly as "
             "many rows as there ever were. Dense systems are computed from measured prompts and steps in a CUDA graph, static "
-            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request. Other programs used "
-            "the same processor.",
+            "batches of `SpinCache` from one measured batch. TTFT counts from the arrival of a request.",
             files_like("requests-*.json"),
             lambda results: [table for result in results for table in request_tables.tables(result)],
         )),
         *measured(Section(
             "Prompts that are read once and used again",
             "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. `fitted` in the first run, "
-            "beside which other programs used the same processor; in the others `bisection` unless a row says otherwise. A "
-            "restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* ones are "
+            "in the others `bisection` unless a row says otherwise. A restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* ones are "
             "not. Peak memory is beside the weights; of questions, it is that of the answers. The prefill for each question "
             "is measured once and multiplied by eight.",
             ("h200/prefixes-fitted-llama-8b.json", "h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json",
