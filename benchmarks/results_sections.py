@@ -172,9 +172,9 @@ PARTS: dict[str, list[Section]] = {
         *measured(Section(
             "Prompts that are read once and used again",
             "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. `fitted` in the first run, "
-            "in the others `bisection` unless a row says otherwise. A restored prompt has 64 new tokens behind the stored ones. *Warm* files are in the page cache, *cold* ones are "
-            "not. Peak memory is beside the weights; of questions, it is that of the answers. The prefill for each question "
-            "is measured once and multiplied by eight.",
+            "in the others `bisection` unless a row says otherwise. A restored prompt has 64 new tokens behind the stored "
+            "ones. *Warm* files are in the page cache, *cold* ones are not. Peak memory is beside the weights; of "
+            "questions, it is that of the answers. The prefill for each question is measured once and multiplied by eight.",
             ("h200/prefixes-fitted-llama-8b.json", "h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json",
              "h200/prefixes-disk-llama-8b.json"),
             lambda results: [table for result in results for table in prefix_tables.tables(result)],
