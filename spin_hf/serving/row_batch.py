@@ -146,6 +146,11 @@ class RowBatch:
                 ids = torch.tensor(list(tokens.values()), dtype=torch.int64).to(device)
             return self._step(rows, ids[:, None])
 
+    def close(self) -> None:
+        """Let go of all caches, kernels and graphs. The batch is empty."""
+        self._rows = [None] * len(self._rows)
+        self._steps.drop()
+
     def _step(self, rows: dict[int, Row], ids: Tensor) -> Tensor:
         """`step` by PyTorch, in which each row attends by itself."""
         for index, row in rows.items():

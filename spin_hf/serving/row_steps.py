@@ -84,6 +84,14 @@ class RowSteps:
                 if len(self._seats.get(kind, [])) == number:
                     self._seats[kind] = seats
 
+    def drop(self) -> None:
+        """Let go of kernels, graphs and rows."""
+        for program in self._programs.values():  # which are part of reference cycles
+            program.graphs.clear()
+            self._move(program, [None] * len(program.rows))
+        self._programs.clear()
+        self._seats.clear()
+
     def step(self, rows: dict[int, Row], tokens: list[int], ids: Tensor | None = None) -> Tensor:
         """As `RowBatch.step`, for rows that kernels serve."""
         given = dict(zip(rows.values(), tokens if ids is None else range(len(tokens)), strict=True))

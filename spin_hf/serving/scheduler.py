@@ -71,7 +71,7 @@ class Scheduler:
         self.relief, self.decoder = MemoryRelief(self), Decoder(self)
         self.any_cancelled = False
         self.collect: Callable[[], object] = lambda: None
-        """Called for requests that were submitted since the turn began to be queued."""
+        """Queues requests that were submitted since the turn began."""
         self.memory = (0, 0)
         """Bytes of all caches on the GPU and in host memory, when they were last counted."""
         self._divides = self._may_pause = False
@@ -386,8 +386,9 @@ class Scheduler:
             torch.cuda.synchronize(self.model.device)
 
     def close(self) -> None:
-        """Free what is held between requests."""
+        """Free what is held between requests, without waiting for the garbage collector."""
         self.prefixes.drop_all()
+        self.batch.close()
 
 
 def _tensor(ids: array[int]) -> Tensor:

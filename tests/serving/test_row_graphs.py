@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_hf import CacheStateError, CapacityError, Fitted, SpinCache
+from spin_hf import CacheStateError, CapacityError, Fitted, RequestLoop, SpinCache
 from spin_hf.serving import row_batch, row_program, row_steps
 from tests.support.freed_memory import weak_arrays, without_gc
 from tests.support.graph_recorder import FakeRecorder, capture_on_cpu, eagerly
@@ -148,6 +148,31 @@ def test_a_cache_that_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not any(reference() for reference in held)
             if number == 0:
                 requests.step(1)
+
+
+def test_a_closed_loop_holds_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor caches, if its thread has failed."""
+    model = build_model("llama")
+    capture_on_cpu(monkeypatch)
+    with without_gc():
+        loop = RequestLoop(model, max_rows=2, share_prefixes=False, **OPTIONS)
+        scheduler = loop.scheduler
+        request = loop.unchecked(random_tokens(1, 40)[0].tolist(), max_new_tokens=9)
+        scheduler.waiting.append(request)
+        for _ in range(5):
+            scheduler.turn()
+        assert request.cache is not None
+        graphs = [graph for program in scheduler.batch._steps._programs.values() for graph in program.graphs.values()]
+        held = [weakref.ref(graph) for graph in graphs if graph is not None]
+        assert held
+        held += weak_arrays(request.cache)
+        del graphs
+        scheduler.decoder.settle()
+        scheduler.close()
+        request.end("error")
+        scheduler.running.clear()
+        del request
+        assert not any(reference() for reference in held)
 
 
 def test_a_changed_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
