@@ -66,7 +66,7 @@ class GpuMemory:
         self.streams: dict[torch.device, Any] = {}
         """The stream that uses its memory, by device."""
         self.used = 0
-        """Grows with every check of any cache: the larger, the later this one was used."""
+        """Number of its last check, among the checks of all caches."""
         self._steps_left = self.tuning.check_interval_steps
 
     @property

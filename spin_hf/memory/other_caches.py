@@ -1,9 +1,10 @@
-"""Memory of a GPU that caches with `gpu_memory="auto"` share: who gives back for whom.
+"""Memory of a GPU that caches with `gpu_memory="auto"` share: which of them give back memory for another one.
 
-    a cache needs   all of its pages on the GPU, if that is at most half of what can be had; else its share, by size
-    it gets         first   buffer pages of caches whose pages are in host memory, in proportion to what each can give
-                    then    caches whose pages are on the GPU move to host memory, one by one: the smallest that suffices,
-                            else the largest; of equal ones the one that was used longest ago
+    a cache requests   room for all of its pages, if that is at most half of what is free or can be given back; else its share,
+                       in proportion to sizes
+    it gets, first     buffer pages of caches whose pages are in host memory, in proportion to what each can give
+             then      caches whose pages are on the GPU move to host memory, one by one: the smallest that suffices, else the
+                       largest; of equal ones the one that was used longest ago
 
 Moving takes long, moves all pages of a cache, and there is no way back, so few caches move. Every cache keeps the frames of one
 step. A cache that is inside a step, or used by another live thread, is not changed from outside; it reclaims at its next step.
@@ -82,13 +83,11 @@ def request_bytes(one: Memory, device: torch.device, missing: int) -> None:
         quotas = watermarks.split_fairly(missing, [_givable(other, device) for other in paged])
         for other, quota in zip(paged, quotas, strict=True):
             missing -= _given(other, device, quota)
-        whole = [other for other in others if other not in paged and _givable(other, device)]
-        while missing > 0 and whole:
-            sizes = {other: _givable(other, device) for other in whole}
-            enough = [other for other in whole if sizes[other] >= missing]
-            size = min(sizes[other] for other in enough) if enough else max(sizes.values())
-            other = min((each for each in whole if sizes[each] == size), key=lambda each: each.used)
-            whole.remove(other)
+        sizes = {other: size for other in others if other not in paged and (size := _givable(other, device))}
+        while missing > 0 and sizes:
+            size = min((size for size in sizes.values() if size >= missing), default=max(sizes.values()))
+            other = min((each for each in sizes if sizes[each] == size), key=lambda each: each.used)
+            del sizes[other]
             missing -= _given(other, device, min(missing, size))
 
 

@@ -14,7 +14,7 @@ from collections import deque
 _SMOOTHING = 0.2
 """Weight of the newest step in the mean."""
 _STEADY = 15
-"""Steps whose median is the time of a steady one."""
+"""Steps whose median is taken."""
 
 
 class Pace:
@@ -36,7 +36,7 @@ class Pace:
 
     @property
     def steady_s(self) -> float:
-        """Median seconds of steps that nobody had joined before; 0 if there was none."""
+        """Median seconds of the last steps in which every request had taken one before; 0 if there was none."""
         return statistics.median(self._steady) if self._steady else 0.0
 
     def stepped(self, seconds: float, steady: bool) -> None:

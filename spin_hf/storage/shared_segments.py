@@ -69,8 +69,9 @@ class SharedSegments:
 
     def claim(self, refcounts: Sequence[int]) -> int | None:
         """Take a segment that no table references; None if there is none."""
+        referenced = _referenced(refcounts)
         for segment, share in self._shares.items():
-            if not _is_referenced(segment, refcounts) and share.holders <= self._alone:
+            if segment not in referenced and share.holders <= self._alone:
                 with _lock:
                     if share.holders <= self._alone:
                         share.holders.add(self._table)
@@ -80,32 +81,32 @@ class SharedSegments:
 
     def share(self, refcounts: Sequence[int], capacity: int) -> None:
         """Make all segments below `capacity` ready to be seen by forks."""
-        shares, table = self._shares, self._table
+        shares, table, referenced = self._shares, self._table, _referenced(refcounts)
         members: set[object] = {table}
         for segment in range(capacity):
             share = shares.get(segment)
             if share is None:
                 share = shares[segment] = _Share(members, set())
-            if segment < len(refcounts) and refcounts[segment]:
+            if segment in referenced:
                 share.holders.add(table)
 
     def fork(self, refcounts: Sequence[int]) -> SharedSegments:
         """The shared segments of a new table that sees the same chunks and references the same segments."""
         twin = SharedSegments()
-        shares, table = twin._shares, twin._table
+        shares, table, referenced = twin._shares, twin._table, _referenced(refcounts)
         shares.update(self._shares)
         for segment, share in shares.items():
             share.members.add(table)
-            if segment < len(refcounts) and refcounts[segment]:
+            if segment in referenced:
                 share.holders.add(table)
         return twin
 
     def publish(self, refcounts: Sequence[int]) -> list[int]:
         """Stop holding segments that are not referenced. Returns the segments that only this table can see, for `forget`."""
-        gone, table = [], self._table
+        gone, referenced = [], _referenced(refcounts)
         for segment, share in self._shares.items():
-            if segment >= len(refcounts) or not refcounts[segment]:
-                share.holders.discard(table)
+            if segment not in referenced:
+                share.holders.discard(self._table)
             if len(share.members) == 1:
                 gone.append(segment)
         self.is_behind = False
@@ -122,19 +123,18 @@ class SharedSegments:
 
     def check_integrity(self, refcounts: Sequence[int]) -> None:
         """Raise CacheStateError if a referenced segment is not held, or holders are not members."""
+        referenced = _referenced(refcounts)
         for segment, share in self._shares.items():
             # An interrupted `settle_forks` may have left a segment that only this table sees.
             is_held = self._table in share.holders or share.members == self._alone
-            require_integrity(
-                is_held or not _is_referenced(segment, refcounts), f"segment {segment} is referenced and not held"
-            )
+            require_integrity(is_held or segment not in referenced, f"segment {segment} is referenced and not held")
             require_integrity(share.holders <= share.members, f"a table holds segment {segment} and cannot see it")
             require_integrity(self._table in share.members, f"segment {segment} is shared by others only")
 
 
-def _is_referenced(segment: int, refcounts: Sequence[int]) -> bool:
-    """Whether the table with these reference counts uses a segment, which may lie behind all that it has used."""
-    return segment < len(refcounts) and refcounts[segment] > 0
+def _referenced(refcounts: Sequence[int]) -> set[int]:
+    """The segments that the table with these reference counts uses."""
+    return {segment for segment, count in enumerate(refcounts) if count > 0}
 
 
 def _leave(table: object, shares: dict[int, _Share]) -> None:
