@@ -4,6 +4,7 @@
     --methods shadowkv shadowkv:model bisection retroinfer quest oracle window
                                                 ":model" keeps summaries in the model's dtype, not int8
                                                 "+int8pages" pages everything, in the cpu tier as int8 (cpu_dtype="int8")
+                                                two-bit-keys:model is a rival of benchmarks only (`two_bit_keys.py`)
     --gates seer=DIR other=DIR                  methods of these names are SeerAttention with gates from a folder
     --dtype bfloat16 (default) float16 float32  --device cpu (default) cuda    on a GPU too methods choose by their formulas
 
@@ -46,6 +47,7 @@ from benchmarks.quality.chosen_tokens import RECENT, SINKS, Chosen, Mass, choose
 from benchmarks.quality.divergence import divergence
 from benchmarks.quality.prefill import Prefill, load_model
 from benchmarks.quality.quality_tables import kl_table
+from benchmarks.quality.two_bit_keys import TwoBitKeys
 from spin_hf import SeerAttention, plan
 from spin_hf.attention.methods.seer_gate_file import load_gates
 
@@ -121,7 +123,9 @@ def measure(
         name, _, pages = method.partition("+")
         name, _, dtype = name.partition(":")
         folder = gates.get(name)
-        chosen = name if folder is None else SeerAttention(folder, page_size=load_gates(folder).page_size)
+        chosen: Any = TwoBitKeys() if name == TwoBitKeys.name else name
+        if folder is not None:
+            chosen = SeerAttention(folder, page_size=load_gates(folder).page_size)
         options: dict[str, Any] = dict(
             budget=budget, num_sink_tokens=SINKS, recent_window=RECENT, summary_dtype=dtype or "int8"
         )
