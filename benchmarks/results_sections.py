@@ -287,6 +287,14 @@ PARTS: dict[str, list[Section]] = {
             losses("shadowkv"),
         ),
         Section(
+            "Single tokens by keys in two bits",
+            "KL and attention mass as below. *two-bit-keys* reads the single tokens whose own keys, rotated and in two bits per "
+            "number, have the best products with the query: the idea of arXiv 2604.08426, without its other savings. `fitted` "
+            "also estimates what it does not read.",
+            ("quality-two-bit-keys-smollm2.json", "quality-two-bit-keys-qwen2.5-0.5b.json"),
+            losses(),
+        ),
+        Section(
             "`bisection` and `shadowkv`",
             "KL divergence of the next token from dense attention (nats, lower is better), and attention mass read as a "
             "fraction of what the best tokens hold. Estimates do not count in the mass. The questions are about a number "
