@@ -288,7 +288,7 @@ PARTS: dict[str, list[Section]] = {
         ),
         Section(
             "Single tokens by keys in two bits",
-            "KL and attention mass as below. *two-bit-keys* reads the single tokens whose own keys, rotated and in two bits per "
+            "KL and attention mass as below. *two-bit-keys* reads the single tokens whose own keys, rotated and in two bits a "
             "number, have the best products with the query: the idea of arXiv 2604.08426, without its other savings. `fitted` "
             "also estimates what it does not read.",
             ("quality-two-bit-keys-smollm2.json", "quality-two-bit-keys-qwen2.5-0.5b.json"),
