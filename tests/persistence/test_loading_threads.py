@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from spin_hf.persistence.checksum import piece_checksum
 from spin_hf.persistence.manifest import OtherLayer, PagedLayer
 from spin_hf.persistence.piece_reader import PieceReader
 from spin_hf.persistence.reader import later_layers_alike
-from spin_hf.persistence.staging import Staging
+from spin_hf.persistence.staging import NUM_BUFFERS, Staging
 from spin_hf.storage.page_store import PageStore
 from tests.support.late_copies import LateStream, copies_are_late
 from tests.support.memory import with_tight_gpu_memory
@@ -74,9 +74,9 @@ def test_pages_on_a_gpu_are_checked_there(
     cache.save_pretrained(tmp_path)
     on_host = list[int]()
 
-    def noted(buffers: list[memoryview]) -> bytes:
+    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
         on_host.append(sum(buffer.nbytes for buffer in buffers))
-        return piece_checksum(buffers)
+        return piece_checksum(buffers, *before)
 
     monkeypatch.setattr(opened, "piece_checksum", noted)
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
@@ -99,29 +99,51 @@ def test_pages_on_a_gpu_are_checked_there(
 
 
 def test_a_buffer_is_free_before_it_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies_are_late(monkeypatch)
-    held, places = Staging(), [torch.zeros(6, dtype=torch.uint8) for _ in range(9)]
-    addresses = set()
-    for number, place in enumerate(places):
-        buffer = held.buffer(6, CPU)
-        addresses.add(buffer.data_ptr())
-        buffer.fill_(number)
-        held.copy(buffer.view(3, 2), [place.view(3, 2)[:1], place.view(3, 2)[1:]], CPU)
-    assert [int(place[0]) for place in places[-2:]] == [0, 0], "the last two are not waited for yet"
+    """Blocks end where a place ends. As many copies as there are buffers are on their way."""
+    copies_are_late(monkeypatch, block_bytes=6)
+    held, places, addresses = Staging(), [torch.zeros(size, dtype=torch.uint8) for size in (20, 3, 12, 6)], set()
+    content = bytes(range(1, 42))
+
+    def read(views: list[memoryview], offset: int) -> None:
+        (view,) = views
+        addresses.add(ctypes.addressof(ctypes.c_char.from_buffer(view)))
+        view[:] = content[offset : offset + len(view)]
+
+    with held.upload(CPU) as upload:
+        upload.read(read, 0, places)
+    copied = torch.cat(places).tolist()
+    late = [6, 2, 3, 6, 6, 6][-NUM_BUFFERS:]
+    assert copied == [*content[: 41 - sum(late)], *[0] * sum(late)], "the last ones are not waited for yet"
     held.wait()
-    assert [place.tolist() for place in places] == [[number] * 6 for number in range(9)]
-    assert len(addresses) == 2
+    assert torch.cat(places).tolist() == list(content)
+    assert len(addresses) == NUM_BUFFERS
+
+
+def test_what_is_fetched_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made behind the copies. The next call hands it over, and the last one is waited for."""
+    copies_are_late(monkeypatch, block_bytes=6)
+    held, place, found = Staging(), torch.zeros(8, dtype=torch.uint8), list[Any]()
+
+    def read(views: list[memoryview], offset: int) -> None:
+        views[0][:] = bytes([offset + 1] * len(views[0]))
+
+    for number in range(3):
+        with held.upload(CPU) as upload:
+            upload.read(read, 10 * number, [place])
+            upload.fetch(lambda: place.sum(), found.append)
+        assert len(found) == number
+    held.wait()
+    assert found == [6 * (10 * number + 1) + 2 * (10 * number + 7) for number in range(3)]
 
 
 def test_a_failing_copy_is_waited_for(late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
     copy = LateStream.copy
 
-    def failing(self: LateStream, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        wait = copy(self, pairs)
+    def failing(self: LateStream, place: Tensor, content: Tensor) -> None:
+        copy(self, place, content)
         if self.copies == 3:
             raise torch.OutOfMemoryError("injected")
-        return wait
 
     monkeypatch.setattr(LateStream, "copy", failing)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
