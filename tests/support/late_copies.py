@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.persistence import contents, fills, shards, staging
+from spin_hf.persistence import contents, fills, opened, shards, staging
 
 
 class LateStream:
@@ -71,13 +71,19 @@ class LateEvent:
 def copies_are_late(
     monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096, block_bytes: int = 2048
 ) -> list[LateStream]:  # fmt: skip
-    """All pages go through buffers and streams that copy late, in small blocks and pieces. Returns the streams made."""
+    """All pages go through buffers and streams that copy late, in small blocks, pieces and units. Returns the streams made."""
     monkeypatch.setattr(LateStream, "made", [])
     monkeypatch.setattr(staging, "CopyStream", LateStream)
     monkeypatch.setattr(staging, "has_streams", lambda device: True)
     monkeypatch.setattr(staging, "_allocate", lambda num_bytes, locks: torch.empty(num_bytes, dtype=torch.uint8))
-    monkeypatch.setattr(staging, "BLOCK_BYTES", block_bytes)
     for module in (contents, fills):
         monkeypatch.setattr(module, "in_host_memory", lambda device: False)
-    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
+    small_blocks(monkeypatch, piece_bytes, block_bytes)
     return LateStream.made
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096, block_bytes: int = 2048) -> None:
+    """A small cache has many blocks, pieces and units."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(staging, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(opened, "_UNIT_BYTES", 3 * piece_bytes)
