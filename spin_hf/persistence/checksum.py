@@ -64,6 +64,12 @@ def row_sums(views: Sequence[Tensor], piece_bytes: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def sums_bytes(num_bytes: int, piece_bytes: int) -> int:
+    """Bytes that `row_sums` gives of pieces of `num_bytes` in all."""
+    each = (divmod(min(piece_bytes, num_bytes - begin), ROW_BYTES) for begin in range(0, num_bytes, piece_bytes))
+    return sum(rows * _WORD.itemsize + rest for rows, rest in each)
+
+
 def checksums_of(sums: memoryview, num_bytes: int, piece_bytes: int) -> Iterator[bytes]:
     """The checksum of each piece, as `piece_checksum` gives it.
 
@@ -73,8 +79,7 @@ def checksums_of(sums: memoryview, num_bytes: int, piece_bytes: int) -> Iterator
         piece_bytes: bytes of every piece but the last.
     """
     for begin in range(0, num_bytes, piece_bytes):
-        rows, rest = divmod(min(piece_bytes, num_bytes - begin), ROW_BYTES)
-        length = rows * _WORD.itemsize + rest
+        length = sums_bytes(min(piece_bytes, num_bytes - begin), piece_bytes)
         yield zlib.crc32(sums[:length]).to_bytes(4, "little")
         sums = sums[length:]
 

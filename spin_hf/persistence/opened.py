@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import shown
 from ..errors import SavedCacheError, SpinError
-from .checksum import NO_BYTES, checksums_of, piece_checksum, row_sums, runs_of
+from .checksum import NO_BYTES, checksums_of, piece_checksum, row_sums, runs_of, sums_bytes
 from .files import OpenFile, folder_path
 from .fills import Destination, PlainTensor
 from .fingerprint import tokens_hash
@@ -155,8 +155,8 @@ class OpenCache:
         with staging.upload(views[0].device) as upload:
             upload.read(file.read_into, offset, views)
             if self.verify:
-                where = file.name, offset, end - begin, piece_bytes
-                upload.fetch(partial(row_sums, views, piece_bytes), partial(self._note_sums, *where))
+                num_bytes, made = sums_bytes(end - begin, piece_bytes), partial(row_sums, views, piece_bytes)
+                upload.fetch(num_bytes, made, partial(self._note_sums, file.name, offset, end - begin, piece_bytes))
 
     def _read_pieces(
         self, file: OpenFile, views: list[memoryview], offset: int, piece_bytes: int, staging: Staging
@@ -173,9 +173,9 @@ class OpenCache:
                 offset += sum(map(len, block))
             self._checksums[file.name, at] = checksum
 
-    def _note_sums(self, name: str, offset: int, num_bytes: int, piece_bytes: int, sums: Tensor) -> None:
+    def _note_sums(self, name: str, offset: int, num_bytes: int, piece_bytes: int, sums: memoryview) -> None:
         """Note the checksums of pieces, from the row sums that a GPU has computed."""
-        for checksum in checksums_of(bytes_of(sums), num_bytes, piece_bytes):
+        for checksum in checksums_of(sums, num_bytes, piece_bytes):
             self._checksums[name, offset] = checksum
             offset += piece_bytes
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,7 +98,9 @@ class Staging:
         with stream.current():
             for place, content in pairs:
                 stream.copy(place, content)
-        stream.wait()
+            copied = stream.event()
+            copied.record()
+        copied.wait()
 
     @contextmanager
     def upload(self, device: torch.device) -> Iterator[Upload]:
@@ -122,27 +124,46 @@ class Staging:
             upload.hand_over()
 
 
-class _Buffer(NamedTuple):
-    """A page-locked buffer: as a tensor, as memory for a read, and the event behind the copy from it."""
+class _Buffer:
+    """A page-locked buffer, and the copy to it or from it that may be running.
 
-    content: Tensor
-    memory: list[memoryview]
-    copied: CopyEvent
+    Attributes:
+        content, memory: the buffer as a tensor, and for a read.
+        copied: the event behind the copy.
+        then: called once the copy has ended; None for nothing.
+    """
+
+    def __init__(self, content: Tensor, copied: CopyEvent) -> None:
+        self.content, self.memory, self.copied = content, [bytes_of(content)], copied
+        self.then: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Wait for the copy, and hand over what it has fetched."""
+        self.copied.wait()
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
 
 
 class Upload:
     """Reads bytes of files into memory of one GPU, for one thread.
 
     Args:
-        stream: that copies run on. It is current while the methods are called.
+        stream: that copies run on. It is current while `read` and `fetch` are called.
     """
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream, self._block_bytes = stream, BLOCK_BYTES
         parts = _allocate(NUM_BUFFERS * BLOCK_BYTES, True).split(BLOCK_BYTES)  # one call to the driver
-        self._buffers = deque(_Buffer(part, [bytes_of(part)], stream.event()) for part in parts)
-        self._fetched: Callable[[], None] | None = None
-        """Hands over what was fetched last."""
+        self._buffers = deque(_Buffer(part, stream.event()) for part in parts)
+        """The one that is used next is the first."""
+
+    def _next(self) -> _Buffer:
+        """The next buffer, which no copy uses."""
+        buffer = self._buffers[0]
+        self._buffers.rotate(-1)
+        buffer.settle()
+        return buffer
 
     def read(
         self, read_into: Callable[[list[memoryview], int], None], offset: int, places: Sequence[Tensor]
@@ -153,36 +174,39 @@ class Upload:
             read_into: of an `OpenFile`.
             places: uint8 in one dimension each, in order.
         """
-        stream, buffers, whole = self._stream, self._buffers, self._block_bytes
+        stream, whole = self._stream, self._block_bytes
         for place in places:
             for block in place.split(whole):
-                content, memory, copied = buffers[0]
-                buffers.rotate(-1)
-                copied.wait()
-                size = len(block)
+                buffer, size = self._next(), len(block)
+                content, memory = buffer.content, buffer.memory
                 if size < whole:
                     content, memory = content[:size], [memory[0][:size]]
                 read_into(memory, offset)
                 stream.copy(block, content)
-                copied.record()
+                buffer.copied.record()
                 offset += size
 
-    def fetch(self, made: Callable[[], Tensor], then: Callable[[Tensor], None]) -> None:
-        """Make a tensor from what was read, and copy it to host memory. Runs on when this returns.
+    def fetch(self, num_bytes: int, made: Callable[[], Tensor], then: Callable[[memoryview], None]) -> None:
+        """Make a tensor from what was read, and copy it to host memory. Runs on when this returns, if it fits a buffer.
 
         Args:
-            made: makes the tensor on the GPU.
-            then: called with the copy: by the next `fetch`, or by `Staging.wait`.
+            num_bytes: of the tensor.
+            made: makes it on the GPU, uint8 in one dimension.
+            then: called with the copy, at the latest by `Staging.wait`.
         """
-        self.hand_over()
-        fetched = self._stream.fetch(made)
-        self._fetched = lambda: then(fetched())
+        if num_bytes > self._block_bytes:
+            self._stream.wait()
+            then(bytes_of(made().cpu()))
+            return
+        buffer = self._next()
+        self._stream.fetch(buffer.content[:num_bytes], made)
+        buffer.copied.record()
+        buffer.then = partial(then, buffer.memory[0][:num_bytes])
 
     def hand_over(self) -> None:
-        """Wait for what was fetched last, and hand it over."""
-        fetched, self._fetched = self._fetched, None
-        if fetched is not None:
-            fetched()
+        """Wait for all copies, and hand over what was fetched."""
+        for buffer in self._buffers:
+            buffer.settle()
 
 
 class CopyStream:
@@ -199,16 +223,9 @@ class CopyStream:
         """Start a copy to the device or from it."""
         place.copy_(content, non_blocking=True)
 
-    def fetch(self, made: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Make a tensor on the device, behind the copies, and copy it to host memory. Returns a function that waits for it."""
-        held, copied = made().to("cpu", non_blocking=True), self.event()  # into page-locked memory
-        copied.record()
-
-        def wait() -> Tensor:
-            copied.wait()
-            return held
-
-        return wait
+    def fetch(self, place: Tensor, made: Callable[[], Tensor]) -> None:
+        """Make a tensor of the device behind the copies, and start a copy of it to `place`."""
+        place.copy_(made(), non_blocking=True)
 
     def event(self) -> CopyEvent:
         """An event of this stream, which may be recorded again and again."""

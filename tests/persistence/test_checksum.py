@@ -9,7 +9,7 @@ import zlib
 import pytest
 import torch
 
-from spin_hf.persistence.checksum import checksums_of, piece_checksum, row_sums
+from spin_hf.persistence.checksum import checksums_of, piece_checksum, row_sums, sums_bytes
 from spin_hf.persistence.shards import bytes_of
 
 ROW = 512
@@ -87,4 +87,5 @@ def test_on_a_device(piece_bytes: int, size: int) -> None:
         views = [held[start:stop] for start, stop in itertools.pairwise(cuts)]
         expected = [_of(bytes(piece.tolist())) for piece in held.split(piece_bytes)]
         sums = row_sums(views, piece_bytes)
+        assert len(sums) == sums_bytes(size, piece_bytes)
         assert list(checksums_of(bytes_of(sums), size, piece_bytes)) == expected, cuts

@@ -147,21 +147,24 @@ def test_a_buffer_is_free_before_it_is_filled_again(monkeypatch: pytest.MonkeyPa
     assert len(addresses) == NUM_BUFFERS
 
 
-def test_what_is_fetched_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made behind the copies. The next call hands it over, and the last one is waited for."""
+@pytest.mark.parametrize("size", [3, 6, 8])
+def test_what_is_fetched_is_handed_over(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made behind the copies, and handed over once its buffer is needed; at once if it fits no buffer."""
     copies_are_late(monkeypatch, block_bytes=6)
-    held, place, found = Staging(), torch.zeros(8, dtype=torch.uint8), list[Any]()
+    held, place, found = Staging(), torch.zeros(8, dtype=torch.uint8), list[list[int]]()
 
     def read(views: list[memoryview], offset: int) -> None:
         views[0][:] = bytes([offset + 1] * len(views[0]))
 
-    for number in range(3):
+    for number in range(5):
         with held.upload(CPU) as upload:
             upload.read(read, 10 * number, [place])
-            upload.fetch(lambda: place.sum(), found.append)
-        assert len(found) == number
+            upload.fetch(size, lambda: place[-size:] + 1, lambda memory: found.append(list(memory)))
+        assert (len(found) == number + 1) == (size > 6)
+    assert found
     held.wait()
-    assert found == [6 * (10 * number + 1) + 2 * (10 * number + 7) for number in range(3)]
+    expected = [[*[10 * number + 2] * 6, *[10 * number + 8] * 2][-size:] for number in range(5)]
+    assert found == expected
 
 
 def test_a_failing_copy_is_waited_for(late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
