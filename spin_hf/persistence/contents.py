@@ -26,7 +26,7 @@ from .fingerprint import ModelFacts, fingerprint, tokens_hash
 from .manifest import OPTIONS, Layer, Manifest, OtherLayer, PagedLayer, pages_dtype
 from .other_layers import contents
 from .shards import DTYPES, PIECE_BYTES, Part, bytes_of
-from .staging import Staging, in_host_memory
+from .staging import Staging, has_streams, in_host_memory
 
 
 class Contents:
@@ -140,7 +140,7 @@ class Contents:
         partly = [number for number in numbers if (self.places[number] + 1) * places > full]
         if not partly and in_host_memory(array.device):
             return [bytes_of(view) for view in views]
-        buffer = staging.buffer((stop - first) * array.row_bytes, array.device)
+        buffer = staging.buffer((stop - first) * array.row_bytes, has_streams(array.device))
         content = buffer.view(array.dtype).view(stop - first, *array.row_shape)
         staging.gather(views, content, array.device)
         for number in partly:

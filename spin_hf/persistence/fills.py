@@ -1,10 +1,9 @@
-"""Memory that a saved tensor is read into: the chunks of a page store, or buffers."""
+"""Memory that a saved tensor is read into, or converted to: the chunks of a page store, or a tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,57 +11,44 @@ from torch import Tensor
 from ..storage.chunked_array import ChunkedArray
 from ..storage.page_store import PageStore
 from .manifest import PagedLayer
-from .shards import bytes_of
 from .staging import Staging, in_host_memory
 from .strict_json import RefusedError
 
 
-class Target(NamedTuple):
-    """Memory for a piece of a tensor.
+class Destination(Protocol):
+    """Where the bytes of a tensor go.
 
     Attributes:
-        views: memory that together takes the bytes of the piece, in order.
-        finish: called once they are full, if given.
+        is_direct: whether they go to `views` as the file has them. Otherwise `put` takes them.
+        is_on_gpu: whether they end up in memory of a GPU.
     """
 
-    views: list[memoryview]
-    finish: Callable[[], None] | None = None
-
-
-class Destination(Protocol):
-    """Where the bytes of a tensor go."""
-
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether the bytes end up on a GPU as the file has them. They are checked there, not while they are read."""
-
-    def fill(self, begin: int, end: int, staging: Staging) -> Target:
-        """Memory for bytes [begin, end). A thread passes its buffers."""
+    is_direct: bool
+    is_on_gpu: bool
 
     def views(self, begin: int, end: int) -> list[Tensor]:
-        """Where bytes [begin, end) lie, in order, if `is_on_gpu` and once all copies are made."""
+        """Memory of bytes [begin, end), uint8 in one dimension each, in order; if `is_direct`."""
+
+    def put(self, begin: int, content: Tensor, staging: Staging) -> None:
+        """Take bytes from a buffer: `content`, uint8, whole rows, which begin at byte `begin`. Returns once they are there."""
 
 
 class PlainTensor:
     """Memory of a tensor that is read as a whole, on the CPU."""
 
+    is_direct, is_on_gpu = True, False
+
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
         self.bytes = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device="cpu")
 
-    def view(self, begin: int, end: int) -> memoryview:
-        """Memory of bytes [begin, end)."""
-        return bytes_of(self.bytes[begin:end])
-
-    def fill(self, begin: int, end: int, staging: Staging) -> Target:
-        """Memory for bytes [begin, end)."""
-        return Target([self.view(begin, end)])
-
-    is_on_gpu = False
-
     def views(self, begin: int, end: int) -> list[Tensor]:
-        """Not called."""
-        raise NotImplementedError
+        """Memory of bytes [begin, end)."""
+        return [self.bytes[begin:end]]
+
+    def put(self, begin: int, content: Tensor, staging: Staging) -> None:
+        """Copy bytes."""
+        self.bytes[begin : begin + len(content)] = content
 
     def finished(self, device: torch.device) -> Tensor:
         """The tensor on a device, once it has been read."""
@@ -72,9 +58,7 @@ class PlainTensor:
 
 
 class PagesMemory:
-    """Rows of an array of a page store: its chunks, or a buffer.
-
-    A buffer is used for rows on a GPU, and for pages that the file has in another layout. `finish` converts and copies them.
+    """Rows of an array of a page store.
 
     Args:
         store, array: of the new cache.
@@ -90,27 +74,19 @@ class PagesMemory:
         if self.converts:
             self.dtype, self.row_shape = self.source.row_dtype, (self.source.row_elements,)
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
-        self.is_direct = not self.converts and in_host_memory(array.device)
-
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether the rows end up on a GPU as the file has them."""
-        return not self.converts and not self.is_direct
-
-    def fill(self, begin: int, end: int, staging: Staging) -> Target:
-        """Memory for bytes [begin, end), whole rows."""
-        if self.is_direct:
-            return Target([bytes_of(rows) for rows in self.views(begin, end)])
-        buffer = staging.buffer(end - begin, self.array.device)
-
-        def finish() -> None:
-            rows = buffer.view(self.dtype).view(-1, *self.row_shape)
-            if self.converts:
-                rows = self.target.join(self.target.encode(*self.source.take(rows)))
-            staging.copy(rows, self.views(begin, end), self.array.device)
-
-        return Target([bytes_of(buffer)], finish)
+        self.is_direct, self.is_on_gpu = not self.converts, not in_host_memory(array.device)
 
     def views(self, begin: int, end: int) -> list[Tensor]:
-        """The rows of bytes [begin, end) in the file."""
-        return list(self.array.views(begin // self.row_bytes, end // self.row_bytes))
+        """Memory of bytes [begin, end), whole rows."""
+        rows = self.array.views(begin // self.row_bytes, end // self.row_bytes)
+        return [each.reshape(-1).view(torch.uint8) for each in rows]
+
+    def put(self, begin: int, content: Tensor, staging: Staging) -> None:
+        """Convert rows to the layout of the store, and copy them."""
+        rows, first = self.rows_of(content), begin // self.row_bytes
+        staging.copy(rows, list(self.array.views(first, first + len(rows))), self.array.device)
+
+    def rows_of(self, content: Tensor) -> Tensor:
+        """Rows of the file, in the layout of the store."""
+        rows = content.view(self.dtype).view(-1, *self.row_shape)
+        return self.target.join(self.target.encode(*self.source.take(rows))) if self.converts else rows

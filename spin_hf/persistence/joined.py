@@ -25,11 +25,10 @@ from ..storage.chunked_array import ChunkedArray
 from ..storage.page_store import PageStore
 from ..storage.page_table import SEGMENT_PAGES
 from .contents import arrays_of, pages_per_row
-from .fills import Destination, PagesMemory, Target
+from .fills import Destination, PagesMemory
 from .fingerprint import ModelFacts
 from .manifest import Manifest, OtherLayer, PagedLayer
 from .reader import SavedCache
-from .shards import bytes_of
 from .staging import Staging
 from .strict_json import RefusedError
 
@@ -219,32 +218,23 @@ class HeadsMemory(PagesMemory):
         taken, saved, wanted: heads that are copied, that the file has, and that the store has.
     """
 
-    is_on_gpu = False
-
     def __init__(
         self, store: PageStore, array: ChunkedArray, entry: PagedLayer, name: str, taken: Heads, saved: Heads, wanted: Heads
     ) -> None:  # fmt: skip
         super().__init__(store, array, entry, name)
+        self.is_direct = False
         self.taken, self.saved, self.wanted = taken, saved, wanted
         self.num_saved, self.num_wanted = entry.num_heads, store.num_heads
         self.each = SEGMENT_PAGES // pages_per_row(store, name)
 
-    def fill(self, begin: int, end: int, staging: Staging) -> Target:
-        """Memory for bytes [begin, end) of the file, whole rows. Those of other heads are dropped."""
-        buffer = staging.buffer(end - begin, self.array.device)
-
-        def finish() -> None:
-            rows = buffer.view(self.dtype).view(-1, *self.row_shape)
-            if self.converts:
-                rows = self.target.join(self.target.encode(*self.source.take(rows)))
-            first = begin // self.row_bytes
-            runs = self._runs(first, end // self.row_bytes)
-            if runs:
-                picked = torch.cat([rows[start - first : stop - first] for start, stop, _ in runs])
-                views = [view for start, stop, to in runs for view in self.array.views(to, to + stop - start)]
-                staging.copy(picked, views, self.array.device)
-
-        return Target([bytes_of(buffer)], finish)
+    def put(self, begin: int, content: Tensor, staging: Staging) -> None:
+        """Copy rows of heads that are taken. Those of other heads are dropped."""
+        rows, first = self.rows_of(content), begin // self.row_bytes
+        runs = self._runs(first, first + len(rows))
+        if runs:
+            picked = torch.cat([rows[start - first : stop - first] for start, stop, _ in runs])
+            views = [view for start, stop, to in runs for view in self.array.views(to, to + stop - start)]
+            staging.copy(picked, views, self.array.device)
 
     def _runs(self, first: int, stop: int) -> list[tuple[int, int, int]]:
         """[start, end) of rows in the file within [first, stop) that are taken, and the row that each run goes to."""

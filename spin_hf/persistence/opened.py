@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,28 +14,27 @@ from torch import Tensor
 
 from ..config import shown
 from ..errors import SavedCacheError, SpinError
-from .checksum import checksums_on_device, piece_checksum
+from .checksum import NO_BYTES, checksums_of, piece_checksum, row_sums, runs_of, sums_bytes
 from .files import OpenFile, folder_path
 from .fills import Destination, PlainTensor
 from .fingerprint import tokens_hash
 from .manifest import FILE_NAME, MOST_FILE_BYTES, Manifest, parse_manifest
 from .piece_reader import PieceReader
-from .shards import Part, Shard, TensorSpec, cut
-from .staging import Staging, thread_modes
+from .shards import Part, Shard, TensorSpec, bytes_of, cut
+from .staging import Staging
 from .strict_json import RefusedError
 
-_MOST_THREADS = 16
-_READ_BYTES = 8 << 20
-"""Bytes of whole pieces that share one buffer and one copy to a GPU. Each takes the interpreter's lock for some 100 µs."""
-_SUM_BYTES = 32 << 20
-"""Bytes of whole pieces on a GPU that are summed there at a time."""
+_MOST_THREADS = 8
+"""Threads that read. They share the interpreter's lock between blocks, and the processor's cache."""
+_UNIT_BYTES = 32 << 20
+"""Bytes of whole pieces that a thread takes at a time. A GPU sums their rows with one launch."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"
 
 
-class FilledBytes(NamedTuple):
-    """Bytes [begin, end) of a part in a file, whole pieces, and the memory that they are read into."""
+class Unit(NamedTuple):
+    """Bytes [begin, end) of a part in a file, whole pieces, and where they go. One thread reads them."""
 
     file: OpenFile
     part: Part
@@ -64,8 +63,6 @@ class OpenCache:
         """The parts of each tensor."""
         self._checksums: dict[tuple[str, int], bytes] = {}
         """Checksum of each piece read, by file name and offset."""
-        self._on_gpu: dict[str, Destination] = {}
-        """Where tensors lie that are checked on a GPU."""
         try:
             self._open()
         except BaseException as error:
@@ -125,46 +122,69 @@ class OpenCache:
             for part in shard.parts:
                 self._parts.setdefault(part.spec.name, []).append((part, file))
 
-    def reader(self, names: Collection[str] | None = None) -> PieceReader[FilledBytes]:
+    def reader(self, names: Collection[str] | None = None) -> PieceReader[Unit]:
         """Threads that read pieces of tensors into memory, to be used as a context manager.
 
         Args:
             names: of the tensors that will be read; None for all.
         """
         parts = [part for shard in self.shards for part in shard.parts if names is None or part.spec.name in names]
-        num_reads = sum(len(_reads(part)) for part in parts)
-        return PieceReader(self._read, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_reads)))
+        num_units = sum(len(_units(part)) for part in parts)
+        return PieceReader(self._read, max(1, min(_MOST_THREADS, os.cpu_count() or 1, num_units)))
 
-    def reads(self, destinations: Mapping[str, Destination]) -> Iterator[FilledBytes]:
-        """What is read at a time of the tensors that `destinations` names, with where it goes."""
-        self._on_gpu |= {name: where for name, where in destinations.items() if where.is_on_gpu}
+    def reads(self, destinations: Mapping[str, Destination]) -> Iterator[Unit]:
+        """What threads read of the tensors that `destinations` names, with where it goes."""
         for name, destination in destinations.items():
             for part, file in self._parts.get(name, ()):
-                for begin, end in _reads(part):
-                    yield FilledBytes(file, part, begin, end, destination)
+                for begin, end in _units(part):
+                    yield Unit(file, part, begin, end, destination)
 
-    def _read(self, content: FilledBytes, staging: Staging) -> None:
-        file, part, begin, end, destination = content
-        target, offset = destination.fill(part.start + begin, part.start + end, staging), part.offset + begin
-        if not self.verify or destination.is_on_gpu:
-            file.read_into(target.views, offset)
-        else:
-            for at, piece in _cut(target.views, part.spec.piece_bytes):
-                file.read_into(piece, offset + at)
-                # while the piece is in the processor's cache
-                self._checksums[file.name, offset + at] = piece_checksum(piece)
-        if target.finish is not None:
-            target.finish()
+    def _read(self, unit: Unit, staging: Staging) -> None:
+        file, part, begin, end, destination = unit
+        start, piece_bytes = part.start, part.spec.piece_bytes
+        if not destination.is_direct:
+            for first in range(begin, end, piece_bytes):
+                buffer = staging.buffer(min(piece_bytes, end - first))
+                self._read_pieces(file, [bytes_of(buffer)], part.offset + first, piece_bytes, staging)
+                destination.put(start + first, buffer, staging)
+            return
+        views, offset = destination.views(start + begin, start + end), part.offset + begin
+        if not destination.is_on_gpu:
+            self._read_pieces(file, [bytes_of(view) for view in views], offset, piece_bytes, staging)
+            return
+        with staging.upload(views[0].device) as upload:
+            upload.read(file.read_into, offset, views)
+            if self.verify:
+                num_bytes, made = sums_bytes(end - begin, piece_bytes), partial(row_sums, views, piece_bytes)
+                upload.fetch(num_bytes, made, partial(self._note_sums, file.name, offset, end - begin, piece_bytes))
+
+    def _read_pieces(
+        self, file: OpenFile, views: list[memoryview], offset: int, piece_bytes: int, staging: Staging
+    ) -> None:  # fmt: skip
+        """Read whole pieces into host memory, and note their checksums."""
+        if not self.verify:
+            file.read_into(views, offset)
+            return
+        for piece in runs_of(views, piece_bytes):
+            at, checksum = offset, NO_BYTES
+            for block in runs_of(piece, staging.block_bytes):
+                file.read_into(block, offset)
+                checksum = piece_checksum(block, checksum)  # while the block is in the processor's cache
+                offset += sum(map(len, block))
+            self._checksums[file.name, at] = checksum
+
+    def _note_sums(self, name: str, offset: int, num_bytes: int, piece_bytes: int, sums: memoryview) -> None:
+        """Note the checksums of pieces, from the row sums that a GPU has computed."""
+        for checksum in checksums_of(sums, num_bytes, piece_bytes):
+            self._checksums[name, offset] = checksum
+            offset += piece_bytes
 
     def compare_digests(self) -> None:
-        """Compare the digests of everything read with the manifest's. All copies to a GPU have been made."""
+        """Compare the digests of everything read with the manifest's. The threads have ended."""
         if not self.verify:
             return
-        threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1, len(self.shards)))
-        with ThreadPoolExecutor(threads, thread_name_prefix="spin_hf_check") as pool:
-            digests = list(pool.map(self._digest, self.shards, self.files))
-        for digest, (name, _, expected) in zip(digests, self.manifest.shards, strict=True):
-            if digest != expected:
+        for shard, file, (name, _, expected) in zip(self.shards, self.files, self.manifest.shards, strict=True):
+            if self._digest(shard, file) != expected:
                 raise RefusedError(
                     f"the content of {name} that its digest belongs to", "other content (was it altered?)"
                 )
@@ -172,28 +192,15 @@ class OpenCache:
     def _digest(self, shard: Shard, file: OpenFile) -> str:
         digest = hashlib.sha256(shard.header)
         for part in shard.parts:
-            if part.spec.name in self._on_gpu:
-                for checksum in self._checksums_on_gpu(part):
-                    digest.update(checksum)
-                continue
             for begin, end in part.pieces():
                 offset = part.offset + begin
                 known = self._checksums.get((file.name, offset))
                 if known is None:  # the cache does not need this tensor, such as token ids
-                    content = bytearray(end - begin)
-                    file.read_into([memoryview(content)], offset)
-                    known = piece_checksum([memoryview(content)])
+                    content = memoryview(bytearray(end - begin))
+                    file.read_into([content], offset)
+                    known = piece_checksum([content])
                 digest.update(known)
         return digest.hexdigest()
-
-    def _checksums_on_gpu(self, part: Part) -> Iterator[bytes]:
-        """The checksum of each piece of a part that lies on a GPU."""
-        held = self._on_gpu[part.spec.name]
-        for begin, end in _reads(part, _SUM_BYTES):
-            with thread_modes():
-                views = held.views(part.start + begin, part.start + end)
-                checksums = checksums_on_device(views, part.spec.piece_bytes)
-            yield from checksums
 
     def tokens(self) -> Tensor | None:
         """The token ids [B, tokens] that were saved, int64; None if they were not. Reads nothing else.
@@ -223,32 +230,18 @@ class OpenCache:
             begin = 8 + int.from_bytes(length, "little")
             if begin + part.num_bytes > file.size:
                 raise RefusedError(f"{part.num_bytes} bytes of token ids in {file.name}", "fewer (was it cut?)")
-            file.read_into([held.view(part.start, part.start + part.num_bytes)], begin)
+            views = held.views(part.start, part.start + part.num_bytes)
+            file.read_into([bytes_of(view) for view in views], begin)
         ids = held.finished(torch.device("cpu"))
         if tokens_hash(ids) != made.tokens:
             raise RefusedError("the token ids that their digest belongs to", "other ones (was it altered?)")
         return ids
 
 
-def _reads(part: Part, most: int = _READ_BYTES) -> list[tuple[int, int]]:
-    """[begin, end) bytes of a part that are read at a time: whole pieces, of `most` bytes if they are smaller."""
-    step = max(1, most // part.spec.piece_bytes) * part.spec.piece_bytes
+def _units(part: Part) -> list[tuple[int, int]]:
+    """[begin, end) bytes of a part that a thread takes at a time: whole pieces, of `_UNIT_BYTES` if they are smaller."""
+    step = max(1, _UNIT_BYTES // part.spec.piece_bytes) * part.spec.piece_bytes
     return [(begin, min(begin + step, part.num_bytes)) for begin in range(0, part.num_bytes, step)]
-
-
-def _cut(views: list[memoryview], size: int) -> Iterator[tuple[int, list[memoryview]]]:
-    """Cut memory into pieces of `size` bytes, the last one shorter: where each begins, and its memory."""
-    at, piece, room = 0, list[memoryview](), size
-    for view in views:
-        while len(view):
-            part, view = view[:room], view[room:]
-            piece.append(part)
-            room -= len(part)
-            if not room:
-                yield at, piece
-                at, piece, room = at + size, [], size
-    if piece:
-        yield at, piece
 
 
 def _plain(name: str) -> str:

@@ -3,11 +3,11 @@
     open      parse the manifest, open the shards
     check     fingerprint and layers fit the new cache; sizes and headers of shards are those that the manifest implies
     restore   allocate within the caps of the new cache, read pages directly into their chunks, compare digests of shards;
-              checksums are made while pieces are read, of pages on a GPU at the end and there
+              checksums are made while pieces are read, of pages on a GPU there, behind the copies
               check tables whose numbers are used as indices
 
-No tensor is allocated before `restore`. Threads read a layer while memory of the next one is allocated. A piece of pages passes
-through a buffer only if its pages change their layout or go to a GPU.
+No tensor is allocated before `restore`. Threads read a layer while memory of the next one is allocated. Pages pass through a
+buffer only if they change their layout or go to a GPU.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from spin_hf import SavedCacheError, SpinCache
 from spin_hf.persistence import opened
-from spin_hf.persistence.checksum import checksums_on_device, piece_checksum
+from spin_hf.persistence.checksum import checksums_of, piece_checksum, row_sums
 from spin_hf.persistence.shards import bytes_of
 from tests.support.memory import SMALL_ZONES, with_tight_gpu_memory
 from tests.support.zoo import build_model, random_tokens
@@ -89,9 +89,9 @@ def test_checksums_of_gpu_memory() -> None:
     content = torch.randint(-(2**63), 2**63 - 1, (3 << 18,), dtype=torch.int64)
     on_gpu, piece_bytes = content.cuda(), 1 << 20
     expected = [piece_checksum([bytes_of(piece)]) for piece in content.split(piece_bytes // 8)]
-    assert checksums_on_device(list(on_gpu.split(1 << 17)), piece_bytes) == expected
-    cut = [on_gpu[:100_001], on_gpu[100_001:]]
-    assert checksums_on_device(cut, piece_bytes) == expected
+    for cut in ([1 << 20] * 6, [800_008, content.nbytes - 800_008]):
+        sums = row_sums(on_gpu.view(torch.uint8).split(cut), piece_bytes).cpu()
+        assert list(checksums_of(bytes_of(sums), content.nbytes, piece_bytes)) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,9 +99,9 @@ def test_damage_of_pages_on_the_gpu_is_found(method: str, tmp_path: Path, monkey
     """Their checksums are made there, and not by the threads that read."""
     model, on_host = on_gpu("llama"), list[int]()
 
-    def noted(buffers: list[memoryview]) -> bytes:
+    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
         on_host.append(sum(buffer.nbytes for buffer in buffers))
-        return piece_checksum(buffers)
+        return piece_checksum(buffers, *before)
 
     monkeypatch.setattr(opened, "piece_checksum", noted)
     cache = SpinCache(model, method, budget=32, **SMALL_ZONES)

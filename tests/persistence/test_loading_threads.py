@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor
 
 from spin_hf import SavedCacheError, SpinCache
-from spin_hf.persistence import opened
+from spin_hf.persistence import opened, staging
 from spin_hf.persistence.checksum import piece_checksum
+from spin_hf.persistence.files import OpenFile
 from spin_hf.persistence.manifest import OtherLayer, PagedLayer
 from spin_hf.persistence.piece_reader import PieceReader
 from spin_hf.persistence.reader import later_layers_alike
-from spin_hf.persistence.staging import Staging
+from spin_hf.persistence.staging import NUM_BUFFERS, Staging
 from spin_hf.storage.page_store import PageStore
-from tests.support.late_copies import LateStream, copies_are_late
+from tests.support.late_copies import LateStream, copies_are_late, small_blocks
 from tests.support.memory import with_tight_gpu_memory
 from tests.support.saved_caches import assert_goes_on, prefilled
 from tests.support.zoo import subject_model
@@ -74,9 +77,9 @@ def test_pages_on_a_gpu_are_checked_there(
     cache.save_pretrained(tmp_path)
     on_host = list[int]()
 
-    def noted(buffers: list[memoryview]) -> bytes:
+    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
         on_host.append(sum(buffer.nbytes for buffer in buffers))
-        return piece_checksum(buffers)
+        return piece_checksum(buffers, *before)
 
     monkeypatch.setattr(opened, "piece_checksum", noted)
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
@@ -84,50 +87,133 @@ def test_pages_on_a_gpu_are_checked_there(
     header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
     sizes = {name: about["data_offsets"] for name, about in header.items() if name != "__metadata__"}
     assert sum(on_host) == sum(end - begin for name, (begin, end) in sizes.items() if not name.startswith("layers."))
-    whole = file.read_bytes()
-    first = len(whole) - max(end for _, end in sizes.values())
     of_pages = [span for name, span in sizes.items() if name.startswith("layers.")]
-    for begin, end in of_pages:
+    assert_damage_is_found(file, of_pages)
+    assert_goes_on(subject_model("llama"), cache, SpinCache.from_pretrained(tmp_path, subject_model("llama")))
+
+
+def test_pages_in_host_memory_are_checked_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread checks what it reads, a block at a time, and damage of any block is found."""
+    small_blocks(monkeypatch)
+    cache = prefilled("llama", tokens=150)
+    cache.save_pretrained(tmp_path)
+    sizes = list[int]()
+
+    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
+        sizes.append(sum(buffer.nbytes for buffer in buffers))
+        return piece_checksum(buffers, *before)
+
+    monkeypatch.setattr(opened, "piece_checksum", noted)
+    assert_goes_on(subject_model("llama"), cache, SpinCache.from_pretrained(tmp_path, subject_model("llama")))
+    assert sizes.count(2048) > 32
+    assert max(sizes) < 4096, "a piece was read at once"
+    (file,) = tmp_path.glob("*.safetensors")
+    size = file.stat().st_size
+    assert_damage_is_found(file, [(at, min(at + 16384, size)) for at in range(0, size, 16384)], behind_header=False)
+
+
+def assert_damage_is_found(file: Path, spans: list[tuple[int, int]], behind_header: bool = True) -> None:
+    """A changed first or last byte of each span of a file is refused. Leaves the file as it was."""
+    whole = file.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little") if behind_header else 0
+    for begin, end in spans:
         for at in (begin, end - 1):
             damaged = bytearray(whole)
             damaged[first + at] ^= 1
             file.write_bytes(damaged)
-            with pytest.raises(SavedCacheError, match="was it altered"):
-                SpinCache.from_pretrained(tmp_path, subject_model("llama"))
+            with pytest.raises(SavedCacheError):
+                SpinCache.from_pretrained(file.parent, subject_model("llama"))
     file.write_bytes(whole)
-    assert_goes_on(subject_model("llama"), cache, SpinCache.from_pretrained(tmp_path, subject_model("llama")))
 
 
 def test_a_buffer_is_free_before_it_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies_are_late(monkeypatch)
-    held, places = Staging(), [torch.zeros(6, dtype=torch.uint8) for _ in range(9)]
-    addresses = set()
-    for number, place in enumerate(places):
-        buffer = held.buffer(6, CPU)
-        addresses.add(buffer.data_ptr())
-        buffer.fill_(number)
-        held.copy(buffer.view(3, 2), [place.view(3, 2)[:1], place.view(3, 2)[1:]], CPU)
-    assert [int(place[0]) for place in places[-2:]] == [0, 0], "the last two are not waited for yet"
+    """Blocks end where a place ends. As many copies as there are buffers are on their way."""
+    copies_are_late(monkeypatch, block_bytes=6)
+    held, places, addresses = Staging(), [torch.zeros(size, dtype=torch.uint8) for size in (20, 3, 12, 6)], set()
+    content = bytes(range(1, 42))
+
+    def read(views: list[memoryview], offset: int) -> None:
+        (view,) = views
+        addresses.add(ctypes.addressof(ctypes.c_char.from_buffer(view)))
+        view[:] = content[offset : offset + len(view)]
+
+    with held.upload(CPU) as upload:
+        upload.read(read, 0, places)
+    copied = torch.cat(places).tolist()
+    late = [6, 2, 3, 6, 6, 6][-NUM_BUFFERS:]
+    assert copied == [*content[: 41 - sum(late)], *[0] * sum(late)], "the last ones are not waited for yet"
     held.wait()
-    assert [place.tolist() for place in places] == [[number] * 6 for number in range(9)]
-    assert len(addresses) == 2
+    assert torch.cat(places).tolist() == list(content)
+    assert len(addresses) == NUM_BUFFERS
+
+
+@pytest.mark.parametrize("size", [3, 6, 8])
+def test_what_is_fetched_is_handed_over(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made behind the copies, and handed over once its buffer is needed; at once if it fits no buffer."""
+    copies_are_late(monkeypatch, block_bytes=6)
+    held, place, found = Staging(), torch.zeros(8, dtype=torch.uint8), list[list[int]]()
+
+    def read(views: list[memoryview], offset: int) -> None:
+        views[0][:] = bytes([offset + 1] * len(views[0]))
+
+    for number in range(5):
+        with held.upload(CPU) as upload:
+            upload.read(read, 10 * number, [place])
+            upload.fetch(size, lambda: place[-size:] + 1, lambda memory: found.append(list(memory)))
+        assert (len(found) == number + 1) == (size > 6)
+    assert found
+    held.wait()
+    expected = [[*[10 * number + 2] * 6, *[10 * number + 8] * 2][-size:] for number in range(5)]
+    assert found == expected
 
 
 def test_a_failing_copy_is_waited_for(late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
     copy = LateStream.copy
 
-    def failing(self: LateStream, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        wait = copy(self, pairs)
+    def failing(self: LateStream, place: Tensor, content: Tensor) -> None:
+        copy(self, place, content)
         if self.copies == 3:
             raise torch.OutOfMemoryError("injected")
-        return wait
 
     monkeypatch.setattr(LateStream, "copy", failing)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         SpinCache.from_pretrained(tmp_path, subject_model("llama"))
     assert not any(stream.waiting for stream in late)
     assert not loading()
+
+
+def test_a_file_that_is_cut_while_it_is_read(
+    late: list[LateStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks before its end are on their way to the GPU. They are waited for, and buffers and pages are freed."""
+    prefilled("llama", tokens=150).save_pretrained(tmp_path)
+    read, allocate, reserve = OpenFile._read, staging._allocate, PageStore.reserve
+    held, in_threads = list[weakref.ref[Any]](), [0]
+
+    def cut(self: OpenFile, views: list[memoryview], offset: int) -> int:
+        in_threads[0] += threading.current_thread() is not threading.main_thread()
+        return 0 if in_threads[0] > 30 else read(self, views, offset)
+
+    def noted(num_bytes: int, locks: bool) -> Tensor:
+        held.append(weakref.ref(buffer := allocate(num_bytes, locks)))
+        return buffer
+
+    def noted_pages(self: PageStore, *room: Any) -> None:
+        reserve(self, *room)
+        held.append(weakref.ref(self))
+
+    monkeypatch.setattr(OpenFile, "_read", cut)
+    monkeypatch.setattr(staging, "_allocate", noted)
+    monkeypatch.setattr(PageStore, "reserve", noted_pages)
+    with pytest.raises(SavedCacheError, match="was it cut"):
+        SpinCache.from_pretrained(tmp_path, subject_model("llama"))
+    assert sum(stream.copies for stream in late) > 8
+    assert not any(stream.waiting for stream in late)
+    assert not loading()
+    gc.collect()
+    assert len(held) > 2
+    assert not any(each() for each in held)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["interrupt", "memory"])

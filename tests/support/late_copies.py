@@ -7,12 +7,13 @@ copy that nobody waits for, give other numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from spin_hf.persistence import contents, fills, shards, staging
+from spin_hf.persistence import contents, fills, opened, shards, staging
 
 
 class LateStream:
@@ -21,36 +22,59 @@ class LateStream:
     made: list[LateStream] = []
 
     def __init__(self, device: torch.device) -> None:
-        self.waiting: list[list[tuple[Tensor, Tensor]]] = []
-        self.copies = 0
+        self.waiting: list[Callable[[], object]] = []
+        self.copies = self.done = 0
         LateStream.made.append(self)
 
-    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        self.waiting.append(pairs)
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def copy(self, place: Tensor, content: Tensor) -> None:
+        self.waiting.append(lambda: place.copy_(content))
         self.copies += 1
 
-        def wait() -> None:
-            while any(each is pairs for each in self.waiting):
-                self._next()
+    def fetch(self, place: Tensor, made: Callable[[], Tensor]) -> None:
+        self.waiting.append(lambda: place.copy_(made()))
 
-        return wait
+    def event(self) -> LateEvent:
+        return LateEvent(self)
+
+    def wait(self, until: int | None = None) -> None:
+        """Do what is waiting, up to number `until`."""
+        while self.waiting and (until is None or self.done < until):
+            self.waiting.pop(0)()
+            self.done += 1
+
+
+class LateEvent:
+    """A `CopyEvent` of a `LateStream`."""
+
+    def __init__(self, stream: LateStream) -> None:
+        self.stream, self.number = stream, 0
+
+    def record(self) -> None:
+        self.number = self.stream.done + len(self.stream.waiting)
 
     def wait(self) -> None:
-        while self.waiting:
-            self._next()
-
-    def _next(self) -> None:
-        for place, content in self.waiting.pop(0):
-            place.copy_(content)
+        self.stream.wait(self.number)
 
 
-def copies_are_late(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096) -> list[LateStream]:
-    """All pages go through buffers and streams that copy late, in small pieces. Returns the streams that are made."""
+def copies_are_late(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096, block_bytes: int = 2048
+) -> list[LateStream]:  # fmt: skip
+    """All pages go through buffers and streams that copy late, in small blocks, pieces and units. Returns the streams made."""
     monkeypatch.setattr(LateStream, "made", [])
     monkeypatch.setattr(staging, "CopyStream", LateStream)
     monkeypatch.setattr(staging, "has_streams", lambda device: True)
     monkeypatch.setattr(staging, "_allocate", lambda num_bytes, locks: torch.empty(num_bytes, dtype=torch.uint8))
     for module in (contents, fills):
         monkeypatch.setattr(module, "in_host_memory", lambda device: False)
-    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
+    small_blocks(monkeypatch, piece_bytes, block_bytes)
     return LateStream.made
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096, block_bytes: int = 2048) -> None:
+    """A small cache has many blocks, pieces and units."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(staging, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(opened, "_UNIT_BYTES", 3 * piece_bytes)
