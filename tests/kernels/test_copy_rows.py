@@ -68,7 +68,8 @@ def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("row_shape", [(), (3,), (8,), (3, 2), (700,), (4099,)])
 @pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (3, 4), (2, 40)])
 def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from spin_hf.kernels.indexing.copy_rows import rows_copier
+    from spin_hf.kernels.indexing.copy_rows import rows_copiers
+    from spin_hf.kernels.launch import RowCopy
 
     chunks, expected = (
         [chunk.to(dtype) for chunk in chunked(num_chunks, rows, row_shape, torch.int32)] for _ in range(2)
@@ -76,13 +77,18 @@ def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ..
     ids = torch.randperm(num_chunks * rows, generator=torch.Generator().manual_seed(0))[:-2]
     table = torch.tensor([chunk.data_ptr() for chunk in chunks])
     taken = torch.full((len(ids), *row_shape), 7, dtype=dtype)
-    rows_copier([table], rows, ids, taken[None], put=False)()
+    (take,) = rows_copiers([[RowCopy([table], rows, ids, taken[None])]], put=False)
+    take()
     assert torch.equal(taken, take_rows(expected, ids))
     taken.neg_()
-    rows_copier([table], rows, ids, taken[None], put=True)()
+    put, nothing = rows_copiers(
+        [[RowCopy([table], rows, ids, taken[None])], [RowCopy([table], rows, ids[:0], taken[None, :0])]], put=True
+    )
+    put()
     put_rows(expected, ids, taken)
     assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
-    rows_copier([table], rows, ids[:0], taken[None, :0], put=True)()
+    nothing()
+    rows_copiers([[]], put=True)[0]()
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim", "page_size"), [(4, 4, 8), (3, 5, 8), (1, 2, 1), (6, 1, 3)])
