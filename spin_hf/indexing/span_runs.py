@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage.segment_pool import segment_indices
+from ..storage.segment_pool import SEGMENT_PAGES, segment_indices
 
 Pages = list[tuple[int, int]]
 """[first, stop) ranges of pages."""
@@ -25,6 +25,18 @@ class Run(NamedTuple):
     sequences: list[int]
     first: int
     stop: int
+
+
+def waits_a_step(start: int, length: int, page_size: int) -> bool:
+    """Whether a step of one token leaves it to the next one to cluster generated tokens: it begins a segment of pages.
+
+    Both take time. The step behind a prompt does not wait, as it would summarise the prompt twice. Depends on lengths alone,
+    so all ranks and forks do the same.
+
+    Args:
+        start, length: tokens held before and behind the last step.
+    """
+    return length - start == 1 and length % (SEGMENT_PAGES * page_size) == 0
 
 
 def in_whole_units(may_move: Tensor, unit_pages: int) -> Tensor:

@@ -41,6 +41,31 @@ def test_spans_of_a_growing_context(kv: RandomKV) -> None:
     assert span_ends(driver) == [8, 15, 22, 25, 28]
 
 
+def test_a_step_that_begins_a_segment_does_not_cluster(kv: RandomKV) -> None:
+    """Of 16 recent tokens and segments of 256: pages 27 to 29 are due at 256 tokens, with the first step of a segment."""
+    driver = new_driver(method=Backwards(), recent_window=8)
+    driver.step(kv, 0, 136)
+    ends, segments = {}, {}
+    for position in range(136, 260):
+        driver.step(kv, position, position + 1)
+        ends[position], segments[position] = span_ends(driver)[-1], state_of(driver.cache).sequences.segments_in_use
+    assert [ends[position] for position in (136, 231, 232, 255, 256, 257, 259)] == [15, 24, 27, 27, 27, 30, 30]
+    assert [segments[position] for position in (255, 256, 257)] == [3, 6, 6]
+    driver.cache.check_integrity()
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [(256, 1), (255, 2)])
+def test_other_steps_that_begin_a_segment_cluster(kv: RandomKV, prompt: int, tokens: int) -> None:
+    """Behind a prompt, and with several tokens."""
+    driver = new_driver(method=Backwards(), recent_window=8)
+    driver.step(kv, 0, prompt)
+    with patch.object(cluster, "grow", lambda state: None):
+        for position in range(prompt, 256):
+            driver.step(kv, position, position + 1)
+    driver.step(kv, 256, 256 + tokens)
+    assert span_ends(driver) == [8, 15, 22, 29]
+
+
 def test_spans_of_the_default_sizes() -> None:
     """A prompt of 4,000 tokens is one span; the recent window, 64 tokens, and less than 1,024 tokens stay."""
 
