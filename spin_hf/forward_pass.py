@@ -25,6 +25,7 @@ from .backends.zones import StepPlan
 from .errors import AttentionError, CacheStateError
 from .indexing import cluster, padding_change, summarize
 from .indexing.fit import selected_fits
+from .indexing.span_runs import waits_a_step
 from .inference_mode import outside_inference_mode
 from .integration.rank_agreement import meeting
 from .kernels.descriptor_fields import StepField
@@ -131,7 +132,8 @@ class ForwardPass:
         if selects and not reads():  # others need neither clusters nor summaries
             if reads_all is None:
                 self.backends.wait_for_compiles()
-            cluster.cluster_new_tokens(state)
+            if num_tokens > 1 or not waits_a_step(sequences.start, sequences.length, sequences.page_size):
+                cluster.cluster_new_tokens(state)
         if selects:
             self.gpu.size_frames()
         sequences.begin(batch_size, num_tokens, new_valid)

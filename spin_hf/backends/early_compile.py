@@ -27,7 +27,6 @@ from .early_index import (
     launches_of_completed,
     launches_of_generated,
     launches_of_index,
-    layers_per_call,
     tokens_to_cluster,
 )
 from .row_kernels import RowKernels
@@ -60,7 +59,7 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
     needed = {
         "reads all": partial(steps, True),
         "clusters": partial(launches_of_clusters, step, layer, run, layer.observation_queries),
-        "index": partial(launches_of_index, step, layer, layers_per_call(step, layer, length)),
+        "index": partial(launches_of_index, step, layer),
         "selects": partial(steps, False),
         "completed": partial(launches_of_completed, step, layer),
         "generated": partial(launches_of_generated, step, layer),

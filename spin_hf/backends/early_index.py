@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.methods.base import Pages
 from ..attention.methods.clustering import ClusteringMethod
 from ..indexing.fit import fitted_of
-from ..kernels.launch import Launch
+from ..kernels.launch import Launch, RowCopy
 from ..storage.chunked_array import ChunkedArray
 from .triton_indexing import index_completed
 from .triton_step import StepKernels
@@ -60,12 +60,8 @@ def launches_of_clusters(
         method.form_clusters(keys, None if queries is None else queries[:1])
 
 
-def launches_of_index(step: StepKernels, layer: LayerState, num_layers: int, launch: Launch) -> None:
-    """Move and summarise pages of a layer, and copy them and their summaries.
-
-    Args:
-        num_layers: layers per call; one, or several.
-    """
+def launches_of_index(step: StepKernels, layer: LayerState, launch: Launch) -> None:
+    """Move and summarise pages of a layer, and copy them and their summaries."""
     store, method, launchers = layer.store, step.state.method, step.launchers
     assert store is not None
     sizes = (step.batch_size, step.num_heads, _UNITS * method.unit_pages)
@@ -75,49 +71,45 @@ def launches_of_index(step: StepKernels, layer: LayerState, num_layers: int, lau
     def new(array: ChunkedArray) -> Tensor:
         return torch.zeros((*sizes, *array.row_shape), dtype=array.dtype, device=step.device)
 
-    def copy(array: ChunkedArray, content: Tensor, put: bool, rows: Tensor = rows) -> None:
-        launchers.rows_copier([table] * min(2, num_layers), array.rows_per_chunk, rows, content[None], put)()
+    def of(array: ChunkedArray, content: Tensor, rows: Tensor = rows) -> RowCopy:
+        return RowCopy([table], array.rows_per_chunk, rows, content.to(array.dtype).contiguous()[None])
+
+    def copy(copies: list[RowCopy], put: bool) -> None:
+        (launch_copies,) = launchers.rows_copiers([copies], put)
+        launch_copies()
 
     content = new(store.backing)
-    copy(store.backing, content, put=False)
+    copy([of(store.backing, content)], put=False)
     clusters = None
     if store.permutation is not None:
         places = sizes[2] * store.page_size
         order = torch.arange(places, device=step.device).expand(*sizes[:2], places)
         launchers.move_tokens(content, order, store.page_size, store.backing_layout.token_fields)
         clusters = torch.ones(sizes, dtype=torch.int64, device=step.device)
-        copy(store.backing, content, put=True)
-        for array in store.permutation.arrays:
-            for put in (True, False):
-                copy(array, new(array), put)
+        notes = [of(array, new(array)) for array in store.permutation.arrays]
+        for copies, put in (([of(store.backing, content), *notes], True), (notes[:1], False), (notes[1:], False)):
+            copy(copies, put)
+        copy(notes, put=True)
     keys, values = store.backing_layout.take(content)
     valid = torch.ones((sizes[0], 1, sizes[2], store.page_size), dtype=torch.bool, device=step.device)
     positions = torch.zeros_like(valid, dtype=torch.int64) if step.state.sequences.mask.keeps_positions else None
     pages = Pages(keys, valid, (layer.number,), values, positions, clusters, fitted_of([layer], method))
+    puts = []
     for name, vectors in method.index_pages(pages).items():
         summary = store.summaries[name]
-        for array, encoded in zip(summary.arrays, summary.stored(vectors), strict=True):
-            copy(array, encoded.to(array.dtype).contiguous(), True, summary.rows_of(rows).contiguous())
+        held = summary.rows_of(rows).contiguous()
+        puts += [of(*kept, held) for kept in zip(summary.arrays, summary.stored(vectors), strict=True)]
+    copy(puts, put=True)
 
 
 def launches_of_generated(step: StepKernels, layer: LayerState, launch: Launch) -> None:
-    """Cluster, move and summarise generated tokens."""
+    """Cluster generated tokens. They are moved and summarised as those of the prompt."""
     method = step.state.method
     if isinstance(method, ClusteringMethod):
         launches_of_clusters(step, layer, method.cluster_interval, None, launch)
-        launches_of_index(step, layer, layers_per_call(step, layer, method.cluster_interval), launch)
 
 
 def launches_of_completed(step: StepKernels, layer: LayerState, launch: Launch) -> None:
     """Summarise the last page of a layer."""
     if step.state.sequences.length >= step.state.sequences.page_size:
         index_completed(step, [layer])
-
-
-def layers_per_call(step: StepKernels, layer: LayerState, num_tokens: int) -> int:
-    """How many layers are clustered or summarised in one call (`indexing/summarize.py`)."""
-    state, store = step.state, layer.store
-    assert store is not None
-    each = num_tokens // store.page_size * step.batch_size * store.num_heads * store.backing.row_bytes
-    at_once = max(1, state.options.tuning.index_bytes // max(1, each)) if state.method.layers_alike else 1
-    return min(at_once, len(state.layers))

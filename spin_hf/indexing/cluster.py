@@ -28,7 +28,7 @@ from ..storage import permute_pages
 from ..storage.clustered_spans import ClusteredSpans, Plan, pages_that_may_move
 from ..storage.page_store import PageStore
 from ..storage.segment_pool import segment_indices
-from ..storage.token_permutation import tiles
+from ..storage.token_permutation import is_permutation, tiles
 from .fit import fits, forget_fits, measure_fits, new_fits, runs_to_fit, unfitted_rows
 from .span_runs import Run, by_length, cut, group_equal, in_whole_units, movable_runs, runs_of
 from .summarize import index_pages, index_room, pages_that_fit, stores_of, summarize_stale, together
@@ -78,14 +78,21 @@ def grow(state: CacheState) -> None:
     if planned is None:
         most = max(1, method.span_tokens // sequences.page_size)
         stops = cut(may_move[:, first:stop].any(0).tolist(), most, state.method.unit_pages)
-        fitting, pages = pages_that_fit(state), options.tuning.cluster_tokens // sequences.page_size
-        pages = pages if fitting is None else min(pages, fitting)
-        at_once = max(1, pages // -(-stops[-1] // len(stops)))
+        at_once = _spans_at_once(state, stops)
         stops = [first + stop for stop in stops]
         planned = (sequences.length, first, [stops[start : start + at_once] for start in range(0, len(stops), at_once)])
     for index, stops in enumerate(planned[2]):
         if not _add_spans(state, method, stops, may_move, (planned[0], stops[-1], planned[2][index + 1 :])):
             return
+
+
+def _spans_at_once(state: CacheState, stops: list[int]) -> int:
+    """How many of the spans that end at `stops` are clustered together: as many as `cluster_tokens` and memory allow."""
+    if len(stops) == 1:
+        return 1
+    fitting, pages = pages_that_fit(state), state.options.tuning.cluster_tokens // state.sequences.page_size
+    pages = pages if fitting is None else min(pages, fitting)
+    return max(1, pages // -(-stops[-1] // len(stops)))
 
 
 def restore(state: CacheState, valid: Tensor | None, length: int) -> None:
@@ -127,9 +134,9 @@ def in_order(state: CacheState, valid: Tensor | None, length: int) -> ClusteredS
                     layer.clustered_pages = min(layer.clustered_pages, first)
                 stores = stores_of(group)
                 order = permute_pages.positions(stores, first, stop).flatten(2).argsort(2)
-                cluster_pages = order.new_ones((*order.shape[:2], stop - first))
+                sizes = order.new_ones((*order.shape[:2], stop - first))
                 content = permute_pages.content(stores, first, stop)
-                _permute_span(state.method, group, first, stop, order, cluster_pages, content)
+                _permute_span(state.method, group, first, stop, order, sizes, content)
         spans = spans.without_last()
     return spans
 
@@ -169,13 +176,13 @@ def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], ma
     """
     sequences = state.sequences
     first, stop = sequences.spans.num_pages, stops[-1]
-    changed = range(first, stop)
-    if fits(state.method) and unfitted_rows(state, first):  # all their pages are summarised again
-        changed = range(sequences.num_pages)
+    unfitted = unfitted_rows(state, first) if fits(state.method) else []  # all their pages are summarised again
+    changed = range(sequences.num_pages) if unfitted else range(first, stop)
     if not _has_room(state, lambda: sequences.own(changed)):
         return False
-    clustered = [_own_copies(state, start, end, may_move[:, start:end]) for start, end in pairwise([first, *stops])]
-    for group in together(state, stop - first):
+    clustered = [_own_copies(state, *each, may_move[:, slice(*each)], unfitted) for each in pairwise([first, *stops])]
+    groups = list(together(state, stop - first))
+    for group in groups:
         permute_pages.write_runs(stores_of(group), first, stop)
         for layer in group:
             layer.clustered_pages = first
@@ -184,23 +191,28 @@ def _add_spans(state: CacheState, method: ClusteringMethod, stops: list[int], ma
         spans.append(end, moves)
     spans.planned = planned if planned[2] else None
     sequences.set_spans(spans)
-    _cluster_layers(state, method)
+    _cluster_layers(state, method, groups)
     return True
 
 
-def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
-    """Cluster the newest spans in the layers where that has not been done."""
+def _cluster_layers(state: CacheState, method: ClusteringMethod, new: list[list[LayerState]] | None = None) -> None:
+    """Cluster the newest spans in the layers where that has not been done.
+
+    Args:
+        new: all layers, grouped by `together`, if `write_runs` has noted their pages; None if some may be clustered already.
+    """
     spans = state.sequences.spans
     layers = [layer for layer in state.layers if layer.store is not None and layer.clustered_pages < spans.num_pages]
     if not layers:
         return
     first, stop = min(layer.clustered_pages for layer in layers), spans.num_pages
     state.sequences.own(range(first, stop))
+    groups = list(together(state, stop - first, layers)) if new is None else new
     most_tokens = state.options.tuning.cluster_tokens
     bounds = [(start, end) for start, end in spans.bounds if start >= first]
     runs = [run for around in bounds for run in runs_of(state.sequences.directory, spans.clustered, *around)]
     to_fit, valid = runs_to_fit(state, first, runs), []
-    for batch in _batches(state, stop - first, layers):
+    for batch in _batches(state, stop - first, groups):
         formed = []
         for group in batch:
             content = permute_pages.content(stores_of(group), first, stop)
@@ -215,7 +227,8 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
         fitted = new_fits(state, batch, [measured for *_, measured in formed], to_fit)
         for group, (order, cluster_pages, held, _), tensors in zip(batch, formed, fitted, strict=True):
             content = permute_pages.content(stores_of(group), first, stop) if held is None else held
-            _permute_span(state.method, group, first, stop, order, cluster_pages, content, stop, tensors)
+            args = first, stop, order, cluster_pages, content, stop, tensors, new is not None
+            _permute_span(state.method, group, *args)
     if valid and not bool(
         torch.stack([sound.to(valid[0].device) for sound in valid]).all()
     ):  # the only synchronization
@@ -225,14 +238,16 @@ def _cluster_layers(state: CacheState, method: ClusteringMethod) -> None:
         )
 
 
-def _batches(state: CacheState, num_pages: int, layers: list[LayerState]) -> Iterator[list[list[LayerState]]]:
-    """Groups of layers as `together` makes them, and as many of them as are fitted in one call.
+def _batches(state: CacheState, num_pages: int, groups: list[list[LayerState]]) -> Iterator[list[list[LayerState]]]:
+    """Groups of layers, as `together` makes them: as many of them as are fitted in one call.
 
     A fit takes many small launches, as many for a few layers as for all. Until it is done, the new order of all its groups is
     held, and their pages are read twice. So groups with pages in host memory, and those of methods without a fit, are alone.
     """
-    groups = list(together(state, num_pages, layers))
-    room = index_room(state, stores_of(layers)[0]) // 4
+    if len(groups) == 1:
+        yield groups
+        return
+    room = index_room(state, stores_of(groups[0])[0]) // 4
     batch: list[list[LayerState]] = []
     taken = 0
     for group in groups:
@@ -252,15 +267,15 @@ def _batches(state: CacheState, num_pages: int, layers: list[LayerState]) -> Ite
         yield batch
 
 
-def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor) -> Tensor:
-    """Unshare a span between sequences that move different pages of it.
+def _own_copies(state: CacheState, first: int, stop: int, may_move: Tensor, unfitted: list[int]) -> Tensor:
+    """Unshare a span between sequences that move different pages of it, and all pages of sequences to be fitted.
 
     Returns:
         `may_move` [B, n], bool; all False if the caps leave no room for the copies.
     """
     sequences = state.sequences
     pages = [movable_runs(row) for row in may_move.tolist()]
-    new = set(unfitted_rows(state, first) if fits(state.method) else [])
+    new = set(unfitted)
     labels = [(tuple(held), row in new) for row, held in enumerate(pages)]
 
     def unshare() -> None:
@@ -289,7 +304,7 @@ def _form_clusters(
     method: ClusteringMethod, stores: list[PageStore], content: Tensor, first: int, runs: list[Run],
     observation_queries: Tensor | None,
     most_tokens: int,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Let the method cluster the pages from `first` on. Pages outside of runs keep their order.
 
     Args:
@@ -297,13 +312,13 @@ def _form_clusters(
         observation_queries: [L, B, H, G, number, D], see `ClusteringMethod.form_clusters`.
         most_tokens: per call of the method, unless a run has more.
     Returns:
-        order [L * B, H, tokens], pages per cluster [L * B, H, n], and for each call of the method whether its result is valid
-        ([], bool, on the device). Runs with an invalid result keep their order.
+        order [L * B, H, tokens], pages per cluster [L * B, H, n] (None if each is one page), and for each call of the method
+        whether its result is valid ([], bool, on the device). Runs with an invalid result keep their order.
     """
     layers, size, valid = len(stores), stores[0].page_size, []
     keys = stores[0].backing_layout.take(content)[0].unflatten(0, (layers, -1))
-    order = torch.arange(content.shape[2] * size, device=keys.device).expand(*keys.shape[:3], -1).clone()
-    cluster_pages = order.new_ones(keys.shape[:4])
+    order = torch.arange(content.shape[2] * size, device=keys.device).repeat(*keys.shape[:3], 1)
+    cluster_pages = order.new_ones(keys.shape[:4]) if method.multi_page_clusters else None
     for alike in by_length(runs, most_tokens // size):
         of_runs = [keys[:, run.sequences[0], :, run.first - first : run.stop - first] for run in alike]
         inside = torch.stack(of_runs).flatten(0, 1).flatten(2, 3)  # [runs * L, H, tokens, D]
@@ -320,10 +335,10 @@ def _form_clusters(
             start, end = run.first - first, run.stop - first
             for row in run.sequences:
                 stay = order[:, row, :, start * size : end * size]
-                stay.copy_(torch.where(good, places + start * size, stay))
-                if pages is not None:
+                torch.where(good, places + start * size if start else places, stay, out=stay)
+                if cluster_pages is not None and pages is not None:
                     cluster_pages[:, row, :, start:end] = pages.where(good, 1)
-    return order.flatten(0, 1), cluster_pages.flatten(0, 1), valid
+    return order.flatten(0, 1), None if cluster_pages is None else cluster_pages.flatten(0, 1), valid
 
 
 def _observation_queries(layers: list[LayerState]) -> Tensor | None:
@@ -334,15 +349,15 @@ def _observation_queries(layers: list[LayerState]) -> Tensor | None:
 
 
 def _permute_span(
-    method: Method, layers: list[LayerState], first: int, stop: int, order: Tensor, cluster_pages: Tensor, content: Tensor,
-    clustered_pages: int = 0, fitted: list[FittedTensors] | None = None,
+    method: Method, layers: list[LayerState], first: int, stop: int, order: Tensor, cluster_pages: Tensor | None,
+    content: Tensor, clustered_pages: int = 0, fitted: list[FittedTensors] | None = None, are_runs: bool = False,
 ) -> None:  # fmt: skip
     """Permute the tokens of a span, in all of the layers or in none, then summarize it.
 
     If summarizing fails, the pages stay stale until `summarize_stale`.
 
     Args:
-        order, cluster_pages, content: as for `permute_pages.permute_tokens`.
+        order, cluster_pages, content, are_runs: as for `permute_pages.permute_tokens`.
         clustered_pages: lower bound of the layers' `clustered_pages` afterwards.
         fitted: new tensors of the layers, with which all their pages are to be summarized. They are set with the permutation.
     """
@@ -360,7 +375,7 @@ def _permute_span(
             layer.clustered_pages, layer.fitted = pages, held
 
     marks = partial(note, after), partial(note, before)
-    moved = permute_pages.permute_tokens(stores, first, stop, order, cluster_pages, content, marks)
+    moved = permute_pages.permute_tokens(stores, first, stop, order, cluster_pages, content, marks, are_runs)
     index_pages(layers, method, first, stop, moved)
     for layer in layers:
         layer.mark_summarized(first, stop)
@@ -380,14 +395,5 @@ def _is_valid(method: ClusteringMethod, made: TokenClusters, shape: torch.Size, 
             f"method {method}: expected form_clusters to return an order {tuple(shape)} and pages_per_cluster {expected} or "
             f"None, got {tuple(order.shape)} and {None if pages is None else tuple(pages.shape)}; correct the method"
         )
-    valid = _counts(order).eq(1).all()
+    valid = is_permutation(order)
     return valid if pages is None else valid & tiles(pages)
-
-
-def _counts(order: Tensor) -> Tensor:
-    """Occurrences of each index 0 to n - 1 in an order [..., n], then 1 + the number of other values: [..., n + 1]."""
-    count = order.shape[-1]
-    places = torch.where((order >= 0) & (order < count), order, count)
-    times = order.new_zeros((*order.shape[:-1], count + 1))
-    times[..., -1] = 1
-    return times.scatter_add_(-1, places, torch.ones_like(places))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..attention.methods.base import FittedTensors, Method
 from ..attention.methods.clustering import ClusteringMethod
-from .span_runs import Run, movable_runs
+from .span_runs import Run
 
 if TYPE_CHECKING:
     from ..state import CacheState, LayerState
@@ -52,7 +52,8 @@ def unfitted_rows(state: CacheState, num_pages: int) -> list[int]:
     clustered = state.sequences.spans.clustered[:, :num_pages]
     if not clustered.shape[1]:
         return list(range(state.sequences.batch_size))
-    return [row for row, held in enumerate(clustered.tolist()) if not movable_runs(held)]
+    has_run = (clustered[:, 1:] & clustered[:, :-1]).any(1)
+    return [row for row, is_fitted in enumerate(has_run.tolist()) if not is_fitted]
 
 
 def runs_to_fit(state: CacheState, first: int, runs: Iterable[Run]) -> list[Fitting]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..storage.segment_pool import segment_indices
+from ..storage.segment_pool import SEGMENT_PAGES, segment_indices
 
 Pages = list[tuple[int, int]]
 """[first, stop) ranges of pages."""
@@ -26,16 +27,25 @@ class Run(NamedTuple):
     stop: int
 
 
+def waits_a_step(start: int, length: int, page_size: int) -> bool:
+    """Whether a step of one token leaves it to the next one to cluster generated tokens: it begins a segment of pages.
+
+    Both take time. The step behind a prompt does not wait, as it would summarise the prompt twice. Depends on lengths alone,
+    so all ranks and forks do the same.
+
+    Args:
+        start, length: tokens held before and behind the last step.
+    """
+    return length - start == 1 and length % (SEGMENT_PAGES * page_size) == 0
+
+
 def in_whole_units(may_move: Tensor, unit_pages: int) -> Tensor:
     """`may_move` [B, N], bool, without units of which a page must not move."""
     if unit_pages == 1:
         return may_move
-    whole = may_move.shape[1] // unit_pages * unit_pages
-    result = may_move.clone()
-    result[:, whole:] = False
-    units = result[:, :whole].unflatten(1, (-1, unit_pages))
-    units &= units.all(2, keepdim=True)
-    return result
+    left = may_move.shape[1] % unit_pages
+    units = may_move[:, : may_move.shape[1] - left].unflatten(1, (-1, unit_pages)).all(2)
+    return torch.nn.functional.pad(units.repeat_interleave(unit_pages, 1), (0, left))
 
 
 def cut(may_move: list[bool], most: int, unit_pages: int = 1) -> list[int]:

@@ -19,9 +19,9 @@ from ..attention.methods.base import Method, Pages, Summaries
 from ..attention.methods.clustering import ClusteringMethod
 from ..errors import require_integrity
 from ..storage import permute_pages
-from ..storage.chunked_array import put_all
 from ..storage.page_store import PageStore
 from ..storage.page_table import PageTable
+from ..storage.row_copies import Put, put_all
 from .fit import fitted_of
 
 if TYPE_CHECKING:
@@ -80,10 +80,11 @@ def index_room(state: CacheState, store: PageStore) -> int:
 def pages_that_fit(state: CacheState) -> int | None:
     """Pages of all sequences, of the largest layer, in `index_room`; None if free memory is not known."""
     stores = [layer.store for layer in state.layers if layer.store is not None]
-    if not stores or state.free_memory(stores[0].device) is None:
+    free = state.free_memory(stores[0].device) if stores else None
+    if free is None:
         return None
     largest = max(store.num_heads * store.backing.row_bytes for store in stores)
-    return index_room(state, stores[0]) // (largest * max(1, state.sequences.batch_size))
+    return state.options.tuning.index_room(free) // (largest * max(1, state.sequences.batch_size))
 
 
 def _pages_at_once(state: CacheState) -> int:
@@ -129,11 +130,14 @@ def index_pages(
         if start < end:
             inside = None if content is None else content[:, :, start - first : end - first]
             rows, made = _summarize(layers, method, start, end, inside)
+            puts = []
             for name, vectors in made.items():
                 summary = one.summaries[name]
+                held = summary.rows_of(rows)
                 for which, encoded in enumerate(summary.stored(vectors)):
                     arrays = [store.summaries[name].arrays[which] for store in stores]
-                    put_all(arrays, summary.rows_of(rows), encoded.unflatten(0, (len(stores), -1)))
+                    puts.append(Put(arrays, held, encoded.unflatten(0, (len(stores), -1))))
+            put_all(puts)
 
 
 def check_summaries(layer: LayerState, method: Method, exact: bool) -> None:
@@ -172,7 +176,7 @@ def _summarize(
 ) -> tuple[Tensor, Summaries]:  # fmt: skip
     """Rows [B, H, n] and newly computed summaries [L * B, H, n, ...] of the full pages [first, stop)."""
     stores = stores_of(layers)
-    one, rows = stores[0], stores[0].rows(first, stop)
+    one, rows = stores[0], stores[0].rows(first, stop).contiguous()
     if content is None:
         content = permute_pages.content(stores, first, stop)
     keys, values = one.backing_layout.take(content)
@@ -180,7 +184,7 @@ def _summarize(
     if len(stores) > 1:
         valid = valid.repeat(len(stores), 1, 1, 1)
         positions = None if positions is None else positions.repeat(len(stores), 1, 1, 1)
-    pages_per_cluster = None if one.permutation is None else permute_pages.pages_per_cluster(stores, first, stop).long()
+    pages_per_cluster = None if one.permutation is None else permute_pages.pages_per_cluster(stores, first, stop)
     fitted = fitted_of(layers, method)
     return rows, method.index_pages(
         Pages(keys, valid, (layers[0].number,), values, positions, pages_per_cluster, fitted)

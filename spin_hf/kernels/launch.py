@@ -6,6 +6,7 @@
     StepBuffers    tensors of a batch, reused by every layer
     LayerBuffers   tensors of one layer
     ScanBuffers    tensors of the scan over coded pages, reused by every layer
+    RowCopy        rows of chunked arrays and what is copied from or to them, for `copy_rows`
 
 B sequences, H KV heads, G query heads per KV head, R = B * H streams. Captured graphs hold the addresses of all tensors.
 Launches of one query also take its `plan`, int32 [B, len(PlanField)].
@@ -14,7 +15,7 @@ Launches of one query also take its `plan`, int32 [B, len(PlanField)].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,21 @@ class Launch(Protocol):
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Args: options: the kernel's constexpr arguments, `num_warps` and `num_stages`."""
+
+
+class RowCopy(NamedTuple):
+    """A copy of the same rows of several arrays with one shape of rows and size of chunks.
+
+    Attributes:
+        tables: for each array, int64 [chunks]: the address of each chunk.
+        rows: int64 of any shape, contiguous.
+        packed: [arrays, *rows.shape, *row_shape], contiguous.
+    """
+
+    tables: list[Tensor]
+    rows_per_chunk: int
+    rows: Tensor
+    packed: Tensor
 
 
 def power_of_two(number: int) -> int:

@@ -23,7 +23,7 @@ from .decode.score_pages import score_pages
 from .decode.select_pages import select_pages
 from .indexing.bisect import bisect
 from .indexing.copy_page import copy_page
-from .indexing.copy_rows import rows_copier
+from .indexing.copy_rows import rows_copiers
 from .indexing.encode_units import encode_last_unit, encode_units, tile_units
 from .indexing.fill_clusters import fill_clusters, unit_vectors
 from .indexing.permute_tokens import move_tokens, page_means
@@ -65,7 +65,7 @@ class Launchers:
     fill_clusters = staticmethod(fill_clusters)
     move_tokens = staticmethod(move_tokens)
     page_means = staticmethod(page_means)
-    rows_copier = staticmethod(rows_copier)
+    rows_copiers = staticmethod(rows_copiers)
     copy_page = staticmethod(copy_page)
     encode_units = staticmethod(encode_units)
     encode_last_unit = staticmethod(encode_last_unit)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+_HELD = ("reserved_bytes", "allocated_bytes")
 MARGIN_FRACTION = 0.1
 """Fraction of the pool that decode steps leave free for activations. A prefill leaves twice as much."""
 
@@ -59,10 +60,14 @@ def free_gpu_memory(device: torch.device) -> int | None:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
-    reserved, fraction = torch.cuda.memory_reserved(index), torch.cuda.get_per_process_memory_fraction(index)
+    held = torch.cuda.memory_stats_as_nested_dict(
+        index
+    )  # once: `memory_reserved` and others make a long list each time
+    reserved, allocated = (held.get(name, {}).get("all", {}).get("current", 0) for name in _HELD)
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
     if fraction < 1:
         free = max(0, min(free, int(fraction * total) - reserved))
-    return free + reserved - torch.cuda.memory_allocated(index)
+    return int(free + reserved - allocated)
 
 
 def fair_share(wanted: int, available: int, others: int) -> int:

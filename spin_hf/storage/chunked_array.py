@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..errors import CapacityError
 from ..inference_mode import outside_inference_mode
 from .chunk_list import ChunkList
-from .host_register import wait_for_device
 from .out_of_memory import allocating
 from .pinned_slab import allocate_rows
+from .row_copies import RowArray
 from .slab_prefetch import PREFETCHER, PrefetchedSlab
 
 MAX_CHUNKS = 4096
@@ -55,7 +54,7 @@ class Conversion(NamedTuple):
     convert: Callable[[Tensor], Tensor]
 
 
-class ChunkedArray:
+class ChunkedArray(RowArray):
     """Rows of one shape and dtype, in chunks of equal size.
 
     Args:
@@ -154,14 +153,10 @@ class ChunkedArray:
 
     def release(self) -> None:
         """Free all rows. The address table keeps its address."""
-        self._wait_for_kernels()
+        self.wait_for_kernels()
         self.chunks, self.used_rows, self._spares = ChunkList(), 0, deque()
         if self._table is not None:
             self._table.zero_()
-
-    def take(self, rows: Tensor) -> Tensor:
-        """Copy rows (int64 ids, any device): [*rows.shape, *row_shape], on the device of `rows`."""
-        return take_all([self], rows)[0]
 
     def copy_runs(self, starts: list[int], length: int, target: Tensor) -> None:
         """Copy rows [start, start + length) for each of `starts` to `target` [>= len(starts) * length, *row_shape], in order.
@@ -195,10 +190,6 @@ class ChunkedArray:
         """Rows [first, stop), as a view of each allocation that they lie in; of each chunk in registered memory."""
         return self.chunks.rows(first, stop)
 
-    def put(self, rows: Tensor, values: Tensor) -> None:
-        """Write `values` [*rows.shape, *row_shape] to distinct rows."""
-        put_all([self], rows, values[None])
-
     def move(self, device: torch.device, conversion: Conversion | None = None) -> None:
         """Move all chunks to another device and convert their rows if `conversion` is given. Writes to the address table.
 
@@ -220,7 +211,7 @@ class ChunkedArray:
             CapacityError: no memory for the copies. Nothing has changed.
         """
         if self.is_shared:
-            self._wait_for_kernels()
+            self.wait_for_kernels()
             self._copy_chunks(self.device)
 
     def _copy_chunks(self, device: torch.device) -> None:
@@ -263,7 +254,7 @@ class ChunkedArray:
         twin = ChunkedArray(shape, size, self.dtype, self.device, compute_device=self.compute_device)
         twin.converted = self.converted
         twin.grow(self.used_rows)
-        self._wait_for_kernels()
+        self.wait_for_kernels()
         done = 0
         for copy in twin.views(0, self.used_rows):
             sources = list(self.views(done, done + len(copy)))
@@ -271,34 +262,6 @@ class ChunkedArray:
                 part.copy_(source)
             done += len(copy)
         return twin
-
-    def _copier(self, rows: Tensor) -> Callable[..., Callable[[], None]] | None:
-        """Launcher of the kernel that copies rows; None if the host copies them.
-
-        The host copies if there are no kernels, or if both the rows and their ids are in host memory.
-        """
-        if self.compute_device.type != "cuda" or (self.is_registered and rows.device.type == "cpu"):
-            return None
-        launch = kernels.launchers(self.compute_device)
-        return None if launch is None else launch.rows_copier
-
-    def _take_by_host(self, rows: Tensor) -> Tensor:
-        self._wait_for_kernels()
-        return kernels.take_rows(self.chunks, rows.to(self.device)).to(rows.device)
-
-    def _writer_by_host(self, rows: Tensor, values: Tensor) -> Callable[[], None]:
-        self._wait_for_kernels()
-        return kernels.rows_to_put(self.chunks, rows.to(self.device), values.to(self.device, self.dtype))
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the rows are in host memory that the kernels of a GPU read directly."""
-        return self.device.type == "cpu" and self.compute_device.type == "cuda"
-
-    def _wait_for_kernels(self) -> None:
-        """Synchronize before the host accesses registered memory, which kernels read and write directly."""
-        if self.is_registered and torch.cuda.is_initialized():
-            wait_for_device(self.compute_device)
 
     def _new_slabs(self, count: int) -> list[Tensor]:
         """Slabs of at least `count` chunks: those that were allocated ahead, as far as there are any, and new ones."""
@@ -365,36 +328,3 @@ def make_tables(arrays: list[ChunkedArray]) -> None:
 def _chunks_per_slab(chunk_bytes: int, slab_bytes: int) -> int:
     """Chunks that are allocated at once, where several are needed."""
     return max(1, slab_bytes // max(1, chunk_bytes))
-
-
-def take_all(arrays: list[ChunkedArray], rows: Tensor) -> Tensor:
-    """Copy the same rows of several arrays: [arrays, *rows.shape, *row_shape], on the device of `rows`.
-
-    The arrays must have the same row shape, dtype, chunk size and devices.
-    """
-    first = arrays[0]
-    copier = first._copier(rows)
-    if copier is None:
-        each = [array._take_by_host(rows) for array in arrays]
-        return each[0][None] if len(each) == 1 else torch.stack(each)
-    taken = torch.empty((len(arrays), *rows.shape, *first.row_shape), dtype=first.dtype, device=first.compute_device)
-    tables = [array.address_table for array in arrays]
-    copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), taken, put=False)()
-    return taken.to(rows.device)
-
-
-def put_all(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> None:
-    """Write `values` [arrays, *rows.shape, *row_shape] to distinct rows; `arrays` as in `take_all`."""
-    for write in writers(arrays, rows, values):
-        write()
-
-
-def writers(arrays: list[ChunkedArray], rows: Tensor, values: Tensor) -> list[Callable[[], None]]:
-    """Prepare `put_all`. The returned functions do the writing and allocate nothing."""
-    first = arrays[0]
-    copier = first._copier(rows)
-    if copier is None:
-        return [array._writer_by_host(rows, content) for array, content in zip(arrays, values, strict=True)]
-    values = values.to(first.compute_device, first.dtype).contiguous()
-    tables = [array.address_table for array in arrays]
-    return [copier(tables, first.rows_per_chunk, rows.to(first.compute_device).contiguous(), values, put=True)]

@@ -83,9 +83,13 @@ def pages_that_may_move(
     Returns:
         [batch_size, length // page_size], bool, on the CPU.
     """
+    if valid is None:
+        may_move = torch.zeros((batch_size, length // page_size), dtype=torch.bool)
+        may_move[:, -(-num_sink_tokens // page_size) : max(0, length - window) // page_size] = True
+        return may_move
     num_pages = -(-length // page_size)
     tokens = torch.zeros((batch_size, num_pages * page_size), dtype=torch.bool)
-    tokens[:, :length] = True if valid is None else valid[:, :length].cpu()
+    tokens[:, :length] = valid[:, :length].cpu()
     per_page = tokens.view(batch_size, num_pages, page_size).sum(2)
     _, others = kernels.page_zones(per_page, num_sink_tokens, window)
     return (others & (per_page == page_size))[:, : length // page_size]

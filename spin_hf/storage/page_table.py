@@ -201,8 +201,7 @@ class PageTable(SegmentTables):
             segments = torch.tensor(self.directory, dtype=torch.int64).to(device, non_blocking=True)
             heads, pages = (torch.arange(number, device=device) for number in (num_heads, SEGMENT_PAGES))
             first = segments.view(self.batch_size, 1, -1, 1) * num_heads + heads.view(1, -1, 1, 1)
-            rows = (first * SEGMENT_PAGES + pages).flatten(2)
-            self._rows[num_heads, device] = rows
+            rows = self._rows[num_heads, device] = (first * SEGMENT_PAGES + pages).flatten(2)
         return rows
 
     def unshare(self, sequences: list[int], pages: range) -> None:
@@ -219,8 +218,9 @@ class PageTable(SegmentTables):
             for source in dict.fromkeys(directory[row][index] for row in sequences):
                 holders = [directory[row] for row in sequences if directory[row][index] == source]
                 copies += own_segment(holders, index, refcounts, free, self.shared)
-        self._prepare(copies, self._room_for(directory, refcounts, free))
-        self._become(directory=directory, refcounts=refcounts, free=free)
+        if copies:
+            self._prepare(copies, self._room_for(directory, refcounts, free))
+            self._become(directory=directory, refcounts=refcounts, free=free)
 
     def own(self, pages: range) -> None:
         """Copy segments of `pages` that forks use too, for all sequences. Raises as `unshare`."""
@@ -305,8 +305,8 @@ class PageTable(SegmentTables):
         require_integrity(clustered * self.page_size <= self.length, f"spans reach to page {clustered}")
 
     def set_spans(self, spans: ClusteredSpans) -> None:
-        """Replace the spans."""
-        self._become(spans=spans)
+        """Replace the spans. Segments and their memory stay as they are."""
+        self.__dict__.update(spans=spans, past_version=self.past_version + 1, _before=None)
 
     def _become(self, prefix: int | None = None, **tables: Any) -> None:
         """Replace tables in one update. The first `prefix` tokens (None: all) stay unchanged."""

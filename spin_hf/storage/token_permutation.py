@@ -130,6 +130,14 @@ def tiles(pages_per_cluster: Tensor) -> Tensor:
     return begins.all() & (upto[:, :, -1] == places.numel()).all()
 
 
+def is_permutation(order: Tensor) -> Tensor:
+    """Whether each row of an order [..., n] has all of 0 to n - 1: [], bool, on the device."""
+    count = order.shape[-1]
+    found = torch.zeros((*order.shape[:-1], count + 2), dtype=torch.bool, device=order.device)
+    found.scatter_(-1, order.clamp(-1, count) + 1, True)  # other numbers are found apart, before and behind
+    return found[..., 1:-1].all()
+
+
 def longest_span(page_size: int) -> int:
     """Most tokens of a span, as shifts and cluster sizes are int16."""
     most = torch.iinfo(torch.int16).max

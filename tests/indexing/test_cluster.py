@@ -18,6 +18,9 @@ from spin_hf import RetroInfer, ShadowKV
 from spin_hf.attention.methods.clustering import TokenClusters
 from spin_hf.config import Tuning
 from spin_hf.indexing import cluster
+from spin_hf.storage.clustered_spans import pages_that_may_move
+from spin_hf.storage.page_store import PageStore
+from spin_hf.storage.token_permutation import is_permutation
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.clustered_pages import LENGTH, SHAPE, clustered, moved, new_driver, span_ends
 from tests.support.clustering_methods import Backwards, Clumped, Shuffled, clustering_often
@@ -39,6 +42,70 @@ def test_spans_of_a_growing_context(kv: RandomKV) -> None:
         driver.step(kv, position, position + 1)
         driver.cache.check_integrity()
     assert span_ends(driver) == [8, 15, 22, 25, 28]
+
+
+def test_a_step_that_begins_a_segment_does_not_cluster(kv: RandomKV) -> None:
+    """Of 16 recent tokens and segments of 256: pages 27 to 29 are due at 256 tokens, with the first step of a segment."""
+    driver = new_driver(method=Backwards(), recent_window=8)
+    driver.step(kv, 0, 136)
+    ends, segments = {}, {}
+    for position in range(136, 260):
+        driver.step(kv, position, position + 1)
+        ends[position], segments[position] = span_ends(driver)[-1], state_of(driver.cache).sequences.segments_in_use
+    assert [ends[position] for position in (136, 231, 232, 255, 256, 257, 259)] == [15, 24, 27, 27, 27, 30, 30]
+    assert [segments[position] for position in (255, 256, 257)] == [3, 6, 6]
+    driver.cache.check_integrity()
+
+
+def test_clustering_leaves_memory_alone(kv: RandomKV) -> None:
+    """Growing spans move no rows: nothing is reserved again, and what kernels know of the layers' memory stays true."""
+    driver = new_driver(method=Backwards())
+    driver.step(kv, 0, 200)
+    for position in range(200, 216):
+        driver.step(kv, position, position + 1)
+    sequences, spans = state_of(driver.cache).sequences, len(span_ends(driver))
+    versions = sequences.memory_version, sequences.past_version
+    with patch.object(PageStore, "reserve", side_effect=AssertionError("reserved")):
+        for position in range(216, 220):
+            driver.step(kv, position, position + 1)
+    assert len(span_ends(driver)) == spans + 1
+    assert (sequences.memory_version, sequences.past_version) == (versions[0], versions[1] + 1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("page_size", "sinks", "window"), [(4, 4, 16), (8, 3, 17), (4, 0, 0), (8, 40, 80), (16, 5, 1)])
+def test_pages_that_may_move(page_size: int, sinks: int, window: int, padded: bool) -> None:
+    for length in (*range(1, 60), 101):
+        valid = torch.ones((2, length), dtype=torch.bool)
+        if padded:
+            valid[0, : length // 3] = False
+        found = pages_that_may_move(valid if padded else None, 2, length, page_size, sinks, window)
+        for row, tokens in enumerate(valid.tolist()):
+            for page in range(length // page_size):
+                before, behind = sum(tokens[: page * page_size]), sum(tokens[(page + 1) * page_size :])
+                is_full = all(tokens[page * page_size : (page + 1) * page_size])
+                assert bool(found[row, page]) == (is_full and before >= sinks and behind >= window)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("wrong", [None, -1, -7, 4, 9, 2])
+def test_is_permutation(wrong: int | None, place: int) -> None:
+    order = torch.tensor([[[2, 0, 3, 1], [3, 2, 1, 0]], [[0, 1, 2, 3], [1, 0, 3, 2]]])
+    if wrong is not None:
+        order[1, 0, place] = wrong  # instead of its place
+    assert bool(is_permutation(order)) == (wrong is None)
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [(256, 1), (255, 2)])
+def test_other_steps_that_begin_a_segment_cluster(kv: RandomKV, prompt: int, tokens: int) -> None:
+    """Behind a prompt, and with several tokens."""
+    driver = new_driver(method=Backwards(), recent_window=8)
+    driver.step(kv, 0, prompt)
+    with patch.object(cluster, "grow", lambda state: None):
+        for position in range(prompt, 256):
+            driver.step(kv, position, position + 1)
+    driver.step(kv, 256, 256 + tokens)
+    assert span_ends(driver) == [8, 15, 22, 29]
 
 
 def test_spans_of_the_default_sizes() -> None:

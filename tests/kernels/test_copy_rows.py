@@ -68,7 +68,8 @@ def test_put_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("row_shape", [(), (3,), (8,), (3, 2), (700,), (4099,)])
 @pytest.mark.parametrize(("num_chunks", "rows"), [(1, 7), (3, 4), (2, 40)])
 def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from spin_hf.kernels.indexing.copy_rows import rows_copier
+    from spin_hf.kernels.indexing.copy_rows import rows_copiers
+    from spin_hf.kernels.launch import RowCopy
 
     chunks, expected = (
         [chunk.to(dtype) for chunk in chunked(num_chunks, rows, row_shape, torch.int32)] for _ in range(2)
@@ -76,13 +77,62 @@ def test_kernel_copies_rows(num_chunks: int, rows: int, row_shape: tuple[int, ..
     ids = torch.randperm(num_chunks * rows, generator=torch.Generator().manual_seed(0))[:-2]
     table = torch.tensor([chunk.data_ptr() for chunk in chunks])
     taken = torch.full((len(ids), *row_shape), 7, dtype=dtype)
-    rows_copier([table], rows, ids, taken[None], put=False)()
+    (take,) = rows_copiers([[RowCopy([table], rows, ids, taken[None])]], put=False)
+    take()
     assert torch.equal(taken, take_rows(expected, ids))
     taken.neg_()
-    rows_copier([table], rows, ids, taken[None], put=True)()
+    put, nothing = rows_copiers(
+        [[RowCopy([table], rows, ids, taken[None])], [RowCopy([table], rows, ids[:0], taken[None, :0])]], put=True
+    )
+    put()
     put_rows(expected, ids, taken)
     assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
-    rows_copier([table], rows, ids[:0], taken[None, :0], put=True)()
+    nothing()
+    rows_copiers([[]], put=True)[0]()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="arrays on a GPU are copied so by all other tests"
+)
+def test_kernel_copies_rows_of_several_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of copies, of two arrays each. Those with short rows share a launch, whatever their sizes and numbers."""
+    from spin_hf.kernels.indexing import copy_rows
+    from spin_hf.kernels.launch import RowCopy
+
+    launches, launch_now = [], copy_rows.launch_now
+    monkeypatch.setattr(copy_rows, "launch_now", lambda *args, **options: launches.append(launch_now(*args, **options)))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((6,), torch.int8, 1), ((), torch.float32, 1), ((4, 8), torch.int16, 4), ((300,), torch.float32, 1)]
+    groups: list[list[RowCopy]] = []
+    expected, arrays = [], []
+    for number in range(2):
+        groups.append([])
+        for row_shape, dtype, each in shapes:
+            size = 24 // each
+            held = [[chunk.to(dtype) for chunk in chunked(3, size, row_shape, torch.int32)] for _ in range(2)]
+            ids = torch.randperm(3 * size, generator=generator)[: 60 // each - number].sort().values
+            packed = (torch.rand((2, len(ids), *row_shape), generator=generator) * 99).to(dtype)
+            tables = [torch.tensor([chunk.data_ptr() for chunk in chunks]) for chunks in held]
+            groups[-1].append(RowCopy(tables, size, ids, packed))
+            arrays.append(held)
+            wanted = [[chunk.clone() for chunk in chunks] for chunks in held]
+            for chunks, content in zip(wanted, packed, strict=True):
+                put_rows(chunks, ids, content)
+            expected.append(wanted)
+    first, second = copy_rows.rows_copiers(groups, put=True)
+    before = [[[chunk.clone() for chunk in chunks] for chunks in held] for held in arrays]
+    first()
+    for held, wanted in zip(arrays, expected[:4] + before[4:], strict=True):
+        assert all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(held, wanted, strict=True))
+    assert len(launches) == 2, "one for short rows, one for rows of 1,200 bytes"
+    second()
+    for held, wanted in zip(arrays, expected, strict=True):
+        assert all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(held, wanted, strict=True))
+    taken = [[copy._replace(packed=torch.zeros_like(copy.packed)) for copy in groups[1]]]
+    copy_rows.rows_copiers(taken, put=False)[0]()
+    for copy, wrote in zip(taken[0], groups[1], strict=True):
+        assert torch.equal(copy.packed, wrote.packed)
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim", "page_size"), [(4, 4, 8), (3, 5, 8), (1, 2, 1), (6, 1, 3)])

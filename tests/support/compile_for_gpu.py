@@ -225,12 +225,14 @@ def launch_early(compiler: Compiler) -> list[list[str]]:
 
 def copy_rows(dtype: torch.dtype) -> None:
     """Rows of one array and of several, in both directions; pages, and codes of an odd number of bytes."""
-    from spin_hf.kernels.indexing.copy_rows import rows_copier
+    from spin_hf.kernels.indexing.copy_rows import rows_copiers
+    from spin_hf.kernels.launch import RowCopy
 
-    rows = torch.arange(4)
+    rows, table = torch.arange(4), torch.zeros(1, dtype=torch.int64)
     for many, packed in [(1, torch.empty((1, 4, 2048), dtype=dtype)), (2, torch.empty((2, 4, 3), dtype=torch.int8))]:
         for put in (False, True):
-            rows_copier([torch.zeros(1, dtype=torch.int64)] * many, 8, rows, packed, put)()
+            (copy,) = rows_copiers([[RowCopy([table] * many, 8, rows, packed)]], put)
+            copy()
 
 
 def launch_all(dtype: torch.dtype) -> None:

@@ -130,7 +130,7 @@ class Fitted(ClusteringMethod, Method):
 
     def index_pages(self, pages: Pages) -> Summaries:
         """Means of units, codes of keys and of mean values. The last unit may have fewer pages."""
-        return fitted_codes.encode_pages(pages.keys, pages.values, pages.valid, *_bases(pages.fitted))
+        return fitted_codes.encode_pages(pages.keys, pages.values, pages.valid, *_bases(pages.fitted, torch.bfloat16))
 
     # --------------------------------------------------------------------------------------------- select and estimate
 
@@ -170,10 +170,10 @@ def _tensors(keys: Basis, values: Basis) -> FittedTensors:
     return {name: tensor.bfloat16() if name in _MATRICES else tensor for name, tensor in made.items()}
 
 
-def _bases(held: FittedTensors | None) -> tuple[Basis, Basis]:
-    """The bases of keys and of values in tensors of `Fitted.fitted_shapes`."""
+def _bases(held: FittedTensors | None, dtype: torch.dtype = torch.float32) -> tuple[Basis, Basis]:
+    """The bases of keys and of values in tensors of `Fitted.fitted_shapes`, with matrices in `dtype`."""
     assert held is not None
-    forward, inverse, axes = (held[name].float() for name in _MATRICES)
+    forward, inverse, axes = (held[name].to(dtype) for name in _MATRICES)
     keys = Basis(held["key_origin"], forward, inverse, held["key_widths"])
     return keys, Basis(held["value_origin"], axes, axes, held["value_widths"])
 

@@ -51,7 +51,7 @@ _GUESSES = (0.75, 0.87, 1.0, 1.15, 1.35)
 
 @dataclass(frozen=True)
 class Basis:
-    """Coordinates of vectors of each KV head, [..., D] for any leading dimensions, float32.
+    """Coordinates of vectors of each KV head, [..., D] for any leading dimensions, float32. Encoding takes any matrices.
 
     Attributes:
         origin: [..., D]: subtracted first. Its dot product with the query is added to logits.

@@ -8,6 +8,8 @@ The specifications are `reference.move_tokens` and `reference.page_means`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -27,12 +29,21 @@ def move_tokens(content: Tensor, order: Tensor, page_size: int, fields: tuple[tu
     if not moved.numel():
         return moved
     with on_device_of(content):
-        for first, width in fields:
+        for (first, width), *others in _pairs(fields):
             launch_now(
-                move_tokens_kernel, (triton.cdiv(count, _TILE), rows), content, order, moved, count, FIRST=first, WIDTH=width,
+                move_tokens_kernel, (triton.cdiv(count, _TILE), rows, 1 + len(others)), content, order, moved, count,
+                FIRST=first, STEP=others[0][0] - first if others else 0, WIDTH=width,
                 COLUMNS=triton.next_power_of_2(width), PAGE=page_size, ELEMENTS=content.shape[3], TILE=_TILE,
             )  # fmt: skip
     return moved
+
+
+def _pairs(fields: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Fields, two together if they are neighbours of one width: keys and values, and their scales."""
+    while fields:
+        number = 2 if len(fields) > 1 and fields[0][1] == fields[1][1] else 1
+        yield fields[:number]
+        fields = fields[number:]
 
 
 def page_means(states: Tensor, valid: Tensor) -> Tensor:
@@ -57,10 +68,10 @@ def page_means(states: Tensor, valid: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["count"])
 def move_tokens_kernel(
     content, order, moved, count,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr, ELEMENTS: tl.constexpr,
-    TILE: tl.constexpr,
+    FIRST: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr,
+    ELEMENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of places, row) moves one stored field: WIDTH elements per token, from element FIRST of each page on.
+    """Program (tile of places, row, i) moves a stored field: WIDTH elements per token, from FIRST + i * STEP of each page on.
 
     Args:
         content, moved: [rows, count / PAGE, ELEMENTS], contiguous. `moved` is written.
@@ -71,7 +82,7 @@ def move_tokens_kernel(
     column = tl.arange(0, COLUMNS)
     inside = place < count
     token = tl.load(order + row * count + place, mask=inside, other=0)
-    base = row * (count // PAGE) * ELEMENTS + FIRST
+    base = row * (count // PAGE) * ELEMENTS + FIRST + tl.program_id(2) * STEP
     mask = inside[:, None] & (column < WIDTH)[None, :]
     source = base + token // PAGE * ELEMENTS + token % PAGE * WIDTH
     to = base + (place // PAGE).to(tl.int64) * ELEMENTS + place % PAGE * WIDTH
