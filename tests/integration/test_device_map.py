@@ -107,6 +107,7 @@ def test_all_modules_of_a_model() -> None:
     model.missing = None
     model.model.layers[1].register_module("none", None)
     model.model.layers[1].inner = torch.nn.Sequential(torch.nn.Linear(2, 2), model.shared)
+    model.shared.owner = model.model  # a cycle
     found = modules_of(model)
     assert found[0] is model
     assert len(found) == len(set(found))
