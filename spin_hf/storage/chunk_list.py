@@ -22,8 +22,6 @@ class ChunkList(Sequence[Tensor]):
         slabs: [n, rows, *row_shape] each, n >= 1, with contiguous chunks.
     """
 
-    __slots__ = ("_stops", "slabs")
-
     def __init__(self, slabs: list[Tensor] | None = None) -> None:
         self.slabs = [] if slabs is None else slabs
         self._stops: list[int] = []
