@@ -6,7 +6,7 @@
     retrieve  store      load missing pages into page frames
     attend    kernels    exact softmax over the retrieved tokens
 
-A forward calls a layer twice: `update` (by the model) tags the new keys, `run` (by the custom op) does the work.
+A forward calls a layer twice: `update` (by the model) tags the new keys, `run` (by the attention function) does the work.
 
 Tokens that a query attends to:
     first call on an empty cache, or more than `MAX_QUERIES` tokens (prefill)    all tokens
@@ -48,7 +48,6 @@ from .memory.rank_budgets import tier_budget
 from .state import CacheState, LayerState
 from .storage.copied import copied
 from .storage.page_store import PageStore
-from .storage.tier_budget import TierBudget
 from .transaction import finished
 
 
@@ -87,39 +86,43 @@ class SpinLayer(LayerViews, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the layer's storage for keys and values of these shapes [B, H, n, D]. Called by the first step."""
-        state, method, device = self.cache_state, self.cache_state.method, key_states.device
+        state, device = self.cache_state, key_states.device
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         check_states(key_states, state.model_name)
-        budget = self._budget(shape, key_states.dtype, device)
-        tuning = state.options.tuning
-        stores = [layer.store for layer in state.layers if layer.store is not None]
-        piece = next((store.piece_bytes for store in stores if store.device == device), None)
-        if piece is None:  # free memory is asked for once a device
-            piece = piece_bytes(tuning, pool_of(self.forward.gpu, device))
-        tuning = replace(tuning, piece_bytes=piece)
-        store = PageStore(
-            state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
-            method.summary_shapes(shape.key_dim, shape.value_dim), state.options.quantizes(key_states.element_size()),
-            budget, tuning, key_states.dtype, device,
-            multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
-            summary_dtypes=method.summary_dtypes(), host_int8=state.options.host_int8,
-            pages_per_row=method.pages_per_row,
-        )  # fmt: skip
-        store.ask_for_more = self.forward.gpu.raise_caps
-        store.short_of_frames, store.invalidate = self.forward.gpu.short_of_frames, self.state.invalidate
-        with meeting(state.ranks, "allocate pages of a layer", self.layer_idx, budget.num_heads):
+        before = self._alike(shape, key_states.dtype, device)
+        store = self._new_store(shape, key_states.dtype, device) if before is None else before.alike()
+        store.invalidate = self.state.invalidate
+        with meeting(state.ranks, "allocate pages of a layer", self.layer_idx, store.num_heads):
             state.sequences.attach(store)
             self.state.store = store
 
-    def _budget(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TierBudget:
-        """The budget of new storage: that of the layer before it, if this has the same sizes and all frames of its cap."""
+    def _alike(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> PageStore | None:
+        """The storage of the layer before, if this layer has the same sizes, and that one all frames of its cap."""
+        before = self.cache_state.layers[self.state.number - 1].store if self.state.number else None
+        if before is None or before.budget.most_frames != self.forward.gpu.most_frames:
+            return None
+        sizes = LayerShape(before.num_heads, before.key_dim, before.value_dim), before.dtype, before.device
+        return before if sizes == (shape, dtype, device) else None
+
+    def _new_store(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> PageStore:
+        """Storage for a layer that differs from the one before it."""
         state, gpu = self.cache_state, self.forward.gpu
-        before = state.layers[self.state.number - 1].store if self.state.number else None
-        if before is not None and before.budget.most_frames == gpu.most_frames:
-            sizes = LayerShape(before.num_heads, before.key_dim, before.value_dim), before.dtype, before.device
-            if sizes == (shape, dtype, device):
-                return before.budget
-        return tier_budget(gpu, state.ranks, shape, dtype, device, state.sequences.room)
+        method, options = state.method, state.options
+        budget = tier_budget(gpu, state.ranks, shape, dtype, device, state.sequences.room)
+        stores = [layer.store for layer in state.layers if layer.store is not None]
+        piece = next((store.piece_bytes for store in stores if store.device == device), None)
+        if piece is None:  # free memory is asked for once a device
+            piece = piece_bytes(options.tuning, pool_of(gpu, device))
+        store = PageStore(
+            state.sequences, shape.num_heads, shape.key_dim, shape.value_dim,
+            method.summary_shapes(shape.key_dim, shape.value_dim), options.quantizes(dtype.itemsize),
+            budget, replace(options.tuning, piece_bytes=piece), dtype, device,
+            multi_page_clusters=method.multi_page_clusters if isinstance(method, ClusteringMethod) else None,
+            summary_dtypes=method.summary_dtypes(), host_int8=options.host_int8,
+            pages_per_row=method.pages_per_row,
+        )  # fmt: skip
+        store.ask_for_more, store.short_of_frames = gpu.raise_caps, gpu.short_of_frames
+        return store
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag new keys [B, H, n, Dk] and values with this layer. Nothing is stored until attention appends them."""
@@ -263,7 +266,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
                     self.forward.backends.make_room()
         else:
             backend.plan(self.state, call)
-        if num_new > 1:
+        if num_new > 1 and backend.capturable:
             self.forward.backends.compile_early(self.state, call)
         # Kernels serve neither fewer queries than tokens nor attention weights.
         by_kernels = num_queries == num_new and call.weights is None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +101,8 @@ def take_over(out: Tensor, result: Tensor) -> bool:
     if not getattr(out, _FRESH, False) or result.dtype != out.dtype or not result.is_contiguous():
         return False
     setattr(out, _FRESH, False)
-    with torch.no_grad(), torch.inference_mode(out.is_inference()):
+    same = out.is_inference() == torch.is_inference_mode_enabled()
+    with nullcontext() if same else torch.inference_mode(out.is_inference()):
         out.set_(result.untyped_storage(), result.storage_offset(), result.shape, result.stride())
     return True
 

@@ -2,8 +2,9 @@
 
     cache.update(k, v)        returns the new keys and values, tagged with their layer (`handed_states.py`)
     mask function             passes the batch's padding to the cache
-    attention function        reads the layer from keys and values and calls one opaque op
-    spin_hf::attend           append -> index -> select -> retrieve -> attend, on state that Dynamo does not see
+    attention function        reads the layer from keys and values and calls it
+                              append -> index -> select -> retrieve -> attend
+    spin_hf::attend           the same as one opaque op, for code that Dynamo traces: it does not see the state
 
 Masks, as attention receives them (see `masks.py`):
     None                causal, no padding among the new tokens
@@ -80,20 +81,29 @@ def register_layer(layer: AttentionLayer) -> int:
     return handle
 
 
-@torch.library.custom_op("spin_hf::attend", mutates_args=("out",), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
-    handle: int, append: bool, scale: float, softcap: float | None,
+    layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+    append: bool, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
-    layer = _layers[handle]
+    """As `AttentionLayer.run`, without gradients. If it raises, the forward has failed."""
     try:
-        layer.run(query, key, value, mask, sinks, out, append, scale, softcap)
+        with torch.no_grad():
+            layer.run(query, key, value, mask, sinks, out, append, scale, softcap)
     except BaseException:
         layer.fail()
         raise
 
 
-@_attend.register_fake
+@torch.library.custom_op("spin_hf::attend", mutates_args=("out",), tags=(torch.Tag.cudagraph_unsafe,))
+def _traced_attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, out: Tensor,
+    handle: int, append: bool, scale: float, softcap: float | None,
+) -> None:  # fmt: skip
+    _attend(_layers[handle], query, key, value, mask, sinks, out, append, scale, softcap)
+
+
+@_traced_attend.register_fake
 def _attend_fake(*args: Any) -> None:
     return None
 
@@ -126,7 +136,7 @@ _HARMLESS = {
 # Arguments by which models select tokens themselves; they pass them to implementations other than "eager" and "sdpa".
 _CHOSEN = ("block_indices", "indices")
 # Arguments that change the result and cannot be served from pages.
-_REFUSED = ("alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias")
+_REFUSED = {"alibi", "attention_bias", "block_indices", "block_mask", "cache", "head_mask", "indices", "position_bias"}
 
 
 def spin_attention(
@@ -177,8 +187,10 @@ def spin_attention(
     weights = None
     if returned_weights.are_wanted(kwargs):
         weights = layer.run_for_weights(query, key, value, attention_mask, sinks, out, append, scale, softcap)
-    else:
+    elif torch.compiler.is_compiling():
         torch.ops.spin_hf.attend(query, key, value, attention_mask, sinks, out, layer.handle, append, scale, softcap)
+    else:
+        _attend(layer, query, key, value, attention_mask, sinks, out, append, scale, softcap)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if torch.compiler.is_compiling():
             out = _InferenceOnly.apply(out, query)
@@ -191,8 +203,8 @@ def _check_arguments(
     mask: Tensor | None, num_queries: int, dropout: float, causal: bool, kwargs: dict[str, Any]
 ) -> None:
     masks.check_kind(mask)
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
+    for name, given in kwargs.items():
+        if given is not None and name in _REFUSED:
             raise AttentionError(
                 f"SpinCache cannot serve the attention argument {name!r}; use a DynamicCache for this model"
             )
@@ -212,7 +224,7 @@ def _check_arguments(
             logger.warning("attention arguments %s are not known to SpinCache and are ignored", ", ".join(unknown))
 
 
-_KNOWN = _HARMLESS | set(_REFUSED) | {"softcap", "s_aux", "sinks"}
+_KNOWN = _HARMLESS | _REFUSED | {"softcap", "s_aux", "sinks"}
 _warned: set[str] = set()
 
 

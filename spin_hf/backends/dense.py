@@ -75,6 +75,9 @@ def attend_in_pieces(
             they are the new tokens, so that causality matters.
     """
     start = store.sequences.start
+    if not start:
+        _put_merged([attend(start, key, value, True)], call, out)
+        return
     # Its first load runs beside the attention of the new tokens.
     with TokenStream(store, start, _reads_large_pieces(call, store)) as earlier:
         partials = [attend(start, key, value, True)]

@@ -84,8 +84,10 @@ class PromptReader:
             whole = self.size // BLOCK_TOKENS * BLOCK_TOKENS if self.state.options.prefill == "sparse" else 0
             return whole or self.size
         batch_size, num_tokens = new.shape[:2]
+        if num_tokens <= _LEAST_CHUNK:
+            return num_tokens
         devices = {new.device, *(places(self.state) or ())}  # accelerate moves inputs to the GPUs
-        if num_tokens <= _LEAST_CHUNK or all(device.type == "cpu" for device in devices):
+        if all(device.type == "cpu" for device in devices):
             return num_tokens
         item_bytes = (getattr(module, "dtype", None) or torch.get_default_dtype()).itemsize
         means = self._key_means_bytes(item_bytes, batch_size, self.state.committed + num_tokens)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modules import modules_of
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _MOVES_STATES = "AlignDevicesHook"
 """accelerate's hook that moves inputs and outputs, and weights if its `offload` is set."""
@@ -30,9 +32,9 @@ def layer_devices(model: Any, count: int) -> list[torch.device]:
         return [torch.get_default_device()] * count
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model if decoder is None else decoder
-    placed = {parameter.device for parameter in decoder.parameters() if not parameter.is_meta}
-    if len(placed) == 1 and not any(map(is_placed, decoder.modules())):
-        return [placed.pop()] * count
+    only = _only_device(decoder)
+    if only is not None:
+        return [only] * count
     found: dict[int, torch.device] = {}
     first: torch.device | None = None
     for name, module in decoder.named_modules():
@@ -52,6 +54,16 @@ def layer_devices(model: Any, count: int) -> list[torch.device]:
     return [found.get(index, rest) for index in range(count)]
 
 
+def _only_device(model: nn.Module) -> torch.device | None:
+    """The device of all parameters; None if there are several or none, or accelerate has placed modules."""
+    modules = modules_of(model)
+    if any("_hf_hook" in module.__dict__ for module in modules):
+        return None
+    parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+    placed = {parameter.device for parameter in parameters if not parameter.is_meta}
+    return placed.pop() if len(placed) == 1 else None
+
+
 def gpus_of(model: nn.Module) -> list[torch.device]:
     """The GPUs that a forward of the model computes on, without duplicates."""
     return [device for device in dict.fromkeys(_devices_of(model)) if device.type == "cuda"]
@@ -59,7 +71,14 @@ def gpus_of(model: nn.Module) -> list[torch.device]:
 
 def uses_a_gpu(model: nn.Module) -> bool:
     """Whether `gpus_of` finds any. Looks at the first weight only, if that is on a GPU: a model has hundreds."""
-    return any(device.type == "cuda" for device in _devices_of(model))
+    first = next(model.parameters(), None)
+    if first is not None and first.device.type == "cuda":
+        return True
+    modules = modules_of(model)
+    tensors = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
+    found = {tensor.device for tensor in tensors if tensor is not None}
+    placed = [_execution_device(module) for module in modules if "_hf_hook" in module.__dict__]
+    return any(device is not None and device.type == "cuda" for device in (*found, *placed))
 
 
 def _devices_of(model: nn.Module) -> Iterator[torch.device]:

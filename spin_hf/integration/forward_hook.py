@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..attention import implementation
 from . import prefill_hook
+from .modules import modules_of
 from .prefill_hook import ATTRIBUTE, CACHE_NAMES
 
 _PREVIOUS = "_spin_hf_forward"
@@ -96,7 +97,7 @@ def release(wrapped: Wrapped) -> None:
 
 def called_with_a_cache(model: nn.Module) -> Iterator[nn.Module]:
     """The model, and the models inside it with a forward that takes a cache."""
-    for module in model.modules():
+    for module in modules_of(model):
         if module is model or (isinstance(module, PreTrainedModel) and _takes_cache(type(module))):
             yield module
 

@@ -119,8 +119,7 @@ class Ranks:
         return self
 
 
-@contextlib.contextmanager
-def meeting(ranks: Ranks | None, what: str, *facts: int) -> Iterator[None]:
+def meeting(ranks: Ranks | None, what: str, *facts: int) -> contextlib.AbstractContextManager[None]:
     """Run the block on all ranks. If it fails on one of them, all raise its error.
 
     Args:
@@ -128,9 +127,14 @@ def meeting(ranks: Ranks | None, what: str, *facts: int) -> Iterator[None]:
         what: what the block does, for the error.
         facts: up to five numbers that must be the same on all ranks.
     """
-    if ranks is None:
-        yield
-        return
+    return _ALONE if ranks is None else _meeting(ranks, what, facts)
+
+
+_ALONE = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _meeting(ranks: Ranks, what: str, facts: tuple[int, ...]) -> Iterator[None]:
     try:
         yield
     except Exception as error:

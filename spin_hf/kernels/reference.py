@@ -73,27 +73,44 @@ def rows_to_put(chunks: Sequence[Tensor], rows: Tensor, values: Tensor) -> Calla
 
 
 def put_tokens(
-    chunks: Sequence[Tensor], rows: Tensor, offsets: Tensor, fields: Sequence[Tensor],
-    split: Callable[[Tensor], Sequence[Tensor]],
-) -> None:  # fmt: skip
-    """Write single tokens into pages. Mutates the chunks.
+    pages: Tensor, first: int, fields: Sequence[Tensor], split: Callable[[Tensor], Sequence[Tensor]]
+) -> None:
+    """Write consecutive tokens into the pages of consecutive segments. Mutates `pages`.
 
     Args:
-        chunks: pages, one per row.
-        rows: [n], int64, the page of each token.
-        offsets: [n], int64, its place in the page.
-        fields: the stored fields of the tokens (keys, values, scales), each [n, width].
-        split: returns views [rows_per_chunk, P, width] of these fields in a chunk, as `PageLayout.split`.
+        pages: [segments, H, pages of a segment, row elements].
+        first: place of the first token, counted from the first page.
+        fields: the stored fields of the tokens (keys, values, scales), each [H, n, width]. They fit behind `first`.
+        split: returns views [..., P, width] of these fields in rows, as `PageLayout.split`.
     """
-    for chunk, here, inside in _per_chunk(chunks, rows):
-        for place, field in zip(split(chunk), fields, strict=True):
-            place[inside, offsets[here]] = field[here]
+    places, count, done = split(pages), fields[0].shape[1], 0
+    num_pages, page_size = places[0].shape[2:4]
+    while done < count:
+        page, offset = divmod(first + done, page_size)
+        segment, page = divmod(page, num_pages)
+        tokens = count - done
+        if offset or tokens < page_size:  # a part of a page
+            tokens = min(tokens, page_size - offset)
+            targets = [place[segment, :, page, offset : offset + tokens] for place in places]
+            shape: tuple[int, ...] = (tokens,)
+        elif page or tokens < num_pages * page_size:  # pages of a segment
+            number = min(tokens // page_size, num_pages - page)
+            targets, shape = [place[segment, :, page : page + number] for place in places], (number, page_size)
+        else:  # whole segments
+            number = tokens // (num_pages * page_size)
+            targets = [place[segment : segment + number].transpose(0, 1) for place in places]
+            shape = number, num_pages, page_size
+        tokens = math.prod(shape)
+        for target, field in zip(targets, fields, strict=True):
+            target.copy_(field[:, done : done + tokens].view(field.shape[0], *shape, field.shape[2]))
+        done += tokens
 
 
 def split_pages(pages: Tensor, page_size: int, key_dim: int) -> tuple[Tensor, Tensor]:
     """Views of the keys [..., P, Dk] and the values [..., P, Dv] of pages [..., P * (Dk + Dv)]."""
     keys, values = pages.tensor_split([page_size * key_dim], dim=-1)
-    return keys.unflatten(-1, (page_size, key_dim)), values.unflatten(-1, (page_size, -1))
+    each, value_dim = (*pages.shape[:-1], page_size), values.shape[-1] // page_size
+    return keys.view(*each, key_dim), values.view(*each, value_dim)
 
 
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:

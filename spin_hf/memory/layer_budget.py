@@ -20,10 +20,9 @@ from ..attention.methods.layer_shapes import layer_shapes as layer_shapes
 from ..config import SpinOptions
 from ..errors import OptionError
 from ..storage.page_layout import page_layouts
-from ..storage.page_store import chunk_segments
 from ..storage.segment_pool import pages_of
 from ..storage.summary_array import bytes_per_page, stored_as
-from ..storage.tier_budget import TierBudget
+from ..storage.tier_budget import TierBudget, chunk_segments
 from ..storage.token_permutation import bytes_for_clustering, longest_span
 
 

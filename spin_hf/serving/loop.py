@@ -20,7 +20,6 @@ from os import PathLike
 from types import TracebackType
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..attention.methods.base import Method
@@ -31,11 +30,11 @@ from ..integration.forward_hook import unwrapped
 from ..persistence.prompt_store import PromptStore
 from .admission import Admission
 from .events import EventLog, RequestQueued
-from .generation import prepare
 from .handle import RequestHandle
 from .inputs import prompt_of
 from .loop_stats import LoopStats
 from .pace import Pace
+from .preparations import Preparations
 from .request import Request
 from .results import RequestTimes
 from .row import check_cache
@@ -100,6 +99,7 @@ class RequestLoop:
         with suppress(CacheStateError):  # it is empty; here, models whose sequences cannot be rows are refused
             check_cache(self._template, found)
         self._admission = Admission(self._template)
+        self.preparations = Preparations(found, tokenizer)
         self._vocabulary = int(found.get_input_embeddings().weight.shape[0])
         self._own_log = None if events is None or isinstance(events, EventLog) else EventLog(events)
         self.events = self._own_log or events
@@ -160,8 +160,7 @@ class RequestLoop:
         self.worker.submit(requests)
 
     def _made(self, prompt: array[int], generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Request:
-        ids = torch.tensor([prompt.tolist()], device=self.model.device)
-        generation = prepare(self.model, ids, generation_config, tokenizer=self.tokenizer, **kwargs)
+        generation = self.preparations.of(prompt, generation_config, **kwargs)
         choice = Choice(generation, prompt, self.model.device)
         number = next(self._numbers)
 

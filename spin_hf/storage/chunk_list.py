@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,8 +24,12 @@ class ChunkList(Sequence[Tensor]):
 
     def __init__(self, slabs: list[Tensor] | None = None) -> None:
         self.slabs = [] if slabs is None else slabs
-        self._stops = list(accumulate(slab.shape[0] for slab in self.slabs))
+        self._stops: list[int] = []
         """The number of the first chunk behind each slab."""
+        stop = 0
+        for slab in self.slabs:
+            stop += slab.shape[0]
+            self._stops.append(stop)
 
     def __len__(self) -> int:
         return self._stops[-1] if self._stops else 0

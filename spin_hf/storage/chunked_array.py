@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..inference_mode import outside_inference_mode
 from .chunk_list import ChunkList
-from .out_of_memory import allocating
+from .out_of_memory import allocating, refuse
+from .page_layout import Conversion
 from .pinned_slab import allocate_rows
 from .row_copies import RowArray
 from .slab_prefetch import PREFETCHER, PrefetchedSlab
@@ -37,21 +38,8 @@ _MOST_BLOCK_COPIES = 16
 """Most blocks that are copied one by one; more are copied by one kernel."""
 _CONVERT_BYTES = 16 << 20
 """Bytes of rows converted at a time. Bounds temporary memory."""
-
+_NO_CHUNKS = ChunkList()
 _zeros = outside_inference_mode(torch.zeros)
-
-
-class Conversion(NamedTuple):
-    """Converts rows to another shape and dtype.
-
-    Attributes:
-        row_shape, dtype: of the converted rows.
-        convert: maps old rows [n, *old row_shape] to new rows [n, *row_shape].
-    """
-
-    row_shape: tuple[int, ...]
-    dtype: torch.dtype
-    convert: Callable[[Tensor], Tensor]
 
 
 class ChunkedArray(RowArray):
@@ -74,7 +62,7 @@ class ChunkedArray(RowArray):
         self.dtype = dtype
         self.device = device
         self.compute_device = device if compute_device is None else compute_device
-        self.chunks = ChunkList()
+        self.chunks = _NO_CHUNKS
         self.used_rows = 0
         self.is_shared = False
         """Whether a fork may use the same chunks. Not reset when the fork ends."""
@@ -112,6 +100,16 @@ class ChunkedArray(RowArray):
         assert self._table is not None
         return self._table
 
+    def alike(self) -> ChunkedArray:
+        """An empty array of the same row shape, dtype and devices."""
+        return self._twin(chunks=_NO_CHUNKS, used_rows=0, is_shared=False)
+
+    def _twin(self, **known: Any) -> ChunkedArray:
+        """An array with these attributes, and otherwise those of this one, but with a table and spares of its own."""
+        twin = object.__new__(ChunkedArray)
+        twin.__dict__ = {**self.__dict__, "_table": None, "_table_is_behind": False, "_spares": deque(), **known}
+        return twin
+
     def grow(self, num_rows: int, expected: int = 0) -> None:
         """Allocate rows up to `num_rows`. New rows are uninitialized; old rows keep their addresses.
 
@@ -120,23 +118,24 @@ class ChunkedArray(RowArray):
         Raises:
             CapacityError: this needs more than MAX_CHUNKS chunks, or memory ran out. Nothing has changed.
         """
-        num_rows = num_rows if self.is_registered else max(num_rows, expected)
+        is_registered = self.registers(self.device)
+        num_rows = num_rows if is_registered else max(num_rows, expected)
         if self._table_is_behind:  # a move was interrupted
             self._write_addresses(self._table, 0, self.chunks)
             self._table_is_behind = False
-        missing = -(-num_rows // self.rows_per_chunk) - len(self.chunks)
-        if missing > 0:
-            if len(self.chunks) + missing > MAX_CHUNKS:
+        held = len(self.chunks)
+        if (missing := -(-num_rows // self.rows_per_chunk) - held) > 0:
+            if held + missing > MAX_CHUNKS:
                 raise CapacityError(
-                    f"{num_rows} rows take {len(self.chunks) + missing} chunks of {self.rows_per_chunk} rows, an array "
-                    f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
+                    f"{num_rows} rows take {held + missing} chunks of {self.rows_per_chunk} rows, an array has at most "
+                    f"{MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
-            made = self._new_slabs(missing)
+            made = self._new_slabs(missing) if self._spares else self._allocate(missing, self.device)
             if self._table is not None:
-                self._write_addresses(self._table, len(self.chunks), ChunkList(made))
+                self._write_addresses(self._table, held, ChunkList(made))
             self.chunks = self.chunks.extended(made)
         self.used_rows = max(self.used_rows, num_rows)
-        if self.is_registered:
+        if is_registered:
             is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
             self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
 
@@ -200,8 +199,7 @@ class ChunkedArray(RowArray):
         """
         if conversion is not None:
             self._convert(device, conversion)
-            return
-        if not device.type == self.device.type == "cpu":
+        elif not device.type == self.device.type == "cpu":
             self._copy_chunks(device)
 
     def unshare(self) -> None:
@@ -218,9 +216,7 @@ class ChunkedArray(RowArray):
         moved = ChunkList(self._allocate(len(self.chunks), device))
         for copy, chunk in zip(moved, self.chunks, strict=True):
             copy.copy_(chunk)
-        self._table_is_behind = True
-        self._write_addresses(self._table, 0, moved)
-        self._replace(device, moved, {})
+        self._replace(device, moved)
 
     def _convert(self, device: torch.device, conversion: Conversion) -> None:
         """`move` with conversion. Unused rows are not converted."""
@@ -231,28 +227,23 @@ class ChunkedArray(RowArray):
             for first in range(0, inside, at_once):
                 rows = slice(first, min(first + at_once, inside))
                 copy[rows] = conversion.convert(chunk[rows])
-        layout: dict[str, Any] = {"row_shape": conversion.row_shape, "dtype": conversion.dtype, "converted": True}
+        self._replace(device, moved, row_shape=conversion.row_shape, dtype=conversion.dtype, converted=True)
+
+    def _replace(self, device: torch.device, moved: ChunkList, **layout: Any) -> None:
+        """Replace the chunks. One update, so that an interruption leaves either the old state or the new one."""
         self._table_is_behind = True
         self._write_addresses(self._table, 0, moved)
-        self._replace(device, moved, layout)
-
-    def _replace(self, device: torch.device, moved: ChunkList, layout: dict[str, Any]) -> None:
-        """Replace the chunks. One update, so that an interruption leaves either the old state or the new one."""
         known = {"device": device, "chunks": moved, "is_shared": False, "_spares": deque()}
         self.__dict__.update(layout, _table_is_behind=False, **known)
 
     def fork(self) -> ChunkedArray:
         """An array with the same chunks. Both may grow; chunks that are added later are their own. Copies nothing."""
         self.is_shared = True
-        twin = object.__new__(ChunkedArray)
-        twin.__dict__ = {**self.__dict__, "_table": None, "_table_is_behind": False, "_spares": deque()}
-        return twin
+        return self._twin()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """Copy the rows in use. The rest of the last chunk is not written, so on a CPU it takes no memory."""
-        shape, size = self.row_shape, self.rows_per_chunk
-        twin = ChunkedArray(shape, size, self.dtype, self.device, compute_device=self.compute_device)
-        twin.converted = self.converted
+        twin = self.alike()
         twin.grow(self.used_rows)
         self.wait_for_kernels()
         done = 0
@@ -282,13 +273,16 @@ class ChunkedArray(RowArray):
         """
         shape = (self.rows_per_chunk, *(self.row_shape if row_shape is None else row_shape))
         dtype = self.dtype if dtype is None else dtype
-        with allocating("pages and summaries", count * math.prod(shape) * dtype.itemsize):
-            if device.type == "cpu":
-                chunks = allocate_rows(count, shape, dtype, compute_device=self.compute_device)
-                return [chunk[None] for chunk in chunks]
-            each = _chunks_per_slab(math.prod(shape) * dtype.itemsize, _GPU_SLAB_BYTES)
-            slabs = [min(each, count - first) for first in range(0, count, each)]
-            return [torch.empty((number, *shape), dtype=dtype, device=device) for number in slabs]
+        chunk_bytes = math.prod(shape) * dtype.itemsize
+        try:  # `allocating` takes longer, and a prompt makes hundreds of arrays
+            if self.registers(device):
+                return allocate_rows(count, (1, *shape), dtype, compute_device=self.compute_device)
+            each = 1 if device.type == "cpu" else _chunks_per_slab(chunk_bytes, _GPU_SLAB_BYTES)
+            sizes = (min(each, count - first) for first in range(0, count, each))
+            return [torch.empty((number, *shape), dtype=dtype, device=device) for number in sizes]
+        except (RuntimeError, MemoryError) as error:
+            refuse("pages and summaries", count * chunk_bytes, error)
+            raise
 
     def _prefetch(self, num_chunks: int) -> None:
         """Have chunks of registered memory below number `num_chunks` allocated ahead, so that growing does not wait."""

@@ -32,13 +32,19 @@ class allocating:  # noqa: N801  (a context manager, used like those of contextl
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or isinstance(error, CapacityError) or not out_of_memory(error):
-            return
-        raise CapacityError(
-            f"the cache needs {self.num_bytes} bytes ({self.num_bytes / 2**30:.2f} GiB) more for {self.what} and got none: "
-            f"{str(error).splitlines()[0] if str(error) else repr(error)}; free memory and try again, lower gpu_memory so "
-            "that pages move to host memory, shorten the context, or use a smaller batch"
-        ) from error
+        if error is not None:
+            refuse(self.what, self.num_bytes, error)
+
+
+def refuse(what: str, num_bytes: int, error: BaseException) -> None:
+    """Raise CapacityError if `error` means that memory for `what` ran out."""
+    if isinstance(error, CapacityError) or not out_of_memory(error):
+        return
+    raise CapacityError(
+        f"the cache needs {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) more for {what} and got none: "
+        f"{str(error).splitlines()[0] if str(error) else repr(error)}; free memory and try again, lower gpu_memory so "
+        "that pages move to host memory, shorten the context, or use a smaller batch"
+    ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -324,6 +324,25 @@ class PageFrames:
         return group.first + streams.view(-1, self.num_heads, 1) * group.num_slots + slots
 
 
+def waves(frames: PageFrames | None, pages: Tensor) -> Iterator[slice]:
+    """Split the columns of `pages` [B, H, n] into waves. In a wave no sequence has more pages than slots.
+
+    Without columns yields one empty slice, so that attention over nothing gives zero. Without frames everything is one wave.
+    """
+    stop = pages.shape[2]
+    width = stop if frames is None else frames.num_slots
+    if frames is None or frames.slot_counts is None or stop <= width:
+        yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
+        return
+    counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
+    slots, first = frames.slot_counts[:, :1, None], 0
+    while first < stop:
+        fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
+        end = first + int(fits.sum())
+        yield slice(first, end)
+        first = end
+
+
 _DISAGREE = "page_slot and slot_page disagree"
 
 

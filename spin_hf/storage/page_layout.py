@@ -13,8 +13,9 @@ equal to this file for finite numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ from ..kernels.reference import quantize, split_pages
 SCALES_BYTES = 8
 """Bytes of a token's scales: two float32."""
 _ALIGNED_BYTES = 16
+
+
+class Conversion(NamedTuple):
+    """Converts rows to another shape and dtype.
+
+    Attributes:
+        row_shape, dtype: of the converted rows.
+        convert: maps old rows [n, *old row_shape] to new rows [n, *row_shape].
+    """
+
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+    convert: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,15 @@ from torch import Tensor
 from .. import kernels
 from ..config import Tuning
 from ..errors import BudgetError, CapacityError
-from .chunked_array import ChunkedArray, Conversion
+from .chunked_array import ChunkedArray
 from .copied import copied
-from .page_frames import PageFrames
-from .page_layout import PageLayout, page_layouts
+from .page_frames import PageFrames, waves
+from .page_layout import Conversion, PageLayout, page_layouts
 from .page_table import SEGMENT_PAGES, PageTable, SegmentStore
+from .segment_pool import consecutive
 from .summary_array import SummaryArray, stored_as
-from .tier_budget import TierBudget, whole_segments
+from .tier_budget import TierBudget, chunk_segments, whole_segments
 from .token_permutation import TokenPermutation
-
-
-def chunk_segments(num_heads: int, page_bytes: int, device: torch.device, tuning: Tuning) -> int:
-    """Segments per chunk of a layer's arrays on a device."""
-    chunk_bytes = tuning.cpu_chunk_bytes if device.type == "cpu" else tuning.gpu_chunk_bytes
-    segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
-    return min(max(segments, tuning.min_chunk_segments), tuning.max_chunk_segments)
 
 
 class PageStore(SegmentStore):
@@ -90,6 +84,16 @@ class PageStore(SegmentStore):
         self.invalidate: Callable[[int, int], None] | None = None
         """Called with [first, stop) of pages whose storage layout changed. Their summaries must be recomputed."""
 
+    def alike(self) -> PageStore:
+        """A store of the same sizes, budget and callbacks, without pages. `invalidate` is not set."""
+        twin = copied(self, {})
+        twin.frames = twin.invalidate = None
+        twin.length = twin.num_segments = twin.num_frames = 0
+        twin.backing = ChunkedArray((self.layout.row_elements,), self.backing.rows_per_chunk, self.dtype, self.device)
+        twin.summaries = {name: held.alike() for name, held in self.summaries.items()}
+        twin.permutation = None if self.permutation is None else self.permutation.alike()
+        return twin
+
     @property
     def backing_layout(self) -> PageLayout:
         """Layout of pages in the backing."""
@@ -120,8 +124,9 @@ class PageStore(SegmentStore):
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
+        rows, expected = self.budget.rows(num_ids), self.budget.rows(num_expected)
         for array, pages in self._by_pages():
-            array.grow(self.budget.rows(num_ids) // pages, self.budget.rows(num_expected) // pages)
+            array.grow(rows // pages, expected // pages)
         self.num_segments = num_segments
 
     def _take_frames(
@@ -214,21 +219,29 @@ class PageStore(SegmentStore):
         Args:
             keys, values: [B, H, n, Dk] and [B, H, n, Dv], n = sequences.length - sequences.start.
         """
-        batch_size, _, count, _ = keys.shape
-        start = self.sequences.start
-        positions = torch.arange(start, start + count, device=self.device)
-        pages = torch.div(positions, self.page_size, rounding_mode="floor")
-        rows = self._rows()[:, :, pages].reshape(-1).to(self.backing.device)
-        offsets = (positions % self.page_size).repeat(batch_size * self.num_heads).to(self.backing.device)
+        start, count = self.sequences.start, keys.shape[2]
         fields = self.backing_layout.encode(keys, values)
-        flat = [field.reshape(-1, field.shape[-1]).to(self.backing.device) for field in fields]
-        kernels.put_tokens(self.backing.chunks, rows, offsets, flat, self.backing_layout.split)
+        stored = [field.to(self.backing.device) for field in fields]
+        for row, segments in enumerate(self.sequences.directory):
+            done, (segment, place) = 0, divmod(start, SEGMENT_PAGES * self.page_size)
+            for content in self._content(segments[segment:]):
+                tokens = min(count - done, len(content) * SEGMENT_PAGES * self.page_size - place)
+                states = [field[row, :, done : done + tokens] for field in stored]
+                kernels.put_tokens(content, place, states, self.backing_layout.split)
+                done, place = done + tokens, 0
         offset = start % self.page_size
         if self.frames is not None and offset:  # only a partly filled page can be resident already
             inside = min(count, self.page_size - offset)
             decoded = self.backing_layout.decode([field[:, :, :inside] for field in fields])
             self.frames.write(start // self.page_size, offset, *decoded)
         self.length = start + count
+
+    def _content(self, segments: list[int]) -> Iterator[Tensor]:
+        """Pages of segments, in their order: views [n, H, pages of a segment, row elements] of n consecutive ones each."""
+        each = self.budget.rows(1)
+        for first, stop in consecutive(segments):
+            for rows in self.backing.views(first * each, stop * each):
+                yield rows.view(-1, self.num_heads, SEGMENT_PAGES, rows.shape[1])
 
     def pages(self, count: int) -> tuple[Tensor, Tensor]:
         """Keys [B, H, count * P, Dk] and values [B, H, count * P, Dv] of the first pages, in page order."""
@@ -266,30 +279,13 @@ class PageStore(SegmentStore):
             slice of the n pages, their keys [B, H, m * P, Dk] and values [B, H, m * P, Dv]; undefined at -1.
         """
         rows = self._rows().gather(2, pages.clamp(min=0))
-        for wave in self._waves(pages):
+        for wave in waves(self.frames, pages):
             if self.frames is None:
                 content = self.backing.take(rows[:, :, wave])
             else:
                 content = self.frames.bring_in(pages[:, :, wave], rows[:, :, wave], self._load, self.sequences.step)
             keys, values = self.layout.take(content)
             yield wave, keys.flatten(2, 3), values.flatten(2, 3)
-
-    def _waves(self, pages: Tensor) -> Iterator[slice]:
-        """Split the columns of `pages` [B, H, n] into waves. In a wave no sequence has more pages than slots.
-
-        Without columns yields one empty slice, so that attention over nothing gives zero.
-        """
-        stop, width = pages.shape[2], pages.shape[2] if self.frames is None else self.frames.num_slots
-        if self.frames is None or self.frames.slot_counts is None or stop <= width:
-            yield from (slice(first, first + width) for first in range(0, max(1, stop), max(1, width)))
-            return
-        counted = torch.nn.functional.pad((pages >= 0).cumsum(2), (1, 0))
-        slots, first = self.frames.slot_counts[:, :1, None], 0
-        while first < stop:
-            fits = (counted[:, :, first + 1 :] - counted[:, :, first : first + 1] <= slots).all(0).all(0)
-            end = first + int(fits.sum())
-            yield slice(first, end)
-            first = end
 
     def summary(self, name: str, pages: Tensor | None = None) -> Tensor:
         """Summaries [B, H, N, ...] of all pages, or [B, H, k, ...] of `pages` [B, H, k]."""

@@ -117,9 +117,9 @@ def allocate_rows(
     Raises:
         CapacityError: the host cannot provide or page-lock the memory.
     """
-    chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
-    if compute_device.type != "cuda" or num_chunks * chunk_bytes == 0:
+    if compute_device.type != "cuda" or not num_chunks or 0 in chunk_shape:
         return [torch.empty(tuple(chunk_shape), dtype=dtype) for _ in range(num_chunks)]
+    chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
     key = slab_key(num_chunks, chunk_bytes, compute_device)
     prepared, stride = PREPARED.get(key), key.unit_bytes
     slab = None if prepared is None else prepared()

@@ -39,7 +39,11 @@ class RowArray:
     @property
     def is_registered(self) -> bool:
         """Whether the rows are in host memory that the kernels of a GPU read directly."""
-        return self.device.type == "cpu" and self.compute_device.type == "cuda"
+        return self.registers(self.device)
+
+    def registers(self, device: torch.device) -> bool:
+        """Whether rows on a device are registered. Quick if kernels compute there: a prompt asks hundreds of times."""
+        return device is not self.compute_device and device.type == "cpu" and self.compute_device.type == "cuda"
 
     def take(self, rows: Tensor) -> Tensor:
         """Copy rows (int64 ids, any device): [*rows.shape, *row_shape], on the device of `rows`."""

@@ -10,6 +10,7 @@ counts are those of one page table. Its free list contains no segments that fork
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from .shared_segments import SharedSegments
 
@@ -27,6 +28,15 @@ def segments_of(num_pages: int) -> int:
 def segment_indices(first_page: int, stop_page: int) -> range:
     """Indices into a row of the directory: the segments that contain pages [first_page, stop_page)."""
     return range(first_page // SEGMENT_PAGES, segments_of(stop_page))
+
+
+def consecutive(segments: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs [first, stop) of consecutive numbers in a list of segments."""
+    first = 0
+    for last, segment in enumerate(segments, 1):
+        if last == len(segments) or segments[last] != segment + 1:
+            yield segments[first], segment + 1
+            first = last
 
 
 def take_segments(

@@ -42,6 +42,13 @@ class SummaryArray:
         self.values = ChunkedArray(shape, rows_per_chunk, torch.int8 if self.quantized else dtype, device)
         self.scale = ChunkedArray((), rows_per_chunk, torch.float32, device) if self.quantized else None
 
+    def alike(self) -> SummaryArray:
+        """An empty one of the same sizes."""
+        twin = object.__new__(SummaryArray)
+        scale = None if self.scale is None else self.scale.alike()
+        twin.__dict__ = {**self.__dict__, "values": self.values.alike(), "scale": scale}
+        return twin
+
     @property
     def arrays(self) -> list[ChunkedArray]:
         """The arrays behind it: values, and scales if quantized."""

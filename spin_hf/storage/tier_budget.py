@@ -16,6 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ..config import Tuning
 from ..errors import BudgetError, CapacityError
 from .page_table import SEGMENT_PAGES, segments_of
 
@@ -196,6 +199,13 @@ def check_all(budgets: Iterable[TierBudget], batch_size: int, num_segments: int,
     room = batch_size, num_segments, num_pages
     for budget in sorted(set(budgets), key=lambda budget: budget.smallest_gpu_memory(*room), reverse=True):
         budget.num_frames(*room)
+
+
+def chunk_segments(num_heads: int, page_bytes: int, device: torch.device, tuning: Tuning) -> int:
+    """Segments per chunk of a layer's arrays on a device."""
+    chunk_bytes = tuning.cpu_chunk_bytes if device.type == "cpu" else tuning.gpu_chunk_bytes
+    segments = chunk_bytes // (SEGMENT_PAGES * num_heads * page_bytes)
+    return min(max(segments, tuning.min_chunk_segments), tuning.max_chunk_segments)
 
 
 def whole_segments(num_pages: int) -> int:

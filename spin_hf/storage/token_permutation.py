@@ -41,6 +41,15 @@ class TokenPermutation:
         self._shifts = ChunkedArray((self.page_size,), rows_per_chunk, torch.int16, device)
         self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device) if multi_page_clusters else None
 
+    def alike(self) -> TokenPermutation:
+        """An empty one of the same sizes, of the same sequences."""
+        twin = copied(self, {})
+        twin._shifts, twin._partition = (
+            self._shifts.alike(),
+            None if self._partition is None else self._partition.alike(),
+        )
+        return twin
+
     @property
     def arrays(self) -> list[ChunkedArray]:
         """The arrays behind it: shifts, and cluster sizes if clusters may have several pages."""

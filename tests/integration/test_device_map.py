@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from spin_hf.graph.eligibility import launch_devices
 from spin_hf.graph.model_calls import may_be_captured
 from spin_hf.integration import device_map
+from spin_hf.integration.modules import modules_of
 from tests.support.tiny_llama import tiny_llama
 from tests.support.zoo import build_model
 
@@ -82,3 +83,32 @@ def test_placements_change_with_a_hook() -> None:
 
 def test_an_embedded_model_without_hooks() -> None:
     assert device_map.layer_devices(None, 3) == [torch.get_default_device()] * 3
+
+
+def test_a_model_that_was_moved_or_changed_is_noticed() -> None:
+    """Nothing is remembered of a model between two caches."""
+    model = tiny_llama()
+    assert device_map.layer_devices(model, 2) == [torch.device("cpu")] * 2
+    model.model.layers[1].to("meta")  # where parameters are to be loaded
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    assert device_map.layer_devices(model, 2) == [torch.device("cpu")] * 2
+    assert not device_map.uses_a_gpu(model)
+    model.model.layers[0]._hf_hook = AlignDevicesHook(1)
+    assert device_map.layer_devices(model, 2) == [GPU[1], torch.device("cpu")]
+    assert device_map.uses_a_gpu(model)
+    del model.model.layers[0]._hf_hook
+    model.model.layers[0].mlp.register_buffer("table", torch.zeros(1, device="meta"))
+    assert not device_map.uses_a_gpu(model)
+
+
+def test_all_modules_of_a_model() -> None:
+    model = tiny_llama()
+    model.shared = model.model.layers[0].mlp
+    model.missing = None
+    model.model.layers[1].register_module("none", None)
+    model.model.layers[1].inner = torch.nn.Sequential(torch.nn.Linear(2, 2), model.shared)
+    model.shared.owner = model.model  # a cycle
+    found = modules_of(model)
+    assert found[0] is model
+    assert len(found) == len(set(found))
+    assert set(found) == set(model.modules())

@@ -148,20 +148,23 @@ def test_split_pages_is_keys_then_values(key_dim: int, value_dim: int, page_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_chunks", [1, 3])
-def test_put_tokens(num_chunks: int, dtype: torch.dtype) -> None:
-    page_size, key_dim, value_dim, rows = 8, 3, 2, 4
-    elements = page_size * (key_dim + value_dim)
-    chunks = [torch.full((rows, elements), float("nan"), dtype=dtype) for _ in range(num_chunks)]
-    places = torch.randperm(num_chunks * rows * page_size)[:20]
-    row, offset = places // page_size, places % page_size
-    keys, values = torch.randn(20, key_dim), torch.randn(20, value_dim)
-    form = PageLayout(page_size, key_dim, value_dim, dtype)
-    put_tokens(chunks, row, offset, form.encode(keys, values), form.split)
-    expected = torch.full((num_chunks * rows, elements), float("nan"), dtype=dtype)
-    for token in range(20):
-        first_key = int(offset[token]) * key_dim
-        first_value = page_size * key_dim + int(offset[token]) * value_dim
-        expected[row[token], first_key : first_key + key_dim] = keys[token].to(dtype)
-        expected[row[token], first_value : first_value + value_dim] = values[token].to(dtype)
-    assert torch.equal(torch.cat(chunks).nan_to_num(99.0), expected.nan_to_num(99.0))
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 1), (5, 2), (6, 2), (6, 4), (0, 8), (8, 15), (3, 21), (0, 24), (0, 72), (7, 60), (24, 48), (25, 30)],
+)
+def test_put_tokens(first: int, count: int, dtype: torch.dtype) -> None:
+    """Runs that begin and end within pages, at pages, and at segments, of one segment and of several."""
+    segments, heads, num_pages, page_size, key_dim, value_dim = 3, 2, 3, 8, 3, 2
+    layout = PageLayout(page_size, key_dim, value_dim, dtype)
+    pages = torch.full((segments, heads, num_pages, layout.row_elements), float("nan"), dtype=dtype)
+    expected = pages.clone()
+    keys = torch.randn(count, heads, key_dim).transpose(0, 1)
+    values = torch.randn(heads, count, value_dim)
+    put_tokens(pages, first, layout.encode(keys, values), layout.split)
+    for token in range(count):
+        page, offset = divmod(first + token, page_size)
+        row = expected[page // num_pages, :, page % num_pages]
+        first_value = page_size * key_dim + offset * value_dim
+        row[:, offset * key_dim : (offset + 1) * key_dim] = keys[:, token].to(dtype)
+        row[:, first_value : first_value + value_dim] = values[:, token].to(dtype)
+    assert torch.equal(pages.nan_to_num(99.0), expected.nan_to_num(99.0))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from spin_hf import (
     OptionError,
@@ -46,6 +47,62 @@ def test_ends_as_generate_says() -> None:
         reasons = [each.result().finish_reason for each in (by_token, by_criterion, by_string, by_length, by_time)]
         assert reasons == ["stop", "stop", "stop", "length", "length"]
         assert by_string.result().text == tokenizer.decode(tokens[:5])
+
+
+def _prepared(loop: RequestLoop, calls: list[Any], prompt: list[int], **kwargs: Any) -> tuple[Any, int]:
+    """What a request ends by and is chosen with, and the calls of `generate` that it took."""
+    before = len(calls)
+    found = loop.preparations.of(array("q", prompt), kwargs.pop("config", None), **kwargs)
+    ends = found.max_length, found.end_tokens, found.deadline, len(found.criteria)
+    return (*ends, [type(each) for each in found.processors]), len(calls) - before
+
+
+def test_requests_like_the_one_before_are_not_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result as for a loop's first request, and `generate` is called where anything but the length differs."""
+    kinds: list[tuple[list[int], dict[str, Any], int]] = [
+        (PROMPT, dict(max_new_tokens=3), 1),
+        (PROMPT[:4], dict(max_new_tokens=3), 0),
+        (PROMPT, dict(max_new_tokens=7), 0),
+        (PROMPT, dict(max_new_tokens=7, eos_token_id=[5, 6]), 1),
+        (PROMPT, dict(max_new_tokens=2, eos_token_id=[5, 6]), 0),
+        (PROMPT, dict(max_new_tokens=7, config=GenerationConfig(eos_token_id=5)), 1),
+        (PROMPT, dict(config=GenerationConfig(max_new_tokens=4)), 1),
+        (PROMPT[:3], dict(config=GenerationConfig(max_new_tokens=9)), 0),
+        (PROMPT, dict(max_new_tokens=7, max_time=5.0), 1),
+        (PROMPT, dict(max_new_tokens=7, max_time=5.0), 1),
+        (PROMPT, dict(max_new_tokens=7, min_new_tokens=2, eos_token_id=5), 1),
+        (PROMPT[:3], dict(max_new_tokens=7, min_new_tokens=2, eos_token_id=5), 1),
+        (PROMPT, dict(max_length=len(PROMPT) + 3), 1),
+        (PROMPT[:3], dict(max_length=len(PROMPT) + 3), 1),
+        (PROMPT, dict(max_new_tokens=7, do_sample=True, seed=1), 1),
+        (PROMPT, dict(max_new_tokens=7, do_sample=True, seed=1), 1),
+        (PROMPT, dict(max_new_tokens=7, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(4)])), 1),
+        (PROMPT, dict(max_new_tokens=7, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(5)])), 1),
+    ]
+    model, calls = build_model("llama"), list[Any]()
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *args, **named: (calls.append(1), generate(*args, **named))[1])
+    with RequestLoop(model) as loop:
+        for prompt, kwargs, wanted in kinds:
+            found, number = _prepared(loop, calls, prompt, **kwargs)
+            with RequestLoop(model) as other:
+                expected, _ = _prepared(other, calls, prompt, **kwargs)
+            same = found[:2] + found[3:] == expected[:2] + expected[3:] and (found[2] is None) == (expected[2] is None)
+            assert (same, number) == (True, wanted), kwargs
+
+
+def test_a_changed_generation_config_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama")
+    with RequestLoop(model) as loop:
+        before = loop.preparations.of(array("q", PROMPT), None, max_new_tokens=3)
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [3, 4])
+        after = loop.preparations.of(array("q", PROMPT), None, max_new_tokens=3)
+        assert before.end_tokens != after.end_tokens == {3, 4}
+        config = GenerationConfig(eos_token_id=[7])
+        for tokens in ([7], [7, 8]):
+            config.eos_token_id = tokens
+            found = loop.preparations.of(array("q", PROMPT), config, max_new_tokens=3)
+            assert found.end_tokens == set(tokens)
 
 
 def test_processors_that_read_ids_and_sampling_beside_each_other() -> None:

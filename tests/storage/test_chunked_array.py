@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spin_hf.errors import CapacityError
-from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray, Conversion, make_tables
+from spin_hf.storage.chunked_array import MAX_CHUNKS, ChunkedArray, make_tables
+from spin_hf.storage.page_layout import Conversion
 from tests.support.chunked_arrays import CPU, CUDA, Reserve, content, filled, registered
 from tests.support.fake_registrar import FakeRegistrar
 

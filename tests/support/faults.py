@@ -27,12 +27,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spin_hf
-from spin_hf.attention import interface
 from spin_hf.errors import CapacityError
 from spin_hf.storage import chunked_array, pinned_slab, slab_prefetch
 
 PACKAGE = str(Path(spin_hf.__file__).parent)
-_BODIES = {torch.ops.spin_hf.attend.default: interface._attend._init_fn}
 _TRACED = {torch.ops.aten.lift_fresh.default}
 """Operations that by their schema return their argument, and in fact make a tensor from Python numbers."""
 
@@ -82,9 +80,6 @@ class Faults(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "spin_hf":
-            with self:  # as the op does, and seen from here
-                return _BODIES[func](*args, **kwargs)
         makes = self.armed_at is not None and threading.get_ident() == self.thread and _makes(func)
         if makes and not _interpreting() and self.reach(func.name()):
             raise torch.OutOfMemoryError(f"CUDA out of memory (injected at {func.name()})")
@@ -209,7 +204,7 @@ def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaul
 
     monkeypatch.setattr(chunked_array, "allocate_rows", in_slab)
     monkeypatch.setattr(slab_prefetch.PREFETCHER, "_allocate", in_slab)
-    monkeypatch.setattr(chunked_array.ChunkedArray, "is_registered", property(lambda array: True))
+    monkeypatch.setattr(chunked_array.ChunkedArray, "_registers", lambda array, device: True)
     return slabs
 
 

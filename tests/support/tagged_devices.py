@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from spin_hf.attention import interface
 from spin_hf.storage.chunked_array import ChunkedArray
 
 HOST, FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1), torch.device("cpu", 2)
@@ -51,9 +50,6 @@ class _Devices(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", str(func))
         if func is _DEVICE or (name == "__get__" and getattr(func, "__self__", None) is Tensor.device):
             return device_of(args[0])
-        if "spin_hf" in str(func):  # as the dispatcher calls it, but within the mode
-            with self:
-                return interface._attend._init_fn(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = kwargs.get("device")
         if name == "to":
