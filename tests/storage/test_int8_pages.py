@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from spin_hf import Bisection, Fitted, Quest, RetroInfer, ShadowKV, SpinCache
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape, poisoned_memory, smallest_gpu_memory
 from tests.support.clustering_methods import Clumped, clustering_often, little_slack
-from tests.support.inspection import lower_cap
+from tests.support.inspection import lower_cap, state_of
 
 SHAPE = Shape(layers=2, kv_heads=2, group=2, key_dim=16, value_dim=8)
 OPTIONS: dict[str, Any] = dict(budget=24, num_sink_tokens=4, recent_window=10)
@@ -152,6 +152,7 @@ def test_pages_that_move_later(method: str) -> None:
     exact = late.cache.layers[0].keys
     assert torch.equal(exact, kv.keys[0][:, :, :250])
     lower_cap(late.cache, TIGHT)
+    state_of(late.cache).sequences.fit()  # as `GpuMemory` does when a cap changes: before tokens are clustered
     stops = [251, 256, 257, 270, 271, 280, 290, 291]
     assert_equal(feed(late, kv, stops), feed(early, kv, stops))
     assert late.cache.stats().cpu_bytes == early.cache.stats().cpu_bytes
