@@ -113,8 +113,8 @@ class ChunkedArray:
         assert self._table is not None
         return self._table
 
-    def grow(self, num_rows: int, expected: int = 0) -> None:
-        """Allocate rows up to `num_rows`. New rows are uninitialized; old rows keep their addresses.
+    def grow(self, num_rows: int, expected: int = 0) -> bool:
+        """Allocate rows up to `num_rows`, and return whether that took more chunks. Old rows keep their addresses.
 
         Args:
             expected: rows that are needed soon. Allocated too, in the background if they are registered host memory.
@@ -133,13 +133,13 @@ class ChunkedArray:
                     f"has at most {MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
             made = self._new_slabs(missing)
-            if self._table is not None:
-                self._write_addresses(self._table, len(self.chunks), ChunkList(made))
+            self._write_addresses(self._table, len(self.chunks), ChunkList(made))
             self.chunks = self.chunks.extended(made)
         self.used_rows = max(self.used_rows, num_rows)
         if self.is_registered:
             is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
             self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
+        return missing > 0
 
     def shrink(self, num_rows: int) -> None:
         """Free the chunks behind row `num_rows`. Allocates nothing."""

@@ -110,7 +110,7 @@ class PageStore(SegmentStore):
                 raise
             self._num_frames(batch_size, num_segments, num_pages)
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> bool:
         """Allocate rows for segments below `num_ids`, and frames for `num_segments` segments and `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
@@ -120,9 +120,9 @@ class PageStore(SegmentStore):
                 self.frames = frames
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
-        for array, pages in self._by_pages():
-            array.grow(self.budget.rows(num_ids) // pages, self.budget.rows(num_expected) // pages)
-        self.num_segments = num_segments
+        rows, expected, self.num_segments = *map(self.budget.rows, (num_ids, num_expected)), num_segments
+        grown = [array.grow(rows // pages, expected // pages) for array, pages in self._by_pages()]
+        return num_frames is not None or any(grown)
 
     def _take_frames(
         self, frames: PageFrames, batch_size: int, wanted: int, num_pages: int, held: Sequence[int] | None
