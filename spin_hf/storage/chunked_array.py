@@ -110,11 +110,13 @@ class ChunkedArray(RowArray):
         twin.__dict__ = {**self.__dict__, "_table": None, "_table_is_behind": False, "_spares": deque(), **known}
         return twin
 
-    def grow(self, num_rows: int, expected: int = 0) -> None:
+    def grow(self, num_rows: int, expected: int = 0) -> bool:
         """Allocate rows up to `num_rows`. New rows are uninitialized; old rows keep their addresses.
 
         Args:
             expected: rows that are needed soon. Allocated too, in the background if they are registered host memory.
+        Returns:
+            Whether chunks were added.
         Raises:
             CapacityError: this needs more than MAX_CHUNKS chunks, or memory ran out. Nothing has changed.
         """
@@ -138,6 +140,7 @@ class ChunkedArray(RowArray):
         if is_registered:
             is_full = self.num_rows - self.used_rows <= self.rows_per_chunk // 2
             self._prefetch(max(len(self.chunks) + is_full, -(-expected // self.rows_per_chunk)))
+        return missing > 0
 
     def shrink(self, num_rows: int) -> None:
         """Free the chunks behind row `num_rows`. Allocates nothing."""

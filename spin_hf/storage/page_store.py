@@ -114,7 +114,7 @@ class PageStore(SegmentStore):
                 raise
             self._num_frames(batch_size, num_segments, num_pages)
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> bool:
         """Allocate rows for segments below `num_ids`, and frames for `num_segments` segments and `num_pages` pages."""
         num_frames = self._num_frames(batch_size, num_segments, num_pages)
         if num_frames is not None:
@@ -125,9 +125,9 @@ class PageStore(SegmentStore):
             held = self.sequences.pages_held() if self.sequences.batch_size == batch_size else None
             self.num_frames = self._take_frames(self.frames, batch_size, num_frames, num_pages, held)
         rows, expected = self.budget.rows(num_ids), self.budget.rows(num_expected)
-        for array, pages in self._by_pages():
-            array.grow(rows // pages, expected // pages)
+        grown = [array.grow(rows // pages, expected // pages) for array, pages in self._by_pages()]
         self.num_segments = num_segments
+        return num_frames is not None or any(grown)
 
     def _take_frames(
         self, frames: PageFrames, batch_size: int, wanted: int, num_pages: int, held: Sequence[int] | None

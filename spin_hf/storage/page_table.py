@@ -71,7 +71,7 @@ class PageTable(SegmentTables):
         self.past_version = 0
         """Counts changes to the past, i.e. all changes except appended tokens."""
         self.memory_version = 0
-        """Counts events that may move or resize memory: reservations and changes to the past."""
+        """Counts events that may move or resize memory: allocations and changes to the past."""
         self.layout_version = 0
         """Counts conversions of a store's layout. Kernels compiled for the old layout cannot read the new one."""
         self._room: Room | None = None
@@ -320,7 +320,7 @@ class PageTable(SegmentTables):
         """Reserve room and copy (source, copy) segments. On an error the added room is freed."""
         try:
             self._make_room(room)
-            for store in self.stores:
+            for store in self.stores if copies else ():
                 store.copy_segments(copies)
         except BaseException:
             self._shrink()
@@ -339,8 +339,8 @@ class PageTable(SegmentTables):
         self.memory_version, self._room = self.memory_version + 1, None
         for store in self.stores:
             store.check(*room[:3])
-        for store in self.stores:
-            store.reserve(*room)
+        if not any([store.reserve(*room) for store in self.stores]):
+            self.memory_version -= 1
         self._room = room
 
     def fit(self) -> None:

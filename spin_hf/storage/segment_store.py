@@ -31,10 +31,13 @@ class SegmentStore(Protocol):
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         """Raise BudgetError or CapacityError if `reserve` would exceed a cap. Changes nothing."""
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> bool:
         """Allocate for a batch of this size, and rows for segments below `num_ids`.
 
         Segments below `num_expected` follow soon: their rows may be allocated too, or prepared in the background.
+
+        Returns:
+            Whether memory may have been allocated or moved. Most segments lie in chunks that are allocated.
         """
 
     def shrink(self, num_segments: int) -> None:

@@ -224,11 +224,11 @@ def test_an_error_while_memory_is_allocated(
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
     attach, number = PageStore.reserve, [0]
 
-    def reserve(self: PageStore, *room: Any) -> None:
+    def reserve(self: PageStore, *room: Any) -> bool:
         number[0] += 1
         if number[0] > 1:
             raise error
-        attach(self, *room)
+        return attach(self, *room)
 
     monkeypatch.setattr(PageStore, "reserve", reserve)
     with pytest.raises(type(error)):
@@ -242,11 +242,11 @@ def test_a_layer_is_read_while_the_next_one_is_allocated(tmp_path: Path, monkeyp
     prefilled("llama", tokens=150).save_pretrained(tmp_path)
     reserve, read, was_read, number = PageStore.reserve, opened.OpenCache._read, threading.Event(), [0]
 
-    def slow_reserve(self: PageStore, *room: Any) -> None:
+    def slow_reserve(self: PageStore, *room: Any) -> bool:
         number[0] += 1
         if number[0] > 1:
             assert was_read.wait(30), "nothing was read before the second layer"
-        reserve(self, *room)
+        return reserve(self, *room)
 
     def noted(self: Any, piece: Any, held: Staging) -> None:
         read(self, piece, held)

@@ -34,7 +34,8 @@ def test_growing_takes_whole_chunks() -> None:
     array = ChunkedArray((2, 5), 4, torch.bfloat16, torch.device("cpu"))
     assert (array.num_rows, array.row_bytes) == (0, 20)
     for num_rows, expected in [(0, 0), (1, 4), (4, 4), (5, 8), (17, 20)]:
-        array.grow(num_rows)
+        before = array.num_rows
+        assert array.grow(num_rows) == (expected > before)
         assert array.num_rows == expected
         assert all(chunk.shape == (4, 2, 5) and chunk.dtype == torch.bfloat16 for chunk in array.chunks)
 

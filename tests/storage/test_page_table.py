@@ -6,6 +6,7 @@ each sequence must read its own tokens, whatever it shares with others.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -32,8 +33,9 @@ class Notebook:
         if num_segments > self.room:
             raise BudgetError("no room")
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> bool:
         self.calls.append("reserve")
+        return True
 
     def shrink(self, num_segments: int) -> None:
         pass
@@ -162,6 +164,24 @@ def state(sequences: PageTable) -> tuple[object, ...]:
         [list(row) for row in sequences.directory], list(sequences.refcounts), sorted(sequences.free),
         sequences.start, sequences.length, sequences.mask.valid,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_memory_has_changed_unless_every_store_denies_it(error: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors hold addresses. A segment in memory that is allocated leaves them as they are."""
+    sequences, book = new_pair()
+    write(sequences, book, [list(range(SEGMENT_PAGES))])
+
+    def reserve(*room: int) -> bool:
+        if error:
+            raise BudgetError("in the middle of an allocation")
+        return False
+
+    monkeypatch.setattr(book, "reserve", reserve)
+    before = sequences.memory_version
+    with pytest.raises(BudgetError) if error else nullcontext():
+        sequences.begin(1, 1, None)
+    assert sequences.memory_version == before + error
 
 
 def test_no_room_changes_nothing() -> None:

@@ -37,9 +37,11 @@ class Ledger:
     def check(self, batch_size: int, num_segments: int, num_pages: int) -> None:
         pass
 
-    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> None:
+    def reserve(self, batch_size: int, num_segments: int, num_pages: int, num_ids: int, num_expected: int) -> bool:
+        before = len(self.chunks)
         while self.capacity < num_ids:
             self.chunks.append({})
+        return len(self.chunks) > before
 
     def shrink(self, num_ids: int) -> None:
         self.chunks = self.chunks[: -(-num_ids // self.each)]
