@@ -339,8 +339,8 @@ class PageTable(SegmentTables):
         self.memory_version, self._room = self.memory_version + 1, None
         for store in self.stores:
             store.check(*room[:3])
-        if not any([store.reserve(*room) for store in self.stores]):
-            self.memory_version -= 1
+        changed = [store.reserve(*room) for store in self.stores]
+        self.memory_version -= not any(changed)
         self._room = room
 
     def fit(self) -> None:
