@@ -73,8 +73,22 @@ class ChunkList(Sequence[Tensor]):
         """Address of each chunk: int64, on the CPU."""
         each = []
         for slab in self.slabs:
-            first, step = slab.data_ptr(), slab.element_size() * slab.stride(0)
+            first, step = _first_and_step(slab)
             each.append(torch.arange(first, first + slab.shape[0] * step, step))
         if len(each) == 1:
             return each[0]
         return torch.cat(each) if each else torch.empty(0, dtype=torch.int64)
+
+
+def addresses_of(lists: Sequence[ChunkList]) -> Tensor:
+    """Address of each chunk of several lists: [lists, most chunks], int64, on the CPU; 0 behind the last chunk of a list."""
+    counts = {len(each) for each in lists}
+    if len(counts) == 1 and all(len(each.slabs) == 1 for each in lists):  # of a short prompt: few operations
+        first, step = torch.tensor([_first_and_step(each.slabs[0]) for each in lists]).unsqueeze(-1).unbind(1)
+        return first + step * torch.arange(counts.pop())
+    return torch.nn.utils.rnn.pad_sequence([each.addresses() for each in lists], batch_first=True)
+
+
+def _first_and_step(slab: Tensor) -> tuple[int, int]:
+    """Address of the first chunk of a slab, and bytes from one to the next."""
+    return slab.data_ptr(), slab.element_size() * slab.stride(0)

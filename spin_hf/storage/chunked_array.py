@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..inference_mode import outside_inference_mode
-from .chunk_list import ChunkList
+from .chunk_list import ChunkList, addresses_of
 from .out_of_memory import allocating, refuse
 from .page_layout import Conversion
 from .pinned_slab import allocate_rows
@@ -312,9 +312,7 @@ def make_tables(arrays: list[ChunkedArray]) -> None:
     if not missing:
         return
     shape, device = (len(missing), MAX_CHUNKS), missing[0].compute_device
-    each = [array.chunks.addresses() for array in missing]
-    same = len({len(array.chunks) for array in missing}) == 1
-    held = torch.stack(each) if same else torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+    held = addresses_of([array.chunks for array in missing])
     with allocating("address tables", 8 * MAX_CHUNKS * len(missing)):
         made = _zeros(shape, dtype=torch.int64, device=device)
         made[:, : held.shape[1]].copy_(held, non_blocking=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spin_hf.storage.chunk_list import ChunkList
+from spin_hf.storage.chunk_list import ChunkList, addresses_of
 from spin_hf.storage.chunked_array import ChunkedArray
 from tests.support.chunked_arrays import content, filled
 
@@ -78,3 +78,16 @@ def test_blocks_are_copied() -> None:
     rows = torch.arange(2 * size)
     assert torch.equal(array.take(rows + 3 * size), content(2 * size))
     assert torch.equal(array.take(rows), content(2 * size))
+
+
+@pytest.mark.parametrize("slabs", [[1, 1], [1], [2], [0, 0], [0, 1], [1, 2]])
+@pytest.mark.parametrize("same", [False, True])
+def test_addresses_of_several_lists(slabs: list[int], same: bool) -> None:
+    """Lists of one slab and as many chunks take another way."""
+    held = [torch.zeros(2, 4, 2, dtype=torch.int8), torch.zeros(2 if same else 3, 4, 5)]
+    lists = [ChunkList([each] * count) for each, count in zip(held, slabs, strict=False)]
+    most = max(map(len, lists))
+    expected = [[*each.addresses().tolist(), *[0] * (most - len(each))] for each in lists]
+    made = addresses_of(lists)
+    assert made.dtype == torch.int64
+    assert made.tolist() == expected
