@@ -132,7 +132,7 @@ class ChunkedArray(RowArray):
                     f"{num_rows} rows take {held + missing} chunks of {self.rows_per_chunk} rows, an array has at most "
                     f"{MAX_CHUNKS}; shorten the context or use a smaller batch"
                 )
-            made = self._new_slabs(missing) if self._spares else self._allocate(missing, self.device)
+            made = self._new_slabs(missing)
             if self._table is not None:
                 self._write_addresses(self._table, held, ChunkList(made))
             self.chunks = self.chunks.extended(made)

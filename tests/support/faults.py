@@ -204,7 +204,7 @@ def chunks_in_slabs(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> SlabFaul
 
     monkeypatch.setattr(chunked_array, "allocate_rows", in_slab)
     monkeypatch.setattr(slab_prefetch.PREFETCHER, "_allocate", in_slab)
-    monkeypatch.setattr(chunked_array.ChunkedArray, "_registers", lambda array, device: True)
+    monkeypatch.setattr(chunked_array.ChunkedArray, "registers", lambda array, device: True)
     return slabs
 
 

@@ -76,7 +76,7 @@ def full_gpu(
         draw, host_fails: how often host memory cannot be page-locked, while several caches are alive.
     """
     grow, move, to_cpu = ChunkedArray.grow, PageFrames._move_slots, PageStore._move_to_cpu
-    make = PageStore.__init__
+    make, copy = PageStore.__init__, PageStore.alike
     with fake_gpu(total) as fake:
         gpu = FullGpu(fake, lost)
 
@@ -84,12 +84,18 @@ def full_gpu(
             make(self, *args, **kwargs)
             gpu.add(self)
 
-        def growing(self: ChunkedArray, num_rows: int, expected: int = 0) -> None:
+        def copying(self: PageStore) -> PageStore:
+            store = copy(self)
+            gpu.add(store)
+            return store
+
+        def growing(self: ChunkedArray, num_rows: int, expected: int = 0) -> bool:
             free, used = gpu.free, self.used_rows
-            grow(self, num_rows, expected)
+            grown = grow(self, num_rows, expected)
             if gpu.free < min(free, gpu.lost):
                 self.shrink(used)
                 raise CapacityError("pages and summaries") from gpu.fail("pages")
+            return grown
 
         def moving(self: PageFrames, wanted: tuple[int, ...]) -> None:
             total = self.num_heads * sum(wanted)
@@ -114,6 +120,7 @@ def full_gpu(
                 patch.object(FakeGpu, "ask", lambda self, device: gpu.ask(device)),
                 patch("spin_hf.memory.watermarks.free_gpu_memory", gpu.ask),
                 patch.object(PageStore, "__init__", making),
+                patch.object(PageStore, "alike", copying),
                 patch.object(ChunkedArray, "grow", growing),
                 patch.object(PageFrames, "_move_slots", moving),
                 patch.object(PageStore, "_move_to_cpu", locking),
