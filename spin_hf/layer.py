@@ -90,7 +90,7 @@ class SpinLayer(LayerViews, CacheLayerMixin):
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         check_states(key_states, state.model_name)
         before = self._alike(shape, key_states.dtype, device)
-        store = self._new_store(shape, key_states.dtype, device) if before is None else before.alike()
+        store = self._new_store(shape, key_states.dtype, device) if before is None else before.new_empty()
         store.invalidate = self.state.invalidate
         with meeting(state.ranks, "allocate pages of a layer", self.layer_idx, store.num_heads):
             state.sequences.attach(store)

@@ -1,4 +1,4 @@
-"""All modules of a model, for what is asked before every prompt. `nn.Module.modules` names them and takes ten times as long."""
+"""All modules of a model, for checks before every prompt. `nn.Module.modules` also builds their names, which takes longer."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def free_gpu_memory(device: torch.device) -> int | None:
     free, total = torch.cuda.mem_get_info(index)
     held = torch.cuda.memory_stats_as_nested_dict(
         index
-    )  # once: `memory_reserved` and others make a long list each time
+    )  # read once; `memory_reserved` and others make a list of it all
     reserved, allocated = (held.get(name, {}).get("all", {}).get("current", 0) for name in _HELD)
     fraction = torch.cuda.get_per_process_memory_fraction(index)
     if fraction < 1:

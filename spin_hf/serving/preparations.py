@@ -1,7 +1,7 @@
-"""Greedy requests with the arguments of the one before are not prepared again: `generate` takes milliseconds for that.
+"""Reuses the prepared arguments of a greedy request for the next one with the same arguments, as preparing takes long.
 
-    arguments, and the model's own generation config    the same as before, but for the prompt and `max_new_tokens`
-    result of `prepare`                                 no processors, no criteria but a number of new tokens and end tokens
+    arguments, and the model's generation config    equal, except for the prompt and `max_new_tokens`
+    result of `prepare`                             no processors; it ends by its number of new tokens or by an end token
 
 Everything else is prepared for each request: processors and criteria may keep a state, and may depend on the prompt.
 """
@@ -30,7 +30,7 @@ class Preparations:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._last: tuple[str, frozenset[int]] | None = None
-        """Arguments of the last request that was prepared and is as the head of this file says, and its end tokens."""
+        """Arguments of the last request whose result may be reused, and its end tokens."""
 
     def of(
         self, prompt: array[int], generation_config: GenerationConfig | None, seed: int | None = None, **kwargs: Any

@@ -100,7 +100,7 @@ class ChunkedArray(RowArray):
         assert self._table is not None
         return self._table
 
-    def alike(self) -> ChunkedArray:
+    def new_empty(self) -> ChunkedArray:
         """An empty array of the same row shape, dtype and devices."""
         return self._twin(chunks=_NO_CHUNKS, used_rows=0, is_shared=False)
 
@@ -246,7 +246,7 @@ class ChunkedArray(RowArray):
 
     def __deepcopy__(self, memo: dict[int, object]) -> ChunkedArray:
         """Copy the rows in use. The rest of the last chunk is not written, so on a CPU it takes no memory."""
-        twin = self.alike()
+        twin = self.new_empty()
         twin.grow(self.used_rows)
         self.wait_for_kernels()
         done = 0

@@ -84,14 +84,15 @@ class PageStore(SegmentStore):
         self.invalidate: Callable[[int, int], None] | None = None
         """Called with [first, stop) of pages whose storage layout changed. Their summaries must be recomputed."""
 
-    def alike(self) -> PageStore:
+    def new_empty(self) -> PageStore:
         """A store of the same sizes, budget and callbacks, without pages. `invalidate` is not set."""
         twin = copied(self, {})
         twin.frames = twin.invalidate = None
         twin.length = twin.num_segments = twin.num_frames = 0
+        # The backing of this store may have moved to the cpu tier, in another layout. A new one begins in the compute tier.
         twin.backing = ChunkedArray((self.layout.row_elements,), self.backing.rows_per_chunk, self.dtype, self.device)
-        twin.summaries = {name: held.alike() for name, held in self.summaries.items()}
-        twin.permutation = None if self.permutation is None else self.permutation.alike()
+        twin.summaries = {name: held.new_empty() for name, held in self.summaries.items()}
+        twin.permutation = None if self.permutation is None else self.permutation.new_empty()
         return twin
 
     @property

@@ -42,11 +42,11 @@ class SummaryArray:
         self.values = ChunkedArray(shape, rows_per_chunk, torch.int8 if self.quantized else dtype, device)
         self.scale = ChunkedArray((), rows_per_chunk, torch.float32, device) if self.quantized else None
 
-    def alike(self) -> SummaryArray:
+    def new_empty(self) -> SummaryArray:
         """An empty one of the same sizes."""
         twin = object.__new__(SummaryArray)
-        scale = None if self.scale is None else self.scale.alike()
-        twin.__dict__ = {**self.__dict__, "values": self.values.alike(), "scale": scale}
+        scale = None if self.scale is None else self.scale.new_empty()
+        twin.__dict__ = {**self.__dict__, "values": self.values.new_empty(), "scale": scale}
         return twin
 
     @property

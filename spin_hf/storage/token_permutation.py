@@ -41,13 +41,11 @@ class TokenPermutation:
         self._shifts = ChunkedArray((self.page_size,), rows_per_chunk, torch.int16, device)
         self._partition = ChunkedArray((), rows_per_chunk, torch.int16, device) if multi_page_clusters else None
 
-    def alike(self) -> TokenPermutation:
+    def new_empty(self) -> TokenPermutation:
         """An empty one of the same sizes, of the same sequences."""
         twin = copied(self, {})
-        twin._shifts, twin._partition = (
-            self._shifts.alike(),
-            None if self._partition is None else self._partition.alike(),
-        )
+        twin._shifts = self._shifts.new_empty()
+        twin._partition = None if self._partition is None else self._partition.new_empty()
         return twin
 
     @property

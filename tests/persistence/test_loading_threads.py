@@ -39,6 +39,18 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateStream]:
     return copies_are_late(monkeypatch)
 
 
+def summed_on_host(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each call of `piece_checksum` from here on."""
+    sizes = list[int]()
+
+    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
+        sizes.append(sum(buffer.nbytes for buffer in buffers))
+        return piece_checksum(buffers, *before)
+
+    monkeypatch.setattr(opened, "piece_checksum", noted)
+    return sizes
+
+
 def loading() -> list[str]:
     """Threads that load."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("spin_hf_load")]
@@ -75,13 +87,7 @@ def test_pages_on_a_gpu_are_checked_there(
     """Neither the host nor a thread that reads computes their checksums, and damage of any of them is found."""
     cache = prefilled("llama", method="retroinfer", tokens=150)
     cache.save_pretrained(tmp_path)
-    on_host = list[int]()
-
-    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
-        on_host.append(sum(buffer.nbytes for buffer in buffers))
-        return piece_checksum(buffers, *before)
-
-    monkeypatch.setattr(opened, "piece_checksum", noted)
+    on_host = summed_on_host(monkeypatch)
     SpinCache.from_pretrained(tmp_path, subject_model("llama"))
     (file,) = tmp_path.glob("*.safetensors")
     header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
@@ -97,13 +103,7 @@ def test_pages_in_host_memory_are_checked_in_blocks(tmp_path: Path, monkeypatch:
     small_blocks(monkeypatch)
     cache = prefilled("llama", tokens=150)
     cache.save_pretrained(tmp_path)
-    sizes = list[int]()
-
-    def noted(buffers: list[memoryview], *before: bytes) -> bytes:
-        sizes.append(sum(buffer.nbytes for buffer in buffers))
-        return piece_checksum(buffers, *before)
-
-    monkeypatch.setattr(opened, "piece_checksum", noted)
+    sizes = summed_on_host(monkeypatch)
     assert_goes_on(subject_model("llama"), cache, SpinCache.from_pretrained(tmp_path, subject_model("llama")))
     assert sizes.count(2048) > 32
     assert max(sizes) < 4096, "a piece was read at once"

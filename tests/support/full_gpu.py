@@ -76,7 +76,7 @@ def full_gpu(
         draw, host_fails: how often host memory cannot be page-locked, while several caches are alive.
     """
     grow, move, to_cpu = ChunkedArray.grow, PageFrames._move_slots, PageStore._move_to_cpu
-    make, copy = PageStore.__init__, PageStore.alike
+    make, copy = PageStore.__init__, PageStore.new_empty
     with fake_gpu(total) as fake:
         gpu = FullGpu(fake, lost)
 
@@ -120,7 +120,7 @@ def full_gpu(
                 patch.object(FakeGpu, "ask", lambda self, device: gpu.ask(device)),
                 patch("spin_hf.memory.watermarks.free_gpu_memory", gpu.ask),
                 patch.object(PageStore, "__init__", making),
-                patch.object(PageStore, "alike", copying),
+                patch.object(PageStore, "new_empty", copying),
                 patch.object(ChunkedArray, "grow", growing),
                 patch.object(PageFrames, "_move_slots", moving),
                 patch.object(PageStore, "_move_to_cpu", locking),
