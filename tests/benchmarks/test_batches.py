@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 from pathlib import Path
@@ -24,6 +23,7 @@ from spin_hf import SpinCache
 from spin_hf.memory import watermarks
 from tests.support.fake_gpu import bytes_of
 from tests.support.inspection import state_of
+from tests.support.since import Since
 from tests.support.tuning import tune
 
 LLAMA = shapes.SHAPES["llama-8b"]
@@ -267,9 +267,10 @@ def test_reserved_and_filled_in_parts_is_what_appending_gives(tiny: Any, padding
 def test_smaller_batches_are_selected_from_the_largest(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    since = Since()
+
     def free(device: torch.device) -> int:
-        held = [cache for cache in gc.get_objects() if isinstance(cache, SpinCache)]
-        return max(0, 130_000 - sum(map(bytes_of, held)))
+        return max(0, 130_000 - sum(map(bytes_of, since.caches())))
 
     tune(monkeypatch, margin_bytes=0)
     for module in (spin_hf.memory.plan, watermarks):
@@ -296,8 +297,7 @@ def test_smaller_batches_are_selected_from_the_largest(
     assert rows[2]["page_frames"] > rows[1]["page_frames"]  # fewer share the cap
     assert newest(record.rows, tokens=200, batch=3)["spread"] == 0.3
     assert throughput.Task(200, "spin", (4, 3, 2)).left(record) is None
-    gc.collect()
-    assert not [held for held in gc.get_objects() if isinstance(held, SpinCache)]  # nor the host memory of one
+    assert not since.caches()  # nor the host memory of one
 
 
 @interpreted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import threading
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from spin_hf import CapacityError, OptionError, OptionTypeError, RequestLoop, SpinCache, generate_batch
+from spin_hf import CapacityError, OptionError, OptionTypeError, RequestLoop, generate_batch
 from spin_hf.serving import progress
 from tests.support.loop_schedules import FailsAt, generated_alone, resident_bytes
+from tests.support.since import Since
 from tests.support.tokenizers import letters
 from tests.support.zoo import build_model, random_tokens
 
@@ -96,12 +96,12 @@ def test_inputs_that_are_no_list_of_prompts(inputs: Any) -> None:
 
 
 def test_wrong_arguments_are_told_before_anything_runs() -> None:
-    before = threading.active_count()
+    since = Since()
     with pytest.raises(OptionError, match="0 to 127"):
         batch([*PROMPTS, [500]], max_new_tokens=2)
     with pytest.raises(OptionError, match="budget"):
         batch(budget=-1)
-    assert threading.active_count() == before
+    assert not since.threads()
 
 
 class InterruptsAt(LogitsProcessor):
@@ -118,7 +118,7 @@ class InterruptsAt(LogitsProcessor):
 
 
 def test_ctrl_c_returns_what_is_done() -> None:
-    before = threading.active_count()
+    since = Since()
     results = batch(PROMPTS * 4, max_new_tokens=30, logits_processor=LogitsProcessorList([InterruptsAt(70)]))
     reasons = [result.finish_reason for result in results]
     assert len(results) == 20
@@ -127,7 +127,7 @@ def test_ctrl_c_returns_what_is_done() -> None:
     assert set(reasons) == {"length", "cancelled"}
     for prompt, result in zip(PROMPTS * 4, results, strict=True):
         assert result.tokens == alone(prompt, max_new_tokens=30)[: len(result.tokens)]
-    assert threading.active_count() == before
+    assert not since.threads()
 
 
 def test_the_bar_counts_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +158,6 @@ def test_the_bar_counts_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bars) == 1
 
 
-def living_caches() -> int:
-    gc.collect()
-    return sum(isinstance(each, SpinCache) for each in gc.get_objects())
-
-
 def run_many(loop: RequestLoop, number: int) -> None:
     handles = [loop.submit(PROMPTS[index % 2], max_new_tokens=2) for index in range(number)]
     for handle in handles:
@@ -170,13 +165,13 @@ def run_many(loop: RequestLoop, number: int) -> None:
 
 
 def test_ended_requests_leave_no_cache() -> None:
-    before = living_caches()
+    since = Since()
     with RequestLoop(MODEL, max_rows=8, **OPTIONS) as loop:
         run_many(loop, 40)
-        assert living_caches() - before <= 1, "the loop's own empty one"
+        assert len(since.caches()) <= 1, "the loop's own empty one"
         assert loop.stats().ended == {"length": 40}
     del loop
-    assert living_caches() == before
+    assert not since.caches()
 
 
 @pytest.mark.slow

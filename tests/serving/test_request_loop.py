@@ -28,6 +28,7 @@ from spin_hf.serving.reading import PromptReading
 from tests.support.error_messages import check_message
 from tests.support.loop_schedules import FailsAt
 from tests.support.request_loops import PROMPT, alone, made
+from tests.support.since import Since
 from tests.support.zoo import random_tokens
 
 
@@ -134,13 +135,13 @@ def test_closing() -> None:
 
 
 def test_a_dropped_loop_ends_its_thread() -> None:
-    before = threading.active_count()
+    since = Since()
     loop = made()
     loop.submit(PROMPT, max_new_tokens=1).result(60)
-    assert threading.active_count() == before + 1
+    assert since.threads() == ["spin_hf RequestLoop"]
     del loop
     gc.collect()
-    assert threading.active_count() == before
+    assert not since.threads()
 
 
 def test_the_queue_is_bounded() -> None:
