@@ -35,8 +35,9 @@ demo: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 # One thread and one process per core: on small models more threads only wait for each other. Each process starts with a run of
-# neighbours, which share models and what is expected of them, and takes over from the others at the end.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# neighbours, which share models and what is expected of them, and takes over from the others at the end. Compiled files are kept,
+# else each process compiles all tests anew.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: $(READY)
 	$(PYTEST) $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ import ast
 import io
 import re
 import tokenize
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def prose(file: Path) -> str:
     return "\n".join([*parts, *(token.string for token in tokens if token.type == tokenize.COMMENT)])
 
 
+@lru_cache(maxsize=1)
 def code_names() -> set[str]:
     found: set[str] = set()
     for file in [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
@@ -58,8 +60,10 @@ def code_names() -> set[str]:
     return found | {file.stem for file in FILES} | {folder.name for folder in PACKAGE.rglob("*") if folder.is_dir()}
 
 
-NAMES = code_names()
-PATHS = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+@lru_cache(maxsize=1)
+def paths() -> set[str]:
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")}
 
 
 def missing(text: str) -> list[str]:
@@ -67,11 +71,11 @@ def missing(text: str) -> list[str]:
     found = []
     for name in re.findall(r"`([^`\n]+)`", text):
         if name.endswith(".py") and " " not in name:
-            if name not in ELSEWHERE and not any(path == name or path.endswith("/" + name) for path in PATHS):
+            if name not in ELSEWHERE and not any(path == name or path.endswith("/" + name) for path in paths()):
                 found.append(name)
             continue
         plain = re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", name)
-        if plain is not None and plain[1].rsplit(".", 1)[-1] not in NAMES:
+        if plain is not None and plain[1].rsplit(".", 1)[-1] not in code_names():
             found.append(name)
     return found
 

@@ -130,7 +130,7 @@ def test_disk_store(once: Measured, part: str) -> None:
         )
     ]  # fmt: skip
     assert all(rows[f"{name}, hit, {files}"]["reused_tokens"] == TOKENS for files in ("warm", "cold"))
-    assert rows[f"{name}, first call"]["seconds"] > rows[f"{name}, first call"]["keep_s"] > 0
+    assert rows[f"{name}, first call"]["seconds"] > rows[f"{name}, first call"]["keep_s"] >= 0
     assert rows[f"{name}, first call"]["stored_s"] >= 0
 
 
@@ -152,7 +152,7 @@ def test_plain_reads_read_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_lookup(run: Run) -> None:
     rows = dict(stored_prefixes.lookup(run, prefixes=20))
     assert list(rows) == ["lookup, memory", "lookup, disk"]
-    assert all(row["lookup_ms"] > row["space_ms"] > 0 < row["find_ms"] for row in rows.values())
+    assert all(min(row["lookup_ms"], row["space_ms"], row["find_ms"]) > 0 for row in rows.values())
     assert not list(run.folder.iterdir())
 
 
