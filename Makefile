@@ -1,7 +1,7 @@
 # Every target sets itself up on a fresh machine: a virtual environment in .venv, rebuilt when pyproject.toml changes.
 #
 #   make demo    a real model answers a question about a long text        (DEMO_ARGS="--model ... --budget ...")
-#   make test    every behaviour, in twelve minutes on two cores          (PYTEST_ARGS="-k crop -n 0")
+#   make test    every behaviour, in 11 to 18 minutes on two cores       (PYTEST_ARGS="-k crop -n 0")
 #   make slow    the long sweeps, which make test leaves out              (PYTEST_ARGS as well)
 #   make bench   finding a passkey with a part of the attention            (writes benchmarks/results/)
 #   make lint    ruff and mypy

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.model
 
 MOST_TOKENS, BUDGET = 2048, 256
 DEPTHS = [0.02, 0.2, 0.4, 0.6, 0.8, 0.97]
-LONG = [*(("shadowkv", depth) for depth in DEPTHS), ("bisection", 0.4)]
+LONG = [*(("shadowkv", depth) for depth in DEPTHS), ("fitted", 0.4), ("bisection", 0.4)]
 CASES = [
-    *((1024, method, 0.4) for method in ("shadowkv", "bisection")),
+    (1024, "fitted", 0.4),
+    pytest.param(1024, "shadowkv", 0.4, marks=pytest.mark.slow),
     *(pytest.param(MOST_TOKENS, *case, marks=pytest.mark.slow) for case in LONG),
 ]
 ANSWER_TOKENS = 8

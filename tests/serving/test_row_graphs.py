@@ -290,17 +290,17 @@ def test_other_options_need_other_programs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rows_that_the_budget_covers_are_not_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
     """They select all pages beside rows that select some: by the same graph, and without clusters and summaries."""
     monkeypatch.setattr(Fitted, "cluster_interval", 64)
-    model, prompts = build_model("llama"), [random_tokens(1, length, seed=length) for length in (230, 160)]
+    model, prompts = build_model("llama"), [random_tokens(1, length, seed=length) for length in (230, 165)]
     options: dict[str, Any] = dict(method="fitted", budget=170, recent_window=16, dense_below=0)
-    expected = [alone(model, prompt, 20, **options) for prompt in prompts]
+    expected = [alone(model, prompt, 10, **options) for prompt in prompts]
     capture_on_cpu(monkeypatch)
     requests = Requests(model, prompts, 2, **options)
     requests.start(0, 1)
     caches = [cache for cache in requests.batch.rows if cache is not None]
-    for number in range(1, 21):
+    for number in range(1, 11):
         requests.step(0, 1)
         clustered = [state_of(cache).sequences.spans.num_pages > 0 for cache in caches]
-        assert clustered == [True, 160 + number > 170]
+        assert clustered == [True, 165 + number > 170]
     requests.check(expected)
     for number in (0, 1):
         requests.leave(number).check_integrity()
