@@ -24,9 +24,9 @@ from .shards import Part, Shard, TensorSpec, bytes_of, cut
 from .staging import Staging
 from .strict_json import RefusedError
 
-_MOST_THREADS = 8
+_MOST_THREADS = 12
 """Threads that read. They share the interpreter's lock between blocks, and the processor's cache."""
-_UNIT_BYTES = 32 << 20
+_UNIT_BYTES = 64 << 20
 """Bytes of whole pieces that a thread takes at a time. A GPU sums their rows with one launch."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""

@@ -36,7 +36,7 @@ from ..storage.host_register import wait_for_stream
 from ..storage.padding_mask import TokenMask
 from ..storage.pinned_slab import slab_key
 from ..storage.slabs_ahead import slabs_ahead
-from ..storage.token_permutation import longest_span, tiles
+from ..storage.token_permutation import longest_span
 from . import other_layers
 from .contents import arrays_of
 from .fills import Destination, PagesMemory, PlainTensor
@@ -257,17 +257,17 @@ class SavedCache(OpenCache):
         )  # fmt: skip
 
     def _check_clusters(self, state: CacheState) -> None:
-        """Refuse shifts and clusters that are no valid indices, and spans that the options do not allow."""
+        """Refuse shifts and clusters that are no valid indices, and spans that the options do not allow.
+
+        All layers are checked before the host waits for the result.
+        """
+        held = [layer.store.permutation for layer in state.layers if layer.store is not None]
+        found: dict[torch.device, list[Tensor]] = {}
+        for permutation in filter(None, held):
+            found.setdefault(permutation.device, []).append(permutation.stays_in_spans())
         try:
-            held = [layer.store.permutation for layer in state.layers if layer.store is not None]
-            for permutation in filter(None, held):
-                for first, stop in state.sequences.spans.bounds:
-                    tokens = permutation.positions(first, stop)
-                    bounds = first * permutation.page_size, stop * permutation.page_size
-                    inside = bool(((tokens >= bounds[0]) & (tokens < bounds[1])).all())
-                    require_integrity(inside, "a token is in another span")
-                    pages = permutation.pages_per_cluster(first, stop)
-                    require_integrity(bool((pages >= 0).all() & tiles(pages)), "clusters overlap")
+            for flags in found.values():
+                require_integrity(bool(torch.stack(flags).all()), "a token is in another span, or clusters overlap")
             if state.sequences.spans.stops:
                 cluster.check_integrity(state)
         except CacheStateError as error:

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..storage.host_register import allowed_during_capture
 from .shards import bytes_of
 
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 16 << 20
 """Bytes that are read from a file at a time; a multiple of 512. Each takes the interpreter's lock some times."""
-NUM_BUFFERS = 4
+NUM_BUFFERS = 2
 """Blocks of a thread whose copies to a GPU may be running."""
 
 

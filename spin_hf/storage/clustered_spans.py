@@ -46,6 +46,11 @@ class ClusteredSpans:
         """[first, stop) pages of each span."""
         return list(zip([0, *self.stops], self.stops, strict=False))
 
+    def page_bounds(self) -> tuple[Tensor, Tensor]:
+        """First page of each page's span, and the page behind that span: [num_pages] each, int64, on the CPU."""
+        begins, ends = torch.tensor(self.bounds, dtype=torch.int64).view(-1, 2).unbind(1)
+        return begins.repeat_interleave(ends - begins), ends.repeat_interleave(ends - begins)
+
     def around(self, first: int, stop: int) -> tuple[int, int]:
         """Pages [first, stop), extended to whole spans. No cluster crosses the returned bounds."""
         touched = [bounds for bounds in self.bounds if bounds[0] < stop and bounds[1] > first and first < stop]

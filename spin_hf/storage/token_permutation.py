@@ -95,6 +95,18 @@ class TokenPermutation:
         index = places[:, :, None, None].expand(-1, -1, group, mask.shape[3], -1)
         return torch.cat([mask[..., :count].gather(-1, index), mask[..., count:]], -1).flatten(1, 2)
 
+    def stays_in_spans(self) -> Tensor:
+        """Whether each token lies in the span of its place, and clusters tile each span: [], bool, on the device."""
+        spans, size = self.sequences.spans, self.page_size
+        begins, ends = (table.to(self.device, non_blocking=True)[:, None] * size for table in spans.page_bounds())
+        tokens = self.positions(0, spans.num_pages)
+        inside = ((tokens >= begins) & (tokens < ends)).all()
+        if self._partition is not None:
+            for first, stop in spans.bounds:
+                pages = self.pages_per_cluster(first, stop)
+                inside &= (pages >= 0).all() & tiles(pages)
+        return inside
+
     def check_integrity(self) -> None:
         """Raise CacheStateError if a span does not hold exactly its tokens, or its clusters do not tile it."""
         for first, stop in self.sequences.spans.bounds:
