@@ -67,6 +67,8 @@ TRITON = (
     "kernels.triton_launchers",
     "kernels.common",
     "kernels.compile_ahead",
+    "kernels.compile_process",
+    "kernels.triton_keys",
 )
 
 

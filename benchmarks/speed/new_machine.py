@@ -11,7 +11,7 @@ second answer of `again`, `warm`. What is waited for is the difference.
 
 Of each: seconds to the first token; the slowest of the later ones, and which; all together. Of `new` also the kernels, and
 libraries that launch them, that the main thread compiled, with the second in which that ended: behind the first token there
-should be none. Others are compiled by other threads; `waited_s` is how long the main thread waited for these.
+should be none. Others are compiled by other threads, or by processes for them; `waited_s` is how long the main thread waited.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ class Watch:
         from triton.runtime import build as libraries
 
         from spin_hf.kernels import compile_ahead
+        from spin_hf.kernels.compile_process import CompilerProcesses
 
         self.began = time.perf_counter()
         self.compiled: list[list[Any]] = []
-        self.elsewhere, self.waited = 0, 0.0
-        original, wait = libraries._build, compile_ahead.Compiles.wait
+        self.elsewhere, self.by_processes, self.waited = 0, 0, 0.0
+        original, wait, ask = libraries._build, compile_ahead.Compiles.wait, CompilerProcesses.compile
 
         def listen(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
             if not cache_hit:
@@ -95,6 +96,12 @@ class Watch:
             wait(compiles)
             self.waited += time.perf_counter() - started
 
+        def asked(processes: Any, job: Any) -> bool:
+            done = ask(processes, job)
+            self.by_processes += done
+            return done
+
+        CompilerProcesses.compile = asked  # type: ignore[method-assign]
         knobs.compilation.listener, libraries._build = listen, built
         compile_ahead.Compiles.wait = waiting  # type: ignore[method-assign]
 
@@ -108,7 +115,7 @@ class Watch:
         """What was noted."""
         return {
             "waited_s": round(self.waited, 3), "compiled_by_other_threads": self.elsewhere,
-            "compiled_by_main_thread": self.compiled,
+            "compiled_by_processes": self.by_processes, "compiled_by_main_thread": self.compiled,
         }  # fmt: skip
 
 

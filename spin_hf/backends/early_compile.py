@@ -1,6 +1,7 @@
-"""Compiles what is launched behind a prompt while the prompt is read, on background threads.
+"""Compiles what later chunks of a prompt launch, and what is launched behind it, while it is read: on background threads.
 
     prompt, first layer   compile_behind_prompt    arguments of the launches, as they will be  ->  background threads
+    later chunks          launch_now               waits for a kernel that is being compiled
     first step            StepKernels.attend       waits for its own kernels
     first that selects    wait_for_index           waits for those that cluster and summarise (`early_index.py`)
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..kernels.descriptor_fields import MAX_QUERIES
 from ..kernels.launch import Launch
 from ..state import LayerState
+from ..storage.page_stream import resident_pages
 from .base import Call
 from .early_index import (
     launches_of_clusters,
@@ -57,6 +59,7 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
     if row_sizes:
         steps = partial(launches_of_rows, step, layer, call, row_sizes)
     needed = {
+        "pieces": partial(launches_of_pieces, step, layer, call),
         "reads all": partial(steps, True),
         "clusters": partial(launches_of_clusters, step, layer, run, layer.observation_queries),
         "index": partial(launches_of_index, step, layer),
@@ -66,11 +69,13 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
     }  # in the order in which steps need them
     if not reads_all and not row_sizes:  # whether rows read all depends on the other rows
         del needed["reads all"]
+    if not is_first or sequences.expected_tokens <= sequences.length:
+        del needed["pieces"]
     if not is_first:
         del needed["clusters"], needed["index"], needed["completed"], needed["generated"]
     with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
         for name, launches in needed.items():
-            compiles = behind(launches, step.device)
+            compiles = behind(launches, step.device, name == "pieces")
             if name in ("reads all", "selects"):
                 found[name == "reads all"] = compiles
             elif name in ("clusters", "index"):
@@ -81,6 +86,19 @@ def wait_for_index(step: StepKernels) -> None:
     """Wait until the kernels are compiled that cluster and summarise a prompt."""
     while step.compiling:
         step.launchers.wait_for_compiles(step.compiling.pop(0))
+
+
+def launches_of_pieces(step: StepKernels, layer: LayerState, call: Call, launch: Launch) -> None:
+    """Launch what later chunks do about earlier tokens: gather them, and merge attention to pieces of them."""
+    store, (batch, heads, group) = layer.store, call.query.shape[:3]
+    assert store is not None
+    pages = resident_pages(store, 0, 1)
+    if pages is not None:
+        step.launchers.gather_tokens(pages, 1)
+    partial_out = call.query.new_empty((batch, heads, group, MAX_QUERIES, store.value_dim))
+    lse = torch.empty(partial_out.shape[:4], dtype=torch.float32, device=step.device)
+    out = call.query.new_empty((batch, MAX_QUERIES, heads * group, store.value_dim))
+    step.launchers.merge_into([(partial_out, lse)] * 2, call.sinks, out)
 
 
 def launches_of_steps(step: StepKernels, layer: LayerState, call: Call, reads_all: bool, launch: Launch) -> None:

@@ -200,7 +200,9 @@ class StepKernels(Descriptors, AttentionBackend):
 
         def launches_and_encodes(launch: Launch) -> None:
             launches(launch)
-            if self.recipe.scans_codes:  # what a later step launches, for a page that is complete then
+            if (
+                self.recipe.scans_codes and not reads_all
+            ):  # what a later step launches, for a page that is complete then
                 self.launchers.encode_last_unit(
                     launch, self.step, self.layer_addresses, batch_size=self.batch_size, first=0, num_pages=1, shape=shape
                 )  # fmt: skip

@@ -13,9 +13,11 @@ Or it lets background threads do so, and waits for that later:
     compiles = compile_behind(launches, device)     collects the launches, and returns
     wait_for_compiles(compiles)
 
-The compiler runs without Python's lock, except while it parses a kernel. So threads suffice, and no processes are started. What
-calls a kernel from Python is a small C library, which a C compiler builds: the thread that compiled the kernel builds it too.
-A kernel that several threads ask for is compiled once.
+A launch that the background compiles at that moment waits for it. What calls a kernel from Python is a small C library, which a
+C compiler builds: the thread that compiled the kernel builds it too. A kernel that several threads ask for is compiled once.
+
+The compiler holds Python's lock while it parses a kernel. A background thread has another process compile for it where that is
+faster (`compile_process.py`), so that the thread that launches the prompt has the lock.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ from triton.runtime._async_compile import FutureKernel, active_mode
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .compile_process import CompilerProcesses, job_of, most_processes
 from .compile_progress import report
 from .device_guard import on_device_of_arguments
 from .launch import Launch
+from .triton_keys import complete_key
 
 _Made = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 """A launch: kernel, grid, arguments, options."""
@@ -46,6 +50,7 @@ _Made = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 _collector: ContextVar[Launch | None] = ContextVar("spin_hf_collector", default=None)
 _MOST_BEHIND = 8
 """Threads that compile in the background. More would take Python's lock from the thread that launches the prompt too often."""
+_processes = CompilerProcesses()
 _lock = Lock()
 _running: dict[Any, Future[Any]] = {}
 """Triton's cache key of a kernel -> its compile, until it is done."""
@@ -57,6 +62,9 @@ def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -
     if collect is not None:
         collect(kernel, grid, *args, **options)
         return
+    complete_key(kernel)
+    if _running and active_mode.get() is None:  # maybe this kernel; in an active mode triton waits for it itself
+        compile_ahead(lambda launch: launch(kernel, grid, *args, **options))
     with on_device_of_arguments(args):
         kernel[grid](*args, **options)
 
@@ -96,11 +104,16 @@ class Compiles:
             kernel.result(ignore_errors=True)
 
 
-def compile_behind(launches: Callable[[Launch], object], device: torch.device) -> Compiles:
+def compile_behind(
+    launches: Callable[[Launch], object], device: torch.device, needed_soon: bool = False
+) -> Compiles:  # fmt: skip
     """Start `compile_ahead` on background threads. The arguments of the launches are made now.
 
     Also compiles what is launched by `launch_now` meanwhile. Those outputs are never written, so `launches` must not read them.
     Launches that were given earlier are compiled first. One that fails to compile is skipped.
+
+    Args:
+        needed_soon: whether no process is started for them, which takes seconds.
     """
     made: list[_Made] = []
 
@@ -115,6 +128,7 @@ def compile_behind(launches: Callable[[Launch], object], device: torch.device) -
 
     def submit() -> list[Any]:
         mode = _Mode(_compilers(), ignore_errors=True)
+        mode.by_processes = not needed_soon and most_processes() > 0
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             copy_context().run(mode.submit_all, made)
         made.clear()
@@ -135,7 +149,7 @@ def _submitter() -> ThreadPoolExecutor:
 
 @lru_cache(maxsize=1)
 def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_MOST_BEHIND, os.cpu_count() or 1), "spin_hf-compile")
+    return ThreadPoolExecutor(most_processes() or min(_MOST_BEHIND, os.cpu_count() or 1), "spin_hf-compile")
 
 
 def _compile(launches: Callable[[Launch], object]) -> None:
@@ -148,6 +162,9 @@ def _compile(launches: Callable[[Launch], object]) -> None:
 class _Mode(triton.AsyncCompileMode):
     """Compiles what is launched on the threads of its executor, unless a thread of another mode compiles it already."""
 
+    by_processes = False
+    """Whether these threads have processes compile."""
+
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], object]) -> FutureKernel:
         """Called by triton for each kernel that is neither compiled nor in a cache of this process."""
         known = self.future_kernels.get(key)
@@ -156,7 +173,7 @@ class _Mode(triton.AsyncCompileMode):
         with _lock:
             future, is_new = _running.get(key), key not in _running
             if future is None:
-                future = _running[key] = self.executor.submit(_with_launcher, compile_fn)
+                future = _running[key] = self._submitted(key, compile_fn)
                 future._key = key
         if is_new:
             future.add_done_callback(lambda _: _running.pop(key, None))
@@ -164,12 +181,31 @@ class _Mode(triton.AsyncCompileMode):
         kernel = self.future_kernels[key] = FutureKernel(finalize_fn, future)
         return kernel
 
+    def _submitted(self, key: Any, compile_fn: Callable[[], Any]) -> Any:
+        if not self.by_processes:
+            return self.executor.submit(_with_launcher, compile_fn)
+        _processes.expect()
+        return self.executor.submit(_by_process, key, compile_fn)
+
     def submit_all(self, made: list[_Made]) -> None:
         """Compile launches without waiting for that. Those that fail are skipped."""
         active_mode.set(self)
         for kernel, grid, args, options in made:
             with suppress(Exception):
                 _compile_one(kernel, grid, *args, **options)
+
+
+def _by_process(key: Any, compile_fn: Callable[[], Any]) -> Any:
+    """As `_with_launcher`, where a process has compiled first. So this finds the kernel in triton's cache, or compiles it."""
+    job = None
+    try:
+        job = job_of(key, compile_fn)
+    finally:
+        if job is None:
+            _processes.skip()
+    if job is not None:
+        _processes.compile(job)
+    return _with_launcher(compile_fn)
 
 
 def _with_launcher(compile_fn: Callable[[], Any]) -> Any:
@@ -182,5 +218,6 @@ def _with_launcher(compile_fn: Callable[[], Any]) -> Any:
 
 def _compile_one(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     if isinstance(kernel, JITFunction):  # an interpreted kernel has nothing to compile
+        complete_key(kernel)
         with on_device_of_arguments(args):
             kernel.warmup(*args, grid=grid, **options)

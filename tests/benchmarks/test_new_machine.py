@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.speed import new_machine
 from spin_hf.kernels import compile_ahead
+from spin_hf.kernels.compile_process import CompilerProcesses
 from tests.support.tiny_llama import tiny_llama
 
 
@@ -23,6 +24,7 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.compilation, "listener", None)
     monkeypatch.setattr(build, "_build", lambda name: name)
     monkeypatch.setattr(compile_ahead.Compiles, "wait", compile_ahead.Compiles.wait)
+    monkeypatch.setattr(CompilerProcesses, "compile", lambda processes, job: job == "done")
 
 
 def test_times_of_an_answer() -> None:
@@ -59,10 +61,13 @@ def test_what_the_main_thread_compiles_is_named() -> None:
     done: Future[list[Any]] = Future()
     done.set_result([])
     compile_ahead.wait_for_compiles(compile_ahead.Compiles(done))
+    asked: list[Any] = ["done", "failed", "done"]
+    assert [CompilerProcesses().compile(job) for job in asked] == [True, False, True]
     found = watch.summary()
     assert [(name, seconds) for name, seconds, _ in found["compiled_by_main_thread"]] == [
         ("compiled", 1.5),
         ("library", 0.0),
     ]
     assert found["compiled_by_other_threads"] == 1
+    assert found["compiled_by_processes"] == 2
     assert 0 <= found["waited_s"] < 1

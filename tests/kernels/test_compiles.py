@@ -109,6 +109,9 @@ def test_numbers_that_mean_everything_launch_the_same_kernels(tmp_path: Path) ->
 
 
 def test_steps_behind_a_prompt_are_compiled_while_it_is_read(tmp_path: Path) -> None:
-    """In the variants that are launched: what clusters and summarises the prompt, steps, the summary of a completed page."""
-    fitted, bisection, dense = compiled_for(90, "bfloat16", tmp_path, "early")["launches"]
-    assert (fitted, bisection, dense) == ([], [], [])
+    """In the variants that are launched: what clusters and summarises the prompt, steps, the summary of a completed page.
+
+    And what the second chunk of a prompt does about the first.
+    """
+    fitted, bisection, dense, chunks = compiled_for(90, "bfloat16", tmp_path, "early")["launches"]
+    assert (fitted, bisection, dense, chunks) == ([], [], [], [])

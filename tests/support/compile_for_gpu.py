@@ -45,7 +45,7 @@ from spin_hf.config import MOST_TOKENS
 from spin_hf.kernels import device_limits, reference_clustering
 from tests.support.cache_driver import CacheDriver, RandomKV, Shape
 from tests.support.coded_case import CodedCase
-from tests.support.inspection import kernels_of
+from tests.support.inspection import kernels_of, state_of
 from tests.support.oracle import Rules
 from tests.support.row_kernels import kernels_for, step_of
 from tests.support.seer_gates import method_of, rules_for
@@ -130,6 +130,8 @@ def _told_apart(value: Any) -> str:
 
 def _specialised(value: Any, param: Any) -> str:
     """What Triton specialises a kernel on, for one argument that is no constant."""
+    if isinstance(value, tuple):
+        return str([_specialised(each, param) for each in value])
     if isinstance(value, int) and not isinstance(value, bool):
         special = "" if param.do_not_specialize else f"{value == 1} {value % 16 == 0}"
         return f"{special} {value.bit_length() // 32}"
@@ -205,7 +207,7 @@ def launch_early(compiler: Compiler) -> list[list[str]]:
     from spin_hf.kernels.triton_launchers import launchers
 
     early_compile._is_compiled_early = lambda step: True
-    launchers.compile_behind = lambda launches, device: launches(launch_now)  # type: ignore[assignment, misc]
+    launchers.compile_behind = lambda launches, device, soon=False: launches(launch_now)  # type: ignore[assignment, misc]
     launchers.wait_for_compiles = lambda compiles: None  # type: ignore[assignment]
     compiler.only, compiler.told_apart, missing = set(), _specialised, []
     for method, options in ((Fitted(), {}), (Bisection(), {}), (ShadowKV(), {"dense_below": 2 * PROMPT})):
@@ -220,7 +222,22 @@ def launch_early(compiler: Compiler) -> list[list[str]]:
         assert compiler.launched
         missing.append(sorted(compiler.launched - early))
         compiler.launched = set()
+    missing.append(launch_chunks(compiler))
     return missing
+
+
+def launch_chunks(compiler: Compiler) -> list[str]:
+    """Launches of the second chunk of a prompt that the first one neither made nor compiled early."""
+    first = PROMPT // 2
+    kv = RandomKV.random(SHAPE, 1, PROMPT, 0).to(torch.bfloat16)
+    driver = CacheDriver(SHAPE, recent_window=16, budget=256, method=Fitted())
+    state_of(driver.cache).sequences.expected_tokens = PROMPT
+    driver.step(kv, 0, first)
+    early, compiler.launched = compiler.launched, set()
+    driver.step(kv, first, PROMPT)
+    assert any(name.startswith("gather_tokens_kernel") for name in compiler.launched)
+    assert any(name.startswith("merge_partials_kernel") for name in compiler.launched)
+    return sorted(compiler.launched - early)
 
 
 def copy_rows(dtype: torch.dtype) -> None:

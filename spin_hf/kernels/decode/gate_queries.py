@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 
 _TILE = 8  # columns of either half: 32 bytes of each row of weights, one memory sector
 
@@ -37,13 +37,13 @@ def gate_queries(
     """
     (batch, heads, group, dim), half = states.shape, weights.shape[3] // 2
     projected = torch.empty((batch, heads, 2 * half), dtype=torch.float32, device=states.device)
-    with on_device_of(states):
-        gate_queries_kernel[(batch * heads, triton.cdiv(half, _TILE))](
-            states, *states.stride()[:3], positions, positions.stride(0), weights, frequencies, gate_frequencies, projected,
-            scale, INTERLEAVED=interleaved, H=heads, G=group, D=dim, BLOCK_D=triton.next_power_of_2(dim),
-            PAIRS=len(frequencies), HALF=half, TILE=_TILE,
-            AT_ONCE=max(1, min(group, 512 // triton.next_power_of_2(dim))), num_warps=4,
-        )  # fmt: skip
+    launch_now(
+        gate_queries_kernel, (batch * heads, triton.cdiv(half, _TILE)),
+        states, *states.stride()[:3], positions, positions.stride(0), weights, frequencies, gate_frequencies, projected,
+        scale, INTERLEAVED=interleaved, H=heads, G=group, D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        PAIRS=len(frequencies), HALF=half, TILE=_TILE,
+        AT_ONCE=max(1, min(group, 512 // triton.next_power_of_2(dim))), num_warps=4,
+    )  # fmt: skip
     return projected
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_limits
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, BlockLists
 from .choose_blocks import LEAST_COLUMNS
@@ -38,14 +38,14 @@ def attend_blocks(
     blocks, columns = lists.blocks.shape[2:]
     width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
     rows, tile, stages = tile_sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
-    with on_device_of(query):
-        attend_blocks_kernel[(blocks * (BLOCK_TOKENS // rows), batch_size * num_heads * group)](
-            query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
-            out, lse, scale * LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
-            DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
-            LISTED=max(LEAST_COLUMNS, power_of_two(columns)),
-            CAUSAL=causal, STAGES=stages, num_warps=8 if rows == BLOCK_TOKENS else 4,
-        )  # fmt: skip
+    launch_now(
+        attend_blocks_kernel, (blocks * (BLOCK_TOKENS // rows), batch_size * num_heads * group),
+        query, *query.stride()[:4], keys, *keys.stride()[:3], values, *values.stride()[:3], lists.blocks, lists.counts,
+        out, lse, scale * LOG2_E, num_queries, num_keys, lists.first, first, columns, H=num_heads, G=group, DK=key_dim,
+        DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
+        LISTED=max(LEAST_COLUMNS, power_of_two(columns)),
+        CAUSAL=causal, STAGES=stages, num_warps=8 if rows == BLOCK_TOKENS else 4,
+    )  # fmt: skip
     return out, lse
 
 

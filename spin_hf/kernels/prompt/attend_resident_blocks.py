@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_limits
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, BlockLists
 from ..resident_pages import ResidentPages
@@ -49,19 +49,20 @@ def attend_resident_blocks(
     width_k, width_v = max(16, power_of_two(key_dim)), max(16, power_of_two(value_dim))
     rows, tile, stages = tile_sizes(width_k, width_v, query.element_size(), device_limits.shared_memory(query.device))
     addresses = torch.empty((streams, held), dtype=torch.int64, device=query.device)
-    with on_device_of(query):
-        block_addresses_kernel[(triton.cdiv(held, _ADDRESSES), streams)](
-            pages.table, pages.rows, *pages.rows.stride()[:2], pages.rows_per_chunk, addresses, held, H=num_heads,
-            BLOCK_PAGES=BLOCK_TOKENS // pages.page_size,
-            PAGE_BYTES=pages.page_size * (key_dim + value_dim) * pages.dtype.itemsize, ADDRESSES=_ADDRESSES, num_warps=1,
-        )  # fmt: skip
-        attend_resident_blocks_kernel[(blocks * (BLOCK_TOKENS // rows) * streams * group,)](
-            query, *query.stride()[:4], addresses, lists.blocks, lists.counts, sinks, out, *out.stride()[:3],
-            scale * LOG2_E, num_queries, lists.first, num_dense, streams * group, held, columns, H=num_heads, G=group,
-            DK=key_dim, DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
-            PAGE=pages.page_size, HAS_SINKS=sinks is not None, ALIGNED=pages.is_aligned, STAGES=stages,
-            num_warps=8 if rows == BLOCK_TOKENS else 4,
-        )  # fmt: skip
+    launch_now(
+        block_addresses_kernel, (triton.cdiv(held, _ADDRESSES), streams),
+        pages.table, pages.rows, *pages.rows.stride()[:2], pages.rows_per_chunk, addresses, held, H=num_heads,
+        BLOCK_PAGES=BLOCK_TOKENS // pages.page_size,
+        PAGE_BYTES=pages.page_size * (key_dim + value_dim) * pages.dtype.itemsize, ADDRESSES=_ADDRESSES, num_warps=1,
+    )  # fmt: skip
+    launch_now(
+        attend_resident_blocks_kernel, (blocks * (BLOCK_TOKENS // rows) * streams * group,),
+        query, *query.stride()[:4], addresses, lists.blocks, lists.counts, sinks, out, *out.stride()[:3],
+        scale * LOG2_E, num_queries, lists.first, num_dense, streams * group, held, columns, H=num_heads, G=group,
+        DK=key_dim, DV=value_dim, BLOCK_K=width_k, BLOCK_V=width_v, BLOCK=BLOCK_TOKENS, ROWS=rows, TILE=tile,
+        PAGE=pages.page_size, HAS_SINKS=sinks is not None, ALIGNED=pages.is_aligned, STAGES=stages,
+        num_warps=8 if rows == BLOCK_TOKENS else 4,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows_b", "rows_h", "rows_per_chunk", "num_blocks"])

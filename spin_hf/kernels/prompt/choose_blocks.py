@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device_limits, reference_blocks
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 from ..launch import power_of_two
 from ..reference_blocks import BLOCK_TOKENS, MEAN_TOKENS, BlockLists
 
@@ -38,19 +38,19 @@ def choose_blocks(
         return reference_blocks.choose_blocks(query_means, key_means, scale, top_p, first, dense_from)
     masses = torch.empty((batch_size, heads, blocks, columns), dtype=torch.float32, device=query_means.device)
     group, means = heads // num_heads, key_means if key_means.stride(-1) == 1 else key_means.contiguous()
-    with on_device_of(query_means):
-        weigh_blocks_kernel[(triton.cdiv(blocks, _PAIR), batch_size * num_heads)](
-            query_means.contiguous(), means, *means.stride()[:3], masses, num_queries, num_keys, first * _MEANS, scale,
-            blocks, columns, H=num_heads, G=group, BLOCK_G=power_of_two(group), D=dim, BLOCK_D=width,
-            TILE=sizes[0], MEANS=_MEANS, num_warps=4 if group <= 4 else 8, num_stages=sizes[1],
-        )  # fmt: skip
+    launch_now(
+        weigh_blocks_kernel, (triton.cdiv(blocks, _PAIR), batch_size * num_heads),
+        query_means.contiguous(), means, *means.stride()[:3], masses, num_queries, num_keys, first * _MEANS, scale,
+        blocks, columns, H=num_heads, G=group, BLOCK_G=power_of_two(group), D=dim, BLOCK_D=width,
+        TILE=sizes[0], MEANS=_MEANS, num_warps=4 if group <= 4 else 8, num_stages=sizes[1],
+    )  # fmt: skip
     lists = torch.empty(masses.shape, dtype=torch.int32, device=masses.device)
     counts = torch.empty(masses.shape[:3], dtype=torch.int32, device=masses.device)
-    with on_device_of(query_means):
-        list_blocks_kernel[(batch_size * heads * blocks,)](
-            masses, lists, counts, top_p, first, dense_from, blocks, columns, BLOCK=max(LEAST_COLUMNS, power_of_two(columns)),
-            num_warps=4 if columns <= 2048 else 8,
-        )  # fmt: skip
+    launch_now(
+        list_blocks_kernel, (batch_size * heads * blocks,),
+        masses, lists, counts, top_p, first, dense_from, blocks, columns, BLOCK=max(LEAST_COLUMNS, power_of_two(columns)),
+        num_warps=4 if columns <= 2048 else 8,
+    )  # fmt: skip
     return BlockLists(lists, counts, first)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 from ..launch import power_of_two
 from ..resident_pages import ResidentPages
 
@@ -30,12 +30,12 @@ def gather_tokens(pages: ResidentPages, num_tokens: int) -> tuple[Tensor, Tensor
     widths = power_of_two(pages.key_dim), power_of_two(pages.value_dim)
     fitting = max(1, _TILE_NUMBERS // (max(widths) * pages.page_size))
     tile_pages = min(pages.segment_pages, power_of_two(fitting + 1) // 2)
-    with on_device_of(keys):
-        gather_tokens_kernel[(triton.cdiv(num_tokens, tile_pages * pages.page_size), batch_size * num_heads)](
-            pages.table, pages.rows, *pages.rows.stride()[:2], pages.rows_per_chunk, keys, values, num_tokens, H=num_heads,
-            DK=pages.key_dim, DV=pages.value_dim, BLOCK_K=widths[0], BLOCK_V=widths[1], PAGE=pages.page_size,
-            PAGES=tile_pages, TILE=power_of_two(tile_pages * pages.page_size), ALIGNED=pages.is_aligned, num_warps=4,
-        )  # fmt: skip
+    launch_now(
+        gather_tokens_kernel, (triton.cdiv(num_tokens, tile_pages * pages.page_size), batch_size * num_heads),
+        pages.table, pages.rows, *pages.rows.stride()[:2], pages.rows_per_chunk, keys, values, num_tokens, H=num_heads,
+        DK=pages.key_dim, DV=pages.value_dim, BLOCK_K=widths[0], BLOCK_V=widths[1], PAGE=pages.page_size,
+        PAGES=tile_pages, TILE=power_of_two(tile_pages * pages.page_size), ALIGNED=pages.is_aligned, num_warps=4,
+    )  # fmt: skip
     return keys, values
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_guard import on_device_of
+from ..compile_ahead import launch_now
 from ..fused_attention import MOST_PARTIALS
 from ..launch import power_of_two
 
@@ -44,12 +44,12 @@ def _merge(
     outs, lses = tuple(out for out, _ in padded), tuple(lse for _, lse in padded)
     batch_size, num_heads, group, num_queries, dim = outs[0].shape
     blocks = triton.cdiv(num_queries, _BLOCK_QUERIES)
-    with on_device_of(out):
-        merge_partials_kernel[(blocks, batch_size * num_heads * group)](
-            outs, lses, tuple(stride for each in outs for stride in each.stride()[:4]), sinks, out, *out.stride()[:3],
-            merged_lse, num_queries, len(partials), H=num_heads, G=group, D=dim, COUNT=MOST_PARTIALS,
-            HAS_SINKS=sinks is not None, HAS_LSE=merged_lse is not None, BLOCK_Q=_BLOCK_QUERIES, BLOCK_D=power_of_two(dim),
-        )  # fmt: skip
+    launch_now(
+        merge_partials_kernel, (blocks, batch_size * num_heads * group),
+        outs, lses, tuple(stride for each in outs for stride in each.stride()[:4]), sinks, out, *out.stride()[:3],
+        merged_lse, num_queries, len(partials), H=num_heads, G=group, D=dim, COUNT=MOST_PARTIALS,
+        HAS_SINKS=sinks is not None, HAS_LSE=merged_lse is not None, BLOCK_Q=_BLOCK_QUERIES, BLOCK_D=power_of_two(dim),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_queries", "count"])
