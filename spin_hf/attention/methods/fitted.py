@@ -53,7 +53,7 @@ class Fitted(ClusteringMethod, Method):
     @property
     def recipe(self) -> KernelRecipe:
         """Kernels serve the decode step, for heads of multiples of 16 numbers."""
-        return KernelRecipe(Rating.MEAN, scans_codes=True, overhead_us=33.0)
+        return KernelRecipe(Rating.MEAN, scans_codes=True, overhead_us=26.5)
 
     # ------------------------------------------------------------------------------------------------------- the basis
 
