@@ -73,7 +73,7 @@ PARTS: dict[str, list[Section]] = {
         Section(
             "Time per token, `fitted` (the default method)",
             "Milliseconds per generated token of one sequence, budget 2,048 tokens, random weights.",
-            (f"{H200}-fitted.json", f"{H200}-fitted-scan.json"),
+            (f"{H200}-fitted.json", f"{H200}-fitted-512k.json", f"{H200}-fitted-scan.json"),
             lambda results: [
                 (date_measured(result), without_empty_columns(decode_tables.times([result]))) for result in results
             ],
@@ -171,12 +171,12 @@ PARTS: dict[str, list[Section]] = {
         )),
         *measured(Section(
             "Prompts that are read once and used again",
-            "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. `fitted` in the first run, "
-            "in the others `bisection` unless a row says otherwise. A restored prompt has 64 new tokens behind the stored "
-            "ones. *Warm* files are in the page cache, *cold* ones are not. Peak memory is beside the weights; of "
+            "131,072 tokens, Llama-3.1-8B shape, bfloat16, random weights and tokens, one H200. `fitted` in the first two "
+            "runs, in the others `bisection` unless a row says otherwise. A restored prompt has 64 new tokens behind the "
+            "stored ones. *Warm* files are in the page cache, *cold* ones are not. Peak memory is beside the weights; of "
             "questions, it is that of the answers. The prefill for each question is measured once and multiplied by eight.",
-            ("h200/prefixes-fitted-llama-8b.json", "h200/prefixes-forks-llama-8b.json", "h200/prefixes-llama-8b.json",
-             "h200/prefixes-disk-llama-8b.json"),
+            ("h200/prefixes-warm-llama-8b.json", "h200/prefixes-fitted-llama-8b.json", "h200/prefixes-forks-llama-8b.json",
+             "h200/prefixes-llama-8b.json", "h200/prefixes-disk-llama-8b.json"),
             lambda results: [table for result in results for table in prefix_tables.tables(result)],
         )),
         Section(
@@ -202,6 +202,12 @@ PARTS: dict[str, list[Section]] = {
             ("h200/throughput-llama-8b.json", "throughput-llama-8b.json"),
             throughput,
             "throughput-llama-8b.svg",
+        ),
+        Section(
+            "Tokens per second, `fitted`",
+            "The default method, all pages on the GPU.",
+            ("h200/throughput-llama-8b-fitted.json",),
+            lambda results: [("", without_empty_columns(batch_tables.throughput(results[0])))],
         ),
         Section(
             "Padded batch",

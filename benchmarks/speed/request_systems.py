@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.common.timing import free, wait_for_device
 from benchmarks.speed.request_loads import Arrival, DenseTimes, figures
@@ -22,7 +22,9 @@ from spin_hf import EventLog, RequestLoop, RequestResult, SpinCache, generate_ba
 from spin_hf.serving.events import StepDone
 
 BATCHING: Any = None
-"""A `ContinuousBatchingConfig` of transformers; None for its own choice, by the GPU memory that is free."""
+"""A `ContinuousBatchingConfig` of transformers; None for `sized_by_free_memory`."""
+_SHARE = 0.9
+"""Of free memory, as transformers chooses."""
 _WORKING_BYTES = 4 << 30
 """GPU memory that a dense system leaves for activations."""
 
@@ -197,6 +199,19 @@ def fastest_attention() -> str:
     return "sdpa"
 
 
+def sized_by_free_memory() -> Any:
+    """The sizes that transformers chooses, within the memory that this process may still take.
+
+    By itself it looks at what the whole GPU has free.
+    """
+    if not torch.cuda.is_available():
+        return None
+    free()
+    unused, total = torch.cuda.mem_get_info()
+    left = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_reserved()
+    return ContinuousBatchingConfig(max_memory_percent=_SHARE * min(1.0, left / unused))
+
+
 def transformers_batching(model: Any, arrivals: Sequence[Arrival], until: float) -> dict[str, Any]:
     """The row of transformers' continuous batching, every request with its own `max_new_tokens`.
 
@@ -209,7 +224,7 @@ def transformers_batching(model: Any, arrivals: Sequence[Arrival], until: float)
     try:
         model.set_attn_implementation(attention)
         with model.continuous_batching_context_manager(
-            generation_config=config, timeout=5, continuous_batching_config=BATCHING
+            generation_config=config, timeout=5, continuous_batching_config=BATCHING or sized_by_free_memory()
         ) as manager:
             began = time.perf_counter()
             for number, (prompt, each) in enumerate(zip(prompts, arrivals, strict=True)):

@@ -1,6 +1,6 @@
 """Time of restoring a saved cache, by threads and sizes: `python -m benchmarks.speed.restore`, two minutes on a CUDA GPU.
 
-    --tokens 65536     --threads 8 4 6 12 16     --blocks 2 1 4 8 (MiB)     --units 32 (MiB)     --times 2     --folder DIR
+    --tokens 65536     --threads 12 8 16     --blocks 16 8 32 (MiB)     --units 64 (MiB)     --times 2     --folder DIR
 
 A cache of the Llama-3.1-8B shape, bf16, is saved and then restored by `SpinCache.from_pretrained`, with its files in the page
 cache, for each setting with checksums and without. Each row is the fastest of `--times` runs. `plain reads` reads the same
@@ -76,9 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--method", default="fitted")
-    parser.add_argument("--threads", type=int, nargs="+", default=[8, 4, 6, 12, 16])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 1, 4, 8])
-    parser.add_argument("--units", type=int, nargs="+", default=[32])
+    parser.add_argument("--threads", type=int, nargs="+", default=[12, 8, 16])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[16, 8, 32])
+    parser.add_argument("--units", type=int, nargs="+", default=[64])
     parser.add_argument("--times", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the cache is saved (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path)

@@ -25,9 +25,11 @@ from .staging import Staging
 from .strict_json import RefusedError
 
 _MOST_THREADS = 12
-"""Threads that read. They share the interpreter's lock between blocks, and the processor's cache."""
+"""Threads that read. They share Python's lock between blocks."""
 _UNIT_BYTES = 64 << 20
 """Bytes of whole pieces that a thread takes at a time. A GPU sums their rows with one launch."""
+_CHECKED_BYTES = 2 << 20
+"""Bytes that are read into host memory at a time; a multiple of 512. They are summed from the processor's cache."""
 _TRIES = 3
 """A saved cache may be replaced between the reading of its JSON and the opening of its shards."""
 _REMEDY = "save the cache again"
@@ -145,12 +147,12 @@ class OpenCache:
         if not destination.is_direct:
             for first in range(begin, end, piece_bytes):
                 buffer = staging.buffer(min(piece_bytes, end - first))
-                self._read_pieces(file, [bytes_of(buffer)], part.offset + first, piece_bytes, staging)
+                self._read_pieces(file, [bytes_of(buffer)], part.offset + first, piece_bytes)
                 destination.put(start + first, buffer, staging)
             return
         views, offset = destination.views(start + begin, start + end), part.offset + begin
         if not destination.is_on_gpu:
-            self._read_pieces(file, [bytes_of(view) for view in views], offset, piece_bytes, staging)
+            self._read_pieces(file, [bytes_of(view) for view in views], offset, piece_bytes)
             return
         with staging.upload(views[0].device) as upload:
             upload.read(file.read_into, offset, views)
@@ -158,16 +160,14 @@ class OpenCache:
                 num_bytes, made = sums_bytes(end - begin, piece_bytes), partial(row_sums, views, piece_bytes)
                 upload.fetch(num_bytes, made, partial(self._note_sums, file.name, offset, end - begin, piece_bytes))
 
-    def _read_pieces(
-        self, file: OpenFile, views: list[memoryview], offset: int, piece_bytes: int, staging: Staging
-    ) -> None:  # fmt: skip
+    def _read_pieces(self, file: OpenFile, views: list[memoryview], offset: int, piece_bytes: int) -> None:
         """Read whole pieces into host memory, and note their checksums."""
         if not self.verify:
             file.read_into(views, offset)
             return
         for piece in runs_of(views, piece_bytes):
             at, checksum = offset, NO_BYTES
-            for block in runs_of(piece, staging.block_bytes):
+            for block in runs_of(piece, _CHECKED_BYTES):
                 file.read_into(block, offset)
                 checksum = piece_checksum(block, checksum)  # while the block is in the processor's cache
                 offset += sum(map(len, block))

@@ -4,8 +4,8 @@
     read block 1 -> buffer 1 -> copy
     read block 2 -> wait for the copy of block 0 -> buffer 0 -> copy          here with two buffers
 
-Each thread has its own. For a GPU they are page-locked, so that copies run while the next block is read. Blocks are small, so
-that all of them stay in the processor's cache: what a read has written there is copied without a way through memory.
+Each thread has its own. For a GPU they are page-locked, so that copies run while the next block is read. Blocks are large, as
+threads hand Python's lock on several times for each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..storage.host_register import allowed_during_capture
 from .shards import bytes_of
 
 BLOCK_BYTES = 16 << 20
-"""Bytes that are read from a file at a time; a multiple of 512. Each takes the interpreter's lock some times."""
+"""Bytes that are read for a GPU at a time; a multiple of 512."""
 NUM_BUFFERS = 2
 """Blocks of a thread whose copies to a GPU may be running."""
 
@@ -52,7 +52,6 @@ class Staging:
     """The buffers and streams of one thread. They must be waited for before what was copied is used or freed."""
 
     def __init__(self) -> None:
-        self.block_bytes = BLOCK_BYTES
         self._buffer: Tensor | None = None
         self._is_locked = False
         """Whether the buffer is page-locked."""

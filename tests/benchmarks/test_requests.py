@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import ContinuousBatchingConfig
 
 from benchmarks.common.campaign import Bench
@@ -111,3 +112,14 @@ def test_whole_rows_of_a_tiny_model(small: None, tmp_path: Path) -> None:
     made = request_tables.tables({"rows": record.rows, **record.made})
     assert [title for title, _ in made] == [*(f"`{name}`" for name in LOADS), "Compared"]
     assert "transformers' `generate_batch`, sdpa" in "\n".join(made[0][1])
+
+
+def test_the_rival_gets_what_this_process_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap on this process is not seen by transformers, which looks at what the whole GPU has free."""
+    monkeypatch.setattr(request_systems, "free", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (120, 140))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 16)
+    for fraction, share in ((1.0, 0.9), (0.5, 0.9 * (70 - 16) / 120)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda fraction=fraction: fraction)
+        assert request_systems.sized_by_free_memory().max_memory_percent == pytest.approx(share)

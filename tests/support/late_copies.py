@@ -77,4 +77,5 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 4096, block
     """A small cache has many blocks, pieces and units."""
     monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(staging, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(opened, "_CHECKED_BYTES", max(512, block_bytes // 512 * 512))
     monkeypatch.setattr(opened, "_UNIT_BYTES", 3 * piece_bytes)
