@@ -96,8 +96,8 @@ class Watch:
             wait(compiles)
             self.waited += time.perf_counter() - started
 
-        def asked(processes: Any, job: Any) -> bool:
-            done = ask(processes, job)
+        def asked(processes: Any, job: Any, waits: bool = True) -> bool:
+            done = ask(processes, job, waits)
             self.by_processes += done
             return done
 

@@ -34,6 +34,9 @@ from .early_index import (
 from .row_kernels import RowKernels
 from .triton_step import StepKernels
 
+_SHORT_PROMPT = 32768
+"""Tokens of all sequences that a GPU reads sooner than processes start that compile."""
+
 
 @torch.no_grad()
 def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_sizes: Sequence[int] = ()) -> None:
@@ -54,6 +57,7 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
     sequences, behind = step.state.sequences, step.launchers.compile_behind
     step.early[shape, dense] = found = {}
     length = max(sequences.length, sequences.expected_tokens)
+    is_short = length * sequences.batch_size <= _SHORT_PROMPT
     reads_all, run = step.may_read_all(length + 1), tokens_to_cluster(step, length)
     steps = partial(launches_of_steps, step, layer, call)
     if row_sizes:
@@ -75,7 +79,7 @@ def compile_behind_prompt(step: StepKernels, layer: LayerState, call: Call, row_
         del needed["clusters"], needed["index"], needed["completed"], needed["generated"]
     with suppress(torch.OutOfMemoryError):  # the prompt does not need these tensors: the first step compiles then
         for name, launches in needed.items():
-            compiles = behind(launches, step.device, name == "pieces")
+            compiles = behind(launches, step.device, is_short or name == "pieces")
             if name in ("reads all", "selects"):
                 found[name == "reads all"] = compiles
             elif name in ("clusters", "index"):

@@ -113,7 +113,7 @@ def compile_behind(
     Launches that were given earlier are compiled first. One that fails to compile is skipped.
 
     Args:
-        needed_soon: whether no process is started for them, which takes seconds.
+        needed_soon: whether threads compile them while processes start, which takes seconds and leaves Python's lock to others.
     """
     made: list[_Made] = []
 
@@ -128,7 +128,7 @@ def compile_behind(
 
     def submit() -> list[Any]:
         mode = _Mode(_compilers(), ignore_errors=True)
-        mode.by_processes = not needed_soon and most_processes() > 0
+        mode.by_processes, mode.needed_soon = most_processes() > 0, needed_soon
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             copy_context().run(mode.submit_all, made)
         made.clear()
@@ -162,8 +162,8 @@ def _compile(launches: Callable[[Launch], object]) -> None:
 class _Mode(triton.AsyncCompileMode):
     """Compiles what is launched on the threads of its executor, unless a thread of another mode compiles it already."""
 
-    by_processes = False
-    """Whether these threads have processes compile."""
+    by_processes = needed_soon = False
+    """Whether these threads have processes compile, and do so themselves while these start."""
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], object]) -> FutureKernel:
         """Called by triton for each kernel that is neither compiled nor in a cache of this process."""
@@ -185,7 +185,7 @@ class _Mode(triton.AsyncCompileMode):
         if not self.by_processes:
             return self.executor.submit(_with_launcher, compile_fn)
         _processes.expect()
-        return self.executor.submit(_by_process, key, compile_fn)
+        return self.executor.submit(_by_process, key, compile_fn, not self.needed_soon)
 
     def submit_all(self, made: list[_Made]) -> None:
         """Compile launches without waiting for that. Those that fail are skipped."""
@@ -195,17 +195,19 @@ class _Mode(triton.AsyncCompileMode):
                 _compile_one(kernel, grid, *args, **options)
 
 
-def _by_process(key: Any, compile_fn: Callable[[], Any]) -> Any:
-    """As `_with_launcher`, where a process has compiled first. So this finds the kernel in triton's cache, or compiles it."""
-    job = None
+def _by_process(key: Any, compile_fn: Callable[[], Any], waits: bool) -> Any:
+    """As `_with_launcher`, but if a process has compiled first, this finds the kernel in triton's cache.
+
+    Args:
+        waits: for a process that starts.
+    """
     try:
         job = job_of(key, compile_fn)
+        if job is not None:
+            _processes.compile(job, waits)
+        return _with_launcher(compile_fn)
     finally:
-        if job is None:
-            _processes.skip()
-    if job is not None:
-        _processes.compile(job)
-    return _with_launcher(compile_fn)
+        _processes.ended()
 
 
 def _with_launcher(compile_fn: Callable[[], Any]) -> Any:

@@ -1,7 +1,8 @@
 """Compiles kernels in processes of their own, beside a thread that needs Python's lock.
 
-    thread that compiles    Job  -> pipe ->  process: compiles the kernel, and the library that launches it, to triton's cache
-                                 <- done
+    thread that compiles                <- ready    process
+                            Job  -> pipe ->         compiles the kernel, and the library that launches it, to triton's cache
+                                         <- done
     the same thread         finds both in triton's cache on the disk
 
 The compiler holds Python's lock for a fifth of its time, while it parses. So eight threads hold it nearly always, and a thread
@@ -18,6 +19,7 @@ import importlib
 import inspect
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -117,29 +119,43 @@ class CompilerProcesses:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._idle: list[subprocess.Popen[bytes]] = []
-        self._expected = 0
-        """Jobs that have not begun."""
+        self._idle: list[Compiler] = []
+        self._busy = 0
+        """Processes that do a job."""
+        self._jobs = 0
+        """Jobs that were announced and have not ended."""
 
     def expect(self) -> None:
-        """Keep a process for a job that will come, by `compile` or `skip`."""
+        """Announce a job, so that processes are kept for it until `ended`."""
         with self._lock:
-            self._expected += 1
+            self._jobs += 1
 
-    def skip(self) -> None:
-        """An expected job needs no process."""
+    def ended(self) -> None:
+        """A job has ended, by whomever it was done. Processes that no other job needs are ended."""
         with self._lock:
-            self._expected -= 1
-        self._end_surplus()
+            self._jobs -= 1
+            kept = max(0, self._jobs - self._busy)
+            surplus, self._idle = self._idle[kept:], self._idle[:kept]
+        for process in surplus:
+            process.end()
 
-    def compile(self, job: Job) -> bool:
-        """Do an expected job. Returns whether it is done."""
+    def compile(self, job: Job, waits: bool = True) -> bool:
+        """Have a process do a job that was announced.
+
+        Args:
+            waits: whether to wait for a process that starts. Else it is left to start for a later job.
+        Returns:
+            whether the job is done.
+        """
         with self._lock:
-            self._expected -= 1
+            self._idle.sort(key=Compiler.is_ready)  # the last one is taken
             process = self._idle.pop() if self._idle else None
+            self._busy += 1
+        done, is_alive = False, True
         try:
-            process = process or _started()
-            done = _asked(process, job)
+            process = process or Compiler()
+            if waits or process.is_ready():
+                done = process.ask(job)
         except (
             OSError,
             EOFError,
@@ -147,47 +163,53 @@ class CompilerProcesses:
             TypeError,
             AttributeError,
         ):  # it has ended, or the job cannot be sent
-            if process is not None:
-                process.kill()
-                _close(process)
-            done = False
-        else:
-            with self._lock:
+            is_alive = False
+        with self._lock:
+            self._busy -= 1
+            if process is not None and is_alive:
                 self._idle.append(process)
-        self._end_surplus()
+        if process is not None and not is_alive:
+            process.end()
         return done
 
-    def _end_surplus(self) -> None:
-        """End processes that no expected job needs."""
-        with self._lock:
-            kept = max(0, self._expected)
-            surplus, self._idle = self._idle[kept:], self._idle[:kept]
-        for process in surplus:
-            _close(process)
 
+class Compiler:
+    """A process that compiles. It is ready some seconds after this was made."""
 
-def _started() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _START, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )  # fmt: skip
+        self._is_new = True
+        """Whether it has not been asked yet, so that it will say first that it is ready."""
 
+    def is_ready(self) -> bool:
+        """Whether `ask` would be answered at once, but for the job itself."""
+        answers = self._process.stdout
+        assert answers is not None
+        return not self._is_new or bool(select.select([answers], [], [], 0)[0])
 
-def _asked(process: subprocess.Popen[bytes], job: Job) -> bool:
-    """Send a job, and wait for the answer."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    content = pickle.dumps(job)
-    process.stdin.write(content)
-    process.stdin.flush()
-    answer: bool = pickle.load(process.stdout)
-    return answer
+    def ask(self, job: Job) -> bool:
+        """Do a job. Returns whether it is done.
 
+        Raises:
+            EOFError, OSError: the process has ended.
+        """
+        jobs, answers = self._process.stdin, self._process.stdout
+        assert jobs is not None
+        assert answers is not None
+        if self._is_new:
+            self._is_new = not pickle.load(answers)
+        jobs.write(pickle.dumps(job))
+        jobs.flush()
+        done: bool = pickle.load(answers)
+        return done
 
-def _close(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and wait for that."""
-    with suppress(OSError), process:  # closes the pipes and waits
-        pass
+    def end(self) -> None:
+        """End the process, which does no job."""
+        self._process.kill()
+        with suppress(OSError), self._process:  # closes the pipes and waits
+            pass
 
 
 def serve() -> None:
@@ -199,7 +221,10 @@ def serve() -> None:
 
 
 def _serve(jobs: BinaryIO, answers: BinaryIO) -> None:
+    done = True  # ready
     while True:
+        pickle.dump(done, answers)
+        answers.flush()
         try:
             job: Job = pickle.load(jobs)
         except EOFError:
@@ -209,5 +234,3 @@ def _serve(jobs: BinaryIO, answers: BinaryIO) -> None:
             done = True
         except Exception:
             done = False
-        pickle.dump(done, answers)
-        answers.flush()

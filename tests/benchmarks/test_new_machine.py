@@ -24,7 +24,7 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.compilation, "listener", None)
     monkeypatch.setattr(build, "_build", lambda name: name)
     monkeypatch.setattr(compile_ahead.Compiles, "wait", compile_ahead.Compiles.wait)
-    monkeypatch.setattr(CompilerProcesses, "compile", lambda processes, job: job == "done")
+    monkeypatch.setattr(CompilerProcesses, "compile", lambda processes, job, waits: job == "done")
 
 
 def test_times_of_an_answer() -> None:

@@ -37,13 +37,19 @@ def test_what_processes_compile_is_found(tmp_path: Path) -> None:
     """In an empty cache, so only a process can have put it there. None is left afterwards."""
     first = printed("compile", folder=tmp_path)
     every = dict.fromkeys(KERNELS, True)
-    assert first == {"found": every, "asked": every, "expected": 0, "idle": 0}
-    assert printed("compile", folder=tmp_path) == {"found": every, "asked": {}, "expected": 0, "idle": 0}
+    assert first == {"found": every, "asked": every, "jobs": 0, "idle": 0}
+    assert printed("compile", folder=tmp_path) == {"found": every, "asked": {}, "jobs": 0, "idle": 0}
 
 
 def test_processes_that_end_leave_it_to_this_one(tmp_path: Path) -> None:
     none = dict.fromkeys(KERNELS, False)
-    assert printed("broken", folder=tmp_path) == {"found": none, "asked": none, "expected": 0, "idle": 0}
+    assert printed("broken", folder=tmp_path) == {"found": none, "asked": none, "jobs": 0, "idle": 0}
+
+
+def test_kernels_that_are_needed_soon_are_compiled_here(tmp_path: Path) -> None:
+    """Processes take longer to start than these take to compile, and end with them."""
+    none = dict.fromkeys(KERNELS, False)
+    assert printed("soon", folder=tmp_path) == {"found": none, "asked": none, "jobs": 0, "idle": 0}
 
 
 def test_keys_do_not_depend_on_what_was_compiled_before(tmp_path: Path) -> None:
@@ -59,68 +65,92 @@ def test_few_cores_compile_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Process:
-    """A process that answers, and notes how many of its kind there are."""
+    """A process that answers. It is ready when it was asked, or when the test says so."""
 
     made: list[Process]
 
     def __init__(self) -> None:
-        self.jobs, self.ended, self.killed = 0, False, False
+        self.jobs, self.ended, self.ready = 0, False, False
         self.made.append(self)
 
-    def kill(self) -> None:
-        self.killed = True
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def ask(self, job: Any) -> bool:
+        self.jobs, self.ready = self.jobs + 1, True
+        if job == "broken":
+            raise EOFError
+        return bool(job == "good")
+
+    def end(self) -> None:
+        self.ended = True
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
     """Processes that are made, in order. Jobs named "broken" end theirs."""
     made = list[Process]()
-
-    def asked(process: Process, job: Any) -> bool:
-        process.jobs += 1
-        if job == "broken":
-            raise EOFError
-        return bool(job == "good")
-
     monkeypatch.setattr(Process, "made", made, raising=False)
-    monkeypatch.setattr(compile_process, "_started", Process)
-    monkeypatch.setattr(compile_process, "_asked", asked)
-    monkeypatch.setattr(compile_process, "_close", lambda process: setattr(process, "ended", True))
+    monkeypatch.setattr(compile_process, "Compiler", Process)
     return made
 
 
-def test_a_process_serves_one_job_after_the_other_and_ends_with_the_last(fake: list[Process]) -> None:
+def expecting(number: int) -> Any:
+    """Processes to which so many jobs are announced."""
     processes = CompilerProcesses()
-    jobs: list[Any] = ["good", "bad", "good"]
-    for _ in jobs:
+    for _ in range(number):
         processes.expect()
-    processes.expect()
-    assert [processes.compile(job) for job in jobs] == [True, False, True]
-    assert [(each.jobs, each.ended) for each in fake] == [(3, False)]
-    processes.skip()
-    assert fake[0].ended
-    assert not fake[0].killed
+    return processes
+
+
+def test_a_process_serves_one_job_after_the_other_and_ends_with_the_last(fake: list[Process]) -> None:
+    processes = expecting(3)
+    for job, done in (("good", True), ("bad", False), ("good", True)):
+        assert not any(each.ended for each in fake)
+        assert processes.compile(job) is done
+        processes.ended()
+    assert [(each.jobs, each.ended) for each in fake] == [(3, True)]
 
 
 def test_a_process_that_breaks_is_replaced(fake: list[Process]) -> None:
-    processes = CompilerProcesses()
-    jobs: list[Any] = ["broken", "good"]
-    for _ in jobs:
-        processes.expect()
-    assert [processes.compile(job) for job in jobs] == [False, True]
-    assert [(each.killed, each.ended) for each in fake] == [(True, True), (False, True)]
+    processes = expecting(2)
+    for job, done in (("broken", False), ("good", True)):
+        assert processes.compile(job) is done
+        processes.ended()
+    assert [(each.jobs, each.ended) for each in fake] == [(1, True), (1, True)]
+
+
+def test_a_job_that_is_needed_soon_does_not_wait_for_a_process_to_start(fake: list[Process]) -> None:
+    """The process is kept while there are jobs, and taken once it is ready."""
+    processes = expecting(1)
+    assert not processes.compile("good", waits=False)
+    assert [(each.jobs, each.ended) for each in fake] == [(0, False)]
+    processes.expect()  # the first job has not ended: its thread does it
+    processes.ended()
+    fake[0].ready = True
+    assert processes.compile("good", waits=False)
+    processes.ended()
+    assert [(each.jobs, each.ended) for each in fake] == [(1, True)]
+
+
+def test_a_process_that_is_ready_is_taken_first(fake: list[Process]) -> None:
+    processes = expecting(3)
+    processes._idle = [Process(), Process(), Process()]
+    fake[1].ready = True
+    assert processes.compile("good", waits=False)
+    assert [each.jobs for each in fake] == [0, 1, 0]
 
 
 def test_a_process_that_cannot_start_leaves_it_to_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def started() -> Any:
-        raise OSError("no memory for it")
+    class NoMemory(Process):
+        def __init__(self) -> None:
+            raise OSError("no memory for it")
 
-    monkeypatch.setattr(compile_process, "_started", started)
-    processes = CompilerProcesses()
-    processes.expect()
-    job: Any = "good"
-    assert not processes.compile(job)
-    assert processes._expected == 0
+    monkeypatch.setattr(compile_process, "Compiler", NoMemory)
+    processes = expecting(1)
+    assert not processes.compile("good")
+    processes.ended()
+    assert (processes._jobs, processes._busy, processes._idle) == (0, 0, [])
 
 
 def test_only_kernels_of_the_package_are_compiled_elsewhere() -> None:
@@ -170,20 +200,19 @@ def test_jobs_are_sent_as_they_are() -> None:
 
 def test_threads_wait_for_processes_side_by_side(fake: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs at once take two processes."""
-    together, processes = threading.Barrier(2), CompilerProcesses()
+    together, processes = threading.Barrier(2), expecting(2)
 
-    def asked(process: Process, job: Any) -> bool:
+    def ask(process: Process, job: Any) -> bool:
         together.wait(10)
         return True
 
-    monkeypatch.setattr(compile_process, "_asked", asked)
-    for _ in range(2):
-        processes.expect()
-    job: Any = "good"
-    threads = [threading.Thread(target=processes.compile, args=(job,)) for _ in range(2)]
+    monkeypatch.setattr(Process, "ask", ask)
+    threads = [threading.Thread(target=processes.compile, args=("good",)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(fake) == 2
-    assert all(each.ended for each in fake)
+    for left in (1, 0):
+        processes.ended()
+        assert sum(not each.ended for each in fake) == left

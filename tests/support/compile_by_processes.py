@@ -5,6 +5,7 @@ Runs in a process of its own, without TRITON_INTERPRET: triton reads it when a k
     python -m tests.support.compile_by_processes compile    prints JSON: for each kernel whether this process found it in
                                                             triton's cache, what processes have done, and processes left
     python -m tests.support.compile_by_processes broken     the same with processes that end at once
+    python -m tests.support.compile_by_processes soon       the same for kernels that are needed soon
     python -m tests.support.compile_by_processes keys 3     prints a digest of the keys of all kernels, computed in an order
                                                             that the number tells
 """
@@ -25,7 +26,7 @@ import torch
 import spin_hf.kernels
 
 
-def compiled(ends_at_once: bool) -> dict[str, Any]:
+def compiled(mode: str) -> dict[str, Any]:
     """Compile two kernels behind."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -42,8 +43,8 @@ def compiled(ends_at_once: bool) -> dict[str, Any]:
     def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
         found[src.name] = cache_hit
 
-    def ask(self: Any, job: Any) -> bool:
-        asked[job.kernel] = original(self, job)
+    def ask(self: Any, job: Any, waits: bool) -> bool:
+        asked[job.kernel] = original(self, job, waits)
         return asked[job.kernel]
 
     def launches(launch: Any) -> None:
@@ -62,11 +63,11 @@ def compiled(ends_at_once: bool) -> dict[str, Any]:
     knobs.compilation.listener = listen
     compile_process.CompilerProcesses.compile = ask  # type: ignore[method-assign]
     compile_ahead.most_processes = lambda: 2
-    if ends_at_once:
+    if mode == "broken":
         compile_process._START = "raise SystemExit"
-    compile_ahead.compile_behind(launches, torch.device("cpu")).wait()
+    compile_ahead.compile_behind(launches, torch.device("cpu"), needed_soon=mode == "soon").wait()
     left = compile_ahead._processes
-    return {"found": found, "asked": asked, "expected": left._expected, "idle": len(left._idle)}
+    return {"found": found, "asked": asked, "jobs": left._jobs, "idle": len(left._idle)}
 
 
 def digest_of_keys(seed: int) -> str:
@@ -87,4 +88,4 @@ def digest_of_keys(seed: int) -> str:
 
 if __name__ == "__main__":
     mode = sys.argv[1]
-    print(json.dumps(digest_of_keys(int(sys.argv[2])) if mode == "keys" else compiled(mode == "broken")))
+    print(json.dumps(digest_of_keys(int(sys.argv[2])) if mode == "keys" else compiled(mode)))
