@@ -3,19 +3,10 @@
 Shape of Llama-3.1-8B (32 query heads, 8 KV heads, head size 128), bf16, one sequence, random codes. A graph launches one kernel
 for each of 20 layers, each with codes of its own, so that nothing stays in the caches; divided by 20. Microseconds of a layer:
 
-    project, scan, rate, choose, attend    of each kernel alone; rate and choose in one: rank
-    all, dependent                         of all in turn, and launched as dependent kernels
+    project, scan, rank, attend    of each kernel alone
+    all, dependent                 of all in turn, and launched as dependent kernels, as steps do
 
-Variants (`--variants plain append ahead`, side by side in one run; `--tokens 131072` alone takes a minute):
-
-    plain     the token is appended by `project`; nothing is loaded before it is needed
-    append    the token is appended by `scan`
-    ahead     and the scan's first tiles come to the L2 cache while `project` runs
-    early     and `choose` loads bin lists before it needs them
-    rank      and `rate` and `choose` are one kernel
-    hoist     and `attend` loads descriptors and queries before it waits: what steps do
-    lean      and `rank` has 80 registers per thread, so that three programs of it run on a multiprocessor, not two
-    crowd     as `hoist`, and `scan` has so few registers that all of `--splits` 192 or 256 run at once
+`--splits 128 192` are numbers of programs of the scan per KV head; `--tokens 131072` alone takes a minute.
 
 `off` is what log weights, their total, and the sums and weights of the estimate differ by from formulas in float64.
 """
@@ -23,7 +14,6 @@ Variants (`--variants plain append ahead`, side by side in one run; `--tokens 13
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -51,14 +41,6 @@ SINKS, RECENT, BUDGET = 1, 17, 512
 ATTENDING = -(-(SINKS + RECENT + BUDGET) * PAGE // ATTEND_TOKENS)
 """Programs of attention, as `Splits` has them: one for each tile of the list."""
 SCALE = DIM**-0.5
-VARIANTS = ("plain", "append", "ahead", "early", "rank", "hoist", "lean", "crowd")
-"""Each has what the one before has, but for the last."""
-USED = "hoist"
-"""The variant that steps launch."""
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class Case:
@@ -173,13 +155,10 @@ class Case:
         scan.partials.fill_(math.nan)
         return buffers, scan
 
-    def kernels(self, splits: int, variant: str = USED) -> dict[str, Callable[[LayerBuffers, bool], None]]:
+    def kernels(self, splits: int) -> dict[str, Callable[[LayerBuffers, bool], None]]:
         """Launches of each kernel for a layer, and whether it depends on the one before while that still runs."""
         buffers, scan = self.buffers(splits)
         recipe, plan, query, new = KernelRecipe(Rating.MEAN), self.plan, self.query, self.new
-        has = VARIANTS.index(variant)
-        resident = -(-HEADS * splits // _multiprocessors(self.device))
-        registers = min(255, 65536 // (32 * resident) // 8 * 8) if variant == "crowd" else None
 
         def shape(overlaps: bool) -> LaunchShape:
             return replace(self.shape, overlaps=overlaps)
@@ -187,30 +166,21 @@ class Case:
         self.scan, self.step_buffers = scan, buffers
         made: dict[str, Callable[[LayerBuffers, bool], None]] = {
             "project": lambda own, overlaps: launchers.project_queries(
-                launch_now, buffers, scan, own, query, None if has else new, scale=SCALE, shape=shape(overlaps)
+                launch_now, buffers, scan, own, query, scale=SCALE, shape=shape(overlaps)
             ),
             "scan": lambda own, overlaps: launchers.scan_pages(
-                launch_now, buffers, scan, own, plan, new if has else None, group=GROUP, softcap=None, shape=shape(overlaps),
-                ahead=has > 1, registers=registers,
-            ),
-            "rate": lambda own, overlaps: launchers.bin_scores(
-                launch_now, buffers, own, plan, query, scale=SCALE, recipe=recipe, shape=shape(overlaps)
-            ),
-            "choose": lambda own, overlaps: launchers.select_pages(
-                launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
-                shape=shape(overlaps), scan=scan, early=has > 2,
+                launch_now, buffers, scan, own, plan, new, group=GROUP, softcap=None, shape=shape(overlaps)
             ),
             "rank": lambda own, overlaps: launchers.rank_pages(
                 launch_now, buffers, own, plan, query_index=0, group=GROUP, most_listed=None, recipe=recipe,
-                shape=shape(overlaps), scan=scan, registers=80 if variant == "lean" else None,
+                shape=shape(overlaps), scan=scan,
             ),
             "attend": lambda own, overlaps: launchers.attend_pages(
                 launch_now, buffers, own, query, self.out, None, query_index=0, num_queries=1, dense=False, scale=SCALE,
-                softcap=None, shape=shape(overlaps), scan=scan, plan=plan, early=has > 4,
+                softcap=None, shape=shape(overlaps), scan=scan, plan=plan,
             ),
         }  # fmt: skip
-        others = ("rate", "choose") if has > 3 else ("rank",)
-        return {name: launch for name, launch in made.items() if name not in others}
+        return made
 
     def results(self, kernels: dict[str, Callable[[LayerBuffers, bool], None]]) -> dict[str, Tensor]:
         """What the scan of the first layer yields, in float64: log weights, their total, the estimate of all candidates."""
@@ -281,9 +251,9 @@ def timed(launches: Callable[[], None], layers: int, repeats: int) -> float:
     return statistics.median(took[2:])
 
 
-def measure(case: Case, splits: int, variant: str, repeats: int) -> dict[str, float]:
+def measure(case: Case, splits: int, repeats: int) -> dict[str, float]:
     """Microseconds per layer of each kernel, and of all of them."""
-    kernels, layers = case.kernels(splits, variant), case.layers
+    kernels, layers = case.kernels(splits), case.layers
     for own in layers:  # what a kernel reads, the one before has written
         for launch in kernels.values():
             launch(own, False)
@@ -307,7 +277,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--splits", type=int, nargs="+", default=[128], help="programs of the scan per KV head")
-    parser.add_argument("--variants", nargs="+", default=[USED], choices=VARIANTS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -316,13 +285,13 @@ def main() -> None:
     for tokens in options.tokens:
         case = Case(tokens, options.layers if tokens <= 131072 else min(8, options.layers), "cuda")
         expected = case.expected()
-        for splits, variant in itertools.product(options.splits, options.variants):
-            off = differences(case.results(case.kernels(splits, variant)), expected)
-            times = measure(case, splits, variant, options.repeats)
-            rows.append({"tokens": tokens, "splits": splits, "variant": variant, "off": off, **times})
+        for splits in options.splits:
+            off = differences(case.results(case.kernels(splits)), expected)
+            times = measure(case, splits, options.repeats)
+            rows.append({"tokens": tokens, "splits": splits, "off": off, **times})
             line = " ".join(f"{name} {us:.1f}" for name, us in times.items())
             errors = " ".join(f"{x:.1e}" for x in off.values())
-            print(f"{tokens} tokens, {splits} splits, {variant}: {line} off {errors}", flush=True)
+            print(f"{tokens} tokens, {splits} splits: {line} off {errors}", flush=True)
         del case
         torch.cuda.empty_cache()
     if options.output is not None:

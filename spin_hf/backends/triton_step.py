@@ -383,15 +383,15 @@ class Selection:
         if step.scan is None:
             launchers.score_pages(launch, buffers, own, plan, query, new, scale=scale, recipe=recipe, shape=shape)
         else:
-            launchers.project_queries(launch, buffers, step.scan, own, query, None, scale=scale, shape=shape)
+            launchers.project_queries(launch, buffers, step.scan, own, query, scale=scale, shape=shape)
             launchers.scan_pages(
                 launch, buffers, step.scan, own, plan, new, group=group, softcap=call.softcap, shape=shape
             )
         chosen: dict[str, Any] = dict(
-            query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe, shape=shape, scan=step.scan
+            query_index=index, group=group, most_listed=step.most_pages(), recipe=recipe, shape=shape
         )
         if not recipe.rerank_factor:
-            launchers.rank_pages(launch, buffers, own, plan, **chosen)
+            launchers.rank_pages(launch, buffers, own, plan, **chosen, scan=step.scan)
             return
         launchers.bin_scores(launch, buffers, own, plan, query, scale=scale, recipe=recipe, shape=shape)
         launchers.rerank_pages(launch, buffers, own, plan, group=group, recipe=recipe, shape=shape)

@@ -248,7 +248,7 @@ class CodedCase:
         new = self.keys[:, :, last : last + 1].clone(), self.values[:, :, last : last + 1].clone()
         out = torch.full((self.batch, self.num_heads * self.group, self.value_dim), float("nan"), dtype=self.dtype)
         own, query, scale = self.layer_buffers, self.query, self.scale
-        launchers.project_queries(*common, self.scan, own, query, None, scale=scale, shape=shape)
+        launchers.project_queries(*common, self.scan, own, query, scale=scale, shape=shape)
         launchers.scan_pages(*common, self.scan, own, plan, new, group=self.group, softcap=softcap, shape=shape)
         launchers.rank_pages(
             *common, own, plan, query_index=0, group=self.group, most_listed=None, recipe=recipe, shape=shape,

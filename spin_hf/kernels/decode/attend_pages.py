@@ -32,7 +32,7 @@ from .unread_pages import subtract_pages, unread_sums
 def attend_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, query: Tensor, out: Tensor, sinks: Tensor | None, *,
     query_index: int, num_queries: int, dense: bool, scale: float, softcap: float | None, shape: LaunchShape,
-    scan: ScanBuffers | None = None, plan: Tensor | None = None, early: bool = True,
+    scan: ScanBuffers | None = None, plan: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attend to the listed pages, for one query of a step.
 
@@ -43,7 +43,6 @@ def attend_pages(
         query_index, num_queries: index of the query in the step, and queries of the step.
         dense: whether the layer attends to all pages.
         scan, plan: what `scan_pages` and `bin_scores` wrote, and the query's plan; None without coded pages.
-        early: whether descriptors and the query are loaded before this waits for the previous kernel.
     """
     coded = scan is not None and not dense
     estimate, subtracted = (scan.estimate, scan.subtracted) if scan is not None else (buffers.stats, buffers.stats)
@@ -60,7 +59,7 @@ def attend_pages(
         BLOCK_V=shape.block_v, PAGE=shape.page_size, TILE_PAGES=tile_pages(shape), SPLITS=splits,
         ESTIMATED=0 if coded else buffers.splits.estimate, MERGED_G=power_of_two(group), PAGE_BYTES=shape.page_bytes,
         SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, DTYPE=triton_dtype(shape.dtype),
-        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, EARLY=early, num_warps=4, num_stages=1, **dependent(shape),
+        BACKING_BYTES=shape.backing_bytes, APART=shape.apart, num_warps=4, num_stages=1, **dependent(shape),
     )  # fmt: skip
 
 
@@ -73,7 +72,7 @@ def attend_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     TILE_PAGES: tl.constexpr, SPLITS: tl.constexpr, ESTIMATED: tl.constexpr, MERGED_G: tl.constexpr,
     PAGE_BYTES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
-    BACKING_BYTES: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    BACKING_BYTES: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b * H + h, split) attends to one split of the page list; see the module's head.
 
@@ -92,8 +91,6 @@ def attend_kernel(
         DTYPE: dtype of the pages; PAGE_BYTES: size of a page of that dtype.
         BACKING_BYTES: size of an int8 page in the backing store, which is then in host memory; 0 if backing pages are of DTYPE.
     """
-    if not EARLY:
-        wait_for_launch(PDL)
     # Until it waits, this reads nothing that the previous kernel writes: descriptors, the query, and the plan.
     bh = tl.program_id(0)
     split = tl.program_id(1)
@@ -102,8 +99,7 @@ def attend_kernel(
     step = own_step(step, b, APART)
     layer = own_layer(layer, b, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
-        if EARLY:
-            wait_for_launch(PDL)
+        wait_for_launch(PDL)
         return
     start = tl.load(step + POSITION)
     position, length = start + query_index, start + num_queries
@@ -112,7 +108,7 @@ def attend_kernel(
     if SUBTRACTS and split >= SPLITS:
         subtract_pages(
             step, layer, plan, estimate, subtracted, listed, list_count + bh * 2, split - SPLITS, SUBTRACTS, bh, b, h, DTYPE,
-            H, G, COLUMNS, DK, DV, BLOCK_V, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED, PDL and EARLY,
+            H, G, COLUMNS, DK, DV, BLOCK_V, VALUE_BYTES, SEGMENT, ROWS, VALUES, COMPILED, PDL,
         )  # fmt: skip
     group = tl.arange(0, BLOCK_G)
     column_k = tl.arange(0, BLOCK_K)
@@ -126,8 +122,7 @@ def attend_kernel(
     num_slots, first_frame = slots_of(layer, b, h, H)
     table = tl.load(layer + BACKING)
     directory = directory_of(step, b)
-    if EARLY:
-        wait_for_launch(PDL)
+    wait_for_launch(PDL)
     count = tl.load(list_count + bh * 2)
     missing = tl.load(list_count + bh * 2 + 1)
     most = tl.full([BLOCK_G], float("-inf"), tl.float32)

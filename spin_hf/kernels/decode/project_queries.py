@@ -1,4 +1,4 @@
-"""Operands of the scan over coded pages, made from the queries of a step; it can also append the step's token.
+"""Operands of the scan over coded pages, made from the queries of a step.
 
     state    =  scale * log2(e) * q @ inverse                  [G, D] per (sequence, KV head)
     mean     =  state, multiplied with the means of units
@@ -24,32 +24,27 @@ from ..common import (
 )  # fmt: skip
 from ..descriptor_fields import NUM_BINS
 from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, scan_columns, dependent
-from .append_tokens import append_page
 from .coded_fields import multiplied_at
 
 _LOG2_E = 1.4426950408889634
 
 
 def project_queries(
-    launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, query: Tensor,
-    new: tuple[Tensor, Tensor] | None, *, scale: float, shape: LaunchShape,
+    launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, query: Tensor, *,
+    scale: float, shape: LaunchShape,
 ) -> None:  # fmt: skip
-    """Make the operands of `scan_pages` for one query of a step, and append the step's token.
+    """Make the operands of `scan_pages` for one query of a step.
 
     Args:
         query: [B, H * G, 1, D]; the last dimension is contiguous.
-        new: key and value [B, H, 1, D] of the token to append; None for none.
     """
     group = query.shape[1] // shape.num_heads
     columns, rows = scan_columns(group, shape)
-    key, value = (query, query) if new is None else new
     launch(
-        project_kernel, (buffers.num_streams, 1 + (new is not None)), buffers.step, layer.descriptor, query, scan.states,
-        scan.mean_operand, scan.code_operand, scan.factors, buffers.histogram, *query.stride()[:2], scale * _LOG2_E, key,
-        value, *key.stride()[:2], *value.stride()[:2], DIGITS=shape.multiplies_int8, DTYPE=triton_dtype(shape.dtype),
-        H=shape.num_heads, G=group, COLUMNS=columns, ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim,
-        BLOCK_K=shape.block_k, BLOCK_V=shape.block_v, BYTES=scan.code_operand.shape[-1], PAGE=shape.page_size,
-        SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded, BACKING_BYTES=shape.backing_bytes,
+        project_kernel, (buffers.num_streams,), buffers.step, layer.descriptor, query, scan.states,
+        scan.mean_operand, scan.code_operand, scan.factors, buffers.histogram, *query.stride()[:2], scale * _LOG2_E,
+        DIGITS=shape.multiplies_int8, DTYPE=triton_dtype(shape.dtype), H=shape.num_heads, G=group, COLUMNS=columns,
+        ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BYTES=scan.code_operand.shape[-1],
         BINS=NUM_BINS, APART=shape.apart, num_warps=8, **dependent(shape),
     )  # fmt: skip
 
@@ -57,19 +52,16 @@ def project_queries(
 @triton.jit
 def project_kernel(
     step, layer, query, states, mean_operand, code_operand, factors, histogram, query_b, query_h, scale,
-    key, value, key_b, key_h, value_b, value_h,
     DIGITS: tl.constexpr, DTYPE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BYTES: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    BACKING_BYTES: tl.constexpr, BINS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+    ROWS_OF: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    BYTES: tl.constexpr, BINS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, 0) makes the operands of a KV head's queries; program (b * H + h, 1) appends the new token.
+    """Program b * H + h makes the operands of a KV head's queries.
 
     Args:
         states, mean_operand, code_operand, factors: see `ScanBuffers`. Written; `states` only without tensor cores.
         histogram: int32 [B * H, BINS]: zeroed for `rate_kernel`.
         scale: of attention scores, times log2(e).
-        key, value: [B, H, 1, D], the new token, as for `append_page`.
         COLUMNS: query heads, padded; ROWS_OF: rows of the operands.
         BYTES: DK / 4, padded.
     """
@@ -79,76 +71,70 @@ def project_kernel(
     layer = own_layer(layer, bh // H, APART)
     if APART and tl.load(step + POSITION) < 0:  # no sequence
         return
-    if tl.program_id(1) == 1:
-        append_page(
-            step, layer, key, value, 1, key_b, key_h, 0, value_b, value_h, 0, tl.load(step + POSITION) // PAGE, bh,
-            DTYPE, False, H, DK, DV, BLOCK_K, BLOCK_V, PAGE, SEGMENT, ROWS, PADDED, BACKING_BYTES, False,
-        )  # fmt: skip
+    tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+    vectors = tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV)
+    basis = tl.load(layer + KEY_BASIS)
+    copies: tl.constexpr = ROWS_OF // COLUMNS
+    rows_at: tl.constexpr = ROWS_OF if ROWS_OF > 16 else 16
+    copy = tl.arange(0, rows_at)
+    head = copy // copies
+    column = tl.arange(0, BLOCK_K)
+    byte = tl.arange(0, 4 * BYTES) % BYTES
+    field = tl.arange(0, 4 * BYTES) // BYTES
+    coded = byte < DK // 4
+    number = tl.where(byte < DK // 8, 2 * byte + field // 2, 4 * byte - DK // 4 + field)  # the field's coordinate
+    number = tl.minimum(number, DK - 1)
+    source = query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G + head).to(tl.int64)[:, None] * query_h
+    inside = (head < G)[:, None] & (column < DK)[None, :]
+    queries = tl.load(source + column[None, :], mask=inside, other=0.0)
+    if tl.float32 == DTYPE or not DIGITS:
+        mine = states + bh * G * DK
+        _project(query, query_b, query_h, basis, mine, bh, scale, DTYPE, H, G, DK, BLOCK_K)
+        tl.debug_barrier()
+        rows = tl.load(mine + head[:, None] * DK + column[None, :], mask=inside, other=0.0)
+        origin = tl.load(vectors + column, mask=column < DK, other=0.0)
+        widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
     else:
-        tl.store(histogram + bh * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        vectors = tl.load(layer + BASIS_VECTORS).to(tl.pointer_type(tl.float32)) + bh.to(tl.int64) * (2 * DK + 2 * DV)
-        basis = tl.load(layer + KEY_BASIS)
-        copies: tl.constexpr = ROWS_OF // COLUMNS
-        rows_at: tl.constexpr = ROWS_OF if ROWS_OF > 16 else 16
-        copy = tl.arange(0, rows_at)
-        head = copy // copies
-        column = tl.arange(0, BLOCK_K)
-        byte = tl.arange(0, 4 * BYTES) % BYTES
-        field = tl.arange(0, 4 * BYTES) // BYTES
-        coded = byte < DK // 4
-        number = tl.where(byte < DK // 8, 2 * byte + field // 2, 4 * byte - DK // 4 + field)  # the field's coordinate
-        number = tl.minimum(number, DK - 1)
-        source = query + (bh // H).to(tl.int64) * query_b + ((bh % H) * G + head).to(tl.int64)[:, None] * query_h
-        inside = (head < G)[:, None] & (column < DK)[None, :]
-        queries = tl.load(source + column[None, :], mask=inside, other=0.0)
-        if tl.float32 == DTYPE or not DIGITS:
-            mine = states + bh * G * DK
-            _project(query, query_b, query_h, basis, mine, bh, scale, DTYPE, H, G, DK, BLOCK_K)
-            tl.debug_barrier()
-            rows = tl.load(mine + head[:, None] * DK + column[None, :], mask=inside, other=0.0)
-            origin = tl.load(vectors + column, mask=column < DK, other=0.0)
-            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
+        PART: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
+        matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
+        into = tl.arange(0, PART)[:, None]
+        part = tl.load(matrix + into * DK + column[None, :], mask=(into < DK) & (column < DK)[None, :], other=0.0)
+        # All loads before the first product.
+        origin = tl.load(vectors + column, mask=column < DK, other=0.0)
+        widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
+        if PART == BLOCK_K:
+            rows = tl.dot(queries.to(DTYPE), part) * scale
         else:
-            PART: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
-            matrix = tl.multiple_of(basis.to(tl.pointer_type(DTYPE)) + bh.to(tl.int64) * DK * DK, 16)
-            into = tl.arange(0, PART)[:, None]
-            part = tl.load(matrix + into * DK + column[None, :], mask=(into < DK) & (column < DK)[None, :], other=0.0)
-            # All loads before the first product.
-            origin = tl.load(vectors + column, mask=column < DK, other=0.0)
-            widths = tl.load(vectors + DK + number, mask=coded, other=0.0)
-            if PART == BLOCK_K:
-                rows = tl.dot(queries.to(DTYPE), part) * scale
-            else:
-                rows = tl.zeros([rows_at, BLOCK_K], tl.float32)
-                for start in tl.static_range(0, BLOCK_K, PART):
-                    into = start + tl.arange(0, PART)
-                    part = tl.load(
-                        matrix + into[:, None] * DK + column[None, :],
-                        mask=(into < DK)[:, None] & (column < DK)[None, :], other=0.0,
-                    )  # fmt: skip
-                    some = tl.load(source + into[None, :], mask=(head < G)[:, None] & (into < DK)[None, :], other=0.0)
-                    rows = tl.dot(some.to(DTYPE), part, acc=rows)
-                rows = rows * scale
-        group = tl.arange(0, rows_at // copies)
-        factor = factors + bh * 4 * COLUMNS + group
-        stored = group < COLUMNS
-        written = (copy < ROWS_OF)[:, None]
-        constant = tl.sum(queries.to(tl.float32) * origin[None, :], 1) * scale
-        unit = _unit(tl.max(tl.abs(rows), 1), DIGITS)
-        place = mean_operand + bh * ROWS_OF * BLOCK_K + copy[:, None] * BLOCK_K + multiplied_at(column)[None, :]
-        tl.store(place, _operand(rows, unit, DIGITS, rows_at).to(mean_operand.dtype.element_ty), mask=written)
-        tl.store(factor + 2 * COLUMNS, _per_head(unit, copies), mask=stored)
-        tl.store(factor + 3 * COLUMNS, _per_head(constant, copies), mask=stored)
-        # What each field is multiplied by, in place; 0 for bytes of padding.
-        weights = tl.gather(rows, tl.broadcast_to(number[None, :], (rows_at, 4 * BYTES)), 1)
-        weights = weights * (widths * tl.where((byte >= DK // 8) & (field % 2 == 1), 0.25, 1.0))[None, :]
-        unit = _unit(tl.max(tl.abs(weights), 1), DIGITS)
-        place = code_operand + bh * 4 * ROWS_OF * BYTES + field[None, :] * (ROWS_OF * BYTES) + copy[:, None] * BYTES
-        operand = _operand(weights, unit, DIGITS, rows_at).to(code_operand.dtype.element_ty)
-        tl.store(place + multiplied_at(byte)[None, :], operand, mask=written)
-        middle = tl.where(field % 2 == 1, 6.0, 1.5)[None, :] * _exact(weights, unit, DIGITS)
-        tl.store(factor, _per_head(unit, copies), mask=stored)
-        tl.store(factor + COLUMNS, _per_head(tl.sum(middle, 1), copies), mask=stored)
+            rows = tl.zeros([rows_at, BLOCK_K], tl.float32)
+            for start in tl.static_range(0, BLOCK_K, PART):
+                into = start + tl.arange(0, PART)
+                part = tl.load(
+                    matrix + into[:, None] * DK + column[None, :],
+                    mask=(into < DK)[:, None] & (column < DK)[None, :], other=0.0,
+                )  # fmt: skip
+                some = tl.load(source + into[None, :], mask=(head < G)[:, None] & (into < DK)[None, :], other=0.0)
+                rows = tl.dot(some.to(DTYPE), part, acc=rows)
+            rows = rows * scale
+    group = tl.arange(0, rows_at // copies)
+    factor = factors + bh * 4 * COLUMNS + group
+    stored = group < COLUMNS
+    written = (copy < ROWS_OF)[:, None]
+    constant = tl.sum(queries.to(tl.float32) * origin[None, :], 1) * scale
+    unit = _unit(tl.max(tl.abs(rows), 1), DIGITS)
+    place = mean_operand + bh * ROWS_OF * BLOCK_K + copy[:, None] * BLOCK_K + multiplied_at(column)[None, :]
+    tl.store(place, _operand(rows, unit, DIGITS, rows_at).to(mean_operand.dtype.element_ty), mask=written)
+    tl.store(factor + 2 * COLUMNS, _per_head(unit, copies), mask=stored)
+    tl.store(factor + 3 * COLUMNS, _per_head(constant, copies), mask=stored)
+    # What each field is multiplied by, in place; 0 for bytes of padding.
+    weights = tl.gather(rows, tl.broadcast_to(number[None, :], (rows_at, 4 * BYTES)), 1)
+    weights = weights * (widths * tl.where((byte >= DK // 8) & (field % 2 == 1), 0.25, 1.0))[None, :]
+    unit = _unit(tl.max(tl.abs(weights), 1), DIGITS)
+    place = code_operand + bh * 4 * ROWS_OF * BYTES + field[None, :] * (ROWS_OF * BYTES) + copy[:, None] * BYTES
+    operand = _operand(weights, unit, DIGITS, rows_at).to(code_operand.dtype.element_ty)
+    tl.store(place + multiplied_at(byte)[None, :], operand, mask=written)
+    middle = tl.where(field % 2 == 1, 6.0, 1.5)[None, :] * _exact(weights, unit, DIGITS)
+    tl.store(factor, _per_head(unit, copies), mask=stored)
+    tl.store(factor + COLUMNS, _per_head(tl.sum(middle, 1), copies), mask=stored)
 
 
 @triton.jit

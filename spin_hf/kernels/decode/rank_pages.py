@@ -32,17 +32,15 @@ from .unread_pages import merge_partials
 def rank_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
     most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None,
-    registers: int | None = None,
 ) -> None:  # fmt: skip
     """Rate pages by the logits of `score_pages` or `scan_pages`, list those that one query of a step attends to, assign slots.
 
     Args:
         recipe: without reranking.
-        query_index to scan: as for `select_pages`.
-        registers: upper limit per thread; None to let the compiler choose.
+        query_index to most_listed: as for `select_pages`.
+        scan: what `scan_pages` wrote, whose partial estimates are merged; None without coded pages.
     """
     coded, share = scan is not None, recipe.estimated_billionths
-    limit = {} if registers is None else {"maxnreg": registers}
     partials, estimate = (scan.partials, scan.estimate) if scan is not None else (buffers.stats, buffers.stats)
     launch(
         rank_kernel, (buffers.num_streams, buffers.splits.programs + coded * group), buffers.step, layer.descriptor,
@@ -54,7 +52,7 @@ def rank_pages(
         SPLITS=power_of_two(buffers.splits.score), DK=shape.key_dim, DV=shape.value_dim, BLOCK_V=shape.block_v,
         PAGE_BYTES=shape.page_bytes, PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES,
         HEADS=min(4, power_of_two(group)), BINS=NUM_BINS, PER_NAT=BINS_PER_NAT, RUN=min(BIN_TILE_PAGES, 32),
-        APART=shape.apart, **choice_tiles(False, most_listed), **dependent(shape), **limit,
+        APART=shape.apart, **choice_tiles(False, most_listed), **dependent(shape),
     )  # fmt: skip
 
 
@@ -98,7 +96,7 @@ def rank_kernel(
         if tl.atomic_add(arrivals + bh, 1, sem="acq_rel", scope="gpu") == programs - 1:
             tl.store(arrivals + bh, 0)
             choose_pages(
-                step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, True,
+                step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given,
                 False, COUNTED, ESTIMATES, COUNTED, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT,
                 FLOOR_FACTOR, TILE, FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
             )  # fmt: skip

@@ -47,8 +47,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 def scan_pages(
     launch: Launch, buffers: StepBuffers, scan: ScanBuffers, layer: LayerBuffers, plan: Tensor,
-    new: tuple[Tensor, Tensor] | None, *, group: int, softcap: float | None, shape: LaunchShape, ahead: bool = True,
-    registers: int | None = None,
+    new: tuple[Tensor, Tensor] | None, *, group: int, softcap: float | None, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """Scan all pages for one query of a step, by the operands of `project_queries`, and append the step's token.
 
@@ -56,24 +55,21 @@ def scan_pages(
 
     Args:
         new: key and value [B, H, 1, D] of the token to append; None for none.
-        ahead: whether first tiles are brought to the L2 cache while queries are projected, if launches overlap.
-        registers: upper limit per thread; None to let the compiler choose.
     """
     columns, rows = scan_columns(group, shape)
     key, value = (scan.factors, scan.factors) if new is None else new
-    limit = {} if registers is None else {"maxnreg": registers}
     launch(
         scan_kernel, (buffers.num_streams, buffers.splits.score + (new is not None)), buffers.step, layer.descriptor,
         scan.mean_operand, scan.code_operand, scan.factors, plan, buffers.stats, scan.partials,
         (softcap or 1.0) * _LOG2_E, key, value, *key.stride()[:2], *value.stride()[:2], APPENDS=new is not None,
-        AHEAD=ahead and shape.overlaps and shape.compiled, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
+        AHEAD=shape.overlaps and shape.compiled, CAPPED=softcap is not None, DIGITS=shape.multiplies_int8,
         DTYPE=triton_dtype(shape.dtype), VALUES=triton_dtype(shape.coded_dtype), COMPILED=shape.compiled,
         H=shape.num_heads, G=group, COLUMNS=columns,
         ROWS_OF=rows, DK=shape.key_dim, DV=shape.value_dim, BLOCK_K=shape.block_k, BLOCK_V=shape.block_v,
         BYTES=code_bytes(shape.key_dim), VALUE_BYTES=code_bytes(shape.value_dim), PAGE=shape.page_size,
         UNIT_PAGES=UNIT_PAGES, SEGMENT=shape.segment_pages, ROWS=shape.rows_per_chunk, PADDED=shape.padded,
         BACKING_BYTES=shape.backing_bytes, APART=shape.apart, num_warps=_warps(rows, shape), num_stages=1,
-        **dependent(shape), **limit,
+        **dependent(shape),
     )  # fmt: skip
 
 

@@ -6,9 +6,6 @@
 Program b * H + h serves one (sequence, KV head). It lists the fixed pages, selects, and assigns slots (`assign_slots.py`).
 It reads the bin lists only. If these have too few pages, it counts the other candidates and reads all scores. Ties are broken
 deterministically, by page. The specification is `kernels.select_top_pages`.
-
-With coded pages, one more program per query head merges the scan's partial estimates, which `attend_kernel` needs
-(`unread_pages.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +16,13 @@ from torch import Tensor
 
 from ..common import (
     FIRST, LEADING, LIST_CAPACITY, LIST_PAGE, LOGITS, NUM_PAGES, NUM_SELECTED, COUNTERS, PLAN_FIELDS, POSITION, STOP, TIED,
-    count_valid, own_layer, own_step, score_bins, slots_of, sortable, triton_dtype, wait_for_launch,
+    count_valid, own_layer, own_step, score_bins, slots_of, sortable, wait_for_launch,
 )  # fmt: skip
 from ..descriptor_fields import BIN_TILE_PAGES, BINS_PER_NAT, NUM_BINS
-from ..launch import Launch, LaunchShape, LayerBuffers, ScanBuffers, StepBuffers, power_of_two, dependent
+from ..launch import Launch, LaunchShape, LayerBuffers, StepBuffers, dependent
 from ..recipe import KernelRecipe
 from .assign_slots import retrieve
 from .bin_scores import rated_places
-from .unread_pages import merge_partials
 
 LAST = tl.constexpr(0x7FFFFFFF)
 NO_KEY = tl.constexpr(-(1 << 63))
@@ -46,26 +42,20 @@ _FLOOR_FACTOR = 3
 
 def select_pages(
     launch: Launch, buffers: StepBuffers, layer: LayerBuffers, plan: Tensor, *, query_index: int, group: int,
-    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape, scan: ScanBuffers | None = None, early: bool = True,
+    most_listed: int | None, recipe: KernelRecipe, shape: LaunchShape,
 ) -> None:  # fmt: skip
     """List the pages that one query of a step attends to, and assign slots to those that are missing.
 
     Args:
         query_index: index of the query in the step; group: query heads per KV head that were scored.
         most_listed: upper limit of pages per list; None if unknown.
-        scan: what `scan_pages` wrote, whose partial estimates are merged; None without coded pages.
-        early: see `choose_kernel`.
     """
     reranks, share = recipe.rerank_factor > 0, recipe.estimated_billionths
-    coded = scan is not None
-    partials, estimate = (scan.partials, scan.estimate) if scan is not None else (buffers.stats, buffers.stats)
     launch(
-        choose_kernel, (buffers.num_streams, 1 + coded * group), buffers.step, layer.descriptor, plan,
+        choose_kernel, (buffers.num_streams,), buffers.step, layer.descriptor, plan,
         buffers.rerank_histogram if reranks else buffers.histogram, buffers.list_count, layer.counters, layer.floors,
-        layer.hands, buffers.zone_edges, share, query_index, partials, estimate, buffers.splits.score, CODED=coded,
-        DTYPE=triton_dtype(shape.dtype), SPLITS=power_of_two(buffers.splits.score), DK=shape.key_dim, DV=shape.value_dim,
-        BLOCK_V=shape.block_v, EARLY=early, COMPLETE=reranks, COUNTED=recipe.estimates_zone, ESTIMATES=share > 0,
-        ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
+        layer.hands, buffers.zone_edges, share, query_index, COMPLETE=reranks, COUNTED=recipe.estimates_zone,
+        ESTIMATES=share > 0, ZONE=recipe.estimates_zone, G=group, H=shape.num_heads, PAGE_BYTES=shape.page_bytes,
         PAGE=shape.page_size, PADDED=shape.padded, BIN_TILE=BIN_TILE_PAGES, BINS=NUM_BINS,
         PER_NAT=BINS_PER_NAT, APART=shape.apart, **choice_tiles(reranks, most_listed), **dependent(shape),
     )  # fmt: skip
@@ -85,27 +75,20 @@ def choice_tiles(reranks: bool, most_listed: int | None) -> dict[str, int]:
 
 @triton.jit
 def choose_kernel(
-    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index, partials, estimate,
-    num_splits,
-    CODED: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
+    step, layer, plan, histogram, list_count, counters, floors, hand, edges, share, query_index,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, FEW_TILE: tl.constexpr, TIED_TILE: tl.constexpr, LIST_TILE: tl.constexpr, HAND_TILE: tl.constexpr,
     SLOT_TILE: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (b * H + h, 0) lists the pages that its query attends to, and assigns slots to missing ones.
-
-    If CODED, program (b * H + h, 1 + g) merges the partial estimates of query head g; see `merge_partials`.
+    """Program b * H + h lists the pages that its query attends to, and assigns slots to missing ones.
 
     Args:
-        partials to BLOCK_V: as for `merge_partials`; used if CODED.
         histogram: written by `rate_kernel`. Added to if the bin lists have too few pages.
         list_count, hand: see `StepBuffers` and `LayerBuffers`. Written. counters: see `LayerBuffers`. Added to.
         edges: int32 [B, H]: the last bin that is estimated: the best `share` billionths of the candidates after the selected
             pages. Written if ZONE; `histogram` then counts all candidates.
-        EARLY: whether lengths and first entries of the bin lists are loaded with the histogram, and later ones a tile ahead.
         ESTIMATES: whether `estimate_kernel` follows. The logits of listed pages are then set to -infinity.
         COMPLETE: whether the bin lists hold every page that may be selected, whatever its score.
         COUNTED: whether `histogram` counts all candidates, not only those in the bin lists.
@@ -123,18 +106,13 @@ def choose_kernel(
         return
     if APART:
         counters += bh // H * COUNTERS
-    if CODED and tl.program_id(1) > 0:
-        merge_partials(
-            layer, partials, estimate, num_splits, bh, tl.program_id(1) - 1, DTYPE, G, SPLITS, DK, DV, BLOCK_V, PDL
-        )
-    else:
-        given = choice_of(step, layer, plan, floors, bh, H, BIN_TILE)
-        wait_for_launch(PDL)
-        choose_pages(
-            step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, EARLY,
-            COMPLETE, COUNTED, ESTIMATES, ZONE, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT,
-            FLOOR_FACTOR, TILE, FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
-        )  # fmt: skip
+    given = choice_of(step, layer, plan, floors, bh, H, BIN_TILE)
+    wait_for_launch(PDL)
+    choose_pages(
+        step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, COMPLETE,
+        COUNTED, ESTIMATES, ZONE, G, H, PAGE_BYTES, PAGE, PADDED, BIN_TILE, LISTS, BINS, PER_NAT, FLOOR_FACTOR, TILE,
+        FEW, FEW_TILE, TIED_TILE, LIST_TILE, HAND_TILE, SLOT_TILE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -162,7 +140,7 @@ def choice_of(step, layer, plan, floors, bh, H: tl.constexpr, BIN_TILE: tl.const
 
 @triton.jit
 def choose_pages(
-    step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given, EARLY: tl.constexpr,
+    step, layer, histogram, list_count, counters, floors, hand, edges, share, query_index, bh, given,
     COMPLETE: tl.constexpr, COUNTED: tl.constexpr, ESTIMATES: tl.constexpr, ZONE: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, PADDED: tl.constexpr, BIN_TILE: tl.constexpr,
     LISTS: tl.constexpr, BINS: tl.constexpr, PER_NAT: tl.constexpr, FLOOR_FACTOR: tl.constexpr, TILE: tl.constexpr,
@@ -176,7 +154,7 @@ def choose_pages(
     """
     b = (bh // H).to(tl.int64)
     places, own, zones, slots = given
-    capacity, scores, bin_list_page, bin_list_score, bin_list_length = places
+    capacity, scores, bin_list_length = places[0], places[1], places[4]
     listed, tied, start_position = own
     first, stop, wanted, num_pages, leading, floor = zones
     position = start_position + query_index
@@ -185,9 +163,9 @@ def choose_pages(
     num_lists = tl.cdiv(stop, BIN_TILE)
     lists = tl.arange(0, LISTS)
     place = tl.arange(0, TILE)
-    if EARLY:  # before the first reduction, so that all of these loads are under way at once
-        lengths = tl.load(bin_list_length + lists, mask=lists < num_lists, other=0)
-        held, entry, entry_score = _entries(places, place, num_lists, capacity)
+    # Before the first reduction, so that all of these loads are under way at once.
+    lengths = tl.load(bin_list_length + lists, mask=lists < num_lists, other=0)
+    held, entry, entry_score = _entries(places, place, num_lists, capacity)
     sinks = first - leading
     fixed = sinks + num_pages - stop
     count = fixed
@@ -233,25 +211,19 @@ def choose_pages(
             pages, score, inside = _all_pages(scores, start, first, stop, TILE)
             count, num_tied = _sort_out(listed, count, tied, num_tied, pages, score, inside, boundary, BINS, PER_NAT)
     else:
-        most = tl.max(lengths, 0) if EARLY else tl.zeros([], tl.int32)
-        for start in range(LISTS if EARLY else 0, num_lists, LISTS):
+        most = tl.max(lengths, 0)
+        for start in range(LISTS, num_lists, LISTS):
             bin_list = start + lists
             most = tl.maximum(most, tl.max(tl.load(bin_list_length + bin_list, mask=bin_list < num_lists, other=0), 0))
         entries = most * num_lists
         for start in range(0, entries, TILE):
-            if EARLY:  # the next tile is loaded while this one is sorted out
-                known = (start + place) // num_lists < held
-                next_held, next_entry, next_score = _entries(places, start + TILE + place, num_lists, entries)
-            else:
-                held = tl.load(bin_list_length + (start + place) % num_lists, mask=start + place < entries, other=0)
-                known = (start + place) // num_lists < held
-                entry = tl.load(bin_list_page + start + place, mask=known, other=0)
-                entry_score = tl.load(bin_list_score + start + place, mask=known, other=0.0)
+            known = (start + place) // num_lists < held
+            # The next tile is loaded while this one is sorted out.
+            next_held, next_entry, next_score = _entries(places, start + TILE + place, num_lists, entries)
             count, num_tied = _sort_out(
                 listed, count, tied, num_tied, entry, entry_score, known, boundary, BINS, PER_NAT
             )
-            if EARLY:
-                held, entry, entry_score = next_held, next_entry, next_score
+            held, entry, entry_score = next_held, next_entry, next_score
     if ZONE:
         upto = tl.cumsum(counts, 0)
         number = tl.max(upto, 0).to(tl.int64)
