@@ -156,13 +156,7 @@ class CompilerProcesses:
             process = process or Compiler()
             if waits or process.is_ready():
                 done = process.ask(job)
-        except (
-            OSError,
-            EOFError,
-            pickle.PickleError,
-            TypeError,
-            AttributeError,
-        ):  # it has ended, or the job cannot be sent
+        except Exception:  # it has ended, cannot start, or cannot be sent this job: the thread that asked does it
             is_alive = False
         with self._lock:
             self._busy -= 1
@@ -185,9 +179,13 @@ class Compiler:
 
     def is_ready(self) -> bool:
         """Whether `ask` would be answered at once, but for the job itself."""
+        if not self._is_new:
+            return True
         answers = self._process.stdout
         assert answers is not None
-        return not self._is_new or bool(select.select([answers], [], [], 0)[0])
+        waiting = select.poll()  # unlike `select`, for any number of open files
+        waiting.register(answers, select.POLLIN)
+        return bool(waiting.poll(0))
 
     def ask(self, job: Job) -> bool:
         """Do a job. Returns whether it is done.
