@@ -6,8 +6,7 @@ Runs in a process of its own, without TRITON_INTERPRET: triton reads it when a k
                                                             triton's cache, what processes have done, and processes left
     python -m tests.support.compile_by_processes broken     the same with processes that end at once
     python -m tests.support.compile_by_processes soon       the same for kernels that are needed soon
-    python -m tests.support.compile_by_processes keys 3     prints a digest of the keys of all kernels, computed in an order
-                                                            that the number tells
+    python -m tests.support.compile_by_processes keys       prints digests of the keys of all kernels, in several orders
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ def compiled(mode: str) -> dict[str, Any]:
     return {"found": found, "asked": asked, "jobs": left._jobs, "idle": len(left._idle)}
 
 
-def digest_of_keys(seed: int) -> str:
-    """Of the keys of all functions that triton compiles."""
+def digests_of_keys() -> list[str]:
+    """Of the keys of all functions that triton compiles, computed in several orders."""
     from triton.runtime.jit import JITFunction
 
     from spin_hf.kernels.triton_keys import complete_key
@@ -81,11 +80,16 @@ def digest_of_keys(seed: int) -> str:
     functions = [
         value for module, value in values if isinstance(value, JITFunction) and value.module == module.__name__
     ]
-    for function in random.Random(seed).sample(functions, len(functions)):
-        complete_key(function)
-    return hashlib.sha256("".join(function.cache_key for function in functions).encode()).hexdigest()
+    digests = []
+    for seed in range(3):
+        for function in functions:  # as they were before any of them had a key
+            function.hash, function.used_global_vals = None, {}
+        for function in random.Random(seed).sample(functions, len(functions)):
+            complete_key(function)
+        digests.append(hashlib.sha256("".join(function.cache_key for function in functions).encode()).hexdigest())
+    return digests
 
 
 if __name__ == "__main__":
     mode = sys.argv[1]
-    print(json.dumps(digest_of_keys(int(sys.argv[2])) if mode == "keys" else compiled(mode)))
+    print(json.dumps(digests_of_keys() if mode == "keys" else compiled(mode)))
